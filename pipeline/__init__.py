@@ -1,0 +1,1 @@
+"""Adapts a frozen CLIP to several related image-classification tasks with grouped MmAP prompts."""

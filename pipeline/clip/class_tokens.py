@@ -1,0 +1,89 @@
+"""The class texts of several tasks as token ids, cut into what all classes of a task share and what is their own.
+
+Under the causal mask a token sees only those before it. So the start token and the template's words before the class
+name need to be run once a task, and nothing after the end-of-text token (EOT) needs to be run at all.
+
+Dimensions: T tasks, C classes of a task, R = ΣC rows, P prefix tokens, S suffix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pipeline.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """open_clip's SimpleTokenizer, as far as it is used here."""
+
+    sot_token_id: int
+    eot_token_id: int
+    context_length: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    prefix: torch.Tensor
+    """(T, P) int64: start token and the words that all classes of a task begin with."""
+    suffix: torch.Tensor
+    """(R, S) int64: the rest of each class's text with EOT, padded with zeros; rows task by task."""
+    eot: torch.Tensor
+    """(R,) int64: position of EOT in the suffix."""
+    classes_per_task: tuple[int, ...]
+
+    def to(self, device: torch.device) -> ClassTokens:
+        return ClassTokens(
+            self.prefix.to(device), self.suffix.to(device), self.eot.to(device), self.classes_per_task
+        )
+
+
+def class_tokens(tokenizer: Tokenizer, template: str, words_per_task: Sequence[Sequence[str]]) -> ClassTokens:
+    """Tokens of `template` filled with each class's words, for every task.
+
+    Raises:
+        UserError: a text is longer than the model's context, two classes of a task read the same to the tokenizer.
+    """
+    texts: list[list[list[int]]] = []
+    for words in words_per_task:
+        of_task: dict[tuple[int, ...], str] = {}
+        for name in words:
+            ids = [tokenizer.sot_token_id, *tokenizer.encode(template.format(name)), tokenizer.eot_token_id]
+            if len(ids) > tokenizer.context_length:
+                raise UserError(
+                    f"class {name!r} takes {len(ids)} tokens in the template {template!r}; the model reads "
+                    f"{tokenizer.context_length}: shorten it with data.class_names"
+                )
+            if tuple(ids) in of_task:
+                raise UserError(
+                    f"classes {of_task[tuple(ids)]!r} and {name!r} are the same to CLIP's tokenizer; "
+                    f"give them different words with data.class_names"
+                )
+            of_task[tuple(ids)] = name
+        texts.append([list(ids) for ids in of_task])
+
+    shared = min(_common_prefix(of_task) for of_task in texts)
+    rows = [ids[shared:] for of_task in texts for ids in of_task]
+    suffix = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for row, ids in zip(suffix, rows):
+        row[: len(ids)] = torch.tensor(ids)
+    return ClassTokens(
+        prefix=torch.tensor([of_task[0][:shared] for of_task in texts]),
+        suffix=suffix,
+        eot=torch.tensor([len(ids) - 1 for ids in rows]),
+        classes_per_task=tuple(len(of_task) for of_task in texts),
+    )
+
+
+def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
+    # EOT stays in the suffix also where there is one class only.
+    length = min(map(len, texts)) - 1
+    for position in range(length):
+        if len({ids[position] for ids in texts}) > 1:
+            return position
+    return length

@@ -1,0 +1,181 @@
+"""Loads a frozen CLIP by open_clip: a model name or model-config file, and weights by tag or file, without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.clip.torchvision_compat import ensure_torchvision
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import BUILTIN_DIGITS, ClipConfig
+from pipeline.errors import UserError
+
+RANDOM_WEIGHTS_SEED = 0
+_DEMO = Path(__file__).resolve().parent.parent / "demo"
+_BUILTIN_MODEL = _DEMO / "digits_clip.json"
+_BUILTIN_WEIGHTS = _DEMO / "digits_clip.safetensors"
+
+
+@dataclass(frozen=True)
+class ClipIdentity:
+    """What decides the numbers of a loaded CLIP; part of every artefact's name that was made with it."""
+
+    model: str
+    model_config: str
+    """JSON of open_clip's model config, with the activation that is used."""
+    weights: str
+    """`tag:<tag>`, `sha256:<hash of the file>`, or `random:<seed>`."""
+
+
+def clip_identity(config: ClipConfig) -> ClipIdentity:
+    """Resolves and checks a ClipConfig without loading weights.
+
+    Raises:
+        UserError: unknown model or tag, missing file, activation that contradicts the weights.
+    """
+    model_config, quick_gelu = _resolve(config)
+    if config.pretrained is None:
+        weights = f"random:{RANDOM_WEIGHTS_SEED}"
+    elif (file := weights_file(config)) is not None:
+        with open(file, "rb") as stream:
+            weights = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+    else:
+        weights = f"tag:{config.pretrained}"
+    text = json.dumps({**model_config, "quick_gelu": quick_gelu}, sort_keys=True)
+    return ClipIdentity(config.model, text, weights)
+
+
+def tower_sizes(identity: ClipIdentity) -> dict[str, int]:
+    """text_width, vision_width, text_depth, vision_depth of a model, from its config alone."""
+    values = json.loads(identity.model_config)
+    vision, text = values["vision_cfg"], values["text_cfg"]
+    for name, tower in (("vision", vision), ("text", text)):
+        if not isinstance(tower.get("width", 512), int) or not isinstance(tower.get("layers", 12), int):
+            raise UserError(f"clip.model={identity.model}: its {name} tower is no plain transformer")
+    if "timm_model_name" in vision or "hf_model_name" in text:
+        raise UserError(
+            f"clip.model={identity.model} is built from timm or Hugging Face towers, which cannot take prompts here; "
+            "use one of open_clip's own ViT models, such as ViT-B-16-quickgelu, ViT-B-32, ViT-L-14"
+        )
+    return {
+        "text_width": text.get("width", 512),
+        "vision_width": vision.get("width", 768),
+        "text_depth": text.get("layers", 12),
+        "vision_depth": vision.get("layers", 12),
+    }
+
+
+@lru_cache(maxsize=1)  # a Ray worker that trains one group after another loads CLIP once
+def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "cpu") -> ClipTowers:
+    """The frozen towers, float32, on `device`; weights files are read without executing pickled code."""
+    ensure_torchvision()
+    import open_clip
+
+    model_config, quick_gelu = _resolve(config)
+    name = _register(config.model)
+    file = weights_file(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        try:
+            with _errors_only():
+                model = open_clip.create_model(
+                    name,
+                    pretrained=str(file) if file else config.pretrained,
+                    force_quick_gelu=quick_gelu and not model_config.get("quick_gelu", False),
+                    pretrained_text=False,
+                    weights_only=True,
+                )
+        except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"clip.pretrained={config.pretrained!r} cannot be loaded into {config.model}: {error}") from None
+        except Exception as error:  # pickle.UnpicklingError: the file holds more than tensors
+            raise UserError(
+                f"clip.pretrained={config.pretrained!r} is refused: it is not a plain file of tensors ({error}). "
+                "Save the weights as safetensors"
+            ) from None
+    return ClipTowers(model, open_clip.get_tokenizer(name), text_order).to(device)
+
+
+def weights_fingerprint(towers: ClipTowers) -> str:
+    """SHA-256 over all frozen numbers: prompts fit only the CLIP that they were trained on."""
+    digest = hashlib.sha256()
+    for name, value in sorted(towers.named_parameters()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_file(config: ClipConfig) -> Path | None:
+    """The file that `clip.pretrained` names, or None for a tag or random weights."""
+    if config.pretrained is None:
+        return None
+    if config.pretrained == BUILTIN_DIGITS:
+        return _BUILTIN_WEIGHTS
+    path = Path(config.pretrained).expanduser()
+    looks_like_file = path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or len(path.parts) > 1
+    if looks_like_file and not path.is_file():
+        raise UserError(f"clip.pretrained={config.pretrained}: no such file")
+    return path if looks_like_file else None
+
+
+def _resolve(config: ClipConfig) -> tuple[dict[str, Any], bool]:
+    """open_clip's config of the model, and whether QuickGELU is to be used."""
+    ensure_torchvision()
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    name = _register(config.model)
+    model_config = open_clip.get_model_config(name)
+    if model_config is None:
+        vit = [model for model in open_clip.list_models() if model.startswith("ViT-")]
+        raise UserError(f"clip.model={config.model!r} is not known to open_clip; its ViT models: {', '.join(vit)}")
+    of_model = bool(model_config.get("quick_gelu", False))
+    of_weights = of_model
+    if config.pretrained is not None and weights_file(config) is None:
+        tag = get_pretrained_cfg(name, config.pretrained)
+        if not tag:
+            raise UserError(
+                f"clip.pretrained={config.pretrained!r} is neither a file nor a tag of {name}; "
+                f"tags: {', '.join(list_pretrained_tags_by_model(name)) or 'none'}"
+            )
+        of_weights = bool(tag.get("quick_gelu", False))
+    quick_gelu = of_weights if config.quick_gelu is None else config.quick_gelu
+    if of_model and not quick_gelu:
+        raise UserError(
+            f"clip.model={config.model} uses QuickGELU, the weights {config.pretrained!r} do not: "
+            f"use clip.model={config.model.removesuffix('-quickgelu')}"
+        )
+    return model_config, quick_gelu
+
+
+def _register(model: str) -> str:
+    """open_clip's name for a model name, a model-config file, or the built-in model."""
+    import open_clip
+
+    path = _BUILTIN_MODEL if model == BUILTIN_DIGITS else Path(model).expanduser()
+    if path.suffix != ".json":
+        return model
+    if not path.is_file():
+        raise UserError(f"clip.model={model}: no such model-config file")
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """open_clip tells each step of a load, and that random weights are random, to the root logger."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,338 @@
+"""Everything a run can be told, as one frozen tree: validated, from YAML and the command line, hashed.
+
+Choices:
+- the docstring under a field is its help text, on the command line and in docs/configuration.md;
+- an unknown field or impossible value is refused by name, with the valid ones, before anything starts;
+- defaults are the paper's settings (MmAP, AAAI 2024); what the paper leaves open is taken from MaPLe/Dassl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from pipeline.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEMO_CONFIG = REPOSITORY / "configs" / "demo.yaml"
+BUILTIN_DIGITS = "builtin:digits"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+def _one_class_field(template: str) -> str:
+    if template.count("{}") != 1:
+        raise ValueError("must contain {} exactly once, where the class name goes")
+    return template
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class DataConfig(Section):
+    root: str | None = None
+    """Folder of the images: <root>/<task>/<class>/*. `builtin:digits` writes the embedded handwritten digits."""
+    layout: Literal["auto", "folders", "office_home", "mini_domainnet"] = "auto"
+    """How the images lie under root: folders (task/class/image), or a data set as it is published (Office-Home's
+    archive; DomainNet's folders with the image lists splits_mini/*.txt). auto: recognised by what is there."""
+    tasks: tuple[str, ...] | None = None
+    """Names of the tasks to use (their folders); null: all that the layout has."""
+    class_names: str | None = None
+    """Text file of the classes to use, one a line: folder name, optionally a tab and the words to show to CLIP.
+    null: all class folders, `_` read as a space."""
+    shots: PositiveInt = 6
+    """Training images of each class in each task; the rest is the test set."""
+    max_dropped_share: Share = 0.0
+    """Share of broken images (0 to 1) that may be dropped, recorded with the split; above it the run stops."""
+
+
+class ClipConfig(Section):
+    model: str = "ViT-B-16-quickgelu"
+    """Name of an open_clip ViT model, path of a model-config JSON, or `builtin:digits`."""
+    pretrained: str | None = "openai"
+    """open_clip tag, path of a weights file, `builtin:digits`, or null for random weights."""
+    quick_gelu: bool | None = None
+    """Activation of the weights' training: null takes what open_clip knows of the tag or model."""
+    template: Annotated[str, AfterValidator(_one_class_field)] = "a photo of a {}."
+    """Text of a class; {} is the class name."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the frozen towers; auto: bfloat16 autocast on a GPU that has it, float32 elsewhere.
+    Prompts and optimizer state are float32 always."""
+
+
+class MmapConfig(Section):
+    prompt_length: PositiveInt = 8
+    """Prompt vectors of one MmAP in a layer (b in Eqs. 6-7)."""
+    source_rows: PositiveInt = 8
+    """Rows of the source prompt (m); divides prompt_length."""
+    source_columns: PositiveInt | None = None
+    """Columns of the source prompt (n); divides both towers' widths. null: their greatest common divisor."""
+    depth: PositiveInt | None = None
+    """Layers, from the first, that get prompts; null: as many as the shallower tower has."""
+    shared_source: bool = False
+    """One source prompt for all layers instead of one each."""
+    text_order: Literal["after_sos", "before_sos"] = "after_sos"
+    """Where text prompts stand: after the start token (CoOp, MaPLe), or before it (Eq. 9 to the letter)."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the source prompt's Gaussian start; scaling matrices start at one."""
+
+    @model_validator(mode="after")
+    def _rows_divide_length(self) -> MmapConfig:
+        if self.prompt_length % self.source_rows:
+            raise ValueError(
+                f"mmap.source_rows={self.source_rows} does not divide mmap.prompt_length={self.prompt_length}; "
+                f"valid: {_divisors(self.prompt_length)}"
+            )
+        return self
+
+
+class AugmentationConfig(Section):
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    """Smallest and largest share of the image's area that a random resized crop keeps; (1, 1): no random crop."""
+    crop_ratio: Annotated[float, Field(ge=1)] = 4 / 3
+    """Widest aspect ratio of a crop; the narrowest is its inverse."""
+    flip: bool = True
+    """Mirror half of the images left to right."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentationConfig:
+        low, high = self.crop_scale
+        if not 0 < low <= high:
+            raise ValueError(f"augmentation.crop_scale={list(self.crop_scale)} must rise, above 0")
+        return self
+
+
+class TrainingConfig(Section):
+    epochs: PositiveInt = 5
+    """Passes over the largest task's training images; smaller tasks repeat theirs."""
+    batch_size: PositiveInt = 16
+    """Images of each task in a step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.0035
+    """Peak rate of SGD."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """L2 penalty of SGD on all prompt parameters."""
+    warmup_epochs: NonNegativeInt = 1
+    """First epochs at warmup_rate; then a cosine by epoch, whose period is `epochs`."""
+    warmup_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Rate of the warm-up epochs."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """Random changes of the training images."""
+    checkpoint_every: PositiveInt = 1
+    """Epochs between checkpoints, from which a training whose worker died goes on."""
+
+
+class GlobalPromptConfig(Section):
+    epochs: PositiveInt | None = None
+    """Epochs of the prompt shared by all tasks; null: training.epochs."""
+    snapshot_every: PositiveInt = 1
+    """Steps between two snapshots of the tasks' gradients (they cost no extra backward pass)."""
+
+
+class GroupingConfig(Section):
+    affinity: Literal["dot", "cosine"] = "dot"
+    """Dot product of the tasks' gradients (Eq. 8), or their cosine."""
+    objective: Literal["sum", "mean"] = "sum"
+    """What the best partition maximises: sum of the pairwise affinities in groups (the paper), or the sum of each
+    task's mean affinity to its group (TAG)."""
+    num_groups: PositiveInt | None = None
+    """Exact number of groups; null: whatever is best."""
+    min_size: PositiveInt = 1
+    """Fewest tasks in a group."""
+    max_size: PositiveInt | None = None
+    """Most tasks in a group; null: no limit."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray cluster to join (`auto`, host:port); null: the one of RAY_ADDRESS, else a local Ray is started."""
+    gpus_per_training: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of a training, whole or a fraction; null: 1 where the cluster has GPUs, else 0."""
+    cpus_per_training: PositiveInt = 1
+    """CPU cores of a training; on CPU also its threads."""
+    max_retries: NonNegativeInt = 3
+    """How often a task whose worker died is started again."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else SQLite and a folder under storage."""
+    experiment: str = "mmap-clip"
+    """Name of the MLflow experiment."""
+
+
+class Config(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = "mmap"
+    """Name of the run in reports and MLflow."""
+    seed: int = 1
+    """Seed of the few-shot sampling, the prompts' start, batches and augmentation."""
+    storage: str = "mmap-runs"
+    """Folder for everything made: on a cluster, one that all nodes share. A relative one lies in the working
+    directory, or in the home directory for a submitted Ray job, whose working directory is a passing copy."""
+    data: DataConfig = DataConfig()
+    """Images and few-shot splits (stage 1)."""
+    clip: ClipConfig = ClipConfig()
+    """The frozen CLIP."""
+    mmap: MmapConfig = MmapConfig()
+    """Shape of the multi-modal alignment prompts."""
+    training: TrainingConfig = TrainingConfig()
+    """How prompts are trained (stages 2 and 4)."""
+    global_prompt: GlobalPromptConfig = GlobalPromptConfig()
+    """The prompt shared by all tasks and its gradient snapshots (stage 2)."""
+    grouping: GroupingConfig = GroupingConfig()
+    """How tasks are partitioned (stage 3)."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Ray."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+
+def content_hash(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a JSON-like value or config section; equal values hash equally."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def source_columns(config: MmapConfig, text_width: int, vision_width: int) -> int:
+    """n of Eqs. 6-7 for towers of these widths; a value that does not divide both is refused."""
+    common = math.gcd(text_width, vision_width)
+    n = config.source_columns or common
+    if common % n:
+        raise UserError(
+            f"mmap.source_columns={n} must divide the text width {text_width} and the vision width {vision_width}; "
+            f"valid: {_divisors(common)}"
+        )
+    return n
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Config from nested plain values; every fault is named in one UserError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _explain(fault: Any) -> str:
+    path = [str(part) for part in fault["loc"]]
+    name = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        section = _section_at(path[:-1])
+        valid = list(section.model_fields)
+        near = difflib.get_close_matches(path[-1], valid, n=1)
+        hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else ""
+        return f"unknown config field {name}{hint} Valid here: {', '.join(valid)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if name and not message.startswith(path[0] + "."):
+        return f"{name}={fault['input']!r}: {message}"
+    return message
+
+
+def _section_at(path: Sequence[str]) -> type[Section]:
+    section: type[Section] = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, Section)
+        section = annotation
+    return section
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Nested values of a YAML file (plain data only: a tag that makes Python objects is refused)."""
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not plain YAML: {error}") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"config file {path} must hold fields and values, not {type(values).__name__}")
+    return values or {}
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """All leaf fields as (dotted name, field), in order."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from fields(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE` and one `--section.field VALUE` for every field, with its documentation and default."""
+    parser.add_argument(
+        "--config", type=Path, default=DEMO_CONFIG, metavar="FILE",
+        help="YAML file of the run (default: configs/demo.yaml, the embedded handwritten digits)",
+    )
+    groups: dict[str, Any] = {}
+    for name, field in fields():
+        section = name.rpartition(".")[0]
+        if section not in groups:
+            title = f"config: {section}" if section else "config"
+            groups[section] = parser.add_argument_group(title, _section_help(section))
+        text = " ".join((field.description or "").split()).replace("%", "%%")
+        choices = f" One of: {', '.join(map(str, _choices(field)))}." if _choices(field) else ""
+        groups[section].add_argument(
+            f"--{name}", dest=f"config.{name}", default=argparse.SUPPRESS, metavar="VALUE",
+            help=f"{text}{choices} (default: {json.dumps(field.default)})",
+        )
+
+
+def _section_help(path: str) -> str | None:
+    if not path:
+        return "Values on the command line go before those of the file; lists are written [a, b]."
+    parent, _, name = path.rpartition(".")
+    return _section_at(parent.split(".") if parent else []).model_fields[name].description
+
+
+def _choices(field: FieldInfo) -> tuple[Any, ...]:
+    return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> Config:
+    """The file's values with the command line's over them, validated."""
+    values = load_yaml(arguments.config)
+    for key, text in vars(arguments).items():
+        if not key.startswith("config."):
+            continue
+        *path, name = key.removeprefix("config.").split(".")
+        target = values
+        for part in path:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise UserError(f"config file {arguments.config}: {part} must hold fields, not {target!r}")
+        try:
+            target[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            target[name] = text
+    return parse_config(values)
+

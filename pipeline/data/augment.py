@@ -1,0 +1,88 @@
+"""Random resized crop and flip of a whole batch at once, on the device that the pixels are on.
+
+Cropping and bicubic resizing with antialiasing are linear and separable: an image's crop is `rows @ pixels @ columnsᵀ`
+with a small weight matrix for each axis, so images of different sizes and crops share two batched matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.config import AugmentationConfig
+
+CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centred crop
+
+
+def crop_boxes(
+    heights: torch.Tensor, widths: torch.Tensor, config: AugmentationConfig, generator: torch.Generator
+) -> torch.Tensor:
+    """Boxes (B, 4) int64 of (top, left, height, width) for images of `heights`, `widths` (B,), as torchvision draws
+    them: area share uniform, aspect ratio log-uniform, position uniform; centred when no attempt fits.
+
+    crop_scale (1, 1) gives the centred square of the evaluation's preprocessing.
+    """
+    count = len(heights)
+    short = torch.minimum(heights, widths)
+    if tuple(config.crop_scale) == (1.0, 1.0):
+        return torch.stack([(heights - short) // 2, (widths - short) // 2, short, short], dim=1)
+    uniform = torch.rand(count, CROP_ATTEMPTS, 2, generator=generator, dtype=torch.float64)
+    position = torch.rand(count, 2, generator=generator, dtype=torch.float64)
+    low, high = config.crop_scale
+    area = (heights * widths)[:, None] * (low + (high - low) * uniform[..., 0])
+    ratio = torch.exp((2 * uniform[..., 1] - 1) * math.log(config.crop_ratio))
+    box_w, box_h = torch.round(torch.sqrt(area * ratio)), torch.round(torch.sqrt(area / ratio))
+    fits = (box_w >= 1) & (box_h >= 1) & (box_w <= widths[:, None]) & (box_h <= heights[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)
+    any_fits = fits.any(dim=1)
+    # The fallback keeps as much of the image as the ratio limits allow.
+    fallback_w = torch.minimum(widths, torch.round(heights * config.crop_ratio).long())
+    fallback_h = torch.minimum(heights, torch.round(widths * config.crop_ratio).long())
+    box_w = torch.where(any_fits, box_w.gather(1, first)[:, 0].long(), fallback_w)
+    box_h = torch.where(any_fits, box_h.gather(1, first)[:, 0].long(), fallback_h)
+    room = torch.stack([heights - box_h, widths - box_w], dim=1)
+    drawn = torch.floor(position * (room + 1)).long()
+    corner = torch.where(any_fits[:, None], drawn, room // 2)
+    return torch.cat([corner, box_h[:, None], box_w[:, None]], dim=1)
+
+
+def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_size: int) -> torch.Tensor:
+    """Weights (B, out_size, in_size), float32, of a bicubic antialiased resize of [start, start + length) to out_size.
+
+    The cubic has a = -0.5 and is widened when shrinking, as in Pillow and in torch's `antialias=True`.
+    """
+    scale = length.double() / out_size  # (B,)
+    width = scale.clamp(min=1)[:, None, None]
+    centre = start[:, None] + (torch.arange(out_size, device=start.device) + 0.5) * scale[:, None]
+    pixel = torch.arange(in_size, device=start.device)
+    x = ((pixel + 0.5)[None, None, :] - centre[:, :, None]).abs() / width
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+    weights = weights * inside[:, None, :]
+    return (weights / weights.sum(dim=-1, keepdim=True)).float()
+
+
+def augment(
+    images: Sequence[torch.Tensor], image_size: int, config: AugmentationConfig, generator: torch.Generator
+) -> torch.Tensor:
+    """Crops, resizes and flips uint8 `images` (3, h_i, w_i) → float32 (B, 3, image_size, image_size) in [0, 255].
+
+    The random numbers come from the CPU `generator`, so that they do not depend on the device.
+    """
+    device = images[0].device
+    heights = torch.tensor([image.shape[1] for image in images])
+    widths = torch.tensor([image.shape[2] for image in images])
+    top, left, box_h, box_w = crop_boxes(heights, widths, config, generator).to(device).unbind(dim=1)
+    flipped = torch.rand(len(images), generator=generator) < 0.5
+    canvas = torch.zeros(len(images), 3, int(heights.max()), int(widths.max()), device=device)
+    for slot, image in zip(canvas, images):
+        slot[:, : image.shape[1], : image.shape[2]] = image
+    rows = resize_weights(top, box_h, canvas.shape[2], image_size)
+    columns = resize_weights(left, box_w, canvas.shape[3], image_size)
+    if config.flip:
+        columns = torch.where(flipped.to(device)[:, None, None], columns.flip(1), columns)
+    return (rows[:, None] @ canvas @ columns[:, None].transpose(-1, -2)).clamp(0, 255)

@@ -1,0 +1,203 @@
+"""Finds the images of every task and class under a data root; opens none of them.
+
+Layouts: `folders` (<root>/<task>/<class>/<any depth>/image), `office_home` (the published archive, with or without its
+top folder), `mini_domainnet` (DomainNet's folders; the images are those of the lists splits_mini/*.txt).
+Everything is ordered by name, so that no file system's own order reaches a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import DataConfig
+from pipeline.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
+OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
+OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")
+MINI_DOMAINNET_LISTS = "splits_mini"
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    path: str
+    """Relative to the root, with forward slashes."""
+    task: str
+    class_folder: str
+    size: int
+    """Bytes."""
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies under a root. `images` is sorted by path; `ignored` are the files that are no images."""
+
+    root: Path
+    layout: str
+    images: tuple[ImageFile, ...]
+    classes: dict[str, tuple[str, ...]]
+    """Task → its class folders, sorted; the position is the label."""
+    class_words: dict[str, str]
+    """Class folder → the words shown to CLIP."""
+    ignored: tuple[str, ...]
+    left_out_classes: tuple[str, ...]
+    """Class folders that data.class_names does not list, as task/class."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, sizes and times: changes when a file may have, without reading it."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(f"{image.path}\0{image.size}\0{image.modified_ns}\n".encode("utf-8", "surrogateescape"))
+        digest.update(repr((sorted(self.classes.items()), sorted(self.class_words.items()))).encode())
+        return digest.hexdigest()
+
+
+def find_images(config: DataConfig, root: Path) -> Listing:
+    """Listing of `root` by `config` (layout, tasks, class_names).
+
+    Raises:
+        UserError: root missing, no tasks, a task or class that is asked for and not there.
+    """
+    if not root.is_dir():
+        raise UserError(f"data.root={root} is not a folder on this machine")
+    layout, root = _recognise(config.layout, root)
+    if layout == "mini_domainnet":
+        files, ignored = _listed_files(root), []
+    else:
+        files, ignored = _walk(root)
+    selected_tasks = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
+    words_of = read_class_names(Path(config.class_names)) if config.class_names else None
+
+    found: dict[str, dict[str, list[str]]] = {}
+    for path, task, class_folder in files:
+        found.setdefault(task, {}).setdefault(class_folder, [])
+        if path:
+            found[task][class_folder].append(path)
+    tasks = sorted(selected_tasks or found)
+    missing = [task for task in tasks if task not in found]
+    if missing:
+        raise UserError(
+            f"data.tasks: {', '.join(missing)} not found under {root}; found: {', '.join(sorted(found)) or 'no task'}"
+        )
+    if not tasks:
+        raise UserError(f"data.root={root} holds no <task>/<class>/<image> folders")
+
+    classes: dict[str, tuple[str, ...]] = {}
+    left_out: list[str] = []
+    images: list[ImageFile] = []
+    for task in tasks:
+        of_task = found[task]
+        if words_of is not None:
+            absent = [name for name in words_of if name not in of_task]
+            if absent:
+                raise UserError(
+                    f"{config.class_names} lists classes that task {task!r} does not have: {_some(absent)} "
+                    f"({root / task})"
+                )
+            left_out += [f"{task}/{name}" for name in sorted(of_task) if name not in words_of]
+        classes[task] = tuple(sorted(words_of if words_of is not None else of_task))
+        if len(classes[task]) < 2:
+            raise UserError(
+                f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
+            )
+        for class_folder in classes[task]:
+            for path in of_task[class_folder]:
+                status = _stat(root, path)
+                images.append(ImageFile(path, task, class_folder, status.st_size, status.st_mtime_ns))
+    folders = sorted({name for names in classes.values() for name in names})
+    class_words = words_of or {name: name.replace("_", " ") for name in folders}
+    images.sort(key=lambda image: image.path)
+    return Listing(
+        root, layout, tuple(images), classes, {name: class_words[name] for name in folders},
+        tuple(sorted(ignored)), tuple(left_out),
+    )
+
+
+def read_class_names(path: Path) -> dict[str, str]:
+    """Class folder → words, from a text file: one class a line, `folder` or `folder<TAB>words`; # begins a comment."""
+    if not path.is_file():
+        raise UserError(f"data.class_names={path} does not exist")
+    words: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        folder, _, text = line.partition("\t")
+        folder = folder.strip()
+        if folder in words:
+            raise UserError(f"{path}:{number}: class {folder!r} is listed twice")
+        words[folder] = text.strip() or folder.replace("_", " ")
+    if not words:
+        raise UserError(f"data.class_names={path} lists no class")
+    return words
+
+
+def _recognise(layout: str, root: Path) -> tuple[str, Path]:
+    nested = root / OFFICE_HOME_FOLDER
+    if layout == "auto":
+        if (root / MINI_DOMAINNET_LISTS).is_dir():
+            layout = "mini_domainnet"
+        elif nested.is_dir() or all((root / task).is_dir() for task in OFFICE_HOME_TASKS):
+            layout = "office_home"
+        else:
+            layout = "folders"
+    if layout == "office_home" and nested.is_dir():
+        root = nested
+    if layout == "mini_domainnet" and not (root / MINI_DOMAINNET_LISTS).is_dir():
+        raise UserError(f"data.layout=mini_domainnet needs the image lists {root / MINI_DOMAINNET_LISTS}/*.txt")
+    return layout, root
+
+
+def _walk(root: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """(path, task, class folder) of all images, with an empty path for a class folder itself; and the other files."""
+    files: list[tuple[str, str, str]] = []
+    ignored: list[str] = []
+    for folder, subfolders, names in os.walk(root, onerror=_cannot_read):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        parts = Path(folder).relative_to(root).parts
+        if len(parts) == 2:
+            files.append(("", parts[0], parts[1]))
+        for name in sorted(names):
+            path = "/".join((*parts, name))
+            if len(parts) >= 2 and Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                files.append((path, parts[0], parts[1]))
+            else:
+                ignored.append(path)
+    return files, ignored
+
+
+def _cannot_read(error: OSError) -> None:
+    raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+
+def _listed_files(root: Path) -> list[tuple[str, str, str]]:
+    """The union of Dassl's lists: `clipart/aircraft_carrier/x.jpg 0` a line, file name <task>_<split>.txt."""
+    lists = sorted((root / MINI_DOMAINNET_LISTS).glob("*.txt"))
+    if not lists:
+        raise UserError(f"no *.txt lists in {root / MINI_DOMAINNET_LISTS}")
+    paths: set[str] = set()
+    for file in lists:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            path, _, label = line.strip().rpartition(" ")
+            if path.count("/") < 2 or not label.isdigit():
+                raise UserError(f"{file}:{number}: expected `task/class/image label`, got {line!r}")
+            paths.add(path)
+    return [(path, *path.split("/")[:2]) for path in sorted(paths)]
+
+
+def _stat(root: Path, path: str) -> os.stat_result:
+    try:
+        return os.stat(root / path)
+    except OSError as error:
+        raise UserError(f"cannot read {root / path}: {error.strerror}") from None
+
+
+def _some(names: Iterable[str], limit: int = 10) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,99 @@
+"""Few-shot sampling: which images train, which test.
+
+Choices:
+- an image's rank is a hash of (seed, task, class, content), and the smallest ranks train: the same on every machine,
+  whatever the file names, their order, or the number of other images;
+- an image is its content: a copy of a training image, in any task and under any name, is in no test set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScannedImage:
+    """An image file that was read once. `error` says why it cannot be decoded, or is None."""
+
+    path: str
+    task: str
+    class_folder: str
+    sha256: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images of both splits, sorted by path; `copies` are (path, path of the training image that it is a copy of)."""
+
+    train: tuple[ScannedImage, ...]
+    test: tuple[ScannedImage, ...]
+    copies: tuple[tuple[str, str], ...]
+
+
+def sample_splits(
+    images: Iterable[ScannedImage], classes: Mapping[str, Sequence[str]], shots: int, seed: int
+) -> Splits:
+    """Draws `shots` training images of each class of each task from decodable `images`; the rest tests.
+
+    Raises:
+        UserError: naming every class that cannot give `shots` training images and one test image.
+    """
+    by_class: dict[tuple[str, str], list[ScannedImage]] = {
+        (task, name): [] for task, names in classes.items() for name in names
+    }
+    for image in sorted(images, key=lambda image: image.path):
+        by_class[image.task, image.class_folder].append(image)
+
+    too_few: list[str] = []
+    train: dict[str, ScannedImage] = {}  # path → image
+    training_path: dict[str, str] = {}  # content → path of a training image
+    for (task, name), members in by_class.items():
+        distinct = {image.sha256: image for image in reversed(members)}  # of copies, the first path stands for all
+        if len(distinct) <= shots:
+            copies = len(members) - len(distinct)
+            too_few.append(
+                f"{task}/{name} has {len(distinct)} image(s)" + (f" and {copies} exact copies" if copies else "")
+            )
+            continue
+        for image in sorted(distinct.values(), key=lambda image: _rank(seed, image))[:shots]:
+            train[image.path] = image
+            training_path.setdefault(image.sha256, image.path)
+    if too_few:
+        raise UserError(
+            f"data.shots={shots} needs at least {shots + 1} different images of every class "
+            f"({shots} to train, 1 to test): " + "; ".join(too_few)
+        )
+
+    test: list[ScannedImage] = []
+    copies: list[tuple[str, str]] = []
+    for (task, name), members in by_class.items():
+        rest = [image for image in members if image.path not in train]
+        of_class = [image for image in rest if image.sha256 not in training_path]
+        if not of_class:
+            raise UserError(
+                f"{task}/{name} has no test image left: all {len(rest)} that do not train there are exact copies of "
+                f"training images (such as {rest[0].path} of {training_path[rest[0].sha256]})"
+            )
+        test += of_class
+        copies += [
+            (image.path, training_path[image.sha256]) for image in rest if image.sha256 in training_path
+        ]
+    by_path = sorted(train.values(), key=lambda image: image.path)
+    return Splits(tuple(by_path), tuple(sorted(test, key=lambda image: image.path)), tuple(sorted(copies)))
+
+
+def content_fingerprint(images: Iterable[ScannedImage]) -> str:
+    """SHA-256 over the paths and contents of a data set, in the order of the paths."""
+    digest = hashlib.sha256()
+    for image in sorted(images, key=lambda image: image.path):
+        digest.update(f"{image.path}\0{image.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def _rank(seed: int, image: ScannedImage) -> bytes:
+    return hashlib.sha256(f"{seed}\0{image.task}\0{image.class_folder}\0{image.sha256}".encode()).digest()

@@ -1,0 +1,146 @@
+"""MmAP, the multi-modal alignment prompt (Xin et al., AAAI 2024): Eqs. 6-7, and its uses in Eqs. 8-12.
+
+A source prompt per layer makes both towers' prompts by a Kronecker product with two small scaling matrices:
+P_l = M_l ⊗ P_s, P_v = M_v ⊗ P_s. All modules here hold a stack of MmAPs, so that several tasks are one product.
+
+Dimensions: N MmAPs in the stack, T tasks, K layers, m × n source prompt, b prompts, d_l and d_v the towers' widths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import MmapConfig, source_columns
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class MmapShape:
+    """Sizes of one MmAP. `sources` is the number of source prompts: one a layer, or 1 shared by all."""
+
+    depth: int
+    sources: int
+    b: int
+    m: int
+    n: int
+    text_width: int
+    vision_width: int
+
+    @staticmethod
+    def of(config: MmapConfig, towers: ClipTowers) -> MmapShape:
+        return MmapShape.for_towers(
+            config, towers.text_width, towers.vision_width, towers.text_depth, towers.vision_depth
+        )
+
+    @staticmethod
+    def for_towers(
+        config: MmapConfig, text_width: int, vision_width: int, text_depth: int, vision_depth: int
+    ) -> MmapShape:
+        """Raises: UserError: depth or source_columns do not fit towers of these sizes."""
+        n = source_columns(config, text_width, vision_width)
+        deepest = min(text_depth, vision_depth)
+        depth = config.depth or deepest
+        if depth > deepest:
+            raise UserError(
+                f"mmap.depth={depth}: the text tower has {text_depth} layers and the vision tower {vision_depth}; "
+                f"valid: 1 to {deepest}"
+            )
+        sources = 1 if config.shared_source else depth
+        return MmapShape(depth, sources, config.prompt_length, config.source_rows, n, text_width, vision_width)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers of one MmAP."""
+        scaling = (self.b // self.m) * (self.text_width // self.n + self.vision_width // self.n)
+        return self.sources * self.m * self.n + self.depth * scaling
+
+
+class MmapStack(nn.Module):
+    """`seeds` gives the number N of MmAPs and each one's start, which does not depend on the others'."""
+
+    def __init__(self, shape: MmapShape, seeds: Sequence[int], init_std: float = 0.02):
+        super().__init__()
+        self.shape = shape
+        sources = [
+            torch.randn(shape.sources, shape.m, shape.n, generator=torch.Generator().manual_seed(seed)) * init_std
+            for seed in seeds
+        ]
+        repeats = shape.b // shape.m
+        self.source = nn.Parameter(torch.stack(sources))  # (N, K or 1, m, n)
+        # Ones keep the prompts' deviation at that of the source; the sources already tell layers and tasks apart.
+        self.text_scaling = nn.Parameter(torch.ones(len(seeds), shape.depth, repeats, shape.text_width // shape.n))
+        self.vision_scaling = nn.Parameter(torch.ones(len(seeds), shape.depth, repeats, shape.vision_width // shape.n))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text prompts (N, K, b, d_l) and vision prompts (N, K, b, d_v)."""
+        return kronecker(self.text_scaling, self.source), kronecker(self.vision_scaling, self.source)
+
+
+class SharedMmap(nn.Module):
+    """The global prompt: one MmAP for all T tasks, of which each task uses its own copy.
+
+    After a backward pass through the sum of the tasks' losses, a copy's gradient is its task's own gradient (Eq. 8),
+    and autograd has added them up for the update: no extra backward pass.
+    """
+
+    def __init__(self, shape: MmapShape, tasks: Sequence[str], seed: int, init_std: float = 0.02):
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.mmap = MmapStack(shape, [derive_seed(seed, "global")], init_std)
+        self._copies: list[torch.Tensor] = []
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text prompts (T, K, b, d_l) and vision prompts (T, K, b, d_v)."""
+        self._copies = [p.expand(len(self.tasks), *p.shape[1:]) for p in self.mmap.parameters()]
+        if torch.is_grad_enabled():
+            for copy in self._copies:
+                copy.retain_grad()
+        source, text_scaling, vision_scaling = self._copies
+        return kronecker(text_scaling, source), kronecker(vision_scaling, source)
+
+    def task_gradients(self) -> torch.Tensor:
+        """(T, parameters): each task's gradient of the last backward pass, parameters in `gradient_layout` order."""
+        return torch.cat([copy.grad.flatten(1) for copy in self._copies], dim=1)
+
+    def gradient_layout(self) -> dict[str, list[int]]:
+        """Name → shape of the parameters in a gradient vector, in order; axis 0 is the layer."""
+        return {name: list(p.shape[1:]) for name, p in self.mmap.named_parameters()}
+
+
+class GroupMmap(nn.Module):
+    """The prompts of a task group (Eqs. 9-12): one MmAP shared by the group and one for each of its T tasks.
+
+    Every layer sees [group prompts, task prompts]; gradients of the summed task losses update the shared one by all
+    tasks (Eq. 11) and each task's own by its task alone (Eq. 12).
+    """
+
+    def __init__(self, shape: MmapShape, tasks: Sequence[str], seed: int, init_std: float = 0.02):
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.group = MmapStack(shape, [derive_seed(seed, "group")], init_std)
+        self.task = MmapStack(shape, [derive_seed(seed, "task", name) for name in tasks], init_std)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text prompts (T, K, 2b, d_l) and vision prompts (T, K, 2b, d_v)."""
+        text, vision = (
+            torch.cat([group.expand(len(self.tasks), -1, -1, -1), task], dim=2)
+            for group, task in zip(self.group(), self.task())
+        )
+        return text, vision
+
+
+def kronecker(scaling: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Batched Kronecker product: (..., p, q) ⊗ (..., m, n) → (..., p·m, q·n), as torch.kron for each batch entry."""
+    product = torch.einsum("...pq,...mn->...pmqn", scaling, source)
+    return product.flatten(-2).flatten(-3, -2)
+
+
+def derive_seed(seed: int, *names: str) -> int:
+    """A seed for one purpose, the same on every machine, independent of all other purposes'."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")
