@@ -6,7 +6,6 @@ import io
 import warnings
 
 import numpy as np
-import torch
 from PIL import Image
 
 TRAINING_OVERSIZE = 2
@@ -35,7 +34,7 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
 
 
-def evaluation_pixels(data: bytes, image_size: int) -> torch.Tensor:
+def evaluation_pixels(data: bytes, image_size: int) -> np.ndarray:
     """Shorter side resized to `image_size`, centre crop → uint8 (3, image_size, image_size)."""
     image = decode_rgb(data)
     width, height = image.size
@@ -45,18 +44,18 @@ def evaluation_pixels(data: bytes, image_size: int) -> torch.Tensor:
         width, height = int(image_size * width / short), int(image_size * height / short)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    return _to_tensor(image.crop((left, top, left + image_size, top + image_size)))
+    return _channels_first(image.crop((left, top, left + image_size, top + image_size)))
 
 
-def training_pixels(data: bytes, image_size: int) -> torch.Tensor:
+def training_pixels(data: bytes, image_size: int) -> np.ndarray:
     """The whole image, its shorter side at most TRAINING_OVERSIZE × `image_size` → uint8 (3, height, width)."""
     image = decode_rgb(data)
     width, height = image.size
     shrink = TRAINING_OVERSIZE * image_size / min(width, height)
     if shrink < 1:
         image = image.resize((round(width * shrink), round(height * shrink)), Image.Resampling.BICUBIC)
-    return _to_tensor(image)
+    return _channels_first(image)
 
 
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def _channels_first(image: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

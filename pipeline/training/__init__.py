@@ -1,0 +1,1 @@
+"""The one training loop of all prompts, its batches, checkpoints and gradient snapshots; evaluation."""

@@ -1,0 +1,87 @@
+"""Per-task gradients of the global prompt on disk: one Parquet row a (step, task).
+
+Columns: step, epoch (from 1), task, loss, gradient (float32 vector), layer_norms (float32, the gradient's norm in each
+layer; one entry for a source prompt shared by all layers). The schema metadata `layout` holds the vector's parts: name
+→ shape, in order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.errors import UserError
+from pipeline.training.loop import StepRecord
+
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64()),
+        pa.field("epoch", pa.int64()),
+        pa.field("task", pa.string()),
+        pa.field("loss", pa.float64()),
+        pa.field("gradient", pa.list_(pa.float32())),
+        pa.field("layer_norms", pa.list_(pa.float32())),
+    ]
+)
+
+
+def write_snapshots(
+    path: Path,
+    tasks: Sequence[str],
+    snapshots: Sequence[tuple[StepRecord, torch.Tensor]],
+    layout: dict[str, list[int]],
+) -> None:
+    """Writes (record, gradients (T, P)) pairs; `layout` as of `SharedMmap.gradient_layout`."""
+    schema = SCHEMA.with_metadata({"layout": json.dumps(layout), "tasks": json.dumps(list(tasks))})
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for record, gradients in snapshots:
+            rows = [
+                {
+                    "step": record.step,
+                    "epoch": record.epoch,
+                    "task": task,
+                    "loss": loss,
+                    "gradient": gradient.numpy(),
+                    "layer_norms": layer_norms(gradient, layout).numpy(),
+                }
+                for task, loss, gradient in zip(tasks, record.losses, gradients)
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def layer_norms(gradient: torch.Tensor, layout: dict[str, list[int]]) -> torch.Tensor:
+    """Norm (K,) of a gradient vector (P,) in each layer, over all parameters that have that many layers."""
+    depth = max(shape[0] for shape in layout.values())
+    squares = torch.zeros(depth, dtype=torch.float64)
+    parts = gradient.double().split([math.prod(shape) for shape in layout.values()])
+    for part, shape in zip(parts, layout.values()):
+        if shape[0] == depth:
+            squares += part.view(depth, -1).square().sum(1)
+    return squares.sqrt().float()
+
+
+def read_gradients(path: Path, tasks: Sequence[str]) -> np.ndarray:
+    """Gradients (S, T, P), float64, snapshots by step and tasks as given.
+
+    Raises:
+        UserError: no snapshot file, or a step that lacks a task.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no gradient snapshots; train the global prompt first (jobs/train_global_prompt.py)")
+    table = pq.read_table(path, columns=["step", "task", "gradient"])
+    by_step: dict[int, dict[str, np.ndarray]] = {}
+    for step, task, gradient in zip(
+        table["step"].to_pylist(), table["task"].to_pylist(), table["gradient"].to_numpy(zero_copy_only=False)
+    ):
+        by_step.setdefault(step, {})[task] = gradient
+    for step, of_task in by_step.items():
+        if absent := [task for task in tasks if task not in of_task]:
+            raise UserError(f"{path}: the snapshot of step {step} lacks the tasks {', '.join(absent)}")
+    return np.stack([[of_task[task] for task in tasks] for _, of_task in sorted(by_step.items())]).astype(np.float64)

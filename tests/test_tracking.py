@@ -1,0 +1,377 @@
+"""The outbox against a real MLflow: a SQLite store, and a server that is killed and started again."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from pipeline import tracking
+from pipeline.tracking import Tracker, TrackingUnavailable, check_reachable, resolve_tracking_uri
+
+mlflow = pytest.importorskip("mlflow")
+
+GROUP = "group: ink+chalk"
+DATASET = {"dataset_name": "office_demo", "digest": "d" * 64, "source": "/data/office_demo"}
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory):
+    """MLflow's schema takes seconds to make: once, then copied."""
+    path = tmp_path_factory.mktemp("schema") / "mlflow.db"
+    tracking._client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def new_uri(empty_database, tmp_path):
+    def make(name):
+        (tmp_path / name).mkdir()
+        shutil.copy(empty_database, tmp_path / name / "mlflow.db")
+        return f"sqlite:///{tmp_path / name / 'mlflow.db'}"
+
+    return make
+
+
+@pytest.fixture
+def uri(new_uri):
+    return new_uri("storage")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "pipeline-1a2b3c"
+
+
+@pytest.fixture
+def figure(tmp_path):
+    path = tmp_path / "affinity.svg"
+    path.write_text("<svg/>")
+    return path
+
+
+def log_pipeline(tracker, figure, steps=range(3)):
+    """The calls of one small pipeline, all of which a restarted one repeats."""
+    tracker.start_run("pipeline", tags={"config": "demo"}, params={"seed": 0, "classes": "x" * 7000})
+    tracker.log_dataset("pipeline", **DATASET, profile={"images": 40})
+    tracker.start_run(GROUP, parent="pipeline", params={"rank": 4})
+    for step in steps:
+        tracker.log_metrics(GROUP, {"loss": 1 / (step + 1), "accuracy/ink+chalk": step / 10}, step=step)
+    tracker.log_artifact(GROUP, figure, "figures")
+    tracker.end_run(GROUP)
+    tracker.end_run("pipeline")
+
+
+def read_runs(uri, experiment="demo"):
+    """All runs of the experiment by name; a name that two runs carry fails."""
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    assert len({run.info.run_name for run in runs}) == len(runs)
+    return client, {run.info.run_name: run for run in runs}
+
+
+def history(client, run, key):
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+
+
+def snapshot(uri):
+    """Everything that a reader of the store sees, to compare before and after."""
+    client, runs = read_runs(uri)
+    return {
+        name: (run.to_dictionary(), [history(client, run, key) for key in run.data.metrics])
+        for name, run in runs.items()
+    }
+
+
+def test_all_kinds_arrive(uri, folder, figure, tmp_path):
+    with Tracker(uri, "demo", folder) as tracker:
+        log_pipeline(tracker, figure)
+        figure.unlink()  # the outbox keeps what was logged
+        report = tracker.flush()
+    assert (report.waiting, report.refused) == (0, 0) and report.delivered > 0
+    assert uri in report.message
+
+    client, runs = read_runs(uri)
+    parent, group = runs["pipeline"], runs[GROUP]
+    assert group.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert parent.data.tags["config"] == "demo" and parent.data.params["seed"] == "0"
+    assert parent.data.params["classes"].endswith("(cut)") and len(parent.data.params["classes"]) == 6000
+    assert history(client, group, "loss") == [(0, 1.0), (1, 1 / 2), (2, 1 / 3)]
+    assert history(client, group, "accuracy/ink_chalk")[-1] == (2, 0.2)
+    [used] = parent.inputs.dataset_inputs
+    assert used.dataset.name == "office_demo" and json.loads(used.dataset.profile) == {"images": 40}
+    [artifact] = client.list_artifacts(group.info.run_id, "figures")
+    assert artifact.path == "figures/affinity.svg"
+    assert (tmp_path / "storage" / "mlartifacts").is_dir()
+
+
+def test_a_replay_changes_nothing(uri, folder, figure):
+    with Tracker(uri, "demo", folder) as tracker:
+        log_pipeline(tracker, figure)
+    journal, first = (folder / "outbox.jsonl").read_text(), snapshot(uri)
+    for state_is_lost in (False, True):  # then all is sent a second time
+        if state_is_lost:
+            (folder / "outbox_state.json").unlink()
+        with Tracker(uri, "demo", folder) as tracker:
+            log_pipeline(tracker, figure)
+        assert (folder / "outbox.jsonl").read_text() == journal
+        assert snapshot(uri) == first
+
+
+def test_a_failed_run_is_taken_up_again(uri, folder, figure):
+    with Tracker(uri, "demo", folder) as tracker:
+        tracker.start_run("pipeline")
+        tracker.end_run("pipeline", "FAILED")
+        tracker.start_run("pipeline")
+        tracker.flush()
+        assert read_runs(uri)[1]["pipeline"].info.status == "RUNNING"
+        tracker.end_run("pipeline")
+    assert read_runs(uri)[1]["pipeline"].info.status == "FINISHED"
+
+
+def test_half_a_line_is_dropped(uri, folder, figure):
+    with Tracker(uri, "demo", folder) as tracker:
+        log_pipeline(tracker, figure, steps=range(2))
+    with (folder / "outbox.jsonl").open("a") as journal:
+        journal.write('{"op": "metrics", "run": "gro')
+    with Tracker(uri, "demo", folder) as tracker:
+        log_pipeline(tracker, figure, steps=range(3))
+    for line in (folder / "outbox.jsonl").read_text().splitlines():
+        json.loads(line)
+    client, runs = read_runs(uri)
+    assert [step for step, _ in history(client, runs[GROUP], "loss")] == [0, 1, 2]
+
+
+def test_a_new_uri_gets_everything(uri, new_uri, folder, figure):
+    elsewhere = new_uri("elsewhere")
+    with Tracker(uri, "demo", folder) as tracker:
+        log_pipeline(tracker, figure)
+    first = snapshot(uri)
+    with Tracker(elsewhere, "demo", folder) as tracker:
+        assert tracker.flush().waiting == 0
+    client, runs = read_runs(elsewhere)
+    assert set(runs) == {"pipeline", GROUP} and len(history(client, runs[GROUP], "loss")) == 3
+    assert client.list_artifacts(runs[GROUP].info.run_id, "figures")
+    with Tracker(uri, "demo", folder) as tracker:
+        assert tracker.flush().waiting == 0
+    assert snapshot(uri) == first
+
+
+def test_an_emptied_store_is_filled_again(uri, empty_database, folder, figure, tmp_path):
+    for _ in range(2):
+        shutil.copy(empty_database, tmp_path / "storage" / "mlflow.db")
+        with Tracker(uri, "demo", folder) as tracker:
+            log_pipeline(tracker, figure)
+        assert set(read_runs(uri)[1]) == {"pipeline", GROUP}
+
+
+def test_what_is_refused_does_not_hold_up_the_rest(uri, folder, caplog):
+    with Tracker(uri, "demo", folder) as tracker:
+        tracker.start_run("pipeline", params={"seed": 0})
+        tracker.log_params("pipeline", {"seed": 1, "depth": 9, "bad//key": 1})
+        tracker.log_metrics("pipeline", {f"m{i}": i for i in range(2500)}, step=0)
+        tracker.end_run("pipeline")
+        report = tracker.flush()
+    assert report.waiting == 0 and report.refused == 1 and "refused.jsonl" in report.message
+    run = read_runs(uri)[1]["pipeline"]
+    assert run.data.params == {"seed": "0", "depth": "9"} and len(run.data.metrics) == 2500
+    refused = [json.loads(line)["values"] for line in (folder / "refused.jsonl").read_text().splitlines()]
+    assert refused == [{"seed": "1"}, {"bad//key": "1"}]
+    assert sum("MLflow refused" in message for message in caplog.messages) == 1
+
+
+def test_what_always_fails_is_given_up(uri, folder, monkeypatch):
+    monkeypatch.setattr(tracking, "GIVE_UP_AFTER", 3)
+    monkeypatch.setattr(tracking, "FIRST_PAUSE_S", 0.05)
+    with Tracker(uri, "demo", folder) as tracker:
+        tracker.start_run("pipeline")
+        tracker.flush()
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("a bug in the server")
+
+        monkeypatch.setattr(tracker._client, "log_inputs", broken)
+        tracker.log_dataset("pipeline", **DATASET)
+        tracker.end_run("pipeline")
+        report = tracker.flush()
+    assert (report.waiting, report.refused) == (0, 1)
+    assert read_runs(uri)[1]["pipeline"].info.status == "FINISHED"
+
+
+def test_a_lost_acknowledgement_makes_no_second_run(uri, folder, monkeypatch):
+    monkeypatch.setattr(tracking, "FIRST_PAUSE_S", 0.05)
+    real = mlflow.MlflowClient.create_run
+    lost = []
+
+    def create_and_lose(*args, **kwargs):
+        run = real(*args, **kwargs)
+        if not lost:
+            lost.append(run)
+            raise ConnectionError("the answer was lost")
+        return run
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_run", create_and_lose)
+    with Tracker(uri, "demo", folder) as tracker:
+        tracker.start_run("it's here")
+        assert tracker.flush().waiting == 0
+    assert read_runs(uri)[1]["it's here"].info.run_id == lost[0].info.run_id
+
+
+def test_a_deleted_experiment_is_restored(uri, folder):
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    client.delete_experiment(client.create_experiment("demo"))
+    with Tracker(uri, "demo", folder) as tracker:
+        tracker.start_run("pipeline")
+        assert tracker.flush().waiting == 0
+
+
+def test_mistakes_of_the_caller_are_named(uri, folder):
+    with Tracker(uri, "demo", folder) as tracker:
+        with pytest.raises(ValueError, match="start_run"):
+            tracker.log_metrics("group: none", {"loss": 1.0}, step=0)
+        with pytest.raises(ValueError, match="parent"):
+            tracker.start_run("child", parent="nobody")
+        tracker.start_run("pipeline")
+        with pytest.raises(ValueError, match="DONE"):
+            tracker.end_run("pipeline", "DONE")
+
+
+class Server:
+    """An `mlflow server` in a process group of its own."""
+
+    def __init__(self, uri, artifacts):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri, self.store, self.artifacts, self.process = (
+            f"http://127.0.0.1:{self.port}",
+            uri,
+            artifacts,
+            None,
+        )
+
+    def start(self):
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--backend-store-uri", self.store]
+        command += ["--artifacts-destination", str(self.artifacts)]
+        env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.artifacts / "server.log").open("ab") as output:
+            self.process = subprocess.Popen(
+                command, env=env, stdout=output, stderr=output, start_new_session=True
+            )
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, (self.artifacts / "server.log").read_text()
+                time.sleep(0.1)
+        raise TimeoutError((self.artifacts / "server.log").read_text())
+
+    def kill(self):
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(uri, tmp_path):
+    artifacts = tmp_path / "artifacts"
+    artifacts.mkdir()
+    server = Server(uri, artifacts)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+def test_a_server_that_dies_in_mid_run(server, folder, figure):
+    check_reachable(server.uri, timeout_s=30)
+    with Tracker(server.uri, "demo", folder) as tracker:
+        log_pipeline(tracker, figure, steps=range(2))
+        assert tracker.flush().waiting == 0
+        before = read_runs(server.uri)[1]
+
+        server.kill()
+        with pytest.raises(TrackingUnavailable, match=server.uri):
+            check_reachable(server.uri, timeout_s=3)
+        figure.write_text("<svg>later</svg>")
+        began = time.monotonic()
+        log_pipeline(tracker, figure, steps=range(5))
+        tracker.start_run("report", parent="pipeline", params={"tables": 3})
+        assert time.monotonic() - began < 2
+        report = tracker.flush(timeout_s=1)
+        assert report.waiting > 0 and server.uri in report.message and str(folder) in report.message
+        assert time.monotonic() - began < 5
+
+        server.start()
+        assert tracker.flush(timeout_s=30).waiting == 0
+    client, runs = read_runs(server.uri)
+    assert {name: run.info.run_id for name, run in before.items()}.items() <= {
+        name: run.info.run_id for name, run in runs.items()
+    }.items()
+    assert set(runs) == {"pipeline", GROUP, "report"}
+    assert [step for step, _ in history(client, runs[GROUP], "loss")] == [0, 1, 2, 3, 4]
+    assert runs["report"].data.params == {"tables": "3"}
+    kept = client.download_artifacts(runs[GROUP].info.run_id, "figures/affinity.svg")
+    assert Path(kept).read_text() == "<svg>later</svg>"
+
+
+def test_without_a_server_the_next_process_sends(uri, folder, figure):
+    nowhere = "http://127.0.0.1:9"
+    tracker = Tracker(nowhere, "demo", folder)
+    log_pipeline(tracker, figure)
+    report = tracker.close(timeout_s=1)
+    assert report.delivered == 0 and report.waiting > 0 and nowhere in report.message
+    with Tracker(uri, "demo", folder) as tracker:
+        assert tracker.flush().waiting == 0
+    assert set(read_runs(uri)[1]) == {"pipeline", GROUP}
+
+
+@pytest.mark.parametrize("bad", ["./mlruns", "file:///tmp/mlruns", "htp://host:5000", "sqlite://", "http://"])
+def test_the_door_names_a_wrong_uri(bad):
+    with pytest.raises(TrackingUnavailable, match="sqlite:////folder/mlflow.db"):
+        check_reachable(bad)
+
+
+def test_the_door_hides_the_password_and_makes_the_folder(tmp_path):
+    with pytest.raises(TrackingUnavailable) as caught:
+        check_reachable("http://anna:secret@127.0.0.1:9", timeout_s=5)
+    assert "127.0.0.1:9" in str(caught.value) and "secret" not in str(caught.value)
+    check_reachable(f"sqlite:///{tmp_path}/new/mlflow.db")
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(TrackingUnavailable, match="tracking.uri"):
+        check_reachable(f"sqlite:///{tmp_path}/file/mlflow.db")
+
+
+def test_where_the_uri_comes_from(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_tracking_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-env:5000")
+    assert resolve_tracking_uri(None, tmp_path) == "http://from-env:5000"
+    assert resolve_tracking_uri("http://configured:5000", tmp_path) == "http://configured:5000"
+
+
+def test_the_environment_without_git(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    found = tracking.run_environment()
+    assert found["mlflow"] == mlflow.__version__ and "git_commit" not in found
+    assert all(isinstance(value, str) for value in found.values())
+
+
+def test_importing_is_cheap():
+    code = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
