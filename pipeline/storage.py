@@ -10,7 +10,6 @@ whole artefact or none, and a stage whose artefact is there is not run again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -69,7 +68,7 @@ class Artefact:
         return False
 
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+        return read_json(self.folder / _MANIFEST)
 
     def start(self) -> Path:
         """The folder to make files in; what an interrupted attempt left there stays, to go on from."""
@@ -85,7 +84,7 @@ class Artefact:
             if path.is_file() and path.name != _MANIFEST
         }
         manifest = {"stage": self.stage, "made_from": self.made_from, "seconds": seconds, "files": files}
-        write_atomically(self.building / _MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+        write_json(self.building / _MANIFEST, manifest)
         try:
             os.replace(self.building, self.folder)
         except OSError:
@@ -108,17 +107,20 @@ def write_atomically(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or change `storage`") from error
 
 
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror}; change `storage`") from error
     return path
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _has_size(path: Path, size: int) -> bool:

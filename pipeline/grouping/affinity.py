@@ -1,0 +1,82 @@
+"""How much two tasks pull a shared prompt in the same direction.
+
+What this module chose:
+- Affinity is the inner product of two tasks' gradients (Eq. 8 of the MmAP paper), averaged over snapshots
+  of the training; `cosine` first scales every gradient to unit length, so that a task with large gradients
+  (a high loss, many classes) counts no more than the others.
+- Snapshots are averaged plainly: under `dot` those with large gradients, usually the early ones, weigh more.
+- The arithmetic is float64, one snapshot at a time, whatever dtype the gradients were stored in.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+AffinityKind = Literal["dot", "cosine"]
+
+
+def affinity_matrix(
+    gradients: np.ndarray, kind: AffinityKind, *, tasks: Sequence[str] | None = None
+) -> np.ndarray:
+    """Mean over snapshots of the task x task Gram matrix of the gradients (Eq. 8 of the MmAP paper).
+
+    A gradient that is exactly zero has no direction: under `cosine` all its cosines in that snapshot are 0,
+    its diagonal entry included, and the snapshot still counts in the mean.
+
+    Args:
+        gradients: (S, T, P), for every snapshot the gradient of each task's loss with respect to the shared
+            prompt, flattened; any real dtype.
+        kind: "dot" for inner products, "cosine" for inner products of unit gradients.
+        tasks: T task names for error messages; without them messages give the task's index.
+
+    Returns:
+        (T, T) float64, exactly symmetric. The diagonal is the mean squared gradient norm under `dot` and the
+        share of snapshots with a non-zero gradient (normally 1) under `cosine`.
+
+    Raises:
+        UserError: gradients are not three-dimensional, hold no snapshot, task or parameter, or hold a NaN or
+            an infinity; the number of names is not T; the kind is unknown.
+    """
+    gradients = np.asarray(gradients)
+    if kind not in get_args(AffinityKind):
+        raise UserError(
+            f"affinity kind {kind!r} is unknown; choose from {', '.join(get_args(AffinityKind))}"
+        )
+    if gradients.ndim != 3:
+        raise UserError(f"gradients have shape {gradients.shape}, expected (snapshots, tasks, parameters)")
+    num_snapshots, num_tasks, num_parameters = gradients.shape
+    if num_snapshots == 0:
+        raise UserError("there are no gradient snapshots; train the shared prompt until it has taken one")
+    if num_tasks == 0 or num_parameters == 0:
+        raise UserError(f"gradients have shape {gradients.shape}: no task or no parameter")
+    if tasks is not None and len(tasks) != num_tasks:
+        raise UserError(f"{len(tasks)} task names for gradients of {num_tasks} tasks")
+
+    gram = np.zeros((num_tasks, num_tasks))
+    for index, snapshot in enumerate(gradients):
+        snapshot = snapshot.astype(np.float64)  # (T, P)
+        finite = np.isfinite(snapshot).all(axis=1)
+        if not finite.all():
+            task = int(np.argmin(finite))
+            name = f"task {task}" if tasks is None else f"task {task} ({tasks[task]!r})"
+            num_bad = int(np.count_nonzero(~np.isfinite(snapshot[task])))
+            raise UserError(
+                f"snapshot {index}, {name}: {num_bad} of {num_parameters} gradient values are not finite"
+            )
+        if kind == "cosine":
+            snapshot = _unit_rows(snapshot)
+        gram += snapshot @ snapshot.T
+    gram /= num_snapshots
+    return (gram + gram.T) / 2  # BLAS may round (i, j) and (j, i) differently
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows (T, P) scaled to unit length; a zero row stays zero."""
+    # The largest value goes first: squares of very small or very large gradients leave float64's range.
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    rows = rows / np.where(largest == 0, 1.0, largest)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length == 0, 1.0, length)

@@ -1,0 +1,108 @@
+"""What is being done, how far, how fast, and how long it will still take.
+
+Workers report to one small Ray actor; the driver drains it and draws bars, or, where the output is no terminal (a Ray
+job's log), prints a line for each work at most every few seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+REPORT_EVERY_S = 0.5
+LOG_LINE_EVERY_S = 10
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Collects the workers' reports until the driver takes them."""
+
+    def __init__(self) -> None:
+        self._reports: list[Report] = []
+        self._totals: dict[tuple[str, str], list[int]] = {}
+
+    def post(self, report: Report) -> None:
+        self._reports.append(report)
+
+    def expect(self, label: str, total: int, unit: str) -> None:
+        """Begins a count to which several workers add."""
+        self._totals[label, unit] = [0, total]
+
+    def advance(self, label: str, count: int, unit: str) -> None:
+        of = self._totals[label, unit]
+        of[0] += count
+        self._reports.append(Report(label, of[0], of[1], unit))
+
+    def take(self) -> list[Report]:
+        reports, self._reports = self._reports, []
+        return reports
+
+
+@dataclass
+class Report:
+    """`completed` of `total` `unit`s of the work `label`; `metrics` are (step, name → value) measured since the last."""
+
+    label: str
+    completed: int
+    total: int
+    unit: str
+    metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+
+class Reporter:
+    """A worker's side: posts at most every REPORT_EVERY_S, and at the end of a phase."""
+
+    def __init__(self, board: Any, label: str):
+        self._board, self._label = board, label
+        self._metrics: list[tuple[int, dict[str, float]]] = []
+        self._last = 0.0
+
+    def update(self, completed: int, total: int, unit: str, metrics: tuple[int, dict[str, float]] | None = None) -> None:
+        if metrics:
+            self._metrics.append(metrics)
+        if time.monotonic() - self._last >= REPORT_EVERY_S or completed >= total:
+            self._board.post.remote(Report(self._label, completed, total, unit, self._metrics))
+            self._metrics, self._last = [], time.monotonic()
+
+
+class ProgressDisplay:
+    """The driver's side. A context manager for one stage."""
+
+    def __init__(self, console: Console, title: str):
+        self._console, self._title = console, title
+        self._bars = Progress(
+            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._started: dict[tuple[str, str], tuple[float, int]] = {}
+        self._last_line: dict[str, float] = {}
+
+    def __enter__(self) -> ProgressDisplay:
+        self._console.print(f"[bold]{self._title}[/]")
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def show(self, report: Report) -> None:
+        key = (report.label, report.unit)
+        now = time.monotonic()
+        began, before = self._started.setdefault(key, (now, report.completed))
+        rate = (report.completed - before) / (now - began) if now > began else 0.0
+        speed = f"{rate:.3g} {report.unit}/s" if rate else report.unit
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(report.label, total=report.total, rate=speed)
+        self._bars.update(self._tasks[key], completed=report.completed, total=report.total, rate=speed)
+        if not self._console.is_terminal and now - self._last_line.get(report.label, began) >= LOG_LINE_EVERY_S:
+            self._last_line[report.label] = now
+            left = f", {(report.total - report.completed) / rate:.0f} s left" if rate else ""
+            self._console.print(
+                f"  {report.label}: {report.completed} of {report.total} {report.unit}, {speed}{left}", highlight=False
+            )

@@ -1,0 +1,277 @@
+"""Pictures of a task grouping: the affinity matrix as a heat map, and the tasks as a graph.
+
+What this module chose:
+- Figures are plain `matplotlib.figure.Figure` objects, without pyplot and its global state; `savefig` works
+  anywhere, with no display.
+- Blue is positive and red is negative in both pictures, with zero in the middle of the scale.
+- The colour scale ignores the diagonal: under dot products it holds squared gradient norms, often far above
+  the rest, and would leave every other cell pale. Diagonal cells are grey.
+- Positions in the graph are computed, not simulated: the same grouping always gives the same picture.
+"""
+
+from collections.abc import Sequence
+from math import atan2, cos, degrees, floor, log10, pi, sin
+
+import matplotlib
+import networkx as nx
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+
+MAX_TASKS_WITH_VALUES = 12
+"""Up to this many tasks the heat map has room for the numbers."""
+
+MAX_LEGEND_GROUPS = 12
+"""Beyond this many groups the graph's legend leaves them out; the picture shows them anyway."""
+
+POSITIVE, NEGATIVE = "#2166ac", "#b2182b"  # the ends of the RdBu colour map
+
+
+def affinity_heat_map(
+    affinity: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]
+) -> Figure:
+    """The affinity matrix with tasks ordered by group and every group outlined.
+
+    Args:
+        affinity: (T, T), finite.
+        task_names: T names; long ones are shortened in the picture.
+        groups: disjoint groups of task indices that cover all tasks, as `Partition.groups`.
+    """
+    order = [task for group in groups for task in group]
+    num_tasks = len(order)
+    matrix = np.asarray(affinity, dtype=np.float64)[np.ix_(order, order)]
+    between_tasks = matrix[~np.eye(num_tasks, dtype=bool)]
+    exponent = _shared_exponent(between_tasks)
+    matrix = matrix / 10.0**exponent
+    limit = np.abs(between_tasks).max(initial=0) / 10.0**exponent or 1.0
+
+    names = [_shortened(task_names[task]) for task in order]
+    with_values = num_tasks <= MAX_TASKS_WITH_VALUES
+    cell, smallest = (0.68, 2.0) if with_values else (0.21, 5.0)
+    side = max(num_tasks * cell, smallest)  # of the map, in inches
+    font_size = 10 if with_values else min(9.0, 0.8 * 72 * side / num_tasks)
+    label = _text_inches(max(names, key=len), font_size)
+    label_below = label * (0.75 if with_values else 1.0)
+    figure = Figure(figsize=(side + label + 2.2, side + label_below + 1.1), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps["RdBu"].with_extremes(bad="#d9d9d9")
+    cells = np.ma.masked_array(matrix, mask=np.eye(num_tasks, dtype=bool))
+    image = axes.imshow(cells, cmap=colours, vmin=-limit, vmax=limit)
+
+    axes.set_yticks(range(num_tasks), names, fontsize=font_size, parse_math=False)
+    if with_values:
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(num_tasks), names, fontsize=font_size, parse_math=False, **slanted)
+    else:
+        axes.set_xticks(range(num_tasks), names, fontsize=font_size, parse_math=False, rotation=90)
+    axes.tick_params(length=2)
+    axes.spines[:].set_visible(False)
+    if with_values:
+        for (row, column), value in np.ndenumerate(matrix):
+            dark = row != column and abs(value) > 0.6 * limit
+            style = {"ha": "center", "va": "center", "fontsize": 8.5, "color": "white" if dark else "#222222"}
+            axes.text(column, row, _short_number(value), **style)
+
+    sizes = np.array([len(group) for group in groups])
+    starts = np.cumsum(sizes) - sizes - 0.5
+    for start, size in zip(starts, sizes, strict=True):
+        block = Rectangle((start, start), size, size, fill=False, linewidth=2, color="black", clip_on=False)
+        axes.add_patch(block)
+    group_axis = axes.secondary_yaxis("right")
+    group_names = [f"group {index + 1}" for index in range(len(groups))]
+    group_axis.set_yticks(starts + sizes / 2, group_names, fontsize=font_size, color="#555555")
+    group_axis.tick_params(length=0, pad=6)
+    group_axis.spines[:].set_visible(False)
+
+    scale = f" (×10$^{{{exponent}}}$)" if exponent else ""
+    bar = figure.colorbar(image, ax=axes, aspect=25, pad=0.02, shrink=0.8)
+    bar.set_label(f"affinity{scale}")
+    bar.outline.set_visible(False)
+    title = f"Affinity of {_counted(num_tasks, 'task')} in {_counted(len(groups), 'group')}"
+    axes.set_title(title, fontsize=12)
+    axes.set_xlabel("grey: a task with itself, outside the colour scale", fontsize=8, color="#555555")
+    return figure
+
+
+def affinity_graph_picture(graph: nx.Graph) -> Figure:
+    """Tasks as nodes, coloured and placed by group; edges as wide as their affinity is strong.
+
+    Edge colour and line style show the sign. Edges between groups are drawn faint, behind the others.
+
+    Args:
+        graph: as `pipeline.grouping.graph.affinity_graph` makes it.
+    """
+    num_tasks = graph.number_of_nodes()
+    members: dict[int, list[str]] = {}
+    for name, group in graph.nodes(data="group"):
+        members.setdefault(group, []).append(name)
+    members = dict(sorted(members.items()))
+    crowded = num_tasks > MAX_TASKS_WITH_VALUES
+    font_size, node_size = (8, 110) if crowded else (10, 260)  # points, square points
+    inches = 0.75 if crowded else 1.25 if num_tasks > 4 else 1.7  # between neighbours of a group
+    label = _text_inches(max(map(_shortened, graph), key=len), font_size)
+    positions, outwards = _positions(members, margin=0.4 + label / inches)
+
+    points = np.array(list(positions.values()))
+    low, high = points.min(axis=0) - 0.3, points.max(axis=0) + 0.3
+    width, height = (high - low) * inches
+    figure = Figure(figsize=(max(width + 2 * label + 1.4, 5.0), max(height + 1.6, 3.2)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    axes = figure.add_subplot()
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    axes.axis("off")
+    title = f"Affinity graph of {_counted(num_tasks, 'task')} in {_counted(len(members), 'group')}"
+    figure.suptitle(title, fontsize=12)
+
+    _draw_edges(axes, graph, positions)
+    colours = _group_colours(len(members))
+    for colour, names in zip(colours, members.values(), strict=True):
+        spots = np.array([positions[name] for name in names])
+        axes.scatter(*spots.T, s=node_size, color=colour, edgecolor="white", zorder=4, clip_on=False)
+        # Level labels of a long ring would overlap at its top and bottom; along the radius they never do.
+        on_ring = len(names) if len(names) > 1 else len(members)
+        for name in names:
+            _label_node(axes, name, positions[name], outwards[name], font_size, node_size, on_ring > 12)
+
+    if len(members) <= MAX_LEGEND_GROUPS:
+        handles = [
+            Line2D([], [], linestyle="", marker="o", markersize=9, color=colour, label=f"group {group + 1}")
+            for colour, group in zip(colours, members, strict=True)
+        ]
+        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    handles = _edge_legend(graph)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _label_node(
+    axes: Axes,
+    name: str,
+    spot: np.ndarray,
+    outward: np.ndarray,
+    font_size: float,
+    node_size: float,
+    radial: bool,
+) -> None:
+    """A task's name beside its node, on the side away from the group's centre."""
+    style: dict = {"fontsize": font_size, "parse_math": False, "zorder": 5}
+    style["path_effects"] = [withStroke(linewidth=3, foreground="white")]
+    horizontal = "center" if abs(outward[0]) < 0.35 else "left" if outward[0] > 0 else "right"
+    vertical = "center" if abs(outward[1]) < 0.35 else "bottom" if outward[1] > 0 else "top"
+    if radial:
+        angle = degrees(atan2(outward[1], outward[0]))
+        leftward = outward[0] < -1e-9
+        style |= {"rotation": angle + 180 * leftward, "rotation_mode": "anchor"}
+        horizontal, vertical = "right" if leftward else "left", "center"
+    offset = outward * (node_size**0.5 / 2 + 4)
+    axes.annotate(
+        _shortened(name), spot, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style
+    )
+
+
+def _draw_edges(axes: Axes, graph: nx.Graph, positions: dict[str, np.ndarray]) -> None:
+    """Lines between tasks, strong ones last; zero affinity draws nothing."""
+    strongest = max((abs(weight) for _, _, weight in graph.edges(data="weight")), default=0) or 1.0
+    crowded = graph.number_of_nodes() > MAX_TASKS_WITH_VALUES
+    edges = sorted(graph.edges(data=True), key=lambda edge: (edge[2]["within_group"], abs(edge[2]["weight"])))
+    for order, (one, other, edge) in enumerate(edges):
+        strength = abs(edge["weight"]) / strongest
+        if strength == 0:
+            continue
+        opacity = 0.95 if edge["within_group"] else 0.3
+        axes.plot(
+            *zip(positions[one], positions[other], strict=True),
+            **_edge_style(edge["weight"]),
+            linewidth=(0.2 + 2.3 * strength) if crowded else (0.6 + 5.4 * strength),
+            # Hundreds of weak edges would cover the strong ones.
+            alpha=opacity * (0.2 + 0.8 * strength if crowded else 0.35 + 0.65 * strength),
+            clip_on=False,
+            zorder=2 + order / len(edges),
+        )
+
+
+def _edge_style(weight: float) -> dict:
+    if weight > 0:
+        return {"color": POSITIVE, "linestyle": "-"}
+    return {"color": NEGATIVE, "linestyle": (0, (2.5, 1.5))}
+
+
+def _edge_legend(graph: nx.Graph) -> list[Line2D]:
+    """One entry for each kind of edge that the picture holds."""
+    handles = []
+    edges = [(edge["within_group"], edge["weight"]) for _, _, edge in graph.edges(data=True)]
+    for within, place in ((True, "within a group"), (False, "between groups")):
+        for sign, word in ((1, "positive"), (-1, "negative")):
+            if any(edge_within == within and weight * sign > 0 for edge_within, weight in edges):
+                style = _edge_style(sign)
+                alpha = 0.95 if within else 0.35
+                handles.append(Line2D([], [], **style, linewidth=2.5, alpha=alpha, label=f"{word}, {place}"))
+    return handles
+
+
+def _positions(
+    members: dict[int, list[str]], margin: float
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Task positions, and the unit vectors that point away from each task's group.
+
+    Every group is a ring whose neighbours are 1 apart; the rings stand around a circle, with `margin` free
+    around each.
+    """
+    radii = np.array([0.5 / sin(pi / len(names)) if len(names) > 1 else 0.0 for names in members.values()])
+    all_alone = not radii.any()
+    rooms = radii + (0.5 if all_alone else margin)
+    angles = 2 * pi * (np.cumsum(rooms) - rooms / 2 - rooms[0] / 2) / rooms.sum()
+    # (G, 2): the first group on the left, then clockwise
+    directions = np.stack([-np.cos(angles), np.sin(angles)], axis=1)
+    needed = rooms[:, None] + rooms[None, :]
+    np.fill_diagonal(needed, 0)
+    gaps = np.linalg.norm(directions[:, None] - directions[None, :], axis=2)
+    circle = 0.0 if len(members) == 1 else (needed / np.where(gaps == 0, 1, gaps)).max()
+
+    positions, outwards = {}, {}
+    for direction, radius, names in zip(directions, radii, members.values(), strict=True):
+        for place, name in enumerate(names):
+            angle = pi / 2 - 2 * pi * place / len(names)
+            outward = np.array([cos(angle), sin(angle)])
+            positions[name] = circle * direction + radius * outward
+            outwards[name] = outward if len(names) > 1 else direction
+    return positions, outwards
+
+
+def _group_colours(num_groups: int) -> list:
+    if num_groups <= 10:
+        return list(matplotlib.colormaps["tab10"].colors[:num_groups])
+    return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, num_groups)))
+
+
+def _shared_exponent(values: np.ndarray) -> int:
+    """The power of ten to divide by, so that values can be written in a few digits; 0 if they can already."""
+    largest = np.abs(values).max(initial=0)
+    if largest == 0 or 0.05 <= largest < 1000:
+        return 0
+    return floor(log10(largest))
+
+
+def _short_number(value: float) -> str:
+    """At most about six characters, with a true minus sign."""
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    text = f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.0e}"
+    return text.replace("-", "−") if float(text) else "0"
+
+
+def _text_inches(text: str, font_size: float) -> float:
+    """About how wide a text is; a letter takes 0.6 of the font size."""
+    return 0.6 * font_size / 72 * len(text)
+
+
+def _shortened(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

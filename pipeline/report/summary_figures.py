@@ -1,0 +1,32 @@
+"""Pictures of a run's results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pipeline.report.summary import TITLES
+
+COLOURS = ("#b3b3b3", "#7aa6c2", "#1f5a85")
+
+
+def accuracy_picture(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Bars of every method's accuracy for each task and on average."""
+    columns = [*tasks, "average"]
+    figure = Figure(figsize=(max(6.0, 1.1 * len(columns) + 1.5), 4.0), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(methods)
+    for number, (name, method) in enumerate(methods.items()):
+        values = [100 * method["accuracy"][task] for task in tasks] + [100 * method["average"]]
+        at = [column + (number - (len(methods) - 1) / 2) * width for column in range(len(columns))]
+        bars = axes.bar(at, values, width, label=TITLES[name], color=COLOURS[number % len(COLOURS)])
+        axes.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=7, padding=1)
+    axes.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 10 else 0)
+    axes.axvline(len(tasks) - 0.5, color="#cccccc", linewidth=1)
+    axes.set_ylabel("test accuracy, %")
+    axes.set_ylim(0, 108)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(methods), frameon=False)
+    return figure

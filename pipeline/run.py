@@ -1,0 +1,221 @@
+"""One pipeline run on the driver: what the user can get wrong is checked here, before any worker starts."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.load import ClipIdentity, clip_identity, load_tokenizer, tower_sizes
+from pipeline.config import BUILTIN_DIGITS, Config, add_config_arguments, config_from_arguments, content_hash, to_yaml
+from pipeline.data.find import Listing, find_images
+from pipeline.data.parquet import FORMAT
+from pipeline.demo.digits import write_digits
+from pipeline.errors import UserError
+from pipeline.grouping.partition import check_constraints
+from pipeline.methods.mmap import MmapShape
+from pipeline.progress import ProgressBoard
+from pipeline.storage import Artefact, make_folder, write_atomically
+from pipeline.tracking import Tracker, TrackingUnavailable, check_reachable, resolve_tracking_uri, run_environment
+
+PARENT = "pipeline"
+"""Local name of the MLflow parent run."""
+LEAST_FREE_BYTES = 200 << 20
+
+
+@dataclass
+class Run:
+    """A pipeline run, checked and connected."""
+
+    config: Config
+    storage: Path
+    listing: Listing
+    clip: ClipIdentity
+    mmap_shape: MmapShape
+    splits: Artefact
+    folder: Path
+    """Reports of this run; named by the hash of all that decides its results."""
+    tracker: Tracker
+    console: Console
+    gpus_per_training: float
+    board: Any
+    """The workers' ProgressBoard actor."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.listing.classes)
+
+    def artefact(self, stage: str, made_from: dict[str, Any]) -> Artefact:
+        return Artefact(self.storage, stage, made_from)
+
+
+def run_job(description: str, main: Callable[[Run], None]) -> None:
+    """The body of a job script: command line, checks, `main(run)`; prints a user's faults without a traceback."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    console = Console(soft_wrap=True)
+    try:
+        with open_run(config_from_arguments(parser.parse_args()), console) as run:
+            main(run)
+    except (UserError, TrackingUnavailable) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(2)
+
+
+@contextmanager
+def open_run(config: Config, console: Console) -> Iterator[Run]:
+    """Checks the config against data, model, storage, tracking server and cluster; connects to them.
+
+    Raises:
+        UserError, TrackingUnavailable: the first thing that is wrong, with the remedy.
+    """
+    console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
+    storage = _open_storage(config)
+    listing = _find_data(config, storage)
+    clip, shape = _check_model(config, listing)
+    check_constraints(
+        len(listing.classes), config.grouping.num_groups, config.grouping.min_size, config.grouping.max_size
+    )
+    uri = resolve_tracking_uri(config.tracking.uri, storage)
+    check_reachable(uri)
+
+    splits = Artefact(
+        storage, "splits",
+        {
+            "format": FORMAT,
+            "source": listing.fingerprint(),
+            "shots": config.data.shots,
+            "max_dropped_share": config.data.max_dropped_share,
+            "seed": config.seed,
+        },
+    )
+    deciding = config.model_dump(mode="json", exclude={"name", "storage", "data", "clip", "cluster", "tracking"})
+    key = content_hash({**deciding, "clip": asdict(clip), "text": config.clip.template, "splits": splits.key})
+    folder = make_folder(storage / "runs" / f"{config.name}-{key}")
+    write_atomically(folder / "config.yaml", to_yaml(config))
+
+    gpus_per_training = _connect(config, storage, listing.root)
+    with Tracker(uri, config.tracking.experiment, folder / "tracking") as tracker:
+        environment = run_environment()
+        tracker.start_run(
+            PARENT,
+            tags={"mlflow.runName": config.name, "run_folder": folder, **{f"env.{k}": v for k, v in environment.items()}},
+            params=_flat(config.model_dump(mode="json")),
+        )
+        tracker.log_artifact(PARENT, folder / "config.yaml")
+        console.print(
+            f"  {len(listing.classes)} tasks, {len(listing.images)} images · {config.clip.model} · "
+            f"{shape.num_parameters:,} parameters a MmAP · results in {folder}", highlight=False,
+        )
+        run = Run(
+            config, storage, listing, clip, shape, splits, folder, tracker, console, gpus_per_training,
+            ProgressBoard.remote(),
+        )
+        try:
+            yield run
+        except BaseException as error:
+            tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        tracker.end_run(PARENT)
+        delivery = tracker.flush(timeout_s=30)
+        if delivery.waiting or delivery.refused:
+            console.print(f"[yellow]MLflow:[/] {delivery.message}", highlight=False)
+    ray.shutdown()
+
+
+def _open_storage(config: Config) -> Path:
+    path = Path(config.storage).expanduser()
+    if not path.is_absolute():
+        # The working directory of a submitted job is a copy that Ray deletes.
+        path = (Path.home() if "RAY_JOB_ID" in os.environ else Path.cwd()) / path
+    make_folder(path)
+    if not os.access(path, os.W_OK):
+        raise UserError(f"storage={path} cannot be written; change `storage`")
+    free = shutil.disk_usage(path).free
+    if free < LEAST_FREE_BYTES:
+        raise UserError(f"storage={path} has {free >> 20} MiB free, less than {LEAST_FREE_BYTES >> 20}; free some space")
+    return path.resolve()
+
+
+def _find_data(config: Config, storage: Path) -> Listing:
+    if config.data.root is None:
+        raise UserError("data.root is not set: give the folder of your images, <root>/<task>/<class>/*")
+    root = Path(config.data.root).expanduser()
+    if config.data.root == BUILTIN_DIGITS:
+        root = storage / "datasets" / "digits"
+        write_digits(root)
+    return find_images(config.data, root.absolute())
+
+
+def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapShape]:
+    identity = clip_identity(config.clip)
+    shape = MmapShape.for_towers(config.mmap, **tower_sizes(identity))
+    words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
+    class_tokens(load_tokenizer(config.clip), config.clip.template, words)
+    return identity, shape
+
+
+def _connect(config: Config, storage: Path, data_root: Path) -> float:
+    """Joins or starts Ray; returns the GPUs of a training."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    own = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True, **own)
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster answers at {address}: {error}; change cluster.address or RAY_ADDRESS") from None
+    resources = ray.cluster_resources()
+    gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 0)
+    wanted = config.cluster.gpus_per_training
+    if wanted is None:
+        wanted = 1.0 if gpus else 0.0
+    if wanted > gpus:
+        raise UserError(f"cluster.gpus_per_training={wanted:g}, but the cluster has {gpus:g} GPUs")
+    if config.cluster.cpus_per_training > cpus:
+        raise UserError(f"cluster.cpus_per_training={config.cluster.cpus_per_training}, but the cluster has {cpus:g} CPUs")
+    _check_shared(storage, data_root)
+    return wanted
+
+
+def _check_shared(storage: Path, data_root: Path) -> None:
+    """On several nodes, storage and data must be the same folders everywhere."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if len(nodes) < 2:
+        return
+    probe = storage / ".shared-storage-probe"
+    write_atomically(probe, "every node must see this file")
+    blind = {}
+    for node in nodes:
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        missing = ray.remote(_missing).options(num_cpus=0, scheduling_strategy=strategy).remote([probe, data_root])
+        blind[node["NodeManagerAddress"]] = missing
+    for host, missing in blind.items():
+        if paths := ray.get(missing):
+            raise UserError(
+                f"node {host} does not see {', '.join(paths)}: `storage` and `data.root` must lie on storage that all "
+                "nodes share under the same path"
+            )
+
+
+def _missing(paths: list[Path]) -> list[str]:
+    return [str(path) for path in paths if not path.exists()]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

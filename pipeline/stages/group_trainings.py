@@ -1,0 +1,149 @@
+"""Stage 4: one training a group, in parallel (Eqs. 9-12), beside all tasks in one group and zero-shot CLIP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.clip.load import weights_fingerprint
+from pipeline.clip.towers import ClipTowers
+from pipeline.methods.mmap import GroupMmap, MmapShape
+from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
+from pipeline.progress import Reporter
+from pipeline.run import Run
+from pipeline.stages.grouping import read_grouping
+from pipeline.stages.stage import Stage, Work
+from pipeline.stages.training_work import TrainingWork, numbers_decided_by, trainings_decided_by, write_history
+from pipeline.storage import Artefact, read_json, write_json
+from pipeline.training.evaluate import Classifier, accuracy, evaluate, write_predictions
+from pipeline.training.loop import train
+
+NAME = "group_trainings"
+PROMPTS = "prompts.safetensors"
+
+
+@dataclass(frozen=True)
+class MethodArtefacts:
+    """Where the results of one method lie: an artefact for each of its groups."""
+
+    name: str
+    groups: tuple[tuple[str, ...], ...]
+    artefacts: tuple[Artefact, ...]
+
+    def results(self) -> list[dict]:
+        """Each artefact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
+        return [read_json(artefact.folder / "result.json") for artefact in self.artefacts]
+
+
+def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
+    """Trains and evaluates what is missing of zero_shot, all_in_one and grouped, the largest groups first."""
+    config, every_task = run.config, tuple(run.tasks)
+    groups = tuple(tuple(group) for group in read_grouping(grouping)["groups"])
+
+    def training(tasks: Sequence[str]) -> Artefact:
+        return run.artefact(
+            NAME, {**trainings_decided_by(run, tasks, config.training.epochs), "group": list(tasks)}
+        )
+
+    zero_shot = run.artefact("zero_shot", numbers_decided_by(run, every_task))
+    methods = [
+        MethodArtefacts("zero_shot", (every_task,), (zero_shot,)),
+        MethodArtefacts("all_in_one", (every_task,), (training(every_task),)),
+        MethodArtefacts("grouped", groups, tuple(training(group) for group in groups)),
+    ]
+    with Stage(run, NAME, "4 group trainings") as stage:
+        work = {}  # by key: a grouping with one group is the same training as all in one
+        for method in methods:
+            for tasks, artefact in zip(method.groups, method.artefacts):
+                label = f"group: {' + '.join(tasks)}" if method.name == "grouped" else method.name.replace("_", " ")
+                if artefact.key not in work:
+                    run.tracker.start_run(label, parent=NAME, tags={"method": method.name, "tasks": ", ".join(tasks)})
+                    item = TrainingWork(config, run.splits.folder, tasks, label)
+                    function = _evaluate_zero_shot if method.name == "zero_shot" else _train_group
+                    work[artefact.key] = Work(label, function, (item, artefact), artefact, trains=True, tracked_as=label)
+        stage.execute(sorted(work.values(), key=lambda item: -_size(item)))
+        for item in work.values():
+            result = read_json(item.artefact.folder / "result.json")
+            run.tracker.log_metrics(
+                item.label,
+                {
+                    **{f"accuracy/{task}": value for task, value in result["accuracy"].items()},
+                    "accuracy/average": sum(result["accuracy"].values()) / len(result["accuracy"]),
+                    "trained_parameters": result["trained_parameters"],
+                    "training_seconds": result["seconds"],
+                },
+                step=0,
+            )
+            if (prompts := item.artefact.folder / PROMPTS).exists():
+                run.tracker.log_artifact(item.label, prompts)
+            run.tracker.end_run(item.label)
+    return methods
+
+
+def _size(item: Work) -> int:
+    training: TrainingWork = item.arguments[0]
+    return len(training.tasks) if item.function is _train_group else 0
+
+
+def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
+    if artefact.finished():  # by an attempt whose worker died before it could say so
+        return
+    began = time.monotonic()
+    folder = artefact.start()
+    config, towers, words = work.config, work.towers(), work.words()
+    reporter = Reporter(board, work.label)
+    prompts = GroupMmap(MmapShape.of(config.mmap, towers), work.tasks, config.seed, config.mmap.init_std)
+    prompts.to(towers.device)
+    history, _ = train(
+        towers,
+        prompts,
+        work.training_sets(towers),
+        work.tokens(towers),
+        config.training,
+        epochs=config.training.epochs,
+        seed=config.seed,
+        precision=config.clip.precision,
+        checkpoints=artefact.checkpoints,
+        on_step=work.step_reporter(reporter),
+    )
+    write_history(folder / "history.parquet", work.tasks, history)
+    trained = TrainedPrompts(
+        config.clip, config.mmap, weights_fingerprint(towers), (words,), ({**prompts.state_dict()},)
+    )
+    save_prompts(folder / PROMPTS, trained)
+    made = tuple(made.detach() for made in prompts())
+    classifier = Classifier(towers, config.clip.template, words, made, config.clip.precision)
+    _write_result(work, artefact, classifier, reporter, trained.num_parameters, began)
+
+
+def _evaluate_zero_shot(work: TrainingWork, artefact: Artefact, board: Any) -> None:
+    if artefact.finished():
+        return
+    began = time.monotonic()
+    artefact.start()
+    towers: ClipTowers = work.towers()
+    classifier = Classifier(towers, work.config.clip.template, work.words(), None, work.config.clip.precision)
+    _write_result(work, artefact, classifier, Reporter(board, work.label), 0, began)
+
+
+def _write_result(
+    work: TrainingWork, artefact: Artefact, classifier: Classifier, reporter: Reporter, parameters: int, began: float
+) -> None:
+    reader, done = work.reader(), 0
+    total = sum(reader.description.counts["test"][task] for task in work.tasks)
+
+    def on_images(count: int) -> None:
+        nonlocal done
+        done += count
+        reporter.update(done, total, "test images")
+
+    predictions = evaluate(classifier, reader, work.tasks, work.config.cluster.cpus_per_training, on_images)
+    write_predictions(artefact.building / "predictions.parquet", predictions)
+    seconds = time.monotonic() - began
+    write_json(
+        artefact.building / "result.json",
+        {"accuracy": accuracy(predictions), "trained_parameters": parameters, "seconds": seconds},
+    )
+    artefact.finish(seconds)

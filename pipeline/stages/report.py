@@ -1,0 +1,71 @@
+"""The report: methods side by side, in the terminal, as JSON and Markdown, and in MLflow."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
+from pipeline.report.summary import Summary, accuracy_table, method_result, to_markdown
+from pipeline.report.summary_figures import accuracy_picture
+from pipeline.run import PARENT, Run
+from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
+from pipeline.stages.grouping import FIGURES, read_grouping
+from pipeline.stages.stage import Stage
+from pipeline.storage import Artefact, make_folder, write_atomically, write_json
+
+NAME = "report"
+
+
+def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]) -> Path:
+    """Writes <run folder>/report and <run folder>/prompts from the artefacts, and shows the table; returns the former."""
+    folder = make_folder(run.folder / "report")
+    with Stage(run, NAME, "5 report") as stage:
+        stage.computed = True
+        result = read_grouping(grouping)
+        prompts = _gather_prompts(run, methods)
+        for name in FIGURES:
+            shutil.copyfile(grouping.folder / name, folder / name)
+        results = {method.name: method_result(run.tasks, method.results()) for method in methods}
+        accuracy_picture(run.tasks, results).savefig(folder / "accuracy.png", dpi=150)
+    summary = Summary(
+        name=run.config.name,
+        tasks=run.tasks,
+        groups=result["groups"],
+        stages=dict(run.stage_seconds),
+        methods=results,
+        shots=run.config.data.shots,
+        seed=run.config.seed,
+        clip=f"{run.config.clip.model}, weights {run.config.clip.pretrained or 'random'}",
+        warnings=result["warnings"],
+    )
+    write_json(folder / "summary.json", vars(summary))
+    write_atomically(folder / "report.md", to_markdown(summary))
+
+    for method, of_method in results.items():
+        metrics = {f"accuracy/{method}/{task}": value for task, value in of_method["accuracy"].items()}
+        metrics |= {
+            f"accuracy/{method}/average": of_method["average"],
+            f"trained_parameters/{method}": of_method["trained_parameters"],
+        }
+        run.tracker.log_metrics(PARENT, metrics, step=0)
+    run.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
+    run.tracker.log_artifact(PARENT, folder)
+    for file in prompts:
+        run.tracker.log_artifact(PARENT, file, "prompts")
+    run.console.print(accuracy_table(summary))
+    run.console.print(f"report: {folder}\nprompts: {prompts[-1]}", highlight=False)
+    return folder
+
+
+def _gather_prompts(run: Run, methods: Sequence[MethodArtefacts]) -> list[Path]:
+    """One prompts file for each trained method, all its groups in it."""
+    folder = make_folder(run.folder / "prompts")
+    files = []
+    for method in methods:
+        parts = [artefact.folder / PROMPTS for artefact in method.artefacts]
+        if all(part.exists() for part in parts):
+            files.append(folder / f"{method.name}.safetensors")
+            save_prompts(files[-1], merge_prompts([load_prompts(part) for part in parts]))
+    return files

@@ -1,0 +1,132 @@
+"""Stage 1: folders of images → few-shot splits in Parquet, read, checked and written in parallel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.find import ImageFile
+from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
+from pipeline.errors import UserError
+from pipeline.run import PARENT, Run
+from pipeline.stages.stage import Stage, Work
+from pipeline.storage import write_atomically, write_json
+
+NAME = "splits"
+IMAGES_PER_SCAN = 512
+BROKEN_SHOWN = 20
+_READING, _WRITING = "reading", "writing"
+
+
+def build_splits(run: Run) -> SplitReader:
+    """Makes the splits unless they are there.
+
+    Raises:
+        UserError: broken images above data.max_dropped_share, classes with too few images.
+    """
+    listing, data, artefact = run.listing, run.config.data, run.splits
+    with Stage(run, NAME, "1 few-shot splits") as stage:
+        if not artefact.finished():
+            began = time.monotonic()
+            stage.computed = True
+            folder = artefact.start()
+            scanned = _scan(stage, listing.root, listing.images)
+            broken = [image for image in scanned if image.error]
+            if broken:
+                _judge_broken(broken, len(scanned), data.max_dropped_share, folder.with_name(f"broken-{artefact.key}.txt"))
+                run.console.print(f"  [yellow]dropped {len(broken)} broken of {len(scanned)} images[/], listed in splits.json")
+            whole = [image for image in scanned if not image.error]
+            splits = sample_splits(whole, listing.classes, data.shots, run.config.seed)
+            description = SplitDescription(
+                classes={task: list(names) for task, names in listing.classes.items()},
+                class_words=listing.class_words,
+                shots=data.shots,
+                seed=run.config.seed,
+                source_fingerprint=content_fingerprint(whole),
+                counts={
+                    "train": _count(splits.train, run.tasks),
+                    "test": _count(splits.test, run.tasks),
+                },
+            )
+            sizes = {image.path: image.size for image in listing.images}
+            parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
+            run.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
+            stage.execute(
+                [Work(f"write {part.file}", _write, (listing.root, part, description, folder)) for part in parts]
+            )
+            write_json(
+                folder / "splits.json",
+                {
+                    **vars(description),
+                    "layout": listing.layout,
+                    "dropped": [{"path": image.path, "error": image.error} for image in broken],
+                    "copies_of_training_images": [{"path": path, "copy_of": of} for path, of in splits.copies],
+                    "ignored_files": list(listing.ignored),
+                    "classes_left_out": list(listing.left_out_classes),
+                },
+            )
+            artefact.finish(time.monotonic() - began)
+        reader = SplitReader(artefact.folder)
+        _report(run, reader)
+    return reader
+
+
+def _scan(stage: Stage, root: Path, images: Sequence[ImageFile]) -> list[ScannedImage]:
+    chunks = [images[at : at + IMAGES_PER_SCAN] for at in range(0, len(images), IMAGES_PER_SCAN)]
+    work = [
+        Work(f"scan {number}", _scan_chunk, (root, [(i.path, i.task, i.class_folder) for i in chunk]))
+        for number, chunk in enumerate(chunks)
+    ]
+    stage.run.board.expect.remote(_READING, len(images), "images")
+    return [image for chunk in stage.execute(work) for image in chunk]
+
+
+def _scan_chunk(root: Path, images: Sequence[tuple[str, str, str]], board: Any) -> list[ScannedImage]:
+    scanned = [scan_image(root, *image) for image in images]
+    board.advance.remote(_READING, len(images), "images")
+    return scanned
+
+
+def _write(root: Path, part: Part, description: SplitDescription, folder: Path, board: Any) -> int:
+    rows = write_part(root, part, description, folder)
+    board.advance.remote(_WRITING, rows, "images")
+    return rows
+
+
+def _judge_broken(broken: Sequence[ScannedImage], total: int, allowed: float, listing: Path) -> None:
+    if len(broken) <= allowed * total:
+        return
+    lines = [f"{image.path}: {image.error}" for image in broken]
+    write_atomically(listing, "\n".join(lines) + "\n")
+    shown = "\n  ".join(lines[:BROKEN_SHOWN])
+    more = f"\n  and {len(lines) - BROKEN_SHOWN} more, all listed in {listing}" if len(lines) > BROKEN_SHOWN else ""
+    raise UserError(
+        f"{len(broken)} of {total} images are broken, more than data.max_dropped_share={allowed:g} allows:\n  {shown}{more}\n"
+        f"Mend or remove them, or allow to drop them with --data.max_dropped_share {len(broken) / total:.2g}"
+    )
+
+
+def _count(images: Sequence[ScannedImage], tasks: Sequence[str]) -> dict[str, int]:
+    return {task: sum(image.task == task for image in images) for task in tasks}
+
+
+def _report(run: Run, reader: SplitReader) -> None:
+    description = reader.description
+    for split, counts in description.counts.items():
+        run.tracker.log_params(NAME, {f"images.{split}": sum(counts.values())})
+    run.tracker.log_dataset(
+        PARENT,
+        dataset_name=run.listing.root.name,
+        digest=description.source_fingerprint[:32],
+        source=str(run.listing.root),
+        profile={"tasks": description.tasks, "counts": description.counts, "shots": description.shots},
+    )
+    run.tracker.log_artifact(NAME, reader.folder / "splits.json")
+    train, test = (sum(description.counts[split].values()) for split in ("train", "test"))
+    run.console.print(
+        f"  {train} training and {test} test images, {description.shots} shots a class, "
+        f"{max(map(len, description.classes.values()))} classes", highlight=False,
+    )
