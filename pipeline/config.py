@@ -290,8 +290,8 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config FILE` and one `--section.field VALUE` for every field, with its documentation and default."""
     parser.add_argument(
-        "--config", type=Path, default=DEMO_CONFIG, metavar="FILE",
-        help="YAML file of the run (default: configs/demo.yaml, the embedded handwritten digits)",
+        "--config", type=Path, nargs="+", default=[DEMO_CONFIG], metavar="FILE",
+        help="YAML files of the run, later ones over earlier ones (default: configs/demo.yaml, the embedded digits)",
     )
     groups: dict[str, Any] = {}
     for name, field in fields():
@@ -319,20 +319,26 @@ def _choices(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> Config:
-    """The file's values with the command line's over them, validated."""
-    values = load_yaml(arguments.config)
+    """The files' values with the command line's over them, validated."""
+    values: dict[str, Any] = {}
+    for file in arguments.config:
+        values = _over(values, load_yaml(file))
     for key, text in vars(arguments).items():
-        if not key.startswith("config."):
-            continue
-        *path, name = key.removeprefix("config.").split(".")
-        target = values
-        for part in path:
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
-                raise UserError(f"config file {arguments.config}: {part} must hold fields, not {target!r}")
-        try:
-            target[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            target[name] = text
+        if key.startswith("config."):
+            *path, name = key.removeprefix("config.").split(".")
+            try:
+                nested: Any = {name: yaml.safe_load(text)}
+            except yaml.YAMLError:
+                nested = {name: text}
+            for part in reversed(path):
+                nested = {part: nested}
+            values = _over(values, nested)
     return parse_config(values)
 
+
+def _over(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for name, value in changes.items():
+        before = merged.get(name)
+        merged[name] = _over(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-TITLES = {"zero_shot": "zero-shot CLIP", "all_in_one": "MmAP, all tasks in one group", "grouped": "MmAP, grouped"}
+TITLES = {"zero_shot": "zero-shot", "all_in_one": "MmAP, all in one group", "grouped": "MmAP, grouped"}
+AVERAGE_ROW, PARAMETERS_ROW = "average", "trained parameters"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ def method_result(tasks: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
 
 def accuracy_table(summary: Summary) -> Table:
     header, *rows = _cells(summary)
-    table = Table(title=f"{summary.name}: test accuracy in % ({summary.shots} shots a class)")
+    table = Table(title=f"{summary.name}: test accuracy in %, {summary.shots} shots a class")
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position == 0 else "right")
-    best = _best_columns(rows)
-    for number, row in enumerate(rows):
-        table.add_row(*(f"[bold]{cell}[/]" if number in best.get(at, ()) else cell for at, cell in enumerate(row)))
+    for row in rows:
+        best = max(row[1:], key=float) if row[0] != PARAMETERS_ROW else None
+        if row[0] in (AVERAGE_ROW, PARAMETERS_ROW):
+            table.add_section()
+        table.add_row(*(f"[bold]{cell}[/]" if cell == best else cell for cell in row))
     return table
 
 
@@ -76,17 +79,11 @@ def to_markdown(summary: Summary) -> str:
 
 
 def _cells(summary: Summary) -> list[list[str]]:
-    rows = [["method", *summary.tasks, "average", "trained parameters"]]
-    for name, method in summary.methods.items():
-        values = [*(method["accuracy"][task] for task in summary.tasks), method["average"]]
-        rows.append([TITLES[name], *(f"{100 * value:.1f}" for value in values), f"{method['trained_parameters']:,}"])
-    return rows
-
-
-def _best_columns(rows: Sequence[Sequence[str]]) -> dict[int, list[int]]:
-    """Column → rows with the highest accuracy; not for the method's name and parameters."""
-    best = {}
-    for at in range(1, len(rows[0]) - 1):
-        top = max(float(row[at]) for row in rows)
-        best[at] = [number for number, row in enumerate(rows) if float(row[at]) == top]
-    return best
+    """Header and rows: a task, the average, or the trained parameters a row; a method a column."""
+    methods = summary.methods.values()
+    return [
+        ["task", *(TITLES[name] for name in summary.methods)],
+        *([task, *(f"{100 * method['accuracy'][task]:.1f}" for method in methods)] for task in summary.tasks),
+        [AVERAGE_ROW, *(f"{100 * method['average']:.1f}" for method in methods)],
+        [PARAMETERS_ROW, *(f"{method['trained_parameters']:,}" for method in methods)],
+    ]

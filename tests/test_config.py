@@ -1,0 +1,115 @@
+"""What users may write in YAML and on the command line, and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import yaml
+
+from pipeline import config as config_module
+from pipeline.config import (
+    DEMO_CONFIG,
+    REPOSITORY,
+    Config,
+    add_config_arguments,
+    config_from_arguments,
+    content_hash,
+    fields,
+    load_yaml,
+    parse_config,
+    source_columns,
+    to_yaml,
+)
+from pipeline.errors import UserError
+
+
+def from_command_line(*arguments: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    return config_from_arguments(parser.parse_args(arguments))
+
+
+def test_without_arguments_the_demo():
+    assert from_command_line() == parse_config(load_yaml(DEMO_CONFIG))
+    assert from_command_line().data.root == "builtin:digits"
+
+
+def test_files_and_command_line_override_in_order(tmp_path):
+    (tmp_path / "a.yaml").write_text("training: {epochs: 3, batch_size: 2}\nseed: 7\n")
+    (tmp_path / "b.yaml").write_text("training: {epochs: 4}\n")
+    files = ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
+    config = from_command_line(*files, "--seed", "8", "--training.learning_rate", "1e-3", "--data.tasks", "[Art, Real World]")
+    assert (config.training.epochs, config.training.batch_size, config.seed) == (4, 2, 8)
+    assert config.training.learning_rate == 0.001
+    assert config.data.tasks == ("Art", "Real World")
+    assert from_command_line("--clip.pretrained", "null").clip.pretrained is None
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_configs_in_the_repository_are_valid(file):
+    parse_config(load_yaml(file))
+
+
+def test_every_field_has_help():
+    for name, field in fields():
+        assert field.description and len(field.description) > 15, name
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"trainning": {}}, r"unknown config field trainning; did you mean training\? Valid here: name, seed"),
+        ({"training": {"epoch": 3}}, r"unknown config field training\.epoch; did you mean training\.epochs\?"),
+        ({"grouping": {"affinity": "euclid"}}, r"grouping\.affinity='euclid'.*'dot' or 'cosine'"),
+        ({"training": {"epochs": 0}}, r"training\.epochs=0.*greater than or equal to 1"),
+        ({"training": {"learning_rate": "fast"}}, r"training\.learning_rate='fast'"),
+        ({"mmap": {"prompt_length": 8, "source_rows": 3}}, r"source_rows=3 does not divide.*valid: \[1, 2, 4, 8\]"),
+        ({"clip": {"template": "a photo"}}, r"clip\.template='a photo'.*\{\} exactly once"),
+        ({"training": {"augmentation": {"crop_scale": [0.9, 0.1]}}}, r"crop_scale"),
+        ({"data": {"max_dropped_share": 2}}, r"data\.max_dropped_share=2"),
+        ({"name": "../x"}, r"name='\.\./x'"),
+    ],
+)
+def test_faults_are_named_with_what_is_valid(values, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(values)
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(UserError, match=r"(?s)seed=.*training\.epochs="):
+        parse_config({"seed": "x", "training": {"epochs": -1}})
+
+
+def test_yaml_cannot_make_objects(tmp_path):
+    file = tmp_path / "evil.yaml"
+    file.write_text("name: !!python/object/apply:os.system ['echo x']\n")
+    with pytest.raises(UserError, match="not plain YAML"):
+        load_yaml(file)
+    with pytest.raises(UserError, match="does not exist"):
+        load_yaml(tmp_path / "absent.yaml")
+
+
+def test_source_columns_divide_both_widths():
+    mmap = Config().mmap
+    assert source_columns(mmap, 512, 768) == 256
+    with pytest.raises(UserError, match=r"source_columns=100.*valid: \[1, 2, 4, .*256\]"):
+        source_columns(mmap.model_copy(update={"source_columns": 100}), 512, 768)
+
+
+def test_round_trip_and_hash():
+    config = from_command_line("--seed", "5")
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+    assert content_hash(config) == content_hash(parse_config(yaml.safe_load(to_yaml(config))))
+    assert content_hash(config) != content_hash(config.model_copy(update={"seed": 6}))
+
+
+def test_help_shows_every_field(capsys):
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for name, _ in fields():
+        assert f"--{name} " in text
+    assert config_module.TrainingConfig.model_fields["momentum"].description in " ".join(text.split())

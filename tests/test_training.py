@@ -1,0 +1,194 @@
+"""The training loop, its schedule, batches and checkpoints; evaluation; prompts files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_towers import plain_encode_image, plain_encode_text
+from small_clip import CLASS_WORDS, open_clip, small_towers
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.config import AugmentationConfig, MmapConfig, TrainingConfig
+from pipeline.errors import UserError
+from pipeline.methods.mmap import GroupMmap, MmapShape, SharedMmap
+from pipeline.training import loop
+from pipeline.training.batches import TrainingSet, batch_indices
+from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.loop import learning_rate, train
+from pipeline.training.snapshots import read_gradients, write_snapshots
+
+TASKS = ("ink", "chalk")
+TEMPLATE = "a photo of a {}."
+CONFIG = TrainingConfig(
+    epochs=4, batch_size=3, learning_rate=0.05, warmup_epochs=1, warmup_rate=1e-3,
+    augmentation=AugmentationConfig(crop_scale=(0.5, 1.0)),
+)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    towers, model = small_towers()
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS, CLASS_WORDS])
+    generator = torch.Generator().manual_seed(0)
+    sets = [
+        TrainingSet(
+            task,
+            tuple(torch.randint(0, 256, (3, 20, 18), generator=generator, dtype=torch.uint8) for _ in range(count)),
+            torch.arange(count) % len(CLASS_WORDS),
+        )
+        for task, count in zip(TASKS, (10, 5))
+    ]
+    return towers, model, tokens, sets
+
+
+def group_prompts(towers):
+    return GroupMmap(MmapShape.of(MmapConfig(prompt_length=2, source_rows=2), towers), TASKS, seed=1, init_std=0.3).double()
+
+
+def test_learning_rates_are_dassls():
+    config = TrainingConfig()  # 0.0035, one warm-up epoch at 1e-5, 5 epochs
+    rates = [learning_rate(epoch, 5, config) for epoch in range(5)]
+    assert rates == pytest.approx([1e-5, 0.0035, 0.00317, 0.00229, 0.00121], abs=5e-6)
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0035)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+    for epoch in range(1, 5):
+        assert rates[epoch] == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        cosine.step()
+
+
+def test_batches_show_each_image_equally_often():
+    stream = [i for step in range(10) for i in batch_indices(7, 4, step, seed=3)]  # 40 = 5 passes and 5 more
+    for start in range(0, 35, 7):
+        assert sorted(stream[start : start + 7]) == list(range(7))
+    assert stream[:7] != stream[7:14]
+    assert batch_indices(7, 4, 5, seed=3) == stream[20:24]
+    assert batch_indices(7, 4, 5, seed=4) != stream[20:24]
+    assert len(batch_indices(2, 5, 0, seed=1)) == 5
+
+
+def test_the_loop_is_plain_sgd_on_the_summed_losses(problem):
+    """Against a slow reference: one task after the other, prompts concatenated at every layer, torch's own SGD."""
+    towers, model, tokens, sets = problem
+    fast = group_prompts(towers)
+    history, _ = train(towers, fast, sets, tokens, CONFIG, epochs=2, seed=5)
+    assert [record.step for record in history] == list(range(1, 9))  # ceil(10 / 3) steps an epoch
+    assert [record.epoch for record in history] == [1] * 4 + [2] * 4
+
+    slow = group_prompts(towers)
+    optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+    ids = open_clip.SimpleTokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
+    for step, record in enumerate(history):
+        optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
+        losses = []
+        for t, of_task in enumerate(sets):
+            text, vision = slow()
+            pixels, labels = of_task.batch(step, 3, towers.image_size, CONFIG.augmentation, 5)
+            x = plain_encode_image(model, towers.normalize_pixels(pixels), vision[t])
+            z = plain_encode_text(model, ids, text[t])
+            losses.append(F.cross_entropy(towers.logits(x, z), labels))
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+        assert record.losses == pytest.approx([loss.item() for loss in losses], rel=1e-9)
+    for name, value in fast.state_dict().items():
+        torch.testing.assert_close(value, slow.state_dict()[name], rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_frozen_moves_and_all_prompts_do(problem):
+    towers, _, tokens, sets = problem
+    frozen = {name: value.clone() for name, value in towers.state_dict().items()}
+    prompts = group_prompts(towers)
+    before = {name: value.clone() for name, value in prompts.state_dict().items()}
+    train(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=1)
+    assert all(torch.equal(value, frozen[name]) for name, value in towers.state_dict().items())
+    assert all((value != before[name]).all() for name, value in prompts.state_dict().items())
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 9, 15])
+def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, stop_at):
+    towers, _, tokens, sets = problem
+
+    def run(folder, on_step=lambda record, num_steps: None):
+        shape = MmapShape.of(MmapConfig(prompt_length=2, source_rows=2), towers)
+        prompts = SharedMmap(shape, TASKS, seed=1, init_std=0.3).double()
+        results = train(
+            towers, prompts, sets, tokens, CONFIG, epochs=4, seed=5, checkpoints=folder, on_step=on_step,
+            snapshot=prompts.task_gradients, snapshot_every=3,
+        )
+        return prompts.state_dict(), *results
+
+    def stop(record, num_steps):
+        assert num_steps == 16
+        if record.step == stop_at:
+            raise Interrupted
+
+    straight = run(None)
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop)
+    new_steps = []
+    resumed = run(tmp_path, lambda record, num_steps: new_steps.append(record.step))
+    assert new_steps == list(range(4 * (stop_at // 4) + 1, 17))  # from the last whole epoch
+    assert resumed[1] == straight[1]
+    assert all(torch.equal(value, straight[0][name]) for name, value in resumed[0].items())
+    assert [record.step for record, _ in resumed[2]] == [1, 4, 7, 10, 13, 16]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(resumed[2], straight[2]))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
+    assert load_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, {"step": 1})
+    save_checkpoint(tmp_path, {"step": 2, "data": torch.arange(10_000)})
+    assert load_checkpoint(tmp_path)["step"] == 2
+    newest = tmp_path / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    assert load_checkpoint(tmp_path)["step"] == 1
+    assert "going back to the one before" in caplog.text
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, {"step": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"checkpoint\.pt.*No space left"):
+        save_checkpoint(tmp_path, {"step": 2})
+    assert load_checkpoint(tmp_path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_task_and_step(problem):
+    towers, _, tokens, sets = problem
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_epochs": 0})
+    with pytest.raises(UserError, match=r"loss of task 'ink' is (nan|inf) at step \d+.*learning_rate=1e\+30"):
+        train(towers, group_prompts(towers), sets, tokens, config, epochs=4, seed=1)
+
+
+def test_snapshots_round_trip(tmp_path):
+    records = [loop.StepRecord(step, 1, 0.1, (0.5, 0.25), (1.0, 0.0)) for step in (1, 4)]
+    gradients = torch.randn(2, 2, 7)
+    layout = {"mmap.source": [2, 3, 1], "mmap.text_scaling": [1, 1, 1]}
+    file = tmp_path / "snapshots.parquet"
+    write_snapshots(file, TASKS, list(zip(records, gradients)), layout)
+    np.testing.assert_array_equal(read_gradients(file, TASKS), gradients.double().numpy())
+    np.testing.assert_array_equal(read_gradients(file, TASKS[::-1]), gradients.double().numpy()[:, ::-1])
+    table = pq.read_table(file)
+    assert table.column_names == ["step", "epoch", "task", "loss", "gradient", "layer_norms"]
+    assert json.loads(table.schema.metadata[b"layout"]) == layout
+    assert table["loss"].to_pylist() == [0.5, 0.25, 0.5, 0.25]
+    with pytest.raises(UserError, match="step 1 lacks the tasks neon"):
+        read_gradients(file, ["ink", "neon"])
+    with pytest.raises(UserError, match="no gradient snapshots"):
+        read_gradients(tmp_path / "absent.parquet", TASKS)
