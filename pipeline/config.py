@@ -318,8 +318,14 @@ def _choices(field: FieldInfo) -> tuple[Any, ...]:
     return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
 
 
-def config_from_arguments(arguments: argparse.Namespace) -> Config:
-    """The files' values with the command line's over them, validated."""
+def config_from_command_line(parser: argparse.ArgumentParser, command_line: Sequence[str] | None = None) -> Config:
+    """The files' values with the command line's over them, validated; `parser` has the config arguments."""
+    arguments, unknown = parser.parse_known_args(command_line)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, [f"--{field}" for field, _ in fields()], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown option {name}{hint} --help lists them all")
     values: dict[str, Any] = {}
     for file in arguments.config:
         values = _over(values, load_yaml(file))

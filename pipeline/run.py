@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, clip_identity, load_tokenizer, tower_sizes
-from pipeline.config import BUILTIN_DIGITS, Config, add_config_arguments, config_from_arguments, content_hash, to_yaml
+from pipeline.config import BUILTIN_DIGITS, Config, add_config_arguments, config_from_command_line, content_hash, to_yaml
 from pipeline.data.find import Listing, find_images
 from pipeline.data.parquet import FORMAT
 from pipeline.demo.digits import write_digits
@@ -64,12 +64,17 @@ class Run:
 
 def run_job(description: str, main: Callable[[Run], None]) -> None:
     """The body of a job script: command line, checks, `main(run)`; prints a user's faults without a traceback."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [-h] [--config FILE ...] [--section.field VALUE ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add_config_arguments(parser)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     console = Console(soft_wrap=True)
     try:
-        with open_run(config_from_arguments(parser.parse_args()), console) as run:
+        with open_run(config_from_command_line(parser), console) as run:
             main(run)
     except (UserError, TrackingUnavailable) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
@@ -108,40 +113,47 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     folder = make_folder(storage / "runs" / f"{config.name}-{key}")
     write_atomically(folder / "config.yaml", to_yaml(config))
 
-    gpus_per_training = _connect(config, storage, listing.root)
-    with Tracker(uri, config.tracking.experiment, folder / "tracking") as tracker:
-        environment = run_environment()
-        tracker.start_run(
-            PARENT,
-            tags={"mlflow.runName": config.name, "run_folder": folder, **{f"env.{k}": v for k, v in environment.items()}},
-            params=_flat(config.model_dump(mode="json")),
-        )
-        tracker.log_artifact(PARENT, folder / "config.yaml")
-        console.print(
-            f"  {len(listing.classes)} tasks, {len(listing.images)} images · {config.clip.model} · "
-            f"{shape.num_parameters:,} parameters a MmAP · results in {folder}", highlight=False,
-        )
-        run = Run(
-            config, storage, listing, clip, shape, splits, folder, tracker, console, gpus_per_training,
-            ProgressBoard.remote(),
-        )
-        try:
-            yield run
-        except BaseException as error:
-            tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-        tracker.end_run(PARENT)
-        delivery = tracker.flush(timeout_s=30)
-        if delivery.waiting or delivery.refused:
-            console.print(f"[yellow]MLflow:[/] {delivery.message}", highlight=False)
-    ray.shutdown()
+    try:
+        gpus_per_training = _connect(config, storage, listing.root)
+        with Tracker(uri, config.tracking.experiment, folder / "tracking") as tracker:
+            run = Run(
+                config, storage, listing, clip, shape, splits, folder, tracker, console, gpus_per_training,
+                ProgressBoard.remote(),
+            )
+            _announce(run)
+            try:
+                yield run
+            except BaseException as error:
+                tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+            tracker.end_run(PARENT)
+            delivery = tracker.flush(timeout_s=30)
+            if delivery.waiting or delivery.refused:
+                console.print(f"[yellow]MLflow:[/] {delivery.message}", highlight=False)
+    finally:
+        ray.shutdown()
+
+
+def _announce(run: Run) -> None:
+    config = run.config
+    environment = {f"env.{name}": value for name, value in run_environment().items()}
+    run.tracker.start_run(
+        PARENT,
+        tags={"mlflow.runName": config.name, "run_folder": run.folder, **environment},
+        params=_flat(config.model_dump(mode="json")),
+    )
+    run.tracker.log_artifact(PARENT, run.folder / "config.yaml")
+    run.console.print(
+        f"  {len(run.tasks)} tasks, {len(run.listing.images)} images · {config.clip.model} · "
+        f"{run.mmap_shape.num_parameters:,} parameters a MmAP · results in {run.folder}", highlight=False,
+    )
 
 
 def _open_storage(config: Config) -> Path:
     path = Path(config.storage).expanduser()
     if not path.is_absolute():
         # The working directory of a submitted job is a copy that Ray deletes.
-        path = (Path.home() if "RAY_JOB_ID" in os.environ else Path.cwd()) / path
+        path = (Path.home() if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()) / path
     make_folder(path)
     if not os.access(path, os.W_OK):
         raise UserError(f"storage={path} cannot be written; change `storage`")

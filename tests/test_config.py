@@ -13,7 +13,7 @@ from pipeline.config import (
     REPOSITORY,
     Config,
     add_config_arguments,
-    config_from_arguments,
+    config_from_command_line,
     content_hash,
     fields,
     load_yaml,
@@ -25,9 +25,9 @@ from pipeline.errors import UserError
 
 
 def from_command_line(*arguments: str) -> Config:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add_config_arguments(parser)
-    return config_from_arguments(parser.parse_args(arguments))
+    return config_from_command_line(parser, arguments)
 
 
 def test_without_arguments_the_demo():
@@ -74,6 +74,11 @@ def test_every_field_has_help():
 def test_faults_are_named_with_what_is_valid(values, message):
     with pytest.raises(UserError, match=message):
         parse_config(values)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(UserError, match=r"unknown option --training\.epoch; did you mean --training\.epochs\?"):
+        from_command_line("--training.epoch", "3")
 
 
 def test_all_faults_are_told_at_once():

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
+from pipeline.clip.class_tokens import Tokenizer
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, ClipConfig
 from pipeline.errors import UserError
@@ -77,17 +79,14 @@ def tower_sizes(identity: ClipIdentity) -> dict[str, int]:
 @lru_cache(maxsize=1)  # a Ray worker that trains one group after another loads CLIP once
 def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "cpu") -> ClipTowers:
     """The frozen towers, float32, on `device`; weights files are read without executing pickled code."""
-    ensure_torchvision()
-    import open_clip
-
-    model_config, quick_gelu = _resolve(config)
     name = _register(config.model)
+    model_config, quick_gelu = _resolve(config)
     file = weights_file(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         try:
             with _errors_only():
-                model = open_clip.create_model(
+                model = _open_clip().create_model(
                     name,
                     pretrained=str(file) if file else config.pretrained,
                     force_quick_gelu=quick_gelu and not model_config.get("quick_gelu", False),
@@ -101,7 +100,12 @@ def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "
                 f"clip.pretrained={config.pretrained!r} is refused: it is not a plain file of tensors ({error}). "
                 "Save the weights as safetensors"
             ) from None
-    return ClipTowers(model, open_clip.get_tokenizer(name), text_order).to(device)
+    return ClipTowers(model, load_tokenizer(config), text_order).to(device)
+
+
+def load_tokenizer(config: ClipConfig) -> Tokenizer:
+    """The model's tokenizer, without its weights."""
+    return _open_clip().get_tokenizer(_register(config.model))
 
 
 def weights_fingerprint(towers: ClipTowers) -> str:
@@ -109,7 +113,7 @@ def weights_fingerprint(towers: ClipTowers) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(towers.named_parameters()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -128,10 +132,7 @@ def weights_file(config: ClipConfig) -> Path | None:
 
 def _resolve(config: ClipConfig) -> tuple[dict[str, Any], bool]:
     """open_clip's config of the model, and whether QuickGELU is to be used."""
-    ensure_torchvision()
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-
+    open_clip = _open_clip()
     name = _register(config.model)
     model_config = open_clip.get_model_config(name)
     if model_config is None:
@@ -140,11 +141,11 @@ def _resolve(config: ClipConfig) -> tuple[dict[str, Any], bool]:
     of_model = bool(model_config.get("quick_gelu", False))
     of_weights = of_model
     if config.pretrained is not None and weights_file(config) is None:
-        tag = get_pretrained_cfg(name, config.pretrained)
+        tag = open_clip.get_pretrained_cfg(name, config.pretrained)
         if not tag:
             raise UserError(
                 f"clip.pretrained={config.pretrained!r} is neither a file nor a tag of {name}; "
-                f"tags: {', '.join(list_pretrained_tags_by_model(name)) or 'none'}"
+                f"tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
             )
         of_weights = bool(tag.get("quick_gelu", False))
     quick_gelu = of_weights if config.quick_gelu is None else config.quick_gelu
@@ -158,15 +159,21 @@ def _resolve(config: ClipConfig) -> tuple[dict[str, Any], bool]:
 
 def _register(model: str) -> str:
     """open_clip's name for a model name, a model-config file, or the built-in model."""
-    import open_clip
-
     path = _BUILTIN_MODEL if model == BUILTIN_DIGITS else Path(model).expanduser()
     if path.suffix != ".json":
         return model
     if not path.is_file():
         raise UserError(f"clip.model={model}: no such model-config file")
-    open_clip.add_model_config(path)
+    _open_clip().add_model_config(path)
     return path.stem
+
+
+def _open_clip() -> ModuleType:
+    """open_clip, imported when it is needed: it takes seconds."""
+    ensure_torchvision()
+    import open_clip
+
+    return open_clip
 
 
 @contextmanager

@@ -1,0 +1,20 @@
+#!/usr/bin/env python
+"""Stages 1-4: the group trainings and their test accuracies, without the report. Finished stages are not redone.
+
+    python jobs/train_groups.py --config configs/office_home.yaml --data.root /data/OfficeHome
+"""
+
+from pipeline.run import Run, run_job
+from pipeline.stages.global_prompt import train_global_prompt
+from pipeline.stages.group_trainings import train_groups
+from pipeline.stages.grouping import solve_grouping
+from pipeline.stages.splits import build_splits
+
+
+def main(run: Run) -> None:
+    build_splits(run)
+    train_groups(run, solve_grouping(run, train_global_prompt(run)))
+
+
+if __name__ == "__main__":
+    run_job(__doc__, main)

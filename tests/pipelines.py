@@ -1,0 +1,105 @@
+"""Runs job scripts as users do, in processes of their own, and compares what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+QUICK = ("--data.shots", "4", "--training.epochs", "8")
+
+
+@dataclass
+class Finished:
+    status: int
+    output: str
+
+
+class Job:
+    """A job script in its own process group; `stop` leaves nothing of it behind."""
+
+    def __init__(self, storage: Path, *arguments: str, prefix: tuple[str, ...] = ("jobs/full_pipeline.py",), env=None):
+        self.output = storage.parent / f"{storage.name}-{time.monotonic_ns()}.log"
+        with open(self.output, "wb") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, *prefix, "--storage", str(storage), *arguments],
+                cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})},
+            )
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 90) -> None:
+        """Raises AssertionError with the job's output if the job ends or the time passes first."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < end, self.output.read_text()
+            time.sleep(0.02)
+
+    def workers(self, label: str) -> list[psutil.Process]:
+        """Ray worker processes that are now running the work `label`."""
+        return [p for p in self._family() if p.name().startswith("ray::") and " ".join(p.cmdline()).startswith(f"ray::{label}")]
+
+    def finish(self, timeout: float = 240) -> Finished:
+        """Waits for the end, and until every process that the job started is gone."""
+        family = self._family()
+        try:
+            status = self.process.wait(timeout)
+        finally:
+            family += self.stop()
+        assert not psutil.wait_procs(family, timeout=20)[1], "the job left processes behind"
+        return Finished(status, self.output.read_text())
+
+    def stop(self) -> list[psutil.Process]:
+        family = self._family()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for process in psutil.wait_procs(family, timeout=15)[1]:
+            process.kill()
+        return family
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+
+def run(storage: Path, *arguments: str, **options) -> Finished:
+    return Job(storage, *arguments, **options).finish()
+
+
+def the_run(storage: Path) -> Path:
+    """The only run folder in a storage."""
+    (folder,) = (storage / "runs").iterdir()
+    return folder
+
+
+def summary(storage: Path) -> dict:
+    return json.loads((the_run(storage) / "report" / "summary.json").read_text())
+
+
+def numbers(storage: Path) -> dict[str, object]:
+    """All that must be the same in two runs of one config: file → bytes, whatever the artefacts' keys."""
+    found: dict[str, object] = {"methods": summary(storage)["methods"], "groups": summary(storage)["groups"]}
+    (splits,) = (storage / "splits").glob("[!.]*")
+    for file in sorted(splits.rglob("*.parquet")) + [splits / "splits.json"]:
+        found[str(file.relative_to(splits))] = file.read_bytes()
+    for stage in ("global_prompt", "grouping", "group_trainings", "zero_shot"):
+        for folder in (storage / stage).glob("[!.]*"):
+            made_from = json.loads((folder / "artefact.json").read_text())["made_from"]
+            name = f"{stage} {made_from.get('group', '')}"
+            for file in sorted(folder.glob("*")):
+                if file.suffix in (".parquet", ".safetensors") or file.name == "grouping.json":
+                    found[f"{name} {file.name}"] = file.read_bytes()
+    for file in (the_run(storage) / "prompts").iterdir():
+        found[file.name] = file.read_bytes()
+    return found

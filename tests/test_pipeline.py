@@ -1,0 +1,178 @@
+"""The whole pipeline on the embedded demo, run as users run it: the same numbers always, whatever was killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from mlflow import MlflowClient
+from pipelines import QUICK, REPOSITORY, Job, numbers, run, summary, the_run
+
+from pipeline.run import run_job
+
+pytestmark = pytest.mark.slow
+TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Storage and output of one quiet run."""
+    storage = tmp_path_factory.mktemp("undisturbed") / "storage"
+    finished = run(storage, *QUICK)
+    assert finished.status == 0, finished.output
+    return storage, finished.output
+
+
+def test_report(undisturbed):
+    storage, output = undisturbed
+    result = summary(storage)
+    assert result["tasks"] == TASKS
+    assert sorted(task for group in result["groups"] for task in group) == TASKS
+    assert list(result["stages"]) == ["splits", "global_prompt", "grouping", "group_trainings", "report"]
+    assert all(seconds >= 0 for seconds in result["stages"].values())
+    assert list(result["methods"]) == ["zero_shot", "all_in_one", "grouped"]
+    for method in result["methods"].values():
+        assert list(method["accuracy"]) == TASKS
+        assert all(0 <= value <= 1 for value in method["accuracy"].values())
+        assert method["average"] == pytest.approx(sum(method["accuracy"].values()) / 6)
+    methods = result["methods"]
+    assert methods["zero_shot"]["trained_parameters"] == 0
+    one_mmap = 2 * 8 * 64 + 2 * (1 + 2)
+    assert methods["all_in_one"]["trained_parameters"] == 7 * one_mmap
+    assert methods["grouped"]["trained_parameters"] == (6 + len(result["groups"])) * one_mmap
+    assert methods["grouped"]["average"] > methods["zero_shot"]["average"] + 0.03
+    report = (the_run(storage) / "report" / "report.md").read_text()
+    assert "| average |" in report and "trained parameters" in report
+    assert "trained parameters" in output and "found finished" not in output
+    for picture in ("accuracy.png", "affinity_heat_map.png", "affinity_graph.png"):
+        assert (the_run(storage) / "report" / picture).stat().st_size > 5000
+
+
+def test_mlflow_holds_the_run(undisturbed):
+    storage, _ = undisturbed
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "mmap-clip"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    names = {r.data.tags["mlflow.runName"]: r for r in runs}
+    assert {"splits", "global_prompt", "grouping", "group_trainings", "report", "all in one", "zero shot"} <= set(names)
+    assert all(r.info.status == "FINISHED" for r in runs)
+    result = summary(storage)
+    for method, values in result["methods"].items():
+        for task in TASKS:
+            assert parent.data.metrics[f"accuracy/{method}/{task}"] == values["accuracy"][task]
+        assert parent.data.metrics[f"trained_parameters/{method}"] == values["trained_parameters"]
+    assert parent.data.params["training.epochs"] == "8"
+    assert parent.data.tags["groups"] == " | ".join(" + ".join(group) for group in result["groups"])
+    assert "env.torch" in parent.data.tags
+    assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
+    artefacts = {file.path for folder in ("report", "prompts") for file in client.list_artifacts(parent.info.run_id, folder)}
+    assert {"report/report.md", "report/affinity_graph.png", "prompts/grouped.safetensors"} <= artefacts
+    losses = client.get_metric_history(names["all in one"].info.run_id, "train_loss/ink")
+    assert [loss.step for loss in losses] == list(range(1, len(losses) + 1)) and len(losses) == 8 * 3
+    assert losses[-1].value < losses[0].value
+
+
+def test_again_does_nothing_and_says_so(undisturbed):
+    storage, _ = undisturbed
+    before = numbers(storage)
+    finished = run(storage, *QUICK)
+    assert finished.status == 0, finished.output
+    assert finished.output.count("found finished") == 4
+    assert numbers(storage) == before
+
+
+def test_a_second_storage_gets_the_same_numbers(undisturbed, tmp_path):
+    assert run(tmp_path / "storage", *QUICK, env={"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}).status == 0
+    assert numbers(tmp_path / "storage") == numbers(undisturbed[0])
+
+
+def test_killed_in_every_stage_and_run_again(undisturbed, tmp_path):
+    storage = tmp_path / "storage"
+    for point in (
+        "pipeline.stages.splits:sample_splits",
+        "pipeline.stages.splits:write_json",
+        "report:global prompt:8",
+        "pipeline.stages.grouping:best_partition",
+        "report:all in one:8",
+        "pipeline.stages.report:to_markdown",
+    ):
+        job = Job(storage, *QUICK, prefix=("tests/kill_driver.py", point))
+        finished = job.finish()
+        assert finished.status == -signal.SIGKILL, (point, finished.output)
+    finished = run(storage, *QUICK)
+    assert finished.status == 0, finished.output
+    assert finished.output.count("found finished") == 4
+    assert numbers(storage) == numbers(undisturbed[0])
+
+
+@pytest.mark.parametrize("stage, label", [("global_prompt", "global prompt"), ("group_trainings", "all in one")])
+def test_a_killed_worker_goes_on_from_its_checkpoint(undisturbed, tmp_path, stage, label):
+    storage = tmp_path / "storage"
+    job = Job(storage, *QUICK)
+    try:
+        job.wait_until(lambda: list((storage / stage).glob(".building-*/checkpoints/checkpoint.pt")))
+        (worker,) = job.workers(label)
+        worker.kill()
+    finally:
+        finished = job.finish()
+    assert finished.status == 0, finished.output
+    assert numbers(storage) == numbers(undisturbed[0])
+
+
+def test_saved_prompts_give_the_same_predictions(undisturbed, tmp_path):
+    import pyarrow.parquet as pq
+
+    storage, _ = undisturbed
+    expected = {}
+    for folder in (storage / "group_trainings").glob("[!.]*"):
+        if len(json.loads((folder / "artefact.json").read_text())["made_from"]["group"]) == 6:
+            for row in pq.read_table(folder / "predictions.parquet").to_pylist():
+                expected[row["path"]] = row
+    words = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
+    for task in ("noise", "rotated"):
+        output = tmp_path / f"{task}.csv"
+        command = [
+            sys.executable, "jobs/predict.py", str(storage / "datasets" / "digits" / task), "--task", task,
+            "--prompts", str(the_run(storage) / "prompts" / "all_in_one.safetensors"), "--output", str(output),
+        ]
+        subprocess.run(command, cwd=REPOSITORY, check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+        rows = {row["path"]: row for row in csv.DictReader(output.open())}
+        compared = 0
+        for path, row in rows.items():
+            relative = path.split("/datasets/digits/")[1]
+            if relative in expected:  # the test images
+                compared += 1
+                assert row["class"] == words[expected[relative]["predicted"]]
+                assert float(row["probability"]) == pytest.approx(expected[relative]["probability"], abs=1e-4)
+        assert compared == 10 * (22 - 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data.root", "/nowhere"], "data.root=/nowhere is not a folder"),
+        (["--data.tasks", "[ink, oil]"], "data.tasks: oil not found"),
+        (["--clip.model", "ViT-B-99"], "clip.model='ViT-B-99' is not known to open_clip"),
+        (["--clip.model", "ViT-B-32", "--clip.pretrained", "opennai"], "'opennai' is neither a file nor a tag"),
+        (["--mmap.source_columns", "48"], "mmap.source_columns=48 must divide"),
+        (["--grouping.num_groups", "7"], "num_groups=7 is impossible for 6 tasks"),
+        (["--tracking.uri", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
+        (["--cluster.gpus_per_training", "1"], "but the cluster has 0 GPUs"),
+        (["--training.epoch", "3"], "did you mean --training.epochs?"),
+        (["--training.epochs", "0"], "training.epochs=0"),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_faults_are_named_at_the_door(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        run_job("", lambda run: pytest.fail("the job started"))
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "storage" / "splits").exists()
