@@ -1,7 +1,7 @@
 """Random resized crop and flip of a whole batch at once, on the device that the pixels are on.
 
-Cropping and bicubic resizing with antialiasing are linear and separable: an image's crop is `rows @ pixels @ columnsᵀ`
-with a small weight matrix for each axis, so images of different sizes and crops share two batched matrix products.
+Bicubic resizing with antialiasing is linear and separable: a resized crop is `rows @ crop @ columnsᵀ` with a
+small weight matrix for each axis, so crops of different sizes share two batched matrix products.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back t
 def crop_boxes(
     heights: torch.Tensor, widths: torch.Tensor, config: AugmentationConfig, generator: torch.Generator
 ) -> torch.Tensor:
-    """Boxes (B, 4) int64 of (top, left, height, width) for images of `heights`, `widths` (B,), as torchvision draws
-    them: area share uniform, aspect ratio log-uniform, position uniform; centred when no attempt fits.
+    """Boxes (B, 4) int64 of (top, left, height, width) for images of `heights`, `widths` (B,), as torchvision
+    draws them: area share uniform, aspect ratio log-uniform, position uniform; centred when no attempt fits.
 
     crop_scale (1, 1) gives the centred square of the evaluation's preprocessing.
     """
@@ -48,41 +48,43 @@ def crop_boxes(
     return torch.cat([corner, box_h[:, None], box_w[:, None]], dim=1)
 
 
-def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_size: int) -> torch.Tensor:
-    """Weights (B, out_size, in_size), float32, of a bicubic antialiased resize of [start, start + length) to out_size.
+def resize_weights(lengths: torch.Tensor, in_size: int, out_size: int) -> torch.Tensor:
+    """Weights (B, out_size, in_size), float32, of a bicubic antialiased resize of the first `lengths` (B,)
+    of `in_size` pixels.
 
     The cubic has a = -0.5 and is widened when shrinking, as in Pillow and in torch's `antialias=True`.
     """
-    scale = length.double() / out_size  # (B,)
+    scale = lengths.double() / out_size  # (B,)
     width = scale.clamp(min=1)[:, None, None]
-    centre = start[:, None] + (torch.arange(out_size, device=start.device) + 0.5) * scale[:, None]
-    pixel = torch.arange(in_size, device=start.device)
+    centre = (torch.arange(out_size, device=lengths.device) + 0.5) * scale[:, None]
+    pixel = torch.arange(in_size, device=lengths.device)
     x = ((pixel + 0.5)[None, None, :] - centre[:, :, None]).abs() / width
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
-    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
-    weights = weights * inside[:, None, :]
+    weights = weights * (pixel < lengths[:, None])[:, None, :]
     return (weights / weights.sum(dim=-1, keepdim=True)).float()
 
 
 def augment(
     images: Sequence[torch.Tensor], image_size: int, config: AugmentationConfig, generator: torch.Generator
 ) -> torch.Tensor:
-    """Crops, resizes and flips uint8 `images` (3, h_i, w_i) → float32 (B, 3, image_size, image_size) in [0, 255].
+    """Crops, resizes and flips uint8 `images` (3, h_i, w_i) → float32 (B, 3, image_size, image_size), 0-255.
 
     The random numbers come from the CPU `generator`, so that they do not depend on the device.
     """
     device = images[0].device
     heights = torch.tensor([image.shape[1] for image in images])
     widths = torch.tensor([image.shape[2] for image in images])
-    top, left, box_h, box_w = crop_boxes(heights, widths, config, generator).to(device).unbind(dim=1)
+    boxes = crop_boxes(heights, widths, config, generator)
     flipped = torch.rand(len(images), generator=generator) < 0.5
-    canvas = torch.zeros(len(images), 3, int(heights.max()), int(widths.max()), device=device)
-    for slot, image in zip(canvas, images):
-        slot[:, : image.shape[1], : image.shape[2]] = image
-    rows = resize_weights(top, box_h, canvas.shape[2], image_size)
-    columns = resize_weights(left, box_w, canvas.shape[3], image_size)
+    _, _, max_h, max_w = boxes.max(dim=0).values.tolist()
+    # Only the crops: a panorama's own shape would decide the memory of the whole batch.
+    canvas = torch.zeros(len(images), 3, max_h, max_w, device=device)
+    for slot, image, (top, left, height, width) in zip(canvas, images, boxes.tolist()):
+        slot[:, :height, :width] = image[:, top : top + height, left : left + width]
+    rows = resize_weights(boxes[:, 2].to(device), max_h, image_size)
+    columns = resize_weights(boxes[:, 3].to(device), max_w, image_size)
     if config.flip:
         columns = torch.where(flipped.to(device)[:, None, None], columns.flip(1), columns)
     return (rows[:, None] @ canvas @ columns[:, None].transpose(-1, -2)).clamp(0, 255)

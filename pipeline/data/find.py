@@ -1,14 +1,19 @@
 """Finds the images of every task and class under a data root; opens none of them.
 
-Layouts: `folders` (<root>/<task>/<class>/<any depth>/image), `office_home` (the published archive, with or without its
-top folder), `mini_domainnet` (DomainNet's folders; the images are those of the lists splits_mini/*.txt).
-Everything is ordered by name, so that no file system's own order reaches a result.
+Layouts:
+- `folders`: <root>/<task>/<class>/<any depth>/image;
+- `office_home`: the published archive, with or without its top folder;
+- `mini_domainnet`: DomainNet's folders; the images are those of the lists splits_mini/*.txt.
+
+Everything is ordered by name, so that no file system's own order reaches a result. Links are followed, except
+those that lead back to a folder they lie in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +21,9 @@ from pathlib import Path
 from pipeline.config import DataConfig
 from pipeline.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".avif"}
+)
 OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
 OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")
 MINI_DOMAINNET_LISTS = "splits_mini"
@@ -29,13 +36,14 @@ class ImageFile:
     task: str
     class_folder: str
     size: int
-    """Bytes."""
+    """Bytes; 0 for a file that is not there, which is for the scan to report."""
     modified_ns: int
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies under a root. `images` is sorted by path; `ignored` are the files that are no images."""
+    """What lies under a root. `images` is sorted by path; `ignored` are the files that are no images, and the
+    links that lead back."""
 
     root: Path
     layout: str
@@ -52,7 +60,8 @@ class Listing:
         """SHA-256 over names, sizes and times: changes when a file may have, without reading it."""
         digest = hashlib.sha256()
         for image in self.images:
-            digest.update(f"{image.path}\0{image.size}\0{image.modified_ns}\n".encode("utf-8", "surrogateescape"))
+            line = f"{image.path}\0{image.size}\0{image.modified_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         digest.update(repr((sorted(self.classes.items()), sorted(self.class_words.items()))).encode())
         return digest.hexdigest()
 
@@ -61,7 +70,8 @@ def find_images(config: DataConfig, root: Path) -> Listing:
     """Listing of `root` by `config` (layout, tasks, class_names).
 
     Raises:
-        UserError: root missing, no tasks, a task or class that is asked for and not there.
+        UserError: root missing, no tasks, a task or class that is asked for and not there, a folder name that
+            is not UTF-8.
     """
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder on this machine")
@@ -71,18 +81,20 @@ def find_images(config: DataConfig, root: Path) -> Listing:
     else:
         files, ignored = _walk(root)
     selected_tasks = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
-    words_of = read_class_names(Path(config.class_names)) if config.class_names else None
+    words_of = read_class_names(Path(config.class_names).expanduser()) if config.class_names else None
 
     found: dict[str, dict[str, list[str]]] = {}
-    for path, task, class_folder in files:
-        found.setdefault(task, {}).setdefault(class_folder, [])
+    for path, task_folder, class_folder in files:
+        task, name = _folder_name(task_folder), _folder_name(class_folder)
+        of_class = found.setdefault(task, {}).setdefault(name, [])
         if path:
-            found[task][class_folder].append(path)
-    tasks = sorted(selected_tasks or found)
+            of_class.append(path)
+    tasks = sorted({_folder_name(task) for task in selected_tasks} if selected_tasks else found)
     missing = [task for task in tasks if task not in found]
     if missing:
         raise UserError(
-            f"data.tasks: {', '.join(missing)} not found under {root}; found: {', '.join(sorted(found)) or 'no task'}"
+            f"data.tasks: {', '.join(missing)} not found under {root}; "
+            f"found: {_some(sorted(found)) or 'no <task>/<class> folders'}"
         )
     if not tasks:
         raise UserError(f"data.root={root} holds no <task>/<class>/<image> folders")
@@ -103,31 +115,43 @@ def find_images(config: DataConfig, root: Path) -> Listing:
         classes[task] = tuple(sorted(words_of if words_of is not None else of_task))
         if len(classes[task]) < 2:
             raise UserError(
-                f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
+                f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; "
+                "a task needs two or more"
             )
         for class_folder in classes[task]:
             for path in of_task[class_folder]:
-                status = _stat(root, path)
-                images.append(ImageFile(path, task, class_folder, status.st_size, status.st_mtime_ns))
+                images.append(ImageFile(path, task, class_folder, *_size_and_time(root, path)))
     folders = sorted({name for names in classes.values() for name in names})
     class_words = words_of or {name: name.replace("_", " ") for name in folders}
     images.sort(key=lambda image: image.path)
     return Listing(
         root, layout, tuple(images), classes, {name: class_words[name] for name in folders},
-        tuple(sorted(ignored)), tuple(left_out),
+        tuple(sorted(printable(path) for path in ignored)), tuple(left_out),
     )
 
 
+def printable(path: str) -> str:
+    """The path with bytes that are not UTF-8 as escapes: those open a file but cannot be printed."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
 def read_class_names(path: Path) -> dict[str, str]:
-    """Class folder → words, from a text file: one class a line, `folder` or `folder<TAB>words`; # begins a comment."""
+    """Class folder → words, from a text file: one class a line, `folder` or `folder<TAB>words`; a line that
+    begins with # is a comment."""
     if not path.is_file():
-        raise UserError(f"data.class_names={path} does not exist")
+        raise UserError(f"data.class_names={path} is no file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.class_names={path} is not UTF-8 text: {error}") from None
     words: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         folder, _, text = line.partition("\t")
-        folder = folder.strip()
+        folder = _folder_name(folder.strip())
+        if not folder:
+            raise UserError(f"{path}:{number}: expected `folder` or `folder<TAB>words`, got {line!r}")
         if folder in words:
             raise UserError(f"{path}:{number}: class {folder!r} is listed twice")
         words[folder] = text.strip() or folder.replace("_", " ")
@@ -139,26 +163,38 @@ def read_class_names(path: Path) -> dict[str, str]:
 def _recognise(layout: str, root: Path) -> tuple[str, Path]:
     nested = root / OFFICE_HOME_FOLDER
     if layout == "auto":
+        _, folders, _ = next(os.walk(root, onerror=_cannot_read))
         if (root / MINI_DOMAINNET_LISTS).is_dir():
             layout = "mini_domainnet"
-        elif nested.is_dir() or all((root / task).is_dir() for task in OFFICE_HOME_TASKS):
+        elif nested.is_dir() or {name for name in folders if name[0] != "."} == set(OFFICE_HOME_TASKS):
             layout = "office_home"
-        else:
+        else:  # also Office-Home with a task of the user's own beside it
             layout = "folders"
     if layout == "office_home" and nested.is_dir():
         root = nested
     if layout == "mini_domainnet" and not (root / MINI_DOMAINNET_LISTS).is_dir():
-        raise UserError(f"data.layout=mini_domainnet needs the image lists {root / MINI_DOMAINNET_LISTS}/*.txt")
+        raise UserError(f"data.layout=mini_domainnet needs image lists, {root / MINI_DOMAINNET_LISTS}/*.txt")
     return layout, root
 
 
 def _walk(root: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """(path, task, class folder) of all images, with an empty path for a class folder itself; and the other files."""
+    """(path, task, class folder) of all images, with an empty path for a class folder itself; other files."""
     files: list[tuple[str, str, str]] = []
     ignored: list[str] = []
-    for folder, subfolders, names in os.walk(root, onerror=_cannot_read):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    lies_in: dict[str, frozenset[str]] = {str(root): frozenset()}  # folder → all real folders above it
+    for folder, subfolders, names in os.walk(root, onerror=_cannot_read, followlinks=True):
         parts = Path(folder).relative_to(root).parts
+        real = os.path.realpath(folder)
+        above = lies_in.pop(folder) | {real, *map(str, Path(real).parents)}
+        further = []
+        for name in sorted(name for name in subfolders if not name.startswith(".")):
+            path = os.path.join(folder, name)
+            if os.path.realpath(path) in above:
+                ignored.append("/".join((*parts, name)))
+            else:
+                further.append(name)
+                lies_in[path] = above
+        subfolders[:] = further
         if len(parts) == 2:
             files.append(("", parts[0], parts[1]))
         for name in sorted(names):
@@ -171,7 +207,14 @@ def _walk(root: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
 
 
 def _cannot_read(error: OSError) -> None:
-    raise UserError(f"cannot read {error.filename}: {error.strerror}")
+    raise UserError(f"cannot read {printable(str(error.filename))}: {error.strerror}")
+
+
+def _folder_name(name: str) -> str:
+    """A task's or class's name, the same on every file system: some store é as e and an accent."""
+    if name != printable(name):
+        raise UserError(f"the folder name {printable(name)} is not UTF-8; rename it")
+    return unicodedata.normalize("NFC", name)
 
 
 def _listed_files(root: Path) -> list[tuple[str, str, str]]:
@@ -181,21 +224,23 @@ def _listed_files(root: Path) -> list[tuple[str, str, str]]:
         raise UserError(f"no *.txt lists in {root / MINI_DOMAINNET_LISTS}")
     paths: set[str] = set()
     for file in lists:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text("utf-8", "surrogateescape").splitlines(), 1):
             if not line.strip():
                 continue
             path, _, label = line.strip().rpartition(" ")
-            if path.count("/") < 2 or not label.isdigit():
+            parts = path.split("/")
+            if len(parts) < 3 or not label.isdigit() or not {"", ".", ".."}.isdisjoint(parts):
                 raise UserError(f"{file}:{number}: expected `task/class/image label`, got {line!r}")
             paths.add(path)
     return [(path, *path.split("/")[:2]) for path in sorted(paths)]
 
 
-def _stat(root: Path, path: str) -> os.stat_result:
+def _size_and_time(root: Path, path: str) -> tuple[int, int]:
     try:
-        return os.stat(root / path)
-    except OSError as error:
-        raise UserError(f"cannot read {root / path}: {error.strerror}") from None
+        status = os.stat(root / path)
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _some(names: Iterable[str], limit: int = 10) -> str:

@@ -1,4 +1,10 @@
-"""One image file → pixels, the way CLIP's own preprocessing does it (RGB, bicubic with antialiasing)."""
+"""One image file → pixels, the way CLIP's own preprocessing does it (RGB, bicubic with antialiasing).
+
+Choices that change pixels only where an image is not 8-bit RGB or grey:
+- it becomes RGB before it is resized, as in CoOp and its successors; resized first, a palette image would be
+  cut to its nearest pixels;
+- alpha is dropped; 16-bit grey is scaled to 8 bits, where Pillow alone would clip nearly all of it to white.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +12,21 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 TRAINING_OVERSIZE = 2
-"""Training images are kept with a shorter side of up to this many times the model's input, so that a small random
-crop still has real detail, and memory does not follow the camera."""
+"""Training images are kept with a shorter side of up to this many times the model's input, so that a small
+random crop still has real detail, and memory does not follow the camera."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow knows more, some of which start other programs (EPS: Ghostscript)."""
+MAX_RATIO = 1000
+"""Of an image that is longer than this many times its width, the evaluation takes the middle first."""
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+"""Pillow's own limit, above which it suspects a decompression bomb (89 million)."""
+
+# Pillow advises RGBA; a filter set around each decoding instead would not be safe among threads.
+warnings.filterwarnings("ignore", message="Palette images with Transparency")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BrokenImage(ValueError):
@@ -18,18 +34,25 @@ class BrokenImage(ValueError):
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """The whole image as RGB; grey and palette images are expanded, alpha is dropped.
+    """The whole image as RGB.
 
     Raises:
-        BrokenImage: not an image, truncated, or so large that it looks like a decompression bomb.
+        BrokenImage: not an image, truncated, larger than MAX_PIXELS, or of pixel values without a range.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Palette transparency given as bytes: Pillow advises RGBA, but alpha is dropped here anyway.
-            warnings.filterwarnings("ignore", message="Palette images with Transparency")
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BrokenImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            if image.mode == "F":
+                raise BrokenImage("pixel values are fractions (mode F), whose range is not known")
+            if image.mode.startswith("I"):
+                grey = np.asarray(image).clip(0, 65535)
+                return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except (BrokenImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BrokenImage(f"no image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise almost anything on bad bytes
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
 
@@ -39,22 +62,30 @@ def evaluation_pixels(data: bytes, image_size: int) -> np.ndarray:
     image = decode_rgb(data)
     width, height = image.size
     short = min(width, height)
+    if max(width, height) > MAX_RATIO * short:
+        # Resized whole, a thread of 1 x 60,000 pixels would take gigabytes.
+        image = _centre(image, min(width, MAX_RATIO * short), min(height, MAX_RATIO * short))
+        width, height = image.size
     if short != image_size:
         # torchvision's rule: the longer side is cut to an integer, not rounded.
         width, height = int(image_size * width / short), int(image_size * height / short)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    return _channels_first(image.crop((left, top, left + image_size, top + image_size)))
+    return _channels_first(_centre(image, image_size, image_size))
 
 
 def training_pixels(data: bytes, image_size: int) -> np.ndarray:
-    """The whole image, its shorter side at most TRAINING_OVERSIZE × `image_size` → uint8 (3, height, width)."""
+    """The whole image, shorter side at most TRAINING_OVERSIZE × `image_size` → uint8 (3, height, width)."""
     image = decode_rgb(data)
     width, height = image.size
     shrink = TRAINING_OVERSIZE * image_size / min(width, height)
     if shrink < 1:
         image = image.resize((round(width * shrink), round(height * shrink)), Image.Resampling.BICUBIC)
     return _channels_first(image)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:

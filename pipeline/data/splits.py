@@ -1,8 +1,8 @@
 """Few-shot sampling: which images train, which test.
 
 Choices:
-- an image's rank is a hash of (seed, task, class, content), and the smallest ranks train: the same on every machine,
-  whatever the file names, their order, or the number of other images;
+- an image's rank is a hash of (seed, task, class, content), and the smallest ranks train: the same on every
+  machine, whatever the file names, their order, or the number of other images;
 - an image is its content: a copy of a training image, in any task and under any name, is in no test set.
 """
 
@@ -28,7 +28,7 @@ class ScannedImage:
 
 @dataclass(frozen=True)
 class Splits:
-    """Images of both splits, sorted by path; `copies` are (path, path of the training image that it is a copy of)."""
+    """Images of both splits, sorted by path; `copies`: (path, path of the training image that it copies)."""
 
     train: tuple[ScannedImage, ...]
     test: tuple[ScannedImage, ...]
@@ -53,12 +53,12 @@ def sample_splits(
     train: dict[str, ScannedImage] = {}  # path → image
     training_path: dict[str, str] = {}  # content → path of a training image
     for (task, name), members in by_class.items():
-        distinct = {image.sha256: image for image in reversed(members)}  # of copies, the first path stands for all
+        # Of copies, the first path stands for all.
+        distinct = {image.sha256: image for image in reversed(members)}
         if len(distinct) <= shots:
-            copies = len(members) - len(distinct)
-            too_few.append(
-                f"{task}/{name} has {len(distinct)} image(s)" + (f" and {copies} exact copies" if copies else "")
-            )
+            num_copies = len(members) - len(distinct)
+            and_copies = f" and {num_copies} exact copies of them" if num_copies else ""
+            too_few.append(f"{task}/{name} has {len(distinct)} image(s){and_copies}")
             continue
         for image in sorted(distinct.values(), key=lambda image: _rank(seed, image))[:shots]:
             train[image.path] = image
@@ -69,20 +69,24 @@ def sample_splits(
             f"({shots} to train, 1 to test): " + "; ".join(too_few)
         )
 
+    only_copies: list[str] = []
     test: list[ScannedImage] = []
     copies: list[tuple[str, str]] = []
     for (task, name), members in by_class.items():
         rest = [image for image in members if image.path not in train]
         of_class = [image for image in rest if image.sha256 not in training_path]
         if not of_class:
-            raise UserError(
-                f"{task}/{name} has no test image left: all {len(rest)} that do not train there are exact copies of "
-                f"training images (such as {rest[0].path} of {training_path[rest[0].sha256]})"
+            only_copies.append(
+                f"{task}/{name} has {len(members)} image(s), and the {len(rest)} that do not train there are "
+                f"copies of training images (such as {rest[0].path} of {training_path[rest[0].sha256]})"
             )
         test += of_class
-        copies += [
-            (image.path, training_path[image.sha256]) for image in rest if image.sha256 in training_path
-        ]
+        copies += [(i.path, training_path[i.sha256]) for i in rest if i.sha256 in training_path]
+    if only_copies:
+        raise UserError(
+            f"data.shots={shots} leaves no test image (one that is no exact copy of a training image of any "
+            "task): " + "; ".join(only_copies)
+        )
     by_path = sorted(train.values(), key=lambda image: image.path)
     return Splits(tuple(by_path), tuple(sorted(test, key=lambda image: image.path)), tuple(sorted(copies)))
 

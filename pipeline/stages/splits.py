@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.markup import escape
 
 from pipeline.data.find import ImageFile
 from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, scan_image, write_part
@@ -13,7 +16,7 @@ from pipeline.data.splits import ScannedImage, content_fingerprint, sample_split
 from pipeline.errors import UserError
 from pipeline.run import PARENT, Run
 from pipeline.stages.stage import Stage, Work
-from pipeline.storage import write_atomically, write_json
+from pipeline.storage import read_json, write_atomically, write_json
 
 NAME = "splits"
 IMAGES_PER_SCAN = 512
@@ -36,8 +39,8 @@ def build_splits(run: Run) -> SplitReader:
             scanned = _scan(stage, listing.root, listing.images)
             broken = [image for image in scanned if image.error]
             if broken:
-                _judge_broken(broken, len(scanned), data.max_dropped_share, folder.with_name(f"broken-{artefact.key}.txt"))
-                run.console.print(f"  [yellow]dropped {len(broken)} broken of {len(scanned)} images[/], listed in splits.json")
+                list_file = folder.with_name(f"broken-{artefact.key}.txt")
+                _judge_broken(broken, len(scanned), data.max_dropped_share, list_file)
             whole = [image for image in scanned if not image.error]
             splits = sample_splits(whole, listing.classes, data.shots, run.config.seed)
             description = SplitDescription(
@@ -55,7 +58,10 @@ def build_splits(run: Run) -> SplitReader:
             parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
             run.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
             stage.execute(
-                [Work(f"write {part.file}", _write, (listing.root, part, description, folder)) for part in parts]
+                [
+                    Work(f"write {part.file}", _write, (listing.root, part, description, folder))
+                    for part in parts
+                ]
             )
             write_json(
                 folder / "splits.json",
@@ -63,7 +69,9 @@ def build_splits(run: Run) -> SplitReader:
                     **vars(description),
                     "layout": listing.layout,
                     "dropped": [{"path": image.path, "error": image.error} for image in broken],
-                    "copies_of_training_images": [{"path": path, "copy_of": of} for path, of in splits.copies],
+                    "copies_of_training_images": [
+                        {"path": path, "copy_of": training_path} for path, training_path in splits.copies
+                    ],
                     "ignored_files": list(listing.ignored),
                     "classes_left_out": list(listing.left_out_classes),
                 },
@@ -97,15 +105,17 @@ def _write(root: Path, part: Part, description: SplitDescription, folder: Path, 
 
 
 def _judge_broken(broken: Sequence[ScannedImage], total: int, allowed: float, listing: Path) -> None:
-    if len(broken) <= allowed * total:
+    if len(broken) / total <= allowed:
         return
     lines = [f"{image.path}: {image.error}" for image in broken]
     write_atomically(listing, "\n".join(lines) + "\n")
     shown = "\n  ".join(lines[:BROKEN_SHOWN])
-    more = f"\n  and {len(lines) - BROKEN_SHOWN} more, all listed in {listing}" if len(lines) > BROKEN_SHOWN else ""
+    more = f"\n  and {len(lines) - BROKEN_SHOWN} more" if len(lines) > BROKEN_SHOWN else ""
+    enough = math.ceil(1000 * len(broken) / total) / 1000
     raise UserError(
-        f"{len(broken)} of {total} images are broken, more than data.max_dropped_share={allowed:g} allows:\n  {shown}{more}\n"
-        f"Mend or remove them, or allow to drop them with --data.max_dropped_share {len(broken) / total:.2g}"
+        f"{len(broken)} of {total} images are broken, more than data.max_dropped_share={allowed:g} allows:"
+        f"\n  {shown}{more}\nAll are listed in {listing}. "
+        f"Mend or remove them, or allow to drop them with --data.max_dropped_share {enough:g}"
     )
 
 
@@ -124,9 +134,19 @@ def _report(run: Run, reader: SplitReader) -> None:
         source=str(run.listing.root),
         profile={"tasks": description.tasks, "counts": description.counts, "shots": description.shots},
     )
-    run.tracker.log_artifact(NAME, reader.folder / "splits.json")
+    file = reader.folder / "splits.json"
+    run.tracker.log_artifact(NAME, file)
     train, test = (sum(description.counts[split].values()) for split in ("train", "test"))
     run.console.print(
         f"  {train} training and {test} test images, {description.shots} shots a class, "
         f"{max(map(len, description.classes.values()))} classes", highlight=False,
     )
+    values = read_json(file)
+    left_out = {
+        "broken images dropped": values["dropped"],
+        "exact copies of training images in neither split": values["copies_of_training_images"],
+        "other files ignored": values["ignored_files"],
+        "class folders left out": values["classes_left_out"],
+    }
+    if told := [f"{len(items)} {what}" for what, items in left_out.items() if items]:
+        run.console.print(f"  [yellow]{', '.join(told)}[/]: listed in {escape(str(file))}", highlight=False)

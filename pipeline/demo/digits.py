@@ -1,0 +1,137 @@
+"""The demo's data set: real handwritten digits, redrawn in six visual domains.
+
+The 8x8 digits that scikit-learn carries are dealt out, class by class, to the tiny CLIP's own training and
+to the six domains, so that no handwriting is seen twice. Three domains are dark on light (ink, noise,
+rotated) and three light on dark (chalk, neon, outline): the alike ones give task grouping something to find.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from sklearn.datasets import load_digits
+
+CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIZE = 32
+IMAGES_PER_CLASS = 22
+CLIP_IMAGES_PER_CLASS = 42
+SEED = 20240
+
+
+def ink(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Blue-black ink on cream paper with a faint grain."""
+    paper = np.array([0.96, 0.93, 0.84]) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
+    return _blend(paper, np.array([0.08, 0.10, 0.28]), stroke)
+
+
+def noise(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Ink on paper seen through heavy sensor noise."""
+    return ink(stroke, rng) + rng.normal(0, 0.45, (SIZE, SIZE, 3))
+
+
+def rotated(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Ink on paper, the sheet turned clockwise by 40 to 55 degrees."""
+    turned = ndimage.rotate(stroke, -rng.uniform(40, 55), reshape=False, order=1)
+    return ink(turned, rng)
+
+
+def chalk(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """White chalk, broken by the grain of a dark green board."""
+    board = np.array([0.10, 0.24, 0.17]) + rng.normal(0, 0.03, (SIZE, SIZE, 1))
+    return _blend(board, np.array([0.93, 0.93, 0.88]), stroke * rng.uniform(0.45, 1.0, (SIZE, SIZE)))
+
+
+def neon(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A tube of saturated light, its hue drawn per image, glowing on near black."""
+    hue = rng.permutation([1.0, rng.uniform(0.2, 0.9), 0.1])
+    glow = np.clip(stroke + 0.8 * ndimage.gaussian_filter(stroke, 2.0), 0, 1)
+    return _blend(np.full((SIZE, SIZE, 3), 0.03), hue, glow)
+
+
+def outline(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Only the contour of the stroke, in pale line on a dark blueprint."""
+    contour = ndimage.morphological_gradient(stroke, size=(3, 3))
+    blueprint = np.array([0.08, 0.16, 0.42]) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
+    return _blend(blueprint, np.array([0.85, 0.92, 1.0]), contour)
+
+
+DOMAINS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    "ink": ink,
+    "noise": noise,
+    "rotated": rotated,
+    "chalk": chalk,
+    "neon": neon,
+    "outline": outline,
+}
+
+
+def allocate(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Deal the base digits out: name of a domain, or "clip", to indices (classes, images), all disjoint."""
+    rng = np.random.default_rng(SEED)
+    shuffled = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(len(CLASSES))]
+    sizes = {"clip": CLIP_IMAGES_PER_CLASS, **dict.fromkeys(DOMAINS, IMAGES_PER_CLASS)}
+    ends = np.cumsum(list(sizes.values()))
+    return {
+        name: np.stack([indices[end - size : end] for indices in shuffled])
+        for (name, size), end in zip(sizes.items(), ends, strict=True)
+    }
+
+
+def strokes(images: np.ndarray) -> np.ndarray:
+    """Base digits (n, 8, 8) of 0..16 as stroke coverage (n, 32, 32) in 0..1."""
+    scaled = [
+        Image.fromarray((image * (255 / 16)).astype(np.uint8)).resize((24, 24), Image.Resampling.BICUBIC)
+        for image in images
+    ]
+    coverage = np.stack([np.asarray(image, dtype=np.float64) for image in scaled]) / 255
+    return np.pad(np.clip(1.6 * coverage - 0.3, 0, 1), ((0, 0), (4, 4), (4, 4)))
+
+
+def write_digits(root: Path) -> None:
+    """Write the data set as <root>/<domain>/<class>/<nnnn>.png, 32x32 RGB; a complete set is left as it is.
+
+    Raises:
+        OSError: root holds something else.
+    """
+    root = Path(root)
+    if _complete(root):
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        _write(partial)
+        partial.chmod(0o755)  # mkdtemp's folder is the owner's alone
+        os.replace(partial, root)
+    except OSError:
+        if not _complete(root):  # complete by now: another process wrote the same bytes first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _complete(root: Path) -> bool:
+    images = sum(1 for domain in DOMAINS for name in CLASSES for _ in (root / domain / name).glob("*.png"))
+    return images == len(DOMAINS) * len(CLASSES) * IMAGES_PER_CLASS
+
+
+def _write(root: Path) -> None:
+    digits = load_digits()
+    allocation = allocate(digits.target)
+    for number, (domain, render) in enumerate(DOMAINS.items()):
+        rng = np.random.default_rng([SEED, number])
+        for name, indices in zip(CLASSES, allocation[domain], strict=True):
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for position, stroke in enumerate(strokes(digits.images[indices])):
+                pixels = np.clip(render(stroke, rng), 0, 1)
+                Image.fromarray(np.rint(pixels * 255).astype(np.uint8)).save(folder / f"{position:04}.png")
+
+
+def _blend(background: np.ndarray, colour: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    """Lay a colour (3,) over a background (32, 32, 3 or 1) where coverage (32, 32) is 1."""
+    return background + coverage[..., None] * (colour - background)

@@ -1,0 +1,145 @@
+"""Stage 1 on a local Ray: broken images, finding a finished build again, the same bytes from every build."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ray.cluster_utils import Cluster
+from rich.console import Console
+
+from pipeline.config import Config, parse_config
+from pipeline.data.parquet import SplitReader
+from pipeline.errors import UserError
+from pipeline.run import open_run
+from pipeline.stages import splits as stage
+from pipeline.stages.splits import build_splits
+
+TASKS, CLASSES, PER_CLASS, SHOTS = ("art", "real world"), ("bed", "post_it"), 6, 2
+NUM_IMAGES = len(TASKS) * len(CLASSES) * PER_CLASS
+BROKEN = {"art/bed/empty.png": b"", "real world/bed/text.jpg": b"no image"}
+TINY_CLIP = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 24, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds data/ with two broken images, a copy and a text file, and tiny.json, the model."""
+    folder = tmp_path_factory.mktemp("stage")
+    (folder / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    rng = np.random.default_rng(0)
+    for task in TASKS:
+        for name in CLASSES:
+            (folder / "data" / task / name).mkdir(parents=True)
+            for number in range(PER_CLASS):
+                pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "data" / task / name / f"{number}.png")
+    for path, content in BROKEN.items():
+        (folder / "data" / path).write_bytes(content)
+    (folder / "data/readme.txt").write_text("pictures")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_address():
+    """A Ray for all runs to join, which is faster than one for each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+def config_of(folder: Path, storage: str, max_dropped_share: float, ray_address: str) -> Config:
+    return parse_config(
+        {
+            "cluster": {"address": ray_address},
+            "storage": str(folder / storage),
+            "data": {"root": str(folder / "data"), "shots": SHOTS, "max_dropped_share": max_dropped_share},
+            "clip": {"model": str(folder / "tiny.json"), "pretrained": None},
+        }
+    )
+
+
+@pytest.fixture
+def build(folder, ray_address, monkeypatch):
+    """Builds in a storage; returns the reader and what was printed."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    # A few images in each scan: several workers take part.
+    monkeypatch.setattr(stage, "IMAGES_PER_SCAN", 5)
+
+    def build(storage: str, max_dropped_share: float) -> tuple[SplitReader, str]:
+        printed = io.StringIO()
+        config = config_of(folder, storage, max_dropped_share, ray_address)
+        with open_run(config, Console(file=printed, width=300)) as run:
+            return build_splits(run), printed.getvalue()
+
+    return build
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.parquet")}
+
+
+def test_broken_images_stop_the_run_with_their_paths_and_number(build, folder):
+    with pytest.raises(UserError) as error:
+        build("strict", max_dropped_share=1 / NUM_IMAGES)
+    message = str(error.value)
+    assert f"2 of {NUM_IMAGES + 2} images are broken" in message
+    (listed,) = (folder / "strict/splits").glob("broken-*.txt")
+    assert str(listed) in message
+    for path in BROKEN:
+        assert f"{path}: no image of a known format" in message
+        assert f"{path}: no image of a known format" in listed.read_text()
+    # The share that it names is enough.
+    share = float(message.rsplit("--data.max_dropped_share ", 1)[1])
+    assert 2 / (NUM_IMAGES + 2) <= share < 3 / (NUM_IMAGES + 2)
+    assert not list((folder / "strict/splits").glob("*/artefact.json"))
+
+
+def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
+    share = 2 / (NUM_IMAGES + 2)  # exactly what is broken
+    reader, printed = build("one", share)
+    assert "2 broken images dropped, 1 other files ignored: listed in" in printed
+    values = json.loads((reader.folder / "splits.json").read_text())
+    assert [dropped["path"] for dropped in values["dropped"]] == sorted(BROKEN)
+    assert all("no image" in dropped["error"] for dropped in values["dropped"])
+    assert values["ignored_files"] == ["readme.txt"]
+    assert reader.description.counts == {
+        "train": dict.fromkeys(TASKS, len(CLASSES) * SHOTS),
+        "test": dict.fromkeys(TASKS, len(CLASSES) * (PER_CLASS - SHOTS)),
+    }
+    rows = [
+        row
+        for split in ("train", "test")
+        for task in TASKS
+        for row in reader.rows(split, task, ["path", "sha256"])
+    ]
+    assert len({row["path"] for row in rows}) == len({row["sha256"] for row in rows}) == NUM_IMAGES
+    assert not {row["path"] for row in rows} & set(BROKEN)
+
+    files = bytes_of(reader.folder)
+    times = {file: (reader.folder / file).stat().st_mtime_ns for file in files}
+    again, printed = build("one", share)
+    assert "found finished" in printed
+    assert again.folder == reader.folder
+    assert {file: (reader.folder / file).stat().st_mtime_ns for file in files} == times
+
+    other, printed = build("two", share)
+    assert "found finished" not in printed
+    assert other.folder != reader.folder and other.folder.name == reader.folder.name
+    assert bytes_of(other.folder) == files and len(files) == 2 * len(TASKS)
+    assert (other.folder / "splits.json").read_bytes() == (reader.folder / "splits.json").read_bytes()
+
+
+@pytest.mark.parametrize(("broken", "total"), [(1, 3), (29, 100), (1, 40_000), (2, 3), (7, 7)])
+def test_the_share_named_in_the_error_is_enough(tmp_path, broken, total):
+    image = stage.ScannedImage("a/x/1.png", "a", "x", "", "broken")
+    with pytest.raises(UserError) as error:
+        stage._judge_broken([image] * broken, total, 0.0, tmp_path / "broken.txt")
+    share = float(str(error.value).rsplit(" ", 1)[1])
+    stage._judge_broken([image] * broken, total, share, tmp_path / "broken.txt")
+    stage._judge_broken([image] * broken, total, broken / total, tmp_path / "broken.txt")
