@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 REPORT_EVERY_S = 0.5
 LOG_LINE_EVERY_S = 10
+LONG_LOG_LINE_EVERY_S = 60
+"""Between the lines of work that has run for longer than this."""
 
 
 @ray.remote(num_cpus=0)
@@ -35,7 +37,7 @@ class ProgressBoard:
 
     def advance(self, label: str, count: int, unit: str) -> None:
         of = self._totals[label, unit]
-        of[0] += count
+        of[0] = min(of[0] + count, of[1])  # a task that is run again counts again
         self._reports.append(Report(label, of[0], of[1], unit))
 
     def take(self) -> list[Report]:
@@ -100,7 +102,8 @@ class ProgressDisplay:
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(report.label, total=report.total, rate=speed)
         self._bars.update(self._tasks[key], completed=report.completed, total=report.total, rate=speed)
-        if not self._console.is_terminal and now - self._last_line.get(report.label, began) >= LOG_LINE_EVERY_S:
+        pause = LOG_LINE_EVERY_S if now - began < LONG_LOG_LINE_EVERY_S else LONG_LOG_LINE_EVERY_S
+        if not self._console.is_terminal and now - self._last_line.get(report.label, began) >= pause:
             self._last_line[report.label] = now
             left = f", {(report.total - report.completed) / rate:.0f} s left" if rate else ""
             self._console.print(

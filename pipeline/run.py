@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, clip_identity, load_tokenizer, tower_sizes
@@ -77,7 +78,7 @@ def run_job(description: str, main: Callable[[Run], None]) -> None:
         with open_run(config_from_command_line(parser), console) as run:
             main(run)
     except (UserError, TrackingUnavailable) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        console.print("[bold red]error:[/]", escape(str(error)), highlight=False)
         sys.exit(2)
 
 
@@ -129,7 +130,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
             tracker.end_run(PARENT)
             delivery = tracker.flush(timeout_s=30)
             if delivery.waiting or delivery.refused:
-                console.print(f"[yellow]MLflow:[/] {delivery.message}", highlight=False)
+                console.print("[yellow]MLflow:[/]", escape(delivery.message), highlight=False)
     finally:
         ray.shutdown()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-QUICK = ("--data.shots", "4", "--training.epochs", "8")
+QUICK = ("--training.epochs", "12", "--global_prompt.epochs", "8", "--training.checkpoint_every", "2")
 
 
 @dataclass

@@ -114,7 +114,9 @@ class Stage:
             return UserError(str(error.cause))
         if isinstance(error, WorkerCrashedError):
             return UserError(
-                f"a worker died {self.run.config.cluster.max_retries + 1} times, out of memory perhaps: {error}. "
-                "Lower training.batch_size or look into Ray's logs; the same command goes on where this one stopped"
+                f"a worker of stage {self.name!r} died {self.run.config.cluster.max_retries + 1} times: {error}. "
+                "Ray's logs say why; out of memory is the usual cause (fewer trainings at once: raise "
+                "cluster.cpus_per_training or gpus_per_training; smaller ones: lower training.batch_size). "
+                "The same command goes on where this one stopped"
             )
         return error
