@@ -116,21 +116,20 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
 
     try:
         gpus_per_training = _connect(config, storage, listing.root)
-        with Tracker(uri, config.tracking.experiment, folder / "tracking") as tracker:
-            run = Run(
-                config, storage, listing, clip, shape, splits, folder, tracker, console, gpus_per_training,
-                ProgressBoard.remote(),
-            )
+        tracker = Tracker(uri, config.tracking.experiment, folder / "tracking")
+        run = Run(
+            config, storage, listing, clip, shape, splits, folder, tracker, console, gpus_per_training,
+            ProgressBoard.remote(),
+        )
+        try:
             _announce(run)
-            try:
-                yield run
-            except BaseException as error:
-                tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-                raise
-            tracker.end_run(PARENT)
-            delivery = tracker.flush(timeout_s=30)
-            if delivery.waiting or delivery.refused:
-                console.print("[yellow]MLflow:[/]", escape(delivery.message), highlight=False)
+            yield run
+        except BaseException as error:
+            tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracker.close(timeout_s=10)
+            raise
+        tracker.end_run(PARENT)
+        tracker.close(timeout_s=20)  # says what could not be sent
     finally:
         ray.shutdown()
 

@@ -105,7 +105,6 @@ def test_a_second_storage_gets_the_same_numbers(undisturbed, tmp_path):
 def test_killed_in_every_stage_and_run_again(undisturbed, tmp_path):
     storage = tmp_path / "storage"
     for point in (
-        "pipeline.stages.splits:sample_splits",
         "pipeline.stages.splits:write_json",
         "report:global prompt:8",
         "pipeline.stages.grouping:best_partition",
