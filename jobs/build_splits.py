@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Stage 1 alone: folders of images -> few-shot splits in Parquet.
 
-    python jobs/build_splits.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
+python jobs/build_splits.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
 """
 
 from pipeline.run import run_job

@@ -51,7 +51,9 @@ def predict(arguments: argparse.Namespace) -> int:
     writer = csv.writer(stream)
     writer.writerow(["path", "class", "probability", "error"])
     for start in range(0, len(images), BATCH_SIZE):
-        for path, name, probability, error in classify(classifier, task, prompts.words[task], images[start : start + BATCH_SIZE]):
+        for path, name, probability, error in classify(
+            classifier, task, prompts.words[task], images[start : start + BATCH_SIZE]
+        ):
             writer.writerow([path, name, probability, error])
             num_broken += bool(error)
         if sys.stderr.isatty():

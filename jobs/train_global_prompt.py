@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Stages 1-2: the prompt shared by all tasks, with snapshots of each task's gradient. Finished stages are not redone.
 
-    python jobs/train_global_prompt.py --config configs/office_home.yaml --data.root /data/OfficeHome
+python jobs/train_global_prompt.py --config configs/office_home.yaml --data.root /data/OfficeHome
 """
 
 from pipeline.run import Run, run_job

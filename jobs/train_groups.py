@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Stages 1-4: the group trainings and their test accuracies, without the report. Finished stages are not redone.
 
-    python jobs/train_groups.py --config configs/office_home.yaml --data.root /data/OfficeHome
+python jobs/train_groups.py --config configs/office_home.yaml --data.root /data/OfficeHome
 """
 
 from pipeline.run import Run, run_job

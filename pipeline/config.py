@@ -290,7 +290,11 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config FILE` and one `--section.field VALUE` for every field, with its documentation and default."""
     parser.add_argument(
-        "--config", type=Path, nargs="+", default=[DEMO_CONFIG], metavar="FILE",
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[DEMO_CONFIG],
+        metavar="FILE",
         help="YAML files of the run, later ones over earlier ones (default: configs/demo.yaml, the embedded digits)",
     )
     groups: dict[str, Any] = {}
@@ -302,7 +306,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         text = " ".join((field.description or "").split()).replace("%", "%%")
         choices = f" One of: {', '.join(map(str, _choices(field)))}." if _choices(field) else ""
         groups[section].add_argument(
-            f"--{name}", dest=f"config.{name}", default=argparse.SUPPRESS, metavar="VALUE",
+            f"--{name}",
+            dest=f"config.{name}",
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
             help=f"{text}{choices} (default: {json.dumps(field.default)})",
         )
 

@@ -47,7 +47,7 @@ class ProgressBoard:
 
 @dataclass
 class Report:
-    """`completed` of `total` `unit`s of the work `label`; `metrics` are (step, name → value) measured since the last."""
+    """`completed` of `total` `unit`s of the work `label`, and (step, name → value) measured since the last report."""
 
     label: str
     completed: int
@@ -64,7 +64,9 @@ class Reporter:
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._last = 0.0
 
-    def update(self, completed: int, total: int, unit: str, metrics: tuple[int, dict[str, float]] | None = None) -> None:
+    def update(
+        self, completed: int, total: int, unit: str, metrics: tuple[int, dict[str, float]] | None = None
+    ) -> None:
         if metrics:
             self._metrics.append(metrics)
         if time.monotonic() - self._last >= REPORT_EVERY_S or completed >= total:
@@ -78,8 +80,14 @@ class ProgressDisplay:
     def __init__(self, console: Console, title: str):
         self._console, self._title = console, title
         self._bars = Progress(
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._started: dict[tuple[str, str], tuple[float, int]] = {}

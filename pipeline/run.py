@@ -19,8 +19,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.clip.class_tokens import class_tokens
-from pipeline.clip.load import ClipIdentity, clip_identity, load_tokenizer, tower_sizes
-from pipeline.config import BUILTIN_DIGITS, Config, add_config_arguments, config_from_command_line, content_hash, to_yaml
+from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights
+from pipeline.config import (
+    BUILTIN_DIGITS,
+    Config,
+    add_config_arguments,
+    config_from_command_line,
+    content_hash,
+    to_yaml,
+)
 from pipeline.data.find import Listing, find_images
 from pipeline.data.parquet import FORMAT
 from pipeline.demo.digits import write_digits
@@ -100,7 +107,8 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     check_reachable(uri)
 
     splits = Artefact(
-        storage, "splits",
+        storage,
+        "splits",
         {
             "format": FORMAT,
             "source": listing.fingerprint(),
@@ -118,7 +126,16 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         gpus_per_training = _connect(config, storage, listing.root)
         tracker = Tracker(uri, config.tracking.experiment, folder / "tracking")
         run = Run(
-            config, storage, listing, clip, shape, splits, folder, tracker, console, gpus_per_training,
+            config,
+            storage,
+            listing,
+            clip,
+            shape,
+            splits,
+            folder,
+            tracker,
+            console,
+            gpus_per_training,
             ProgressBoard.remote(),
         )
         try:
@@ -145,7 +162,8 @@ def _announce(run: Run) -> None:
     run.tracker.log_artifact(PARENT, run.folder / "config.yaml")
     run.console.print(
         f"  {len(run.tasks)} tasks, {len(run.listing.images)} images · {config.clip.model} · "
-        f"{run.mmap_shape.num_parameters:,} parameters a MmAP · results in {run.folder}", highlight=False,
+        f"{run.mmap_shape.num_parameters:,} parameters a MmAP · results in {run.folder}",
+        highlight=False,
     )
 
 
@@ -159,7 +177,9 @@ def _open_storage(config: Config) -> Path:
         raise UserError(f"storage={path} cannot be written; change `storage`")
     free = shutil.disk_usage(path).free
     if free < LEAST_FREE_BYTES:
-        raise UserError(f"storage={path} has {free >> 20} MiB free, less than {LEAST_FREE_BYTES >> 20}; free some space")
+        raise UserError(
+            f"storage={path} has {free >> 20} MiB free, less than {LEAST_FREE_BYTES >> 20}; free some space"
+        )
     return path.resolve()
 
 
@@ -175,9 +195,10 @@ def _find_data(config: Config, storage: Path) -> Listing:
 
 def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapShape]:
     identity = clip_identity(config.clip)
-    shape = MmapShape.for_towers(config.mmap, **tower_sizes(identity))
+    towers = towers_without_weights(config.clip)
+    shape = MmapShape.of(config.mmap, towers)
     words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
-    class_tokens(load_tokenizer(config.clip), config.clip.template, words)
+    class_tokens(towers.tokenizer, config.clip.template, words)
     return identity, shape
 
 
@@ -188,7 +209,9 @@ def _connect(config: Config, storage: Path, data_root: Path) -> float:
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True, **own)
     except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers at {address}: {error}; change cluster.address or RAY_ADDRESS") from None
+        raise UserError(
+            f"no Ray cluster answers at {address}: {error}; change cluster.address or RAY_ADDRESS"
+        ) from None
     resources = ray.cluster_resources()
     gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 0)
     wanted = config.cluster.gpus_per_training
@@ -197,7 +220,9 @@ def _connect(config: Config, storage: Path, data_root: Path) -> float:
     if wanted > gpus:
         raise UserError(f"cluster.gpus_per_training={wanted:g}, but the cluster has {gpus:g} GPUs")
     if config.cluster.cpus_per_training > cpus:
-        raise UserError(f"cluster.cpus_per_training={config.cluster.cpus_per_training}, but the cluster has {cpus:g} CPUs")
+        raise UserError(
+            f"cluster.cpus_per_training={config.cluster.cpus_per_training}, but the cluster has {cpus:g} CPUs"
+        )
     _check_shared(storage, data_root)
     return wanted
 

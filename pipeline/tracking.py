@@ -138,9 +138,7 @@ class Tracker:
 
     # What the pipeline calls
 
-    def start_run(
-        self, name: str, *, parent: str | None = None, tags: Mapping = {}, params: Mapping = {}
-    ) -> None:
+    def start_run(self, name: str, *, parent: str | None = None, tags: Mapping = {}, params: Mapping = {}) -> None:
         """Begin the run `name`, or take it up again where an earlier process left it."""
         if parent is not None and parent not in self._status:
             raise ValueError(f"start_run({name!r}): its parent {parent!r} was not started")
@@ -176,9 +174,7 @@ class Tracker:
             os.replace(f"{kept}.part", kept)
         self._record("artifact", name, {posixpath.join(artifact_path or "", path.name): digest})
 
-    def log_dataset(
-        self, name: str, *, dataset_name: str, digest: str, source: str, profile: Mapping = {}
-    ) -> None:
+    def log_dataset(self, name: str, *, dataset_name: str, digest: str, source: str, profile: Mapping = {}) -> None:
         """The data set the run used, as the UI's "Dataset" column shows it."""
         value = {"digest": digest, "source": str(source), "profile": dict(profile)}
         self._record("dataset", name, {dataset_name: value})
@@ -382,9 +378,7 @@ class Tracker:
             file.write(json.dumps(record) + "\n")
         if not self._state["refused"]:
             what = f"{', '.join(values)} of run {record['run']!r}"
-            log.warning(
-                "MLflow refused %s: %s. More go to %s without a word.", what, _short(error), file.name
-            )
+            log.warning("MLflow refused %s: %s. More go to %s without a word.", what, _short(error), file.name)
         if position not in self._state["refused"]:
             self._state["refused"].append(position)
 

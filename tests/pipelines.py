@@ -32,7 +32,10 @@ class Job:
         with open(self.output, "wb") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, *prefix, "--storage", str(storage), *arguments],
-                cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=REPOSITORY,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})},
             )
 
@@ -45,7 +48,11 @@ class Job:
 
     def workers(self, label: str) -> list[psutil.Process]:
         """Ray worker processes that are now running the work `label`."""
-        return [p for p in self._family() if p.name().startswith("ray::") and " ".join(p.cmdline()).startswith(f"ray::{label}")]
+        return [
+            p
+            for p in self._family()
+            if p.name().startswith("ray::") and " ".join(p.cmdline()).startswith(f"ray::{label}")
+        ]
 
     def finish(self, timeout: float = 240) -> Finished:
         """Waits for the end, and until every process that the job started is gone."""

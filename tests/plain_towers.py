@@ -1,6 +1,6 @@
 """The slow, obvious definition of prompted CLIP: concatenate the prompts at every layer, throw their outputs away.
 
-All classes at 77 tokens, one task at a time, open_clip's own residual blocks. The reference for pipeline/clip/towers.py.
+All classes at 77 tokens, one task at a time, open_clip's own blocks: the reference for pipeline/clip/towers.py.
 """
 
 from __future__ import annotations

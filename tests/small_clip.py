@@ -32,11 +32,19 @@ def small_open_clip(
         model = (CustomTextCLIP if custom_text else CLIP)(
             embed_dim=12,
             vision_cfg=CLIPVisionCfg(
-                layers=vision_layers, width=vision_width, head_width=8, patch_size=8, image_size=16,
+                layers=vision_layers,
+                width=vision_width,
+                head_width=8,
+                patch_size=8,
+                image_size=16,
                 ls_init_value=layer_scale,
             ),
             text_cfg=CLIPTextCfg(
-                context_length=77, vocab_size=49408, width=text_width, heads=2, layers=text_layers,
+                context_length=77,
+                vocab_size=49408,
+                width=text_width,
+                heads=2,
+                layers=text_layers,
                 ls_init_value=layer_scale,
             ),
             quick_gelu=quick_gelu,

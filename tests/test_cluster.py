@@ -28,7 +28,11 @@ class Server:
     def __init__(self, command: list[str], log: Path, env: dict[str, str], ready: str):
         self._log = open(log, "ab")
         self.process = subprocess.Popen(
-            command, cwd=log.parent, env={**os.environ, **env}, stdout=self._log, stderr=subprocess.STDOUT,
+            command,
+            cwd=log.parent,
+            env={**os.environ, **env},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         end = time.monotonic() + 90
@@ -77,11 +81,26 @@ def ray_head(tmp_path):
     address = f"http://127.0.0.1:{dashboard}"
     head = Server(
         [
-            str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--port", str(gcs),
-            "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent),
-            "--ray-client-server-port", str(client), "--temp-dir", str(temporary),
+            str(BIN / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus",
+            "2",
+            "--port",
+            str(gcs),
+            "--dashboard-port",
+            str(dashboard),
+            "--dashboard-agent-listen-port",
+            str(agent),
+            "--ray-client-server-port",
+            str(client),
+            "--temp-dir",
+            str(temporary),
         ],
-        tmp_path / "ray.log", {"PATH": f"{BIN}:{os.environ['PATH']}"}, f"{address}/api/version",
+        tmp_path / "ray.log",
+        {"PATH": f"{BIN}:{os.environ['PATH']}"},
+        f"{address}/api/version",
     )
     yield address
     head.kill()
@@ -91,10 +110,21 @@ def ray_head(tmp_path):
 def mlflow_server(folder: Path, port: int) -> Server:
     return Server(
         [
-            str(BIN / "mlflow"), "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port),
-            "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts"),
+            str(BIN / "mlflow"),
+            "server",
+            "--workers",
+            "1",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--backend-store-uri",
+            f"sqlite:///{folder}/server.db",
+            "--artifacts-destination",
+            str(folder / "artifacts"),
         ],
-        folder / "mlflow.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PATH": f"{BIN}:{os.environ['PATH']}"},
+        folder / "mlflow.log",
+        {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PATH": f"{BIN}:{os.environ['PATH']}"},
         f"http://127.0.0.1:{port}/health",
     )
 
@@ -102,7 +132,10 @@ def mlflow_server(folder: Path, port: int) -> Server:
 def submit(address: str, *entrypoint: str) -> subprocess.Popen:
     return subprocess.Popen(
         [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *entrypoint],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
     )
 
@@ -142,7 +175,8 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, tmp_path):
         history = client.get_metric_history(training.info.run_id, "train_loss/ink")
         assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 60
         assert {file.path for file in client.list_artifacts(parent.info.run_id, "prompts")} == {
-            "prompts/all_in_one.safetensors", "prompts/grouped.safetensors",
+            "prompts/all_in_one.safetensors",
+            "prompts/grouped.safetensors",
         }
     finally:
         server.kill()

@@ -39,7 +39,9 @@ def test_files_and_command_line_override_in_order(tmp_path):
     (tmp_path / "a.yaml").write_text("training: {epochs: 3, batch_size: 2}\nseed: 7\n")
     (tmp_path / "b.yaml").write_text("training: {epochs: 4}\n")
     files = ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
-    config = from_command_line(*files, "--seed", "8", "--training.learning_rate", "1e-3", "--data.tasks", "[Art, Real World]")
+    config = from_command_line(
+        *files, "--seed", "8", "--training.learning_rate", "1e-3", "--data.tasks", "[Art, Real World]"
+    )
     assert (config.training.epochs, config.training.batch_size, config.seed) == (4, 2, 8)
     assert config.training.learning_rate == 0.001
     assert config.data.tasks == ("Art", "Real World")

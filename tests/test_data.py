@@ -121,8 +121,7 @@ def test_sample_does_not_depend_on_order_or_file_names(image_set, rng):
 
     names = rng.sample(range(1000), len(images))
     renamed = [
-        replace(image, path=f"{image.task}/{image.class_folder}/{name}.png")
-        for image, name in zip(images, names)
+        replace(image, path=f"{image.task}/{image.class_folder}/{name}.png") for image, name in zip(images, names)
     ]
     after = sample_splits(renamed, classes, shots, seed=1)
     assert contents(after.train) == contents(splits.train)
@@ -207,9 +206,16 @@ def test_classes_that_have_only_copies_left_to_test_are_all_named():
 
 
 def test_plain_folders(tmp_path):
-    root = write_tree(tmp_path / "data", [
-        "b task/x_y/2.PNG", "b task/x_y/deep/er/1.jpg", "b task/z/1.jpeg", "a/only here/1.gif", "a/z/1.webp",
-    ])
+    root = write_tree(
+        tmp_path / "data",
+        [
+            "b task/x_y/2.PNG",
+            "b task/x_y/deep/er/1.jpg",
+            "b task/z/1.jpeg",
+            "a/only here/1.gif",
+            "a/z/1.webp",
+        ],
+    )
     write_tree(root, ["readme.md", "a/1.png", "a/z/notes.txt", "a/z/._1.png", ".cache/z/1.png"], b"")
     (root / "a" / "empty").mkdir()
     listing = find_images(DataConfig(), root)
@@ -217,7 +223,11 @@ def test_plain_folders(tmp_path):
     assert listing.classes == {"a": ("empty", "only here", "z"), "b task": ("x_y", "z")}
     assert listing.class_words["x_y"] == "x y"
     assert [image.path for image in listing.images] == [
-        "a/only here/1.gif", "a/z/1.webp", "b task/x_y/2.PNG", "b task/x_y/deep/er/1.jpg", "b task/z/1.jpeg",
+        "a/only here/1.gif",
+        "a/z/1.webp",
+        "b task/x_y/2.PNG",
+        "b task/x_y/deep/er/1.jpg",
+        "b task/z/1.jpeg",
     ]
     assert listing.ignored == ("a/1.png", "a/z/._1.png", "a/z/notes.txt", "readme.md")
     assert listing.images[0].size == (root / "a/only here/1.gif").stat().st_size
@@ -280,15 +290,22 @@ def test_mini_domainnet_lists(tmp_path, layout):
     """As Dassl has them: DomainNet's folders hold more images, classes and domains than the lists."""
     tasks, names = ("clipart", "real", "quickdraw"), ("ant", "see_saw", "zoo")
     write_tree(tmp_path, [f"{task}/{name}/{n}.jpg" for task in tasks for name in names for n in range(3)])
-    dassl_lists(tmp_path, {
-        f"{task}_{split}": [f"{task}/{name}/{n}.jpg {label}" for label, name in enumerate(names[:2])]
-        for task in tasks[:2] for n, split in enumerate(("train", "test"))
-    })
+    dassl_lists(
+        tmp_path,
+        {
+            f"{task}_{split}": [f"{task}/{name}/{n}.jpg {label}" for label, name in enumerate(names[:2])]
+            for task in tasks[:2]
+            for n, split in enumerate(("train", "test"))
+        },
+    )
     listing = find_images(DataConfig(layout=layout), tmp_path)
     assert listing.layout == "mini_domainnet"
     assert listing.classes == {"clipart": ("ant", "see_saw"), "real": ("ant", "see_saw")}
     assert [image.path for image in listing.images if image.task == "real"] == [
-        "real/ant/0.jpg", "real/ant/1.jpg", "real/see_saw/0.jpg", "real/see_saw/1.jpg",
+        "real/ant/0.jpg",
+        "real/ant/1.jpg",
+        "real/see_saw/0.jpg",
+        "real/see_saw/1.jpg",
     ]
     assert tuple(find_images(DataConfig(layout=layout, tasks=["real"]), tmp_path).classes) == ("real",)
 
@@ -302,9 +319,7 @@ def test_listed_images_that_are_missing_are_broken_not_a_stop(tmp_path):
     assert scan_image(tmp_path, present.path, "real", "ant").error is None
 
 
-@pytest.mark.parametrize(
-    "line", ["real/ant/0.jpg", "0.jpg 0", "../../etc/x.jpg 0", "/real/ant/x.jpg 0", "a//x.jpg 0"]
-)
+@pytest.mark.parametrize("line", ["real/ant/0.jpg", "0.jpg 0", "../../etc/x.jpg 0", "/real/ant/x.jpg 0", "a//x.jpg 0"])
 def test_bad_list_lines_are_named(tmp_path, line):
     dassl_lists(tmp_path, {"real_train": ["real/ant/0.jpg 0", line]})
     with pytest.raises(UserError, match="real_train.txt:2: expected"):
@@ -391,9 +406,7 @@ def test_file_name_that_is_not_utf8_is_a_broken_image(tmp_path):
     listing.fingerprint()
     assert listing.ignored == (r"a/x/caf\udce9.txt",)
     images = [scan_image(root, image.path, image.task, image.class_folder) for image in listing.images]
-    assert [(i.path, i.error) for i in images if i.error] == [
-        (r"a/x/caf\udce9.png", "the file name is not UTF-8")
-    ]
+    assert [(i.path, i.error) for i in images if i.error] == [(r"a/x/caf\udce9.png", "the file name is not UTF-8")]
 
 
 def test_folder_name_that_is_not_utf8_is_named(tmp_path):
@@ -422,7 +435,11 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (root / "a/y/dangling.png").symlink_to(tmp_path / "nowhere.png")
     listing = find_images(DataConfig(), root)
     assert [image.path for image in listing.images] == [
-        "a/x/1.png", "a/y/1.png", "a/y/dangling.png", "linked/x/1.png", "linked/y/1.png",
+        "a/x/1.png",
+        "a/y/1.png",
+        "a/y/dangling.png",
+        "linked/x/1.png",
+        "linked/y/1.png",
     ]
     assert listing.ignored == ("a/x/to_data", "a/x/to_itself", "a/y/to_everything", "linked/x/back")
     assert scan_image(root, "a/y/dangling.png", "a", "y").error == "no such file"
@@ -486,8 +503,10 @@ def test_written_twice_is_the_same_bytes(tmp_path):
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert sorted(files_of(tmp_path / "one")) == [
         "splits.json",
-        "test/%C3%A7%5B1%5D-00000.parquet", "test/a b-00000.parquet",
-        "train/%C3%A7%5B1%5D-00000.parquet", "train/a b-00000.parquet",
+        "test/%C3%A7%5B1%5D-00000.parquet",
+        "test/a b-00000.parquet",
+        "train/%C3%A7%5B1%5D-00000.parquet",
+        "train/a b-00000.parquet",
     ]
 
 
@@ -725,9 +744,7 @@ def random_images(*sizes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4), st.integers(1, 50)
-)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4), st.integers(1, 50))
 def test_resize_weights_are_torchs_bicubic_with_antialiasing(sizes, out_size):
     heights, widths = (torch.tensor(side) for side in zip(*sizes))
     rows = resize_weights(heights, int(heights.max()) + 3, out_size)
@@ -773,7 +790,10 @@ def test_flips_mirror_exactly():
 
 @given(
     st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=20),
-    st.floats(0.01, 1), st.floats(0.01, 1), st.floats(1, 3), st.integers(0, 1000),
+    st.floats(0.01, 1),
+    st.floats(0.01, 1),
+    st.floats(1, 3),
+    st.integers(0, 1000),
 )
 def test_crops_lie_inside_the_image(sizes, low, high, ratio, seed):
     heights, widths = (torch.tensor(side) for side in zip(*sizes))

@@ -35,8 +35,7 @@ def all_partitions(num_tasks: int) -> Iterator[tuple[tuple[int, ...], ...]]:
 
     for labels in extend([]):
         yield tuple(
-            tuple(task for task in range(num_tasks) if labels[task] == group)
-            for group in range(max(labels) + 1)
+            tuple(task for task in range(num_tasks) if labels[task] == group) for group in range(max(labels) + 1)
         )
 
 
@@ -115,9 +114,7 @@ def test_cosine_does_not_depend_on_the_size_of_gradients(size):
     gradients = np.random.default_rng(1).normal(size=(3, 4, 10))
     small = gradients.copy()
     small[:, 2] *= size
-    np.testing.assert_allclose(
-        affinity_matrix(small, "cosine"), affinity_matrix(gradients, "cosine"), atol=1e-14
-    )
+    np.testing.assert_allclose(affinity_matrix(small, "cosine"), affinity_matrix(gradients, "cosine"), atol=1e-14)
 
 
 def test_affinity_errors_name_snapshot_and_task():

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_clip import CLASS_WORDS, open_clip, small_towers
+from small_clip import CLASS_WORDS, small_towers
 
 from pipeline.clip.class_tokens import class_tokens
-from pipeline.clip.load import ClipIdentity, clip_identity, tower_sizes
+from pipeline.clip.load import towers_without_weights
 from pipeline.config import REPOSITORY, ClipConfig, MmapConfig, load_yaml
 from pipeline.errors import UserError
 from pipeline.methods.mmap import GroupMmap, MmapShape, MmapStack, SharedMmap, derive_seed, kronecker
@@ -32,8 +32,12 @@ def test_prompts_are_the_kronecker_product(rows, repeats):
     assert stack.text_scaling.shape == (2, 3, repeats, 2)
     for i in range(2):
         for k in range(3):
-            torch.testing.assert_close(text[i, k], torch.kron(stack.text_scaling[i, k], stack.source[i, k]), **TOLERANCE)
-            torch.testing.assert_close(vision[i, k], torch.kron(stack.vision_scaling[i, k], stack.source[i, k]), **TOLERANCE)
+            torch.testing.assert_close(
+                text[i, k], torch.kron(stack.text_scaling[i, k], stack.source[i, k]), **TOLERANCE
+            )
+            torch.testing.assert_close(
+                vision[i, k], torch.kron(stack.vision_scaling[i, k], stack.source[i, k]), **TOLERANCE
+            )
 
 
 def test_one_source_for_all_layers():
@@ -53,41 +57,30 @@ def test_prompts_start_with_the_asked_deviation():
     assert vision.std().item() == pytest.approx(0.02, rel=0.03)
 
 
-def vit_b_16() -> dict[str, int]:
-    return tower_sizes(clip_identity(ClipConfig(pretrained=None)))
-
-
 def test_parameter_counts_of_vit_b_16():
-    with torch.device("meta"):
-        config = open_clip.get_model_config("ViT-B-16-quickgelu")
-        model = open_clip.CLIP(**{name: config[name] for name in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")})
-    assert sum(p.numel() for p in model.parameters()) == 149_620_737
+    towers = towers_without_weights(ClipConfig())
+    assert towers.logit_scale.is_meta
+    assert sum(p.numel() for p in towers.parameters()) == 149_620_737
 
-    shape = MmapShape.for_towers(MmapConfig(), **vit_b_16())
+    shape = MmapShape.of(MmapConfig(), towers)
     assert (shape.b, shape.m, shape.n, shape.depth) == (8, 8, 256, 12)
     assert shape.num_parameters == 24_636
     one_group = GroupMmap(shape, ["a", "b", "c", "d"], seed=1)
     assert sum(p.numel() for p in one_group.parameters()) == 123_180
 
     overlay = MmapConfig(**load_yaml(REPOSITORY / "configs" / "paper_0.13M.yaml")["mmap"])
-    small = MmapShape.for_towers(overlay, **vit_b_16())
+    small = MmapShape.of(overlay, towers)
     groups = [GroupMmap(small, tasks, seed=1) for tasks in (["a", "b", "c"], ["d"])]
     assert sum(p.numel() for group in groups for p in group.parameters()) == 129_384
 
 
 def test_shapes_that_do_not_fit_the_towers_are_refused():
-    sizes = dict(text_width=512, vision_width=768, text_depth=12, vision_depth=24)
-    assert MmapShape.for_towers(MmapConfig(), **sizes).depth == 12
-    with pytest.raises(UserError, match=r"mmap\.depth=13.*valid: 1 to 12"):
-        MmapShape.for_towers(MmapConfig(depth=13), **sizes)
+    towers = towers_without_weights(ClipConfig(model="ViT-L-14", pretrained=None))
+    assert MmapShape.of(MmapConfig(), towers).depth == 12
+    with pytest.raises(UserError, match=r"mmap\.depth=13.*24; valid: 1 to 12"):
+        MmapShape.of(MmapConfig(depth=13), towers)
     with pytest.raises(UserError, match=r"source_columns=7 must divide"):
-        MmapShape.for_towers(MmapConfig(source_columns=7), **sizes)
-
-
-def test_models_without_plain_transformers_are_refused():
-    identity = ClipIdentity("RN50", '{"vision_cfg": {"layers": [3, 4, 6, 3], "width": 64}, "text_cfg": {}}', "random:0")
-    with pytest.raises(UserError, match="RN50.*no plain transformer"):
-        tower_sizes(identity)
+        MmapShape.of(MmapConfig(source_columns=7), towers)
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,9 @@ def test_mlflow_holds_the_run(undisturbed):
     assert parent.data.tags["groups"] == " | ".join(" + ".join(group) for group in result["groups"])
     assert "env.torch" in parent.data.tags
     assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
-    artefacts = {file.path for folder in ("report", "prompts") for file in client.list_artifacts(parent.info.run_id, folder)}
+    artefacts = {
+        file.path for folder in ("report", "prompts") for file in client.list_artifacts(parent.info.run_id, folder)
+    }
     assert {"report/report.md", "report/affinity_graph.png", "prompts/grouped.safetensors"} <= artefacts
     losses = client.get_metric_history(names["all in one"].info.run_id, "train_loss/ink")
     assert [loss.step for loss in losses] == list(range(1, len(losses) + 1)) and len(losses) == 12 * 5
@@ -147,8 +149,15 @@ def test_saved_prompts_give_the_same_predictions(undisturbed, tmp_path):
     for task in ("noise", "rotated"):
         output = tmp_path / f"{task}.csv"
         command = [
-            sys.executable, "jobs/predict.py", str(storage / "datasets" / "digits" / task), "--task", task,
-            "--prompts", str(the_run(storage) / "prompts" / "all_in_one.safetensors"), "--output", str(output),
+            sys.executable,
+            "jobs/predict.py",
+            str(storage / "datasets" / "digits" / task),
+            "--task",
+            task,
+            "--prompts",
+            str(the_run(storage) / "prompts" / "all_in_one.safetensors"),
+            "--output",
+            str(output),
         ]
         subprocess.run(command, cwd=REPOSITORY, check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
         rows = {row["path"]: row for row in csv.DictReader(output.open())}

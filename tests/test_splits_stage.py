@@ -113,10 +113,7 @@ def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
         "test": dict.fromkeys(TASKS, len(CLASSES) * (PER_CLASS - SHOTS)),
     }
     rows = [
-        row
-        for split in ("train", "test")
-        for task in TASKS
-        for row in reader.rows(split, task, ["path", "sha256"])
+        row for split in ("train", "test") for task in TASKS for row in reader.rows(split, task, ["path", "sha256"])
     ]
     assert len({row["path"] for row in rows}) == len({row["sha256"] for row in rows}) == NUM_IMAGES
     assert not {row["path"] for row in rows} & set(BROKEN)

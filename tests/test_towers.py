@@ -48,10 +48,7 @@ def test_prompted_towers_equal_the_plain_definition(options, text_order):
     x = towers.encode_image(images, vision_prompts, images_per_task)
     z = towers.encode_text(tokens, text_prompts)
     x_plain = torch.cat(
-        [
-            plain_encode_image(model, part, vision_prompts[t])
-            for t, part in enumerate(images.split(images_per_task))
-        ]
+        [plain_encode_image(model, part, vision_prompts[t]) for t, part in enumerate(images.split(images_per_task))]
     )
     z_plain = torch.cat(
         [
@@ -64,9 +61,7 @@ def test_prompted_towers_equal_the_plain_definition(options, text_order):
 
     weight_x, weight_z = torch.randn_like(x), torch.randn_like(z)
     ours = torch.autograd.grad((x * weight_x).sum() + (z * weight_z).sum(), [text_prompts, vision_prompts])
-    plain = torch.autograd.grad(
-        (x_plain * weight_x).sum() + (z_plain * weight_z).sum(), [text_prompts, vision_prompts]
-    )
+    plain = torch.autograd.grad((x_plain * weight_x).sum() + (z_plain * weight_z).sum(), [text_prompts, vision_prompts])
     for gradient, reference in zip(ours, plain):
         assert gradient.abs().max() > 1e-6
         torch.testing.assert_close(gradient, reference, **TOLERANCE)
@@ -81,11 +76,13 @@ def test_prompts_for_the_first_layers_only(depth):
     vision_prompts = random_prompts(1, depth, 3, towers.vision_width, 5)
     torch.testing.assert_close(
         towers.encode_image(images, vision_prompts, [2]),
-        plain_encode_image(model, images, vision_prompts[0]), **TOLERANCE,
+        plain_encode_image(model, images, vision_prompts[0]),
+        **TOLERANCE,
     )
     torch.testing.assert_close(
         towers.encode_text(tokens, text_prompts),
-        plain_encode_text(model, full_ids(CLASS_WORDS), text_prompts[0]), **TOLERANCE,
+        plain_encode_text(model, full_ids(CLASS_WORDS), text_prompts[0]),
+        **TOLERANCE,
     )
 
 
@@ -95,13 +92,9 @@ def test_without_prompts_the_towers_are_open_clips(options):
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
     torch.testing.assert_close(towers.encode_image(images), model.encode_image(images), **TOLERANCE)
-    torch.testing.assert_close(
-        towers.encode_text(tokens), model.encode_text(full_ids(CLASS_WORDS)), **TOLERANCE
-    )
+    torch.testing.assert_close(towers.encode_text(tokens), model.encode_text(full_ids(CLASS_WORDS)), **TOLERANCE)
     x, z = towers.encode_image(images), towers.encode_text(tokens)
-    torch.testing.assert_close(
-        towers.logits(x, z), model.get_logits(images, full_ids(CLASS_WORDS))[0], **TOLERANCE
-    )
+    torch.testing.assert_close(towers.logits(x, z), model.get_logits(images, full_ids(CLASS_WORDS))[0], **TOLERANCE)
 
 
 def test_class_tokens_cut_at_the_shared_words_and_at_the_longest_name():

@@ -264,9 +264,7 @@ class Server:
         command += ["--artifacts-destination", str(self.artifacts)]
         env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.artifacts / "server.log").open("ab") as output:
-            self.process = subprocess.Popen(
-                command, env=env, stdout=output, stderr=output, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
         for _ in range(300):
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()

@@ -25,7 +25,11 @@ from pipeline.training.snapshots import read_gradients, write_snapshots
 TASKS = ("ink", "chalk")
 TEMPLATE = "a photo of a {}."
 CONFIG = TrainingConfig(
-    epochs=4, batch_size=3, learning_rate=0.05, warmup_epochs=1, warmup_rate=1e-3,
+    epochs=4,
+    batch_size=3,
+    learning_rate=0.05,
+    warmup_epochs=1,
+    warmup_rate=1e-3,
     augmentation=AugmentationConfig(crop_scale=(0.5, 1.0)),
 )
 
@@ -47,7 +51,9 @@ def problem():
 
 
 def group_prompts(towers):
-    return GroupMmap(MmapShape.of(MmapConfig(prompt_length=2, source_rows=2), towers), TASKS, seed=1, init_std=0.3).double()
+    return GroupMmap(
+        MmapShape.of(MmapConfig(prompt_length=2, source_rows=2), towers), TASKS, seed=1, init_std=0.3
+    ).double()
 
 
 def test_learning_rates_are_dassls():
@@ -123,8 +129,17 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
         shape = MmapShape.of(MmapConfig(prompt_length=2, source_rows=2), towers)
         prompts = SharedMmap(shape, TASKS, seed=1, init_std=0.3).double()
         results = train(
-            towers, prompts, sets, tokens, CONFIG, epochs=4, seed=5, checkpoints=folder, on_step=on_step,
-            snapshot=prompts.task_gradients, snapshot_every=3,
+            towers,
+            prompts,
+            sets,
+            tokens,
+            CONFIG,
+            epochs=4,
+            seed=5,
+            checkpoints=folder,
+            on_step=on_step,
+            snapshot=prompts.task_gradients,
+            snapshot_every=3,
         )
         return prompts.state_dict(), *results
 

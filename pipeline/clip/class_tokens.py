@@ -38,9 +38,7 @@ class ClassTokens:
     classes_per_task: tuple[int, ...]
 
     def to(self, device: torch.device) -> ClassTokens:
-        return ClassTokens(
-            self.prefix.to(device), self.suffix.to(device), self.eot.to(device), self.classes_per_task
-        )
+        return ClassTokens(self.prefix.to(device), self.suffix.to(device), self.eot.to(device), self.classes_per_task)
 
 
 def class_tokens(tokenizer: Tokenizer, template: str, words_per_task: Sequence[Sequence[str]]) -> ClassTokens:

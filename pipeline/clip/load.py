@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.clip.class_tokens import Tokenizer
+from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, ClipConfig
 from pipeline.errors import UserError
@@ -56,24 +56,20 @@ def clip_identity(config: ClipConfig) -> ClipIdentity:
     return ClipIdentity(config.model, text, weights)
 
 
-def tower_sizes(identity: ClipIdentity) -> dict[str, int]:
-    """text_width, vision_width, text_depth, vision_depth of a model, from its config alone."""
-    values = json.loads(identity.model_config)
-    vision, text = values["vision_cfg"], values["text_cfg"]
-    for name, tower in (("vision", vision), ("text", text)):
-        if not isinstance(tower.get("width", 512), int) or not isinstance(tower.get("layers", 12), int):
-            raise UserError(f"clip.model={identity.model}: its {name} tower is no plain transformer")
-    if "timm_model_name" in vision or "hf_model_name" in text:
-        raise UserError(
-            f"clip.model={identity.model} is built from timm or Hugging Face towers, which cannot take prompts here; "
-            "use one of open_clip's own ViT models, such as ViT-B-16-quickgelu, ViT-B-32, ViT-L-14"
-        )
-    return {
-        "text_width": text.get("width", 512),
-        "vision_width": vision.get("width", 768),
-        "text_depth": text.get("layers", 12),
-        "vision_depth": vision.get("layers", 12),
-    }
+def towers_without_weights(config: ClipConfig) -> ClipTowers:
+    """Towers of the right shapes and no numbers (torch's meta device): tells in no time whether a model can be used.
+
+    Raises:
+        UserError: the model has no towers that prompts can be put into.
+    """
+    name = _register(config.model)
+    try:
+        with torch.device("meta"), _errors_only():
+            model = _open_clip().create_model(name, load_weights=False, pretrained_text=False, device="meta")
+            tokenizer = load_tokenizer(config)
+    except Exception as error:  # models of other libraries fail in their own ways
+        raise UserError(f"clip.model={config.model} cannot be built: {error}") from None
+    return ClipTowers(model, tokenizer)
 
 
 @lru_cache(maxsize=1)  # a Ray worker that trains one group after another loads CLIP once
@@ -94,7 +90,9 @@ def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "
                     weights_only=True,
                 )
         except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"clip.pretrained={config.pretrained!r} cannot be loaded into {config.model}: {error}") from None
+            raise UserError(
+                f"clip.pretrained={config.pretrained!r} cannot be loaded into {config.model}: {error}"
+            ) from None
         except Exception as error:  # pickle.UnpicklingError: the file holds more than tensors
             raise UserError(
                 f"clip.pretrained={config.pretrained!r} is refused: it is not a plain file of tensors ({error}). "

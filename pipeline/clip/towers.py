@@ -179,9 +179,7 @@ def _attend_and_mlp(
     """The rest of a residual block for the rows x (N, L, D), h = ln_1(x), given all keys and values."""
     attention, width = block.attn, h.shape[-1]
     query = F.linear(h, attention.in_proj_weight[:width], attention.in_proj_bias[:width])
-    attended = F.scaled_dot_product_attention(
-        _split_heads(query, attention.num_heads), key, value, attn_mask=mask
-    )
+    attended = F.scaled_dot_product_attention(_split_heads(query, attention.num_heads), key, value, attn_mask=mask)
     attended = attended.transpose(1, 2).flatten(2)  # (N, L, D)
     x = x + block.ls_1(attention.out_proj(attended))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
@@ -198,6 +196,7 @@ def _for_rows(per_task: torch.Tensor, rows_per_task: Sequence[int]) -> torch.Ten
 
 def _refuse_unsupported(model: nn.Module, text: nn.Module) -> None:
     visual = model.visual
+    size = getattr(visual, "image_size", 0)
     blocks = [
         *getattr(getattr(visual, "transformer", None), "resblocks", []),
         *getattr(getattr(text, "transformer", None), "resblocks", []),
@@ -207,7 +206,7 @@ def _refuse_unsupported(model: nn.Module, text: nn.Module) -> None:
         "the image tower is not open_clip's own VisionTransformer": type(visual).__name__ != "VisionTransformer",
         "the image feature is not the CLS token": getattr(visual, "pool_type", "") != "tok"
         or getattr(visual, "attn_pool", None) is not None,
-        "the image is not square": len(set(getattr(visual, "image_size", (0,)))) != 1,
+        "the image is not square": isinstance(size, tuple) and len(set(size)) != 1,
         "the text tower is not open_clip's own": not hasattr(text, "token_embedding"),
         "the text tower is not causal": getattr(text, "attn_mask", None) is None,
         "the text feature is not the end-of-text token": pool_type not in ("argmax", "eos")
@@ -220,6 +219,6 @@ def _refuse_unsupported(model: nn.Module, text: nn.Module) -> None:
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
         raise UserError(
-            f"clip.model: {type(model).__name__} cannot take prompts: {'; '.join(found)}. "
+            f"clip.model: this {type(model).__name__} cannot take prompts: {'; '.join(found)}. "
             "Use a ViT model with a CLS token and a causal text tower, such as ViT-B-16-quickgelu, ViT-B-32, ViT-L-14"
         )

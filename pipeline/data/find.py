@@ -115,8 +115,7 @@ def find_images(config: DataConfig, root: Path) -> Listing:
         classes[task] = tuple(sorted(words_of if words_of is not None else of_task))
         if len(classes[task]) < 2:
             raise UserError(
-                f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; "
-                "a task needs two or more"
+                f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
             )
         for class_folder in classes[task]:
             for path in of_task[class_folder]:
@@ -125,8 +124,13 @@ def find_images(config: DataConfig, root: Path) -> Listing:
     class_words = words_of or {name: name.replace("_", " ") for name in folders}
     images.sort(key=lambda image: image.path)
     return Listing(
-        root, layout, tuple(images), classes, {name: class_words[name] for name in folders},
-        tuple(sorted(printable(path) for path in ignored)), tuple(left_out),
+        root,
+        layout,
+        tuple(images),
+        classes,
+        {name: class_words[name] for name in folders},
+        tuple(sorted(printable(path) for path in ignored)),
+        tuple(left_out),
     )
 
 

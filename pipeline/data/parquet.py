@@ -187,9 +187,7 @@ class SplitReader:
         self.folder = folder
         file = folder / "splits.json"
         if not file.is_file():
-            raise UserError(
-                f"{folder} is no split folder: splits.json is missing; build it with jobs/build_splits.py"
-            )
+            raise UserError(f"{folder} is no split folder: splits.json is missing; build it with jobs/build_splits.py")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             found = values["format"]

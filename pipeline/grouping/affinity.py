@@ -18,9 +18,7 @@ from pipeline.errors import UserError
 AffinityKind = Literal["dot", "cosine"]
 
 
-def affinity_matrix(
-    gradients: np.ndarray, kind: AffinityKind, *, tasks: Sequence[str] | None = None
-) -> np.ndarray:
+def affinity_matrix(gradients: np.ndarray, kind: AffinityKind, *, tasks: Sequence[str] | None = None) -> np.ndarray:
     """Mean over snapshots of the task x task Gram matrix of the gradients (Eq. 8 of the MmAP paper).
 
     A gradient that is exactly zero has no direction: under `cosine` all its cosines in that snapshot are 0,
@@ -42,9 +40,7 @@ def affinity_matrix(
     """
     gradients = np.asarray(gradients)
     if kind not in get_args(AffinityKind):
-        raise UserError(
-            f"affinity kind {kind!r} is unknown; choose from {', '.join(get_args(AffinityKind))}"
-        )
+        raise UserError(f"affinity kind {kind!r} is unknown; choose from {', '.join(get_args(AffinityKind))}")
     if gradients.ndim != 3:
         raise UserError(f"gradients have shape {gradients.shape}, expected (snapshots, tasks, parameters)")
     num_snapshots, num_tasks, num_parameters = gradients.shape
@@ -63,9 +59,7 @@ def affinity_matrix(
             task = int(np.argmin(finite))
             name = f"task {task}" if tasks is None else f"task {task} ({tasks[task]!r})"
             num_bad = int(np.count_nonzero(~np.isfinite(snapshot[task])))
-            raise UserError(
-                f"snapshot {index}, {name}: {num_bad} of {num_parameters} gradient values are not finite"
-            )
+            raise UserError(f"snapshot {index}, {name}: {num_bad} of {num_parameters} gradient values are not finite")
         if kind == "cosine":
             snapshot = _unit_rows(snapshot)
         gram += snapshot @ snapshot.T

@@ -12,9 +12,7 @@ import networkx as nx
 import numpy as np
 
 
-def affinity_graph(
-    affinity: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]
-) -> nx.Graph:
+def affinity_graph(affinity: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]) -> nx.Graph:
     """The complete graph over tasks; nodes are task names in task order.
 
     Node attributes: `group` (index into groups), `self_affinity` (the matrix's diagonal).

@@ -34,22 +34,15 @@ class MmapShape:
 
     @staticmethod
     def of(config: MmapConfig, towers: ClipTowers) -> MmapShape:
-        return MmapShape.for_towers(
-            config, towers.text_width, towers.vision_width, towers.text_depth, towers.vision_depth
-        )
-
-    @staticmethod
-    def for_towers(
-        config: MmapConfig, text_width: int, vision_width: int, text_depth: int, vision_depth: int
-    ) -> MmapShape:
-        """Raises: UserError: depth or source_columns do not fit towers of these sizes."""
+        """Raises: UserError: depth or source_columns do not fit the towers."""
+        text_width, vision_width = towers.text_width, towers.vision_width
         n = source_columns(config, text_width, vision_width)
-        deepest = min(text_depth, vision_depth)
+        deepest = min(towers.text_depth, towers.vision_depth)
         depth = config.depth or deepest
         if depth > deepest:
             raise UserError(
-                f"mmap.depth={depth}: the text tower has {text_depth} layers and the vision tower {vision_depth}; "
-                f"valid: 1 to {deepest}"
+                f"mmap.depth={depth}: the text tower has {towers.text_depth} layers and the vision tower "
+                f"{towers.vision_depth}; valid: 1 to {deepest}"
             )
         sources = 1 if config.shared_source else depth
         return MmapShape(depth, sources, config.prompt_length, config.source_rows, n, text_width, vision_width)

@@ -118,7 +118,9 @@ def merge_prompts(parts: Sequence[TrainedPrompts]) -> TrainedPrompts:
     """The groups of several files, trained on the same CLIP, as one."""
     first = parts[0]
     return TrainedPrompts(
-        first.clip, first.mmap, first.weights,
+        first.clip,
+        first.mmap,
+        first.weights,
         tuple(group for part in parts for group in part.groups),
         tuple(state for part in parts for state in part.states),
     )

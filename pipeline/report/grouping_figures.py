@@ -30,9 +30,7 @@ MAX_LEGEND_GROUPS = 12
 POSITIVE, NEGATIVE = "#2166ac", "#b2182b"  # the ends of the RdBu colour map
 
 
-def affinity_heat_map(
-    affinity: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]
-) -> Figure:
+def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
     """The affinity matrix with tasks ordered by group and every group outlined.
 
     Args:
@@ -214,9 +212,7 @@ def _edge_legend(graph: nx.Graph) -> list[Line2D]:
     return handles
 
 
-def _positions(
-    members: dict[int, list[str]], margin: float
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _positions(members: dict[int, list[str]], margin: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Task positions, and the unit vectors that point away from each task's group.
 
     Every group is a ring whose neighbours are 1 apart; the rings stand around a circle, with `margin` free

@@ -55,7 +55,8 @@ def to_markdown(summary: Summary) -> str:
     lines = [
         f"# {summary.name}",
         "",
-        f"Test accuracy in %, {summary.shots} training images a class and task, seed {summary.seed}, CLIP {summary.clip}.",
+        f"Test accuracy in %; {summary.shots} training images a class and task; seed {summary.seed}; "
+        f"CLIP {summary.clip}.",
         "",
         f"| {' | '.join(header)} |",
         f"| --- |{' ---: |' * (len(header) - 1)}",

@@ -43,9 +43,7 @@ def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
     groups = tuple(tuple(group) for group in read_grouping(grouping)["groups"])
 
     def training(tasks: Sequence[str]) -> Artefact:
-        return run.artefact(
-            NAME, {**trainings_decided_by(run, tasks, config.training.epochs), "group": list(tasks)}
-        )
+        return run.artefact(NAME, {**trainings_decided_by(run, tasks, config.training.epochs), "group": list(tasks)})
 
     zero_shot = run.artefact("zero_shot", numbers_decided_by(run, every_task))
     methods = [
@@ -62,7 +60,9 @@ def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
                     run.tracker.start_run(label, parent=NAME, tags={"method": method.name, "tasks": ", ".join(tasks)})
                     item = TrainingWork(config, run.splits.folder, tasks, label)
                     function = _evaluate_zero_shot if method.name == "zero_shot" else _train_group
-                    work[artefact.key] = Work(label, function, (item, artefact), artefact, trains=True, tracked_as=label)
+                    work[artefact.key] = Work(
+                        label, function, (item, artefact), artefact, trains=True, tracked_as=label
+                    )
         stage.execute(sorted(work.values(), key=lambda item: -_size(item)))
         for item in work.values():
             result = read_json(item.artefact.folder / "result.json")

@@ -19,7 +19,7 @@ NAME = "report"
 
 
 def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]) -> Path:
-    """Writes <run folder>/report and <run folder>/prompts from the artefacts, and shows the table; returns the former."""
+    """Writes <run folder>/report and <run folder>/prompts, and shows the table; returns the report's folder."""
     folder = make_folder(run.folder / "report")
     with Stage(run, NAME, "5 report") as stage:
         stage.computed = True

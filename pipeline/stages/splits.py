@@ -58,10 +58,7 @@ def build_splits(run: Run) -> SplitReader:
             parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
             run.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
             stage.execute(
-                [
-                    Work(f"write {part.file}", _write, (listing.root, part, description, folder))
-                    for part in parts
-                ]
+                [Work(f"write {part.file}", _write, (listing.root, part, description, folder)) for part in parts]
             )
             write_json(
                 folder / "splits.json",
@@ -139,7 +136,8 @@ def _report(run: Run, reader: SplitReader) -> None:
     train, test = (sum(description.counts[split].values()) for split in ("train", "test"))
     run.console.print(
         f"  {train} training and {test} test images, {description.shots} shots a class, "
-        f"{max(map(len, description.classes.values()))} classes", highlight=False,
+        f"{max(map(len, description.classes.values()))} classes",
+        highlight=False,
     )
     values = read_json(file)
     left_out = {

@@ -16,7 +16,7 @@ import ray
 import torch
 
 from pipeline.clip.class_tokens import ClassTokens, class_tokens
-from pipeline.clip.load import ClipIdentity, load_clip
+from pipeline.clip.load import load_clip
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.data.parquet import SplitReader

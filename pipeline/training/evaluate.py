@@ -104,7 +104,7 @@ def evaluate(
 def decoded_batches(
     rows: Iterable[dict], image_size: int, threads: int, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[list[dict], torch.Tensor]]:
-    """Batches of rows with their pixels, uint8 (B, 3, S, S), decoded ahead on `threads` threads (Pillow frees the GIL)."""
+    """Batches of rows with their pixels, uint8 (B, 3, S, S), decoded ahead by threads: Pillow frees the GIL."""
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[tuple[list[dict], list[Future]]] = deque()
         rows = iter(rows)

@@ -70,9 +70,7 @@ def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """bfloat16 autocast where it is asked for, or where `auto` finds a GPU that has it."""
-    use = precision == "bfloat16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    use = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
     return torch.autocast(device.type, torch.bfloat16) if use else nullcontext()
 
 
@@ -141,7 +139,10 @@ def train(
         losses.sum().backward()
 
         record = StepRecord(
-            step + 1, epoch + 1, optimizer.param_groups[0]["lr"], tuple(losses.tolist()),
+            step + 1,
+            epoch + 1,
+            optimizer.param_groups[0]["lr"],
+            tuple(losses.tolist()),
             tuple((of_task.argmax(1) == label).float().mean().item() for of_task, label in zip(logits, labels)),
         )
         for task, loss in zip(sets, record.losses):

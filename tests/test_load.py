@@ -1,0 +1,172 @@
+"""Loading CLIP: built-in model, config files, weights files without pickle, QuickGELU; prompts files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_clip import open_clip
+
+from pipeline.clip.load import clip_identity, load_clip, towers_without_weights, weights_fingerprint
+from pipeline.config import BUILTIN_DIGITS, ClipConfig, MmapConfig
+from pipeline.errors import UserError
+from pipeline.methods.mmap import GroupMmap, MmapShape
+from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
+from pipeline.training.evaluate import Classifier
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("model") / "tiny.json"
+    file.write_text(json.dumps(TINY))
+    return str(file)
+
+
+def test_random_weights_are_always_the_same(model_file):
+    config = ClipConfig(model=model_file, pretrained=None)
+    before = torch.random.get_rng_state()
+    first = weights_fingerprint(load_clip(config))
+    load_clip.cache_clear()
+    torch.manual_seed(123)
+    assert weights_fingerprint(load_clip(config)) == first
+    torch.random.set_rng_state(before)
+    assert clip_identity(config).weights == "random:0"
+    assert (towers_without_weights(config).text_width, towers_without_weights(config).vision_width) == (16, 32)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_files(model_file, tmp_path, suffix):
+    towers = load_clip(ClipConfig(model=model_file, pretrained=None))
+    model = open_clip.create_model("tiny", pretrained_text=False)
+    state = {name: torch.full_like(value, 0.01) for name, value in model.state_dict().items()}
+    file = tmp_path / f"weights{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    loaded = load_clip(ClipConfig(model=model_file, pretrained=str(file)))
+    assert all(torch.all(p == 0.01) for p in loaded.parameters())
+    assert weights_fingerprint(loaded) != weights_fingerprint(towers)
+    identity = clip_identity(ClipConfig(model=model_file, pretrained=str(file)))
+    assert identity.weights.startswith("sha256:")
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["EVIL_FOLDER"],))
+
+
+def test_a_pickle_with_code_is_refused(model_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "made by the pickle"))
+    file = tmp_path / "weights.pt"
+    torch.save({"state_dict": Evil()}, file)
+    with pytest.raises(UserError, match="weights.pt.*refused"):
+        load_clip(ClipConfig(model=model_file, pretrained=str(file)))
+    file.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="weights.pt"):
+        load_clip(ClipConfig(model=model_file, pretrained=str(file)))
+    assert not (tmp_path / "made by the pickle").exists()
+
+
+def test_weights_of_another_model_are_named(model_file, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"visual.proj": torch.zeros(3, 3)}, file)
+    with pytest.raises(UserError, match="cannot be loaded into"):
+        load_clip(ClipConfig(model=model_file, pretrained=str(file)))
+    with pytest.raises(UserError, match="no such file"):
+        clip_identity(ClipConfig(model=model_file, pretrained=str(tmp_path / "absent.safetensors")))
+
+
+def test_quick_gelu_follows_the_weights():
+    def quick(**options) -> bool:
+        return json.loads(clip_identity(ClipConfig(**options)).model_config)["quick_gelu"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert quick(model="ViT-B-16", pretrained="openai")  # the plain config, weights that need QuickGELU
+        assert quick(model="ViT-B-16-quickgelu", pretrained="openai")
+        assert not quick(model="ViT-B-16", pretrained="laion2b_s34b_b88k")
+        assert quick(model="ViT-B-16", pretrained=None, quick_gelu=True)
+    with pytest.raises(UserError, match="do not: use clip.model=ViT-B-32$"):
+        quick(model="ViT-B-32-quickgelu", pretrained="openai", quick_gelu=False)
+
+
+def test_quick_gelu_is_used(model_file):
+    plain = load_clip(ClipConfig(model=model_file, pretrained=None))
+    quick = load_clip(ClipConfig(model=model_file, pretrained=None, quick_gelu=True))
+    assert type(plain.vision_blocks[0].mlp.gelu).__name__ == "GELU"
+    assert type(quick.vision_blocks[0].mlp.gelu).__name__ == "QuickGELU"
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-H-14", "ViT-L-14-336"])
+def test_open_clips_vit_models_are_understood(name):
+    towers = towers_without_weights(ClipConfig(model=name, pretrained=None))
+    assert MmapShape.of(MmapConfig(), towers).depth == min(towers.text_depth, towers.vision_depth)
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "convnext_base", "coca_ViT-B-32"])
+def test_other_models_are_refused_at_the_door(name):
+    with pytest.raises(UserError, match="clip.model.*cannot take prompts|clip.model.*cannot be built"):
+        towers_without_weights(ClipConfig(model=name, pretrained=None))
+
+
+# Prompts files
+
+
+@pytest.fixture
+def trained():
+    clip, mmap = ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS), MmapConfig(prompt_length=4, source_rows=4)
+    towers = load_clip(clip)
+    parts = []
+    for seed, group in enumerate(
+        [{"ink": ["one", "two"], "neon": ["one", "two", "three"]}, {"chalk": ["six", "nine"]}]
+    ):
+        prompts = GroupMmap(MmapShape.of(mmap, towers), tuple(group), seed)
+        parts.append(TrainedPrompts(clip, mmap, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+    return towers, parts
+
+
+def test_prompts_round_trip_with_the_same_probabilities(trained, tmp_path):
+    towers, parts = trained
+    file = tmp_path / "prompts.safetensors"
+    save_prompts(file, merge_prompts(parts))
+    loaded = load_prompts(file)
+    assert loaded.words == {"ink": ["one", "two"], "neon": ["one", "two", "three"], "chalk": ["six", "nine"]}
+    assert loaded.num_parameters == 5 * 4 * (4 * 64 + 3)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    classifier = loaded.classifier()
+    for part in parts:
+        (group,), (state,) = part.groups, part.states
+        prompts = GroupMmap(MmapShape.of(part.mmap, towers), tuple(group), seed=9)
+        prompts.load_state_dict(state)
+        with torch.no_grad():
+            original = Classifier(towers, part.clip.template, group, prompts())
+        for task in group:
+            torch.testing.assert_close(classifier.probabilities(task, pixels), original.probabilities(task, pixels))
+
+
+def test_prompts_refuse_another_clip(trained, tmp_path):
+    _, (part, _) = trained
+    other = TrainedPrompts(part.clip, part.mmap, "0" * 64, part.groups, part.states)
+    with pytest.raises(UserError, match="not those that these prompts were trained on"):
+        other.classifier()
+
+
+def test_files_that_are_no_prompts_are_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_prompts(tmp_path / "absent.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(1)}, foreign)
+    with pytest.raises(UserError, match="no prompts file of this project"):
+        load_prompts(foreign)
+    foreign.write_bytes(b"\xff" * 100)
+    with pytest.raises(UserError, match="no prompts file of this project"):
+        load_prompts(foreign)
