@@ -34,6 +34,7 @@ class ProgressBoard:
     def expect(self, label: str, total: int, unit: str) -> None:
         """Begins a count to which several workers add."""
         self._totals[label, unit] = [0, total]
+        self._reports.append(Report(label, 0, total, unit))
 
     def advance(self, label: str, count: int, unit: str) -> None:
         of = self._totals[label, unit]
@@ -105,8 +106,9 @@ class ProgressDisplay:
         key = (report.label, report.unit)
         now = time.monotonic()
         began, before = self._started.setdefault(key, (now, report.completed))
-        rate = (report.completed - before) / (now - began) if now > began else 0.0
-        speed = f"{rate:.3g} {report.unit}/s" if rate else report.unit
+        # Reports that come at once, at the first look, tell no speed.
+        rate = (report.completed - before) / (now - began) if now - began >= REPORT_EVERY_S else 0.0
+        speed = f"{rate:,.{0 if rate >= 10 else 1}f} {report.unit}/s" if rate else report.unit
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(report.label, total=report.total, rate=speed)
         self._bars.update(self._tasks[key], completed=report.completed, total=report.total, rate=speed)

@@ -85,8 +85,8 @@ def ray_head(tmp_path):
             "start",
             "--head",
             "--block",
-            "--num-cpus",
-            "2",
+            "--num-cpus=2",
+            "--num-gpus=1",  # a logical one, which two trainings at a time share
             "--port",
             str(gcs),
             "--dashboard-port",
@@ -143,7 +143,7 @@ def submit(address: str, *entrypoint: str) -> subprocess.Popen:
 def test_submitted_job_outlives_its_tracking_server(ray_head, tmp_path):
     storage, (port,) = tmp_path / "storage", free_ports(1, first=8500)
     uri = f"http://127.0.0.1:{port}"
-    options = ["--storage", str(storage), "--tracking.uri", uri, *QUICK]
+    options = ["--storage", str(storage), "--tracking.uri", uri, "--cluster.gpus_per_training", "0.5", *QUICK]
 
     server = mlflow_server(tmp_path, port)
     job = submit(ray_head, "python", "jobs/full_pipeline.py", *options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,15 @@ def test_again_does_nothing_and_says_so(undisturbed):
     assert finished.status == 0, finished.output
     assert finished.output.count("found finished") == 4
     assert numbers(storage) == before
+
+
+def test_another_grouping_reuses_the_global_prompt(undisturbed, tmp_path):
+    storage = tmp_path / "storage"
+    shutil.copytree(undisturbed[0], storage)
+    finished = run(storage, *QUICK, "--grouping.num_groups", "2", prefix=("jobs/solve_grouping.py",))
+    assert finished.status == 0, finished.output
+    assert finished.output.count("found finished") == 2
+    assert "best of 31 partitions" in finished.output
 
 
 def test_a_second_storage_gets_the_same_numbers(undisturbed, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ class Stage:
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             return UserError(str(error.cause))
+        if isinstance(error, RayTaskError) and getattr(error.cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return UserError(f"{error.cause}: free some space in {self.run.storage}, and run the same command to go on")
         if isinstance(error, WorkerCrashedError):
             return UserError(
                 f"a worker of stage {self.name!r} died {self.run.config.cluster.max_retries + 1} times: {error}. "

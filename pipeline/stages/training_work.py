@@ -5,6 +5,7 @@ An open_clip model is never sent to a worker: it gets names and paths and loads 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ from pipeline.run import Run
 from pipeline.training.batches import TrainingSet, load_training_sets
 from pipeline.training.loop import StepRecord
 
+log = logging.getLogger(__name__)
+
+NUMBERS_VERSION = 1
+"""To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts of before
+are then not taken for today's."""
+
 
 @dataclass(frozen=True)
 class TrainingWork:
@@ -38,7 +45,9 @@ class TrainingWork:
     def device(self) -> torch.device:
         """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
         if ray.get_gpu_ids():
-            return torch.device("cuda")
+            if torch.cuda.is_available():
+                return torch.device("cuda")
+            log.warning("Ray gave %r a GPU that torch %s cannot use; training on the CPU", self.label, torch.__version__)
         torch.set_num_threads(self.config.cluster.cpus_per_training)
         return torch.device("cpu")
 
@@ -72,6 +81,7 @@ class TrainingWork:
 def numbers_decided_by(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     """What every training's and evaluation's numbers depend on, for the name of its artefact."""
     return {
+        "version": NUMBERS_VERSION,
         "splits": SplitReader(run.splits.folder).description.source_fingerprint,
         "shots": run.config.data.shots,
         "seed": run.config.seed,

@@ -1,0 +1,66 @@
+"""jobs/predict.py on folders of images, good and broken, with the demo's CLIP."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+
+import pytest
+from PIL import Image
+
+from pipeline.clip.load import load_clip, weights_fingerprint
+from pipeline.config import BUILTIN_DIGITS, REPOSITORY, ClipConfig, MmapConfig
+from pipeline.methods.mmap import GroupMmap, MmapShape
+from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
+
+spec = importlib.util.spec_from_file_location("predict", REPOSITORY / "jobs" / "predict.py")
+predict = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(predict)
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    clip, mmap = ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS), MmapConfig(prompt_length=2, source_rows=2)
+    towers = load_clip(clip)
+    group = {"ink": ["one", "two"], "neon": ["one", "two"]}
+    prompts = GroupMmap(MmapShape.of(mmap, towers), tuple(group), seed=1)
+    file = tmp_path / "prompts.safetensors"
+    save_prompts(file, TrainedPrompts(clip, mmap, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+    return file
+
+
+def call(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+    return predict.main()
+
+
+def test_every_image_gets_a_row_and_broken_ones_an_error(prompts_file, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "images" / "deep"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (40, 60), "white").save(folder / "a.png")
+    Image.new("L", (10, 10)).save(folder / "b.jpg")
+    (folder / "c.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("not looked at")
+    output = tmp_path / "out.csv"
+    status = call(monkeypatch, tmp_path / "images", "--prompts", prompts_file, "--task", "ink", "--output", output)
+    rows = list(csv.DictReader(output.open()))
+    assert status == 1
+    assert [row["path"].rsplit("/")[-1] for row in rows] == ["a.png", "b.jpg", "c.jpg"]
+    assert all(row["class"] in ("one", "two") and 0.5 <= float(row["probability"]) <= 1 for row in rows[:2])
+    assert rows[2]["class"] == "" and rows[2]["error"]
+    assert "1 of 3 images are broken" in capsys.readouterr().err
+
+    assert call(monkeypatch, folder / "a.png", "--prompts", prompts_file, "--task", "neon") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_faults_are_named(prompts_file, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, tmp_path, "--prompts", prompts_file) == 2
+    assert "has the tasks ink, neon" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert call(monkeypatch, empty, "--prompts", prompts_file, "--task", "ink") == 2
+    assert "no images in" in capsys.readouterr().err
+    assert call(monkeypatch, tmp_path, "--prompts", tmp_path / "absent.safetensors", "--task", "ink") == 2
+    assert "does not exist" in capsys.readouterr().err
