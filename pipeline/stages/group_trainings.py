@@ -63,7 +63,7 @@ def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
                     work[artefact.key] = Work(
                         label, function, (item, artefact), artefact, trains=True, tracked_as=label
                     )
-        stage.execute(sorted(work.values(), key=lambda item: -_size(item)))
+        stage.execute(sorted(work.values(), key=lambda item: -len(item.arguments[0].tasks)))
         for item in work.values():
             result = read_json(item.artefact.folder / "result.json")
             run.tracker.log_metrics(
@@ -80,11 +80,6 @@ def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
                 run.tracker.log_artifact(item.label, prompts)
             run.tracker.end_run(item.label)
     return methods
-
-
-def _size(item: Work) -> int:
-    training: TrainingWork = item.arguments[0]
-    return len(training.tasks) if item.function is _train_group else 0
 
 
 def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
