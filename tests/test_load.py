@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from small_clip import open_clip
 
+from pipeline.clip.classifier import Classifier
 from pipeline.clip.load import clip_identity, load_clip, towers_without_weights, weights_fingerprint
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, MmapConfig
 from pipeline.errors import UserError
 from pipeline.methods.mmap import GroupMmap, MmapShape
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
-from pipeline.training.evaluate import Classifier
 
 TINY = {
     "embed_dim": 16,

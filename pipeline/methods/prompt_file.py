@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.clip.classifier import Classifier
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.config import ClipConfig, MmapConfig
 from pipeline.errors import UserError
 from pipeline.methods.mmap import GroupMmap, MmapShape
-from pipeline.training.evaluate import Classifier
 
 FORMAT = 1
 

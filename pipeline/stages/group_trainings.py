@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.clip.classifier import Classifier
 from pipeline.clip.load import weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.methods.mmap import GroupMmap, MmapShape
@@ -17,7 +18,7 @@ from pipeline.stages.grouping import read_grouping
 from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, numbers_decided_by, trainings_decided_by, write_history
 from pipeline.storage import Artefact, read_json, write_json
-from pipeline.training.evaluate import Classifier, accuracy, evaluate, write_predictions
+from pipeline.training.evaluate import accuracy, evaluate, write_predictions
 from pipeline.training.loop import train
 
 NAME = "group_trainings"

@@ -47,7 +47,9 @@ class TrainingWork:
         if ray.get_gpu_ids():
             if torch.cuda.is_available():
                 return torch.device("cuda")
-            log.warning("Ray gave %r a GPU that torch %s cannot use; training on the CPU", self.label, torch.__version__)
+            log.warning(
+                "Ray gave %r a GPU that torch %s cannot use; training on the CPU", self.label, torch.__version__
+            )
         torch.set_num_threads(self.config.cluster.cpus_per_training)
         return torch.device("cpu")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.clip.class_tokens import ClassTokens
+from pipeline.clip.classifier import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
@@ -66,12 +66,6 @@ def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
     if epoch < config.warmup_epochs:
         return config.warmup_rate
     return config.learning_rate * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / epochs)) / 2
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bfloat16 autocast where it is asked for, or where `auto` finds a GPU that has it."""
-    use = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16) if use else nullcontext()
 
 
 def train(
