@@ -124,7 +124,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
 
     try:
         gpus_per_training = _connect(config, storage, listing.root)
-        tracker = Tracker(uri, config.tracking.experiment, folder / "tracking")
+        tracker = Tracker(uri, config.tracking.experiment, folder / f"tracking-{key}")
         run = Run(
             config,
             storage,
@@ -156,7 +156,12 @@ def _announce(run: Run) -> None:
     environment = {f"env.{name}": value for name, value in run_environment().items()}
     run.tracker.start_run(
         PARENT,
-        tags={"mlflow.runName": config.name, "run_folder": run.folder, **environment},
+        tags={
+            "mlflow.runName": run.folder.name,
+            "mlflow.source.name": sys.argv[0],
+            "run_folder": run.folder,
+            **environment,
+        },
         params=_flat(config.model_dump(mode="json")),
     )
     run.tracker.log_artifact(PARENT, run.folder / "config.yaml")

@@ -79,7 +79,7 @@ def test_mlflow_holds_the_run(undisturbed):
             assert parent.data.metrics[f"accuracy/{method}/{task}"] == values["accuracy"][task]
         assert parent.data.metrics[f"trained_parameters/{method}"] == values["trained_parameters"]
     assert parent.data.params["training.epochs"] == "12"
-    assert parent.data.tags["groups"] == " | ".join(" + ".join(group) for group in result["groups"])
+    assert parent.data.params["groups"] == " | ".join(" + ".join(group) for group in result["groups"])
     assert "env.torch" in parent.data.tags
     assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
     artefacts = {

@@ -32,7 +32,7 @@ def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
         result = read_grouping(artefact)
         run.tracker.log_params(NAME, {**options, "groups": describe_groups(result["groups"])})
         run.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
-        run.tracker.set_tags(PARENT, {"groups": describe_groups(result["groups"])})
+        run.tracker.log_params(PARENT, {"groups": describe_groups(result["groups"])})
         for name in ("grouping.json", *FIGURES):
             run.tracker.log_artifact(NAME, artefact.folder / name)
         for warning in result["warnings"]:
