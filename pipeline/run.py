@@ -41,6 +41,7 @@ from pipeline.tracking import Tracker, TrackingUnavailable, check_reachable, res
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
 LEAST_FREE_BYTES = 200 << 20
+_IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 @dataclass
@@ -176,7 +177,7 @@ def _open_storage(config: Config) -> Path:
     path = Path(config.storage).expanduser()
     if not path.is_absolute():
         # The working directory of a submitted job is a copy that Ray deletes.
-        path = (Path.home() if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()) / path
+        path = (Path.home() if _IN_SUBMITTED_JOB else Path.cwd()) / path
     make_folder(path)
     if not os.access(path, os.W_OK):
         raise UserError(f"storage={path} cannot be written; change `storage`")
@@ -194,7 +195,10 @@ def _find_data(config: Config, storage: Path) -> Listing:
     root = Path(config.data.root).expanduser()
     if config.data.root == BUILTIN_DIGITS:
         root = storage / "datasets" / "digits"
-        write_digits(root)
+        try:
+            write_digits(root)
+        except OSError as error:
+            raise UserError(f"the embedded digits cannot be written to {root}: {error}; remove that folder") from None
     return find_images(config.data, root.absolute())
 
 
@@ -210,9 +214,13 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
 def _connect(config: Config, storage: Path, data_root: Path) -> float:
     """Joins or starts Ray; returns the GPUs of a training."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    own = {"include_dashboard": False} if address == "local" else {}
+    options: dict[str, Any] = {}
+    if address == "local":
+        options["include_dashboard"] = False
+    elif not _IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
+        options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True, **own)
+        ray.init(address=address, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         raise UserError(
             f"no Ray cluster answers at {address}: {error}; change cluster.address or RAY_ADDRESS"
