@@ -88,6 +88,9 @@ def run_job(description: str, main: Callable[[Run], None]) -> None:
     except (UserError, TrackingUnavailable) as error:
         console.print("[bold red]error:[/]", escape(str(error)), highlight=False)
         sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted:[/] the same command goes on from here", highlight=False)
+        sys.exit(130)
 
 
 @contextmanager
