@@ -117,6 +117,19 @@ def test_nothing_frozen_moves_and_all_prompts_do(problem):
     assert all((value != before[name]).all() for name, value in prompts.state_dict().items())
 
 
+def test_bfloat16_autocast_keeps_prompts_in_full_precision(problem):
+    _, _, tokens, sets = problem
+    towers, _ = small_towers(dtype=torch.float32)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        prompts = group_prompts(towers).float()
+        history, _ = train(towers, prompts, sets, tokens, CONFIG, epochs=2, seed=5, precision=precision)
+        losses[precision] = torch.tensor([record.losses for record in history])
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in prompts.parameters())
+    assert not torch.equal(losses["float32"], losses["bfloat16"])
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.1, atol=0.1)
+
+
 class Interrupted(Exception):
     pass
 
