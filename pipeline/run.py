@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.clip.class_tokens import class_tokens
-from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights
+from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
 from pipeline.config import (
     BUILTIN_DIGITS,
     Config,
@@ -41,6 +41,9 @@ from pipeline.tracking import Tracker, TrackingUnavailable, check_reachable, res
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
 LEAST_FREE_BYTES = 200 << 20
+NUMBERS_VERSION = 1
+"""To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
+before are then not taken for today's."""
 _IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
@@ -101,6 +104,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         UserError, TrackingUnavailable: the first thing that is wrong, with the remedy.
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
+    config = _with_absolute_paths(config)
     storage = _open_storage(config)
     listing = _find_data(config, storage)
     clip, shape = _check_model(config, listing)
@@ -121,8 +125,13 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
             "seed": config.seed,
         },
     )
-    deciding = config.model_dump(mode="json", exclude={"name", "storage", "data", "clip", "cluster", "tracking"})
-    key = content_hash({**deciding, "clip": asdict(clip), "text": config.clip.template, "splits": splits.key})
+    # The splits stand for the data, the identity of CLIP for its name and file.
+    deciding = config.model_dump(
+        mode="json",
+        exclude={"name": True, "storage": True, "data": True, "cluster": True, "tracking": True}
+        | {"clip": {"model", "pretrained", "quick_gelu"}},
+    )
+    key = content_hash({**deciding, "identity": asdict(clip), "splits": splits.key, "version": NUMBERS_VERSION})
     folder = make_folder(storage / "runs" / f"{config.name}-{key}")
     write_atomically(folder / "config.yaml", to_yaml(config))
 
@@ -174,6 +183,16 @@ def _announce(run: Run) -> None:
         f"{run.mmap_shape.num_parameters:,} parameters a MmAP · results in {run.folder}",
         highlight=False,
     )
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Workers may run in other folders than the driver."""
+    changes: dict[str, str] = {}
+    if config.clip.model.endswith(".json"):
+        changes["model"] = str(Path(config.clip.model).expanduser().absolute())
+    if (file := weights_file(config.clip)) and config.clip.pretrained != BUILTIN_DIGITS:
+        changes["pretrained"] = str(file.absolute())
+    return config.model_copy(update={"clip": config.clip.model_copy(update=changes)})
 
 
 def _open_storage(config: Config) -> Path:
@@ -239,28 +258,30 @@ def _connect(config: Config, storage: Path, data_root: Path) -> float:
         raise UserError(
             f"cluster.cpus_per_training={config.cluster.cpus_per_training}, but the cluster has {cpus:g} CPUs"
         )
-    _check_shared(storage, data_root)
+    weights = weights_file(config.clip)
+    own_weights = [weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else []
+    check_shared(storage, [data_root, *own_weights])
     return wanted
 
 
-def _check_shared(storage: Path, data_root: Path) -> None:
-    """On several nodes, storage and data must be the same folders everywhere."""
+def check_shared(storage: Path, paths: list[Path]) -> None:
+    """On several nodes, storage, data and weights must be the same files everywhere."""
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if len(nodes) < 2:
         return
     probe = storage / ".shared-storage-probe"
     write_atomically(probe, "every node must see this file")
-    blind = {}
-    for node in nodes:
-        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        missing = ray.remote(_missing).options(num_cpus=0, scheduling_strategy=strategy).remote([probe, data_root])
-        blind[node["NodeManagerAddress"]] = missing
-    for host, missing in blind.items():
-        if paths := ray.get(missing):
-            raise UserError(
-                f"node {host} does not see {', '.join(paths)}: `storage` and `data.root` must lie on storage that all "
-                "nodes share under the same path"
-            )
+    try:
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            look = ray.remote(_missing).options(num_cpus=0, scheduling_strategy=there)
+            if unseen := ray.get(look.remote([probe, *paths])):
+                raise UserError(
+                    f"node {node['NodeManagerAddress']} does not see {', '.join(unseen)}: `storage`, `data.root` and "
+                    "weights files must lie on storage that all nodes share under the same path"
+                )
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _missing(paths: list[Path]) -> list[str]:

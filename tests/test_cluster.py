@@ -15,8 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from mlflow import MlflowClient
 from pipelines import QUICK, REPOSITORY, summary
+from ray.cluster_utils import Cluster
+
+from pipeline.errors import UserError
+from pipeline.run import check_shared
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -138,6 +143,20 @@ def submit(address: str, *entrypoint: str) -> subprocess.Popen:
         text=True,
         env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
     )
+
+
+def test_every_node_must_see_storage_and_data(tmp_path):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        with pytest.raises(UserError, match="node .* does not see /nowhere/data: `storage`, `data.root`"):
+            ray.init(address=cluster.address, log_to_driver=False)
+            check_shared(tmp_path, [tmp_path])
+            check_shared(tmp_path, [Path("/nowhere/data")])
+        assert not list(tmp_path.iterdir())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_submitted_job_outlives_its_tracking_server(ray_head, tmp_path):

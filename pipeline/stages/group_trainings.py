@@ -106,7 +106,7 @@ def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
     )
     write_history(folder / "history.parquet", work.tasks, history)
     trained = TrainedPrompts(
-        config.clip, config.mmap, weights_fingerprint(towers), (words,), ({**prompts.state_dict()},)
+        config.clip, config.mmap, weights_fingerprint(towers), (words,), (dict(prompts.state_dict()),)
     )
     save_prompts(folder / PROMPTS, trained)
     made = tuple(made.detach() for made in prompts())

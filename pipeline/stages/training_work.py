@@ -22,15 +22,11 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.data.parquet import SplitReader
 from pipeline.progress import Reporter
-from pipeline.run import Run
+from pipeline.run import NUMBERS_VERSION, Run
 from pipeline.training.batches import TrainingSet, load_training_sets
 from pipeline.training.loop import StepRecord
 
 log = logging.getLogger(__name__)
-
-NUMBERS_VERSION = 1
-"""To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts of before
-are then not taken for today's."""
 
 
 @dataclass(frozen=True)
