@@ -36,7 +36,7 @@ def plain_encode_text(
         if prompted:
             x = torch.cat([x[:, :at], prompts[k].expand(len(x), -1, -1), x[:, at:]], dim=1)
         length = x.shape[1]
-        mask = torch.full((length, length), float("-inf"), dtype=x.dtype).triu(1)
+        mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         x = block(x, attn_mask=mask)
         x = torch.cat([x[:, :at], x[:, at + b :]], dim=1)
     x = text.ln_final(x)[torch.arange(len(ids)), ids.argmax(dim=-1)]
