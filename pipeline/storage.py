@@ -78,6 +78,8 @@ class Artefact:
     def finish(self, seconds: float) -> None:
         """Publishes the files of `building`, which took `seconds` to make."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for partial in self.building.rglob("*.partial"):  # of a worker that was killed while writing
+            partial.unlink(missing_ok=True)
         files = {
             path.relative_to(self.building).as_posix(): path.stat().st_size
             for path in sorted(self.building.rglob("*"))

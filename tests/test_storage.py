@@ -14,6 +14,7 @@ def make(artefact: Artefact, text: str = "content") -> None:
     (folder / "part" / "file.txt").write_text(text)
     artefact.checkpoints.mkdir()
     (artefact.checkpoints / "checkpoint.pt").write_text("scratch")
+    (folder / "part" / "file.txt.partial").write_text("half of it")
     artefact.finish(1.5)
 
 

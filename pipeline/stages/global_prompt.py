@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from pipeline.methods.mmap import MmapShape, SharedMmap
 from pipeline.progress import Reporter
 from pipeline.run import Run
 from pipeline.stages.stage import Stage, Work
-from pipeline.stages.training_work import TrainingWork, trainings_decided_by, write_history
+from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
 from pipeline.storage import Artefact
-from pipeline.training.loop import train
 from pipeline.training.snapshots import write_snapshots
 
 NAME = "global_prompt"
@@ -34,6 +32,7 @@ def train_global_prompt(run: Run) -> Artefact:
     with Stage(run, NAME, "2 global prompt") as stage:
         work = TrainingWork(config, run.splits.folder, tuple(run.tasks), "global prompt")
         stage.execute([Work(work.label, _train, (work, epochs, artefact), artefact, trains=True, tracked_as=NAME)])
+        track_history(run, NAME, artefact)
         run.tracker.log_params(NAME, {"epochs": epochs, "trained_parameters": run.mmap_shape.num_parameters})
     return artefact
 
@@ -42,24 +41,18 @@ def _train(work: TrainingWork, epochs: int, artefact: Artefact, board: Any) -> N
     if artefact.finished():  # by an attempt whose worker died before it could say so
         return
     began = time.monotonic()
-    folder: Path = artefact.start()
+    folder = artefact.start()
     config, towers = work.config, work.towers()
     prompts = SharedMmap(MmapShape.of(config.mmap, towers), work.tasks, config.seed, config.mmap.init_std)
     prompts.to(towers.device)
-    history, snapshots = train(
+    snapshots = work.train(
         towers,
         prompts,
-        work.training_sets(towers),
-        work.tokens(towers),
-        config.training,
-        epochs=epochs,
-        seed=config.seed,
-        precision=config.clip.precision,
-        checkpoints=artefact.checkpoints,
-        on_step=work.step_reporter(Reporter(board, work.label)),
+        epochs,
+        artefact,
+        Reporter(board, work.label),
         snapshot=prompts.task_gradients,
         snapshot_every=config.global_prompt.snapshot_every,
     )
     write_snapshots(folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
-    write_history(folder / "history.parquet", work.tasks, history)
     artefact.finish(time.monotonic() - began)

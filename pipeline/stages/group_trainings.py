@@ -16,10 +16,9 @@ from pipeline.progress import Reporter
 from pipeline.run import Run
 from pipeline.stages.grouping import read_grouping
 from pipeline.stages.stage import Stage, Work
-from pipeline.stages.training_work import TrainingWork, numbers_decided_by, trainings_decided_by, write_history
+from pipeline.stages.training_work import TrainingWork, numbers_decided_by, track_history, trainings_decided_by
 from pipeline.storage import Artefact, read_json, write_json
 from pipeline.training.evaluate import accuracy, evaluate, write_predictions
-from pipeline.training.loop import train
 
 NAME = "group_trainings"
 PROMPTS = "prompts.safetensors"
@@ -77,8 +76,9 @@ def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
                 },
                 step=0,
             )
-            if (prompts := item.artefact.folder / PROMPTS).exists():
-                run.tracker.log_artifact(item.label, prompts)
+            if item.function is _train_group:
+                track_history(run, item.label, item.artefact)
+                run.tracker.log_artifact(item.label, item.artefact.folder / PROMPTS)
             run.tracker.end_run(item.label)
     return methods
 
@@ -92,19 +92,7 @@ def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
     reporter = Reporter(board, work.label)
     prompts = GroupMmap(MmapShape.of(config.mmap, towers), work.tasks, config.seed, config.mmap.init_std)
     prompts.to(towers.device)
-    history, _ = train(
-        towers,
-        prompts,
-        work.training_sets(towers),
-        work.tokens(towers),
-        config.training,
-        epochs=config.training.epochs,
-        seed=config.seed,
-        precision=config.clip.precision,
-        checkpoints=artefact.checkpoints,
-        on_step=work.step_reporter(reporter),
-    )
-    write_history(folder / "history.parquet", work.tasks, history)
+    work.train(towers, prompts, config.training.epochs, artefact, reporter)
     trained = TrainedPrompts(
         config.clip, config.mmap, weights_fingerprint(towers), (words,), (dict(prompts.state_dict()),)
     )

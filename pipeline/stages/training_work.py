@@ -6,7 +6,7 @@ An open_clip model is never sent to a worker: it gets names and paths and loads 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from torch import nn
 
-from pipeline.clip.class_tokens import ClassTokens, class_tokens
+from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import load_clip
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.data.parquet import SplitReader
 from pipeline.progress import Reporter
 from pipeline.run import NUMBERS_VERSION, Run
-from pipeline.training.batches import TrainingSet, load_training_sets
-from pipeline.training.loop import StepRecord
+from pipeline.storage import Artefact
+from pipeline.training.batches import load_training_sets
+from pipeline.training.loop import StepRecord, train
 
 log = logging.getLogger(__name__)
+HISTORY = "history.parquet"
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,37 @@ class TrainingWork:
         description = self.reader().description
         return {task: description.words(task) for task in self.tasks}
 
-    def training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
-        threads = self.config.cluster.cpus_per_training
-        return load_training_sets(self.reader(), self.tasks, towers.image_size, towers.device, threads)
-
-    def tokens(self, towers: ClipTowers) -> ClassTokens:
-        return class_tokens(towers.tokenizer, self.config.clip.template, list(self.words().values())).to(towers.device)
-
-    def step_reporter(self, reporter: Reporter) -> Callable[[StepRecord, int], None]:
-        def report(record: StepRecord, num_steps: int) -> None:
-            metrics = {"learning_rate": record.learning_rate}
-            for task, loss, accuracy in zip(self.tasks, record.losses, record.accuracies):
-                metrics |= {f"train_loss/{task}": loss, f"train_accuracy/{task}": accuracy}
-            reporter.update(record.step, num_steps, "steps", (record.step, metrics))
-
-        return report
+    def train(
+        self,
+        towers: ClipTowers,
+        prompts: nn.Module,
+        epochs: int,
+        artefact: Artefact,
+        reporter: Reporter,
+        **snapshots: Any,
+    ) -> list[tuple[StepRecord, torch.Tensor]]:
+        """Trains `prompts` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
+        takes and returns the loop's snapshots."""
+        config, rows_of_tasks = self.config, list(self.words().values())
+        history, taken = train(
+            towers,
+            prompts,
+            load_training_sets(
+                self.reader(), self.tasks, towers.image_size, towers.device, config.cluster.cpus_per_training
+            ),
+            class_tokens(towers.tokenizer, config.clip.template, rows_of_tasks).to(towers.device),
+            config.training,
+            epochs=epochs,
+            seed=config.seed,
+            precision=config.clip.precision,
+            checkpoints=artefact.checkpoints,
+            on_step=lambda record, num_steps: reporter.update(
+                record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
+            ),
+            **snapshots,
+        )
+        write_history(artefact.building / HISTORY, self.tasks, history)
+        return taken
 
 
 def numbers_decided_by(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
@@ -96,6 +115,28 @@ def trainings_decided_by(run: Run, tasks: Sequence[str], epochs: int) -> dict[st
         "mmap": run.config.mmap.model_dump(mode="json"),
         "training": run.config.training.model_dump(mode="json", exclude={"checkpoint_every"}) | {"epochs": epochs},
     }
+
+
+def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
+    """A step as MLflow metrics."""
+    metrics = {"learning_rate": record.learning_rate}
+    for task, loss, accuracy in zip(tasks, record.losses, record.accuracies):
+        metrics |= {f"train_loss/{task}": loss, f"train_accuracy/{task}": accuracy}
+    return metrics
+
+
+def track_history(run: Run, name: str, artefact: Artefact) -> None:
+    """Gives MLflow run `name` all steps of a finished training. Those that were reported while it went on are known
+    to the tracker; this adds what died with a driver or worker, and trainings that another run made."""
+    columns = pq.read_table(artefact.folder / HISTORY).to_pydict()
+    by_step: dict[int, dict[str, float]] = {}
+    for step, task, loss, accuracy, rate in zip(
+        *(columns[name] for name in ("step", "task", "loss", "accuracy", "learning_rate"))
+    ):
+        record = StepRecord(step, 0, rate, (loss,), (accuracy,))
+        by_step.setdefault(step, {}).update(step_metrics([task], record))
+    for step, metrics in by_step.items():
+        run.tracker.log_metrics(name, metrics, step)
 
 
 def write_history(path: Path, tasks: Sequence[str], history: Sequence[StepRecord]) -> None:

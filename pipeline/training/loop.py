@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pipeline.clip.class_tokens import ClassTokens
 from pipeline.clip.classifier import autocast
@@ -26,25 +26,9 @@ from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 
 
-class Prompts(Protocol):
-    """What the loop trains: a torch module that makes the prompts of `tasks`, in that order."""
-
-    tasks: tuple[str, ...]
-
-    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text prompts (T, K, b, d_l), vision prompts (T, K, b, d_v)."""
-        ...
-
-    def parameters(self): ...
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict): ...
-
-
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step measured; per task, in the order of the prompts' tasks."""
+    """What a step measured; per task, in the order of the training sets."""
 
     step: int
     """From 1."""
@@ -70,7 +54,7 @@ def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
 
 def train(
     towers: ClipTowers,
-    prompts: Prompts,
+    prompts: nn.Module,
     sets: Sequence[TrainingSet],
     tokens: ClassTokens,
     config: TrainingConfig,
@@ -86,6 +70,7 @@ def train(
     """Trains `prompts` in place on the tasks' `sets` (same order) with SGD.
 
     Args:
+        prompts: gives, when called, text prompts (T, K, b, d_l) and vision prompts (T, K, b, d_v) of the same tasks.
         tokens: class tokens of the same tasks.
         checkpoints: folder for the whole state every config.checkpoint_every epochs, from which an interrupted
             training goes on.
