@@ -74,6 +74,9 @@ class ClipConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the frozen towers; auto: bfloat16 autocast on a GPU that has it, float32 elsewhere.
     Prompts and optimizer state are float32 always."""
+    activations_gib: Annotated[float, Field(gt=0)] = 6.0
+    """GiB that each tower may keep for its backward pass. Images and classes that need more are run in chunks, and
+    again in the backward pass: a third more time, and memory that no longer grows with them."""
 
 
 class MmapConfig(Section):

@@ -41,7 +41,7 @@ from pipeline.tracking import Tracker, TrackingUnavailable, check_reachable, res
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
 LEAST_FREE_BYTES = 200 << 20
-NUMBERS_VERSION = 1
+NUMBERS_VERSION = 2
 """To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
 before are then not taken for today's."""
 _IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
@@ -57,6 +59,12 @@ def small_open_clip(
     return model.eval().requires_grad_(False)
 
 
+@lru_cache
+def tokenizer():
+    """open_clip's own; it takes a quarter of a second to build."""
+    return open_clip.SimpleTokenizer()
+
+
 def small_towers(text_order: str = "after_sos", **options) -> tuple[ClipTowers, torch.nn.Module]:
     model = small_open_clip(**options)
-    return ClipTowers(model, open_clip.SimpleTokenizer(), text_order), model
+    return ClipTowers(model, tokenizer(), text_order), model

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from plain_towers import plain_encode_image, plain_encode_text
-from small_clip import CLASS_WORDS, open_clip, small_open_clip, small_towers
+from small_clip import CLASS_WORDS, small_open_clip, small_towers, tokenizer
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.towers import ClipTowers
@@ -17,7 +19,7 @@ WORDS_PER_TASK = [CLASS_WORDS, CLASS_WORDS[:2], ["cat"]]
 
 
 def full_ids(words):
-    return open_clip.SimpleTokenizer()([TEMPLATE.format(name) for name in words])
+    return tokenizer()([TEMPLATE.format(name) for name in words])
 
 
 def random_prompts(tasks, depth, length, width, seed):
@@ -25,65 +27,123 @@ def random_prompts(tasks, depth, length, width, seed):
     return torch.randn(tasks, depth, length, width, generator=generator, dtype=torch.float64).requires_grad_()
 
 
+IMAGES_PER_TASK = [2, 1, 3]
+SMALLEST_CHUNKS = 1e-9  # GiB: one image, one class
+
+
+def both(towers, model, text_prompts, vision_prompts, carried):
+    """Image and text features of three tasks, ours and the plain ones."""
+    images = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, WORDS_PER_TASK)
+    ours = (
+        towers.encode_image(images, vision_prompts, IMAGES_PER_TASK, carried),
+        towers.encode_text(tokens, text_prompts, carried),
+    )
+    none = [None] * len(WORDS_PER_TASK)
+    plain = (
+        torch.cat(
+            [
+                plain_encode_image(model, part, prompts, carried)
+                for part, prompts in zip(
+                    images.split(IMAGES_PER_TASK), none if vision_prompts is None else vision_prompts
+                )
+            ]
+        ),
+        torch.cat(
+            [
+                plain_encode_text(model, full_ids(words), prompts, towers.prompts_before_sos, carried)
+                for words, prompts in zip(WORDS_PER_TASK, none if text_prompts is None else text_prompts)
+            ]
+        ),
+    )
+    return ours, plain
+
+
+def assert_same_features_and_gradients(ours, plain, parameters):
+    gradients = []
+    for features, reference in zip(ours, plain):
+        torch.testing.assert_close(features, reference, **TOLERANCE)
+    for features in (ours, plain):
+        weights = [torch.randn(f.shape, dtype=f.dtype, generator=torch.Generator().manual_seed(9)) for f in features]
+        total = sum((weight * f).sum() for weight, f in zip(weights, features))
+        gradients.append(torch.autograd.grad(total, parameters))
+    for gradient, reference in zip(*gradients):
+        assert gradient.abs().max() > 1e-6
+        torch.testing.assert_close(gradient, reference, **TOLERANCE)
+
+
+@pytest.mark.parametrize("activations_gib", [math.inf, SMALLEST_CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("carried", [False, True], ids=["replaced", "carried"])
+@pytest.mark.parametrize("depth", [1, 2, None])
 @pytest.mark.parametrize("text_order", ["after_sos", "before_sos"])
 @pytest.mark.parametrize(
     "options",
     [
         dict(),
-        dict(vision_width=16, text_width=32, vision_layers=2, text_layers=4, quick_gelu=False),
+        dict(vision_width=16, text_width=32, vision_layers=3, text_layers=4, quick_gelu=False),
         dict(custom_text=True, layer_scale=0.5),
         dict(vision_layers=1, text_layers=1),
     ],
     ids=["deeper-vision", "deeper-text", "custom-text-layer-scale", "one-layer"],
 )
-def test_prompted_towers_equal_the_plain_definition(options, text_order):
+def test_prompted_towers_equal_the_plain_definition(options, text_order, depth, carried, activations_gib):
     towers, model = small_towers(text_order, **options)
-    depth, num_tasks, b = min(towers.text_depth, towers.vision_depth), 3, 4
-    images_per_task = [2, 1, 3]
-    images = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    text_prompts = random_prompts(num_tasks, depth, b, towers.text_width, 2)
-    vision_prompts = random_prompts(num_tasks, depth, b, towers.vision_width, 3)
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, WORDS_PER_TASK)
-
-    x = towers.encode_image(images, vision_prompts, images_per_task)
-    z = towers.encode_text(tokens, text_prompts)
-    x_plain = torch.cat(
-        [plain_encode_image(model, part, vision_prompts[t]) for t, part in enumerate(images.split(images_per_task))]
-    )
-    z_plain = torch.cat(
-        [
-            plain_encode_text(model, full_ids(words), text_prompts[t], before_sos=text_order == "before_sos")
-            for t, words in enumerate(WORDS_PER_TASK)
-        ]
-    )
-    torch.testing.assert_close(x, x_plain, **TOLERANCE)
-    torch.testing.assert_close(z, z_plain, **TOLERANCE)
-
-    weight_x, weight_z = torch.randn_like(x), torch.randn_like(z)
-    ours = torch.autograd.grad((x * weight_x).sum() + (z * weight_z).sum(), [text_prompts, vision_prompts])
-    plain = torch.autograd.grad((x_plain * weight_x).sum() + (z_plain * weight_z).sum(), [text_prompts, vision_prompts])
-    for gradient, reference in zip(ours, plain):
-        assert gradient.abs().max() > 1e-6
-        torch.testing.assert_close(gradient, reference, **TOLERANCE)
+    towers.activations_gib = activations_gib
+    deepest = min(towers.text_depth, towers.vision_depth)
+    depth = min(depth or deepest, deepest)
+    text_prompts = random_prompts(3, depth, 4, towers.text_width, 2)
+    vision_prompts = random_prompts(3, depth, 4, towers.vision_width, 3)
+    ours, plain = both(towers, model, text_prompts, vision_prompts, carried)
+    assert_same_features_and_gradients(ours, plain, [text_prompts, vision_prompts])
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_prompts_for_the_first_layers_only(depth):
-    towers, model = small_towers(vision_layers=4, text_layers=3)
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
-    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    text_prompts = random_prompts(1, depth, 3, towers.text_width, 4)
-    vision_prompts = random_prompts(1, depth, 3, towers.vision_width, 5)
-    torch.testing.assert_close(
-        towers.encode_image(images, vision_prompts, [2]),
-        plain_encode_image(model, images, vision_prompts[0]),
-        **TOLERANCE,
+@pytest.mark.parametrize("activations_gib", [math.inf, SMALLEST_CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("options", [dict(), dict(custom_text=True, quick_gelu=False, layer_scale=0.5)])
+def test_trained_weights_get_the_plain_gradients(options, prompted, activations_gib):
+    towers, model = small_towers(**options)
+    towers.activations_gib = activations_gib
+    towers.requires_grad_(True).logit_scale.requires_grad_(False)
+    text_prompts = random_prompts(3, 2, 4, towers.text_width, 2) if prompted else None
+    vision_prompts = random_prompts(3, 2, 4, towers.vision_width, 3) if prompted else None
+    parameters = [parameter for parameter in towers.parameters() if parameter.requires_grad]
+    assert len(parameters) > 60
+    ours, plain = both(towers, model, text_prompts, vision_prompts, False)
+    assert_same_features_and_gradients(ours, plain, parameters)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_the_activations_that_chunks_are_planned_by_are_those_that_are_kept(quick_gelu, trained):
+    """A tower's plan is within a fifth of what autograd saves, and chunks keep to it."""
+    towers, _ = small_towers(
+        quick_gelu=quick_gelu, vision_width=64, text_width=64, vision_layers=6, text_layers=6, dtype=torch.float32
     )
-    torch.testing.assert_close(
-        towers.encode_text(tokens, text_prompts),
-        plain_encode_text(model, full_ids(CLASS_WORDS), text_prompts[0]),
-        **TOLERANCE,
-    )
+    towers.requires_grad_(trained)
+    words = [[f"{first} {second}" for first in ("red", "green", "old") for second in CLASS_WORDS]] * 2
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, words)
+    text_prompts = random_prompts(2, 6, 4, 64, 1).float()
+    vision_prompts = random_prompts(2, 6, 4, 64, 2).float()
+    images = torch.randn(30, 3, 16, 16)
+    for encode, blocks, num_rows, num_tokens, num_keys in (
+        (lambda: towers.encode_text(tokens, text_prompts), towers.text_blocks, 30, tokens.suffix.shape[1], 4 + 5),
+        (lambda: towers.encode_image(images, vision_prompts, [15, 15]), towers.vision_blocks, 30, 5, 4),
+    ):
+        towers.activations_gib = math.inf
+        weights = {parameter.untyped_storage().data_ptr() for parameter in towers.parameters()}
+        kept = {}
+
+        def keep(tensor, weights=weights, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            features = encode()
+        planned = num_rows * towers._kept_bytes(blocks, num_tokens, num_tokens + num_keys)
+        assert planned == pytest.approx(sum(kept.values()), rel=0.2)
+        del features
 
 
 @pytest.mark.parametrize("options", [dict(), dict(custom_text=True, quick_gelu=False)])
@@ -98,7 +158,7 @@ def test_without_prompts_the_towers_are_open_clips(options):
 
 
 def test_class_tokens_cut_at_the_shared_words_and_at_the_longest_name():
-    tokens = class_tokens(open_clip.SimpleTokenizer(), TEMPLATE, [CLASS_WORDS, ["cat", "dog"]])
+    tokens = class_tokens(tokenizer(), TEMPLATE, [CLASS_WORDS, ["cat", "dog"]])
     assert tokens.prefix.shape == (2, 5)  # SOS a photo of a
     assert tokens.classes_per_task == (5, 2)
     assert tokens.suffix.shape == (7, 7)  # the great wall of china . EOT
@@ -109,22 +169,22 @@ def test_class_tokens_cut_at_the_shared_words_and_at_the_longest_name():
 
 
 def test_class_tokens_refuse_what_the_model_cannot_tell_apart():
-    tokenizer = open_clip.SimpleTokenizer()
+    clip_tokenizer = tokenizer()
     with pytest.raises(UserError, match="takes 87 tokens.*reads 77"):
-        class_tokens(tokenizer, TEMPLATE, [["cat", "dog " * 80]])
+        class_tokens(clip_tokenizer, TEMPLATE, [["cat", "dog " * 80]])
     with pytest.raises(UserError, match="'TV' and 'tv' are the same"):
-        class_tokens(tokenizer, TEMPLATE, [["TV", "tv"]])
+        class_tokens(clip_tokenizer, TEMPLATE, [["TV", "tv"]])
 
 
 def test_models_that_cannot_take_prompts_are_refused():
     model = small_open_clip()
     model.visual.pool_type = "avg"
     with pytest.raises(UserError, match="not the CLS token"):
-        ClipTowers(model, open_clip.SimpleTokenizer())
+        ClipTowers(model, tokenizer())
     model = small_open_clip()
     model.text_pool_type = "last"
     with pytest.raises(UserError, match="not the end-of-text token"):
-        ClipTowers(model, open_clip.SimpleTokenizer())
+        ClipTowers(model, tokenizer())
 
 
 def test_normalize_pixels():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_towers import plain_encode_image, plain_encode_text
-from small_clip import CLASS_WORDS, open_clip, small_towers
+from small_clip import CLASS_WORDS, small_towers, tokenizer
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import AugmentationConfig, MmapConfig, TrainingConfig
@@ -89,7 +89,7 @@ def test_the_loop_is_plain_sgd_on_the_summed_losses(problem):
 
     slow = group_prompts(towers)
     optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
-    ids = open_clip.SimpleTokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
+    ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
         losses = []

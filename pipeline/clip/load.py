@@ -98,7 +98,7 @@ def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "
                 f"clip.pretrained={config.pretrained!r} is refused: it is not a plain file of tensors ({error}). "
                 "Save the weights as safetensors"
             ) from None
-    return ClipTowers(model, load_tokenizer(config), text_order).to(device)
+    return ClipTowers(model, load_tokenizer(config), text_order, config.activations_gib).to(device)
 
 
 def load_tokenizer(config: ClipConfig) -> Tokenizer:
