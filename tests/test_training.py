@@ -11,49 +11,21 @@ import torch
 import torch.nn.functional as F
 from plain_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
+from small_problem import CONFIG, TASKS, TEMPLATE, group_prompts, small_problem
 
-from pipeline.clip.class_tokens import class_tokens
-from pipeline.config import AugmentationConfig, MmapConfig, TrainingConfig
+from pipeline.config import MmapConfig, TrainingConfig
 from pipeline.errors import UserError
-from pipeline.methods.mmap import GroupMmap, MmapShape, SharedMmap
+from pipeline.methods.mmap import MmapShape, SharedMmap
 from pipeline.training import loop
-from pipeline.training.batches import TrainingSet, batch_indices
+from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.loop import learning_rate, train
 from pipeline.training.snapshots import read_gradients, write_snapshots
 
-TASKS = ("ink", "chalk")
-TEMPLATE = "a photo of a {}."
-CONFIG = TrainingConfig(
-    epochs=4,
-    batch_size=3,
-    learning_rate=0.05,
-    warmup_epochs=1,
-    warmup_rate=1e-3,
-    augmentation=AugmentationConfig(crop_scale=(0.5, 1.0)),
-)
-
 
 @pytest.fixture(scope="module")
 def problem():
-    towers, model = small_towers()
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS, CLASS_WORDS])
-    generator = torch.Generator().manual_seed(0)
-    sets = [
-        TrainingSet(
-            task,
-            tuple(torch.randint(0, 256, (3, 20, 18), generator=generator, dtype=torch.uint8) for _ in range(count)),
-            torch.arange(count) % len(CLASS_WORDS),
-        )
-        for task, count in zip(TASKS, (10, 5))
-    ]
-    return towers, model, tokens, sets
-
-
-def group_prompts(towers):
-    return GroupMmap(
-        MmapShape.of(MmapConfig(prompt_length=2, source_rows=2), towers), TASKS, seed=1, init_std=0.3
-    ).double()
+    return small_problem()
 
 
 def test_learning_rates_are_dassls():

@@ -40,6 +40,11 @@ class ClassTokens:
     def to(self, device: torch.device) -> ClassTokens:
         return ClassTokens(self.prefix.to(device), self.suffix.to(device), self.eot.to(device), self.classes_per_task)
 
+    def rows(self, start: int, stop: int) -> ClassTokens:
+        """The classes of rows start:stop; a task may be left with none."""
+        counts = counts_between(self.classes_per_task, start, stop)
+        return ClassTokens(self.prefix, self.suffix[start:stop], self.eot[start:stop], tuple(counts))
+
 
 def class_tokens(tokenizer: Tokenizer, template: str, words_per_task: Sequence[Sequence[str]]) -> ClassTokens:
     """Tokens of `template` filled with each class's words, for every task.
@@ -76,6 +81,15 @@ def class_tokens(tokenizer: Tokenizer, template: str, words_per_task: Sequence[S
         eot=torch.tensor([len(ids) - 1 for ids in rows]),
         classes_per_task=tuple(len(of_task) for of_task in texts),
     )
+
+
+def counts_between(rows_per_task: Sequence[int], start: int, stop: int) -> list[int]:
+    """How many of the rows start:stop belong to each task, where rows go task by task."""
+    counts, first = [], 0
+    for count in rows_per_task:
+        counts.append(max(0, min(stop, first + count) - max(start, first)))
+        first += count
+    return counts
 
 
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:

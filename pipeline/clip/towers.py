@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.clip.class_tokens import ClassTokens, Tokenizer
+from pipeline.clip.class_tokens import ClassTokens, Tokenizer, counts_between
 from pipeline.errors import UserError
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -110,7 +110,7 @@ class ClipTowers(nn.Module):
         last_prompted = -1 if prompts is None else prompts.shape[1] - 1
 
         def encode(start: int, stop: int) -> torch.Tensor:
-            counts = _counts_between(images_per_task, start, stop)
+            counts = counts_between(images_per_task, start, stop)
             x = self.visual._embeds(images[start:stop])  # (B, L, D), CLS first
             for k, block in enumerate(self.vision_blocks):
                 if carried and k == last_prompted:
@@ -148,7 +148,7 @@ class ClipTowers(nn.Module):
         masks = {number: F.pad(causal, (number, 0), value=True) for number in set(num_shared)}  # (S, keys)
 
         def encode(start: int, stop: int) -> torch.Tensor:
-            counts = _counts_between(tokens.classes_per_task, start, stop)
+            counts = counts_between(tokens.classes_per_task, start, stop)
             eot, rows = tokens.eot[start:stop], torch.arange(stop - start, device=self.device)
             x = self.token_embedding(tokens.suffix[start:stop]) + positions  # (R, S, D)
             for k, block in enumerate(self.text_blocks):
@@ -283,15 +283,6 @@ def _split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 def _for_rows(per_task: torch.Tensor, rows_per_task: Sequence[int]) -> torch.Tensor:
     """(T, ...) → (Σ rows, ...). Expanding, unlike indexing, has a backward pass that adds in a fixed order."""
     return torch.cat([task.expand(count, *task.shape) for task, count in zip(per_task, rows_per_task, strict=True)])
-
-
-def _counts_between(rows_per_task: Sequence[int], start: int, stop: int) -> list[int]:
-    """How many of the rows start:stop belong to each task."""
-    counts, first = [], 0
-    for count in rows_per_task:
-        counts.append(max(0, min(stop, first + count) - max(start, first)))
-        first += count
-    return counts
 
 
 def _refuse_unsupported(model: nn.Module, text: nn.Module) -> None:

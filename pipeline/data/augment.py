@@ -67,17 +67,25 @@ def resize_weights(lengths: torch.Tensor, in_size: int, out_size: int) -> torch.
 
 
 def augment(
-    images: Sequence[torch.Tensor], image_size: int, config: AugmentationConfig, generator: torch.Generator
+    images: Sequence[torch.Tensor],
+    image_size: int,
+    config: AugmentationConfig,
+    generator: torch.Generator,
+    part: slice = slice(None),
 ) -> torch.Tensor:
     """Crops, resizes and flips uint8 `images` (3, h_i, w_i) → float32 (B, 3, image_size, image_size), 0-255.
 
-    The random numbers come from the CPU `generator`, so that they do not depend on the device.
+    The random numbers come from the CPU `generator`, so that they do not depend on the device, and are drawn for all
+    images, so that each of a `part` gets its own.
     """
     device = images[0].device
     heights = torch.tensor([image.shape[1] for image in images])
     widths = torch.tensor([image.shape[2] for image in images])
-    boxes = crop_boxes(heights, widths, config, generator)
-    flipped = torch.rand(len(images), generator=generator) < 0.5
+    boxes = crop_boxes(heights, widths, config, generator)[part]
+    flipped = (torch.rand(len(images), generator=generator) < 0.5)[part]
+    images = images[part]
+    if not images:
+        return torch.empty(0, 3, image_size, image_size, device=device)
     _, _, max_h, max_w = boxes.max(dim=0).values.tolist()
     # Only the crops: a panorama's own shape would decide the memory of the whole batch.
     canvas = torch.zeros(len(images), 3, max_h, max_w, device=device)

@@ -29,13 +29,19 @@ class TrainingSet:
     labels: torch.Tensor
 
     def batch(
-        self, step: int, batch_size: int, image_size: int, augmentation: AugmentationConfig, seed: int
+        self,
+        step: int,
+        batch_size: int,
+        image_size: int,
+        augmentation: AugmentationConfig,
+        seed: int,
+        part: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augmented pixels (batch_size, 3, image_size, image_size) in [0, 255] and labels of a step."""
+        """Augmented pixels (B, 3, image_size, image_size) in [0, 255] and labels of a `part` of a step's batch."""
         chosen = batch_indices(len(self.images), batch_size, step, derive_seed(seed, "order", self.task))
         generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", self.task, str(step)))
-        pixels = augment([self.images[i] for i in chosen], image_size, augmentation, generator)
-        return pixels, self.labels[chosen]
+        pixels = augment([self.images[i] for i in chosen], image_size, augmentation, generator, part)
+        return pixels, self.labels[chosen[part]]
 
 
 def batch_indices(num_images: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -3,7 +3,8 @@
 A step takes a batch of each task, runs one image forward for the mixed batch and one text forward for all tasks'
 classes, and sums the tasks' mean cross-entropies (Eq. 11). Its state is the step number, the prompts and the
 optimizer's momentum; everything random is a function of seed and step. So a training that is interrupted goes on from
-its checkpoint with the same numbers as without the interruption.
+its checkpoint with the same numbers as without the interruption. In a process group, each worker takes its share of
+every step's images and classes, and only the first one reports and writes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.memory import out_of_memory_explained
+from pipeline.training.share import Share
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def train(
         All steps' records, and the snapshots with their steps' records.
 
     Raises:
-        UserError: a loss that is not finite, naming task and step; a checkpoint that cannot be written.
+        UserError: a loss that is not finite, naming task and step; a checkpoint that cannot be written; out of memory.
     """
     device = towers.device
     optimizer = torch.optim.SGD(
@@ -97,33 +100,44 @@ def train(
 
     per_epoch = num_steps_per_epoch(sets, config.batch_size)
     num_steps = epochs * per_epoch
-    images_per_task = [config.batch_size] * len(sets)
+    share = Share.of_this_process()
+    parts = share.parts([config.batch_size] * len(sets))
+    images_per_task = [part.stop - part.start for part in parts]
+    own_tokens = tokens.rows(*share.rows(len(tokens.suffix)))
+    memory = out_of_memory_explained(
+        device,
+        f"training: lower clip.activations_gib={towers.activations_gib:g} or training.batch_size={config.batch_size}, "
+        "or train fewer at once (a larger cluster.gpus_per_training, or on CPUs cluster.cpus_per_training)",
+    )
     for step in range(len(history), num_steps):
         epoch = step // per_epoch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch, epochs, config)
-        pixels, labels = zip(
-            *(task.batch(step, config.batch_size, towers.image_size, config.augmentation, seed) for task in sets)
-        )
-        with autocast(device, precision):
-            text_prompts, vision_prompts = prompts()
-            x = towers.encode_image(towers.normalize_pixels(torch.cat(pixels)), vision_prompts, images_per_task)
-            z = towers.encode_text(tokens, text_prompts)
-        logits = [
-            towers.logits(x_task, z_task)
-            for x_task, z_task in zip(x.split(images_per_task), z.split(tokens.classes_per_task))
-        ]
-        losses = torch.stack([F.cross_entropy(*pair) for pair in zip(logits, labels)])
-        optimizer.zero_grad()
-        losses.sum().backward()
+        with memory:
+            pixels, labels = zip(
+                *(
+                    task.batch(step, config.batch_size, towers.image_size, config.augmentation, seed, part)
+                    for task, part in zip(sets, parts)
+                )
+            )
+            with autocast(device, precision):
+                text_prompts, vision_prompts = prompts()
+                x = towers.encode_image(towers.normalize_pixels(torch.cat(pixels)), vision_prompts, images_per_task)
+                z = share.all_rows(towers.encode_text(own_tokens, text_prompts), len(tokens.suffix))
+            logits = [
+                towers.logits(x_task, z_task)
+                for x_task, z_task in zip(x.split(images_per_task), z.split(tokens.classes_per_task))
+            ]
+            losses = torch.stack([F.cross_entropy(*pair, reduction="sum") for pair in zip(logits, labels)])
+            losses = losses / config.batch_size
+            optimizer.zero_grad()
+            losses.sum().backward()
+        hits = torch.stack([(of_task.argmax(1) == label).sum() for of_task, label in zip(logits, labels)])
+        measured = torch.stack([losses.detach(), hits / config.batch_size])
+        taken = snapshot() if snapshot and step % snapshot_every == 0 else measured.new_empty(0)
+        share.add_up([*(parameter.grad for parameter in prompts.parameters()), measured, taken])
 
-        record = StepRecord(
-            step + 1,
-            epoch + 1,
-            optimizer.param_groups[0]["lr"],
-            tuple(losses.tolist()),
-            tuple((of_task.argmax(1) == label).float().mean().item() for of_task, label in zip(logits, labels)),
-        )
+        record = StepRecord(step + 1, epoch + 1, optimizer.param_groups[0]["lr"], *map(tuple, measured.tolist()))
         for task, loss in zip(sets, record.losses):
             if not math.isfinite(loss):
                 raise UserError(
@@ -131,10 +145,12 @@ def train(
                     f"training.learning_rate={config.learning_rate} or set clip.precision=float32"
                 )
         history.append(record)
-        if snapshot and step % snapshot_every == 0:
-            snapshots.append((record, snapshot().float().cpu()))
+        if len(taken):
+            snapshots.append((record, taken.float().cpu()))
         optimizer.step()
 
+        if not share.first:
+            continue
         if checkpoints and (step + 1) % (per_epoch * config.checkpoint_every) == 0 and step + 1 < num_steps:
             save_checkpoint(
                 checkpoints,

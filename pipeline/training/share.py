@@ -1,0 +1,66 @@
+"""Data-parallel training: which images and classes of a step a worker takes, and how the workers' parts add up.
+
+Every worker knows the whole step (all tasks' batches, all classes) and computes a share of its images and of its class
+texts. Text features and gradients are added up, so the numbers are those of one worker at the same total batch, up to
+the rounding of another order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
+
+
+@dataclass(frozen=True)
+class Share:
+    """Worker `rank` of `world` workers."""
+
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def of_this_process() -> Share:
+        """By torch.distributed's process group; the whole where there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return Share()
+        return Share(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker is the one that reports and writes files."""
+        return self.rank == 0
+
+    def rows(self, count: int) -> tuple[int, int]:
+        """This worker's part of `count` rows: from, to."""
+        return count * self.rank // self.world, count * (self.rank + 1) // self.world
+
+    def parts(self, rows_per_task: Sequence[int]) -> list[slice]:
+        """Of each task's rows, those that are this worker's: all tasks' rows in a row are divided, not each task's."""
+        start, stop = self.rows(sum(rows_per_task))
+        parts, first = [], 0
+        for count in rows_per_task:
+            parts.append(slice(*(min(max(bound - first, 0), count) for bound in (start, stop))))
+            first += count
+        return parts
+
+    def all_rows(self, own: torch.Tensor, count: int) -> torch.Tensor:
+        """All workers' rows (count, ...) from each one's own; a gradient goes back to the worker whose row it is."""
+        if self.world == 1:
+            return own
+        start, stop = self.rows(count)
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        before, after = own.new_zeros(start, *own.shape[1:]), own.new_zeros(count - stop, *own.shape[1:])
+        return all_reduce(torch.cat([before, own, after]))
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replaces each tensor by its sum over the workers, in one exchange."""
+        if self.world == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))

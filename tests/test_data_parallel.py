@@ -1,0 +1,63 @@
+"""Several workers that share each step train the same numbers as one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from small_problem import CONFIG, TASKS, group_prompts, mmap_shape, small_problem
+from torch.multiprocessing.spawn import spawn
+
+from pipeline.methods.mmap import SharedMmap
+from pipeline.training.loop import train
+from pipeline.training.share import Share
+
+
+def trained(folder=None):
+    """Prompts of a group after training, and history and snapshots of a global prompt."""
+    towers, _, tokens, sets = small_problem()
+    group = group_prompts(towers)
+    train(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder)
+    shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
+    history, snapshots = train(
+        towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot=shared.task_gradients, snapshot_every=3
+    )
+    return {
+        "state": group.state_dict(),
+        "losses": [record.losses for record in history],
+        "accuracies": [record.accuracies for record in history],
+        "snapshots": [gradients for _, gradients in snapshots],
+    }
+
+
+def work(rank: int, world: int, folder) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    torch.save(trained(folder / "checkpoints"), folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
+    spawn(work, (world, tmp_path), nprocs=world)
+    alone = trained()
+    for rank in range(world):
+        together = torch.load(tmp_path / f"rank{rank}.pt")
+        for name in ("state", "losses", "snapshots"):
+            tolerance = 1e-5 if name == "snapshots" else 1e-9  # stored in float32
+            torch.testing.assert_close(together[name], alone[name], rtol=tolerance, atol=tolerance)
+        assert together["accuracies"] == alone["accuracies"]
+    assert (tmp_path / "checkpoints" / "checkpoint.pt").is_file()
+
+
+def test_shares_cover_every_row_once():
+    rows_per_task = [3, 1, 0, 5]
+    for world in (1, 2, 4, 9):
+        taken = []
+        for rank in range(world):
+            parts = Share(rank, world).parts(rows_per_task)
+            start, stop = Share(rank, world).rows(sum(rows_per_task))
+            of_rank = [(task, row) for task, part in enumerate(parts) for row in range(part.start, part.stop)]
+            assert len(of_rank) == stop - start >= 1
+            taken += of_rank
+        assert taken == [(task, row) for task, count in enumerate(rows_per_task) for row in range(count)]
