@@ -166,10 +166,13 @@ class GroupingConfig(Section):
 class ClusterConfig(Section):
     address: str | None = None
     """Ray cluster to join (`auto`, host:port); null: the one of RAY_ADDRESS, else a local Ray is started."""
+    workers_per_training: PositiveInt = 1
+    """Workers that share each step of one training (data parallel, by Ray Train), with the numbers of one worker.
+    Worth it where a step is long; many trainings on one GPU each are faster than one after another on all."""
     gpus_per_training: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of a training, whole or a fraction; null: 1 where the cluster has GPUs, else 0."""
+    """GPUs of a training's worker, whole or a fraction; null: 1 where the cluster has GPUs, else 0."""
     cpus_per_training: PositiveInt = 1
-    """CPU cores of a training; on CPU also its threads."""
+    """CPU cores of a training's worker; on CPU also its threads."""
     max_retries: NonNegativeInt = 3
     """How often a task whose worker died is started again."""
 

@@ -129,7 +129,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     deciding = config.model_dump(
         mode="json",
         exclude={"name": True, "storage": True, "data": True, "cluster": True, "tracking": True}
-        | {"clip": {"model", "pretrained", "quick_gelu"}},
+        | {"clip": {"model", "pretrained", "quick_gelu", "activations_gib"}},
     )
     key = content_hash({**deciding, "identity": asdict(clip), "splits": splits.key, "version": NUMBERS_VERSION})
     folder = make_folder(storage / "runs" / f"{config.name}-{key}")
@@ -230,6 +230,12 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
     shape = MmapShape.of(config.mmap, towers)
     words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
     class_tokens(towers.tokenizer, config.clip.template, words)
+    workers, batch = config.cluster.workers_per_training, config.training.batch_size
+    if workers > min(batch, *map(len, words)):
+        raise UserError(
+            f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "
+            f"training.batch_size={batch} and {min(map(len, words))}: use no more workers than those"
+        )
     return identity, shape
 
 
@@ -238,7 +244,8 @@ def _connect(config: Config, storage: Path, data_root: Path) -> float:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
     if address == "local":
-        options["include_dashboard"] = False
+        # Ray Train asks the dashboard whether its placement groups are still needed.
+        options["include_dashboard"] = config.cluster.workers_per_training > 1
     elif not _IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
         options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
     try:
@@ -252,11 +259,15 @@ def _connect(config: Config, storage: Path, data_root: Path) -> float:
     wanted = config.cluster.gpus_per_training
     if wanted is None:
         wanted = 1.0 if gpus else 0.0
-    if wanted > gpus:
-        raise UserError(f"cluster.gpus_per_training={wanted:g}, but the cluster has {gpus:g} GPUs")
-    if config.cluster.cpus_per_training > cpus:
+    workers = config.cluster.workers_per_training
+    times = f" for each of cluster.workers_per_training={workers}" if workers > 1 else ""
+    if wanted * workers > gpus:
+        raise UserError(f"cluster.gpus_per_training={wanted:g}{times}, but the cluster has {gpus:g} GPUs")
+    if (wanted_cpus := config.cluster.cpus_per_training) * workers > cpus:
+        raise UserError(f"cluster.cpus_per_training={wanted_cpus}{times}, but the cluster has {cpus:g} CPUs")
+    if workers > 1 and wanted % 1:
         raise UserError(
-            f"cluster.cpus_per_training={config.cluster.cpus_per_training}, but the cluster has {cpus:g} CPUs"
+            f"cluster.workers_per_training={workers} takes whole GPUs, not cluster.gpus_per_training={wanted:g}"
         )
     weights = weights_file(config.clip)
     own_weights = [weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else []

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from pipelines import QUICK, REPOSITORY, Job, numbers, run, summary, the_run
@@ -161,6 +162,21 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(undisturbed, tmp_path, stag
     assert every_step_once(storage)
 
 
+def test_two_workers_share_a_training(undisturbed, tmp_path):
+    """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
+    options = (*QUICK, "--cluster.workers_per_training", "2")
+    storage, job = tmp_path / "storage", dict(prefix=("jobs/train_global_prompt.py",))
+    finished = run(storage, *options, "--training.learning_rate", "1e30", **job)
+    assert finished.status == 2 and "error: the loss of task" in finished.output, finished.output
+    finished = run(storage, *options, **job)
+    assert finished.status == 0, finished.output
+    losses = [
+        pq.read_table(next(folder.glob("global_prompt/*/history.parquet")))["loss"].to_numpy()
+        for folder in (storage, undisturbed[0])
+    ]
+    assert len(losses[0]) == len(losses[1]) and abs(losses[0] - losses[1]).max() < 1e-3
+
+
 def test_saved_prompts_give_the_same_predictions(undisturbed, tmp_path):
     import pyarrow.parquet as pq
 
@@ -207,6 +223,7 @@ def test_saved_prompts_give_the_same_predictions(undisturbed, tmp_path):
         (["--grouping.num_groups", "7"], "num_groups=7 is impossible for 6 tasks"),
         (["--tracking.uri", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
         (["--cluster.gpus_per_training", "1"], "but the cluster has 0 GPUs"),
+        (["--cluster.workers_per_training", "11"], "of which a task has training.batch_size=16 and 10: use no more"),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),
         (["--training.epochs", "0"], "training.epochs=0"),
     ],

@@ -103,7 +103,8 @@ def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "
 
 def load_tokenizer(config: ClipConfig) -> Tokenizer:
     """The model's tokenizer, without its weights."""
-    return _open_clip().get_tokenizer(_register(config.model))
+    with _errors_only():
+        return _open_clip().get_tokenizer(_register(config.model))
 
 
 def weights_fingerprint(towers: ClipTowers) -> str:

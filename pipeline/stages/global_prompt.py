@@ -11,6 +11,7 @@ from pipeline.run import Run
 from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
 from pipeline.storage import Artefact
+from pipeline.training.share import Share
 from pipeline.training.snapshots import write_snapshots
 
 NAME = "global_prompt"
@@ -31,7 +32,8 @@ def train_global_prompt(run: Run) -> Artefact:
     )
     with Stage(run, NAME, "2 global prompt") as stage:
         work = TrainingWork(config, run.splits.folder, tuple(run.tasks), "global prompt")
-        stage.execute([Work(work.label, _train, (work, epochs, artefact), artefact, trains=True, tracked_as=NAME)])
+        workers = config.cluster.workers_per_training
+        stage.execute([Work(work.label, _train, (work, epochs, artefact), artefact, True, workers, tracked_as=NAME)])
         track_history(run, NAME, artefact)
         run.tracker.log_params(NAME, {"epochs": epochs, "trained_parameters": run.mmap_shape.num_parameters})
     return artefact
@@ -54,5 +56,7 @@ def _train(work: TrainingWork, epochs: int, artefact: Artefact, board: Any) -> N
         snapshot=prompts.task_gradients,
         snapshot_every=config.global_prompt.snapshot_every,
     )
+    if not Share.of_this_process().first:
+        return
     write_snapshots(folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
     artefact.finish(time.monotonic() - began)

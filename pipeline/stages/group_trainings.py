@@ -19,6 +19,7 @@ from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, numbers_decided_by, track_history, trainings_decided_by
 from pipeline.storage import Artefact, read_json, write_json
 from pipeline.training.evaluate import accuracy, evaluate, write_predictions
+from pipeline.training.share import Share
 
 NAME = "group_trainings"
 PROMPTS = "prompts.safetensors"
@@ -59,10 +60,10 @@ def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
                 if artefact.key not in work:
                     run.tracker.start_run(label, parent=NAME, tags={"method": method.name, "tasks": ", ".join(tasks)})
                     item = TrainingWork(config, run.splits.folder, tasks, label)
-                    function = _evaluate_zero_shot if method.name == "zero_shot" else _train_group
-                    work[artefact.key] = Work(
-                        label, function, (item, artefact), artefact, trains=True, tracked_as=label
-                    )
+                    function, workers = _train_group, config.cluster.workers_per_training
+                    if method.name == "zero_shot":
+                        function, workers = _evaluate_zero_shot, 1
+                    work[artefact.key] = Work(label, function, (item, artefact), artefact, True, workers, label)
         stage.execute(sorted(work.values(), key=lambda item: -len(item.arguments[0].tasks)))
         for item in work.values():
             result = read_json(item.artefact.folder / "result.json")
@@ -93,6 +94,8 @@ def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
     prompts = GroupMmap(MmapShape.of(config.mmap, towers), work.tasks, config.seed, config.mmap.init_std)
     prompts.to(towers.device)
     work.train(towers, prompts, config.training.epochs, artefact, reporter)
+    if not Share.of_this_process().first:
+        return
     trained = TrainedPrompts(
         config.clip, config.mmap, weights_fingerprint(towers), (words,), (dict(prompts.state_dict()),)
     )

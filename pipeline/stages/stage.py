@@ -10,10 +10,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.train import TrainingFailedError
 
 from pipeline.errors import UserError
 from pipeline.progress import ProgressDisplay
 from pipeline.run import PARENT, Run
+from pipeline.stages.data_parallel import train_on_workers
 from pipeline.storage import Artefact, read_json, write_json
 
 
@@ -25,8 +27,10 @@ class Work:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     artefact: Artefact | None = None
-    trains: bool = False
-    """Takes the GPUs and cores of a training; other work takes one core."""
+    takes_gpu: bool = False
+    """Takes the GPUs and cores of a training's worker; other work takes one core."""
+    num_workers: int = 1
+    """Above one: a data-parallel training, `function` runs on each worker."""
     tracked_as: str | None = None
     """MLflow run for the metrics that it reports."""
 
@@ -73,7 +77,10 @@ class Stage:
         """
         todo = [item for item in work if not (item.artefact and item.artefact.finished())]
         self.computed |= bool(todo)
-        item_of = {self._submit(item): item for item in todo}
+        # A data-parallel training that waits for its workers holds processes of Ray Train: no more than have room.
+        shared = [item for item in todo if item.num_workers > 1]
+        queue = shared[self._room() :]
+        item_of = {self._submit(item): item for item in todo if item not in queue}
         value_of: dict[str, Any] = {}
         waiting = list(item_of)
         try:
@@ -82,6 +89,9 @@ class Stage:
                 self._show_reports(todo)
                 for ref in done:
                     value_of[item_of[ref].label] = ray.get(ref)
+                    if item_of[ref] in shared and queue:
+                        waiting.append(following := self._submit(queue[0]))
+                        item_of[following] = queue.pop(0)
         except BaseException as error:
             for ref in waiting:
                 ray.cancel(ref, force=True)
@@ -90,17 +100,24 @@ class Stage:
         return [value_of.get(item.label) for item in work]
 
     def _submit(self, item: Work) -> ray.ObjectRef:
-        cluster = self.run.config.cluster
+        run, cluster = self.run, self.run.config.cluster
+        cpus, gpus = (cluster.cpus_per_training, run.gpus_per_training) if item.takes_gpu else (1, 0)
+        options = {"name": item.label, "max_retries": cluster.max_retries}
+        if item.num_workers == 1:
+            work = ray.remote(item.function).options(num_cpus=cpus, num_gpus=gpus, **options)
+            return work.remote(*item.arguments, run.board)
+        place = (f"{item.artefact.stage}-{item.artefact.key}", run.storage / ".ray-train")
         return (
-            ray.remote(item.function)
-            .options(
-                name=item.label,
-                num_cpus=cluster.cpus_per_training if item.trains else 1,
-                num_gpus=self.run.gpus_per_training if item.trains else 0,
-                max_retries=cluster.max_retries,
-            )
-            .remote(*item.arguments, self.run.board)
+            ray.remote(train_on_workers)
+            .options(num_cpus=0, retry_exceptions=[TrainingFailedError], **options)
+            .remote(item.function, item.arguments, run.board, item.num_workers, cpus, gpus, *place)
         )
+
+    def _room(self) -> int:
+        """How many data-parallel trainings the cluster can hold."""
+        has, cluster = ray.cluster_resources(), self.run.config.cluster
+        each = {"CPU": cluster.cpus_per_training, "GPU": self.run.gpus_per_training}
+        return max(1, min(int(has.get(name, 0) / cluster.workers_per_training / n) for name, n in each.items() if n))
 
     def _show_reports(self, work: Sequence[Work]) -> None:
         tracked_as = {item.label: item.tracked_as for item in work}
@@ -115,7 +132,7 @@ class Stage:
             return UserError(str(error.cause))
         if isinstance(error, RayTaskError) and getattr(error.cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return UserError(f"{error.cause}: free some space in {self.run.storage}, and run the same command to go on")
-        if isinstance(error, WorkerCrashedError):
+        if isinstance(error, WorkerCrashedError | TrainingFailedError):
             return UserError(
                 f"a worker of stage {self.name!r} died {self.run.config.cluster.max_retries + 1} times: {error}. "
                 "Ray's logs say why; out of memory is the usual cause (fewer trainings at once: raise "

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.train.torch
 import torch
 from torch import nn
 
@@ -27,6 +28,7 @@ from pipeline.run import NUMBERS_VERSION, Run
 from pipeline.storage import Artefact
 from pipeline.training.batches import load_training_sets
 from pipeline.training.loop import StepRecord, train
+from pipeline.training.share import Share
 
 log = logging.getLogger(__name__)
 HISTORY = "history.parquet"
@@ -43,6 +45,8 @@ class TrainingWork:
 
     def device(self) -> torch.device:
         """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
+        if Share.of_this_process().world > 1 and torch.cuda.is_available():
+            return ray.train.torch.get_device()
         if ray.get_gpu_ids():
             if torch.cuda.is_available():
                 return torch.device("cuda")
@@ -91,7 +95,8 @@ class TrainingWork:
             ),
             **snapshots,
         )
-        write_history(artefact.building / HISTORY, self.tasks, history)
+        if Share.of_this_process().first:
+            write_history(artefact.building / HISTORY, self.tasks, history)
         return taken
 
 

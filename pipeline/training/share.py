@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_reduce
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Share:
         start, stop = self.rows(count)
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         before, after = own.new_zeros(start, *own.shape[1:]), own.new_zeros(count - stop, *own.shape[1:])
-        return all_reduce(torch.cat([before, own, after]))
+        return _Sum.apply(torch.cat([before, own, after]))
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over the workers, in one exchange."""
@@ -64,3 +64,17 @@ class Share:
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(total.view_as(tensor))
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the workers. Each one's loss depends on it, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _Sum.forward(context, gradient.contiguous())
