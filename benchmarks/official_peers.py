@@ -128,4 +128,11 @@ def _custom_clip(
 
 def _step(peer: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
     trained = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-    return lambda: list(torch.autograd.grad(loss(), trained))
+
+    def step() -> list[Tensor]:
+        for parameter in trained:
+            parameter.grad = None
+        loss().backward()  # torch's FLOP counter does not take autograd.grad here
+        return [parameter.grad for parameter in trained]
+
+    return step

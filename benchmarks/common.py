@@ -1,0 +1,192 @@
+"""What the benchmarks share: models, steps of ours and of the plain version, clocks, FLOPs, memory, result files."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+from plain_towers import plain_encode_image, plain_encode_text  # noqa: E402
+
+from pipeline.clip.class_tokens import class_tokens  # noqa: E402
+from pipeline.clip.classifier import autocast  # noqa: E402
+from pipeline.clip.torchvision_compat import ensure_torchvision  # noqa: E402
+from pipeline.clip.towers import ClipTowers  # noqa: E402
+from pipeline.config import ClipConfig, MmapConfig  # noqa: E402
+from pipeline.data.find import read_class_names  # noqa: E402
+from pipeline.methods.mmap import GroupMmap, MmapShape  # noqa: E402
+
+TEMPLATE = "a photo of a {}."
+Step = Callable[[], list[torch.Tensor]]
+"""One forward and backward pass; returns the gradients of what is trained."""
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(name: str, device: torch.device) -> tuple[torch.nn.Module, ClipTowers]:
+    """open_clip's model with random weights (no time depends on weights), and our towers of it."""
+    ensure_torchvision()
+    import open_clip
+
+    model = open_clip.create_model(name).eval().to(device)
+    gib = ClipConfig.model_fields["activations_gib"].default
+    return model, ClipTowers(model, open_clip.get_tokenizer(name), activations_gib=gib).to(device)
+
+
+def class_words(count: int) -> list[str]:
+    """Office-Home's 65 names, MiniDomainNet's 126, or as many as asked for by numbering those."""
+    folder = REPOSITORY / "configs" / "class_names"
+    file = {65: "office_home", 126: "mini_domainnet"}.get(count, "mini_domainnet")
+    words = list(read_class_names(folder / f"{file}.txt").values())
+    return [words[i % len(words)] + (f" {i // len(words)}" if i >= len(words) else "") for i in range(count)]
+
+
+def random_batch(towers: ClipTowers, num_images: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    size, device = towers.image_size, towers.device
+    labels = torch.arange(num_images, device=device) % num_classes
+    return torch.randn(num_images, 3, size, size, device=device), labels
+
+
+def our_step(
+    towers: ClipTowers,
+    prompts: GroupMmap,
+    words: Sequence[str],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    precision: str = "float32",
+) -> Step:
+    """All tasks at once; images and labels task by task, equally many of each."""
+    num_tasks, num_classes = len(prompts.tasks), len(words)
+    batch = len(images) // num_tasks
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [words] * num_tasks).to(towers.device)
+    parameters = list(prompts.parameters())
+
+    def step() -> list[torch.Tensor]:
+        with autocast(towers.device, precision):
+            text, vision = prompts()
+            x = towers.encode_image(images, vision, [batch] * num_tasks).split(batch)
+            z = towers.encode_text(tokens, text).split(num_classes)
+        losses = [F.cross_entropy(towers.logits(*pair), label) for *pair, label in zip(x, z, labels.split(batch))]
+        return list(torch.autograd.grad(sum(losses), parameters))
+
+    return step
+
+
+def plain_step(
+    model: torch.nn.Module,
+    towers: ClipTowers,
+    prompts: GroupMmap,
+    words: Sequence[str],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    precision: str = "float32",
+) -> Step:
+    """One task after the other, every class at 77 tokens, prompts concatenated at every layer."""
+    batch = len(images) // len(prompts.tasks)
+    ids = towers.tokenizer([TEMPLATE.format(name) for name in words]).to(towers.device)
+    parameters = list(prompts.parameters())
+
+    def step() -> list[torch.Tensor]:
+        total = [torch.zeros_like(parameter) for parameter in parameters]
+        for t, (of_task, label) in enumerate(zip(images.split(batch), labels.split(batch))):
+            with autocast(towers.device, precision):
+                text, vision = prompts()
+                x = plain_encode_image(model, of_task, vision[t])
+                z = plain_encode_text(model, ids, text[t])
+            loss = F.cross_entropy(towers.logits(x, z), label)
+            total = [a + b for a, b in zip(total, torch.autograd.grad(loss, parameters))]
+        return total
+
+    return step
+
+
+def group_prompts(towers: ClipTowers, num_tasks: int) -> GroupMmap:
+    tasks = [f"task {number}" for number in range(num_tasks)]
+    return GroupMmap(MmapShape.of(MmapConfig(), towers), tasks, seed=1).to(towers.device)
+
+
+def largest_difference(ours: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
+    """Largest difference of two lists of tensors, relative to the largest entry."""
+    scale = max(tensor.abs().max() for tensor in reference)
+    return max(((a - b).abs().max() / scale).item() for a, b in zip(ours, reference))
+
+
+def gflop(step: Callable[[], Any]) -> float:
+    """By torch's own counter: matrix products, convolutions, attention."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 1e9
+
+
+def timed(step: Callable[[], Any], device: torch.device) -> float:
+    """Seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def fastest_in_turn(steps: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Fastest seconds of each, measured in turn, so that a busy machine slows all alike; warm them up before."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            seconds[name].append(timed(step, device))
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def peak_gib(step: Callable[[], Any], device: torch.device) -> float:
+    """GiB that a step takes at most, beyond what was taken before it."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
+    before = _status_gib("VmRSS")
+    step()
+    return _status_gib("VmHWM") - before
+
+
+def _status_gib(name: str) -> float:
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def where(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def write_results(name: str, device: torch.device, values: dict[str, Any]) -> None:
+    """benchmarks/results/<name>_<device>.json, with the machine's kind."""
+    kind = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name())
+    file = REPOSITORY / "benchmarks" / "results" / f"{name}_{kind}.json"
+    file.parent.mkdir(exist_ok=True)
+    machine = {"device": where(device), "torch": torch.__version__, "processor": platform.machine()}
+    file.write_text(json.dumps({**machine, **values}, indent=1) + "\n")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown; the first column left, the others right."""
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])

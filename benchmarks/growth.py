@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""How the time and memory of our training step, and the length of a training, grow with tasks, classes and shots.
+
+    python benchmarks/growth.py                                     ViT-B/16, around 2 tasks x 4 images x 65 classes
+    python benchmarks/growth.py --cases 4x4x1000 --activations-gib 6
+    python benchmarks/growth.py --cases 4x4x1000 --activations-gib 1 2 6 inf      memory against time
+
+A case is tasks x images of a task x classes of a task. Shots change only how many steps an epoch has. The memory is
+what a step takes at most beyond the loaded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from common import (
+    class_words,
+    default_device,
+    fastest_in_turn,
+    gflop,
+    group_prompts,
+    load,
+    our_step,
+    peak_gib,
+    random_batch,
+    table,
+    where,
+    write_results,
+)
+
+CASES = ["1x4x65", "2x4x65", "4x4x65", "8x4x65", "2x4x16", "2x4x256", "2x4x1000", "2x8x65", "2x16x65"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-16", help="open_clip model name")
+    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--activations-gib", nargs="+", type=float, default=[6.0], help="clip.activations_gib")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--name", default="growth", help="of the result file")
+    parser.add_argument("--device", default=default_device())
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    _, towers = load(arguments.model, device)
+
+    rows = []
+    for case in arguments.cases:
+        num_tasks, batch, num_classes = map(int, case.split("x"))
+        images, labels = random_batch(towers, num_tasks * batch, num_classes)
+        prompts = group_prompts(towers, num_tasks)
+        step = our_step(towers, prompts, class_words(num_classes), images, labels, arguments.precision)
+        for limit in arguments.activations_gib:
+            towers.activations_gib = limit
+            row = {"case": case, "activations_gib": str(limit), "gflop": gflop(step), "gib": peak_gib(step, device)}
+            row["seconds"] = fastest_in_turn({"step": step}, arguments.repeats, device)["step"]
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+
+    print(f"{arguments.model}, {arguments.precision}, {where(device)}, torch {torch.__version__}\n")
+    columns = ["tasks x images x classes", "activations_gib", "GFLOP", "s a step", "peak GiB"]
+    lines = [
+        [
+            row["case"].replace("x", " x "),
+            row["activations_gib"],
+            f"{row['gflop']:.0f}",
+            f"{row['seconds']:.2f}",
+            f"{row['gib']:.2f}",
+        ]
+        for row in rows
+    ]
+    print(table(columns, lines))
+    values = {"model": arguments.model, "precision": arguments.precision, "rows": rows}
+    write_results(f"{arguments.name}_{arguments.model}_{arguments.precision}", device, values)
+
+
+if __name__ == "__main__":
+    main()

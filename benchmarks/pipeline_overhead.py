@@ -1,0 +1,165 @@
+#!/usr/bin/env python
+"""What Ray, MLflow and storage cost: the pipeline on a running Ray beside the same computing in one plain process.
+
+    python benchmarks/pipeline_overhead.py                         the demo
+    python benchmarks/pipeline_overhead.py --repeats 3
+
+Three clocks, in turn: the pipeline's wall time, from the command to its exit, on a Ray that was started before; the
+sum of its stages' own seconds; and one process without Ray and MLflow that builds the splits, trains the global
+prompt, groups, trains the same groups and evaluates, one after another, from its start to its exit. Both must end
+with the same accuracies. The pipeline runs two trainings at a time on two cores, the plain process one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import REPOSITORY, table, write_results
+
+from pipeline.config import DEMO_CONFIG, Config, load_yaml, parse_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=2, help="the fastest counts")
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # the plain process: its storage
+    arguments = parser.parse_args()
+    if arguments.plain:
+        plain_pipeline(parse_config(load_yaml(DEMO_CONFIG)), arguments.plain)
+        return
+    pipeline_walls, stage_sums, plain_walls = [], [], []
+    for _ in range(arguments.repeats):
+        with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+            address, ray = start_ray(folder)
+            try:
+                storage = Path(folder) / "storage"
+                job = [sys.executable, "jobs/full_pipeline.py", "--storage", str(storage), "--cluster.address", address]
+                pipeline_walls.append(wall(job))
+            finally:
+                ray.terminate()
+                ray.wait()
+            (run,) = (storage / "runs").iterdir()
+            stage_sums.append(sum(json.loads((run / "stage_seconds.json").read_text()).values()))
+            plain = Path(folder) / "plain"
+            plain_walls.append(wall([sys.executable, __file__, "--plain", str(plain)]))
+            ours = json.loads((run / "report" / "summary.json").read_text())["methods"]
+            expected = json.loads((plain / "accuracy.json").read_text())
+            found = {name: ours[name]["accuracy"] for name in expected}
+            if found != expected:
+                sys.exit(f"the two do not compute the same: {found} and {expected}")
+
+    walls = {"pipeline": min(pipeline_walls), "its stages": min(stage_sums), "plain process": min(plain_walls)}
+    print(f"demo, {os.cpu_count()} CPU cores, torch {torch.__version__}, fastest of {arguments.repeats}\n")
+    print(
+        table(
+            ["", "s", "pipeline's wall time over it"],
+            [[k, f"{v:.1f}", f"{walls['pipeline'] / v:.2f}"] for k, v in walls.items()],
+        )
+    )
+    write_results("pipeline_overhead", torch.device("cpu"), {"seconds": walls, "repeats": arguments.repeats})
+
+
+def wall(command: list[str]) -> float:
+    began = time.perf_counter()
+    finished = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if finished.returncode:
+        sys.exit(finished.stdout.decode())
+    return time.perf_counter() - began
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
+
+
+def start_ray(folder: str) -> tuple[str, subprocess.Popen]:
+    """A head with this machine's cores, on a free port, that is ready to work."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    options = ["--head", "--block", "--port", str(port), "--include-dashboard=false", "--temp-dir", f"{folder}/ray"]
+    with open(f"{folder}/ray.log", "wb") as log:
+        head = subprocess.Popen([ray, "start", *options], env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    address = f"127.0.0.1:{port}"
+    ready = f"import ray; ray.init('{address}', log_to_driver=False); ray.get(ray.remote(lambda: None).remote())"
+    while subprocess.run([sys.executable, "-c", ready], env=environment(), capture_output=True).returncode:
+        if head.poll() is not None:
+            sys.exit(Path(f"{folder}/ray.log").read_text())
+    return address, head
+
+
+def plain_pipeline(config: Config, folder: Path) -> None:
+    """The stages' computing as one reads it in the paper."""
+    from pipeline.clip.class_tokens import class_tokens
+    from pipeline.clip.classifier import Classifier
+    from pipeline.clip.load import load_clip
+    from pipeline.data.find import find_images
+    from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
+    from pipeline.data.splits import content_fingerprint, sample_splits
+    from pipeline.demo.digits import write_digits
+    from pipeline.grouping.affinity import affinity_matrix
+    from pipeline.grouping.partition import best_partition
+    from pipeline.methods.mmap import GroupMmap, MmapShape, SharedMmap
+    from pipeline.training.batches import load_training_sets
+    from pipeline.training.evaluate import accuracy, evaluate
+    from pipeline.training.loop import train
+
+    torch.set_num_threads(1)
+    write_digits(folder / "digits")
+    listing = find_images(config.data, folder / "digits")
+    scanned = [scan_image(listing.root, image.path, image.task, image.class_folder) for image in listing.images]
+    splits = sample_splits(scanned, listing.classes, config.data.shots, config.seed)
+    tasks = list(listing.classes)
+    counts = {
+        name: {task: sum(image.task == task for image in split) for task in tasks}
+        for name, split in (("train", splits.train), ("test", splits.test))
+    }
+    classes = {task: list(names) for task, names in listing.classes.items()}
+    fingerprint = content_fingerprint(scanned)
+    description = SplitDescription(classes, listing.class_words, config.data.shots, config.seed, fingerprint, counts)
+    sizes = {image.path: image.size for image in listing.images}
+    for part in plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes):
+        write_part(listing.root, part, description, folder)
+    (folder / "splits.json").write_text(description.to_json())
+    reader = SplitReader(folder)
+
+    towers = load_clip(config.clip, config.mmap.text_order)
+    shape = MmapShape.of(config.mmap, towers)
+    words = {task: description.words(task) for task in tasks}
+
+    def trained(prompts, epochs, **snapshots):
+        sets = load_training_sets(reader, prompts.tasks, towers.image_size, towers.device, 1)
+        tokens = class_tokens(towers.tokenizer, config.clip.template, [words[task] for task in prompts.tasks])
+        return train(towers, prompts, sets, tokens, config.training, epochs=epochs, seed=config.seed, **snapshots)[1]
+
+    def tested(group, prompts=None):
+        classifier = Classifier(towers, config.clip.template, {task: words[task] for task in group}, prompts)
+        return accuracy(evaluate(classifier, reader, group, 1))
+
+    shared = SharedMmap(shape, tasks, config.seed, config.mmap.init_std)
+    snapshots = trained(shared, config.global_prompt.epochs, snapshot=shared.task_gradients)
+    gradients = torch.stack([taken for _, taken in snapshots]).double().numpy()
+    affinity = affinity_matrix(gradients, config.grouping.affinity)
+    partition = best_partition(affinity, objective=config.grouping.objective)
+    found = {"zero_shot": tested(tasks), "all_in_one": {}, "grouped": {}}
+    groups = [[tasks[i] for i in group] for group in partition.groups]
+    for method, group in [("all_in_one", tasks), *(("grouped", group) for group in groups)]:
+        prompts = GroupMmap(shape, group, config.seed, config.mmap.init_std)
+        trained(prompts, config.training.epochs)
+        found[method] |= tested(group, tuple(made.detach() for made in prompts()))
+    (folder / "accuracy.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""Several small trainings on one device: one after another, at once in one process, or in processes of their own.
+
+    python benchmarks/small_trainings.py                                       4 trainings of 1 task x 4 images
+    python benchmarks/small_trainings.py --model ViT-B-16 --trainings 8 --classes 126
+
+- in turn: one process, one training after another;
+- threads: one process that holds CLIP once, a thread for each training (on a GPU: a stream for each);
+- one step: one process, the trainings' tasks side by side in every step, each with its own prompts: exact, since
+  tasks meet only in prompts that they share;
+- processes: one for each training, each with its own CLIP (what fractional cluster.gpus_per_training gives).
+Each mode trains the same prompts for the same steps, and all must end with the same numbers. Loading is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from threading import Thread
+
+import torch
+import torch.nn.functional as F
+from common import (
+    ClipTowers,
+    autocast,
+    class_words,
+    default_device,
+    load,
+    random_batch,
+    table,
+    where,
+    write_results,
+)
+from torch import multiprocessing
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.config import MmapConfig
+from pipeline.methods.mmap import GroupMmap, MmapShape
+
+TEMPLATE = "a photo of a {}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-32", help="open_clip model name")
+    parser.add_argument("--trainings", type=int, default=4)
+    parser.add_argument("--images", type=int, default=4, help="of a step of one training, which has one task")
+    parser.add_argument("--classes", type=int, default=65)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--device", default=default_device())
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    towers = seeded_towers(arguments)
+    numbers = range(arguments.trainings)
+    cores = torch.get_num_threads()
+
+    workers = [Worker(arguments, number, max(1, cores // arguments.trainings)) for number in numbers]
+    seconds: dict[str, list[float]] = {}
+    states: dict[str, list[torch.Tensor]] = {}
+    for _ in range(arguments.repeats):
+        for mode, train in (
+            ("in turn", lambda: [trained(towers, arguments, [number])[0] for number in numbers]),
+            ("threads", lambda: in_threads(towers, arguments, numbers)),
+            ("one step", lambda: trained(towers, arguments, numbers)),
+            ("processes", lambda: in_processes(workers)),
+        ):
+            began = time.perf_counter()
+            states[mode] = train()
+            seconds.setdefault(mode, []).append(time.perf_counter() - began)
+    for worker in workers:
+        worker.stop()
+
+    rows = []
+    for mode, of_mode in states.items():
+        difference = max((a - b).abs().max().item() for a, b in zip(of_mode, states["in turn"]))
+        rows.append({"mode": mode, "seconds": min(seconds[mode]), "difference": difference})
+    kind = f"{arguments.trainings} trainings of 1 task x {arguments.images} images x {arguments.classes} classes"
+    print(f"{arguments.model}, {kind}, {arguments.steps} steps, {where(device)}, torch {torch.__version__}\n")
+    lines = [
+        [row["mode"], f"{row['seconds']:.2f}", f"{rows[0]['seconds'] / row['seconds']:.2f}", f"{row['difference']:.0e}"]
+        for row in rows
+    ]
+    print(table(["", "s", "times as fast as in turn", "largest difference"], lines))
+    write_results(f"small_trainings_{arguments.model}", device, {**vars(arguments), "rows": rows})
+
+
+def seeded_towers(arguments: argparse.Namespace) -> ClipTowers:
+    """The same random weights in every process."""
+    torch.manual_seed(0)
+    return load(arguments.model, torch.device(arguments.device))[1]
+
+
+def trained(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence[int]) -> list[torch.Tensor]:
+    """Source prompts of the group of each training after all steps, which go on side by side."""
+    device, batch = towers.device, arguments.images
+    shape = MmapShape.of(MmapConfig(), towers)
+    prompts = [GroupMmap(shape, [f"task {number}"], seed=number).to(device) for number in numbers]
+    optimizer = torch.optim.SGD([p for of in prompts for p in of.parameters()], lr=0.0035, momentum=0.9)
+    words = class_words(arguments.classes)
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [words] * len(numbers)).to(device)
+    batches = []
+    for number in numbers:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            batches.append(random_batch(towers, batch, arguments.classes))
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    for _ in range(arguments.steps):
+        with autocast(device, arguments.precision):
+            text, vision = (torch.cat(parts) for parts in zip(*(of() for of in prompts)))
+            x = towers.encode_image(images, vision, [batch] * len(numbers)).split(batch)
+            z = towers.encode_text(tokens, text).split(arguments.classes)
+        losses = [F.cross_entropy(towers.logits(*pair), label) for *pair, label in zip(x, z, labels.split(batch))]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    return [of.group.source.detach().cpu() for of in prompts]
+
+
+def in_threads(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence[int]) -> list[torch.Tensor]:
+    results: dict[int, torch.Tensor] = {}
+
+    def work(number: int) -> None:
+        cuda = towers.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if cuda else nullcontext():
+            results[number] = trained(towers, arguments, [number])[0]
+
+    threads = [Thread(target=work, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[number] for number in numbers]
+
+
+class Worker:
+    """A process with its own CLIP that trains when it is told to."""
+
+    def __init__(self, arguments: argparse.Namespace, number: int, num_threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, arguments, number, num_threads))
+        self.process.start()
+        self.pipe.recv()
+
+    def stop(self) -> None:
+        self.pipe.send(False)
+        self.process.join()
+
+
+def _serve(pipe, arguments: argparse.Namespace, number: int, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    towers = seeded_towers(arguments)
+    pipe.send("ready")
+    while pipe.recv():
+        pipe.send(trained(towers, arguments, [number])[0].numpy())
+
+
+def in_processes(workers: Sequence[Worker]) -> list[torch.Tensor]:
+    for worker in workers:
+        worker.pipe.send(True)
+    return [torch.from_numpy(worker.pipe.recv()) for worker in workers]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+#!/usr/bin/env python
+"""How much of a device's arithmetic training and evaluation reach, in each precision, and how the precisions differ.
+
+    python benchmarks/utilisation.py                                  ViT-B/16, 64 images a step, 65 classes
+    python benchmarks/utilisation.py --model ViT-B-32 --images 16 --compile
+
+The peak is measured first: the fastest large matrix product in that precision. Training is a step of 4 tasks (forward
+and backward to the prompts), evaluation the image tower with prompts on a batch and its class probabilities.
+`difference` is the largest difference of the step's gradients from those in float32, relative to the largest gradient.
+--compile adds torch.compile of the training step, with what its first call takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from common import (
+    autocast,
+    class_words,
+    default_device,
+    fastest_in_turn,
+    gflop,
+    group_prompts,
+    largest_difference,
+    load,
+    our_step,
+    random_batch,
+    table,
+    timed,
+    where,
+    write_results,
+)
+
+from pipeline.clip.classifier import Classifier
+
+NUM_TASKS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-16", help="open_clip model name")
+    parser.add_argument("--images", type=int, default=64, help="images of a training step, of 4 tasks")
+    parser.add_argument("--evaluated", type=int, default=128, help="images of an evaluation batch")
+    parser.add_argument("--classes", type=int, default=65)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile the training step")
+    parser.add_argument("--device", default=default_device())
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    precisions = ["float32", "tf32", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
+    model, towers = load(arguments.model, device)
+    words = class_words(arguments.classes)
+    images, labels = random_batch(towers, arguments.images, arguments.classes)
+    pixels = torch.randint(0, 256, (arguments.evaluated, 3, towers.image_size, towers.image_size), dtype=torch.uint8)
+    pixels = pixels.to(device)
+    prompts = group_prompts(towers, NUM_TASKS)
+    made = tuple(tensor.detach() for tensor in prompts())
+
+    rows, gradients_of = [], {}
+    for precision in precisions:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        autocast_to = precision if precision == "bfloat16" else "float32"
+        peak = matmul_tflops(device, autocast_to)
+        train = our_step(towers, prompts, words, images, labels, autocast_to)
+        classifier = Classifier(towers, "a photo of a {}.", dict.fromkeys(prompts.tasks, words), made, autocast_to)
+        work = {"training": train, "evaluation": lambda c=classifier: c.probabilities(prompts.tasks[0], pixels)}
+        gradients_of[precision] = train()
+        first_call = None
+        if arguments.compile:
+            compiled = torch.compile(train)
+            first_call = timed(compiled, device)
+            work["compiled training"] = compiled
+        flops = {name: gflop(work["training" if "training" in name else name]) for name in work}
+        seconds = fastest_in_turn(work, arguments.repeats, device)
+        for name in work:
+            row = {
+                "what": name,
+                "precision": precision,
+                "gflop": flops[name],
+                "seconds": seconds[name],
+                "images_per_second": (arguments.images if "training" in name else arguments.evaluated) / seconds[name],
+                "peak_tflops": peak,
+                "fraction_of_peak": flops[name] / 1e3 / seconds[name] / peak,
+                "difference": largest_difference(gradients_of[precision], gradients_of["float32"]),
+                "first_call_seconds": first_call if name == "compiled training" else None,
+            }
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+
+    print(f"{arguments.model}, {where(device)}, torch {torch.__version__}; {arguments.images} images a training step ")
+    print(f"of {NUM_TASKS} tasks with {arguments.classes} classes, {arguments.evaluated} an evaluation batch\n")
+    columns = ["", "precision", "s", "images/s", "TFLOP/s", "peak TFLOP/s", "fraction", "difference", "first call s"]
+    lines = [
+        [
+            row["what"],
+            row["precision"],
+            f"{row['seconds']:.3f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['gflop'] / 1e3 / row['seconds']:.2f}",
+            f"{row['peak_tflops']:.2f}",
+            f"{100 * row['fraction_of_peak']:.0f} %",
+            f"{row['difference']:.0e}" if row["what"] == "training" else "",
+            "" if row["first_call_seconds"] is None else f"{row['first_call_seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    print(table(columns, lines))
+    write_results(f"utilisation_{arguments.model}", device, {**vars(arguments), "rows": rows})
+
+
+def matmul_tflops(device: torch.device, precision: str) -> float:
+    """Of the fastest square matrix product among some sizes, in the precision that autocast gives."""
+    best = 0.0
+    for size in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+        a, b = torch.randn(2, size, size, device=device)
+        with autocast(device, precision):
+            a @ b
+            for _ in range(10):
+                best = max(best, 2 * size**3 / 1e12 / timed(lambda a=a, b=b: a @ b, device))
+    return best
+
+
+if __name__ == "__main__":
+    main()
