@@ -613,6 +613,9 @@ def test_foreign_damaged_and_missing_files_are_named(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match="a b-00000.parquet cannot be read as Parquet"):
             next(reader.rows("train", "a b"))
+    file.write_bytes(whole[:4] + bytes(200) + whole[204:])  # the description at the end is whole
+    with pytest.raises(UserError, match="a b-00000.parquet cannot be read any more"):
+        next(reader.rows("train", "a b"))
     file.unlink()
     with pytest.raises(UserError, match="has 0 images of task 'a b', splits.json says 4"):
         next(reader.rows("train", "a b"))
