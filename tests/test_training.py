@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from plain_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
-from small_problem import CONFIG, TASKS, TEMPLATE, group_prompts, small_problem
+from small_problem import CONFIG, TASKS, TEMPLATE, group_prompts, mmap_shape, small_problem
 
-from pipeline.config import MmapConfig, TrainingConfig
+from pipeline.clip.classifier import Classifier
+from pipeline.config import TrainingConfig
+from pipeline.data import parquet
+from pipeline.data.images import evaluation_pixels
+from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.errors import UserError
-from pipeline.methods.mmap import MmapShape, SharedMmap
+from pipeline.methods.mmap import GroupMmap, SharedMmap
 from pipeline.training import loop
 from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate
 from pipeline.training.loop import learning_rate, train
 from pipeline.training.snapshots import read_gradients, write_snapshots
 
@@ -111,7 +122,7 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
     towers, _, tokens, sets = problem
 
     def run(folder, on_step=lambda record, num_steps: None):
-        shape = MmapShape.of(MmapConfig(prompt_length=2, source_rows=2), towers)
+        shape = mmap_shape(towers)
         prompts = SharedMmap(shape, TASKS, seed=1, init_std=0.3).double()
         results = train(
             towers,
@@ -192,3 +203,125 @@ def test_snapshots_round_trip(tmp_path):
         read_gradients(file, ["ink", "neon"])
     with pytest.raises(UserError, match="no gradient snapshots"):
         read_gradients(tmp_path / "absent.parquet", TASKS)
+
+
+TEST_COUNTS = {"chalk": 23, "ink": 3, "neon": 8}
+NUM_CLASSES = len(CLASS_WORDS)
+
+
+@pytest.fixture
+def split_reader(tmp_path, monkeypatch):
+    """A split folder of test images in many row groups and files."""
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 3000)
+    monkeypatch.setattr(parquet, "PART_BYTES", 8000)
+    rng = np.random.default_rng(0)
+    images, sizes = [], {}
+    for task, count in TEST_COUNTS.items():
+        for number in range(count):
+            path = f"{task}/{number % NUM_CLASSES}/{number}.png"
+            file = tmp_path / "data" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file)
+            images.append(scan_image(tmp_path / "data", path, *path.split("/")[:2]))
+            sizes[path] = file.stat().st_size
+    names = [str(label) for label in range(NUM_CLASSES)]
+    classes = {task: names for task in TEST_COUNTS}
+    description = SplitDescription(classes, dict(zip(names, CLASS_WORDS)), 1, 1, "", {"train": {}, "test": TEST_COUNTS})
+    parts = plan_parts(images, "test", sizes)
+    assert len(parts) > len(TEST_COUNTS)
+    for part in parts:
+        write_part(tmp_path / "data", part, description, tmp_path / "splits")
+    (tmp_path / "splits" / "splits.json").write_text(json.dumps(asdict(description)))
+    return SplitReader(tmp_path / "splits")
+
+
+def watch_rows(monkeypatch, change: Callable[[dict], dict]) -> None:
+    """Lets every row that a reader gives pass through `change`."""
+    rows = SplitReader.rows
+    monkeypatch.setattr(SplitReader, "rows", lambda *arguments: map(change, rows(*arguments)))
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_predictions_are_those_of_a_plain_loop(split_reader, monkeypatch, device):
+    batches_of_4 = partial(decoded_batches, batch_size=4)
+    monkeypatch.setattr("pipeline.training.evaluate.decoded_batches", batches_of_4)
+    towers, _ = small_towers()
+    prompts = GroupMmap(mmap_shape(towers), tuple(TEST_COUNTS), seed=1, init_std=0.3).double()
+    towers.to(device)
+    made = tuple(made.detach() for made in prompts.to(device)())
+    classifier = Classifier(towers, TEMPLATE, {task: CLASS_WORDS for task in TEST_COUNTS}, made, "float32")
+    done = []
+    tasks = ("neon", "chalk", "ink")
+    predictions = evaluate(classifier, split_reader, tasks, threads=3, on_images=done.append)
+
+    rows = [(task, row) for task in tasks for row in split_reader.rows("test", task, ("image", "label", "path"))]
+    assert sum(done) == len(predictions) == len(rows) == sum(TEST_COUNTS.values())
+    for prediction, (task, row) in zip(predictions, rows):
+        pixels = torch.from_numpy(evaluation_pixels(row["image"], towers.image_size))
+        probabilities = classifier.probabilities(task, pixels[None])[0].tolist()
+        assert (prediction.task, prediction.path, prediction.label) == (task, row["path"], row["label"])
+        assert prediction.predicted == int(np.argmax(probabilities))
+        assert prediction.probability == pytest.approx(max(probabilities), rel=1e-9)
+    assert list(accuracy(predictions)) == list(tasks)
+
+
+def test_batches_hold_the_stored_images_of_one_task(split_reader):
+    batches = list(decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2, batch_size=5))
+    assert [(task, len(rows)) for task, rows, _ in batches] == (
+        [("chalk", 5)] * 4 + [("chalk", 3), ("ink", 3), ("neon", 5), ("neon", 3)]
+    )
+    for task in TEST_COUNTS:
+        rows = list(split_reader.rows("test", task, ("image", "label", "path")))
+        of_task = [batch for batch in batches if batch[0] == task]
+        assert [row for _, batch, _ in of_task for row in batch] == [
+            {"label": row["label"], "path": row["path"]} for row in rows
+        ]
+        plain = [torch.from_numpy(evaluation_pixels(row["image"], 16)) for row in rows]
+        assert torch.equal(torch.cat([pixels for _, _, pixels in of_task]), torch.stack(plain))
+
+
+def test_reading_ahead_is_bounded_and_ends_with_the_consumer(split_reader, monkeypatch):
+    read = []
+    watch_rows(monkeypatch, lambda row: read.append(row["path"]) or row)
+    before = set(threading.enumerate())
+    batches = decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2, batch_size=2)
+    next(batches)
+    end = time.monotonic() + 10
+    while len(read) < 2 * (1 + AHEAD) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)  # a slow model
+    assert len(set(threading.enumerate()) - before) == 3
+    assert len(read) == 2 * (1 + AHEAD)
+    batches.close()
+    assert set(threading.enumerate()) <= before
+    assert len(read) == 2 * (1 + AHEAD)
+
+
+def test_an_image_that_broke_after_the_splits_is_named(split_reader, monkeypatch):
+    watch_rows(monkeypatch, lambda row: row | {"image": b"half"} if row["path"] == "ink/1/1.png" else row)
+    before = set(threading.enumerate())
+    towers, _ = small_towers()
+    classifier = Classifier(towers, TEMPLATE, {task: CLASS_WORDS for task in TEST_COUNTS})
+    done = []
+    with pytest.raises(UserError, match=r"test image ink/1/1\.png of task 'ink' cannot be decoded"):
+        evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2, on_images=done.append)
+    assert sum(done) <= TEST_COUNTS["chalk"]
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_model_that_fails_leaves_no_threads(split_reader):
+    before = set(threading.enumerate())
+    towers, _ = small_towers()
+    classifier = Classifier(towers, TEMPLATE, {"neon": CLASS_WORDS})
+    with pytest.raises(KeyError, match="chalk"):
+        evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_test_set_file_that_is_missing_is_named(split_reader):
+    next((split_reader.folder / "test").glob("ink-*.parquet")).unlink()
+    with pytest.raises(UserError, match="images of task 'ink', splits.json says 3"):
+        list(decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2))

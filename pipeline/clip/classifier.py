@@ -49,7 +49,8 @@ class Classifier:
         """Class probabilities (B, C) of uint8 images (B, 3, S, S) by the prompts of `task`."""
         at = self._index[task]
         vision_prompts = None if self._vision_prompts is None else self._vision_prompts[at : at + 1]
-        images = self.towers.normalize_pixels(pixels.to(self.towers.device))
+        pixels = pixels.to(self.towers.device, non_blocking=pixels.is_pinned())
+        images = self.towers.normalize_pixels(pixels)
         with autocast(self.towers.device, self.precision):
             x = self.towers.encode_image(images, vision_prompts, [len(images)])
         return self.towers.logits(x, self._text_features[task]).softmax(dim=1)

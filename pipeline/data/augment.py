@@ -1,8 +1,5 @@
-"""Random resized crop and flip of a whole batch at once, on the device that the pixels are on.
-
-Bicubic resizing with antialiasing is linear and separable: a resized crop is `rows @ crop @ columnsᵀ` with a
-small weight matrix for each axis, so crops of different sizes share two batched matrix products.
-"""
+"""Random resized crop and flip of a batch, on the device that its pixels are on: the random numbers are drawn at once,
+the bicubic antialiased resize is torch's own."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from pipeline.config import AugmentationConfig
 
@@ -48,24 +46,6 @@ def crop_boxes(
     return torch.cat([corner, box_h[:, None], box_w[:, None]], dim=1)
 
 
-def resize_weights(lengths: torch.Tensor, in_size: int, out_size: int) -> torch.Tensor:
-    """Weights (B, out_size, in_size), float32, of a bicubic antialiased resize of the first `lengths` (B,)
-    of `in_size` pixels.
-
-    The cubic has a = -0.5 and is widened when shrinking, as in Pillow and in torch's `antialias=True`.
-    """
-    scale = lengths.double() / out_size  # (B,)
-    width = scale.clamp(min=1)[:, None, None]
-    centre = (torch.arange(out_size, device=lengths.device) + 0.5) * scale[:, None]
-    pixel = torch.arange(in_size, device=lengths.device)
-    x = ((pixel + 0.5)[None, None, :] - centre[:, :, None]).abs() / width
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
-    weights = weights * (pixel < lengths[:, None])[:, None, :]
-    return (weights / weights.sum(dim=-1, keepdim=True)).float()
-
-
 def augment(
     images: Sequence[torch.Tensor],
     image_size: int,
@@ -83,16 +63,10 @@ def augment(
     widths = torch.tensor([image.shape[2] for image in images])
     boxes = crop_boxes(heights, widths, config, generator)[part]
     flipped = (torch.rand(len(images), generator=generator) < 0.5)[part]
-    images = images[part]
-    if not images:
-        return torch.empty(0, 3, image_size, image_size, device=device)
-    _, _, max_h, max_w = boxes.max(dim=0).values.tolist()
-    # Only the crops: a panorama's own shape would decide the memory of the whole batch.
-    canvas = torch.zeros(len(images), 3, max_h, max_w, device=device)
-    for slot, image, (top, left, height, width) in zip(canvas, images, boxes.tolist()):
-        slot[:, :height, :width] = image[:, top : top + height, left : left + width]
-    rows = resize_weights(boxes[:, 2].to(device), max_h, image_size)
-    columns = resize_weights(boxes[:, 3].to(device), max_w, image_size)
+    pixels = torch.empty(len(boxes), 3, image_size, image_size, device=device)
+    for slot, image, (top, left, height, width) in zip(pixels, images[part], boxes.tolist()):
+        crop = image[None, :, top : top + height, left : left + width].float()
+        slot[:] = F.interpolate(crop, size=slot.shape[1:], mode="bicubic", antialias=True)[0]
     if config.flip:
-        columns = torch.where(flipped.to(device)[:, None, None], columns.flip(1), columns)
-    return (rows[:, None] @ canvas @ columns[:, None].transpose(-1, -2)).clamp(0, 255)
+        pixels = torch.where(flipped.to(device)[:, None, None, None], pixels.flip(-1), pixels)
+    return pixels.clamp_(0, 255)

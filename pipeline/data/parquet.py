@@ -217,7 +217,11 @@ class SplitReader:
         for path in files:
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    yield from file.read_row_group(group, columns=list(columns)).to_pylist()
+                    try:
+                        rows = file.read_row_group(group, columns=list(columns)).to_pylist()
+                    except (pa.ArrowException, OSError) as error:
+                        raise UserError(f"{path} cannot be read any more: {error}; remove {self.folder}") from None
+                    yield from rows
 
     def _checked(self, path: Path) -> pq.FileMetaData:
         try:

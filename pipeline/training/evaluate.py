@@ -1,10 +1,14 @@
-"""Accuracy on test sets that are streamed from Parquet and decoded on all cores while the model runs."""
+"""Accuracy on test sets that are streamed from Parquet and decoded on all cores while the model runs.
+
+So the time is that of the slower of decoding and model, not their sum.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,10 +19,13 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.clip.classifier import Classifier
-from pipeline.data.images import evaluation_pixels
+from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.parquet import SplitReader
+from pipeline.errors import UserError
 
 BATCH_SIZE = 128
+AHEAD = 3
+"""Batches that are read and decoded before they are asked for; they bound the memory."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +54,100 @@ def evaluate(
     threads: int,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> list[Prediction]:
-    """Predictions for the tasks' whole test sets, in stored order; `on_images` is told how many more are done."""
+    """Predictions for the tasks' whole test sets, in stored order; `on_images` is told how many more are done.
+
+    Raises:
+        UserError: a split folder that is damaged, by file or image.
+    """
     predictions: list[Prediction] = []
-    for task in tasks:
-        rows = reader.rows("test", task, ("image", "label", "path"))
-        for batch, pixels in decoded_batches(rows, classifier.towers.image_size, threads):
-            probability, predicted = classifier.probabilities(task, pixels).max(dim=1)
-            predictions += [
-                Prediction(task, row["path"], row["label"], int(p), float(q))
-                for row, p, q in zip(batch, predicted, probability)
-            ]
-            on_images(len(batch))
+
+    def collect(task: str, rows: list[dict], best: Callable[[], tuple[list[float], list[int]]]) -> None:
+        predictions.extend(Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *best()))
+        on_images(len(rows))
+
+    running: deque[tuple] = deque()
+    towers = classifier.towers
+    stream = decoded_batches(reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda")
+    with closing(stream):
+        for task, rows, pixels in stream:
+            running.append((task, rows, _fetched(classifier.probabilities(task, pixels).max(dim=1))))
+            if len(running) > 1:
+                collect(*running.popleft())
+    for batch in running:
+        collect(*batch)
     return predictions
 
 
+def _fetched(best: Sequence[torch.Tensor]) -> Callable[[], tuple[list, ...]]:
+    """Starts to copy tensors from their device at once, ahead of all work that is queued later; the function that
+    is returned waits for that copy alone."""
+    if best[0].device.type != "cuda":
+        return lambda: tuple(values.tolist() for values in best)
+    copies = [values.to("cpu", non_blocking=True) for values in best]
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> tuple[list, ...]:
+        copied.synchronize()
+        return tuple(values.tolist() for values in copies)
+
+    return wait
+
+
 def decoded_batches(
-    rows: Iterable[dict], image_size: int, threads: int, batch_size: int = BATCH_SIZE
-) -> Iterator[tuple[list[dict], torch.Tensor]]:
-    """Batches of rows with their pixels, uint8 (B, 3, S, S), decoded ahead by threads: Pillow frees the GIL."""
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[list[dict], list[Future]]] = deque()
-        rows = iter(rows)
-        pending = iter(lambda: list(islice(rows, batch_size)), [])
-        while True:
-            for batch in islice(pending, 2 - len(ahead)):
-                ahead.append((batch, [pool.submit(evaluation_pixels, row["image"], image_size) for row in batch]))
-            if not ahead:
-                return
-            batch, futures = ahead.popleft()
-            yield batch, torch.from_numpy(np.stack([future.result() for future in futures]))
+    reader: SplitReader,
+    tasks: Sequence[str],
+    image_size: int,
+    threads: int,
+    batch_size: int = BATCH_SIZE,
+    pinned: bool = False,
+) -> Iterator[tuple[str, list[dict], torch.Tensor]]:
+    """The tasks' test sets in batches of one task: its name, rows (label, path), pixels uint8 (B, 3, S, S).
+
+    One thread reads Parquet and `threads` decode (Pillow frees the GIL), AHEAD batches before the consumer, across
+    the tasks' bounds. `pinned`: pixels lie in memory from which a GPU copies while the program goes on.
+    """
+    batches = _batches_of_rows(reader, tasks, batch_size)
+    reading, decoding = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(threads, "decode")
+
+    def read() -> tuple[str, list[dict], torch.Tensor, list[Future]] | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        task, rows = batch
+        pixels = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8, pin_memory=pinned)
+        decoded = [decoding.submit(_decode, task, row, slot) for row, slot in zip(rows, pixels.numpy())]
+        return task, rows, pixels, decoded
+
+    try:
+        ahead = deque(reading.submit(read) for _ in range(AHEAD))
+        while batch := ahead.popleft().result():
+            ahead.append(reading.submit(read))
+            task, rows, pixels, decoded = batch
+            for image in decoded:
+                image.result()
+            yield task, rows, pixels
+    finally:
+        reading.shutdown(cancel_futures=True)  # first, since it hands images on to the other
+        decoding.shutdown(cancel_futures=True)
+
+
+def _batches_of_rows(reader: SplitReader, tasks: Sequence[str], size: int) -> Iterator[tuple[str, list[dict]]]:
+    for task in tasks:
+        rows = reader.rows("test", task, ("image", "label", "path"))
+        while batch := list(islice(rows, size)):
+            yield task, batch
+
+
+def _decode(task: str, row: dict, slot: np.ndarray) -> None:
+    """Writes the row's pixels into `slot` (3, S, S) and drops its encoded image."""
+    try:
+        slot[:] = evaluation_pixels(row.pop("image"), slot.shape[-1])
+    except BrokenImage as error:
+        raise UserError(
+            f"the test image {row['path']} of task {task!r} cannot be decoded any more ({error}): the split folder "
+            "is damaged; remove it and build it again"
+        ) from None
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
