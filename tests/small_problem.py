@@ -1,12 +1,20 @@
-"""A small two-task training problem for tests, the same in every process."""
+"""A small two-task training problem and small test sets, for tests, the same in every process."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image
 from small_clip import CLASS_WORDS, small_towers
 
 from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.classifier import Classifier
 from pipeline.config import AugmentationConfig, MmapConfig, TrainingConfig
+from pipeline.data.parquet import SplitDescription, plan_parts, scan_image, write_part
 from pipeline.methods.mmap import GroupMmap, MmapShape
 from pipeline.training.batches import TrainingSet
 
@@ -44,3 +52,35 @@ def mmap_shape(towers) -> MmapShape:
 
 def group_prompts(towers) -> GroupMmap:
     return GroupMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
+
+
+TEST_COUNTS = {"chalk": 23, "ink": 3, "neon": 8}
+NUM_CLASSES = len(CLASS_WORDS)
+
+
+def write_test_splits(folder: Path) -> None:
+    """<folder>/splits: test images of three tasks."""
+    rng = np.random.default_rng(0)
+    images, sizes = [], {}
+    for task, count in TEST_COUNTS.items():
+        for number in range(count):
+            path = f"{task}/{number % NUM_CLASSES}/{number}.png"
+            file = folder / "data" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file)
+            images.append(scan_image(folder / "data", path, *path.split("/")[:2]))
+            sizes[path] = file.stat().st_size
+    names = [str(label) for label in range(NUM_CLASSES)]
+    classes = {task: names for task in TEST_COUNTS}
+    description = SplitDescription(classes, dict(zip(names, CLASS_WORDS)), 1, 1, "", {"train": {}, "test": TEST_COUNTS})
+    for part in plan_parts(images, "test", sizes):
+        write_part(folder / "data", part, description, folder / "splits")
+    (folder / "splits" / "splits.json").write_text(json.dumps(asdict(description)))
+
+
+def prompted_classifier(device: str = "cpu") -> Classifier:
+    """Of the three tasks, with prompts."""
+    towers, _ = small_towers()
+    prompts = GroupMmap(mmap_shape(towers), tuple(TEST_COUNTS), seed=1, init_std=0.3).double()
+    made = tuple(made.detach() for made in prompts.to(device)())
+    return Classifier(towers.to(device), TEMPLATE, {task: CLASS_WORDS for task in TEST_COUNTS}, made, "float32")

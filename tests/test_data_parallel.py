@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+from functools import partial
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
-from small_problem import CONFIG, TASKS, group_prompts, mmap_shape, small_problem
+from small_problem import (
+    CONFIG,
+    TASKS,
+    TEST_COUNTS,
+    group_prompts,
+    mmap_shape,
+    prompted_classifier,
+    small_problem,
+    write_test_splits,
+)
 from torch.multiprocessing.spawn import spawn
 
+from pipeline.data.parquet import SplitReader
 from pipeline.methods.mmap import SharedMmap
+from pipeline.training.evaluate import decoded_batches, evaluate
 from pipeline.training.loop import train
 from pipeline.training.share import Share
 
@@ -30,15 +45,24 @@ def trained(folder=None):
     }
 
 
+def predicted(folder):
+    """Predictions of test sets of 6 + 1 + 2 batches, as plain values."""
+    with patch("pipeline.training.evaluate.decoded_batches", partial(decoded_batches, batch_size=4)):
+        predictions = evaluate(prompted_classifier(), SplitReader(folder / "splits"), tuple(TEST_COUNTS), threads=1)
+    return [astuple(prediction) for prediction in predictions]
+
+
 def work(rank: int, world: int, folder) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     torch.save(trained(folder / "checkpoints"), folder / f"rank{rank}.pt")
+    torch.save(predicted(folder), folder / f"predicted{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
+    write_test_splits(tmp_path)
     spawn(work, (world, tmp_path), nprocs=world)
     alone = trained()
     for rank in range(world):
@@ -47,6 +71,7 @@ def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
             tolerance = 1e-5 if name == "snapshots" else 1e-9  # stored in float32
             torch.testing.assert_close(together[name], alone[name], rtol=tolerance, atol=tolerance)
         assert together["accuracies"] == alone["accuracies"]
+        assert torch.load(tmp_path / f"predicted{rank}.pt") == predicted(tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint.pt").is_file()
 
 

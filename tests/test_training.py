@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -14,18 +13,27 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from plain_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
-from small_problem import CONFIG, TASKS, TEMPLATE, group_prompts, mmap_shape, small_problem
+from small_problem import (
+    CONFIG,
+    TASKS,
+    TEMPLATE,
+    TEST_COUNTS,
+    group_prompts,
+    mmap_shape,
+    prompted_classifier,
+    small_problem,
+    write_test_splits,
+)
 
 from pipeline.clip.classifier import Classifier
 from pipeline.config import TrainingConfig
 from pipeline.data import parquet
 from pipeline.data.images import evaluation_pixels
-from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
-from pipeline.methods.mmap import GroupMmap, SharedMmap
+from pipeline.methods.mmap import SharedMmap
 from pipeline.training import loop
 from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
@@ -187,6 +195,18 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(problem):
         train(towers, group_prompts(towers), sets, tokens, config, epochs=4, seed=1)
 
 
+@pytest.mark.parametrize("needs", ["an allocation that fails", "another fault"])
+def test_out_of_memory_says_what_to_change(problem, monkeypatch, needs):
+    towers, _, tokens, sets = problem
+    size = 2**55 if needs == "an allocation that fails" else -1
+    monkeypatch.setattr(towers, "encode_image", lambda *arguments: torch.empty(size))
+    kind, message = (RuntimeError, "negative dimension")
+    if size > 0:
+        kind, message = (UserError, "out of memory during training: lower clip.activations_gib=.*batch_size=3")
+    with pytest.raises(kind, match=message):
+        train(towers, group_prompts(towers), sets, tokens, CONFIG, epochs=1, seed=5)
+
+
 def test_snapshots_round_trip(tmp_path):
     records = [loop.StepRecord(step, 1, 0.1, (0.5, 0.25), (1.0, 0.0)) for step in (1, 4)]
     gradients = torch.randn(2, 2, 7)
@@ -205,33 +225,12 @@ def test_snapshots_round_trip(tmp_path):
         read_gradients(tmp_path / "absent.parquet", TASKS)
 
 
-TEST_COUNTS = {"chalk": 23, "ink": 3, "neon": 8}
-NUM_CLASSES = len(CLASS_WORDS)
-
-
 @pytest.fixture
 def split_reader(tmp_path, monkeypatch):
     """A split folder of test images in many row groups and files."""
     monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 3000)
     monkeypatch.setattr(parquet, "PART_BYTES", 8000)
-    rng = np.random.default_rng(0)
-    images, sizes = [], {}
-    for task, count in TEST_COUNTS.items():
-        for number in range(count):
-            path = f"{task}/{number % NUM_CLASSES}/{number}.png"
-            file = tmp_path / "data" / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file)
-            images.append(scan_image(tmp_path / "data", path, *path.split("/")[:2]))
-            sizes[path] = file.stat().st_size
-    names = [str(label) for label in range(NUM_CLASSES)]
-    classes = {task: names for task in TEST_COUNTS}
-    description = SplitDescription(classes, dict(zip(names, CLASS_WORDS)), 1, 1, "", {"train": {}, "test": TEST_COUNTS})
-    parts = plan_parts(images, "test", sizes)
-    assert len(parts) > len(TEST_COUNTS)
-    for part in parts:
-        write_part(tmp_path / "data", part, description, tmp_path / "splits")
-    (tmp_path / "splits" / "splits.json").write_text(json.dumps(asdict(description)))
+    write_test_splits(tmp_path)
     return SplitReader(tmp_path / "splits")
 
 
@@ -248,11 +247,7 @@ def watch_rows(monkeypatch, change: Callable[[dict], dict]) -> None:
 def test_predictions_are_those_of_a_plain_loop(split_reader, monkeypatch, device):
     batches_of_4 = partial(decoded_batches, batch_size=4)
     monkeypatch.setattr("pipeline.training.evaluate.decoded_batches", batches_of_4)
-    towers, _ = small_towers()
-    prompts = GroupMmap(mmap_shape(towers), tuple(TEST_COUNTS), seed=1, init_std=0.3).double()
-    towers.to(device)
-    made = tuple(made.detach() for made in prompts.to(device)())
-    classifier = Classifier(towers, TEMPLATE, {task: CLASS_WORDS for task in TEST_COUNTS}, made, "float32")
+    classifier = prompted_classifier(device)
     done = []
     tasks = ("neon", "chalk", "ink")
     predictions = evaluate(classifier, split_reader, tasks, threads=3, on_images=done.append)
@@ -260,7 +255,7 @@ def test_predictions_are_those_of_a_plain_loop(split_reader, monkeypatch, device
     rows = [(task, row) for task in tasks for row in split_reader.rows("test", task, ("image", "label", "path"))]
     assert sum(done) == len(predictions) == len(rows) == sum(TEST_COUNTS.values())
     for prediction, (task, row) in zip(predictions, rows):
-        pixels = torch.from_numpy(evaluation_pixels(row["image"], towers.image_size))
+        pixels = torch.from_numpy(evaluation_pixels(row["image"], classifier.towers.image_size))
         probabilities = classifier.probabilities(task, pixels[None])[0].tolist()
         assert (prediction.task, prediction.path, prediction.label) == (task, row["path"], row["label"])
         assert prediction.predicted == int(np.argmax(probabilities))

@@ -60,9 +60,8 @@ def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
                 if artefact.key not in work:
                     run.tracker.start_run(label, parent=NAME, tags={"method": method.name, "tasks": ", ".join(tasks)})
                     item = TrainingWork(config, run.splits.folder, tasks, label)
-                    function, workers = _train_group, config.cluster.workers_per_training
-                    if method.name == "zero_shot":
-                        function, workers = _evaluate_zero_shot, 1
+                    function = _evaluate_zero_shot if method.name == "zero_shot" else _train_group
+                    workers = config.cluster.workers_per_training
                     work[artefact.key] = Work(label, function, (item, artefact), artefact, True, workers, label)
         stage.execute(sorted(work.values(), key=lambda item: -len(item.arguments[0].tasks)))
         for item in work.values():
@@ -94,12 +93,11 @@ def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
     prompts = GroupMmap(MmapShape.of(config.mmap, towers), work.tasks, config.seed, config.mmap.init_std)
     prompts.to(towers.device)
     work.train(towers, prompts, config.training.epochs, artefact, reporter)
-    if not Share.of_this_process().first:
-        return
     trained = TrainedPrompts(
         config.clip, config.mmap, weights_fingerprint(towers), (words,), (dict(prompts.state_dict()),)
     )
-    save_prompts(folder / PROMPTS, trained)
+    if Share.of_this_process().first:
+        save_prompts(folder / PROMPTS, trained)
     made = tuple(made.detach() for made in prompts())
     classifier = Classifier(towers, config.clip.template, words, made, config.clip.precision)
     _write_result(work, artefact, classifier, reporter, trained.num_parameters, began)
@@ -118,15 +116,18 @@ def _evaluate_zero_shot(work: TrainingWork, artefact: Artefact, board: Any) -> N
 def _write_result(
     work: TrainingWork, artefact: Artefact, classifier: Classifier, reporter: Reporter, parameters: int, began: float
 ) -> None:
-    reader, done = work.reader(), 0
+    reader, share, done = work.reader(), Share.of_this_process(), 0
     total = sum(reader.description.counts["test"][task] for task in work.tasks)
 
     def on_images(count: int) -> None:
         nonlocal done
-        done += count
-        reporter.update(done, total, "test images")
+        done = min(done + count * share.world, total)
+        if share.first:
+            reporter.update(done, total, "test images")
 
     predictions = evaluate(classifier, reader, work.tasks, work.config.cluster.cpus_per_training, on_images)
+    if not share.first:
+        return
     write_predictions(artefact.building / "predictions.parquet", predictions)
     seconds = time.monotonic() - began
     write_json(

@@ -22,6 +22,8 @@ from pipeline.clip.classifier import Classifier
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
+from pipeline.training.memory import out_of_memory_explained
+from pipeline.training.share import Share
 
 BATCH_SIZE = 128
 AHEAD = 3
@@ -56,26 +58,33 @@ def evaluate(
 ) -> list[Prediction]:
     """Predictions for the tasks' whole test sets, in stored order; `on_images` is told how many more are done.
 
+    In a process group, workers take the batches in turn, and all get all predictions.
+
     Raises:
-        UserError: a split folder that is damaged, by file or image.
+        UserError: a split folder that is damaged, by file or image; out of memory.
     """
-    predictions: list[Prediction] = []
+    batches: list[list[Prediction]] = []
 
     def collect(task: str, rows: list[dict], best: Callable[[], tuple[list[float], list[int]]]) -> None:
-        predictions.extend(Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *best()))
+        batches.append([Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *best())])
         on_images(len(rows))
 
     running: deque[tuple] = deque()
-    towers = classifier.towers
-    stream = decoded_batches(reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda")
-    with closing(stream):
+    towers, share = classifier.towers, Share.of_this_process()
+    memory = out_of_memory_explained(
+        towers.device, "evaluation: run fewer at once (a larger cluster.gpus_per_training)"
+    )
+    stream = decoded_batches(
+        reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda", share=share
+    )
+    with closing(stream), memory:
         for task, rows, pixels in stream:
             running.append((task, rows, _fetched(classifier.probabilities(task, pixels).max(dim=1))))
             if len(running) > 1:
                 collect(*running.popleft())
-    for batch in running:
-        collect(*batch)
-    return predictions
+        for batch in running:
+            collect(*batch)
+    return [prediction for batch in share.in_turn(batches) for prediction in batch]
 
 
 def _fetched(best: Sequence[torch.Tensor]) -> Callable[[], tuple[list, ...]]:
@@ -101,13 +110,16 @@ def decoded_batches(
     threads: int,
     batch_size: int = BATCH_SIZE,
     pinned: bool = False,
+    share: Share | None = None,
 ) -> Iterator[tuple[str, list[dict], torch.Tensor]]:
     """The tasks' test sets in batches of one task: its name, rows (label, path), pixels uint8 (B, 3, S, S).
 
     One thread reads Parquet and `threads` decode (Pillow frees the GIL), AHEAD batches before the consumer, across
-    the tasks' bounds. `pinned`: pixels lie in memory from which a GPU copies while the program goes on.
+    the tasks' bounds. `pinned`: pixels lie in memory from which a GPU copies while the program goes on. Of several
+    workers, each decodes the batches of its `share` alone.
     """
-    batches = _batches_of_rows(reader, tasks, batch_size)
+    share = share or Share()
+    batches = islice(_batches_of_rows(reader, tasks, batch_size), share.rank, None, share.world)
     reading, decoding = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(threads, "decode")
 
     def read() -> tuple[str, list[dict], torch.Tensor, list[Future]] | None:

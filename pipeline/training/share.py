@@ -1,4 +1,5 @@
-"""Data-parallel training: which images and classes of a step a worker takes, and how the workers' parts add up.
+"""Data-parallel training: which images and classes of a step a worker takes, and how the workers' parts add up;
+which batches it evaluates.
 
 Every worker knows the whole step (all tasks' batches, all classes) and computes a share of its images and of its class
 texts. Text features and gradients are added up, so the numbers are those of one worker at the same total batch, up to
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -64,6 +66,15 @@ class Share:
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(total.view_as(tensor))
+
+    def in_turn(self, own: list[Any]) -> list[Any]:
+        """All workers' items, where item i of worker r is the (i · world + r)-th."""
+        if self.world == 1:
+            return own
+        of_all: list[Any] = [None] * self.world
+        dist.all_gather_object(of_all, own)
+        nothing = object()
+        return [item for turn in zip_longest(*of_all, fillvalue=nothing) for item in turn if item is not nothing]
 
 
 class _Sum(torch.autograd.Function):
