@@ -23,7 +23,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from plain_towers import plain_encode_image, plain_encode_text  # noqa: E402
 
 from pipeline.clip.class_tokens import class_tokens  # noqa: E402
-from pipeline.clip.classifier import autocast  # noqa: E402
+from pipeline.clip.precision import autocast  # noqa: E402
 from pipeline.clip.torchvision_compat import ensure_torchvision  # noqa: E402
 from pipeline.clip.towers import ClipTowers  # noqa: E402
 from pipeline.config import ClipConfig, MmapConfig  # noqa: E402
@@ -39,14 +39,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(name: str, device: torch.device) -> tuple[torch.nn.Module, ClipTowers]:
-    """open_clip's model with random weights (no time depends on weights), and our towers of it."""
+def load(name: str, device: torch.device, precision: str = "float32") -> tuple[torch.nn.Module, ClipTowers]:
+    """open_clip's model with random weights (no time depends on weights), and our towers of it, as load_clip does."""
     ensure_torchvision()
     import open_clip
 
     model = open_clip.create_model(name).eval().to(device)
     gib = ClipConfig.model_fields["activations_gib"].default
-    return model, ClipTowers(model, open_clip.get_tokenizer(name), activations_gib=gib).to(device)
+    towers = ClipTowers(model, open_clip.get_tokenizer(name), activations_gib=gib).to(device)
+    if precision == "bfloat16":
+        towers.hold_matrices_in_bfloat16()
+    return model, towers
 
 
 def class_words(count: int) -> list[str]:

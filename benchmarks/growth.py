@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--device", default=default_device())
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    _, towers = load(arguments.model, device)
+    _, towers = load(arguments.model, device, arguments.precision)
 
     rows = []
     for case in arguments.cases:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 from common import (
@@ -50,22 +51,23 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     precisions = ["float32", "tf32", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
-    model, towers = load(arguments.model, device)
     words = class_words(arguments.classes)
-    images, labels = random_batch(towers, arguments.images, arguments.classes)
-    pixels = torch.randint(0, 256, (arguments.evaluated, 3, towers.image_size, towers.image_size), dtype=torch.uint8)
-    pixels = pixels.to(device)
-    prompts = group_prompts(towers, NUM_TASKS)
-    made = tuple(tensor.detach() for tensor in prompts())
 
     rows, gradients_of = [], {}
     for precision in precisions:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         autocast_to = precision if precision == "bfloat16" else "float32"
+        torch.manual_seed(0)
+        _, towers = load(arguments.model, device, autocast_to)
+        images, labels = random_batch(towers, arguments.images, arguments.classes)
+        shape = (arguments.evaluated, 3, towers.image_size, towers.image_size)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        prompts = group_prompts(towers, NUM_TASKS)
+        made = tuple(tensor.detach() for tensor in prompts())
         peak = matmul_tflops(device, autocast_to)
         train = our_step(towers, prompts, words, images, labels, autocast_to)
         classifier = Classifier(towers, "a photo of a {}.", dict.fromkeys(prompts.tasks, words), made, autocast_to)
-        work = {"training": train, "evaluation": lambda c=classifier: c.probabilities(prompts.tasks[0], pixels)}
+        work = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
         gradients_of[precision] = train()
         first_call = None
         if arguments.compile:

@@ -37,6 +37,7 @@ def test_random_weights_are_always_the_same(model_file):
     config = ClipConfig(model=model_file, pretrained=None)
     before = torch.random.get_rng_state()
     first = weights_fingerprint(load_clip(config))
+    assert weights_fingerprint(load_clip(config.model_copy(update={"precision": "bfloat16"}))) == first
     load_clip.cache_clear()
     torch.manual_seed(123)
     assert weights_fingerprint(load_clip(config)) == first

@@ -172,6 +172,8 @@ def test_class_tokens_refuse_what_the_model_cannot_tell_apart():
     clip_tokenizer = tokenizer()
     with pytest.raises(UserError, match="takes 87 tokens.*reads 77"):
         class_tokens(clip_tokenizer, TEMPLATE, [["cat", "dog " * 80]])
+    with pytest.raises(UserError, match="takes 8 tokens.* beside 70 prompts; the model reads 77"):
+        class_tokens(clip_tokenizer, TEMPLATE, [["cat"]], num_carried=70)
     with pytest.raises(UserError, match="'TV' and 'tv' are the same"):
         class_tokens(clip_tokenizer, TEMPLATE, [["TV", "tv"]])
 

@@ -46,8 +46,11 @@ class ClassTokens:
         return ClassTokens(self.prefix, self.suffix[start:stop], self.eot[start:stop], tuple(counts))
 
 
-def class_tokens(tokenizer: Tokenizer, template: str, words_per_task: Sequence[Sequence[str]]) -> ClassTokens:
-    """Tokens of `template` filled with each class's words, for every task.
+def class_tokens(
+    tokenizer: Tokenizer, template: str, words_per_task: Sequence[Sequence[str]], num_carried: int = 0
+) -> ClassTokens:
+    """Tokens of `template` filled with each class's words, for every task, that leave positions for `num_carried`
+    prompts.
 
     Raises:
         UserError: a text is longer than the model's context, two classes of a task read the same to the tokenizer.
@@ -57,9 +60,10 @@ def class_tokens(tokenizer: Tokenizer, template: str, words_per_task: Sequence[S
         of_task: dict[tuple[int, ...], str] = {}
         for name in words:
             ids = [tokenizer.sot_token_id, *tokenizer.encode(template.format(name)), tokenizer.eot_token_id]
-            if len(ids) > tokenizer.context_length:
+            if len(ids) + num_carried > tokenizer.context_length:
+                beside = f" beside {num_carried} prompts" if num_carried else ""
                 raise UserError(
-                    f"class {name!r} takes {len(ids)} tokens in the template {template!r}; the model reads "
+                    f"class {name!r} takes {len(ids)} tokens in the template {template!r}{beside}; the model reads "
                     f"{tokenizer.context_length}: shorten it with data.class_names"
                 )
             if tuple(ids) in of_task:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bfloat16 autocast where it is asked for, or where `auto` finds a GPU that has it."""
-    use = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16) if use else nullcontext()
 
 
 class Classifier:

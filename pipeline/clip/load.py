@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.clip.class_tokens import Tokenizer
+from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, ClipConfig
@@ -74,7 +75,7 @@ def towers_without_weights(config: ClipConfig) -> ClipTowers:
 
 @lru_cache(maxsize=1)  # a Ray worker that trains one group after another loads CLIP once
 def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "cpu") -> ClipTowers:
-    """The frozen towers, float32, on `device`; weights files are read without executing pickled code."""
+    """The frozen towers in config.precision, on `device`; weights files are read without executing pickled code."""
     name = _register(config.model)
     model_config, quick_gelu = _resolve(config)
     file = weights_file(config)
@@ -98,7 +99,11 @@ def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "
                 f"clip.pretrained={config.pretrained!r} is refused: it is not a plain file of tensors ({error}). "
                 "Save the weights as safetensors"
             ) from None
-    return ClipTowers(model, load_tokenizer(config), text_order, config.activations_gib).to(device)
+    towers = ClipTowers(model, load_tokenizer(config), text_order, config.activations_gib).to(device)
+    if uses_bfloat16(towers.device, config.precision):
+        towers.fingerprint = weights_fingerprint(towers)
+        towers.hold_matrices_in_bfloat16()
+    return towers
 
 
 def load_tokenizer(config: ClipConfig) -> Tokenizer:
@@ -109,6 +114,8 @@ def load_tokenizer(config: ClipConfig) -> Tokenizer:
 
 def weights_fingerprint(towers: ClipTowers) -> str:
     """SHA-256 over all frozen numbers: prompts fit only the CLIP that they were trained on."""
+    if towers.fingerprint:
+        return towers.fingerprint
     digest = hashlib.sha256()
     for name, value in sorted(towers.named_parameters()):
         digest.update(name.encode())

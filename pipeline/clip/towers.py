@@ -62,6 +62,8 @@ class ClipTowers(nn.Module):
         self.tokenizer = tokenizer
         self.prompts_before_sos = text_order == "before_sos"
         self.activations_gib = activations_gib
+        self.fingerprint: str | None = None
+        """Of the weights before any were cast."""
         self.image_size: int = model.visual.image_size[0]
         for name, value in (("mean", model.visual.image_mean), ("std", model.visual.image_std)):
             self.register_buffer(f"pixel_{name}", torch.tensor(value)[:, None, None] * 255, persistent=False)
@@ -86,6 +88,19 @@ class ClipTowers(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.logit_scale.device
+
+    def hold_matrices_in_bfloat16(self) -> None:
+        """For frozen towers under autocast, which does not keep its casts of frozen weights: the same numbers, without
+        casting every matrix again in every step. LayerNorms and embeddings stay as they are."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(torch.bfloat16)
+            elif isinstance(module, nn.MultiheadAttention):
+                for parameter in (module.in_proj_weight, module.in_proj_bias):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        for parameter in (self.visual.proj, self.text_projection):
+            if isinstance(parameter, nn.Parameter):
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     def normalize_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [0, 255], uint8 or float → standardised by the model's mean and deviation."""
@@ -209,7 +224,7 @@ class ClipTowers(nn.Module):
         """Bytes that a row of `num_tokens` tokens, whose queries see `num_keys` keys, keeps for its backward pass, or
         where there is none, needs at once: less than two layers' worth."""
         width, hidden = blocks[0].attn.embed_dim, blocks[0].mlp.c_fc.out_features
-        dtype = self.visual.conv1.weight.dtype
+        dtype = self.ln_final.weight.dtype
         itemsize = 2 if torch.is_autocast_enabled(self.device.type) else dtype.itemsize
         norms = 2 * num_tokens * width * dtype.itemsize
         rest = num_tokens * (2 * width + hidden) + 2 * num_keys * width  # query, attended, MLP; keys, values

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 from ray.train import TrainingFailedError
 
 from pipeline.errors import UserError
@@ -132,7 +132,9 @@ class Stage:
             return UserError(str(error.cause))
         if isinstance(error, RayTaskError) and getattr(error.cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return UserError(f"{error.cause}: free some space in {self.run.storage}, and run the same command to go on")
-        if isinstance(error, WorkerCrashedError | TrainingFailedError):
+        if isinstance(error, RayTaskError) and isinstance(error.cause, TrainingFailedError):
+            error = error.cause
+        if isinstance(error, WorkerCrashedError | OutOfMemoryError | TrainingFailedError):
             return UserError(
                 f"a worker of stage {self.name!r} died {self.run.config.cluster.max_retries + 1} times: {error}. "
                 "Ray's logs say why; out of memory is the usual cause (fewer trainings at once: raise "

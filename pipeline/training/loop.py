@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.clip.class_tokens import ClassTokens
-from pipeline.clip.classifier import autocast
+from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
