@@ -36,7 +36,7 @@ from pipeline.grouping.partition import check_constraints
 from pipeline.methods.mmap import MmapShape
 from pipeline.progress import ProgressBoard
 from pipeline.storage import Artefact, make_folder, write_atomically
-from pipeline.tracking import Tracker, TrackingUnavailable, check_reachable, resolve_tracking_uri, run_environment
+from pipeline.tracking import Tracker, check_reachable, resolve_tracking_uri, run_environment
 
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
@@ -88,7 +88,7 @@ def run_job(description: str, main: Callable[[Run], None]) -> None:
     try:
         with open_run(config_from_command_line(parser), console) as run:
             main(run)
-    except (UserError, TrackingUnavailable) as error:
+    except UserError as error:
         console.print("[bold red]error:[/]", escape(str(error)), highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     """Checks the config against data, model, storage, tracking server and cluster; connects to them.
 
     Raises:
-        UserError, TrackingUnavailable: the first thing that is wrong, with the remedy.
+        UserError: the first thing that is wrong, with the remedy.
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
     config = _with_absolute_paths(config)

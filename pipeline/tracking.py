@@ -37,6 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from pipeline.errors import UserError
+
 log = logging.getLogger(__name__)
 
 RUN_KEY = "pipeline.run_key"
@@ -51,10 +53,6 @@ CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-
-
-class TrackingUnavailable(RuntimeError):
-    """The tracking URI cannot be used; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def resolve_tracking_uri(configured: str | None, storage: Path) -> str:
 
 
 def check_reachable(uri: str, timeout_s: float = 10) -> None:
-    """Raise TrackingUnavailable unless `uri` can be used: the check at the door, before any compute."""
+    """Raise UserError unless `uri` can be used: the check at the door, before any compute."""
     remedy = "change tracking.uri in the config, or set or unset MLFLOW_TRACKING_URI"
     if uri.startswith("sqlite:"):
         try:
@@ -83,9 +81,9 @@ def check_reachable(uri: str, timeout_s: float = 10) -> None:
             with tempfile.TemporaryFile(dir=folder):
                 return
         except (OSError, ValueError) as error:
-            raise TrackingUnavailable(f"Tracking database {uri}: {error}. To go on, {remedy}.") from error
+            raise UserError(f"Tracking database {uri}: {error}. To go on, {remedy}.") from error
     if not re.match(r"https?://[^/]", uri):
-        raise TrackingUnavailable(
+        raise UserError(
             f"Tracking URI {_without_password(uri)!r} is neither sqlite:////folder/mlflow.db nor "
             f"http(s)://host:port (a folder of files is no longer a store in MLflow 3). To go on, {remedy}."
         )
@@ -104,7 +102,7 @@ def check_reachable(uri: str, timeout_s: float = 10) -> None:
     thread.start()
     thread.join(timeout_s)
     if errors:
-        raise TrackingUnavailable(
+        raise UserError(
             f"MLflow at {_without_password(uri)} cannot be used: a list of its experiments was asked for, "
             f"and got: {_short(errors[0])}. Start the server (mlflow server --port ...), or {remedy}."
         )

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -82,7 +83,7 @@ def free_ports(count: int, first: int) -> list[int]:
 @pytest.fixture
 def ray_head(tmp_path):
     gcs, dashboard, agent, client = free_ports(4, first=6500)
-    temporary = Path("/tmp") / f"ray-test-{os.getpid()}"  # socket paths below tmp_path would be too long
+    temporary = Path(tempfile.mkdtemp(prefix="ray-"))  # socket paths below tmp_path would be too long
     address = f"http://127.0.0.1:{dashboard}"
     head = Server(
         [
