@@ -21,14 +21,13 @@ import torch
 from common import (
     Step,
     class_words,
+    cost,
     default_device,
     fastest_in_turn,
-    gflop,
     group_prompts,
     largest_difference,
     load,
     our_step,
-    peak_gib,
     plain_step,
     random_batch,
     table,
@@ -61,14 +60,13 @@ def main() -> None:
             "ours": our_step(towers, prompts, words, images, labels, arguments.precision),
             "plain": plain_step(model, towers, prompts, words, images, labels, arguments.precision),
         }
-        difference = largest_difference(steps["ours"](), steps["plain"]())
         for name, checkout, make in (("MaPLe", arguments.maple, maple_step), ("CoOp", arguments.coop, coop_step)):
             if checkout and num_tasks == 1:
                 steps[name] = make(checkout, model, words, images, labels, device)
-        gflops = {name: gflop(step) for name, step in steps.items()}
-        peaks = {name: peak_gib(step, device) for name, step in steps.items()}
-        seconds = fastest_in_turn(steps, arguments.repeats, device)
-        rows.append({"case": case, "difference": difference, "gflop": gflops, "gib": peaks, "seconds": seconds})
+        results, costs = zip(*(cost(step, device) for step in steps.values()))
+        row = {"case": case, "difference": largest_difference(*results[:2])}
+        row |= {key: {name: of[key] for name, of in zip(steps, costs)} for key in ("gflop", "gib")}
+        rows.append({**row, "seconds": fastest_in_turn(steps, arguments.repeats, device)})
         print(rows[-1], file=sys.stderr, flush=True)
 
     others = [name for name in ("plain", "MaPLe", "CoOp") if any(name in row["seconds"] for row in rows)]

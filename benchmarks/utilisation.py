@@ -20,9 +20,9 @@ import torch
 from common import (
     autocast,
     class_words,
+    cost,
     default_device,
     fastest_in_turn,
-    gflop,
     group_prompts,
     largest_difference,
     load,
@@ -68,13 +68,13 @@ def main() -> None:
         train = our_step(towers, prompts, words, images, labels, autocast_to)
         classifier = Classifier(towers, "a photo of a {}.", dict.fromkeys(prompts.tasks, words), made, autocast_to)
         work = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
-        gradients_of[precision] = train()
+        gradients_of[precision], of_training = cost(train, device)
+        flops = {"training": of_training["gflop"], "evaluation": cost(work["evaluation"], device)[1]["gflop"]}
         first_call = None
         if arguments.compile:
             compiled = torch.compile(train)
             first_call = timed(compiled, device)
-            work["compiled training"] = compiled
-        flops = {name: gflop(work["training" if "training" in name else name]) for name in work}
+            work["compiled training"], flops["compiled training"] = compiled, flops["training"]
         seconds = fastest_in_turn(work, arguments.repeats, device)
         for name in work:
             row = {

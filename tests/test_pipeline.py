@@ -162,19 +162,23 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(undisturbed, tmp_path, stag
     assert every_step_once(storage)
 
 
-def test_two_workers_share_a_training(undisturbed, tmp_path):
+def test_two_workers_share_each_training(undisturbed, tmp_path):
     """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
-    options = (*QUICK, "--cluster.workers_per_training", "2")
-    storage, job = tmp_path / "storage", dict(prefix=("jobs/train_global_prompt.py",))
-    finished = run(storage, *options, "--training.learning_rate", "1e30", **job)
-    assert finished.status == 2 and "error: the loss of task" in finished.output, finished.output
-    finished = run(storage, *options, **job)
+    storage, two = tmp_path / "storage", (*QUICK, "--cluster.workers_per_training", "2")
+    fault = run(storage, *two, "--training.learning_rate", "1e30", prefix=("jobs/train_global_prompt.py",))
+    assert fault.status == 2 and "error: the loss of task" in fault.output, fault.output
+
+    finished = run(storage, *two, "--grouping.num_groups", "1")  # two cores: one training after the other
     assert finished.status == 0, finished.output
+    assert every_step_once(storage)
     losses = [
         pq.read_table(next(folder.glob("global_prompt/*/history.parquet")))["loss"].to_numpy()
         for folder in (storage, undisturbed[0])
     ]
     assert len(losses[0]) == len(losses[1]) and abs(losses[0] - losses[1]).max() < 1e-3
+    for method in ("zero_shot", "all_in_one"):
+        alone, shared = (summary(folder)["methods"][method]["accuracy"] for folder in (undisturbed[0], storage))
+        assert shared == pytest.approx(alone, abs=0.01), method  # of 140 images, one may be on the fence
 
 
 def test_saved_prompts_give_the_same_predictions(undisturbed, tmp_path):

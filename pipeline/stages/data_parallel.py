@@ -44,9 +44,6 @@ def train_on_workers(
         trainer.fit()
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
-            cause = failure
-            while cause is not None and not isinstance(cause, UserError):
-                cause = getattr(cause, "cause", None) or cause.__cause__
-            if cause:
-                raise UserError(str(cause)) from None
+            if isinstance(failure, UserError):
+                raise failure from None
         raise
