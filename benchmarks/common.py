@@ -181,7 +181,7 @@ def write_results(name: str, device: torch.device, values: dict[str, Any]) -> No
     file = REPOSITORY / "benchmarks" / "results" / f"{name}_{kind}.json"
     file.parent.mkdir(exist_ok=True)
     machine = {"device": where(device), "torch": torch.__version__, "processor": platform.machine()}
-    file.write_text(json.dumps({**machine, **values}, indent=1) + "\n")
+    file.write_text(json.dumps({**values, **machine}, indent=1) + "\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -12,11 +12,12 @@ Cases:
 - training: decoded once and augmented batch by batch, against a loop that opens and augments each image in every
   step with torchvision's RandomResizedCrop, over `--epochs` epochs;
 - evaluation: test set -> predictions with the model at work while images are decoded, against decoding all and then
-  running the model.
+  running the model;
+- overlap: the same with a stand-in for a model on a GPU, which leaves the cores alone and is as slow as decoding.
 
 Files were just written, so they are read from memory. On a CPU the model and decoding share the cores, so running
-both at once can gain little there. Versions take turns, at least `--repeats` times and for `--seconds`, and the
-fastest run of each counts. Prints Markdown tables and writes benchmarks/results/input_speed_<device>.json.
+both at once can gain little there. Versions take turns, and the fastest run of each counts. Prints Markdown tables
+and writes benchmarks/results/input_speed_<device>.json.
 """
 
 from __future__ import annotations
@@ -26,40 +27,37 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import random
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL
 import torch
+from common import default_device, fastest_in_turn, load, table, where, write_results
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from pipeline.clip.classifier import Classifier  # noqa: E402
-from pipeline.clip.torchvision_compat import ensure_torchvision  # noqa: E402
-from pipeline.config import AugmentationConfig, DataConfig, TrainingConfig  # noqa: E402
-from pipeline.data.find import find_images  # noqa: E402
-from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part  # noqa: E402
-from pipeline.data.splits import content_fingerprint, sample_splits  # noqa: E402
-from pipeline.training.batches import batch_indices, load_training_sets  # noqa: E402
-from pipeline.training.evaluate import decoded_batches, evaluate  # noqa: E402
-from pipeline.training.loop import num_steps_per_epoch  # noqa: E402
+from pipeline.clip.classifier import Classifier
+from pipeline.clip.torchvision_compat import ensure_torchvision
+from pipeline.config import AugmentationConfig, DataConfig, TrainingConfig
+from pipeline.data.find import find_images
+from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.splits import content_fingerprint, sample_splits
+from pipeline.training.batches import batch_indices, load_training_sets
+from pipeline.training.evaluate import decoded_batches, evaluate
+from pipeline.training.loop import num_steps_per_epoch
 
 TASKS = ("art", "clip", "product", "real")
 CLASSES = ("ant", "bear", "cat", "dog", "eel")
 SHOTS = 6
 IMAGE_SIZE = 224
+OVERLAP_PASSES = 4
 BATCH_SIZE = TrainingConfig().batch_size
 Row = dict[str, object]
 
@@ -71,7 +69,6 @@ class Setting:
     images: int
     threads: int
     repeats: int
-    seconds: float
     epochs: int
     model: str
     device: torch.device
@@ -88,11 +85,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="images of all tasks together")
     parser.add_argument("--size", default="500x400", help="width x height of the JPEGs")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decoding threads, worker processes")
-    parser.add_argument("--repeats", type=int, default=2, help="least runs of each version")
-    parser.add_argument("--seconds", type=float, default=20, help="least time of a case")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each version; the fastest counts")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of the case training")
     parser.add_argument("--model", default="ViT-B-32", help="open_clip model name of the case evaluation")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     arguments = parser.parse_args()
     if arguments.images < len(TASKS) * len(CLASSES) * (SHOTS + 1):
         parser.error(f"--images: {SHOTS} train and one tests of each of {len(CLASSES)} classes in {len(TASKS)} tasks")
@@ -108,7 +104,6 @@ def main() -> None:
             arguments.images,
             arguments.threads,
             arguments.repeats,
-            arguments.seconds,
             arguments.epochs,
             arguments.model,
             device,
@@ -118,53 +113,20 @@ def main() -> None:
         build_splits(setting, "splits")
         rows = {case: CASES[case](setting) for case in arguments.cases}
 
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(
-        f"{where}, {cores} cores, {arguments.threads} threads, torch {torch.__version__}, Pillow {PIL.__version__}, "
+        f"{where(device)}, {os.cpu_count()} cores, {arguments.threads} threads, Pillow {PIL.__version__}, "
         f"{arguments.images} JPEGs of {arguments.size} ({bytes_per_image / 1024:.0f} KiB), "
-        f"fastest of {arguments.repeats} or more\n"
+        f"fastest of {arguments.repeats}\n"
     )
     for case, of_case in rows.items():
-        print(f"| {case} | images | s | images/s | ratio |\n|---|---:|---:|---:|---:|")
-        for row in of_case:
-            print(
-                f"| {row['version']} | {row['images']} | {row['s']:.2f} | {row['images/s']:.0f} | {row['ratio']:.2f} |"
-            )
-        print()
-    file = REPOSITORY / "benchmarks" / "results" / f"input_speed_{device.type}.json"
-    file.parent.mkdir(exist_ok=True)
-    machine = {
-        "device": where,
-        "cores": cores,
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        "Pillow": PIL.__version__,
-        "processor": platform.machine(),
-    }
-    data = {"images": arguments.images, "size": arguments.size, "bytes of an image": round(bytes_per_image)}
-    options = {"model": arguments.model, "epochs": arguments.epochs, "repeats": arguments.repeats}
-    file.write_text(json.dumps({**machine, **data, **options, "cases": rows}, indent=1) + "\n")
-
-
-def in_turn(setting: Setting, versions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Version → its fewest seconds."""
-    seconds: dict[str, list[float]] = {name: [] for name in versions}
-    began, rounds = time.perf_counter(), 0
-    while rounds < setting.repeats or time.perf_counter() - began < setting.seconds:
-        rounds += 1
-        for name, version in versions.items():
-            seconds[name].append(timed(version))
-            print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    return {name: min(values) for name, values in seconds.items()}
-
-
-def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+        columns = [case, "images", "s", "images/s", "ratio"]
+        lines = [
+            [row["version"], row["images"], f"{row['s']:.2f}", f"{row['images/s']:.0f}", f"{row['ratio']:.2f}"]
+            for row in of_case
+        ]
+        print(table(columns, lines), end="\n\n")
+    machine = {"cores": os.cpu_count(), "Pillow": PIL.__version__, "bytes of an image": round(bytes_per_image)}
+    write_results("input_speed", device, {**machine, **vars(arguments), "rows": rows})
 
 
 def rows_of(seconds: dict[str, float], images: int) -> list[Row]:
@@ -210,7 +172,7 @@ def splits(setting: Setting) -> list[Row]:
         "PIL loop that copies files": lambda: plain_splits(setting),
         f"ours, {setting.threads} processes": lambda: build_splits(setting, "again"),
     }
-    return rows_of(in_turn(setting, versions), setting.images)
+    return rows_of(fastest_in_turn(versions, setting.repeats, setting.device), setting.images)
 
 
 def build_splits(setting: Setting, name: str) -> None:
@@ -289,7 +251,7 @@ def decoding(setting: Setting) -> list[Row]:
     versions = {"PIL and torchvision loop": plain}
     for threads in sorted({1, setting.threads}):
         versions[f"ours, {threads} thread{'s' * (threads > 1)}"] = partial(ours, threads)
-    return rows_of(in_turn(setting, versions), len(paths))
+    return rows_of(fastest_in_turn(versions, setting.repeats, setting.device), len(paths))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -334,19 +296,14 @@ def training(setting: Setting) -> list[Row]:
                 torch.stack(pixels).to(device)
 
     versions = {"PIL and torchvision loop": plain, f"ours, decoded once for {setting.epochs} epochs": ours}
-    return rows_of(in_turn(setting, versions), num_steps * len(TASKS) * BATCH_SIZE)
+    return rows_of(fastest_in_turn(versions, setting.repeats, setting.device), num_steps * len(TASKS) * BATCH_SIZE)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 def evaluation(setting: Setting) -> list[Row]:
-    import open_clip
-
-    from pipeline.clip.towers import ClipTowers
-
-    model = open_clip.create_model(setting.model)
-    towers = ClipTowers(model, open_clip.get_tokenizer(setting.model)).to(setting.device)
+    _, towers = load(setting.model, setting.device)
     classifier = Classifier(towers, "a photo of a {}.", dict.fromkeys(TASKS, CLASSES))
     reader = reader_of(setting)
     batches: list[tuple] = []
@@ -364,13 +321,53 @@ def evaluation(setting: Setting) -> list[Row]:
         "model alone": run_model,
         "overlapped": lambda: evaluate(classifier, reader, TASKS, setting.threads),
     }
-    seconds = in_turn(setting, versions)
+    seconds = fastest_in_turn(versions, setting.repeats, setting.device)
     one_after_the_other = seconds["decoding alone"] + seconds["model alone"]
     images = sum(len(rows) for _, rows, _ in batches)
     return rows_of({"decoding, then the model (sum)": one_after_the_other, **seconds}, images)
 
 
-CASES = {"splits": splits, "decoding": decoding, "training": training, "evaluation": evaluation}
+# --- overlap ---------------------------------------------------------------------------------------------------------
+
+
+class ModelElsewhere:
+    """Stands for a model on a GPU: it leaves the cores alone and takes a given time an image."""
+
+    def __init__(self, seconds_per_image: float):
+        self.seconds_per_image = seconds_per_image
+        self.towers = SimpleNamespace(image_size=IMAGE_SIZE, device=torch.device("cpu"))
+
+    def probabilities(self, task: str, pixels: torch.Tensor) -> torch.Tensor:
+        time.sleep(len(pixels) * self.seconds_per_image)
+        return torch.ones(len(pixels), 1)
+
+
+def overlap(setting: Setting) -> list[Row]:
+    reader, tasks = reader_of(setting), TASKS * OVERLAP_PASSES
+
+    def decode() -> int:
+        return sum(len(rows) for _, rows, _ in decoded_batches(reader, tasks, IMAGE_SIZE, setting.threads))
+
+    images, began = decode(), time.perf_counter()
+    decode()
+    model = ModelElsewhere((time.perf_counter() - began) / images)  # as slow as decoding, where overlap helps most
+    versions = {
+        "decoding alone": decode,
+        "model alone": lambda: time.sleep(images * model.seconds_per_image),
+        "overlapped": lambda: evaluate(model, reader, tasks, setting.threads),
+    }
+    seconds = fastest_in_turn(versions, setting.repeats, setting.device)
+    both = sum(seconds[name] for name in list(seconds)[:2])
+    return rows_of({"decoding, then the model (sum)": both, **seconds}, images)
+
+
+CASES = {
+    "splits": splits,
+    "decoding": decoding,
+    "training": training,
+    "evaluation": evaluation,
+    "overlap": overlap,
+}
 
 if __name__ == "__main__":
     main()
