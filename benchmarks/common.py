@@ -82,9 +82,9 @@ def our_step(
 
     def step() -> list[torch.Tensor]:
         with autocast(towers.device, precision):
-            text, vision = prompts()
-            x = towers.encode_image(images, vision, [batch] * num_tasks).split(batch)
-            z = towers.encode_text(tokens, text).split(num_classes)
+            adaptation = prompts()
+            x = adaptation.encode_image(towers, images, [batch] * num_tasks).split(batch)
+            z = adaptation.encode_text(towers, tokens).split(num_classes)
         losses = [F.cross_entropy(towers.logits(*pair), label) for *pair, label in zip(x, z, labels.split(batch))]
         return list(torch.autograd.grad(sum(losses), parameters))
 
@@ -109,9 +109,9 @@ def plain_step(
         total = [torch.zeros_like(parameter) for parameter in parameters]
         for t, (of_task, label) in enumerate(zip(images.split(batch), labels.split(batch))):
             with autocast(towers.device, precision):
-                text, vision = prompts()
-                x = plain_encode_image(model, of_task, vision[t])
-                z = plain_encode_text(model, ids, text[t])
+                made = prompts()
+                x = plain_encode_image(model, of_task, made.vision_prompts[t])
+                z = plain_encode_text(model, ids, made.text_prompts[t])
             loss = F.cross_entropy(towers.logits(x, z), label)
             total = [a + b for a, b in zip(total, torch.autograd.grad(loss, parameters))]
         return total

@@ -43,12 +43,13 @@ import torch
 from common import default_device, fastest_in_turn, load, table, where, write_results
 from PIL import Image
 
-from pipeline.clip.classifier import Classifier
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import AugmentationConfig, DataConfig, TrainingConfig
 from pipeline.data.find import find_images
 from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import content_fingerprint, sample_splits
+from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.classifier import Classifier
 from pipeline.training.batches import batch_indices, load_training_sets
 from pipeline.training.evaluate import decoded_batches, evaluate
 from pipeline.training.loop import num_steps_per_epoch
@@ -304,7 +305,7 @@ def training(setting: Setting) -> list[Row]:
 
 def evaluation(setting: Setting) -> list[Row]:
     _, towers = load(setting.model, setting.device)
-    classifier = Classifier(towers, "a photo of a {}.", dict.fromkeys(TASKS, CLASSES))
+    classifier = Classifier(towers, "a photo of a {}.", [(dict.fromkeys(TASKS, CLASSES), Adaptation())])
     reader = reader_of(setting)
     batches: list[tuple] = []
 

@@ -102,7 +102,6 @@ def start_ray(folder: str) -> tuple[str, subprocess.Popen]:
 def plain_pipeline(config: Config, folder: Path) -> None:
     """The stages' computing as one reads it in the paper."""
     from pipeline.clip.class_tokens import class_tokens
-    from pipeline.clip.classifier import Classifier
     from pipeline.clip.load import load_clip
     from pipeline.data.find import find_images
     from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
@@ -110,6 +109,8 @@ def plain_pipeline(config: Config, folder: Path) -> None:
     from pipeline.demo.digits import write_digits
     from pipeline.grouping.affinity import affinity_matrix
     from pipeline.grouping.partition import best_partition
+    from pipeline.methods.adaptation import Adaptation
+    from pipeline.methods.classifier import Classifier
     from pipeline.methods.mmap import GroupMmap, MmapShape, SharedMmap
     from pipeline.training.batches import load_training_sets
     from pipeline.training.evaluate import accuracy, evaluate
@@ -143,8 +144,10 @@ def plain_pipeline(config: Config, folder: Path) -> None:
         tokens = class_tokens(towers.tokenizer, config.clip.template, [words[task] for task in prompts.tasks])
         return train(towers, prompts, sets, tokens, config.training, epochs=epochs, seed=config.seed, **snapshots)[1]
 
-    def tested(group, prompts=None):
-        classifier = Classifier(towers, config.clip.template, {task: words[task] for task in group}, prompts)
+    @torch.no_grad()
+    def tested(group, adaptation):
+        groups = [({task: words[task] for task in group}, adaptation)]
+        classifier = Classifier(towers, config.clip.template, groups)
         return accuracy(evaluate(classifier, reader, group, 1))
 
     shared = SharedMmap(shape, tasks, config.seed, config.mmap.init_std)
@@ -152,12 +155,12 @@ def plain_pipeline(config: Config, folder: Path) -> None:
     gradients = torch.stack([taken for _, taken in snapshots]).double().numpy()
     affinity = affinity_matrix(gradients, config.grouping.affinity)
     partition = best_partition(affinity, objective=config.grouping.objective)
-    found = {"zero_shot": tested(tasks), "all_in_one": {}, "grouped": {}}
+    found = {"zero_shot": tested(tasks, Adaptation()), "all_in_one": {}, "grouped": {}}
     groups = [[tasks[i] for i in group] for group in partition.groups]
     for method, group in [("all_in_one", tasks), *(("grouped", group) for group in groups)]:
         prompts = GroupMmap(shape, group, config.seed, config.mmap.init_std)
         trained(prompts, config.training.epochs)
-        found[method] |= tested(group, tuple(made.detach() for made in prompts()))
+        found[method] |= tested(group, prompts())
     (folder / "accuracy.json").write_text(json.dumps(found))
 
 

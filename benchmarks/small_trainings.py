@@ -110,7 +110,9 @@ def trained(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence
     images, labels = (torch.cat(parts) for parts in zip(*batches))
     for _ in range(arguments.steps):
         with autocast(device, arguments.precision):
-            text, vision = (torch.cat(parts) for parts in zip(*(of() for of in prompts)))
+            made = [of() for of in prompts]
+            text = torch.cat([adaptation.text_prompts for adaptation in made])
+            vision = torch.cat([adaptation.vision_prompts for adaptation in made])
             x = towers.encode_image(images, vision, [batch] * len(numbers)).split(batch)
             z = towers.encode_text(tokens, text).split(arguments.classes)
         losses = [F.cross_entropy(towers.logits(*pair), label) for *pair, label in zip(x, z, labels.split(batch))]

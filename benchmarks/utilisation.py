@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 from common import (
+    TEMPLATE,
     autocast,
     class_words,
     cost,
@@ -34,7 +35,7 @@ from common import (
     write_results,
 )
 
-from pipeline.clip.classifier import Classifier
+from pipeline.methods.classifier import Classifier
 
 NUM_TASKS = 4
 
@@ -63,10 +64,11 @@ def main() -> None:
         shape = (arguments.evaluated, 3, towers.image_size, towers.image_size)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         prompts = group_prompts(towers, NUM_TASKS)
-        made = tuple(tensor.detach() for tensor in prompts())
         peak = matmul_tflops(device, autocast_to)
         train = our_step(towers, prompts, words, images, labels, autocast_to)
-        classifier = Classifier(towers, "a photo of a {}.", dict.fromkeys(prompts.tasks, words), made, autocast_to)
+        with torch.no_grad():
+            groups = [(dict.fromkeys(prompts.tasks, words), prompts())]
+        classifier = Classifier(towers, TEMPLATE, groups, autocast_to)
         work = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
         gradients_of[precision], of_training = cost(train, device)
         flops = {"training": of_training["gflop"], "evaluation": cost(work["evaluation"], device)[1]["gflop"]}

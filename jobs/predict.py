@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.clip.classifier import Classifier
 from pipeline.data.find import IMAGE_SUFFIXES
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.errors import UserError
+from pipeline.methods.classifier import Classifier
 from pipeline.methods.prompt_file import load_prompts
 from pipeline.training.evaluate import BATCH_SIZE
 

@@ -39,6 +39,23 @@ def _one_class_field(template: str) -> str:
     return template
 
 
+Method = Literal[
+    "coop",
+    "coop_mt",
+    "vpt",
+    "vpt_mt",
+    "maple",
+    "maple_mt",
+    "clip_adapter",
+    "clip_adapter_mt",
+    "joint_prompts",
+    "joint_prompts_mt",
+    "mlp_prompts",
+    "mlp_prompts_mt",
+]
+"""`_mt`: one for all tasks; without: one for each task."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -103,6 +120,42 @@ class MmapConfig(Section):
                 f"valid: {_divisors(self.prompt_length)}"
             )
         return self
+
+
+class CoopConfig(Section):
+    context_length: PositiveInt = 16
+    """Context vectors, which take the place of the template's words before the class name."""
+
+
+class VptConfig(Section):
+    prompt_length: PositiveInt = 8
+    """Prompt vectors in each layer of the image tower."""
+
+
+class MapleConfig(Section):
+    prompt_length: PositiveInt = 2
+    """Text prompt vectors in a layer; those of the first layer start as the template's first words."""
+    depth: PositiveInt = 9
+    """Layers, from the first, that get new prompts."""
+
+
+class ClipAdapterConfig(Section):
+    reduction: PositiveInt = 4
+    """How much narrower the bottleneck is than the image feature."""
+    ratio: Share = 0.2
+    """Share of the bottleneck's output in the adapted feature."""
+
+
+class JointPromptsConfig(Section):
+    prompt_length: PositiveInt = 8
+    """Prompt vectors in each layer of each tower."""
+
+
+class MlpPromptsConfig(Section):
+    prompt_length: PositiveInt = 4
+    """Prompt vectors in each layer."""
+    source_width: PositiveInt = 256
+    """Width of the source prompt that the linear layers map to both towers."""
 
 
 class AugmentationConfig(Section):
@@ -198,6 +251,21 @@ class Config(Section):
     """The frozen CLIP."""
     mmap: MmapConfig = MmapConfig()
     """Shape of the multi-modal alignment prompts."""
+    compare: tuple[Method, ...] = ()
+    """Other methods to train and evaluate beside MmAP, under the same training settings: each task for itself, or with
+    `_mt` one for all tasks."""
+    coop: CoopConfig = CoopConfig()
+    """CoOp: text context."""
+    vpt: VptConfig = VptConfig()
+    """VPT: prompts of the image tower."""
+    maple: MapleConfig = MapleConfig()
+    """MaPLe: text prompts mapped into the image tower."""
+    clip_adapter: ClipAdapterConfig = ClipAdapterConfig()
+    """CLIP-Adapter: a bottleneck on image features."""
+    joint_prompts: JointPromptsConfig = JointPromptsConfig()
+    """Prompts of both towers with nothing in common (ablation)."""
+    mlp_prompts: MlpPromptsConfig = MlpPromptsConfig()
+    """Prompts of both towers made by linear layers (ablation)."""
     training: TrainingConfig = TrainingConfig()
     """How prompts are trained (stages 2 and 4)."""
     global_prompt: GlobalPromptConfig = GlobalPromptConfig()

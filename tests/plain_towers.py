@@ -15,6 +15,8 @@ def plain_encode_image(
     """images (B, 3, H, W), prompts (K', b, D) → (B, E). Eq. 10: [CLS, prompts, patches] at each layer; carried: the
     prompts of layer K' stay (VPT-shallow, MaPLe)."""
     x = model.visual._embeds(images)
+    if carried:
+        prompts = torch.cat([model.visual.ln_pre(prompts[:1]), prompts[1:]])
     for k, block in enumerate(model.visual.transformer.resblocks):
         prompted = prompts is not None and k < len(prompts)
         b = prompts.shape[1] if prompted else 0

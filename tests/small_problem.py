@@ -12,9 +12,9 @@ from PIL import Image
 from small_clip import CLASS_WORDS, small_towers
 
 from pipeline.clip.class_tokens import class_tokens
-from pipeline.clip.classifier import Classifier
 from pipeline.config import AugmentationConfig, MmapConfig, TrainingConfig
 from pipeline.data.parquet import SplitDescription, plan_parts, scan_image, write_part
+from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import GroupMmap, MmapShape
 from pipeline.training.batches import TrainingSet
 
@@ -82,5 +82,6 @@ def prompted_classifier(device: str = "cpu") -> Classifier:
     """Of the three tasks, with prompts."""
     towers, _ = small_towers()
     prompts = GroupMmap(mmap_shape(towers), tuple(TEST_COUNTS), seed=1, init_std=0.3).double()
-    made = tuple(made.detach() for made in prompts.to(device)())
-    return Classifier(towers.to(device), TEMPLATE, {task: CLASS_WORDS for task in TEST_COUNTS}, made, "float32")
+    with torch.no_grad():
+        groups = [({task: CLASS_WORDS for task in TEST_COUNTS}, prompts.to(device)())]
+    return Classifier(towers.to(device), TEMPLATE, groups, "float32")

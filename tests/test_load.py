@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from small_clip import open_clip
 
-from pipeline.clip.classifier import Classifier
 from pipeline.clip.load import clip_identity, load_clip, towers_without_weights, weights_fingerprint
-from pipeline.config import BUILTIN_DIGITS, ClipConfig, MmapConfig
+from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.errors import UserError
+from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import GroupMmap, MmapShape
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
 
@@ -124,14 +124,17 @@ def test_other_models_are_refused_at_the_door(name):
 
 @pytest.fixture
 def trained():
-    clip, mmap = ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS), MmapConfig(prompt_length=4, source_rows=4)
-    towers = load_clip(clip)
+    config = Config(
+        clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS),
+        mmap=MmapConfig(prompt_length=4, source_rows=4),
+    )
+    towers = load_clip(config.clip)
     parts = []
     for seed, group in enumerate(
         [{"ink": ["one", "two"], "neon": ["one", "two", "three"]}, {"chalk": ["six", "nine"]}]
     ):
-        prompts = GroupMmap(MmapShape.of(mmap, towers), tuple(group), seed)
-        parts.append(TrainedPrompts(clip, mmap, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+        prompts = GroupMmap(MmapShape.of(config.mmap, towers), tuple(group), seed)
+        parts.append(TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
     return towers, parts
 
 
@@ -146,17 +149,17 @@ def test_prompts_round_trip_with_the_same_probabilities(trained, tmp_path):
     classifier = loaded.classifier()
     for part in parts:
         (group,), (state,) = part.groups, part.states
-        prompts = GroupMmap(MmapShape.of(part.mmap, towers), tuple(group), seed=9)
+        prompts = GroupMmap(MmapShape.of(part.config.mmap, towers), tuple(group), seed=9)
         prompts.load_state_dict(state)
         with torch.no_grad():
-            original = Classifier(towers, part.clip.template, group, prompts())
+            original = Classifier(towers, part.config.clip.template, [(group, prompts())])
         for task in group:
             torch.testing.assert_close(classifier.probabilities(task, pixels), original.probabilities(task, pixels))
 
 
 def test_prompts_refuse_another_clip(trained, tmp_path):
     _, (part, _) = trained
-    other = TrainedPrompts(part.clip, part.mmap, "0" * 64, part.groups, part.states)
+    other = TrainedPrompts("mmap", part.config, "0" * 64, part.groups, part.states)
     with pytest.raises(UserError, match="not those that these prompts were trained on"):
         other.classifier()
 

@@ -13,7 +13,8 @@ from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import towers_without_weights
 from pipeline.config import REPOSITORY, ClipConfig, MmapConfig, load_yaml
 from pipeline.errors import UserError
-from pipeline.methods.mmap import GroupMmap, MmapShape, MmapStack, SharedMmap, derive_seed, kronecker
+from pipeline.methods.mmap import GroupMmap, MmapShape, MmapStack, SharedMmap, kronecker
+from pipeline.seeds import derive_seed
 from pipeline.training.snapshots import layer_norms
 
 TASKS = ("ink", "chalk", "neon")
@@ -94,11 +95,10 @@ def problem():
     return towers, tokens, images, labels
 
 
-def task_losses(problem, prompts):
+def task_losses(problem, adaptation):
     towers, tokens, images, labels = problem
-    text, vision = prompts
-    x = towers.encode_image(images, vision, [2, 2, 2]).split(2)
-    z = towers.encode_text(tokens, text).split(tokens.classes_per_task)
+    x = adaptation.encode_image(towers, images, [2, 2, 2]).split(2)
+    z = adaptation.encode_text(towers, tokens).split(tokens.classes_per_task)
     return [F.cross_entropy(towers.logits(*pair), of_task) for *pair, of_task in zip(x, z, labels)]
 
 
@@ -154,8 +154,9 @@ def test_group_step_is_the_sum_of_the_tasks_own_steps(problem):
 
 def test_layers_see_group_prompts_then_task_prompts(problem):
     prompts = GroupMmap(mmap_shape(problem[0]), TASKS, seed=1)
-    text, vision = prompts()
-    assert text.shape[2] == vision.shape[2] == 8
+    made = prompts()
+    text = made.text_prompts
+    assert text.shape[2] == made.vision_prompts.shape[2] == 8
     for t in range(3):
         assert torch.equal(text[t, :, :4], prompts.group()[0][0])
         assert torch.equal(text[t, :, 4:], prompts.task()[0][t])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.clip.load import load_clip, weights_fingerprint
-from pipeline.config import BUILTIN_DIGITS, REPOSITORY, ClipConfig, MmapConfig
+from pipeline.config import BUILTIN_DIGITS, REPOSITORY, ClipConfig, Config, MmapConfig
 from pipeline.methods.mmap import GroupMmap, MmapShape
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
 
@@ -21,12 +21,15 @@ spec.loader.exec_module(predict)
 
 @pytest.fixture
 def prompts_file(tmp_path):
-    clip, mmap = ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS), MmapConfig(prompt_length=2, source_rows=2)
-    towers = load_clip(clip)
+    config = Config(
+        clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS),
+        mmap=MmapConfig(prompt_length=2, source_rows=2),
+    )
+    towers = load_clip(config.clip)
     group = {"ink": ["one", "two"], "neon": ["one", "two"]}
-    prompts = GroupMmap(MmapShape.of(mmap, towers), tuple(group), seed=1)
+    prompts = GroupMmap(MmapShape.of(config.mmap, towers), tuple(group), seed=1)
     file = tmp_path / "prompts.safetensors"
-    save_prompts(file, TrainedPrompts(clip, mmap, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+    save_prompts(file, TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
     return file
 
 

@@ -27,12 +27,13 @@ from small_problem import (
     write_test_splits,
 )
 
-from pipeline.clip.classifier import Classifier
 from pipeline.config import TrainingConfig
 from pipeline.data import parquet
 from pipeline.data.images import evaluation_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
+from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training import loop
 from pipeline.training.batches import batch_indices
@@ -85,10 +86,10 @@ def test_the_loop_is_plain_sgd_on_the_summed_losses(problem):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
         losses = []
         for t, of_task in enumerate(sets):
-            text, vision = slow()
+            made = slow()
             pixels, labels = of_task.batch(step, 3, towers.image_size, CONFIG.augmentation, 5)
-            x = plain_encode_image(model, towers.normalize_pixels(pixels), vision[t])
-            z = plain_encode_text(model, ids, text[t])
+            x = plain_encode_image(model, towers.normalize_pixels(pixels), made.vision_prompts[t])
+            z = plain_encode_text(model, ids, made.text_prompts[t])
             losses.append(F.cross_entropy(towers.logits(x, z), labels))
         optimizer.zero_grad()
         sum(losses).backward()
@@ -316,7 +317,7 @@ def test_an_image_that_broke_after_the_splits_is_named(split_reader, monkeypatch
     watch_rows(monkeypatch, lambda row: row | {"image": b"half"} if row["path"] == "ink/1/1.png" else row)
     before = set(threading.enumerate())
     towers, _ = small_towers()
-    classifier = Classifier(towers, TEMPLATE, {task: CLASS_WORDS for task in TEST_COUNTS})
+    classifier = Classifier(towers, TEMPLATE, [({task: CLASS_WORDS for task in TEST_COUNTS}, Adaptation())])
     done = []
     with pytest.raises(UserError, match=r"test image ink/1/1\.png of task 'ink' cannot be decoded"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2, on_images=done.append)
@@ -327,7 +328,7 @@ def test_an_image_that_broke_after_the_splits_is_named(split_reader, monkeypatch
 def test_a_model_that_fails_leaves_no_threads(split_reader):
     before = set(threading.enumerate())
     towers, _ = small_towers()
-    classifier = Classifier(towers, TEMPLATE, {"neon": CLASS_WORDS})
+    classifier = Classifier(towers, TEMPLATE, [({"neon": CLASS_WORDS}, Adaptation())])
     with pytest.raises(KeyError, match="chalk"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
     assert set(threading.enumerate()) <= before

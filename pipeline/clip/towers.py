@@ -119,8 +119,10 @@ class ClipTowers(nn.Module):
             images: (B, 3, H, W), standardised, task by task.
             prompts: (T, K', b, D) for the first K' layers; images of task t see prompts[t]. None: CLIP as it is.
             images_per_task: T counts, ΣB.
-            carried: the prompts of layer K' go on through the layers after it.
+            carried: the prompts are tokens of the input, normed like patches, and those of layer K' go on after it.
         """
+        if carried:
+            prompts = torch.cat([self.visual.ln_pre(prompts[:, :1]), prompts[:, 1:]], dim=1)
         replaced = _replaced_prompts(self.vision_blocks, prompts, carried)
         last_prompted = -1 if prompts is None else prompts.shape[1] - 1
 

@@ -8,7 +8,6 @@ Dimensions: N MmAPs in the stack, T tasks, K layers, m × n source prompt, b pro
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,10 @@ import torch
 from torch import nn
 
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import MmapConfig, source_columns
+from pipeline.config import Config, MmapConfig, source_columns
 from pipeline.errors import UserError
+from pipeline.methods.adaptation import Adaptation
+from pipeline.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,13 @@ class SharedMmap(nn.Module):
         self.mmap = MmapStack(shape, [derive_seed(seed, "global")], init_std)
         self._copies: list[torch.Tensor] = []
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text prompts (T, K, b, d_l) and vision prompts (T, K, b, d_v)."""
+    def forward(self) -> Adaptation:
         self._copies = [p.expand(len(self.tasks), *p.shape[1:]) for p in self.mmap.parameters()]
         if torch.is_grad_enabled():
             for copy in self._copies:
                 copy.retain_grad()
         source, text_scaling, vision_scaling = self._copies
-        return kronecker(text_scaling, source), kronecker(vision_scaling, source)
+        return Adaptation(kronecker(text_scaling, source), kronecker(vision_scaling, source))
 
     def task_gradients(self) -> torch.Tensor:
         """(T, parameters): each task's gradient of the last backward pass, parameters in `gradient_layout` order."""
@@ -119,21 +119,21 @@ class GroupMmap(nn.Module):
         self.group = MmapStack(shape, [derive_seed(seed, "group")], init_std)
         self.task = MmapStack(shape, [derive_seed(seed, "task", name) for name in tasks], init_std)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text prompts (T, K, 2b, d_l) and vision prompts (T, K, 2b, d_v)."""
-        text, vision = (
-            torch.cat([group.expand(len(self.tasks), -1, -1, -1), task], dim=2)
-            for group, task in zip(self.group(), self.task())
+    @staticmethod
+    def of(config: Config, towers: ClipTowers, tasks: Sequence[str]) -> GroupMmap:
+        return GroupMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
+
+    def forward(self) -> Adaptation:
+        """2b prompts in every layer of both towers."""
+        return Adaptation(
+            *(
+                torch.cat([group.expand(len(self.tasks), -1, -1, -1), task], dim=2)
+                for group, task in zip(self.group(), self.task())
+            )
         )
-        return text, vision
 
 
 def kronecker(scaling: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Batched Kronecker product: (..., p, q) ⊗ (..., m, n) → (..., p·m, q·n), as torch.kron for each batch entry."""
     product = torch.einsum("...pq,...mn->...pmqn", scaling, source)
     return product.flatten(-2).flatten(-3, -2)
-
-
-def derive_seed(seed: int, *names: str) -> int:
-    """A seed for one purpose, the same on every machine, independent of all other purposes'."""
-    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")

@@ -1,7 +1,7 @@
-"""Trained prompts as one safetensors file: the numbers, and in its header all that is needed to use them.
+"""What a method trained as one safetensors file: the numbers, and in its header all that is needed to use them.
 
-Header field `prompts` (JSON): the CLIP with the fingerprint of its weights, the shape of the MmAPs, and per group its
-tasks with their class names by label. Nothing in the file is executed on loading.
+Header field `prompts` (JSON): the method and its options, the CLIP with the fingerprint of its weights, and per group
+its tasks with their class names by label. Nothing in the file is executed on loading.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.clip.classifier import Classifier
 from pipeline.clip.load import load_clip, weights_fingerprint
-from pipeline.config import ClipConfig, MmapConfig
+from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.methods.mmap import GroupMmap, MmapShape
+from pipeline.methods.classifier import Classifier
+from pipeline.methods.registry import kind_of, options_of
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TrainedPrompts:
-    """Prompts of one or several groups. `groups`: per group task → class words by label; `states`: the state dict of
-    each group's GroupMmap; `weights`: fingerprint of the CLIP that they were trained on."""
+    """Of one or several groups. `config`: its CLIP and the method's section count; `weights`: fingerprint of the CLIP
+    that they were trained on; `groups`: per group task → class words by label; `states`: each group's state dict."""
 
-    clip: ClipConfig
-    mmap: MmapConfig
+    method: str
+    config: Config
     weights: str
     groups: tuple[dict[str, list[str]], ...]
     states: tuple[dict[str, torch.Tensor], ...]
@@ -56,29 +56,33 @@ class TrainedPrompts:
         Raises:
             UserError: the CLIP found is not the one that the prompts were trained on.
         """
-        clip = self.clip.model_copy(update={"pretrained": pretrained}) if pretrained else self.clip
-        towers = load_clip(clip, self.mmap.text_order, device)
+        config = self.config
+        if pretrained:
+            config = config.model_copy(update={"clip": config.clip.model_copy(update={"pretrained": pretrained})})
+        towers = load_clip(config.clip, config.mmap.text_order, device)
         if weights_fingerprint(towers) != self.weights:
             raise UserError(
-                f"the weights of clip.pretrained={clip.pretrained!r} are not those that these prompts were trained on; "
-                "give the same weights"
+                f"the weights of clip.pretrained={config.clip.pretrained!r} are not those that these prompts were "
+                "trained on; give the same weights"
             )
-        shape = MmapShape.of(self.mmap, towers)
-        text, vision = [], []
-        for group, state in zip(self.groups, self.states):
-            prompts = GroupMmap(shape, tuple(group), seed=0)
-            prompts.load_state_dict(state)
+        kind, groups = kind_of(self.method), []
+        for words, state in zip(self.groups, self.states):
+            method = kind.build(config, towers, tuple(words))
+            method.load_state_dict(state)
             with torch.no_grad():
-                for made, of_tower in zip(prompts.to(device)(), (text, vision)):
-                    of_tower.append(made)
-        return Classifier(towers, clip.template, self.words, (torch.cat(text), torch.cat(vision)), clip.precision)
+                groups.append((words, method.to(device)()))
+        return Classifier(towers, kind.template(config), groups, config.clip.precision)
 
 
 def save_prompts(path: Path, prompts: TrainedPrompts) -> None:
     header = {
         "format": FORMAT,
-        "clip": prompts.clip.model_dump(mode="json"),
-        "mmap": prompts.mmap.model_dump(mode="json"),
+        "method": prompts.method,
+        "config": {
+            "clip": prompts.config.clip.model_dump(mode="json"),
+            "mmap": prompts.config.mmap.model_dump(mode="json"),  # the place of text prompts
+            **options_of(prompts.method, prompts.config),
+        },
         "weights": prompts.weights,
         "groups": prompts.groups,
     }
@@ -104,8 +108,8 @@ def load_prompts(path: Path) -> TrainedPrompts:
             raise UserError(f"prompts file {path} has format {header['format']!r}; this version reads {FORMAT}")
         groups = tuple(header["groups"])
         return TrainedPrompts(
-            ClipConfig(**header["clip"]),
-            MmapConfig(**header["mmap"]),
+            header["method"],
+            Config(**header["config"]),
             header["weights"],
             groups,
             tuple(_state(tensors, number) for number in range(len(groups))),
@@ -118,8 +122,8 @@ def merge_prompts(parts: Sequence[TrainedPrompts]) -> TrainedPrompts:
     """The groups of several files, trained on the same CLIP, as one."""
     first = parts[0]
     return TrainedPrompts(
-        first.clip,
-        first.mmap,
+        first.method,
+        first.config,
         first.weights,
         tuple(group for part in parts for group in part.groups),
         tuple(state for part in parts for state in part.states),

@@ -8,7 +8,16 @@ from typing import Any
 
 from rich.table import Table
 
+from pipeline.methods.registry import kind_of
+
 TITLES = {"zero_shot": "zero-shot", "all_in_one": "MmAP, all in one group", "grouped": "MmAP, grouped"}
+
+
+def title(method: str) -> str:
+    """Of a method's column: `_mt` versions as the paper writes them."""
+    return TITLES.get(method) or kind_of(method).title + ("-MT" if method.endswith("_mt") else "")
+
+
 AVERAGE_ROW, PARAMETERS_ROW = "average", "trained parameters"
 
 
@@ -83,7 +92,7 @@ def _cells(summary: Summary) -> list[list[str]]:
     """Header and rows: a task, the average, or the trained parameters a row; a method a column."""
     methods = summary.methods.values()
     return [
-        ["task", *(TITLES[name] for name in summary.methods)],
+        ["task", *(title(name) for name in summary.methods)],
         *([task, *(f"{100 * method['accuracy'][task]:.1f}" for method in methods)] for task in summary.tasks),
         [AVERAGE_ROW, *(f"{100 * method['average']:.1f}" for method in methods)],
         [PARAMETERS_ROW, *(f"{method['trained_parameters']:,}" for method in methods)],

@@ -1,17 +1,19 @@
-"""Stage 4: one training a group, in parallel (Eqs. 9-12), beside all tasks in one group and zero-shot CLIP."""
+"""Stage 4: one training a group, in parallel (Eqs. 9-12), beside all tasks in one group, other methods, and
+zero-shot CLIP."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.clip.classifier import Classifier
+import torch
+
 from pipeline.clip.load import weights_fingerprint
-from pipeline.clip.towers import ClipTowers
-from pipeline.methods.mmap import GroupMmap, MmapShape
+from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.classifier import Classifier
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
+from pipeline.methods.registry import kind_of
 from pipeline.progress import Reporter
 from pipeline.run import Run
 from pipeline.stages.grouping import read_grouping
@@ -39,30 +41,35 @@ class MethodArtefacts:
 
 
 def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
-    """Trains and evaluates what is missing of zero_shot, all_in_one and grouped, the largest groups first."""
+    """Trains and evaluates what is missing of zero-shot CLIP, the methods to compare, and MmAP with all tasks in one
+    group and in the groups found; the largest groups first."""
     config, every_task = run.config, tuple(run.tasks)
-    groups = tuple(tuple(group) for group in read_grouping(grouping)["groups"])
-
-    def training(tasks: Sequence[str]) -> Artefact:
-        return run.artefact(NAME, {**trainings_decided_by(run, tasks, config.training.epochs), "group": list(tasks)})
-
-    zero_shot = run.artefact("zero_shot", numbers_decided_by(run, every_task))
-    methods = [
-        MethodArtefacts("zero_shot", (every_task,), (zero_shot,)),
-        MethodArtefacts("all_in_one", (every_task,), (training(every_task),)),
-        MethodArtefacts("grouped", groups, tuple(training(group) for group in groups)),
-    ]
+    each_alone = tuple((task,) for task in every_task)
+    found = tuple(tuple(group) for group in read_grouping(grouping)["groups"])
+    plan = [("zero_shot", "zero_shot", (every_task,))]
+    plan += [(name, name, (every_task,) if name.endswith("_mt") else each_alone) for name in config.compare]
+    plan += [("all_in_one", "mmap", (every_task,)), ("grouped", "mmap", found)]
+    methods = []
     with Stage(run, NAME, "4 group trainings") as stage:
         work = {}  # by key: a grouping with one group is the same training as all in one
-        for method in methods:
-            for tasks, artefact in zip(method.groups, method.artefacts):
-                label = f"group: {' + '.join(tasks)}" if method.name == "grouped" else method.name.replace("_", " ")
+        for name, method, groups in plan:
+            artefacts = []
+            for tasks in groups:
+                label = name.replace("_", " ")
+                if name == "grouped" or len(groups) > 1:
+                    label = f"{'group' if name == 'grouped' else label}: {' + '.join(tasks)}"
+                if method == "zero_shot":
+                    artefact, function = run.artefact(method, numbers_decided_by(run, tasks)), _evaluate_zero_shot
+                else:
+                    decided_by = trainings_decided_by(run, tasks, config.training.epochs, method)
+                    artefact, function = run.artefact(NAME, {**decided_by, "group": list(tasks)}), _train_group
+                artefacts.append(artefact)
                 if artefact.key not in work:
-                    run.tracker.start_run(label, parent=NAME, tags={"method": method.name, "tasks": ", ".join(tasks)})
-                    item = TrainingWork(config, run.splits.folder, tasks, label)
-                    function = _evaluate_zero_shot if method.name == "zero_shot" else _train_group
+                    run.tracker.start_run(label, parent=NAME, tags={"method": name, "tasks": ", ".join(tasks)})
+                    item = TrainingWork(config, run.splits.folder, tasks, label, method)
                     workers = config.cluster.workers_per_training
                     work[artefact.key] = Work(label, function, (item, artefact), artefact, True, workers, label)
+            methods.append(MethodArtefacts(name, groups, tuple(artefacts)))
         stage.execute(sorted(work.values(), key=lambda item: -len(item.arguments[0].tasks)))
         for item in work.values():
             result = read_json(item.artefact.folder / "result.json")
@@ -89,17 +96,14 @@ def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
     began = time.monotonic()
     folder = artefact.start()
     config, towers, words = work.config, work.towers(), work.words()
-    reporter = Reporter(board, work.label)
-    prompts = GroupMmap(MmapShape.of(config.mmap, towers), work.tasks, config.seed, config.mmap.init_std)
-    prompts.to(towers.device)
-    work.train(towers, prompts, config.training.epochs, artefact, reporter)
-    trained = TrainedPrompts(
-        config.clip, config.mmap, weights_fingerprint(towers), (words,), (dict(prompts.state_dict()),)
-    )
+    kind, reporter = kind_of(work.method), Reporter(board, work.label)
+    method = kind.build(config, towers, work.tasks).to(towers.device)
+    work.train(towers, method, config.training.epochs, artefact, reporter)
+    trained = TrainedPrompts(work.method, config, weights_fingerprint(towers), (words,), (dict(method.state_dict()),))
     if Share.of_this_process().first:
         save_prompts(folder / PROMPTS, trained)
-    made = tuple(made.detach() for made in prompts())
-    classifier = Classifier(towers, config.clip.template, words, made, config.clip.precision)
+    with torch.no_grad():
+        classifier = Classifier(towers, kind.template(config), [(words, method())], config.clip.precision)
     _write_result(work, artefact, classifier, reporter, trained.num_parameters, began)
 
 
@@ -108,8 +112,8 @@ def _evaluate_zero_shot(work: TrainingWork, artefact: Artefact, board: Any) -> N
         return
     began = time.monotonic()
     artefact.start()
-    towers: ClipTowers = work.towers()
-    classifier = Classifier(towers, work.config.clip.template, work.words(), None, work.config.clip.precision)
+    clip = work.config.clip
+    classifier = Classifier(work.towers(), clip.template, [(work.words(), Adaptation())], clip.precision)
     _write_result(work, artefact, classifier, Reporter(board, work.label), 0, began)
 
 

@@ -23,6 +23,7 @@ from pipeline.clip.load import load_clip
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.data.parquet import SplitReader
+from pipeline.methods.registry import kind_of, options_of
 from pipeline.progress import Reporter
 from pipeline.run import NUMBERS_VERSION, Run
 from pipeline.storage import Artefact
@@ -42,6 +43,7 @@ class TrainingWork:
     splits: Path
     tasks: tuple[str, ...]
     label: str
+    method: str = "mmap"
 
     def device(self) -> torch.device:
         """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
@@ -69,22 +71,22 @@ class TrainingWork:
     def train(
         self,
         towers: ClipTowers,
-        prompts: nn.Module,
+        method: nn.Module,
         epochs: int,
         artefact: Artefact,
         reporter: Reporter,
         **snapshots: Any,
     ) -> list[tuple[StepRecord, torch.Tensor]]:
-        """Trains `prompts` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
+        """Trains `method` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
         takes and returns the loop's snapshots."""
         config, rows_of_tasks = self.config, list(self.words().values())
         history, taken = train(
             towers,
-            prompts,
+            method,
             load_training_sets(
                 self.reader(), self.tasks, towers.image_size, towers.device, config.cluster.cpus_per_training
             ),
-            class_tokens(towers.tokenizer, config.clip.template, rows_of_tasks).to(towers.device),
+            class_tokens(towers.tokenizer, kind_of(self.method).template(config), rows_of_tasks).to(towers.device),
             config.training,
             epochs=epochs,
             seed=config.seed,
@@ -114,10 +116,10 @@ def numbers_decided_by(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def trainings_decided_by(run: Run, tasks: Sequence[str], epochs: int) -> dict[str, Any]:
+def trainings_decided_by(run: Run, tasks: Sequence[str], epochs: int, method: str = "mmap") -> dict[str, Any]:
     return {
         **numbers_decided_by(run, tasks),
-        "mmap": run.config.mmap.model_dump(mode="json"),
+        **options_of(method, run.config),
         "training": run.config.training.model_dump(mode="json", exclude={"checkpoint_every"}) | {"epochs": epochs},
     }
 

@@ -17,7 +17,7 @@ from pipeline.config import AugmentationConfig
 from pipeline.data.augment import augment
 from pipeline.data.images import training_pixels
 from pipeline.data.parquet import SplitReader
-from pipeline.methods.mmap import derive_seed
+from pipeline.seeds import derive_seed
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.clip.classifier import Classifier
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
+from pipeline.methods.classifier import Classifier
 from pipeline.training.memory import out_of_memory_explained
 from pipeline.training.share import Share
 

@@ -1,7 +1,7 @@
-"""The training loop: prompts of several tasks on frozen towers, all tasks in every step.
+"""The training loop: a method for several tasks on frozen towers, all tasks in every step.
 
 A step takes a batch of each task, runs one image forward for the mixed batch and one text forward for all tasks'
-classes, and sums the tasks' mean cross-entropies (Eq. 11). Its state is the step number, the prompts and the
+classes, and sums the tasks' mean cross-entropies (Eq. 11). Its state is the step number, the method and the
 optimizer's momentum; everything random is a function of seed and step. So a training that is interrupted goes on from
 its checkpoint with the same numbers as without the interruption. In a process group, each worker takes its share of
 every step's images and classes, and only the first one reports and writes.
@@ -57,7 +57,7 @@ def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
 
 def train(
     towers: ClipTowers,
-    prompts: nn.Module,
+    method: nn.Module,
     sets: Sequence[TrainingSet],
     tokens: ClassTokens,
     config: TrainingConfig,
@@ -70,10 +70,10 @@ def train(
     snapshot: Callable[[], torch.Tensor] | None = None,
     snapshot_every: int = 1,
 ) -> tuple[list[StepRecord], list[tuple[StepRecord, torch.Tensor]]]:
-    """Trains `prompts` in place on the tasks' `sets` (same order) with SGD.
+    """Trains `method` in place on the tasks' `sets` (same order) with SGD.
 
     Args:
-        prompts: gives, when called, text prompts (T, K, b, d_l) and vision prompts (T, K, b, d_v) of the same tasks.
+        method: gives, when called, the Adaptation of the same tasks.
         tokens: class tokens of the same tasks.
         checkpoints: folder for the whole state every config.checkpoint_every epochs, from which an interrupted
             training goes on.
@@ -88,12 +88,12 @@ def train(
     """
     device = towers.device
     optimizer = torch.optim.SGD(
-        prompts.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+        method.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
     history: list[StepRecord] = []
     snapshots: list[tuple[StepRecord, torch.Tensor]] = []
     if checkpoints and (state := load_checkpoint(checkpoints)):
-        prompts.load_state_dict(state["prompts"])
+        method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         history = [StepRecord(*values) for values in state["history"]]
         snapshots = [(history[at], value) for at, value in zip(state["snapshot_at"], state["snapshots"])]
@@ -121,9 +121,10 @@ def train(
                 )
             )
             with autocast(device, precision):
-                text_prompts, vision_prompts = prompts()
-                x = towers.encode_image(towers.normalize_pixels(torch.cat(pixels)), vision_prompts, images_per_task)
-                z = share.all_rows(towers.encode_text(own_tokens, text_prompts), len(tokens.suffix))
+                adaptation = method()
+                images = towers.normalize_pixels(torch.cat(pixels))
+                x = adaptation.encode_image(towers, images, images_per_task)
+                z = share.all_rows(adaptation.encode_text(towers, own_tokens), len(tokens.suffix))
             logits = [
                 towers.logits(x_task, z_task)
                 for x_task, z_task in zip(x.split(images_per_task), z.split(tokens.classes_per_task))
@@ -135,7 +136,7 @@ def train(
         hits = torch.stack([(of_task.argmax(1) == label).sum() for of_task, label in zip(logits, labels)])
         measured = torch.stack([losses.detach(), hits / config.batch_size])
         taken = snapshot() if snapshot and step % snapshot_every == 0 else measured.new_empty(0)
-        share.add_up([*(parameter.grad for parameter in prompts.parameters()), measured, taken])
+        share.add_up([*(parameter.grad for parameter in method.parameters()), measured, taken])
 
         record = StepRecord(step + 1, epoch + 1, optimizer.param_groups[0]["lr"], *map(tuple, measured.tolist()))
         for task, loss in zip(sets, record.losses):
@@ -155,7 +156,7 @@ def train(
             save_checkpoint(
                 checkpoints,
                 {
-                    "prompts": prompts.state_dict(),
+                    "method": method.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "history": [tuple(vars(past).values()) for past in history],
                     "snapshot_at": [past.step - 1 for past, _ in snapshots],

@@ -1,0 +1,48 @@
+"""CLIP with what a method trained, as a classifier of several tasks; its text features are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.precision import autocast
+from pipeline.clip.towers import ClipTowers
+from pipeline.methods.adaptation import Adaptation
+
+
+class Classifier:
+    """
+    Args:
+        template: text of a class, as the method takes it.
+        groups: for each group of tasks, task → words of its classes by label, and the group's adaptation, whose tasks
+            have the same order; `Adaptation()` is zero-shot CLIP.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        towers: ClipTowers,
+        template: str,
+        groups: Sequence[tuple[Mapping[str, Sequence[str]], Adaptation]],
+        precision: str = "auto",
+    ):
+        self.towers, self.precision = towers, precision
+        self._of_task: dict[str, tuple[Adaptation, torch.Tensor]] = {}
+        for words, adaptation in groups:
+            tokens = class_tokens(towers.tokenizer, template, list(words.values())).to(towers.device)
+            with autocast(towers.device, precision):
+                z = adaptation.encode_text(towers, tokens)
+            for at, (task, of_task) in enumerate(zip(words, z.split(tokens.classes_per_task))):
+                self._of_task[task] = (adaptation.of_task(at), of_task)
+
+    @torch.inference_mode()
+    def probabilities(self, task: str, pixels: torch.Tensor) -> torch.Tensor:
+        """Class probabilities (B, C) of uint8 images (B, 3, S, S)."""
+        adaptation, text_features = self._of_task[task]
+        pixels = pixels.to(self.towers.device, non_blocking=pixels.is_pinned())
+        images = self.towers.normalize_pixels(pixels)
+        with autocast(self.towers.device, self.precision):
+            x = adaptation.encode_image(self.towers, images, [len(images)])
+        return self.towers.logits(x, text_features).softmax(dim=1)

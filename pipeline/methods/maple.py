@@ -1,0 +1,47 @@
+"""MaPLe (Khattak et al., CVPR 2023): text prompts of the first layers, and a linear map of each into the image tower.
+
+The first layer's text prompts stand in place of the template's first words and start as their embeddings; those of the
+last prompted layer are carried on through the layers after it, in both towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.methods.adaptation import Adaptation
+from pipeline.seeds import derive_seed, normal
+
+
+class Maple(nn.Module):
+    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+        super().__init__()
+        self.tasks = tuple(tasks)
+        depth, length, width = config.maple.depth, config.maple.prompt_length, towers.text_width
+        deepest = min(towers.text_depth, towers.vision_depth)
+        if depth > deepest:
+            raise UserError(f"maple.depth={depth}: the shallower tower has {deepest} layers")
+        prompts = normal(depth, length, width, std=0.02, seed=config.seed, purpose="maple")
+        words = towers.tokenizer.encode(config.clip.template.partition("{}")[0].strip())[:length]
+        if words:
+            ids = torch.tensor(words, device=towers.device)
+            prompts[0, : len(words)] = towers.token_embedding(ids).float().cpu()
+        self.text_prompts = nn.Parameter(prompts)  # (K', b, d_l)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "maple projections"))
+            self.projections = nn.ModuleList(nn.Linear(width, towers.vision_width) for _ in range(depth))
+
+    def forward(self) -> Adaptation:
+        vision = torch.stack([project(prompts) for project, prompts in zip(self.projections, self.text_prompts)])
+        text, vision = (prompts.expand(len(self.tasks), -1, -1, -1) for prompts in (self.text_prompts, vision))
+        return Adaptation(text, vision, carried=True)
+
+    @staticmethod
+    def template(config: Config) -> str:
+        """The prompts stand for the words before the class name."""
+        return "{}" + config.clip.template.partition("{}")[2]

@@ -1,0 +1,59 @@
+"""The methods by name: what the pipeline, the report and saved files know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.methods.clip_adapter import ClipAdapter
+from pipeline.methods.coop import Coop
+from pipeline.methods.joint_prompts import JointPrompts
+from pipeline.methods.maple import Maple
+from pipeline.methods.mlp_prompts import MlpPrompts
+from pipeline.methods.mmap import GroupMmap
+from pipeline.methods.vpt import Vpt
+
+
+@dataclass(frozen=True)
+class MethodKind:
+    """`build(config, towers, tasks)` gives a module whose forward pass makes the Adaptation of a group of tasks."""
+
+    title: str
+    """In tables; without the suffix of the multi-task version."""
+    section: str
+    """Of the config: its options."""
+    build: Callable[[Config, ClipTowers, Sequence[str]], nn.Module]
+    template: Callable[[Config], str] = lambda config: config.clip.template
+    num_carried: Callable[[Config], int] = lambda config: 0
+    """Text prompts that take positions of the model's context."""
+
+
+KINDS = {
+    "mmap": MethodKind("MmAP", "mmap", GroupMmap.of),
+    "coop": MethodKind("CoOp", "coop", Coop, Coop.template, lambda config: config.coop.context_length),
+    "vpt": MethodKind("VPT", "vpt", Vpt),
+    "maple": MethodKind("MaPLe", "maple", Maple, Maple.template, lambda config: config.maple.prompt_length),
+    "clip_adapter": MethodKind("CLIP-Adapter", "clip_adapter", ClipAdapter),
+    "joint_prompts": MethodKind("joint prompts", "joint_prompts", JointPrompts),
+    "mlp_prompts": MethodKind("MLP prompts", "mlp_prompts", MlpPrompts),
+}
+
+
+def kind_of(method: str) -> MethodKind:
+    """Of a method's name, with or without `_mt`."""
+    kind = KINDS.get(method.removesuffix("_mt"))
+    if kind is None:
+        raise UserError(f"method {method!r} is not known; methods: {', '.join(KINDS)}")
+    return kind
+
+
+def options_of(method: str, config: Config) -> dict[str, Any]:
+    """The method's section of the config, by its name."""
+    section = kind_of(method).section
+    return {section: getattr(config, section).model_dump(mode="json")}

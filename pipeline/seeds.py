@@ -1,0 +1,17 @@
+"""Random numbers that are functions of a seed and a purpose, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derive_seed(seed: int, *names: str) -> int:
+    """A seed for one purpose, independent of all other purposes'."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")
+
+
+def normal(*shape: int, std: float, seed: int, purpose: str) -> torch.Tensor:
+    """float32 numbers ~ N(0, std²)."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(seed, purpose))) * std
