@@ -231,6 +231,7 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
     shape = MmapShape.of(config.mmap, towers)
     words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
     for kind in map(kind_of, ("mmap", *config.compare)):
+        kind.check(config, towers)
         class_tokens(towers.tokenizer, kind.template(config), words, kind.num_carried(config))
     workers, batch = config.cluster.workers_per_training, config.training.batch_size
     if workers > min(batch, *map(len, words)):

@@ -192,4 +192,4 @@ def test_parameter_counts_of_vit_b_16(name, config, expected):
 def test_a_maple_deeper_than_the_towers_is_refused():
     towers, _ = small_towers()
     with pytest.raises(UserError, match="maple.depth=9: the shallower tower has 2 layers"):
-        KINDS["maple"].build(Config(), towers, ["ink"])
+        KINDS["maple"].check(Config(), towers)

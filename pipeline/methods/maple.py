@@ -23,9 +23,6 @@ class Maple(nn.Module):
         super().__init__()
         self.tasks = tuple(tasks)
         depth, length, width = config.maple.depth, config.maple.prompt_length, towers.text_width
-        deepest = min(towers.text_depth, towers.vision_depth)
-        if depth > deepest:
-            raise UserError(f"maple.depth={depth}: the shallower tower has {deepest} layers")
         prompts = normal(depth, length, width, std=0.02, seed=config.seed, purpose="maple")
         words = towers.tokenizer.encode(config.clip.template.partition("{}")[0].strip())[:length]
         if words:
@@ -40,6 +37,13 @@ class Maple(nn.Module):
         vision = torch.stack([project(prompts) for project, prompts in zip(self.projections, self.text_prompts)])
         text, vision = (prompts.expand(len(self.tasks), -1, -1, -1) for prompts in (self.text_prompts, vision))
         return Adaptation(text, vision, carried=True)
+
+    @staticmethod
+    def check(config: Config, towers: ClipTowers) -> None:
+        """Raises: UserError: more prompted layers than the towers have."""
+        deepest = min(towers.text_depth, towers.vision_depth)
+        if config.maple.depth > deepest:
+            raise UserError(f"maple.depth={config.maple.depth}: the shallower tower has {deepest} layers")
 
     @staticmethod
     def template(config: Config) -> str:

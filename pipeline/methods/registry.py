@@ -32,13 +32,17 @@ class MethodKind:
     template: Callable[[Config], str] = lambda config: config.clip.template
     num_carried: Callable[[Config], int] = lambda config: 0
     """Text prompts that take positions of the model's context."""
+    check: Callable[[Config, ClipTowers], object] = lambda config, towers: None
+    """Raises UserError where the options do not fit the towers, of which only the shapes are looked at."""
 
 
 KINDS = {
     "mmap": MethodKind("MmAP", "mmap", GroupMmap.of),
     "coop": MethodKind("CoOp", "coop", Coop, Coop.template, lambda config: config.coop.context_length),
     "vpt": MethodKind("VPT", "vpt", Vpt),
-    "maple": MethodKind("MaPLe", "maple", Maple, Maple.template, lambda config: config.maple.prompt_length),
+    "maple": MethodKind(
+        "MaPLe", "maple", Maple, Maple.template, lambda config: config.maple.prompt_length, Maple.check
+    ),
     "clip_adapter": MethodKind("CLIP-Adapter", "clip_adapter", ClipAdapter),
     "joint_prompts": MethodKind("joint prompts", "joint_prompts", JointPrompts),
     "mlp_prompts": MethodKind("MLP prompts", "mlp_prompts", MlpPrompts),

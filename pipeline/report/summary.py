@@ -47,20 +47,25 @@ def method_result(tasks: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
 
 
 def accuracy_table(summary: Summary) -> Table:
+    """The best method of each task in bold."""
     header, *rows = _cells(summary)
+    marked = [header]
+    for name, *cells in rows:
+        best = max(cells, key=float) if name != PARAMETERS_ROW else None
+        marked.append([name, *(f"[bold]{cell}[/]" if cell == best else cell for cell in cells)])
+    header, *rows = _upright(summary, marked)
     table = Table(title=f"{summary.name}: test accuracy in %, {summary.shots} shots a class")
     for position, name in enumerate(header):
-        table.add_column(name, justify="left" if position == 0 else "right")
+        table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
-        best = max(row[1:], key=float) if row[0] != PARAMETERS_ROW else None
         if row[0] in (AVERAGE_ROW, PARAMETERS_ROW):
             table.add_section()
-        table.add_row(*(f"[bold]{cell}[/]" if cell == best else cell for cell in row))
+        table.add_row(*row)
     return table
 
 
 def to_markdown(summary: Summary) -> str:
-    header, *rows = _cells(summary)
+    header, *rows = _upright(summary, _cells(summary))
     lines = [
         f"# {summary.name}",
         "",
@@ -97,3 +102,11 @@ def _cells(summary: Summary) -> list[list[str]]:
         [AVERAGE_ROW, *(f"{100 * method['average']:.1f}" for method in methods)],
         [PARAMETERS_ROW, *(f"{method['trained_parameters']:,}" for method in methods)],
     ]
+
+
+def _upright(summary: Summary, cells: list[list[str]]) -> list[list[str]]:
+    """With a row for each method where those are more than the tasks."""
+    if len(summary.methods) <= len(summary.tasks):
+        return cells
+    (_, *titles), *rows = cells
+    return [["method", *(row[0] for row in rows)], *map(list, zip(titles, *(row[1:] for row in rows)))]
