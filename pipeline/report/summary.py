@@ -56,7 +56,7 @@ def accuracy_table(summary: Summary) -> Table:
     header, *rows = _upright(summary, marked)
     table = Table(title=f"{summary.name}: test accuracy in %, {summary.shots} shots a class")
     for position, name in enumerate(header):
-        table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0, overflow="fold")
     for row in rows:
         if row[0] in (AVERAGE_ROW, PARAMETERS_ROW):
             table.add_section()
