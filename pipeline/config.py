@@ -52,8 +52,10 @@ Method = Literal[
     "joint_prompts_mt",
     "mlp_prompts",
     "mlp_prompts_mt",
+    "mmap_task_only",
+    "mmap_group_only",
+    "mmap_random_groups",
 ]
-"""`_mt`: one for all tasks; without: one for each task."""
 
 
 class Section(BaseModel):
@@ -253,7 +255,7 @@ class Config(Section):
     """Shape of the multi-modal alignment prompts."""
     compare: tuple[Method, ...] = ()
     """Other methods to train and evaluate beside MmAP, under the same training settings: each task for itself, or with
-    `_mt` one for all tasks."""
+    `_mt` one for all tasks; and MmAP's own ablations (docs/methods.md)."""
     coop: CoopConfig = CoopConfig()
     """CoOp: text context."""
     vpt: VptConfig = VptConfig()

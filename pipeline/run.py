@@ -34,7 +34,7 @@ from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.grouping.partition import check_constraints
 from pipeline.methods.mmap import MmapShape
-from pipeline.methods.registry import kind_of
+from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS
 from pipeline.progress import ProgressBoard
 from pipeline.storage import Artefact, make_folder, write_atomically
 from pipeline.tracking import Tracker, check_reachable, resolve_tracking_uri, run_environment
@@ -230,7 +230,7 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
     towers = towers_without_weights(config.clip)
     shape = MmapShape.of(config.mmap, towers)
     words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
-    for kind in map(kind_of, ("mmap", *config.compare)):
+    for kind in {VERSIONS[name].kind: KINDS[VERSIONS[name].kind] for name in (*ALWAYS, *config.compare)}.values():
         kind.check(config, towers)
         class_tokens(towers.tokenizer, kind.template(config), words, kind.num_carried(config))
     workers, batch = config.cluster.workers_per_training, config.training.batch_size

@@ -17,7 +17,8 @@ from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MapleConfig, Met
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
-from pipeline.methods.registry import KINDS, kind_of
+from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, kind_of
+from pipeline.stages.group_trainings import random_groups
 from pipeline.training.loop import train
 
 SMALL = Config.model_validate(
@@ -57,12 +58,12 @@ def plain_features(name, method, model, images):
     """Features (B, E), (C, E) of one task by each method's own definition, with the plain towers."""
     vision_depth, text_depth = len(model.visual.transformer.resblocks), len(model.transformer.resblocks)
     template = SMALL.clip.template
-    if name == "mmap":
+    if name in ("mmap", "mmap_shared"):
+        parts = (method.group, method.task) if name == "mmap" else (method.mmap,)
         depth = min(text_depth, vision_depth)
         of_layers = {
             tower: [
-                torch.cat([torch.kron(getattr(of, tower)[0, k], of.source[0, k]) for of in (method.group, method.task)])
-                for k in range(depth)
+                torch.cat([torch.kron(getattr(of, tower)[0, k], of.source[0, k]) for of in parts]) for k in range(depth)
             ]
             for tower in ("text_scaling", "vision_scaling")
         }
@@ -98,9 +99,9 @@ def plain_features(name, method, model, images):
 
 
 def test_the_config_names_the_registry():
-    names = {name.removesuffix("_mt") for name in typing.get_args(Method)}
-    assert names == set(KINDS) - {"mmap"}
-    with pytest.raises(UserError, match="'lora' is not known; methods: mmap, coop"):
+    assert set(typing.get_args(Method)) | set(ALWAYS) == set(VERSIONS)
+    assert {version.kind for version in VERSIONS.values()} == set(KINDS)
+    with pytest.raises(UserError, match="'lora' is not known; methods: mmap, mmap_shared, coop"):
         kind_of("lora")
 
 
@@ -193,3 +194,12 @@ def test_a_maple_deeper_than_the_towers_is_refused():
     towers, _ = small_towers()
     with pytest.raises(UserError, match="maple.depth=9: the shallower tower has 2 layers"):
         KINDS["maple"].check(Config(), towers)
+
+
+def test_random_groups_have_the_sizes_asked_for_and_depend_on_the_seed_alone():
+    tasks = [f"task {number}" for number in range(9)]
+    drawn = [random_groups(tasks, [4, 3, 2], seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for groups in drawn:
+        assert [len(group) for group in groups] == [4, 3, 2]
+        assert sorted(task for group in groups for task in group) == tasks

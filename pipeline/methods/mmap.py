@@ -89,6 +89,10 @@ class SharedMmap(nn.Module):
         self.mmap = MmapStack(shape, [derive_seed(seed, "global")], init_std)
         self._copies: list[torch.Tensor] = []
 
+    @staticmethod
+    def of(config: Config, towers: ClipTowers, tasks: Sequence[str]) -> SharedMmap:
+        return SharedMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
+
     def forward(self) -> Adaptation:
         self._copies = [p.expand(len(self.tasks), *p.shape[1:]) for p in self.mmap.parameters()]
         if torch.is_grad_enabled():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from pipeline.methods.coop import Coop
 from pipeline.methods.joint_prompts import JointPrompts
 from pipeline.methods.maple import Maple
 from pipeline.methods.mlp_prompts import MlpPrompts
-from pipeline.methods.mmap import GroupMmap
+from pipeline.methods.mmap import GroupMmap, SharedMmap
 from pipeline.methods.vpt import Vpt
 
 
@@ -25,7 +25,6 @@ class MethodKind:
     """`build(config, towers, tasks)` gives a module whose forward pass makes the Adaptation of a group of tasks."""
 
     title: str
-    """In tables; without the suffix of the multi-task version."""
     section: str
     """Of the config: its options."""
     build: Callable[[Config, ClipTowers, Sequence[str]], nn.Module]
@@ -38,6 +37,7 @@ class MethodKind:
 
 KINDS = {
     "mmap": MethodKind("MmAP", "mmap", GroupMmap.of),
+    "mmap_shared": MethodKind("MmAP", "mmap", SharedMmap.of),
     "coop": MethodKind("CoOp", "coop", Coop, Coop.template, lambda config: config.coop.context_length),
     "vpt": MethodKind("VPT", "vpt", Vpt),
     "maple": MethodKind(
@@ -49,12 +49,37 @@ KINDS = {
 }
 
 
+Groups = Literal["each task", "all tasks", "found groups", "random groups"]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A column of the report: a method, trained for these groups of tasks."""
+
+    title: str
+    kind: str
+    groups: Groups
+
+
+_BASELINES = {name: kind for name, kind in KINDS.items() if name not in ("mmap", "mmap_shared")}
+VERSIONS = {
+    **{name: Version(kind.title, name, "each task") for name, kind in _BASELINES.items()},
+    **{f"{name}_mt": Version(f"{kind.title}-MT", name, "all tasks") for name, kind in _BASELINES.items()},
+    "mmap_task_only": Version("MmAP, task only", "mmap_shared", "each task"),
+    "mmap_group_only": Version("MmAP, group only", "mmap_shared", "found groups"),
+    "mmap_random_groups": Version("MmAP, random groups", "mmap", "random groups"),
+    "all_in_one": Version("MmAP, all in one group", "mmap", "all tasks"),
+    "grouped": Version("MmAP, grouped", "mmap", "found groups"),
+}
+ALWAYS = ("all_in_one", "grouped")
+"""What is trained beside the versions of config.compare."""
+
+
 def kind_of(method: str) -> MethodKind:
-    """Of a method's name, with or without `_mt`."""
-    kind = KINDS.get(method.removesuffix("_mt"))
-    if kind is None:
+    """Raises: UserError: a saved file names a method that this version does not have."""
+    if method not in KINDS:
         raise UserError(f"method {method!r} is not known; methods: {', '.join(KINDS)}")
-    return kind
+    return KINDS[method]
 
 
 def options_of(method: str, config: Config) -> dict[str, Any]:

@@ -8,14 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.methods.registry import kind_of
-
-TITLES = {"zero_shot": "zero-shot", "all_in_one": "MmAP, all in one group", "grouped": "MmAP, grouped"}
+from pipeline.methods.registry import VERSIONS
 
 
 def title(method: str) -> str:
-    """Of a method's column: `_mt` versions as the paper writes them."""
-    return TITLES.get(method) or kind_of(method).title + ("-MT" if method.endswith("_mt") else "")
+    """Of a method's column."""
+    return VERSIONS[method].title if method in VERSIONS else "zero-shot"
 
 
 AVERAGE_ROW, PARAMETERS_ROW = "average", "trained parameters"

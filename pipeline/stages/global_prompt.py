@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pipeline.methods.mmap import MmapShape, SharedMmap
+from pipeline.methods.mmap import SharedMmap
 from pipeline.progress import Reporter
 from pipeline.run import Run
 from pipeline.stages.stage import Stage, Work
@@ -45,8 +45,7 @@ def _train(work: TrainingWork, epochs: int, artefact: Artefact, board: Any) -> N
     began = time.monotonic()
     folder = artefact.start()
     config, towers = work.config, work.towers()
-    prompts = SharedMmap(MmapShape.of(config.mmap, towers), work.tasks, config.seed, config.mmap.init_std)
-    prompts.to(towers.device)
+    prompts = SharedMmap.of(config, towers, work.tasks).to(towers.device)
     snapshots = work.train(
         towers,
         prompts,

@@ -4,6 +4,7 @@ zero-shot CLIP."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ from pipeline.clip.load import weights_fingerprint
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
-from pipeline.methods.registry import kind_of
+from pipeline.methods.registry import ALWAYS, VERSIONS, kind_of
 from pipeline.progress import Reporter
 from pipeline.run import Run
+from pipeline.seeds import derive_seed
 from pipeline.stages.grouping import read_grouping
 from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, numbers_decided_by, track_history, trainings_decided_by
@@ -43,12 +45,17 @@ class MethodArtefacts:
 def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
     """Trains and evaluates what is missing of zero-shot CLIP, the methods to compare, and MmAP with all tasks in one
     group and in the groups found; the largest groups first."""
-    config, every_task = run.config, tuple(run.tasks)
-    each_alone = tuple((task,) for task in every_task)
+    config, tasks = run.config, tuple(run.tasks)
     found = tuple(tuple(group) for group in read_grouping(grouping)["groups"])
-    plan = [("zero_shot", "zero_shot", (every_task,))]
-    plan += [(name, name, (every_task,) if name.endswith("_mt") else each_alone) for name in config.compare]
-    plan += [("all_in_one", "mmap", (every_task,)), ("grouped", "mmap", found)]
+    groups_of = {
+        "each task": tuple((task,) for task in tasks),
+        "all tasks": (tasks,),
+        "found groups": found,
+        "random groups": random_groups(tasks, [len(group) for group in found], config.seed),
+    }
+    plan = [("zero_shot", "zero_shot", (tasks,))]
+    for name in (*config.compare, *ALWAYS):
+        plan.append((name, VERSIONS[name].kind, groups_of[VERSIONS[name].groups]))
     methods = []
     with Stage(run, NAME, "4 group trainings") as stage:
         work = {}  # by key: a grouping with one group is the same training as all in one
@@ -88,6 +95,13 @@ def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
                 run.tracker.log_artifact(item.label, item.artefact.folder / PROMPTS)
             run.tracker.end_run(item.label)
     return methods
+
+
+def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tuple[tuple[str, ...], ...]:
+    """A partition into groups of these sizes, which depends on the seed alone; tasks keep their order in a group."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "random groups"))
+    drawn = torch.randperm(len(tasks), generator=generator).split(list(sizes))
+    return tuple(tuple(tasks[at] for at in sorted(group.tolist())) for group in drawn)
 
 
 def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:

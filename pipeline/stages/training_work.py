@@ -119,6 +119,7 @@ def numbers_decided_by(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
 def trainings_decided_by(run: Run, tasks: Sequence[str], epochs: int, method: str = "mmap") -> dict[str, Any]:
     return {
         **numbers_decided_by(run, tasks),
+        "method": method,
         **options_of(method, run.config),
         "training": run.config.training.model_dump(mode="json", exclude={"checkpoint_every"}) | {"epochs": epochs},
     }
