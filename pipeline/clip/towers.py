@@ -28,9 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.clip.class_tokens import ClassTokens, Tokenizer, counts_between
 from pipeline.errors import UserError
 
-KeysValues = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values, (N, heads, L, D / heads) each."""
-
 
 class ClipTowers(nn.Module):
     """Towers of an open_clip model, frozen unless a method sets `requires_grad` of some of their weights.
@@ -161,7 +158,7 @@ class ClipTowers(nn.Module):
         num_suffix = tokens.suffix.shape[1]
         positions = self.text_positions[before : before + num_suffix]
         causal = torch.ones(num_suffix, num_suffix, dtype=torch.bool, device=self.device).tril()
-        num_shared = [key.shape[2] for key, _ in shared]
+        num_shared = [keys_values.shape[1] for keys_values in shared]
         masks = {number: F.pad(causal, (number, 0), value=True) for number in set(num_shared)}  # (S, keys)
 
         def encode(start: int, stop: int) -> torch.Tensor:
@@ -190,9 +187,11 @@ class ClipTowers(nn.Module):
         z = F.normalize(text_features.to(dtype), dim=-1)
         return self.logit_scale.exp() * x @ z.T
 
-    def _shared_keys_values(self, tokens: ClassTokens, prompts: torch.Tensor | None, carried: bool) -> list[KeysValues]:
-        """Of each text layer: keys and values (T, heads, L, D / heads) of what all classes of a task see: the start
-        token, the shared words, and the prompts."""
+    def _shared_keys_values(
+        self, tokens: ClassTokens, prompts: torch.Tensor | None, carried: bool
+    ) -> list[torch.Tensor]:
+        """Of each text layer: keys and values (T, L, 2 D) of what all classes of a task see: the start token, the
+        shared words, and the prompts."""
         x = self.token_embedding(tokens.prefix)  # (T, P, D)
         at = 0 if self.prompts_before_sos else 1
         if carried:
@@ -212,8 +211,8 @@ class ClipTowers(nn.Module):
             keys_values = _keys_values(block, h)
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=self.device).tril()
             if k < len(replaced):
-                num_prompts = replaced[k][0].shape[2]
-                keys_values = tuple(torch.cat(pair, dim=2) for pair in zip(replaced[k], keys_values))
+                num_prompts = replaced[k].shape[1]
+                keys_values = torch.cat([replaced[k], keys_values], dim=1)
                 mask = F.pad(mask, (num_prompts, 0), value=True)  # words see the prompts
                 if not self.prompts_before_sos:
                     mask[0, :num_prompts] = False  # and the start token does not
@@ -249,35 +248,35 @@ class ClipTowers(nn.Module):
         )
 
 
-def _replaced_prompts(blocks: Sequence[nn.Module], prompts: torch.Tensor | None, carried: bool) -> list[KeysValues]:
-    """Keys and values of the prompts (T, K', b, D) in each layer whose successor replaces or drops them."""
+def _replaced_prompts(blocks: Sequence[nn.Module], prompts: torch.Tensor | None, carried: bool) -> list[torch.Tensor]:
+    """Keys and values (T, b, 2 D) of the prompts (T, K', b, D) in each layer whose successor replaces or drops them."""
     if prompts is None:
         return []
     num_replaced = prompts.shape[1] - carried
     return [_keys_values(blocks[k], blocks[k].ln_1(prompts[:, k])) for k in range(num_replaced)]
 
 
-def _keys_values(block: nn.Module, h: torch.Tensor) -> KeysValues:
-    """Keys and values of normed rows h (N, L, D)."""
+def _keys_values(block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    """Keys and values (N, L, 2 D) of normed rows h (N, L, D)."""
     attention, width = block.attn, h.shape[-1]
-    key_value = F.linear(h, attention.in_proj_weight[width:], attention.in_proj_bias[width:])
-    key, value = key_value.chunk(2, dim=-1)
-    return _split_heads(key, attention.num_heads), _split_heads(value, attention.num_heads)
+    return F.linear(h, attention.in_proj_weight[width:], attention.in_proj_bias[width:])
 
 
-def _behind(per_task: KeysValues, rows_per_task: Sequence[int], own: KeysValues) -> KeysValues:
+def _behind(per_task: torch.Tensor, rows_per_task: Sequence[int], own: torch.Tensor) -> torch.Tensor:
     """Each row's own keys and values behind those of its task."""
-    key, value = (torch.cat([_for_rows(shared, rows_per_task), of_row], dim=2) for shared, of_row in zip(per_task, own))
-    return key, value
+    return torch.cat([_for_rows(per_task, rows_per_task), own], dim=1)
 
 
 def _attend_and_mlp(
-    block: nn.Module, x: torch.Tensor, h: torch.Tensor, keys_values: KeysValues, mask: torch.Tensor | None = None
+    block: nn.Module, x: torch.Tensor, h: torch.Tensor, keys_values: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The rest of a residual block for the rows x (N, L, D), h = ln_1(x), given all keys and values."""
+    """The rest of a residual block for the rows x (N, L, D), h = ln_1(x), given all keys and values (N, n, 2 D)."""
     attention, width = block.attn, h.shape[-1]
     query = F.linear(h, attention.in_proj_weight[:width], attention.in_proj_bias[:width])
-    attended = F.scaled_dot_product_attention(_split_heads(query, attention.num_heads), *keys_values, attn_mask=mask)
+    query, key, value = (
+        rows.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for rows in (query, *keys_values.chunk(2, dim=-1))
+    )  # (N, heads, L or n, D / heads)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     attended = attended.transpose(1, 2).flatten(2)  # (N, L, D)
     x = x + block.ls_1(attention.out_proj(attended))
     return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
@@ -293,13 +292,10 @@ def _mlp(mlp: nn.Module, h: torch.Tensor) -> torch.Tensor:
     return mlp.c_proj(h)
 
 
-def _split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
 def _for_rows(per_task: torch.Tensor, rows_per_task: Sequence[int]) -> torch.Tensor:
     """(T, ...) → (Σ rows, ...). Expanding, unlike indexing, has a backward pass that adds in a fixed order."""
-    return torch.cat([task.expand(count, *task.shape) for task, count in zip(per_task, rows_per_task, strict=True)])
+    rows = [task.expand(count, *task.shape) for task, count in zip(per_task, rows_per_task, strict=True)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _refuse_unsupported(model: nn.Module, text: nn.Module) -> None:
