@@ -45,4 +45,4 @@ class Classifier:
         images = self.towers.normalize_pixels(pixels)
         with autocast(self.towers.device, self.precision):
             x = adaptation.encode_image(self.towers, images, [len(images)])
-        return self.towers.logits(x, text_features).softmax(dim=1)
+        return adaptation.logits(self.towers, x, text_features).softmax(dim=1)

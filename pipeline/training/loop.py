@@ -126,7 +126,7 @@ def train(
                 x = adaptation.encode_image(towers, images, images_per_task)
                 z = share.all_rows(adaptation.encode_text(towers, own_tokens), len(tokens.suffix))
             logits = [
-                towers.logits(x_task, z_task)
+                adaptation.logits(towers, x_task, z_task)
                 for x_task, z_task in zip(x.split(images_per_task), z.split(tokens.classes_per_task))
             ]
             losses = torch.stack([F.cross_entropy(*pair, reduction="sum") for pair in zip(logits, labels)])
