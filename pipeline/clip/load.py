@@ -74,8 +74,14 @@ def towers_without_weights(config: ClipConfig) -> ClipTowers:
 
 
 @lru_cache(maxsize=1)  # a Ray worker that trains one group after another loads CLIP once
-def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "cpu") -> ClipTowers:
-    """The frozen towers in config.precision, on `device`; weights files are read without executing pickled code."""
+def load_clip(
+    config: ClipConfig, text_order: str = "after_sos", device: str = "cpu", float32: bool = False
+) -> ClipTowers:
+    """The frozen towers on `device`; weights files are read without executing pickled code.
+
+    Args:
+        float32: for towers whose own weights are to be trained; else config.precision says how they are held.
+    """
     name = _register(config.model)
     model_config, quick_gelu = _resolve(config)
     file = weights_file(config)
@@ -100,7 +106,7 @@ def load_clip(config: ClipConfig, text_order: str = "after_sos", device: str = "
                 "Save the weights as safetensors"
             ) from None
     towers = ClipTowers(model, load_tokenizer(config), text_order, config.activations_gib).to(device)
-    if uses_bfloat16(towers.device, config.precision):
+    if uses_bfloat16(towers.device, config.precision) and not float32:
         towers.fingerprint = weights_fingerprint(towers)
         towers.hold_matrices_in_bfloat16()
     return towers

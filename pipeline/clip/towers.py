@@ -17,6 +17,7 @@ Attention does not depend on the order of its keys; the mask alone says who sees
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -30,7 +31,7 @@ from pipeline.errors import UserError
 
 
 class ClipTowers(nn.Module):
-    """Towers of an open_clip model, frozen unless a method sets `requires_grad` of some of their weights.
+    """Towers of an open_clip model, frozen; a method that trains their weights takes a `copy_that_trains`.
 
     Args:
         model: open_clip `CLIP` or `CustomTextCLIP` with plain ViT and causal text towers.
@@ -49,7 +50,6 @@ class ClipTowers(nn.Module):
         text = getattr(model, "text", model)
         _refuse_unsupported(model, text)
         self.visual = model.visual
-        self.vision_blocks = model.visual.transformer.resblocks
         self.text_blocks = text.transformer.resblocks
         self.token_embedding = text.token_embedding
         self.text_positions = text.positional_embedding
@@ -75,6 +75,10 @@ class ClipTowers(nn.Module):
         return self.token_embedding.embedding_dim
 
     @property
+    def vision_blocks(self) -> nn.ModuleList:
+        return self.visual.transformer.resblocks
+
+    @property
     def vision_depth(self) -> int:
         return len(self.vision_blocks)
 
@@ -98,6 +102,21 @@ class ClipTowers(nn.Module):
         for parameter in (self.visual.proj, self.text_projection):
             if isinstance(parameter, nn.Parameter):
                 parameter.data = parameter.data.to(torch.bfloat16)
+
+    def copy_that_trains(self, trains: Callable[[str], bool] = lambda name: False) -> ClipTowers:
+        """Towers for a method to have as a module. The weights whose names `trains` takes are copied and are its
+        parameters and state dict; the others are buffers, which share these towers' memory."""
+        towers = copy.deepcopy(self, {id(kept): kept for kept in (*self.parameters(), self.tokenizer)})
+        for path, module in towers.named_modules():
+            for name, value in list(module._parameters.items()):
+                if value is None:
+                    continue
+                del module._parameters[name]
+                if trains(f"{path}.{name}".lstrip(".")):
+                    module.register_parameter(name, nn.Parameter(value.detach().clone()))
+                else:
+                    module.register_buffer(name, value.detach(), persistent=False)
+        return towers
 
     def normalize_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [0, 255], uint8 or float → standardised by the model's mean and deviation."""
@@ -231,6 +250,8 @@ class ClipTowers(nn.Module):
         rest = num_tokens * (2 * width + hidden) + 2 * num_keys * width  # query, attended, MLP; keys, values
         if any(p.requires_grad for block in blocks for p in (block.attn.in_proj_weight, block.mlp.c_fc.weight)):
             rest += num_tokens * (3 * width + hidden)  # the inputs of trained matrices
+        elif any(hasattr(block.attn, "in_proj_update") for block in blocks):
+            rest += 2 * num_tokens * width  # its inputs
         return (norms + rest * itemsize) * (len(blocks) if torch.is_grad_enabled() else 2)
 
     def _in_chunks(self, encode: Callable[[int, int], torch.Tensor], num_rows: int, bytes_per_row: int) -> torch.Tensor:
@@ -258,8 +279,16 @@ def _replaced_prompts(blocks: Sequence[nn.Module], prompts: torch.Tensor | None,
 
 def _keys_values(block: nn.Module, h: torch.Tensor) -> torch.Tensor:
     """Keys and values (N, L, 2 D) of normed rows h (N, L, D)."""
-    attention, width = block.attn, h.shape[-1]
-    return F.linear(h, attention.in_proj_weight[width:], attention.in_proj_bias[width:])
+    return _project(block.attn, h, slice(1, 3))
+
+
+def _project(attention: nn.Module, h: torch.Tensor, parts: slice) -> torch.Tensor:
+    """Of normed rows h (N, L, D): those of query (0), key (1) and value (2) that are asked for, side by side."""
+    rows = slice(parts.start * h.shape[-1], parts.stop * h.shape[-1])
+    projected = F.linear(h, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+    if hasattr(attention, "in_proj_update"):  # a method's
+        projected = projected + attention.in_proj_update(h, parts)
+    return projected
 
 
 def _behind(per_task: torch.Tensor, rows_per_task: Sequence[int], own: torch.Tensor) -> torch.Tensor:
@@ -271,8 +300,8 @@ def _attend_and_mlp(
     block: nn.Module, x: torch.Tensor, h: torch.Tensor, keys_values: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The rest of a residual block for the rows x (N, L, D), h = ln_1(x), given all keys and values (N, n, 2 D)."""
-    attention, width = block.attn, h.shape[-1]
-    query = F.linear(h, attention.in_proj_weight[:width], attention.in_proj_bias[:width])
+    attention = block.attn
+    query = _project(attention, h, slice(0, 1))
     query, key, value = (
         rows.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for rows in (query, *keys_values.chunk(2, dim=-1))
     )  # (N, heads, L or n, D / heads)
