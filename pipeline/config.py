@@ -52,6 +52,12 @@ Method = Literal[
     "joint_prompts_mt",
     "mlp_prompts",
     "mlp_prompts_mt",
+    "bitfit",
+    "bitfit_mt",
+    "full",
+    "full_mt",
+    "clip_lora",
+    "clip_lora_mt",
     "mmap_task_only",
     "mmap_group_only",
     "mmap_random_groups",
@@ -158,6 +164,13 @@ class MlpPromptsConfig(Section):
     """Prompt vectors in each layer."""
     source_width: PositiveInt = 256
     """Width of the source prompt that the linear layers map to both towers."""
+
+
+class ClipLoraConfig(Section):
+    rank: PositiveInt = 2
+    """Rank of the update of each query, key and value matrix."""
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """The update is scaled by alpha / rank."""
 
 
 class AugmentationConfig(Section):
@@ -268,6 +281,8 @@ class Config(Section):
     """Prompts of both towers with nothing in common (ablation)."""
     mlp_prompts: MlpPromptsConfig = MlpPromptsConfig()
     """Prompts of both towers made by linear layers (ablation)."""
+    clip_lora: ClipLoraConfig = ClipLoraConfig()
+    """CLIP-LoRA: low-rank updates of the attention matrices of both towers."""
     training: TrainingConfig = TrainingConfig()
     """How prompts are trained (stages 2 and 4)."""
     global_prompt: GlobalPromptConfig = GlobalPromptConfig()

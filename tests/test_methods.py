@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import typing
 
 import pytest
@@ -32,6 +33,7 @@ SMALL = Config.model_validate(
         "mlp_prompts": {"prompt_length": 2, "source_width": 4},
     }
 )
+SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 
 
@@ -52,6 +54,24 @@ def tokens_for(name, towers, words_per_task):
 
 def full_ids(template):
     return tokenizer()([template.format(word) for word in CLASS_WORDS])
+
+
+def open_clips_name(name):
+    """Of a weight of ClipTowers."""
+    for ours, theirs in {"text_blocks": "transformer.resblocks", "text_positions": "positional_embedding"}.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def with_weights(model, weights):
+    """A copy of open_clip's model with these tensors in place of its parameters."""
+    model = copy.deepcopy(model)
+    for name, tensor in weights.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        del module._parameters[leaf]
+        setattr(module, leaf, tensor)
+    return model
 
 
 def plain_features(name, method, model, images):
@@ -90,6 +110,27 @@ def plain_features(name, method, model, images):
             plain_encode_image(model, images, method.vision_prompts),
             plain_encode_text(model, full_ids(template), method.text_prompts),
         )
+    if name in ("bitfit", "full", "clip_lora"):
+        trained = {open_clips_name(key.removeprefix("towers.")): p for key, p in method.named_parameters()}
+        own = model.state_dict()
+        if name == "clip_lora":
+            blocks = [key.removesuffix(".in_proj_weight") for key in own if key.endswith("in_proj_weight")]
+            assert len(trained) == 2 * len(blocks)
+            low_rank = {
+                block: zip(
+                    trained[f"{block}.in_proj_update.up"], trained[f"{block}.in_proj_update.down.weight"].split(2)
+                )
+                for block in blocks
+            }
+            trained = {
+                f"{block}.in_proj_weight": own[f"{block}.in_proj_weight"]
+                + torch.cat([b @ a / 2 for b, a in low_rank[block]])  # alpha 1, rank 2
+                for block in blocks
+            }
+        else:
+            assert set(trained) == {key for key in own if name == "full" or key.endswith("bias")}
+        model = with_weights(model, trained)
+        return model.encode_image(images), model.encode_text(full_ids(template))
     assert name == "mlp_prompts"
     text, vision = (
         torch.stack([p @ f.weight.T + f.bias for f, p in zip(layers, method.source)])
@@ -118,9 +159,11 @@ def test_a_method_is_its_plain_definition(name):
         torch.testing.assert_close(ours, reference, **TOLERANCE)
     parameters = list(method.parameters())
     label = torch.tensor([0, 2, 4])
+    scale = method.towers.logit_scale if name == "full" else model.logit_scale
+    plain_logits = scale.exp() * F.cosine_similarity(plain[0][:, None], plain[1], dim=-1)
     ours, reference = (
-        torch.autograd.grad(F.cross_entropy(towers.logits(*features), label), parameters)
-        for features in ((x, z), plain)
+        torch.autograd.grad(F.cross_entropy(logits, label), parameters)
+        for logits in (adaptation.logits(towers, x, z), plain_logits)
     )
     for gradient, expected in zip(ours, reference):
         torch.testing.assert_close(gradient, expected, **TOLERANCE)
@@ -167,7 +210,12 @@ def test_starts_do_not_depend_on_the_machine_or_the_tasks(name):
     again = KINDS[name].build(SMALL, towers, ["ink"]).state_dict()
     other = KINDS[name].build(SMALL.model_copy(update={"seed": 2}), towers, ["ink"]).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in first.items())
-    assert not all(torch.equal(value, other[key]) for key, value in first.items())
+    if KINDS[name].trains_weights:  # start as CLIP's
+        own = towers.state_dict()
+        for start in (first, other):
+            assert all(torch.equal(value, own[key.removeprefix("towers.")]) for key, value in start.items())
+    else:
+        assert not all(torch.equal(value, other[key]) for key, value in first.items())
 
 
 @pytest.mark.parametrize(
@@ -180,6 +228,9 @@ def test_starts_do_not_depend_on_the_machine_or_the_tasks(name):
         ("clip_adapter", Config(), 131_712),
         ("mlp_prompts", Config(mlp_prompts=MlpPromptsConfig()), 3_959_808),
         ("joint_prompts", Config(), 12 * 8 * (512 + 768)),
+        ("bitfit", Config(), 171_008),
+        ("full", Config(), 149_620_737),
+        ("clip_lora", Config(), 12 * 3 * 2 * 2 * (512 + 768)),
     ],
 )
 def test_parameter_counts_of_vit_b_16(name, config, expected):
@@ -203,3 +254,83 @@ def test_random_groups_have_the_sizes_asked_for_and_depend_on_the_seed_alone():
     for groups in drawn:
         assert [len(group) for group in groups] == [4, 3, 2]
         assert sorted(task for group in groups for task in group) == tasks
+
+
+# Methods with towers of their own
+
+
+def test_own_towers_hold_in_memory_and_files_only_what_trains():
+    towers = load_clip(SMALL.clip)
+    given = dict(towers.named_parameters())
+    for name, trains in {
+        "bitfit": lambda key: key.endswith("bias"),
+        "full": lambda key: True,
+        "clip_lora": lambda key: False,
+    }.items():
+        method = KINDS[name].build(SMALL, towers, TASKS)
+        own = method.towers.state_dict(keep_vars=True)
+        own = {key: value for key, value in own.items() if "in_proj_update" not in key}
+        assert own.keys() == {key for key in given if trains(key)}
+        assert all(value.requires_grad and value.data_ptr() != given[key].data_ptr() for key, value in own.items())
+        buffers = {key: value for key, value in method.towers.named_buffers() if not key.startswith("pixel_")}
+        assert buffers.keys() == given.keys() - own.keys()
+        assert all(value.data_ptr() == given[key].data_ptr() for key, value in buffers.items())
+        method.double()
+        assert {value.dtype for value in (*method.parameters(), *method.buffers())} == {torch.float64}
+        assert {value.dtype for value in towers.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["bitfit", "full", "clip_lora"])
+def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
+    config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
+    towers = load_clip(config.clip, float32=KINDS[name].trains_weights)
+    assert (towers.visual.proj.dtype == torch.float32) == (name != "clip_lora")
+    words = {"ink": CLASS_WORDS, "chalk": CLASS_WORDS}
+    method = KINDS[name].build(config, towers, tuple(words))
+    _, _, _, sets = small_problem()
+    tokens = tokens_for(name, towers, list(words.values()))
+    history, _ = train(towers, method, sets, tokens, SLOW, epochs=3, seed=5, precision="bfloat16")
+    assert sum(history[-1].losses) < sum(history[0].losses)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in method.parameters())
+    trained = TrainedPrompts(name, config, weights_fingerprint(towers), (words,), (method.state_dict(),))
+    save_prompts(tmp_path / "trained.safetensors", trained)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        original = Classifier(towers, KINDS[name].template(config), [(words, method())], "bfloat16")
+    again = load_prompts(tmp_path / "trained.safetensors").classifier()
+    assert torch.equal(again.probabilities("ink", pixels), original.probabilities("ink", pixels))
+
+
+def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_gradient():
+    towers, _ = small_towers()
+    method = built("full", towers, ["ink"])
+    adaptation = method()
+    x = adaptation.encode_image(towers, torch.randn(3, 3, 16, 16, dtype=torch.float64), [3])
+    z = adaptation.encode_text(towers, tokens_for("full", towers, [CLASS_WORDS]))
+    F.cross_entropy(adaptation.logits(towers, x, z), torch.tensor([0, 2, 4])).backward()
+    ids = full_ids(SMALL.clip.template)
+    lengths = (ids.argmax(dim=1) + 1).tolist()  # to the end-of-text token, which has the largest number
+    used = sorted({number for row, length in zip(ids.tolist(), lengths) for number in row[:length]})
+    gradients = {name.removeprefix("towers."): p.grad for name, p in method.named_parameters()}
+    for name, seen in (("token_embedding.weight", used), ("text_positions", range(max(lengths)))):
+        rows = (gradients.pop(name) != 0).sum(dim=1)
+        assert {at: rows[at].item() for at in rows.nonzero().flatten().tolist()} == dict.fromkeys(seen, 16)
+    for name, gradient in gradients.items():
+        if name.endswith("in_proj_bias"):
+            query, key, value = gradient.chunk(3)
+            assert key.abs().max() < 1e-14  # it adds the same to all logits of a query
+            gradient = torch.cat([query, value])
+        assert (gradient != 0).all(), name
+
+
+def test_low_rank_updates_start_at_zero_and_their_first_factor_waits_for_the_second():
+    towers, _ = small_towers()
+    method = KINDS["clip_lora"].build(SMALL, towers, TASKS).double()
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    x = method().encode_image(towers, images, [2, 1])
+    assert torch.equal(x, towers.encode_image(images))
+    x.square().sum().backward()
+    for block in method.towers.vision_blocks:
+        update = block.attn.in_proj_update
+        assert update.down.weight.abs().max() <= 24**-0.5 and (update.down.weight.grad == 0).all()
+        assert (update.up == 0).all() and (update.up.grad != 0).all()

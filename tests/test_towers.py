@@ -11,7 +11,9 @@ from small_clip import CLASS_WORDS, small_open_clip, small_towers, tokenizer
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.methods.clip_lora import ClipLora
 
 TEMPLATE = "a photo of a {}."
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
@@ -112,14 +114,16 @@ def test_trained_weights_get_the_plain_gradients(options, prompted, activations_
     assert_same_features_and_gradients(ours, plain, parameters)
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("trained", ["prompts", "weights", "low-rank updates"])
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_the_activations_that_chunks_are_planned_by_are_those_that_are_kept(quick_gelu, trained):
     """A tower's plan is within a fifth of what autograd saves, and chunks keep to it."""
     towers, _ = small_towers(
         quick_gelu=quick_gelu, vision_width=64, text_width=64, vision_layers=6, text_layers=6, dtype=torch.float32
     )
-    towers.requires_grad_(trained)
+    towers.requires_grad_(trained == "weights")
+    if trained == "low-rank updates":
+        towers = ClipLora(Config(), towers, []).towers
     words = [[f"{first} {second}" for first in ("red", "green", "old") for second in CLASS_WORDS]] * 2
     tokens = class_tokens(towers.tokenizer, TEMPLATE, words)
     text_prompts = random_prompts(2, 6, 4, 64, 1).float()
@@ -130,7 +134,8 @@ def test_the_activations_that_chunks_are_planned_by_are_those_that_are_kept(quic
         (lambda: towers.encode_image(images, vision_prompts, [15, 15]), towers.vision_blocks, 30, 5, 4),
     ):
         towers.activations_gib = math.inf
-        weights = {parameter.untyped_storage().data_ptr() for parameter in towers.parameters()}
+        held = (*towers.parameters(), *towers.buffers())
+        weights = {tensor.untyped_storage().data_ptr() for tensor in held}
         kept = {}
 
         def keep(tensor, weights=weights, kept=kept):

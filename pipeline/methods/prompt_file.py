@@ -59,13 +59,14 @@ class TrainedPrompts:
         config = self.config
         if pretrained:
             config = config.model_copy(update={"clip": config.clip.model_copy(update={"pretrained": pretrained})})
-        towers = load_clip(config.clip, config.mmap.text_order, device)
+        kind = kind_of(self.method)
+        towers = load_clip(config.clip, config.mmap.text_order, device, kind.trains_weights)
         if weights_fingerprint(towers) != self.weights:
             raise UserError(
                 f"the weights of clip.pretrained={config.clip.pretrained!r} are not those that these prompts were "
                 "trained on; give the same weights"
             )
-        kind, groups = kind_of(self.method), []
+        groups = []
         for words, state in zip(self.groups, self.states):
             method = kind.build(config, towers, tuple(words))
             method.load_state_dict(state)

@@ -11,8 +11,11 @@ from torch import nn
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.methods.bitfit import BitFit
 from pipeline.methods.clip_adapter import ClipAdapter
+from pipeline.methods.clip_lora import ClipLora
 from pipeline.methods.coop import Coop
+from pipeline.methods.full_fine_tuning import FullFineTuning
 from pipeline.methods.joint_prompts import JointPrompts
 from pipeline.methods.maple import Maple
 from pipeline.methods.mlp_prompts import MlpPrompts
@@ -25,14 +28,16 @@ class MethodKind:
     """`build(config, towers, tasks)` gives a module whose forward pass makes the Adaptation of a group of tasks."""
 
     title: str
-    section: str
-    """Of the config: its options."""
+    section: str | None
+    """Of the config: its options, if it has any."""
     build: Callable[[Config, ClipTowers, Sequence[str]], nn.Module]
     template: Callable[[Config], str] = lambda config: config.clip.template
     num_carried: Callable[[Config], int] = lambda config: 0
     """Text prompts that take positions of the model's context."""
     check: Callable[[Config, ClipTowers], object] = lambda config, towers: None
     """Raises UserError where the options do not fit the towers, of which only the shapes are looked at."""
+    trains_weights: bool = False
+    """Of the towers, which are loaded in float32 then."""
 
 
 KINDS = {
@@ -46,6 +51,9 @@ KINDS = {
     "clip_adapter": MethodKind("CLIP-Adapter", "clip_adapter", ClipAdapter),
     "joint_prompts": MethodKind("joint prompts", "joint_prompts", JointPrompts),
     "mlp_prompts": MethodKind("MLP prompts", "mlp_prompts", MlpPrompts),
+    "bitfit": MethodKind("BitFit", None, BitFit, trains_weights=True),
+    "full": MethodKind("full fine-tuning", None, FullFineTuning, trains_weights=True),
+    "clip_lora": MethodKind("CLIP-LoRA", "clip_lora", ClipLora),
 }
 
 
@@ -83,6 +91,6 @@ def kind_of(method: str) -> MethodKind:
 
 
 def options_of(method: str, config: Config) -> dict[str, Any]:
-    """The method's section of the config, by its name."""
+    """The method's section of the config, by its name; nothing for a method without options."""
     section = kind_of(method).section
-    return {section: getattr(config, section).model_dump(mode="json")}
+    return {} if section is None else {section: getattr(config, section).model_dump(mode="json")}

@@ -109,8 +109,8 @@ def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
         return
     began = time.monotonic()
     folder = artefact.start()
-    config, towers, words = work.config, work.towers(), work.words()
     kind, reporter = kind_of(work.method), Reporter(board, work.label)
+    config, towers, words = work.config, work.towers(kind.trains_weights), work.words()
     method = kind.build(config, towers, work.tasks).to(towers.device)
     work.train(towers, method, config.training.epochs, artefact, reporter)
     trained = TrainedPrompts(work.method, config, weights_fingerprint(towers), (words,), (dict(method.state_dict()),))

@@ -58,8 +58,8 @@ class TrainingWork:
         torch.set_num_threads(self.config.cluster.cpus_per_training)
         return torch.device("cpu")
 
-    def towers(self) -> ClipTowers:
-        return load_clip(self.config.clip, self.config.mmap.text_order, str(self.device()))
+    def towers(self, float32: bool = False) -> ClipTowers:
+        return load_clip(self.config.clip, self.config.mmap.text_order, str(self.device()), float32)
 
     def reader(self) -> SplitReader:
         return SplitReader(self.splits)

@@ -1,0 +1,46 @@
+"""CLIP-LoRA (Zanella & Ben Ayed, CVPR-W 2024): W + (α / r) B A for query, key and value of every layer of both towers.
+
+Without dropout, where the authors drop a quarter of the inputs of A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
+from pipeline.methods.adaptation import Adaptation
+from pipeline.seeds import derive_seed
+
+
+class ClipLora(nn.Module):
+    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.towers = towers.copy_that_trains()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "clip_lora"))
+            for block in (*self.towers.vision_blocks, *self.towers.text_blocks):
+                block.attn.in_proj_update = LowRank(block.attn.embed_dim, config.clip_lora.rank, config.clip_lora.alpha)
+
+    def forward(self) -> Adaptation:
+        return Adaptation(towers=self.towers)
+
+
+class LowRank(nn.Module):
+    """Of a layer's query, key and value. Not added up with the frozen matrices: in bfloat16 that would round small
+    updates away, and its backward pass makes a gradient as large as the matrices."""
+
+    def __init__(self, width: int, rank: int, alpha: float):
+        super().__init__()
+        self.scaling = alpha / rank
+        self.down = nn.Linear(width, 3 * rank, bias=False)  # A (3r, D); Linear's own start is LoRA's
+        self.up = nn.Parameter(torch.zeros(3, width, rank))  # B
+
+    def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
+        """h (N, L, D) → (N, L, D · parts), where parts 0, 1, 2 are query, key and value."""
+        low = self.scaling * self.down(h).unflatten(-1, (3, -1))[..., parts, :]
+        return torch.einsum("nlpr,pdr->nlpd", low, self.up[parts]).flatten(-2)
