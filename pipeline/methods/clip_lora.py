@@ -1,6 +1,7 @@
 """CLIP-LoRA (Zanella & Ben Ayed, CVPR-W 2024): W + (α / r) B A for query, key and value of every layer of both towers.
 
-Without dropout, where the authors drop a quarter of the inputs of A.
+Without dropout, where the authors drop a quarter of the inputs of A. They train with AdamW; SGD, which starts slowly
+from B = 0, wants a larger rate than prompts do.
 """
 
 from __future__ import annotations
