@@ -40,7 +40,7 @@ from official_peers import coop_step, maple_step
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="open_clip model name")
-    parser.add_argument("--cases", nargs="+", default=["1x16x65", "1x16x126", "1x4x126", "1x4x65", "4x16x65"])
+    parser.add_argument("--cases", nargs="+", default=["1x4x65", "1x16x65", "1x4x126", "1x16x126", "4x4x65"])
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each; the fastest counts")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="ours and plain")
     parser.add_argument("--maple", type=Path, help="checkout of the official MaPLe")
