@@ -230,7 +230,8 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
     towers = towers_without_weights(config.clip)
     shape = MmapShape.of(config.mmap, towers)
     words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
-    for kind in {VERSIONS[name].kind: KINDS[VERSIONS[name].kind] for name in (*ALWAYS, *config.compare)}.values():
+    for name in (*ALWAYS, *config.compare):
+        kind = KINDS[VERSIONS[name].kind]
         kind.check(config, towers)
         class_tokens(towers.tokenizer, kind.template(config), words, kind.num_carried(config))
     workers, batch = config.cluster.workers_per_training, config.training.batch_size

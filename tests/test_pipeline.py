@@ -165,7 +165,7 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(undisturbed, tmp_path, stag
 def test_two_workers_share_each_training(undisturbed, tmp_path):
     """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
     storage, two = tmp_path / "storage", (*QUICK, "--cluster.workers_per_training", "2")
-    fault = run(storage, *two, "--training.learning_rate", "1e30", prefix=("jobs/train_global_prompt.py",))
+    fault = run(tmp_path / "fault", *two, "--training.learning_rate", "1e30", prefix=("jobs/train_global_prompt.py",))
     assert fault.status == 2 and "error: the loss of task" in fault.output, fault.output
 
     finished = run(storage, *two, "--grouping.num_groups", "1")  # two cores: one training after the other
