@@ -164,9 +164,15 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(undisturbed, tmp_path, stag
 
 def test_two_workers_share_each_training(undisturbed, tmp_path):
     """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
-    storage, two = tmp_path / "storage", (*QUICK, "--cluster.workers_per_training", "2")
-    fault = run(tmp_path / "fault", *two, "--training.learning_rate", "1e30", prefix=("jobs/train_global_prompt.py",))
-    assert fault.status == 2 and "error: the loss of task" in fault.output, fault.output
+    two = (*QUICK, "--cluster.workers_per_training", "2")
+    for name in ("storage", "fault"):  # with the splits, and nothing that was trained
+        shutil.copytree(undisturbed[0], tmp_path / name)
+        for stage in ("global_prompt", "group_trainings", "zero_shot", "runs"):
+            shutil.rmtree(tmp_path / name / stage)
+        (tmp_path / name / "mlflow.db").unlink()
+    fault, storage = tmp_path / "fault", tmp_path / "storage"
+    failed = run(fault, *two, "--training.learning_rate", "1e30", prefix=("jobs/train_global_prompt.py",))
+    assert failed.status == 2 and "error: the loss of task" in failed.output, failed.output
 
     finished = run(storage, *two, "--grouping.num_groups", "1")  # two cores: one training after the other
     assert finished.status == 0, finished.output
@@ -182,8 +188,6 @@ def test_two_workers_share_each_training(undisturbed, tmp_path):
 
 
 def test_saved_prompts_give_the_same_predictions(undisturbed, tmp_path):
-    import pyarrow.parquet as pq
-
     storage, _ = undisturbed
     expected = {}
     for folder in (storage / "group_trainings").glob("[!.]*"):
