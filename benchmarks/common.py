@@ -150,21 +150,26 @@ def fastest_in_turn(steps: dict[str, Callable[[], Any]], repeats: int, device: t
     return {name: min(values) for name, values in seconds.items()}
 
 
-def cost(step: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float]]:
-    """A step's result, its GFLOP by torch's own counter (matrix products, convolutions, attention), and the GiB that
-    it takes at most, beyond what was taken before it."""
+def gflop(step: Callable[[], Any]) -> tuple[Any, float]:
+    """A step's result and its GFLOP by torch's own counter: matrix products, convolutions, attention."""
+    with FlopCounterMode(display=False) as counter:
+        result = step()
+    return result, counter.get_total_flops() / 1e9
+
+
+def peak_gib(step: Callable[[], Any], device: torch.device) -> float:
+    """GiB that a step takes at most, beyond what was taken before; not under the FLOP counter, which keeps tensors."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 2**30
-    else:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
-        before = _status_gib("VmRSS")
-    with FlopCounterMode(display=False) as counter:
-        result = step()
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else _status_gib("VmHWM")
-    return result, {"gflop": counter.get_total_flops() / 1e9, "gib": peak - before}
+        step()
+        return torch.cuda.max_memory_allocated(device) / 2**30 - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
+    before = _status_gib("VmRSS")
+    step()
+    return _status_gib("VmHWM") - before
 
 
 def _status_gib(name: str) -> float:

@@ -17,12 +17,13 @@ import sys
 import torch
 from common import (
     class_words,
-    cost,
     default_device,
     fastest_in_turn,
+    gflop,
     group_prompts,
     load,
     our_step,
+    peak_gib,
     random_batch,
     table,
     where,
@@ -53,7 +54,7 @@ def main() -> None:
         step = our_step(towers, prompts, class_words(num_classes), images, labels, arguments.precision)
         for limit in arguments.activations_gib:
             towers.activations_gib = limit
-            row = {"case": case, "activations_gib": str(limit), **cost(step, device)[1]}
+            row = {"case": case, "activations_gib": str(limit), "gib": peak_gib(step, device), "gflop": gflop(step)[1]}
             row["seconds"] = fastest_in_turn({"step": step}, arguments.repeats, device)["step"]
             rows.append(row)
             print(row, file=sys.stderr, flush=True)

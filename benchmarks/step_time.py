@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Time and memory of one training step (forward, backward to the prompts), ours against others, side by side.
+"""Time, or memory, of one training step (forward, backward to the prompts), ours against others, side by side.
 
     python benchmarks/step_time.py                                        all cases on ViT-B/16
     python benchmarks/step_time.py --model ViT-B-32 --cases 1x16x65       tasks x images of a task x classes
+    python benchmarks/step_time.py --memory                               its peak instead of its time
     python benchmarks/step_time.py --maple ../multimodal-prompt-learning --coop ../CoOp     the authors' own code too
 
 The plain version (tests/plain_towers.py) runs every class at 77 tokens, concatenates the prompts at every layer, and
@@ -21,13 +22,14 @@ import torch
 from common import (
     Step,
     class_words,
-    cost,
     default_device,
     fastest_in_turn,
+    gflop,
     group_prompts,
     largest_difference,
     load,
     our_step,
+    peak_gib,
     plain_step,
     random_batch,
     table,
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["1x4x65", "1x16x65", "1x4x126", "1x16x126", "4x4x65"])
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each; the fastest counts")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="ours and plain")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory instead of the time")
     parser.add_argument("--maple", type=Path, help="checkout of the official MaPLe")
     parser.add_argument("--coop", type=Path, help="checkout of the official CoOp")
     parser.add_argument("--device", default=default_device())
@@ -63,32 +66,34 @@ def main() -> None:
         for name, checkout, make in (("MaPLe", arguments.maple, maple_step), ("CoOp", arguments.coop, coop_step)):
             if checkout and num_tasks == 1:
                 steps[name] = make(checkout, model, words, images, labels, device)
-        results, costs = zip(*(cost(step, device) for step in steps.values()))
-        row = {"case": case, "difference": largest_difference(*results[:2])}
-        row |= {key: {name: of[key] for name, of in zip(steps, costs)} for key in ("gflop", "gib")}
-        rows.append({**row, "seconds": fastest_in_turn(steps, arguments.repeats, device)})
+        if arguments.memory:
+            rows.append({"case": case, "gib": {name: peak_gib(step, device) for name, step in steps.items()}})
+        else:
+            results, gflops = zip(*map(gflop, steps.values()))
+            row = {"case": case, "difference": largest_difference(*results[:2]), "gflop": dict(zip(steps, gflops))}
+            rows.append({**row, "seconds": fastest_in_turn(steps, arguments.repeats, device)})
         print(rows[-1], file=sys.stderr, flush=True)
 
-    others = [name for name in ("plain", "MaPLe", "CoOp") if any(name in row["seconds"] for row in rows)]
-    columns = ["tasks x images x classes", "our GFLOP", "our s", "our GiB"]
-    columns += [f"{name} {what}" for name in others for what in ("GFLOP", "s", "GiB", "FLOP ratio", "time ratio")]
+    quantities = {"gib": "GiB"} if arguments.memory else {"gflop": "GFLOP", "seconds": "s"}
+    names = [
+        name
+        for name in ("ours", "plain", "MaPLe", "CoOp")
+        if any(name in row[key] for row in rows for key in quantities)
+    ]
+    columns = ["tasks x images x classes"]
+    columns += [f"{name}, {unit}" for name in names for unit in quantities.values()]
+    columns += [f"{name} to ours, {unit}" for name in names[1:] for unit in quantities.values()]
     lines = []
     for row in rows:
-        line = [row["case"].replace("x", " x "), *(f"{row[key]['ours']:.{d}f}" for key, d in FIGURES)]
-        for name in others:
-            if name not in row["seconds"]:
-                line += [""] * 5
-                continue
-            ratios = (row[key][name] / row[key]["ours"] for key in ("gflop", "seconds"))
-            line += [*(f"{row[key][name]:.{d}f}" for key, d in FIGURES), *(f"**{ratio:.1f}**" for ratio in ratios)]
+        line = [row["case"].replace("x", " x ")]
+        line += [f"{row[key][name]:.2f}" if name in row[key] else "" for name in names for key in quantities]
+        for name in names[1:]:
+            line += [f"{row[key][name] / row[key]['ours']:.1f}" if name in row[key] else "" for key in quantities]
         lines.append(line)
     print(f"{arguments.model}, {arguments.precision}, {where(device)}, torch {torch.__version__}\n")
     print(table(columns, lines))
-    name = f"step_time_{arguments.model}_{arguments.precision}"
+    name = f"step_{'memory' if arguments.memory else 'time'}_{arguments.model}_{arguments.precision}"
     write_results(name, device, {"model": arguments.model, "precision": arguments.precision, "rows": rows})
-
-
-FIGURES = (("gflop", 0), ("seconds", 3), ("gib", 2))
 
 
 if __name__ == "__main__":

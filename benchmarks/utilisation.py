@@ -21,9 +21,9 @@ from common import (
     TEMPLATE,
     autocast,
     class_words,
-    cost,
     default_device,
     fastest_in_turn,
+    gflop,
     group_prompts,
     largest_difference,
     load,
@@ -70,8 +70,8 @@ def main() -> None:
             groups = [(dict.fromkeys(prompts.tasks, words), prompts())]
         classifier = Classifier(towers, TEMPLATE, groups, autocast_to)
         work = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
-        gradients_of[precision], of_training = cost(train, device)
-        flops = {"training": of_training["gflop"], "evaluation": cost(work["evaluation"], device)[1]["gflop"]}
+        gradients_of[precision], of_training = gflop(train)
+        flops = {"training": of_training, "evaluation": gflop(work["evaluation"])[1]}
         first_call = None
         if arguments.compile:
             compiled = torch.compile(train)
