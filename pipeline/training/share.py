@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.clip.class_tokens import counts_between
+
 
 @dataclass(frozen=True)
 class Share:
@@ -42,12 +44,8 @@ class Share:
 
     def parts(self, rows_per_task: Sequence[int]) -> list[slice]:
         """Of each task's rows, those that are this worker's: all tasks' rows in a row are divided, not each task's."""
-        start, stop = self.rows(sum(rows_per_task))
-        parts, first = [], 0
-        for count in rows_per_task:
-            parts.append(slice(*(min(max(bound - first, 0), count) for bound in (start, stop))))
-            first += count
-        return parts
+        before, until = (counts_between(rows_per_task, 0, bound) for bound in self.rows(sum(rows_per_task)))
+        return [slice(start, stop) for start, stop in zip(before, until)]
 
     def all_rows(self, own: torch.Tensor, count: int) -> torch.Tensor:
         """All workers' rows (count, ...) from each one's own; a gradient goes back to the worker whose row it is."""
