@@ -31,6 +31,7 @@ BUILTIN_DIGITS = "builtin:digits"
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 def _one_class_field(template: str) -> str:
@@ -58,6 +59,16 @@ Method = Literal[
     "full_mt",
     "clip_lora",
     "clip_lora_mt",
+    "linear_probe",
+    "linear_probe_mt",
+    "lamm",
+    "lamm_mt",
+    "promptsrc",
+    "promptsrc_mt",
+    "mvlpt",
+    "mvlpt_mt",
+    "softcpt",
+    "hipro",
     "mmap_task_only",
     "mmap_group_only",
     "mmap_random_groups",
@@ -130,49 +141,6 @@ class MmapConfig(Section):
         return self
 
 
-class CoopConfig(Section):
-    context_length: PositiveInt = 16
-    """Context vectors, which take the place of the template's words before the class name."""
-
-
-class VptConfig(Section):
-    prompt_length: PositiveInt = 8
-    """Prompt vectors in each layer of the image tower."""
-
-
-class MapleConfig(Section):
-    prompt_length: PositiveInt = 2
-    """Text prompt vectors in a layer; those of the first layer start as the template's first words."""
-    depth: PositiveInt = 9
-    """Layers, from the first, that get new prompts."""
-
-
-class ClipAdapterConfig(Section):
-    reduction: PositiveInt = 4
-    """How much narrower the bottleneck is than the image feature."""
-    ratio: Share = 0.2
-    """Share of the bottleneck's output in the adapted feature."""
-
-
-class JointPromptsConfig(Section):
-    prompt_length: PositiveInt = 8
-    """Prompt vectors in each layer of each tower."""
-
-
-class MlpPromptsConfig(Section):
-    prompt_length: PositiveInt = 4
-    """Prompt vectors in each layer."""
-    source_width: PositiveInt = 256
-    """Width of the source prompt that the linear layers map to both towers."""
-
-
-class ClipLoraConfig(Section):
-    rank: PositiveInt = 2
-    """Rank of the update of each query, key and value matrix."""
-    alpha: Annotated[float, Field(gt=0)] = 1.0
-    """The update is scaled by alpha / rank."""
-
-
 class AugmentationConfig(Section):
     crop_scale: tuple[Share, Share] = (0.08, 1.0)
     """Smallest and largest share of the image's area that a random resized crop keeps; (1, 1): no random crop."""
@@ -194,12 +162,14 @@ class TrainingConfig(Section):
     """Passes over the largest task's training images; smaller tasks repeat theirs."""
     batch_size: PositiveInt = 16
     """Images of each task in a step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.0035
-    """Peak rate of SGD."""
+    """Peak rate of the optimizer."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """L2 penalty of SGD on all prompt parameters."""
+    """Of all trained parameters: SGD's L2 penalty, AdamW's decay."""
     warmup_epochs: NonNegativeInt = 1
     """First epochs at warmup_rate; then a cosine by epoch, whose period is `epochs`."""
     warmup_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -208,6 +178,146 @@ class TrainingConfig(Section):
     """Random changes of the training images."""
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints, from which a training whose worker died goes on."""
+
+
+class OwnTraining(Section):
+    """Where a method's training differs from the section `training`; null: it does not."""
+
+    epochs: PositiveInt | None = None
+    """Instead of training.epochs."""
+    batch_size: PositiveInt | None = None
+    """Instead of training.batch_size."""
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """Instead of training.optimizer."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Instead of training.learning_rate."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Instead of training.weight_decay."""
+
+
+class MethodConfig(Section):
+    """Options of one method beside MmAP; the defaults are its authors'."""
+
+    training: OwnTraining = OwnTraining()
+    """Where its training differs from `training`: as its authors train it. configs/paper_protocol.yaml trains all
+    methods alike."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_other_defaults(cls, values: Any) -> Any:
+        """Giving one value of a method's training leaves its others as they are."""
+        if isinstance(values, dict) and isinstance(values.get("training"), dict):
+            defaults = cls.model_fields["training"].default.model_dump()
+            values = {**values, "training": {**defaults, **values["training"]}}
+        return values
+
+
+class CoopConfig(MethodConfig):
+    context_length: PositiveInt = 16
+    """Context vectors, which take the place of the template's words before the class name."""
+    training: OwnTraining = OwnTraining(epochs=200, batch_size=32, learning_rate=0.002)
+
+
+class VptConfig(MethodConfig):
+    prompt_length: PositiveInt = 8
+    """Prompt vectors in each layer of the image tower."""
+    training: OwnTraining = OwnTraining(epochs=5, batch_size=4, learning_rate=0.0025)
+
+
+class MapleConfig(MethodConfig):
+    prompt_length: PositiveInt = 2
+    """Text prompt vectors in a layer; those of the first layer start as the template's first words."""
+    depth: PositiveInt = 9
+    """Layers, from the first, that get new prompts."""
+    training: OwnTraining = OwnTraining(epochs=5, batch_size=4, learning_rate=0.0035)
+
+
+class ClipAdapterConfig(MethodConfig):
+    reduction: PositiveInt = 4
+    """How much narrower the bottleneck is than the image feature."""
+    ratio: Share = 0.2
+    """Share of the bottleneck's output in the adapted feature."""
+    training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+
+
+class JointPromptsConfig(MethodConfig):
+    prompt_length: PositiveInt = 8
+    """Prompt vectors in each layer of each tower."""
+
+
+class MlpPromptsConfig(MethodConfig):
+    prompt_length: PositiveInt = 4
+    """Prompt vectors in each layer."""
+    source_width: PositiveInt = 256
+    """Width of the source prompt that the linear layers map to both towers."""
+
+
+class ClipLoraConfig(MethodConfig):
+    rank: PositiveInt = 2
+    """Rank of the update of each query, key and value matrix."""
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """The update is scaled by alpha over the rank's root."""
+    training: OwnTraining = OwnTraining(
+        epochs=250, batch_size=32, optimizer="adamw", learning_rate=2e-4, weight_decay=0.01
+    )
+
+
+class LinearProbeConfig(MethodConfig):
+    training: OwnTraining = OwnTraining(epochs=20, batch_size=32, optimizer="adamw", learning_rate=1e-3)
+
+
+class LammConfig(MethodConfig):
+    embedding_weight: NonNegative = 1.0
+    """Weight of the squared distance of the trained embeddings from their start."""
+    text_weight: NonNegative = 1.0
+    """Weight of the cosine distance from the frozen text features."""
+    logits_weight: NonNegative = 0.05
+    """Weight of the divergence from the frozen CLIP's logits."""
+    training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+
+
+class PromptSrcConfig(MethodConfig):
+    prompt_length: PositiveInt = 4
+    """Prompt vectors in a layer of each tower; the first text layer's start as the template's first words."""
+    depth: PositiveInt = 9
+    """Layers, from the first, that get new prompts."""
+    image_weight: NonNegative = 10.0
+    """Weight of the mean absolute distance from the frozen image features."""
+    text_weight: NonNegative = 25.0
+    """Weight of the mean absolute distance from the frozen text features."""
+    logits_weight: NonNegative = 1.0
+    """Weight of the divergence from the frozen CLIP's logits."""
+    training: OwnTraining = OwnTraining(epochs=50, batch_size=4, learning_rate=0.0025)
+
+
+class MvlptConfig(MethodConfig):
+    prompt_length: PositiveInt = 4
+    """Context vectors, and prompt vectors in each layer of the image tower."""
+    mixer_width: PositiveInt = 128
+    """Width of the transformer block that mixes the prompts."""
+    training: OwnTraining = OwnTraining(epochs=200, batch_size=32, learning_rate=0.002)
+
+
+class SoftCptConfig(MethodConfig):
+    context_length: PositiveInt = 16
+    """Context vectors that are made for each task."""
+    meta_length: PositiveInt = 4
+    """Trained vectors before the task's name."""
+    training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+
+
+class HiProConfig(MethodConfig):
+    context_length: PositiveInt = 16
+    """Context vectors of each node of the tree of tasks."""
+    training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+
+
+class BitFitConfig(MethodConfig):
+    training: OwnTraining = OwnTraining(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
+
+
+class FullConfig(MethodConfig):
+    training: OwnTraining = OwnTraining(optimizer="adamw", learning_rate=1e-5, weight_decay=0.1)
 
 
 class GlobalPromptConfig(Section):
@@ -283,6 +393,22 @@ class Config(Section):
     """Prompts of both towers made by linear layers (ablation)."""
     clip_lora: ClipLoraConfig = ClipLoraConfig()
     """CLIP-LoRA: low-rank updates of the attention matrices of both towers."""
+    linear_probe: LinearProbeConfig = LinearProbeConfig()
+    """Linear probe: a weight vector for each class."""
+    lamm: LammConfig = LammConfig()
+    """LAMM: trained class names."""
+    promptsrc: PromptSrcConfig = PromptSrcConfig()
+    """PromptSRC: prompts of both towers, held to the frozen CLIP."""
+    mvlpt: MvlptConfig = MvlptConfig()
+    """MVLPT: mixed prompts of both towers, trained on all tasks, then on each."""
+    softcpt: SoftCptConfig = SoftCptConfig()
+    """SoftCPT: contexts made from the tasks' names."""
+    hipro: HiProConfig = HiProConfig()
+    """HiPro: a tree of contexts."""
+    bitfit: BitFitConfig = BitFitConfig()
+    """BitFit: the biases of both towers."""
+    full: FullConfig = FullConfig()
+    """Full fine-tuning."""
     training: TrainingConfig = TrainingConfig()
     """How prompts are trained (stages 2 and 4)."""
     global_prompt: GlobalPromptConfig = GlobalPromptConfig()
@@ -293,6 +419,9 @@ class Config(Section):
     """Ray."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
+
+
+_DEFAULTS = Config()
 
 
 def content_hash(value: Any) -> str:
@@ -368,14 +497,14 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """All leaf fields as (dotted name, field), in order."""
-    for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from fields(annotation, f"{prefix}{name}.")
+def fields(defaults: Section = _DEFAULTS, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """All leaf fields as (dotted name, field, default), in order."""
+    for name, field in type(defaults).model_fields.items():
+        default = getattr(defaults, name)
+        if isinstance(default, Section):
+            yield from fields(default, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field
+            yield f"{prefix}{name}", field, default
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -389,7 +518,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML files of the run, later ones over earlier ones (default: configs/demo.yaml, the embedded digits)",
     )
     groups: dict[str, Any] = {}
-    for name, field in fields():
+    for name, field, default in fields():
         section = name.rpartition(".")[0]
         if section not in groups:
             title = f"config: {section}" if section else "config"
@@ -401,7 +530,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
             dest=f"config.{name}",
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{text}{choices} (default: {json.dumps(field.default)})",
+            help=f"{text}{choices} (default: {json.dumps(default)})",
         )
 
 
@@ -409,23 +538,27 @@ def _section_help(path: str) -> str | None:
     if not path:
         return "Values on the command line go before those of the file; lists are written [a, b]."
     parent, _, name = path.rpartition(".")
-    return _section_at(parent.split(".") if parent else []).model_fields[name].description
+    field = _section_at(parent.split(".") if parent else []).model_fields[name]
+    return field.description or field.annotation.__doc__
 
 
 def _choices(field: FieldInfo) -> tuple[Any, ...]:
     return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
 
 
-def config_from_command_line(parser: argparse.ArgumentParser, command_line: Sequence[str] | None = None) -> Config:
-    """The files' values with the command line's over them, validated; `parser` has the config arguments."""
+def config_from_command_line(
+    parser: argparse.ArgumentParser, command_line: Sequence[str] | None = None, base: Sequence[Path] = ()
+) -> Config:
+    """The values of the files `base`, of --config over them, and of the command line over those, validated; `parser`
+    has the config arguments."""
     arguments, unknown = parser.parse_known_args(command_line)
     if unknown:
         name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, [f"--{field}" for field, _ in fields()], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, [f"--{field}" for field, *_ in fields()], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown option {name}{hint} --help lists them all")
     values: dict[str, Any] = {}
-    for file in arguments.config:
+    for file in (*base, *arguments.config):
         values = _over(values, load_yaml(file))
     for key, text in vars(arguments).items():
         if key.startswith("config."):

@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,7 +43,8 @@ from pipeline.tracking import Tracker, check_reachable, resolve_tracking_uri, ru
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
 LEAST_FREE_BYTES = 200 << 20
-NUMBERS_VERSION = 2
+LOG_WIDTH = 160
+NUMBERS_VERSION = 3
 """To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
 before are then not taken for today's."""
 _IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -50,7 +52,7 @@ _IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 @dataclass
 class Run:
-    """A pipeline run, checked and connected."""
+    """A pipeline run: checked by `check_run`, then `connected` and `tracked`."""
 
     config: Config
     storage: Path
@@ -60,12 +62,16 @@ class Run:
     splits: Artefact
     folder: Path
     """Reports of this run; named by the hash of all that decides its results."""
-    tracker: Tracker
+    key: str
+    """That hash."""
     console: Console
-    gpus_per_training: float
-    board: Any
+    gpus_per_training: float = 0.0
+    board: Any = None
     """The workers' ProgressBoard actor."""
+    tracker: Tracker = field(init=False)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Ends the run's work from another thread."""
 
     @property
     def tasks(self) -> list[str]:
@@ -76,7 +82,15 @@ class Run:
 
 
 def run_job(description: str, main: Callable[[Run], None]) -> None:
-    """The body of a job script: command line, checks, `main(run)`; prints a user's faults without a traceback."""
+    """The body of a job script of one run: command line, checks, `main(run)`."""
+    parser = job_parser(description)
+    with faults_told_to_people() as console:
+        with open_run(config_from_command_line(parser), console) as run:
+            main(run)
+
+
+def job_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the config's options."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [-h] [--config FILE ...] [--section.field VALUE ...]",
         description=description,
@@ -84,11 +98,17 @@ def run_job(description: str, main: Callable[[Run], None]) -> None:
         allow_abbrev=False,
     )
     add_config_arguments(parser)
+    return parser
+
+
+@contextmanager
+def faults_told_to_people() -> Iterator[Console]:
+    """Gives a job its console; ends it with a status and, for a user's faults, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    console = Console(soft_wrap=True)
+    # A log has room for the tables of many methods.
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
-        with open_run(config_from_command_line(parser), console) as run:
-            main(run)
+        yield console
     except UserError as error:
         console.print("[bold red]error:[/]", escape(str(error)), highlight=False)
         sys.exit(2)
@@ -105,6 +125,17 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         UserError: the first thing that is wrong, with the remedy.
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
+    run = check_run(config, console)
+    with connected([run]), tracked(run):
+        yield run
+
+
+def check_run(config: Config, console: Console) -> Run:
+    """What needs no cluster: config against data, model, storage and tracking server.
+
+    Raises:
+        UserError: the first thing that is wrong, with the remedy.
+    """
     config = _with_absolute_paths(config)
     storage = _open_storage(config)
     listing = _find_data(config, storage)
@@ -112,8 +143,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     check_constraints(
         len(listing.classes), config.grouping.num_groups, config.grouping.min_size, config.grouping.max_size
     )
-    uri = resolve_tracking_uri(config.tracking.uri, storage)
-    check_reachable(uri)
+    check_reachable(resolve_tracking_uri(config.tracking.uri, storage))
 
     splits = Artefact(
         storage,
@@ -135,34 +165,40 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     key = content_hash({**deciding, "identity": asdict(clip), "splits": splits.key, "version": NUMBERS_VERSION})
     folder = make_folder(storage / "runs" / f"{config.name}-{key}")
     write_atomically(folder / "config.yaml", to_yaml(config))
+    return Run(config, storage, listing, clip, shape, splits, folder, key, console)
 
+
+@contextmanager
+def connected(runs: Sequence[Run]) -> Iterator[None]:
+    """Joins the cluster for checked runs of the same storage, data, CLIP and cluster.
+
+    Raises:
+        UserError: no cluster, or one that cannot hold a training.
+    """
     try:
-        gpus_per_training = _connect(config, storage, listing.root)
-        tracker = Tracker(uri, config.tracking.experiment, folder / f"tracking-{key}")
-        run = Run(
-            config,
-            storage,
-            listing,
-            clip,
-            shape,
-            splits,
-            folder,
-            tracker,
-            console,
-            gpus_per_training,
-            ProgressBoard.remote(),
-        )
-        try:
-            _announce(run)
-            yield run
-        except BaseException as error:
-            tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            tracker.close(timeout_s=10)
-            raise
-        tracker.end_run(PARENT)
-        tracker.close(timeout_s=20)  # says what could not be sent
+        gpus_per_training = _connect(runs[0].config, runs[0].storage, runs[0].listing.root)
+        for run in runs:
+            run.gpus_per_training, run.board = gpus_per_training, ProgressBoard.remote()
+        yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def tracked(run: Run) -> Iterator[None]:
+    """Gives a run its MLflow parent run, which ends as the block does."""
+    config = run.config
+    uri = resolve_tracking_uri(config.tracking.uri, run.storage)
+    run.tracker = Tracker(uri, config.tracking.experiment, run.folder / f"tracking-{run.key}")
+    try:
+        _announce(run)
+        yield
+    except BaseException as error:
+        run.tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        run.tracker.close(timeout_s=10)
+        raise
+    run.tracker.end_run(PARENT)
+    run.tracker.close(timeout_s=20)  # says what could not be sent
 
 
 def _announce(run: Run) -> None:

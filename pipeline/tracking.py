@@ -184,11 +184,18 @@ class Tracker:
             self._record("status", name, {"status": status})
 
     def flush(self, timeout_s: float = 60) -> DeliveryReport:
-        """Wait until all is sent, at most `timeout_s`, and say how far it came."""
+        """Wait until all is sent, or nothing was for `timeout_s`, and say how far it came."""
         with self._changed:
             self._hurry = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._connected and not self._num_waiting(), timeout_s)
+            sent = -1
+            while sent < self._state["position"] or not self._connected:
+                sent = self._state["position"]
+                if not self._changed.wait_for(
+                    lambda sent=sent: self._connected and (self._state["position"] > sent or not self._num_waiting()),
+                    timeout_s,
+                ):
+                    break
             return self._report()
 
     def close(self, timeout_s: float = 60) -> DeliveryReport:

@@ -100,13 +100,14 @@ def numbers(storage: Path) -> dict[str, object]:
     (splits,) = (storage / "splits").glob("[!.]*")
     for file in sorted(splits.rglob("*.parquet")) + [splits / "splits.json"]:
         found[str(file.relative_to(splits))] = file.read_bytes()
-    for stage in ("global_prompt", "grouping", "group_trainings", "zero_shot"):
+    for stage in ("global_prompt", "grouping", "image_features", "group_trainings"):
         for folder in (storage / stage).glob("[!.]*"):
             made_from = json.loads((folder / "artefact.json").read_text())["made_from"]
-            name = f"{stage} {made_from.get('group', '')}"
+            name = " ".join(str(made_from.get(part, "")) for part in ("method", "group", "task", "split"))
             for file in sorted(folder.glob("*")):
                 if file.suffix in (".parquet", ".safetensors") or file.name == "grouping.json":
-                    found[f"{name} {file.name}"] = file.read_bytes()
+                    assert f"{stage} {name} {file.name}" not in found
+                    found[f"{stage} {name} {file.name}"] = file.read_bytes()
     for file in (the_run(storage) / "prompts").iterdir():
         found[file.name] = file.read_bytes()
     return found

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from small_methods import TRAINED, WORDS, built, tokens_for, with_frozen_features
 from small_problem import (
     CONFIG,
     TASKS,
@@ -27,9 +28,11 @@ from pipeline.training.evaluate import decoded_batches, evaluate
 from pipeline.training.loop import train
 from pipeline.training.share import Share
 
+SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
+
 
 def trained(folder=None):
-    """Prompts of a group after training, and history and snapshots of a global prompt."""
+    """Prompts of a group after training, history and snapshots of a global prompt, and every other method."""
     towers, _, tokens, sets = small_problem()
     group = group_prompts(towers)
     train(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder)
@@ -37,8 +40,15 @@ def trained(folder=None):
     history, snapshots = train(
         towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot=shared.task_gradients, snapshot_every=3
     )
+    methods = {}
+    sets = with_frozen_features(towers, sets)
+    for name in TRAINED:
+        method = methods[name] = built(name, towers)
+        tokens = tokens_for(name, towers, list(WORDS.values()))
+        train(towers, method, sets, tokens, SLOW, epochs=1, seed=5)
     return {
         "state": group.state_dict(),
+        "methods": {name: method.state_dict() for name, method in methods.items()},
         "losses": [record.losses for record in history],
         "accuracies": [record.accuracies for record in history],
         "snapshots": [gradients for _, gradients in snapshots],
@@ -67,7 +77,7 @@ def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
     alone = trained()
     for rank in range(world):
         together = torch.load(tmp_path / f"rank{rank}.pt")
-        for name in ("state", "losses", "snapshots"):
+        for name in ("state", "methods", "losses", "snapshots"):
             tolerance = 1e-5 if name == "snapshots" else 1e-9  # stored in float32
             torch.testing.assert_close(together[name], alone[name], rtol=tolerance, atol=tolerance)
         assert together["accuracies"] == alone["accuracies"]

@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import copy
 import typing
+from dataclasses import astuple, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from plain_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
-from small_problem import CONFIG, TASKS, small_problem
+from small_methods import SMALL, TRAINED, WORDS, built, tokens_for, with_frozen_features
+from small_problem import CONFIG, TEST_COUNTS, small_problem, write_test_splits
 
-from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import load_clip, towers_without_weights, weights_fingerprint
-from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MapleConfig, Method, MlpPromptsConfig, VptConfig
+from pipeline.config import ClipConfig, Config, MapleConfig, Method, MlpPromptsConfig, VptConfig
+from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
+from pipeline.methods.hipro import task_tree
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, kind_of
 from pipeline.stages.group_trainings import random_groups
+from pipeline.training.evaluate import evaluate, evaluate_features
+from pipeline.training.frozen_features import StoredFeatures, frozen_test_features, save_features
 from pipeline.training.loop import train
 
-SMALL = Config.model_validate(
-    {
-        "clip": {"model": BUILTIN_DIGITS, "pretrained": BUILTIN_DIGITS},
-        "mmap": {"prompt_length": 2, "source_rows": 2},
-        "coop": {"context_length": 3},
-        "vpt": {"prompt_length": 2},
-        "maple": {"prompt_length": 2, "depth": 2},
-        "joint_prompts": {"prompt_length": 2},
-        "mlp_prompts": {"prompt_length": 2, "source_width": 4},
-    }
-)
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
-
-
-def built(name, towers, tasks=TASKS, config=SMALL):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        method = KINDS[name].build(config, towers, tasks).to(next(towers.parameters()).dtype)
-        with torch.no_grad():
-            for parameter in method.parameters():  # away from starts where a fault would not show
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    return method
-
-
-def tokens_for(name, towers, words_per_task):
-    kind = KINDS[name]
-    return class_tokens(towers.tokenizer, kind.template(SMALL), words_per_task, kind.num_carried(SMALL))
+INK = {"ink": CLASS_WORDS}
 
 
 def full_ids(template):
@@ -124,13 +105,59 @@ def plain_features(name, method, model, images):
             }
             trained = {
                 f"{block}.in_proj_weight": own[f"{block}.in_proj_weight"]
-                + torch.cat([b @ a / 2 for b, a in low_rank[block]])  # alpha 1, rank 2
+                + torch.cat([b @ a / 2**0.5 for b, a in low_rank[block]])  # alpha 1, rank 2
                 for block in blocks
             }
         else:
             assert set(trained) == {key for key in own if name == "full" or key.endswith("bias")}
         model = with_weights(model, trained)
         return model.encode_image(images), model.encode_text(full_ids(template))
+    if name == "linear_probe":
+        return model.encode_image(images), method.weights
+    if name == "lamm":
+        ids, z = full_ids(template), []
+        for number, (row, pieces) in enumerate(zip(ids, method.embeddings)):
+            name_at = 1 + len(tokenizer().encode("a photo of a"))
+            embedded = model.token_embedding(row)
+            embedded = torch.cat([embedded[:name_at], pieces, embedded[name_at + len(pieces) :]])
+            with_name = with_weights(model, {})
+            with_name.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
+            z.append(plain_encode_text(with_name, ids[number : number + 1], None))
+        return model.encode_image(images), torch.cat(z)
+    if name == "promptsrc":
+        return (
+            plain_encode_image(model, images, method.vision_prompts, carried=True),
+            plain_encode_text(model, full_ids("{}."), method.text_prompts, carried=True),
+        )
+    if name == "mvlpt":
+        prompts = torch.cat(
+            [
+                method.context @ method.text_in.weight.T + method.text_in.bias,
+                method.vision_prompts.reshape(-1, 24) @ method.vision_in.weight.T + method.vision_in.bias,
+            ]
+        )
+        mixer = method.mixer
+        h = F.layer_norm(prompts, (4,), mixer.norm1.weight, mixer.norm1.bias)
+        q, k, v = (h @ mixer.self_attn.in_proj_weight.T + mixer.self_attn.in_proj_bias).chunk(3, dim=1)
+        attended = (q @ k.T / 2).softmax(dim=1) @ v  # one head of width 4
+        prompts = prompts + attended @ mixer.self_attn.out_proj.weight.T + mixer.self_attn.out_proj.bias
+        h = F.layer_norm(prompts, (4,), mixer.norm2.weight, mixer.norm2.bias)
+        h = F.gelu(h @ mixer.linear1.weight.T + mixer.linear1.bias)
+        prompts = prompts + h @ mixer.linear2.weight.T + mixer.linear2.bias
+        context = prompts[:2] @ method.text_out.weight.T + method.text_out.bias
+        vision = (prompts[2:] @ method.vision_out.weight.T + method.vision_out.bias).reshape(3, 2, 24)
+        return (
+            plain_encode_image(model, images, vision),
+            plain_encode_text(model, full_ids("{}."), context[None], carried=True),
+        )
+    if name == "softcpt":
+        (task,) = method.tasks
+        of_task = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], carried=True)[0]
+        context = torch.stack([of_task @ method.projection[:, at] for at in range(3)])
+        return model.encode_image(images), plain_encode_text(model, full_ids("{}."), context[None], carried=True)
+    if name == "hipro":  # with one task the tree is one leaf; several: below
+        z = plain_encode_text(model, full_ids("{}."), method.contexts, carried=True)
+        return model.encode_image(images), F.normalize(z, dim=1)
     assert name == "mlp_prompts"
     text, vision = (
         torch.stack([p @ f.weight.T + f.bias for f, p in zip(layers, method.source)])
@@ -140,16 +167,16 @@ def plain_features(name, method, model, images):
 
 
 def test_the_config_names_the_registry():
-    assert set(typing.get_args(Method)) | set(ALWAYS) == set(VERSIONS)
+    assert {"zero_shot", *typing.get_args(Method), *ALWAYS} == set(VERSIONS)
     assert {version.kind for version in VERSIONS.values()} == set(KINDS)
-    with pytest.raises(UserError, match="'lora' is not known; methods: mmap, mmap_shared, coop"):
+    with pytest.raises(UserError, match="'lora' is not known; methods: zero_shot, mmap, mmap_shared, coop"):
         kind_of("lora")
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_method_is_its_plain_definition(name):
     towers, model = small_towers()
-    method = built(name, towers, ["ink"])
+    method = built(name, towers, INK)
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     adaptation = method()
     x = adaptation.encode_image(towers, images, [3])
@@ -169,17 +196,21 @@ def test_a_method_is_its_plain_definition(name):
         torch.testing.assert_close(gradient, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_all_of_a_method_trains_and_nothing_else(name):
     towers, _, _, sets = small_problem()
+    sets = with_frozen_features(towers, sets)
     method = built(name, towers)
     frozen = {key: value.clone() for key, value in towers.state_dict().items()}
     before = {key: value.clone() for key, value in method.state_dict().items()}
     tokens = tokens_for(name, towers, [CLASS_WORDS, CLASS_WORDS])
-    history, _ = train(towers, method, sets, tokens, CONFIG, epochs=3, seed=5)
+    config = SLOW if name in ("linear_probe", "lamm") else CONFIG
+    history, _ = train(towers, method, sets, tokens, config, epochs=3, seed=5)
     assert all(torch.equal(value, frozen[key]) for key, value in towers.state_dict().items())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
-    assert not any(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+    assert not any(
+        torch.equal(value, before[key]) for key, value in method.state_dict().items() if value.is_floating_point()
+    )
     first, last = (sum(sum(record.losses) for record in part) for part in (history[:4], history[-4:]))
     assert last < first
 
@@ -188,7 +219,7 @@ def test_all_of_a_method_trains_and_nothing_else(name):
 def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     towers = load_clip(SMALL.clip)
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
-    method = built(name, towers, tuple(words))
+    method = built(name, towers, words)
     trained = TrainedPrompts(name, SMALL, weights_fingerprint(towers), (words,), (method.state_dict(),))
     save_prompts(tmp_path / "trained.safetensors", trained)
     loaded = load_prompts(tmp_path / "trained.safetensors")
@@ -201,20 +232,20 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
         assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_starts_do_not_depend_on_the_machine_or_the_tasks(name):
     towers, _ = small_towers()
     torch.manual_seed(1)
-    first = KINDS[name].build(SMALL, towers, ["ink"]).state_dict()
+    first = KINDS[name].build(SMALL, towers, INK).state_dict()
     torch.manual_seed(2)
-    again = KINDS[name].build(SMALL, towers, ["ink"]).state_dict()
-    other = KINDS[name].build(SMALL.model_copy(update={"seed": 2}), towers, ["ink"]).state_dict()
+    again = KINDS[name].build(SMALL, towers, INK).state_dict()
+    other = KINDS[name].build(SMALL.model_copy(update={"seed": 2}), towers, INK).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in first.items())
     if KINDS[name].trains_weights:  # start as CLIP's
         own = towers.state_dict()
         for start in (first, other):
             assert all(torch.equal(value, own[key.removeprefix("towers.")]) for key, value in start.items())
-    else:
+    elif name not in ("linear_probe", "lamm"):  # start as the class texts
         assert not all(torch.equal(value, other[key]) for key, value in first.items())
 
 
@@ -222,6 +253,11 @@ def test_starts_do_not_depend_on_the_machine_or_the_tasks(name):
     "name, config, expected",
     [
         ("coop", Config(), 16 * 512),
+        ("lamm", Config(), 5 * 512),  # one piece a name
+        ("promptsrc", Config(), 9 * 4 * (512 + 768)),
+        ("mvlpt", Config(), 566_400),
+        ("softcpt", Config(), 512 * 16 * 512 + 4 * 512),
+        ("hipro", Config(), 3 * 16 * 512),  # two tasks
         ("vpt", Config(vpt=VptConfig(prompt_length=18)), 165_888),
         ("maple", Config(), 3_555_072),
         ("maple", Config(maple=MapleConfig(depth=12, prompt_length=12)), 4_801_536),
@@ -237,7 +273,7 @@ def test_parameter_counts_of_vit_b_16(name, config, expected):
     """Of one group of tasks."""
     towers = towers_without_weights(ClipConfig())
     towers.token_embedding.to_empty(device="cpu")
-    method = KINDS[name].build(config, towers, ["ink", "chalk"])
+    method = KINDS[name].build(config, towers, WORDS)
     assert sum(p.numel() for p in method.parameters()) == expected
 
 
@@ -256,6 +292,148 @@ def test_random_groups_have_the_sizes_asked_for_and_depend_on_the_seed_alone():
         assert sorted(task for group in groups for task in group) == tasks
 
 
+# What a method leaves as the frozen CLIP has it is computed once
+
+
+class Uncached(torch.nn.Module):
+    """A method whose towers look changed, so that every step runs both."""
+
+    def __init__(self, method, towers):
+        super().__init__()
+        self.method, self.frozen = method, (towers,)
+
+    def forward(self):
+        return replace(self.method(), towers=self.frozen[0])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_registry_says_what_a_method_changes(name):
+    towers, _ = small_towers()
+    adaptation = built(name, towers)()
+    assert adaptation.changes_images == KINDS[name].changes_images
+    assert (adaptation.consistency is not None) == KINDS[name].consistent
+    assert adaptation.changes_texts == (name not in ("zero_shot", "vpt", "clip_adapter"))
+
+
+@pytest.mark.parametrize("name", ["coop", "vpt", "clip_adapter", "linear_probe", "lamm", "softcpt", "hipro"])
+def test_frozen_features_do_not_change_the_training(name):
+    towers, _, _, sets = small_problem()
+    tokens = tokens_for(name, towers, list(WORDS.values()))
+    sets = with_frozen_features(towers, sets)
+    cached, uncached = built(name, towers), built(name, towers)
+    of_cached, of_uncached = (
+        (replace(of, images=() if not KINDS[name].changes_images else of.images) for of in sets),
+        sets,
+    )
+    if name in ("linear_probe", "hipro"):  # whose class features do not come from the towers
+        reference = Uncached(uncached, None)
+        reference.forward = lambda: replace(uncached(), vision_prompts=torch.zeros(2, 1, 0, 24, dtype=torch.float64))
+    else:
+        reference = Uncached(uncached, towers)
+    ours, _ = train(towers, cached, list(of_cached), tokens, SLOW, epochs=2, seed=5)
+    expected, _ = train(towers, reference, list(of_uncached), tokens, SLOW, epochs=2, seed=5)
+    assert [r.accuracies for r in ours] == [r.accuracies for r in expected]
+    torch.testing.assert_close([r.losses for r in ours], [r.losses for r in expected], **TOLERANCE)
+    torch.testing.assert_close(cached.state_dict(), uncached.state_dict(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["zero_shot", "clip_adapter", "lamm"])
+def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
+    write_test_splits(tmp_path)
+    towers, _ = small_towers()
+    reader, words = SplitReader(tmp_path / "splits"), dict.fromkeys(TEST_COUNTS, CLASS_WORDS)
+    stored = {}
+    for task in words:
+        save_features(tmp_path / task, frozen_test_features(towers, reader, task, 2, "auto"))
+        stored[task] = StoredFeatures(tmp_path / task)
+        assert len(stored[task]) == TEST_COUNTS[task]
+    with torch.no_grad():
+        method = built(name, towers, words)
+        classifier = Classifier(towers, KINDS[name].template(SMALL), [(words, method())])
+    from_images = evaluate(classifier, reader, tuple(words), threads=2)
+    from_features = evaluate_features(classifier, reader, stored)
+    for ours, expected in zip(from_features, from_images, strict=True):
+        assert astuple(ours)[:4] == astuple(expected)[:4]
+        assert ours.probability == pytest.approx(expected.probability, rel=1e-9)
+
+
+def test_what_holds_a_method_to_the_frozen_clip_is_added_to_its_loss():
+    towers, model, _, sets = small_problem()
+    sets = with_frozen_features(towers, sets)
+    frozen_tokens = tokens_for("zero_shot", towers, list(WORDS.values()))
+    frozen_z = F.normalize(model.encode_text(full_ids(SMALL.clip.template)), dim=1)
+    for name in ("promptsrc", "lamm"):
+        method = built(name, towers)
+        tokens = tokens_for(name, towers, list(WORDS.values()))
+        before = copy.deepcopy(method)
+        ((record, *_), _) = train(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens)
+        for task, of_task in enumerate(sets):
+            pixels, labels = of_task.batch(0, 3, 16, CONFIG.augmentation, 5)
+            images = towers.normalize_pixels(pixels)
+            x, z = (F.normalize(f, dim=1) for f in plain_features(name, before, model, images))
+            frozen_x = F.normalize(model.encode_image(images), dim=1)
+            p, q = ((model.logit_scale.exp() * a @ b.T) for a, b in ((x, z), (frozen_x, frozen_z)))
+            expected = F.cross_entropy(p, labels)
+            if name == "promptsrc":
+                expected += 25 * (z - frozen_z).abs().mean() + 10 * (x - frozen_x).abs().mean()
+                expected += (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).mean()
+            else:
+                expected += (1 - (z * frozen_z).sum(1)).mean()
+                expected += sum((new - old).square().sum() for new, old in zip(before.embeddings, before.start)) / 2
+                p, q = p / 2, q / 2
+                expected += 0.05 * 4 * (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
+            assert record.losses[task] == pytest.approx(expected.item(), rel=1e-9)
+
+
+# The methods for several tasks
+
+
+def test_a_tree_joins_the_tasks_whose_gradients_agree_most_first():
+    affinity = np.array([[9, 0.1, 0.8, 0.0], [0.1, 9, 0.2, 0.6], [0.8, 0.2, 9, 0.1], [0.0, 0.6, 0.1, 9]])
+    nodes = task_tree(affinity)
+    assert [np.flatnonzero(node).tolist() for node in nodes] == [[0], [1], [2], [3], [0, 2], [1, 3], [0, 1, 2, 3]]
+    assert task_tree(np.ones((1, 1))).tolist() == [[True]]
+
+
+def test_hipro_averages_the_nodes_over_each_tasks_path():
+    towers, model = small_towers()
+    words = {"ink": CLASS_WORDS, "neon": CLASS_WORDS[:3], "chalk": CLASS_WORDS[1:]}
+    method = built("hipro", towers, words)
+    method.plant(np.array([[1, 0.2, 0.7], [0.2, 1, 0.1], [0.7, 0.1, 1]]))
+    tokens = tokens_for("hipro", towers, list(words.values()))
+    z = method().encode_text(towers, tokens)
+    of_node = [
+        F.normalize(plain_encode_text(model, full_ids("{}."), context[None], carried=True), dim=1)
+        for context in method.contexts
+    ]
+    ink, neon, chalk, both, root = of_node
+    expected = [(ink + both + root) / 3, ((neon + root) / 2)[:3], ((chalk + both + root) / 3)[1:]]
+    torch.testing.assert_close(z, torch.cat(expected), **TOLERANCE)
+    part = method().encode_text(towers, tokens.rows(3, 10))  # a worker's share
+    torch.testing.assert_close(part, torch.cat(expected)[3:10], **TOLERANCE)
+
+
+def test_softcpt_makes_each_task_a_context_of_its_own():
+    towers, model = small_towers()
+    method = built("softcpt", towers, {"ink": CLASS_WORDS, "Real_World": CLASS_WORDS})
+    contexts = method().text_prompts
+    alone = plain_encode_text(model, tokenizer()(["Real World."]), method.meta_prompt[None], carried=True)[0]
+    expected = torch.stack([alone @ method.projection[:, at] for at in range(3)])
+    torch.testing.assert_close(contexts[1, 0], expected, **TOLERANCE)
+    assert not torch.allclose(contexts[0], contexts[1])
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "lamm"])
+def test_classes_with_the_same_words_are_one_class(name):
+    towers, _ = small_towers()
+    words = {"ink": CLASS_WORDS, "neon": CLASS_WORDS[::-1], "chalk": ["dog", CLASS_WORDS[0]]}
+    method = built(name, towers, words)
+    assert next(method.parameters()).shape == (len(CLASS_WORDS) + 1, *{"linear_probe": [12], "lamm": [1, 16]}[name])
+    z = method().encode_text(towers, tokens_for(name, towers, list(words.values())))
+    torch.testing.assert_close(z[:5], z[5:10].flip(0), **TOLERANCE)
+    torch.testing.assert_close(z[0], z[11], **TOLERANCE)
+
+
 # Methods with towers of their own
 
 
@@ -267,7 +445,7 @@ def test_own_towers_hold_in_memory_and_files_only_what_trains():
         "full": lambda key: True,
         "clip_lora": lambda key: False,
     }.items():
-        method = KINDS[name].build(SMALL, towers, TASKS)
+        method = KINDS[name].build(SMALL, towers, WORDS)
         own = method.towers.state_dict(keep_vars=True)
         own = {key: value for key, value in own.items() if "in_proj_update" not in key}
         assert own.keys() == {key for key in given if trains(key)}
@@ -286,7 +464,7 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     towers = load_clip(config.clip, float32=KINDS[name].trains_weights)
     assert (towers.visual.proj.dtype == torch.float32) == (name != "clip_lora")
     words = {"ink": CLASS_WORDS, "chalk": CLASS_WORDS}
-    method = KINDS[name].build(config, towers, tuple(words))
+    method = KINDS[name].build(config, towers, words)
     _, _, _, sets = small_problem()
     tokens = tokens_for(name, towers, list(words.values()))
     history, _ = train(towers, method, sets, tokens, SLOW, epochs=3, seed=5, precision="bfloat16")
@@ -303,7 +481,7 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
 
 def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_gradient():
     towers, _ = small_towers()
-    method = built("full", towers, ["ink"])
+    method = built("full", towers, INK)
     adaptation = method()
     x = adaptation.encode_image(towers, torch.randn(3, 3, 16, 16, dtype=torch.float64), [3])
     z = adaptation.encode_text(towers, tokens_for("full", towers, [CLASS_WORDS]))
@@ -325,7 +503,7 @@ def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_grad
 
 def test_low_rank_updates_start_at_zero_and_their_first_factor_waits_for_the_second():
     towers, _ = small_towers()
-    method = KINDS["clip_lora"].build(SMALL, towers, TASKS).double()
+    method = KINDS["clip_lora"].build(SMALL, towers, WORDS).double()
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     x = method().encode_image(towers, images, [2, 1])
     assert torch.equal(x, towers.encode_image(images))

@@ -9,7 +9,7 @@ Dimensions: T tasks, C classes of a task, R = ΣC rows, P prefix tokens, S suffi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -30,20 +30,31 @@ class Tokenizer(Protocol):
 @dataclass(frozen=True)
 class ClassTokens:
     prefix: torch.Tensor
-    """(T, P) int64: start token and the words that all classes of a task begin with."""
+    """(T, P) int64: start token and the template's words before the class name."""
     suffix: torch.Tensor
     """(R, S) int64: the rest of each class's text with EOT, padded with zeros; rows task by task."""
     eot: torch.Tensor
     """(R,) int64: position of EOT in the suffix."""
     classes_per_task: tuple[int, ...]
+    name_at: int
+    """Where class names begin in the suffix; 0 unless the template runs into them."""
+    first_row: int = 0
+    """Place of the first of these rows among all classes."""
 
     def to(self, device: torch.device) -> ClassTokens:
-        return ClassTokens(self.prefix.to(device), self.suffix.to(device), self.eot.to(device), self.classes_per_task)
+        prefix, suffix, eot = (tensor.to(device) for tensor in (self.prefix, self.suffix, self.eot))
+        return replace(self, prefix=prefix, suffix=suffix, eot=eot)
 
     def rows(self, start: int, stop: int) -> ClassTokens:
         """The classes of rows start:stop; a task may be left with none."""
         counts = counts_between(self.classes_per_task, start, stop)
-        return ClassTokens(self.prefix, self.suffix[start:stop], self.eot[start:stop], tuple(counts))
+        return replace(
+            self,
+            suffix=self.suffix[start:stop],
+            eot=self.eot[start:stop],
+            classes_per_task=tuple(counts),
+            first_row=start,
+        )
 
 
 def class_tokens(
@@ -74,7 +85,8 @@ def class_tokens(
             of_task[tuple(ids)] = name
         texts.append([list(ids) for ids in of_task])
 
-    shared = min(_common_prefix(of_task) for of_task in texts)
+    name_at = 1 + len(tokenizer.encode(template.partition("{}")[0]))
+    shared = min(name_at, *(_common_prefix(of_task) for of_task in texts))
     rows = [ids[shared:] for of_task in texts for ids in of_task]
     suffix = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, ids in zip(suffix, rows):
@@ -84,6 +96,7 @@ def class_tokens(
         suffix=suffix,
         eot=torch.tensor([len(ids) - 1 for ids in rows]),
         classes_per_task=tuple(len(of_task) for of_task in texts),
+        name_at=name_at - shared,
     )
 
 

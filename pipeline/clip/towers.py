@@ -163,7 +163,11 @@ class ClipTowers(nn.Module):
         return self._in_chunks(encode, len(images), bytes_per_image)
 
     def encode_text(
-        self, tokens: ClassTokens, prompts: torch.Tensor | None = None, carried: bool = False
+        self,
+        tokens: ClassTokens,
+        prompts: torch.Tensor | None = None,
+        carried: bool = False,
+        suffix_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Features (R, E) of all tasks' classes, task by task, not normalised.
 
@@ -171,7 +175,10 @@ class ClipTowers(nn.Module):
             tokens: the classes of T tasks.
             prompts: (T, K', b, D) for the first K' layers; classes of task t see prompts[t]. None: CLIP as it is.
             carried: the prompts are tokens of the input, with positions, and those of layer K' go on after it.
+            suffix_embeddings: (R, S, D) of the tokens' suffix, without positions. None: CLIP's own.
         """
+        if suffix_embeddings is None:
+            suffix_embeddings = self.token_embedding(tokens.suffix)
         shared = self._shared_keys_values(tokens, prompts, carried)
         before = tokens.prefix.shape[1] + (prompts.shape[2] if carried else 0)
         num_suffix = tokens.suffix.shape[1]
@@ -183,7 +190,7 @@ class ClipTowers(nn.Module):
         def encode(start: int, stop: int) -> torch.Tensor:
             counts = counts_between(tokens.classes_per_task, start, stop)
             eot, rows = tokens.eot[start:stop], torch.arange(stop - start, device=self.device)
-            x = self.token_embedding(tokens.suffix[start:stop]) + positions  # (R, S, D)
+            x = suffix_embeddings[start:stop] + positions  # (R, S, D)
             for k, block in enumerate(self.text_blocks):
                 h = block.ln_1(x)
                 keys_values = _behind(shared[k], counts, _keys_values(block, h))

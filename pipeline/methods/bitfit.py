@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -12,9 +12,9 @@ from pipeline.methods.adaptation import Adaptation
 
 
 class BitFit(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(words)
         self.towers = towers.copy_that_trains(lambda name: name.endswith("bias"))  # in_proj_bias too
 
     def forward(self) -> Adaptation:

@@ -46,3 +46,13 @@ class Classifier:
         with autocast(self.towers.device, self.precision):
             x = adaptation.encode_image(self.towers, images, [len(images)])
         return adaptation.logits(self.towers, x, text_features).softmax(dim=1)
+
+    @torch.inference_mode()
+    def probabilities_of_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
+        """Class probabilities (B, C) of features (B, E) by the frozen image tower, where the method does not change
+        it."""
+        adaptation, text_features = self._of_task[task]
+        assert not adaptation.changes_images
+        with autocast(self.towers.device, self.precision):
+            x = adaptation.adapt(features.to(self.towers.device))
+        return adaptation.logits(self.towers, x, text_features).softmax(dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,9 +14,9 @@ from pipeline.seeds import derive_seed
 
 
 class ClipAdapter(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(words)
         self.ratio = config.clip_adapter.ratio
         width = towers.visual.proj.shape[1]
         hidden = width // config.clip_adapter.reduction

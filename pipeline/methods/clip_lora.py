@@ -1,4 +1,4 @@
-"""CLIP-LoRA (Zanella & Ben Ayed, CVPR-W 2024): W + (α / r) B A for query, key and value of every layer of both towers.
+"""CLIP-LoRA (Zanella & Ben Ayed, CVPR-W 2024): W + (α / √r) B A for query, key and value of every layer of both towers.
 
 Without dropout, where the authors drop a quarter of the inputs of A. They train with AdamW; SGD, which starts slowly
 from B = 0, wants a larger rate than prompts do.
@@ -6,7 +6,7 @@ from B = 0, wants a larger rate than prompts do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,9 +18,9 @@ from pipeline.seeds import derive_seed
 
 
 class ClipLora(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(words)
         self.towers = towers.copy_that_trains()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "clip_lora"))
@@ -37,7 +37,7 @@ class LowRank(nn.Module):
 
     def __init__(self, width: int, rank: int, alpha: float):
         super().__init__()
-        self.scaling = alpha / rank
+        self.scaling = alpha / rank**0.5
         self.down = nn.Linear(width, 3 * rank, bias=False)  # A (3r, D); Linear's own start is LoRA's
         self.up = nn.Parameter(torch.zeros(3, width, rank))  # B
 

@@ -5,7 +5,7 @@ The context stands after the start token, takes positions, and is carried throug
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -16,14 +16,14 @@ from pipeline.seeds import normal
 
 
 class Coop(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(words)
         shape = (config.coop.context_length, towers.text_width)
         self.context = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="coop"))  # (M, d_l)
 
     def forward(self) -> Adaptation:
-        return Adaptation(text_prompts=self.context.expand(len(self.tasks), 1, -1, -1), carried=True)
+        return Adaptation(text_prompts=self.context.expand(len(self.tasks), 1, -1, -1), text_carried=True)
 
     @staticmethod
     def template(config: Config) -> str:

@@ -5,7 +5,7 @@ It wants a far smaller rate than prompts do: training.learning_rate of 1e-5 or s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -15,9 +15,9 @@ from pipeline.methods.adaptation import Adaptation
 
 
 class FullFineTuning(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(words)
         self.towers = towers.copy_that_trains(lambda name: True)
 
     def forward(self) -> Adaptation:

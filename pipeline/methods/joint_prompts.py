@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -13,9 +13,9 @@ from pipeline.seeds import normal
 
 
 class JointPrompts(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(words)
         length = config.joint_prompts.prompt_length
         text, vision = (
             normal(depth, length, width, std=0.02, seed=config.seed, purpose=f"joint {tower}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,9 +14,9 @@ from pipeline.seeds import derive_seed, normal
 
 
 class MlpPrompts(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(words)
         depth = min(towers.text_depth, towers.vision_depth)
         length, width = config.mlp_prompts.prompt_length, config.mlp_prompts.source_width
         self.source = nn.Parameter(normal(depth, length, width, std=0.02, seed=config.seed, purpose="mlp source"))

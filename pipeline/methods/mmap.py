@@ -8,7 +8,7 @@ Dimensions: N MmAPs in the stack, T tasks, K layers, m × n source prompt, b pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,7 @@ class SharedMmap(nn.Module):
         self._copies: list[torch.Tensor] = []
 
     @staticmethod
-    def of(config: Config, towers: ClipTowers, tasks: Sequence[str]) -> SharedMmap:
+    def of(config: Config, towers: ClipTowers, tasks: Iterable[str]) -> SharedMmap:
         return SharedMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
 
     def forward(self) -> Adaptation:
@@ -124,7 +124,7 @@ class GroupMmap(nn.Module):
         self.task = MmapStack(shape, [derive_seed(seed, "task", name) for name in tasks], init_std)
 
     @staticmethod
-    def of(config: Config, towers: ClipTowers, tasks: Sequence[str]) -> GroupMmap:
+    def of(config: Config, towers: ClipTowers, tasks: Iterable[str]) -> GroupMmap:
         return GroupMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
 
     def forward(self) -> Adaptation:

@@ -45,7 +45,8 @@ class TrainedPrompts:
 
     @property
     def num_parameters(self) -> int:
-        return sum(value.numel() for state in self.states for value in state.values())
+        """Trained numbers; what a method keeps of its structure is no number."""
+        return sum(value.numel() for state in self.states for value in state.values() if value.is_floating_point())
 
     def classifier(self, device: str = "cpu", pretrained: str | None = None) -> Classifier:
         """Loads the CLIP and gives a classifier for all tasks.
@@ -68,7 +69,7 @@ class TrainedPrompts:
             )
         groups = []
         for words, state in zip(self.groups, self.states):
-            method = kind.build(config, towers, tuple(words))
+            method = kind.build(config, towers, words)
             method.load_state_dict(state)
             with torch.no_grad():
                 groups.append((words, method.to(device)()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -13,9 +13,9 @@ from pipeline.seeds import normal
 
 
 class Vpt(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, tasks: Sequence[str]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(words)
         shape = (towers.vision_depth, config.vpt.prompt_length, towers.vision_width)
         self.prompts = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="vpt"))  # (K, b, d_v)
 

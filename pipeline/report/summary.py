@@ -13,7 +13,7 @@ from pipeline.methods.registry import VERSIONS
 
 def title(method: str) -> str:
     """Of a method's column."""
-    return VERSIONS[method].title if method in VERSIONS else "zero-shot"
+    return VERSIONS[method].title
 
 
 AVERAGE_ROW, PARAMETERS_ROW = "average", "trained parameters"

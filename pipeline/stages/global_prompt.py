@@ -25,7 +25,7 @@ def train_global_prompt(run: Run) -> Artefact:
     artefact = run.artefact(
         NAME,
         {
-            **trainings_decided_by(run, run.tasks, epochs),
+            **trainings_decided_by(run, run.tasks, epochs=epochs),
             "tasks": run.tasks,
             "snapshot_every": config.global_prompt.snapshot_every,
         },

@@ -6,23 +6,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.clip.load import weights_fingerprint
-from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.classifier import Classifier
-from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
-from pipeline.methods.registry import ALWAYS, VERSIONS, kind_of
+from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
+from pipeline.methods.registry import ALWAYS, VERSIONS, Groups, kind_of, training_of
 from pipeline.progress import Reporter
 from pipeline.run import Run
 from pipeline.seeds import derive_seed
 from pipeline.stages.grouping import read_grouping
+from pipeline.stages.image_features import ImageFeatures, test_features, training_features
 from pipeline.stages.stage import Stage, Work
-from pipeline.stages.training_work import TrainingWork, numbers_decided_by, track_history, trainings_decided_by
+from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
 from pipeline.storage import Artefact, read_json, write_json
-from pipeline.training.evaluate import accuracy, evaluate, write_predictions
+from pipeline.training.evaluate import accuracy, write_predictions
 from pipeline.training.share import Share
 
 NAME = "group_trainings"
@@ -42,59 +44,144 @@ class MethodArtefacts:
         return [read_json(artefact.folder / "result.json") for artefact in self.artefacts]
 
 
-def train_groups(run: Run, grouping: Artefact) -> list[MethodArtefacts]:
-    """Trains and evaluates what is missing of zero-shot CLIP, the methods to compare, and MmAP with all tasks in one
-    group and in the groups found; the largest groups first."""
-    config, tasks = run.config, tuple(run.tasks)
-    found = tuple(tuple(group) for group in read_grouping(grouping)["groups"])
-    groups_of = {
-        "each task": tuple((task,) for task in tasks),
-        "all tasks": (tasks,),
-        "found groups": found,
-        "random groups": random_groups(tasks, [len(group) for group in found], config.seed),
-    }
-    plan = [("zero_shot", "zero_shot", (tasks,))]
-    for name in (*config.compare, *ALWAYS):
-        plan.append((name, VERSIONS[name].kind, groups_of[VERSIONS[name].groups]))
-    methods = []
+@dataclass(frozen=True)
+class _Training:
+    """One group's training and evaluation, planned."""
+
+    version: str
+    item: TrainingWork
+    artefact: Artefact
+    features: tuple[ImageFeatures, ...]
+    """What has to be there before."""
+    start: _Training | None
+    """Whose trained state it goes on from."""
+    affinities: list[list[float]] | None
+    """For a method that uses them."""
+
+    @property
+    def wave(self) -> int:
+        """How many waves of work come before: features are made in the first."""
+        return self.start.wave + 1 if self.start else int(bool(self.features))
+
+    @property
+    def work(self) -> Work:
+        start = self.start.artefact.folder / PROMPTS if self.start else None
+        workers, label = self.item.config.cluster.workers_per_training, self.item.label
+        arguments = (self.item, self.artefact, start, self.affinities)
+        return Work(label, _train_group, arguments, self.artefact, True, workers, label)
+
+
+def train_groups(
+    run: Run, grouping: Artefact | None = None, names: Sequence[str] | None = None
+) -> list[MethodArtefacts]:
+    """Trains and evaluates what is missing of some of registry.VERSIONS, the largest groups first.
+
+    Args:
+        grouping: needed for versions of which `uses_grouping` is true.
+        names: None: zero-shot CLIP, config.compare, and MmAP with all tasks in one group and in the groups found.
+    """
+    names = tuple(names or ("zero_shot", *run.config.compare, *ALWAYS))
+    result = read_grouping(grouping) if grouping else None
+    planned: dict[str, list[_Training]] = {}
+    for name in names:
+        _plan(run, name, result, planned)
+    trainings = {training.artefact.key: training for of_version in planned.values() for training in of_version}
     with Stage(run, NAME, "4 group trainings") as stage:
-        work = {}  # by key: a grouping with one group is the same training as all in one
-        for name, method, groups in plan:
-            artefacts = []
-            for tasks in groups:
-                label = name.replace("_", " ")
-                if name == "grouped" or len(groups) > 1:
-                    label = f"{'group' if name == 'grouped' else label}: {' + '.join(tasks)}"
-                if method == "zero_shot":
-                    artefact, function = run.artefact(method, numbers_decided_by(run, tasks)), _evaluate_zero_shot
-                else:
-                    decided_by = trainings_decided_by(run, tasks, config.training.epochs, method)
-                    artefact, function = run.artefact(NAME, {**decided_by, "group": list(tasks)}), _train_group
-                artefacts.append(artefact)
-                if artefact.key not in work:
-                    run.tracker.start_run(label, parent=NAME, tags={"method": name, "tasks": ", ".join(tasks)})
-                    item = TrainingWork(config, run.splits.folder, tasks, label, method)
-                    workers = config.cluster.workers_per_training
-                    work[artefact.key] = Work(label, function, (item, artefact), artefact, True, workers, label)
-            methods.append(MethodArtefacts(name, groups, tuple(artefacts)))
-        stage.execute(sorted(work.values(), key=lambda item: -len(item.arguments[0].tasks)))
-        for item in work.values():
-            result = read_json(item.artefact.folder / "result.json")
-            run.tracker.log_metrics(
-                item.label,
-                {
-                    **{f"accuracy/{task}": value for task, value in result["accuracy"].items()},
-                    "accuracy/average": sum(result["accuracy"].values()) / len(result["accuracy"]),
-                    "trained_parameters": result["trained_parameters"],
-                    "training_seconds": result["seconds"],
-                },
-                step=0,
+        for training in trainings.values():
+            tags = {"method": training.version, "tasks": ", ".join(training.item.tasks)}
+            run.tracker.start_run(training.item.label, parent=NAME, tags=tags)
+        features = {made.artefact.key: made.work for training in trainings.values() for made in training.features}
+        for wave in range(max(training.wave for training in trainings.values()) + 1):
+            of_wave = [training for training in trainings.values() if training.wave == wave]
+            of_wave.sort(key=lambda training: -len(training.item.tasks))
+            stage.execute([*(features.values() if wave == 0 else ()), *(training.work for training in of_wave)])
+        for training in trainings.values():
+            _track(run, training)
+    return [
+        MethodArtefacts(
+            name,
+            tuple(training.item.tasks for training in planned[name]),
+            tuple(training.artefact for training in planned[name]),
+        )
+        for name in names
+    ]
+
+
+def _plan(run: Run, name: str, grouping: dict[str, Any] | None, planned: dict[str, list[_Training]]) -> list[_Training]:
+    """Adds a version's trainings to `planned`, and those of the version that it starts from; `grouping` as in
+    grouping.json."""
+    if name in planned:
+        return planned[name]
+    version, kind = VERSIONS[name], kind_of(VERSIONS[name].kind)
+    starts = _plan(run, version.starts_from, grouping, planned) if version.starts_from else []
+    groups = _groups(run, version.groups, grouping)
+    planned[name] = []
+    for tasks in groups:
+        label = name.replace("_", " ")
+        if name == "grouped" or len(groups) > 1:
+            label = f"{'group' if name == 'grouped' else label}: {' + '.join(tasks)}"
+        start = next((training for training in starts if set(tasks) <= set(training.item.tasks)), None)
+        decided_by = {**trainings_decided_by(run, tasks, version.kind), "group": list(tasks)}
+        if start:
+            decided_by["start"] = start.artefact.key
+        if kind.uses_affinities:
+            decided_by["affinities"] = grouping["affinity"]
+        training = test = {}
+        if kind.trained and (kind.consistent or not kind.changes_images):
+            training = {task: training_features(run, task, training_of(version.kind, run.config)) for task in tasks}
+        if not kind.changes_images:
+            test = {task: test_features(run, task) for task in tasks}
+        item = TrainingWork(
+            run.config,
+            run.splits.folder,
+            tasks,
+            label,
+            version.kind,
+            *({task: made.file for task, made in of_tasks.items()} for of_tasks in (training, test)),
+        )
+        planned[name].append(
+            _Training(
+                name,
+                item,
+                run.artefact(NAME, decided_by),
+                (*training.values(), *test.values()),
+                start,
+                decided_by.get("affinities"),
             )
-            if item.function is _train_group:
-                track_history(run, item.label, item.artefact)
-                run.tracker.log_artifact(item.label, item.artefact.folder / PROMPTS)
-            run.tracker.end_run(item.label)
-    return methods
+        )
+    return planned[name]
+
+
+def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
+    tasks = tuple(run.tasks)
+    if kind == "each task":
+        return [(task,) for task in tasks]
+    if kind == "all tasks":
+        return [tasks]
+    found = [tuple(group) for group in grouping["groups"]]
+    if kind == "found groups":
+        return found
+    return random_groups(tasks, [len(group) for group in found], run.config.seed)
+
+
+def _track(run: Run, training: _Training) -> None:
+    """Gives a finished training's results to its MLflow run."""
+    label, folder = training.item.label, training.artefact.folder
+    result = read_json(folder / "result.json")
+    run.tracker.log_metrics(
+        label,
+        {
+            **{f"accuracy/{task}": value for task, value in result["accuracy"].items()},
+            "accuracy/average": sum(result["accuracy"].values()) / len(result["accuracy"]),
+            "trained_parameters": result["trained_parameters"],
+            "training_seconds": result["seconds"],
+        },
+        step=0,
+    )
+    if (folder / PROMPTS).exists():
+        track_history(run, label, training.artefact)
+        run.tracker.log_artifact(label, folder / PROMPTS)
+    run.tracker.end_run(label)
 
 
 def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tuple[tuple[str, ...], ...]:
@@ -104,31 +191,29 @@ def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tupl
     return tuple(tuple(tasks[at] for at in sorted(group.tolist())) for group in drawn)
 
 
-def _train_group(work: TrainingWork, artefact: Artefact, board: Any) -> None:
+def _train_group(
+    work: TrainingWork, artefact: Artefact, start: Path | None, affinities: list[list[float]] | None, board: Any
+) -> None:
+    """`start`: file of trained numbers to go on from; None: the method's own start."""
     if artefact.finished():  # by an attempt whose worker died before it could say so
         return
     began = time.monotonic()
     folder = artefact.start()
     kind, reporter = kind_of(work.method), Reporter(board, work.label)
     config, towers, words = work.config, work.towers(kind.trains_weights), work.words()
-    method = kind.build(config, towers, work.tasks).to(towers.device)
-    work.train(towers, method, config.training.epochs, artefact, reporter)
+    method = kind.build(config, towers, words).to(towers.device)
+    if affinities:
+        method.plant(np.array(affinities))
+    if start:
+        method.load_state_dict(load_prompts(start).states[0])
+    if kind.trained:
+        work.train(towers, method, training_of(work.method, config).epochs, artefact, reporter)
     trained = TrainedPrompts(work.method, config, weights_fingerprint(towers), (words,), (dict(method.state_dict()),))
-    if Share.of_this_process().first:
+    if kind.trained and Share.of_this_process().first:
         save_prompts(folder / PROMPTS, trained)
     with torch.no_grad():
         classifier = Classifier(towers, kind.template(config), [(words, method())], config.clip.precision)
     _write_result(work, artefact, classifier, reporter, trained.num_parameters, began)
-
-
-def _evaluate_zero_shot(work: TrainingWork, artefact: Artefact, board: Any) -> None:
-    if artefact.finished():
-        return
-    began = time.monotonic()
-    artefact.start()
-    clip = work.config.clip
-    classifier = Classifier(work.towers(), clip.template, [(work.words(), Adaptation())], clip.precision)
-    _write_result(work, artefact, classifier, Reporter(board, work.label), 0, began)
 
 
 def _write_result(
@@ -143,7 +228,7 @@ def _write_result(
         if share.first:
             reporter.update(done, total, "test images")
 
-    predictions = evaluate(classifier, reader, work.tasks, work.config.cluster.cpus_per_training, on_images)
+    predictions = work.predictions(classifier, on_images)
     if not share.first:
         return
     write_predictions(artefact.building / "predictions.parquet", predictions)

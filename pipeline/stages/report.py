@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
 from pipeline.report.summary import Summary, accuracy_table, method_result, to_markdown
@@ -43,13 +44,7 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
     write_json(folder / "summary.json", vars(summary))
     write_atomically(folder / "report.md", to_markdown(summary))
 
-    for method, of_method in results.items():
-        metrics = {f"accuracy/{method}/{task}": value for task, value in of_method["accuracy"].items()}
-        metrics |= {
-            f"accuracy/{method}/average": of_method["average"],
-            f"trained_parameters/{method}": of_method["trained_parameters"],
-        }
-        run.tracker.log_metrics(PARENT, metrics, step=0)
+    track_results(run, results)
     run.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
     run.tracker.log_artifact(PARENT, folder)
     for file in prompts:
@@ -57,6 +52,17 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
     run.console.print(accuracy_table(summary))
     run.console.print(f"report: {folder}\nprompts: {prompts[-1]}", highlight=False)
     return folder
+
+
+def track_results(run: Run, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Gives the methods' results, by name, to the run's MLflow parent run."""
+    for method, of_method in results.items():
+        metrics = {f"accuracy/{method}/{task}": value for task, value in of_method["accuracy"].items()}
+        metrics |= {
+            f"accuracy/{method}/average": of_method["average"],
+            f"trained_parameters/{method}": of_method["trained_parameters"],
+        }
+        run.tracker.log_metrics(PARENT, metrics, step=0)
 
 
 def _gather_prompts(run: Run, methods: Sequence[MethodArtefacts]) -> list[Path]:

@@ -85,6 +85,8 @@ class Stage:
         waiting = list(item_of)
         try:
             while waiting:
+                if self.run.stop.is_set():
+                    raise InterruptedError(f"stage {self.name!r} was told to stop")
                 done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.3)
                 self._show_reports(todo)
                 for ref in done:

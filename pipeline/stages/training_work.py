@@ -6,8 +6,8 @@ An open_clip model is never sent to a worker: it gets names and paths and loads 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,20 @@ from pipeline.clip.load import load_clip
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.data.parquet import SplitReader
-from pipeline.methods.registry import kind_of, options_of
+from pipeline.methods.classifier import Classifier
+from pipeline.methods.registry import kind_of, options_of, training_of
 from pipeline.progress import Reporter
 from pipeline.run import NUMBERS_VERSION, Run
 from pipeline.storage import Artefact
-from pipeline.training.batches import load_training_sets
+from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
+from pipeline.training.evaluate import Prediction, evaluate, evaluate_features
+from pipeline.training.frozen_features import StoredFeatures
 from pipeline.training.loop import StepRecord, train
 from pipeline.training.share import Share
 
 log = logging.getLogger(__name__)
 HISTORY = "history.parquet"
+FEATURES = "features.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class TrainingWork:
     tasks: tuple[str, ...]
     label: str
     method: str = "mmap"
+    training_features: Mapping[str, Path] = field(default_factory=dict)
+    """Task → file of the frozen image features of its training steps, for methods that read them."""
+    test_features: Mapping[str, Path] = field(default_factory=dict)
+    """Task → file of the frozen image features of its test set, for methods that do not change them."""
 
     def device(self) -> torch.device:
         """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
@@ -79,15 +87,17 @@ class TrainingWork:
     ) -> list[tuple[StepRecord, torch.Tensor]]:
         """Trains `method` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
         takes and returns the loop's snapshots."""
-        config, rows_of_tasks = self.config, list(self.words().values())
+        config, words, kind = self.config, list(self.words().values()), kind_of(self.method)
+        tokens, frozen_tokens = (
+            class_tokens(towers.tokenizer, template, words).to(towers.device)
+            for template in (kind.template(config), config.clip.template)
+        )
         history, taken = train(
             towers,
             method,
-            load_training_sets(
-                self.reader(), self.tasks, towers.image_size, towers.device, config.cluster.cpus_per_training
-            ),
-            class_tokens(towers.tokenizer, kind_of(self.method).template(config), rows_of_tasks).to(towers.device),
-            config.training,
+            self._training_sets(towers),
+            tokens,
+            training_of(self.method, config),
             epochs=epochs,
             seed=config.seed,
             precision=config.clip.precision,
@@ -95,33 +105,65 @@ class TrainingWork:
             on_step=lambda record, num_steps: reporter.update(
                 record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
             ),
+            frozen_tokens=frozen_tokens,
             **snapshots,
         )
         if Share.of_this_process().first:
             write_history(artefact.building / HISTORY, self.tasks, history)
         return taken
 
+    def _training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
+        if kind_of(self.method).changes_images:
+            threads = self.config.cluster.cpus_per_training
+            sets = load_training_sets(self.reader(), self.tasks, towers.image_size, towers.device, threads)
+        else:
+            sets = load_training_labels(self.reader(), self.tasks, towers.device)
+        return [
+            replace(of_task, frozen_features=StoredFeatures(self.training_features[of_task.task]))
+            if of_task.task in self.training_features
+            else of_task
+            for of_task in sets
+        ]
 
-def numbers_decided_by(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
-    """What every training's and evaluation's numbers depend on, for the name of its artefact."""
+    def predictions(self, classifier: Classifier, on_images: Callable[[int], None]) -> list[Prediction]:
+        """Of the tasks' whole test sets; from their frozen features where the work has those."""
+        if self.test_features:
+            features = {task: StoredFeatures(self.test_features[task]) for task in self.tasks}
+            return evaluate_features(classifier, self.reader(), features)
+        return evaluate(classifier, self.reader(), self.tasks, self.config.cluster.cpus_per_training, on_images)
+
+
+def images_decided_by(run: Run) -> dict[str, Any]:
+    """What the frozen CLIP's image features depend on, for the name of their artefact."""
     return {
         "version": NUMBERS_VERSION,
         "splits": SplitReader(run.splits.folder).description.source_fingerprint,
         "shots": run.config.data.shots,
         "seed": run.config.seed,
         "clip": asdict(run.clip),
-        "template": run.config.clip.template,
         "precision": run.config.clip.precision,
+    }
+
+
+def numbers_decided_by(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
+    """What every training's and evaluation's numbers depend on."""
+    return {
+        **images_decided_by(run),
+        "template": run.config.clip.template,
         "words": {task: [run.listing.class_words[name] for name in run.listing.classes[task]] for task in tasks},
     }
 
 
-def trainings_decided_by(run: Run, tasks: Sequence[str], epochs: int, method: str = "mmap") -> dict[str, Any]:
+def trainings_decided_by(
+    run: Run, tasks: Sequence[str], method: str = "mmap", epochs: int | None = None
+) -> dict[str, Any]:
+    """`epochs`: instead of the method's own."""
+    training = training_of(method, run.config).model_dump(mode="json", exclude={"checkpoint_every"})
     return {
         **numbers_decided_by(run, tasks),
         "method": method,
         **options_of(method, run.config),
-        "training": run.config.training.model_dump(mode="json", exclude={"checkpoint_every"}) | {"epochs": epochs},
+        "training": training | ({"epochs": epochs} if epochs else {}),
     }
 
 

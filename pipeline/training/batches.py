@@ -22,11 +22,16 @@ from pipeline.seeds import derive_seed
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A task's training images, decoded once. `images`: uint8 (3, h_i, w_i) each; `labels`: int64 (n,)."""
+    """A task's training images, decoded once, or what the frozen CLIP makes of them, or both.
+
+    `images`: uint8 (3, h_i, w_i) each, or none; `labels`: int64 (n,).
+    """
 
     task: str
     images: tuple[torch.Tensor, ...]
     labels: torch.Tensor
+    frozen_features: torch.Tensor | None = None
+    """(steps, B, E), indexed by step: what the frozen image tower makes of each step's batch."""
 
     def batch(
         self,
@@ -38,10 +43,20 @@ class TrainingSet:
         part: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Augmented pixels (B, 3, image_size, image_size) in [0, 255] and labels of a `part` of a step's batch."""
-        chosen = batch_indices(len(self.images), batch_size, step, derive_seed(seed, "order", self.task))
+        chosen = self._chosen(step, batch_size, seed)
         generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", self.task, str(step)))
         pixels = augment([self.images[i] for i in chosen], image_size, augmentation, generator, part)
         return pixels, self.labels[chosen[part]]
+
+    def frozen_batch(
+        self, step: int, batch_size: int, seed: int, part: slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frozen features (B, E) and labels of a `part` of a step's batch."""
+        chosen = self._chosen(step, batch_size, seed)
+        return self.frozen_features[step][part].to(self.labels.device), self.labels[chosen[part]]
+
+    def _chosen(self, step: int, batch_size: int, seed: int) -> list[int]:
+        return batch_indices(len(self.labels), batch_size, step, derive_seed(seed, "order", self.task))
 
 
 def batch_indices(num_images: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -68,4 +83,13 @@ def load_training_sets(
             images = tuple(torch.from_numpy(image).to(device) for image in pixels)
             labels = torch.tensor([row["label"] for row in rows], device=device)
             sets.append(TrainingSet(task, images, labels))
+    return sets
+
+
+def load_training_labels(reader: SplitReader, tasks: Sequence[str], device: torch.device) -> list[TrainingSet]:
+    """The tasks' training sets without their images, for methods that need only frozen features of them."""
+    sets = []
+    for task in tasks:
+        labels = [row["label"] for row in reader.rows("train", task, ("label",))]
+        sets.append(TrainingSet(task, (), torch.tensor(labels, device=device)))
     return sets

@@ -6,7 +6,7 @@ So the time is that of the slower of decoding and model, not their sum.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from pipeline.training.memory import out_of_memory_explained
 from pipeline.training.share import Share
 
 BATCH_SIZE = 128
+FEATURES_AT_ONCE = 4096
 AHEAD = 3
 """Batches that are read and decoded before they are asked for; they bound the memory."""
 
@@ -85,6 +86,21 @@ def evaluate(
         for batch in running:
             collect(*batch)
     return [prediction for batch in share.in_turn(batches) for prediction in batch]
+
+
+def evaluate_features(
+    classifier: Classifier, reader: SplitReader, features: Mapping[str, Sequence[torch.Tensor]]
+) -> list[Prediction]:
+    """As `evaluate`, from features (N, E) of each task's test set by the frozen image tower, in stored order."""
+    predictions = []
+    for task, of_task in features.items():
+        rows = list(reader.rows("test", task, ("label", "path")))
+        for start in range(0, len(rows), FEATURES_AT_ONCE):
+            part = slice(start, min(start + FEATURES_AT_ONCE, len(rows)))
+            best = classifier.probabilities_of_features(task, of_task[part]).max(dim=1)
+            values = zip(rows[part], *(tensor.tolist() for tensor in best))
+            predictions += [Prediction(task, row["path"], row["label"], q, p) for row, p, q in values]
+    return predictions
 
 
 def _fetched(best: Sequence[torch.Tensor]) -> Callable[[], tuple[list, ...]]:

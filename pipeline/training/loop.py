@@ -1,17 +1,19 @@
 """The training loop: a method for several tasks on frozen towers, all tasks in every step.
 
 A step takes a batch of each task, runs one image forward for the mixed batch and one text forward for all tasks'
-classes, and sums the tasks' mean cross-entropies (Eq. 11). Its state is the step number, the method and the
-optimizer's momentum; everything random is a function of seed and step. So a training that is interrupted goes on from
-its checkpoint with the same numbers as without the interruption. In a process group, each worker takes its share of
-every step's images and classes, and only the first one reports and writes.
+classes, and sums the tasks' mean cross-entropies (Eq. 11). What a method leaves as the frozen CLIP has it is not
+computed in the step: text features are computed once, image features come with the training sets. Its state is the
+step number, the method and the optimizer's; everything random is a function of seed and step. So a training that is
+interrupted goes on from its checkpoint with the same numbers as without the interruption. In a process group, each
+worker takes its share of every step's images and classes, and only the first one reports and writes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
+from pipeline.methods.adaptation import Consistency
 from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.memory import out_of_memory_explained
@@ -43,9 +46,9 @@ class StepRecord:
     """Share of the step's training images that were classified correctly."""
 
 
-def num_steps_per_epoch(sets: Sequence[TrainingSet], batch_size: int) -> int:
+def num_steps_per_epoch(set_sizes: Iterable[int], batch_size: int) -> int:
     """Steps in which the largest task sees each of its images at least once."""
-    return math.ceil(max(len(task.images) for task in sets) / batch_size)
+    return math.ceil(max(set_sizes) / batch_size)
 
 
 def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
@@ -69,16 +72,20 @@ def train(
     on_step: Callable[[StepRecord, int], None] = lambda record, num_steps: None,
     snapshot: Callable[[], torch.Tensor] | None = None,
     snapshot_every: int = 1,
+    frozen_tokens: ClassTokens | None = None,
 ) -> tuple[list[StepRecord], list[tuple[StepRecord, torch.Tensor]]]:
-    """Trains `method` in place on the tasks' `sets` (same order) with SGD.
+    """Trains `method` in place on the tasks' `sets` (same order), by SGD or AdamW.
 
     Args:
         method: gives, when called, the Adaptation of the same tasks.
+        sets: with images for a method that changes the image tower's features, and with frozen features for one that
+            does not, or is held to them.
         tokens: class tokens of the same tasks.
         checkpoints: folder for the whole state every config.checkpoint_every epochs, from which an interrupted
             training goes on.
         on_step: told each new step's record and the number of all steps.
         snapshot: reads something off the backward pass of every `snapshot_every`-th step, from the first.
+        frozen_tokens: the classes' texts to the frozen CLIP, where `tokens` have other words.
 
     Returns:
         All steps' records, and the snapshots with their steps' records.
@@ -87,9 +94,7 @@ def train(
         UserError: a loss that is not finite, naming task and step; a checkpoint that cannot be written; out of memory.
     """
     device = towers.device
-    optimizer = torch.optim.SGD(
-        method.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = _optimizer(method, config)
     history: list[StepRecord] = []
     snapshots: list[tuple[StepRecord, torch.Tensor]] = []
     if checkpoints and (state := load_checkpoint(checkpoints)):
@@ -98,7 +103,7 @@ def train(
         history = [StepRecord(*values) for values in state["history"]]
         snapshots = [(history[at], value) for at, value in zip(state["snapshot_at"], state["snapshots"])]
 
-    per_epoch = num_steps_per_epoch(sets, config.batch_size)
+    per_epoch = num_steps_per_epoch((len(task.labels) for task in sets), config.batch_size)
     num_steps = epochs * per_epoch
     share = Share.of_this_process()
     parts = share.parts([config.batch_size] * len(sets))
@@ -109,28 +114,52 @@ def train(
         f"training: lower clip.activations_gib={towers.activations_gib:g} or training.batch_size={config.batch_size}, "
         "or train fewer at once (a larger cluster.gpus_per_training, or on CPUs cluster.cpus_per_training)",
     )
+
+    @cache
+    def frozen_texts() -> tuple[torch.Tensor, ...]:
+        with torch.no_grad(), autocast(device, precision):
+            z = towers.encode_text(frozen_tokens or tokens)
+        return z.split(tokens.classes_per_task)
+
     for step in range(len(history), num_steps):
         epoch = step // per_epoch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch, epochs, config)
         with memory:
-            pixels, labels = zip(
-                *(
-                    task.batch(step, config.batch_size, towers.image_size, config.augmentation, seed, part)
-                    for task, part in zip(sets, parts)
-                )
-            )
             with autocast(device, precision):
                 adaptation = method()
-                images = towers.normalize_pixels(torch.cat(pixels))
-                x = adaptation.encode_image(towers, images, images_per_task)
-                z = share.all_rows(adaptation.encode_text(towers, own_tokens), len(tokens.suffix))
-            logits = [
-                adaptation.logits(towers, x_task, z_task)
-                for x_task, z_task in zip(x.split(images_per_task), z.split(tokens.classes_per_task))
-            ]
+                if adaptation.consistency or not adaptation.changes_images:
+                    frozen, labels = zip(
+                        *(task.frozen_batch(step, config.batch_size, seed, part) for task, part in zip(sets, parts))
+                    )
+                if adaptation.changes_images:
+                    pixels, labels = zip(
+                        *(
+                            task.batch(step, config.batch_size, towers.image_size, config.augmentation, seed, part)
+                            for task, part in zip(sets, parts)
+                        )
+                    )
+                    images = towers.normalize_pixels(torch.cat(pixels))
+                    x = adaptation.encode_image(towers, images, images_per_task).split(images_per_task)
+                else:
+                    x = [adaptation.adapt(features) for features in frozen]
+                if adaptation.changes_texts:
+                    z = share.all_rows(adaptation.encode_text(towers, own_tokens), len(tokens.suffix))
+                    z = z.split(tokens.classes_per_task)
+                else:
+                    z = frozen_texts()
+            logits = [adaptation.logits(towers, *features) for features in zip(x, z)]
             losses = torch.stack([F.cross_entropy(*pair, reduction="sum") for pair in zip(logits, labels)])
             losses = losses / config.batch_size
+            if adaptation.consistency:
+                losses = losses + torch.stack(
+                    [
+                        _consistency(
+                            adaptation.consistency, towers, *of_task, config.batch_size, len(sets), share.world
+                        )
+                        for of_task in zip(x, frozen, z, frozen_texts(), logits)
+                    ]
+                )
             optimizer.zero_grad()
             losses.sum().backward()
         hits = torch.stack([(of_task.argmax(1) == label).sum() for of_task, label in zip(logits, labels)])
@@ -165,3 +194,31 @@ def train(
             )
         on_step(record, num_steps)
     return history, snapshots
+
+
+def _optimizer(method: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(method.parameters(), **options)
+    return torch.optim.SGD(method.parameters(), momentum=config.momentum, **options)
+
+
+def _consistency(
+    consistency: Consistency,
+    towers: ClipTowers,
+    x: torch.Tensor,
+    frozen_x: torch.Tensor,
+    z: torch.Tensor,
+    frozen_z: torch.Tensor,
+    logits: torch.Tensor,
+    batch_size: int,
+    num_tasks: int,
+    num_workers: int,
+) -> torch.Tensor:
+    """Of one task: this worker's part of the mean over images, and its share of what all workers have alike."""
+    frozen_logits = towers.logits(frozen_x, frozen_z)
+    x, frozen_x, z, frozen_z = (F.normalize(rows.to(logits.dtype), dim=-1) for rows in (x, frozen_x, z, frozen_z))
+    alike = consistency.of_texts(z, frozen_z).mean()
+    if consistency.of_parameters is not None:
+        alike = alike + consistency.of_parameters / num_tasks
+    return consistency.of_images(x, frozen_x, logits, frozen_logits).sum() / batch_size + alike / num_workers

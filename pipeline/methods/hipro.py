@@ -1,0 +1,80 @@
+"""HiPro (Liu et al., CVPR 2023), as far as its abstract tells: a tree of CoOp contexts over the tasks.
+
+Leaves belong to one task, inner nodes to the tasks below them. The tree joins the tasks whose gradients agree most
+first. A class's feature is the mean, over the nodes from leaf to root, of its unit-length features with each node's
+context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+from torch import nn
+
+from pipeline.clip.class_tokens import ClassTokens
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
+from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.coop import Coop
+from pipeline.seeds import normal
+
+
+class HiPro(nn.Module):
+    """Until `plant` is called, all affinities count as equal."""
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+        super().__init__()
+        self.tasks = tuple(words)
+        self._towers = (towers,)  # in a tuple, so that it is not a part of this module
+        num_tasks = len(self.tasks)
+        shape = (2 * num_tasks - 1, config.hipro.context_length, towers.text_width)
+        self.contexts = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="hipro"))  # (N, M, d_l)
+        self.register_buffer("below", torch.from_numpy(task_tree(np.zeros((num_tasks, num_tasks)))))
+
+    def plant(self, affinity: np.ndarray) -> None:
+        """Makes the tree of the tasks' affinities (T, T)."""
+        self.below.copy_(torch.from_numpy(task_tree(affinity)))
+
+    def forward(self) -> Adaptation:
+        return Adaptation(class_features=self._over_paths)
+
+    def _over_paths(self, tokens: ClassTokens) -> torch.Tensor:
+        (towers,) = self._towers
+        nodes_of_task = [of_task.nonzero()[:, 0].tolist() for of_task in self.below.T]
+        rows = torch.arange(len(tokens.suffix), device=tokens.suffix.device).split(tokens.classes_per_task)
+        repeated = torch.cat([of_task for of_task, nodes in zip(rows, nodes_of_task) for _ in nodes])
+        pairs = [(task, node) for task, nodes in enumerate(nodes_of_task) for node in nodes]
+        of_pairs = replace(
+            tokens,
+            prefix=torch.stack([tokens.prefix[task] for task, _ in pairs]),
+            suffix=tokens.suffix[repeated],
+            eot=tokens.eot[repeated],
+            classes_per_task=tuple(len(rows[task]) for task, _ in pairs),
+        )
+        contexts = torch.stack([self.contexts[node] for _, node in pairs])[:, None]
+        z = F.normalize(towers.encode_text(of_pairs, contexts, carried=True), dim=-1)
+        counts = [len(nodes) * len(of_task) for nodes, of_task in zip(nodes_of_task, rows)]
+        return torch.cat(
+            [of_task.unflatten(0, (len(nodes), -1)).mean(0) for of_task, nodes in zip(z.split(counts), nodes_of_task)]
+        )
+
+    template = staticmethod(Coop.template)
+
+
+def task_tree(affinity: np.ndarray) -> np.ndarray:
+    """Nodes (2T - 1, T) of the tasks' average-linkage tree by affinity (T, T): which tasks are at or below each; the
+    leaves in the order of the tasks, then the joins, the root last."""
+    num_tasks = len(affinity)
+    nodes = list(np.eye(num_tasks, dtype=bool))
+    if num_tasks > 1:
+        distance = affinity.max() - (affinity + affinity.T) / 2
+        np.fill_diagonal(distance, 0)
+        for left, right, *_ in linkage(squareform(distance, checks=False), "average"):
+            nodes.append(nodes[int(left)] | nodes[int(right)])
+    return np.stack(nodes)

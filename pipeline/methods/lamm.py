@@ -1,0 +1,62 @@
+"""LAMM (Gao et al., AAAI 2024): the first word pieces of each class name train; the template's words and images are
+CLIP's own.
+
+Held to the frozen CLIP at three levels: embeddings, text features, logits. Classes with the same words share their
+embeddings, also across tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.clip.class_tokens import ClassTokens
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
+from pipeline.methods.adaptation import Adaptation, Consistency
+from pipeline.methods.distinct_words import distinct_words
+
+TEMPERATURE = 2.0
+"""Of both sides' logits where they are compared."""
+
+
+class Lamm(nn.Module):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+        super().__init__()
+        self.tasks = tuple(words)
+        self.options = config.lamm
+        self._towers = (towers,)  # in a tuple, so that it is not a part of this module
+        names, self.row_of_class = distinct_words(words)
+        pieces = [towers.tokenizer.encode(name) for name in names]
+        length = min(map(len, pieces))
+        ids = torch.tensor([of_name[:length] for of_name in pieces], device=towers.device)
+        start = towers.token_embedding(ids).detach()
+        self.embeddings = nn.Parameter(start.clone())  # (C, k, d_l)
+        self.register_buffer("start", start, persistent=False)
+
+    def forward(self) -> Adaptation:
+        distance = (self.embeddings - self.start).square().sum()
+        return Adaptation(
+            word_embeddings=self._with_trained_names,
+            consistency=Consistency(self._of_images, self._of_texts, self.options.embedding_weight * distance),
+        )
+
+    def _with_trained_names(self, tokens: ClassTokens) -> torch.Tensor:
+        (towers,) = self._towers
+        suffix = towers.token_embedding(tokens.suffix)
+        trained = self.embeddings[self.row_of_class[tokens.first_row :][: len(suffix)]]
+        behind = tokens.name_at + trained.shape[1]
+        return torch.cat([suffix[:, : tokens.name_at], trained.to(suffix.dtype), suffix[:, behind:]], dim=1)
+
+    def _of_images(
+        self, x: torch.Tensor, frozen_x: torch.Tensor, logits: torch.Tensor, frozen_logits: torch.Tensor
+    ) -> torch.Tensor:
+        own, frozen = (F.log_softmax(of / TEMPERATURE, dim=1) for of in (logits, frozen_logits))
+        divergence = F.kl_div(own, frozen, reduction="none", log_target=True).sum(1)
+        return self.options.logits_weight * TEMPERATURE**2 * divergence
+
+    def _of_texts(self, z: torch.Tensor, frozen_z: torch.Tensor) -> torch.Tensor:
+        return self.options.text_weight * (1 - (z * frozen_z).sum(1))

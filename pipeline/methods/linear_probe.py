@@ -1,0 +1,36 @@
+"""Linear probe: a weight vector for each class on the frozen image features, which starts as the class's text feature
+(as in Wortsman et al., CVPR 2022), compared by cosine like it.
+
+Classes with the same words share theirs, also across tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from pipeline.clip.class_tokens import ClassTokens, class_tokens
+from pipeline.clip.precision import autocast
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
+from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.distinct_words import distinct_words
+
+
+class LinearProbe(nn.Module):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+        super().__init__()
+        self.tasks = tuple(words)
+        names, self.row_of_class = distinct_words(words)
+        tokens = class_tokens(towers.tokenizer, config.clip.template, [names]).to(towers.device)
+        with torch.no_grad(), autocast(towers.device, config.clip.precision):
+            features = towers.encode_text(tokens)
+        self.weights = nn.Parameter(features.to(torch.promote_types(features.dtype, torch.float32)))  # (C, E)
+
+    def forward(self) -> Adaptation:
+        return Adaptation(class_features=self._rows)
+
+    def _rows(self, tokens: ClassTokens) -> torch.Tensor:
+        return self.weights[self.row_of_class[tokens.first_row :][: len(tokens.suffix)]]

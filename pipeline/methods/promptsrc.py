@@ -1,0 +1,60 @@
+"""PromptSRC (Khattak et al., ICCV 2023): independent prompts of the first layers of both towers, held to the features
+and logits of the frozen CLIP.
+
+Prompts are carried as MaPLe's; those of the first text layer start as the template's first words. Without the authors'
+average of the prompts over epochs; the frozen text features are those of the one template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.methods.adaptation import Adaptation, Consistency
+from pipeline.methods.maple import Maple, first_words
+from pipeline.seeds import normal
+
+
+class PromptSrc(nn.Module):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+        super().__init__()
+        self.tasks = tuple(words)
+        self.options = config.promptsrc
+        depth, length = self.options.depth, self.options.prompt_length
+        text, vision = (
+            normal(depth, length, width, std=0.02, seed=config.seed, purpose=f"promptsrc {tower}")
+            for tower, width in (("text", towers.text_width), ("vision", towers.vision_width))
+        )
+        text[0] = first_words(config.clip.template, towers, text[0])
+        self.text_prompts = nn.Parameter(text)  # (K', b, d_l)
+        self.vision_prompts = nn.Parameter(vision)  # (K', b, d_v)
+
+    def forward(self) -> Adaptation:
+        text, vision = (p.expand(len(self.tasks), -1, -1, -1) for p in (self.text_prompts, self.vision_prompts))
+        consistency = Consistency(self._of_images, self._of_texts)
+        return Adaptation(text, vision, text_carried=True, vision_carried=True, consistency=consistency)
+
+    def _of_images(
+        self, x: torch.Tensor, frozen_x: torch.Tensor, logits: torch.Tensor, frozen_logits: torch.Tensor
+    ) -> torch.Tensor:
+        own, frozen = (F.log_softmax(of, dim=1) for of in (logits, frozen_logits))
+        divergence = F.kl_div(own, frozen, reduction="none", log_target=True).mean(1)
+        return self.options.image_weight * (x - frozen_x).abs().mean(1) + self.options.logits_weight * divergence
+
+    def _of_texts(self, z: torch.Tensor, frozen_z: torch.Tensor) -> torch.Tensor:
+        return self.options.text_weight * (z - frozen_z).abs().mean(1)
+
+    template = staticmethod(Maple.template)
+
+    @staticmethod
+    def check(config: Config, towers: ClipTowers) -> None:
+        """Raises: UserError: more prompted layers than the towers have."""
+        deepest = min(towers.text_depth, towers.vision_depth)
+        if config.promptsrc.depth > deepest:
+            raise UserError(f"promptsrc.depth={config.promptsrc.depth}: the shallower tower has {deepest} layers")

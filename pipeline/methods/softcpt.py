@@ -1,0 +1,43 @@
+"""SoftCPT (Ding et al., 2022): one linear map makes each task's CoOp context from the task's name.
+
+The name, behind a few trained vectors, goes through the frozen text tower; its feature is mapped to the context of the
+task's classes. Images are CLIP's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import Config
+from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.coop import Coop
+from pipeline.seeds import normal
+
+
+class SoftCpt(nn.Module):
+    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+        super().__init__()
+        self.tasks = tuple(words)
+        self._towers = (towers,)  # in a tuple, so that it is not a part of this module
+        options, embed_dim, width = config.softcpt, towers.visual.proj.shape[1], towers.text_width
+        start = {"std": 0.02, "seed": config.seed}
+        self.meta_prompt = nn.Parameter(normal(options.meta_length, width, purpose="softcpt meta", **start))
+        shape = (embed_dim, options.context_length, width)
+        self.projection = nn.Parameter(normal(*shape, purpose="softcpt projection", **start))  # (E, M, d_l)
+        self.names = class_tokens(
+            towers.tokenizer, "{}.", [[task.replace("_", " ")] for task in words], options.meta_length
+        )
+
+    def forward(self) -> Adaptation:
+        (towers,) = self._towers
+        meta = self.meta_prompt.expand(len(self.tasks), 1, -1, -1)
+        of_tasks = towers.encode_text(self.names.to(towers.device), meta, carried=True)  # (T, E)
+        context = torch.einsum("te,emd->tmd", of_tasks.to(self.projection.dtype), self.projection)
+        return Adaptation(text_prompts=context[:, None], text_carried=True)
+
+    template = staticmethod(Coop.template)

@@ -1,0 +1,104 @@
+"""Before the group trainings: image features of the frozen CLIP, once for all methods that read them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import TrainingConfig
+from pipeline.data.parquet import SplitReader
+from pipeline.progress import Reporter
+from pipeline.run import Run
+from pipeline.stages.stage import Work
+from pipeline.stages.training_work import FEATURES, TrainingWork, images_decided_by
+from pipeline.storage import Artefact
+from pipeline.training.batches import load_training_sets
+from pipeline.training.frozen_features import frozen_test_features, frozen_training_features, save_features
+from pipeline.training.loop import num_steps_per_epoch
+
+NAME = "image_features"
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Of one task: its test set, or the batches of all steps of a schedule; `work` makes them."""
+
+    artefact: Artefact
+    work: Work
+
+    @property
+    def file(self) -> Path:
+        return self.artefact.folder / FEATURES
+
+
+def test_features(run: Run, task: str) -> ImageFeatures:
+    artefact = run.artefact(NAME, {**images_decided_by(run), "task": task, "split": "test"})
+    return _features(run, artefact, f"image features: {task}", _encode_test_images, task)
+
+
+def training_features(run: Run, task: str, training: TrainingConfig) -> ImageFeatures:
+    """For as many steps as a training with this task takes at most; one with smaller tasks only takes the first."""
+    counts = SplitReader(run.splits.folder).description.counts["train"]
+    num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in run.tasks], training.batch_size)
+    schedule = {
+        "num_steps": num_steps,
+        "batch_size": training.batch_size,
+        "augmentation": training.augmentation.model_dump(mode="json"),
+    }
+    artefact = run.artefact(NAME, {**images_decided_by(run), "task": task, "split": "train", **schedule})
+    label = f"image features: {task}, {num_steps} steps of {training.batch_size}"
+    return _features(run, artefact, label, _encode_training_images, task, num_steps, training)
+
+
+def _features(
+    run: Run, artefact: Artefact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
+) -> ImageFeatures:
+    work = TrainingWork(run.config, run.splits.folder, (task,), label)
+    return ImageFeatures(artefact, Work(label, _make, (work, artefact, encode, arguments), artefact, takes_gpu=True))
+
+
+def _make(
+    work: TrainingWork, artefact: Artefact, encode: Callable[..., torch.Tensor], arguments: Sequence[Any], board: Any
+) -> None:
+    if artefact.finished():  # by an attempt whose worker died before it could say so
+        return
+    began = time.monotonic()
+    folder = artefact.start()
+    save_features(folder / FEATURES, encode(work, Reporter(board, work.label), *arguments))
+    artefact.finish(time.monotonic() - began)
+
+
+def _encode_test_images(work: TrainingWork, reporter: Reporter) -> torch.Tensor:
+    (task,), reader, config = work.tasks, work.reader(), work.config
+    total = reader.description.counts["test"][task]
+    return frozen_test_features(
+        work.towers(),
+        reader,
+        task,
+        config.cluster.cpus_per_training,
+        config.clip.precision,
+        lambda done: reporter.update(done, total, "test images"),
+    )
+
+
+def _encode_training_images(
+    work: TrainingWork, reporter: Reporter, num_steps: int, training: TrainingConfig
+) -> torch.Tensor:
+    config, towers = work.config, work.towers()
+    (training_set,) = load_training_sets(
+        work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_training
+    )
+    return frozen_training_features(
+        towers,
+        training_set,
+        num_steps,
+        training,
+        config.seed,
+        config.clip.precision,
+        lambda done: reporter.update(done, num_steps, "steps"),
+    )
