@@ -147,14 +147,18 @@ def test_killed_in_every_stage_and_run_again(undisturbed, tmp_path):
     assert every_step_once(storage)
 
 
-@pytest.mark.parametrize("stage, label", [("global_prompt", "global prompt"), ("group_trainings", "all in one")])
-def test_a_killed_worker_goes_on_from_its_checkpoint(undisturbed, tmp_path, stage, label):
+@pytest.mark.parametrize(
+    "stage, labels", [("global_prompt", ["global prompt"]), ("group_trainings", ["all in one", "group: "])]
+)
+def test_a_killed_worker_goes_on_from_its_checkpoint(undisturbed, tmp_path, stage, labels):
     storage = tmp_path / "storage"
     job = Job(storage, *QUICK)
     try:
         job.wait_until(lambda: list((storage / stage).glob(".building-*/checkpoints/checkpoint.pt")))
-        (worker,) = job.workers(label)
-        worker.kill()
+        workers = [worker for label in labels for worker in job.workers(label)]
+        assert workers
+        for worker in workers:
+            worker.kill()
     finally:
         finished = job.finish()
     assert finished.status == 0, finished.output

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Training with features that a method leaves frozen: computed once and shared, or in every step.
+
+    python benchmarks/frozen_features.py                        ViT-B/32, 16 images and 65 classes in a step
+    python benchmarks/frozen_features.py --model ViT-B-16 --steps 8
+
+Both sides run pipeline.training.loop.train on the same images, and must end with the same numbers. "In every step"
+runs both towers in every step, the frozen ones without a backward pass, as the authors' code does. The image features
+of a schedule are made once for all methods, tasks in groups and reruns: their seconds are in a row of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import partial
+
+import torch
+from common import class_words, default_device, largest_difference, load, table, timed, where, write_results
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.config import Config
+from pipeline.methods.registry import KINDS
+from pipeline.training.batches import TrainingSet
+from pipeline.training.frozen_features import frozen_training_features
+from pipeline.training.loop import train
+
+METHODS = ("coop", "lamm", "clip_adapter", "linear_probe", "vpt")
+
+
+class InEveryStep(torch.nn.Module):
+    """A method whose frozen parts look as if they changed, so that every step computes them."""
+
+    def __init__(self, method: torch.nn.Module, towers: torch.nn.Module):
+        super().__init__()
+        self.method, self.towers = method, (towers,)  # in a tuple, so that they are not a part of it
+
+    def forward(self):
+        adaptation, (towers,) = self.method(), self.towers
+        if adaptation.class_features:  # in place of the text tower's: only the image tower is frozen
+            nothing = torch.zeros(1, 1, 0, towers.vision_width, device=towers.device)
+            return replace(adaptation, vision_prompts=nothing)
+        return replace(adaptation, towers=towers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-32", help="open_clip model name")
+    parser.add_argument("--images", type=int, default=16, help="of a step")
+    parser.add_argument("--classes", type=int, default=65)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2, help="of each; the fastest counts")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--device", default=default_device())
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    _, towers = load(arguments.model, device)
+    words, config = {"task": class_words(arguments.classes)}, Config()
+    training = config.training.model_copy(update={"batch_size": arguments.images, "warmup_epochs": 0})
+    generator = torch.Generator().manual_seed(0)
+    count = arguments.images * arguments.steps
+    images = tuple(
+        torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8, generator=generator).to(device) for _ in range(count)
+    )
+    pixels = TrainingSet("task", images, torch.arange(count, device=device) % arguments.classes)
+
+    features = []
+    making = min(
+        timed(
+            lambda: features.append(frozen_training_features(towers, pixels, arguments.steps, training, 1, "float32")),
+            device,
+        )
+        for _ in range(arguments.repeats)
+    )
+    frozen = replace(pixels, frozen_features=features[0])
+    rows = [{"method": "image features", "once": making}]
+    for name in arguments.methods:
+        kind, seconds, states = KINDS[name], {"once": [], "every step": []}, {}
+        tokens = class_tokens(towers.tokenizer, kind.template(config), list(words.values()), kind.num_carried(config))
+        tokens = tokens.to(device)
+        frozen_tokens = class_tokens(towers.tokenizer, config.clip.template, list(words.values()))
+        options = {"epochs": 1, "seed": 1, "precision": "float32", "frozen_tokens": frozen_tokens.to(device)}
+        for _ in range(arguments.repeats):
+            for side, of_side in seconds.items():
+                method = kind.build(config, towers, words).to(device)
+                trained = method if side == "once" else InEveryStep(method, towers)
+
+                step = partial(train, towers, trained, [frozen], tokens, training, **options)
+                of_side.append(timed(step, device))
+                states[side] = list(method.state_dict().values())
+        row = {side: min(of_side) for side, of_side in seconds.items()}
+        rows.append({"method": name, **row, "difference": largest_difference(*states.values())})
+        print(rows[-1], flush=True)
+
+    print(f"\n{arguments.model}, {arguments.steps} steps of {arguments.images} images, {arguments.classes} classes")
+    print(f"{where(device)}, torch {torch.__version__}\n")
+    lines = [
+        [row["method"], f"{row['once']:.2f}"]
+        + ([f"{row['every step']:.2f}", f"{row['every step'] / row['once']:.1f}"] if "every step" in row else ["", ""])
+        for row in rows
+    ]
+    print(table(["training", "frozen part once, s", "in every step, s", "ratio"], lines))
+    setting = {name: getattr(arguments, name) for name in ("model", "images", "classes", "steps")}
+    write_results(f"frozen_features_{arguments.model}", device, {**setting, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Many runs of one data set at once: every number of shots with every seed, each with the same methods.
+
+The runs share the cluster: each plans its own stages in a thread of the driver, and Ray places all their work, several
+trainings to a device where cluster.gpus_per_training lets them fit. What is finished is found by its hash, so the same
+benchmark again, or a larger one, does only what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.config import Config, content_hash
+from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
+from pipeline.report.benchmark_figures import accuracy_parameters_figure, prompt_ablation_figure, shots_figure
+from pipeline.report.benchmark_tables import (
+    Benchmark,
+    Result,
+    comparison_table,
+    framework_table,
+    main_tables,
+    to_csv,
+    to_latex,
+    to_markdown,
+    to_rich,
+)
+from pipeline.report.summary import method_result
+from pipeline.run import PARENT, Run, check_run, connected, tracked
+from pipeline.stages.global_prompt import train_global_prompt
+from pipeline.stages.group_trainings import train_groups
+from pipeline.stages.grouping import solve_grouping
+from pipeline.stages.report import track_results
+from pipeline.stages.splits import build_splits
+from pipeline.storage import make_folder, write_atomically
+from pipeline.tracking import Tracker, resolve_tracking_uri, run_environment
+
+PAPER_METHODS = (
+    "zero_shot",
+    "full",
+    "coop",
+    "vpt",
+    "maple",
+    "full_mt",
+    "clip_adapter",
+    "bitfit_mt",
+    "coop_mt",
+    "vpt_mt",
+    "maple_mt",
+    "joint_prompts_mt",
+    "mlp_prompts_mt",
+    "mmap_task_only",
+    "mmap_group_only",
+    "mmap_random_groups",
+    "all_in_one",
+    "grouped",
+)
+"""Of the paper's tables and its Figure 4."""
+CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
+"""Of its Figure 5."""
+
+
+FIGURE_FORMATS = ("png", "svg")
+
+
+def benchmark_configs(base: Config, methods: Sequence[str], shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
+    """One config a run: the fewest shots first, all seeds of them."""
+    compared = tuple(name for name in methods if name != "zero_shot" and name not in ALWAYS)
+    values = base.model_dump() | {"compare": compared}
+    return [
+        Config.model_validate(values | {"seed": seed, "data": values["data"] | {"shots": of_run}})
+        for of_run in sorted(shots)
+        for seed in seeds
+    ]
+
+
+def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Console) -> Path:
+    """Trains and evaluates what is missing of `methods` (names of registry.VERSIONS) in all runs, and writes the
+    report; returns its folder.
+
+    Raises:
+        UserError: what is wrong with a config or the cluster, before any work; what ended a run, after the others
+            have ended and the report on them is written.
+    """
+    name, num_runs = configs[0].name, len(configs)
+    console.print(f"[bold]{name}[/]: checking {num_runs} runs of {len(methods)} methods", highlight=False)
+    runs = [check_run(config, _RunConsole(config)) for config in configs]
+    key = content_hash({"runs": [run.key for run in runs], "methods": list(methods)})
+    folder = make_folder(runs[0].storage / "benchmarks" / f"{name}-{key}")
+    with connected(runs), _tracked(name, configs, methods, folder) as tracker:
+        failed: list[BaseException] = []
+        results = []
+        for run, found in _in_parallel(runs, methods, folder.name):
+            if isinstance(found, BaseException):
+                failed.append(found)
+                run.console.print(f"[bold red]failed:[/] {found}", highlight=False)
+                continue
+            results += [
+                Result(method, run.config.data.shots, run.config.seed, of_run["accuracy"], of_run["trained_parameters"])
+                for method, of_run in found.items()
+            ]
+        if results:
+            write_report(_benchmark(runs[0], methods, results), folder, console)
+            _track(tracker, _benchmark(runs[0], methods, results), folder)
+        if failed:
+            raise failed[0]
+    return folder
+
+
+def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
+    """Tables as Markdown, LaTeX and CSV, and pictures as PNG and SVG."""
+    tables = main_tables(benchmark)
+    tables += [table for table in (framework_table(benchmark), comparison_table(benchmark)) if table]
+    for table in tables:
+        console.print(to_rich(table))
+    pictures = []
+    for shots in benchmark.shots:
+        pictures.append((f"accuracy_parameters_{shots}_shots", accuracy_parameters_figure(benchmark, shots)))
+        if {"joint_prompts_mt", "mlp_prompts_mt"} & set(benchmark.methods):
+            pictures.append((f"prompt_ablation_{shots}_shots", prompt_ablation_figure(benchmark, shots)))
+    if len(benchmark.shots) > 1 and set(CURVES) & set(benchmark.methods):
+        pictures.append(("shots", shots_figure(benchmark, CURVES)))
+    for name, figure in pictures:
+        for kind in FIGURE_FORMATS:
+            figure.savefig(folder / f"{name}.{kind}", dpi=150)
+    markdown = [f"# {benchmark.name}", *map(to_markdown, tables), *(f"![{name}]({name}.png)" for name, _ in pictures)]
+    write_atomically(folder / "benchmark.md", "\n\n".join(markdown) + "\n")
+    write_atomically(folder / "benchmark.tex", "\n\n".join(map(to_latex, tables)) + "\n")
+    write_atomically(folder / "benchmark.csv", to_csv(benchmark))
+    console.print(f"report: {folder / 'benchmark.md'}", highlight=False)
+
+
+def _in_parallel(
+    runs: Sequence[Run], methods: Sequence[str], benchmark: str
+) -> Iterator[tuple[Run, dict[str, dict[str, Any]] | BaseException]]:
+    """Each run with its methods' results by name, or what ended it, in the order of the runs; all are at work from
+    the start."""
+    with ThreadPoolExecutor(len(runs), "run") as threads:
+        futures = [threads.submit(_carry_out, run, methods, benchmark) for run in runs]
+        try:
+            for run, future in zip(runs, futures):
+                yield run, future.exception() or future.result()
+        except BaseException:  # the user's interrupt
+            for run in runs:
+                run.stop.set()
+            raise
+
+
+def _carry_out(run: Run, methods: Sequence[str], benchmark: str) -> dict[str, dict[str, Any]]:
+    with tracked(run):
+        run.tracker.set_tags(PARENT, {"benchmark": benchmark})
+        build_splits(run)
+        grouping = None
+        if any(VERSIONS[name].uses_grouping for name in methods):
+            grouping = solve_grouping(run, train_global_prompt(run))
+        of_methods = train_groups(run, grouping, methods)
+        found = {method.name: method_result(run.tasks, method.results()) for method in of_methods}
+        track_results(run, found)
+    run.console.print("done", highlight=False)
+    return found
+
+
+class _RunConsole(Console):
+    """Lines that say which run they are of."""
+
+    def __init__(self, config: Config):
+        super().__init__(soft_wrap=True, force_terminal=False, highlight=False)
+        self._run = f"{config.data.shots} shots, seed {config.seed}:"
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(self._run, *objects, **options)
+
+
+def _benchmark(run: Run, methods: Sequence[str], results: Sequence[Result]) -> Benchmark:
+    order = {name: at for at, name in enumerate(methods)}
+    clip = run.config.clip
+    return Benchmark(
+        run.config.name,
+        tuple(run.tasks),
+        tuple(sorted(results, key=lambda result: order[result.method])),
+        f"{clip.model}, weights {clip.pretrained or 'random'}",
+        _protocol(run.config, methods),
+    )
+
+
+def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
+    """How the methods were trained, a sentence for each training that some of them share."""
+    titles: dict[str, list[str]] = {}
+    for name in methods:
+        kind = KINDS[VERSIONS[name].kind]
+        if kind.trained:
+            training = training_of(VERSIONS[name].kind, config)
+            how = (
+                f"{training.optimizer.upper()}, rate {training.learning_rate:g}, {training.epochs} epochs, "
+                f"batches of {training.batch_size} images of each task"
+            )
+            titles.setdefault(how, []).append(kind.title)
+    return tuple(f"{', '.join(dict.fromkeys(of_how))}: {how}." for how, of_how in titles.items())
+
+
+@contextmanager
+def _tracked(name: str, configs: Sequence[Config], methods: Sequence[str], folder: Path) -> Iterator[Tracker]:
+    """The benchmark's own MLflow run; those of its runs have its name as their tag `benchmark`."""
+    config = configs[0]
+    uri = resolve_tracking_uri(config.tracking.uri, folder.parent.parent)
+    tracker = Tracker(uri, config.tracking.experiment, folder / "tracking")
+    tracker.start_run(
+        PARENT,
+        tags={
+            "mlflow.runName": folder.name,
+            "mlflow.source.name": sys.argv[0],
+            "benchmark": folder.name,
+            **{f"env.{key}": value for key, value in run_environment().items()},
+        },
+        params={
+            "name": name,
+            "methods": ", ".join(methods),
+            "shots": ", ".join(str(shots) for shots in sorted({config.data.shots for config in configs})),
+            "seeds": ", ".join(str(seed) for seed in dict.fromkeys(config.seed for config in configs)),
+        },
+    )
+    tracker.flush(30)  # a new database is made by one tracker, before those of the runs look for it
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    finally:
+        tracker.end_run(PARENT, status)
+        tracker.close(timeout_s=20)
+
+
+def _track(tracker: Tracker, benchmark: Benchmark, folder: Path) -> None:
+    for method in benchmark.methods:
+        for shots in benchmark.shots:
+            if of_seeds := benchmark.by_seed(method, shots):
+                tracker.log_metrics(PARENT, {f"accuracy/{method}/average": fmean(of_seeds.values())}, step=shots)
+                parameters = {run.trained_parameters for run in benchmark.runs(method, shots)}
+                tracker.log_metrics(PARENT, {f"trained_parameters/{method}": max(parameters)}, step=shots)
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            tracker.log_artifact(PARENT, file, "benchmark")

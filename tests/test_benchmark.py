@@ -1,0 +1,156 @@
+"""jobs/benchmark.py on the demo: many runs at once, only what is missing, tables of what was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from statistics import fmean
+
+import pytest
+from mlflow import MlflowClient
+from pipelines import Job, run
+
+from jobs.benchmark import chosen_methods, main
+from pipeline.methods.registry import VERSIONS
+from pipeline.stages.benchmark import PAPER_METHODS
+
+BENCHMARK = ("jobs/benchmark.py",)
+QUICK = ("--training.epochs", "2", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon]")
+
+
+def benchmark(storage, *arguments):
+    finished = run(storage, *QUICK, *arguments, prefix=BENCHMARK)
+    assert finished.status == 0, finished.output
+    return finished.output
+
+
+def trainings(storage):
+    """Method, group and shots of each finished training and evaluation → when it was made."""
+    found = {}
+    for file in (storage / "group_trainings").glob("[!.]*/artefact.json"):
+        made_from = json.loads(file.read_text())["made_from"]
+        found[made_from["method"], *made_from["group"], made_from["shots"], made_from["seed"]] = file.stat().st_mtime_ns
+    return found
+
+
+def rows(storage):
+    """The newest benchmark's CSV, by method, shots, seed and task."""
+    file = max((storage / "benchmarks").glob("*/benchmark.csv"), key=lambda path: path.stat().st_mtime_ns)
+    return {(row["method"], row["shots"], row["seed"], row["task"]): row for row in csv.DictReader(file.open())}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("benchmark") / "storage"
+    benchmark(storage, "--methods", "zero_shot", "coop_mt", "grouped", "--shots", "2", "4", "--seeds", "1", "2")
+    return storage
+
+
+@pytest.mark.slow
+def test_every_run_is_in_the_tables_and_in_mlflow(storage):
+    (folder,) = (storage / "benchmarks").iterdir()
+    found = rows(storage)
+    for shots in "24":
+        for seed in "12":
+            for method in ("zero_shot", "coop_mt", "grouped"):
+                for task in ("ink", "neon"):
+                    assert 0 <= float(found[method, shots, seed, task]["accuracy"]) <= 1
+    table = (folder / "benchmark.md").read_text()
+    assert "4 shots a class, 2 seeds" in table and "MmAP, grouped" in table
+    assert r"\begin{tabular}" in (folder / "benchmark.tex").read_text()
+    for picture in ("accuracy_parameters_2_shots", "accuracy_parameters_4_shots", "shots"):
+        for kind in ("png", "svg"):
+            assert (folder / f"{picture}.{kind}").stat().st_size > 5000
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    of_benchmark = client.search_runs(["1"], f"tags.benchmark = '{folder.name}'")
+    assert len(of_benchmark) == 1 + 4 and all(of.info.status == "FINISHED" for of in of_benchmark)
+    (own,) = [of for of in of_benchmark if of.data.tags["mlflow.runName"] == folder.name]
+    history = {
+        metric.step: metric.value for metric in client.get_metric_history(own.info.run_id, "accuracy/grouped/average")
+    }
+    for shots, average in history.items():
+        accuracies = [
+            float(found["grouped", str(shots), seed, task]["accuracy"]) for seed in "12" for task in ("ink", "neon")
+        ]
+        assert average == pytest.approx(fmean(accuracies))
+    assert {"benchmark/benchmark.md", "benchmark/shots.png"} <= {
+        file.path for file in client.list_artifacts(own.info.run_id, "benchmark")
+    }
+    assert {of.data.params["seed"] for of in of_benchmark if "seed" in of.data.params} == {"1", "2"}
+
+
+@pytest.mark.slow
+def test_a_larger_benchmark_does_only_what_is_missing(storage):
+    before, found = trainings(storage), rows(storage)
+    job = Job(
+        storage,
+        *QUICK,
+        "--methods",
+        "zero_shot",
+        "clip_adapter_mt",
+        "grouped",
+        "--shots",
+        "4",
+        "--seeds",
+        "1",
+        "2",
+        "3",
+        prefix=BENCHMARK,
+    )
+    try:
+        job.wait_until(lambda: len(trainings(storage)) > len(before))
+    finally:
+        job.stop()
+    benchmark(storage, "--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "4", "--seeds", "1", "2", "3")
+    after = trainings(storage)
+    assert {key: after[key] for key in before} == before
+    new = {(method, seed) for method, *_, seed in after.keys() - before.keys()}
+    assert {seed for method, seed in new if method == "clip_adapter"} == {1, 2, 3}
+    assert {seed for method, seed in new if method != "clip_adapter"} == {3}
+    again = rows(storage)
+    for key in (("grouped", "4", "1", "ink"), ("zero_shot", "4", "2", "neon")):
+        assert again[key] == found[key]
+
+
+@pytest.mark.slow
+def test_of_one_task_both_versions_are_the_same_training(tmp_path):
+    both = [name for name in VERSIONS if f"{name}_mt" in VERSIONS and not VERSIONS[name].starts_from]
+    assert len(both) > 10
+    names = [name for of_both in both for name in (of_both, f"{of_both}_mt")]
+    one_epoch = [f"--{name}.training.epochs=1" for name in both]
+    benchmark(
+        tmp_path / "storage", "--data.tasks", "[noise]", "--methods", *names, "--seeds", "1", "--shots", "1", *one_epoch
+    )
+    found = rows(tmp_path / "storage")
+    for name in both:
+        assert found[name, "1", "1", "noise"]["accuracy"] == found[f"{name}_mt", "1", "1", "noise"]["accuracy"]
+    assert len(trainings(tmp_path / "storage")) == len(both)
+
+
+def test_methods_are_chosen_by_name_or_as_a_set():
+    assert chosen_methods(["grouped", "zero_shot"]) == ("zero_shot", "grouped")
+    assert chosen_methods(["all"]) == tuple(VERSIONS)
+    assert set(chosen_methods(["paper", "clip_lora"])) == {*PAPER_METHODS, "clip_lora"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods", "cooop"], "--methods cooop: not known; valid: all, paper, zero_shot, coop"),
+        (["--dataset", "imagenet"], "--dataset imagenet: there is no"),
+        (["--seed", "3"], "--seed is one value for all runs: use --seeds"),
+        (["--data.shots", "3"], "--data.shots is one value for all runs: use --shots"),
+        (["--shots", "0"], "data.shots=0"),
+        (["--maple.depth", "9", "--methods", "maple"], "maple.depth=9: the shallower tower has 4 layers"),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_faults_are_named_at_the_door(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--storage", str(tmp_path / "storage"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "storage" / "splits").exists()
