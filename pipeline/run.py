@@ -35,7 +35,7 @@ from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.grouping.partition import check_constraints
 from pipeline.methods.mmap import MmapShape
-from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS
+from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
 from pipeline.progress import ProgressBoard
 from pipeline.storage import Artefact, make_folder, write_atomically
 from pipeline.tracking import Tracker, check_reachable, resolve_tracking_uri, run_environment
@@ -130,20 +130,26 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         yield run
 
 
-def check_run(config: Config, console: Console) -> Run:
+def check_run(config: Config, console: Console, like: Run | None = None) -> Run:
     """What needs no cluster: config against data, model, storage and tracking server.
+
+    Args:
+        like: a checked run whose config differs in shots and seed only: what it has checked is not checked again.
 
     Raises:
         UserError: the first thing that is wrong, with the remedy.
     """
     config = _with_absolute_paths(config)
-    storage = _open_storage(config)
-    listing = _find_data(config, storage)
-    clip, shape = _check_model(config, listing)
-    check_constraints(
-        len(listing.classes), config.grouping.num_groups, config.grouping.min_size, config.grouping.max_size
-    )
-    check_reachable(resolve_tracking_uri(config.tracking.uri, storage))
+    if like:
+        storage, listing, clip, shape = like.storage, like.listing, like.clip, like.mmap_shape
+    else:
+        storage = _open_storage(config)
+        listing = _find_data(config, storage)
+        clip, shape = _check_model(config, listing)
+        check_constraints(
+            len(listing.classes), config.grouping.num_groups, config.grouping.min_size, config.grouping.max_size
+        )
+        check_reachable(resolve_tracking_uri(config.tracking.uri, storage))
 
     splits = Artefact(
         storage,
@@ -266,16 +272,17 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
     towers = towers_without_weights(config.clip)
     shape = MmapShape.of(config.mmap, towers)
     words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
+    workers, num_classes = config.cluster.workers_per_training, min(map(len, words))
     for name in (*ALWAYS, *config.compare):
-        kind = KINDS[VERSIONS[name].kind]
+        method = VERSIONS[name].kind
+        kind, batch = KINDS[method], training_of(method, config).batch_size
         kind.check(config, towers)
         class_tokens(towers.tokenizer, kind.template(config), words, kind.num_carried(config))
-    workers, batch = config.cluster.workers_per_training, config.training.batch_size
-    if workers > min(batch, *map(len, words)):
-        raise UserError(
-            f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "
-            f"training.batch_size={batch} and {min(map(len, words))}: use no more workers than those"
-        )
+        if workers > min(batch, num_classes):
+            raise UserError(
+                f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "
+                f"{batch} (batch_size of {kind.title}) and {num_classes}: use no more workers than those"
+            )
     return identity, shape
 
 

@@ -1,8 +1,10 @@
 """Everything a run makes, in folders named by the hash of what it was made from.
 
-    <storage>/splits/<key>/  global_prompt/<key>/  grouping/<key>/  group_trainings/<key>/   finished artefacts
-    <storage>/<stage>/.building-<key>/                                                       unfinished ones
-    <storage>/runs/<name>-<key>/                                                             reports, by run
+    <storage>/<stage>/<key>/             finished artefacts of splits, global_prompt, grouping, image_features and
+                                         group_trainings
+    <storage>/<stage>/.building-<key>/   unfinished ones
+    <storage>/runs/<name>-<key>/         reports, by run
+    <storage>/benchmarks/<name>-<key>/   reports on many runs
 
 An artefact is built beside its place and renamed into it with artefact.json, which lists its files: a reader sees a
 whole artefact or none, and a stage whose artefact is there is not run again.

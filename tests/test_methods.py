@@ -16,13 +16,23 @@ from small_methods import SMALL, TRAINED, WORDS, built, tokens_for, with_frozen_
 from small_problem import CONFIG, TEST_COUNTS, small_problem, write_test_splits
 
 from pipeline.clip.load import load_clip, towers_without_weights, weights_fingerprint
-from pipeline.config import ClipConfig, Config, MapleConfig, Method, MlpPromptsConfig, VptConfig
+from pipeline.config import (
+    REPOSITORY,
+    ClipConfig,
+    Config,
+    MapleConfig,
+    Method,
+    MlpPromptsConfig,
+    VptConfig,
+    load_yaml,
+    parse_config,
+)
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import task_tree
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
-from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, kind_of
+from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, kind_of, training_of
 from pipeline.stages.group_trainings import random_groups
 from pipeline.training.evaluate import evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures, frozen_test_features, save_features
@@ -275,6 +285,39 @@ def test_parameter_counts_of_vit_b_16(name, config, expected):
     towers.token_embedding.to_empty(device="cpu")
     method = KINDS[name].build(config, towers, WORDS)
     assert sum(p.numel() for p in method.parameters()) == expected
+
+
+def test_a_method_trains_as_its_authors_do_or_all_as_the_paper_compares():
+    config = parse_config({"training": {"epochs": 7, "momentum": 0.8}, "coop": {"training": {"epochs": 3}}})
+    of_coop = training_of("coop", config)
+    assert (of_coop.epochs, of_coop.batch_size, of_coop.learning_rate, of_coop.momentum) == (3, 32, 0.002, 0.8)
+    assert training_of("mmap", config) == training_of("joint_prompts", config) == config.training
+    lora = training_of("clip_lora", config)
+    assert (lora.optimizer, lora.learning_rate, lora.weight_decay) == ("adamw", 2e-4, 0.01)
+    alike = parse_config(load_yaml(REPOSITORY / "configs" / "paper_protocol.yaml"))
+    for name in TRAINED:
+        own = training_of(name, alike) != alike.training
+        assert own == (name in ("full", "bitfit")), name
+
+
+def test_adamw_is_torchs_own():
+    towers, _, tokens, sets = small_problem()
+    ours, plain = built("vpt", towers), built("vpt", towers)
+    config = SLOW.model_copy(update={"optimizer": "adamw", "weight_decay": 0.1})
+    history, _ = train(towers, ours, sets, tokens, config, epochs=2, seed=5)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=0.1)
+    for step, record in enumerate(history):
+        optimizer.param_groups[0]["lr"] = record.learning_rate
+        adaptation = plain()
+        batches = [of.batch(step, 3, 16, CONFIG.augmentation, 5) for of in sets]
+        images = towers.normalize_pixels(torch.cat([pixels for pixels, _ in batches]))
+        x = adaptation.encode_image(towers, images, [3, 3]).split(3)
+        z = adaptation.encode_text(towers, tokens).split(5)
+        losses = [F.cross_entropy(towers.logits(*pair), labels) for *pair, (_, labels) in zip(x, z, batches)]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), **TOLERANCE)
 
 
 def test_a_maple_deeper_than_the_towers_is_refused():

@@ -238,7 +238,7 @@ def test_saved_prompts_give_the_same_predictions(undisturbed, tmp_path):
         (["--compare", "[maple]"], "maple.depth=9: the shallower tower has 4 layers"),
         (["--compare", "[cooop]"], "compare.0='cooop': Input should be 'coop', 'coop_mt'"),
         (["--cluster.gpus_per_training", "1"], "but the cluster has 0 GPUs"),
-        (["--cluster.workers_per_training", "11"], "of which a task has training.batch_size=16 and 10: use no more"),
+        (["--cluster.workers_per_training", "11"], "of which a task has 16 (batch_size of MmAP) and 10: use no more"),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),
         (["--training.epochs", "0"], "training.epochs=0"),
     ],

@@ -90,7 +90,8 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
     """
     name, num_runs = configs[0].name, len(configs)
     console.print(f"[bold]{name}[/]: checking {num_runs} runs of {len(methods)} methods", highlight=False)
-    runs = [check_run(config, _RunConsole(config)) for config in configs]
+    first = check_run(configs[0], _RunConsole(configs[0]))
+    runs = [first, *(check_run(config, _RunConsole(config), like=first) for config in configs[1:])]
     key = content_hash({"runs": [run.key for run in runs], "methods": list(methods)})
     folder = make_folder(runs[0].storage / "benchmarks" / f"{name}-{key}")
     with connected(runs), _tracked(name, configs, methods, folder) as tracker:
