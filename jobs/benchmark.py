@@ -18,11 +18,11 @@ from pathlib import Path
 from pipeline.config import REPOSITORY, config_from_command_line
 from pipeline.errors import UserError
 from pipeline.methods.registry import VERSIONS
-from pipeline.run import faults_told_to_people, job_parser
+from pipeline.run import faults_told_to_people, job_parser, refuse_options
 from pipeline.stages.benchmark import PAPER_METHODS, benchmark_configs, run_benchmark
 
 SETS = {"all": tuple(VERSIONS), "paper": PAPER_METHODS}
-PER_RUN = {"config.seed": "--seeds", "config.data.shots": "--shots", "config.compare": "--methods"}
+PER_RUN = {"seed": "--seeds", "data.shots": "--shots", "compare": "--methods"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,10 +70,8 @@ def dataset_file(name: str) -> Path:
 def main() -> None:
     with faults_told_to_people() as console:
         command = parser()
+        refuse_options(command, PER_RUN)
         given, _ = command.parse_known_args()
-        for field, option in PER_RUN.items():
-            if hasattr(given, field):
-                raise UserError(f"--{field.removeprefix('config.')} is one value for all runs: use {option}")
         base = config_from_command_line(command, base=[dataset_file(given.dataset)])
         methods = chosen_methods(given.methods)
         shots = dict.fromkeys(given.shots or [base.data.shots])

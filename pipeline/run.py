@@ -101,6 +101,18 @@ def job_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_options(parser: argparse.ArgumentParser, instead: dict[str, str]) -> None:
+    """For a job of many runs: config field → the option that has a value for each run.
+
+    Raises:
+        UserError: such a field is on the command line.
+    """
+    given, _ = parser.parse_known_args()
+    for field_name, option in instead.items():
+        if hasattr(given, f"config.{field_name}"):
+            raise UserError(f"--{field_name} is one value for all runs: use {option}")
+
+
 @contextmanager
 def faults_told_to_people() -> Iterator[Console]:
     """Gives a job its console; ends it with a status and, for a user's faults, without a traceback."""

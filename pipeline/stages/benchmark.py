@@ -1,16 +1,11 @@
-"""Many runs of one data set at once: every number of shots with every seed, each with the same methods.
-
-The runs share the cluster: each plans its own stages in a thread of the driver, and Ray places all their work, several
-trainings to a device where cluster.gpus_per_training lets them fit. What is finished is found by its hash, so the same
-benchmark again, or a larger one, does only what is missing.
-"""
+"""Many methods on one data set, with every number of shots and every seed: the runs, their tables and figures."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,10 +27,11 @@ from pipeline.report.benchmark_tables import (
     to_rich,
 )
 from pipeline.report.summary import method_result
-from pipeline.run import PARENT, Run, check_run, connected, tracked
+from pipeline.run import PARENT, Run, connected, tracked
 from pipeline.stages.global_prompt import train_global_prompt
 from pipeline.stages.group_trainings import train_groups
 from pipeline.stages.grouping import solve_grouping
+from pipeline.stages.many_runs import checked_runs, configs_of, in_parallel
 from pipeline.stages.report import track_results
 from pipeline.stages.splits import build_splits
 from pipeline.storage import make_folder, write_atomically
@@ -72,12 +68,7 @@ FIGURE_FORMATS = ("png", "svg")
 def benchmark_configs(base: Config, methods: Sequence[str], shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
     """One config a run: the fewest shots first, all seeds of them."""
     compared = tuple(name for name in methods if name != "zero_shot" and name not in ALWAYS)
-    values = base.model_dump() | {"compare": compared}
-    return [
-        Config.model_validate(values | {"seed": seed, "data": values["data"] | {"shots": of_run}})
-        for of_run in sorted(shots)
-        for seed in seeds
-    ]
+    return configs_of(base.model_copy(update={"compare": compared}), shots, seeds)
 
 
 def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Console) -> Path:
@@ -88,19 +79,15 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
         UserError: what is wrong with a config or the cluster, before any work; what ended a run, after the others
             have ended and the report on them is written.
     """
-    name, num_runs = configs[0].name, len(configs)
-    console.print(f"[bold]{name}[/]: checking {num_runs} runs of {len(methods)} methods", highlight=False)
-    first = check_run(configs[0], _RunConsole(configs[0]))
-    runs = [first, *(check_run(config, _RunConsole(config), like=first) for config in configs[1:])]
+    name, runs = configs[0].name, checked_runs(configs, console)
     key = content_hash({"runs": [run.key for run in runs], "methods": list(methods)})
     folder = make_folder(runs[0].storage / "benchmarks" / f"{name}-{key}")
     with connected(runs), _tracked(name, configs, methods, folder) as tracker:
         failed: list[BaseException] = []
         results = []
-        for run, found in _in_parallel(runs, methods, folder.name):
+        for run, found in in_parallel(runs, partial(_carry_out, methods, folder.name)):
             if isinstance(found, BaseException):
                 failed.append(found)
-                run.console.print(f"[bold red]failed:[/] {found}", highlight=False)
                 continue
             results += [
                 Result(method, run.config.data.shots, run.config.seed, of_run["accuracy"], of_run["trained_parameters"])
@@ -137,23 +124,7 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     console.print(f"report: {folder / 'benchmark.md'}", highlight=False)
 
 
-def _in_parallel(
-    runs: Sequence[Run], methods: Sequence[str], benchmark: str
-) -> Iterator[tuple[Run, dict[str, dict[str, Any]] | BaseException]]:
-    """Each run with its methods' results by name, or what ended it, in the order of the runs; all are at work from
-    the start."""
-    with ThreadPoolExecutor(len(runs), "run") as threads:
-        futures = [threads.submit(_carry_out, run, methods, benchmark) for run in runs]
-        try:
-            for run, future in zip(runs, futures):
-                yield run, future.exception() or future.result()
-        except BaseException:  # the user's interrupt
-            for run in runs:
-                run.stop.set()
-            raise
-
-
-def _carry_out(run: Run, methods: Sequence[str], benchmark: str) -> dict[str, dict[str, Any]]:
+def _carry_out(methods: Sequence[str], benchmark: str, run: Run) -> dict[str, dict[str, Any]]:
     with tracked(run):
         run.tracker.set_tags(PARENT, {"benchmark": benchmark})
         build_splits(run)
@@ -165,17 +136,6 @@ def _carry_out(run: Run, methods: Sequence[str], benchmark: str) -> dict[str, di
         track_results(run, found)
     run.console.print("done", highlight=False)
     return found
-
-
-class _RunConsole(Console):
-    """Lines that say which run they are of."""
-
-    def __init__(self, config: Config):
-        super().__init__(soft_wrap=True, force_terminal=False, highlight=False)
-        self._run = f"{config.data.shots} shots, seed {config.seed}:"
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        super().print(self._run, *objects, **options)
 
 
 def _benchmark(run: Run, methods: Sequence[str], results: Sequence[Result]) -> Benchmark:

@@ -4,8 +4,9 @@ zero-shot CLIP."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,20 @@ def train_groups(
     planned: dict[str, list[_Training]] = {}
     for name in names:
         _plan(run, name, result, planned)
+    _train_planned(run, planned)
+    return [_artefacts_of(name, planned[name]) for name in names]
+
+
+def train_every_group(run: Run) -> MethodArtefacts:
+    """MmAP as in grouped trainings, for every set of tasks that could be a group: 2^T - 1 trainings."""
+    tasks, name = tuple(run.tasks), "every group"
+    groups = [group for size in range(1, len(tasks) + 1) for group in combinations(tasks, size)]
+    planned = {name: [_training(run, name, "mmap", group, f"group: {' + '.join(group)}") for group in groups]}
+    _train_planned(run, planned)
+    return _artefacts_of(name, planned[name])
+
+
+def _train_planned(run: Run, planned: Mapping[str, Sequence[_Training]]) -> None:
     trainings = {training.artefact.key: training for of_version in planned.values() for training in of_version}
     with Stage(run, NAME, "4 group trainings") as stage:
         for training in trainings.values():
@@ -97,14 +112,11 @@ def train_groups(
             stage.execute([*(features.values() if wave == 0 else ()), *(training.work for training in of_wave)])
         for training in trainings.values():
             _track(run, training)
-    return [
-        MethodArtefacts(
-            name,
-            tuple(training.item.tasks for training in planned[name]),
-            tuple(training.artefact for training in planned[name]),
-        )
-        for name in names
-    ]
+
+
+def _artefacts_of(name: str, trainings: Sequence[_Training]) -> MethodArtefacts:
+    groups, artefacts = zip(*((training.item.tasks, training.artefact) for training in trainings))
+    return MethodArtefacts(name, groups, artefacts)
 
 
 def _plan(run: Run, name: str, grouping: dict[str, Any] | None, planned: dict[str, list[_Training]]) -> list[_Training]:
@@ -112,8 +124,9 @@ def _plan(run: Run, name: str, grouping: dict[str, Any] | None, planned: dict[st
     grouping.json."""
     if name in planned:
         return planned[name]
-    version, kind = VERSIONS[name], kind_of(VERSIONS[name].kind)
+    version = VERSIONS[name]
     starts = _plan(run, version.starts_from, grouping, planned) if version.starts_from else []
+    affinities = grouping["affinity"] if kind_of(version.kind).uses_affinities else None
     groups = _groups(run, version.groups, grouping)
     planned[name] = []
     for tasks in groups:
@@ -121,35 +134,33 @@ def _plan(run: Run, name: str, grouping: dict[str, Any] | None, planned: dict[st
         if name == "grouped" or len(groups) > 1:
             label = f"{'group' if name == 'grouped' else label}: {' + '.join(tasks)}"
         start = next((training for training in starts if set(tasks) <= set(training.item.tasks)), None)
-        decided_by = {**trainings_decided_by(run, tasks, version.kind), "group": list(tasks)}
-        if start:
-            decided_by["start"] = start.artefact.key
-        if kind.uses_affinities:
-            decided_by["affinities"] = grouping["affinity"]
-        training = test = {}
-        if kind.trained and (kind.consistent or not kind.changes_images):
-            training = {task: training_features(run, task, training_of(version.kind, run.config)) for task in tasks}
-        if not kind.changes_images:
-            test = {task: test_features(run, task) for task in tasks}
-        item = TrainingWork(
-            run.config,
-            run.splits.folder,
-            tasks,
-            label,
-            version.kind,
-            *({task: made.file for task, made in of_tasks.items()} for of_tasks in (training, test)),
-        )
-        planned[name].append(
-            _Training(
-                name,
-                item,
-                run.artefact(NAME, decided_by),
-                (*training.values(), *test.values()),
-                start,
-                decided_by.get("affinities"),
-            )
-        )
+        planned[name].append(_training(run, name, version.kind, tasks, label, start, affinities))
     return planned[name]
+
+
+def _training(
+    run: Run,
+    version: str,
+    method: str,
+    tasks: tuple[str, ...],
+    label: str,
+    start: _Training | None = None,
+    affinities: list[list[float]] | None = None,
+) -> _Training:
+    kind, decided_by = kind_of(method), {**trainings_decided_by(run, tasks, method), "group": list(tasks)}
+    if start:
+        decided_by["start"] = start.artefact.key
+    if affinities:
+        decided_by["affinities"] = affinities
+    training = test = {}
+    if kind.trained and (kind.consistent or not kind.changes_images):
+        training = {task: training_features(run, task, training_of(method, run.config)) for task in tasks}
+    if not kind.changes_images:
+        test = {task: test_features(run, task) for task in tasks}
+    files = ({task: made.file for task, made in of_tasks.items()} for of_tasks in (training, test))
+    item = TrainingWork(run.config, run.splits.folder, tasks, label, method, *files)
+    features = (*training.values(), *test.values())
+    return _Training(version, item, run.artefact(NAME, decided_by), features, start, affinities)
 
 
 def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:

@@ -1,0 +1,28 @@
+#!/usr/bin/env python
+"""Does grouping help here? Trains MmAP for every group that the tasks could form (63 trainings for six tasks), and
+compares what every partition reaches with its score, with all tasks in one group, and with random partitions.
+
+    python jobs/grouping_study.py                                          the demo, seeds 1, 2, 3
+    python jobs/grouping_study.py --config configs/office_home.yaml --data.root /data/OfficeHome --seeds 1 2
+
+The same command again does only what is missing; trainings are shared with the pipeline and the benchmark.
+"""
+
+from pipeline.config import config_from_command_line
+from pipeline.run import faults_told_to_people, job_parser, refuse_options
+from pipeline.stages.grouping_study import run_grouping_study
+from pipeline.stages.many_runs import configs_of
+
+
+def main() -> None:
+    with faults_told_to_people() as console:
+        parser = job_parser(__doc__)
+        parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
+        refuse_options(parser, {"seed": "--seeds"})
+        config = config_from_command_line(parser)
+        seeds = list(dict.fromkeys(parser.parse_known_args()[0].seeds))
+        run_grouping_study(configs_of(config, [config.data.shots], seeds), console)
+
+
+if __name__ == "__main__":
+    main()

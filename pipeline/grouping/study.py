@@ -1,0 +1,114 @@
+"""Does a better score mean better tasks? Scores of all partitions against the accuracies that they reach when trained.
+
+A partition's accuracy follows from its groups' trainings, so 2^T - 1 trainings tell that of every partition (203 for
+six tasks, from 63 trainings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from pipeline.grouping.affinity import AffinityKind, affinity_matrix
+from pipeline.grouping.partition import Objective, best_partition
+
+Groups = tuple[tuple[int, ...], ...]
+CRITERIA: tuple[tuple[AffinityKind, Objective], ...] = (
+    ("dot", "sum"),
+    ("dot", "mean"),
+    ("cosine", "sum"),
+    ("cosine", "mean"),
+)
+
+
+@dataclass(frozen=True)
+class CriterionOutcome:
+    """What one way to score partitions is worth. Accuracies are means over tasks, 0 to 1."""
+
+    affinity: AffinityKind
+    objective: Objective
+    scores: tuple[float, ...]
+    """Of all partitions, in the study's order."""
+    rank_correlation: float
+    """Spearman's, of scores and accuracies over all partitions."""
+    chosen: Groups
+    accuracy: float
+    """Of the partition with the best score."""
+    better_share: float
+    """Share of all partitions that reach a higher accuracy."""
+
+
+@dataclass(frozen=True)
+class GroupingStudy:
+    partitions: tuple[Groups, ...]
+    accuracies: tuple[float, ...]
+    """Of the partitions, means over tasks."""
+    criteria: tuple[CriterionOutcome, ...]
+
+    @property
+    def all_in_one(self) -> float:
+        return self._accuracy_with(1)
+
+    @property
+    def each_alone(self) -> float:
+        return self._accuracy_with(max(map(len, self.partitions)))
+
+    @property
+    def random(self) -> float:
+        """Expected of a partition drawn among all."""
+        return fmean(self.accuracies)
+
+    def _accuracy_with(self, num_groups: int) -> float:
+        return next(of for groups, of in zip(self.partitions, self.accuracies) if len(groups) == num_groups)
+
+
+def set_partitions(num_tasks: int) -> Iterator[Groups]:
+    """All ways to part tasks 0 … T - 1 into groups, by restricted growth: task by task, into a group or a new one."""
+
+    def extended(groups: Groups, task: int) -> Iterator[Groups]:
+        if task == num_tasks:
+            yield groups
+            return
+        for at, group in enumerate(groups):
+            yield from extended((*groups[:at], (*group, task), *groups[at + 1 :]), task + 1)
+        yield from extended((*groups, (task,)), task + 1)
+
+    return extended((), 0)
+
+
+def partition_score(affinity: np.ndarray, groups: Groups, objective: Objective) -> float:
+    """As `best_partition` defines it."""
+    total = 0.0
+    for group in groups:
+        inside = affinity[np.ix_(group, group)]
+        others = inside.sum() - np.trace(inside)
+        total += others / 2 if objective == "sum" else others / max(len(group) - 1, 1)
+    return total
+
+
+def study_grouping(
+    gradients: np.ndarray, accuracy_of_group: Mapping[tuple[int, ...], Sequence[float]]
+) -> GroupingStudy:
+    """
+    Args:
+        gradients: (S, T, P), snapshots as of `read_gradients`.
+        accuracy_of_group: for every non-empty, sorted set of tasks its tasks' test accuracies after training them
+            together.
+    """
+    num_tasks = gradients.shape[1]
+    partitions = tuple(set_partitions(num_tasks))
+    accuracies = [sum(sum(accuracy_of_group[group]) for group in groups) / num_tasks for groups in partitions]
+    criteria = []
+    for kind, objective in CRITERIA:
+        affinity = affinity_matrix(gradients, kind)
+        scores = [partition_score(affinity, groups, objective) for groups in partitions]
+        chosen = best_partition(affinity, objective=objective).groups
+        accuracy = accuracies[partitions.index(chosen)]
+        better = fmean(other > accuracy for other in accuracies)
+        correlation = float(spearmanr(scores, accuracies).statistic)
+        criteria.append(CriterionOutcome(kind, objective, tuple(scores), correlation, chosen, accuracy, better))
+    return GroupingStudy(partitions, tuple(accuracies), tuple(criteria))

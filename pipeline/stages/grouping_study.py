@@ -1,0 +1,74 @@
+"""Trains every group that the tasks could form, and holds the partitions' scores against what they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.config import Config, content_hash
+from pipeline.errors import UserError
+from pipeline.grouping.study import GroupingStudy, study_grouping
+from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
+from pipeline.run import PARENT, Run, connected, tracked
+from pipeline.stages.global_prompt import SNAPSHOTS, train_global_prompt
+from pipeline.stages.group_trainings import train_every_group
+from pipeline.stages.many_runs import checked_runs, in_parallel
+from pipeline.stages.splits import build_splits
+from pipeline.storage import make_folder, write_atomically
+from pipeline.training.snapshots import read_gradients
+
+MAX_TASKS = 8
+"""255 trainings a seed, and 4,140 partitions."""
+
+
+def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
+    """Writes the study of all seeds; returns its folder.
+
+    Raises:
+        UserError: one task, or more than MAX_TASKS; and as the pipeline.
+    """
+    name, runs = configs[0].name, checked_runs(configs, console)
+    tasks = runs[0].tasks
+    if not 2 <= len(tasks) <= MAX_TASKS:
+        raise UserError(
+            f"a study of {len(tasks)} tasks would take {2 ** len(tasks) - 1} trainings a seed: choose 2 to {MAX_TASKS} "
+            "tasks with data.tasks"
+        )
+    key = content_hash([run.key for run in runs])
+    folder = make_folder(runs[0].storage / "grouping_studies" / f"{name}-{key}")
+    with connected(runs):
+        studies = {}
+        for run, outcome in in_parallel(runs, _study):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            studies[run.config.seed] = outcome
+    markdown = study_to_markdown(name, tasks, studies)
+    write_atomically(folder / "grouping_study.md", markdown)
+    write_atomically(folder / "grouping_study.csv", study_to_csv(tasks, studies))
+    for kind in ("png", "svg"):
+        study_figure(studies).savefig(folder / f"grouping_study.{kind}", dpi=150)
+    console.print(markdown, markup=False, highlight=False)
+    console.print(f"report: {folder / 'grouping_study.md'}", highlight=False)
+    return folder
+
+
+def _study(run: Run) -> GroupingStudy:
+    with tracked(run):
+        build_splits(run)
+        global_prompt = train_global_prompt(run)
+        trained = train_every_group(run)
+        number = {task: at for at, task in enumerate(run.tasks)}
+        accuracy_of_group = {
+            tuple(number[task] for task in group): [result["accuracy"][task] for task in group]
+            for group, result in zip(trained.groups, trained.results())
+        }
+        gradients = read_gradients(global_prompt.folder / SNAPSHOTS, run.tasks)
+        study = study_grouping(gradients, accuracy_of_group)
+        run.tracker.log_metrics(
+            PARENT,
+            {f"rank_correlation/{of.affinity}_{of.objective}": of.rank_correlation for of in study.criteria},
+            step=0,
+        )
+    return study

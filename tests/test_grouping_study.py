@@ -1,0 +1,108 @@
+"""The study that holds partitions' scores against what their groups reach when trained."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipelines import run, the_run
+
+from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.partition import best_partition
+from pipeline.grouping.study import CRITERIA, partition_score, set_partitions, study_grouping
+from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
+
+TASKS = ("ink", "neon", "chalk", "noise")
+
+
+def test_partitions_are_all_there_once():
+    for num_tasks, bell in ((1, 1), (2, 2), (4, 15), (7, 877)):
+        partitions = list(set_partitions(num_tasks))
+        assert len(partitions) == len({frozenset(map(frozenset, groups)) for groups in partitions}) == bell
+        assert all(
+            sorted(task for group in groups for task in group) == list(range(num_tasks)) for groups in partitions
+        )
+        assert all(group == tuple(sorted(group)) for groups in partitions for group in groups)
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_tasks=st.integers(1, 6), seed=st.integers(0, 10**6), objective=st.sampled_from(["sum", "mean"]))
+def test_the_best_score_is_the_searchs(num_tasks, seed, objective):
+    half = np.random.default_rng(seed).normal(size=(num_tasks, num_tasks))
+    affinity = half + half.T
+    best = best_partition(affinity, objective=objective)
+    scores = {groups: partition_score(affinity, groups, objective) for groups in set_partitions(num_tasks)}
+    assert scores[best.groups] == pytest.approx(best.score, abs=1e-12)
+    assert max(scores.values()) == pytest.approx(best.score, abs=1e-12)
+
+
+def made_up_study(seed: int, noise: float):
+    """Accuracies that are a function of the dot-product affinity within a group, and noise."""
+    rng = np.random.default_rng(seed)
+    gradients = rng.normal(size=(3, 4, 10))
+    affinity = affinity_matrix(gradients, "dot")
+    accuracy_of_group = {
+        group: [
+            0.5 + sum(affinity[task, other] for other in group if other != task) / 400 + noise * rng.normal()
+            for task in group
+        ]
+        for groups in set_partitions(4)
+        for group in groups
+    }
+    return study_grouping(gradients, accuracy_of_group), accuracy_of_group
+
+
+def test_a_criterion_that_is_right_is_found_to_be():
+    study, accuracy_of_group = made_up_study(1, noise=0)
+    dot_sum = study.criteria[CRITERIA.index(("dot", "sum"))]
+    assert dot_sum.rank_correlation == pytest.approx(1)
+    assert dot_sum.accuracy == max(study.accuracies) and dot_sum.better_share == 0
+    assert study.all_in_one == pytest.approx(sum(accuracy_of_group[0, 1, 2, 3]) / 4)
+    assert study.each_alone == pytest.approx(sum(accuracy_of_group[task,][0] for task in range(4)) / 4)
+    assert study.random == pytest.approx(np.mean(study.accuracies))
+
+
+def test_report():
+    studies = {seed: made_up_study(seed, noise=0.01)[0] for seed in (1, 2, 3)}
+    text = study_to_markdown("demo", TASKS, studies)
+    gains = [100 * (study.criteria[0].accuracy - study.all_in_one) for study in studies.values()]
+    expected = f"{np.mean(gains):.2f} ± {np.std(gains, ddof=1) / 3**0.5:.2f}".replace("-", "−")
+    (row,) = [line for line in text.splitlines() if line.startswith("| found by `dot`, `sum`")]
+    assert row.split(" | ")[2] == expected
+    rows = list(csv.DictReader(io.StringIO(study_to_csv(TASKS, studies))))
+    assert len(rows) == 3 * 15
+    assert float(rows[0]["cosine mean"]) == studies[1].criteria[3].scores[0]
+    assert rows[0]["groups"] == "ink + neon + chalk + noise"
+    figure = study_figure(studies)
+    assert len(figure.axes) == 12
+    for axes, outcome in zip(figure.axes, studies[1].criteria):
+        assert f"{outcome.rank_correlation:.2f}".replace("-", "−") in axes.texts[0].get_text()
+
+
+@pytest.mark.slow
+def test_the_study_trains_every_group(tmp_path):
+    quick = ("--training.epochs", "1", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon, noise]")
+    storage = tmp_path / "storage"
+    finished = run(storage, *quick, "--seeds", "1", prefix=("jobs/grouping_study.py",))
+    assert finished.status == 0, finished.output
+    groups = {
+        tuple(json.loads(file.read_text())["made_from"]["group"]): json.loads((file.parent / "result.json").read_text())
+        for file in (storage / "group_trainings").glob("[!.]*/artefact.json")
+    }
+    assert len(groups) == 7
+    (folder,) = (storage / "grouping_studies").iterdir()
+    assert (folder / "grouping_study.png").stat().st_size > 5000
+    rows = {row["groups"]: float(row["accuracy"]) for row in csv.DictReader((folder / "grouping_study.csv").open())}
+    assert len(rows) == 5
+    measured = [groups["ink", "noise"]["accuracy"][task] for task in ("ink", "noise")]
+    measured.append(groups["neon",]["accuracy"]["neon"])
+    assert rows["ink + noise | neon"] == pytest.approx(sum(measured) / 3)
+    assert the_run(storage).is_dir()
+
+    one = run(storage, "--data.tasks", "[ink]", prefix=("jobs/grouping_study.py",))
+    assert one.status == 2 and "a study of 1 tasks would take 1 trainings a seed: choose 2 to 8" in one.output
