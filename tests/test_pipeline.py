@@ -176,7 +176,7 @@ def test_two_workers_share_each_training(undisturbed, tmp_path):
         (tmp_path / name / "mlflow.db").unlink()
     fault, storage = tmp_path / "fault", tmp_path / "storage"
     failed = run(fault, *two, "--training.learning_rate", "1e30", prefix=("jobs/train_global_prompt.py",))
-    assert failed.status == 2 and "error: the loss of task" in failed.output, failed.output
+    assert failed.status == 2 and "error: global prompt: the loss of task" in failed.output, failed.output
 
     finished = run(storage, *two, "--grouping.num_groups", "1")  # two cores: one training after the other
     assert finished.status == 0, finished.output

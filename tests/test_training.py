@@ -143,9 +143,10 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [2, 4, 9, 15])
-def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, stop_at):
+@pytest.mark.parametrize("stop_at, optimizer", [(2, "sgd"), (4, "sgd"), (9, "sgd"), (15, "sgd"), (9, "adamw")])
+def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, stop_at, optimizer):
     towers, _, tokens, sets = problem
+    config = CONFIG.model_copy(update={"optimizer": optimizer})
 
     def run(folder, on_step=lambda record, num_steps: None):
         shape = mmap_shape(towers)
@@ -155,7 +156,7 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
             prompts,
             sets,
             tokens,
-            CONFIG,
+            config,
             epochs=4,
             seed=5,
             checkpoints=folder,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import TrainingFailedError
 
 from pipeline.errors import UserError
@@ -90,14 +90,14 @@ class Stage:
                 done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.3)
                 self._show_reports(todo)
                 for ref in done:
-                    value_of[item_of[ref].label] = ray.get(ref)
+                    value_of[item_of[ref].label] = self._value(ref, item_of[ref].label)
                     if item_of[ref] in shared and queue:
                         waiting.append(following := self._submit(queue[0]))
                         item_of[following] = queue.pop(0)
-        except BaseException as error:
+        except BaseException:
             for ref in waiting:
                 ray.cancel(ref, force=True)
-            raise self._explained(error) from error
+            raise
         self._show_reports(todo)
         return [value_of.get(item.label) for item in work]
 
@@ -129,17 +129,24 @@ class Stage:
                 for step, metrics in report.metrics:
                     self.run.tracker.log_metrics(name, metrics, step)
 
-    def _explained(self, error: BaseException) -> BaseException:
+    def _value(self, ref: ray.ObjectRef, label: str) -> Any:
+        """Raises: UserError: what the task raised for the user, or a worker that died too often."""
+        try:
+            return ray.get(ref)
+        except RayError as error:
+            raise self._explained(error, label) from error
+
+    def _explained(self, error: Exception, label: str) -> Exception:
         if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
-            return UserError(str(error.cause))
+            return UserError(f"{label}: {error.cause}")
         if isinstance(error, RayTaskError) and getattr(error.cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return UserError(f"{error.cause}: free some space in {self.run.storage}, and run the same command to go on")
         if isinstance(error, RayTaskError) and isinstance(error.cause, TrainingFailedError):
             error = error.cause
         if isinstance(error, WorkerCrashedError | OutOfMemoryError | TrainingFailedError):
             return UserError(
-                f"a worker of stage {self.name!r} died {self.run.config.cluster.max_retries + 1} times: {error}. "
-                "Ray's logs say why; out of memory is the usual cause (fewer trainings at once: raise "
+                f"the worker of {label!r} in stage {self.name!r} died {self.run.config.cluster.max_retries + 1} times: "
+                f"{error}. Ray's logs say why; out of memory is the usual cause (fewer trainings at once: raise "
                 "cluster.cpus_per_training or gpus_per_training; smaller ones: lower training.batch_size). "
                 "The same command goes on where this one stopped"
             )

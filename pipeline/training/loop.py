@@ -171,8 +171,9 @@ def train(
         for task, loss in zip(sets, record.losses):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss of task {task.task!r} is {loss} at step {record.step}: lower "
-                    f"training.learning_rate={config.learning_rate} or set clip.precision=float32"
+                    f"the loss of task {task.task!r} is {loss} at step {record.step}: lower the learning_rate "
+                    f"{config.learning_rate:g} (of the section training, or the method's own) or set "
+                    "clip.precision=float32"
                 )
         history.append(record)
         if len(taken):
