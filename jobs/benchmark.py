@@ -15,7 +15,7 @@ LaTeX, CSV, PNG, SVG) is in <storage>/benchmarks/ and in MLflow. docs/methods.md
 import argparse
 from pathlib import Path
 
-from pipeline.config import REPOSITORY, config_from_command_line
+from pipeline.config import REPOSITORY, add_config_arguments, config_from_command_line
 from pipeline.errors import UserError
 from pipeline.methods.registry import VERSIONS
 from pipeline.run import faults_told_to_people, job_parser, refuse_options
@@ -26,26 +26,20 @@ PER_RUN = {"seed": "--seeds", "data.shots": "--shots", "compare": "--methods"}
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = job_parser(__doc__)
-    parser.usage = (
-        "%(prog)s [-h] [--methods NAME ...] [--dataset NAME] [--shots N ...] [--seeds N ...] [config options]"
-    )
-    options = parser.add_argument_group("benchmark")
-    options.add_argument(
+    parser = job_parser(__doc__, "[--methods NAME ...] [--dataset NAME] [--shots N ...] [--seeds N ...] ")
+    parser.add_argument(
         "--methods",
         nargs="+",
         default=["all"],
         metavar="NAME",
         help=f"all, paper (those of the paper's tables and Figure 4), or any of: {', '.join(VERSIONS)} (default: all)",
     )
-    options.add_argument(
-        "--dataset", default="demo", metavar="NAME", help="configs/NAME.yaml, under those of --config (default: demo)"
-    )
-    options.add_argument(
+    parser.add_argument("--dataset", default="demo", metavar="NAME", help="configs/NAME.yaml (default: demo)")
+    parser.add_argument(
         "--shots", nargs="+", type=int, metavar="N", help="training images of a class (default: data.shots)"
     )
-    options.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
-    parser.set_defaults(config=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
+    add_config_arguments(parser, "that of --dataset, which is under these always")
     return parser
 
 
@@ -72,7 +66,7 @@ def main() -> None:
         command = parser()
         refuse_options(command, PER_RUN)
         given, _ = command.parse_known_args()
-        base = config_from_command_line(command, base=[dataset_file(given.dataset)])
+        base = config_from_command_line(command, base=dataset_file(given.dataset))
         methods = chosen_methods(given.methods)
         shots = dict.fromkeys(given.shots or [base.data.shots])
         run_benchmark(benchmark_configs(base, methods, list(shots), list(dict.fromkeys(given.seeds))), methods, console)

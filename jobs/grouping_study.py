@@ -8,7 +8,7 @@ compares what every partition reaches with its score, with all tasks in one grou
 The same command again does only what is missing; trainings are shared with the pipeline and the benchmark.
 """
 
-from pipeline.config import config_from_command_line
+from pipeline.config import add_config_arguments, config_from_command_line
 from pipeline.run import faults_told_to_people, job_parser, refuse_options
 from pipeline.stages.grouping_study import run_grouping_study
 from pipeline.stages.many_runs import configs_of
@@ -16,8 +16,9 @@ from pipeline.stages.many_runs import configs_of
 
 def main() -> None:
     with faults_told_to_people() as console:
-        parser = job_parser(__doc__)
+        parser = job_parser(__doc__, "[--seeds N ...] ")
         parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
+        add_config_arguments(parser)
         refuse_options(parser, {"seed": "--seeds"})
         config = config_from_command_line(parser)
         seeds = list(dict.fromkeys(parser.parse_known_args()[0].seeds))

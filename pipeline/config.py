@@ -377,8 +377,8 @@ class Config(Section):
     mmap: MmapConfig = MmapConfig()
     """Shape of the multi-modal alignment prompts."""
     compare: tuple[Method, ...] = ()
-    """Other methods to train and evaluate beside MmAP, under the same training settings: each task for itself, or with
-    `_mt` one for all tasks; and MmAP's own ablations (docs/methods.md)."""
+    """Other methods to train and evaluate beside MmAP, each task for itself, or with `_mt` one for all tasks; and
+    MmAP's own ablations (docs/methods.md)."""
     coop: CoopConfig = CoopConfig()
     """CoOp: text context."""
     vpt: VptConfig = VptConfig()
@@ -507,15 +507,15 @@ def fields(defaults: Section = _DEFAULTS, prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", field, default
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--config FILE` and one `--section.field VALUE` for every field, with its documentation and default."""
+def add_config_arguments(parser: argparse.ArgumentParser, base: str = "configs/demo.yaml, the embedded digits") -> None:
+    """`--config FILE` and one `--section.field VALUE` for every field, with its documentation and default; `base` says
+    which values these go over."""
     parser.add_argument(
         "--config",
         type=Path,
         nargs="+",
-        default=[DEMO_CONFIG],
         metavar="FILE",
-        help="YAML files of the run, later ones over earlier ones (default: configs/demo.yaml, the embedded digits)",
+        help=f"YAML files of the run, later ones over earlier ones (without: {base})",
     )
     groups: dict[str, Any] = {}
     for name, field, default in fields():
@@ -547,10 +547,10 @@ def _choices(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def config_from_command_line(
-    parser: argparse.ArgumentParser, command_line: Sequence[str] | None = None, base: Sequence[Path] = ()
+    parser: argparse.ArgumentParser, command_line: Sequence[str] | None = None, base: Path | None = None
 ) -> Config:
-    """The values of the files `base`, of --config over them, and of the command line over those, validated; `parser`
-    has the config arguments."""
+    """The values of --config (without: of the demo), and of the command line over them, validated; `parser` has the
+    config arguments. `base`: a file under those of --config, instead of the demo."""
     arguments, unknown = parser.parse_known_args(command_line)
     if unknown:
         name = unknown[0].partition("=")[0]
@@ -558,7 +558,8 @@ def config_from_command_line(
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown option {name}{hint} --help lists them all")
     values: dict[str, Any] = {}
-    for file in (*base, *arguments.config):
+    files = arguments.config or ([] if base else [DEMO_CONFIG])
+    for file in ([base] if base else []) + files:
         values = _over(values, load_yaml(file))
     for key, text in vars(arguments).items():
         if key.startswith("config."):

@@ -84,21 +84,20 @@ class Run:
 def run_job(description: str, main: Callable[[Run], None]) -> None:
     """The body of a job script of one run: command line, checks, `main(run)`."""
     parser = job_parser(description)
+    add_config_arguments(parser)
     with faults_told_to_people() as console:
         with open_run(config_from_command_line(parser), console) as run:
             main(run)
 
 
-def job_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the config's options."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [-h] [--config FILE ...] [--section.field VALUE ...]",
+def job_parser(description: str, own_usage: str = "") -> argparse.ArgumentParser:
+    """For a job's own options; the config's are to be added behind them."""
+    return argparse.ArgumentParser(
+        usage=f"%(prog)s [-h] {own_usage}[--config FILE ...] [--section.field VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_config_arguments(parser)
-    return parser
 
 
 def refuse_options(parser: argparse.ArgumentParser, instead: dict[str, str]) -> None:
