@@ -330,11 +330,20 @@ class Tracker:
                     kept = self._folder / "outbox_files" / value / posixpath.basename(key)
                     self._client.log_artifact(run_id, str(kept), posixpath.dirname(key) or None)
                 elif kind == "dataset":
-                    self._client.log_inputs(run_id, datasets=[_dataset(key, value)])
+                    self._send_dataset(run_id, _dataset(key, value))
                 elif value == "RUNNING":
                     self._client.update_run(run_id, status=value)
                 else:
                     self._client.set_terminated(run_id, value, end_time=op["time"])
+
+    def _send_dataset(self, run_id: str, dataset) -> None:
+        try:
+            self._client.log_inputs(run_id, datasets=[dataset])
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            # MLflow refuses a data set that another run of the experiment stores at the same moment; then it is there.
+            self._client.log_inputs(run_id, datasets=[dataset])
 
     def _send_batch(self, run_id: str, kind: str, keys: list[tuple[int, str]]) -> None:
         """Send values, named by position and key, in one request; what is refused is halved."""

@@ -458,7 +458,8 @@ def test_marks_and_special_characters_in_latex_and_markdown():
 
 
 def test_notes_of_several_lines_stay_latex_comments():
-    (table,) = main_tables(replace(made_up(), protocol=("first\nsecond",)))
+    (table,) = main_tables(made_up())
+    table = replace(table, notes=("first\nsecond",))
     assert "% first second\n" in to_latex(table)
 
 

@@ -174,6 +174,26 @@ def test_an_emptied_store_is_filled_again(uri, empty_database, folder, figure, t
         assert set(read_runs(uri)[1]) == {"pipeline", GROUP}
 
 
+def test_a_data_set_that_two_runs_store_at_once_is_not_lost(uri, folder, monkeypatch):
+    log_inputs, calls = mlflow.MlflowClient.log_inputs, []
+
+    def second_comer(client, *arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise mlflow.MlflowException("UNIQUE constraint failed: datasets.digest", error_code=1000)  # BAD_REQUEST
+        return log_inputs(client, *arguments, **options)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", second_comer)
+    with Tracker(uri, "demo", folder) as tracker:
+        tracker.start_run("pipeline")
+        tracker.log_dataset("pipeline", **DATASET)
+        report = tracker.flush()
+    assert (report.waiting, report.refused, len(calls)) == (0, 0, 2)
+    assert [used.dataset.name for used in read_runs(uri)[1]["pipeline"].inputs.dataset_inputs] == [
+        DATASET["dataset_name"]
+    ]
+
+
 def test_what_is_refused_does_not_hold_up_the_rest(uri, folder, caplog):
     with Tracker(uri, "demo", folder) as tracker:
         tracker.start_run("pipeline", params={"seed": 0})

@@ -53,7 +53,7 @@ class Benchmark:
     results: tuple[Result, ...]
     clip: str
     protocol: tuple[str, ...] = ()
-    """Notes on how it was measured, under every table."""
+    """How the methods were trained, a sentence each."""
 
     def __post_init__(self) -> None:
         """Raises: ValueError: two results for one run, an unknown task, or accuracies that are not from 0 to 1."""
@@ -162,7 +162,7 @@ def _main_table(benchmark: Benchmark, shots: int, paper: PaperResults | None) ->
         header=("method", *benchmark.tasks, AVERAGE_ROW, PARAMETERS_ROW),
         alignment="l" + "r" * (len(columns) + 1),
         rows=tuple(rows),
-        notes=_notes(benchmark, rows) + (_paper_notes(paper, shots) if printed else ()),
+        notes=_notes(rows) + (_paper_notes(paper, shots) if printed else ()),
     )
 
 
@@ -192,7 +192,7 @@ def framework_table(benchmark: Benchmark) -> Table | None:
         header=tuple(header),
         alignment="lccl" + "r" * (len(header) - 4),
         rows=tuple(rows),
-        notes=_notes(benchmark, rows) + (("paper: Table 3 of MmAP (AAAI 2024), CLIP ViT-B/16.",) if printed else ()),
+        notes=_notes(rows) + (("paper: Table 3 of MmAP (AAAI 2024), CLIP ViT-B/16.",) if printed else ()),
     )
 
 
@@ -215,8 +215,6 @@ def comparison_table(benchmark: Benchmark) -> Table | None:
         alignment="lrrrl",
         rows=tuple(rows),
         notes=(
-            f"CLIP {benchmark.clip}",
-            *benchmark.protocol,
             "Differences in percentage points of accuracy, between runs of the same seed.",
             "A difference is called one where it is more than two standard errors. With few seeds that is a weak test "
             "(the 95 % quantile of Student's t is 4.3 for 3 seeds), and it is made once for each row.",
@@ -273,9 +271,9 @@ def _row(first: str, *others: str | Cell, kind: Literal["ours", "paper", "sectio
     return Row(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in (first, *others)), kind)
 
 
-def _notes(benchmark: Benchmark, rows: Iterable[Row]) -> tuple[str, ...]:
+def _notes(rows: Iterable[Row]) -> tuple[str, ...]:
     texts = [cell.text for row in rows if row.kind == "ours" for cell in row.cells[1:]]
-    notes = [f"CLIP {benchmark.clip}", *benchmark.protocol]
+    notes = []
     if any("±" in text for text in texts):
         notes.append("±: sample standard deviation over seeds; of an average, that of the runs' averages.")
     if any(text.endswith(")") for text in texts):

@@ -63,6 +63,7 @@ CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
 
 
 FIGURE_FORMATS = ("png", "svg")
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
 def benchmark_configs(base: Config, methods: Sequence[str], shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
@@ -105,8 +106,10 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     """Tables as Markdown, LaTeX and CSV, and pictures as PNG and SVG."""
     tables = main_tables(benchmark)
     tables += [table for table in (framework_table(benchmark), comparison_table(benchmark)) if table]
+    how = [f"CLIP: {benchmark.clip}.", *benchmark.protocol]
     for table in tables:
         console.print(to_rich(table))
+    console.print("\n".join(how), highlight=False)
     pictures = []
     for shots in benchmark.shots:
         pictures.append((f"accuracy_parameters_{shots}_shots", accuracy_parameters_figure(benchmark, shots)))
@@ -117,9 +120,11 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     for name, figure in pictures:
         for kind in FIGURE_FORMATS:
             figure.savefig(folder / f"{name}.{kind}", dpi=150)
-    markdown = [f"# {benchmark.name}", *map(to_markdown, tables), *(f"![{name}]({name}.png)" for name, _ in pictures)]
+    markdown = [f"# {benchmark.name}", "\n".join(f"- {sentence}" for sentence in how), *map(to_markdown, tables)]
+    markdown += [f"![{name}]({name}.png)" for name, _ in pictures]
     write_atomically(folder / "benchmark.md", "\n\n".join(markdown) + "\n")
-    write_atomically(folder / "benchmark.tex", "\n\n".join(map(to_latex, tables)) + "\n")
+    latex = ["\n".join(f"% {sentence}" for sentence in how), *map(to_latex, tables)]
+    write_atomically(folder / "benchmark.tex", "\n\n".join(latex) + "\n")
     write_atomically(folder / "benchmark.csv", to_csv(benchmark))
     console.print(f"report: {folder / 'benchmark.md'}", highlight=False)
 
@@ -158,7 +163,7 @@ def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
         if kind.trained:
             training = training_of(VERSIONS[name].kind, config)
             how = (
-                f"{training.optimizer.upper()}, rate {training.learning_rate:g}, {training.epochs} epochs, "
+                f"{OPTIMIZERS[training.optimizer]}, rate {training.learning_rate:g}, {training.epochs} epochs, "
                 f"batches of {training.batch_size} images of each task"
             )
             titles.setdefault(how, []).append(kind.title)

@@ -1,0 +1,120 @@
+"""How sure a grouping is: what other snapshots of the same training would have said, which other partitions come close,
+and whether the groups change while the prompt trains.
+
+Snapshots of neighbouring steps are alike, so the bootstrap draws blocks of neighbours, not single snapshots: single
+ones would make any grouping look sure.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.grouping.affinity import AffinityKind, affinity_matrix
+from pipeline.grouping.partition import Objective
+from pipeline.grouping.study import Groups, partition_score, set_partitions
+
+NUM_RESAMPLES = 200
+MOST_SECONDS = 20.0
+"""The bootstrap of a slow search ends with fewer resamples."""
+MAX_TASKS_RANKED_ALL = 8
+"""Up to this many tasks (4,140 partitions) all partitions are ranked; above, those next to the best."""
+Search = Callable[[np.ndarray], Groups]
+"""Affinities (T, T) → the best groups."""
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    together: np.ndarray
+    """(T, T): share of the resamples in which two tasks are in one group; 1 on the diagonal."""
+    shares: dict[Groups, float]
+    """Share of the resamples that give a partition, the most frequent first."""
+    num_resamples: int
+
+
+@dataclass(frozen=True)
+class RankedPartition:
+    groups: Groups
+    score: float
+
+
+def snapshot_affinities(gradients: np.ndarray, kind: AffinityKind) -> np.ndarray:
+    """(S, T, T) of gradients (S, T, P): each snapshot's own affinities, whose mean is `affinity_matrix`."""
+    return np.stack([affinity_matrix(snapshot[None], kind) for snapshot in gradients])
+
+
+def bootstrap(
+    affinities: np.ndarray, search: Search, *, seed: int = 0, most_seconds: float = MOST_SECONDS
+) -> Bootstrap:
+    """Searches the best groups again for means over resampled blocks of about √S neighbouring snapshots.
+
+    Args:
+        affinities: (S, T, T), by snapshot, in the order of the steps.
+        search: as the grouping itself was found.
+    """
+    num_snapshots, num_tasks, _ = affinities.shape
+    length = max(1, round(math.sqrt(num_snapshots)))
+    rng = np.random.default_rng(seed)
+    together, counts = np.zeros((num_tasks, num_tasks)), Counter()
+    began = time.monotonic()
+    for _ in range(NUM_RESAMPLES):
+        starts = rng.integers(0, num_snapshots, math.ceil(num_snapshots / length))
+        drawn = (starts[:, None] + np.arange(length)).ravel()[:num_snapshots] % num_snapshots  # around the end
+        groups = search(affinities[drawn].mean(axis=0))
+        counts[groups] += 1
+        for group in groups:
+            together[np.ix_(group, group)] += 1
+        if time.monotonic() - began > most_seconds:
+            break
+    total = counts.total()
+    return Bootstrap(together / total, {groups: count / total for groups, count in counts.most_common()}, total)
+
+
+def ranked_partitions(
+    affinity: np.ndarray, best: Groups, objective: Objective, count: int = 10
+) -> list[RankedPartition]:
+    """The `count` best-scored partitions, `best` first: of all up to MAX_TASKS_RANKED_ALL tasks, above of those that
+    differ from `best` by one task moved, two groups joined, or one task left alone."""
+    num_tasks = len(affinity)
+    candidates = set_partitions(num_tasks) if num_tasks <= MAX_TASKS_RANKED_ALL else _next_to(best)
+    scored = {groups: partition_score(affinity, groups, objective) for groups in candidates}
+    scored.pop(best, None)
+    others = sorted(scored.items(), key=lambda item: (-item[1], len(item[0]), item[0]))
+    first = RankedPartition(best, partition_score(affinity, best, objective))
+    return [first, *(RankedPartition(groups, score) for groups, score in others[: count - 1])]
+
+
+def groups_over_training(
+    affinities: np.ndarray, steps: Sequence[int], search: Search, num_windows: int = 5
+) -> list[tuple[int, int, Groups]]:
+    """(first step, last step, groups) of each of about `num_windows` equal parts of the training alone."""
+    bounds = np.linspace(0, len(affinities), min(num_windows, len(affinities)) + 1).astype(int)
+    return [
+        (steps[start], steps[stop - 1], search(affinities[start:stop].mean(axis=0)))
+        for start, stop in zip(bounds, bounds[1:])
+    ]
+
+
+def _next_to(groups: Groups) -> set[Groups]:
+    near: set[Groups] = set()
+    for at, group in enumerate(groups):
+        others = [*groups[:at], *groups[at + 1 :]]
+        for task in group:
+            rest = tuple(other for other in group if other != task)
+            kept = [rest] if rest else []
+            near.add(_sorted([*others, *kept, (task,)]))
+            for to, other in enumerate(others):
+                moved = [*others[:to], tuple(sorted((*other, task))), *others[to + 1 :], *kept]
+                near.add(_sorted(moved))
+        for to, other in enumerate(others):
+            near.add(_sorted([*others[:to], tuple(sorted((*other, *group))), *others[to + 1 :]]))
+    return near
+
+
+def _sorted(groups: Sequence[tuple[int, ...]]) -> Groups:
+    return tuple(sorted(groups))
