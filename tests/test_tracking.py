@@ -180,7 +180,7 @@ def test_a_data_set_that_two_runs_store_at_once_is_not_lost(uri, folder, monkeyp
     def second_comer(client, *arguments, **options):
         calls.append(arguments)
         if len(calls) == 1:
-            raise mlflow.MlflowException("UNIQUE constraint failed: datasets.digest", error_code=1000)  # BAD_REQUEST
+            raise mlflow.MlflowException("UNIQUE constraint failed: datasets.digest", error_code=4)  # BAD_REQUEST
         return log_inputs(client, *arguments, **options)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", second_comer)

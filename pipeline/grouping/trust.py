@@ -41,6 +41,8 @@ class Bootstrap:
 class RankedPartition:
     groups: Groups
     score: float
+    title: str
+    """Its groups in words, or how it differs from the best."""
 
 
 def snapshot_affinities(gradients: np.ndarray, kind: AffinityKind) -> np.ndarray:
@@ -76,17 +78,22 @@ def bootstrap(
 
 
 def ranked_partitions(
-    affinity: np.ndarray, best: Groups, objective: Objective, count: int = 10
+    affinity: np.ndarray, best: Groups, objective: Objective, task_names: Sequence[str], count: int = 10
 ) -> list[RankedPartition]:
     """The `count` best-scored partitions, `best` first: of all up to MAX_TASKS_RANKED_ALL tasks, above of those that
     differ from `best` by one task moved, two groups joined, or one task left alone."""
     num_tasks = len(affinity)
-    candidates = set_partitions(num_tasks) if num_tasks <= MAX_TASKS_RANKED_ALL else _next_to(best)
-    scored = {groups: partition_score(affinity, groups, objective) for groups in candidates}
-    scored.pop(best, None)
-    others = sorted(scored.items(), key=lambda item: (-item[1], len(item[0]), item[0]))
-    first = RankedPartition(best, partition_score(affinity, best, objective))
-    return [first, *(RankedPartition(groups, score) for groups, score in others[: count - 1])]
+    if num_tasks <= MAX_TASKS_RANKED_ALL:
+        titles = {groups: in_words(groups, task_names) for groups in set_partitions(num_tasks)}
+    else:
+        titles = {best: "as found", **_next_to(best, task_names)}
+    scores = {groups: partition_score(affinity, groups, objective) for groups in titles}
+    others = sorted(scores.keys() - {best}, key=lambda groups: (-scores[groups], len(groups), groups))
+    return [RankedPartition(groups, scores[groups], titles[groups]) for groups in (best, *others[: count - 1])]
+
+
+def in_words(groups: Groups, task_names: Sequence[str]) -> str:
+    return " | ".join(" + ".join(task_names[task] for task in group) for group in groups)
 
 
 def groups_over_training(
@@ -100,19 +107,22 @@ def groups_over_training(
     ]
 
 
-def _next_to(groups: Groups) -> set[Groups]:
-    near: set[Groups] = set()
+def _next_to(groups: Groups, task_names: Sequence[str]) -> dict[Groups, str]:
+    """Partitions one step away → the step."""
+    near: dict[Groups, str] = {}
     for at, group in enumerate(groups):
-        others = [*groups[:at], *groups[at + 1 :]]
         for task in group:
-            rest = tuple(other for other in group if other != task)
-            kept = [rest] if rest else []
-            near.add(_sorted([*others, *kept, (task,)]))
-            for to, other in enumerate(others):
-                moved = [*others[:to], tuple(sorted((*other, task))), *others[to + 1 :], *kept]
-                near.add(_sorted(moved))
-        for to, other in enumerate(others):
-            near.add(_sorted([*others[:to], tuple(sorted((*other, *group))), *others[to + 1 :]]))
+            kept = [*groups[:at], *groups[at + 1 :], *([tuple(other for other in group if other != task)])]
+            kept = [other for other in kept if other]
+            near[_sorted([*kept, (task,)])] = f"{task_names[task]} alone"
+            for to, other in enumerate(groups):
+                if to != at:
+                    moved = [of for of in kept if of != other]
+                    near[_sorted([*moved, tuple(sorted((*other, task)))])] = f"{task_names[task]} in group {to + 1}"
+        for to in range(at + 1, len(groups)):
+            rest = [of for number, of in enumerate(groups) if number not in (at, to)]
+            near[_sorted([*rest, tuple(sorted(group + groups[to]))])] = f"groups {at + 1} and {to + 1} as one"
+    near.pop(groups, None)
     return near
 
 

@@ -38,27 +38,56 @@ def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: S
         task_names: T names; long ones are shortened in the picture.
         groups: disjoint groups of task indices that cover all tasks, as `Partition.groups`.
     """
+    matrix = np.array(affinity, dtype=np.float64)
+    between_tasks = matrix[~np.eye(len(matrix), dtype=bool)]
+    exponent = _shared_exponent(between_tasks)
+    limit = np.abs(between_tasks).max(initial=0) / 10.0**exponent or 1.0
+    scale = f" (×10$^{{{exponent}}}$)" if exponent else ""
+    figure = _matrix_map(matrix / 10.0**exponent, task_names, groups, "RdBu", (-limit, limit), f"affinity{scale}")
+    axes = figure.axes[0]
+    title = f"Affinity of {_counted(len(matrix), 'task')} in {_counted(len(groups), 'group')}"
+    axes.set_title(title, fontsize=12)
+    axes.set_xlabel("grey: a task with itself, outside the colour scale", fontsize=8, color="#555555")
+    return figure
+
+
+def together_map(together: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
+    """How often two tasks are in one group when the snapshots are resampled, with tasks ordered by the groups found.
+
+    Args:
+        together: (T, T), 0 to 1, as `Bootstrap.together`.
+    """
+    matrix = 100 * np.asarray(together, dtype=np.float64)
+    figure = _matrix_map(matrix, task_names, groups, "Blues", (0, 100), "in one group, % of resamples")
+    figure.axes[0].set_title("How sure each pair is", fontsize=12)
+    return figure
+
+
+def _matrix_map(
+    matrix: np.ndarray,
+    task_names: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    colour_map: str,
+    limits: tuple[float, float],
+    label: str,
+) -> Figure:
+    """A task x task matrix (T, T) with tasks ordered by group, every group outlined, and a grey diagonal."""
     order = [task for group in groups for task in group]
     num_tasks = len(order)
-    matrix = np.asarray(affinity, dtype=np.float64)[np.ix_(order, order)]
-    between_tasks = matrix[~np.eye(num_tasks, dtype=bool)]
-    exponent = _shared_exponent(between_tasks)
-    matrix = matrix / 10.0**exponent
-    limit = np.abs(between_tasks).max(initial=0) / 10.0**exponent or 1.0
-
+    matrix = matrix[np.ix_(order, order)]
     names = [_shortened(task_names[task]) for task in order]
     with_values = num_tasks <= MAX_TASKS_WITH_VALUES
     cell, smallest = (0.68, 2.0) if with_values else (0.21, 5.0)
     side = max(num_tasks * cell, smallest)  # of the map, in inches
     font_size = 10 if with_values else min(9.0, 0.8 * 72 * side / num_tasks)
-    label = _text_inches(max(names, key=len), font_size)
-    label_below = label * (0.75 if with_values else 1.0)
-    figure = Figure(figsize=(side + label + 2.2, side + label_below + 1.1), layout="constrained")
+    widest = _text_inches(max(names, key=len), font_size)
+    below = widest * (0.75 if with_values else 1.0)
+    figure = Figure(figsize=(side + widest + 2.2, side + below + 1.1), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps["RdBu"].with_extremes(bad="#d9d9d9")
+    colours = matplotlib.colormaps[colour_map].with_extremes(bad="#d9d9d9")
     cells = np.ma.masked_array(matrix, mask=np.eye(num_tasks, dtype=bool))
-    image = axes.imshow(cells, cmap=colours, vmin=-limit, vmax=limit)
+    image = axes.imshow(cells, cmap=colours, vmin=limits[0], vmax=limits[1])
 
     axes.set_yticks(range(num_tasks), names, fontsize=font_size, parse_math=False)
     if with_values:
@@ -70,7 +99,7 @@ def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: S
     axes.spines[:].set_visible(False)
     if with_values:
         for (row, column), value in np.ndenumerate(matrix):
-            dark = row != column and abs(value) > 0.6 * limit
+            dark = row != column and abs(value) > 0.6 * limits[1]
             style = {"ha": "center", "va": "center", "fontsize": 8.5, "color": "white" if dark else "#222222"}
             axes.text(column, row, _short_number(value), **style)
 
@@ -85,13 +114,9 @@ def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: S
     group_axis.tick_params(length=0, pad=6)
     group_axis.spines[:].set_visible(False)
 
-    scale = f" (×10$^{{{exponent}}}$)" if exponent else ""
     bar = figure.colorbar(image, ax=axes, aspect=25, pad=0.02, shrink=0.8)
-    bar.set_label(f"affinity{scale}")
+    bar.set_label(label)
     bar.outline.set_visible(False)
-    title = f"Affinity of {_counted(num_tasks, 'task')} in {_counted(len(groups), 'group')}"
-    axes.set_title(title, fontsize=12)
-    axes.set_xlabel("grey: a task with itself, outside the colour scale", fontsize=8, color="#555555")
     return figure
 
 

@@ -1,0 +1,141 @@
+"""How sure a grouping is: resampled snapshots, the next best partitions, parts of the training; the page of it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.partition import best_partition
+from pipeline.grouping.study import partition_score, set_partitions
+from pipeline.grouping.trust import (
+    MAX_TASKS_RANKED_ALL,
+    bootstrap,
+    groups_over_training,
+    ranked_partitions,
+    snapshot_affinities,
+)
+from pipeline.report.grouping_figures import together_map
+from pipeline.report.grouping_page import grouping_page
+from pipeline.report.grouping_trust_figures import affinity_over_training, ranked_partitions_figure
+
+NAMES = ("ink", "neon", "chalk", "noise")
+
+
+def search(affinity):
+    return best_partition(affinity, objective="sum").groups
+
+
+def alternating(num_snapshots: int, turn: int):
+    """Affinities that join 0 and 1 in the first `turn` snapshots and 0 and 2 after them."""
+    affinities = np.full((num_snapshots, 4, 4), -1.0)
+    affinities[:turn, 0, 1] = affinities[:turn, 1, 0] = 3
+    affinities[turn:, 0, 2] = affinities[turn:, 2, 0] = 3
+    return affinities
+
+
+def test_snapshots_affinities_have_the_groupings_as_their_mean():
+    gradients = np.random.default_rng(0).normal(size=(5, 4, 7))
+    for kind in ("dot", "cosine"):
+        affinities = snapshot_affinities(gradients, kind)
+        np.testing.assert_allclose(affinities.mean(axis=0), affinity_matrix(gradients, kind), rtol=1e-12)
+
+
+def test_resamples_agree_where_all_snapshots_do_and_differ_where_they_do_not():
+    sure = bootstrap(alternating(30, 30), search)
+    assert sure.shares == {((0, 1), (2,), (3,)): 1.0} and sure.num_resamples == 200
+    assert sure.together[0, 1] == 1 and sure.together[0, 2] == 0 and (np.diag(sure.together) == 1).all()
+    torn = bootstrap(alternating(30, 15), search)
+    assert 0.2 < torn.together[0, 1] < 0.8 and (torn.together == torn.together.T).all()
+    assert sum(torn.shares.values()) == pytest.approx(1) and len(torn.shares) > 1
+    assert list(torn.shares.values()) == sorted(torn.shares.values(), reverse=True)
+    again = bootstrap(alternating(30, 15), search)
+    assert again.shares == torn.shares and (again.together == torn.together).all()
+    assert bootstrap(alternating(30, 15), search, seed=1).shares != torn.shares
+    assert bootstrap(alternating(30, 15), search, most_seconds=0).num_resamples == 1
+
+
+def test_blocks_of_neighbours_are_drawn_not_single_snapshots():
+    """With a signal that changes slowly, single snapshots would look far surer than they are."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=8)
+    drift = np.repeat((values - values.mean()) / values.std(), 8)  # eight values, held for eight snapshots each
+    affinities = np.full((64, 2, 2), 0.0)
+    affinities[:, 0, 1] = affinities[:, 1, 0] = drift + 0.25
+    share = bootstrap(affinities, search).together[0, 1]
+    single = [np.mean(rng.choice(affinities[:, 0, 1], 64)) > 0 for _ in range(400)]
+    assert abs(share - 0.5) < abs(np.mean(single) - 0.5) - 0.03
+
+
+def test_all_partitions_of_few_tasks_are_ranked():
+    rng = np.random.default_rng(1)
+    affinity = rng.normal(size=(4, 4))
+    affinity += affinity.T
+    best = search(affinity)
+    ranked = ranked_partitions(affinity, best, "sum", NAMES, count=100)
+    assert len(ranked) == 15 and ranked[0].groups == best
+    assert {of.groups for of in ranked} == set(set_partitions(4))
+    assert [of.score for of in ranked] == sorted((of.score for of in ranked), reverse=True)
+    assert all(of.score == partition_score(affinity, of.groups, "sum") for of in ranked)
+    assert ranked[0].title == " | ".join(" + ".join(NAMES[task] for task in group) for group in best)
+
+
+def test_of_many_tasks_those_next_to_the_best_are_ranked():
+    num_tasks = MAX_TASKS_RANKED_ALL + 2
+    best = (tuple(range(4)), tuple(range(4, num_tasks - 1)), (num_tasks - 1,))
+    affinity = np.random.default_rng(2).normal(size=(num_tasks, num_tasks))
+    affinity += affinity.T
+    names = [f"t{task}" for task in range(num_tasks)]
+    ranked = ranked_partitions(affinity, best, "mean", names, count=1000)
+    titles = {of.title: of.groups for of in ranked}
+    assert ranked[0].title == "as found"
+    assert titles["t0 in group 3"] == ((0, num_tasks - 1), (1, 2, 3), best[1])
+    assert titles["t5 alone"] == ((0, 1, 2, 3), (4, 6, 7, 8), (5,), (num_tasks - 1,))
+    assert titles["groups 1 and 2 as one"] == (tuple(range(num_tasks - 1)), (num_tasks - 1,))
+    # moves of 9 tasks to 2 other groups and alone, of the last to 2, 3 joins, less the 2 moves that are joins
+    assert len(ranked) == 1 + 9 * 3 + 3
+
+
+def test_parts_of_the_training_alone():
+    parts = groups_over_training(alternating(30, 12), list(range(1, 91, 3)), search, num_windows=5)
+    assert [(first, last) for first, last, _ in parts] == [(1, 16), (19, 34), (37, 52), (55, 70), (73, 88)]
+    assert [groups for *_, groups in parts] == [((0, 1), (2,), (3,))] * 2 + [((0, 2), (1,), (3,))] * 3
+    assert len(groups_over_training(alternating(2, 1), [1, 2], search)) == 2
+
+
+def test_pictures_and_page():
+    affinities = alternating(30, 12)
+    groups = search(affinities.mean(axis=0))
+    sure = bootstrap(affinities, search)
+    ranked = ranked_partitions(affinities.mean(axis=0), groups, "sum", NAMES)
+    figures = {
+        "How sure": together_map(sure.together, NAMES, groups),
+        "Over <training>": affinity_over_training(affinities, range(1, 31), NAMES, groups),
+        "Next best": ranked_partitions_figure(ranked),
+    }
+    assert "ink + chalk" in [text.get_text() for text in figures["Over <training>"].axes[0].texts]
+    assert figures["Next best"].axes[0].get_yticklabels()[0].get_text() == ranked[0].title
+    result = {
+        "tasks": list(NAMES),
+        "groups": [["ink", "chalk"], ["neon"], ["<b>noise"]],
+        "num_candidates": 15,
+        "objective": "sum",
+        "affinity_kind": "dot",
+        "num_snapshots": 30,
+        "warnings": ["beware & think"],
+        "trust": {
+            "num_resamples": 200,
+            "resampled": [
+                {"groups": [["ink"], ["neon"]], "share": 0.5},
+                {"groups": [["ink", "chalk"], ["neon"], ["<b>noise"]], "share": 0.25},
+            ],
+            "over_training": [{"first_step": 1, "last_step": 9, "groups": [["ink", "neon"]]}],
+        },
+    }
+    page = grouping_page(result, figures)
+    assert "gives these groups 25 % of the time" in page and "beware &amp; think" in page
+    assert "&lt;b&gt;noise" in page and "<b>noise" not in page and "Over &lt;training&gt;" in page
+    assert len(re.findall("data:image/png;base64,[A-Za-z0-9+/=]{5000,}", page)) == 3
+    assert "<td>1 to 9</td><td>ink + neon</td>" in page
