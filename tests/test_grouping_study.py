@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import run, the_run
+from scipy.stats import spearmanr
 
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.partition import best_partition
@@ -60,11 +61,35 @@ def made_up_study(seed: int, noise: float):
 def test_a_criterion_that_is_right_is_found_to_be():
     study, accuracy_of_group = made_up_study(1, noise=0)
     dot_sum = study.criteria[CRITERIA.index(("dot", "sum"))]
-    assert dot_sum.rank_correlation == pytest.approx(1)
+    assert dot_sum.rank_correlation == dot_sum.same_number_correlation == pytest.approx(1)
+    assert dot_sum.late_correlation == pytest.approx(1)  # of three snapshots a fifth is none
     assert dot_sum.accuracy == max(study.accuracies) and dot_sum.better_share == 0
     assert study.all_in_one == pytest.approx(sum(accuracy_of_group[0, 1, 2, 3]) / 4)
     assert study.each_alone == pytest.approx(sum(accuracy_of_group[task,][0] for task in range(4)) / 4)
     assert study.random == pytest.approx(np.mean(study.accuracies))
+
+
+def test_correlations_of_equally_many_groups_and_of_later_snapshots():
+    rng = np.random.default_rng(3)
+    gradients = rng.normal(size=(10, 4, 6))
+    accuracy_of_group = {group: rng.random(len(group)) for groups in set_partitions(4) for group in groups}
+    study = study_grouping(gradients, accuracy_of_group)
+    late = affinity_matrix(gradients[2:], "cosine")
+    outcome = study.criteria[CRITERIA.index(("cosine", "mean"))]
+    scores = [partition_score(late, groups, "mean") for groups in study.partitions]
+    assert outcome.late_correlation == pytest.approx(spearmanr(scores, study.accuracies).statistic)
+    by_number = [
+        spearmanr(*zip(*of_number)).statistic
+        for number in (2, 3)  # with one group, and with four, there is one partition
+        if (
+            of_number := [
+                (score, accuracy)
+                for groups, score, accuracy in zip(study.partitions, outcome.scores, study.accuracies)
+                if len(groups) == number
+            ]
+        )
+    ]
+    assert outcome.same_number_correlation == pytest.approx(np.mean(by_number))
 
 
 def test_report():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from statistics import fmean
 
 import numpy as np
@@ -35,6 +36,10 @@ class CriterionOutcome:
     """Of all partitions, in the study's order."""
     rank_correlation: float
     """Spearman's, of scores and accuracies over all partitions."""
+    same_number_correlation: float
+    """Likewise among the partitions with equally many groups: the mean over the numbers that leave a choice."""
+    late_correlation: float
+    """As rank_correlation, with the snapshots after the first fifth alone."""
     chosen: Groups
     accuracy: float
     """Of the partition with the best score."""
@@ -109,6 +114,30 @@ def study_grouping(
         chosen = best_partition(affinity, objective=objective).groups
         accuracy = accuracies[partitions.index(chosen)]
         better = fmean(other > accuracy for other in accuracies)
-        correlation = float(spearmanr(scores, accuracies).statistic)
-        criteria.append(CriterionOutcome(kind, objective, tuple(scores), correlation, chosen, accuracy, better))
+        late = affinity_matrix(gradients[len(gradients) // 5 :], kind)
+        late_scores = [partition_score(late, groups, objective) for groups in partitions]
+        of_number: dict[int, list[tuple[float, float]]] = {}
+        for groups, *pair in zip(partitions, scores, accuracies):
+            of_number.setdefault(len(groups), []).append(tuple(pair))
+        same_number = [_correlation(*zip(*pairs)) for pairs in of_number.values() if len(pairs) > 2]
+        criteria.append(
+            CriterionOutcome(
+                kind,
+                objective,
+                tuple(scores),
+                _correlation(scores, accuracies),
+                fmean(same_number) if same_number else nan,
+                _correlation(late_scores, accuracies),
+                chosen,
+                accuracy,
+                better,
+            )
+        )
     return GroupingStudy(partitions, tuple(accuracies), tuple(criteria))
+
+
+def _correlation(scores: Sequence[float], accuracies: Sequence[float]) -> float:
+    """Nan where all of either are equal."""
+    if len(set(scores)) == 1 or len(set(accuracies)) == 1:
+        return nan
+    return float(spearmanr(scores, accuracies).statistic)
