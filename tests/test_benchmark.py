@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import sys
 from statistics import fmean
 
@@ -84,26 +85,15 @@ def test_every_run_is_in_the_tables_and_in_mlflow(storage):
 @pytest.mark.slow
 def test_a_larger_benchmark_does_only_what_is_missing(storage):
     before, found = trainings(storage), rows(storage)
-    job = Job(
-        storage,
-        *QUICK,
-        "--methods",
-        "zero_shot",
-        "clip_adapter_mt",
-        "grouped",
-        "--shots",
-        "4",
-        "--seeds",
-        "1",
-        "2",
-        "3",
-        prefix=BENCHMARK,
-    )
+    larger = ("--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "4", "--seeds", "1", "2", "3")
+    job = Job(storage, *QUICK, *larger, prefix=BENCHMARK)
     try:
         job.wait_until(lambda: len(trainings(storage)) > len(before))
+        job.process.send_signal(signal.SIGINT)
     finally:
-        job.stop()
-    benchmark(storage, "--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "4", "--seeds", "1", "2", "3")
+        interrupted = job.finish()
+    assert interrupted.status == 130 and "the same command goes on from here" in interrupted.output
+    benchmark(storage, *larger)
     after = trainings(storage)
     assert {key: after[key] for key in before} == before
     new = {(method, seed) for method, *_, seed in after.keys() - before.keys()}
