@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,9 @@ def train_every_group(run: Run) -> MethodArtefacts:
 
 
 def _train_planned(run: Run, planned: Mapping[str, Sequence[_Training]]) -> None:
-    trainings = {training.artefact.key: training for of_version in planned.values() for training in of_version}
+    trainings: dict[str, _Training] = {}
+    for training in chain.from_iterable(planned.values()):
+        trainings.setdefault(training.artefact.key, training)  # a grouping with one group is all in one
     with Stage(run, NAME, "4 group trainings") as stage:
         for training in trainings.values():
             tags = {"method": training.version, "tasks": ", ".join(training.item.tasks)}
