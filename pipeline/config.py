@@ -330,15 +330,31 @@ class GlobalPromptConfig(Section):
 class GroupingConfig(Section):
     affinity: Literal["dot", "cosine"] = "dot"
     """Dot product of the tasks' gradients (Eq. 8), or their cosine."""
-    objective: Literal["sum", "mean"] = "sum"
-    """What the best partition maximises: sum of the pairwise affinities in groups (the paper), or the sum of each
-    task's mean affinity to its group (TAG)."""
+    per_layer: bool = False
+    """Affinities of each layer's gradients by themselves, then their mean: under cosine every layer counts alike."""
+    scaling_matrices: bool = True
+    """Whether the gradients of the scaling matrices count beside those of the source prompt."""
+    objective: Literal["sum", "mean", "density"] = "sum"
+    """What the best partition maximises: sum of the pairwise affinities in groups (the paper); the sum of each task's
+    mean affinity to its group (TAG), which favours groups of two and three; or density, the affinities in a group over
+    its number of tasks, in between."""
     num_groups: PositiveInt | None = None
     """Exact number of groups; null: whatever is best."""
     min_size: PositiveInt = 1
     """Fewest tasks in a group."""
     max_size: PositiveInt | None = None
     """Most tasks in a group; null: no limit."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """Lists of tasks that must be in one group: [[photo, art], [sketch, clipart]]."""
+    apart: tuple[tuple[str, ...], ...] = ()
+    """Lists of tasks no two of which may be in one group."""
+    time_limit_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds for the search of more than 20 tasks; then the best partition found is taken, and called so."""
+
+    @property
+    def constraints(self) -> dict[str, Any]:
+        """As `best_partition` takes them."""
+        return {name: getattr(self, name) for name in ("num_groups", "min_size", "max_size", "together", "apart")}
 
 
 class ClusterConfig(Section):

@@ -33,7 +33,7 @@ from pipeline.data.find import Listing, find_images
 from pipeline.data.parquet import FORMAT
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.grouping.partition import check_constraints
+from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
 from pipeline.progress import ProgressBoard
@@ -157,9 +157,7 @@ def check_run(config: Config, console: Console, like: Run | None = None) -> Run:
         storage = _open_storage(config)
         listing = _find_data(config, storage)
         clip, shape = _check_model(config, listing)
-        check_constraints(
-            len(listing.classes), config.grouping.num_groups, config.grouping.min_size, config.grouping.max_size
-        )
+        check_constraints(list(listing.classes), **config.grouping.constraints)
         check_reachable(resolve_tracking_uri(config.tracking.uri, storage))
 
     splits = Artefact(

@@ -1,81 +1,32 @@
-"""Task grouping against slow references: explicit loops for affinities, plain enumeration for partitions."""
+"""Affinities against explicit loops, the grouping stage on made-up snapshots, its advice and its pictures."""
 
 import io
-import time
+import json
+import sys
 import warnings
-from collections.abc import Iterator
+from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 from matplotlib._pylab_helpers import Gcf
+from small_clip import small_towers
+from small_problem import mmap_shape
 
+from pipeline.config import Config, GroupingConfig
+from pipeline.errors import UserError
+from pipeline.grouping.advice import warnings_about
 from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.gradient_blocks import SOURCE, gradient_blocks, read_layout
 from pipeline.grouping.graph import affinity_graph
-from pipeline.grouping.partition import MAX_TASKS, Partition, best_partition, warnings_about
+from pipeline.grouping.partition import Partition, best_partition
+from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map
-
-BELL_NUMBERS = [1, 1, 2, 5, 15, 52, 203, 877, 4140, 21147, 115975, 678570, 4213597]
-
-
-# --- the slow reference ---------------------------------------------------------------------------------
-
-
-def all_partitions(num_tasks: int) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Every partition once, by enumerating restricted growth strings."""
-
-    def extend(labels: list[int]) -> Iterator[list[int]]:
-        if len(labels) == num_tasks:
-            yield labels
-            return
-        for label in range(max(labels, default=-1) + 2):
-            yield from extend([*labels, label])
-
-    for labels in extend([]):
-        yield tuple(
-            tuple(task for task in range(num_tasks) if labels[task] == group) for group in range(max(labels) + 1)
-        )
-
-
-def slow_score(affinity: np.ndarray, groups, objective: str) -> float:
-    total = 0.0
-    for group in groups:
-        if objective == "sum":
-            for i in group:
-                for j in group:
-                    if i < j:
-                        total += affinity[i, j]
-        else:
-            for i in group:
-                others = [affinity[i, j] for j in group if j != i]
-                if others:
-                    total += sum(others) / len(others)
-    return total
-
-
-def slow_best(affinity, objective, num_groups=None, min_size=1, max_size=None) -> Partition | None:
-    num_tasks = len(affinity)
-    allowed = [
-        (slow_score(affinity, groups, objective), groups)
-        for groups in all_partitions(num_tasks)
-        if num_groups in (None, len(groups))
-        and all(min_size <= len(group) <= (max_size or num_tasks) for group in groups)
-    ]
-    if not allowed:
-        return None
-    scale = sum(abs(affinity[i, j]) for i in range(num_tasks) for j in range(i))
-    best = max(score for score, _ in allowed)
-    equals = [(score, groups) for score, groups in allowed if score >= best - 1e-12 * scale]
-    score, groups = min(equals, key=lambda pair: (len(pair[1]), pair[1]))
-    return Partition(groups, score, len(allowed))
-
-
-def assert_same(found: Partition, expected: Partition, affinity: np.ndarray) -> None:
-    assert found.groups == expected.groups
-    assert found.num_candidates == expected.num_candidates
-    assert found.score == pytest.approx(expected.score, rel=0, abs=1e-11 * max(1.0, np.abs(affinity).sum()))
+from pipeline.run import run_job
+from pipeline.stages.grouping import _solve, describe_search
+from pipeline.training.loop import StepRecord
+from pipeline.training.snapshots import write_snapshots
 
 
 def random_symmetric(num_tasks: int, seed: int) -> np.ndarray:
@@ -141,202 +92,161 @@ def test_affinity_errors(gradients, kind, tasks, message):
         affinity_matrix(gradients, kind, tasks=tasks)
 
 
-# --- partition ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["dot", "cosine"])
+def test_affinity_of_blocks_is_the_mean_of_their_own(kind):
+    gradients = np.random.default_rng(3).normal(size=(4, 3, 10))
+    blocks = [np.array([0, 1, 2]), np.array([5, 9]), np.array([3, 4])]
+    expected = np.mean([affinity_matrix(gradients[:, :, block], kind) for block in blocks], axis=0)
+    np.testing.assert_allclose(affinity_matrix(gradients, kind, blocks=blocks), expected, atol=1e-14)
+    whole = affinity_matrix(gradients, kind, blocks=[np.arange(10)])
+    np.testing.assert_array_equal(whole, affinity_matrix(gradients, kind))
 
 
-@st.composite
-def searches(draw):
-    """A symmetric matrix, generic or with few distinct integer values (ties), and constraints."""
-    num_tasks = draw(st.integers(1, 7))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    matrix = draw(
-        st.sampled_from(
-            [
-                rng.normal(size=(num_tasks, num_tasks)) * 10.0 ** draw(st.integers(-9, 9)),
-                rng.integers(-1, 2, size=(num_tasks, num_tasks)).astype(float),
-                rng.integers(0, 2, size=(num_tasks, num_tasks)) * 0.1,
-                rng.integers(-3, 4, size=(num_tasks, num_tasks)) / 3.0,
-            ]
-        )
+def test_the_global_prompts_layout_has_the_source():
+    prompt = SharedMmap(mmap_shape(small_towers()[0]), ["ink"], seed=1)
+    assert list(prompt.gradient_layout()) == [SOURCE, "text_scaling", "vision_scaling"]
+
+
+LAYOUT = {"source": [3, 2, 2], "text_scaling": [3, 1, 1], "vision_scaling": [3, 1, 2]}
+
+
+def test_gradient_blocks_follow_the_layout():
+    (whole,) = gradient_blocks(LAYOUT)
+    np.testing.assert_array_equal(whole, np.arange(21))
+    (source,) = gradient_blocks(LAYOUT, scaling_matrices=False)
+    np.testing.assert_array_equal(source, np.arange(12))
+    layers = gradient_blocks(LAYOUT, per_layer=True)
+    assert [layer.tolist() for layer in layers] == [
+        [0, 1, 2, 3, 12, 15, 16],
+        [4, 5, 6, 7, 13, 17, 18],
+        [8, 9, 10, 11, 14, 19, 20],
+    ]
+    layers = gradient_blocks(LAYOUT, per_layer=True, scaling_matrices=False)
+    assert [layer.tolist() for layer in layers] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_a_source_shared_by_all_layers_is_a_block_of_its_own():
+    layout = {"source": [1, 2, 1], "text_scaling": [3, 1, 1], "vision_scaling": [3, 1, 1]}
+    blocks = gradient_blocks(layout, per_layer=True)
+    assert [block.tolist() for block in blocks] == [[0, 1], [2, 5], [3, 6], [4, 7]]
+    assert len(gradient_blocks(layout, per_layer=True, scaling_matrices=False)) == 1
+
+
+def test_per_layer_dot_products_group_as_the_whole_ones():
+    gradients = np.random.default_rng(4).normal(size=(5, 4, 21))
+    whole = affinity_matrix(gradients, "dot")
+    np.testing.assert_allclose(
+        affinity_matrix(gradients, "dot", blocks=gradient_blocks(LAYOUT, per_layer=True)), whole / 3
     )
-    affinity = np.triu(matrix) + np.triu(matrix, 1).T
-    min_size = draw(st.integers(1, min(3, num_tasks)))
-    constraints = {
-        "num_groups": draw(st.none() | st.integers(1, num_tasks)),
-        "min_size": min_size,
-        "max_size": draw(st.none() | st.integers(min_size, num_tasks + 1)),
-    }
-    return affinity, draw(st.sampled_from(["sum", "mean"])), constraints
 
 
-@settings(max_examples=250, deadline=None)
-@given(searches())
-def test_partition_equals_enumeration(search):
-    affinity, objective, constraints = search
-    expected = slow_best(affinity, objective, **constraints)
-    if expected is None:
-        with pytest.raises(ValueError, match=r"impossible|cannot be split"):
-            best_partition(affinity, objective=objective, **constraints)
-    else:
-        assert_same(best_partition(affinity, objective=objective, **constraints), expected, affinity)
+# --- the stage --------------------------------------------------------------------------------------------
+
+TASKS = ["ink", "chalk", "neon"]
 
 
-@pytest.mark.parametrize("objective", ["sum", "mean"])
-@pytest.mark.parametrize("num_groups", [None, 3])
-def test_partition_equals_enumeration_for_nine_tasks(objective, num_groups):
-    affinity = random_symmetric(9, seed=3)
-    expected = slow_best(affinity, objective, num_groups)
-    assert_same(best_partition(affinity, objective=objective, num_groups=num_groups), expected, affinity)
+def solved(tmp_path, gradients: np.ndarray, **options) -> dict:
+    """grouping.json of the stage, given snapshots (S, T, 21)."""
+    file = tmp_path / "snapshots.parquet"
+    records = [StepRecord(step, 1, 0.1, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5)) for step in range(1, len(gradients) + 1)]
+    write_snapshots(file, TASKS, list(zip(records, torch.tensor(gradients, dtype=torch.float32))), LAYOUT)
+    run = SimpleNamespace(tasks=TASKS, config=Config(grouping=GroupingConfig(**options)))
+    _solve(run, file, tmp_path)
+    return json.loads((tmp_path / "grouping.json").read_text())
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(2, 7), st.integers(0, 2**32 - 1), st.sampled_from(["sum", "mean"]))
-def test_renumbering_tasks_renumbers_groups(num_tasks, seed, objective):
-    affinity = random_symmetric(num_tasks, seed)  # generic values: no ties
-    permutation = np.random.default_rng(seed + 1).permutation(num_tasks)
-    original = best_partition(affinity, objective=objective)
-    renumbered = best_partition(affinity[np.ix_(permutation, permutation)], objective=objective)
-    translated = {frozenset(int(permutation[task]) for task in group) for group in renumbered.groups}
-    assert translated == {frozenset(group) for group in original.groups}
-    assert renumbered.score == pytest.approx(original.score, rel=1e-9, abs=1e-12)
+def test_the_stage_heeds_its_options_and_records_them(tmp_path):
+    gradients = np.zeros((2, 3, 21))
+    gradients[:, :, :4] = np.array([1.0, 1.0, -1.0])[:, None]  # layer 1 of the source: ink and chalk
+    gradients[:, :, 4:12] = np.array([0.1, -0.1, -0.1])[:, None]  # its other layers: chalk and neon, but short
+    gradients[:, :, 12:] = np.array([3.0, -3.0, 3.0])[:, None]  # the scaling matrices: ink and neon
+    found = solved(tmp_path, gradients)
+    assert found["groups"] == [["ink", "neon"], ["chalk"]]
+    assert (found["method"], found["proven"], found["num_candidates"]) == ("enumeration", True, 5)
+    assert found["bound"] == found["score"] > 0
+    found = solved(tmp_path, gradients, scaling_matrices=False, objective="density")
+    assert found["groups"] == [["ink", "chalk"], ["neon"]]
+    assert (found["scaling_matrices"], found["per_layer"], found["objective"]) == (False, False, "density")
+    found = solved(tmp_path, gradients, scaling_matrices=False, per_layer=True, affinity="cosine")
+    assert found["groups"] == [["ink"], ["chalk", "neon"]]
+    found = solved(tmp_path, gradients, together=[["ink", "chalk"]], apart=[["neon", "ink"]])
+    assert found["groups"] == [["ink", "chalk"], ["neon"]]
+    assert found["constraints"]["together"] == [["ink", "chalk"]] and found["num_candidates"] == 1
+    assert describe_search(found) == "best of 1 partitions · enumeration"
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(2, 6), st.integers(0, 2**32 - 1), st.sampled_from(["sum", "mean"]))
-def test_renumbering_tasks_keeps_score_under_ties(num_tasks, seed, objective):
-    rng = np.random.default_rng(seed)
-    affinity = np.tril(rng.integers(-1, 2, size=(num_tasks, num_tasks)))
-    affinity = affinity + affinity.T
-    permutation = rng.permutation(num_tasks)
-    original = best_partition(affinity, objective=objective)
-    renumbered = best_partition(affinity[np.ix_(permutation, permutation)], objective=objective)
-    assert renumbered.score == pytest.approx(original.score, abs=1e-12)
-    assert len(renumbered.groups) == len(original.groups)
+def test_how_a_search_is_told():
+    result = {"num_candidates": None, "proven": False, "method": "integer program (clique partitioning)"}
+    assert describe_search(result) == "best found · integer program (clique partitioning)"
+    assert describe_search(result | {"num_candidates": 10**20, "proven": True}).startswith("best of 1.0e+20 partitions")
 
 
-def test_objectives_on_a_case_worked_by_hand():
-    affinity = np.array([[9.0, 2.0, -1.0], [2.0, 9.0, 0.5], [-1.0, 0.5, 9.0]])
-    # {0,1,2}: sum 2 - 1 + 0.5 = 1.5; {0,1},{2}: sum 2, mean 2 + 2 + 0.
-    assert best_partition(affinity) == Partition(((0, 1), (2,)), 2.0, 5)
-    assert best_partition(affinity, objective="mean") == Partition(((0, 1), (2,)), 4.0, 5)
-    assert best_partition(affinity, num_groups=1) == Partition(((0, 1, 2),), 1.5, 1)
-    assert best_partition(np.array([[3.0]])) == Partition(((0,),), 0.0, 1)
-
-
-def test_ties_prefer_fewer_groups_and_then_tuple_order():
-    zeros = np.zeros((4, 4))
-    assert best_partition(zeros).groups == ((0, 1, 2, 3),)
-    assert best_partition(zeros, num_groups=2).groups == ((0,), (1, 2, 3))
-    assert best_partition(zeros, num_groups=2, min_size=2).groups == ((0, 1), (2, 3))
-    ring = np.zeros((4, 4))  # 0-1-2-3-0: two equal perfect matchings
-    for task in range(4):
-        ring[task, (task + 1) % 4] = ring[(task + 1) % 4, task] = 1.0
-    assert best_partition(ring, num_groups=2, max_size=2).groups == ((0, 1), (2, 3))
-
-
-@pytest.mark.parametrize("objective", ["sum", "mean"])
-def test_rounding_does_not_break_ties(objective):
-    # Integers add exactly; tenths do not (0.1 + 0.2 - 0.3 is not 0), and must be grouped alike.
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        integers = np.tril(rng.integers(-3, 4, size=(6, 6)))
-        integers = integers + integers.T
-        exact = best_partition(integers, objective=objective)
-        assert best_partition(integers * 0.1, objective=objective).groups == exact.groups
-
-
-def test_real_differences_are_not_ties():
-    affinity = np.ones((3, 3))
-    affinity[0, 2] = affinity[2, 0] = -1.0
-    assert best_partition(affinity).groups == ((0, 1, 2),)  # equal to ((0, 1), (2,)) and ((0,), (1, 2))
-    affinity[1, 2] = affinity[2, 1] = 1 - 1e-9
-    assert best_partition(affinity).groups == ((0, 1), (2,))
-
-
-@pytest.mark.parametrize("num_tasks", range(1, len(BELL_NUMBERS)))
-def test_unconstrained_search_ranges_over_bell_number_of_partitions(num_tasks):
-    assert best_partition(random_symmetric(num_tasks, 0)).num_candidates == BELL_NUMBERS[num_tasks]
-
-
-def test_largest_search_finishes_and_beats_the_planted_grouping():
-    num_tasks = 16
-    planted = np.arange(num_tasks) % 4
-    rng = np.random.default_rng(5)
-    noise = rng.normal(size=(num_tasks, num_tasks)) * 0.1
-    affinity = np.where(planted[:, None] == planted[None, :], 1.0, -1.0) + noise + noise.T
-    start = time.perf_counter()
-    partition = best_partition(affinity)
-    assert time.perf_counter() - start < 10
-    assert partition.groups == tuple(tuple(range(first, num_tasks, 4)) for first in range(4))
-    assert partition.num_candidates == 10_480_142_147
-    assert partition.score == pytest.approx(slow_score(affinity, partition.groups, "sum"))
-
-
-def test_rounding_asymmetry_is_accepted_and_the_diagonal_ignored():
-    affinity = random_symmetric(6, 7)
-    skewed = affinity.copy()
-    skewed[0, 1] += 1e-13
-    np.fill_diagonal(skewed, 1e3)
-    assert best_partition(skewed).groups == best_partition(affinity).groups
+def test_bad_snapshots_are_named(tmp_path):
+    gradients = np.ones((3, 3, 21))
+    gradients[1, 2, 5] = np.nan
+    with pytest.raises(UserError, match=r"snapshot 1, task 2 \('neon'\): 1 of 21 .* lower training.learning_rate"):
+        solved(tmp_path, gradients)
+    with pytest.raises(UserError, match="holds no snapshot; .* with a smaller global_prompt.snapshot_every"):
+        solved(tmp_path, np.ones((0, 3, 21)))
+    with pytest.raises(UserError, match="no gradient snapshots; train the global prompt again"):
+        read_layout(tmp_path / "nowhere.parquet")
+    run = SimpleNamespace(tasks=[*TASKS, "oil"], config=Config())
+    solved(tmp_path, np.ones((3, 3, 21)))
+    with pytest.raises(UserError, match="step 1 lacks the tasks oil"):
+        _solve(run, tmp_path / "snapshots.parquet", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("value", "message"),
     [
-        ({"num_groups": 6}, "num_groups=6 is impossible for 5 tasks; choose 1 to 5"),
-        ({"num_groups": 0}, "num_groups=0 is impossible for 5 tasks; choose 1 to 5"),
-        ({"min_size": 6}, "min_size=6 is impossible for 5 tasks"),
-        ({"min_size": 0}, "min_size=0 is impossible"),
-        ({"max_size": 0}, "max_size=0 is impossible"),
-        ({"min_size": 3, "max_size": 2}, "min_size=3 is larger than max_size=2"),
-        ({"min_size": 2, "max_size": 2}, "5 tasks cannot be split .* min_size=1 or max_size=3 would do"),
-        ({"min_size": 3, "max_size": 4}, "5 tasks cannot be split .* min_size=2 or max_size=5 would do"),
-        ({"num_groups": 3, "min_size": 2}, "num_groups=3 is impossible .*min_size=2; possible: 1 to 2"),
-        ({"num_groups": 2, "max_size": 2}, "num_groups=2 .*min_size=1 and max_size=2; possible: 3 to 5"),
-        ({"num_groups": 1, "min_size": 2, "max_size": 3}, "possible: only 2"),
-        ({"objective": "max"}, "objective 'max' is unknown; choose from sum, mean"),
+        ("[[ink, oil]]", "apart: [ink, oil]: 'oil' is not a task; tasks: "),
+        ("[[ink, chalk]]", "'chalk' and 'ink' must be together (`together`) and apart (`apart`)"),
     ],
 )
-def test_impossible_requests(options, message):
-    with pytest.raises(ValueError, match=message):
-        best_partition(np.zeros((5, 5)), **options)
-
-
-def test_matrix_errors():
-    with pytest.raises(ValueError, match=r"shape \(2, 3\), expected a square"):
-        best_partition(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"shape \(0, 0\)"):
-        best_partition(np.zeros((0, 0)))
-    with pytest.raises(ValueError, match=r"not symmetric: \[0, 1\] is 1 but \[1, 0\] is 0"):
-        best_partition(np.array([[0.0, 1.0], [0.0, 0.0]]))
-    with pytest.raises(ValueError, match=r"affinity\[1, 1\] is nan"):
-        best_partition(np.diag([0.0, np.nan]))
-    too_many = MAX_TASKS + 1
-    with pytest.raises(ValueError, match=f"{too_many} tasks are too many.*MAX_TASKS={MAX_TASKS}"):
-        best_partition(np.zeros((too_many, too_many)))
+def test_constraints_are_checked_at_the_door(tmp_path, monkeypatch, capsys, value, message):
+    options = ["--grouping.together", "[[chalk, ink]]", "--grouping.apart", value]
+    monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *options])
+    with pytest.raises(SystemExit) as end:
+        run_job("", lambda run: pytest.fail("the job started"))
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().out.split())
 
 
 # --- warnings -------------------------------------------------------------------------------------------
 
 
-def warned(affinity, *, objective="sum", kind="dot", **constraints) -> list[str]:
+def warned(affinity, *, objective="sum", kind="dot", per_layer=False, **constraints) -> list[str]:
     names = [f"task{index}" for index in range(len(affinity))]
     partition = best_partition(affinity, objective=objective, **constraints)
-    return warnings_about(affinity, partition, names, objective=objective, kind=kind)
+    return warnings_about(affinity, partition, names, objective=objective, kind=kind, per_layer=per_layer)
 
 
 def test_collapse_into_one_group_says_what_to_do():
     affinity = np.ones((4, 4))
     (message,) = warned(affinity)
     assert "All 4 tasks are in one group: every pairwise affinity is positive" in message
-    assert "'mean'" in message and "num_groups=2" in message and "'cosine'" in message
+    assert "'mean'" in message and "'density'" in message and "num_groups=2" in message and "'cosine'" in message
     (message,) = warned(affinity, objective="mean", kind="cosine")
     assert "'mean'" not in message and "'cosine'" not in message and "num_groups=2" in message
+    assert "per_layer=true" in message
+    (message,) = warned(affinity, objective="density", kind="cosine", per_layer=True)
+    assert "'mean'" in message and "'density'" not in message and "per_layer" not in message
     assert warned(affinity, num_groups=1) == []  # asked for: no warning
+    assert warned(affinity, together=[[0, 1, 2, 3]]) == []
     mixed = affinity.copy()
     mixed[0, 1] = mixed[1, 0] = -0.1
     (message,) = warned(mixed)
     assert "outweigh the negative" in message
+    mixed[0, 1] = mixed[1, 0] = 0
+    (message,) = warned(mixed)
+    assert "no pairwise affinity is negative" in message
+
+
+def test_a_search_without_proof_says_so():
+    partition = Partition(((0, 1), (2,)), 1.5, 5, "integer program (clique partitioning)", 2.25)
+    affinity = np.array([[1, 1.5, -1], [1.5, 1, -1], [-1, -1, 1]])
+    (message,) = warnings_about(affinity, partition, ["a", "b", "c"], objective="sum", kind="dot")
+    assert "not proven best" in message and "1.5" in message and "2.25" in message and "time_limit_s" in message
 
 
 def test_all_alone_all_zero_and_unremarkable():
@@ -344,6 +254,7 @@ def test_all_alone_all_zero_and_unremarkable():
     (message,) = warned(negative)
     assert "Every task is alone: no pairwise affinity is positive" in message
     assert warned(negative, max_size=1) == []
+    assert warned(negative, apart=[[0, 1, 2]]) == []
     (message,) = warned(np.eye(3))
     assert "All affinities between tasks are zero" in message
     blocks = np.kron(np.eye(2), np.ones((2, 2))) * 2 - 1

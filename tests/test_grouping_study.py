@@ -32,7 +32,7 @@ def test_partitions_are_all_there_once():
 
 
 @settings(max_examples=40, deadline=None)
-@given(num_tasks=st.integers(1, 6), seed=st.integers(0, 10**6), objective=st.sampled_from(["sum", "mean"]))
+@given(num_tasks=st.integers(1, 6), seed=st.integers(0, 10**6), objective=st.sampled_from(["sum", "mean", "density"]))
 def test_the_best_score_is_the_searchs(num_tasks, seed, objective):
     half = np.random.default_rng(seed).normal(size=(num_tasks, num_tasks))
     affinity = half + half.T

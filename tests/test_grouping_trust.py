@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pipeline.grouping.trust import (
     bootstrap,
     groups_over_training,
     ranked_partitions,
+    satisfies,
     snapshot_affinities,
 )
 from pipeline.report.grouping_figures import together_map
@@ -98,6 +100,16 @@ def test_of_many_tasks_those_next_to_the_best_are_ranked():
     assert len(ranked) == 1 + 9 * 3 + 3
 
 
+def test_ranked_partitions_keep_the_constraints():
+    affinity = np.ones((5, 5))
+    constraints = {"num_groups": 2, "min_size": 2, "max_size": 3, "together": [(0, 4)], "apart": [(1, 2)]}
+    best = best_partition(affinity, objective="sum", **constraints).groups
+    allowed = partial(satisfies, **constraints)
+    ranked = ranked_partitions(affinity, best, "sum", "abcde", allowed, count=100)
+    assert {of.groups for of in ranked} == {((0, 1, 4), (2, 3)), ((0, 2, 4), (1, 3))}
+    assert len([groups for groups in set_partitions(5) if allowed(groups)]) == 2
+
+
 def test_parts_of_the_training_alone():
     parts = groups_over_training(alternating(30, 12), list(range(1, 91, 3)), search, num_windows=5)
     assert [(first, last) for first, last, _ in parts] == [(1, 16), (19, 34), (37, 52), (55, 70), (73, 88)]
@@ -120,7 +132,6 @@ def test_pictures_and_page():
     result = {
         "tasks": list(NAMES),
         "groups": [["ink", "chalk"], ["neon"], ["<b>noise"]],
-        "num_candidates": 15,
         "objective": "sum",
         "affinity_kind": "dot",
         "num_snapshots": 30,
@@ -134,7 +145,8 @@ def test_pictures_and_page():
             "over_training": [{"first_step": 1, "last_step": 9, "groups": [["ink", "neon"]]}],
         },
     }
-    page = grouping_page(result, figures)
+    page = grouping_page(result, "Best of 15 partitions", figures)
+    assert "Best of 15 partitions." in page
     assert "gives these groups 25 % of the time" in page and "beware &amp; think" in page
     assert "&lt;b&gt;noise" in page and "<b>noise" not in page and "Over &lt;training&gt;" in page
     assert len(re.findall("data:image/png;base64,[A-Za-z0-9+/=]{5000,}", page)) == 3

@@ -73,7 +73,7 @@ def test_report(undisturbed):
     report = (the_run(storage) / "report" / "report.md").read_text()
     assert "| average |" in report and "trained parameters" in report
     assert "trained parameters" in output and "found finished" not in output
-    for picture in ("accuracy.png", "affinity_heat_map.png", "affinity_graph.png"):
+    for picture in ("accuracy.png", "affinity_heat_map.png", "affinity_graph.png", "together_map.png", "grouping.html"):
         assert (the_run(storage) / "report" / picture).stat().st_size > 5000
 
 
@@ -118,6 +118,12 @@ def test_another_grouping_reuses_the_global_prompt(undisturbed, tmp_path):
     assert finished.status == 0, finished.output
     assert finished.output.count("found finished") == 2
     assert "best of 31 partitions" in finished.output
+    groupings = [json.loads(file.read_text()) for file in storage.glob("grouping/[!.]*/grouping.json")]
+    (of_two,) = [grouping for grouping in groupings if len(grouping["groups"]) == 2]
+    assert of_two["trust"]["ranked"][0]["groups"] == of_two["groups"]
+    assert all(len(ranked["groups"]) == 2 for ranked in of_two["trust"]["ranked"])
+    assert sum(resampled["share"] for resampled in of_two["trust"]["resampled"]) == pytest.approx(1, abs=0.2)
+    assert [part["first_step"] for part in of_two["trust"]["over_training"]] == [1, 9, 17, 25, 33]
     runs = MlflowClient(f"sqlite:///{storage}/mlflow.db").search_runs(["1"], "tags.`mlflow.runName` = 'global_prompt'")
     first, second = ({k: v for k, v in run.data.metrics.items() if k != "seconds"} for run in runs)
     assert first == second and "train_loss/ink" in first  # whoever finds a training finished has its steps too

@@ -5,6 +5,8 @@ What this module chose:
   of the training; `cosine` first scales every gradient to unit length, so that a task with large gradients
   (a high loss, many classes) counts no more than the others.
 - Snapshots are averaged plainly: under `dot` those with large gradients, usually the early ones, weigh more.
+- Blocks of the gradient (layers) have affinities of their own, which are averaged plainly too. Under `dot` that only
+  scales the whole; under `cosine` every layer then counts alike, however long its gradients.
 - The arithmetic is float64, one snapshot at a time, whatever dtype the gradients were stored in.
 """
 
@@ -18,8 +20,14 @@ from pipeline.errors import UserError
 AffinityKind = Literal["dot", "cosine"]
 
 
-def affinity_matrix(gradients: np.ndarray, kind: AffinityKind, *, tasks: Sequence[str] | None = None) -> np.ndarray:
-    """Mean over snapshots of the task x task Gram matrix of the gradients (Eq. 8 of the MmAP paper).
+def affinity_matrix(
+    gradients: np.ndarray,
+    kind: AffinityKind,
+    *,
+    tasks: Sequence[str] | None = None,
+    blocks: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:
+    """Mean over snapshots and blocks of the task x task Gram matrix of the gradients (Eq. 8 of the MmAP paper).
 
     A gradient that is exactly zero has no direction: under `cosine` all its cosines in that snapshot are 0,
     its diagonal entry included, and the snapshot still counts in the mean.
@@ -29,6 +37,7 @@ def affinity_matrix(gradients: np.ndarray, kind: AffinityKind, *, tasks: Sequenc
             prompt, flattened; any real dtype.
         kind: "dot" for inner products, "cosine" for inner products of unit gradients.
         tasks: T task names for error messages; without them messages give the task's index.
+        blocks: indices (of P) of each block, as of `gradient_blocks`; None for the whole gradient as one.
 
     Returns:
         (T, T) float64, exactly symmetric. The diagonal is the mean squared gradient norm under `dot` and the
@@ -51,6 +60,7 @@ def affinity_matrix(gradients: np.ndarray, kind: AffinityKind, *, tasks: Sequenc
     if tasks is not None and len(tasks) != num_tasks:
         raise UserError(f"{len(tasks)} task names for gradients of {num_tasks} tasks")
 
+    parts = [slice(None)] if blocks is None else blocks
     gram = np.zeros((num_tasks, num_tasks))
     for index, snapshot in enumerate(gradients):
         snapshot = snapshot.astype(np.float64)  # (T, P)
@@ -59,11 +69,16 @@ def affinity_matrix(gradients: np.ndarray, kind: AffinityKind, *, tasks: Sequenc
             task = int(np.argmin(finite))
             name = f"task {task}" if tasks is None else f"task {task} ({tasks[task]!r})"
             num_bad = int(np.count_nonzero(~np.isfinite(snapshot[task])))
-            raise UserError(f"snapshot {index}, {name}: {num_bad} of {num_parameters} gradient values are not finite")
-        if kind == "cosine":
-            snapshot = _unit_rows(snapshot)
-        gram += snapshot @ snapshot.T
-    gram /= num_snapshots
+            raise UserError(
+                f"snapshot {index}, {name}: {num_bad} of {num_parameters} gradient values are not finite; train the "
+                "global prompt again, with a lower training.learning_rate or clip.precision=float32"
+            )
+        for part in parts:
+            block = snapshot[:, part]
+            if kind == "cosine":
+                block = _unit_rows(block)
+            gram += block @ block.T
+    gram /= num_snapshots * len(parts)
     return (gram + gram.T) / 2  # BLAS may round (i, j) and (j, i) differently
 
 

@@ -90,8 +90,8 @@ def partition_score(affinity: np.ndarray, groups: Groups, objective: Objective) 
     total = 0.0
     for group in groups:
         inside = affinity[np.ix_(group, group)]
-        others = inside.sum() - np.trace(inside)
-        total += others / 2 if objective == "sum" else others / max(len(group) - 1, 1)
+        pairs = (inside.sum() - np.trace(inside)) / 2
+        total += {"sum": pairs, "mean": 2 * pairs / max(len(group) - 1, 1), "density": pairs / len(group)}[objective]
     return total
 
 

@@ -45,9 +45,11 @@ class RankedPartition:
     """Its groups in words, or how it differs from the best."""
 
 
-def snapshot_affinities(gradients: np.ndarray, kind: AffinityKind) -> np.ndarray:
+def snapshot_affinities(
+    gradients: np.ndarray, kind: AffinityKind, blocks: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
     """(S, T, T) of gradients (S, T, P): each snapshot's own affinities, whose mean is `affinity_matrix`."""
-    return np.stack([affinity_matrix(snapshot[None], kind) for snapshot in gradients])
+    return np.stack([affinity_matrix(snapshot[None], kind, blocks=blocks) for snapshot in gradients])
 
 
 def bootstrap(
@@ -78,22 +80,45 @@ def bootstrap(
 
 
 def ranked_partitions(
-    affinity: np.ndarray, best: Groups, objective: Objective, task_names: Sequence[str], count: int = 10
+    affinity: np.ndarray,
+    best: Groups,
+    objective: Objective,
+    task_names: Sequence[str],
+    allowed: Callable[[Groups], bool] = lambda groups: True,
+    count: int = 10,
 ) -> list[RankedPartition]:
-    """The `count` best-scored partitions, `best` first: of all up to MAX_TASKS_RANKED_ALL tasks, above of those that
-    differ from `best` by one task moved, two groups joined, or one task left alone."""
+    """The `count` best-scored partitions among those `allowed`, `best` first: of all up to MAX_TASKS_RANKED_ALL tasks,
+    above of those that differ from `best` by one task moved, two groups joined, or one task left alone."""
     num_tasks = len(affinity)
     if num_tasks <= MAX_TASKS_RANKED_ALL:
         titles = {groups: in_words(groups, task_names) for groups in set_partitions(num_tasks)}
     else:
         titles = {best: "as found", **_next_to(best, task_names)}
-    scores = {groups: partition_score(affinity, groups, objective) for groups in titles}
+    scores = {groups: partition_score(affinity, groups, objective) for groups in titles if allowed(groups)}
     others = sorted(scores.keys() - {best}, key=lambda groups: (-scores[groups], len(groups), groups))
     return [RankedPartition(groups, scores[groups], titles[groups]) for groups in (best, *others[: count - 1])]
 
 
 def in_words(groups: Groups, task_names: Sequence[str]) -> str:
     return " | ".join(" + ".join(task_names[task] for task in group) for group in groups)
+
+
+def satisfies(
+    groups: Groups,
+    num_groups: int | None,
+    min_size: int,
+    max_size: int | None,
+    together: Sequence[Sequence[int]],
+    apart: Sequence[Sequence[int]],
+) -> bool:
+    """Whether a partition keeps the constraints of `best_partition`, given by task numbers."""
+    group_of = {task: number for number, group in enumerate(groups) for task in group}
+    return (
+        num_groups in (None, len(groups))
+        and all(min_size <= len(group) <= (max_size or len(group_of)) for group in groups)
+        and all(len({group_of[task] for task in tasks}) == 1 for tasks in together)
+        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in apart)
+    )
 
 
 def groups_over_training(

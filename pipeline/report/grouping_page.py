@@ -20,10 +20,11 @@ img { max-width: 100%; } .note { background: #fff4d6; padding: .6rem .9rem; marg
 """
 
 
-def grouping_page(result: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
+def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, Figure]) -> str:
     """
     Args:
         result: as in grouping.json.
+        search: how the groups were found, in words.
         figures: title of a section → its picture.
     """
     sure = result["trust"]
@@ -33,10 +34,10 @@ def grouping_page(result: Mapping[str, Any], figures: Mapping[str, Figure]) -> s
         "<p>"
         + "".join(f'<span class="group">{escape(" + ".join(group))}</span>' for group in result["groups"])
         + "</p>",
-        f"<p>Best of {result['num_candidates']:,} partitions by the objective "
-        f"<code>{escape(result['objective'])}</code> of <code>{escape(result['affinity_kind'])}</code> affinities, "
-        f"the mean of {result['num_snapshots']} gradient snapshots. Searching again on {sure['num_resamples']} "
-        f"resamples of the snapshots gives these groups {100 * agreeing:.0f} % of the time.</p>",
+        f"<p>{escape(search)}. Objective <code>{escape(result['objective'])}</code> of "
+        f"<code>{escape(result['affinity_kind'])}</code> affinities, the mean of {result['num_snapshots']} gradient "
+        f"snapshots. Searching again on {sure['num_resamples']} resamples of the snapshots gives these groups "
+        f"{100 * agreeing:.0f} % of the time.</p>",
         *(f'<p class="note">{escape(warning)}</p>' for warning in result["warnings"]),
     ]
     for title, figure in figures.items():

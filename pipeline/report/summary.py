@@ -74,7 +74,7 @@ def to_markdown(summary: Summary) -> str:
         f"| --- |{' ---: |' * (len(header) - 1)}",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        "Groups: " + "; ".join(" + ".join(group) for group in summary.groups) + ".",
+        "Groups: " + "; ".join(" + ".join(group) for group in summary.groups) + "; [how sure they are](grouping.html).",
         *(["", *(f"Note: {warning}" for warning in summary.warnings)] if summary.warnings else []),
         "",
         "![accuracy](accuracy.png)",

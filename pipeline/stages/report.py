@@ -12,7 +12,7 @@ from pipeline.report.summary import Summary, accuracy_table, method_result, to_m
 from pipeline.report.summary_figures import accuracy_picture
 from pipeline.run import PARENT, Run
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
-from pipeline.stages.grouping import FIGURES, read_grouping
+from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, read_grouping
 from pipeline.stages.stage import Stage
 from pipeline.storage import Artefact, make_folder, write_atomically, write_json
 
@@ -26,7 +26,7 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
         stage.computed = True
         result = read_grouping(grouping)
         prompts = _gather_prompts(run, methods)
-        for name in FIGURES:
+        for name in (*FIGURES, *MORE_FIGURES, PAGE):
             shutil.copyfile(grouping.folder / name, folder / name)
         results = {method.name: method_result(run.tasks, method.results()) for method in methods}
         accuracy_picture(run.tasks, results).savefig(folder / "accuracy.png", dpi=150)

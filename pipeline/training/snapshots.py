@@ -85,3 +85,8 @@ def read_gradients(path: Path, tasks: Sequence[str]) -> np.ndarray:
         if absent := [task for task in tasks if task not in of_task]:
             raise UserError(f"{path}: the snapshot of step {step} lacks the tasks {', '.join(absent)}")
     return np.stack([[of_task[task] for task in tasks] for _, of_task in sorted(by_step.items())]).astype(np.float64)
+
+
+def read_steps(path: Path) -> list[int]:
+    """Steps (S,) of the snapshots, in the order of `read_gradients`."""
+    return sorted(set(pq.read_table(path, columns=["step"])["step"].to_pylist()))

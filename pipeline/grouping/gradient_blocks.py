@@ -1,0 +1,57 @@
+"""Which of a snapshot's gradient values an affinity is computed from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+
+SOURCE = "source"
+"""The source prompt's name in a layout; the others are scaling matrices."""
+
+
+def read_layout(path: Path) -> dict[str, list[int]]:
+    """Name → shape of the parts of a snapshot file's gradient vectors, in order; axis 0 is the layer.
+
+    Raises:
+        UserError: no file, or one without snapshots.
+    """
+    again = "train the global prompt again (jobs/train_global_prompt.py)"
+    if not path.is_file():
+        raise UserError(f"{path}: no gradient snapshots; {again}")
+    file = pq.ParquetFile(path)
+    if file.metadata.num_rows == 0:
+        raise UserError(f"{path} holds no snapshot; {again} with a smaller global_prompt.snapshot_every")
+    return json.loads(file.schema_arrow.metadata[b"layout"])
+
+
+def gradient_blocks(
+    layout: Mapping[str, Sequence[int]], *, per_layer: bool = False, scaling_matrices: bool = True
+) -> list[np.ndarray]:
+    """Indices into a gradient vector (P,): one array, or one for each layer.
+
+    Args:
+        layout: as of `read_layout`.
+        per_layer: a block for each layer; a source prompt shared by all layers is a block of its own.
+        scaling_matrices: whether they count beside the source prompt.
+    """
+    ends = np.cumsum([math.prod(shape) for shape in layout.values()])
+    parts = {
+        name: np.arange(end - math.prod(shape), end).reshape(shape[0], -1)  # (layers, values of a layer)
+        for end, (name, shape) in zip(ends, layout.items())
+        if scaling_matrices or name == SOURCE
+    }
+    if not per_layer:
+        return [np.concatenate([part.ravel() for part in parts.values()])]
+    depths = sorted({len(part) for part in parts.values()})
+    return [
+        np.concatenate([part[layer] for part in parts.values() if len(part) == depth])
+        for depth in depths
+        for layer in range(depth)
+    ]

@@ -1,0 +1,63 @@
+"""A partition that meets the constraints, whatever its score: units assigned to numbered groups by HiGHS."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, hstack, kron
+
+from pipeline.grouping.search.problem import Problem
+
+
+class Impossible(Exception):
+    """No partition meets the constraints."""
+
+
+def feasible_labels(problem: Problem, seconds: float, rng: np.random.Generator | None = None) -> np.ndarray | None:
+    """(U,) each unit's group number of some partition; None if none was found in time.
+
+    Args:
+        rng: draws which partition; without it any.
+
+    Raises:
+        Impossible: there is none, proven.
+    """
+    num_units, num_tasks = problem.num_units, int(problem.sizes.sum())
+    num_groups = problem.num_groups or min(num_units, num_tasks // problem.min_size)
+    if num_groups > num_units:
+        raise Impossible
+    # Variables: unit u is in group g (row by row), then: group g is used.
+    of_unit = csr_array(kron(np.eye(num_units), np.ones((1, num_groups))))
+    of_group = csr_array(kron(problem.sizes[None, :], np.eye(num_groups)))
+    used = csr_array(np.eye(num_groups))
+    unused = csr_array((num_units, num_groups))
+    constraints = [
+        LinearConstraint(hstack([of_unit, unused]), 1, 1),
+        LinearConstraint(hstack([of_group, -problem.min_size * used]), 0, np.inf),
+        LinearConstraint(hstack([of_group, -problem.max_size * used]), -np.inf, 0),
+    ]
+    one, other = np.nonzero(np.triu(problem.apart))
+    if len(one):
+        at = np.arange(len(one))
+        pairs = np.zeros((len(one), num_units))
+        pairs[at, one] = pairs[at, other] = 1
+        both = csr_array(kron(pairs, np.eye(num_groups)))
+        constraints.append(LinearConstraint(hstack([both, -csr_array(kron(np.ones((len(one), 1)), used))]), -np.inf, 0))
+    lowest = np.zeros(num_units * num_groups + num_groups)
+    if problem.num_groups:
+        lowest[-num_groups:] = 1
+    highest = np.ones(len(lowest))
+    if rng is None:
+        # Groups are alike: unit u needs none beyond number u.
+        highest[: num_units * num_groups] = (np.arange(num_groups) <= np.arange(num_units)[:, None]).ravel()
+    cost = np.zeros(len(lowest)) if rng is None else rng.random(len(lowest))
+    found = milp(
+        cost,
+        integrality=np.ones(len(lowest)),
+        bounds=Bounds(lowest, highest),
+        constraints=constraints,
+        options={"time_limit": seconds, **({} if rng is None else {"mip_rel_gap": 0.5})},
+    )
+    if found.status == 2:
+        raise Impossible
+    return None if found.x is None else found.x[: num_units * num_groups].reshape(num_units, -1).argmax(axis=1)

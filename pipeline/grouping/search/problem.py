@@ -1,0 +1,184 @@
+"""What every way to search is given, and how partitions compare.
+
+What this module chose:
+- Tasks that must be together are one unit: all ways partition units, and never see that constraint.
+- A set of units is a bit mask in which the first unit has the highest bit: a group is split off by the highest bit.
+- Ties never depend on the order of float additions. A partition's value is its score less `tie` for each group, and
+  values within tie / 2 are equal; `tie` is 1e-12 of the summed absolute affinities, far above rounding. So of equal
+  scores the fewest groups win (one prompt less to train), then the smallest `groups` in the order of Python tuples.
+- A matrix's diagonal (a task with itself) plays no part.
+
+Dimensions: T tasks, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+Objective = Literal["sum", "mean", "density"]
+Groups = tuple[tuple[int, ...], ...]
+"""Each group sorted, groups sorted by their first member."""
+
+TIE_TOLERANCE = 1e-12
+"""Relative to the sum of absolute affinities: what a further group must gain."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Affinities between units, an objective, and the constraints that are left."""
+
+    affinity: np.ndarray
+    """(U, U), symmetric: the summed affinities between the tasks of two units; on the diagonal of the pairs inside."""
+    units: Groups
+    """The units' tasks."""
+    apart: np.ndarray
+    """(U, U), symmetric, bool: units that may not share a group."""
+    objective: Objective
+    num_groups: int | None
+    min_size: int
+    max_size: int
+    """Sizes count tasks."""
+    tie: float
+
+    @staticmethod
+    def of(
+        affinity: np.ndarray,
+        objective: Objective,
+        num_groups: int | None = None,
+        min_size: int = 1,
+        max_size: int | None = None,
+        together: Sequence[Sequence[int]] = (),
+        apart: Sequence[Sequence[int]] = (),
+    ) -> Problem:
+        """Of affinities (T, T) and constraints as of `best_partition`, which can be met (`check_constraints`)."""
+        num_tasks = len(affinity)
+        affinity = affinity - np.diag(np.diag(affinity))
+        units = merged(num_tasks, together)
+        member = np.zeros((len(units), num_tasks))
+        for unit, tasks in enumerate(units):
+            member[unit, tasks] = 1
+        between = member @ affinity @ member.T if len(units) < num_tasks else affinity
+        between = (between + between.T) / 2
+        between[np.diag_indices(len(units))] /= 2  # each pair inside a unit was counted from both sides
+        return Problem(
+            affinity=between,
+            units=units,
+            apart=apart_units(units, apart),
+            objective=objective,
+            num_groups=num_groups,
+            min_size=min_size,
+            max_size=num_tasks if max_size is None else min(max_size, num_tasks),
+            tie=TIE_TOLERANCE * float(np.abs(np.triu(affinity, 1)).sum()) or 1.0,
+        )
+
+    def part(self, chosen: Sequence[int]) -> Problem:
+        """The same for some of the units alone; ties stay those of the whole."""
+        at = np.ix_(chosen, chosen)
+        units = tuple(self.units[unit] for unit in chosen)
+        return replace(self, affinity=self.affinity[at], apart=self.apart[at], units=units)
+
+    @property
+    def num_units(self) -> int:
+        return len(self.units)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(U,) tasks of each unit."""
+        return np.array([len(tasks) for tasks in self.units])
+
+    def weight(self, size: np.ndarray) -> np.ndarray:
+        """A group's score is the sum of its pairs' affinities times this, by its number of tasks."""
+        if self.objective == "sum":
+            return np.ones(np.shape(size))
+        # mean: each pair counts for both of its tasks, over the number of other members
+        return 2 / np.maximum(size - 1, 1) if self.objective == "mean" else 1 / np.maximum(size, 1)
+
+    def score(self, unit_groups: Sequence[Sequence[int]]) -> float:
+        """Of groups of units."""
+        total = 0.0
+        for group in unit_groups:
+            inside = self.affinity[np.ix_(group, group)]
+            pairs = (inside.sum() + np.trace(inside)) / 2
+            total += float(pairs * self.weight(self.sizes[list(group)].sum()))
+        return total
+
+    def task_groups(self, unit_groups: Sequence[Sequence[int]]) -> Groups:
+        groups = (tuple(sorted(task for unit in group for task in self.units[unit])) for group in unit_groups)
+        return tuple(sorted(groups))
+
+    def mask_values(self) -> np.ndarray:
+        """(2^U,) value of every set of units as a group, -inf where it is not allowed; 0 for the empty set."""
+        sizes = _sums_of_subsets(self.sizes)
+        values = _pair_sums_of_subsets(self.affinity) * self.weight(sizes) - self.tie
+        allowed = (sizes >= self.min_size) & (sizes <= self.max_size)
+        if self.apart.any():
+            allowed &= _pair_sums_of_subsets(self.apart.astype(np.float64)) == 0
+        values = np.where(allowed, values, -np.inf)
+        values[0] = 0
+        return values
+
+    def members(self, mask: int) -> tuple[int, ...]:
+        """Units of a bit mask."""
+        return tuple(unit for unit in range(self.num_units) if mask >> (self.num_units - 1 - unit) & 1)
+
+    def order_of_masks(self, masks: np.ndarray) -> np.ndarray:
+        """Numbers that sort sets of units as Python sorts their tuples of tasks."""
+        tasks = sorted(task for unit in self.units for task in unit)
+        unit_of = {task: unit for unit, of_unit in enumerate(self.units) for task in of_unit}
+        # The place of a tuple among all: 1 for each member, and for each task left out below the last member all
+        # tuples that go on with it.
+        order = np.zeros(len(masks), dtype=np.int64 if len(tasks) < 62 else object)
+        started = np.zeros(len(masks), dtype=bool)
+        for later, task in enumerate(reversed(tasks)):
+            inside = (masks >> (self.num_units - 1 - unit_of[task]) & 1).astype(bool)
+            started |= inside
+            order = order + np.where(inside, 1, np.where(started, 2**later, 0))
+        return order
+
+
+def check_objective(objective: str) -> None:
+    if objective not in get_args(Objective):
+        raise UserError(f"objective {objective!r} is unknown; choose from {', '.join(get_args(Objective))}")
+
+
+def merged(num_tasks: int, together: Sequence[Sequence[int]]) -> Groups:
+    """Tasks as units: lists that share a task are one."""
+    unit_of = list(range(num_tasks))
+    for tasks in together:
+        joined = {unit_of[task] for task in tasks}
+        unit_of = [min(joined) if unit in joined else unit for unit in unit_of]
+    return tuple(tuple(task for task in range(num_tasks) if unit_of[task] == unit) for unit in sorted(set(unit_of)))
+
+
+def apart_units(units: Groups, apart: Sequence[Sequence[int]]) -> np.ndarray:
+    """(U, U) bool: units that hold two tasks of one list of `apart`."""
+    unit_of = {task: unit for unit, tasks in enumerate(units) for task in tasks}
+    barred = np.zeros((len(units), len(units)), dtype=bool)
+    for tasks in apart:
+        at = sorted({unit_of[task] for task in tasks})
+        barred[np.ix_(at, at)] = True
+    np.fill_diagonal(barred, False)
+    return barred
+
+
+def _sums_of_subsets(numbers: np.ndarray) -> np.ndarray:
+    """(2^U,) sums over the units of every bit mask."""
+    sums = np.zeros(1, dtype=numbers.dtype)
+    for number in numbers[::-1]:  # the last unit has the lowest bit
+        sums = np.concatenate([sums, sums + number])
+    return sums
+
+
+def _pair_sums_of_subsets(matrix: np.ndarray) -> np.ndarray:
+    """(2^U,) sums over the pairs i ≤ j of the units of every bit mask."""
+    matrix = matrix[::-1, ::-1]
+    sums = np.zeros(1)
+    for unit in range(len(matrix)):
+        sums = np.concatenate([sums, sums + (_sums_of_subsets(matrix[unit, :unit][::-1]) + matrix[unit, unit])])
+    return sums

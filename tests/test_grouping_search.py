@@ -1,0 +1,445 @@
+"""Every way to search partitions against plain enumeration, and what constraints are refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.grouping.partition import Partition, best_partition
+from pipeline.grouping.search.assignment import feasible_labels
+from pipeline.grouping.search.cliques import CliqueProgram
+from pipeline.grouping.search.components import components
+from pipeline.grouping.search.constraints import check_constraints
+from pipeline.grouping.search.enumeration import best_by_enumeration
+from pipeline.grouping.search.local_search import good_partition
+from pipeline.grouping.search.problem import Groups, Problem
+from pipeline.grouping.search.set_partitioning import best_by_set_partitioning, few_groups, largest_needed_size
+from pipeline.grouping.search.sized_pairs import SizedPairProgram
+from pipeline.grouping.search.subsets import best_by_subsets
+
+OBJECTIVES = ("sum", "mean", "density")
+BELL_NUMBERS = [1, 1, 2, 5, 15, 52, 203, 877, 4140, 21147, 115975, 678570, 4213597]
+
+
+# --- the slow reference ---------------------------------------------------------------------------------
+
+
+def all_partitions(num_tasks: int) -> Iterator[Groups]:
+    """Every partition once, by enumerating restricted growth strings."""
+
+    def extend(labels: list[int]) -> Iterator[list[int]]:
+        if len(labels) == num_tasks:
+            yield labels
+            return
+        for label in range(max(labels, default=-1) + 2):
+            yield from extend([*labels, label])
+
+    for labels in extend([]):
+        yield tuple(
+            tuple(task for task in range(num_tasks) if labels[task] == group) for group in range(max(labels) + 1)
+        )
+
+
+def slow_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
+    total = 0.0
+    for group in groups:
+        pairs = sum(affinity[i, j] for i in group for j in group if i < j)
+        if objective == "sum":
+            total += pairs
+        elif objective == "density":
+            total += pairs / len(group)
+        else:
+            for i in group:
+                others = [affinity[i, j] for j in group if j != i]
+                if others:
+                    total += sum(others) / len(others)
+    return total
+
+
+def meets(groups: Groups, num_groups=None, min_size=1, max_size=None, together=(), apart=()) -> bool:
+    group_of = {task: group for group in groups for task in group}
+    return (
+        num_groups in (None, len(groups))
+        and all(min_size <= len(group) <= (max_size or len(group_of)) for group in groups)
+        and all(len({group_of[task] for task in tasks}) == 1 for tasks in together)
+        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in apart)
+    )
+
+
+def slow_best(affinity: np.ndarray, objective: str, **constraints) -> tuple[Groups, float, int] | None:
+    """Groups, their score, and how many partitions meet the constraints."""
+    num_tasks = len(affinity)
+    allowed = [
+        (slow_score(affinity, groups, objective), groups)
+        for groups in all_partitions(num_tasks)
+        if meets(groups, **constraints)
+    ]
+    if not allowed:
+        return None
+    scale = sum(abs(affinity[i, j]) for i in range(num_tasks) for j in range(i))
+    best = max(score for score, _ in allowed)
+    equals = [(score, groups) for score, groups in allowed if score >= best - 1e-12 * scale]
+    score, groups = min(equals, key=lambda pair: (len(pair[1]), pair[1]))
+    return groups, score, len(allowed)
+
+
+def random_symmetric(num_tasks: int, seed: int) -> np.ndarray:
+    matrix = np.random.default_rng(seed).normal(size=(num_tasks, num_tasks))
+    return matrix + matrix.T
+
+
+def clustered(num_tasks: int, num_clusters: int, noise: float, seed: int) -> np.ndarray:
+    """Cosines of random gradients around some directions."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(num_clusters, 500))
+    gradients = directions[rng.integers(0, num_clusters, num_tasks)] + noise * rng.normal(size=(num_tasks, 500))
+    gradients /= np.linalg.norm(gradients, axis=1, keepdims=True)
+    return gradients @ gradients.T
+
+
+@st.composite
+def searches(draw, most_tasks: int = 7):
+    """A symmetric matrix, generic or with few distinct values (ties), an objective, and constraints."""
+    num_tasks = draw(st.integers(1, most_tasks))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (num_tasks, num_tasks)
+    matrix = draw(
+        st.sampled_from(
+            [
+                rng.normal(size=shape) * 10.0 ** draw(st.integers(-9, 9)),
+                rng.normal(size=shape) - 0.7,
+                rng.integers(-1, 2, size=shape).astype(float),
+                rng.integers(-2, 1, size=shape).astype(float),
+                rng.integers(0, 2, size=shape) * 0.1,
+                rng.integers(-3, 4, size=shape) / 3.0,
+            ]
+        )
+    )
+    min_size = draw(st.integers(1, min(3, num_tasks)))
+    lists = st.lists(st.lists(st.integers(0, num_tasks - 1), min_size=2, max_size=3, unique=True), max_size=2)
+    constraints = {
+        "num_groups": draw(st.none() | st.integers(1, num_tasks)),
+        "min_size": min_size,
+        "max_size": draw(st.none() | st.integers(min_size, num_tasks + 1)),
+        "together": draw(lists) if num_tasks > 2 else [],
+        "apart": draw(lists) if num_tasks > 2 else [],
+    }
+    return np.triu(matrix) + np.triu(matrix, 1).T, draw(st.sampled_from(OBJECTIVES)), constraints
+
+
+# --- all ways agree -------------------------------------------------------------------------------------
+
+
+def by_components(problem: Problem) -> list[tuple[int, ...]]:
+    return [
+        tuple(part[unit] for unit in group)
+        for part in components(problem)
+        for group in best_by_subsets(problem.part(part))
+    ]
+
+
+@settings(max_examples=400, deadline=None)
+@given(searches())
+def test_every_exact_way_gives_the_partition_of_plain_enumeration(search):
+    affinity, objective, constraints = search
+    expected = slow_best(affinity, objective, **constraints)
+    if expected is None:
+        with pytest.raises(UserError, match=r"impossible|cannot be split|at once|must be together"):
+            best_partition(affinity, objective=objective, **constraints)
+        return
+    groups, score, num_candidates = expected
+    problem = Problem.of(affinity, objective, **constraints)
+    for way in (best_by_enumeration, best_by_subsets, by_components):
+        assert problem.task_groups(way(problem)) == groups, way
+    found = best_partition(affinity, objective=objective, **constraints)
+    assert (found.groups, found.num_candidates, found.proven) == (groups, num_candidates, True)
+    assert found.score == pytest.approx(score, rel=0, abs=1e-11 * max(1.0, np.abs(affinity).sum()))
+
+
+def worst_start(problem: Problem) -> list[tuple[int, ...]]:
+    labels = feasible_labels(problem, 10)
+    return [tuple(np.flatnonzero(labels == label).tolist()) for label in np.unique(labels)]
+
+
+@settings(max_examples=120, deadline=None)
+@given(searches())
+def test_integer_programs_reach_the_best_score(search):
+    affinity, objective, constraints = search
+    expected = slow_best(affinity, objective, **constraints)
+    assume(expected is not None)
+    problem = Problem.of(affinity, objective, **constraints)
+    assume(problem.num_units > 1)
+    program = (CliqueProgram if objective == "sum" else SizedPairProgram)(problem)
+    start = worst_start(problem)
+    for groups, bound in (program.solve(start, 30), best_by_set_partitioning(problem, start, 30)):
+        assert meets(problem.task_groups(groups), **constraints)
+        assert problem.score(groups) == pytest.approx(expected[1], rel=0, abs=2e-6 * max(1e-9, np.abs(affinity).max()))
+        assert bound == problem.score(groups)
+
+
+@settings(max_examples=60, deadline=None)
+@given(searches(most_tasks=6))
+def test_local_search_meets_the_constraints_and_claims_no_more_than_it_has(search):
+    affinity, objective, constraints = search
+    expected = slow_best(affinity, objective, **constraints)
+    assume(expected is not None)
+    problem = Problem.of(affinity, objective, **constraints)
+    groups = good_partition(problem, 5)
+    assert meets(problem.task_groups(groups), **constraints)
+    assert problem.score(groups) <= expected[1] + 1e-11 * max(1.0, np.abs(affinity).sum())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("constraints", [{}, {"num_groups": 3}, {"together": [[0, 8], [3, 4]], "apart": [[1, 2, 5]]}])
+def test_nine_tasks(objective, constraints):
+    affinity = random_symmetric(9, seed=3)
+    groups, score, num_candidates = slow_best(affinity, objective, **constraints)
+    found = best_partition(affinity, objective=objective, **constraints)
+    assert (found.groups, found.num_candidates) == (groups, num_candidates)
+    assert found.score == pytest.approx(score, abs=1e-11)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("num_groups", [None, 4])
+def test_twelve_tasks_by_subsets_and_by_all_four_million_partitions(objective, num_groups):
+    for affinity in (random_symmetric(12, 5), np.sign(random_symmetric(12, 6))):
+        problem = Problem.of(affinity, objective, num_groups)
+        assert best_by_subsets(problem) == best_by_enumeration(problem)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 7), st.integers(0, 2**32 - 1), st.sampled_from(OBJECTIVES))
+def test_renumbering_tasks_renumbers_groups(num_tasks, seed, objective):
+    affinity = random_symmetric(num_tasks, seed)  # generic values: no ties
+    permutation = np.random.default_rng(seed + 1).permutation(num_tasks)
+    original = best_partition(affinity, objective=objective)
+    renumbered = best_partition(affinity[np.ix_(permutation, permutation)], objective=objective)
+    translated = {frozenset(int(permutation[task]) for task in group) for group in renumbered.groups}
+    assert translated == {frozenset(group) for group in original.groups}
+    assert renumbered.score == pytest.approx(original.score, rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 2**32 - 1), st.sampled_from(OBJECTIVES))
+def test_renumbering_tasks_keeps_score_under_ties(num_tasks, seed, objective):
+    rng = np.random.default_rng(seed)
+    affinity = np.tril(rng.integers(-1, 2, size=(num_tasks, num_tasks)))
+    affinity = affinity + affinity.T
+    permutation = rng.permutation(num_tasks)
+    original = best_partition(affinity, objective=objective)
+    renumbered = best_partition(affinity[np.ix_(permutation, permutation)], objective=objective)
+    assert renumbered.score == pytest.approx(original.score, abs=1e-12)
+    assert len(renumbered.groups) == len(original.groups)
+
+
+def test_under_mean_groups_of_four_are_never_needed():
+    for seed in range(30):
+        affinity = random_symmetric(8, seed)
+        assert max(map(len, best_partition(affinity, objective="mean").groups)) <= 3
+        assert max(map(len, best_partition(affinity, objective="mean", min_size=2).groups)) <= 3
+        assert max(map(len, best_partition(affinity, objective="mean", min_size=3).groups)) <= 5
+    assert largest_needed_size(Problem.of(np.zeros((8, 8)), "mean")) == 3
+    assert largest_needed_size(Problem.of(np.zeros((8, 8)), "mean", min_size=3)) == 5
+    assert largest_needed_size(Problem.of(np.zeros((8, 8)), "mean", num_groups=2)) == 8
+    assert largest_needed_size(Problem.of(np.zeros((8, 8)), "mean", together=[[0, 1]])) == 8
+
+
+# --- ties and scores by hand ----------------------------------------------------------------------------
+
+
+def test_objectives_on_a_case_worked_by_hand():
+    affinity = np.array([[9.0, 2.0, -1.0], [2.0, 9.0, 0.5], [-1.0, 0.5, 9.0]])
+    # {0,1,2}: sum 2 - 1 + 0.5 = 1.5; {0,1},{2}: sum 2, mean 2 + 2 + 0, density 2 / 2 + 0.
+    pair = ((0, 1), (2,))
+    assert best_partition(affinity) == Partition(pair, 2.0, 5, "enumeration", 2.0)
+    assert best_partition(affinity, objective="mean") == Partition(pair, 4.0, 5, "enumeration", 4.0)
+    assert best_partition(affinity, objective="density") == Partition(pair, 1.0, 5, "enumeration", 1.0)
+    assert best_partition(affinity, num_groups=1) == Partition(((0, 1, 2),), 1.5, 1, "enumeration", 1.5)
+    assert best_partition(affinity, together=[[0, 2]]).groups == ((0, 1, 2),)
+    assert best_partition(affinity, apart=[[0, 1]]).groups == ((0,), (1, 2))
+
+
+def test_one_task_is_one_group():
+    assert best_partition(np.array([[3.0]])) == Partition(((0,),), 0.0, 1, "enumeration", 0.0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_identical_tasks_are_one_group(objective):
+    gradient = np.random.default_rng(0).normal(size=20)
+    assert best_partition(np.full((2, 2), gradient @ gradient), objective=objective).groups == ((0, 1),)
+
+
+def test_identical_tasks_stay_together_among_others():
+    for seed in range(40):
+        gradients = np.random.default_rng(seed).normal(size=(7, 10))
+        gradients[5] = gradients[1]
+        (group,) = [group for group in best_partition(gradients @ gradients.T).groups if 1 in group]
+        assert 5 in group
+
+
+def test_ties_prefer_fewer_groups_and_then_tuple_order():
+    zeros = np.zeros((4, 4))
+    assert best_partition(zeros).groups == ((0, 1, 2, 3),)
+    assert best_partition(zeros, num_groups=2).groups == ((0,), (1, 2, 3))
+    assert best_partition(zeros, num_groups=2, min_size=2).groups == ((0, 1), (2, 3))
+    assert best_partition(zeros, num_groups=2, together=[[0, 3]]).groups == ((0, 1, 3), (2,))
+    ring = np.zeros((4, 4))  # 0-1-2-3-0: two equal perfect matchings
+    for task in range(4):
+        ring[task, (task + 1) % 4] = ring[(task + 1) % 4, task] = 1.0
+    assert best_partition(ring, num_groups=2, max_size=2).groups == ((0, 1), (2, 3))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rounding_does_not_break_ties(objective):
+    # Integers add exactly; tenths do not (0.1 + 0.2 - 0.3 is not 0), and must be grouped alike.
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        integers = np.tril(rng.integers(-3, 4, size=(6, 6)))
+        integers = integers + integers.T
+        exact = best_partition(integers, objective=objective)
+        assert best_partition(integers * 0.1, objective=objective).groups == exact.groups
+
+
+def test_real_differences_are_not_ties():
+    affinity = np.ones((3, 3))
+    affinity[0, 2] = affinity[2, 0] = -1.0
+    assert best_partition(affinity).groups == ((0, 1, 2),)  # equal to ((0, 1), (2,)) and ((0,), (1, 2))
+    affinity[1, 2] = affinity[2, 1] = 1 - 1e-9
+    assert best_partition(affinity).groups == ((0, 1), (2,))
+
+
+@pytest.mark.parametrize("num_tasks", range(1, len(BELL_NUMBERS)))
+def test_unconstrained_search_ranges_over_bell_number_of_partitions(num_tasks):
+    assert best_partition(random_symmetric(num_tasks, 0)).num_candidates == BELL_NUMBERS[num_tasks]
+
+
+def test_rounding_asymmetry_is_accepted_and_the_diagonal_ignored():
+    affinity = random_symmetric(6, 7)
+    skewed = affinity.copy()
+    skewed[0, 1] += 1e-13
+    np.fill_diagonal(skewed, 1e3)
+    assert best_partition(skewed).groups == best_partition(affinity).groups
+
+
+# --- many tasks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sixteen_tasks_by_subsets_and_by_integer_program(objective):
+    affinity = random_symmetric(16, 8)
+    start = time.perf_counter()
+    found = best_partition(affinity, objective=objective)
+    assert time.perf_counter() - start < 5
+    assert (found.method, found.num_candidates) == ("dynamic programming over subsets", 10_480_142_147)
+    problem = Problem.of(affinity, objective)
+    if objective == "sum":
+        groups, bound = CliqueProgram(problem).solve(worst_start(problem), 60)
+    else:
+        groups, bound = best_by_set_partitioning(problem, worst_start(problem), 60)
+    assert problem.score(groups) == pytest.approx(found.score, abs=1e-5)
+    assert bound == problem.score(groups)
+
+
+@pytest.mark.parametrize("objective", ["sum", "mean"])
+def test_forty_tasks_with_proof(objective):
+    affinity = clustered(40, 5, noise=2.0, seed=1)
+    found = best_partition(affinity, objective=objective)
+    assert found.proven
+    way = "clique" if objective == "sum" else "set"
+    assert found.method == f"integer program ({way} partitioning)"
+    for seed in range(20):  # no neighbour scores more
+        moved = [list(group) for group in found.groups]
+        rng = np.random.default_rng(seed)
+        left, joined = rng.choice(len(moved), 2, replace=False)
+        moved[joined].append(moved[left].pop())
+        assert slow_score(affinity, [group for group in moved if group], objective) <= found.score + 1e-9
+
+
+def test_planted_groups_are_found_in_components():
+    planted = np.arange(60) % 6
+    affinity = np.where(planted[:, None] == planted[None, :], 1.0, -1.0) + 0.1 * random_symmetric(60, 5)
+    for objective in ("sum", "density"):
+        found = best_partition(affinity, objective=objective)
+        assert found.groups == tuple(tuple(range(first, 60, 6)) for first in range(6))
+        assert found.proven and found.method == "6 connected components, by dynamic programming over subsets"
+
+
+@pytest.mark.parametrize(
+    "constraints", [{}, {"num_groups": 6, "max_size": 9, "together": [[0, 30]], "apart": [[1, 2]]}]
+)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_out_of_time_is_said_and_bounded(objective, constraints):
+    affinity = random_symmetric(40, 2)
+    start = time.perf_counter()
+    found = best_partition(affinity, objective=objective, time_limit_s=2, **constraints)
+    assert time.perf_counter() - start < 20
+    assert meets(found.groups, **constraints)
+    assert found.score == pytest.approx(slow_score(affinity, found.groups, objective))
+    assert found.bound >= found.score
+    if not (objective == "mean" and not constraints):  # 10,700 groups: quick
+        assert not found.proven
+    assert np.isfinite(found.bound)
+
+
+def test_few_possible_groups_are_chosen_among():
+    affinity = random_symmetric(24, 4)
+    problem = Problem.of(affinity, "density", max_size=3)
+    assert few_groups(problem) and not few_groups(Problem.of(affinity, "density"))
+    found = best_partition(affinity, objective="density", max_size=3)
+    assert found.proven and found.method == "integer program (set partitioning)"
+
+
+# --- what is refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_groups": 6}, "num_groups=6 is impossible for 5 tasks; choose 1 to 5"),
+        ({"num_groups": 0}, "num_groups=0 is impossible for 5 tasks; choose 1 to 5"),
+        ({"min_size": 6}, "min_size=6 is impossible for 5 tasks"),
+        ({"min_size": 0}, "min_size=0 is impossible"),
+        ({"max_size": 0}, "max_size=0 is impossible"),
+        ({"min_size": 3, "max_size": 2}, "min_size=3 is larger than max_size=2"),
+        ({"min_size": 2, "max_size": 2}, "5 tasks cannot be split .* min_size=1 or max_size=3 would do"),
+        ({"min_size": 3, "max_size": 4}, "5 tasks cannot be split .* min_size=2 or max_size=5 would do"),
+        ({"num_groups": 3, "min_size": 2}, "num_groups=3 is impossible .*min_size=2; possible: 1 to 2"),
+        ({"num_groups": 2, "max_size": 2}, "num_groups=2 .*min_size=1 and max_size=2; possible: 3 to 5"),
+        ({"num_groups": 1, "min_size": 2, "max_size": 3}, "possible: only 2"),
+        ({"together": [["a", "f"]]}, r"together: \[a, f\]: 'f' is not a task; tasks: a, b, c, d, e"),
+        ({"apart": [["a"]]}, r"apart: \[a\] must name at least two tasks"),
+        ({"apart": [["a", "b", "a"]]}, r"apart: \[a, b, a\] names a task twice"),
+        ({"together": [["a", "b"], ["b", "c"]], "apart": [["d", "c", "a"]]}, "'a' and 'c' must be together .* apart"),
+        ({"together": [["a", "b", "c"]], "max_size": 2}, "max_size=2, but the 3 tasks 'a', 'b', 'c' must be together"),
+        (
+            {"num_groups": 2, "apart": [["a", "b", "c"]]},
+            "num_groups, apart at once; without num_groups or without apar",
+        ),
+        ({"num_groups": 4, "together": [["a", "b", "c"]]}, "without num_groups or without together there are some"),
+        ({"min_size": 2, "apart": [["a", "b", "c"]]}, "meets apart, min_size at once"),
+    ],
+)
+def test_impossible_constraints(options, message):
+    with pytest.raises(UserError, match=message):
+        check_constraints("abcde", **options)
+    with pytest.raises(UserError, match=message):
+        best_partition(np.zeros((5, 5)), tasks="abcde", **options)
+
+
+def test_matrix_and_objective_errors():
+    with pytest.raises(UserError, match=r"shape \(2, 3\), expected a square"):
+        best_partition(np.zeros((2, 3)))
+    with pytest.raises(UserError, match=r"shape \(0, 0\)"):
+        best_partition(np.zeros((0, 0)))
+    with pytest.raises(UserError, match=r"not symmetric: \[0, 1\] is 1 but \[1, 0\] is 0"):
+        best_partition(np.array([[0.0, 1.0], [0.0, 0.0]]))
+    with pytest.raises(UserError, match=r"affinity\[1, 1\] is nan"):
+        best_partition(np.diag([0.0, np.nan]))
+    with pytest.raises(UserError, match="objective 'max' is unknown; choose from sum, mean, density"):
+        best_partition(np.zeros((2, 2)), objective="max")
