@@ -16,7 +16,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
 th { border-bottom: 1px solid #999; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; } .note { background: #fff4d6; padding: .6rem .9rem; margin: .4rem 0; }
-.group { background: #e8f0f8; padding: .1rem .6rem; margin-right: .5rem; white-space: nowrap; }
+.group { background: #e8f0f8; padding: .1rem .6rem; margin: .15rem .5rem .15rem 0; display: inline-block; }
 """
 
 
