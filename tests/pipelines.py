@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,8 @@ class Job:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Tests that run in the background of a shell would hand on that interrupts are ignored.
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})},
             )
 
