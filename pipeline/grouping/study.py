@@ -15,9 +15,9 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from pipeline.grouping.affinity import AffinityKind, affinity_matrix
-from pipeline.grouping.partition import Objective, best_partition
+from pipeline.grouping.partition import best_partition
+from pipeline.grouping.search.problem import Groups, Objective
 
-Groups = tuple[tuple[int, ...], ...]
 CRITERIA: tuple[tuple[AffinityKind, Objective], ...] = (
     ("dot", "sum"),
     ("dot", "mean"),
@@ -83,6 +83,10 @@ def set_partitions(num_tasks: int) -> Iterator[Groups]:
         yield from extended((*groups, (task,)), task + 1)
 
     return extended((), 0)
+
+
+def in_words(groups: Groups, task_names: Sequence[str]) -> str:
+    return " | ".join(" + ".join(task_names[task] for task in group) for group in groups)
 
 
 def partition_score(affinity: np.ndarray, groups: Groups, objective: Objective) -> float:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.grouping.affinity import AffinityKind, affinity_matrix
-from pipeline.grouping.partition import Objective
-from pipeline.grouping.study import Groups, partition_score, set_partitions
+from pipeline.grouping.search.problem import Groups, Objective
+from pipeline.grouping.study import in_words, partition_score, set_partitions
 
 NUM_RESAMPLES = 200
 MOST_SECONDS = 20.0
@@ -97,10 +97,6 @@ def ranked_partitions(
     scores = {groups: partition_score(affinity, groups, objective) for groups in titles if allowed(groups)}
     others = sorted(scores.keys() - {best}, key=lambda groups: (-scores[groups], len(groups), groups))
     return [RankedPartition(groups, scores[groups], titles[groups]) for groups in (best, *others[: count - 1])]
-
-
-def in_words(groups: Groups, task_names: Sequence[str]) -> str:
-    return " | ".join(" + ".join(task_names[task] for task in group) for group in groups)
 
 
 def satisfies(

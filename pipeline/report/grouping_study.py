@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.grouping.study import CRITERIA, GroupingStudy
+from pipeline.grouping.study import CRITERIA, GroupingStudy, in_words
 
 BLUE, VERMILION, BLACK = "#0072b2", "#d55e00", "#000000"
 
@@ -59,7 +59,7 @@ def study_to_markdown(name: str, tasks: Sequence[str], studies: Mapping[int, Gro
     lines += ["", "Found groups:", ""]
     for seed, of_seed in studies.items():
         for outcome in of_seed.criteria:
-            groups = " | ".join(" + ".join(tasks[task] for task in group) for group in outcome.chosen)
+            groups = in_words(outcome.chosen, tasks)
             lines.append(f"- seed {seed}, `{outcome.affinity}`, `{outcome.objective}`: {groups}")
     return "\n".join([*lines, "", "![scores against accuracies](grouping_study.png)", ""])
 
@@ -72,8 +72,7 @@ def study_to_csv(tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> 
     for seed, of_seed in studies.items():
         scores = zip(*(outcome.scores for outcome in of_seed.criteria))
         for groups, accuracy, of_partition in zip(of_seed.partitions, of_seed.accuracies, scores):
-            named = " | ".join(" + ".join(tasks[task] for task in group) for group in groups)
-            writer.writerow([seed, named, accuracy, *of_partition])
+            writer.writerow([seed, in_words(groups, tasks), accuracy, *of_partition])
     return stream.getvalue()
 
 

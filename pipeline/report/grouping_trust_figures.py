@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.grouping.study import Groups
+from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.trust import RankedPartition
 from pipeline.report.grouping_figures import NEGATIVE, POSITIVE
 

@@ -95,8 +95,9 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
                 for method, of_run in found.items()
             ]
         if results:
-            write_report(_benchmark(runs[0], methods, results), folder, console)
-            _track(tracker, _benchmark(runs[0], methods, results), folder)
+            benchmark = _benchmark(runs[0], methods, results)
+            write_report(benchmark, folder, console)
+            _track(tracker, benchmark, folder)
         if failed:
             raise failed[0]
     return folder

@@ -15,7 +15,7 @@ from pipeline.grouping.gradient_blocks import gradient_blocks, read_layout
 from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.search.constraints import task_numbers
-from pipeline.grouping.study import Groups
+from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.trust import (
     bootstrap,
     groups_over_training,
