@@ -367,6 +367,10 @@ class ClusterConfig(Section):
     """GPUs of a training's worker, whole or a fraction; null: 1 where the cluster has GPUs, else 0."""
     cpus_per_training: PositiveInt = 1
     """CPU cores of a training's worker; on CPU also its threads."""
+    min_workers_per_training: PositiveInt | None = None
+    """Fewest workers with which a shared training goes on while machines are away; null: all of them."""
+    wait_for_nodes_s: NonNegative = 0
+    """How long to wait for machines that an autoscaler starts, before a cluster that is too small is refused."""
     max_retries: NonNegativeInt = 3
     """How often a task whose worker died is started again."""
 
@@ -384,8 +388,11 @@ class Config(Section):
     seed: int = 1
     """Seed of the few-shot sampling, the prompts' start, batches and augmentation."""
     storage: str = "mmap-runs"
-    """Folder for everything made: on a cluster, one that all nodes share. A relative one lies in the working
-    directory, or in the home directory for a submitted Ray job, whose working directory is a passing copy."""
+    """Where everything made goes: a folder, on a cluster one that all machines share, or a bucket (s3://bucket/folder;
+    credentials and AWS_ENDPOINT_URL come from the environment). A relative folder lies in the working directory, or in
+    the home directory for a submitted Ray job, whose working directory is a passing copy."""
+    cache: str = "~/.cache/mmap-clip"
+    """Folder on every machine for copies of what lies in a bucket; may be emptied when no run is at work."""
     data: DataConfig = DataConfig()
     """Images and few-shot splits (stage 1)."""
     clip: ClipConfig = ClipConfig()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -20,13 +21,28 @@ LONG_LOG_LINE_EVERY_S = 60
 """Between the lines of work that has run for longer than this."""
 
 
-@ray.remote(num_cpus=0)
+def progress_board() -> Any:
+    """A ProgressBoard on the driver's machine, so that no other machine's end takes it away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ProgressBoard.options(scheduling_strategy=here).remote()
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class ProgressBoard:
-    """Collects the workers' reports until the driver takes them."""
+    """Collects the workers' reports until the driver takes them. All that it holds may be lost."""
 
     def __init__(self) -> None:
         self._reports: list[Report] = []
         self._totals: dict[tuple[str, str], list[int]] = {}
+        self._begun: dict[str, str] = {}
+
+    def begin(self, label: str, node_id: str) -> None:
+        """Work has begun on a machine, perhaps again."""
+        self._begun[label] = node_id
+
+    def begun(self) -> dict[str, str]:
+        """Label → id of the machine where that work began last."""
+        return self._begun
 
     def post(self, report: Report) -> None:
         self._reports.append(report)
@@ -37,7 +53,7 @@ class ProgressBoard:
         self._reports.append(Report(label, 0, total, unit))
 
     def advance(self, label: str, count: int, unit: str) -> None:
-        of = self._totals[label, unit]
+        of = self._totals.setdefault((label, unit), [0, count])
         of[0] = min(of[0] + count, of[1])  # a task that is run again counts again
         self._reports.append(Report(label, of[0], of[1], unit))
 

@@ -9,18 +9,19 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
+from pipeline.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, connect
 from pipeline.config import (
     BUILTIN_DIGITS,
     Config,
@@ -36,8 +37,8 @@ from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
-from pipeline.progress import ProgressBoard
-from pipeline.storage import Artefact, make_folder, write_atomically
+from pipeline.progress import progress_board
+from pipeline.storage import Artefact, Storage, is_uri, make_folder, write_atomically
 from pipeline.tracking import Tracker, check_reachable, resolve_tracking_uri, run_environment
 
 PARENT = "pipeline"
@@ -47,7 +48,6 @@ LOG_WIDTH = 160
 NUMBERS_VERSION = 3
 """To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
 before are then not taken for today's."""
-_IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Run:
     """A pipeline run: checked by `check_run`, then `connected` and `tracked`."""
 
     config: Config
-    storage: Path
+    storage: Storage
     listing: Listing
     clip: ClipIdentity
     mmap_shape: MmapShape
@@ -65,7 +65,8 @@ class Run:
     key: str
     """That hash."""
     console: Console
-    gpus_per_training: float = 0.0
+    needs: WorkerNeeds = WorkerNeeds(1, 0.0)
+    """Of a training's worker, on the cluster that is connected."""
     board: Any = None
     """The workers' ProgressBoard actor."""
     tracker: Tracker = field(init=False)
@@ -158,7 +159,7 @@ def check_run(config: Config, console: Console, like: Run | None = None) -> Run:
         listing = _find_data(config, storage)
         clip, shape = _check_model(config, listing)
         check_constraints(list(listing.classes), **config.grouping.constraints)
-        check_reachable(resolve_tracking_uri(config.tracking.uri, storage))
+        check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
 
     splits = Artefact(
         storage,
@@ -174,11 +175,11 @@ def check_run(config: Config, console: Console, like: Run | None = None) -> Run:
     # The splits stand for the data, the identity of CLIP for its name and file.
     deciding = config.model_dump(
         mode="json",
-        exclude={"name": True, "storage": True, "data": True, "cluster": True, "tracking": True}
+        exclude={"name": True, "storage": True, "cache": True, "data": True, "cluster": True, "tracking": True}
         | {"clip": {"model", "pretrained", "quick_gelu", "activations_gib"}},
     )
     key = content_hash({**deciding, "identity": asdict(clip), "splits": splits.key, "version": NUMBERS_VERSION})
-    folder = make_folder(storage / "runs" / f"{config.name}-{key}")
+    folder = make_folder(storage.folder / "runs" / f"{config.name}-{key}")
     write_atomically(folder / "config.yaml", to_yaml(config))
     return Run(config, storage, listing, clip, shape, splits, folder, key, console)
 
@@ -191,9 +192,14 @@ def connected(runs: Sequence[Run]) -> Iterator[None]:
         UserError: no cluster, or one that cannot hold a training.
     """
     try:
-        gpus_per_training = _connect(runs[0].config, runs[0].storage, runs[0].listing.root)
+        first = runs[0]
+        needs = connect(first.config.cluster, lambda text: first.console.print(f"  {text}", highlight=False))
+        weights = weights_file(first.config.clip)
+        own_weights = [weights] if weights and first.config.clip.pretrained != BUILTIN_DIGITS else []
+        own_data = [first.listing.root] if first.config.data.root != BUILTIN_DIGITS else []
+        check_shared(first.storage, [*own_data, *own_weights])
         for run in runs:
-            run.gpus_per_training, run.board = gpus_per_training, ProgressBoard.remote()
+            run.needs, run.board = needs, progress_board()
         yield
     finally:
         ray.shutdown()
@@ -201,15 +207,48 @@ def connected(runs: Sequence[Run]) -> Iterator[None]:
 
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
-    """Gives a run its MLflow parent run, which ends as the block does."""
+    """Gives a run its MLflow parent run, which ends as the block does; one job at a time is at a run."""
+    with _alone(run):
+        if run.storage.is_bucket:
+            run.storage.fetch(run.folder)  # what an earlier job recorded, on whatever machine
+        with _tracked(run):
+            yield
+        run.storage.send(run.folder)
+
+
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Waits until no other job is at this run. A job that is killed leaves no lock behind."""
+    lock, name = FileLock(run.folder / "lock"), run.folder / "at_work.txt"
+    told = False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            if run.stop.is_set():
+                raise InterruptedError("told to stop") from None
+            if not told:
+                other = name.read_text("utf-8") if name.is_file() else "another job"
+                run.console.print(f"  waiting: {other} is at this run; then this job goes on", highlight=False)
+            told = True
+    try:
+        write_atomically(name, f"process {os.getpid()} on {os.uname().nodename}")
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _tracked(run: Run) -> Iterator[None]:
     config = run.config
-    uri = resolve_tracking_uri(config.tracking.uri, run.storage)
+    uri = resolve_tracking_uri(config.tracking.uri, run.storage.folder)
     run.tracker = Tracker(uri, config.tracking.experiment, run.folder / f"tracking-{run.key}")
     try:
         _announce(run)
         yield
     except BaseException as error:
-        run.tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        with suppress(UserError):  # the disk is full: that the error says
+            run.tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         run.tracker.close(timeout_s=10)
         raise
     run.tracker.end_run(PARENT)
@@ -224,7 +263,7 @@ def _announce(run: Run) -> None:
         tags={
             "mlflow.runName": run.folder.name,
             "mlflow.source.name": sys.argv[0],
-            "run_folder": run.folder,
+            "run_folder": run.storage.shown(run.folder),
             **environment,
         },
         params=_flat(config.model_dump(mode="json")),
@@ -232,7 +271,7 @@ def _announce(run: Run) -> None:
     run.tracker.log_artifact(PARENT, run.folder / "config.yaml")
     run.console.print(
         f"  {len(run.tasks)} tasks, {len(run.listing.images)} images · {config.clip.model} · "
-        f"{run.mmap_shape.num_parameters:,} parameters a MmAP · results in {run.folder}",
+        f"{run.mmap_shape.num_parameters:,} parameters a MmAP · results in {run.storage.shown(run.folder)}",
         highlight=False,
     )
 
@@ -247,28 +286,38 @@ def _with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"clip": config.clip.model_copy(update=changes)})
 
 
-def _open_storage(config: Config) -> Path:
+def _open_storage(config: Config) -> Storage:
+    cache = Path(config.cache).expanduser().absolute()
+    if is_uri(config.storage):
+        storage = Storage(config.storage, cache / content_hash(config.storage))
+        storage.mark()
+        _check_space("cache", cache)
+        return storage
     path = Path(config.storage).expanduser()
     if not path.is_absolute():
         # The working directory of a submitted job is a copy that Ray deletes.
-        path = (Path.home() if _IN_SUBMITTED_JOB else Path.cwd()) / path
+        path = (Path.home() if IN_SUBMITTED_JOB else Path.cwd()) / path
     make_folder(path)
     if not os.access(path, os.W_OK):
         raise UserError(f"storage={path} cannot be written; change `storage`")
+    _check_space("storage", path)
+    storage = Storage.of_folder(path.resolve())
+    storage.mark()
+    return storage
+
+
+def _check_space(name: str, path: Path) -> None:
     free = shutil.disk_usage(path).free
     if free < LEAST_FREE_BYTES:
-        raise UserError(
-            f"storage={path} has {free >> 20} MiB free, less than {LEAST_FREE_BYTES >> 20}; free some space"
-        )
-    return path.resolve()
+        raise UserError(f"{name}={path} has {free >> 20} MiB free, less than {LEAST_FREE_BYTES >> 20}; free some space")
 
 
-def _find_data(config: Config, storage: Path) -> Listing:
+def _find_data(config: Config, storage: Storage) -> Listing:
     if config.data.root is None:
         raise UserError("data.root is not set: give the folder of your images, <root>/<task>/<class>/*")
     root = Path(config.data.root).expanduser()
     if config.data.root == BUILTIN_DIGITS:
-        root = storage / "datasets" / "digits"
+        root = storage.folder / "datasets" / "digits"
         try:
             write_digits(root)
         except OSError as error:
@@ -293,66 +342,6 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
                 f"{batch} (batch_size of {kind.title}) and {num_classes}: use no more workers than those"
             )
     return identity, shape
-
-
-def _connect(config: Config, storage: Path, data_root: Path) -> float:
-    """Joins or starts Ray; returns the GPUs of a training."""
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {}
-    if address == "local":
-        # Ray Train asks the dashboard whether its placement groups are still needed.
-        options["include_dashboard"] = config.cluster.workers_per_training > 1
-    elif not _IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
-        options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
-    try:
-        ray.init(address=address, logging_level=logging.ERROR, **options)
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address}: {error}; change cluster.address or RAY_ADDRESS"
-        ) from None
-    resources = ray.cluster_resources()
-    gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 0)
-    wanted = config.cluster.gpus_per_training
-    if wanted is None:
-        wanted = 1.0 if gpus else 0.0
-    workers = config.cluster.workers_per_training
-    times = f" for each of cluster.workers_per_training={workers}" if workers > 1 else ""
-    if wanted * workers > gpus:
-        raise UserError(f"cluster.gpus_per_training={wanted:g}{times}, but the cluster has {gpus:g} GPUs")
-    if (wanted_cpus := config.cluster.cpus_per_training) * workers > cpus:
-        raise UserError(f"cluster.cpus_per_training={wanted_cpus}{times}, but the cluster has {cpus:g} CPUs")
-    if workers > 1 and wanted % 1:
-        raise UserError(
-            f"cluster.workers_per_training={workers} takes whole GPUs, not cluster.gpus_per_training={wanted:g}"
-        )
-    weights = weights_file(config.clip)
-    own_weights = [weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else []
-    check_shared(storage, [data_root, *own_weights])
-    return wanted
-
-
-def check_shared(storage: Path, paths: list[Path]) -> None:
-    """On several nodes, storage, data and weights must be the same files everywhere."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    if len(nodes) < 2:
-        return
-    probe = storage / ".shared-storage-probe"
-    write_atomically(probe, "every node must see this file")
-    try:
-        for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            look = ray.remote(_missing).options(num_cpus=0, scheduling_strategy=there)
-            if unseen := ray.get(look.remote([probe, *paths])):
-                raise UserError(
-                    f"node {node['NodeManagerAddress']} does not see {', '.join(unseen)}: `storage`, `data.root` and "
-                    "weights files must lie on storage that all nodes share under the same path"
-                )
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _missing(paths: list[Path]) -> list[str]:
-    return [str(path) for path in paths if not path.exists()]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,38 +2,187 @@
 
     <storage>/<stage>/<key>/             finished artefacts of splits, global_prompt, grouping, image_features and
                                          group_trainings
-    <storage>/<stage>/.building-<key>/   unfinished ones
+    <storage>/<stage>/.building-<key>/   unfinished ones: the training's checkpoints, and a folder for each attempt
     <storage>/runs/<name>-<key>/         reports, by run
     <storage>/benchmarks/<name>-<key>/   reports on many runs
 
-An artefact is built beside its place and renamed into it with artefact.json, which lists its files: a reader sees a
-whole artefact or none, and a stage whose artefact is there is not run again.
+The storage is a folder that all machines share, or a bucket (s3://, gs://, ...), of which each machine keeps copies of
+what it needs in the same layout. An artefact is made in a folder of its own and published whole: in a folder by
+renaming, in a bucket by writing artefact.json, which lists its files, last. A reader sees a whole artefact or none, and
+a stage whose artefact is there is not run again. Two that make the same artefact do not meet: the faster one publishes.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
+import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
 
 from pipeline.config import content_hash
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 _MANIFEST = "artefact.json"
-_SCRATCH = "checkpoints"
+_MARKER = ".mmap-storage"
+_CHECKPOINTS = "checkpoints"
+PAUSES_S = (1, 2, 4, 8, 15, 30, 30, 30)
+"""Between the attempts to reach a bucket while a run is at work."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A place for artefacts and reports; picklable. Paths are always those below `folder`."""
+
+    uri: str
+    """The folder, or where the bucket's part begins."""
+    folder: Path
+    """Here: that folder, or this machine's copies; the same path on all machines."""
+
+    @staticmethod
+    def of_folder(folder: Path) -> Storage:
+        return Storage(str(folder), folder)
+
+    @property
+    def is_bucket(self) -> bool:
+        return is_uri(self.uri)
+
+    def shown(self, path: Path) -> str:
+        """Where a user finds what has this path."""
+        if not self.is_bucket:
+            return str(path)
+        place, _, options = self.uri.partition("?")
+        name = path.relative_to(self.folder).as_posix()
+        return f"{place.rstrip('/')}/{name}" + (f"?{options}" if options else "")
+
+    def mark(self) -> None:
+        """Leaves what `check_here` looks for. Raises: UserError: the storage cannot be written or read."""
+        marker = make_folder(self.folder) / _MARKER
+        if not self.is_bucket and marker.is_file():
+            return
+        write_atomically(marker, "Storage of mmap-clip: every machine of a cluster must see this file.\n")
+        if self.is_bucket:
+            filesystem, path = self._there(marker)
+            try:
+                pafs.copy_files(str(marker), path, pafs.LocalFileSystem(), filesystem)
+                filesystem.open_input_file(path).read()
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(
+                    f"storage={self.uri} cannot be used: {error}. Check the bucket's name, AWS_ENDPOINT_URL (or "
+                    "?endpoint_override=), and the credentials, which come from the environment"
+                ) from None
+
+    def check_here(self) -> None:
+        """Raises: UserError: this machine does not see the storage."""
+        if self.is_bucket:
+            if self.sizes([self.folder / _MARKER])[0] is not None:
+                return
+        elif (self.folder / _MARKER).is_file():
+            return
+        raise UserError(
+            f"{os.uname().nodename} does not see storage={self.uri}: it must be a folder that all machines share under "
+            "the same path, or a bucket that all can reach"
+        )
+
+    def sizes(self, paths: list[Path]) -> list[int | None]:
+        """Bytes of the files at `paths` in the storage; None for one that is not there."""
+        filesystem, base = self._there(self.folder)
+        places = [f"{base}/{path.relative_to(self.folder).as_posix()}" for path in paths]
+        found = self._persistently(lambda: filesystem.get_file_info(places))
+        return [info.size if info.type == pafs.FileType.File else None for info in found]
+
+    def send(self, path: Path, to: Path | None = None) -> None:
+        """To the bucket: a file, or all files of a folder. A storage that is a folder has them already."""
+        if self.is_bucket:
+            filesystem, place = self._there(to or path)
+            self._persistently(lambda: pafs.copy_files(str(path), place, pafs.LocalFileSystem(), filesystem))
+
+    def fetch(self, path: Path, into: Path | None = None) -> None:
+        """From the bucket: the file, or all files of the folder, that has this path; if there is none, nothing."""
+        if not self.is_bucket:
+            return
+        filesystem, place = self._there(path)
+        found = self._persistently(lambda: filesystem.get_file_info(place))
+        if found.type == pafs.FileType.NotFound:
+            return
+        into = into or path
+        make_folder(into if found.type == pafs.FileType.Directory else into.parent)
+        partial = into if found.type == pafs.FileType.Directory else into.with_name(f"{into.name}.{uuid.uuid4().hex}")
+        self._persistently(lambda: pafs.copy_files(place, str(partial), filesystem, pafs.LocalFileSystem()))
+        if partial != into:
+            os.replace(partial, into)
+
+    def remove(self, path: Path) -> None:
+        """From the bucket, a file or folder that may be there; here too."""
+        if self.is_bucket:
+            filesystem, place = self._there(path)
+            kind = self._persistently(lambda: filesystem.get_file_info(place)).type
+            if kind == pafs.FileType.File:
+                self._persistently(lambda: filesystem.delete_file(place))
+            elif kind == pafs.FileType.Directory:
+                self._persistently(lambda: filesystem.delete_dir(place))
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def filesystem(self, path: Path) -> tuple[pafs.FileSystem, str]:
+        """pyarrow's file system and the place in it, for a library that takes these."""
+        return self._there(path)
+
+    def _there(self, path: Path) -> tuple[pafs.FileSystem, str]:
+        name = path.relative_to(self.folder).as_posix()
+        filesystem, base = _filesystem(self.uri) if self.is_bucket else (pafs.LocalFileSystem(), self.uri)
+        return filesystem, base if name == "." else f"{base}/{name}"
+
+    def _persistently(self, action: Callable[[], T]) -> T:
+        """A bucket that is away for a minute or two ends nothing."""
+        if self.is_bucket:
+            for pause in PAUSES_S:
+                try:
+                    return action()
+                except OSError as error:
+                    log.warning("%s: %s; trying again in %d s", self.uri, error, pause)
+                    time.sleep(pause)
+        return action()
+
+
+def is_uri(place: str) -> bool:
+    return "://" in place
+
+
+@lru_cache
+def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    if "@" in uri.partition("?")[0] or "secret_key" in uri:
+        raise UserError(
+            "storage must not hold credentials, since it is shown and stored: give them in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        )
+    try:
+        filesystem, base = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"storage={uri} is neither a folder nor a place like s3://bucket/folder that pyarrow can open: {error}"
+        ) from None
+    return filesystem, base.rstrip("/")
 
 
 @dataclass(frozen=True)
 class Artefact:
     """A stage's output, finished or not; picklable, so that a worker can finish what the driver planned."""
 
-    root: Path
+    storage: Storage
     stage: str
     made_from: dict[str, Any]
 
@@ -43,63 +192,148 @@ class Artefact:
 
     @property
     def folder(self) -> Path:
-        """Where the finished files lie."""
-        return self.root / self.stage / self.key
+        """Where the finished files lie; on this machine, once `local` was asked for."""
+        return self.storage.folder / self.stage / self.key
 
     @property
     def building(self) -> Path:
         """Where files are made before that."""
-        return self.root / self.stage / f".building-{self.key}"
+        return self.storage.folder / self.stage / f".building-{self.key}"
 
     @property
     def checkpoints(self) -> Path:
-        """Scratch folder inside `building`, which is removed on finishing."""
-        return self.building / _SCRATCH
+        """Folder of what all attempts share, to go on from; removed on finishing."""
+        return self.building / _CHECKPOINTS
 
     def finished(self) -> bool:
-        """True if the artefact is there with all its files; one that lost files is moved aside and told of."""
-        if not (self.folder / _MANIFEST).is_file():
+        """True if the artefact is there with all its files; one that lost files is set aside and told of."""
+        if self.storage.sizes([self.folder / _MANIFEST]) == [None]:
             return False
         files = self.manifest()["files"]
-        damaged = [name for name, size in files.items() if not _has_size(self.folder / name, size)]
+        found = self.storage.sizes([self.folder / name for name in files])
+        damaged = [name for (name, size), there in zip(files.items(), found) if there != size]
         if not damaged:
             return True
-        aside = self.folder.with_name(f".damaged-{self.key}-{uuid.uuid4().hex[:8]}")
-        log.warning("%s lost or changed %s; moved to %s, made again", self.folder, ", ".join(damaged), aside)
-        os.replace(self.folder, aside)
+        place, told = self.storage.shown(self.folder), ", ".join(damaged)
+        if self.storage.is_bucket:
+            log.warning("%s lost or changed %s; made again", place, told)
+            self.storage.remove(self.folder / _MANIFEST)
+        else:
+            aside = self.folder.with_name(f".damaged-{self.key}-{uuid.uuid4().hex[:8]}")
+            log.warning("%s lost or changed %s; moved to %s, made again", place, told, aside)
+            os.replace(self.folder, aside)
         return False
 
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.folder / _MANIFEST)
+        filesystem, place = self.storage.filesystem(self.folder / _MANIFEST)
+        return json.loads(filesystem.open_input_file(place).read())
 
-    def start(self) -> Path:
-        """The folder to make files in; what an interrupted attempt left there stays, to go on from."""
-        make_folder(self.building)
-        return self.building
+    def local(self) -> Path:
+        """The finished artefact's folder on this machine, with its files.
 
-    def finish(self, seconds: float) -> None:
-        """Publishes the files of `building`, which took `seconds` to make."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for partial in self.building.rglob("*.partial"):  # of a worker that was killed while writing
-            partial.unlink(missing_ok=True)
-        files = {
-            path.relative_to(self.building).as_posix(): path.stat().st_size
-            for path in sorted(self.building.rglob("*"))
-            if path.is_file() and path.name != _MANIFEST
-        }
-        manifest = {"stage": self.stage, "made_from": self.made_from, "seconds": seconds, "files": files}
-        write_json(self.building / _MANIFEST, manifest)
+        Raises:
+            UserError: a file of the bucket is not what was written there.
+        """
+        if not self.storage.is_bucket or (self.folder / _MANIFEST).is_file():
+            return self.folder
+        arriving = make_folder(self.folder.with_name(f".arriving-{self.key}-{uuid.uuid4().hex[:8]}"))
         try:
-            os.replace(self.building, self.folder)
-        except OSError:
-            if not self.finished():  # else another job was faster with the same content
+            self.storage.fetch(self.folder, into=arriving)
+            for name, digest in read_json(arriving / _MANIFEST)["sha256"].items():
+                if not (arriving / name).is_file() or _sha256(arriving / name) != digest:
+                    place = self.storage.shown(self.folder)
+                    raise UserError(f"{place}/{name} is not what was written there: remove {place} and run again")
+            _rename_folder(arriving, self.folder)
+        finally:
+            shutil.rmtree(arriving, ignore_errors=True)
+        return self.folder
+
+    @contextmanager
+    def making(self, publish: bool = True) -> Iterator[Making]:
+        """Gives a folder to make the files in, and publishes them at the end of the block. If another attempt publishes
+        the artefact in the meantime, a fault of this one does not matter.
+
+        Args:
+            publish: False for all but one of several workers at the same attempt.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        began = time.monotonic()
+        made = Making(self, make_folder(self.building / uuid.uuid4().hex))
+        try:
+            yield made
+            if publish:
+                made.publish(time.monotonic() - began)
+        except Exception as error:
+            if self.finished():
+                log.info("%s was finished by another", self.folder)
+            elif disk_is_full(error) and not isinstance(error, UserError):
+                raise UserError(f"cannot write {self.folder}: {error}; {FREE_SPACE}") from error
+            else:
                 raise
-            shutil.rmtree(self.building, ignore_errors=True)
+        finally:
+            shutil.rmtree(made.folder, ignore_errors=True)
+
+
+@dataclass
+class Making:
+    """One attempt at an artefact."""
+
+    artefact: Artefact
+    folder: Path
+    sent: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Files that `send_part` has taken care of: name → bytes, SHA-256."""
+
+    def publish(self, seconds: float) -> None:
+        """Publishes the files of `folder`, which took `seconds` to make."""
+        artefact, storage = self.artefact, self.artefact.storage
+        for partial in self.folder.rglob("*.partial"):  # of a worker that was killed while writing
+            partial.unlink(missing_ok=True)
+        here = {
+            path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*")) if path.is_file()
+        }
+        of_files = self.sent | {
+            name: (path.stat().st_size, _sha256(path)) for name, path in here.items() if name not in self.sent
+        }
+        manifest = {
+            "stage": artefact.stage,
+            "made_from": artefact.made_from,
+            "seconds": seconds,
+            "files": {name: size for name, (size, _) in sorted(of_files.items())},
+            "sha256": {name: digest for name, (_, digest) in sorted(of_files.items())},
+        }
+        storage.send(self.folder, artefact.folder)
+        write_json(self.folder / _MANIFEST, manifest)
+        storage.send(self.folder / _MANIFEST, artefact.folder / _MANIFEST)
+        if len(here) == len(of_files):  # else parts of it were made on other machines
+            _rename_folder(self.folder, artefact.folder)
+        storage.remove(artefact.building)
+
+
+def send_part(artefact: Artefact, folder: Path, name: str) -> dict[str, tuple[int, str]]:
+    """For a worker that makes one file of an artefact, in the Making's `folder`: what belongs into its `sent`."""
+    path, storage = folder / name, artefact.storage
+    described = {name: (path.stat().st_size, _sha256(path))}
+    if storage.is_bucket:
+        storage.send(path, artefact.folder / name)
+        path.unlink()
+    return described
+
+
+FREE_SPACE = "free some space, or change `storage`; the same command goes on"
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """By number, or, as torch and safetensors tell it, by text."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        text in str(error) for text in ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Raises: UserError: the disk is full or the folder cannot be written."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -108,7 +342,7 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or change `storage`") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; {FREE_SPACE}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -127,5 +361,14 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def _rename_folder(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError:
+        if not (target / _MANIFEST).is_file():  # else another was faster with the same content
+            raise
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

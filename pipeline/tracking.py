@@ -19,6 +19,7 @@ What this module chose:
         tracker.end_run("pipeline")
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -38,6 +39,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from pipeline.errors import UserError
+from pipeline.storage import FREE_SPACE
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +113,8 @@ def check_reachable(uri: str, timeout_s: float = 10) -> None:
 class Tracker:
     """Records runs in `folder`, which belongs to one pipeline run (and one driver at a time), and sends them.
 
-    Runs are addressed by local names. No method waits for the server or raises because of it.
+    Runs are addressed by local names. No method waits for the server or raises because of it; a full disk
+    is a UserError.
     """
 
     def __init__(self, uri: str, experiment: str, folder: Path):
@@ -167,9 +170,12 @@ class Tracker:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         kept = self._folder / "outbox_files" / digest / path.name
         if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, f"{kept}.part")
-            os.replace(f"{kept}.part", kept)
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, f"{kept}.part")
+                os.replace(f"{kept}.part", kept)
+            except OSError as error:
+                raise UserError(f"cannot copy {path} to {kept}: {error.strerror}; {FREE_SPACE}") from error
         self._record("artifact", name, {posixpath.join(artifact_path or "", path.name): digest})
 
     def log_dataset(self, name: str, *, dataset_name: str, digest: str, source: str, profile: Mapping = {}) -> None:
@@ -220,7 +226,7 @@ class Tracker:
     def _open_journal(self):
         path = self._folder / "outbox.jsonl"
         content = path.read_bytes() if path.exists() else b""
-        journal = path.open("ab")
+        journal = path.open("ab", buffering=0)
         journal.truncate(content.rfind(b"\n") + 1)  # a crash may have left half a line
         for line in content.splitlines(keepends=True):
             if line.endswith(b"\n"):
@@ -247,12 +253,21 @@ class Tracker:
             parts = [new[i : i + size] for i in range(0, len(new), size)]
             ops = [op | {"values": {key: values[key] for key in part}} for part in parts]
             if ops:
-                self._journal.write("".join(json.dumps(op) + "\n" for op in ops).encode())
-                self._journal.flush()
-                os.fsync(self._journal.fileno())
+                self._append("".join(json.dumps(op) + "\n" for op in ops).encode())
                 for op in ops:
                     self._remember(op)
                 self._changed.notify_all()
+
+    def _append(self, lines: bytes) -> None:
+        """Raises: UserError: the disk is full; the journal is as before."""
+        before = os.fstat(self._journal.fileno()).st_size
+        try:
+            if self._journal.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._journal.fileno())
+        except OSError as error:
+            self._journal.truncate(before)
+            raise UserError(f"cannot write {self._journal.name}: {error.strerror}; {FREE_SPACE}") from error
 
     # The thread that sends
 

@@ -5,6 +5,18 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # small models: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Storage and output of one quiet run of the pipeline, which others are held against."""
+    from pipelines import QUICK, run
+
+    storage = tmp_path_factory.mktemp("undisturbed") / "storage"
+    finished = run(storage, *QUICK)
+    assert finished.status == 0, finished.output
+    return storage, finished.output

@@ -14,9 +14,17 @@ from functools import partial
 from pathlib import Path
 
 import psutil
+from mlflow import MlflowClient
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUICK = ("--training.epochs", "12", "--global_prompt.epochs", "8", "--training.checkpoint_every", "2")
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 @dataclass
@@ -28,8 +36,16 @@ class Finished:
 class Job:
     """A job script in its own process group; `stop` leaves nothing of it behind."""
 
-    def __init__(self, storage: Path, *arguments: str, prefix: tuple[str, ...] = ("jobs/full_pipeline.py",), env=None):
-        self.output = storage.parent / f"{storage.name}-{time.monotonic_ns()}.log"
+    def __init__(
+        self,
+        storage: Path,
+        *arguments: str,
+        prefix: tuple[str, ...] = ("jobs/full_pipeline.py",),
+        env=None,
+        logs: Path | None = None,
+    ):
+        """`logs`: folder of the output, if not beside the storage."""
+        self.output = (logs or storage.parent) / f"{storage.name}-{time.monotonic_ns()}.log"
         with open(self.output, "wb") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, *prefix, "--storage", str(storage), *arguments],
@@ -51,11 +67,7 @@ class Job:
 
     def workers(self, label: str) -> list[psutil.Process]:
         """Ray worker processes that are now running the work `label`."""
-        return [
-            p
-            for p in self._family()
-            if p.name().startswith("ray::") and " ".join(p.cmdline()).startswith(f"ray::{label}")
-        ]
+        return [process for process in self._family() if title(process).startswith(f"ray::{label}")]
 
     def finish(self, timeout: float = 240) -> Finished:
         """Waits for the end, and until every process that the job started is gone."""
@@ -114,3 +126,15 @@ def numbers(storage: Path) -> dict[str, object]:
     for file in (the_run(storage) / "prompts").iterdir():
         found[file.name] = file.read_bytes()
     return found
+
+
+def every_step_once(storage: Path, uri: str | None = None) -> bool:
+    """Whether the last pipeline's MLflow runs hold each step's loss once, in both training stages."""
+    client = MlflowClient(uri or f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("mmap-clip")
+    for name, epochs in (("all in one", 12), ("global_prompt", 8)):
+        found, *_ = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
+        losses = client.get_metric_history(found.info.run_id, "train_loss/ink")
+        if sorted(loss.step for loss in losses) != list(range(1, 5 * epochs + 1)):
+            return False
+    return True

@@ -2,162 +2,95 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
-from pipelines import QUICK, REPOSITORY, summary
-from ray.cluster_utils import Cluster
+from pipelines import QUICK, Job, summary
+from servers import RayCluster, free_ports, mlflow_server, submit
 
+from pipeline.cluster import WorkerNeeds, check_shared, connect, described, places
+from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
-from pipeline.run import check_shared
+from pipeline.storage import Storage
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
-
-
-class Server:
-    """A program in its own session, with all that it starts; `kill` ends them by their ids."""
-
-    def __init__(self, command: list[str], log: Path, env: dict[str, str], ready: str):
-        self._log = open(log, "ab")
-        self.process = subprocess.Popen(
-            command,
-            cwd=log.parent,
-            env={**os.environ, **env},
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        end = time.monotonic() + 90
-        while not answers(ready):
-            assert self.process.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
-
-    def kill(self) -> None:
-        family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
-        for process in family:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                pass
-        self.process.wait()
-        assert not psutil.wait_procs(family, timeout=20)[1]
-        self._log.close()
-
-
-def answers(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(url, timeout=2).status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def free_ports(count: int, first: int) -> list[int]:
-    """Below the range that Ray gives its workers. Ray binds some ports late: others must ask from another `first`."""
-    ports: list[int] = []
-    for port in range(first, first + 1000, 7):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-                ports.append(port)
-            except OSError:
-                continue
-        if len(ports) == count:
-            return ports
-    raise AssertionError("no free ports")
 
 
 @pytest.fixture
 def ray_head(tmp_path):
-    gcs, dashboard, agent, client = free_ports(4, first=6500)
-    temporary = Path(tempfile.mkdtemp(prefix="ray-"))  # socket paths below tmp_path would be too long
-    address = f"http://127.0.0.1:{dashboard}"
-    head = Server(
-        [
-            str(BIN / "ray"),
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus=2",
-            "--num-gpus=1",  # a logical one, which two trainings at a time share
-            "--port",
-            str(gcs),
-            "--dashboard-port",
-            str(dashboard),
-            "--dashboard-agent-listen-port",
-            str(agent),
-            "--ray-client-server-port",
-            str(client),
-            "--temp-dir",
-            str(temporary),
-        ],
-        tmp_path / "ray.log",
-        {"PATH": f"{BIN}:{os.environ['PATH']}"},
-        f"{address}/api/version",
-    )
-    yield address
-    head.kill()
-    shutil.rmtree(temporary, ignore_errors=True)
+    cluster = RayCluster(tmp_path, num_gpus=1)  # a logical one, which two trainings at a time share
+    yield cluster.address
+    cluster.stop()
 
 
-def mlflow_server(folder: Path, port: int) -> Server:
-    return Server(
-        [
-            str(BIN / "mlflow"),
-            "server",
-            "--workers",
-            "1",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--backend-store-uri",
-            f"sqlite:///{folder}/server.db",
-            "--artifacts-destination",
-            str(folder / "artifacts"),
-        ],
-        folder / "mlflow.log",
-        {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PATH": f"{BIN}:{os.environ['PATH']}"},
-        f"http://127.0.0.1:{port}/health",
-    )
-
-
-def submit(address: str, *entrypoint: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *entrypoint],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
-    )
-
-
-def test_every_node_must_see_storage_and_data(tmp_path):
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+def test_every_machine_must_see_storage_and_data(tmp_path):
+    """And what a training needs must fit on some of them."""
+    storage = Storage.of_folder(tmp_path / "storage")
+    storage.mark()
+    cluster = RayCluster(tmp_path, num_cpus=1)
     try:
-        cluster.add_node(num_cpus=1)
-        with pytest.raises(UserError, match="node .* does not see /nowhere/data: `storage`, `data.root`"):
-            ray.init(address=cluster.address, log_to_driver=False)
-            check_shared(tmp_path, [tmp_path])
-            check_shared(tmp_path, [Path("/nowhere/data")])
-        assert not list(tmp_path.iterdir())
+        cluster.add_node(3, 1)
+        config = ClusterConfig(address=cluster.gcs, cpus_per_training=2)
+        needs = connect(config, print)
+        assert (needs.cpus, needs.gpus, places(needs)) == (2, 1.0, 1)
+        assert [places(WorkerNeeds(1, gpus)) for gpus in (0, 0.5, 0.4)] == [4, 2, 2]
+        assert described() == "1 GPUs and 4 CPUs on 2 machines"
+        check_shared(storage, [tmp_path])
+        with pytest.raises(UserError, match="machine .* does not see /nowhere/data: data.root"):
+            check_shared(storage, [Path("/nowhere/data")])
+        ray.shutdown()
+        for changes, message in (
+            ({"cpus_per_training": 4}, "takes 1 GPU and 4 CPU, but the cluster has 1 GPUs and 4 CPUs on 2 machines"),
+            ({"workers_per_training": 2}, "takes 1 GPU and 2 CPU for each of 2 workers"),
+            ({"gpus_per_training": 2}, "takes 2 GPU and 2 CPU, but"),
+        ):
+            said = []
+            changed = config.model_copy(update=changes | {"wait_for_nodes_s": 3})
+            with pytest.raises(UserError, match=message):
+                connect(changed, said.append)
+            assert "waiting up to 3 s for machines with" in said[0]
+            ray.shutdown()
+
+        apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {storage.folder} && exec "$@"', "sh"]
+        cluster.add_node(1, 0, prefix=apart)
+        connect(config, print)
+        with pytest.raises(UserError, match="machine 127.0.0.3: .* does not see storage=.*: it must be a folder that"):
+            check_shared(storage, [])
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        cluster.stop()
+
+
+def test_who_waits_is_told_for_what(tmp_path):
+    cluster = RayCluster(tmp_path, num_cpus=2, num_gpus=1)
+    try:
+        ray.init(address=cluster.gcs)
+
+        @ray.remote(num_gpus=1)
+        def other_work():
+            time.sleep(600)
+
+        other = other_work.remote()
+        while ray.available_resources().get("GPU"):
+            time.sleep(0.1)
+        options = ("--cluster.address", cluster.gcs, *QUICK)
+        job = Job(tmp_path / "storage", *options, prefix=("jobs/train_global_prompt.py",))
+        try:
+            job.wait_until(lambda: "waiting" in job.output.read_text())
+            ray.cancel(other, force=True)
+        finally:
+            finished = job.finish()
+        assert finished.status == 0, finished.output
+        assert (
+            "waiting: 'global prompt' waits for 1 GPU and 1 CPU; the cluster has 1 GPUs and 2 CPUs on 1 machine, "
+            "of which 0 GPUs and 2 CPUs are free: other work holds them"
+        ) in finished.output
+    finally:
+        ray.shutdown()
+        cluster.stop()
 
 
 def test_submitted_job_outlives_its_tracking_server(ray_head, tmp_path):

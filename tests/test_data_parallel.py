@@ -24,6 +24,7 @@ from torch.multiprocessing.spawn import spawn
 
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.mmap import SharedMmap
+from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import decoded_batches, evaluate
 from pipeline.training.loop import train
 from pipeline.training.share import Share
@@ -35,7 +36,7 @@ def trained(folder=None):
     """Prompts of a group after training, history and snapshots of a global prompt, and every other method."""
     towers, _, tokens, sets = small_problem()
     group = group_prompts(towers)
-    train(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder)
+    train(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder and Checkpoints(folder))
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
     history, snapshots = train(
         towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot=shared.task_gradients, snapshot_every=3

@@ -6,40 +6,18 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
-from pipelines import QUICK, REPOSITORY, Job, numbers, run, summary, the_run
+from pipelines import QUICK, REPOSITORY, every_step_once, numbers, run, summary, the_run
 
 from pipeline.run import run_job
 
 pytestmark = pytest.mark.slow
 TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Storage and output of one quiet run."""
-    storage = tmp_path_factory.mktemp("undisturbed") / "storage"
-    finished = run(storage, *QUICK)
-    assert finished.status == 0, finished.output
-    return storage, finished.output
-
-
-def every_step_once(storage) -> bool:
-    """Whether the last pipeline's MLflow runs hold each step's loss once, in both training stages."""
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    experiment = client.get_experiment_by_name("mmap-clip")
-    for name, epochs in (("all in one", 12), ("global_prompt", 8)):
-        found, *_ = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
-        losses = client.get_metric_history(found.info.run_id, "train_loss/ink")
-        if sorted(loss.step for loss in losses) != list(range(1, 5 * epochs + 1)):
-            return False
-    return True
 
 
 def test_the_demo_is_a_fair_stage(tmp_path):
@@ -132,44 +110,6 @@ def test_another_grouping_reuses_the_global_prompt(undisturbed, tmp_path):
 def test_a_second_storage_gets_the_same_numbers(undisturbed, tmp_path):
     assert run(tmp_path / "storage", *QUICK, env={"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}).status == 0
     assert numbers(tmp_path / "storage") == numbers(undisturbed[0])
-
-
-def test_killed_in_every_stage_and_run_again(undisturbed, tmp_path):
-    storage = tmp_path / "storage"
-    for point in (
-        "pipeline.stages.splits:write_json",
-        "report:global prompt:8",
-        "pipeline.stages.grouping:best_partition",
-        "report:all in one:8",
-        "pipeline.stages.report:to_markdown",
-    ):
-        job = Job(storage, *QUICK, prefix=("tests/kill_driver.py", point))
-        finished = job.finish()
-        assert finished.status == -signal.SIGKILL, (point, finished.output)
-    finished = run(storage, *QUICK)
-    assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 4
-    assert numbers(storage) == numbers(undisturbed[0])
-    assert every_step_once(storage)
-
-
-@pytest.mark.parametrize(
-    "stage, labels", [("global_prompt", ["global prompt"]), ("group_trainings", ["all in one", "group: "])]
-)
-def test_a_killed_worker_goes_on_from_its_checkpoint(undisturbed, tmp_path, stage, labels):
-    storage = tmp_path / "storage"
-    job = Job(storage, *QUICK)
-    try:
-        job.wait_until(lambda: list((storage / stage).glob(".building-*/checkpoints/checkpoint.pt")))
-        workers = [worker for label in labels for worker in job.workers(label)]
-        assert workers
-        for worker in workers:
-            worker.kill()
-    finally:
-        finished = job.finish()
-    assert finished.status == 0, finished.output
-    assert numbers(storage) == numbers(undisturbed[0])
-    assert every_step_once(storage)
 
 
 def test_two_workers_share_each_training(undisturbed, tmp_path):

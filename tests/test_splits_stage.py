@@ -89,7 +89,7 @@ def test_broken_images_stop_the_run_with_their_paths_and_number(build, folder):
         build("strict", max_dropped_share=1 / NUM_IMAGES)
     message = str(error.value)
     assert f"2 of {NUM_IMAGES + 2} images are broken" in message
-    (listed,) = (folder / "strict/splits").glob("broken-*.txt")
+    (listed,) = (folder / "strict/runs").glob("*/broken_images.txt")
     assert str(listed) in message
     for path in BROKEN:
         assert f"{path}: no image of a known format" in message

@@ -1,54 +1,185 @@
-"""Artefacts: whole or not there, found by what they were made from."""
+"""Artefacts: whole or not there, found by what they were made from; in a folder and in a bucket alike."""
 
 from __future__ import annotations
 
 import pytest
+from pyarrow.fs import FileType
+from servers import S3Server, free_ports
 
 from pipeline.errors import UserError
-from pipeline.storage import Artefact, read_json, write_atomically
+from pipeline.storage import Artefact, Making, Storage, read_json, send_part, write_atomically
+from pipeline.training.checkpoint import Checkpoints
 
 
 def make(artefact: Artefact, text: str = "content") -> None:
-    folder = artefact.start()
-    (folder / "part").mkdir(exist_ok=True)
-    (folder / "part" / "file.txt").write_text(text)
-    artefact.checkpoints.mkdir()
-    (artefact.checkpoints / "checkpoint.pt").write_text("scratch")
-    (folder / "part" / "file.txt.partial").write_text("half of it")
-    artefact.finish(1.5)
+    with artefact.making() as made:
+        (made.folder / "part").mkdir()
+        (made.folder / "part" / "file.txt").write_text(text)
+        artefact.checkpoints.mkdir(exist_ok=True)
+        (artefact.checkpoints / "checkpoint.pt").write_text("scratch")
+        (made.folder / "part" / "file.txt.partial").write_text("half of it")
 
 
-def test_an_artefact_appears_whole(tmp_path):
-    artefact = Artefact(tmp_path, "splits", {"seed": 1, "task": "Real World"})
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        server = S3Server(tmp_path_factory.mktemp("s3"), *free_ports(1, first=9100))
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+        server.kill()
+
+
+def in_bucket(s3, tmp_path, machine="here"):
+    place, options = s3.uri.split("?")
+    return Storage(f"{place}/{tmp_path.name}?{options}", tmp_path / machine)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request, tmp_path):
+    if request.param == "folder":
+        storage = Storage.of_folder(tmp_path / "storage")
+    else:
+        storage = in_bucket(request.getfixturevalue("s3"), tmp_path)
+    storage.mark()
+    return storage
+
+
+def test_an_artefact_appears_whole(storage):
+    artefact = Artefact(storage, "splits", {"seed": 1, "task": "Real World"})
     assert not artefact.finished()
     make(artefact)
     assert artefact.finished() and not artefact.building.exists()
     manifest = artefact.manifest()
     assert manifest["files"] == {"part/file.txt": 7}
-    assert manifest["seconds"] == 1.5 and manifest["made_from"] == {"seed": 1, "task": "Real World"}
-    assert not Artefact(tmp_path, "splits", {"seed": 2, "task": "Real World"}).finished()
-    assert Artefact(tmp_path, "splits", {"task": "Real World", "seed": 1}).key == artefact.key
+    assert manifest["seconds"] > 0 and manifest["made_from"] == {"seed": 1, "task": "Real World"}
+    assert not Artefact(storage, "splits", {"seed": 2, "task": "Real World"}).finished()
+    assert Artefact(storage, "splits", {"task": "Real World", "seed": 1}).key == artefact.key
+    assert (artefact.local() / "part" / "file.txt").read_text() == "content"
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut"])
-def test_a_damaged_artefact_is_moved_aside_and_told_of(tmp_path, caplog, damage):
-    artefact = Artefact(tmp_path, "splits", {"seed": 1})
+def test_a_damaged_artefact_is_set_aside_and_told_of(storage, caplog, damage):
+    artefact = Artefact(storage, "splits", {"seed": 1})
     make(artefact)
-    file = artefact.folder / "part" / "file.txt"
-    file.unlink() if damage == "lost" else file.write_text("cut")
+    filesystem, place = storage.filesystem(artefact.folder / "part" / "file.txt")
+    filesystem.delete_file(place)
+    if damage == "cut":
+        with filesystem.open_output_stream(place) as stream:
+            stream.write(b"cut")
     assert not artefact.finished()
     assert "part/file.txt" in caplog.text
-    assert len(list((tmp_path / "splits").glob(".damaged-*"))) == 1
+    if not storage.is_bucket:
+        assert len(list((storage.folder / "splits").glob(".damaged-*"))) == 1
     make(artefact)
     assert artefact.finished()
 
 
-def test_the_slower_of_two_makers_gives_way(tmp_path):
-    artefact = Artefact(tmp_path, "splits", {"seed": 1})
-    make(artefact, "first")
-    make(artefact, "other")
+def test_the_slower_of_two_makers_gives_way(storage):
+    artefact = Artefact(storage, "splits", {"seed": 1})
+    with artefact.making() as slower:
+        make(artefact, "first")
+        assert not slower.folder.exists()
+        (slower.folder / "file.txt").write_text("cannot be written any more, which does not matter")
     assert (artefact.folder / "part" / "file.txt").read_text() == "first"
     assert not artefact.building.exists()
+
+
+def test_other_machines_get_what_lies_in_a_bucket(s3, tmp_path):
+    here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
+    here.mark()
+    there.check_here()
+    artefact, copy = Artefact(here, "splits", {"seed": 1}), Artefact(there, "splits", {"seed": 1})
+    assert not copy.finished()
+    with artefact.making() as made:
+        (made.folder / "splits.json").write_text("{}")
+        part = Making(copy, copy.building / made.folder.name)  # of a worker on the other machine
+        part.folder.mkdir(parents=True)
+        (part.folder / "images.parquet").write_text("images")
+        made.sent |= send_part(copy, part.folder, "images.parquet")
+        assert not copy.finished()
+    assert copy.finished() and set(copy.manifest()["files"]) == {"splits.json", "images.parquet"}
+    for machine in (artefact, copy):
+        assert (machine.local() / "images.parquet").read_text() == "images"
+        assert (machine.local() / "splits.json").read_text() == "{}"
+        assert machine.folder.is_relative_to(machine.storage.folder)
+        assert not list((machine.storage.folder / "splits").glob(".[!b]*"))
+
+
+def test_checkpoints_of_a_machine_that_is_lost_are_in_the_bucket(s3, tmp_path):
+    artefacts = [Artefact(in_bucket(s3, tmp_path, machine), "training", {}) for machine in ("lost", "other")]
+    lost, other = [Checkpoints(artefact.checkpoints, artefact.storage.send) for artefact in artefacts]
+    lost.save({"step": 1})
+    lost.save({"step": 2})
+    artefacts[1].storage.fetch(artefacts[1].checkpoints)
+    assert other.load() == {"step": 2}
+    (artefacts[1].checkpoints / "checkpoint.pt").unlink()
+    assert other.load() == {"step": 1}
+    with artefacts[1].making():
+        pass
+    assert artefacts[0].finished()
+    filesystem, place = artefacts[0].storage.filesystem(artefacts[0].building)
+    assert filesystem.get_file_info(place).type == FileType.NotFound
+
+
+def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):
+    here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
+    make(Artefact(here, "splits", {}))
+    copy = Artefact(there, "splits", {})
+    filesystem, place = there.filesystem(copy.folder / "part" / "file.txt")
+    with filesystem.open_output_stream(place) as stream:
+        stream.write(b"CONTENT")
+    with pytest.raises(UserError, match="part/file.txt is not what was written there: remove s3://bucket/"):
+        copy.local()
+    assert not copy.folder.exists()
+
+
+def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.storage.PAUSES_S", (0.01,) * 3)
+    storage, tries = in_bucket(s3, tmp_path), []
+
+    def away_twice():
+        tries.append(1)
+        if len(tries) <= 2:
+            raise OSError("When reading information: AWS Error NETWORK_CONNECTION")
+        return "here"
+
+    assert storage._persistently(away_twice) == "here"
+
+
+@pytest.mark.parametrize(
+    "uri, message",
+    [
+        ("s3://absent-bucket/x", "storage=s3://absent-bucket/x.* cannot be used"),
+        ("s3://user:secret@bucket/x", "must not hold credentials"),
+        ("nfs://bucket/x", "neither a folder nor a place like s3://bucket/folder"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_is_named(s3, tmp_path, uri, message):
+    options = s3.uri.partition("?")[2]
+    with pytest.raises(UserError, match=message) as told:
+        Storage(f"{uri}?{options}", tmp_path).mark()
+    assert "secret@" not in str(told.value)
+
+
+def test_what_fails_is_not_published(storage):
+    artefact = Artefact(storage, "splits", {"seed": 1})
+    with pytest.raises(ZeroDivisionError):
+        with artefact.making() as made:
+            (made.folder / "file.txt").write_text("whole")
+            raise ZeroDivisionError
+    assert not artefact.finished() and not made.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("IO Error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_named(storage, error):
+    artefact = Artefact(storage, "splits", {"seed": 1})
+    with pytest.raises(UserError, match="cannot write .*free some space"):
+        with artefact.making():
+            raise error
+    assert not artefact.finished()
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):

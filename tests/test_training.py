@@ -37,7 +37,7 @@ from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training import loop
 from pipeline.training.batches import batch_indices
-from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate
 from pipeline.training.loop import learning_rate, train
 from pipeline.training.snapshots import read_gradients, write_snapshots
@@ -159,7 +159,7 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
             config,
             epochs=4,
             seed=5,
-            checkpoints=folder,
+            checkpoints=folder and Checkpoints(folder),
             on_step=on_step,
             snapshot=prompts.task_gradients,
             snapshot_every=3,
@@ -183,27 +183,36 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(resumed[2], straight[2]))
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
-    assert load_checkpoint(tmp_path) is None
-    save_checkpoint(tmp_path, {"step": 1})
-    save_checkpoint(tmp_path, {"step": 2, "data": torch.arange(10_000)})
-    assert load_checkpoint(tmp_path)["step"] == 2
+def change_a_number(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:5000], lambda content: b"", change_a_number])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.load() is None
+    checkpoints.save({"step": 1})
+    checkpoints.save({"step": 2, "data": torch.arange(10_000)})
+    assert checkpoints.load()["step"] == 2
     newest = tmp_path / "checkpoint.pt"
-    newest.write_bytes(newest.read_bytes()[:5000])
-    assert load_checkpoint(tmp_path)["step"] == 1
+    newest.write_bytes(damage(newest.read_bytes()))
+    assert checkpoints.load()["step"] == 1
     assert "going back to the one before" in caplog.text
+    (tmp_path / "checkpoint.before.pt").write_bytes(b"also")
+    assert checkpoints.load() is None
 
 
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, {"step": 1})
+    Checkpoints(tmp_path).save({"step": 1})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"checkpoint\.pt.*No space left"):
-        save_checkpoint(tmp_path, {"step": 2})
-    assert load_checkpoint(tmp_path) == {"step": 1}
+        Checkpoints(tmp_path).save({"step": 2})
+    assert Checkpoints(tmp_path).load() == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

@@ -81,8 +81,9 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
             have ended and the report on them is written.
     """
     name, runs = configs[0].name, checked_runs(configs, console)
+    storage = runs[0].storage
     key = content_hash({"runs": [run.key for run in runs], "methods": list(methods)})
-    folder = make_folder(runs[0].storage / "benchmarks" / f"{name}-{key}")
+    folder = make_folder(storage.folder / "benchmarks" / f"{name}-{key}")
     with connected(runs), _tracked(name, configs, methods, folder) as tracker:
         failed: list[BaseException] = []
         results = []
@@ -98,6 +99,8 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
             benchmark = _benchmark(runs[0], methods, results)
             write_report(benchmark, folder, console)
             _track(tracker, benchmark, folder)
+            storage.send(folder)
+            console.print(f"report: {storage.shown(folder / 'benchmark.md')}", highlight=False)
         if failed:
             raise failed[0]
     return folder
@@ -127,7 +130,6 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     latex = ["\n".join(f"% {sentence}" for sentence in how), *map(to_latex, tables)]
     write_atomically(folder / "benchmark.tex", "\n\n".join(latex) + "\n")
     write_atomically(folder / "benchmark.csv", to_csv(benchmark))
-    console.print(f"report: {folder / 'benchmark.md'}", highlight=False)
 
 
 def _carry_out(methods: Sequence[str], benchmark: str, run: Run) -> dict[str, dict[str, Any]]:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from pipeline.cluster import WorkerNeeds
 from pipeline.errors import UserError
+from pipeline.storage import Storage
 
 
 def train_on_workers(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
-    board: Any,
-    num_workers: int,
-    cpus: int,
-    gpus: float,
+    num_workers: tuple[int, int],
+    needs: WorkerNeeds,
     name: str,
-    folder: Path,
+    storage: Storage,
 ) -> None:
-    """Runs function(*arguments, board) on every worker, in one torch.distributed process group.
+    """Runs function(*arguments) on every worker, in one torch.distributed process group.
 
     Checkpoints are the training's own, so a run that is tried again goes on from them.
+
+    Args:
+        num_workers: the fewest and the most. Between them Ray Train takes what the cluster has, anew after each worker
+            that leaves; the numbers do not depend on it.
 
     Raises:
         UserError: what a worker raised for the user.
@@ -33,12 +36,21 @@ def train_on_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
+    fewest, most = num_workers
+    filesystem, place = storage.filesystem(storage.folder / ".ray-train")
     trainer = TorchTrainer(
-        lambda: function(*arguments, board),
+        lambda: function(*arguments),
         scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, "GPU": gpus}
+            num_workers=most if fewest == most else num_workers,
+            use_gpu=needs.gpus > 0,
+            resources_per_worker={"CPU": needs.cpus, "GPU": needs.gpus},
         ),
-        run_config=RunConfig(name=name, storage_path=str(folder), failure_config=FailureConfig(max_failures=0)),
+        run_config=RunConfig(
+            name=name,
+            storage_path=place,
+            storage_filesystem=filesystem if storage.is_bucket else None,
+            failure_config=FailureConfig(max_failures=0),
+        ),
     )
     try:
         trainer.fit()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from pipeline.methods.mmap import SharedMmap
@@ -31,7 +30,7 @@ def train_global_prompt(run: Run) -> Artefact:
         },
     )
     with Stage(run, NAME, "2 global prompt") as stage:
-        work = TrainingWork(config, run.splits.folder, tuple(run.tasks), "global prompt")
+        work = TrainingWork(config, run.splits, tuple(run.tasks), "global prompt")
         workers = config.cluster.workers_per_training
         stage.execute([Work(work.label, _train, (work, epochs, artefact), artefact, True, workers, tracked_as=NAME)])
         track_history(run, NAME, artefact)
@@ -40,22 +39,17 @@ def train_global_prompt(run: Run) -> Artefact:
 
 
 def _train(work: TrainingWork, epochs: int, artefact: Artefact, board: Any) -> None:
-    if artefact.finished():  # by an attempt whose worker died before it could say so
-        return
-    began = time.monotonic()
-    folder = artefact.start()
-    config, towers = work.config, work.towers()
+    config, towers, first = work.config, work.towers(), Share.of_this_process().first
     prompts = SharedMmap.of(config, towers, work.tasks).to(towers.device)
-    snapshots = work.train(
-        towers,
-        prompts,
-        epochs,
-        artefact,
-        Reporter(board, work.label),
-        snapshot=prompts.task_gradients,
-        snapshot_every=config.global_prompt.snapshot_every,
-    )
-    if not Share.of_this_process().first:
-        return
-    write_snapshots(folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
-    artefact.finish(time.monotonic() - began)
+    with artefact.making(publish=first) as made:
+        snapshots = work.train(
+            towers,
+            prompts,
+            epochs,
+            made,
+            Reporter(board, work.label),
+            snapshot=prompts.task_gradients,
+            snapshot_every=config.global_prompt.snapshot_every,
+        )
+        if first:
+            write_snapshots(made.folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from pipeline.stages.image_features import ImageFeatures, test_features, trainin
 from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
 from pipeline.storage import Artefact, read_json, write_json
-from pipeline.training.evaluate import accuracy, write_predictions
+from pipeline.training.evaluate import Prediction, accuracy, write_predictions
 from pipeline.training.share import Share
 
 NAME = "group_trainings"
@@ -42,7 +41,7 @@ class MethodArtefacts:
 
     def results(self) -> list[dict]:
         """Each artefact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
-        return [read_json(artefact.folder / "result.json") for artefact in self.artefacts]
+        return [read_json(artefact.local() / "result.json") for artefact in self.artefacts]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class _Training:
 
     @property
     def work(self) -> Work:
-        start = self.start.artefact.folder / PROMPTS if self.start else None
+        start = self.start.artefact if self.start else None
         workers, label = self.item.config.cluster.workers_per_training, self.item.label
         arguments = (self.item, self.artefact, start, self.affinities)
         return Work(label, _train_group, arguments, self.artefact, True, workers, label)
@@ -154,13 +153,14 @@ def _training(
         decided_by["start"] = start.artefact.key
     if affinities:
         decided_by["affinities"] = affinities
-    training = test = {}
+    training: dict[str, ImageFeatures] = {}
+    test: dict[str, ImageFeatures] = {}
     if kind.trained and (kind.consistent or not kind.changes_images):
         training = {task: training_features(run, task, training_of(method, run.config)) for task in tasks}
     if not kind.changes_images:
         test = {task: test_features(run, task) for task in tasks}
-    files = ({task: made.file for task, made in of_tasks.items()} for of_tasks in (training, test))
-    item = TrainingWork(run.config, run.splits.folder, tasks, label, method, *files)
+    made = ({task: of_task.artefact for task, of_task in of_tasks.items()} for of_tasks in (training, test))
+    item = TrainingWork(run.config, run.splits, tasks, label, method, *made)
     features = (*training.values(), *test.values())
     return _Training(version, item, run.artefact(NAME, decided_by), features, start, affinities)
 
@@ -179,7 +179,7 @@ def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence
 
 def _track(run: Run, training: _Training) -> None:
     """Gives a finished training's results to its MLflow run."""
-    label, folder = training.item.label, training.artefact.folder
+    label, folder = training.item.label, training.artefact.local()
     result = read_json(folder / "result.json")
     run.tracker.log_metrics(
         label,
@@ -205,34 +205,39 @@ def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tupl
 
 
 def _train_group(
-    work: TrainingWork, artefact: Artefact, start: Path | None, affinities: list[list[float]] | None, board: Any
+    work: TrainingWork, artefact: Artefact, start: Artefact | None, affinities: list[list[float]] | None, board: Any
 ) -> None:
-    """`start`: file of trained numbers to go on from; None: the method's own start."""
-    if artefact.finished():  # by an attempt whose worker died before it could say so
-        return
-    began = time.monotonic()
-    folder = artefact.start()
+    """`start`: the training whose numbers this one goes on from; None: the method's own start."""
+    began, share = time.monotonic(), Share.of_this_process()
     kind, reporter = kind_of(work.method), Reporter(board, work.label)
     config, towers, words = work.config, work.towers(kind.trains_weights), work.words()
     method = kind.build(config, towers, words).to(towers.device)
     if affinities:
         method.plant(np.array(affinities))
     if start:
-        method.load_state_dict(load_prompts(start).states[0])
-    if kind.trained:
-        work.train(towers, method, training_of(work.method, config).epochs, artefact, reporter)
-    trained = TrainedPrompts(work.method, config, weights_fingerprint(towers), (words,), (dict(method.state_dict()),))
-    if kind.trained and Share.of_this_process().first:
-        save_prompts(folder / PROMPTS, trained)
-    with torch.no_grad():
-        classifier = Classifier(towers, kind.template(config), [(words, method())], config.clip.precision)
-    _write_result(work, artefact, classifier, reporter, trained.num_parameters, began)
+        method.load_state_dict(load_prompts(start.local() / PROMPTS).states[0])
+    with artefact.making(publish=share.first) as made:
+        if kind.trained:
+            work.train(towers, method, training_of(work.method, config).epochs, made, reporter)
+        fingerprint = weights_fingerprint(towers)
+        trained = TrainedPrompts(work.method, config, fingerprint, (words,), (dict(method.state_dict()),))
+        with torch.no_grad():
+            classifier = Classifier(towers, kind.template(config), [(words, method())], config.clip.precision)
+        predictions = _predictions(work, classifier, reporter, share)
+        if share.first:
+            if kind.trained:
+                save_prompts(made.folder / PROMPTS, trained)
+            write_predictions(made.folder / "predictions.parquet", predictions)
+            result = {
+                "accuracy": accuracy(predictions),
+                "trained_parameters": trained.num_parameters,
+                "seconds": time.monotonic() - began,
+            }
+            write_json(made.folder / "result.json", result)
 
 
-def _write_result(
-    work: TrainingWork, artefact: Artefact, classifier: Classifier, reporter: Reporter, parameters: int, began: float
-) -> None:
-    reader, share, done = work.reader(), Share.of_this_process(), 0
+def _predictions(work: TrainingWork, classifier: Classifier, reporter: Reporter, share: Share) -> list[Prediction]:
+    reader, done = work.reader(), 0
     total = sum(reader.description.counts["test"][task] for task in work.tasks)
 
     def on_images(count: int) -> None:
@@ -241,13 +246,4 @@ def _write_result(
         if share.first:
             reporter.update(done, total, "test images")
 
-    predictions = work.predictions(classifier, on_images)
-    if not share.first:
-        return
-    write_predictions(artefact.building / "predictions.parquet", predictions)
-    seconds = time.monotonic() - began
-    write_json(
-        artefact.building / "result.json",
-        {"accuracy": accuracy(predictions), "trained_parameters": parameters, "seconds": seconds},
-    )
-    artefact.finish(seconds)
+    return work.predictions(classifier, on_images)

@@ -3,7 +3,6 @@ a page."""
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 
@@ -48,16 +47,15 @@ def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
     artefact = run.artefact(NAME, {"snapshots": global_prompt.key, "tasks": run.tasks, **options})
     with Stage(run, NAME, "3 grouping") as stage:
         if not artefact.finished():
-            began = time.monotonic()
             stage.computed = True
-            _solve(run, global_prompt.folder / SNAPSHOTS, artefact.start())
-            artefact.finish(time.monotonic() - began)
+            with artefact.making() as made:
+                _solve(run, global_prompt.local() / SNAPSHOTS, made.folder)
         result = read_grouping(artefact)
         run.tracker.log_params(NAME, {**options, "groups": describe_groups(result["groups"])})
         run.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
         run.tracker.log_params(PARENT, {"groups": describe_groups(result["groups"])})
         for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
-            run.tracker.log_artifact(NAME, artefact.folder / name)
+            run.tracker.log_artifact(NAME, artefact.local() / name)
         for warning in result["warnings"]:
             run.console.print(f"  [yellow]note:[/] {warning}", highlight=False)
         run.console.print(f"  {describe_groups(result['groups'])} · {describe_search(result)}", highlight=False)
@@ -65,7 +63,7 @@ def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
 
 
 def read_grouping(artefact: Artefact) -> dict:
-    return read_json(artefact.folder / "grouping.json")
+    return read_json(artefact.local() / "grouping.json")
 
 
 def describe_groups(groups: list[list[str]]) -> str:

@@ -30,14 +30,14 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
         UserError: one task, or more than MAX_TASKS; and as the pipeline.
     """
     name, runs = configs[0].name, checked_runs(configs, console)
-    tasks = runs[0].tasks
+    tasks, storage = runs[0].tasks, runs[0].storage
     if not 2 <= len(tasks) <= MAX_TASKS:
         raise UserError(
             f"a study of {len(tasks)} tasks would take {2 ** len(tasks) - 1} trainings a seed: choose 2 to {MAX_TASKS} "
             "tasks with data.tasks"
         )
     key = content_hash([run.key for run in runs])
-    folder = make_folder(runs[0].storage / "grouping_studies" / f"{name}-{key}")
+    folder = make_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
     with connected(runs):
         studies = {}
         for run, outcome in in_parallel(runs, _study):
@@ -50,7 +50,8 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
     for kind in ("png", "svg"):
         study_figure(studies).savefig(folder / f"grouping_study.{kind}", dpi=150)
     console.print(markdown, markup=False, highlight=False)
-    console.print(f"report: {folder / 'grouping_study.md'}", highlight=False)
+    storage.send(folder)
+    console.print(f"report: {storage.shown(folder / 'grouping_study.md')}", highlight=False)
     return folder
 
 
@@ -64,7 +65,7 @@ def _study(run: Run) -> GroupingStudy:
             tuple(number[task] for task in group): [result["accuracy"][task] for task in group]
             for group, result in zip(trained.groups, trained.results())
         }
-        gradients = read_gradients(global_prompt.folder / SNAPSHOTS, run.tasks)
+        gradients = read_gradients(global_prompt.local() / SNAPSHOTS, run.tasks)
         study = study_grouping(gradients, accuracy_of_group)
         run.tracker.log_metrics(
             PARENT,

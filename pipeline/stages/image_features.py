@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +29,6 @@ class ImageFeatures:
     artefact: Artefact
     work: Work
 
-    @property
-    def file(self) -> Path:
-        return self.artefact.folder / FEATURES
-
 
 def test_features(run: Run, task: str) -> ImageFeatures:
     artefact = run.artefact(NAME, {**images_decided_by(run), "task": task, "split": "test"})
@@ -43,7 +37,7 @@ def test_features(run: Run, task: str) -> ImageFeatures:
 
 def training_features(run: Run, task: str, training: TrainingConfig) -> ImageFeatures:
     """For as many steps as a training with this task takes at most; one with smaller tasks only takes the first."""
-    counts = SplitReader(run.splits.folder).description.counts["train"]
+    counts = SplitReader(run.splits.local()).description.counts["train"]
     num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in run.tasks], training.batch_size)
     schedule = {
         "num_steps": num_steps,
@@ -58,19 +52,15 @@ def training_features(run: Run, task: str, training: TrainingConfig) -> ImageFea
 def _features(
     run: Run, artefact: Artefact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
 ) -> ImageFeatures:
-    work = TrainingWork(run.config, run.splits.folder, (task,), label)
+    work = TrainingWork(run.config, run.splits, (task,), label)
     return ImageFeatures(artefact, Work(label, _make, (work, artefact, encode, arguments), artefact, takes_gpu=True))
 
 
 def _make(
     work: TrainingWork, artefact: Artefact, encode: Callable[..., torch.Tensor], arguments: Sequence[Any], board: Any
 ) -> None:
-    if artefact.finished():  # by an attempt whose worker died before it could say so
-        return
-    began = time.monotonic()
-    folder = artefact.start()
-    save_features(folder / FEATURES, encode(work, Reporter(board, work.label), *arguments))
-    artefact.finish(time.monotonic() - began)
+    with artefact.making() as made:
+        save_features(made.folder / FEATURES, encode(work, Reporter(board, work.label), *arguments))
 
 
 def _encode_test_images(work: TrainingWork, reporter: Reporter) -> torch.Tensor:

@@ -27,7 +27,7 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
         result = read_grouping(grouping)
         prompts = _gather_prompts(run, methods)
         for name in (*FIGURES, *MORE_FIGURES, PAGE):
-            shutil.copyfile(grouping.folder / name, folder / name)
+            shutil.copyfile(grouping.local() / name, folder / name)
         results = {method.name: method_result(run.tasks, method.results()) for method in methods}
         accuracy_picture(run.tasks, results).savefig(folder / "accuracy.png", dpi=150)
     summary = Summary(
@@ -50,7 +50,8 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
     for file in prompts:
         run.tracker.log_artifact(PARENT, file, "prompts")
     run.console.print(accuracy_table(summary))
-    run.console.print(f"report: {folder}\nprompts: {prompts[-1]}", highlight=False)
+    where = run.storage.shown
+    run.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", highlight=False)
     return folder
 
 
@@ -70,7 +71,7 @@ def _gather_prompts(run: Run, methods: Sequence[MethodArtefacts]) -> list[Path]:
     folder = make_folder(run.folder / "prompts")
     files = []
     for method in methods:
-        parts = [artefact.folder / PROMPTS for artefact in method.artefacts]
+        parts = [artefact.local() / PROMPTS for artefact in method.artefacts]
         if all(part.exists() for part in parts):
             files.append(folder / f"{method.name}.safetensors")
             save_prompts(files[-1], merge_prompts([load_prompts(part) for part in parts]))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
+from pipeline.config import BUILTIN_DIGITS
 from pipeline.data.find import ImageFile
 from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
+from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.run import PARENT, Run
 from pipeline.stages.stage import Stage, Work
-from pipeline.storage import read_json, write_atomically, write_json
+from pipeline.storage import Artefact, Making, read_json, send_part, write_atomically, write_json
 
 NAME = "splits"
 IMAGES_PER_SCAN = 512
@@ -30,75 +32,93 @@ def build_splits(run: Run) -> SplitReader:
     Raises:
         UserError: broken images above data.max_dropped_share, classes with too few images.
     """
-    listing, data, artefact = run.listing, run.config.data, run.splits
+    artefact = run.splits
     with Stage(run, NAME, "1 few-shot splits") as stage:
         if not artefact.finished():
-            began = time.monotonic()
             stage.computed = True
-            folder = artefact.start()
-            scanned = _scan(stage, listing.root, listing.images)
-            broken = [image for image in scanned if image.error]
-            if broken:
-                list_file = folder.with_name(f"broken-{artefact.key}.txt")
-                _judge_broken(broken, len(scanned), data.max_dropped_share, list_file)
-            whole = [image for image in scanned if not image.error]
-            splits = sample_splits(whole, listing.classes, data.shots, run.config.seed)
-            description = SplitDescription(
-                classes={task: list(names) for task, names in listing.classes.items()},
-                class_words=listing.class_words,
-                shots=data.shots,
-                seed=run.config.seed,
-                source_fingerprint=content_fingerprint(whole),
-                counts={
-                    "train": _count(splits.train, run.tasks),
-                    "test": _count(splits.test, run.tasks),
-                },
-            )
-            sizes = {image.path: image.size for image in listing.images}
-            parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
-            run.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
-            stage.execute(
-                [Work(f"write {part.file}", _write, (listing.root, part, description, folder)) for part in parts]
-            )
-            write_json(
-                folder / "splits.json",
-                {
-                    **vars(description),
-                    "layout": listing.layout,
-                    "dropped": [{"path": image.path, "error": image.error} for image in broken],
-                    "copies_of_training_images": [
-                        {"path": path, "copy_of": training_path} for path, training_path in splits.copies
-                    ],
-                    "ignored_files": list(listing.ignored),
-                    "classes_left_out": list(listing.left_out_classes),
-                },
-            )
-            artefact.finish(time.monotonic() - began)
-        reader = SplitReader(artefact.folder)
+            with artefact.making() as made:
+                _build(stage, made)
+        reader = SplitReader(artefact.local())
         _report(run, reader)
     return reader
 
 
-def _scan(stage: Stage, root: Path, images: Sequence[ImageFile]) -> list[ScannedImage]:
+@dataclass(frozen=True)
+class _Source:
+    """Where a worker reads images."""
+
+    root: Path
+    embedded: bool
+
+    def here(self) -> Path:
+        if self.embedded:  # on a machine that shares no folder with the driver
+            write_digits(self.root)
+        return self.root
+
+
+def _build(stage: Stage, made: Making) -> None:
+    run, artefact = stage.run, made.artefact
+    listing, data = run.listing, run.config.data
+    source = _Source(listing.root, data.root == BUILTIN_DIGITS)
+    scanned = _scan(stage, source, listing.images)
+    broken = [image for image in scanned if image.error]
+    if broken:
+        _judge_broken(broken, len(scanned), data.max_dropped_share, run.folder / "broken_images.txt")
+    whole = [image for image in scanned if not image.error]
+    splits = sample_splits(whole, listing.classes, data.shots, run.config.seed)
+    description = SplitDescription(
+        classes={task: list(names) for task, names in listing.classes.items()},
+        class_words=listing.class_words,
+        shots=data.shots,
+        seed=run.config.seed,
+        source_fingerprint=content_fingerprint(whole),
+        counts={"train": _count(splits.train, run.tasks), "test": _count(splits.test, run.tasks)},
+    )
+    sizes = {image.path: image.size for image in listing.images}
+    parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
+    run.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
+    for sent in stage.execute(
+        [Work(f"write {part.file}", _write, (source, part, description, artefact, made.folder)) for part in parts]
+    ):
+        made.sent |= sent
+    write_json(
+        made.folder / "splits.json",
+        {
+            **vars(description),
+            "layout": listing.layout,
+            "dropped": [{"path": image.path, "error": image.error} for image in broken],
+            "copies_of_training_images": [
+                {"path": path, "copy_of": training_path} for path, training_path in splits.copies
+            ],
+            "ignored_files": list(listing.ignored),
+            "classes_left_out": list(listing.left_out_classes),
+        },
+    )
+
+
+def _scan(stage: Stage, source: _Source, images: Sequence[ImageFile]) -> list[ScannedImage]:
     chunks = [images[at : at + IMAGES_PER_SCAN] for at in range(0, len(images), IMAGES_PER_SCAN)]
     work = [
-        Work(f"scan {number}", _scan_chunk, (root, [(i.path, i.task, i.class_folder) for i in chunk]))
+        Work(f"scan {number}", _scan_chunk, (source, [(i.path, i.task, i.class_folder) for i in chunk]))
         for number, chunk in enumerate(chunks)
     ]
     stage.run.board.expect.remote(_READING, len(images), "images")
     return [image for chunk in stage.execute(work) for image in chunk]
 
 
-def _scan_chunk(root: Path, images: Sequence[tuple[str, str, str]], board: Any) -> list[ScannedImage]:
+def _scan_chunk(source: _Source, images: Sequence[tuple[str, str, str]], board: Any) -> list[ScannedImage]:
+    root = source.here()
     scanned = [scan_image(root, *image) for image in images]
     board.advance.remote(_READING, len(images), "images")
     return scanned
 
 
-def _write(root: Path, part: Part, description: SplitDescription, folder: Path, board: Any) -> int:
-    rows = write_part(root, part, description, folder)
+def _write(
+    source: _Source, part: Part, description: SplitDescription, artefact: Artefact, folder: Path, board: Any
+) -> dict[str, tuple[int, str]]:
+    rows = write_part(source.here(), part, description, folder)
     board.advance.remote(_WRITING, rows, "images")
-    return rows
+    return send_part(artefact, folder, part.file)
 
 
 def _judge_broken(broken: Sequence[ScannedImage], total: int, allowed: float, listing: Path) -> None:
@@ -147,4 +167,6 @@ def _report(run: Run, reader: SplitReader) -> None:
         "class folders left out": values["classes_left_out"],
     }
     if told := [f"{len(items)} {what}" for what, items in left_out.items() if items]:
-        run.console.print(f"  [yellow]{', '.join(told)}[/]: listed in {escape(str(file))}", highlight=False)
+        run.console.print(
+            f"  [yellow]{', '.join(told)}[/]: listed in {escape(run.storage.shown(file))}", highlight=False
+        )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import TrainingFailedError
+from rich.markup import escape
 
+from pipeline.cluster import Patience, WorkerNeeds, places
 from pipeline.errors import UserError
 from pipeline.progress import ProgressDisplay
 from pipeline.run import PARENT, Run
 from pipeline.stages.data_parallel import train_on_workers
-from pipeline.storage import Artefact, read_json, write_json
+from pipeline.storage import Artefact, Storage, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,15 @@ class Work:
     """Above one: a data-parallel training, `function` runs on each worker."""
     tracked_as: str | None = None
     """MLflow run for the metrics that it reports."""
+
+
+def _work(storage: Storage, item: Work, board: Any) -> Any:
+    """On a worker."""
+    board.begin.remote(item.label, ray.get_runtime_context().get_node_id())
+    storage.check_here()  # this machine may have joined after the run began
+    if item.artefact and item.artefact.finished():  # by an attempt whose worker died before it could say so
+        return None
+    return item.function(*item.arguments, board)
 
 
 class Stage:
@@ -54,7 +65,8 @@ class Stage:
         self.display.__exit__()
         tracker = self.run.tracker
         if error is not None:
-            tracker.end_run(self.name, "FAILED")
+            with suppress(UserError):  # the disk is full: that the error says
+                tracker.end_run(self.name, "FAILED")
             return
         # What was found finished keeps the seconds that making it took.
         file = self.run.folder / "stage_seconds.json"
@@ -67,6 +79,7 @@ class Stage:
         tracker.end_run(self.name)
         found = "" if self.computed else "found finished; took "
         self.run.console.print(f"  {found}{recorded[self.name]:.1f} s", highlight=False)
+        self.run.storage.send(self.run.folder)
 
     def execute(self, work: Sequence[Work]) -> list[Any]:
         """Runs unfinished work on the cluster, first come first served; returns the functions' values in order, None
@@ -78,17 +91,22 @@ class Stage:
         todo = [item for item in work if not (item.artefact and item.artefact.finished())]
         self.computed |= bool(todo)
         # A data-parallel training that waits for its workers holds processes of Ray Train: no more than have room.
+        cluster = self.run.config.cluster
         shared = [item for item in todo if item.num_workers > 1]
-        queue = shared[self._room() :]
+        room = max(1, places(self.run.needs) // cluster.workers_per_training)
+        queue = shared[room:]
         item_of = {self._submit(item): item for item in todo if item not in queue}
         value_of: dict[str, Any] = {}
         waiting = list(item_of)
+        patience = Patience(lambda text: self.run.console.print(f"  [yellow]{escape(text)}[/]", highlight=False))
         try:
             while waiting:
                 if self.run.stop.is_set():
                     raise InterruptedError(f"stage {self.name!r} was told to stop")
                 done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.3)
                 self._show_reports(todo)
+                if not done:
+                    self._look(patience, [item_of[ref] for ref in waiting])
                 for ref in done:
                     value_of[item_of[ref].label] = self._value(ref, item_of[ref].label)
                     if item_of[ref] in shared and queue:
@@ -103,23 +121,29 @@ class Stage:
 
     def _submit(self, item: Work) -> ray.ObjectRef:
         run, cluster = self.run, self.run.config.cluster
-        cpus, gpus = (cluster.cpus_per_training, run.gpus_per_training) if item.takes_gpu else (1, 0)
         options = {"name": item.label, "max_retries": cluster.max_retries}
+        needs, arguments = self._needs(item), (run.storage, item, run.board)
         if item.num_workers == 1:
-            work = ray.remote(item.function).options(num_cpus=cpus, num_gpus=gpus, **options)
-            return work.remote(*item.arguments, run.board)
-        place = (f"{item.artefact.stage}-{item.artefact.key}", run.storage / ".ray-train")
+            return ray.remote(_work).options(num_cpus=needs.cpus, num_gpus=needs.gpus, **options).remote(*arguments)
+        fewest = cluster.min_workers_per_training or item.num_workers
+        name = f"{item.artefact.stage}-{item.artefact.key}"
         return (
             ray.remote(train_on_workers)
             .options(num_cpus=0, retry_exceptions=[TrainingFailedError], **options)
-            .remote(item.function, item.arguments, run.board, item.num_workers, cpus, gpus, *place)
+            .remote(_work, arguments, (fewest, item.num_workers), needs, name, run.storage)
         )
 
-    def _room(self) -> int:
-        """How many data-parallel trainings the cluster can hold."""
-        has, cluster = ray.cluster_resources(), self.run.config.cluster
-        each = {"CPU": cluster.cpus_per_training, "GPU": self.run.gpus_per_training}
-        return max(1, min(int(has.get(name, 0) / cluster.workers_per_training / n) for name, n in each.items() if n))
+    def _needs(self, item: Work) -> WorkerNeeds:
+        return self.run.needs if item.takes_gpu else WorkerNeeds(1, 0)
+
+    def _look(self, patience: Patience, waiting: Sequence[Work]) -> None:
+        begun = ray.get(self.run.board.begun.remote())
+        running_on = [begun[item.label] for item in waiting if item.label in begun]
+        largest = max(waiting, key=lambda item: item.num_workers)
+        workers = 1
+        if largest.num_workers > 1:
+            workers = self.run.config.cluster.min_workers_per_training or largest.num_workers
+        patience.look([item.label for item in waiting], running_on, self._needs(largest), workers)
 
     def _show_reports(self, work: Sequence[Work]) -> None:
         tracked_as = {item.label: item.tracked_as for item in work}
@@ -139,8 +163,6 @@ class Stage:
     def _explained(self, error: Exception, label: str) -> Exception:
         if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             return UserError(f"{label}: {error.cause}")
-        if isinstance(error, RayTaskError) and getattr(error.cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return UserError(f"{error.cause}: free some space in {self.run.storage}, and run the same command to go on")
         if isinstance(error, RayTaskError) and isinstance(error.cause, TrainingFailedError):
             error = error.cause
         if isinstance(error, WorkerCrashedError | OutOfMemoryError | TrainingFailedError):

@@ -27,8 +27,9 @@ from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import kind_of, options_of, training_of
 from pipeline.progress import Reporter
 from pipeline.run import NUMBERS_VERSION, Run
-from pipeline.storage import Artefact
+from pipeline.storage import Artefact, Making
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
+from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import Prediction, evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures
 from pipeline.training.loop import StepRecord, train
@@ -44,14 +45,14 @@ class TrainingWork:
     """A training or evaluation of some tasks, as it is sent to a worker."""
 
     config: Config
-    splits: Path
+    splits: Artefact
     tasks: tuple[str, ...]
     label: str
     method: str = "mmap"
-    training_features: Mapping[str, Path] = field(default_factory=dict)
-    """Task → file of the frozen image features of its training steps, for methods that read them."""
-    test_features: Mapping[str, Path] = field(default_factory=dict)
-    """Task → file of the frozen image features of its test set, for methods that do not change them."""
+    training_features: Mapping[str, Artefact] = field(default_factory=dict)
+    """Task → the frozen image features of its training steps, for methods that read them."""
+    test_features: Mapping[str, Artefact] = field(default_factory=dict)
+    """Task → the frozen image features of its test set, for methods that do not change them."""
 
     def device(self) -> torch.device:
         """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
@@ -70,7 +71,7 @@ class TrainingWork:
         return load_clip(self.config.clip, self.config.mmap.text_order, str(self.device()), float32)
 
     def reader(self) -> SplitReader:
-        return SplitReader(self.splits)
+        return SplitReader(self.splits.local())
 
     def words(self) -> dict[str, list[str]]:
         description = self.reader().description
@@ -81,12 +82,14 @@ class TrainingWork:
         towers: ClipTowers,
         method: nn.Module,
         epochs: int,
-        artefact: Artefact,
+        made: Making,
         reporter: Reporter,
         **snapshots: Any,
     ) -> list[tuple[StepRecord, torch.Tensor]]:
         """Trains `method` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
         takes and returns the loop's snapshots."""
+        checkpoints, storage = made.artefact.checkpoints, made.artefact.storage
+        storage.fetch(checkpoints)
         config, words, kind = self.config, list(self.words().values()), kind_of(self.method)
         tokens, frozen_tokens = (
             class_tokens(towers.tokenizer, template, words).to(towers.device)
@@ -101,7 +104,7 @@ class TrainingWork:
             epochs=epochs,
             seed=config.seed,
             precision=config.clip.precision,
-            checkpoints=artefact.checkpoints,
+            checkpoints=Checkpoints(checkpoints, storage.send),
             on_step=lambda record, num_steps: reporter.update(
                 record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
             ),
@@ -109,7 +112,7 @@ class TrainingWork:
             **snapshots,
         )
         if Share.of_this_process().first:
-            write_history(artefact.building / HISTORY, self.tasks, history)
+            write_history(made.folder / HISTORY, self.tasks, history)
         return taken
 
     def _training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
@@ -119,7 +122,7 @@ class TrainingWork:
         else:
             sets = load_training_labels(self.reader(), self.tasks, towers.device)
         return [
-            replace(of_task, frozen_features=StoredFeatures(self.training_features[of_task.task]))
+            replace(of_task, frozen_features=_features(self.training_features[of_task.task]))
             if of_task.task in self.training_features
             else of_task
             for of_task in sets
@@ -128,16 +131,20 @@ class TrainingWork:
     def predictions(self, classifier: Classifier, on_images: Callable[[int], None]) -> list[Prediction]:
         """Of the tasks' whole test sets; from their frozen features where the work has those."""
         if self.test_features:
-            features = {task: StoredFeatures(self.test_features[task]) for task in self.tasks}
+            features = {task: _features(self.test_features[task]) for task in self.tasks}
             return evaluate_features(classifier, self.reader(), features)
         return evaluate(classifier, self.reader(), self.tasks, self.config.cluster.cpus_per_training, on_images)
+
+
+def _features(artefact: Artefact) -> StoredFeatures:
+    return StoredFeatures(artefact.local() / FEATURES)
 
 
 def images_decided_by(run: Run) -> dict[str, Any]:
     """What the frozen CLIP's image features depend on, for the name of their artefact."""
     return {
         "version": NUMBERS_VERSION,
-        "splits": SplitReader(run.splits.folder).description.source_fingerprint,
+        "splits": SplitReader(run.splits.local()).description.source_fingerprint,
         "shots": run.config.data.shots,
         "seed": run.config.seed,
         "clip": asdict(run.clip),
@@ -178,7 +185,7 @@ def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
 def track_history(run: Run, name: str, artefact: Artefact) -> None:
     """Gives MLflow run `name` all steps of a finished training. Those that were reported while it went on are known
     to the tracker; this adds what died with a driver or worker, and trainings that another run made."""
-    columns = pq.read_table(artefact.folder / HISTORY).to_pydict()
+    columns = pq.read_table(artefact.local() / HISTORY).to_pydict()
     by_step: dict[int, dict[str, float]] = {}
     for step, task, loss, accuracy, rate in zip(
         *(columns[name] for name in ("step", "task", "loss", "accuracy", "learning_rate"))

@@ -1,9 +1,19 @@
-"""Checkpoints that are whole or not there: written beside, synced, renamed; the one before is kept."""
+"""Checkpoints that are whole or not there: written beside, synced, renamed; the one before is kept.
+
+A file is the SHA-256 of what follows, and what torch.save makes of the state. torch itself does not notice a changed
+byte among the numbers.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +22,49 @@ import torch
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
-_NEWEST, _BEFORE = "checkpoint.pt", "checkpoint.before.pt"
+DIGEST = hashlib.sha256().digest_size
+NEWEST, BEFORE = "checkpoint.pt", "checkpoint.before.pt"
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Raises: UserError: the disk is full or the folder cannot be written; the checkpoint before stays as it was."""
-    target, partial = folder / _NEWEST, folder / f"{_NEWEST}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if target.exists():
-            os.replace(target, folder / _BEFORE)
-        os.replace(partial, target)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write the checkpoint {target}: {error}; free some space and run again") from error
+@dataclass(frozen=True)
+class Checkpoints:
+    """Of one training. `published`: told of each file that changed, for a copy of it elsewhere."""
 
+    folder: Path
+    published: Callable[[Path], None] = lambda path: None
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest readable state, or None. A damaged newest file is reported and the one before is used."""
-    for path in (folder / _NEWEST, folder / _BEFORE):
-        if not path.exists():
-            continue
+    def save(self, state: dict[str, Any]) -> None:
+        """Raises: UserError: the disk is full or the folder cannot be written; the one before stays as it was."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        newest, before = self.folder / NEWEST, self.folder / BEFORE
+        # A worker that was given up for lost may still write the same checkpoint.
+        partial = self.folder / f"{NEWEST}.{uuid.uuid4().hex}.partial"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged zip or pickle can raise anything
-            log.warning("checkpoint %s cannot be read (%s); going back to the one before", path, error)
-    return None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as stream:
+                stream.write(hashlib.sha256(content).digest())
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if newest.exists():
+                with suppress(FileNotFoundError):  # the same
+                    os.replace(newest, before)
+                self.published(before)
+            os.replace(partial, newest)
+            self.published(newest)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"cannot write the checkpoint {newest}: {error}; free some space and run again") from error
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest whole state, or None. A damaged newest file is told of, and the one before is used."""
+        for path in (self.folder / NEWEST, self.folder / BEFORE):
+            if not path.exists():
+                continue
+            content = memoryview(path.read_bytes())
+            if hashlib.sha256(content[DIGEST:]).digest() == content[:DIGEST]:
+                return torch.load(io.BytesIO(content[DIGEST:]), map_location="cpu", weights_only=True)
+            log.warning("the checkpoint %s is damaged; going back to the one before", path)
+        return None

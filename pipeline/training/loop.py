@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.methods.adaptation import Consistency
 from pipeline.training.batches import TrainingSet
-from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.memory import out_of_memory_explained
 from pipeline.training.share import Share
 
@@ -68,7 +67,7 @@ def train(
     epochs: int,
     seed: int,
     precision: str = "auto",
-    checkpoints: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step: Callable[[StepRecord, int], None] = lambda record, num_steps: None,
     snapshot: Callable[[], torch.Tensor] | None = None,
     snapshot_every: int = 1,
@@ -81,7 +80,7 @@ def train(
         sets: with images for a method that changes the image tower's features, and with frozen features for one that
             does not, or is held to them.
         tokens: class tokens of the same tasks.
-        checkpoints: folder for the whole state every config.checkpoint_every epochs, from which an interrupted
+        checkpoints: for the whole state every config.checkpoint_every epochs, from which an interrupted
             training goes on.
         on_step: told each new step's record and the number of all steps.
         snapshot: reads something off the backward pass of every `snapshot_every`-th step, from the first.
@@ -97,7 +96,7 @@ def train(
     optimizer = _optimizer(method, config)
     history: list[StepRecord] = []
     snapshots: list[tuple[StepRecord, torch.Tensor]] = []
-    if checkpoints and (state := load_checkpoint(checkpoints)):
+    if checkpoints and (state := checkpoints.load()):
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         history = [StepRecord(*values) for values in state["history"]]
@@ -183,15 +182,14 @@ def train(
         if not share.first:
             continue
         if checkpoints and (step + 1) % (per_epoch * config.checkpoint_every) == 0 and step + 1 < num_steps:
-            save_checkpoint(
-                checkpoints,
+            checkpoints.save(
                 {
                     "method": method.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "history": [tuple(vars(past).values()) for past in history],
                     "snapshot_at": [past.step - 1 for past, _ in snapshots],
                     "snapshots": [value for _, value in snapshots],
-                },
+                }
             )
         on_step(record, num_steps)
     return history, snapshots

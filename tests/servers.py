@@ -1,0 +1,185 @@
+"""Servers for tests: a Ray cluster, MLflow, S3, and job submission; each ended by its processes' ids."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+from pipelines import REPOSITORY
+
+BIN = Path(sys.executable).parent
+
+
+class Server:
+    """A program in its own session, with all that it starts; `kill` ends them by their ids."""
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str], ready: str):
+        """`ready`: an address that answers when the program is up."""
+        self._log = open(log, "ab")
+        self.process = subprocess.Popen(
+            command,
+            cwd=log.parent,
+            env={**os.environ, **env},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        end = time.monotonic() + 90
+        while not answers(ready):
+            assert self.process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        if self._log.closed:
+            return
+        family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        for process in family:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                pass
+        self.process.wait()
+        assert not psutil.wait_procs(family, timeout=20)[1]
+        self._log.close()
+
+
+def answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=2).status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def free_ports(count: int, first: int) -> list[int]:
+    """Below the range that Ray gives its workers. Ray binds some ports late: others must ask from another `first`."""
+    ports: list[int] = []
+    for port in range(first, first + 1000, 7):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+                ports.append(port)
+            except OSError:
+                continue
+        if len(ports) == count:
+            return ports
+    raise AssertionError("no free ports")
+
+
+class RayCluster:
+    """A Ray head and nodes on addresses of their own, as `ray start` makes them on machines of their own."""
+
+    def __init__(self, folder: Path, num_cpus: int = 2, num_gpus: int = 0):
+        self._folder = folder
+        # Socket paths below a test's folder would be too long.
+        self._temporary = Path(tempfile.mkdtemp(prefix="ray-"))
+        self._gcs, self._dashboard, client = free_ports(3, first=6500)
+        self.address, self.gcs = f"http://127.0.0.1:{self._dashboard}", f"127.0.0.1:{self._gcs}"
+        self.nodes: list[Server] = []
+        self._client = client
+        self.head = self.start_head(num_cpus, num_gpus)
+
+    def start_head(self, num_cpus: int = 2, num_gpus: int = 0) -> Server:
+        """Also again, after the one before was killed."""
+        self.head = self._start(
+            1,
+            ["--head", f"--port={self._gcs}", f"--dashboard-port={self._dashboard}"]
+            + [f"--ray-client-server-port={self._client}", f"--temp-dir={self._temporary}"],
+            num_cpus,
+            num_gpus,
+            # A node that is lost is noticed within seconds.
+            {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "2000"}
+            | {"RAY_health_check_failure_threshold": "3"},
+        )
+        return self.head
+
+    def add_node(
+        self, num_cpus: int = 2, num_gpus: int = 0, env: Mapping[str, str] = {}, prefix: Sequence[str] = ()
+    ) -> Server:
+        """`prefix`: a command that runs the command behind it."""
+        number = len(self.nodes) + 2
+        self.nodes.append(self._start(number, [f"--address={self.gcs}"], num_cpus, num_gpus, env, prefix))
+        return self.nodes[-1]
+
+    def stop(self) -> None:
+        for server in (*self.nodes, self.head):
+            server.kill()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _start(
+        self,
+        number: int,
+        options: list[str],
+        num_cpus: int,
+        num_gpus: int,
+        env: Mapping[str, str],
+        prefix: Sequence[str] = (),
+    ) -> Server:
+        (agent,) = free_ports(1, first=7600 + 20 * number)
+        command = [*prefix, str(BIN / "ray"), "start", "--block", *options, f"--node-ip-address=127.0.0.{number}"]
+        command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}", f"--dashboard-agent-listen-port={agent}"]
+        return Server(
+            [*command, "--object-store-memory=150000000", "--disable-usage-stats"],
+            self._folder / f"ray-{number}.log",
+            {"PATH": f"{BIN}:{os.environ['PATH']}", **env},
+            f"{self.address}/api/version"
+            if number == 1
+            else f"http://127.0.0.{number}:{agent}/api/local_raylet_healthz",
+        )
+
+
+def mlflow_server(folder: Path, port: int) -> Server:
+    return Server(
+        [
+            str(BIN / "mlflow"),
+            "server",
+            "--workers",
+            "1",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--backend-store-uri",
+            f"sqlite:///{folder}/server.db",
+            "--artifacts-destination",
+            str(folder / "artifacts"),
+        ],
+        folder / "mlflow.log",
+        {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PATH": f"{BIN}:{os.environ['PATH']}"},
+        f"http://127.0.0.1:{port}/health",
+    )
+
+
+def submit(address: str, *entrypoint: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *entrypoint],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+    )
+
+
+class S3Server(Server):
+    """moto's server of S3, with one bucket; `env` and `uri` are for whoever uses it."""
+
+    def __init__(self, folder: Path, port: int):
+        address = f"http://127.0.0.1:{port}"
+        self.uri = f"s3://bucket?endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1"
+        self.env = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        super().__init__(
+            [str(BIN / "moto_server"), "--host", "127.0.0.1", "--port", str(port)], folder / "s3.log", {}, address
+        )
+        request = urllib.request.Request(f"{address}/bucket", method="PUT")
+        assert urllib.request.urlopen(request).status == 200

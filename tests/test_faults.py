@@ -1,0 +1,283 @@
+"""What breaks in practice, done to the pipeline on purpose: afterwards it has the numbers of a quiet run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from pipelines import QUICK, Job, every_step_once, numbers, run, title
+from servers import RayCluster, S3Server, free_ports, mlflow_server
+
+pytestmark = pytest.mark.slow
+
+
+def checkpoints(storage: Path, stage: str, name: str = "checkpoint.pt") -> list[Path]:
+    return list((storage / stage).glob(f".building-*/checkpoints/{name}"))
+
+
+def kill_a_worker(job: Job, label: str) -> None:
+    """In the midst of the work `label`."""
+    while True:
+        job.wait_until(lambda: job.workers(label))
+        for worker in job.workers(label):
+            with suppress(psutil.NoSuchProcess):
+                worker.suspend()
+                if title(worker).startswith(f"ray::{label}"):
+                    worker.kill()
+                    return
+                worker.resume()
+
+
+def kill_the_job(job: Job, when) -> None:
+    """With all that it started."""
+    try:
+        job.wait_until(when)
+    finally:
+        job.stop()
+
+
+def same(storage: Path, undisturbed) -> bool:
+    assert numbers(storage) == numbers(undisturbed[0])
+    return True
+
+
+def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
+    storage = tmp_path / "storage"
+    job = Job(storage, *QUICK)
+    try:
+        for label in ("scan 1", "write test/", "global prompt", "image features", "group: "):
+            if label in ("global prompt", "group: "):  # where it goes on from
+                stage = "group_trainings" if label == "group: " else "global_prompt"
+                job.wait_until(lambda stage=stage: checkpoints(storage, stage))
+            kill_a_worker(job, label)
+    finally:
+        finished = job.finish()
+    assert finished.status == 0, finished.output
+    assert same(storage, undisturbed) and every_step_once(storage)
+
+
+def test_the_job_is_killed_in_each_stage(undisturbed, tmp_path):
+    storage = tmp_path / "storage"
+    for point in (
+        "pipeline.stages.splits:write_json",
+        "report:global prompt:8",
+        "pipeline.stages.grouping:best_partition",
+        "report:all in one:8",
+        "pipeline.stages.report:to_markdown",
+    ):
+        job = Job(storage, *QUICK, prefix=("tests/kill_driver.py", point))
+        finished = job.finish()
+        assert finished.status == -signal.SIGKILL, (point, finished.output)
+    finished = run(storage, *QUICK)
+    assert finished.status == 0, finished.output
+    assert finished.output.count("found finished") == 4
+    assert same(storage, undisturbed) and every_step_once(storage)
+
+
+def test_checkpoints_are_damaged(undisturbed, tmp_path):
+    """One is cut, one has a changed byte, one is empty: the one before is used, and told of."""
+    storage = tmp_path / "storage"
+    kill_the_job(Job(storage, *QUICK), lambda: len(checkpoints(storage, "group_trainings", "checkpoint.before.pt")) > 1)
+    damaged = checkpoints(storage, "group_trainings")
+    for number, file in enumerate(damaged):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes([content, content[:5000], b""][number % 3])
+    finished = run(storage, *QUICK)
+    assert finished.status == 0, finished.output
+    for file in damaged:
+        assert f"the checkpoint {file} is damaged; going back to the one before" in finished.output
+    assert same(storage, undisturbed)
+
+
+def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
+    storage = tmp_path / "storage"
+    first = Job(storage, *QUICK)
+    try:
+        first.wait_until(lambda: list((storage / "splits").glob("*")))
+        second = Job(storage, *QUICK)
+        second.wait_until(lambda: "waiting" in second.output.read_text())
+    finally:
+        of_first, of_second = first.finish(), second.finish()
+    assert of_first.status == of_second.status == 0, of_first.output + of_second.output
+    assert f"waiting: process {first.process.pid} on {os.uname().nodename} is at this run" in of_second.output
+    assert of_second.output.count("found finished") == 4
+    assert same(storage, undisturbed) and every_step_once(storage)
+
+
+class SmallDisk:
+    """A file system in memory, of which all but `free` can be taken away."""
+
+    def __init__(self, folder: Path, size: int):
+        folder.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True)
+        if mounted.returncode:
+            pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
+        self.folder, self._ballast = folder, folder / "ballast"
+
+    def fill(self) -> None:
+        with open(self._ballast, "wb") as stream:
+            while free := shutil.disk_usage(self.folder).free:
+                try:
+                    os.posix_fallocate(stream.fileno(), stream.seek(0, 2), free)
+                except OSError:  # others write too
+                    continue
+
+    def free(self) -> None:
+        self._ballast.unlink()
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk", 300 << 20)
+    yield disk
+    disk.unmount()
+
+
+def test_the_disk_is_full(undisturbed, disk):
+    """Once while splits are written, once while checkpoints are: a plain message, and the same command goes on."""
+    storage = disk.folder / "storage"
+    for begun in (
+        lambda: list(storage.glob("splits/.building-*")),
+        lambda: checkpoints(storage, "group_trainings"),
+    ):
+        job = Job(storage, *QUICK, logs=disk.folder.parent)
+        try:
+            job.wait_until(begun)
+            disk.fill()
+        finally:
+            finished = job.finish()
+        disk.free()
+        assert finished.status == 2, finished.output
+        assert "error:" in finished.output and "No space left on device" in finished.output, finished.output
+        assert "Traceback" not in finished.output.partition("error:")[2]
+    finished = run(storage, *QUICK, logs=disk.folder.parent)
+    assert finished.status == 0, finished.output
+    assert same(storage, undisturbed) and every_step_once(storage)
+
+
+def test_the_tracking_server_is_away_for_a_while(undisturbed, tmp_path):
+    storage, (port,) = tmp_path / "storage", free_ports(1, first=8700)
+    uri = f"http://127.0.0.1:{port}"
+    server = mlflow_server(tmp_path, port)
+    job = Job(storage, *QUICK, "--tracking.uri", uri)
+    try:
+        job.wait_until(lambda: checkpoints(storage, "global_prompt"))
+        server.kill()
+        job.wait_until(lambda: checkpoints(storage, "group_trainings"))
+        server = mlflow_server(tmp_path, port)
+        finished = job.finish()
+        assert finished.status == 0, finished.output
+        assert "takes operations again" in finished.output
+        assert same(storage, undisturbed) and every_step_once(storage, uri)
+        client = MlflowClient(uri)
+        runs = client.search_runs([client.get_experiment_by_name("mmap-clip").experiment_id])
+        assert {found.info.status for found in runs} == {"FINISHED"}
+    finally:
+        job.stop()
+        server.kill()
+
+
+# On several machines
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[RayCluster]:
+    """A head without work."""
+    cluster = RayCluster(tmp_path_factory.mktemp("cluster"), num_cpus=0)
+    yield cluster
+    cluster.stop()
+
+
+def on(cluster: RayCluster, *options: str) -> tuple[str, ...]:
+    return ("--cluster.address", cluster.gcs, "--cluster.gpus_per_training", "0.5", *options, *QUICK)
+
+
+def test_machines_differ_in_clock_locale_and_hash_seed(undisturbed, cluster, tmp_path):
+    ahead = tmp_path / "ahead"
+    ahead.mkdir()
+    (ahead / "sitecustomize.py").write_text(
+        "import time\nreal = time.time\ntime.time = lambda: real() + 3 * 24 * 3600\n"
+    )
+    nodes = [
+        cluster.add_node(1, 1, {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "7", "PYTHONPATH": str(ahead)}),
+        cluster.add_node(1, 1, {"TZ": "America/Lima", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "1"}),
+    ]
+    finished = run(tmp_path / "storage", *on(cluster))
+    for node in nodes:
+        node.kill()
+    assert finished.status == 0, finished.output
+    assert same(tmp_path / "storage", undisturbed) and every_step_once(tmp_path / "storage")
+
+
+def test_a_machine_is_lost_during_group_training(undisturbed, cluster, tmp_path):
+    storage = tmp_path / "storage"
+    nodes = [cluster.add_node(1, 1), cluster.add_node(1, 1)]
+    job = Job(storage, *on(cluster))
+    try:
+        job.wait_until(lambda: len(checkpoints(storage, "group_trainings")) > 1)
+        nodes[0].kill()
+    finally:
+        finished = job.finish()
+        nodes[1].kill()
+    assert finished.status == 0, finished.output
+    assert same(storage, undisturbed) and every_step_once(storage)
+
+
+def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
+    storage = tmp_path / "storage"
+    node = cluster.add_node(2, 1)
+    job = Job(storage, *on(cluster))
+    try:
+        job.wait_until(lambda: checkpoints(storage, "group_trainings"))
+        cluster.head.kill()
+    finally:
+        finished = job.finish()
+        node.kill()
+    assert finished.status != 0
+    cluster.start_head(num_cpus=0)
+    node = cluster.add_node(2, 1)
+    finished = run(storage, *on(cluster))
+    node.kill()
+    assert finished.status == 0, finished.output
+    assert finished.output.count("found finished") == 3
+    assert same(storage, undisturbed) and every_step_once(storage)
+
+
+def test_machines_that_share_nothing_but_a_bucket_and_one_is_lost(undisturbed, tmp_path):
+    """The second node sees an empty disk where the driver and the first have their copies."""
+    server, cache = S3Server(tmp_path, *free_ports(1, first=9300)), tmp_path / "cache"
+    cluster = RayCluster(tmp_path, num_cpus=0)
+    try:
+        cache.mkdir()
+        cluster.add_node(1, 1, server.env)
+        apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {cache} && exec "$@"', "sh"]
+        lost = cluster.add_node(1, 1, server.env, apart)
+        place, options = server.uri.split("?")
+        storage = f"{place}/runs?{options}"
+        job = Job(tmp_path / "unused", *on(cluster, "--storage", storage, "--cache", str(cache)), env=server.env)
+        try:
+            job.wait_until(lambda: "4 group trainings" in job.output.read_text())
+            time.sleep(3)
+            lost.kill()
+        finally:
+            finished = job.finish()
+        assert finished.status == 0, finished.output
+        assert "report: s3://bucket/runs/runs/demo-" in finished.output
+        (copies,) = cache.iterdir()
+        assert same(copies, undisturbed)
+    finally:
+        cluster.stop()
+        server.kill()
