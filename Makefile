@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test proof audit lint clean
 
 demo: $(INSTALLED)  ## the whole pipeline on the embedded handwritten digits
 	$(VENV)/bin/python jobs/full_pipeline.py
 
-test: $(INSTALLED)  ## all tests
+test: $(INSTALLED)  ## the tests, without the proofs
 	$(VENV)/bin/python -m pytest
+
+proof: $(INSTALLED)  ## fault injection, several machines, soak: what docs/reliability.md tells of
+	$(VENV)/bin/python -m pytest -m proof
+
+audit: $(INSTALLED)  ## known faults of the pinned dependencies
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt pip-audit
+	$(VENV)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

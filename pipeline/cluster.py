@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -157,11 +157,14 @@ def _alive() -> list[dict[str, Any]]:
 
 
 class Patience:
-    """Says what waits for what, when none of a stage's work is running: not at once, and not too often."""
+    """Says what a stage waits for, when nothing of this process's runs is at work: not at once, and not too often."""
+
+    _worked: ClassVar[float] = 0.0
+    """When something of any run was last seen at work."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._looked = self._worked = time.monotonic()
+        self._looked = Patience._worked = time.monotonic()
         self._next_word = FIRST_WORD_AFTER_S
 
     def look(self, waiting: Sequence[str], running_on: Sequence[str], needs: WorkerNeeds, workers: int) -> None:
@@ -175,9 +178,9 @@ class Patience:
             return
         self._looked = now
         if any(map(is_alive, running_on)):
-            self._worked, self._next_word = now, FIRST_WORD_AFTER_S
-        elif now - self._worked >= self._next_word:
-            self._next_word = now - self._worked + NEXT_WORD_AFTER_S
+            Patience._worked, self._next_word = now, FIRST_WORD_AFTER_S
+        elif now - Patience._worked >= self._next_word:
+            self._next_word = now - Patience._worked + NEXT_WORD_AFTER_S
             self._say(self._word(waiting, needs, workers))
 
     @staticmethod

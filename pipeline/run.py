@@ -39,7 +39,7 @@ from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
 from pipeline.progress import progress_board
 from pipeline.storage import Artefact, Storage, is_uri, make_folder, write_atomically
-from pipeline.tracking import Tracker, check_reachable, resolve_tracking_uri, run_environment
+from pipeline.tracking import JOURNAL, Tracker, check_reachable, resolve_tracking_uri, run_environment
 
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
@@ -209,8 +209,10 @@ def connected(runs: Sequence[Run]) -> Iterator[None]:
 def tracked(run: Run) -> Iterator[None]:
     """Gives a run its MLflow parent run, which ends as the block does; one job at a time is at a run."""
     with _alone(run):
-        if run.storage.is_bucket:
-            run.storage.fetch(run.folder)  # what an earlier job recorded, on whatever machine
+        if run.storage.is_bucket:  # an earlier job, on another machine, may have recorded more than is known here
+            (there,) = run.storage.sizes([journal := run.folder / f"tracking-{run.key}" / JOURNAL])
+            if (there or 0) > (journal.stat().st_size if journal.exists() else 0):
+                run.storage.fetch(run.folder)
         with _tracked(run):
             yield
         run.storage.send(run.folder)

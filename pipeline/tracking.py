@@ -43,6 +43,7 @@ from pipeline.storage import FREE_SPACE
 
 log = logging.getLogger(__name__)
 
+JOURNAL = "outbox.jsonl"
 RUN_KEY = "pipeline.run_key"
 BATCH_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits for one request
 LENGTH_LIMITS = {"params": 6000, "tags": 8000}  # and for one value, in characters
@@ -224,7 +225,7 @@ class Tracker:
     # The journal
 
     def _open_journal(self):
-        path = self._folder / "outbox.jsonl"
+        path = self._folder / JOURNAL
         content = path.read_bytes() if path.exists() else b""
         journal = path.open("ab", buffering=0)
         journal.truncate(content.rfind(b"\n") + 1)  # a crash may have left half a line
@@ -436,7 +437,7 @@ class Tracker:
             again = f"Tracker({self._shown_uri!r}, {self._experiment!r}, {str(self._folder)!r}).flush()"
             message = (
                 f"MLflow at {self._shown_uri} lacks {waiting} of {total} tracking operations{why}. "
-                f"They are kept in {self._folder / 'outbox.jsonl'}; the same command run again, or {again}, "
+                f"They are kept in {self._folder / JOURNAL}; the same command run again, or {again}, "
                 f"sends them."
             )
         if refused:

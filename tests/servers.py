@@ -83,7 +83,7 @@ class RayCluster:
         self._folder = folder
         # Socket paths below a test's folder would be too long.
         self._temporary = Path(tempfile.mkdtemp(prefix="ray-"))
-        self._gcs, self._dashboard, client = free_ports(3, first=6500)
+        self._gcs, self._dashboard, client = free_ports(3, first=6500 + os.getpid() % 700)
         self.address, self.gcs = f"http://127.0.0.1:{self._dashboard}", f"127.0.0.1:{self._gcs}"
         self.nodes: list[Server] = []
         self._client = client

@@ -16,7 +16,7 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_who_waits_is_told_for_what(tmp_path):
     try:
         ray.init(address=cluster.gcs)
 
-        @ray.remote(num_gpus=1)
+        @ray.remote(num_cpus=0, num_gpus=1)
         def other_work():
             time.sleep(600)
 

@@ -12,12 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from pipelines import QUICK, Job, every_step_once, numbers, run, title
 from servers import RayCluster, S3Server, free_ports, mlflow_server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 
 def checkpoints(storage: Path, stage: str, name: str = "checkpoint.pt") -> list[Path]:
@@ -234,6 +235,25 @@ def test_a_machine_is_lost_during_group_training(undisturbed, cluster, tmp_path)
         nodes[1].kill()
     assert finished.status == 0, finished.output
     assert same(storage, undisturbed) and every_step_once(storage)
+
+
+def test_a_shared_training_goes_on_with_fewer_workers(undisturbed, cluster, tmp_path):
+    storage = tmp_path / "storage"
+    nodes = [cluster.add_node(1, 0), cluster.add_node(1, 0)]
+    options = ("--cluster.workers_per_training", "2", "--cluster.min_workers_per_training", "1", *QUICK)
+    job = Job(storage, "--cluster.address", cluster.gcs, *options, prefix=("jobs/train_global_prompt.py",))
+    try:
+        job.wait_until(lambda: checkpoints(storage, "global_prompt"))
+        nodes[0].kill()
+    finally:
+        finished = job.finish()
+        nodes[1].kill()
+    assert finished.status == 0, finished.output
+    losses = [
+        pq.read_table(next(folder.glob("global_prompt/[!.]*/history.parquet")))["loss"].to_numpy()
+        for folder in (storage, undisturbed[0])
+    ]
+    assert len(losses[0]) == len(losses[1]) and abs(losses[0] - losses[1]).max() < 1e-3  # another order of sums
 
 
 def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):

@@ -109,6 +109,14 @@ def test_report():
         assert f"{outcome.rank_correlation:.2f}".replace("-", "−") in axes.texts[0].get_text()
 
 
+def test_accuracies_that_are_all_the_same_have_no_correlation():
+    gradients = np.random.default_rng(1).normal(size=(3, 4, 10))
+    same = {group: [0.5] * len(group) for groups in set_partitions(4) for group in groups}
+    studies = {seed: study_grouping(gradients, same) for seed in (1, 2)}
+    assert study_to_markdown("demo", TASKS, studies).count("undefined") >= 4
+    assert len(study_figure(studies).axes) == 8
+
+
 @pytest.mark.slow
 def test_the_study_trains_every_group(tmp_path):
     quick = ("--training.epochs", "1", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon, noise]")

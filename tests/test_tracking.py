@@ -394,3 +394,23 @@ def test_importing_is_cheap():
     code = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules)"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_a_full_disk_is_named_and_leaves_the_journal_whole(uri, folder, figure, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Tracker(uri, "demo", folder) as tracker:
+        tracker.start_run("pipeline")
+        before = (folder / "outbox.jsonl").read_bytes()
+        for name in ("shutil.copyfile", "os.fsync"):
+            with monkeypatch.context() as patch:
+                patch.setattr(name, full)
+                with pytest.raises(UserError, match="cannot .*No space left on device; free some space"):
+                    tracker.log_artifact("pipeline", figure)
+            assert (folder / "outbox.jsonl").read_bytes() == before
+        tracker.log_artifact("pipeline", figure)
+        tracker.end_run("pipeline")
+        assert tracker.flush().waiting == 0
+    client, runs = read_runs(uri)
+    assert [file.path for file in client.list_artifacts(runs["pipeline"].info.run_id)] == ["affinity.svg"]

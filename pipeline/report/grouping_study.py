@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from math import isnan
 from statistics import fmean, stdev
 
 import numpy as np
@@ -117,5 +118,7 @@ def _gains(accuracies: Sequence[float], studies: Sequence[GroupingStudy]) -> str
 
 
 def _spread(values: Sequence[float]) -> str:
+    if any(map(isnan, values)):
+        return "undefined"  # the correlation with accuracies that are all the same
     error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
     return f"{fmean(values):.2f}{error}".replace("-", "−")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import TrainingFailedError
 from rich.markup import escape
 
@@ -165,7 +165,7 @@ class Stage:
             return UserError(f"{label}: {error.cause}")
         if isinstance(error, RayTaskError) and isinstance(error.cause, TrainingFailedError):
             error = error.cause
-        if isinstance(error, WorkerCrashedError | OutOfMemoryError | TrainingFailedError):
+        if isinstance(error, WorkerCrashedError | NodeDiedError | OutOfMemoryError | TrainingFailedError):
             return UserError(
                 f"the worker of {label!r} in stage {self.name!r} died {self.run.config.cluster.max_retries + 1} times: "
                 f"{error}. Ray's logs say why; out of memory is the usual cause (fewer trainings at once: raise "

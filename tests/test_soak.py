@@ -1,0 +1,112 @@
+"""Hundreds of small trainings on a cluster whose workers are killed at random: all finish, and nothing piles up."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+
+import psutil
+import pytest
+from pipelines import Job, run, title
+from servers import RayCluster
+
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(1500)]
+TASKS = ("chalk", "ink", "neon", "outline", "rotated")
+SEEDS = range(1, 8)
+TRAININGS = len(SEEDS) * (2 ** len(TASKS) - 1)
+OPTIONS = (
+    *("--data.tasks", f"[{', '.join(TASKS)}]", "--training.epochs", "1", "--global_prompt.epochs", "1"),
+    *("--data.shots", "2", "--training.batch_size", "8", "--cluster.max_retries", "10"),
+)
+STUDY = ("jobs/grouping_study.py",)
+
+
+@dataclass(eq=False)  # a thread is known by itself
+class Killer(Thread):
+    """Kills a worker in the midst of its work every few seconds, and looks at what the long-lived processes hold."""
+
+    job: Job
+    cluster: RayCluster
+    every_s: float = 8
+    killed: int = 0
+    samples: list[dict[str, tuple[float, int]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.done, self._random = Event(), random.Random(1)
+
+    def run(self) -> None:
+        while not self.done.wait(self.every_s):
+            workers = [
+                process
+                for node in self.cluster.nodes
+                for process in psutil.Process(node.process.pid).children(recursive=True)
+                if title(process).startswith(("ray::group", "ray::scan", "ray::write", "ray::global"))
+            ]
+            if workers:
+                self._random.choice(workers).kill()
+                self.killed += 1
+            self.samples.append(self._held())
+
+    def _held(self) -> dict[str, tuple[float, int]]:
+        """Memory in MiB and open files of the driver and of Ray's servers."""
+        servers = {f"node {at}": node.process.pid for at, node in enumerate(self.cluster.nodes)}
+        roots = {"driver": self.job.process.pid, "head": self.cluster.head.process.pid, **servers}
+        held = {}
+        for name, pid in roots.items():
+            try:
+                family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+                family = [process for process in family if not title(process).startswith(("ray::", "ray-dashboard"))]
+                memory = sum(process.memory_info().rss for process in family) / 2**20
+                held[name] = (round(memory), sum(process.num_fds() for process in family))
+            except psutil.Error:  # one of them has just ended
+                continue
+        return held
+
+
+def test_soak(tmp_path, capsys):
+    cluster = RayCluster(tmp_path, num_cpus=0)
+    try:
+        for _ in range(2):
+            cluster.add_node(1)
+        storage, began = tmp_path / "storage", time.monotonic()
+        seeds = ("--seeds", *map(str, SEEDS))
+        job = Job(storage, "--cluster.address", cluster.gcs, *OPTIONS, *seeds, prefix=STUDY)
+        killer = Killer(job, cluster)
+        killer.start()
+        try:
+            finished = job.finish(timeout=1200)
+        finally:
+            killer.done.set()
+            killer.join()
+        seconds = time.monotonic() - began
+        assert finished.status == 0, finished.output
+    finally:
+        cluster.stop()
+    made = list(storage.glob("group_trainings/[!.]*/result.json"))
+    assert len(made) == TRAININGS
+    assert not list(storage.glob("*/.building-*"))
+
+    lines = [f"{TRAININGS} trainings in {seconds:.0f} s, {killer.killed} workers killed"]
+    early, late = (killer.samples[int(len(killer.samples) * part)] for part in (0.25, 0.95))
+    for name in sorted(early.keys() & late.keys()):
+        (memory, files), (later_memory, later_files) = early[name], late[name]
+        lines.append(f"{name}: {memory} to {later_memory} MiB, {files} to {later_files} open files")
+        assert later_memory < memory + 60 and later_files < files + 30, lines
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    assert killer.killed >= 20
+
+    quiet = tmp_path / "quiet"
+    assert run(quiet, *OPTIONS, "--seeds", "1", prefix=STUDY).status == 0
+    for folder in quiet.glob("group_trainings/[!.]*"):
+        for name in ("prompts.safetensors", "predictions.parquet", "history.parquet"):
+            assert (folder / name).read_bytes() == same_training(storage, folder, name).read_bytes()
+
+
+def same_training(storage: Path, of: Path, name: str) -> Path:
+    """By its key, which is the hash of all that decides its numbers."""
+    return storage / "group_trainings" / of.name / name
