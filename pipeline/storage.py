@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -88,14 +89,16 @@ class Storage:
 
     def check_here(self) -> None:
         """Raises: UserError: this machine does not see the storage."""
-        if self.is_bucket:
-            if self.sizes([self.folder / _MARKER])[0] is not None:
+        filesystem, marker = self._there(self.folder / _MARKER)
+        try:
+            if filesystem.get_file_info(marker).type == pafs.FileType.File:
                 return
-        elif (self.folder / _MARKER).is_file():
-            return
+            why = ""
+        except OSError as error:
+            why = f" ({error})"
         raise UserError(
-            f"{os.uname().nodename} does not see storage={self.uri}: it must be a folder that all machines share under "
-            "the same path, or a bucket that all can reach"
+            f"{os.uname().nodename} does not see storage={self.uri}{why}: it must be a folder that all machines share "
+            "under the same path, or a bucket that all can reach, with credentials in the environment of each"
         )
 
     def sizes(self, paths: list[Path]) -> list[int | None]:
@@ -111,20 +114,13 @@ class Storage:
             filesystem, place = self._there(to or path)
             self._persistently(lambda: pafs.copy_files(str(path), place, pafs.LocalFileSystem(), filesystem))
 
-    def fetch(self, path: Path, into: Path | None = None) -> None:
-        """From the bucket: the file, or all files of the folder, that has this path; if there is none, nothing."""
-        if not self.is_bucket:
-            return
-        filesystem, place = self._there(path)
-        found = self._persistently(lambda: filesystem.get_file_info(place))
-        if found.type == pafs.FileType.NotFound:
-            return
-        into = into or path
-        make_folder(into if found.type == pafs.FileType.Directory else into.parent)
-        partial = into if found.type == pafs.FileType.Directory else into.with_name(f"{into.name}.{uuid.uuid4().hex}")
-        self._persistently(lambda: pafs.copy_files(place, str(partial), filesystem, pafs.LocalFileSystem()))
-        if partial != into:
-            os.replace(partial, into)
+    def fetch(self, folder: Path, into: Path | None = None) -> None:
+        """From the bucket: all files of a folder that may be there. A storage that is a folder has them already."""
+        if self.is_bucket:
+            filesystem, place = self._there(folder)
+            if self._persistently(lambda: filesystem.get_file_info(place)).type == pafs.FileType.Directory:
+                target = str(make_folder(into or folder))
+                self._persistently(lambda: pafs.copy_files(place, target, filesystem, pafs.LocalFileSystem()))
 
     def remove(self, path: Path) -> None:
         """From the bucket, a file or folder that may be there; here too."""
@@ -147,15 +143,20 @@ class Storage:
         return filesystem, base if name == "." else f"{base}/{name}"
 
     def _persistently(self, action: Callable[[], T]) -> T:
-        """A bucket that is away for a minute or two ends nothing."""
-        if self.is_bucket:
-            for pause in PAUSES_S:
-                try:
-                    return action()
-                except OSError as error:
-                    log.warning("%s: %s; trying again in %d s", self.uri, error, pause)
-                    time.sleep(pause)
-        return action()
+        """A bucket that is away for a minute or two ends nothing. Raises: UserError: for longer."""
+        pauses = iter(PAUSES_S)
+        while True:
+            try:
+                return action()
+            except OSError as error:
+                if not self.is_bucket:
+                    raise
+                if (pause := next(pauses, None)) is None:
+                    raise UserError(
+                        f"storage={self.uri} cannot be reached: {error}; the same command goes on when it is back"
+                    ) from error
+                log.warning("%s: %s; trying again in %d s", self.uri, error, pause)
+                time.sleep(pause)
 
 
 def is_uri(place: str) -> bool:
@@ -164,7 +165,7 @@ def is_uri(place: str) -> bool:
 
 @lru_cache
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    if "@" in uri.partition("?")[0] or "secret_key" in uri:
+    if urlsplit(uri).password:
         raise UserError(
             "storage must not hold credentials, since it is shown and stored: give them in the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
@@ -304,7 +305,7 @@ class Making:
             "sha256": {name: digest for name, (_, digest) in sorted(of_files.items())},
         }
         storage.send(self.folder, artefact.folder)
-        write_json(self.folder / _MANIFEST, manifest)
+        write_json(self.folder / _MANIFEST, manifest)  # which is to be in the bucket when all else is
         storage.send(self.folder / _MANIFEST, artefact.folder / _MANIFEST)
         if len(here) == len(of_files):  # else parts of it were made on other machines
             _rename_folder(self.folder, artefact.folder)

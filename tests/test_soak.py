@@ -21,6 +21,8 @@ OPTIONS = (
     *("--data.tasks", f"[{', '.join(TASKS)}]", "--training.epochs", "1", "--global_prompt.epochs", "1"),
     *("--data.shots", "2", "--training.batch_size", "8", "--cluster.max_retries", "10"),
 )
+PASSING = ("ray::", "log_monitor")
+"""Workers come and go; Ray's log monitor keeps the logs of workers open, also of dead ones, up to 200 files."""
 STUDY = ("jobs/grouping_study.py",)
 
 
@@ -59,7 +61,7 @@ class Killer(Thread):
         for name, pid in roots.items():
             try:
                 family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-                family = [process for process in family if not title(process).startswith(("ray::", "ray-dashboard"))]
+                family = [process for process in family if not any(part in title(process) for part in PASSING)]
                 memory = sum(process.memory_info().rss for process in family) / 2**20
                 held[name] = (round(memory), sum(process.num_fds() for process in family))
             except psutil.Error:  # one of them has just ended
@@ -95,10 +97,12 @@ def test_soak(tmp_path, capsys):
     for name in sorted(early.keys() & late.keys()):
         (memory, files), (later_memory, later_files) = early[name], late[name]
         lines.append(f"{name}: {memory} to {later_memory} MiB, {files} to {later_files} open files")
-        assert later_memory < memory + 60 and later_files < files + 30, lines
     with capsys.disabled():
         print("\n" + "\n".join(lines))
     assert killer.killed >= 20
+    for name in early.keys() & late.keys():
+        (memory, files), (later_memory, later_files) = early[name], late[name]
+        assert later_memory < memory + 60 and later_files < files + 30, lines
 
     quiet = tmp_path / "quiet"
     assert run(quiet, *OPTIONS, "--seeds", "1", prefix=STUDY).status == 0

@@ -89,6 +89,8 @@ def test_other_machines_get_what_lies_in_a_bucket(s3, tmp_path):
     here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
     here.mark()
     there.check_here()
+    with pytest.raises(UserError, match="does not see storage=s3://bucket/.*with credentials"):
+        in_bucket(s3, tmp_path / "elsewhere").check_here()
     artefact, copy = Artefact(here, "splits", {"seed": 1}), Artefact(there, "splits", {"seed": 1})
     assert not copy.finished()
     with artefact.making() as made:
@@ -145,6 +147,10 @@ def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatc
         return "here"
 
     assert storage._persistently(away_twice) == "here"
+    tries.clear()
+    monkeypatch.setattr("pipeline.storage.PAUSES_S", (0.01,))
+    with pytest.raises(UserError, match="cannot be reached: .*NETWORK.*; the same command goes on"):
+        storage._persistently(away_twice)
 
 
 @pytest.mark.parametrize(

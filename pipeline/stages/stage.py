@@ -40,7 +40,8 @@ class Work:
 def _work(storage: Storage, item: Work, board: Any) -> Any:
     """On a worker."""
     board.begin.remote(item.label, ray.get_runtime_context().get_node_id())
-    storage.check_here()  # this machine may have joined after the run began
+    if not storage.is_bucket:
+        storage.check_here()  # this machine may have joined after the run began
     if item.artefact and item.artefact.finished():  # by an attempt whose worker died before it could say so
         return None
     return item.function(*item.arguments, board)
