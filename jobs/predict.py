@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.find import IMAGE_SUFFIXES
-from pipeline.data.images import BrokenImage, evaluation_pixels
-from pipeline.errors import UserError
+from pipeline.data.find import IMAGE_SUFFIXES, printable
+from pipeline.data.images import BrokenImage, evaluation_pixels, read_image
+from pipeline.errors import UserError, escaped
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.prompt_file import load_prompts
 from pipeline.training.evaluate import BATCH_SIZE
@@ -55,7 +55,7 @@ def predict(arguments: argparse.Namespace) -> int:
         for path, name, probability, error in classify(
             classifier, task, prompts.words[task], images[start : start + BATCH_SIZE]
         ):
-            writer.writerow([path, name, probability, error])
+            writer.writerow([printable(str(path)), name, probability, error])
             num_broken += bool(error)
         if sys.stderr.isatty():
             print(f"\r{min(start + BATCH_SIZE, len(images))} of {len(images)} images", end="", file=sys.stderr)
@@ -87,9 +87,9 @@ def classify(
     pixels, errors = {}, {}
     for path in paths:
         try:
-            pixels[path] = torch.from_numpy(evaluation_pixels(path.read_bytes(), classifier.towers.image_size))
+            pixels[path] = torch.from_numpy(evaluation_pixels(read_image(path), classifier.towers.image_size))
         except (BrokenImage, OSError) as error:
-            errors[path] = str(error)
+            errors[path] = escaped(str(error))
     best = {}
     if pixels:
         probability, predicted = classifier.probabilities(task, torch.stack(list(pixels.values()))).max(dim=1)

@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, escaped
 
+MAX_YAML_BYTES = 1 << 18
+MAX_TEXT_BYTES = 256 << 20
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_CONFIG = REPOSITORY / "configs" / "demo.yaml"
 BUILTIN_DIGITS = "builtin:digits"
 
 Share = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -80,6 +82,13 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    @field_validator("*")
+    @classmethod
+    def _plain_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != escaped(value):
+            raise ValueError("holds control characters, or is not UTF-8")
+        return value
+
 
 class DataConfig(Section):
     root: str | None = None
@@ -96,6 +105,9 @@ class DataConfig(Section):
     """Training images of each class in each task; the rest is the test set."""
     max_dropped_share: Share = 0.0
     """Share of broken images (0 to 1) that may be dropped, recorded with the split; above it the run stops."""
+    links_out_of_root: bool = False
+    """Whether links may lead out of root, for data sets that are linked together; else such a link stops the run, so
+    that a folder of somebody else's cannot show other files of yours."""
 
 
 class ClipConfig(Section):
@@ -385,7 +397,7 @@ class TrackingConfig(Section):
 class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = "mmap"
     """Name of the run in reports and MLflow."""
-    seed: int = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 1
     """Seed of the few-shot sampling, the prompts' start, batches and augmentation."""
     storage: str = "mmap-runs"
     """Where everything made goes: a folder, on a cluster one that all machines share, or a bucket (s3://bucket/folder;
@@ -490,7 +502,8 @@ def _explain(fault: Any) -> str:
         return f"unknown config field {name}{hint} Valid here: {', '.join(valid)}"
     message = fault["msg"].removeprefix("Value error, ")
     if name and not message.startswith(path[0] + "."):
-        return f"{name}={fault['input']!r}: {message}"
+        value = repr(fault["input"])
+        return f"{name}={value if len(value) <= 200 else value[:200] + '...'}: {message}"
     return message
 
 
@@ -503,13 +516,76 @@ def _section_at(path: Sequence[str]) -> type[Section]:
     return section
 
 
+def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TEXT_BYTES) -> str:
+    """A text file of the user's; `name` is what faults call it.
+
+    Raises:
+        UserError: no file, larger than `limit` bytes, not UTF-8.
+    """
+    if not path.is_file():
+        raise UserError(f"{name} is no file")
+    try:
+        if (size := path.stat().st_size) > limit:
+            raise UserError(f"{name} has {size:,} bytes, more than {limit:,}: it is no such text file")
+        data = path.read_bytes()
+        return data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name} is not UTF-8 text: line {line}: {error.reason}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """Plain values only. Neither tags that make Python objects, nor a name given twice, of which YAML takes the last,
+    nor aliases, by which a few lines make billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"*{alias.anchor}: write the value out", problem_mark=alias.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen: set[tuple[str, str]] = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name.value[:80]} is given twice", problem_mark=name.start_mark)
+            seen.add((name.tag, str(name.value)))
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > 64:
+                raise ValueError
+            return value
+        except (ValueError, LookupError, AttributeError):  # PyYAML's own on `!!int x`, 2024-13-45, 5000 digits
+            kind, value = node.tag.rpartition(":")[2], str(node.value)[:40]
+            raise yaml.MarkedYAMLError(problem=f"{value!r} is no {kind}", problem_mark=node.start_mark) from None
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    """Raises: yaml.YAMLError"""
+    try:
+        loader = _PlainYaml(text)
+        loader.name = name
+        return loader.get_single_data()
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Nested values of a YAML file (plain data only: a tag that makes Python objects is refused)."""
+    """Nested values of a YAML file.
+
+    Raises:
+        UserError: no file, more than MAX_YAML_BYTES, not UTF-8, not plain YAML (by its line), no fields and values.
+    """
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _parse_yaml(read_text(path, f"config file {path}", limit=MAX_YAML_BYTES), str(path))
+    except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not plain YAML: {error}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"config file {path} must hold fields and values, not {type(values).__name__}")
@@ -588,7 +664,7 @@ def config_from_command_line(
         if key.startswith("config."):
             *path, name = key.removeprefix("config.").split(".")
             try:
-                nested: Any = {name: yaml.safe_load(text)}
+                nested: Any = {name: _parse_yaml(text, f"--{'.'.join([*path, name])}")}
             except yaml.YAMLError:
                 nested = {name: text}
             for part in reversed(path):

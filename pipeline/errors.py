@@ -1,4 +1,18 @@
-"""The one exception that users are meant to see."""
+"""The one exception that users are meant to see, and what it may quote."""
+
+from __future__ import annotations
+
+import re
+
+_DRIVES_TERMINALS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, line and direction marks, and bytes that are not UTF-8 as Python holds them in file names."""
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """The text with all that could drive a terminal or forge a line as escapes (`\\n`, `\\x1b`), but for `keep`."""
+    return _DRIVES_TERMINALS.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text
+    )
 
 
 class UserError(ValueError):
@@ -6,3 +20,6 @@ class UserError(ValueError):
 
     The message names the thing, its value and the remedy; the jobs print it without a traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(escaped(message, keep="\n\t"))  # it quotes names and files of others

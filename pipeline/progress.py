@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 REPORT_EVERY_S = 0.5
@@ -126,12 +127,14 @@ class ProgressDisplay:
         rate = (report.completed - before) / (now - began) if now - began >= REPORT_EVERY_S else 0.0
         speed = f"{rate:,.{0 if rate >= 10 else 1}f} {report.unit}/s" if rate else report.unit
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(report.label, total=report.total, rate=speed)
+            self._tasks[key] = self._bars.add_task(escape(report.label), total=report.total, rate=speed)
         self._bars.update(self._tasks[key], completed=report.completed, total=report.total, rate=speed)
         pause = LOG_LINE_EVERY_S if now - began < LONG_LOG_LINE_EVERY_S else LONG_LOG_LINE_EVERY_S
         if not self._console.is_terminal and now - self._last_line.get(report.label, began) >= pause:
             self._last_line[report.label] = now
             left = f", {(report.total - report.completed) / rate:.0f} s left" if rate else ""
             self._console.print(
-                f"  {report.label}: {report.completed} of {report.total} {report.unit}, {speed}{left}", highlight=False
+                f"  {report.label}: {report.completed} of {report.total} {report.unit}, {speed}{left}",
+                markup=False,
+                highlight=False,
             )

@@ -45,7 +45,7 @@ PARENT = "pipeline"
 """Local name of the MLflow parent run."""
 LEAST_FREE_BYTES = 200 << 20
 LOG_WIDTH = 160
-NUMBERS_VERSION = 3
+NUMBERS_VERSION = 4
 """To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
 before are then not taken for today's."""
 
@@ -274,6 +274,7 @@ def _announce(run: Run) -> None:
     run.console.print(
         f"  {len(run.tasks)} tasks, {len(run.listing.images)} images · {config.clip.model} · "
         f"{run.mmap_shape.num_parameters:,} parameters a MmAP · results in {run.storage.shown(run.folder)}",
+        markup=False,
         highlight=False,
     )
 

@@ -72,7 +72,8 @@ def write_test_splits(folder: Path) -> None:
             sizes[path] = file.stat().st_size
     names = [str(label) for label in range(NUM_CLASSES)]
     classes = {task: names for task in TEST_COUNTS}
-    description = SplitDescription(classes, dict(zip(names, CLASS_WORDS)), 1, 1, "", {"train": {}, "test": TEST_COUNTS})
+    counts = {"train": dict.fromkeys(TEST_COUNTS, 0), "test": TEST_COUNTS}
+    description = SplitDescription(classes, dict(zip(names, CLASS_WORDS)), 1, 1, "", counts)
     for part in plan_parts(images, "test", sizes):
         write_part(folder / "data", part, description, folder / "splits")
     (folder / "splits" / "splits.json").write_text(json.dumps(asdict(description)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +16,21 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from pipeline.clip.class_tokens import Tokenizer
 from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import BUILTIN_DIGITS, ClipConfig
+from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, ClipConfig, read_text
 from pipeline.errors import UserError
 
 RANDOM_WEIGHTS_SEED = 0
+MAX_PARAMETERS = 10**10
+"""Far above all CLIPs; a model config that asks for more is a mistake."""
+MAX_SIZE = 10**6
+"""Of a width, a vocabulary, a side of an image."""
+MAX_LAYERS = 1000
 _DEMO = Path(__file__).resolve().parent.parent / "demo"
 _BUILTIN_MODEL = _DEMO / "digits_clip.json"
 _BUILTIN_WEIGHTS = _DEMO / "digits_clip.safetensors"
@@ -43,12 +51,14 @@ def clip_identity(config: ClipConfig) -> ClipIdentity:
     """Resolves and checks a ClipConfig without loading weights.
 
     Raises:
-        UserError: unknown model or tag, missing file, activation that contradicts the weights.
+        UserError: unknown model or tag, missing file, one that holds more than tensors, activation that contradicts
+            the weights.
     """
     model_config, quick_gelu = _resolve(config)
     if config.pretrained is None:
         weights = f"random:{RANDOM_WEIGHTS_SEED}"
     elif (file := weights_file(config)) is not None:
+        _refuse_more_than_tensors(file, config)
         with open(file, "rb") as stream:
             weights = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
     else:
@@ -61,7 +71,7 @@ def towers_without_weights(config: ClipConfig) -> ClipTowers:
     """Towers of the right shapes and no numbers (torch's meta device): tells in no time whether a model can be used.
 
     Raises:
-        UserError: the model has no towers that prompts can be put into.
+        UserError: the model has no towers that prompts can be put into, or absurdly large ones.
     """
     name = _register(config.model)
     try:
@@ -70,6 +80,10 @@ def towers_without_weights(config: ClipConfig) -> ClipTowers:
             tokenizer = load_tokenizer(config)
     except Exception as error:  # models of other libraries fail in their own ways
         raise UserError(f"clip.model={config.model} cannot be built: {error}") from None
+    if (count := sum(value.numel() for value in (*model.parameters(), *model.buffers()))) > MAX_PARAMETERS:
+        raise UserError(
+            f"clip.model={config.model} has {count:,} numbers, more than {MAX_PARAMETERS:,}: correct its sizes"
+        )
     return ClipTowers(model, tokenizer)
 
 
@@ -84,7 +98,8 @@ def load_clip(
     """
     name = _register(config.model)
     model_config, quick_gelu = _resolve(config)
-    file = weights_file(config)
+    if file := weights_file(config):
+        _refuse_more_than_tensors(file, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         try:
@@ -96,14 +111,9 @@ def load_clip(
                     pretrained_text=False,
                     weights_only=True,
                 )
-        except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+        except Exception as error:  # a state dict can fail to fit in many ways
             raise UserError(
                 f"clip.pretrained={config.pretrained!r} cannot be loaded into {config.model}: {error}"
-            ) from None
-        except Exception as error:  # pickle.UnpicklingError: the file holds more than tensors
-            raise UserError(
-                f"clip.pretrained={config.pretrained!r} is refused: it is not a plain file of tensors ({error}). "
-                "Save the weights as safetensors"
             ) from None
     towers = ClipTowers(model, load_tokenizer(config), text_order, config.activations_gib).to(device)
     if uses_bfloat16(towers.device, config.precision) and not float32:
@@ -142,6 +152,34 @@ def weights_file(config: ClipConfig) -> Path | None:
     return path if looks_like_file else None
 
 
+def _refuse_more_than_tensors(file: Path, config: ClipConfig) -> None:
+    """Before open_clip sees the file: where that fails it loads again, and with old versions of torch, or by an
+    environment variable, as a pickle whose code is run.
+
+    Raises:
+        UserError: the file is no plain file of tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+            return
+        zipped = zipfile.is_zipfile(file)
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                    raise ValueError("its records are compressed, as torch.save never does")
+        torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a pickle can fail in any way
+        reason = str(error).partition("\n")[0][:200]
+        if isinstance(error, pickle.UnpicklingError):  # torch tells how to run it all the same
+            reason = "a pickle that could run code, or none"
+        raise UserError(
+            f"clip.pretrained={config.pretrained!r} is refused: it is not a plain file of tensors ({reason}). "
+            "Save the weights as safetensors"
+        ) from None
+
+
 def _resolve(config: ClipConfig) -> tuple[dict[str, Any], bool]:
     """open_clip's config of the model, and whether QuickGELU is to be used."""
     open_clip = _open_clip()
@@ -171,13 +209,35 @@ def _resolve(config: ClipConfig) -> tuple[dict[str, Any], bool]:
 
 def _register(model: str) -> str:
     """open_clip's name for a model name, a model-config file, or the built-in model."""
+    if model.startswith(("hf-hub:", "local-dir:")):  # open_clip would take weights from there, whatever we ask for
+        raise UserError(f"clip.model={model!r}: give a name that open_clip has, or the path of a model-config JSON")
     path = _BUILTIN_MODEL if model == BUILTIN_DIGITS else Path(model).expanduser()
     if path.suffix != ".json":
         return model
     if not path.is_file():
         raise UserError(f"clip.model={model}: no such model-config file")
+    _check_model_config(path, f"clip.model={model}")
     _open_clip().add_model_config(path)
     return path.stem
+
+
+def _check_model_config(path: Path, name: str) -> None:
+    """Raises: UserError: no JSON of a CLIP, or absurd sizes, which would take all memory or forever."""
+    try:
+        values = json.loads(read_text(path, name, limit=MAX_YAML_BYTES))
+        sections = [values, values["vision_cfg"], values["text_cfg"]]
+        sizes = [(key, size) for section in sections for key, size in section.items()]
+        values["embed_dim"]
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{name} is no model config: {type(error).__name__}: {error}; it needs embed_dim, vision_cfg and text_cfg"
+        ) from None
+    for key, size in sizes:
+        most = MAX_LAYERS if key == "layers" else MAX_SIZE
+        if isinstance(size, int | float) and not abs(size) <= most:
+            raise UserError(f"{name}: {key}={size} is more than {most:,}: correct it")
 
 
 def _open_clip() -> ModuleType:

@@ -9,7 +9,9 @@ Choices that change pixels only where an image is not 8-bit RGB or grey:
 from __future__ import annotations
 
 import io
+import stat
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,26 +25,51 @@ MAX_RATIO = 1000
 """Of an image that is longer than this many times its width, the evaluation takes the middle first."""
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 """Pillow's own limit, above which it suspects a decompression bomb (89 million)."""
+MAX_BYTES = 6 * MAX_PIXELS
+"""What those take without compression at 16 bits a channel."""
+MAX_SCANS = 100
+"""Of a progressive JPEG, each of which goes over all pixels: a small file of thousands would take minutes."""
 
-# Pillow advises RGBA; a filter set around each decoding instead would not be safe among threads.
-warnings.filterwarnings("ignore", message="Palette images with Transparency")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow advises RGBA, suspects bombs and finds fault with metadata, once for each file; a filter set around each
+# decoding instead would not be safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BrokenImage(ValueError):
     """The bytes are no image that can be decoded to the end."""
 
 
+def read_image(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        BrokenImage: no file, or larger than MAX_BYTES.
+        OSError: it cannot be read.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
+        raise BrokenImage("no such file")
+    if status.st_size > MAX_BYTES:
+        raise BrokenImage(f"{status.st_size:,} bytes are more than {MAX_BYTES:,}")
+    return path.read_bytes()
+
+
 def decode_rgb(data: bytes) -> Image.Image:
     """The whole image as RGB.
 
     Raises:
-        BrokenImage: not an image, truncated, larger than MAX_PIXELS, or of pixel values without a range.
+        BrokenImage: not an image, truncated, larger than MAX_PIXELS, of more than MAX_SCANS, or of pixel values without
+            a range.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+                raise BrokenImage(f"{scans} scans are more than {MAX_SCANS}")
             if image.mode == "F":
                 raise BrokenImage("pixel values are fractions (mode F), whose range is not known")
             if image.mode.startswith("I"):

@@ -1,7 +1,8 @@
 """The splits on disk: one row an image, in Parquet, with all that a training needs to know about the data.
 
 A split folder holds splits.json and <split>/<task>-<part>.parquet. The schema metadata of every file repeats
-the description, so that a file that was sent elsewhere still says what its labels mean.
+the description, so that a file that was sent elsewhere still says what its labels mean. A digest of every row group
+tells on reading whether its rows are those that were written.
 """
 
 from __future__ import annotations
@@ -14,20 +15,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
-from pipeline.data.find import printable
-from pipeline.data.images import BrokenImage, decode_rgb
+from pipeline.data.find import name_fault, printable
+from pipeline.data.images import BrokenImage, decode_rgb, read_image
 from pipeline.data.splits import ScannedImage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, escaped
 
 ROW_GROUP_BYTES = 16 << 20
 PART_BYTES = 256 << 20
-FORMAT = 1
+LEAST_ROW_BYTES = 32
+"""A row's SHA-256 alone takes that much, however it is packed."""
+MAX_STEM = 150
+"""Characters of a file's name for its task; 28 Chinese ones would fill all that file systems take."""
+FORMAT = 2
 """Counted up with every change of what is written, PART_BYTES included: it is part of the folder's name."""
 Split = Literal["train", "test"]
 
@@ -54,7 +60,7 @@ class SplitDescription:
     shots: int
     seed: int
     source_fingerprint: str
-    counts: dict[str, dict[str, int]]
+    counts: dict[Split, dict[str, NonNegativeInt]]
     format: int = FORMAT
 
     @property
@@ -82,17 +88,15 @@ def scan_image(root: Path, path: str, task: str, class_folder: str) -> ScannedIm
     """Reads and decodes one file; what is wrong with it goes into `error`."""
     data, error = b"", None
     try:
-        if path != printable(path):
-            error = "the file name is not UTF-8"
-        elif not (root / path).is_file():  # reading a pipe would wait forever
-            error = "no such file"
+        if fault := name_fault(path):
+            error = f"the file name {fault}"
         else:
-            data = (root / path).read_bytes()
+            data = read_image(root / path)
             decode_rgb(data)
     except OSError as fault:
         error = f"cannot be read: {fault.strerror}"
     except BrokenImage as fault:
-        error = str(fault)
+        error = escaped(str(fault))
     return ScannedImage(printable(path), task, class_folder, hashlib.sha256(data).hexdigest(), error)
 
 
@@ -146,6 +150,7 @@ def _write_rows(root: Path, part: Part, description: SplitDescription, target: P
     few_values = ["task", "class_name", "split"]
     with pq.ParquetWriter(target, schema, compression=compression, use_dictionary=few_values) as writer:
         rows: list[dict[str, object]] = []
+        digests: list[str] = []
         size = 0
         for position, image in enumerate(part.images):
             data = _read_unchanged(root, image)
@@ -163,7 +168,15 @@ def _write_rows(root: Path, part: Part, description: SplitDescription, target: P
             size += len(data)
             if size >= ROW_GROUP_BYTES or position == len(part.images) - 1:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=len(rows))
+                digests.append(_digest(rows))
                 rows, size = [], 0
+        writer.add_key_value_metadata({"row_groups": json.dumps(digests)})
+
+
+def _digest(rows: Sequence[dict[str, object]]) -> str:
+    """Of all but the images, whose own is among it."""
+    values = [[row[name] for name in COLUMNS.names if name != "image"] for row in rows]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _read_unchanged(root: Path, image: ScannedImage) -> bytes:
@@ -177,11 +190,21 @@ def _read_unchanged(root: Path, image: ScannedImage) -> bytes:
 
 
 def _file_stem(task: str) -> str:
-    return quote(task, safe=" ")
+    stem = quote(task, safe=" ")
+    if len(stem) <= MAX_STEM:
+        return stem
+    return f"{stem[: MAX_STEM - 65]}~{hashlib.sha256(task.encode()).hexdigest()}"
+
+
+_DESCRIPTION = TypeAdapter(SplitDescription)
 
 
 class SplitReader:
-    """Reads a split folder; checks on opening that it is one."""
+    """Reads a split folder; checks on opening that it is one.
+
+    Raises:
+        UserError: no split folder, one of another format, or one whose description is not whole.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -189,14 +212,17 @@ class SplitReader:
         if not file.is_file():
             raise UserError(f"{folder} is no split folder: splits.json is missing; build it with jobs/build_splits.py")
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_bytes())
             found = values["format"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file} does not describe splits ({error!r}); build it again") from None
+            if found == FORMAT:
+                fields = {name: values[name] for name in SplitDescription.__dataclass_fields__}
+                self.description = _DESCRIPTION.validate_json(json.dumps(fields), strict=True)
+                _check_whole(self.description)
+        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+            reason = error.errors()[0] if isinstance(error, ValidationError) else error
+            raise UserError(f"{file} does not describe splits ({reason!r:.300}); build it again") from None
         if found != FORMAT:
-            raise UserError(f"{file} has format {found!r}, this version reads {FORMAT}; build it again")
-        names = SplitDescription.__dataclass_fields__
-        self.description = SplitDescription(**{name: values[name] for name in names})
+            raise UserError(f"{file} has format {found!r:.80}, this version reads {FORMAT}; build it again")
 
     def rows(self, split: Split, task: str, columns: Sequence[str] = ("image", "label")) -> Iterator[dict]:
         """Rows of a task's split in stored order, one row group in memory at a time.
@@ -207,30 +233,63 @@ class SplitReader:
         if task not in self.description.classes:
             raise UserError(f"{self.folder} has no task {task!r}; tasks: {', '.join(self.description.tasks)}")
         files = sorted((self.folder / split).glob(f"{_file_stem(task)}-?????.parquet"))
-        found = sum(self._checked(path).num_rows for path in files)
+        checked = [self._checked(path) for path in files]
+        found = sum(metadata.num_rows for metadata in checked)
         expected = self.description.counts[split][task]
         if found != expected:
             raise UserError(
                 f"{self.folder / split} has {found} images of task {task!r}, splits.json says {expected}: "
                 f"remove {self.folder} and build it again"
             )
-        for path in files:
-            with pq.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    try:
-                        rows = file.read_row_group(group, columns=list(columns)).to_pylist()
-                    except (pa.ArrowException, OSError) as error:
-                        raise UserError(f"{path} cannot be read any more: {error}; remove {self.folder}") from None
-                    yield from rows
+        names = [name for name in COLUMNS.names if name != "image" or "image" in columns]
+        for path, metadata in zip(files, checked):
+            try:
+                digests = json.loads(metadata.metadata[b"row_groups"])
+                with pq.ParquetFile(path) as file:
+                    for group in range(file.num_row_groups):
+                        rows = file.read_row_group(group, columns=names).to_pylist()
+                        self._check_rows(rows, split, task, digests[group])
+                        yield from ({name: row[name] for name in columns} for row in rows)
+            except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{path} cannot be read any more: {str(error).strip()}; remove {self.folder}") from None
+
+    def _check_rows(self, rows: Sequence[dict], split: Split, task: str, digest: str) -> None:
+        """Raises: ValueError: rows that are not as they were written, or that were never right."""
+        if _digest(rows) != digest:
+            raise ValueError("its rows are not those that were written")
+        words = self.description.words(task)
+        for row in rows:
+            if "image" in row and hashlib.sha256(row["image"]).hexdigest() != row["sha256"]:
+                raise ValueError(f"the bytes of {row['path']} are not those that were written")
+            if not 0 <= row["label"] < len(words) or row["class_name"] != words[row["label"]]:
+                raise ValueError(f"{row['path']} has label {row['label']} and class {row['class_name']!r}")
+            if (row["task"], row["split"]) != (task, split):
+                raise ValueError(f"{row['path']} is of task {row['task']!r}, split {row['split']!r}")
 
     def _checked(self, path: Path) -> pq.FileMetaData:
         try:
             metadata = pq.read_metadata(path)
             schema = metadata.schema.to_arrow_schema()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read as Parquet: {error}") from None
+            images = [metadata.row_group(group).column(0) for group in range(metadata.num_row_groups)]
+            packed = any(column.compression != "UNCOMPRESSED" or column.has_dictionary_page for column in images)
+            size = path.stat().st_size
+        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+            raise UserError(f"{path} cannot be read as Parquet: {str(error).strip()}; remove {self.folder}") from None
         if not schema.equals(COLUMNS):
             raise UserError(f"{path} is no split file: columns {schema.names}, not {COLUMNS.names}")
         if (metadata.metadata or {}).get(b"splits") != self.description.to_json().encode():
             raise UserError(f"{path} belongs to other splits than {self.folder / 'splits.json'}")
+        # A small file must not unfold into a large table: images are stored as they are, each for itself.
+        if packed or metadata.num_rows * LEAST_ROW_BYTES > size:
+            raise UserError(f"{path} is no split file: {metadata.num_rows} rows are packed into {size:,} bytes")
         return metadata
+
+
+def _check_whole(description: SplitDescription) -> None:
+    """Raises: ValueError: classes without words, tasks without counts."""
+    folders = {name for names in description.classes.values() for name in names}
+    if lacking := sorted(folders - description.class_words.keys()):
+        raise ValueError(f"class_words lacks {lacking[:10]}")
+    for split in get_args(Split):
+        if description.counts.get(split, {}).keys() != description.classes.keys():
+            raise ValueError(f"counts of {split!r} are not of the tasks {list(description.classes)[:10]}")

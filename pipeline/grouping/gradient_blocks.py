@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
@@ -25,10 +26,14 @@ def read_layout(path: Path) -> dict[str, list[int]]:
     again = "train the global prompt again (jobs/train_global_prompt.py)"
     if not path.is_file():
         raise UserError(f"{path}: no gradient snapshots; {again}")
-    file = pq.ParquetFile(path)
-    if file.metadata.num_rows == 0:
+    try:
+        num_rows, schema = pq.read_metadata(path).num_rows, pq.read_schema(path)
+        layout = json.loads((schema.metadata or {})[b"layout"])
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        raise UserError(f"{path} cannot be read as gradient snapshots ({error!r}); remove it and {again}") from None
+    if num_rows == 0:
         raise UserError(f"{path} holds no snapshot; {again} with a smaller global_prompt.snapshot_every")
-    return json.loads(file.schema_arrow.metadata[b"layout"])
+    return layout
 
 
 def gradient_blocks(

@@ -1,11 +1,13 @@
 """What a method trained as one safetensors file: the numbers, and in its header all that is needed to use them.
 
-Header field `prompts` (JSON): the method and its options, the CLIP with the fingerprint of its weights, and per group
-its tasks with their class names by label. Nothing in the file is executed on loading.
+Header field `prompts` (JSON): the method and its options, the CLIP with the fingerprint of its weights, per group its
+tasks with their class names by label, and the SHA-256 of all that and of the numbers. Nothing in the file is executed
+on loading.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,17 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, escaped
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import kind_of, options_of
 
-FORMAT = 2
+FORMAT = 3
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int
+    method: str
+    config: dict[str, Any]
+    weights: str
+    groups: list[dict[str, list[str]]] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class TrainedPrompts:
             pretrained: where the CLIP weights lie here, if not where they lay in training.
 
         Raises:
-            UserError: the CLIP found is not the one that the prompts were trained on.
+            UserError: the CLIP found is not the one that the prompts were trained on, or the numbers do not fit it.
         """
         config = self.config
         if pretrained:
@@ -69,8 +81,16 @@ class TrainedPrompts:
             )
         groups = []
         for words, state in zip(self.groups, self.states):
-            method = kind.build(config, towers, words)
-            method.load_state_dict(state)
+            try:
+                method = kind.build(config, towers, words)
+                method.load_state_dict(state)
+                if any(value.dtype != state[name].dtype for name, value in method.state_dict().items()):
+                    raise RuntimeError("numbers of another type")
+            except RuntimeError as error:
+                raise UserError(
+                    f"the prompts of {', '.join(words)} do not fit {kind.title} on {config.clip.model}: {error}; "
+                    "train them again"
+                ) from None
             with torch.no_grad():
                 groups.append((words, method.to(device)()))
         return Classifier(towers, kind.template(config), groups, config.clip.precision)
@@ -94,30 +114,40 @@ def save_prompts(path: Path, prompts: TrainedPrompts) -> None:
         for name, value in state.items()
     }
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"prompts": json.dumps(header, ensure_ascii=False, sort_keys=True)})
+    # In one field: safetensors writes several in any order.
+    save_file(tensors, partial, metadata={"prompts": _canonical(header | {"sha256": _digest(header, tensors)})})
     os.replace(partial, path)
 
 
 def load_prompts(path: Path) -> TrainedPrompts:
-    """Raises: UserError: no such file, no safetensors, or none that `save_prompts` wrote."""
+    """Raises: UserError: no such file, no safetensors, none that `save_prompts` wrote, or not as it wrote it."""
     if not path.is_file():
         raise UserError(f"prompts file {path} does not exist")
     try:
         with safe_open(path, "pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})["prompts"])
+            values = json.loads((file.metadata() or {})["prompts"])
+            if values["format"] != FORMAT:
+                raise UserError(
+                    f"prompts file {path} has format {values['format']!r:.80}; this version reads {FORMAT}: train the "
+                    "prompts again"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if header["format"] != FORMAT:
-            raise UserError(f"prompts file {path} has format {header['format']!r}; this version reads {FORMAT}")
-        groups = tuple(header["groups"])
-        return TrainedPrompts(
-            header["method"],
-            Config(**header["config"]),
-            header["weights"],
-            groups,
-            tuple(_state(tensors, number) for number in range(len(groups))),
-        )
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, ValidationError) as error:
-        raise UserError(f"{path} is no prompts file of this project: {type(error).__name__}: {error}") from None
+        digest = values.pop("sha256")
+        header, config = _Header(**values), Config(**values["config"])
+        if digest != _digest(values, tensors):
+            raise ValueError("its numbers are not those that were written; copy it again")
+        states: dict[str, dict[str, torch.Tensor]] = {str(number): {} for number in range(len(header.groups))}
+        for name, value in tensors.items():
+            number, _, parameter = name.partition(".")
+            states[number][parameter] = value
+        prompts = TrainedPrompts(header.method, config, header.weights, tuple(header.groups), tuple(states.values()))
+        _check(prompts)
+        return prompts
+    except UserError:
+        raise
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"{path} is no prompts file of this project: {type(error).__name__}: {reason}") from None
 
 
 def merge_prompts(parts: Sequence[TrainedPrompts]) -> TrainedPrompts:
@@ -132,6 +162,31 @@ def merge_prompts(parts: Sequence[TrainedPrompts]) -> TrainedPrompts:
     )
 
 
-def _state(tensors: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
-    prefix = f"{number}."
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _canonical(header: dict[str, Any]) -> str:
+    return json.dumps(header, ensure_ascii=False, sort_keys=True)
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(_canonical(header).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check(prompts: TrainedPrompts) -> None:
+    """Raises: ValueError: numbers that are none, options that ask for more than there are, odd names, a task twice."""
+    trained, options = kind_of(prompts.method).trained, options_of(prompts.method, prompts.config)
+    sizes = [value for section in options.values() for value in section.values() if type(value) is int]
+    if len(prompts.words) != sum(map(len, prompts.groups)):
+        raise ValueError("a task is in two groups")
+    if any(text != escaped(text) for task, words in prompts.words.items() for text in (task, *words)):
+        raise ValueError("a name holds control characters")
+    for group, state in zip(prompts.groups, prompts.states):
+        if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
+            raise ValueError(f"the prompts of {', '.join(group)} are not finite")
+        count = sum(value.numel() for value in state.values())
+        if trained and any(size > count for size in (1, *sizes)):
+            raise ValueError(f"{prompts.method} of {options} has more numbers than the {count} for {', '.join(group)}")
+        if not group or not all(group.values()):
+            raise ValueError("a group has no task, or a task no class")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.methods.registry import VERSIONS
@@ -50,7 +51,7 @@ def accuracy_table(summary: Summary) -> Table:
     marked = [header]
     for name, *cells in rows:
         best = max(cells, key=float) if name != PARAMETERS_ROW else None
-        marked.append([name, *(f"[bold]{cell}[/]" if cell == best else cell for cell in cells)])
+        marked.append([escape(name), *(f"[bold]{cell}[/]" if cell == best else cell for cell in cells)])
     header, *rows = _upright(summary, marked)
     table = Table(title=f"{summary.name}: test accuracy in %, {summary.shots} shots a class")
     for position, name in enumerate(header):

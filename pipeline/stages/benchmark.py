@@ -100,7 +100,7 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
             write_report(benchmark, folder, console)
             _track(tracker, benchmark, folder)
             storage.send(folder)
-            console.print(f"report: {storage.shown(folder / 'benchmark.md')}", highlight=False)
+            console.print(f"report: {storage.shown(folder / 'benchmark.md')}", markup=False, highlight=False)
         if failed:
             raise failed[0]
     return folder

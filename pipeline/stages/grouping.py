@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from rich.markup import escape
 
 from pipeline.grouping.advice import warnings_about
 from pipeline.grouping.affinity import affinity_matrix
@@ -57,8 +58,9 @@ def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
         for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
             run.tracker.log_artifact(NAME, artefact.local() / name)
         for warning in result["warnings"]:
-            run.console.print(f"  [yellow]note:[/] {warning}", highlight=False)
-        run.console.print(f"  {describe_groups(result['groups'])} · {describe_search(result)}", highlight=False)
+            run.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
+        found = escape(f"{describe_groups(result['groups'])} · {describe_search(result)}")
+        run.console.print(f"  {found}", highlight=False)
     return artefact
 
 

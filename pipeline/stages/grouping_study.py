@@ -51,7 +51,7 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
         study_figure(studies).savefig(folder / f"grouping_study.{kind}", dpi=150)
     console.print(markdown, markup=False, highlight=False)
     storage.send(folder)
-    console.print(f"report: {storage.shown(folder / 'grouping_study.md')}", highlight=False)
+    console.print(f"report: {storage.shown(folder / 'grouping_study.md')}", markup=False, highlight=False)
     return folder
 
 

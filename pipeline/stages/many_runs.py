@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.config import Config, parse_config
 from pipeline.run import Run, check_run
@@ -43,7 +44,7 @@ def in_parallel(runs: Sequence[Run], work: Callable[[Run], Any]) -> Iterator[tup
             for run, future in zip(runs, futures):
                 error = future.exception()
                 if error:
-                    run.console.print(f"[bold red]failed:[/] {error}")
+                    run.console.print(f"[bold red]failed:[/] {escape(str(error))}")
                 yield run, error or future.result()
         except BaseException:
             for run in runs:

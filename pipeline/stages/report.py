@@ -51,7 +51,7 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
         run.tracker.log_artifact(PARENT, file, "prompts")
     run.console.print(accuracy_table(summary))
     where = run.storage.shown
-    run.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", highlight=False)
+    run.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
     return folder
 
 

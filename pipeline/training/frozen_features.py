@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
 from pipeline.data.parquet import SplitReader
+from pipeline.errors import UserError
 from pipeline.training.batches import TrainingSet
 from pipeline.training.evaluate import BATCH_SIZE, decoded_batches
 
@@ -75,10 +76,20 @@ def save_features(path: Path, features: torch.Tensor) -> None:
 
 
 class StoredFeatures:
-    """Features of a file, of which only the rows asked for are read."""
+    """Features of a file, of which only the rows asked for are read.
+
+    Raises:
+        UserError: a file that is missing, damaged, or holds something else.
+    """
 
     def __init__(self, path: Path):
-        self._slices = safe_open(path, "pt").get_slice(_NAME)
+        try:
+            self._slices = safe_open(path, "pt").get_slice(_NAME)
+            shape, dtype = self._slices.get_shape(), self._slices.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read as image features: {error}; remove {path.parent}") from None
+        if len(shape) not in (2, 3) or dtype not in ("F32", "F64", "BF16"):
+            raise UserError(f"{path} holds {dtype} of shape {shape}, no image features; remove {path.parent}")
 
     def __len__(self) -> int:
         return self._slices.get_shape()[0]

@@ -71,11 +71,9 @@ def read_gradients(path: Path, tasks: Sequence[str]) -> np.ndarray:
     """Gradients (S, T, P), float64, snapshots by step and tasks as given.
 
     Raises:
-        UserError: no snapshot file, or a step that lacks a task.
+        UserError: no snapshot file, one that is damaged, or a step that lacks a task.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no gradient snapshots; train the global prompt first (jobs/train_global_prompt.py)")
-    table = pq.read_table(path, columns=["step", "task", "gradient"])
+    table = _read(path, ["step", "task", "gradient"])
     by_step: dict[int, dict[str, np.ndarray]] = {}
     for step, task, gradient in zip(
         table["step"].to_pylist(), table["task"].to_pylist(), table["gradient"].to_numpy(zero_copy_only=False)
@@ -84,9 +82,26 @@ def read_gradients(path: Path, tasks: Sequence[str]) -> np.ndarray:
     for step, of_task in by_step.items():
         if absent := [task for task in tasks if task not in of_task]:
             raise UserError(f"{path}: the snapshot of step {step} lacks the tasks {', '.join(absent)}")
-    return np.stack([[of_task[task] for task in tasks] for _, of_task in sorted(by_step.items())]).astype(np.float64)
+    gradients = [[of_task[task] for task in tasks] for _, of_task in sorted(by_step.items())]
+    if len({gradient.shape for of_step in gradients for gradient in of_step}) > 1:
+        raise UserError(f"{path} holds gradients of several lengths; remove {path.parent} and train again")
+    return np.stack(gradients).astype(np.float64)
 
 
 def read_steps(path: Path) -> list[int]:
     """Steps (S,) of the snapshots, in the order of `read_gradients`."""
-    return sorted(set(pq.read_table(path, columns=["step"])["step"].to_pylist()))
+    return sorted(set(_read(path, ["step"])["step"].to_pylist()))
+
+
+def _read(path: Path, columns: list[str]) -> pa.Table:
+    if not path.is_file():
+        raise UserError(f"{path}: no gradient snapshots; train the global prompt first (jobs/train_global_prompt.py)")
+    try:
+        table = pq.read_table(path, columns=columns)
+        if table.schema.equals(pa.schema([SCHEMA.field(name) for name in columns])) and table.num_rows:
+            if all(column.null_count == 0 for column in table.columns):
+                return table
+        reason = f"{table.num_rows} rows of {', '.join(f'{f.name}: {f.type}' for f in table.schema)}"
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error)
+    raise UserError(f"{path} cannot be read as gradient snapshots ({reason}); remove {path.parent} and train again")

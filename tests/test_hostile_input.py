@@ -1,0 +1,1244 @@
+"""What others may hand in: bombs, links, odd names, foreign and damaged files, code. Refused by name, at no cost."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pipeline.clip.load import clip_identity, load_clip, towers_without_weights, weights_fingerprint
+from pipeline.config import (
+    BUILTIN_DIGITS,
+    REPOSITORY,
+    ClipConfig,
+    Config,
+    DataConfig,
+    MmapConfig,
+    Section,
+    add_config_arguments,
+    config_from_command_line,
+    load_yaml,
+    parse_config,
+    to_yaml,
+)
+from pipeline.data import images as images_module
+from pipeline.data import parquet
+from pipeline.data.find import OFFICE_HOME_FOLDER, find_images, printable, read_class_names
+from pipeline.data.images import BrokenImage, decode_rgb, read_image
+from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.errors import UserError
+from pipeline.grouping.gradient_blocks import read_layout
+from pipeline.methods import prompt_file
+from pipeline.methods.mmap import GroupMmap, MmapShape
+from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
+from pipeline.training.evaluate import decoded_batches
+from pipeline.training.frozen_features import StoredFeatures, save_features
+from pipeline.training.snapshots import SCHEMA, read_gradients, read_steps
+
+MORE = int(os.environ.get("FUZZ_TIMES", "1"))
+"""How many times as many examples: FUZZ_TIMES=20 pytest tests/test_hostile_input.py"""
+
+
+def fuzz(examples: int):
+    return settings(
+        max_examples=examples * MORE,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+
+
+@st.composite
+def mutations(draw, whole: bytes) -> bytes:
+    """The bytes with some changed, cut off, left out, or given twice."""
+    size, data = len(whole), bytearray(whole)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        match draw(st.sampled_from(["flip", "set", "set", "cut", "leave out", "twice", "fill", "number"])):
+            case "flip" if data:
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "set" if data:
+                data[at] = draw(st.integers(0, 255))
+            case "cut":
+                del data[at:]
+            case "leave out":
+                del data[at : at + draw(st.integers(1, 200))]
+            case "twice":
+                data[at:at] = data[at : at + draw(st.integers(1, 200))]
+            case "fill":
+                length = min(draw(st.integers(1, 200)), len(data) - at)
+                data[at : at + length] = bytes([draw(st.integers(0, 255))]) * length
+            case "number":
+                data[at : at + 4] = draw(st.sampled_from([b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\0\0\0\0"]))
+    return bytes(data[: 2 * size])
+
+
+# --- images --------------------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def zeros(mib: int) -> bytes:
+    """So many, compressed to a thousandth."""
+    compress = zlib.compressobj(9)
+    return b"".join(compress.compress(bytes(1 << 20)) for _ in range(mib)) + compress.flush()
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes], pixels: bytes = b"") -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    all_chunks = [(b"IHDR", header), *chunks, (b"IDAT", pixels or zlib.compress(bytes(25 * 8))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in all_chunks
+    )
+
+
+def tiff(width: int, height: int, *tags: tuple[int, int, int, int], data: bytes = bytes(64)) -> bytes:
+    fields = {256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 8), 259: (3, 1, 8), 262: (3, 1, 2)}
+    fields |= {273: (4, 1, 8), 277: (3, 1, 3), 278: (4, 1, height), 279: (4, 1, len(data))}
+    fields |= {tag: tuple(rest) for tag, *rest in tags}
+    entries = b"".join(struct.pack("<HHII", tag, *rest) for tag, rest in sorted(fields.items()))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(fields)) + entries + bytes(4)
+
+
+def with_bytes(data: bytes, after: bytes, skip: int, value: bytes) -> bytes:
+    at = data.index(after) + skip
+    return data[:at] + value + data[at + len(value) :]
+
+
+def bombs() -> dict[str, bytes]:
+    small, huge = Image.new("RGB", (8, 8), "red"), 2**31 - 1
+    gif, jpeg = encoded(small.quantize(4), "GIF"), encoded(small, "JPEG")
+    progressive = encoded(small, "JPEG", progressive=True)
+    scan = progressive[progressive.index(b"\xff\xda") : -2]
+    frames = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(2)]
+    webp = encoded(small, "WEBP", save_all=True, append_images=frames)
+    bomb = zeros(200)
+    return {
+        "claims.png": png(huge, huge),
+        "text.png": png(8, 8, (b"zTXt", b"k\0\0" + bomb)),
+        "international text.png": png(8, 8, (b"iTXt", b"k\0\1\0\0\0" + bomb)),
+        "profile.png": png(8, 8, (b"iCCP", b"k\0\0" + bomb)),
+        "many texts.png": png(8, 8, *[(b"zTXt", b"%d\0\0" % n + zeros(1)) for n in range(100)]),
+        "screen.gif": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
+        "frame.gif": with_bytes(gif, b",", 5, struct.pack("<HH", 65535, 65535)),
+        "canvas.webp": with_bytes(webp, b"VP8X", 12, b"\xff\x3f\0\xff\x3f\0"),
+        "claims.tif": tiff(huge, huge),
+        "samples.tif": tiff(8, 8, (277, 3, 1, 65535)),
+        "claims.avif": with_bytes(encoded(small, "AVIF"), b"ispe", 8, struct.pack(">II", 60000, 60000)),
+        "claims.ppm": b"P6\n100000 100000\n255\n" + bytes(100),
+        "number.ppm": b"P6\n" + b"9" * 1_000_000,
+        "claims.bmp": with_bytes(encoded(small, "BMP"), b"BM", 18, struct.pack("<ii", huge, huge)),
+        "claims.jpg": with_bytes(jpeg, b"\xff\xc0", 5, struct.pack(">HH", 65500, 65500)),
+        "scans.jpg": progressive[: progressive.index(b"\xff\xda")] + scan * 2000 + b"\xff\xd9",
+        # Images that are whole, and unfold to much only beyond them.
+        "whole: pixels.png": png(8, 8, pixels=bomb),
+        "whole: strip.tif": tiff(8, 8, data=bomb),
+        "whole: frames.gif": gif[:-1] + gif[gif.index(b",") : -1] * 20_000 + b";",
+        "whole: frames.webp": encoded(small, "WEBP", save_all=True, append_images=frames * 100),
+        "whole: frames.avif": encoded(small, "AVIF", save_all=True, append_images=frames * 50),
+    }
+
+
+def test_bombs_are_broken_images_and_take_no_memory(tmp_path):
+    folder = tmp_path / "a/x"
+    folder.mkdir(parents=True)
+    for name, data in bombs().items():
+        (folder / name).write_bytes(data)
+    with open(folder / "sparse.ppm", "wb") as file:
+        file.write(b"P6\n8 8\n255\n")
+        file.truncate(1 << 40)
+    code = """if True:
+        import json, resource, sys
+        from pathlib import Path
+        from pipeline.data.find import find_images
+        from pipeline.data.parquet import scan_image
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        root = Path(sys.argv[1])
+        before = peak()
+        told = {file.name: scan_image(root, f"a/x/{file.name}", "a", "x") for file in sorted((root / "a/x").iterdir())}
+        print(json.dumps([peak() - before, {name: [image.path, image.error] for name, image in told.items()}]))"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 0, finished.stderr
+    grown_mib, told = json.loads(finished.stdout.splitlines()[-1])
+    assert set(told) == {*bombs(), "sparse.ppm"}
+    for name, (path, error) in told.items():
+        assert path == f"a/x/{name}"
+        assert bool(error) != name.startswith("whole"), (name, error)
+    assert "bytes are more than" in told["sparse.ppm"][1]
+    assert "scans are more than" in told["scans.jpg"][1]
+    assert grown_mib < 100
+
+
+def test_the_largest_images_are_read(monkeypatch, tmp_path):
+    """The limits are not below what they are said to be."""
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 64)
+    assert decode_rgb(encoded(Image.new("RGB", (8, 8)), "PNG")).size == (8, 8)
+    with pytest.raises(BrokenImage, match="9 x 8 pixels are more than 64"):
+        decode_rgb(encoded(Image.new("RGB", (9, 8)), "PNG"))
+    monkeypatch.setattr(images_module, "MAX_BYTES", 5)
+    (tmp_path / "a.png").write_bytes(b"12345")
+    assert read_image(tmp_path / "a.png") == b"12345"
+    (tmp_path / "a.png").write_bytes(b"123456")
+    with pytest.raises(BrokenImage, match="6 bytes are more than 5"):
+        read_image(tmp_path / "a.png")
+
+
+IMAGES = {
+    kind: encoded(Image.linear_gradient("L").resize((9, 7)), kind) for kind in ("PNG", "GIF", "TIFF", "BMP", "PPM")
+}
+IMAGES |= {
+    kind: encoded(Image.linear_gradient("L").convert("RGB").resize((9, 7)), kind) for kind in ("JPEG", "WEBP", "AVIF")
+}
+
+
+@fuzz(150)
+@given(st.sampled_from(sorted(IMAGES)).flatmap(lambda kind: mutations(IMAGES[kind])))
+def test_any_bytes_are_an_image_or_a_broken_one(data):
+    try:
+        assert decode_rgb(data).mode == "RGB"
+    except BrokenImage:
+        pass
+
+
+# --- links -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked(tmp_path) -> Path:
+    """data/ with two tasks; elsewhere/ with another, and more images."""
+    for folder in ("data/a/x", "data/a/y", "data/b/x", "data/b/y", "elsewhere/x", "elsewhere/y"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "1.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("a/x/2.png", "elsewhere/x/1.png"),
+        ("a/x/deep", "elsewhere/x"),
+        ("a/z", "elsewhere/x"),
+        ("c", "elsewhere"),
+        ("a/x/dangling.png", "nowhere.png"),
+        ("a/x/2.png", "data/../elsewhere/x/1.png"),
+    ],
+)
+def test_links_out_of_the_root_are_refused_by_name_and_target(linked, link, target):
+    root = linked / "data"
+    (root / link).symlink_to(linked / target)
+    real = os.path.realpath(linked / target)
+    with pytest.raises(UserError) as error:
+        find_images(DataConfig(), root)
+    assert f"{link} → {real}" in str(error.value) and "--data.links_out_of_root true" in str(error.value)
+    allowed = find_images(DataConfig(links_out_of_root=True), root)
+    assert any(image.path.startswith(link) for image in allowed.images)
+    # A task that is not used may have what it wants.
+    assert find_images(DataConfig(tasks=["b"]), root).classes == {"b": ("x", "y")}
+
+
+def test_all_links_are_named_at_once_and_a_chain_to_its_end(linked):
+    root = linked / "data"
+    (linked / "hop").symlink_to(linked / "elsewhere")
+    (root / "a/z").symlink_to(linked / "hop/x")
+    (root / "b/x/2.png").symlink_to(root / "a/x/back.png")
+    (root / "a/x/back.png").symlink_to("/etc/hostname")
+    for number in range(3, 6):
+        (root / f"b/x/{number}.png").symlink_to(linked / "elsewhere/x/1.png")
+    with pytest.raises(UserError, match=r"a/z → .*/elsewhere/x;"):
+        find_images(DataConfig(), root)
+    (root / "a/z").unlink()
+    with pytest.raises(UserError, match=r"a/x/back.png → /etc/hostname, b/x/2.png → /etc/hostname, b/x/3.png → "):
+        find_images(DataConfig(), root)
+
+
+def test_links_inside_the_root_and_a_root_that_is_a_link_are_followed(linked):
+    root = linked / "data"
+    (root / "a/x/2.png").symlink_to(root / "b/x/1.png")
+    (root / "a/z").symlink_to("../b/y")
+    (root / "c").symlink_to("b")
+    (linked / "link").symlink_to(root)
+    listing = find_images(DataConfig(), linked / "link")
+    assert {"a/x/2.png", "a/z/1.png", "c/x/1.png"} <= {image.path for image in listing.images}
+
+
+def test_links_of_listed_images_are_refused_too(linked):
+    root = linked / "data"
+    (root / "splits_mini").mkdir()
+    lines = [f"{task}/{name}/1.png 0" for task in "ab" for name in "xy"]
+    (root / "splits_mini/a_train.txt").write_text("\n".join(lines))
+    assert len(find_images(DataConfig(), root).images) == 4
+    shutil.rmtree(root / "b/x")
+    (root / "b/x").symlink_to(linked / "elsewhere/x")
+    with pytest.raises(UserError, match="b/x → .*elsewhere/x"):
+        find_images(DataConfig(), root)
+    (root / "b/x").unlink()
+    (root / "b/x").mkdir()
+    (root / "b/x/1.png").symlink_to(linked / "elsewhere/x/1.png")
+    with pytest.raises(UserError, match="b/x/1.png → .*elsewhere/x/1.png"):
+        find_images(DataConfig(), root)
+    (root / "splits_mini/b_train.txt").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="splits_mini/b_train.txt → /etc/passwd"):
+        find_images(DataConfig(tasks=["a"]), root)
+
+
+def test_a_published_archive_that_is_a_link_is_refused_too(linked):
+    (linked / "data" / OFFICE_HOME_FOLDER).symlink_to(linked / "elsewhere")
+    with pytest.raises(UserError, match=f"{OFFICE_HOME_FOLDER} → .*elsewhere"):
+        find_images(DataConfig(layout="office_home"), linked / "data")
+
+
+def test_listing_asks_for_each_file_once(linked, monkeypatch):
+    """As many system calls a file as without the check of links."""
+    root = linked / "data"
+    for number in range(50):
+        (root / f"a/x/{number + 10}.png").write_bytes(b"")
+    calls = []
+    for name in ("stat", "lstat"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda path, *args, real=real, **kwargs: calls.append(str(path)) or real(path, *args, **kwargs)
+        )
+    find_images(DataConfig(), root)
+    assert sum(path.endswith(".png") for path in calls) == 54
+
+
+# --- names -----------------------------------------------------------------------------------------------------
+
+ODD = [
+    "a\nb.png",
+    "a\tb.png",
+    "\x1b[31mred\x1b[0m.png",
+    "a\r.png",
+    "\u202egnp.exe.png",
+    "a\x85b.png",
+    "a\u2028b.png",
+    "a\\x0ab.png",
+]
+
+
+@given(st.text(), st.text())
+@settings(derandomize=True)
+def test_a_printable_path_is_one_line_and_of_one_path(one, other):
+    assert (printable(one) == printable(other)) == (one == other)
+    assert len(printable(one).encode().decode().splitlines()) <= 1
+
+
+def test_two_names_that_look_alike_are_told_apart():
+    names = ["a\nb.jpg", r"a\nb.jpg", r"a\\nb.jpg", "a\udce9.jpg", r"a\udce9.jpg"]
+    assert len({printable(name) for name in names}) == len(names)
+    assert printable("smörgås 写真 👩‍🚀\u202f.jpg") == "smörgås 写真 👩‍🚀\u202f.jpg"
+
+
+def test_odd_file_names_are_broken_images_of_one_line(linked):
+    root = linked / "data"
+    for name in ODD:
+        shutil.copy(root / "a/x/1.png", root / "a/x" / name)
+        (root / "a/x" / name.replace(".png", ".txt")).touch()
+    listing = find_images(DataConfig(), root)
+    scanned = [scan_image(root, image.path, image.task, image.class_folder) for image in listing.images]
+    broken = {image.path: image.error for image in scanned if image.error}
+    assert set(broken.values()) == {"the file name holds control characters or a backslash"}
+    assert broken.keys() == {printable(f"a/x/{name}") for name in ODD} and len(broken) == len(ODD)
+    for path in (*broken, *listing.ignored):
+        assert not any(character < " " for character in path) and len(path.splitlines()) == 1
+
+
+def test_what_is_wrong_with_an_image_is_told_in_one_line(linked, monkeypatch):
+    def decode(data: bytes):
+        raise BrokenImage("tag\n\x1b[31m")
+
+    monkeypatch.setattr(parquet, "decode_rgb", decode)
+    assert scan_image(linked / "data", "a/x/1.png", "a", "x").error == r"tag\n\x1b[31m"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", " x", "x ", "a\\b", "x\u2029", "\u202ex"])
+@pytest.mark.parametrize("place", ["task", "class"])
+def test_odd_folder_names_are_refused_by_name(linked, name, place):
+    folder = linked / "data" / (f"{name}/x" if place == "task" else f"a/{name}")
+    folder.mkdir(parents=True)
+    (folder / "1.png").touch()
+    with pytest.raises(UserError) as error:
+        find_images(DataConfig(), linked / "data")
+    assert f"the folder name '{printable(name)}'" in str(error.value) and "rename it" in str(error.value)
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [("A", "a"), ("Straße", "STRASSE"), ("caf\u00e9", "cafe\u0301")])
+def test_tasks_that_differ_in_case_or_form_only_are_refused(linked, names):
+    for name in names:
+        (linked / "data" / name / "x").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match="differ only in case or in the form.*rename one"):
+        find_images(DataConfig(), linked / "data")
+
+
+def test_classes_may_differ_in_case_but_not_in_form_only(linked):
+    (linked / "data/a/X").mkdir()
+    assert find_images(DataConfig(), linked / "data").classes["a"] == ("X", "x", "y")
+    (linked / "data/a/caf\u00e9").mkdir()
+    (linked / "data/a/cafe\u0301").mkdir()
+    with pytest.raises(UserError, match=r"'caf\\xe9'|'cafe\\u0301'"):
+        find_images(DataConfig(), linked / "data")
+
+
+def test_the_longest_names_are_stored_and_found_again(tmp_path):
+    task, class_folder, file = "写" * 85, "y" * 255, "z" * 251 + ".png"
+    folder = tmp_path / "data" / task / class_folder
+    folder.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(folder / file)
+    (tmp_path / "data" / task / "x").mkdir()
+    (image,) = find_images(DataConfig(), tmp_path / "data").images
+    scanned = scan_image(tmp_path / "data", image.path, image.task, image.class_folder)
+    assert scanned.error is None
+    counts = {"train": {task: 0}, "test": {task: 1}}
+    description = SplitDescription({task: [class_folder]}, {class_folder: "y"}, 1, 1, "", counts)
+    (part,) = plan_parts([scanned], "test", {scanned.path: image.size})
+    write_part(tmp_path / "data", part, description, tmp_path / "splits")
+    (tmp_path / "splits/splits.json").write_text(json.dumps(vars(description)))
+    (row,) = SplitReader(tmp_path / "splits").rows("test", task, ("path",))
+    assert row["path"] == image.path
+
+
+@pytest.mark.parametrize(
+    "line", ["x" * 2000, "bed\twords\x1b[31m", "bed\ta\u2028b", "bed\ta\tb", "be\0d", "bed\rmug", "bed\x0bmug"]
+)
+def test_odd_lines_of_a_class_names_file_are_named(tmp_path, line):
+    file = tmp_path / "names.txt"
+    file.write_bytes(f"mug\n{line}\n".encode())
+    with pytest.raises(UserError, match=r"names.txt:2: expected `folder` or `folder<TAB>words`") as error:
+        read_class_names(file)
+    assert len(str(error.value)) < 4000 and "\x1b" not in str(error.value)
+
+
+def test_a_huge_class_names_file_is_not_read(tmp_path):
+    with open(tmp_path / "names.txt", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"names.txt has 1,099,511,627,776 bytes, more than"):
+        read_class_names(tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize("line", ["a/x/1\0.png 0", "a/x/\x1b[31m 0 0 x", "\x00"])
+def test_odd_list_lines_are_named(linked, line):
+    (linked / "data/splits_mini").mkdir()
+    (linked / "data/splits_mini/a.txt").write_text(line)
+    with pytest.raises(UserError, match="a.txt:1: expected"):
+        find_images(DataConfig(), linked / "data")
+
+
+def test_messages_cannot_drive_a_terminal():
+    error = UserError("two lines\n\tof \x1b[31mtext\x07 and \udce9")
+    assert str(error) == "two lines\n\tof \\x1b[31mtext\\x07 and \\udce9"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# --- configs ---------------------------------------------------------------------------------------------------
+
+LAUGHS = "a: &a [1, 1]\n" + "".join(
+    f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p}]\n" for p, n in zip("abcdefghi", "bcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: !!python/object/apply:os.mkdir [made]", "line 1, column 7"),
+        ("name: !!python/name:os.system", "line 1"),
+        ("name: !!python/object/new:os.mkdir [made]", "line 1"),
+        (LAUGHS, r"line 2, column 8"),
+        ("a: &a [*a]", r"\*a: write the value out"),
+        ("seed: 1\ntraining: {epochs: 2}\nseed: 2\n", r"(?s)seed is given twice.*line 3"),
+        ("training:\n  epochs: 1\n  epochs: 2\n", r"(?s)epochs is given twice.*line 3"),
+        ("a: " + "[" * 100_000, "nested too deeply"),
+        ("\n".join(" " * depth + "a:" for depth in range(600)), "nested too deeply"),
+        ("[1, 2]", "must hold fields and values, not list"),
+        ("just text", "must hold fields and values, not str"),
+        ("a: 1\n---\na: 2\n", "single document"),
+        ("name: a\0b", "special characters are not allowed"),
+        ("training:\n\tepochs: 1", r"(?s)line 2, column 1"),
+        (b"name: caf\xe9\n", "not UTF-8 text: line 1"),
+        (b"a: 1\nname: \xff\xfe\n", "not UTF-8 text: line 2"),
+        ("seed: " + "9" * 5000, "is no int"),
+        ("seed: 0x" + "f" * 5000, "is no int"),
+        ("name: 2024-13-45", r"(?s)'2024-13-45' is no timestamp.*line 1"),
+        ("seed: !!int x", "'x' is no int"),
+        ("seed: !!bool 7", "'7' is no bool"),
+        ("seed: !!timestamp x", "'x' is no timestamp"),
+        ("x" * (2 << 20), "bytes, more than"),
+    ],
+)
+def test_hostile_yaml_is_refused_by_file_and_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "evil.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    began = time.process_time()
+    with pytest.raises(UserError, match=message) as error:
+        parse_config(load_yaml(file))
+    assert "evil.yaml" in str(error.value) and len(str(error.value)) < 2000
+    assert time.process_time() - began < 5
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfseed: 3\r\n")
+    assert load_yaml(tmp_path / "a.yaml") == {"seed": 3}
+
+
+def from_command_line(*arguments: str) -> Config:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_config_arguments(parser)
+    return config_from_command_line(parser, arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--seed", "9" * 5000),
+        ("--seed", "1e400"),
+        ("--seed", str(2**63)),
+        ("--seed", "2024-13-45"),
+        ("--training", "{epochs: 1, epochs: 2}"),
+        ("--training.epochs", "!!python/object/apply:os.mkdir [made]"),
+        ("--training.epochs", "[" * 10_000),
+        ("--training.epochs", str(10**30)),
+        ("--training.learning_rate", ".inf"),
+        ("--data.tasks", LAUGHS),
+        ("--data.root", "caf\udce9"),
+        ("--data.root", "{a: 1}"),
+    ],
+)
+def test_hostile_values_on_the_command_line(option, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        from_command_line(option, value)
+    assert option.removeprefix("--") in str(error.value) and len(str(error.value)) < 3000
+    assert not (tmp_path / "made").exists()
+
+
+def test_text_that_is_no_yaml_is_text_on_the_command_line():
+    assert from_command_line("--clip.template", "{} [photo").clip.template == "{} [photo"
+    assert from_command_line("--data.root", "*x").data.root == "*x"
+
+
+def any_text(size: int) -> st.SearchStrategy[str]:
+    return st.text(st.characters(), max_size=size) | st.text(
+        st.characters(categories=["Cs", "Cc", "Zl"]), max_size=size
+    )
+
+
+def plain_values() -> st.SearchStrategy:
+    scalars = st.none() | st.booleans() | st.integers() | st.floats() | any_text(20) | st.binary(max_size=5)
+    names = st.text(max_size=8) | st.integers() | st.none()
+    return st.recursive(
+        scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=8
+    )
+
+
+def section_values(section: type[Section]) -> st.SearchStrategy:
+    """Trees with the section's names, and now and then another, whose values are the defaults or anything."""
+    defaults, parts = section(), {}
+    for name in section.model_fields:
+        default = getattr(defaults, name)
+        if isinstance(default, Section):
+            parts[name] = section_values(type(default)) | plain_values()
+        else:
+            number = st.integers(-2, 20) | st.floats(0, 2)
+            parts[name] = st.just(default) | number | any_text(12) | plain_values()
+    some = st.lists(st.sampled_from(sorted(parts)), max_size=3, unique=True)
+    known = some.flatmap(lambda names: st.fixed_dictionaries({name: parts[name] for name in names}))
+    return known | st.tuples(known, st.dictionaries(st.text(max_size=8), plain_values(), max_size=1)).map(
+        lambda two: {**two[1], **two[0]}
+    )
+
+
+def check_config(values, file: Path) -> None:
+    try:
+        config = parse_config(values)
+    except UserError:
+        return
+    again = to_yaml(config)
+    assert parse_config(yaml.safe_load(again)) == config
+    file.write_text(again, encoding="utf-8")
+    assert parse_config(load_yaml(file)) == config
+
+
+@fuzz(150)
+@given(section_values(Config))
+def test_any_values_are_a_config_or_refused(tmp_path, values):
+    check_config(values, tmp_path / "again.yaml")
+
+
+VALID_YAML = to_yaml(Config()).encode()
+YAML_BITS = [
+    "&a ",
+    "*a",
+    "!!int ",
+    "!!python/name:os ",
+    "<<: ",
+    "? ",
+    "- ",
+    "{",
+    "}",
+    "[",
+    "]",
+    ": ",
+    "#",
+    "|\n",
+    ">",
+    "'",
+]
+YAML_BITS += ['"', "\n", "\n  ", "---\n", "%", "1e5", ".nan", "0x1f", "1:30", "2024-01-01", "seed", "training", "null"]
+YAML_BITS += ["\\ud800", "\t", "\x85", "\ufeff", "data:", "root"]
+
+
+@fuzz(60)
+@given(
+    st.lists(st.sampled_from(YAML_BITS), max_size=25).map(lambda bits: "".join(bits).encode())
+    | mutations(VALID_YAML)
+    | st.binary(max_size=60)
+)
+def test_any_file_is_a_config_or_refused(tmp_path, data):
+    file = tmp_path / "fuzz.yaml"
+    file.write_bytes(data)
+    try:
+        values = load_yaml(file)
+    except UserError as error:
+        assert file.name in str(error)
+        return
+    check_config(values, file)
+
+
+# --- CLIP: model configs and weights ----------------------------------------------------------------------------
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+def changed(**changes) -> str:
+    values = copy.deepcopy(TINY)
+    for path, value in changes.items():
+        section, _, name = path.rpartition("__")
+        (values[section] if section else values)[name] = value
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        "{}",
+        '"text"',
+        "[" * 100_000,
+        "\0",
+        changed(vision_cfg=3),
+        changed(vision_cfg__width=10**9),
+        changed(vision_cfg__layers=10**9),
+        changed(text_cfg__context_length=10**9),
+        changed(text_cfg__vocab_size=float("inf")),
+        changed(text_cfg__vocab_size=10**6, text_cfg__width=10**6, text_cfg__heads=1),
+        changed(vision_cfg__width=-32),
+        changed(vision_cfg__width="wide"),
+        changed(vision_cfg__width=None),
+        changed(vision_cfg__unknown=1),
+        changed(text_cfg__heads=0),
+        changed(embed_dim="x"),
+        '{"embed_dim": ' + "9" * 5000 + ', "vision_cfg": {}, "text_cfg": {}}',
+    ],
+)
+def test_hostile_model_configs_are_refused_at_the_door(tmp_path, text):
+    file = tmp_path / "hostile_model.json"
+    file.write_text(text)
+    began = time.process_time()
+    with pytest.raises(UserError, match="hostile_model.json"):
+        clip_identity(ClipConfig(model=str(file), pretrained=None))
+        towers_without_weights(ClipConfig(model=str(file), pretrained=None))
+    assert time.process_time() - began < 10
+    # One that was refused is in nobody else's way.
+    assert towers_without_weights(ClipConfig(model=BUILTIN_DIGITS, pretrained=None)).image_size == 32
+
+
+@pytest.mark.parametrize("model", ["hf-hub:somebody/model", "local-dir:/tmp", "absent.json", "../../x", "builtin:x"])
+def test_models_from_elsewhere_are_refused(model):
+    """open_clip would load the weights that lie there, whatever clip.pretrained says."""
+    for load in (clip_identity, load_clip):
+        with pytest.raises(UserError, match="clip.model"):
+            load(ClipConfig(model=model, pretrained=None))
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["EVIL_FOLDER"],))
+
+
+class Confusing:
+    """A tensor whose state is a TypeError to torch where no code may be run: then open_clip loads with less care."""
+
+    def __reduce__(self):
+        storage, hooks = torch.zeros(1).untyped_storage(), OrderedDict()
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+        return (torch._utils._rebuild_tensor_v2, (typed, 0, (1,), (1,), False, hooks), (False, None, hooks))
+
+
+def torch_script(file: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+
+
+def packed(file: Path, mib: int = 256) -> None:
+    """A file of torch whose tensor is compressed."""
+    torch.save({"x": torch.zeros(4)}, file)
+    with zipfile.ZipFile(file) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, bytes(mib << 20) if "/data/0" in name else data)
+
+
+HOSTILE_WEIGHTS = {
+    "code.pt": lambda file: torch.save({"state_dict": Evil()}, file),
+    "plain pickle.pt": lambda file: file.write_bytes(pickle.dumps({"x": Evil()})),
+    "old format.pt": lambda file: torch.save({"x": Evil()}, file, _use_new_zipfile_serialization=False),
+    "type error.pt": lambda file: torch.save([Confusing(), Evil()], file),
+    "pickle.safetensors": lambda file: file.write_bytes(pickle.dumps(Evil())),
+    "zip.safetensors": lambda file: torch.save({"x": Evil()}, file),
+    "script.pt": torch_script,
+    "packed.pt": packed,
+    "numpy.npy": lambda file: np.save(open(file, "wb"), np.array([Evil()], dtype=object), allow_pickle=True),
+    "header.safetensors": lambda file: file.write_bytes(struct.pack("<Q", 2**62) + b"{}"),
+    "long header.safetensors": lambda file: file.write_bytes(struct.pack("<Q", 1 << 30) + b"{" + bytes(100)),
+    "deep.safetensors": lambda file: file.write_bytes(struct.pack("<Q", 50_000) + b"[" * 50_000),
+    "beyond.safetensors": lambda file: file.write_bytes(
+        struct.pack("<Q", 59) + b'{"x":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}  '
+    ),
+    "text.pt": lambda file: file.write_text("no weights"),
+    "empty.pt": lambda file: file.write_bytes(b""),
+}
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("model") / "tiny_hostile.json"
+    file.write_text(json.dumps(TINY))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", HOSTILE_WEIGHTS)
+def test_weights_that_are_more_than_tensors_are_refused_and_run_no_code(model_file, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "made by the pickle"))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as torch before 2.6 is by itself
+    HOSTILE_WEIGHTS[name](tmp_path / name)
+    config = ClipConfig(model=model_file, pretrained=str(tmp_path / name))
+    for load in (clip_identity, load_clip):
+        with pytest.raises(UserError, match=f"{name}.*is refused.*Save the weights as safetensors") as error:
+            load(config)
+        assert "weights_only" not in str(error.value)  # torch's advice how to run the code
+    assert not (tmp_path / "made by the pickle").exists()
+
+
+@pytest.mark.parametrize("state", [{}, {"x": 1}, [1], torch.zeros(3), {"state_dict": None}, {1: torch.zeros(1)}])
+def test_weights_of_another_kind_are_named(model_file, tmp_path, state):
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other.pt.*cannot be loaded into"):
+        load_clip(ClipConfig(model=model_file, pretrained=str(tmp_path / "other.pt")))
+
+
+# --- splits ----------------------------------------------------------------------------------------------------
+
+CLASSES = {"a b": ["x", "y"], "c": ["x", "y"]}
+WORDS = {"x": "cross", "y": "why"}
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory) -> Path:
+    """data/ and splits/, of 6 images of each task, in several row groups."""
+    folder = tmp_path_factory.mktemp("splits")
+    images, sizes = [], {}
+    for number, (task, name, at) in enumerate((t, n, at) for t in CLASSES for n in CLASSES[t] for at in range(3)):
+        path = f"{task}/{name}/{at}.png"
+        (folder / "data" / path).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "data" / path)
+        images.append(scan_image(folder / "data", path, task, name))
+        sizes[path] = (folder / "data" / path).stat().st_size
+    counts = {"train": dict.fromkeys(CLASSES, 0), "test": dict.fromkeys(CLASSES, 6)}
+    description = SplitDescription(CLASSES, WORDS, 1, 1, "0" * 64, counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "ROW_GROUP_BYTES", 350)
+        for part in plan_parts(images, "test", sizes):
+            write_part(folder / "data", part, description, folder / "splits")
+    (folder / "splits/splits.json").write_text(json.dumps(vars(description)))
+    return folder
+
+
+def all_rows(folder: Path, columns=COLUMNS.names) -> dict[str, list[dict]]:
+    reader = SplitReader(folder)
+    return {task: list(reader.rows("test", task, columns)) for task in reader.description.tasks}
+
+
+def copied(splits: Path, to: Path) -> tuple[Path, Path]:
+    """A copy of the split folder, and its file of one task."""
+    shutil.copytree(splits / "splits", to)
+    return to, to / "test/c-00000.parquet"
+
+
+SPLIT_FILES = ("splits.json", "test/c-00000.parquet")
+
+
+@pytest.mark.parametrize("columns", [tuple(COLUMNS.names), ("label",), ("image", "label")])
+def test_damaged_splits_are_refused_or_read_exactly(splits, tmp_path, columns):
+    folder, _ = copied(splits, tmp_path / "copy")
+    wholes = {name: (folder / name).read_bytes() for name in SPLIT_FILES}
+    original = all_rows(folder, columns)
+    refused = 0
+
+    @fuzz(150)
+    @given(
+        st.sampled_from([*SPLIT_FILES, *SPLIT_FILES[1:] * 3]).flatmap(
+            lambda n: st.tuples(st.just(n), mutations(wholes[n]))
+        )
+    )
+    def check(change):
+        nonlocal refused
+        name, data = change
+        (folder / name).write_bytes(data)
+        try:
+            assert all_rows(folder, columns) == original
+        except UserError as error:
+            assert str(folder) in str(error)
+            refused += 1
+        finally:
+            (folder / name).write_bytes(wholes[name])
+
+    check()
+    assert refused > 50 * MORE
+
+
+def test_no_byte_of_a_row_group_changes_unseen(splits, tmp_path):
+    """Each one, where the mutations above are drawn by chance."""
+    folder, file = copied(splits, tmp_path / "copy")
+    reader, whole, refused = SplitReader(folder), file.read_bytes(), 0
+    original = list(reader.rows("test", "c", COLUMNS.names))
+    with pq.ParquetFile(file) as opened:
+        last = opened.metadata.row_group(0).column(COLUMNS.names.index("sha256"))
+    for at in range(4, last.data_page_offset + last.total_compressed_size):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            assert list(reader.rows("test", "c", COLUMNS.names)) == original
+        except UserError:
+            refused += 1
+    assert refused > 500
+
+
+def hostile_file(file: Path, change=lambda table: table) -> None:
+    """Another's file with the right description and digests, whose rows went through `change`."""
+    with pq.ParquetFile(file) as whole:
+        table, metadata = whole.read(), whole.metadata.metadata
+    table = change(table)
+    rows = table.to_pylist()
+    digests = json.dumps([parquet._digest(rows)]) if set(COLUMNS.names) <= set(table.column_names) else "[]"
+    table = table.replace_schema_metadata({b"splits": metadata[b"splits"], b"row_groups": digests})
+    pq.write_table(table, file, use_dictionary=False, compression={"image": "none"})
+
+
+def with_column(name: str, values, kind=None, nullable: bool = False):
+    def change(table: pa.Table) -> pa.Table:
+        field = COLUMNS.field(name)
+        field = pa.field(name, kind or field.type, nullable=nullable)
+        wanted = values(table[name].to_pylist()) if callable(values) else [values] * len(table)
+        return table.set_column(table.column_names.index(name), field, pa.array(wanted, field.type))
+
+    return change
+
+
+def with_bytes_of_images(change):
+    """Changed images with the SHA-256 that they then have."""
+
+    def both(table: pa.Table) -> pa.Table:
+        images = [change(image) for image in table["image"].to_pylist()]
+        table = with_column("image", lambda _: images)(table)
+        return with_column("sha256", lambda _: [hashlib.sha256(image).hexdigest() for image in images])(table)
+
+    return both
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_column("label", -1), "has label -1"),
+        (with_column("label", 10**6), "has label 1000000"),
+        (with_column("label", lambda labels: [1 - label for label in labels]), "has label . and class '(cross|why)'"),
+        (with_column("class_name", "mug"), "class 'mug'"),
+        (with_column("task", "a b"), "is of task 'a b'"),
+        (with_column("split", "train"), "split 'train'"),
+        (with_column("sha256", "0" * 64), "the bytes of c/x/0.png are not those"),
+        (with_column("image", b"other"), "the bytes of c/x/0.png are not those"),
+        (with_column("label", "1", pa.string()), "is no split file"),
+        (with_column("label", 1, pa.int64()), "is no split file"),
+        (with_column("label", None, nullable=True), "is no split file"),
+        (with_column("task", "c", pa.dictionary(pa.int32(), pa.string())), "is no split file"),
+        (lambda table: table.drop(["path"]), "is no split file"),
+        (lambda table: table.append_column("more", table["label"]), "is no split file"),
+        (lambda table: table.select(COLUMNS.names[::-1]), "is no split file"),
+        (lambda table: table.slice(0, 4), "has 4 images of task 'c', splits.json says 6"),
+        (lambda table: pa.concat_tables([table] * 2), "has 12 images of task 'c', splits.json says 6"),
+    ],
+)
+def test_split_files_that_were_never_right_are_refused(splits, tmp_path, change, message):
+    folder, file = copied(splits, tmp_path / "copy")
+    hostile_file(file)
+    assert all_rows(folder) == all_rows(splits / "splits")
+    hostile_file(file, change)
+    with pytest.raises(UserError, match=message) as error:
+        all_rows(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_small_file_does_not_unfold_into_a_large_table(splits, tmp_path):
+    folder, file = copied(splits, tmp_path / "copy")
+    values = json.loads((folder / "splits.json").read_text())
+    values["counts"]["test"]["c"] = 6 * 100_000
+    (folder / "splits.json").write_text(json.dumps(values))
+    description = SplitReader(folder).description.to_json().encode()
+
+    def many(table: pa.Table) -> pa.Table:
+        return pa.concat_tables([table] * 100_000).combine_chunks()
+
+    with pq.ParquetFile(file) as whole:
+        table = whole.read()
+    for options in ({"use_dictionary": True}, {"compression": "zstd"}):
+        digests = b'[""]'
+        packed = many(table.drop(["image"])).add_column(
+            0, COLUMNS.field("image"), pa.array([b"x"] * 600_000, pa.binary())
+        )
+        packed = packed.replace_schema_metadata({b"splits": description, b"row_groups": digests})
+        pq.write_table(packed, file, **options)
+        with pytest.raises(UserError, match="600000 rows are packed into .* bytes"):
+            next(SplitReader(folder).rows("test", "c"))
+
+
+def test_bytes_of_a_split_that_are_no_image_are_named(splits, tmp_path):
+    folder, file = copied(splits, tmp_path / "copy")
+    hostile_file(file, with_bytes_of_images(lambda image: image[:40]))
+    with pytest.raises(UserError, match="the test image c/x/0.png of task 'c' cannot be decoded"):
+        list(decoded_batches(SplitReader(folder), ["c"], 8, threads=1))
+
+
+def footer(file: Path, length: int) -> None:
+    file.write_bytes(file.read_bytes()[:-8] + struct.pack("<I", length) + b"PAR1")
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**31 - 1, 2**32 - 1])
+def test_footers_of_a_wrong_length_are_refused(splits, tmp_path, length):
+    folder, file = copied(splits, tmp_path / "copy")
+    footer(file, length)
+    with pytest.raises(UserError, match="c-00000.parquet cannot be read as Parquet.*remove"):
+        all_rows(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 3}, "classes"),
+        ({"classes": {"a b": "xy", "c": ["x", "y"]}}, "classes"),
+        ({"classes": {"a b": ["x", "z"], "c": ["x", "y"]}}, "class_words lacks"),
+        ({"class_words": {"x": "cross"}}, "class_words lacks"),
+        ({"class_words": {"x": 1, "y": 2}}, "class_words"),
+        ({"shots": "6"}, "shots"),
+        ({"seed": 1.5}, "seed"),
+        ({"counts": {"train": {}, "test": {}}}, "counts of 'train'"),
+        ({"counts": {"test": {"a b": 6, "c": 6}}}, "counts of 'train'"),
+        ({"counts": {"train": {"a b": 0, "c": 0}, "test": {"a b": 6, "c": -6}}}, "counts"),
+        ({"counts": {"train": {"a b": 0, "c": 0}, "test": {"a b": 6, "c": 6}, "val": {}}}, "counts"),
+        ({"source_fingerprint": None}, "source_fingerprint"),
+        ({"format": "2"}, "has format '2'"),
+        ({"format": [[[]]]}, "has format"),
+    ],
+)
+def test_descriptions_that_are_wrong_are_refused(splits, tmp_path, change, message):
+    folder, _ = copied(splits, tmp_path / "copy")
+    file = folder / "splits.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "more": [1]}))
+    assert SplitReader(folder).description.classes == CLASSES
+    file.write_text(json.dumps({**values, **change}))
+    with pytest.raises(UserError, match=rf"(?s)splits.json.*{message}.*build it again"):
+        SplitReader(folder)
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" * 100_000, b'{"format": ' * 50_000, b"\xff\xfe", b"9" * 5000, b"null", b'{"format": 2}']
+)
+def test_descriptions_that_are_no_json_are_refused(splits, tmp_path, data):
+    folder, _ = copied(splits, tmp_path / "copy")
+    (folder / "splits.json").write_bytes(data)
+    with pytest.raises(UserError, match="splits.json does not describe splits") as error:
+        SplitReader(folder)
+    assert len(str(error.value)) < 1000
+
+
+# --- prompts files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts() -> TrainedPrompts:
+    config = Config(
+        clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS),
+        mmap=MmapConfig(prompt_length=2, source_rows=2, depth=1),
+    )
+    towers = load_clip(config.clip)
+    group = {"ink": ["one", "two"], "neon": ["one", "two"]}
+    state = GroupMmap(MmapShape.of(config.mmap, towers), tuple(group), seed=1).state_dict()
+    return TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (state,))
+
+
+def same(one: TrainedPrompts, other: TrainedPrompts) -> bool:
+    told = [(p.method, p.config.clip, p.config.mmap, p.weights, p.groups) for p in (one, other)]
+    return told[0] == told[1] and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(one.states, other.states, strict=True)
+    )
+
+
+def test_damaged_prompts_are_refused_or_read_exactly(prompts, tmp_path):
+    file = tmp_path / "prompts.safetensors"
+    save_prompts(file, prompts)
+    whole = file.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    refused = 0
+
+    # Half of the changes are made to the header, where one may go unseen.
+    @fuzz(300)
+    @given(mutations(whole) | mutations(whole[:header]).map(lambda changed: changed + whole[header:]))
+    def check(data):
+        nonlocal refused
+        file.write_bytes(data)
+        try:
+            assert same(load_prompts(file), prompts)
+        except UserError as error:
+            assert "prompts.safetensors" in str(error)
+            refused += 1
+
+    check()
+    assert refused > 200 * MORE
+
+
+def stored(prompts: TrainedPrompts, file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    save_prompts(file, prompts)
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["prompts"])
+        del header["sha256"]
+        return header, {name: opened.get_tensor(name) for name in opened.keys()}
+
+
+def store(file: Path, header: dict | str, tensors: dict[str, torch.Tensor]) -> None:
+    """Another's file, with the digest that it should have."""
+    if not isinstance(header, str):
+        header = json.dumps(header | {"sha256": prompt_file._digest(header, tensors)})
+    save_file(tensors, file, metadata={"prompts": header})
+
+
+def at(path: str, value):
+    def change(header: dict, tensors: dict) -> None:
+        *parts, last = path.split(".")
+        for part in parts:
+            header = header[part]
+        header[last] = value
+
+    return change
+
+
+def tensor(change):
+    def change_first(header: dict, tensors: dict) -> None:
+        name = sorted(tensors)[0]
+        tensors[name] = change(tensors[name])
+
+    return change_first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (at("format", "3"), "has format '3'; this version reads"),
+        (at("format", 2), "has format 2; this version reads"),
+        (at("format", None), "has format None"),
+        (at("method", "evil"), "method 'evil' is not known"),
+        (at("method", 3), "valid string"),
+        (at("config.clip.precision", "int8"), "'auto', 'float32'"),
+        (at("config.evil", 1), "Extra inputs"),
+        (at("config.mmap.prompt_length", 10**9), "more numbers than the"),
+        (at("groups", []), "at least 1"),
+        (at("groups", [{}]), "no task"),
+        (at("groups", [{"ink": []}]), "no class"),
+        (at("groups", [{"ink": "ab"}]), "valid list"),
+        (at("groups", [{"ink": ["one"]}, {"ink": ["two"]}]), "in two groups"),
+        (at("groups", {"ink": ["one"]}), "valid list"),
+        (at("groups", [{"ink\x1b[31m": ["one"]}]), "control characters"),
+        (at("groups", [{"ink": ["one\nneon,two"]}]), "control characters"),
+        (at("weights", 7), "valid string"),
+        (at("more", 7), "Extra inputs"),
+        (lambda header, tensors: tensors.update({"7.source": torch.zeros(1)}), "KeyError: '7'"),
+        (lambda header, tensors: tensors.update({"-1.x": torch.zeros(1)}), "KeyError: '-1'"),
+        (lambda header, tensors: tensors.update({"source": torch.zeros(1)}), "KeyError: 'source'"),
+        (lambda header, tensors: header.pop("groups"), "Field required"),
+        (tensor(lambda value: value * torch.nan), "not finite"),
+        (tensor(lambda value: value / 0), "not finite"),
+    ],
+)
+def test_prompts_files_that_were_never_right_are_refused(prompts, tmp_path, change, message):
+    file = tmp_path / "prompts.safetensors"
+    header, tensors = stored(prompts, file)
+    store(file, header, tensors)
+    assert same(load_prompts(file), prompts)
+    change(header, tensors)
+    store(file, header, tensors)
+    with pytest.raises(UserError, match=message) as error:
+        load_prompts(file)
+    assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        tensor(lambda value: value[..., :1].clone()),
+        tensor(lambda value: value.to(torch.int32)),
+        tensor(lambda value: value.to(torch.float64)),
+        lambda header, tensors: tensors.pop(sorted(tensors)[0]),
+        lambda header, tensors: tensors.update({"0.more": torch.zeros(1)}),
+        at("method", "vpt"),
+        at("config.mmap.depth", 2),
+        at("config.mmap.source_columns", 32),
+    ],
+)
+def test_numbers_that_do_not_fit_the_method_are_refused(prompts, tmp_path, change):
+    file = tmp_path / "prompts.safetensors"
+    header, tensors = stored(prompts, file)
+    change(header, tensors)
+    store(file, header, tensors)
+    with pytest.raises(UserError, match="do not fit"):
+        load_prompts(file).classifier()
+
+
+def test_headers_that_are_bombs_are_refused_soon(prompts, tmp_path):
+    file = tmp_path / "prompts.safetensors"
+    header, tensors = stored(prompts, file)
+    began = time.process_time()
+    for text in ("[" * 100_000, '{"a":' * 100_000, "9" * 5000, "null", "[]", '{"format": ' + "9" * 5000 + "}"):
+        store(file, text, tensors)
+        with pytest.raises(UserError, match="prompts.safetensors"):
+            load_prompts(file)
+    header["groups"] = [{f"task {number}": ["one", "two"]} for number in range(100_000)]
+    store(file, header, tensors)
+    with pytest.raises(UserError, match="more numbers than the 0 for"):
+        load_prompts(file)
+    for length in (2**63, 2**31, 100_000_001, 10**8):
+        file.write_bytes(struct.pack("<Q", length) + b"{" * 100)
+        with pytest.raises(UserError, match="prompts.safetensors is no prompts file"):
+            load_prompts(file)
+    assert time.process_time() - began < 10
+
+
+def test_prompts_name_a_clip_that_is_read_as_tensors_only(prompts, tmp_path, monkeypatch):
+    """The file's sender chose the path."""
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "made by the pickle"))
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    file = tmp_path / "prompts.safetensors"
+    header, tensors = stored(prompts, file)
+    header["config"]["clip"]["pretrained"] = str(tmp_path / "evil.pt")
+    store(file, header, tensors)
+    with pytest.raises(UserError, match="evil.pt.*is refused"):
+        load_prompts(file).classifier()
+    header["config"]["clip"] |= {"model": "hf-hub:evil/clip", "pretrained": None}
+    store(file, header, tensors)
+    with pytest.raises(UserError, match="hf-hub:evil/clip"):
+        load_prompts(file).classifier()
+    assert not (tmp_path / "made by the pickle").exists()
+
+
+# --- features and snapshots ------------------------------------------------------------------------------------
+
+
+def test_files_of_features_that_are_none_are_named(tmp_path):
+    file = tmp_path / "features.safetensors"
+    save_features(file, torch.zeros(3, 4))
+    whole = file.read_bytes()
+    assert len(StoredFeatures(file)) == 3
+    for data in (
+        b"",
+        b"\xff" * 100,
+        whole[:-4],
+        whole.replace(b'"features"', b'"eeatures"'),
+        whole.replace(b"F32", b"I32"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(UserError, match="features.safetensors.*remove"):
+            StoredFeatures(file)
+    save_features(file, torch.zeros(3))
+    with pytest.raises(UserError, match="no image features"):
+        StoredFeatures(file)
+    with pytest.raises(UserError, match="absent"):
+        StoredFeatures(tmp_path / "absent.safetensors")
+
+
+def test_snapshots_that_are_none_are_named(tmp_path):
+    file = tmp_path / "snapshots.parquet"
+    row = {"step": 1, "epoch": 1, "task": "a", "loss": 1.0, "gradient": [1.0, 2.0], "layer_norms": [1.0]}
+
+    def write(rows: list[dict], schema: pa.Schema = SCHEMA) -> bytes:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({"layout": '{"source": [1, 2]}'})), file)
+        return file.read_bytes()
+
+    whole = write([row])
+    assert read_gradients(file, ["a"]).tolist() == [[[1, 2]]] and read_steps(file) == [1]
+    for data in (b"", b"x" * 100, whole[:-20], whole[:60]):
+        file.write_bytes(data)
+        for read in (lambda path: read_gradients(path, ["a"]), read_steps, read_layout):
+            with pytest.raises(UserError, match="snapshots.parquet cannot be read as gradient snapshots.*again"):
+                read(file)
+    for rows in ([{**row, "step": None}], [{**row, "gradient": None}]):
+        write(rows)
+        with pytest.raises(UserError, match="cannot be read as gradient snapshots"):
+            read_gradients(file, ["a"])
+    write([row, {**row, "step": 2, "gradient": [1.0]}])
+    with pytest.raises(UserError, match="of several lengths"):
+        read_gradients(file, ["a"])
+    write([{**row, "step": 1.5}], SCHEMA.set(0, pa.field("step", pa.float64())))
+    with pytest.raises(UserError, match="step: double"):
+        read_steps(file)
+    pq.write_table(pa.table({"step": [1]}), file)
+    for read in (lambda path: read_gradients(path, ["a"]), read_layout):
+        with pytest.raises(UserError, match="cannot be read as gradient snapshots"):
+            read(file)
