@@ -21,7 +21,7 @@ from pipeline.storage import Storage
 
 IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 LOOK_EVERY_S = 2
-FIRST_WORD_AFTER_S = 10
+FIRST_WORD_AFTER_S = 20
 """Of nothing running, until it is said what waits for what."""
 NEXT_WORD_AFTER_S = 60
 
@@ -188,7 +188,7 @@ class Patience:
         many = f"{waiting[0]!r}" if len(waiting) == 1 else f"{waiting[0]!r} and {len(waiting) - 1} more"
         times = f" for each of {workers} workers" if workers > 1 else ""
         why = (
-            "other work holds them"
+            "other work holds them, or workers that start"
             if places(needs) >= workers
             else "that is too little: they wait for machines to join; Ctrl-C and the same command with less go on too"
         )

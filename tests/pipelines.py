@@ -58,7 +58,7 @@ class Job:
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})},
             )
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 180) -> None:
         """Raises AssertionError with the job's output if the job ends or the time passes first."""
         end = time.monotonic() + timeout
         while not condition():
@@ -69,7 +69,7 @@ class Job:
         """Ray worker processes that are now running the work `label`."""
         return [process for process in self._family() if title(process).startswith(f"ray::{label}")]
 
-    def finish(self, timeout: float = 240) -> Finished:
+    def finish(self, timeout: float = 420) -> Finished:
         """Waits for the end, and until every process that the job started is gone."""
         family = self._family()
         try:

@@ -86,7 +86,7 @@ def test_who_waits_is_told_for_what(tmp_path):
         assert finished.status == 0, finished.output
         assert (
             "waiting: 'global prompt' waits for 1 GPU and 1 CPU; the cluster has 1 GPUs and 2 CPUs on 1 machine, "
-            "of which 0 GPUs and 2 CPUs are free: other work holds them"
+            "of which 0 GPUs and 2 CPUs are free: other work holds them, or"
         ) in finished.output
     finally:
         ray.shutdown()
