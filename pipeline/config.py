@@ -392,6 +392,9 @@ class TrackingConfig(Section):
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else SQLite and a folder under storage."""
     experiment: str = "mmap-clip"
     """Name of the MLflow experiment."""
+    registered_model: Annotated[str, Field(pattern=r"^[^\s/:'\"][^/:'\"]*$", max_length=200)] | None = None
+    """Name under which the run's last prompts (MmAP, grouped) become a version in MLflow's model registry; null: none
+    (`jobs/register_model.py` does it for any finished run)."""
 
 
 class Config(Section):

@@ -5,6 +5,7 @@
     <storage>/<stage>/.building-<key>/   unfinished ones: the training's checkpoints, and a folder for each attempt
     <storage>/runs/<name>-<key>/         reports, by run
     <storage>/benchmarks/<name>-<key>/   reports on many runs
+    <storage>/searches/<name>-<key>/     trials of a search, and the report on them
 
 The storage is a folder that all machines share, or a bucket (s3://, gs://, ...), of which each machine keeps copies of
 what it needs in the same layout. An artefact is made in a folder of its own and published whole: in a folder by
@@ -139,7 +140,7 @@ class Storage:
 
     def _there(self, path: Path) -> tuple[pafs.FileSystem, str]:
         name = path.relative_to(self.folder).as_posix()
-        filesystem, base = _filesystem(self.uri) if self.is_bucket else (pafs.LocalFileSystem(), self.uri)
+        filesystem, base = open_bucket(self.uri) if self.is_bucket else (pafs.LocalFileSystem(), self.uri)
         return filesystem, base if name == "." else f"{base}/{name}"
 
     def _persistently(self, action: Callable[[], T]) -> T:
@@ -164,18 +165,21 @@ def is_uri(place: str) -> bool:
 
 
 @lru_cache
-def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+def open_bucket(uri: str) -> tuple[pafs.FileSystem, str]:
+    """pyarrow's file system, and the place in it.
+
+    Raises:
+        UserError: no URI that pyarrow can open, or one with a password in it.
+    """
     if urlsplit(uri).password:
         raise UserError(
-            "storage must not hold credentials, since it is shown and stored: give them in the environment "
+            "a URI must not hold credentials, since it is shown and stored: give them in the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         )
     try:
         filesystem, base = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(
-            f"storage={uri} is neither a folder nor a place like s3://bucket/folder that pyarrow can open: {error}"
-        ) from None
+        raise UserError(f"{uri} is no place like s3://bucket/folder that pyarrow can open: {error}") from None
     return filesystem, base.rstrip("/")
 
 

@@ -184,6 +184,10 @@ class Tracker:
         value = {"digest": digest, "source": str(source), "profile": dict(profile)}
         self._record("dataset", name, {dataset_name: value})
 
+    def register_model(self, name: str, registered_model: str, artifact_path: str) -> None:
+        """The MLflow model that was logged under `artifact_path` as a version of a registered model."""
+        self._record("model", name, {registered_model: artifact_path})
+
     def end_run(self, name: str, status: str = "FINISHED") -> None:
         if status not in ("FINISHED", "FAILED", "KILLED"):
             raise ValueError(f"end_run({name!r}): status {status!r} is not FINISHED, FAILED or KILLED")
@@ -347,6 +351,8 @@ class Tracker:
                     self._client.log_artifact(run_id, str(kept), posixpath.dirname(key) or None)
                 elif kind == "dataset":
                     self._send_dataset(run_id, _dataset(key, value))
+                elif kind == "model":
+                    register_version(self._client, run_id, key, value)
                 elif value == "RUNNING":
                     self._client.update_run(run_id, status=value)
                 else:
@@ -471,6 +477,43 @@ def run_environment() -> dict[str, str]:
 
 
 # MLflow's side
+
+
+def find_run(uri: str, run_folder: str):
+    """MlflowClient, and the id of the newest finished run whose results are in `run_folder`, as its report says.
+
+    Raises:
+        UserError: there is none, or MLflow cannot be used.
+    """
+    check_reachable(uri)
+    client = _client(uri)
+    quote_mark = '"' if "'" in run_folder else "'"
+    found = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()],
+        f"tags.run_folder = {quote_mark}{run_folder}{quote_mark} AND attributes.status = 'FINISHED'",
+        max_results=1,
+    )
+    if not found:
+        raise UserError(
+            f"MLflow at {_without_password(uri)} has no finished run of {run_folder}: give the folder as the run's "
+            "report shows it, the server that the run was sent to, or run it to its end"
+        )
+    return client, found[0].info.run_id
+
+
+def register_version(client, run_id: str, registered_model: str, artifact_path: str) -> str:
+    """The version of a registered model that is the run's model under `artifact_path`; made unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    source = f"runs:/{run_id}/{artifact_path}"
+    try:
+        client.create_registered_model(registered_model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name = '{registered_model}' AND run_id = '{run_id}'")
+    there = [version.version for version in versions if version.source == source]
+    return str(there[0] if there else client.create_model_version(registered_model, source, run_id).version)
 
 
 def _client(uri: str):

@@ -67,3 +67,28 @@ def test_faults_are_named(prompts_file, tmp_path, monkeypatch, capsys):
     assert "no images in" in capsys.readouterr().err
     assert call(monkeypatch, tmp_path, "--prompts", tmp_path / "absent.safetensors", "--task", "ink") == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_options_of_the_other_output_are_refused(prompts_file, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    image = (tmp_path / "a.png", "--prompts", prompts_file, "--task", "ink")
+    for options, message in [
+        (["--device", "cpu", "--output", tmp_path / "out.parquet"], "--device means nothing for Parquet output"),
+        (["--address", "auto"], "--address means nothing for CSV output"),
+        (["--gpus-per-worker", "0.5"], "--gpus-per-worker means nothing for CSV output"),
+        (["--output", tmp_path / "nowhere" / "out.csv"], "out.csv cannot be written"),
+        (["--threshold", "2"], "threshold=2.0"),
+    ]:
+        assert call(monkeypatch, *image, *options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_none_of_these_and_temperature(prompts_file, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    image = (tmp_path / "a.png", "--prompts", prompts_file, "--task", "ink")
+    rows = []
+    for options in ([], ["--threshold", "1"], ["--temperature", "1000"]):
+        assert call(monkeypatch, *image, *options) == 0
+        rows += csv.DictReader(capsys.readouterr().out.splitlines())
+    assert rows[0]["class"] and rows[1] == {**rows[0], "class": ""}
+    assert 0.5 <= float(rows[2]["probability"]) < 0.51

@@ -158,7 +158,7 @@ def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatc
     [
         ("s3://absent-bucket/x", "storage=s3://absent-bucket/x.* cannot be used"),
         ("s3://user:secret@bucket/x", "must not hold credentials"),
-        ("nfs://bucket/x", "neither a folder nor a place like s3://bucket/folder"),
+        ("nfs://bucket/x", "nfs://bucket/x.* is no place like s3://bucket/folder that pyarrow can open"),
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_named(s3, tmp_path, uri, message):

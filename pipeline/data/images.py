@@ -70,12 +70,7 @@ def decode_rgb(data: bytes) -> Image.Image:
                 raise BrokenImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
                 raise BrokenImage(f"{scans} scans are more than {MAX_SCANS}")
-            if image.mode == "F":
-                raise BrokenImage("pixel values are fractions (mode F), whose range is not known")
-            if image.mode.startswith("I"):
-                grey = np.asarray(image).clip(0, 65535)
-                return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return _rgb(image)
     except (BrokenImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -84,9 +79,10 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
 
 
-def evaluation_pixels(data: bytes, image_size: int) -> np.ndarray:
-    """Shorter side resized to `image_size`, centre crop → uint8 (3, image_size, image_size)."""
-    image = decode_rgb(data)
+def evaluation_pixels(source: bytes | Image.Image, image_size: int) -> np.ndarray:
+    """Encoded or decoded image: shorter side resized to `image_size`, centre crop → uint8
+    (3, image_size, image_size)."""
+    image = _rgb(source) if isinstance(source, Image.Image) else decode_rgb(source)
     width, height = image.size
     short = min(width, height)
     if max(width, height) > MAX_RATIO * short:
@@ -108,6 +104,15 @@ def training_pixels(data: bytes, image_size: int) -> np.ndarray:
     if shrink < 1:
         image = image.resize((round(width * shrink), round(height * shrink)), Image.Resampling.BICUBIC)
     return _channels_first(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BrokenImage("pixel values are fractions (mode F), whose range is not known")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).clip(0, 65535)
+        return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -63,8 +63,18 @@ class Adaptation:
 
     def encode_image(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
         """Features (B, E) of images (B, 3, H, W), standardised, task by task."""
-        x = (self.towers or towers).encode_image(images, self.vision_prompts, images_per_task, self.vision_carried)
-        return self.adapt(x)
+        return self.adapt(self.image_tower(towers, images, images_per_task))
+
+    def image_tower(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
+        """Likewise, before `adapt`."""
+        return (self.towers or towers).encode_image(images, self.vision_prompts, images_per_task, self.vision_carried)
+
+    def sees_images_as(self, other: Adaptation) -> bool:
+        """Whether the image tower gives the same features with both."""
+        if self.towers is not other.towers or self.vision_carried != other.vision_carried:
+            return False
+        own, others = self.vision_prompts, other.vision_prompts
+        return own is others or (own is not None and others is not None and torch.equal(own, others))
 
     def adapt(self, image_features: torch.Tensor) -> torch.Tensor:
         """(B, E) of the image tower → (B, E) that are compared with the classes."""

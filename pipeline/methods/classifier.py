@@ -30,22 +30,41 @@ class Classifier:
     ):
         self.towers, self.precision = towers, precision
         self._of_task: dict[str, tuple[Adaptation, torch.Tensor]] = {}
+        self._image_features_like: dict[str, str] = {}
+        """Task → the first task whose images have the same features."""
         for words, adaptation in groups:
             tokens = class_tokens(towers.tokenizer, template, list(words.values())).to(towers.device)
             with autocast(towers.device, precision):
                 z = adaptation.encode_text(towers, tokens)
             for at, (task, of_task) in enumerate(zip(words, z.split(tokens.classes_per_task))):
-                self._of_task[task] = (adaptation.of_task(at), of_task)
+                self._of_task[task] = (own := adaptation.of_task(at), of_task)
+                before = self._image_features_like.items()
+                self._image_features_like[task] = next(
+                    (first for first, same in before if first == same and own.sees_images_as(self._of_task[first][0])),
+                    task,
+                )
 
-    @torch.inference_mode()
     def probabilities(self, task: str, pixels: torch.Tensor) -> torch.Tensor:
         """Class probabilities (B, C) of uint8 images (B, 3, S, S)."""
-        adaptation, text_features = self._of_task[task]
+        return self.logits([task], pixels)[task].softmax(dim=1)
+
+    @torch.inference_mode()
+    def logits(self, tasks: Sequence[str], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Task → logits (B, C) of uint8 images (B, 3, S, S), whose softmax are the class probabilities. The image tower
+        runs once for all tasks that have it give the same features."""
         pixels = pixels.to(self.towers.device, non_blocking=pixels.is_pinned())
         images = self.towers.normalize_pixels(pixels)
-        with autocast(self.towers.device, self.precision):
-            x = adaptation.encode_image(self.towers, images, [len(images)])
-        return adaptation.logits(self.towers, x, text_features).softmax(dim=1)
+        features: dict[str, torch.Tensor] = {}
+        logits = {}
+        for task in tasks:
+            adaptation, text_features = self._of_task[task]
+            like = self._image_features_like[task]
+            with autocast(self.towers.device, self.precision):
+                if like not in features:
+                    features[like] = adaptation.image_tower(self.towers, images, [len(images)])
+                x = adaptation.adapt(features[like])
+            logits[task] = adaptation.logits(self.towers, x, text_features)
+        return logits
 
     @torch.inference_mode()
     def probabilities_of_features(self, task: str, features: torch.Tensor) -> torch.Tensor:

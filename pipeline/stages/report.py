@@ -49,6 +49,8 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
     run.tracker.log_artifact(PARENT, folder)
     for file in prompts:
         run.tracker.log_artifact(PARENT, file, "prompts")
+    if name := run.config.tracking.registered_model:
+        _register(run, name, prompts[-1])
     run.console.print(accuracy_table(summary))
     where = run.storage.shown
     run.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
@@ -64,6 +66,14 @@ def track_results(run: Run, results: Mapping[str, Mapping[str, Any]]) -> None:
             f"trained_parameters/{method}": of_method["trained_parameters"],
         }
         run.tracker.log_metrics(PARENT, metrics, step=0)
+
+
+def _register(run: Run, name: str, prompts: Path) -> None:
+    from pipeline.prediction.mlflow_model import saved_mlflow_model  # mlflow takes seconds to import
+
+    with saved_mlflow_model(prompts) as model:
+        run.tracker.log_artifact(PARENT, model)
+        run.tracker.register_model(PARENT, name, model.name)
 
 
 def _gather_prompts(run: Run, methods: Sequence[MethodArtefacts]) -> list[Path]:

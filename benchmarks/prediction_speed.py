@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""What predicting a batch costs beside open_clip's own image encoder on the same preprocessed images, the same weights
+and threads; and with decoding, as JPEG bytes.
+
+    python benchmarks/prediction_speed.py                        ViT-B/32, 64 images, 65 classes, float32
+    python benchmarks/prediction_speed.py --device cuda --model ViT-B-16
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import class_words, default_device, fastest_in_turn, table, where, write_results
+from PIL import Image
+
+from pipeline.clip.load import load_clip, weights_fingerprint
+from pipeline.clip.precision import autocast
+from pipeline.clip.torchvision_compat import ensure_torchvision
+from pipeline.config import ClipConfig, Config, MmapConfig
+from pipeline.methods.mmap import GroupMmap, MmapShape
+from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
+from pipeline.prediction.load import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-32", help="open_clip model name")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--classes", type=int, default=65)
+    parser.add_argument("--tasks", type=int, default=4)
+    parser.add_argument("--side", type=int, default=500, help="of the JPEGs, pixels")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default=default_device())
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+
+    ensure_torchvision()
+    import open_clip
+
+    original = open_clip.create_model(arguments.model).eval().to(device)
+    config = Config(clip=ClipConfig(model=arguments.model, pretrained=None, precision=arguments.precision))
+    words = class_words(arguments.classes)
+    group = {f"task {number}": words for number in range(arguments.tasks)}
+    model = load_model(prompts_file(config, group), arguments.device)
+
+    encoded = jpegs(arguments.images, arguments.side)
+    size = model.image_size
+    pixels = torch.randint(0, 256, (arguments.images, 3, size, size), dtype=torch.uint8)
+    standardised = model.classifier.towers.normalize_pixels(pixels.to(device)).float()
+
+    @torch.no_grad()
+    def open_clip_alone() -> torch.Tensor:
+        with autocast(device, arguments.precision):
+            return original.encode_image(standardised)
+
+    steps = {
+        "open_clip encode_image": open_clip_alone,
+        "predict, one task": lambda: model.predict_pixels(pixels, "task 0"),
+        "predict, all tasks": lambda: model.predict_pixels(pixels),
+        "predict with decoding, one task": lambda: model.predict(encoded, "task 0"),
+    }
+    for step in steps.values():
+        step()
+    seconds = fastest_in_turn(steps, arguments.repeats, device)
+    alone = seconds["open_clip encode_image"]
+
+    print(f"{arguments.model}, {arguments.images} images, {arguments.classes} classes, {arguments.tasks} tasks")
+    print(f"{arguments.precision}, {where(device)}, torch {torch.__version__}\n")
+    print(table(["", "s", "of open_clip"], [[name, f"{s:.3f}", f"{s / alone:.2f}x"] for name, s in seconds.items()]))
+    values = {name: getattr(arguments, name) for name in ("model", "images", "classes", "tasks", "side", "precision")}
+    write_results(f"prediction_speed_{arguments.model}", device, {**values, "seconds": seconds})
+
+
+def prompts_file(config: Config, group: dict[str, list[str]]) -> Path:
+    """Of MmAP with group and task prompts as they begin; no time depends on their numbers."""
+    towers = load_clip(config.clip)
+    prompts = GroupMmap(MmapShape.of(MmapConfig(), towers), tuple(group), seed=1)
+    file = Path(tempfile.mkdtemp()) / "prompts.safetensors"
+    save_prompts(file, TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+    load_clip.cache_clear()
+    return file
+
+
+def jpegs(count: int, side: int) -> list[bytes]:
+    """Smooth noise, which is compressed about as much as photographs are."""
+    random, encoded = np.random.default_rng(0), []
+    for _ in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
+        stream = io.BytesIO()
+        coarse.resize((side, side * 3 // 4), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+        encoded.append(stream.getvalue())
+    return encoded
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The trained model as an object: what it takes, what it answers, temperature, threshold, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pipeline
+from pipeline.clip.load import load_clip, weights_fingerprint
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import BUILTIN_DIGITS, REPOSITORY, ClipConfig, Config, MmapConfig
+from pipeline.data.images import evaluation_pixels
+from pipeline.demo.digits import write_digits
+from pipeline.errors import UserError
+from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
+from pipeline.methods.registry import KINDS
+from pipeline.prediction.calibration import fit_temperature, negative_log_likelihood
+from pipeline.prediction.model import BATCH_SIZE
+
+DIGITS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
+
+
+def trained(method: str, *groups: dict[str, list[str]]) -> TrainedPrompts:
+    """As a training begins them."""
+    config = Config(
+        clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS, template="a photo of the digit {}."),
+        mmap=MmapConfig(prompt_length=2, source_rows=2),
+    )
+    towers = load_clip(config.clip)
+    parts = []
+    for seed, group in enumerate(groups):
+        module = KINDS[method].build(config.model_copy(update={"seed": seed}), towers, group)
+        parts.append(TrainedPrompts(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
+    return merge_prompts(parts)
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "grouped.safetensors"
+    save_prompts(file, trained("mmap", {"ink": DIGITS, "neon": DIGITS}, {"pairs": ["zero", "one"]}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder / "digits")
+    return folder / "digits"
+
+
+def test_importing_the_package_imports_no_torch():
+    heavy = "[name for name in ('torch', 'mlflow', 'ray', 'pyarrow') if name in sys.modules]"
+    command = [sys.executable, "-c", f"import sys, pipeline; print({heavy})"]
+    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(prompts_file, digits):
+    model = pipeline.load(prompts_file)
+    assert model.tasks == ["ink", "neon", "pairs"] and model.labels("pairs") == ["zero", "one"]
+    paths = sorted((digits / "ink").rglob("*.png"))[: BATCH_SIZE + 3]
+    pixels = torch.stack([torch.from_numpy(evaluation_pixels(path.read_bytes(), 32)) for path in paths])
+    expected = load_prompts(prompts_file).classifier().probabilities("ink", pixels)
+    decoded = [Image.open(path) for path in paths]
+    for images in (
+        paths,
+        list(map(str, paths)),
+        [path.read_bytes() for path in paths],
+        decoded,
+        [np.asarray(image) for image in decoded],
+    ):
+        found = model.predict(images, "ink")
+        torch.testing.assert_close(
+            torch.tensor([list(p.probabilities.values()) for p in found]), expected, atol=1e-6, rtol=1e-5
+        )
+        assert [p.label for p in found] == [DIGITS[label] for label in expected.argmax(dim=1)]
+        assert all(p.probability == max(p.probabilities.values()) and not p.by_task for p in found)
+    assert model.predict_pixels(pixels, "ink")[0].label == found[0].label
+    assert model.predict([], "ink") == []
+
+
+def test_images_that_are_not_8_bit_rgb_are_read_as_their_files_are(prompts_file):
+    model = pipeline.load(prompts_file)
+    wide = Image.fromarray(np.linspace(0, 65535, 40 * 50, dtype=np.uint16).reshape(40, 50))
+    for image in (wide, Image.new("P", (40, 50), 3), Image.new("RGBA", (40, 50), (9, 200, 30, 0))):
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        (decoded, encoded) = model.predict([image, stream.getvalue()], "ink")
+        assert decoded.probabilities == pytest.approx(encoded.probabilities, abs=1e-6)
+
+
+def test_without_a_task_every_task_answers(prompts_file, digits):
+    model = pipeline.load(prompts_file)
+    images = sorted((digits / "neon").rglob("*.png"))[:7]
+    for found, *alone in zip(model.predict(images), *(model.predict(images, task) for task in model.tasks)):
+        assert list(found.by_task) == model.tasks
+        for guess, expected in zip(found.by_task.values(), alone):
+            assert guess.label == expected.label
+            assert guess.probability == pytest.approx(expected.probability, abs=1e-6)
+        assert found.probability == max(guess.probability for guess in found.by_task.values())
+        assert found.probabilities == found.by_task[found.task].probabilities
+
+
+@pytest.mark.parametrize(
+    "method, groups, passes",
+    [
+        ("mmap", [{"a": ["x", "y"], "b": ["x", "z"]}], 2),
+        ("mmap_shared", [{"a": ["x", "y"], "b": ["x", "z"]}, {"c": ["x", "y"]}], 2),
+        ("coop", [{"a": ["x", "y"], "b": ["x", "z"]}, {"c": ["x", "y"]}], 1),
+        ("clip_adapter", [{"a": ["x", "y"]}, {"c": ["x", "y"]}], 1),
+        ("full", [{"a": ["x", "y"], "b": ["x", "z"]}, {"c": ["x", "y"]}], 2),
+    ],
+)
+def test_tasks_that_see_images_alike_share_the_image_tower(tmp_path, monkeypatch, method, groups, passes):
+    save_prompts(tmp_path / "x.safetensors", trained(method, *groups))
+    model = pipeline.load(tmp_path / "x.safetensors")
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    alone = {task: model.predict_pixels(pixels, task) for task in model.tasks}
+    calls = []
+    encode = ClipTowers.encode_image
+    monkeypatch.setattr(ClipTowers, "encode_image", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    together = model.predict_pixels(pixels)
+    assert len(calls) == passes
+    for task, expected in alone.items():
+        for found, before in zip(together, expected):
+            assert found.by_task[task].probabilities == pytest.approx(before.probabilities, abs=1e-6)
+
+
+def test_broken_images_get_an_error_and_the_others_their_answer(prompts_file, tmp_path):
+    model = pipeline.load(prompts_file)
+    good = Image.new("RGB", (40, 30), "white")
+    images = [good, b"no image", tmp_path / "absent.png", good, np.zeros((4, 4)), np.zeros((0, 3, 3), np.uint8)]
+    found = model.predict(images, "ink")
+    assert [bool(p.error) for p in found] == [False, True, True, False, True, True]
+    assert found[0].probabilities == pytest.approx(found[3].probabilities) and found[3].label
+    assert "known format" in found[1].error and found[2].error == "no such file" and "float64 (4, 4)" in found[4].error
+    assert all(p.label is None and p.probability is None and p.probabilities == {} for p in found if p.error)
+    assert model.predict([b"no image"])[0].error
+
+
+def test_below_the_threshold_an_image_is_none_of_the_classes(prompts_file, digits):
+    images = sorted((digits / "ink").rglob("*.png"))[::9]
+    plain = pipeline.load(prompts_file).predict(images, "ink")
+    bound = sorted(p.probability for p in plain)[len(plain) // 2]
+    found = pipeline.load(prompts_file, threshold=bound).predict(images, "ink")
+    assert [p.label for p in found] == [p.label if p.probability >= bound else None for p in plain]
+    assert [p.probabilities for p in found] == [p.probabilities for p in plain]
+
+
+def test_temperature_divides_the_logits(prompts_file, digits):
+    image = next((digits / "ink").rglob("*.png"))
+    (plain,) = pipeline.load(prompts_file).predict([image], "ink")
+    (warm,) = pipeline.load(prompts_file, temperature=4).predict([image], "ink")
+    (of_neon,) = pipeline.load(prompts_file, temperature={"neon": 4.0}).predict([image], "ink")
+    expected = np.array(list(plain.probabilities.values())) ** 0.25
+    assert list(warm.probabilities.values()) == pytest.approx(expected / expected.sum(), abs=1e-5)
+    assert of_neon == plain
+
+
+def test_the_fitted_temperature_is_the_best_of_a_grid():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 5, (400,))
+    logits = 8 * (torch.nn.functional.one_hot(labels, 5) + torch.randn(400, 5))
+    fitted = fit_temperature(logits, labels, "ink")
+    grid = [math.exp(x / 500) for x in range(-1900, 1900)]
+    best = min(grid, key=lambda temperature: negative_log_likelihood(logits, labels, temperature))
+    assert fitted == pytest.approx(best, rel=0.003)
+    losses = [negative_log_likelihood(logits, labels, t) for t in (fitted, best, 1.0)]
+    assert losses[0] <= losses[1] + 1e-9 < losses[2]
+    for scaled, message in (
+        (torch.nn.functional.one_hot(labels, 5), "all of them are classified"),
+        (-logits, "no more probable"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit_temperature(scaled.float(), labels, "ink")
+
+
+def test_calibration_is_saved_beside_the_prompts(prompts_file, digits, tmp_path):
+    file = tmp_path / "grouped.safetensors"
+    file.write_bytes(prompts_file.read_bytes())
+    model = pipeline.load(file, threshold=0.3)
+    images = sorted((digits / "neon").rglob("*.png"))[::3]
+    labels = [path.parent.name for path in images]
+    before = model.predict(images, "neon")
+    temperature = model.calibrate(images, labels, "neon")
+    after = model.predict(images, "neon")
+
+    def loss(found) -> float:
+        return -sum(math.log(p.probabilities[label]) for p, label in zip(found, labels))
+
+    assert temperature != 1 and loss(after) < loss(before)
+    assert model.save_options() == tmp_path / "grouped.options.json"
+    again = pipeline.load(file)
+    assert again.temperature("neon") == temperature and again.temperature("ink") == 1
+    assert again.options.threshold == 0.3 and again.predict(images, "neon") == after
+    assert pipeline.load(file, temperature=1, threshold=0).predict(images, "neon")[0].probability == pytest.approx(
+        before[0].probability
+    )
+    (tmp_path / "run" / "prompts").mkdir(parents=True)
+    for name in ("grouped.safetensors", "grouped.options.json"):
+        (tmp_path / "run" / "prompts" / name).write_bytes((tmp_path / name).read_bytes())
+    assert pipeline.load(tmp_path / "run").temperature("neon") == temperature
+
+    options = json.loads((tmp_path / "grouped.options.json").read_text())
+    for change, message in [
+        ({"prompts_sha256": "0" * 64}, "belongs to other prompts"),
+        ({"temperatures": {"neon": 0}}, "no options file"),
+        ({"temperatures": {"oil": 1}}, "'oil'"),
+        ({"more": 1}, "no options file"),
+    ]:
+        (tmp_path / "grouped.options.json").write_text(json.dumps(options | change))
+        with pytest.raises(UserError, match=message):
+            pipeline.load(file)
+
+
+def test_what_a_user_gets_wrong_is_named(prompts_file, tmp_path):
+    for arguments, message in [
+        ({"place": tmp_path / "absent.safetensors"}, "does not exist"),
+        ({"place": tmp_path}, "holds no prompts"),
+        ({"place": "nowhere://bucket/x"}, "nowhere://bucket/x is no place like"),
+        ({"threshold": 1.5}, "threshold=1.5"),
+        ({"threshold": math.nan}, "threshold=nan"),
+        ({"temperature": 0}, "temperature"),
+        ({"temperature": {"oil": 2.0}}, "'oil'"),
+        ({"device": "cuda:77"}, "device 'cuda:77' cannot be used"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"pretrained": "/nowhere/clip.pt"}, "no such file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pipeline.load(**{"place": prompts_file, **arguments})
+    model = pipeline.load(prompts_file)
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(UserError, match="task 'oil' is none of this model's: ink, neon, pairs"):
+        model.predict([image], "oil")
+    with pytest.raises(TypeError, match="must be a list"):
+        model.predict(image, "ink")
+    with pytest.raises(TypeError, match="int is no image"):
+        model.predict([3], "ink")
+    for images, labels, message in [
+        ([image], [], "1 images with 0 labels"),
+        ([image], ["eleven"], "'eleven' is no class of task 'ink'"),
+        ([b"no image"], ["one"], "image 0 to calibrate with is broken"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            model.calibrate(images, labels, "ink")

@@ -1,0 +1,200 @@
+"""Prediction of many images by Ray Data: folders, Parquet and buckets in, Parquet out, whatever is broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+from pipelines import REPOSITORY, the_run
+from servers import S3Server, free_ports
+from test_prediction import digits, prompts_file  # noqa: F401
+
+import pipeline
+from pipeline.cluster import WorkerNeeds
+from pipeline.errors import UserError
+from pipeline.methods.prompt_file import load_prompts
+from pipeline.prediction.batch import OUTPUT, find_batch_input, predict_batch, told_in_lines
+from pipeline.prediction.options import ModelOptions
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield WorkerNeeds(1, 0.0)
+    ray.shutdown()
+
+
+def predicted(prompts: Path, needs: WorkerNeeds, inputs, output, task=None, options=None, **more) -> tuple:
+    """(images, broken), and the rows."""
+    found = find_batch_input([str(place) for place in inputs])
+    options = options or ModelOptions()
+    counts = predict_batch(load_prompts(prompts), options, task, found, str(output), needs, 32, **more)
+    return counts, pq.read_table(output, schema=OUTPUT).to_pylist()
+
+
+def test_a_folder_with_broken_images_and_odd_names(prompts_file, digits, cluster, tmp_path):  # noqa: F811
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    good = sorted((digits / "ink").rglob("*.png"))[::2]
+    for number, path in enumerate(good):
+        (folder / "deep" / f"{number:03d}.png").write_bytes(path.read_bytes())
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "cut.png").write_bytes(good[0].read_bytes()[:200])
+    (folder / "line\nfeed.png").write_bytes(good[0].read_bytes())
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(good[0].read_bytes())
+    os.mkfifo(folder / "pipe.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("not looked at")
+    told = []
+    counts, rows = predicted(
+        prompts_file, cluster, [folder], tmp_path / "out", "ink", on_rows=lambda *now: told.append(now)
+    )
+    assert counts == (len(good) + 6, 4) and told[-1] == (len(good) + 6, len(good) + 6)
+    in_order = [f"{folder}/deep/{number:03d}.png" for number in range(len(good))]
+    assert [row["path"] for row in rows][-len(good) :] == in_order
+    errors = {row["path"].removeprefix(f"{folder}/"): row["error"] for row in rows if row["error"]}
+    assert errors.keys() == {"broken.jpg", "cut.png", "empty.png", "pipe.png"} and errors["pipe.png"] == "no such file"
+    assert all(row["label"] is None and row["probability"] is None for row in rows if row["error"])
+    assert {"line\\nfeed.png", "\\udcff.png"} < {Path(row["path"]).name for row in rows if not row["error"]}
+    expected = pipeline.load(prompts_file).predict(good, "ink")
+    for row, prediction in zip(rows[-len(good) :], expected):
+        assert (row["task"], row["label"], row["error"]) == ("ink", prediction.label, None)
+        assert row["probability"] == pytest.approx(prediction.probability, abs=1e-5)
+
+
+def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path):  # noqa: F811
+    images = sorted((digits / "neon").rglob("*.png"))[:150]
+    tasks = ["ink", "neon", None, "pairs", "oil"] * 30
+    table = {"image": [path.read_bytes() for path in images], "task": tasks, "more": range(150)}
+    table["image"][7] = b"no image"
+    table["image"][8] = None
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(table).slice(0, 90), tmp_path / "in" / "a.parquet", row_group_size=40)
+    pq.write_table(pa.table(table).slice(90), tmp_path / "in" / "b.parquet")
+    options = ModelOptions(threshold=0.2, temperatures={"neon": 2.0})
+    counts, rows = predicted(prompts_file, cluster, [tmp_path / "in"], tmp_path / "out", "neon", options)
+    assert counts == (150, 32)
+    model = pipeline.load(prompts_file, threshold=0.2, temperature={"neon": 2.0})
+    for number, (row, task) in enumerate(zip(rows, tasks, strict=True)):
+        assert row["path"] is None and row["task"] == (task or "neon")
+        if number in (7, 8) or task == "oil":
+            assert row["label"] is None and row["error"]
+        else:
+            (expected,) = model.predict([images[number]], task or "neon")
+            assert row["label"] == expected.label
+            assert row["probability"] == pytest.approx(expected.probability, abs=1e-5)
+    assert "task 'oil' is none of the model's: ink, neon, pairs" in rows[4]["error"]
+
+
+def test_no_images_make_an_empty_table(prompts_file, cluster, tmp_path):  # noqa: F811
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
+    assert predicted(prompts_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
+
+
+def test_from_a_bucket_to_a_bucket(prompts_file, digits, tmp_path, monkeypatch):  # noqa: F811
+    (port,) = free_ports(1, first=5700)
+    server = S3Server(tmp_path, port)
+    try:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        from pipeline.storage import open_bucket
+
+        place, query = server.uri.split("?")
+        filesystem, bucket = open_bucket(server.uri)
+        images = sorted((digits / "ink").rglob("*.png"))[:5]
+        sent = {f"runs/x/prompts/{prompts_file.name}": prompts_file.read_bytes()}
+        sent |= {f"photos/deep/{number}.png": path.read_bytes() for number, path in enumerate(images)}
+        for name, content in {**sent, "photos/broken.png": b"no image"}.items():
+            filesystem.create_dir(f"{bucket}/{name.rsplit('/', 1)[0]}")
+            with filesystem.open_output_stream(f"{bucket}/{name}") as stream:
+                stream.write(content)
+        expected = pipeline.load(prompts_file).predict(images, "ink")
+        for name in ("runs/x", "runs/x/prompts/grouped.safetensors"):
+            assert pipeline.load(f"{place}/{name}?{query}").predict(images, "ink") == expected
+        with pytest.raises(UserError, match="is neither a prompts file nor a run's folder"):
+            pipeline.load(f"{place}/photos?{query}")
+        job = [sys.executable, "jobs/predict.py", f"{place}/photos?{query}", "--task", "ink"]
+        job += ["--prompts", f"{place}/runs/x?{query}", "--output", f"{place}/out?{query}"]
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        finished = subprocess.run(job, cwd=REPOSITORY, capture_output=True, text=True, env=env)
+        assert finished.returncode == 1 and "1 of 6 images are broken" in finished.stderr, finished.stderr
+        rows = pq.read_table(f"{bucket}/out", filesystem=filesystem).to_pylist()
+        assert [row["path"].rpartition("/")[2] for row in rows] == ["broken.png", *(f"{n}.png" for n in range(5))]
+        assert [row["label"] for row in rows[1:]] == [prediction.label for prediction in expected]
+    finally:
+        server.kill()
+
+
+def test_what_a_user_gets_wrong_is_named(prompts_file, digits, cluster, tmp_path):  # noqa: F811
+    (tmp_path / "both").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "both" / "a.png")
+    pq.write_table(pa.table({"picture": [b""]}), tmp_path / "both" / "b.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
+    for inputs, message in [
+        ([tmp_path / "nothing"], "no images and no .parquet files in"),
+        ([tmp_path / "both"], "hold images and .parquet files"),
+        ([tmp_path / "both" / "b.parquet"], "must have a column `image` of bytes: it has picture"),
+        ([tmp_path / "bad.parquet"], "cannot be read as Parquet"),
+        ([tmp_path, "s3://bucket/x"], "lie in several places"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_batch_input([str(place) for place in inputs])
+    inputs, out = [tmp_path / "both" / "a.png"], tmp_path / "out"
+    with pytest.raises(UserError, match="clip.pretrained=/nowhere/clip.pt: no such file"):
+        predicted(prompts_file, cluster, inputs, out, "ink", ModelOptions(pretrained="/nowhere/clip.pt"))
+    damaged = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table({"image": [os.urandom(3000) for _ in range(100)]}), damaged)
+    damaged.write_bytes(damaged.read_bytes()[:2000] + bytes(250_000) + damaged.read_bytes()[252_000:])
+    with pytest.raises(UserError, match=r"damaged.parquet cannot be read to its end \(.*: copy it again"):
+        predicted(prompts_file, cluster, [damaged], out, "ink")
+    assert not out.exists() and not list(tmp_path.glob("*.partial"))
+    out.mkdir()
+    (out / "theirs.txt").write_text("")
+    with pytest.raises(UserError, match="is there already"):
+        predicted(prompts_file, cluster, inputs, out, "ink")
+
+
+def test_progress_is_told_now_and_then(cluster):
+    said: list[str] = []
+    on_rows = told_in_lines(said.append, every_s=3600)
+    for done in range(1, 5):
+        on_rows(done, 4)
+    assert len(said) == 1 and said[0].startswith("4 of 4 images, ") and said[0].endswith("2 CPUs on 1 machine")
+
+
+def test_the_splits_of_a_run_give_its_own_predictions(undisturbed, tmp_path):
+    storage, _ = undisturbed
+    job = [sys.executable, "jobs/predict.py", *map(str, (storage / "splits").glob("[!.]*/test"))]
+    job += ["--prompts", str(the_run(storage)), "--output", str(tmp_path / "out.parquet")]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    finished = subprocess.run(job, cwd=REPOSITORY, capture_output=True, text=True, env=env)
+    assert finished.returncode == 0, finished.stderr
+    rows = {(row["task"], row["path"]): row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
+    assert len(rows) == 6 * 140 and "840 of 840 images" in finished.stderr
+    model = load_prompts(the_run(storage) / "prompts" / "grouped.safetensors")
+    groups = [set(group) for group in model.groups]
+    compared = 0
+    for folder in (storage / "group_trainings").glob("[!.]*"):
+        made_from = pipeline_artefact(folder)
+        if made_from["method"] == "mmap" and set(made_from["group"]) in groups:
+            for expected in pq.read_table(folder / "predictions.parquet").to_pylist():
+                row = rows[expected["task"], expected["path"]]
+                compared += 1
+                assert row["label"] == model.words[row["task"]][expected["predicted"]]
+                assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
+    assert compared == 840
+
+
+def pipeline_artefact(folder: Path) -> dict:
+    from pipeline.storage import read_json
+
+    return read_json(folder / "artefact.json")["made_from"]

@@ -1,0 +1,146 @@
+"""A finished run's model in MLflow: registered, loaded back, and served over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from pipelines import QUICK, REPOSITORY, run, the_run
+from servers import BIN, Server, free_ports
+
+import pipeline
+from pipeline.errors import UserError
+
+pytestmark = pytest.mark.slow
+spec = importlib.util.spec_from_file_location("register_model", REPOSITORY / "jobs" / "register_model.py")
+register_model = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(register_model)
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(undisturbed):
+    return f"sqlite:///{undisturbed[0]}/mlflow.db"
+
+
+def register(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """Status, and the output or what is wrong."""
+    monkeypatch.setattr(sys, "argv", ["register_model.py", *map(str, arguments)])
+    status = register_model.main()
+    out, err = capsys.readouterr()
+    return status, err if status else out.strip()
+
+
+def images_of(storage: Path, task: str, count: int) -> list[Path]:
+    return sorted((storage / "datasets" / "digits" / task).rglob("*.png"))[:: 220 // count][:count]
+
+
+def test_a_finished_run_is_registered_once(undisturbed, tracking_uri, monkeypatch, capsys):
+    folder = the_run(undisturbed[0])
+    once = partial(register, monkeypatch, capsys, "--run", folder, "--name", "once")
+    assert once("--alias", "here") == (0, "models:/once/1")
+    assert once() == (0, "models:/once/1")
+    assert once("--threshold", "0.5") == (0, "models:/once/2")
+    (parent,) = MlflowClient(tracking_uri).search_runs(["1"], "tags.run_folder != ''")
+    assert parent.info.status == "FINISHED"
+    assert {v.run_id for v in MlflowClient(tracking_uri).search_model_versions("name='once'")} == {parent.info.run_id}
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    images = images_of(undisturbed[0], "neon", 5)
+    expected = pipeline.load(folder).predict(images, "neon")
+    assert pipeline.load("models:/once@here").predict(images, "neon") == expected
+    logged = f"runs:/{parent.info.run_id}/prompts/grouped.safetensors"
+    assert pipeline.load(logged).predict(images, "neon") == expected
+    assert pipeline.load("models:/once/2").options.threshold == 0.5
+    with pytest.raises(UserError, match="models:/nothing/1 cannot be fetched from MLflow"):
+        pipeline.load("models:/nothing/1")
+
+
+def test_what_cannot_be_registered_is_named(undisturbed, tmp_path, monkeypatch, capsys):
+    folder = the_run(undisturbed[0])
+    for arguments, message in [
+        (["--run", tmp_path, "--name", "x"], "is no folder of a run"),
+        (
+            ["--run", folder, "--name", "x", "--tracking-uri", f"sqlite:///{tmp_path}/other.db"],
+            "has no finished run of",
+        ),
+        (["--run", folder, "--name", "x", "--prompts", "coop"], "coop.safetensors does not exist"),
+        (["--run", folder, "--name", "x", "--threshold", "7"], "threshold=7.0"),
+        (["--run", folder, "--name", "a/b"], "did not take the model 'a/b'"),
+    ]:
+        status, said = register(monkeypatch, capsys, *arguments)
+        assert status == 2 and message in said, said
+
+
+def test_a_run_registers_itself_where_the_config_says_so(undisturbed, tmp_path):
+    storage = shutil.copytree(undisturbed[0], tmp_path / "storage")  # so that only the report is made
+    finished = run(
+        storage,
+        *QUICK,
+        *("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db", "--tracking.registered_model", "digits by itself"),
+    )
+    assert finished.status == 0, finished.output
+    (version,) = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_model_versions("name='digits by itself'")
+    assert int(version.version) == 1
+
+
+def test_the_served_model_answers_as_the_loaded_one(undisturbed, tracking_uri, tmp_path, monkeypatch, capsys):
+    storage, _ = undisturbed
+    assert register(monkeypatch, capsys, "--run", the_run(storage), "--name", "served") == (0, "models:/served/1")
+    model = pipeline.load(the_run(storage))
+    (port,) = free_ports(1, first=5200)
+    server = Server(
+        [str(BIN / "mlflow"), "models", "serve", "-m", "models:/served/1", "--env-manager", "local"]
+        + ["--host", "127.0.0.1", "--port", str(port)],
+        tmp_path / "serve.log",
+        {"MLFLOW_TRACKING_URI": tracking_uri, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": ""},
+        f"http://127.0.0.1:{port}/ping",
+    )
+    try:
+
+        def ask(*records: dict) -> list[dict]:
+            body = json.dumps({"dataframe_records": records}).encode()
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+            )
+            return json.loads(urllib.request.urlopen(request, timeout=30).read())["predictions"]
+
+        def encoded(image: bytes) -> str:
+            return base64.b64encode(image).decode()
+
+        images = [path.read_bytes() for path in (*images_of(storage, "noise", 3), *images_of(storage, "ink", 2))]
+        answers = ask(*({"image": encoded(image), "task": "noise"} for image in images))
+        for answer, expected in zip(answers, model.predict(images, "noise"), strict=True):
+            assert (answer["task"], answer["label"], answer["error"]) == ("noise", expected.label, "")
+            assert answer["probability"] == pytest.approx(expected.probability, abs=1e-6)
+            assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+            assert answer["by_task"] == []
+
+        for answer, expected in zip(ask(*({"image": encoded(i)} for i in images)), model.predict(images), strict=True):
+            assert (answer["task"], answer["label"]) == (expected.task, expected.label)
+            assert {guess["task"]: guess["label"] for guess in answer["by_task"]} == {
+                task: guess.label for task, guess in expected.by_task.items()
+            }
+            scores = {guess["task"]: guess["probability"] for guess in answer["by_task"]}
+            assert scores == pytest.approx({t: guess.probability for t, guess in expected.by_task.items()}, abs=1e-6)
+
+        mixed = ask(
+            {"image": encoded(images[0]), "task": "ink"}, {"image": encoded(b"no image")}, {"image": encoded(images[1])}
+        )
+        assert mixed[0]["task"] == "ink" and mixed[0]["by_task"] == []
+        assert mixed[1]["label"] is None and mixed[1]["probability"] is None and "known format" in mixed[1]["error"]
+        assert len(mixed[2]["by_task"]) == 6
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask({"image": encoded(images[0]), "task": "oil"})
+        assert refused.value.code in (400, 500) and "none of this model's" in refused.value.read().decode()
+    finally:
+        server.kill()
