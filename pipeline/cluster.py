@@ -45,8 +45,11 @@ class WorkerNeeds:
         return places
 
 
-def connect(config: ClusterConfig, say: Callable[[str], None]) -> WorkerNeeds:
+def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> WorkerNeeds:
     """Joins or starts Ray.
+
+    Args:
+        dashboard: whether a Ray that is started needs one, whatever the config.
 
     Raises:
         UserError: no cluster, or one that cannot hold a training.
@@ -55,7 +58,7 @@ def connect(config: ClusterConfig, say: Callable[[str], None]) -> WorkerNeeds:
     options: dict[str, Any] = {}
     if address == "local":
         # Ray Train asks the dashboard whether its placement groups are still needed.
-        options["include_dashboard"] = config.workers_per_training > 1
+        options["include_dashboard"] = dashboard or config.workers_per_training > 1
     elif not IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
         options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
     try:

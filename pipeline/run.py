@@ -8,10 +8,11 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from rich.markup import escape
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
+from pipeline.clip.towers import ClipTowers
 from pipeline.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, connect
 from pipeline.config import (
     BUILTIN_DIGITS,
@@ -142,11 +144,19 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         yield run
 
 
-def check_run(config: Config, console: Console, like: Run | None = None) -> Run:
+def check_run(
+    config: Config,
+    console: Console,
+    like: Run | None = None,
+    place: str = "runs",
+    decided_by: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
     """What needs no cluster: config against data, model, storage and tracking server.
 
     Args:
         like: a checked run whose config differs in shots and seed only: what it has checked is not checked again.
+        place: folder of the storage in which the run's own is.
+        decided_by: what decides its results beside the config.
 
     Raises:
         UserError: the first thing that is wrong, with the remedy.
@@ -178,22 +188,25 @@ def check_run(config: Config, console: Console, like: Run | None = None) -> Run:
         exclude={"name": True, "storage": True, "cache": True, "data": True, "cluster": True, "tracking": True}
         | {"clip": {"model", "pretrained", "quick_gelu", "activations_gib"}},
     )
-    key = content_hash({**deciding, "identity": asdict(clip), "splits": splits.key, "version": NUMBERS_VERSION})
-    folder = make_folder(storage.folder / "runs" / f"{config.name}-{key}")
+    deciding |= {"identity": asdict(clip), "splits": splits.key, "version": NUMBERS_VERSION, **decided_by}
+    key = content_hash(deciding)
+    folder = make_folder(storage.folder / place / f"{config.name}-{key}")
     write_atomically(folder / "config.yaml", to_yaml(config))
     return Run(config, storage, listing, clip, shape, splits, folder, key, console)
 
 
 @contextmanager
-def connected(runs: Sequence[Run]) -> Iterator[None]:
-    """Joins the cluster for checked runs of the same storage, data, CLIP and cluster.
+def connected(runs: Sequence[Run], dashboard: bool = False) -> Iterator[None]:
+    """Joins the cluster for checked runs of the same storage, data, CLIP and cluster; `dashboard` as of
+    `cluster.connect`.
 
     Raises:
         UserError: no cluster, or one that cannot hold a training.
     """
     try:
         first = runs[0]
-        needs = connect(first.config.cluster, lambda text: first.console.print(f"  {text}", highlight=False))
+        console = first.console
+        needs = connect(first.config.cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard)
         weights = weights_file(first.config.clip)
         own_weights = [weights] if weights and first.config.clip.pretrained != BUILTIN_DIGITS else []
         own_data = [first.listing.root] if first.config.data.root != BUILTIN_DIGITS else []
@@ -330,11 +343,19 @@ def _find_data(config: Config, storage: Storage) -> Listing:
 
 def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapShape]:
     identity = clip_identity(config.clip)
-    towers = towers_without_weights(config.clip)
+    return identity, check_methods(config, listing, towers_without_weights(config.clip), (*ALWAYS, *config.compare))
+
+
+def check_methods(config: Config, listing: Listing, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
+    """Whether the options of some of registry.VERSIONS fit towers, of which only the shapes are looked at.
+
+    Raises:
+        UserError: the first that does not.
+    """
     shape = MmapShape.of(config.mmap, towers)
     words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
     workers, num_classes = config.cluster.workers_per_training, min(map(len, words))
-    for name in (*ALWAYS, *config.compare):
+    for name in names:
         method = VERSIONS[name].kind
         kind, batch = KINDS[method], training_of(method, config).batch_size
         kind.check(config, towers)
@@ -344,7 +365,7 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
                 f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "
                 f"{batch} (batch_size of {kind.title}) and {num_classes}: use no more workers than those"
             )
-    return identity, shape
+    return shape
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

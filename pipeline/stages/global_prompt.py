@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config import Config
 from pipeline.methods.mmap import SharedMmap
 from pipeline.progress import Reporter
 from pipeline.run import Run
@@ -19,8 +20,18 @@ SNAPSHOTS = "snapshots.parquet"
 
 def train_global_prompt(run: Run) -> Artefact:
     """Trains the global prompt unless its snapshots are there; the splits must be finished."""
-    config = run.config
-    epochs = config.global_prompt.epochs or config.training.epochs
+    work = global_prompt_work(run)
+    with Stage(run, NAME, "2 global prompt") as stage:
+        stage.execute([work])
+        track_history(run, NAME, work.artefact)
+        parameters = run.mmap_shape.num_parameters
+        run.tracker.log_params(NAME, {"epochs": _epochs(run.config), "trained_parameters": parameters})
+    return work.artefact
+
+
+def global_prompt_work(run: Run) -> Work:
+    """What makes the global prompt's artefact."""
+    config, epochs = run.config, _epochs(run.config)
     artefact = run.artefact(
         NAME,
         {
@@ -29,13 +40,13 @@ def train_global_prompt(run: Run) -> Artefact:
             "snapshot_every": config.global_prompt.snapshot_every,
         },
     )
-    with Stage(run, NAME, "2 global prompt") as stage:
-        work = TrainingWork(config, run.splits, tuple(run.tasks), "global prompt")
-        workers = config.cluster.workers_per_training
-        stage.execute([Work(work.label, _train, (work, epochs, artefact), artefact, True, workers, tracked_as=NAME)])
-        track_history(run, NAME, artefact)
-        run.tracker.log_params(NAME, {"epochs": epochs, "trained_parameters": run.mmap_shape.num_parameters})
-    return artefact
+    work = TrainingWork(config, run.splits, tuple(run.tasks), "global prompt")
+    workers = config.cluster.workers_per_training
+    return Work(work.label, _train, (work, epochs, artefact), artefact, True, workers, tracked_as=NAME)
+
+
+def _epochs(config: Config) -> int:
+    return config.global_prompt.epochs or config.training.epochs
 
 
 def _train(work: TrainingWork, epochs: int, artefact: Artefact, board: Any) -> None:

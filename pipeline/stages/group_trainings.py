@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline.clip.load import weights_fingerprint
+from pipeline.clip.towers import ClipTowers
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
 from pipeline.methods.registry import ALWAYS, VERSIONS, Groups, kind_of, training_of
@@ -45,7 +47,7 @@ class MethodArtefacts:
 
 
 @dataclass(frozen=True)
-class _Training:
+class Training:
     """One group's training and evaluation, planned."""
 
     version: str
@@ -53,7 +55,7 @@ class _Training:
     artefact: Artefact
     features: tuple[ImageFeatures, ...]
     """What has to be there before."""
-    start: _Training | None
+    start: Training | None
     """Whose trained state it goes on from."""
     affinities: list[list[float]] | None
     """For a method that uses them."""
@@ -82,9 +84,9 @@ def train_groups(
     """
     names = tuple(names or ("zero_shot", *run.config.compare, *ALWAYS))
     result = read_grouping(grouping) if grouping else None
-    planned: dict[str, list[_Training]] = {}
+    planned: dict[str, list[Training]] = {}
     for name in names:
-        _plan(run, name, result, planned)
+        plan_trainings(run, name, result, planned)
     _train_planned(run, planned)
     return [_artefacts_of(name, planned[name]) for name in names]
 
@@ -98,8 +100,8 @@ def train_every_group(run: Run) -> MethodArtefacts:
     return _artefacts_of(name, planned[name])
 
 
-def _train_planned(run: Run, planned: Mapping[str, Sequence[_Training]]) -> None:
-    trainings: dict[str, _Training] = {}
+def _train_planned(run: Run, planned: Mapping[str, Sequence[Training]]) -> None:
+    trainings: dict[str, Training] = {}
     for training in chain.from_iterable(planned.values()):
         trainings.setdefault(training.artefact.key, training)  # a grouping with one group is all in one
     with Stage(run, NAME, "4 group trainings") as stage:
@@ -115,18 +117,20 @@ def _train_planned(run: Run, planned: Mapping[str, Sequence[_Training]]) -> None
             _track(run, training)
 
 
-def _artefacts_of(name: str, trainings: Sequence[_Training]) -> MethodArtefacts:
+def _artefacts_of(name: str, trainings: Sequence[Training]) -> MethodArtefacts:
     groups, artefacts = zip(*((training.item.tasks, training.artefact) for training in trainings))
     return MethodArtefacts(name, groups, artefacts)
 
 
-def _plan(run: Run, name: str, grouping: dict[str, Any] | None, planned: dict[str, list[_Training]]) -> list[_Training]:
+def plan_trainings(
+    run: Run, name: str, grouping: dict[str, Any] | None, planned: dict[str, list[Training]]
+) -> list[Training]:
     """Adds a version's trainings to `planned`, and those of the version that it starts from; `grouping` as in
     grouping.json."""
     if name in planned:
         return planned[name]
     version = VERSIONS[name]
-    starts = _plan(run, version.starts_from, grouping, planned) if version.starts_from else []
+    starts = plan_trainings(run, version.starts_from, grouping, planned) if version.starts_from else []
     affinities = grouping["affinity"] if kind_of(version.kind).uses_affinities else None
     groups = _groups(run, version.groups, grouping)
     planned[name] = []
@@ -145,9 +149,9 @@ def _training(
     method: str,
     tasks: tuple[str, ...],
     label: str,
-    start: _Training | None = None,
+    start: Training | None = None,
     affinities: list[list[float]] | None = None,
-) -> _Training:
+) -> Training:
     kind, decided_by = kind_of(method), {**trainings_decided_by(run, tasks, method), "group": list(tasks)}
     if start:
         decided_by["start"] = start.artefact.key
@@ -162,7 +166,7 @@ def _training(
     made = ({task: of_task.artefact for task, of_task in of_tasks.items()} for of_tasks in (training, test))
     item = TrainingWork(run.config, run.splits, tasks, label, method, *made)
     features = (*training.values(), *test.values())
-    return _Training(version, item, run.artefact(NAME, decided_by), features, start, affinities)
+    return Training(version, item, run.artefact(NAME, decided_by), features, start, affinities)
 
 
 def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
@@ -177,7 +181,7 @@ def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence
     return random_groups(tasks, [len(group) for group in found], run.config.seed)
 
 
-def _track(run: Run, training: _Training) -> None:
+def _track(run: Run, training: Training) -> None:
     """Gives a finished training's results to its MLflow run."""
     label, folder = training.item.label, training.artefact.local()
     result = read_json(folder / "result.json")
@@ -211,11 +215,7 @@ def _train_group(
     began, share = time.monotonic(), Share.of_this_process()
     kind, reporter = kind_of(work.method), Reporter(board, work.label)
     config, towers, words = work.config, work.towers(kind.trains_weights), work.words()
-    method = kind.build(config, towers, words).to(towers.device)
-    if affinities:
-        method.plant(np.array(affinities))
-    if start:
-        method.load_state_dict(load_prompts(start.local() / PROMPTS).states[0])
+    method = built_method(work, towers, start, affinities)
     with artefact.making(publish=share.first) as made:
         if kind.trained:
             work.train(towers, method, training_of(work.method, config).epochs, made, reporter)
@@ -234,6 +234,18 @@ def _train_group(
                 "seconds": time.monotonic() - began,
             }
             write_json(made.folder / "result.json", result)
+
+
+def built_method(
+    work: TrainingWork, towers: ClipTowers, start: Artefact | None, affinities: list[list[float]] | None
+) -> nn.Module:
+    """The method's module as its training begins; arguments as those of Training."""
+    method = kind_of(work.method).build(work.config, towers, work.words()).to(towers.device)
+    if affinities:
+        method.plant(np.array(affinities))
+    if start:
+        method.load_state_dict(load_prompts(start.local() / PROMPTS).states[0])
+    return method
 
 
 def _predictions(work: TrainingWork, classifier: Classifier, reporter: Reporter, share: Share) -> list[Prediction]:

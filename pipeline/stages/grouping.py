@@ -44,14 +44,10 @@ SECONDS_OF_A_RESAMPLE = 2.0
 
 def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
     """Groups the tasks unless that was done for these snapshots and this config."""
-    options = run.config.grouping.model_dump(mode="json")
-    artefact = run.artefact(NAME, {"snapshots": global_prompt.key, "tasks": run.tasks, **options})
+    artefact = grouping_artefact(run, global_prompt)
     with Stage(run, NAME, "3 grouping") as stage:
-        if not artefact.finished():
-            stage.computed = True
-            with artefact.making() as made:
-                _solve(run, global_prompt.local() / SNAPSHOTS, made.folder)
-        result = read_grouping(artefact)
+        stage.computed = make_grouping(run, global_prompt, artefact)
+        options, result = run.config.grouping.model_dump(mode="json"), read_grouping(artefact)
         run.tracker.log_params(NAME, {**options, "groups": describe_groups(result["groups"])})
         run.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
         run.tracker.log_params(PARENT, {"groups": describe_groups(result["groups"])})
@@ -62,6 +58,20 @@ def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
         found = escape(f"{describe_groups(result['groups'])} · {describe_search(result)}")
         run.console.print(f"  {found}", highlight=False)
     return artefact
+
+
+def grouping_artefact(run: Run, global_prompt: Artefact) -> Artefact:
+    options = run.config.grouping.model_dump(mode="json")
+    return run.artefact(NAME, {"snapshots": global_prompt.key, "tasks": run.tasks, **options})
+
+
+def make_grouping(run: Run, global_prompt: Artefact, artefact: Artefact) -> bool:
+    """Groups the tasks; False if that was done before."""
+    if artefact.finished():
+        return False
+    with artefact.making() as made:
+        _solve(run, global_prompt.local() / SNAPSHOTS, made.folder)
+    return True
 
 
 def read_grouping(artefact: Artefact) -> dict:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from pipeline.config import BUILTIN_DIGITS
 from pipeline.data.find import ImageFile
 from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, scan_image, write_part
-from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
+from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.run import PARENT, Run
@@ -57,10 +57,9 @@ class _Source:
 
 
 def _build(stage: Stage, made: Making) -> None:
-    run, artefact = stage.run, made.artefact
+    run = stage.run
     listing, data = run.listing, run.config.data
-    source = _Source(listing.root, data.root == BUILTIN_DIGITS)
-    scanned = _scan(stage, source, listing.images)
+    scanned = _scan(stage, _source(run), listing.images)
     broken = [image for image in scanned if image.error]
     if broken:
         _judge_broken(broken, len(scanned), data.max_dropped_share, run.folder / "broken_images.txt")
@@ -75,25 +74,43 @@ def _build(stage: Stage, made: Making) -> None:
         counts={"train": _count(splits.train, run.tasks), "test": _count(splits.test, run.tasks)},
     )
     sizes = {image.path: image.size for image in listing.images}
+    more = {
+        "layout": listing.layout,
+        "dropped": [{"path": image.path, "error": image.error} for image in broken],
+        "copies_of_training_images": [
+            {"path": path, "copy_of": training_path} for path, training_path in splits.copies
+        ],
+        "ignored_files": list(listing.ignored),
+        "classes_left_out": list(listing.left_out_classes),
+    }
+    write_splits(stage, made, splits, description, sizes, more)
+
+
+def write_splits(
+    stage: Stage,
+    made: Making,
+    splits: Splits,
+    description: SplitDescription,
+    sizes: dict[str, int],
+    more: dict[str, Any],
+) -> None:
+    """Writes the images of both splits in parallel, and splits.json with `more` beside the description.
+
+    Args:
+        sizes: path → bytes.
+    """
+    run, source = stage.run, _source(stage.run)
     parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
     run.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
     for sent in stage.execute(
-        [Work(f"write {part.file}", _write, (source, part, description, artefact, made.folder)) for part in parts]
+        [Work(f"write {part.file}", _write, (source, part, description, made.artefact, made.folder)) for part in parts]
     ):
         made.sent |= sent
-    write_json(
-        made.folder / "splits.json",
-        {
-            **vars(description),
-            "layout": listing.layout,
-            "dropped": [{"path": image.path, "error": image.error} for image in broken],
-            "copies_of_training_images": [
-                {"path": path, "copy_of": training_path} for path, training_path in splits.copies
-            ],
-            "ignored_files": list(listing.ignored),
-            "classes_left_out": list(listing.left_out_classes),
-        },
-    )
+    write_json(made.folder / "splits.json", {**vars(description), **more})
+
+
+def _source(run: Run) -> _Source:
+    return _Source(run.listing.root, run.config.data.root == BUILTIN_DIGITS)
 
 
 def _scan(stage: Stage, source: _Source, images: Sequence[ImageFile]) -> list[ScannedImage]:

@@ -6,7 +6,7 @@ An open_clip model is never sent to a worker: it gets names and paths and loads 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import kind_of, options_of, training_of
 from pipeline.progress import Reporter
 from pipeline.run import NUMBERS_VERSION, Run
-from pipeline.storage import Artefact, Making
+from pipeline.storage import Artefact, Making, Storage
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import Prediction, evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures
-from pipeline.training.loop import StepRecord, train
+from pipeline.training.loop import StepRecord, Trained, exhausted, train_by_epoch
 from pipeline.training.share import Share
 
 log = logging.getLogger(__name__)
@@ -88,32 +88,55 @@ class TrainingWork:
     ) -> list[tuple[StepRecord, torch.Tensor]]:
         """Trains `method` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
         takes and returns the loop's snapshots."""
-        checkpoints, storage = made.artefact.checkpoints, made.artefact.storage
+        history, taken = exhausted(
+            self.train_by_epoch(
+                towers,
+                method,
+                epochs,
+                self._training_sets(towers),
+                made.artefact.checkpoints,
+                made.artefact.storage,
+                on_step=lambda record, num_steps: reporter.update(
+                    record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
+                ),
+                **snapshots,
+            )
+        )
+        if Share.of_this_process().first:
+            write_history(made.folder / HISTORY, self.tasks, history)
+        return taken
+
+    def train_by_epoch(
+        self,
+        towers: ClipTowers,
+        method: nn.Module,
+        epochs: int,
+        sets: Sequence[TrainingSet],
+        checkpoints: Path,
+        storage: Storage,
+        **options: Any,
+    ) -> Generator[int, None, Trained]:
+        """The loop's generator of epochs for the tasks' `sets`, from the newest checkpoint of a folder in the storage
+        if there is one."""
         storage.fetch(checkpoints)
         config, words, kind = self.config, list(self.words().values()), kind_of(self.method)
         tokens, frozen_tokens = (
             class_tokens(towers.tokenizer, template, words).to(towers.device)
             for template in (kind.template(config), config.clip.template)
         )
-        history, taken = train(
+        return train_by_epoch(
             towers,
             method,
-            self._training_sets(towers),
+            sets,
             tokens,
             training_of(self.method, config),
             epochs=epochs,
             seed=config.seed,
             precision=config.clip.precision,
             checkpoints=Checkpoints(checkpoints, storage.send),
-            on_step=lambda record, num_steps: reporter.update(
-                record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
-            ),
             frozen_tokens=frozen_tokens,
-            **snapshots,
+            **options,
         )
-        if Share.of_this_process().first:
-            write_history(made.folder / HISTORY, self.tasks, history)
-        return taken
 
     def _training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
         if kind_of(self.method).changes_images:
@@ -121,6 +144,10 @@ class TrainingWork:
             sets = load_training_sets(self.reader(), self.tasks, towers.image_size, towers.device, threads)
         else:
             sets = load_training_labels(self.reader(), self.tasks, towers.device)
+        return self.with_frozen_features(sets)
+
+    def with_frozen_features(self, sets: Sequence[TrainingSet]) -> list[TrainingSet]:
+        """The sets with the frozen image features of their tasks, where the work has those."""
         return [
             replace(of_task, frozen_features=_features(self.training_features[of_task.task]))
             if of_task.task in self.training_features

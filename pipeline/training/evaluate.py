@@ -6,7 +6,7 @@ So the time is that of the slower of decoding and model, not their sum.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -86,6 +86,18 @@ def evaluate(
         for batch in running:
             collect(*batch)
     return [prediction for batch in share.in_turn(batches) for prediction in batch]
+
+
+def evaluate_decoded(
+    classifier: Classifier, batches: Iterable[tuple[str, Sequence[dict], torch.Tensor]]
+) -> list[Prediction]:
+    """As `evaluate`, from what `decoded_batches` gave, for images that are looked at again and again."""
+    predictions = []
+    for task, rows, pixels in batches:
+        best = classifier.probabilities(task, pixels).max(dim=1)
+        values = zip(rows, *(tensor.tolist() for tensor in best))
+        predictions += [Prediction(task, row["path"], row["label"], q, p) for row, p, q in values]
+    return predictions
 
 
 def evaluate_features(

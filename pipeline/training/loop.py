@@ -11,9 +11,10 @@ worker takes its share of every step's images and classes, and only the first on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,25 @@ def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / epochs)) / 2
 
 
-def train(
+Trained = tuple[list[StepRecord], list[tuple[StepRecord, torch.Tensor]]]
+"""All steps' records, and the snapshots with their steps' records."""
+
+
+def train(*arguments: Any, **options: Any) -> Trained:
+    """Trains a method in place to the end; arguments and faults are those of `train_by_epoch`."""
+    return exhausted(train_by_epoch(*arguments, **options))
+
+
+def exhausted(training: Generator[int, None, Trained]) -> Trained:
+    """What a training by epochs returns at its end."""
+    while True:
+        try:
+            next(training)
+        except StopIteration as end:
+            return end.value
+
+
+def train_by_epoch(
     towers: ClipTowers,
     method: nn.Module,
     sets: Sequence[TrainingSet],
@@ -72,8 +91,10 @@ def train(
     snapshot: Callable[[], torch.Tensor] | None = None,
     snapshot_every: int = 1,
     frozen_tokens: ClassTokens | None = None,
-) -> tuple[list[StepRecord], list[tuple[StepRecord, torch.Tensor]]]:
-    """Trains `method` in place on the tasks' `sets` (same order), by SGD or AdamW.
+) -> Generator[int, None, Trained]:
+    """Trains `method` in place on the tasks' `sets` (same order), by SGD or AdamW, and yields at the end of each epoch
+    its number, from 1, so that `method` can be looked at. A training that goes on from a checkpoint yields the epoch of
+    that first.
 
     Args:
         method: gives, when called, the Adaptation of the same tasks.
@@ -120,6 +141,8 @@ def train(
             z = towers.encode_text(frozen_tokens or tokens)
         return z.split(tokens.classes_per_task)
 
+    if history and len(history) % per_epoch == 0:
+        yield len(history) // per_epoch
     for step in range(len(history), num_steps):
         epoch = step // per_epoch
         for group in optimizer.param_groups:
@@ -179,19 +202,20 @@ def train(
             snapshots.append((record, taken.float().cpu()))
         optimizer.step()
 
-        if not share.first:
-            continue
-        if checkpoints and (step + 1) % (per_epoch * config.checkpoint_every) == 0 and step + 1 < num_steps:
-            checkpoints.save(
-                {
-                    "method": method.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "history": [tuple(vars(past).values()) for past in history],
-                    "snapshot_at": [past.step - 1 for past, _ in snapshots],
-                    "snapshots": [value for _, value in snapshots],
-                }
-            )
-        on_step(record, num_steps)
+        if share.first:
+            if checkpoints and (step + 1) % (per_epoch * config.checkpoint_every) == 0 and step + 1 < num_steps:
+                checkpoints.save(
+                    {
+                        "method": method.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "history": [tuple(vars(past).values()) for past in history],
+                        "snapshot_at": [past.step - 1 for past, _ in snapshots],
+                        "snapshots": [value for _, value in snapshots],
+                    }
+                )
+            on_step(record, num_steps)
+        if (step + 1) % per_epoch == 0:
+            yield epoch + 1
     return history, snapshots
 
 

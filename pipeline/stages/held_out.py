@@ -1,0 +1,80 @@
+"""Before a search: the training images, split once more. Trials train on some and are measured on the others; the test
+set is not among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pipeline.config import content_hash
+from pipeline.data.parquet import SplitDescription, SplitReader
+from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
+from pipeline.errors import UserError
+from pipeline.run import Run
+from pipeline.stages.splits import build_splits, write_splits
+from pipeline.stages.stage import Stage
+from pipeline.storage import Artefact
+
+NAME = "held_out"
+
+
+def hold_out(run: Run, validation_shots: int) -> Artefact:
+    """Splits whose training images are those of the run's splits but for the last `validation_shots` of each class and
+    task, and whose test images are these. They stand in for the run's splits in a search, which opens no others.
+
+    Raises:
+        UserError: too few images.
+    """
+    artefact = run.artefact("splits", {**run.splits.made_from, "validation_shots": validation_shots})
+    if artefact.finished():
+        return artefact
+    reader = build_splits(run)
+    shots, seed = run.config.data.shots - validation_shots, run.config.seed
+    images, sizes = _training_images(reader)
+    splits = sample_validation(images, run.listing.classes, shots, seed)
+    description = SplitDescription(
+        classes={task: list(names) for task, names in run.listing.classes.items()},
+        class_words=run.listing.class_words,
+        shots=shots,
+        seed=seed,
+        # Not that of any data set whose test images these are.
+        source_fingerprint=content_hash(["held out", validation_shots, content_fingerprint(images)]),
+        counts={
+            name: {task: sum(image.task == task for image in of_split) for task in run.tasks}
+            for name, of_split in (("train", splits.train), ("test", splits.test))
+        },
+    )
+    with Stage(run, NAME, "validation images") as stage:
+        stage.computed = True
+        with artefact.making() as made:
+            write_splits(stage, made, splits, description, sizes, {})
+        counted = {name: sum(of_split.values()) for name, of_split in description.counts.items()}
+        run.console.print(
+            f"  {counted['train']} images to train on, {counted['test']} to measure on: {shots} and {validation_shots} "
+            "a class",
+            highlight=False,
+        )
+    return artefact
+
+
+def sample_validation(
+    images: Sequence[ScannedImage], classes: Mapping[str, Sequence[str]], shots: int, seed: int
+) -> Splits:
+    """Of training images: the first `shots` of each class by rank, as training images, the rest as test images.
+
+    Raises:
+        UserError: a class whose rest has only copies of the other classes' or tasks' training images.
+    """
+    try:
+        return sample_splits(images, classes, shots, seed)
+    except UserError as error:
+        raise UserError(f"validation images cannot be held out: {error}") from None
+
+
+def _training_images(reader: SplitReader) -> tuple[list[ScannedImage], dict[str, int]]:
+    """And the bytes of each, by path."""
+    images, sizes = [], {}
+    for task, names in reader.description.classes.items():
+        for row in reader.rows("train", task, ("image", "label", "path", "sha256")):
+            images.append(ScannedImage(row["path"], task, names[row["label"]], row["sha256"]))
+            sizes[row["path"]] = len(row["image"])
+    return images, sizes

@@ -1,0 +1,195 @@
+"""A trial on a worker of Ray Tune: the stages from the global prompt to the group trainings at one point of a search,
+measured on the validation images after every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from ray import tune
+from rich.console import Console
+
+from pipeline.clip.load import ClipIdentity
+from pipeline.config import Config
+from pipeline.data.find import Listing
+from pipeline.data.parquet import SplitReader
+from pipeline.errors import UserError
+from pipeline.methods.classifier import Classifier
+from pipeline.methods.mmap import MmapShape
+from pipeline.methods.registry import VERSIONS, kind_of, training_of
+from pipeline.run import Run
+from pipeline.stages.global_prompt import global_prompt_work
+from pipeline.stages.group_trainings import Training, built_method, plan_trainings
+from pipeline.stages.grouping import grouping_artefact, make_grouping, read_grouping
+from pipeline.stages.stage import Work
+from pipeline.stages.training_work import TrainingWork
+from pipeline.storage import Artefact
+from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
+from pipeline.training.evaluate import accuracy, decoded_batches, evaluate_decoded
+from pipeline.tuning.search_file import config_at
+
+METRIC, EPOCH, ACCURACY, PARAMETERS, FAULT = "validation_accuracy", "epoch", "accuracy", "trained_parameters", "fault"
+"""Names of what a trial reports: the mean over tasks (0 to 1), epochs done, task → accuracy, trained numbers, and, once
+and last, what ended it."""
+
+
+@dataclass(frozen=True)
+class TrialSetup:
+    """What all trials of a search share, as it is sent to their workers."""
+
+    base: Config
+    methods: tuple[str, ...]
+    listing: Listing
+    clip: ClipIdentity
+    splits: Artefact
+    """Their test images are the validation images."""
+    checkpoints: Path
+    """Folder in the storage, of which each trial has a part."""
+
+
+def run_trial(config: dict[str, Any], setup: TrialSetup) -> None:
+    """Reports to Tune after every epoch. A fault that its values make, such as a loss that is not finite, ends the
+    trial and no other, with an accuracy of 0."""
+    trial, epoch = config["trial"], 0
+    try:
+        for measured in measured_epochs(trial["point"], setup, setup.checkpoints / str(trial["number"])):
+            epoch = measured[EPOCH]
+            tune.report(measured)
+    except UserError as error:
+        tune.report({EPOCH: epoch + 1, METRIC: 0.0, FAULT: str(error)})
+
+
+def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path) -> Iterator[dict[str, Any]]:
+    """Trains at a point, all groups epoch by epoch together; what is reported after each epoch. From the newest
+    checkpoints, if the trial began before.
+
+    Raises:
+        UserError: as the pipeline's stages.
+    """
+    run, method = _run(point, setup)
+    grouping = _grouping(run) if VERSIONS[method].uses_grouping else None
+    trainings = plan_trainings(run, method, grouping, {})
+    for training in trainings:
+        for features in training.features:
+            _make(features.work)
+        if training.start:
+            for features in training.start.features:
+                _make(features.work)
+            _make(training.start.work)
+    groups = [_GroupTraining(training, checkpoints / str(number)) for number, training in enumerate(trainings)]
+    epochs, parameters = groups[0].num_epochs, sum(group.num_parameters for group in groups)
+    for group in groups:
+        group.go_on()
+    epoch = max(group.epoch for group in groups)
+    while True:
+        for group in groups:
+            while group.epoch < epoch:  # its checkpoint may be older than another group's
+                group.go_on()
+        of_task = {task: value for group in groups for task, value in group.validation_accuracy().items()}
+        of_task = {task: of_task[task] for task in run.tasks}
+        yield {
+            EPOCH: epoch,
+            METRIC: sum(of_task.values()) / len(of_task),
+            ACCURACY: of_task,
+            PARAMETERS: parameters,
+        }
+        if epoch == epochs:
+            return
+        epoch += 1
+
+
+class _GroupTraining:
+    """One group's training, of which the next epoch is done when it is asked for."""
+
+    def __init__(self, training: Training, checkpoints: Path):
+        work = training.item
+        self._work, self._kind = work, kind_of(work.method)
+        self._towers = work.towers(self._kind.trains_weights)
+        start = training.start.artefact if training.start else None
+        self._method = built_method(work, self._towers, start, training.affinities)
+        self.num_epochs = training_of(work.method, work.config).epochs
+        self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
+        self.epoch = 0
+        """Epochs that are done."""
+        sets = work.with_frozen_features([self._training_set(task) for task in work.tasks])
+        self._epochs = work.train_by_epoch(
+            self._towers, self._method, self.num_epochs, sets, checkpoints, training.artefact.storage
+        )
+
+    def go_on(self) -> None:
+        """By an epoch; at first, to where the checkpoint is."""
+        self.epoch = next(self._epochs)
+
+    def validation_accuracy(self) -> dict[str, float]:
+        """Task → 0 to 1."""
+        work, config = self._work, self._work.config
+        with torch.no_grad():
+            groups = [(work.words(), self._method())]
+            classifier = Classifier(self._towers, self._kind.template(config), groups, config.clip.precision)
+        if work.test_features:
+            return accuracy(work.predictions(classifier, lambda count: None))
+        size, threads = self._towers.image_size, config.cluster.cpus_per_training
+        folder = work.splits.local()
+        batches = (batch for task in work.tasks for batch in _validation_batches(folder, task, size, threads))
+        return accuracy(evaluate_decoded(classifier, batches))
+
+    def _training_set(self, task: str) -> TrainingSet:
+        size, threads = self._towers.image_size, self._work.config.cluster.cpus_per_training
+        folder = self._work.splits.local()
+        return _training_set(folder, task, size, self._towers.device, threads, self._kind.changes_images)
+
+
+@cache  # one search's few-shot images; a worker goes from trial to trial
+def _training_set(
+    folder: Path, task: str, image_size: int, device: torch.device, threads: int, images: bool
+) -> TrainingSet:
+    reader = SplitReader(folder)
+    if not images:
+        return load_training_labels(reader, [task], device)[0]
+    return load_training_sets(reader, [task], image_size, device, threads)[0]
+
+
+@cache  # likewise
+def _validation_batches(folder: Path, task: str, image_size: int, threads: int) -> tuple:
+    return tuple(decoded_batches(SplitReader(folder), [task], image_size, threads))
+
+
+def _run(point: dict[str, Any], setup: TrialSetup) -> tuple[Run, str]:
+    """As the stages take it, with the held-out splits in place of the run's; and the point's method."""
+    config, method = config_at(setup.base, point, setup.methods)
+    shots = SplitReader(setup.splits.local()).description.shots
+    config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
+    shape = MmapShape.of(config.mmap, TrainingWork(config, setup.splits, (), "trial").towers())
+    return Run(
+        config,
+        setup.splits.storage,
+        setup.listing,
+        setup.clip,
+        shape,
+        setup.splits,
+        setup.checkpoints,
+        "",
+        Console(quiet=True),
+    ), method
+
+
+def _grouping(run: Run) -> dict[str, Any]:
+    """grouping.json of the run's global prompt, trained without the validation images; found if another trial made
+    it."""
+    global_prompt = global_prompt_work(run)
+    _make(global_prompt)
+    artefact = grouping_artefact(run, global_prompt.artefact)
+    make_grouping(run, global_prompt.artefact, artefact)
+    return read_grouping(artefact)
+
+
+def _make(work: Work) -> None:
+    """In this process, unless it was made before."""
+    board = SimpleNamespace(post=SimpleNamespace(remote=lambda report: None))
+    if not work.artefact.finished():
+        work.function(*work.arguments, board)
