@@ -112,6 +112,7 @@ def test_a_second_storage_gets_the_same_numbers(undisturbed, tmp_path):
     assert numbers(tmp_path / "storage") == numbers(undisturbed[0])
 
 
+@pytest.mark.proof
 def test_two_workers_share_each_training(undisturbed, tmp_path):
     """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
     two = (*QUICK, "--cluster.workers_per_training", "2")
