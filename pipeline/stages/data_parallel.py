@@ -31,12 +31,13 @@ def train_on_workers(
         UserError: what a worker raised for the user.
         ray.train.TrainingFailedError: anything else that ended a worker.
     """
-    # Busy workers are no fault, but Ray Train takes them for one after a minute.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+    fewest, most = num_workers
+    # Busy workers are no fault, but Ray Train takes them for one after a minute. Where it may take fewer, it must look
+    # again soon: it may have counted a machine that was just lost.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30" if fewest < most else str(7 * 24 * 3600)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
-    fewest, most = num_workers
     filesystem, place = storage.filesystem(storage.folder / ".ray-train")
     trainer = TorchTrainer(
         lambda: function(*arguments),
