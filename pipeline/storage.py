@@ -78,7 +78,7 @@ class Storage:
             return
         write_atomically(marker, "Storage of mmap-clip: every machine of a cluster must see this file.\n")
         if self.is_bucket:
-            filesystem, path = self._there(marker)
+            filesystem, path = self.filesystem(marker)
             try:
                 pafs.copy_files(str(marker), path, pafs.LocalFileSystem(), filesystem)
                 filesystem.open_input_file(path).read()
@@ -90,7 +90,7 @@ class Storage:
 
     def check_here(self) -> None:
         """Raises: UserError: this machine does not see the storage."""
-        filesystem, marker = self._there(self.folder / _MARKER)
+        filesystem, marker = self.filesystem(self.folder / _MARKER)
         try:
             if filesystem.get_file_info(marker).type == pafs.FileType.File:
                 return
@@ -104,21 +104,26 @@ class Storage:
 
     def sizes(self, paths: list[Path]) -> list[int | None]:
         """Bytes of the files at `paths` in the storage; None for one that is not there."""
-        filesystem, base = self._there(self.folder)
-        places = [f"{base}/{path.relative_to(self.folder).as_posix()}" for path in paths]
+        filesystem, _ = self.filesystem(self.folder)
+        places = [self.filesystem(path)[1] for path in paths]
         found = self._persistently(lambda: filesystem.get_file_info(places))
         return [info.size if info.type == pafs.FileType.File else None for info in found]
+
+    def read(self, path: Path) -> bytes:
+        """A file of the storage, which is there."""
+        filesystem, place = self.filesystem(path)
+        return self._persistently(lambda: filesystem.open_input_file(place).read())
 
     def send(self, path: Path, to: Path | None = None) -> None:
         """To the bucket: a file, or all files of a folder. A storage that is a folder has them already."""
         if self.is_bucket:
-            filesystem, place = self._there(to or path)
+            filesystem, place = self.filesystem(to or path)
             self._persistently(lambda: pafs.copy_files(str(path), place, pafs.LocalFileSystem(), filesystem))
 
     def fetch(self, folder: Path, into: Path | None = None) -> None:
         """From the bucket: all files of a folder that may be there. A storage that is a folder has them already."""
         if self.is_bucket:
-            filesystem, place = self._there(folder)
+            filesystem, place = self.filesystem(folder)
             if self._persistently(lambda: filesystem.get_file_info(place)).type == pafs.FileType.Directory:
                 target = str(make_folder(into or folder))
                 self._persistently(lambda: pafs.copy_files(place, target, filesystem, pafs.LocalFileSystem()))
@@ -126,7 +131,7 @@ class Storage:
     def remove(self, path: Path) -> None:
         """From the bucket, a file or folder that may be there; here too."""
         if self.is_bucket:
-            filesystem, place = self._there(path)
+            filesystem, place = self.filesystem(path)
             kind = self._persistently(lambda: filesystem.get_file_info(place)).type
             if kind == pafs.FileType.File:
                 self._persistently(lambda: filesystem.delete_file(place))
@@ -135,10 +140,7 @@ class Storage:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def filesystem(self, path: Path) -> tuple[pafs.FileSystem, str]:
-        """pyarrow's file system and the place in it, for a library that takes these."""
-        return self._there(path)
-
-    def _there(self, path: Path) -> tuple[pafs.FileSystem, str]:
+        """pyarrow's file system, and the place in it that has this path."""
         name = path.relative_to(self.folder).as_posix()
         filesystem, base = open_bucket(self.uri) if self.is_bucket else (pafs.LocalFileSystem(), self.uri)
         return filesystem, base if name == "." else f"{base}/{name}"
@@ -230,8 +232,7 @@ class Artefact:
         return False
 
     def manifest(self) -> dict[str, Any]:
-        filesystem, place = self.storage.filesystem(self.folder / _MANIFEST)
-        return json.loads(filesystem.open_input_file(place).read())
+        return json.loads(self.storage.read(self.folder / _MANIFEST))
 
     def local(self) -> Path:
         """The finished artefact's folder on this machine, with its files.

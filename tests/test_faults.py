@@ -15,8 +15,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
-from pipelines import QUICK, Job, every_step_once, numbers, run, title
-from servers import RayCluster, S3Server, free_ports, mlflow_server
+from pipelines import QUICK, Finished, Job, every_step_once, numbers, run, title
+from servers import RayCluster, S3Server, Server, free_ports, mlflow_server
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
 
@@ -44,6 +44,16 @@ def kill_the_job(job: Job, when) -> None:
         job.wait_until(when)
     finally:
         job.stop()
+
+
+def lost(server: Server, job: Job, when) -> Finished:
+    """A server is killed in the midst of a job, which ends by itself."""
+    try:
+        job.wait_until(when)
+        server.kill()
+    finally:
+        finished = job.finish()
+    return finished
 
 
 def same(storage: Path, undisturbed) -> bool:
@@ -230,12 +240,7 @@ def test_machines_differ_in_clock_locale_and_hash_seed(undisturbed, cluster, tmp
 def test_a_machine_is_lost_during_group_training(undisturbed, cluster, tmp_path):
     storage = tmp_path / "storage"
     nodes = [cluster.add_node(1, 1), cluster.add_node(1, 1)]
-    job = Job(storage, *on(cluster))
-    try:
-        job.wait_until(lambda: checkpoints(storage, "group_trainings"))
-        nodes[0].kill()
-    finally:
-        finished = job.finish()
+    finished = lost(nodes[0], Job(storage, *on(cluster)), lambda: checkpoints(storage, "group_trainings"))
     assert finished.status == 0, finished.output
     assert same(storage, undisturbed) and every_step_once(storage)
 
@@ -245,11 +250,7 @@ def test_a_shared_training_goes_on_with_fewer_workers(undisturbed, cluster, tmp_
     nodes = [cluster.add_node(1, 0), cluster.add_node(1, 0)]
     options = ("--cluster.workers_per_training", "2", "--cluster.min_workers_per_training", "1", *QUICK)
     job = Job(storage, "--cluster.address", cluster.gcs, *options, prefix=("jobs/train_global_prompt.py",))
-    try:
-        job.wait_until(lambda: checkpoints(storage, "global_prompt"))
-        nodes[0].kill()
-    finally:
-        finished = job.finish()
+    finished = lost(nodes[0], job, lambda: checkpoints(storage, "global_prompt"))
     assert finished.status == 0, finished.output
     losses = [
         pq.read_table(next(folder.glob("global_prompt/[!.]*/history.parquet")))["loss"].to_numpy()
@@ -261,14 +262,9 @@ def test_a_shared_training_goes_on_with_fewer_workers(undisturbed, cluster, tmp_
 def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
     storage = tmp_path / "storage"
     node = cluster.add_node(2, 1)
-    job = Job(storage, *on(cluster))
-    try:
-        job.wait_until(lambda: checkpoints(storage, "group_trainings"))
-        cluster.head.kill()
-    finally:
-        finished = job.finish()
-        node.kill()
+    finished = lost(cluster.head, Job(storage, *on(cluster)), lambda: checkpoints(storage, "group_trainings"))
     assert finished.status != 0
+    node.kill()
     cluster.start_head(num_cpus=0)
     cluster.add_node(2, 1)
     finished = run(storage, *on(cluster))
