@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any
 
 import ray
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -40,6 +39,7 @@ from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
 from pipeline.progress import progress_board
+from pipeline.run_lock import alone_at
 from pipeline.storage import Artefact, Storage, is_uri, make_folder, write_atomically
 from pipeline.tracking import JOURNAL, Tracker, check_reachable, resolve_tracking_uri, run_environment
 
@@ -221,7 +221,11 @@ def connected(runs: Sequence[Run], dashboard: bool = False) -> Iterator[None]:
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
     """Gives a run its MLflow parent run, which ends as the block does; one job at a time is at a run."""
-    with _alone(run):
+
+    def say(text: str) -> None:
+        run.console.print(f"  {text}", markup=False, highlight=False)
+
+    with alone_at(run.storage, run.folder, say, run.stop.is_set):
         if run.storage.is_bucket:  # an earlier job, on another machine, may have recorded more than is known here
             (there,) = run.storage.sizes([journal := run.folder / f"tracking-{run.key}" / JOURNAL])
             if (there or 0) > (journal.stat().st_size if journal.exists() else 0):
@@ -229,28 +233,6 @@ def tracked(run: Run) -> Iterator[None]:
         with _tracked(run):
             yield
         run.storage.send(run.folder)
-
-
-@contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """Waits until no other job is at this run. A job that is killed leaves no lock behind."""
-    lock, name = FileLock(run.folder / "lock"), run.folder / "at_work.txt"
-    told = False
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=0.5)
-        except Timeout:
-            if run.stop.is_set():
-                raise InterruptedError("told to stop") from None
-            if not told:
-                other = name.read_text("utf-8") if name.is_file() else "another job"
-                run.console.print(f"  waiting: {other} is at this run; then this job goes on", highlight=False)
-            told = True
-    try:
-        write_atomically(name, f"process {os.getpid()} on {os.uname().nodename}")
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class Storage:
         return [info.size if info.type == pafs.FileType.File else None for info in found]
 
     def read(self, path: Path) -> bytes:
-        """A file of the storage, which is there."""
+        """Raises: FileNotFoundError: there is no such file in the storage."""
         filesystem, place = self.filesystem(path)
         return self._persistently(lambda: filesystem.open_input_file(place).read())
 
@@ -152,7 +152,7 @@ class Storage:
             try:
                 return action()
             except OSError as error:
-                if not self.is_bucket:
+                if not self.is_bucket or isinstance(error, FileNotFoundError):
                     raise
                 if (pause := next(pauses, None)) is None:
                     raise UserError(

@@ -1,0 +1,90 @@
+"""One job at a time at a run, also where machines share only a bucket."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+from servers import S3Server, free_ports
+
+from pipeline import run_lock
+from pipeline.run_lock import alone_at
+from pipeline.storage import Storage
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Gives a machine's view of one storage."""
+    server = S3Server(tmp_path, *free_ports(1, first=9700))
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    for name, seconds in (("LOOK_EVERY_S", 0.05), ("RENEWED_EVERY_S", 0.1), ("SETTLED_AFTER_S", 0.3)):
+        monkeypatch.setattr(run_lock, name, seconds)
+    monkeypatch.setattr(run_lock, "LOST_AFTER_S", 1.5)
+    place, options = server.uri.split("?")
+    yield lambda machine: Storage(f"{place}/storage?{options}", tmp_path / machine)
+    server.kill()
+
+
+def folder_of(storage):
+    folder = storage.folder / "runs" / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def work(storage, log, name, seconds=0.7):
+    with alone_at(storage, folder_of(storage), lambda text: log.append(text), lambda: False):
+        log.append(f"{name} begins")
+        time.sleep(seconds)
+        log.append(f"{name} ends")
+
+
+@pytest.mark.parametrize("machines", [("one", "one"), ("one", "other")])
+def test_of_jobs_at_once_one_waits(bucket, machines):
+    log: list[str] = []
+    jobs = [threading.Thread(target=work, args=(bucket(machine), log, str(at))) for at, machine in enumerate(machines)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(30)
+    events = [entry for entry in log if "waiting" not in entry]
+    first, second = events[0][0], events[2][0]
+    assert events == [f"{first} begins", f"{first} ends", f"{second} begins", f"{second} ends"] and first != second
+
+
+def test_who_comes_later_is_told_and_waits(bucket):
+    log: list[str] = []
+    first = threading.Thread(target=work, args=(bucket("one"), log, "first", 2.5))
+    first.start()
+    while not log:
+        time.sleep(0.05)
+    work(bucket("other"), log, "second")
+    first.join()
+    assert [entry for entry in log if "waiting" not in entry][1:3] == ["first ends", "second begins"]
+    (told,) = [entry for entry in log if "waiting" in entry]
+    assert told.startswith("waiting: process ") and told.endswith(" is at this run; then this job goes on")
+
+
+@pytest.mark.parametrize("machine, at_once", [("same", True), ("other", False)])
+def test_a_lease_of_a_killed_job_is_taken_over(bucket, machine, at_once):
+    lost = bucket("same")
+    file = folder_of(lost) / "lease.json"
+    file.write_text(json.dumps({"id": "lost", "copies": run_lock._id_of_copies(lost), "job": "it", "renewed": 3}))
+    lost.send(file)
+    log: list[str] = []
+    began = time.monotonic()
+    work(bucket(machine), log, "next", 0)
+    assert log[-2:] == ["next begins", "next ends"]
+    assert (time.monotonic() - began < run_lock.LOST_AFTER_S) == at_once and ("waiting" in log[0]) != at_once
+    with pytest.raises(FileNotFoundError):
+        lost.read(file)
+
+
+def test_waiting_can_be_stopped(tmp_path):
+    storage = Storage.of_folder(tmp_path)
+    with alone_at(storage, folder_of(storage), print, lambda: False):
+        with pytest.raises(InterruptedError):
+            with alone_at(storage, folder_of(storage), print, lambda: True):
+                pytest.fail("both are at the run")
