@@ -24,6 +24,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -43,6 +44,8 @@ _MARKER = ".mmap-storage"
 _CHECKPOINTS = "checkpoints"
 PAUSES_S = (1, 2, 4, 8, 15, 30, 30, 30)
 """Between the attempts to reach a bucket while a run is at work."""
+SENT_AT_ONCE = 8
+PASSING_SUFFIXES = (".part", ".partial")
 T = TypeVar("T")
 
 
@@ -112,13 +115,31 @@ class Storage:
     def read(self, path: Path) -> bytes:
         """Raises: FileNotFoundError: there is no such file in the storage."""
         filesystem, place = self.filesystem(path)
-        return self._persistently(lambda: filesystem.open_input_file(place).read())
+
+        def content() -> bytes | None:
+            try:
+                return filesystem.open_input_file(place).read()
+            except FileNotFoundError:
+                return None
+
+        if (found := self._persistently(content)) is None:
+            raise FileNotFoundError(self.shown(path))
+        return found
 
     def send(self, path: Path, to: Path | None = None) -> None:
         """To the bucket: a file, or all files of a folder. A storage that is a folder has them already."""
-        if self.is_bucket:
-            filesystem, place = self.filesystem(to or path)
-            self._persistently(lambda: pafs.copy_files(str(path), place, pafs.LocalFileSystem(), filesystem))
+        if not self.is_bucket:
+            return
+        filesystem, place = self.filesystem(to or path)
+
+        def send_file(file: Path) -> None:
+            target = f"{place}/{file.relative_to(path).as_posix()}" if file != path else place
+            self._persistently(lambda: pafs.copy_files(str(file), target, pafs.LocalFileSystem(), filesystem))
+
+        # Of a run's folder, others may just be writing files: those have passing names.
+        found = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        with ThreadPoolExecutor(SENT_AT_ONCE) as threads:
+            list(threads.map(send_file, [file for file in found if file.suffix not in PASSING_SUFFIXES]))
 
     def fetch(self, folder: Path, into: Path | None = None) -> None:
         """From the bucket: all files of a folder that may be there. A storage that is a folder has them already."""
@@ -152,7 +173,7 @@ class Storage:
             try:
                 return action()
             except OSError as error:
-                if not self.is_bucket or isinstance(error, FileNotFoundError):
+                if not self.is_bucket:
                     raise
                 if (pause := next(pauses, None)) is None:
                     raise UserError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 from pyarrow.fs import FileType
 from servers import S3Server, free_ports
@@ -106,6 +109,31 @@ def test_other_machines_get_what_lies_in_a_bucket(s3, tmp_path):
         assert (machine.local() / "splits.json").read_text() == "{}"
         assert machine.folder.is_relative_to(machine.storage.folder)
         assert not list((machine.storage.folder / "splits").glob(".[!b]*"))
+
+
+def test_a_folder_is_sent_while_others_write_in_it(s3, tmp_path):
+    here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
+    folder, ended = here.folder / "runs" / "demo", threading.Event()
+    (folder / "tracking").mkdir(parents=True)
+    (folder / "report.md").write_text("report")
+
+    def write() -> None:
+        while not ended.is_set():
+            (folder / "tracking" / "state.part").write_text("state")
+            os.replace(folder / "tracking" / "state.part", folder / "tracking" / "state.json")
+            write_atomically(folder / "tracking" / "more.json", "more")
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    try:
+        for _ in range(20):
+            here.send(folder)
+    finally:
+        ended.set()
+        writing.join()
+    there.fetch(there.folder / "runs" / "demo")
+    arrived = {file.name: file.read_text() for file in there.folder.rglob("*") if file.is_file()}
+    assert arrived == {"report.md": "report", "state.json": "state", "more.json": "more"}
 
 
 def test_checkpoints_of_a_machine_that_is_lost_are_in_the_bucket(s3, tmp_path):
