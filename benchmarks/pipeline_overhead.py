@@ -152,7 +152,7 @@ def plain_pipeline(config: Config, folder: Path) -> None:
 
     shared = SharedMmap(shape, tasks, config.seed, config.mmap.init_std)
     snapshots = trained(shared, config.global_prompt.epochs, snapshot=shared.task_gradients)
-    gradients = torch.stack([taken for _, taken in snapshots]).double().numpy()
+    gradients = torch.stack([taken.gradients for taken in snapshots]).double().numpy()
     affinity = affinity_matrix(gradients, config.grouping.affinity)
     partition = best_partition(affinity, objective=config.grouping.objective)
     found = {"zero_shot": tested(tasks, Adaptation()), "all_in_one": {}, "grouped": {}}

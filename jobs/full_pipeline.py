@@ -9,21 +9,8 @@ Stages: few-shot splits -> global prompt with gradient snapshots -> grouping -> 
 command again does only what is missing: a finished stage is found by the hash of all that it depends on.
 """
 
-from pipeline.run import Run, run_job
-from pipeline.stages.global_prompt import train_global_prompt
-from pipeline.stages.group_trainings import train_groups
-from pipeline.stages.grouping import solve_grouping
-from pipeline.stages.report import make_report
-from pipeline.stages.splits import build_splits
-
-
-def main(run: Run) -> None:
-    build_splits(run)
-    global_prompt = train_global_prompt(run)
-    grouping = solve_grouping(run, global_prompt)
-    methods = train_groups(run, grouping)
-    make_report(run, grouping, methods)
-
+from pipeline.run import run_job
+from pipeline.stages.all_stages import run_all_stages
 
 if __name__ == "__main__":
-    run_job(__doc__, main)
+    run_job(__doc__, run_all_stages)

@@ -103,8 +103,10 @@ def job_parser(description: str, own_usage: str = "") -> argparse.ArgumentParser
     )
 
 
-def refuse_options(parser: argparse.ArgumentParser, instead: dict[str, str]) -> None:
-    """For a job of many runs: config field → the option that has a value for each run.
+def refuse_options(
+    parser: argparse.ArgumentParser, instead: dict[str, str], why: str = "is one value for all runs"
+) -> None:
+    """For a job with options of its own for them: config field → that option.
 
     Raises:
         UserError: such a field is on the command line.
@@ -112,7 +114,7 @@ def refuse_options(parser: argparse.ArgumentParser, instead: dict[str, str]) -> 
     given, _ = parser.parse_known_args()
     for field_name, option in instead.items():
         if hasattr(given, f"config.{field_name}"):
-            raise UserError(f"--{field_name} is one value for all runs: use {option}")
+            raise UserError(f"--{field_name} {why}: use {option}")
 
 
 @contextmanager
@@ -150,6 +152,7 @@ def check_run(
     like: Run | None = None,
     place: str = "runs",
     decided_by: Mapping[str, Any] = MappingProxyType({}),
+    other_tasks: Sequence[str] = (),
 ) -> Run:
     """What needs no cluster: config against data, model, storage and tracking server.
 
@@ -157,6 +160,7 @@ def check_run(
         like: a checked run whose config differs in shots and seed only: what it has checked is not checked again.
         place: folder of the storage in which the run's own is.
         decided_by: what decides its results beside the config.
+        other_tasks: whose groups the run's tasks join; the grouping's constraints are on all of them.
 
     Raises:
         UserError: the first thing that is wrong, with the remedy.
@@ -165,10 +169,10 @@ def check_run(
     if like:
         storage, listing, clip, shape = like.storage, like.listing, like.clip, like.mmap_shape
     else:
-        storage = _open_storage(config)
+        storage = open_storage(config)
         listing = _find_data(config, storage)
         clip, shape = _check_model(config, listing)
-        check_constraints(list(listing.classes), **config.grouping.constraints)
+        check_constraints([*other_tasks, *listing.classes], **config.grouping.constraints)
         check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
 
     splits = Artefact(
@@ -284,7 +288,8 @@ def _with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"clip": config.clip.model_copy(update=changes)})
 
 
-def _open_storage(config: Config) -> Storage:
+def open_storage(config: Config) -> Storage:
+    """Raises: UserError: a folder or bucket that cannot be written, or a disk that is nearly full."""
     cache = Path(config.cache).expanduser().absolute()
     if is_uri(config.storage):
         storage = Storage(config.storage, cache / content_hash(config.storage))

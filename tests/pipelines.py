@@ -43,12 +43,13 @@ class Job:
         prefix: tuple[str, ...] = ("jobs/full_pipeline.py",),
         env=None,
         logs: Path | None = None,
+        storage_option: bool = True,
     ):
-        """`logs`: folder of the output, if not beside the storage."""
+        """`logs`: folder of the output, if not beside the storage; `storage_option`: whether the script takes it."""
         self.output = (logs or storage.parent) / f"{storage.name}-{time.monotonic_ns()}.log"
         with open(self.output, "wb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, *prefix, "--storage", str(storage), *arguments],
+                [sys.executable, *prefix, *(["--storage", str(storage)] if storage_option else []), *arguments],
                 cwd=REPOSITORY,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

@@ -52,7 +52,8 @@ def trained(folder=None):
         "methods": {name: method.state_dict() for name, method in methods.items()},
         "losses": [record.losses for record in history],
         "accuracies": [record.accuracies for record in history],
-        "snapshots": [gradients for _, gradients in snapshots],
+        "snapshots": [taken.gradients for taken in snapshots],
+        "points": [taken.point for taken in snapshots],
     }
 
 
@@ -78,8 +79,8 @@ def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
     alone = trained()
     for rank in range(world):
         together = torch.load(tmp_path / f"rank{rank}.pt")
-        for name in ("state", "methods", "losses", "snapshots"):
-            tolerance = 1e-5 if name == "snapshots" else 1e-9  # stored in float32
+        for name in ("state", "methods", "losses", "snapshots", "points"):
+            tolerance = 1e-5 if name in ("snapshots", "points") else 1e-9  # stored in float32
             torch.testing.assert_close(together[name], alone[name], rtol=tolerance, atol=tolerance)
         assert together["accuracies"] == alone["accuracies"]
         assert torch.load(tmp_path / f"predicted{rank}.pt") == predicted(tmp_path)

@@ -4,7 +4,6 @@ import io
 import json
 import sys
 import warnings
-from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
@@ -14,7 +13,7 @@ from matplotlib._pylab_helpers import Gcf
 from small_clip import small_towers
 from small_problem import mmap_shape
 
-from pipeline.config import Config, GroupingConfig
+from pipeline.config import GroupingConfig
 from pipeline.errors import UserError
 from pipeline.grouping.advice import warnings_about
 from pipeline.grouping.affinity import affinity_matrix
@@ -25,7 +24,7 @@ from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map
 from pipeline.run import run_job
 from pipeline.stages.grouping import _solve, describe_search
-from pipeline.training.loop import StepRecord
+from pipeline.training.loop import Snapshot, StepRecord
 from pipeline.training.snapshots import write_snapshots
 
 
@@ -149,9 +148,9 @@ def solved(tmp_path, gradients: np.ndarray, **options) -> dict:
     """grouping.json of the stage, given snapshots (S, T, 21)."""
     file = tmp_path / "snapshots.parquet"
     records = [StepRecord(step, 1, 0.1, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5)) for step in range(1, len(gradients) + 1)]
-    write_snapshots(file, TASKS, list(zip(records, torch.tensor(gradients, dtype=torch.float32))), LAYOUT)
-    run = SimpleNamespace(tasks=TASKS, config=Config(grouping=GroupingConfig(**options)))
-    _solve(run, file, tmp_path)
+    values = torch.tensor(gradients, dtype=torch.float32)
+    write_snapshots(file, TASKS, [Snapshot(*taken, torch.zeros(21)) for taken in zip(records, values)], LAYOUT)
+    _solve(TASKS, {file: TASKS}, GroupingConfig(**options), tmp_path)
     return json.loads((tmp_path / "grouping.json").read_text())
 
 
@@ -190,10 +189,10 @@ def test_bad_snapshots_are_named(tmp_path):
         solved(tmp_path, np.ones((0, 3, 21)))
     with pytest.raises(UserError, match="no gradient snapshots; train the global prompt again"):
         read_layout(tmp_path / "nowhere.parquet")
-    run = SimpleNamespace(tasks=[*TASKS, "oil"], config=Config())
     solved(tmp_path, np.ones((3, 3, 21)))
+    tasks = [*TASKS, "oil"]
     with pytest.raises(UserError, match="step 1 lacks the tasks oil"):
-        _solve(run, tmp_path / "snapshots.parquet", tmp_path)
+        _solve(tasks, {tmp_path / "snapshots.parquet": tasks}, GroupingConfig(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate
 from pipeline.training.loop import learning_rate, train
-from pipeline.training.snapshots import read_gradients, write_snapshots
+from pipeline.training.snapshots import read_gradients, read_points, write_points, write_snapshots
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +179,9 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
     assert new_steps == list(range(4 * (stop_at // 4) + 1, 17))  # from the last whole epoch
     assert resumed[1] == straight[1]
     assert all(torch.equal(value, straight[0][name]) for name, value in resumed[0].items())
-    assert [record.step for record, _ in resumed[2]] == [1, 4, 7, 10, 13, 16]
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(resumed[2], straight[2]))
+    assert [taken.record.step for taken in resumed[2]] == [1, 4, 7, 10, 13, 16]
+    for before, after in zip(straight[2], resumed[2]):
+        assert torch.equal(before.gradients, after.gradients) and torch.equal(before.point, after.point)
 
 
 def change_a_number(content: bytes) -> bytes:
@@ -240,7 +241,8 @@ def test_snapshots_round_trip(tmp_path):
     gradients = torch.randn(2, 2, 7)
     layout = {"mmap.source": [2, 3, 1], "mmap.text_scaling": [1, 1, 1]}
     file = tmp_path / "snapshots.parquet"
-    write_snapshots(file, TASKS, list(zip(records, gradients)), layout)
+    snapshots = [loop.Snapshot(*taken) for taken in zip(records, gradients, torch.randn(2, 7))]
+    write_snapshots(file, TASKS, snapshots, layout)
     np.testing.assert_array_equal(read_gradients(file, TASKS), gradients.double().numpy())
     np.testing.assert_array_equal(read_gradients(file, TASKS[::-1]), gradients.double().numpy()[:, ::-1])
     table = pq.read_table(file)
@@ -251,6 +253,11 @@ def test_snapshots_round_trip(tmp_path):
         read_gradients(file, ["ink", "neon"])
     with pytest.raises(UserError, match="no gradient snapshots"):
         read_gradients(tmp_path / "absent.parquet", TASKS)
+    write_points(tmp_path / "points.parquet", reversed(snapshots))
+    for taken, (step, epoch, point) in zip(snapshots, read_points(tmp_path / "points.parquet"), strict=True):
+        assert (step, epoch) == (taken.record.step, taken.record.epoch) and torch.equal(point, taken.point)
+    with pytest.raises(UserError, match="cannot be read as gradient snapshots"):
+        read_points(file)
 
 
 @pytest.fixture

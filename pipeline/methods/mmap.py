@@ -8,7 +8,7 @@ Dimensions: N MmAPs in the stack, T tasks, K layers, m × n source prompt, b pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,14 @@ class GroupMmap(nn.Module):
     @staticmethod
     def of(config: Config, towers: ClipTowers, tasks: Iterable[str]) -> GroupMmap:
         return GroupMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
+
+    def join(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes the group prompt of a trained group's state dict, and leaves it as it is: a training then changes the
+        tasks' prompts only."""
+        self.group.load_state_dict(
+            {name.removeprefix("group."): value for name, value in state.items() if name.startswith("group.")}
+        )
+        self.group.requires_grad_(False)
 
     def forward(self) -> Adaptation:
         """2b prompts in every layer of both towers."""

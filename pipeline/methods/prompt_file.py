@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.clip.load import load_clip, weights_fingerprint
+from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.errors import UserError, escaped
 from pipeline.methods.classifier import Classifier
@@ -60,25 +61,50 @@ class TrainedPrompts:
         """Trained numbers; what a method keeps of its structure is no number."""
         return sum(value.numel() for state in self.states for value in state.values() if value.is_floating_point())
 
-    def classifier(self, device: str = "cpu", pretrained: str | None = None) -> Classifier:
-        """Loads the CLIP and gives a classifier for all tasks.
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that a file of it says."""
+        return _digest(*_contents(self))
+
+    def group_of(self, task: str) -> TrainedPrompts:
+        """The group with this task alone."""
+        at = next(at for at, words in enumerate(self.groups) if task in words)
+        return replace(self, groups=(self.groups[at],), states=(self.states[at],))
+
+    def towers(self, device: str = "cpu", pretrained: str | None = None) -> ClipTowers:
+        """Loads the CLIP.
 
         Args:
             pretrained: where the CLIP weights lie here, if not where they lay in training.
 
         Raises:
-            UserError: the CLIP found is not the one that the prompts were trained on, or the numbers do not fit it.
+            UserError: the CLIP found is not the one that the prompts were trained on.
         """
-        config = self.config
-        if pretrained:
-            config = config.model_copy(update={"clip": config.clip.model_copy(update={"pretrained": pretrained})})
-        kind = kind_of(self.method)
-        towers = load_clip(config.clip, config.mmap.text_order, device, kind.trains_weights)
+        config, in_float32 = self.config, kind_of(self.method).trains_weights
+        clip = config.clip.model_copy(update={"pretrained": pretrained}) if pretrained else config.clip
+        towers = load_clip(clip, config.mmap.text_order, device, in_float32)
         if weights_fingerprint(towers) != self.weights:
             raise UserError(
-                f"the weights of clip.pretrained={config.clip.pretrained!r} are not those that these prompts were "
+                f"the weights of clip.pretrained={clip.pretrained!r} are not those that these prompts were "
                 "trained on; give the same weights"
             )
+        return towers
+
+    def classifier(
+        self, device: str = "cpu", pretrained: str | None = None, towers: ClipTowers | None = None
+    ) -> Classifier:
+        """Gives a classifier for all tasks.
+
+        Args:
+            pretrained: as in `towers`.
+            towers: what `towers` gave for these prompts, or for others that were trained on the same CLIP; None: it is
+                loaded here. Weights that a method trains are its own: the towers stay as they are.
+
+        Raises:
+            UserError: as in `towers`; or the numbers do not fit the CLIP.
+        """
+        config, kind = self.config, kind_of(self.method)
+        towers = towers or self.towers(device, pretrained)
         groups = []
         for words, state in zip(self.groups, self.states):
             try:
@@ -97,22 +123,7 @@ class TrainedPrompts:
 
 
 def save_prompts(path: Path, prompts: TrainedPrompts) -> None:
-    header = {
-        "format": FORMAT,
-        "method": prompts.method,
-        "config": {
-            "clip": prompts.config.clip.model_dump(mode="json"),
-            "mmap": prompts.config.mmap.model_dump(mode="json"),  # the place of text prompts
-            **options_of(prompts.method, prompts.config),
-        },
-        "weights": prompts.weights,
-        "groups": prompts.groups,
-    }
-    tensors = {
-        f"{number}.{name}": value.detach().cpu().contiguous()
-        for number, state in enumerate(prompts.states)
-        for name, value in state.items()
-    }
+    header, tensors = _contents(prompts)
     partial = path.with_name(path.name + ".partial")
     # In one field: safetensors writes several in any order.
     save_file(tensors, partial, metadata={"prompts": _canonical(header | {"sha256": _digest(header, tensors)})})
@@ -160,6 +171,27 @@ def merge_prompts(parts: Sequence[TrainedPrompts]) -> TrainedPrompts:
         tuple(group for part in parts for group in part.groups),
         tuple(state for part in parts for state in part.states),
     )
+
+
+def _contents(prompts: TrainedPrompts) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header and the numbers of a file."""
+    header = {
+        "format": FORMAT,
+        "method": prompts.method,
+        "config": {
+            "clip": prompts.config.clip.model_dump(mode="json"),
+            "mmap": prompts.config.mmap.model_dump(mode="json"),  # the place of text prompts
+            **options_of(prompts.method, prompts.config),
+        },
+        "weights": prompts.weights,
+        "groups": prompts.groups,
+    }
+    tensors = {
+        f"{number}.{name}": value.detach().cpu().contiguous()
+        for number, state in enumerate(prompts.states)
+        for name, value in state.items()
+    }
+    return header, tensors
 
 
 def _canonical(header: dict[str, Any]) -> str:

@@ -12,10 +12,12 @@ from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
 from pipeline.storage import Artefact
 from pipeline.training.share import Share
-from pipeline.training.snapshots import write_snapshots
+from pipeline.training.snapshots import write_points, write_snapshots
 
 NAME = "global_prompt"
-SNAPSHOTS = "snapshots.parquet"
+SNAPSHOTS, POINTS = "snapshots.parquet", "points.parquet"
+FORMAT = 2
+"""Of those files."""
 
 
 def train_global_prompt(run: Run) -> Artefact:
@@ -38,6 +40,7 @@ def global_prompt_work(run: Run) -> Work:
             **trainings_decided_by(run, run.tasks, epochs=epochs),
             "tasks": run.tasks,
             "snapshot_every": config.global_prompt.snapshot_every,
+            "format": FORMAT,
         },
     )
     work = TrainingWork(config, run.splits, tuple(run.tasks), "global prompt")
@@ -64,3 +67,4 @@ def _train(work: TrainingWork, epochs: int, artefact: Artefact, board: Any) -> N
         )
         if first:
             write_snapshots(made.folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
+            write_points(made.folder / POINTS, snapshots)

@@ -59,6 +59,8 @@ class Training:
     """Whose trained state it goes on from."""
     affinities: list[list[float]] | None
     """For a method that uses them."""
+    joins: TrainedPrompts | None = None
+    """MmAP of a group, whose group prompt it takes as it is: task prompts only are trained."""
 
     @property
     def wave(self) -> int:
@@ -69,7 +71,7 @@ class Training:
     def work(self) -> Work:
         start = self.start.artefact if self.start else None
         workers, label = self.item.config.cluster.workers_per_training, self.item.label
-        arguments = (self.item, self.artefact, start, self.affinities)
+        arguments = (self.item, self.artefact, start, self.affinities, self.joins)
         return Work(label, _train_group, arguments, self.artefact, True, workers, label)
 
 
@@ -98,6 +100,17 @@ def train_every_group(run: Run) -> MethodArtefacts:
     planned = {name: [_training(run, name, "mmap", group, f"group: {' + '.join(group)}") for group in groups]}
     _train_planned(run, planned)
     return _artefacts_of(name, planned[name])
+
+
+def train_added_task(run: Run, joins: TrainedPrompts | None) -> list[MethodArtefacts]:
+    """Zero-shot CLIP, and MmAP for the run's only task: with its own prompt in the group of `joins`, or, alone, with a
+    group prompt too."""
+    (task,) = run.tasks
+    planned: dict[str, list[Training]] = {}
+    plan_trainings(run, "zero_shot", None, planned)
+    planned["grouped"] = [_training(run, "grouped", "mmap", (task,), f"task: {task}", joins=joins)]
+    _train_planned(run, planned)
+    return [_artefacts_of(name, trainings) for name, trainings in planned.items()]
 
 
 def _train_planned(run: Run, planned: Mapping[str, Sequence[Training]]) -> None:
@@ -151,12 +164,15 @@ def _training(
     label: str,
     start: Training | None = None,
     affinities: list[list[float]] | None = None,
+    joins: TrainedPrompts | None = None,
 ) -> Training:
     kind, decided_by = kind_of(method), {**trainings_decided_by(run, tasks, method), "group": list(tasks)}
     if start:
         decided_by["start"] = start.artefact.key
     if affinities:
         decided_by["affinities"] = affinities
+    if joins:
+        decided_by["joins"] = joins.digest
     training: dict[str, ImageFeatures] = {}
     test: dict[str, ImageFeatures] = {}
     if kind.trained and (kind.consistent or not kind.changes_images):
@@ -166,7 +182,7 @@ def _training(
     made = ({task: of_task.artefact for task, of_task in of_tasks.items()} for of_tasks in (training, test))
     item = TrainingWork(run.config, run.splits, tasks, label, method, *made)
     features = (*training.values(), *test.values())
-    return Training(version, item, run.artefact(NAME, decided_by), features, start, affinities)
+    return Training(version, item, run.artefact(NAME, decided_by), features, start, affinities, joins)
 
 
 def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
@@ -209,13 +225,20 @@ def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tupl
 
 
 def _train_group(
-    work: TrainingWork, artefact: Artefact, start: Artefact | None, affinities: list[list[float]] | None, board: Any
+    work: TrainingWork,
+    artefact: Artefact,
+    start: Artefact | None,
+    affinities: list[list[float]] | None,
+    joins: TrainedPrompts | None,
+    board: Any,
 ) -> None:
     """`start`: the training whose numbers this one goes on from; None: the method's own start."""
     began, share = time.monotonic(), Share.of_this_process()
     kind, reporter = kind_of(work.method), Reporter(board, work.label)
     config, towers, words = work.config, work.towers(kind.trains_weights), work.words()
     method = built_method(work, towers, start, affinities)
+    if joins:
+        method.join(joins.states[0])
     with artefact.making(publish=share.first) as made:
         if kind.trained:
             work.train(towers, method, training_of(work.method, config).epochs, made, reporter)
@@ -224,13 +247,14 @@ def _train_group(
         with torch.no_grad():
             classifier = Classifier(towers, kind.template(config), [(words, method())], config.clip.precision)
         predictions = _predictions(work, classifier, reporter, share)
+        frozen = [parameter for parameter in method.parameters() if not parameter.requires_grad]
         if share.first:
             if kind.trained:
                 save_prompts(made.folder / PROMPTS, trained)
             write_predictions(made.folder / "predictions.parquet", predictions)
             result = {
                 "accuracy": accuracy(predictions),
-                "trained_parameters": trained.num_parameters,
+                "trained_parameters": trained.num_parameters - sum(p.numel() for p in frozen),
                 "seconds": time.monotonic() - began,
             }
             write_json(made.folder / "result.json", result)

@@ -3,12 +3,15 @@ a page."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.markup import escape
 
+from pipeline.config import GroupingConfig
+from pipeline.errors import UserError
 from pipeline.grouping.advice import warnings_about
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.gradient_blocks import gradient_blocks, read_layout
@@ -47,17 +50,59 @@ def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
     artefact = grouping_artefact(run, global_prompt)
     with Stage(run, NAME, "3 grouping") as stage:
         stage.computed = make_grouping(run, global_prompt, artefact)
-        options, result = run.config.grouping.model_dump(mode="json"), read_grouping(artefact)
-        run.tracker.log_params(NAME, {**options, "groups": describe_groups(result["groups"])})
-        run.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
-        run.tracker.log_params(PARENT, {"groups": describe_groups(result["groups"])})
-        for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
-            run.tracker.log_artifact(NAME, artefact.local() / name)
-        for warning in result["warnings"]:
-            run.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
-        found = escape(f"{describe_groups(result['groups'])} · {describe_search(result)}")
-        run.console.print(f"  {found}", highlight=False)
+        track_grouping(run, artefact, run.config.grouping)
     return artefact
+
+
+def place_task(
+    run: Run, snapshots: Mapping[tuple[str, ...], Artefact], groups: Sequence[Sequence[str]], options: GroupingConfig
+) -> Artefact:
+    """Likewise, where the tasks that came before stay in their `groups`, and the run's only task joins one of them or
+    is alone.
+
+    Args:
+        snapshots: tasks → whose gradients are in it, at the same steps; the new one's too.
+        options: of the grouping, without what `groups` ask for.
+    """
+    tasks = sorted(task for of_file in snapshots for task in of_file)
+    options = staying_together(options, groups)
+    artefact = run.artefact(
+        NAME,
+        {
+            "snapshots": [of_file.key for of_file in snapshots.values()],
+            "tasks": tasks,
+            **options.model_dump(mode="json"),
+        },
+    )
+    with Stage(run, NAME, "3 place among the groups") as stage:
+        if not artefact.finished():
+            stage.computed = True
+            files = {of_file.local() / SNAPSHOTS: names for names, of_file in snapshots.items()}
+            with artefact.making() as made:
+                _solve(tasks, files, options, made.folder)
+        track_grouping(run, artefact, options)
+    return artefact
+
+
+def staying_together(options: GroupingConfig, groups: Sequence[Sequence[str]]) -> GroupingConfig:
+    """With constraints that keep each of the groups whole, and apart from the others."""
+    together = [*options.together, *(tuple(group) for group in groups if len(group) > 1)]
+    apart = [*options.apart, *([tuple(group[0] for group in groups)] if len(groups) > 1 else [])]
+    return options.model_copy(update={"together": tuple(together), "apart": tuple(apart)})
+
+
+def track_grouping(run: Run, artefact: Artefact, of_run: GroupingConfig) -> None:
+    """Gives a grouping to the stage's MLflow run, and tells it; `of_run`: the options it was made with."""
+    options, result = of_run.model_dump(mode="json"), read_grouping(artefact)
+    run.tracker.log_params(NAME, {**options, "groups": describe_groups(result["groups"])})
+    run.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
+    run.tracker.log_params(PARENT, {"groups": describe_groups(result["groups"])})
+    for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
+        run.tracker.log_artifact(NAME, artefact.local() / name)
+    for warning in result["warnings"]:
+        run.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
+    found = escape(f"{describe_groups(result['groups'])} · {describe_search(result)}")
+    run.console.print(f"  {found}", highlight=False)
 
 
 def grouping_artefact(run: Run, global_prompt: Artefact) -> Artefact:
@@ -70,8 +115,27 @@ def make_grouping(run: Run, global_prompt: Artefact, artefact: Artefact) -> bool
     if artefact.finished():
         return False
     with artefact.making() as made:
-        _solve(run, global_prompt.local() / SNAPSHOTS, made.folder)
+        _solve(run.tasks, {global_prompt.local() / SNAPSHOTS: run.tasks}, run.config.grouping, made.folder)
     return True
+
+
+def _snapshots(
+    tasks: Sequence[str], files: Mapping[Path, Sequence[str]]
+) -> tuple[dict[str, list[int]], list[int], np.ndarray]:
+    """Layout, steps (S,), and gradients (S, T, P) of the tasks, in their order.
+
+    Raises:
+        UserError: a file that is damaged, or whose snapshots are others than the first one's.
+    """
+    of_task: dict[str, np.ndarray] = {}
+    layouts, steps = [], []
+    for file, of_file in files.items():
+        layouts.append(read_layout(file))
+        steps.append(read_steps(file))
+        of_task |= zip(of_file, read_gradients(file, of_file).swapaxes(0, 1))
+        if (layouts[-1], steps[-1]) != (layouts[0], steps[0]):
+            raise UserError(f"{file} holds other snapshots than {next(iter(files))}: remove its folder and run again")
+    return layouts[0], steps[0], np.stack([of_task[task] for task in tasks], axis=1)
 
 
 def read_grouping(artefact: Artefact) -> dict:
@@ -89,10 +153,9 @@ def describe_search(result: dict) -> str:
     return f"{'best' if result['proven'] else 'best found'}{among} · {result['method']}"
 
 
-def _solve(run: Run, snapshots: Path, folder: Path) -> None:
-    tasks, options = run.tasks, run.config.grouping
-    layout = read_layout(snapshots)
-    gradients = read_gradients(snapshots, tasks)
+def _solve(tasks: Sequence[str], files: Mapping[Path, Sequence[str]], options: GroupingConfig, folder: Path) -> None:
+    """`files`: snapshots → the tasks whose gradients are taken from it."""
+    layout, steps, gradients = _snapshots(tasks, files)
     blocks = gradient_blocks(layout, per_layer=options.per_layer, scaling_matrices=options.scaling_matrices)
     affinity = affinity_matrix(gradients, options.affinity, tasks=tasks, blocks=blocks)
     partition = best_partition(
@@ -121,7 +184,6 @@ def _solve(run: Run, snapshots: Path, folder: Path) -> None:
     ranked = ranked_partitions(
         affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **numbers})
     )
-    steps = read_steps(snapshots)
     result = {
         "tasks": tasks,
         "groups": named(partition.groups),

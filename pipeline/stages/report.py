@@ -26,8 +26,7 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
         stage.computed = True
         result = read_grouping(grouping)
         prompts = _gather_prompts(run, methods)
-        for name in (*FIGURES, *MORE_FIGURES, PAGE):
-            shutil.copyfile(grouping.local() / name, folder / name)
+        copy_grouping_pages(grouping, folder)
         results = {method.name: method_result(run.tasks, method.results()) for method in methods}
         accuracy_picture(run.tasks, results).savefig(folder / "accuracy.png", dpi=150)
     summary = Summary(
@@ -55,6 +54,12 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
     where = run.storage.shown
     run.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
     return folder
+
+
+def copy_grouping_pages(grouping: Artefact, folder: Path) -> None:
+    """Pictures and page of the grouping, for a report."""
+    for name in (*FIGURES, *MORE_FIGURES, PAGE):
+        shutil.copyfile(grouping.local() / name, folder / name)
 
 
 def track_results(run: Run, results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -32,7 +32,7 @@ from pipeline.training.batches import TrainingSet, load_training_labels, load_tr
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import Prediction, evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures
-from pipeline.training.loop import StepRecord, Trained, exhausted, train_by_epoch
+from pipeline.training.loop import Snapshot, StepRecord, Trained, exhausted, train_by_epoch
 from pipeline.training.share import Share
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class TrainingWork:
         made: Making,
         reporter: Reporter,
         **snapshots: Any,
-    ) -> list[tuple[StepRecord, torch.Tensor]]:
+    ) -> list[Snapshot]:
         """Trains `method` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
         takes and returns the loop's snapshots."""
         history, taken = exhausted(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from pipeline.clip.class_tokens import ClassTokens
 from pipeline.clip.precision import autocast
@@ -58,8 +59,19 @@ def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / epochs)) / 2
 
 
-Trained = tuple[list[StepRecord], list[tuple[StepRecord, torch.Tensor]]]
-"""All steps' records, and the snapshots with their steps' records."""
+@dataclass(frozen=True)
+class Snapshot:
+    """What the tasks' gradients were in a step."""
+
+    record: StepRecord
+    gradients: torch.Tensor
+    """(T, P), float32."""
+    point: torch.Tensor
+    """(P,), float32: the method's parameters of which these are the gradients, in their order."""
+
+
+Trained = tuple[list[StepRecord], list[Snapshot]]
+"""All steps' records, and the snapshots."""
 
 
 def train(*arguments: Any, **options: Any) -> Trained:
@@ -94,7 +106,7 @@ def train_by_epoch(
 ) -> Generator[int, None, Trained]:
     """Trains `method` in place on the tasks' `sets` (same order), by SGD or AdamW, and yields at the end of each epoch
     its number, from 1, so that `method` can be looked at. A training that goes on from a checkpoint yields the epoch of
-    that first.
+    that first. Parameters that require no gradient stay as they are.
 
     Args:
         method: gives, when called, the Adaptation of the same tasks.
@@ -108,20 +120,22 @@ def train_by_epoch(
         frozen_tokens: the classes' texts to the frozen CLIP, where `tokens` have other words.
 
     Returns:
-        All steps' records, and the snapshots with their steps' records.
+        All steps' records, and the snapshots.
 
     Raises:
         UserError: a loss that is not finite, naming task and step; a checkpoint that cannot be written; out of memory.
     """
     device = towers.device
-    optimizer = _optimizer(method, config)
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    optimizer = _optimizer(parameters, config)
     history: list[StepRecord] = []
-    snapshots: list[tuple[StepRecord, torch.Tensor]] = []
+    snapshots: list[Snapshot] = []
     if checkpoints and (state := checkpoints.load()):
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         history = [StepRecord(*values) for values in state["history"]]
-        snapshots = [(history[at], value) for at, value in zip(state["snapshot_at"], state["snapshots"])]
+        taken = zip(state["snapshot_at"], state["snapshots"], state["points"])
+        snapshots = [Snapshot(history[at], gradients, point) for at, gradients, point in taken]
 
     per_epoch = num_steps_per_epoch((len(task.labels) for task in sets), config.batch_size)
     num_steps = epochs * per_epoch
@@ -187,7 +201,7 @@ def train_by_epoch(
         hits = torch.stack([(of_task.argmax(1) == label).sum() for of_task, label in zip(logits, labels)])
         measured = torch.stack([losses.detach(), hits / config.batch_size])
         taken = snapshot() if snapshot and step % snapshot_every == 0 else measured.new_empty(0)
-        share.add_up([*(parameter.grad for parameter in method.parameters()), measured, taken])
+        share.add_up([*(parameter.grad for parameter in parameters), measured, taken])
 
         record = StepRecord(step + 1, epoch + 1, optimizer.param_groups[0]["lr"], *map(tuple, measured.tolist()))
         for task, loss in zip(sets, record.losses):
@@ -199,7 +213,8 @@ def train_by_epoch(
                 )
         history.append(record)
         if len(taken):
-            snapshots.append((record, taken.float().cpu()))
+            point = parameters_to_vector(parameters).detach()
+            snapshots.append(Snapshot(record, taken.float().cpu(), point.float().cpu()))
         optimizer.step()
 
         if share.first:
@@ -209,8 +224,9 @@ def train_by_epoch(
                         "method": method.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "history": [tuple(vars(past).values()) for past in history],
-                        "snapshot_at": [past.step - 1 for past, _ in snapshots],
-                        "snapshots": [value for _, value in snapshots],
+                        "snapshot_at": [past.record.step - 1 for past in snapshots],
+                        "snapshots": [past.gradients for past in snapshots],
+                        "points": [past.point for past in snapshots],
                     }
                 )
             on_step(record, num_steps)
@@ -219,11 +235,11 @@ def train_by_epoch(
     return history, snapshots
 
 
-def _optimizer(method: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def _optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(method.parameters(), **options)
-    return torch.optim.SGD(method.parameters(), momentum=config.momentum, **options)
+        return torch.optim.AdamW(parameters, **options)
+    return torch.optim.SGD(parameters, momentum=config.momentum, **options)
 
 
 def _consistency(

@@ -1,15 +1,16 @@
-"""Per-task gradients of the global prompt on disk: one Parquet row a (step, task).
+"""Per-task gradients of the global prompt on disk: one Parquet row a (step, task); and where they were taken.
 
-Columns: step, epoch (from 1), task, loss, gradient (float32 vector), layer_norms (float32, the gradient's norm in each
-layer; one entry for a source prompt shared by all layers). The schema metadata `layout` holds the vector's parts: name
-→ shape, in order.
+Columns of gradients: step, epoch (from 1), task, loss, gradient (float32 vector), layer_norms (float32, the gradient's
+norm in each layer; one entry for a source prompt shared by all layers). The schema metadata `layout` holds the vector's
+parts: name → shape, in order. A file of points has a row a step: step, epoch, and the prompt's values (float32 vector
+of the same layout), at which a task that comes later can have its gradients taken.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import UserError
-from pipeline.training.loop import StepRecord
+from pipeline.training.loop import Snapshot
 
 SCHEMA = pa.schema(
     [
@@ -30,18 +31,19 @@ SCHEMA = pa.schema(
         pa.field("layer_norms", pa.list_(pa.float32())),
     ]
 )
+POINTS_SCHEMA = pa.schema(
+    [pa.field("step", pa.int64()), pa.field("epoch", pa.int64()), pa.field("point", pa.list_(pa.float32()))]
+)
 
 
 def write_snapshots(
-    path: Path,
-    tasks: Sequence[str],
-    snapshots: Sequence[tuple[StepRecord, torch.Tensor]],
-    layout: dict[str, list[int]],
+    path: Path, tasks: Sequence[str], snapshots: Iterable[Snapshot], layout: dict[str, list[int]]
 ) -> None:
-    """Writes (record, gradients (T, P)) pairs; `layout` as of `SharedMmap.gradient_layout`."""
+    """Writes the tasks' gradients; `layout` as of `SharedMmap.gradient_layout`."""
     schema = SCHEMA.with_metadata({"layout": json.dumps(layout), "tasks": json.dumps(list(tasks))})
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for record, gradients in snapshots:
+        for snapshot in snapshots:
+            record = snapshot.record
             rows = [
                 {
                     "step": record.step,
@@ -51,9 +53,29 @@ def write_snapshots(
                     "gradient": gradient.numpy(),
                     "layer_norms": layer_norms(gradient, layout).numpy(),
                 }
-                for task, loss, gradient in zip(tasks, record.losses, gradients)
+                for task, loss, gradient in zip(tasks, record.losses, snapshot.gradients)
             ]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def write_points(path: Path, snapshots: Iterable[Snapshot]) -> None:
+    """Writes where the snapshots were taken."""
+    rows = [
+        {"step": taken.record.step, "epoch": taken.record.epoch, "point": taken.point.numpy()} for taken in snapshots
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=POINTS_SCHEMA), path, compression="zstd")
+
+
+def read_points(path: Path) -> list[tuple[int, int, torch.Tensor]]:
+    """(step, epoch, point (P,) float32) of each snapshot, by step.
+
+    Raises:
+        UserError: no such file, or one that is damaged.
+    """
+    columns = _read(path, POINTS_SCHEMA.names, POINTS_SCHEMA).to_pydict()
+    return sorted(
+        ((step, epoch, torch.tensor(point)) for step, epoch, point in zip(*columns.values())), key=lambda row: row[0]
+    )
 
 
 def layer_norms(gradient: torch.Tensor, layout: dict[str, list[int]]) -> torch.Tensor:
@@ -93,12 +115,12 @@ def read_steps(path: Path) -> list[int]:
     return sorted(set(_read(path, ["step"])["step"].to_pylist()))
 
 
-def _read(path: Path, columns: list[str]) -> pa.Table:
+def _read(path: Path, columns: list[str], of: pa.Schema = SCHEMA) -> pa.Table:
     if not path.is_file():
         raise UserError(f"{path}: no gradient snapshots; train the global prompt first (jobs/train_global_prompt.py)")
     try:
         table = pq.read_table(path, columns=columns)
-        if table.schema.equals(pa.schema([SCHEMA.field(name) for name in columns])) and table.num_rows:
+        if table.schema.equals(pa.schema([of.field(name) for name in columns])) and table.num_rows:
             if all(column.null_count == 0 for column in table.columns):
                 return table
         reason = f"{table.num_rows} rows of {', '.join(f'{f.name}: {f.type}' for f in table.schema)}"

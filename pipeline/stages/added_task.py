@@ -1,0 +1,217 @@
+"""A task joins a finished run: its gradients on that run's global prompt tell which group is the best for it, or that
+it is better alone; then its own prompt is trained. Neither images nor prompts of the other tasks are touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.grouping.search.constraints import check_constraints
+from pipeline.methods.mmap import SharedMmap
+from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
+from pipeline.methods.registry import training_of
+from pipeline.prediction.options import ModelOptions, read_options, write_options
+from pipeline.progress import Reporter
+from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
+from pipeline.run import PARENT, Run, check_run, connected, tracked
+from pipeline.stages.all_stages import run_all_stages
+from pipeline.stages.finished_run import GROUPED, SUMMARY, FinishedRun, record_artefacts
+from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
+from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts, train_added_task
+from pipeline.stages.grouping import describe_groups, place_task, read_grouping, staying_together
+from pipeline.stages.report import NAME as REPORT
+from pipeline.stages.report import copy_grouping_pages, track_results
+from pipeline.stages.splits import build_splits
+from pipeline.stages.stage import Stage, Work
+from pipeline.stages.training_work import TrainingWork, trainings_decided_by
+from pipeline.storage import Artefact, make_folder, read_json, write_atomically, write_json
+from pipeline.training.batches import load_training_sets
+from pipeline.training.later_gradients import gradients_at_points
+from pipeline.training.snapshots import read_points, write_snapshots
+
+NAME = "task_gradients"
+
+
+@dataclass(frozen=True)
+class Joining:
+    """A checked run of the new task alone, the finished run that it joins, and, to compare, a run of all of them."""
+
+    run: Run
+    finished: FinishedRun
+    rerun: Run | None
+
+    @property
+    def task(self) -> str:
+        return self.run.tasks[0]
+
+
+def add_task(finished: FinishedRun, config: Config, task: str, rerun: bool, console: Console) -> Path:
+    """Returns the new run's folder.
+
+    Args:
+        config: the finished run's, with where the new task's images are.
+        task: its folder's name.
+        rerun: whether all tasks are trained again with it, to compare.
+
+    Raises:
+        UserError: as a run; a task that is there already; options that the prompts were not trained with.
+    """
+    console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
+    joining = check_joining(finished, config, task, rerun, console)
+    runs = [run for run in (joining.run, joining.rerun) if run]
+    with connected(runs), tracked(joining.run):
+        _add(joining)
+    return joining.run.folder
+
+
+def check_joining(finished: FinishedRun, config: Config, task: str, rerun: bool, console: Console) -> Joining:
+    """What needs no cluster."""
+    if task in finished.tasks:
+        raise UserError(f"--task {task}: the run has that task; its tasks are {', '.join(finished.tasks)}")
+    config = config.model_copy(update={"storage": finished.storage.uri, "compare": ()})
+    _check_same_prompts(config, finished.prompts)
+    run = check_run(
+        _for_tasks(config, [task]),
+        console,
+        decided_by={"joins": finished.prompts.digest, "snapshots": [of.key for of in finished.snapshots]},
+        other_tasks=finished.tasks,
+    )
+    trained_on = finished.snapshots[0].made_from["clip"]
+    if trained_on != vars(run.clip):
+        raise UserError(
+            f"clip.model={config.clip.model}, clip.pretrained={config.clip.pretrained} is another CLIP than the run's: "
+            "give the weights that it was trained with"
+        )
+    check_constraints(sorted([*finished.tasks, task]), **staying_together(config.grouping, finished.groups).constraints)
+    of_all = check_run(_for_tasks(config, sorted([*finished.tasks, task])), console) if rerun else None
+    return Joining(run, finished, of_all)
+
+
+def _for_tasks(config: Config, tasks: Sequence[str]) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"tasks": tuple(tasks)})})
+
+
+def _check_same_prompts(config: Config, prompts: TrainedPrompts) -> None:
+    """Raises: UserError: options of which the run's prompts are others."""
+    for name, own, others in (
+        ("mmap", config.mmap, prompts.config.mmap),
+        ("clip", config.clip, prompts.config.clip),
+    ):
+        passing = {"pretrained", "precision", "activations_gib"}
+        own, others = (section.model_dump(exclude=passing) for section in (own, others))
+        for field in own:
+            if own[field] != others[field]:
+                raise UserError(
+                    f"{name}.{field}={own[field]}: the run's prompts were trained with {others[field]}, and the new "
+                    "task's must be like them; leave that option out"
+                )
+
+
+def _add(joining: Joining) -> None:
+    run, finished = joining.run, joining.finished
+    run.tracker.set_tags(PARENT, {"added_task": joining.task, "joins_run": finished.folder.name})
+    build_splits(run)
+    gradients = measure_gradients(run, finished.snapshots[0])
+    snapshots = {tuple(of.made_from["tasks"]): of for of in (*finished.snapshots, gradients)}
+    grouping = place_task(run, snapshots, finished.groups, run.config.grouping)
+    groups = read_grouping(grouping)["groups"]
+    others = next([name for name in group if name != joining.task] for group in groups if joining.task in group)
+    trained = train_added_task(run, finished.prompts.group_of(others[0]) if others else None)
+    prompts = _merged_prompts(run, finished, trained)
+    beside = None
+    if joining.rerun:
+        with tracked(joining.rerun):
+            run_all_stages(joining.rerun)
+        beside = read_json(joining.rerun.folder / SUMMARY)
+    _report(joining, grouping, trained, prompts, beside)
+    record_artefacts(run, [*finished.snapshots, gradients])
+
+
+def measure_gradients(run: Run, global_prompt: Artefact) -> Artefact:
+    """The run's task's gradients at the points of a global prompt's snapshots."""
+    artefact = run.artefact(NAME, {**trainings_decided_by(run, run.tasks), "tasks": run.tasks, "at": global_prompt.key})
+    work = TrainingWork(run.config, run.splits, tuple(run.tasks), "gradients of the new task")
+    with Stage(run, NAME, "2 gradients on the global prompt") as stage:
+        arguments = (work, global_prompt, artefact)
+        stage.execute([Work(work.label, _measure, arguments, artefact, takes_gpu=True)])
+    return artefact
+
+
+def _measure(work: TrainingWork, global_prompt: Artefact, artefact: Artefact, board: Any) -> None:
+    config, towers, reporter = work.config, work.towers(), Reporter(board, work.label)
+    prompts = SharedMmap.of(config, towers, work.tasks).to(towers.device)
+    tokens = class_tokens(towers.tokenizer, config.clip.template, list(work.words().values())).to(towers.device)
+    points = read_points(global_prompt.local() / POINTS)
+    (images,) = load_training_sets(
+        work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_training
+    )
+    with artefact.making() as made:
+        snapshots = gradients_at_points(
+            towers,
+            prompts,
+            images,
+            tokens,
+            points,
+            training_of(work.method, config),
+            config.seed,
+            config.clip.precision,
+            lambda done: reporter.update(done, len(points), "snapshots"),
+        )
+        write_snapshots(made.folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
+
+
+def _merged_prompts(run: Run, finished: FinishedRun, trained: Sequence[MethodArtefacts]) -> Path:
+    """The finished run's prompts as they are, and the new task's as a group of its own in the file, so that nothing of
+    the others is computed otherwise than before."""
+    (of_task,) = (method.artefacts[0] for method in trained if method.name == "grouped")
+    file = run.folder / GROUPED
+    make_folder(file.parent)
+    save_prompts(file, merge_prompts([finished.prompts, load_prompts(of_task.local() / PROMPTS)]))
+    if (options := read_options(finished.folder / GROUPED)) != ModelOptions():
+        write_options(file, options)  # temperatures of the tasks before; they are bound to the file
+    return file
+
+
+def _report(
+    joining: Joining,
+    grouping: Artefact,
+    trained: Sequence[MethodArtefacts],
+    prompts: Path,
+    beside: dict[str, Any] | None,
+) -> None:
+    run, before = joining.run, joining.finished.summary
+    folder = make_folder(run.folder / "report")
+    with Stage(run, REPORT, "5 report") as stage:
+        stage.computed = True
+        copy_grouping_pages(grouping, folder)
+    results = {method.name: method.results()[0] for method in trained}
+    added = AddedTask(
+        before=before,
+        task=joining.task,
+        groups=read_grouping(grouping)["groups"],
+        zero_shot=results["zero_shot"]["accuracy"][joining.task],
+        accuracy=results["grouped"]["accuracy"][joining.task],
+        trained_parameters=results["grouped"]["trained_parameters"],
+        stages=dict(run.stage_seconds),
+        rerun=beside,
+    )
+    summary = added.summary()
+    write_json(folder / "summary.json", vars(summary))
+    write_atomically(folder / "report.md", added_task_to_markdown(added))
+    track_results(run, summary.methods)
+    run.tracker.log_artifact(PARENT, folder)
+    run.tracker.log_artifact(PARENT, prompts, "prompts")
+    run.console.print(added_task_table(added))
+    where = run.storage.shown
+    run.console.print(
+        f"groups: {describe_groups(added.groups)}\nreport: {where(folder)}\nprompts: {where(prompts)}",
+        markup=False,
+        highlight=False,
+    )

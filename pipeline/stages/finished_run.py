@@ -1,0 +1,90 @@
+"""A run that has come to its end, as a later job finds it: what it was told, what it trained, what it reached."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import parse_config
+from pipeline.errors import UserError
+from pipeline.methods.prompt_file import TrainedPrompts, load_prompts
+from pipeline.run import Run, open_storage
+from pipeline.storage import Artefact, Storage, is_uri, read_json, write_json
+
+RUNS = "runs"
+RECORD = "artefacts.json"
+SUMMARY = "report/summary.json"
+GROUPED = "prompts/grouped.safetensors"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    storage: Storage
+    folder: Path
+    snapshots: tuple[Artefact, ...]
+    """The tasks' gradients on the global prompt: those of its training, then of each task that was added."""
+    summary: dict[str, Any]
+    """As summary.json."""
+    prompts: TrainedPrompts
+    """Of grouped MmAP."""
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def groups(self) -> list[list[str]]:
+        return self.summary["groups"]
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.summary["tasks"]
+
+
+def record_artefacts(run: Run, snapshots: Sequence[Artefact]) -> None:
+    """Leaves in the run's folder what a later job needs to find its snapshots without its data."""
+    write_json(run.folder / RECORD, {"snapshots": [{"stage": of.stage, "made_from": of.made_from} for of in snapshots]})
+
+
+def read_finished_run(place: str, cache: str) -> FinishedRun:
+    """
+    Args:
+        place: <storage>/runs/<run>, on this machine or in a bucket.
+        cache: of the machine, for what lies in a bucket.
+
+    Raises:
+        UserError: no such folder, or a run that is not finished.
+    """
+    storage, folder = _located(place, cache)
+    storage.fetch(folder)
+    for name in ("config.yaml", SUMMARY, GROUPED, RECORD):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"--run {place} is no folder of a finished run: it has no {name}. Give <storage>/{RUNS}/<run>, and run "
+                "the same command again that made it, if it did not come to its end or was made by an older version"
+            )
+    snapshots = tuple(Artefact(storage, of["stage"], of["made_from"]) for of in read_json(folder / RECORD)["snapshots"])
+    for artefact in snapshots:
+        if not artefact.finished():
+            raise UserError(
+                f"{storage.shown(artefact.folder)} is gone, which the run {place} needs: run the command again that "
+                "made it"
+            )
+    return FinishedRun(storage, folder, snapshots, read_json(folder / SUMMARY), load_prompts(folder / GROUPED))
+
+
+def _located(place: str, cache: str) -> tuple[Storage, Path]:
+    """The storage, and the run's folder in it."""
+    path, _, options = place.partition("?") if is_uri(place) else (os.path.abspath(os.path.expanduser(place)), "", "")
+    root, _, name = path.rstrip("/").rpartition(f"/{RUNS}/")
+    if not root or "/" in name:
+        raise UserError(f"--run {place} is no folder of a run: give <storage>/{RUNS}/<run>")
+    if not is_uri(place):
+        if not Path(path).is_dir():
+            raise UserError(f"--run {place} does not exist")
+        return Storage.of_folder(Path(root)), Path(path)
+    storage = open_storage(parse_config({"storage": root + (f"?{options}" if options else ""), "cache": cache}))
+    return storage, storage.folder / RUNS / name
