@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from pipelines import run, the_run
 from plain_towers import plain_encode_image, plain_encode_text
 from safetensors.torch import load_file
+from servers import S3Server, free_ports
 from small_clip import CLASS_WORDS, tokenizer
 from small_problem import CONFIG, TASKS, TEMPLATE, group_prompts, mmap_shape, small_problem
 
@@ -284,6 +285,38 @@ def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished
     plain = run(storage, *QUICK, "--grouping.num_groups", str(len(report["groups"])))
     assert plain.status == 0 and plain.output.count("found finished") == 4
     assert read_finished_run(str(twice), "").groups == report["groups"]
+
+
+@pytest.mark.proof
+def test_a_task_is_added_to_a_run_in_a_bucket_from_another_machine(tmp_path, monkeypatch):
+    server = S3Server(tmp_path, *free_ports(1, first=9500))
+    try:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        place, options = server.uri.split("?")
+        tracking = ("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
+        first = run(
+            tmp_path / "first",
+            *("--storage", f"{place}/folder?{options}", "--cache", str(tmp_path / "here"), *tracking, *QUICK),
+            *("--data.tasks", "[chalk, ink, noise]"),
+            storage_option=False,
+        )
+        assert first.status == 0, first.output
+        report = next(line for line in first.output.splitlines() if line.startswith("report: "))
+        finished = report.removeprefix("report: ").replace("/report?", "?")
+        assert finished.startswith(f"{place}/folder/runs/demo-")
+        second = run(
+            tmp_path / "second",
+            *("--run", finished, "--task", "neon", "--cache", str(tmp_path / "there"), *tracking),
+            prefix=JOB,
+            storage_option=False,
+        )
+        assert second.status == 0, second.output
+        prompts = second.output.split("prompts: ")[-1].strip()
+        assert prompts.startswith(f"{place}/folder/runs/demo-")
+        assert sorted(pipeline.load(prompts).tasks) == ["chalk", "ink", "neon", "noise"]
+    finally:
+        server.kill()
 
 
 def summary_of(folder: Path) -> dict:

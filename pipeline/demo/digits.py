@@ -1,5 +1,7 @@
 """The demo's data set: real handwritten digits, redrawn in six visual domains.
 
+    python -m pipeline.demo.digits FOLDER      writes them as FOLDER/<domain>/<class>/*.png
+
 The 8x8 digits that scikit-learn carries are dealt out, class by class, to the tiny CLIP's own training and
 to the six domains, so that no handwriting is seen twice. Three domains are dark on light (ink, noise,
 rotated) and three light on dark (chalk, neon, outline): the alike ones give task grouping something to find.
@@ -7,6 +9,7 @@ rotated) and three light on dark (chalk, neon, outline): the alike ones give tas
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -135,3 +138,9 @@ def _write(root: Path) -> None:
 def _blend(background: np.ndarray, colour: np.ndarray, coverage: np.ndarray) -> np.ndarray:
     """Lay a colour (3,) over a background (32, 32, 3 or 1) where coverage (32, 32) is 1."""
     return background + coverage[..., None] * (colour - background)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m pipeline.demo.digits FOLDER")
+    write_digits(Path(sys.argv[1]))
