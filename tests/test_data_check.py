@@ -1,0 +1,231 @@
+"""What a data check says of images, of a data set, and on its page."""
+
+from __future__ import annotations
+
+import io
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+from small_clip import tokenizer
+
+from pipeline.data.facts import image_facts
+from pipeline.data.findings import CheckedImage, cut_words, find_faults
+from pipeline.data.images import BrokenImage
+from pipeline.data.near_copies import MOST_BITS, alike
+from pipeline.data.splits import ScannedImage
+from pipeline.report.data_check import check_page, check_tables, overviews
+
+
+def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
+    """Smooth shapes, as photographs have them."""
+    noise = np.random.default_rng(seed).normal(size=(*size, 3))
+    smooth = np.stack([ndimage.gaussian_filter(noise[..., c], 9, mode="wrap") for c in range(3)], axis=-1)
+    return Image.fromarray(np.uint8(np.clip(128 + 60 * smooth / smooth.std(), 0, 255)))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+# --- an image -------------------------------------------------------------------------------------------
+
+
+def test_facts_of_an_image():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    facts = image_facts(encoded(photo(1), "JPEG", exif=turned))
+    assert (facts.width, facts.height, facts.mode, facts.format) == (128, 96, "RGB", "JPEG")
+    assert (facts.orientation, facts.frames) == (6, 1) and facts.contrast > 20
+    grey = Image.fromarray(np.full((40, 50), 30_000, np.uint16))
+    assert image_facts(encoded(grey)).mode == "I;16" and image_facts(encoded(grey)).contrast == 0
+    moving = encoded(photo(1).convert("P"), "GIF", save_all=True, append_images=[photo(2).convert("P")])
+    assert (image_facts(moving).frames, image_facts(moving).mode, image_facts(moving).orientation) == (2, "P", 1)
+    with pytest.raises(BrokenImage):
+        image_facts(b"<html>not found</html>")
+
+
+@pytest.mark.parametrize("change", ["smaller", "worse", "other format"])
+def test_a_changed_copy_looks_alike_and_others_do_not(change):
+    looks = []
+    for seed in range(12):
+        image = photo(seed)
+        copy = {
+            "smaller": encoded(image.resize((64, 48), Image.Resampling.BICUBIC)),
+            "worse": encoded(image, "JPEG", quality=40),
+            "other format": encoded(image, "WEBP", lossless=True),
+        }[change]
+        looks += [image_facts(encoded(image)).looks, image_facts(copy).looks]
+    assert alike(looks) == [[at, at + 1] for at in range(0, 24, 2)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), most_bits=st.integers(0, 6))
+def test_groups_of_alike_are_those_of_comparing_all_pairs(data, most_bits):
+    looks = data.draw(st.lists(st.integers(0, 2**64 - 1), max_size=12))
+    for _ in range(data.draw(st.integers(0, 20)) if looks else 0):
+        near = data.draw(st.sampled_from(looks))
+        for bit in data.draw(st.lists(st.integers(0, 63), max_size=most_bits + 1)):
+            near ^= 1 << bit
+        looks.append(near)
+    group_of = list(range(len(looks)))
+    for a, b in combinations(range(len(looks)), 2):
+        if (looks[a] ^ looks[b]).bit_count() <= most_bits and group_of[a] != group_of[b]:
+            old, new = group_of[b], group_of[a]
+            group_of = [new if group == old else group for group in group_of]
+    groups = [[at for at, of in enumerate(group_of) if of == group] for group in dict.fromkeys(group_of)]
+    assert alike(looks, most_bits) == [group for group in groups if len(group) > 1]
+
+
+def test_many_alike_are_compared_in_bounded_memory():
+    looks = [0b1111 << at for at in range(60)] * 400
+    assert [len(group) for group in alike(looks, MOST_BITS)] == [24_000]
+    rng = np.random.default_rng(0)
+    assert alike([int(value) for value in rng.integers(0, 2**63, 50_000)], MOST_BITS) == []
+
+
+# --- a data set -----------------------------------------------------------------------------------------
+
+CLASSES = {"art": ("cat", "dog"), "photo": ("cat", "dog")}
+WORDS = {"cat": "cat", "dog": "dog"}
+
+
+def checked(path: str, data: bytes, sha256: str | None = None) -> CheckedImage:
+    task, folder, _ = path.split("/")
+    try:
+        facts, error = image_facts(data), None
+    except BrokenImage as fault:
+        facts, error = None, str(fault)
+    return CheckedImage(ScannedImage(path, task, folder, sha256 or f"sha of {path}", error), facts)
+
+
+def clean_set() -> list[CheckedImage]:
+    places = [f"{task}/{name}/{number}.png" for task, names in CLASSES.items() for name in names for number in range(4)]
+    return [checked(path, encoded(photo(100 + seed))) for seed, path in enumerate(places)]
+
+
+def found(images, classes=CLASSES, words=WORDS, shots=3, training=()):
+    pieces = cut_words(words.values(), tokenizer().encode, tokenizer().decoder.__getitem__)
+    return find_faults(images, classes, words, pieces, shots, training)
+
+
+def only(findings):
+    (finding,) = findings
+    return finding
+
+
+def test_nothing_is_said_of_a_clean_set():
+    assert found(clean_set()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "severity", "title", "example"),
+    [
+        ({"art/cat/9.png": b"<html>"}, "error", "1 files are broken (5.9 %)", "art/cat/9.png: no image of a known"),
+        (
+            {"art/cat/9.png": encoded(Image.new("RGB", (64, 64), "red"))},
+            "warning",
+            "1 images are of one colour",
+            "9.png",
+        ),
+        ({"art/cat/9.png": encoded(photo(7, (20, 60)))}, "warning", "1 images have a side of fewer than 32", "60 x 20"),
+        ({"art/cat/9.png": encoded(photo(7, (40, 300)))}, "note", "1 images are more than 5 times as long", "300 x 40"),
+        ({"art/cat/9.png": encoded(photo(7), "JPEG")}, "note", "1 files are of another format", "9.png: JPEG"),
+        (
+            {"art/cat/9.jpg": encoded(photo(100), "JPEG", quality=60)},
+            "note",
+            "1 other groups of images look alike",
+            "art/cat/0.png, art/cat/9.jpg",
+        ),
+        (
+            {"photo/dog/9.jpg": encoded(photo(100), "JPEG", quality=60)},
+            "warning",
+            "1 groups of images that look alike are in several classes",
+            "art/cat/0.png, photo/dog/9.jpg",
+        ),
+    ],
+)
+def test_each_fault_of_an_image_is_one_finding(more, severity, title, example):
+    finding = only(found(clean_set() + [checked(path, data) for path, data in more.items()]))
+    assert finding.severity == severity and finding.title.startswith(title)
+    assert len(finding.examples) == 1 and example in finding.examples[0] and finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("path", "severity", "title"),
+    [
+        ("art/dog/9.png", "warning", "1 images are in several classes of one task"),
+        ("photo/cat/9.png", "note", "1 images are in several tasks"),
+        ("art/cat/9.png", "note", "1 images are in their class more than once"),
+    ],
+)
+def test_exact_copies_by_where_they_are(path, severity, title):
+    first = clean_set()[0]
+    finding = only(found([*clean_set(), checked(path, encoded(photo(100)), first.image.sha256)]))
+    assert (finding.severity, finding.title) == (severity, title)
+    assert finding.examples == (f"art/cat/0.png, {path}",)
+
+
+def test_alike_images_in_training_and_test_are_told_with_the_training_image_first():
+    images = [*clean_set(), checked("art/cat/9.jpg", encoded(photo(100), "JPEG", quality=60))]
+    finding = only(found(images, training=["art/cat/9.jpg"]))
+    assert finding.severity == "warning" and "would be in training and test" in finding.title
+    assert finding.examples == ("art/cat/9.jpg, art/cat/0.png",)
+    assert "other groups" in only(found(images, training=["art/cat/0.png", "art/cat/9.jpg"])).title
+
+
+def test_classes_that_are_too_small_lacking_or_odd():
+    images = clean_set()
+    finding = only(found(images, shots=4))
+    assert finding.severity == "error" and finding.title == "4 classes have no more than 4 different images"
+    assert finding.examples[0] == "art/cat: 4 different images"
+
+    classes = CLASSES | {"photo": ("cat", "dog", "emu")}
+    emus = [checked(f"photo/emu/{number}.png", encoded(photo(300 + number))) for number in range(40)]
+    imbalance, lacking = found(images + emus, classes, WORDS | {"emu": "emu"})
+    assert lacking.examples == ("emu: not in art",) or imbalance.examples == ("emu: not in art",)
+    rare = next(of for of in (imbalance, lacking) if "10th" in of.title)
+    assert len(rare.examples) == 2 and "photo/cat: 4 images, the largest class has 40" in rare.examples[0]
+
+    same = only(found(images, words={"cat": "Big  cat", "dog": "big cat"}))
+    assert same.severity == "warning" and same.examples == tuple(
+        f"{task}: cat, dog are all 'big cat'" for task in CLASSES
+    )
+    odd = only(found(images, words={"cat": "ToothBrush", "dog": "n02119789"}))
+    assert odd.examples == ("cat: read as one word; is 'Tooth Brush' meant?", "dog: a number, not a name")
+    cut = only(found(images, words={"cat": "t-shirt", "dog": "Kanzelbrzze"}))
+    assert len(cut.examples) == 1 and cut.examples[0].startswith("dog: 'Kanzelbrzze' is cut into ")
+    assert "warning" not in {
+        of.severity for of in found(images, words={"cat": "alarm clock", "dog": "aircraft carrier"})
+    }
+
+
+# --- its page -------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
+    images = [*clean_set(), checked("art/cat/9.png", encoded(photo(7), "JPEG"))]
+    findings = found(images)
+    tasks = overviews(images, CLASSES)
+    assert [(of.task, of.images, of.smallest_class, of.largest_class) for of in tasks] == [
+        ("art", 9, 4, 5),
+        ("photo", 8, 4, 4),
+    ]
+    assert (
+        tasks[0].formats == "PNG 89 %, JPEG 11 %" and tasks[1].formats == "PNG" and tasks[0].median_size == "128 x 96"
+    )
+    samples = {(task, name): [encoded(photo(1))] * 2 for task, names in CLASSES.items() for name in names}
+    page = check_page("<b>demo</b>", tasks, findings, samples, {"cat": "<script>", "dog": "dog"})
+    assert page.count("<img") == 8 and "<script>" not in page and "<b>demo" not in page
+    assert "1 files are of another format" in page and "art/cat/9.png: JPEG" in page
+    from rich.console import Console
+
+    console = Console(record=True, width=120)
+    console.print(check_tables("demo", tasks, findings))
+    assert "17 images in 2 tasks" in console.export_text()
