@@ -15,7 +15,7 @@ LaTeX, CSV, PNG, SVG) is in <storage>/benchmarks/ and in MLflow. docs/methods.md
 import argparse
 from pathlib import Path
 
-from pipeline.config import REPOSITORY, add_config_arguments, config_from_command_line
+from pipeline.config import CONFIGS, add_config_arguments, config_from_command_line
 from pipeline.errors import UserError
 from pipeline.methods.registry import VERSIONS
 from pipeline.run import faults_told_to_people, job_parser, refuse_options
@@ -54,7 +54,7 @@ def chosen_methods(names: list[str]) -> tuple[str, ...]:
 
 
 def dataset_file(name: str) -> Path:
-    file = REPOSITORY / "configs" / f"{name}.yaml"
+    file = CONFIGS / f"{name}.yaml"
     if not file.is_file():
         found = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
         raise UserError(f"--dataset {name}: there is no {file}; there are {found}. Your own file: --config FILE")

@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import math
+import sys
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,8 +27,17 @@ from pipeline.errors import UserError, escaped
 
 MAX_YAML_BYTES = 1 << 18
 MAX_TEXT_BYTES = 256 << 20
-REPOSITORY = Path(__file__).resolve().parent.parent
-DEMO_CONFIG = REPOSITORY / "configs" / "demo.yaml"
+_ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = next(
+    (
+        folder / "configs"
+        for folder in (_ROOT, *(place / "share" / "mmap-clip" for place in (_ROOT, Path(sys.prefix))))
+        if (folder / "configs" / "demo.yaml").is_file()
+    ),
+    _ROOT / "configs",
+)
+"""In a clone, or where a wheel puts it."""
+DEMO_CONFIG = CONFIGS / "demo.yaml"
 BUILTIN_DIGITS = "builtin:digits"
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -595,6 +605,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values or {}
 
 
+def given_or_shipped(path: Path) -> Path:
+    """The path itself, or, where there is no such file and it begins with `configs`, the one that comes with this
+    package."""
+    shipped = CONFIGS.parent / path
+    is_shipped = path.parts[:1] == (CONFIGS.name,) and not path.exists() and shipped.exists()
+    return shipped if is_shipped else path
+
+
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -662,7 +680,7 @@ def config_from_command_line(
     values: dict[str, Any] = {}
     files = arguments.config or ([] if base else [DEMO_CONFIG])
     for file in ([base] if base else []) + files:
-        values = _over(values, load_yaml(file))
+        values = _over(values, load_yaml(given_or_shipped(file)))
     for key, text in vars(arguments).items():
         if key.startswith("config."):
             *path, name = key.removeprefix("config.").split(".")

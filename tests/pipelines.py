@@ -44,13 +44,14 @@ class Job:
         env=None,
         logs: Path | None = None,
         storage_option: bool = True,
+        cwd: Path = REPOSITORY,
     ):
         """`logs`: folder of the output, if not beside the storage; `storage_option`: whether the script takes it."""
         self.output = (logs or storage.parent) / f"{storage.name}-{time.monotonic_ns()}.log"
         with open(self.output, "wb") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, *prefix, *(["--storage", str(storage)] if storage_option else []), *arguments],
-                cwd=REPOSITORY,
+                cwd=cwd,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

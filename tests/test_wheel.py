@@ -1,0 +1,66 @@
+"""The wheel by itself: installed elsewhere, and run where there is no clone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from pipelines import REPOSITORY, run
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that no folder of a build is left in the clone."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("pipeline", "jobs", "configs", "README.md", "LICENSE", "pyproject.toml"):
+        if (REPOSITORY / name).exists():
+            subprocess.run(["cp", "-r", REPOSITORY / name, source / name], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", built, source]
+    subprocess.run(command, check=True)
+    (file,) = built.glob("*.whl")
+    return file
+
+
+def test_the_wheel_has_code_jobs_and_configs_and_nothing_else(wheel):
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"pipeline", "jobs", "mmap_clip"}
+    for name in ("pipeline/demo/digits_clip.safetensors", "jobs/full_pipeline.py"):
+        assert name in names
+    assert any(name.endswith("share/mmap-clip/configs/demo.yaml") for name in names)
+    assert any(name.endswith("share/mmap-clip/configs/class_names/office_home.txt") for name in names)
+    assert not [name for name in names if "test" in name or "__pycache__" in name]
+
+
+@pytest.mark.proof
+def test_one_command_runs_the_demo_of_an_installed_wheel(wheel, tmp_path):
+    there = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", there, wheel]
+    subprocess.run(command, check=True)
+    done = run(
+        tmp_path / "storage",
+        *("--data.tasks", "[chalk, ink]", "--training.epochs", "2", "--global_prompt.epochs", "2"),
+        prefix=(str(there / "bin" / "mmap-clip"), "full_pipeline"),
+        env={"PYTHONPATH": str(there)},
+        cwd=tmp_path,
+    )
+    assert done.status == 0 and "MmAP, grouped" in done.output, done.output
+    told = subprocess.run(
+        [sys.executable, "-c", "import pipeline, pipeline.config as c; print(pipeline.__file__, c.CONFIGS)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(there)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == [str(there / "pipeline" / "__init__.py"), str(there / "share/mmap-clip/configs")]
+
+
+@pytest.mark.parametrize(("arguments", "status", "text"), [(["--help"], 0, "full_pipeline"), (["oops"], 1, "no job")])
+def test_jobs_are_listed(arguments, status, text):
+    command = [sys.executable, "-m", "jobs", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == status and text in done.stdout + done.stderr
