@@ -125,7 +125,7 @@ class _Pyfunc:
             tasks = [name if isinstance(name, str) and name else None for name in table["task"]]
         predictions = predict_by_task(list(table["image"]), tasks, self._model.predict)
         # As objects: a column of floats would make NaN, which JSON does not have, of what is None.
-        return pd.DataFrame([_record(prediction) for prediction in predictions], dtype=object)
+        return pd.DataFrame([prediction.record() for prediction in predictions], dtype=object)
 
 
 def predict_by_task(
@@ -137,15 +137,3 @@ def predict_by_task(
         rows = [row for row, name in enumerate(tasks) if name == task]
         predictions.update(zip(rows, predict([images[row] for row in rows], task)))
     return [predictions[row] for row in range(len(images))]
-
-
-def _record(prediction: ImagePrediction) -> dict[str, Any]:
-    found = prediction.by_task.values()
-    return {
-        "task": prediction.task,
-        "label": prediction.label,
-        "probability": prediction.probability,
-        "probabilities": prediction.probabilities,
-        "error": prediction.error,
-        "by_task": [{"task": p.task, "label": p.label, "probability": p.probability} for p in found],
-    }

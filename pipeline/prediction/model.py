@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.clip.towers import ClipTowers
 from pipeline.data.images import BrokenImage, evaluation_pixels, read_image
 from pipeline.errors import UserError, escaped
 from pipeline.methods.prompt_file import TrainedPrompts
@@ -43,6 +45,18 @@ class ImagePrediction:
     by_task: dict[str, ImagePrediction] = field(default_factory=dict)
     """Where no task was asked for: that of each task, of which this is the most probable."""
 
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        found = self.by_task.values()
+        return {
+            "task": self.task,
+            "label": self.label,
+            "probability": self.probability,
+            "probabilities": self.probabilities,
+            "error": self.error,
+            "by_task": [{"task": p.task, "label": p.label, "probability": p.probability} for p in found],
+        }
+
 
 class TrainedModel:
     """A frozen CLIP with trained prompts, whose text features are computed once, here.
@@ -53,6 +67,8 @@ class TrainedModel:
         device: torch's name of it; None: a GPU if there is one.
         threads: that decode images; None: as many as there are cores.
         file: where the prompts were read from, to save options beside it.
+        towers: the CLIP on the device, to be shared with other models (`TrainedPrompts.classifier`); None: it is loaded
+            here.
 
     Raises:
         UserError: no such device, CLIP weights that are not there or not those of the training, options that do not fit
@@ -66,6 +82,7 @@ class TrainedModel:
         device: str | None = None,
         threads: int | None = None,
         file: Path | None = None,
+        towers: ClipTowers | None = None,
     ):
         self._words = prompts.words
         self.options = options or ModelOptions()
@@ -76,7 +93,7 @@ class TrainedModel:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-        self.classifier = prompts.classifier(device, self.options.pretrained)
+        self.classifier = prompts.classifier(device, self.options.pretrained, towers)
         self._decoding = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "decode")
 
     @property
@@ -113,7 +130,7 @@ class TrainedModel:
 
     def predict_stream(self, images: Iterable[ImageSource], task: str | None = None) -> Iterator[ImagePrediction]:
         """As `predict`, of any number of images, which are decoded in threads while the model runs."""
-        tasks = self._asked_for(task)
+        tasks = self.asked_for(task)
         images = iter(images)
         decoding: deque[tuple[torch.Tensor, list[Future[str]]]] = deque()
 
@@ -136,7 +153,23 @@ class TrainedModel:
     def predict_pixels(self, pixels: torch.Tensor, task: str | None = None) -> list[ImagePrediction]:
         """As `predict`, of uint8 (B, 3, S, S) with S = `image_size`, as `pipeline.data.images.evaluation_pixels` makes
         them."""
-        return list(self._predict(pixels, self._asked_for(task), task))
+        return list(self._predict(pixels, self.asked_for(task), task))
+
+    def asked_for(self, task: str | None) -> list[str]:
+        """The tasks whose logits answer `task`. Raises: UserError: no such task."""
+        return self.tasks if task is None else [self._known(task)]
+
+    def predictions(self, logits: Mapping[str, torch.Tensor], task: str | None) -> Iterator[ImagePrediction]:
+        """Of B images, by the classifier's logits (B, C) of each task of `asked_for(task)`."""
+        of_tasks = {}
+        for name, values in logits.items():
+            of_tasks[name] = (values / self.temperature(name)).softmax(dim=1).cpu().numpy()
+        for rows in zip(*of_tasks.values()):
+            found = {name: self._prediction(name, row) for name, row in zip(of_tasks, rows)}
+            best = max(found.values(), key=lambda prediction: prediction.probability or 0.0)
+            if task is None and len(self._words) > 1:
+                best = ImagePrediction(best.task, best.label, best.probability, best.probabilities, by_task=found)
+            yield best
 
     def calibrate(self, images: Sequence[ImageSource], labels: Sequence[str], task: str) -> float:
         """Fits the task's temperature to images with known classes that were not trained on, uses it from now on, and
@@ -181,27 +214,14 @@ class TrainedModel:
     def _predict(
         self, pixels: torch.Tensor, tasks: Sequence[str], task: str | None = None
     ) -> Iterator[ImagePrediction]:
-        if not len(pixels):
-            return
-        of_tasks = {}
-        for name, logits in self.classifier.logits(tasks, pixels).items():
-            probabilities = (logits / self.temperature(name)).softmax(dim=1)
-            of_tasks[name] = probabilities.cpu().numpy()
-        for row in range(len(pixels)):
-            found = {name: self._prediction(name, rows[row]) for name, rows in of_tasks.items()}
-            best = max(found.values(), key=lambda prediction: prediction.probability)
-            if task is None and len(self._words) > 1:
-                best = ImagePrediction(best.task, best.label, best.probability, best.probabilities, by_task=found)
-            yield best
+        if len(pixels):
+            yield from self.predictions(self.classifier.logits(tasks, pixels), task)
 
     def _prediction(self, task: str, probabilities: np.ndarray) -> ImagePrediction:
         words, values = self._words[task], probabilities.tolist()
         best = int(probabilities.argmax())
         label = words[best] if values[best] >= (self.options.threshold or 0) else None
         return ImagePrediction(task, label, values[best], dict(zip(words, values)))
-
-    def _asked_for(self, task: str | None) -> list[str]:
-        return self.tasks if task is None else [self._known(task)]
 
     def _known(self, task: str) -> str:
         if task not in self._words:
