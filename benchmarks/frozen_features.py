@@ -76,7 +76,8 @@ def main() -> None:
     rows = [{"method": "image features", "once": making}]
     for name in arguments.methods:
         kind, seconds, states = KINDS[name], {"once": [], "every step": []}, {}
-        tokens = class_tokens(towers.tokenizer, kind.template(config), list(words.values()), kind.num_carried(config))
+        template = kind.template(config.clip.template)
+        tokens = class_tokens(towers.tokenizer, template, list(words.values()), kind.num_carried(config))
         tokens = tokens.to(device)
         frozen_tokens = class_tokens(towers.tokenizer, config.clip.template, list(words.values()))
         options = {"epochs": 1, "seed": 1, "precision": "float32", "frozen_tokens": frozen_tokens.to(device)}

@@ -52,6 +52,8 @@ def _one_class_field(template: str) -> str:
     return template
 
 
+Template = Annotated[str, AfterValidator(_one_class_field)]
+
 Method = Literal[
     "coop",
     "coop_mt",
@@ -92,6 +94,9 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    def __hash__(self) -> int:
+        return hash(content_hash(self))  # a mapping among the fields has none of its own
+
     @field_validator("*")
     @classmethod
     def _plain_text(cls, value: Any) -> Any:
@@ -102,22 +107,35 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     root: str | None = None
-    """Folder of the images: <root>/<task>/<class>/*. `builtin:digits` writes the embedded handwritten digits."""
-    layout: Literal["auto", "folders", "office_home", "mini_domainnet"] = "auto"
-    """How the images lie under root: folders (task/class/image), or a data set as it is published (Office-Home's
-    archive; DomainNet's folders with the image lists splits_mini/*.txt). auto: recognised by what is there."""
+    """Folder of the images, <root>/<task>/<class>/*, or a table of them: a .csv, .tsv or .parquet file, or a folder of
+    .parquet files (docs/datasets.md). `builtin:digits` writes the embedded handwritten digits."""
+    layout: Literal[
+        "auto", "folders", "split_folders", "manifest", "office_home", "mini_domainnet", "domainnet", "pacs"
+    ] = "auto"
+    """How the images lie under root: folders (task/class/image), split_folders (task/split/class/image or
+    split/task/class/image), a manifest (table), or a data set as it is published (Office-Home's archive; folders with
+    the image lists of MiniDomainNet, DomainNet or PACS). auto: recognised by what is there."""
+    columns: dict[Literal["path", "task", "label", "split"], str] = {}
+    """What a manifest calls its columns, where that is not path, task, label and split: {task: domain}."""
+    given_splits: bool = False
+    """Whether the data's own splits are respected: only images that it calls train are drawn as training images, and
+    the test set is what it calls test; validation images are left out. false: all images of a class are one pool, and
+    those that are not drawn test, as in the paper."""
     tasks: tuple[str, ...] | None = None
     """Names of the tasks to use (their folders); null: all that the layout has."""
-    class_names: str | None = None
-    """Text file of the classes to use, one a line: folder name, optionally a tab and the words to show to CLIP.
-    null: all class folders, `_` read as a space."""
+    expected_images: dict[str, PositiveInt] | None = None
+    """Task → number of images that its publishers count, or `a + b` → that of these tasks together. Another number is
+    told at the start."""
+    class_names: str | dict[str, str] | None = None
+    """Text file of the classes to use, one a line: folder name, optionally a tab and the words to show to CLIP. Or
+    task → such a file, for tasks of different classes. null: all class folders, `_` read as a space."""
     shots: PositiveInt = 6
-    """Training images of each class in each task; the rest is the test set."""
+    """Training images of each class in each task; the rest is the test set (see given_splits)."""
     max_dropped_share: Share = 0.0
     """Share of broken images (0 to 1) that may be dropped, recorded with the split; above it the run stops."""
     links_out_of_root: bool = False
-    """Whether links may lead out of root, for data sets that are linked together; else such a link stops the run, so
-    that a folder of somebody else's cannot show other files of yours."""
+    """Whether links, and paths of a manifest, may lead out of root, for data sets that are linked together; else such
+    a one stops the run, so that a folder of somebody else's cannot show other files of yours."""
 
 
 class ClipConfig(Section):
@@ -127,14 +145,19 @@ class ClipConfig(Section):
     """open_clip tag, path of a weights file, `builtin:digits`, or null for random weights."""
     quick_gelu: bool | None = None
     """Activation of the weights' training: null takes what open_clip knows of the tag or model."""
-    template: Annotated[str, AfterValidator(_one_class_field)] = "a photo of a {}."
+    template: Template = "a photo of a {}."
     """Text of a class; {} is the class name."""
+    task_templates: dict[str, Template] = {}
+    """Task → text of its classes, where that is not `template`: {sketch: "a sketch of a {}."}."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the frozen towers; auto: bfloat16 autocast on a GPU that has it, float32 elsewhere.
     Prompts and optimizer state are float32 always."""
     activations_gib: Annotated[float, Field(gt=0)] = 6.0
     """GiB that each tower may keep for its backward pass. Images and classes that need more are run in chunks, and
     again in the backward pass: a third more time, and memory that no longer grows with them."""
+
+    def template_of(self, task: str) -> str:
+        return self.task_templates.get(task, self.template)
 
 
 class MmapConfig(Section):
@@ -644,13 +667,13 @@ def add_config_arguments(parser: argparse.ArgumentParser, base: str = "configs/d
             title = f"config: {section}" if section else "config"
             groups[section] = parser.add_argument_group(title, _section_help(section))
         text = " ".join((field.description or "").split()).replace("%", "%%")
-        choices = f" One of: {', '.join(map(str, _choices(field)))}." if _choices(field) else ""
+        valid = f" One of: {', '.join(map(str, choices(field)))}." if choices(field) else ""
         groups[section].add_argument(
             f"--{name}",
             dest=f"config.{name}",
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{text}{choices} (default: {json.dumps(default)})",
+            help=f"{text}{valid} (default: {json.dumps(default)})",
         )
 
 
@@ -662,7 +685,8 @@ def _section_help(path: str) -> str | None:
     return field.description or field.annotation.__doc__
 
 
-def _choices(field: FieldInfo) -> tuple[Any, ...]:
+def choices(field: FieldInfo) -> tuple[Any, ...]:
+    """Values of a field that has only these."""
     return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
 
 

@@ -31,7 +31,7 @@ from pipeline.config import (
     content_hash,
     to_yaml,
 )
-from pipeline.data.find import Listing, find_images
+from pipeline.data.find import Listing, find_images, unexpected_counts
 from pipeline.data.parquet import FORMAT
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
@@ -171,6 +171,10 @@ def check_run(
     else:
         storage = open_storage(config)
         listing = _find_data(config, storage)
+        without_task = set(config.clip.task_templates) - {*listing.classes, *other_tasks}
+        notes = [f"clip.task_templates: there is no task {task!r}" for task in sorted(without_task)]
+        for note in [*unexpected_counts(config.data, listing), *notes]:
+            console.print(f"  {note}", style="yellow", markup=False, highlight=False)
         clip, shape = _check_model(config, listing)
         check_constraints([*other_tasks, *listing.classes], **config.grouping.constraints)
         check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
@@ -317,7 +321,7 @@ def _check_space(name: str, path: Path) -> None:
 
 def _find_data(config: Config, storage: Storage) -> Listing:
     if config.data.root is None:
-        raise UserError("data.root is not set: give the folder of your images, <root>/<task>/<class>/*")
+        raise UserError("data.root is not set: give the folder of your images, <root>/<task>/<class>/*, or a table")
     root = Path(config.data.root).expanduser()
     if config.data.root == BUILTIN_DIGITS:
         root = storage.folder / "datasets" / "digits"
@@ -346,7 +350,8 @@ def check_methods(config: Config, listing: Listing, towers: ClipTowers, names: S
         method = VERSIONS[name].kind
         kind, batch = KINDS[method], training_of(method, config).batch_size
         kind.check(config, towers)
-        class_tokens(towers.tokenizer, kind.template(config), words, kind.num_carried(config))
+        templates = kind.templates(config, listing.classes)
+        class_tokens(towers.tokenizer, list(templates.values()), words, kind.num_carried(config))
         if workers > min(batch, num_classes):
             raise UserError(
                 f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "

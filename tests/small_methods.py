@@ -55,4 +55,5 @@ def with_frozen_features(towers, sets, config=CONFIG, seed=5):
 
 def tokens_for(name, towers, words_per_task):
     kind = KINDS[name]
-    return class_tokens(towers.tokenizer, kind.template(SMALL), words_per_task, kind.num_carried(SMALL))
+    template = kind.template(SMALL.clip.template)
+    return class_tokens(towers.tokenizer, template, words_per_task, kind.num_carried(SMALL))

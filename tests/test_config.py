@@ -9,8 +9,8 @@ import yaml
 
 from pipeline import config as config_module
 from pipeline.config import (
+    CONFIGS,
     DEMO_CONFIG,
-    REPOSITORY,
     Config,
     add_config_arguments,
     config_from_command_line,
@@ -48,7 +48,7 @@ def test_files_and_command_line_override_in_order(tmp_path):
     assert from_command_line("--clip.pretrained", "null").clip.pretrained is None
 
 
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_configs_in_the_repository_are_valid(file):
     parse_config(load_yaml(file))
 

@@ -28,13 +28,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pipelines import REPOSITORY
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipeline.clip.load import clip_identity, load_clip, towers_without_weights, weights_fingerprint
 from pipeline.config import (
     BUILTIN_DIGITS,
-    REPOSITORY,
     ClipConfig,
     Config,
     DataConfig,
@@ -452,8 +452,8 @@ def test_a_huge_class_names_file_is_not_read(tmp_path):
 @pytest.mark.parametrize("line", ["a/x/1\0.png 0", "a/x/\x1b[31m 0 0 x", "\x00"])
 def test_odd_list_lines_are_named(linked, line):
     (linked / "data/splits_mini").mkdir()
-    (linked / "data/splits_mini/a.txt").write_text(line)
-    with pytest.raises(UserError, match="a.txt:1: expected"):
+    (linked / "data/splits_mini/a_train.txt").write_text(line)
+    with pytest.raises(UserError, match="a_train.txt:1: expected"):
         find_images(DataConfig(), linked / "data")
 
 

@@ -17,7 +17,7 @@ from small_problem import CONFIG, TEST_COUNTS, small_problem, write_test_splits
 
 from pipeline.clip.load import load_clip, towers_without_weights, weights_fingerprint
 from pipeline.config import (
-    REPOSITORY,
+    CONFIGS,
     ClipConfig,
     Config,
     MapleConfig,
@@ -236,7 +236,7 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     assert loaded.num_parameters == sum(p.numel() for p in method.parameters())
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, KINDS[name].template(SMALL), [(words, method())])
+        original = Classifier(towers, KINDS[name].templates(SMALL, words), [(words, method())])
     again = loaded.classifier()
     for task in words:
         assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
@@ -294,7 +294,7 @@ def test_a_method_trains_as_its_authors_do_or_all_as_the_paper_compares():
     assert training_of("mmap", config) == training_of("joint_prompts", config) == config.training
     lora = training_of("clip_lora", config)
     assert (lora.optimizer, lora.learning_rate, lora.weight_decay) == ("adamw", 2e-4, 0.01)
-    alike = parse_config(load_yaml(REPOSITORY / "configs" / "paper_protocol.yaml"))
+    alike = parse_config(load_yaml(CONFIGS / "paper_protocol.yaml"))
     for name in TRAINED:
         own = training_of(name, alike) != alike.training
         assert own == (name in ("full", "bitfit")), name
@@ -392,7 +392,7 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
         assert len(stored[task]) == TEST_COUNTS[task]
     with torch.no_grad():
         method = built(name, towers, words)
-        classifier = Classifier(towers, KINDS[name].template(SMALL), [(words, method())])
+        classifier = Classifier(towers, KINDS[name].templates(SMALL, words), [(words, method())])
     from_images = evaluate(classifier, reader, tuple(words), threads=2)
     from_features = evaluate_features(classifier, reader, stored)
     for ours, expected in zip(from_features, from_images, strict=True):
@@ -517,7 +517,7 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     save_prompts(tmp_path / "trained.safetensors", trained)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, KINDS[name].template(config), [(words, method())], "bfloat16")
+        original = Classifier(towers, KINDS[name].templates(config, words), [(words, method())], "bfloat16")
     again = load_prompts(tmp_path / "trained.safetensors").classifier()
     assert torch.equal(again.probabilities("ink", pixels), original.probabilities("ink", pixels))
 

@@ -11,7 +11,7 @@ from small_clip import CLASS_WORDS, small_towers
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import towers_without_weights
-from pipeline.config import REPOSITORY, ClipConfig, MmapConfig, load_yaml
+from pipeline.config import CONFIGS, ClipConfig, MmapConfig, load_yaml
 from pipeline.errors import UserError
 from pipeline.methods.mmap import GroupMmap, MmapShape, MmapStack, SharedMmap, kronecker
 from pipeline.seeds import derive_seed
@@ -69,7 +69,7 @@ def test_parameter_counts_of_vit_b_16():
     one_group = GroupMmap(shape, ["a", "b", "c", "d"], seed=1)
     assert sum(p.numel() for p in one_group.parameters()) == 123_180
 
-    overlay = MmapConfig(**load_yaml(REPOSITORY / "configs" / "paper_parameters.yaml")["mmap"])
+    overlay = MmapConfig(**load_yaml(CONFIGS / "paper_parameters.yaml")["mmap"])
     small = MmapShape.of(overlay, towers)
     groups = [GroupMmap(small, tasks, seed=1) for tasks in (["a", "b", "c"], ["d"])]
     assert sum(p.numel() for group in groups for p in group.parameters()) == 129_384

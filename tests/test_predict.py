@@ -8,9 +8,10 @@ import sys
 
 import pytest
 from PIL import Image
+from pipelines import REPOSITORY
 
 from pipeline.clip.load import load_clip, weights_fingerprint
-from pipeline.config import BUILTIN_DIGITS, REPOSITORY, ClipConfig, Config, MmapConfig
+from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.methods.mmap import GroupMmap, MmapShape
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
 

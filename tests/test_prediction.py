@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import REPOSITORY
 
 import pipeline
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import BUILTIN_DIGITS, REPOSITORY, ClipConfig, Config, MmapConfig
+from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.data.images import evaluation_pixels
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError

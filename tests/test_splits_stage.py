@@ -2,16 +2,20 @@
 
 import io
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from pipeline.config import Config, parse_config
-from pipeline.data.parquet import SplitReader
+from pipeline.data.parquet import COLUMNS, SplitReader
 from pipeline.errors import UserError
 from pipeline.run import open_run
 from pipeline.stages import splits as stage
@@ -53,12 +57,12 @@ def ray_address():
     cluster.shutdown()
 
 
-def config_of(folder: Path, storage: str, max_dropped_share: float, ray_address: str) -> Config:
+def config_of(folder: Path, storage: str, ray_address: str, data: dict[str, Any]) -> Config:
     return parse_config(
         {
             "cluster": {"address": ray_address},
             "storage": str(folder / storage),
-            "data": {"root": str(folder / "data"), "shots": SHOTS, "max_dropped_share": max_dropped_share},
+            "data": {"root": str(folder / "data"), "shots": SHOTS, **data},
             "clip": {"model": str(folder / "tiny.json"), "pretrained": None},
         }
     )
@@ -71,9 +75,9 @@ def build(folder, ray_address, monkeypatch):
     # A few images in each scan: several workers take part.
     monkeypatch.setattr(stage, "IMAGES_PER_SCAN", 5)
 
-    def build(storage: str, max_dropped_share: float) -> tuple[SplitReader, str]:
+    def build(storage: str, max_dropped_share: float = 0.0, **data: Any) -> tuple[SplitReader, str]:
         printed = io.StringIO()
-        config = config_of(folder, storage, max_dropped_share, ray_address)
+        config = config_of(folder, storage, ray_address, {"max_dropped_share": max_dropped_share, **data})
         with open_run(config, Console(file=printed, width=300)) as run:
             return build_splits(run), printed.getvalue()
 
@@ -130,6 +134,73 @@ def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
     assert other.folder != reader.folder and other.folder.name == reader.folder.name
     assert bytes_of(other.folder) == files and len(files) == 2 * len(TASKS)
     assert (other.folder / "splits.json").read_bytes() == (reader.folder / "splits.json").read_bytes()
+
+
+def drawn(reader: SplitReader, split: str) -> set[tuple[str, str, str]]:
+    """Task, class and content of a split's images."""
+    description = reader.description
+    return {
+        (task, description.classes[task][row["label"]], row["sha256"])
+        for task in description.tasks
+        for row in reader.rows(split, task, ["label", "sha256"])
+    }
+
+
+def test_a_table_of_images_gives_the_splits_of_the_folders(build, folder):
+    files = sorted((folder / "data").glob("*/*/?.png"))
+    assert len(files) == NUM_IMAGES
+    table = pa.table(
+        {
+            "image": [file.read_bytes() for file in files],
+            "domain": [file.parts[-3] for file in files],
+            "label": [file.parts[-2] for file in files],
+        }
+    )
+    pq.write_table(table, folder / "all.parquet", row_group_size=7)
+    of_table, printed = build("table", root=str(folder / "all.parquet"), columns={"task": "domain"})
+    assert f"{len(TASKS)} tasks, {NUM_IMAGES} images" in printed
+    of_folders, _ = build("one", 2 / (NUM_IMAGES + 2))
+    for split in ("train", "test"):
+        assert drawn(of_table, split) == drawn(of_folders, split)
+    row = next(of_table.rows("test", "art", COLUMNS.names))
+    number = int(row["path"].removeprefix("all.parquet#"))
+    assert row["image"] == files[number].read_bytes()
+
+
+def test_given_splits_are_respected_and_told(build, folder):
+    lines = ["path,task,label,split"]
+    for file in sorted((folder / "data").glob("*/*/?.png")):
+        split = ("train", "train", "train", "test", "test", "val")[int(file.stem)]
+        lines.append(f"{file.relative_to(folder / 'data')},{file.parts[-3]},{file.parts[-2]},{split}")
+    (folder / "data/all.csv").write_text("\n".join(lines))
+    expected = {"expected_images": {"art": 12, "real world": 99}}
+    reader, printed = build("given", root=str(folder / "data/all.csv"), given_splits=True, **expected)
+    (folder / "data/all.csv").unlink()
+    assert "real world has 12 images, 99 are published: is the copy complete?" in printed
+    for split, numbers in (("train", {"0", "1", "2"}), ("test", {"3", "4"})):
+        paths = {row["path"] for task in TASKS for row in reader.rows(split, task, ["path"])}
+        assert len(paths) == 2 * len(TASKS) * len(CLASSES) and {Path(path).stem for path in paths} <= numbers
+    values = json.loads((reader.folder / "splits.json").read_text())
+    assert values["given_splits"] == {"training_images_not_drawn": 4, "images_of_neither_split": 4}
+    assert "4 training images not drawn, 4 images of neither split" in printed
+
+
+def test_hundreds_of_tasks(build, folder):
+    rng = np.random.default_rng(1)
+    lines = ["path,task,label"]
+    for task in range(200):
+        for name in CLASSES:
+            for number in range(3):
+                file = folder / f"many/{task}-{name}-{number}.png"
+                file.parent.mkdir(exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+                lines.append(f"{file.name},task {task},{name}")
+    (folder / "many/all.csv").write_text("\n".join(lines))
+    began = time.monotonic()
+    reader, printed = build("many", root=str(folder / "many/all.csv"))
+    assert time.monotonic() - began < 120
+    assert "200 tasks, 1200 images" in printed and "800 training and 400 test images" in printed
+    assert len(drawn(reader, "train")) == 800 and len(drawn(reader, "test")) == 400
 
 
 @pytest.mark.parametrize(("broken", "total"), [(1, 3), (29, 100), (1, 40_000), (2, 3), (7, 7)])

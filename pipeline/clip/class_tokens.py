@@ -36,8 +36,9 @@ class ClassTokens:
     eot: torch.Tensor
     """(R,) int64: position of EOT in the suffix."""
     classes_per_task: tuple[int, ...]
-    name_at: int
-    """Where class names begin in the suffix; 0 unless the template runs into them."""
+    name_at: tuple[int, ...]
+    """Where a task's class names begin in the suffix; 0 unless its template runs into them, or begins with more words
+    than another's."""
     first_row: int = 0
     """Place of the first of these rows among all classes."""
 
@@ -58,23 +59,30 @@ class ClassTokens:
 
 
 def class_tokens(
-    tokenizer: Tokenizer, template: str, words_per_task: Sequence[Sequence[str]], num_carried: int = 0
+    tokenizer: Tokenizer,
+    template: str | Sequence[str],
+    words_per_task: Sequence[Sequence[str]],
+    num_carried: int = 0,
 ) -> ClassTokens:
-    """Tokens of `template` filled with each class's words, for every task, that leave positions for `num_carried`
+    """Tokens of templates filled with each class's words, for every task, that leave positions for `num_carried`
     prompts.
+
+    Args:
+        template: text of a class in all tasks, or one for each task.
 
     Raises:
         UserError: a text is longer than the model's context, two classes of a task read the same to the tokenizer.
     """
+    templates = [template] * len(words_per_task) if isinstance(template, str) else template
     texts: list[list[list[int]]] = []
-    for words in words_per_task:
+    for own_template, words in zip(templates, words_per_task, strict=True):
         of_task: dict[tuple[int, ...], str] = {}
         for name in words:
-            ids = [tokenizer.sot_token_id, *tokenizer.encode(template.format(name)), tokenizer.eot_token_id]
+            ids = [tokenizer.sot_token_id, *tokenizer.encode(own_template.format(name)), tokenizer.eot_token_id]
             if len(ids) + num_carried > tokenizer.context_length:
                 beside = f" beside {num_carried} prompts" if num_carried else ""
                 raise UserError(
-                    f"class {name!r} takes {len(ids)} tokens in the template {template!r}{beside}; the model reads "
+                    f"class {name!r} takes {len(ids)} tokens in the template {own_template!r}{beside}; the model reads "
                     f"{tokenizer.context_length}: shorten it with data.class_names"
                 )
             if tuple(ids) in of_task:
@@ -85,8 +93,8 @@ def class_tokens(
             of_task[tuple(ids)] = name
         texts.append([list(ids) for ids in of_task])
 
-    name_at = 1 + len(tokenizer.encode(template.partition("{}")[0]))
-    shared = min(name_at, *(_common_prefix(of_task) for of_task in texts))
+    name_at = [1 + len(tokenizer.encode(own_template.partition("{}")[0])) for own_template in templates]
+    shared = min(*name_at, *(_common_prefix(of_task) for of_task in texts))
     rows = [ids[shared:] for of_task in texts for ids in of_task]
     suffix = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, ids in zip(suffix, rows):
@@ -96,7 +104,7 @@ def class_tokens(
         suffix=suffix,
         eot=torch.tensor([len(ids) - 1 for ids in rows]),
         classes_per_task=tuple(len(of_task) for of_task in texts),
-        name_at=name_at - shared,
+        name_at=tuple(at - shared for at in name_at),
     )
 
 

@@ -2,8 +2,10 @@
 
 Layouts:
 - `folders`: <root>/<task>/<class>/<any depth>/image;
+- `split_folders`: <root>/<task>/<split>/<class>/... or <root>/<split>/<task>/<class>/..., splits train, test, val;
+- `manifest`: a table with a row for each image (manifest.py);
 - `office_home`: the published archive, with or without its top folder;
-- `mini_domainnet`: DomainNet's folders; the images are those of the lists splits_mini/*.txt.
+- `mini_domainnet`, `domainnet`, `pacs`: folders with image lists (lists.py).
 
 Everything is ordered by name, so that no file system's own order reaches a result. Links are followed, except
 those that lead back to a folder they lie in; those that lead out of data.root are refused, unless they may.
@@ -14,33 +16,43 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import unicodedata
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import DataConfig, read_text
+from pipeline.config import DataConfig, given_or_shipped, read_text
+from pipeline.data.given_splits import SPLIT_WORDS, Found, GivenSplit
+from pipeline.data.links import Links
+from pipeline.data.lists import LIST_LAYOUTS, read_lists
+from pipeline.data.manifest import SUFFIXES, read_manifest
+from pipeline.data.names import plain_name, printable, some
 from pipeline.errors import UserError, escaped
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".avif"}
 )
 OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
+MINI_DOMAINNET_LISTS = LIST_LAYOUTS["mini_domainnet"].lists[0]
 OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")
-MINI_DOMAINNET_LISTS = "splits_mini"
+WHOLE_FOLDER = "full"
+"""Beside split folders, VLCS as Dassl has it keeps all images once more under this name."""
 MAX_CLASS_LINE = 1000
 
 
 @dataclass(frozen=True)
 class ImageFile:
     path: str
-    """Relative to the root, with forward slashes."""
+    """Relative to the root, with forward slashes; `<file>#<row>` for one in a Parquet file."""
     task: str
     class_folder: str
     size: int
-    """Bytes; 0 for a file that is not there, which is for the scan to report."""
+    """Bytes of its file; 0 for a file that is not there, which is for the scan to report."""
     modified_ns: int
+    given_split: GivenSplit | None = None
+    """Where given splits are respected: train or test."""
+    row_group: int | None = None
+    """Of an image in a Parquet file; those of one group are read together."""
 
 
 @dataclass(frozen=True)
@@ -58,57 +70,94 @@ class Listing:
     ignored: tuple[str, ...]
     left_out_classes: tuple[str, ...]
     """Class folders that data.class_names does not list, as task/class."""
+    in_neither_split: dict[str, int] = field(default_factory=dict)
+    """Task → images for validation, or for no split, which are left out where given splits are respected."""
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and times: changes when a file may have, without reading it."""
         digest = hashlib.sha256()
         for image in self.images:
             line = f"{image.path}\0{image.size}\0{image.modified_ns}\n"
+            if self.layout == "manifest":  # elsewhere the path says both
+                line += f"{image.task}\0{image.class_folder}\n"
+            if image.given_split:
+                line += f"{image.given_split}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
         digest.update(repr((sorted(self.classes.items()), sorted(self.class_words.items()))).encode())
         return digest.hexdigest()
 
 
 def find_images(config: DataConfig, root: Path) -> Listing:
-    """Listing of `root` by `config` (layout, tasks, class_names).
+    """Listing of `root` by `config` (layout, tasks, class_names, given_splits).
 
     Raises:
         UserError: root missing, no tasks, a task or class that is asked for and not there, links that lead out of
-            root, a folder name that is not plain text, or the same as another's.
+            root, a folder name that is not plain text, or the same as another's, rows of a manifest that cannot be
+            used, no splits where they are asked for.
     """
-    if not root.is_dir():
-        raise UserError(f"data.root={root} is not a folder on this machine")
-    links = _Links(root, config.links_out_of_root)
-    layout, root = _recognise(config.layout, root)
+    if not root.is_dir() and not root.is_file():  # a pipe is neither
+        raise UserError(f"data.root={root} is not a folder or file on this machine")
+    manifest, root = root, root if root.is_dir() else root.parent
+    links = Links(root, config.links_out_of_root)
+    layout, root = _recognise(config.layout, manifest, root)
     links.leads_out(root)
-    if layout == "mini_domainnet":
-        files, ignored = _listed_files(root, links), []
-    else:
-        files, ignored = _walk(root, links)
     selected_tasks = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
-    links.refuse(root, selected_tasks)
-    words_of = read_class_names(Path(config.class_names).expanduser()) if config.class_names else None
+    class_names = _ClassNames(config.class_names)
+    ignored: list[str] = []
+    places: dict[str, str] = {}
+    if layout == "manifest":
+        wanted = None if selected_tasks is None else [plain_name(task, "task") for task in selected_tasks]
+        files, places = read_manifest(
+            manifest,
+            root,
+            dict[str, str](config.columns.items()),
+            wanted,
+            class_names.order,
+            config.given_splits,
+            links,
+        )
+        links.refuse(root)
+    else:
+        if layout in LIST_LAYOUTS:
+            files = read_lists(layout, root, links)
+            root = LIST_LAYOUTS[layout].images_root(root)
+        else:
+            files, ignored = _walk(root, links, _folder_roles(layout, root))
+        links.refuse(root, None if layout == "split_folders" else selected_tasks)
 
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, dict[str, list[Found]]] = {}
+    in_neither_split: Counter[str] = Counter()
     folder_of: dict[tuple[str, ...], str] = {}
-    for path, task_folder, class_folder in files:
-        task, name = _folder_name(task_folder), _folder_name(class_folder)
+    for file in files:
+        task, name = plain_name(file.task), plain_name(file.class_folder)
         # Tasks name files of the results, which other file systems must be able to hold.
-        for key, folder in (((task.casefold(),), task_folder), ((task, name), class_folder)):
+        for key, folder in (((task.casefold(),), file.task), ((task, name), file.class_folder)):
             if (other := folder_of.setdefault(key, folder)) != folder:
+                what = "names" if layout == "manifest" else "folders"
                 raise UserError(
-                    f"the folders {other!a} and {folder!a} under {root} differ only in case or in the form of their "
+                    f"the {what} {other!a} and {folder!a} under {root} differ only in case or in the form of their "
                     "Unicode characters; rename one"
                 )
         of_class = found.setdefault(task, {}).setdefault(name, [])
-        if path:
-            of_class.append(path)
-    tasks = sorted({_folder_name(task) for task in selected_tasks} if selected_tasks else found)
+        if not file.path:
+            continue
+        if config.given_splits and file.split not in ("train", "test"):
+            in_neither_split[task] += 1
+        else:
+            of_class.append(file)
+    if config.given_splits and not any(file.split in ("train", "test") for file in files):
+        raise UserError(
+            f"data.given_splits=true, and {manifest} has no splits: image lists, a manifest with a column `split`, or "
+            "folders <task>/train/<class> and <task>/test/<class> have; without them: --data.given_splits false"
+        )
+    tasks = sorted({plain_name(task) for task in selected_tasks} if selected_tasks else found)
+    if selected_tasks is None:
+        class_names.refuse_others(found)
     missing = [task for task in tasks if task not in found]
     if missing:
         raise UserError(
             f"data.tasks: {', '.join(missing)} not found under {root}; "
-            f"found: {_some(sorted(found)) or 'no <task>/<class> folders'}"
+            f"found: {some(sorted(found)) or 'no <task>/<class> folders'}"
         )
     if not tasks:
         raise UserError(f"data.root={root} holds no <task>/<class>/<image> folders")
@@ -118,11 +167,12 @@ def find_images(config: DataConfig, root: Path) -> Listing:
     images: list[ImageFile] = []
     for task in tasks:
         of_task = found[task]
+        words_of = class_names.of(task)
         if words_of is not None:
             absent = [name for name in words_of if name not in of_task]
             if absent:
                 raise UserError(
-                    f"{config.class_names} lists classes that task {task!r} does not have: {_some(absent)} "
+                    f"{class_names.file_of(task)} lists classes that task {task!r} does not have: {some(absent)} "
                     f"({root / task})"
                 )
             left_out += [f"{task}/{name}" for name in sorted(of_task) if name not in words_of]
@@ -132,66 +182,85 @@ def find_images(config: DataConfig, root: Path) -> Listing:
                 f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
             )
         for class_folder in classes[task]:
-            for path in of_task[class_folder]:
-                images.append(ImageFile(path, task, class_folder, *_size_and_time(root, path, links)))
-    links.refuse(root, tasks)
-    folders = sorted({name for names in classes.values() for name in names})
-    class_words = words_of or {name: name.replace("_", " ") for name in folders}
+            for file in of_task[class_folder]:
+                size, modified_ns, row_group = file.table or (*_size_and_time(root, file.path, links), None)
+                split = file.split if config.given_splits else None
+                images.append(ImageFile(file.path, task, class_folder, size, modified_ns, split, row_group))
+    links.refuse(root, None if layout in ("manifest", "split_folders") else tasks)
+    _refuse_missing(images, places, manifest, config.max_dropped_share)
     images.sort(key=lambda image: image.path)
     return Listing(
         root,
         layout,
         tuple(images),
         classes,
-        {name: class_words[name] for name in folders},
+        class_names.words(classes),
         tuple(sorted(printable(path) for path in ignored)),
         tuple(left_out),
+        {task: in_neither_split[task] for task in tasks if in_neither_split[task]},
     )
 
 
-class _Links:
-    """Which of the paths under a root lead out of it by a link, unless they may."""
-
-    def __init__(self, root: Path, may_lead_out: bool):
-        self._root, self._may = root, may_lead_out
-        self._real = os.path.realpath(root)
-        self._out: dict[str, str] = {}
-
-    def leads_out(self, path: str | Path, real: str | None = None) -> bool:
-        """Whether it does, to be refused then; `real`: its real path, if that is known."""
-        real = real or os.path.realpath(path)
-        if self._may or os.path.commonpath((self._real, real)) == self._real:
-            return False
-        self._out[str(path)] = real
-        return True
-
-    def refuse(self, root: Path, tasks: Collection[str] | None = None) -> None:
-        """Raises: UserError: links that lead out, in the folders of `tasks` below `root`, and at `root` itself."""
-        ways = [
-            f"{printable(os.path.relpath(path, self._root))} → {printable(real)}"
-            for path, real in sorted(self._out.items())
-            if tasks is None or Path(path) == root or Path(path).relative_to(root).parts[0] in tasks
-        ]
-        if ways:
-            raise UserError(
-                f"links lead out of data.root={self._root}: {_some(ways)}; put in their places what they lead to, or "
-                "allow them all with --data.links_out_of_root true"
-            )
+def unexpected_counts(config: DataConfig, listing: Listing) -> list[str]:
+    """What of `config.expected_images` the listing's tasks do not have, a sentence each."""
+    counts = Counter(image.task for image in listing.images) + Counter(listing.in_neither_split)
+    notes = []
+    for name, expected in (config.expected_images or {}).items():
+        tasks = name.split(" + ")
+        count = sum(counts[task] for task in tasks)
+        if all(task in listing.classes for task in tasks) and count != expected:
+            has = "has" if len(tasks) == 1 else "have"
+            notes.append(f"{name} {has} {count:,} images, {expected:,} are published: is the copy complete?")
+    return notes
 
 
-def printable(path: str) -> str:
-    """The path as one line of plain text, of which no two paths have the same: what is not plain is escaped, and
-    backslashes are doubled."""
-    return escaped(path.replace("\\", "\\\\"))
+class _ClassNames:
+    """The files of data.class_names.
 
+    Raises:
+        UserError: as `read_class_names`.
+    """
 
-def name_fault(path: str) -> str | None:
-    """Why a name cannot be stored and told as it is, or None."""
-    if path == printable(path):
-        return None
-    if path == path.encode("utf-8", "replace").decode():
-        return "holds control characters or a backslash"
-    return "is not UTF-8"
+    def __init__(self, given: str | dict[str, str] | None):
+        self._file = given if isinstance(given, str) else None
+        self._file_of_task = {
+            plain_name(task, "task"): file for task, file in (given if isinstance(given, dict) else {}).items()
+        }
+        files = {file for file in (self._file, *self._file_of_task.values()) if file is not None}
+        self._read = {file: read_class_names(given_or_shipped(Path(file).expanduser())) for file in sorted(files)}
+
+    @property
+    def order(self) -> list[str] | None:
+        """The classes of all tasks, in the order of their file."""
+        return None if self._file is None else list(self._read[self._file])
+
+    def file_of(self, task: str) -> str | None:
+        return self._file_of_task.get(task, self._file)
+
+    def of(self, task: str) -> dict[str, str] | None:
+        """Class folder → words; None: no file says."""
+        file = self.file_of(task)
+        return None if file is None else self._read[file]
+
+    def refuse_others(self, tasks: Collection[str]) -> None:
+        """Raises: UserError: a file for none of the tasks."""
+        if others := sorted(self._file_of_task.keys() - tasks):
+            raise UserError(f"data.class_names: there is no task {', '.join(others)}; found: {some(sorted(tasks))}")
+
+    def words(self, classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
+        """Class folder → words, for all classes of all tasks, sorted. Raises: UserError: two tasks differ in them."""
+        words: dict[str, tuple[str, str]] = {}
+        for task, names in classes.items():
+            of_task = self.of(task) or {}
+            for name in names:
+                own = of_task.get(name, name.replace("_", " "))
+                other, before = words.setdefault(name, (task, own))
+                if before != own:
+                    raise UserError(
+                        f"data.class_names: the class {name!r} is {before!r} in task {other!r} and {own!r} in task "
+                        f"{task!r}; a folder's name must mean the same in all tasks, so give both the same words"
+                    )
+        return {name: own for name, (_, own) in sorted(words.items())}
 
 
 def read_class_names(path: Path) -> dict[str, str]:
@@ -212,7 +281,7 @@ def read_class_names(path: Path) -> dict[str, str]:
                 f"{path}:{number}: expected `folder` or `folder<TAB>words` of up to {MAX_CLASS_LINE} plain "
                 f"characters, got {line[:MAX_CLASS_LINE]!r}"
             )
-        folder = _folder_name(folder)
+        folder = plain_name(folder)
         if folder in words:
             raise UserError(f"{path}:{number}: class {folder!r} is listed twice")
         words[folder] = text.strip() or folder.replace("_", " ")
@@ -221,27 +290,93 @@ def read_class_names(path: Path) -> dict[str, str]:
     return words
 
 
-def _recognise(layout: str, root: Path) -> tuple[str, Path]:
+def _recognise(layout: str, given: Path, root: Path) -> tuple[str, Path]:
+    """The layout, and where its images or lists are.
+
+    Args:
+        given: data.root, a folder or a file.
+        root: that folder, or the file's.
+    """
     nested = root / OFFICE_HOME_FOLDER
-    if layout == "auto":
-        _, folders, _ = next(os.walk(root, onerror=_cannot_read))
+    if given.is_file() and layout not in ("auto", "manifest"):
+        raise UserError(f"data.root={given} is a file, data.layout={layout} needs a folder")
+    if given.is_file() and given.suffix.lower() not in SUFFIXES:
+        raise UserError(f"data.root={given} is no folder and no manifest ({', '.join(SUFFIXES)})")
+    if given.is_file():
+        layout = "manifest"
+    elif layout == "auto":
+        folders = _subfolders(root)
         if (root / MINI_DOMAINNET_LISTS).is_dir():
             layout = "mini_domainnet"
-        elif nested.is_dir() or {name for name in folders if name[0] != "."} == set(OFFICE_HOME_TASKS):
+        elif nested.is_dir() or set(folders) == set(OFFICE_HOME_TASKS):
             layout = "office_home"
+        elif LIST_LAYOUTS["pacs"].files(root):
+            layout = "pacs"
+        elif LIST_LAYOUTS["domainnet"].files(root):
+            layout = "domainnet"
+        elif not folders and any(root.glob("*.parquet")):
+            layout = "manifest"
+        elif _split_roles(root, folders):
+            layout = "split_folders"
         else:  # also Office-Home with a task of the user's own beside it
             layout = "folders"
     if layout == "office_home" and nested.is_dir():
         root = nested
-    if layout == "mini_domainnet" and not (root / MINI_DOMAINNET_LISTS).is_dir():
-        raise UserError(f"data.layout=mini_domainnet needs image lists, {root / MINI_DOMAINNET_LISTS}/*.txt")
     return layout, root
 
 
-def _walk(root: Path, links: _Links) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """(path, task, class folder) of all images, with an empty path for a class folder itself; other files."""
-    files: list[tuple[str, str, str]] = []
+Roles = tuple[str, ...]
+"""What the folders above an image are, from the root: task, split, class."""
+
+
+def _folder_roles(layout: str, root: Path) -> Roles:
+    if layout != "split_folders":
+        return ("task", "class")
+    roles = _split_roles(root, _subfolders(root))
+    if roles is None:
+        raise UserError(
+            f"data.layout=split_folders needs {root}/<task>/<split>/<class> or {root}/<split>/<task>/<class>, with "
+            f"train among the splits and nothing else beside them: {', '.join(SPLIT_WORDS)}"
+        )
+    return roles
+
+
+def _split_roles(root: Path, folders: Sequence[str]) -> Roles | None:
+    """None: there are no folders of splits.
+
+    Raises:
+        UserError: folders of splits without tasks.
+    """
+    if len(folders) > 1 and _are_splits(folders):
+        (train,) = [name for name in folders if SPLIT_WORDS.get(name.lower()) == "train"][:1]
+        if not any(_subfolders(root / train / name) for name in _subfolders(root / train)):
+            raise UserError(
+                f"{root} has the folders {', '.join(folders)}: splits, but of which task? Put them into a folder with "
+                "the task's name, <root>/<task>/<split>/<class>/*, and give what that folder is in as data.root. If "
+                "they are tasks: --data.layout folders"
+            )
+        return ("split", "task", "class")
+    if folders and all(_are_splits(_subfolders(root / task)) for task in folders):
+        return ("task", "split", "class")
+    return None
+
+
+def _are_splits(folders: Sequence[str]) -> bool:
+    words = {name.lower() for name in folders} - {WHOLE_FOLDER}
+    return words <= SPLIT_WORDS.keys() and "train" in {SPLIT_WORDS[word] for word in words}
+
+
+def _subfolders(folder: Path) -> list[str]:
+    _, names, _ = next(os.walk(folder, onerror=_cannot_read))
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _walk(root: Path, links: Links, roles: Roles) -> tuple[list[Found], list[str]]:
+    """All images, and with an empty path the class folders themselves; other files."""
+    files: list[Found] = []
     ignored: list[str] = []
+    depth, task_at, class_at = len(roles), roles.index("task"), roles.index("class")
+    split_at = roles.index("split") if "split" in roles else None
     lies_in: dict[str, frozenset[str]] = {str(root): frozenset()}  # folder → all real folders above it
     for folder, subfolders, names in os.walk(root, onerror=_cannot_read, followlinks=True):
         parts = Path(folder).relative_to(root).parts
@@ -251,18 +386,19 @@ def _walk(root: Path, links: _Links) -> tuple[list[tuple[str, str, str]], list[s
         for name in sorted(name for name in subfolders if not name.startswith(".")):
             path = os.path.join(folder, name)
             real_path = os.path.realpath(path)
-            if real_path in above:
+            if real_path in above or (len(parts) == split_at and name.lower() == WHOLE_FOLDER):
                 ignored.append("/".join((*parts, name)))
             elif not links.leads_out(path, real_path):
                 further.append(name)
                 lies_in[path] = above
         subfolders[:] = further
-        if len(parts) == 2:
-            files.append(("", parts[0], parts[1]))
+        split = SPLIT_WORDS[parts[split_at].lower()] if split_at is not None and len(parts) > split_at else None
+        if len(parts) == depth:
+            files.append(Found("", parts[task_at], parts[class_at]))
         for name in sorted(names):
             path = "/".join((*parts, name))
-            if len(parts) >= 2 and Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                files.append((path, parts[0], parts[1]))
+            if len(parts) >= depth and Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                files.append(Found(path, parts[task_at], parts[class_at], split))
             else:
                 ignored.append(path)
     return files, ignored
@@ -272,37 +408,7 @@ def _cannot_read(error: OSError) -> None:
     raise UserError(f"cannot read {printable(str(error.filename))}: {error.strerror}")
 
 
-@lru_cache(maxsize=4096)
-def _folder_name(name: str) -> str:
-    """A task's or class's name, the same on every file system: some store é as e and an accent."""
-    if fault := name_fault(name) or ("begins or ends with a space" if name != name.strip() else None):
-        raise UserError(f"the folder name '{printable(name)}' {fault}; rename it")
-    return unicodedata.normalize("NFC", name)
-
-
-def _listed_files(root: Path, links: _Links) -> list[tuple[str, str, str]]:
-    """The union of Dassl's lists: `clipart/aircraft_carrier/x.jpg 0` a line, file name <task>_<split>.txt."""
-    lists = sorted((root / MINI_DOMAINNET_LISTS).glob("*.txt"))
-    if not lists:
-        raise UserError(f"no *.txt lists in {root / MINI_DOMAINNET_LISTS}")
-    paths: set[str] = set()
-    for file in lists:
-        if links.leads_out(file):
-            links.refuse(root)
-        for number, line in enumerate(read_text(file, str(file), "surrogateescape").split("\n"), 1):
-            if not line.strip():
-                continue
-            path, _, label = line.strip().rpartition(" ")
-            parts = path.split("/")
-            if len(parts) < 3 or not label.isdigit() or not {"", ".", ".."}.isdisjoint(parts) or "\0" in path:
-                raise UserError(f"{file}:{number}: expected `task/class/image label`, got {line[:MAX_CLASS_LINE]!r}")
-            paths.add(path)
-    for folder in {path.rpartition("/")[0] for path in paths}:
-        links.leads_out(root / folder)
-    return [(path, *path.split("/")[:2]) for path in sorted(paths)]
-
-
-def _size_and_time(root: Path, path: str, links: _Links) -> tuple[int, int]:
+def _size_and_time(root: Path, path: str, links: Links) -> tuple[int, int]:
     try:
         status = os.lstat(root / path)
         if stat.S_ISLNK(status.st_mode):
@@ -313,6 +419,13 @@ def _size_and_time(root: Path, path: str, links: _Links) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _some(names: Iterable[str], limit: int = 10) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _refuse_missing(images: Sequence[ImageFile], places: dict[str, str], manifest: Path, allowed: float) -> None:
+    """Raises: UserError: a manifest names more files that are not there than may be dropped."""
+    missing = [image.path for image in images if not image.modified_ns and image.path in places]
+    if len(missing) > allowed * len(images):
+        named = "\n  ".join(f"{places[path]}: {printable(path)}" for path in missing[:10])
+        more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise UserError(
+            f"{len(missing)} of {len(images)} images of {manifest} are not there, more than "
+            f"data.max_dropped_share={allowed:g} allows:\n  {named}{more}\nPaths are relative to the manifest's folder"
+        )

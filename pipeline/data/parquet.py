@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
-from pipeline.data.find import name_fault, printable
-from pipeline.data.images import BrokenImage, decode_rgb, read_image
+from pipeline.data.images import BrokenImage, decode_rgb
+from pipeline.data.names import name_fault, printable
 from pipeline.data.splits import ScannedImage
+from pipeline.data.table_images import image_bytes
 from pipeline.errors import UserError, escaped
 
 ROW_GROUP_BYTES = 16 << 20
@@ -85,19 +86,19 @@ class Part:
 
 
 def scan_image(root: Path, path: str, task: str, class_folder: str) -> ScannedImage:
-    """Reads and decodes one file; what is wrong with it goes into `error`."""
+    """Reads and decodes one image of a listing; what is wrong with it goes into `error`."""
     data, error = b"", None
     try:
         if fault := name_fault(path):
             error = f"the file name {fault}"
         else:
-            data = read_image(root / path)
+            data = image_bytes(root, path)
             decode_rgb(data)
     except OSError as fault:
         error = f"cannot be read: {fault.strerror}"
     except BrokenImage as fault:
         error = escaped(str(fault))
-    return ScannedImage(printable(path), task, class_folder, hashlib.sha256(data).hexdigest(), error)
+    return ScannedImage(printable(path), task, class_folder, hashlib.sha256(data).hexdigest(), error, len(data))
 
 
 def plan_parts(images: Sequence[ScannedImage], split: Split, sizes: dict[str, int]) -> list[Part]:
@@ -181,9 +182,10 @@ def _digest(rows: Sequence[dict[str, object]]) -> str:
 
 def _read_unchanged(root: Path, image: ScannedImage) -> bytes:
     try:
-        data = (root / image.path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{root / image.path} cannot be read any more: {error.strerror}; run again") from None
+        data = image_bytes(root, image.path)
+    except (OSError, BrokenImage) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{root / image.path} cannot be read any more: {reason}; run again") from None
     if hashlib.sha256(data).hexdigest() != image.sha256:
         raise UserError(f"{root / image.path} changed while the splits were built; run again")
     return data

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.data.given_splits import GivenSplit
 from pipeline.errors import UserError
 
 
@@ -24,11 +25,16 @@ class ScannedImage:
     class_folder: str
     sha256: str
     error: str | None = None
+    size: int = 0
+    """Bytes, where somebody needs them."""
+    given_split: GivenSplit | None = None
+    """None: it may train or test."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Images of both splits, sorted by path; `copies`: (path, path of the training image that it copies)."""
+    """Images of both splits, sorted by path; `copies`: (path, path of the training image that it copies). Images that
+    are given to train and were not drawn are in neither."""
 
     train: tuple[ScannedImage, ...]
     test: tuple[ScannedImage, ...]
@@ -38,7 +44,8 @@ class Splits:
 def sample_splits(
     images: Iterable[ScannedImage], classes: Mapping[str, Sequence[str]], shots: int, seed: int
 ) -> Splits:
-    """Draws `shots` training images of each class of each task from decodable `images`; the rest tests.
+    """Draws `shots` training images of each class of each task from decodable `images`; the rest tests. Of images with
+    a given split only those of train are drawn, and only those of test test.
 
     Raises:
         UserError: naming every class that cannot give `shots` training images and one test image.
@@ -53,12 +60,16 @@ def sample_splits(
     train: dict[str, ScannedImage] = {}  # path → image
     training_path: dict[str, str] = {}  # content → path of a training image
     for (task, name), members in by_class.items():
+        may_train = [image for image in members if image.given_split in (None, "train")]
         # Of copies, the first path stands for all.
-        distinct = {image.sha256: image for image in reversed(members)}
-        if len(distinct) <= shots:
-            num_copies = len(members) - len(distinct)
+        distinct = {image.sha256: image for image in reversed(may_train)}
+        one_tests = not any(image.given_split == "test" for image in members)
+        if len(distinct) < shots + one_tests:
+            num_copies = len(may_train) - len(distinct)
             and_copies = f" and {num_copies} exact copies of them" if num_copies else ""
-            too_few.append(f"{task}/{name} has {len(distinct)} image(s){and_copies}")
+            given = [image.given_split for image in members]
+            of_splits = f", {given.count('train')} to train and {given.count('test')} to test" if any(given) else ""
+            too_few.append(f"{task}/{name} has {len(distinct)} image(s){and_copies}{of_splits}")
             continue
         for image in sorted(distinct.values(), key=lambda image: _rank(seed, image))[:shots]:
             train[image.path] = image
@@ -73,7 +84,7 @@ def sample_splits(
     test: list[ScannedImage] = []
     copies: list[tuple[str, str]] = []
     for (task, name), members in by_class.items():
-        rest = [image for image in members if image.path not in train]
+        rest = [image for image in members if image.path not in train and image.given_split != "train"]
         of_class = [image for image in rest if image.sha256 not in training_path]
         if not of_class:
             only_copies.append(

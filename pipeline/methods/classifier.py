@@ -15,7 +15,7 @@ from pipeline.methods.adaptation import Adaptation
 class Classifier:
     """
     Args:
-        template: text of a class, as the method takes it.
+        template: text of a class, as the method takes it: in all tasks, or task → text.
         groups: for each group of tasks, task → words of its classes by label, and the group's adaptation, whose tasks
             have the same order; `Adaptation()` is zero-shot CLIP.
     """
@@ -24,7 +24,7 @@ class Classifier:
     def __init__(
         self,
         towers: ClipTowers,
-        template: str,
+        template: str | Mapping[str, str],
         groups: Sequence[tuple[Mapping[str, Sequence[str]], Adaptation]],
         precision: str = "auto",
     ):
@@ -33,7 +33,8 @@ class Classifier:
         self._image_features_like: dict[str, str] = {}
         """Task → the first task whose images have the same features."""
         for words, adaptation in groups:
-            tokens = class_tokens(towers.tokenizer, template, list(words.values())).to(towers.device)
+            templates = template if isinstance(template, str) else [template[task] for task in words]
+            tokens = class_tokens(towers.tokenizer, templates, list(words.values())).to(towers.device)
             with autocast(towers.device, precision):
                 z = adaptation.encode_text(towers, tokens)
             for at, (task, of_task) in enumerate(zip(words, z.split(tokens.classes_per_task))):
@@ -57,21 +58,32 @@ class Classifier:
         features: dict[str, torch.Tensor] = {}
         logits = {}
         for task in tasks:
-            adaptation, text_features = self._of_task[task]
-            like = self._image_features_like[task]
-            with autocast(self.towers.device, self.precision):
-                if like not in features:
-                    features[like] = adaptation.image_tower(self.towers, images, [len(images)])
-                x = adaptation.adapt(features[like])
-            logits[task] = adaptation.logits(self.towers, x, text_features)
+            like = self.image_features_like(task)
+            if like not in features:
+                with autocast(self.towers.device, self.precision):
+                    features[like] = self.adaptation(task).image_tower(self.towers, images, [len(images)])
+            logits[task] = self.logits_of_tower(task, features[like])
         return logits
+
+    def adaptation(self, task: str) -> Adaptation:
+        """Of this task alone."""
+        return self._of_task[task][0]
+
+    def image_features_like(self, task: str) -> str:
+        """The first task for whose images the image tower gives the same features."""
+        return self._image_features_like[task]
+
+    @torch.inference_mode()
+    def logits_of_tower(self, task: str, features: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C) of features (B, E) that the image tower gave for this task."""
+        adaptation, text_features = self._of_task[task]
+        with autocast(self.towers.device, self.precision):
+            x = adaptation.adapt(features)
+        return adaptation.logits(self.towers, x, text_features)
 
     @torch.inference_mode()
     def probabilities_of_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
         """Class probabilities (B, C) of features (B, E) by the frozen image tower, where the method does not change
         it."""
-        adaptation, text_features = self._of_task[task]
-        assert not adaptation.changes_images
-        with autocast(self.towers.device, self.precision):
-            x = adaptation.adapt(features.to(self.towers.device))
-        return adaptation.logits(self.towers, x, text_features).softmax(dim=1)
+        assert not self.adaptation(task).changes_images
+        return self.logits_of_tower(task, features.to(self.towers.device)).softmax(dim=1)

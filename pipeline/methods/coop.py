@@ -26,6 +26,6 @@ class Coop(nn.Module):
         return Adaptation(text_prompts=self.context.expand(len(self.tasks), 1, -1, -1), text_carried=True)
 
     @staticmethod
-    def template(config: Config) -> str:
+    def template(of_config: str) -> str:
         """The context stands for all words but the class name."""
         return "{}."

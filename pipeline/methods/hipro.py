@@ -28,6 +28,9 @@ from pipeline.seeds import normal
 class HiPro(nn.Module):
     """Until `plant` is called, all affinities count as equal."""
 
+    below: torch.Tensor
+    """(N, T) bool: which tasks are at or below each node."""
+
     def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
         self.tasks = tuple(words)
@@ -56,6 +59,7 @@ class HiPro(nn.Module):
             suffix=tokens.suffix[repeated],
             eot=tokens.eot[repeated],
             classes_per_task=tuple(len(rows[task]) for task, _ in pairs),
+            name_at=tuple(tokens.name_at[task] for task, _ in pairs),
         )
         contexts = torch.stack([self.contexts[node] for _, node in pairs])[:, None]
         z = F.normalize(towers.encode_text(of_pairs, contexts, carried=True), dim=-1)

@@ -24,6 +24,9 @@ TEMPERATURE = 2.0
 
 
 class Lamm(nn.Module):
+    start: torch.Tensor
+    """CLIP's own `embeddings`."""
+
     def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
         self.tasks = tuple(words)
@@ -48,8 +51,8 @@ class Lamm(nn.Module):
         (towers,) = self._towers
         suffix = towers.token_embedding(tokens.suffix)
         trained = self.embeddings[self.row_of_class[tokens.first_row :][: len(suffix)]]
-        behind = tokens.name_at + trained.shape[1]
-        return torch.cat([suffix[:, : tokens.name_at], trained.to(suffix.dtype), suffix[:, behind:]], dim=1)
+        texts = zip(suffix.split(tokens.classes_per_task), trained.split(tokens.classes_per_task), tokens.name_at)
+        return torch.cat([_with_names(of_task, names.to(suffix.dtype), at) for of_task, names, at in texts])
 
     def _of_images(
         self, x: torch.Tensor, frozen_x: torch.Tensor, logits: torch.Tensor, frozen_logits: torch.Tensor
@@ -60,3 +63,8 @@ class Lamm(nn.Module):
 
     def _of_texts(self, z: torch.Tensor, frozen_z: torch.Tensor) -> torch.Tensor:
         return self.options.text_weight * (1 - (z * frozen_z).sum(1))
+
+
+def _with_names(suffix: torch.Tensor, names: torch.Tensor, at: int) -> torch.Tensor:
+    """(C, S, D), of which (C, k, D) from `at` on are `names`."""
+    return torch.cat([suffix[:, :at], names, suffix[:, at + names.shape[1] :]], dim=1)

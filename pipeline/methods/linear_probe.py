@@ -1,7 +1,7 @@
 """Linear probe: a weight vector for each class on the frozen image features, which starts as the class's text feature
 (as in Wortsman et al., CVPR 2022), compared by cosine like it.
 
-Classes with the same words share theirs, also across tasks.
+Classes with the same text share theirs, also across tasks.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.distinct_words import distinct_words
 
 
 class LinearProbe(nn.Module):
     def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
         self.tasks = tuple(words)
-        names, self.row_of_class = distinct_words(words)
-        tokens = class_tokens(towers.tokenizer, config.clip.template, [names]).to(towers.device)
+        texts: dict[str, dict[str, None]] = {}  # template → its classes' words
+        for task, of_task in words.items():
+            texts.setdefault(config.clip.template_of(task), {}).update(dict.fromkeys(of_task))
+        rows = {text: row for row, text in enumerate((of, name) for of, names in texts.items() for name in names)}
+        self.row_of_class = [rows[config.clip.template_of(task), name] for task in words for name in words[task]]
+        tokens = class_tokens(towers.tokenizer, list(texts), [list(names) for names in texts.values()])
+        tokens = tokens.to(towers.device)
         with torch.no_grad(), autocast(towers.device, config.clip.precision):
             features = towers.encode_text(tokens)
         self.weights = nn.Parameter(features.to(torch.promote_types(features.dtype, torch.float32)))  # (C, E)

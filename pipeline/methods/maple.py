@@ -50,6 +50,6 @@ class Maple(nn.Module):
             raise UserError(f"maple.depth={config.maple.depth}: the shallower tower has {deepest} layers")
 
     @staticmethod
-    def template(config: Config) -> str:
+    def template(of_config: str) -> str:
         """The prompts stand for the words before the class name."""
-        return "{}" + config.clip.template.partition("{}")[2]
+        return "{}" + of_config.partition("{}")[2]

@@ -119,7 +119,7 @@ class TrainedPrompts:
                 ) from None
             with torch.no_grad():
                 groups.append((words, method.to(device)()))
-        return Classifier(towers, kind.template(config), groups, config.clip.precision)
+        return Classifier(towers, kind.templates(config, self.words), groups, config.clip.precision)
 
 
 def save_prompts(path: Path, prompts: TrainedPrompts) -> None:
@@ -164,13 +164,20 @@ def load_prompts(path: Path) -> TrainedPrompts:
 def merge_prompts(parts: Sequence[TrainedPrompts]) -> TrainedPrompts:
     """The groups of several files, trained on the same CLIP, as one."""
     first = parts[0]
+    own = {task: text for part in parts for task, text in _own_templates(part).items()}
+    clip = first.config.clip.model_copy(update={"task_templates": own})
     return TrainedPrompts(
         first.method,
-        first.config,
+        first.config.model_copy(update={"clip": clip}),
         first.weights,
         tuple(group for part in parts for group in part.groups),
         tuple(state for part in parts for state in part.states),
     )
+
+
+def _own_templates(prompts: TrainedPrompts) -> dict[str, str]:
+    """Of its tasks alone."""
+    return {task: text for task, text in prompts.config.clip.task_templates.items() if task in prompts.words}
 
 
 def _contents(prompts: TrainedPrompts) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -179,7 +186,8 @@ def _contents(prompts: TrainedPrompts) -> tuple[dict[str, Any], dict[str, torch.
         "format": FORMAT,
         "method": prompts.method,
         "config": {
-            "clip": prompts.config.clip.model_dump(mode="json"),
+            "clip": prompts.config.clip.model_dump(mode="json", exclude={"task_templates"})
+            | ({"task_templates": own} if (own := _own_templates(prompts)) else {}),
             "mmap": prompts.config.mmap.model_dump(mode="json"),  # the place of text prompts
             **options_of(prompts.method, prompts.config),
         },

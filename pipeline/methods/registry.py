@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +39,8 @@ class MethodKind:
     section: str | None
     """Of the config: its options, if it has any."""
     build: Callable[[Config, ClipTowers, Mapping[str, Sequence[str]]], nn.Module]
-    template: Callable[[Config], str] = lambda config: config.clip.template
+    template: Callable[[str], str] = lambda of_config: of_config
+    """What the method makes of the text of a class."""
     num_carried: Callable[[Config], int] = lambda config: 0
     """Text prompts that take positions of the model's context."""
     check: Callable[[Config, ClipTowers], object] = lambda config, towers: None
@@ -55,6 +56,10 @@ class MethodKind:
     """Whether there is anything to train."""
     uses_affinities: bool = False
     """Whether its module's `plant(affinities)` wants to know how much the tasks' gradients agree."""
+
+    def templates(self, config: Config, tasks: Iterable[str]) -> dict[str, str]:
+        """Task → text of its classes, as the method takes it."""
+        return {task: self.template(config.clip.template_of(task)) for task in tasks}
 
 
 KINDS = {

@@ -32,6 +32,7 @@ def affinity_over_training(
     kernel = np.ones(width) / width
     at = np.asarray(steps)[width - 1 :]
     lines = np.array([np.convolve(affinities[:, one, other], kernel, "valid") for one, other in pairs])
+    lines = lines.reshape(len(pairs), len(at))  # also of no pairs, where there is one task
     figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
     kinds = ((False, BETWEEN, "in different groups"), (True, WITHIN, "in one group"))
@@ -41,8 +42,8 @@ def affinity_over_training(
             continue
         if len(task_names) <= MAX_TASKS_WITH_LINES:
             for number in of_kind:
-                axes.plot(at, lines[number], color=colour, linewidth=1.8 if kind else 1.0, label=label)
-                label = None
+                once = label if number == of_kind[0] else None
+                axes.plot(at, lines[number], color=colour, linewidth=1.8 if kind else 1.0, label=once)
         else:
             low, middle, high = np.quantile(lines[of_kind], (0.1, 0.5, 0.9), axis=0)
             axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -65,7 +66,8 @@ def affinity_over_training(
     axes.set_ylabel("affinity")
     axes.set_title("Affinity of each pair over the training", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    if pairs:
+        axes.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -104,7 +104,7 @@ def _check_same_prompts(config: Config, prompts: TrainedPrompts) -> None:
         ("mmap", config.mmap, prompts.config.mmap),
         ("clip", config.clip, prompts.config.clip),
     ):
-        passing = {"pretrained", "precision", "activations_gib"}
+        passing = {"pretrained", "precision", "activations_gib", "task_templates"}
         own, others = (section.model_dump(exclude=passing) for section in (own, others))
         for field in own:
             if own[field] != others[field]:
@@ -112,6 +112,12 @@ def _check_same_prompts(config: Config, prompts: TrainedPrompts) -> None:
                     f"{name}.{field}={own[field]}: the run's prompts were trained with {others[field]}, and the new "
                     "task's must be like them; leave that option out"
                 )
+    for task in prompts.words:
+        if (given := config.clip.template_of(task)) != (trained := prompts.config.clip.template_of(task)):
+            raise UserError(
+                f"clip.task_templates: {task} has {given!r}, the run's prompts were trained with {trained!r}; name the "
+                "new task alone there"
+            )
 
 
 def _add(joining: Joining) -> None:
@@ -147,7 +153,8 @@ def measure_gradients(run: Run, global_prompt: Artefact) -> Artefact:
 def _measure(work: TrainingWork, global_prompt: Artefact, artefact: Artefact, board: Any) -> None:
     config, towers, reporter = work.config, work.towers(), Reporter(board, work.label)
     prompts = SharedMmap.of(config, towers, work.tasks).to(towers.device)
-    tokens = class_tokens(towers.tokenizer, config.clip.template, list(work.words().values())).to(towers.device)
+    templates = [config.clip.template_of(task) for task in work.tasks]
+    tokens = class_tokens(towers.tokenizer, templates, list(work.words().values())).to(towers.device)
     points = read_points(global_prompt.local() / POINTS)
     (images,) = load_training_sets(
         work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_training

@@ -245,7 +245,8 @@ def _train_group(
         fingerprint = weights_fingerprint(towers)
         trained = TrainedPrompts(work.method, config, fingerprint, (words,), (dict(method.state_dict()),))
         with torch.no_grad():
-            classifier = Classifier(towers, kind.template(config), [(words, method())], config.clip.precision)
+            templates = kind.templates(config, words)
+            classifier = Classifier(towers, templates, [(words, method())], config.clip.precision)
         predictions = _predictions(work, classifier, reporter, share)
         frozen = [parameter for parameter in method.parameters() if not parameter.requires_grad]
         if share.first:

@@ -1,10 +1,10 @@
-"""Stage 1: folders of images → few-shot splits in Parquet, read, checked and written in parallel."""
+"""Stage 1: images in folders or tables → few-shot splits in Parquet, read, checked and written in parallel."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ def _build(stage: Stage, made: Making) -> None:
         source_fingerprint=content_fingerprint(whole),
         counts={"train": _count(splits.train, run.tasks), "test": _count(splits.test, run.tasks)},
     )
-    sizes = {image.path: image.size for image in listing.images}
-    more = {
+    sizes = {image.path: image.size for image in whole}
+    more: dict[str, Any] = {
         "layout": listing.layout,
         "dropped": [{"path": image.path, "error": image.error} for image in broken],
         "copies_of_training_images": [
@@ -83,6 +83,11 @@ def _build(stage: Stage, made: Making) -> None:
         "ignored_files": list(listing.ignored),
         "classes_left_out": list(listing.left_out_classes),
     }
+    if data.given_splits:
+        more["given_splits"] = {
+            "training_images_not_drawn": len(whole) - len(splits.train) - len(splits.test) - len(splits.copies),
+            "images_of_neither_split": sum(listing.in_neither_split.values()),
+        }
     write_splits(stage, made, splits, description, sizes, more)
 
 
@@ -114,13 +119,29 @@ def _source(run: Run) -> _Source:
 
 
 def _scan(stage: Stage, source: _Source, images: Sequence[ImageFile]) -> list[ScannedImage]:
-    chunks = [images[at : at + IMAGES_PER_SCAN] for at in range(0, len(images), IMAGES_PER_SCAN)]
     work = [
         Work(f"scan {number}", _scan_chunk, (source, [(i.path, i.task, i.class_folder) for i in chunk]))
-        for number, chunk in enumerate(chunks)
+        for number, chunk in enumerate(_chunks(images))
     ]
     stage.run.board.expect.remote(_READING, len(images), "images")
-    return [image for chunk in stage.execute(work) for image in chunk]
+    scanned = [image for chunk in stage.execute(work) for image in chunk]
+    return [replace(image, given_split=of.given_split) for image, of in zip(scanned, images)]
+
+
+def _chunks(images: Sequence[ImageFile]) -> list[Sequence[ImageFile]]:
+    """Of IMAGES_PER_SCAN images; a row group of a table is in one of them, as its end is not read without the rest."""
+    chunks, start = [], 0
+    for at in range(1, len(images) + 1):
+        if at == len(images) or (at - start >= IMAGES_PER_SCAN and not _read_together(images[at - 1], images[at])):
+            chunks.append(images[start:at])
+            start = at
+    return chunks
+
+
+def _read_together(one: ImageFile, other: ImageFile) -> bool:
+    if one.row_group is None or one.row_group != other.row_group:
+        return False
+    return one.path.rpartition("#")[0] == other.path.rpartition("#")[0]
 
 
 def _scan_chunk(source: _Source, images: Sequence[tuple[str, str, str]], board: Any) -> list[ScannedImage]:
@@ -183,7 +204,9 @@ def _report(run: Run, reader: SplitReader) -> None:
         "other files ignored": values["ignored_files"],
         "class folders left out": values["classes_left_out"],
     }
-    if told := [f"{len(items)} {what}" for what, items in left_out.items() if items]:
+    counted = {what: len(items) for what, items in left_out.items()}
+    counted |= {name.replace("_", " "): number for name, number in values.get("given_splits", {}).items()}
+    if told := [f"{number} {what}" for what, number in counted.items() if number]:
         run.console.print(
             f"  [yellow]{', '.join(told)}[/]: listed in {escape(run.storage.shown(file))}", highlight=False
         )

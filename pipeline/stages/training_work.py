@@ -120,9 +120,10 @@ class TrainingWork:
         if there is one."""
         storage.fetch(checkpoints)
         config, words, kind = self.config, list(self.words().values()), kind_of(self.method)
+        frozen_templates = {task: config.clip.template_of(task) for task in self.tasks}
         tokens, frozen_tokens = (
-            class_tokens(towers.tokenizer, template, words).to(towers.device)
-            for template in (kind.template(config), config.clip.template)
+            class_tokens(towers.tokenizer, list(templates.values()), words).to(towers.device)
+            for templates in (kind.templates(config, self.tasks), frozen_templates)
         )
         return train_by_epoch(
             towers,
@@ -181,9 +182,11 @@ def images_decided_by(run: Run) -> dict[str, Any]:
 
 def numbers_decided_by(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     """What every training's and evaluation's numbers depend on."""
+    own = {task: text for task, text in run.config.clip.task_templates.items() if task in tasks}
     return {
         **images_decided_by(run),
         "template": run.config.clip.template,
+        **({"task_templates": own} if own else {}),
         "words": {task: [run.listing.class_words[name] for name in run.listing.classes[task]] for task in tasks},
     }
 

@@ -130,7 +130,8 @@ class _GroupTraining:
         work, config = self._work, self._work.config
         with torch.no_grad():
             groups = [(work.words(), self._method())]
-            classifier = Classifier(self._towers, self._kind.template(config), groups, config.clip.precision)
+            templates = self._kind.templates(config, work.tasks)
+            classifier = Classifier(self._towers, templates, groups, config.clip.precision)
         if work.test_features:
             return accuracy(work.predictions(classifier, lambda count: None))
         size, threads = self._towers.image_size, config.cluster.cpus_per_training

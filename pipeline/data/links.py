@@ -1,0 +1,41 @@
+"""Which paths under a data root lead out of it: a folder of somebody else's must not show other files of yours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from pipeline.data.names import printable, some
+from pipeline.errors import UserError
+
+
+class Links:
+    """Which of the paths under a root lead out of it by a link, unless they may."""
+
+    def __init__(self, root: Path, may_lead_out: bool):
+        self.may_lead_out = may_lead_out
+        self._root = root
+        self._real = os.path.realpath(root)
+        self._out: dict[str, str] = {}
+
+    def leads_out(self, path: str | Path, real: str | None = None) -> bool:
+        """Whether it does, to be refused then; `real`: its real path, if that is known."""
+        real = real or os.path.realpath(path)
+        if self.may_lead_out or os.path.commonpath((self._real, real)) == self._real:
+            return False
+        self._out[str(path)] = real
+        return True
+
+    def refuse(self, root: Path, tasks: Collection[str] | None = None) -> None:
+        """Raises: UserError: links that lead out, in the folders of `tasks` below `root`, and at `root` itself."""
+        ways = [
+            f"{printable(os.path.relpath(path, self._root))} → {printable(real)}"
+            for path, real in sorted(self._out.items())
+            if tasks is None or Path(path) == root or Path(path).relative_to(root).parts[0] in tasks
+        ]
+        if ways:
+            raise UserError(
+                f"links lead out of data.root={self._root}: {some(ways)}; put in their places what they lead to, or "
+                "allow them all with --data.links_out_of_root true"
+            )

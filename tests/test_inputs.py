@@ -1,0 +1,1118 @@
+"""What data may lie in: tables, image lists, folders of splits, published data sets; and the kinds of images."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pipelines import REPOSITORY, run, summary, the_run
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.torchvision_compat import ensure_torchvision
+from pipeline.config import CONFIGS, DataConfig, load_yaml, parse_config
+from pipeline.data import manifest as manifest_module
+from pipeline.data.find import Listing, find_images, read_class_names, unexpected_counts
+from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels
+from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.parquet_pages import unfolded_bytes
+from pipeline.data.splits import ScannedImage, sample_splits
+from pipeline.data.table_images import image_bytes
+from pipeline.demo.digits import write_digits
+from pipeline.errors import UserError
+from pipeline.grouping.search.constraints import check_constraints
+from pipeline.methods.prompt_file import load_prompts
+from pipeline.report.grouping_trust_figures import affinity_over_training
+from pipeline.stages.splits import _chunks
+
+ensure_torchvision()
+
+from open_clip import SimpleTokenizer  # noqa: E402
+from open_clip.transform import image_transform  # noqa: E402
+
+TASKS, CLASSES, PER_CLASS = ("art", "real world"), ("bed", "post_it"), 4
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels))
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """data/<task>/<class>/<number>.png"""
+    seed = 0
+    for task in TASKS:
+        for name in CLASSES:
+            folder = tmp_path / "data" / task / name
+            folder.mkdir(parents=True)
+            for number in range(PER_CLASS):
+                (folder / f"{number}.png").write_bytes(png(seed))
+                seed += 1
+    return tmp_path / "data"
+
+
+def rows_of(tree: Path) -> list[dict[str, str]]:
+    files = sorted(file.relative_to(tree) for file in tree.rglob("*.png"))
+    return [{"path": str(file), "task": file.parts[0], "label": file.parts[1]} for file in files]
+
+
+def write_csv(file: Path, rows: list[dict[str, str]], separator: str = ",", **names: str) -> Path:
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, delimiter=separator)
+        writer.writerow([names.get(name, name) for name in rows[0]])
+        writer.writerows(row.values() for row in rows)
+    return file
+
+
+def listed(listing: Listing) -> list[tuple[str, str, str]]:
+    return [(image.path, image.task, image.class_folder) for image in listing.images]
+
+
+def scanned(listing: Listing) -> list[ScannedImage]:
+    return [scan_image(listing.root, *image) for image in listed(listing)]
+
+
+def fault(file: Path, **options) -> str:
+    with pytest.raises(UserError) as error:
+        find_images(DataConfig(**options), file)
+    assert all(character >= " " or character == "\n" for character in str(error.value))
+    return str(error.value)
+
+
+# --- CSV -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "separator"), [("all.csv", ","), ("all.TSV", "\t")])
+def test_a_text_table_is_the_folders(tree, name, separator):
+    folders = find_images(DataConfig(), tree)
+    table = find_images(DataConfig(), write_csv(tree / name, rows_of(tree)[::-1], separator))
+    assert table.layout == "manifest" and table.root == tree
+    assert listed(table) == listed(folders) and table.classes == folders.classes
+    assert table.class_words == folders.class_words == {"bed": "bed", "post_it": "post it"}
+    assert [image.size for image in table.images] == [image.size for image in folders.images]
+
+
+def test_labels_of_a_table_need_not_be_folders(tree):
+    rows = [{**row, "task": "domain " + row["task"], "label": row["label"] + "?"} for row in rows_of(tree)]
+    listing = find_images(DataConfig(), write_csv(tree / "all.csv", rows))
+    assert listing.classes == {"domain art": ("bed?", "post_it?"), "domain real world": ("bed?", "post_it?")}
+    one = find_images(DataConfig(tasks=["domain art"]), tree / "all.csv")
+    assert {image.task for image in one.images} == {"domain art"} and len(one.images) == len(listing.images) / 2
+
+
+def test_a_table_of_tasks_with_different_classes(tree):
+    rows = [{**row, "label": f"{row['label']} of {row['task']}"} for row in rows_of(tree)]
+    assert find_images(DataConfig(), write_csv(tree / "all.csv", rows)).classes == {
+        "art": ("bed of art", "post_it of art"),
+        "real world": ("bed of real world", "post_it of real world"),
+    }
+
+
+def test_other_names_of_columns(tree):
+    file = write_csv(tree / "all.csv", [{"id": "7", **row} for row in rows_of(tree)], task="domain", path="file_name")
+    message = fault(file)
+    assert "no column 'path'" in message and "'file_name', 'domain'" in message and "--data.columns" in message
+    assert len(find_images(DataConfig(columns={"task": "domain", "path": "file_name"}), file).images) == 16
+
+
+def test_tables_that_lack_what_they_need_are_named(tree):
+    write_csv(tree / "semicolons.csv", rows_of(tree), ";")
+    assert "Fields are parted by ',' here" in fault(tree / "semicolons.csv")
+    (tree / "empty.csv").write_text("")
+    assert "no column 'path'" in fault(tree / "empty.csv")
+    (tree / "only names.csv").write_text("path,task,label\n")
+    assert "holds no <task>/<class>/<image>" in fault(tree / "only names.csv")
+    (tree / "twice.csv").write_text("path,task,label,task\n")
+    assert "more than one column 'task'" in fault(tree / "twice.csv")
+    (tree / "all.xlsx").write_bytes(b"PK")
+    assert "no manifest (.csv, .tsv, .parquet)" in fault(tree / "all.xlsx")
+    assert "is a file, data.layout=folders needs a folder" in fault(tree / "empty.csv", layout="folders")
+    os.mkfifo(tree / "pipe.csv")
+    assert "is not a folder or file" in fault(tree / "pipe.csv")
+    assert "holds no .parquet files" in fault(tree, layout="manifest")
+
+
+def test_rows_that_cannot_be_used_are_named_by_line_all_at_once(tree):
+    file = tree / "all.csv"
+    lines = [
+        ("art/bed/0.png,art,bed", None),
+        ("art/bed/1.png,art,", "the label is empty"),
+        (",art,bed", "the path is empty"),
+        ("art/bed/2.png,,bed", "the task is empty"),
+        ("art/bed/0.png,art,post_it", "art/bed/0.png is in line 2 too, as art/bed"),
+        ("art/bed/0.png,art,bed", "art/bed/0.png is in line 2 too"),
+        ("art/./bed//0.png,art,bed", "art/bed/0.png is in line 2 too"),
+        ("art/bed/3.png,a/b,bed", "the task 'a/b' holds a slash"),
+        ("art/bed/3.png,art,\x1b[31m", "the label '\\x1b[31m' holds control characters"),
+        ("art\\bed\\3.png,art,bed", "the path holds control characters or a backslash: art\\\\bed"),
+        ("../elsewhere.png,art,bed", "../elsewhere.png leads out of"),
+        ("/etc/hostname,art,bed", "/etc/hostname leads out of"),
+        ("x.parquet#00000001,art,bed", "is called as a row of a Parquet file"),
+        (f"art/bed/3.png,art,{'x' * 1001}", "the label has more than 1000 characters"),
+        ("real world/bed/0.png,real world,bed", None),
+    ]
+    file.write_text("path,task,label\n" + "\n".join(line for line, _ in lines), encoding="utf-8")
+    message = fault(file).split("\n")
+    told = {int(line.split()[1].rstrip(":")): line for line in message[1:]}
+    assert told.keys() == {number for number, (_, what) in enumerate(lines, 2) if what}
+    for number, (_, what) in enumerate(lines, 2):
+        assert what is None or what in told[number]
+
+
+def test_many_rows_that_cannot_be_used_are_counted(tree):
+    (tree / "all.csv").write_text("path,task,label\n" + "art/bed/0.png,art,\n" * 5000)
+    message = fault(tree / "all.csv")
+    assert message.count("\n") == 21 and "and 980 or more others" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,task,label\nart/bed/0.png,art\n", "line 2: 2 fields, the first line has 3"),
+        ('path,task,label\n"art/bed/0.png,art,bed\nart/bed/1.png,art,bed\n', "line 3: unexpected end of data"),
+        ('path,task,label\n"art"x,art,bed\n', "line 2: ',' expected after '\"'"),
+        (f"path,task,label\n{'x' * 200_000},art,bed\n", "line 2: field larger than field limit"),
+        (b"path,task,label\ncaf\xe9.png,art,bed\n", "is not UTF-8 text: line 2"),
+    ],
+)
+def test_text_that_is_no_table_is_named(tree, text, message):
+    (tree / "all.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in fault(tree / "all.csv")
+
+
+def test_missing_files_of_a_table_are_named_by_line_unless_they_may_be_dropped(tree):
+    rows = rows_of(tree)
+    rows[3]["path"] = "art/bed/gone.png"
+    file = write_csv(tree / "all.csv", rows)
+    assert "1 of 16 images" in fault(file) and "line 5: art/bed/gone.png" in fault(file)
+    listing = find_images(DataConfig(max_dropped_share=1 / 16), file)
+    assert [image.error for image in scanned(listing) if image.error] == ["no such file"]
+
+
+def test_numbers_as_labels_need_names(tree):
+    rows = [{**row, "label": str(CLASSES.index(row["label"]))} for row in rows_of(tree)]
+    file = write_csv(tree / "all.csv", rows)
+    assert "only numbers as labels" in fault(file) and "--data.class_names" in fault(file)
+    names = tree / "names.txt"
+    names.write_text("zebra\nhouse\tmy house\n")  # by place
+    listing = find_images(DataConfig(class_names=str(names)), file)
+    assert listing.classes["art"] == ("house", "zebra")
+    assert {image.class_folder for image in listing.images if "/bed/" in image.path} == {"zebra"}
+    names.write_text("1\tpost-it\n0\tbed\n")  # by name
+    listing = find_images(DataConfig(class_names=str(names)), file)
+    assert listing.class_words == {"0": "bed", "1": "post-it"}
+    assert {image.class_folder for image in listing.images if "/bed/" in image.path} == {"0"}
+    names.write_text("zebra\n")
+    assert "line 6: the label is empty, or a number without a name" in fault(file, class_names=str(names))
+
+
+def test_paths_of_a_table_may_lead_out_where_links_may(tree, tmp_path):
+    (tmp_path / "tables").mkdir()
+    rows = [{**row, "path": os.path.join("../data", row["path"])} for row in rows_of(tree)]
+    file = write_csv(tmp_path / "tables/all.csv", rows)
+    assert "line 2: ../data/art/bed/0.png leads out of" in fault(file)
+    listing = find_images(DataConfig(links_out_of_root=True), file)
+    assert listing.images[0].path == str(tree / "art/bed/0.png")
+    folders = find_images(DataConfig(), tree)
+    assert [image.sha256 for image in scanned(listing)] == [image.sha256 for image in scanned(folders)]
+    below = write_csv(tree / "all.csv", [{**row, "path": str(tree / row["path"])} for row in rows_of(tree)])
+    assert listed(find_images(DataConfig(), below)) == listed(folders)
+
+
+def test_links_of_a_table_are_refused(tree, tmp_path):
+    file = write_csv(tree / "all.csv", rows_of(tree))
+    (tmp_path / "secret.png").write_bytes(png(99))
+    (tree / "art/bed/0.png").unlink()
+    (tree / "art/bed/0.png").symlink_to(tmp_path / "secret.png")
+    assert "links lead out of" in fault(file) and "art/bed/0.png → " in fault(file)
+    (tree / "art/bed").rename(tmp_path / "bed")
+    (tree / "art/bed").symlink_to(tmp_path / "bed")
+    assert "art/bed → " in fault(file)
+
+
+def test_a_table_is_another_data_set_when_a_label_changes(tree):
+    rows = rows_of(tree)
+    before = find_images(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint()
+    assert find_images(DataConfig(), write_csv(tree / "all.csv", rows[::-1])).fingerprint() == before
+    rows[0]["label"], rows[-1]["label"] = rows[-1]["label"], rows[0]["label"]
+    assert find_images(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint() != before
+
+
+# --- Parquet -------------------------------------------------------------------------------------------------
+
+
+def hugging_face(**names: list[str]) -> dict[str, str]:
+    features = {column: {"names": of_column, "_type": "ClassLabel"} for column, of_column in names.items()}
+    return {"huggingface": json.dumps({"info": {"features": {**features, "image": {"_type": "Image"}}}})}
+
+
+def write_images(tree: Path, file: Path, rows: list[dict[str, str]], kind: str, group: int = 3) -> Path:
+    """As plain bytes, or as the datasets library does."""
+    content = [(tree / row["path"]).read_bytes() for row in rows]
+    columns = {"task": [row["task"] for row in rows], "label": [row["label"] for row in rows]}
+    if kind == "bytes":
+        table = pa.table({"image": pa.array(content, pa.binary()), **columns})
+    else:
+        images = pa.array(
+            [{"bytes": data, "path": None} for data in content],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        )
+        labels = [CLASSES.index(name) for name in columns["label"]]
+        table = pa.table({"image": images, "task": columns["task"], "label": pa.array(labels, pa.int64())})
+        table = table.replace_schema_metadata(hugging_face(label=list(CLASSES)))
+    pq.write_table(table, file, row_group_size=group)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["bytes", "hugging face"])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_images_in_parquet_are_those_of_the_folders(tree, tmp_path, kind, as_folder):
+    rows = rows_of(tree)
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    write_images(tree, tables / "one.parquet", rows[::2], kind)
+    write_images(tree, tables / "two.parquet", rows[1::2], kind)
+    given = tables if as_folder else tables / "one.parquet"
+    listing = find_images(DataConfig(), given)
+    assert listing.layout == "manifest" and listing.classes == {task: CLASSES for task in TASKS}
+    assert len(listing.images) == (16 if as_folder else 8)
+    assert listing.images[7].path == "one.parquet#00000007" and listing.images[7].row_group == 2
+    found = scanned(listing)
+    expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row for row in rows}
+    for image in found:
+        row = expected[image.sha256]
+        assert image.error is None and (image.task, image.class_folder) == (row["task"], row["label"])
+        assert image.size == (tree / row["path"]).stat().st_size
+    assert len({image.sha256 for image in found}) == len(found)
+
+
+def test_rows_are_read_in_any_order(tree):
+    """By order they cost one pass; any other order gives the same bytes."""
+    file = write_images(tree, tree / "all.parquet", rows_of(tree), "bytes", group=5)
+    expected = pq.read_table(file)["image"].to_pylist()
+    order = np.random.default_rng(0).permutation(16)
+    for row in (*range(16), *range(15, -1, -1), *order):
+        assert image_bytes(tree, f"all.parquet#{row:08d}") == expected[row]
+    for path in ("all.parquet#00000016", "gone.parquet#00000000"):
+        with pytest.raises(BrokenImage, match="no such"):
+            image_bytes(tree, path)
+    write_images(tree, tree / "all.parquet", rows_of(tree)[::-1], "bytes")  # while the file is still open
+    assert image_bytes(tree, "all.parquet#00000000") == expected[15]
+
+
+def test_a_pass_over_a_table_reads_each_row_group_once(tree, monkeypatch):
+    write_images(tree, tree / "all.parquet", rows_of(tree), "hugging face", group=4)
+    begun = []
+    real = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda *args, **kwargs: begun.append(kwargs["row_groups"]) or real(*args, **kwargs),
+    )
+    for row in range(0, 16, 2):
+        image_bytes(tree, f"all.parquet#{row:08d}")
+    assert begun == [[0], [1], [2], [3]]
+
+
+def test_workers_get_whole_row_groups(tree, monkeypatch):
+    write_images(tree, tree / "all.parquet", rows_of(tree), "bytes", group=5)
+    write_images(tree, tree / "b.parquet", rows_of(tree)[:4], "bytes", group=5)
+    (tree / "tables").mkdir()
+    for name in ("all", "b"):
+        (tree / f"{name}.parquet").rename(tree / f"tables/{name}.parquet")
+    images = find_images(DataConfig(), tree / "tables").images
+    monkeypatch.setattr("pipeline.stages.splits.IMAGES_PER_SCAN", 6)
+    assert [len(chunk) for chunk in _chunks(images)] == [10, 6, 4]
+    folders = find_images(DataConfig(), tree).images
+    assert [len(chunk) for chunk in _chunks(folders)] == [6, 6, 4]
+    assert [image for chunk in _chunks(folders) for image in chunk] == list(folders)
+
+
+def test_splits_of_a_table_hold_its_images(tree, tmp_path):
+    file = write_images(tree, tmp_path / "all.parquet", rows_of(tree), "hugging face")
+    listing = find_images(DataConfig(), file)
+    images = scanned(listing)
+    splits = sample_splits(images, listing.classes, shots=2, seed=1)
+    counts = {split: dict.fromkeys(TASKS, 4) for split in ("train", "test")}
+    description = SplitDescription({task: list(CLASSES) for task in TASKS}, listing.class_words, 2, 1, "", counts)
+    sizes = {image.path: image.size for image in images}
+    for split, of_split in (("train", splits.train), ("test", splits.test)):
+        for part in plan_parts(of_split, split, sizes):
+            write_part(listing.root, part, description, tmp_path / "splits")
+    (tmp_path / "splits/splits.json").write_text(json.dumps(vars(description)))
+    reader = SplitReader(tmp_path / "splits")
+    there = pq.read_table(file)
+    for split in ("train", "test"):
+        for task in TASKS:
+            for row in reader.rows(split, task, ("image", "label", "path")):
+                number = int(row["path"].rpartition("#")[2])
+                assert row["image"] == there["image"][number].as_py()["bytes"]
+                assert row["label"] == there["label"][number].as_py() and there["task"][number].as_py() == task
+    victim = plan_parts(splits.test, "test", sizes)[0]
+    write_images(tree, file, rows_of(tree)[::-1], "hugging face")
+    with pytest.raises(UserError, match=r"all.parquet#\d{8} changed while"):
+        write_part(listing.root, victim, description, tmp_path / "other")
+
+
+def test_parquet_may_name_files(tree):
+    rows = rows_of(tree)
+    pq.write_table(pa.Table.from_pylist(rows), tree / "all.parquet", row_group_size=3)
+    assert listed(find_images(DataConfig(), tree / "all.parquet")) == listed(find_images(DataConfig(), tree))
+    categories = pa.Table.from_pylist(rows)
+    for name in ("task", "label"):  # as pandas writes categories
+        at = categories.schema.get_field_index(name)
+        categories = categories.set_column(at, name, categories[name].dictionary_encode())
+    pq.write_table(categories, tree / "all.parquet")
+    assert listed(find_images(DataConfig(), tree / "all.parquet")) == listed(find_images(DataConfig(), tree))
+
+
+def table_of(tree: Path, **columns) -> Path:
+    """A Parquet file of four images with other columns."""
+    images = [png(seed) for seed in range(4)]
+    whole = {"image": images, "task": ["a"] * 4, "label": ["x", "y"] * 2} | columns
+    pq.write_table(pa.table({name: column for name, column in whole.items() if column is not None}), tree / "t.parquet")
+    return tree / "t.parquet"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": ["x", "y", None, "x"]}, "t.parquet, row 2: the label is empty"),
+        ({"label": ["x", "y", "", "x"]}, "t.parquet, row 2: the label is empty"),
+        ({"task": ["a", "a\n", "a", "a"]}, r"t.parquet, row 1: the task 'a\n' holds control characters"),
+        ({"label": [0, 1, 0, 1]}, "'label' of .* holds numbers, and nothing says what they mean"),
+        ({"label": [0.5, 1.5, 0.5, 1.5]}, "'label' of .* holds double; it must be text"),
+        ({"label": [["x"], ["y"], ["x"], ["y"]]}, "'label' of .* holds list"),
+        ({"label": None}, "no column 'label'"),
+        ({"image": None}, "no column 'path'"),
+        ({"image": [1, 2, 3, 4]}, "no column 'path'"),
+        ({"label": ["x" * 20_000, "y", "x", "y"]}, "a value of 'label' has more than 4096 characters"),
+        ({"task": [b"a", b"a", b"a", b"a"]}, "'task' of .* holds binary"),
+    ],
+)
+def test_parquet_that_cannot_be_used_is_named(tmp_path, columns, message):
+    assert re.search(
+        message if "'" in message and ".*" in message else re.escape(message), fault(table_of(tmp_path, **columns))
+    )
+
+
+def test_numbers_in_parquet_have_names_of_the_file_or_of_the_config(tmp_path):
+    table_of(tmp_path, label=[0, 1, 2, 1])
+    (tmp_path / "names.txt").write_text("zebra\nhouse\nbed\n")
+    named = find_images(DataConfig(class_names=str(tmp_path / "names.txt")), tmp_path / "t.parquet")
+    assert [image.class_folder for image in named.images] == ["zebra", "house", "bed", "house"]
+    table = pq.read_table(tmp_path / "t.parquet")
+    table = table.set_column(1, "task", pa.array([1, 1, 0, 0])).replace_schema_metadata(
+        hugging_face(label=["a", "b", "c"], task=["sketch", "photo"])
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    listing = find_images(DataConfig(), tmp_path / "t.parquet")
+    assert listing.classes == {"photo": ("a", "b"), "sketch": ("b", "c")}
+    pq.write_table(table.set_column(2, "label", pa.array([0, 1, -1, 3])), tmp_path / "t.parquet")
+    assert "row 2: the label is empty, or a number without a name" in fault(tmp_path / "t.parquet")
+    assert "row 3: the label is empty, or a number without a name" in fault(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"info": 3}', b'{"info": {"features": {"label": {"names": {}}}}}'])
+def test_metadata_that_is_none_gives_no_names(tmp_path, metadata):
+    table = pq.read_table(table_of(tmp_path, label=[0, 1, 0, 1])).replace_schema_metadata({b"huggingface": metadata})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert "nothing says what they mean" in fault(tmp_path / "t.parquet")
+
+
+def test_rows_without_an_image_are_broken_images(tmp_path):
+    listing = find_images(DataConfig(), table_of(tmp_path, image=[png(0), None, b"text", png(1)]))
+    assert [image.error and image.error[:20] for image in scanned(listing)] == [
+        None,
+        "the row holds no byt",
+        "no image of a known ",
+        None,
+    ]
+
+
+def test_a_table_that_is_damaged_inside_has_broken_images(tmp_path):
+    images = [os.urandom(3000) for _ in range(40)]
+    file = tmp_path / "t.parquet"
+    table = pa.table({"image": images, "task": ["a"] * 40, "label": ["x", "y"] * 20})
+    pq.write_table(table, file, row_group_size=20, compression="zstd", use_dictionary=False, data_page_size=5000)
+    listing = find_images(DataConfig(), file)
+    at = pq.read_metadata(file).row_group(1).column(0).data_page_offset
+    whole = file.read_bytes()
+    file.write_bytes(whole[:at] + b"\xff" * 40 + whole[at + 40 :])
+    errors = [image.error for image in scanned(listing)]
+    assert all("no image of a known format" in error for error in errors[:20])  # random bytes, but read
+    assert all("the table cannot be read" in error for error in errors[20:])
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet at all", b"PAR1" + bytes(100) + b"PAR1"])
+def test_files_that_are_no_parquet_are_named(tmp_path, content):
+    (tmp_path / "t.parquet").write_bytes(content)
+    assert "t.parquet cannot be read as Parquet" in fault(tmp_path / "t.parquet")
+
+
+def test_tables_that_are_links_out_of_the_root_are_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/t.parquet").symlink_to(table_of(tmp_path))
+    assert "t.parquet → " in fault(tmp_path / "data")
+    assert len(find_images(DataConfig(links_out_of_root=True), tmp_path / "data").images) == 4
+
+
+def test_small_tables_that_unfold_into_large_ones_are_refused(tmp_path, monkeypatch):
+    same = pa.array(["a"]).take(pa.array(np.zeros(3_000_000, dtype=np.int64)))
+    images = pa.array([b"1"]).take(pa.array(np.zeros(3_000_000, dtype=np.int64)))
+    pq.write_table(pa.table({"image": images, "task": same, "label": same}), tmp_path / "t.parquet")
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+    assert "3,000,000 rows are packed into" in fault(tmp_path / "t.parquet")
+    # Without images each row must name a file of its own.
+    pq.write_table(pa.table({"path": same, "task": same, "label": same}), tmp_path / "t.parquet")
+    assert "or more others" in fault(tmp_path / "t.parquet")
+    # One long label for all rows, which is in the file once.
+    long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(4000, dtype=np.int32)), ["x" * (20 << 20)])
+    rows = {"image": [os.urandom(40) for _ in range(4000)], "task": ["a"] * 4000, "label": long}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet", compression="zstd")
+    assert (tmp_path / "t.parquet").stat().st_size < 1 << 20
+    assert "a value of 'label' has more than 4096 characters" in fault(tmp_path / "t.parquet")
+    zeros = pa.table({"image": [bytes(100 << 20)], "task": ["a"], "label": ["x"]})
+    pq.write_table(zeros, tmp_path / "t.parquet", compression="zstd")
+    assert "1 rows are packed into" in fault(tmp_path / "t.parquet")
+    monkeypatch.setattr(manifest_module, "MAX_ROWS", 3)
+    assert "4 rows are packed into" in fault(table_of(tmp_path))
+
+
+def varint(value: int, length: int = 1) -> bytes:
+    """Thrift's form of a whole number, at least so many bytes long."""
+    left, parts = value << 1, []
+    while left or len(parts) < length:
+        parts.append(left & 127)
+        left >>= 7
+    return bytes(part | 128 for part in parts[:-1]) + bytes(parts[-1:])
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_footer_that_lies_about_its_pages_is_found_out(tmp_path, column):
+    """Read, it would take gigabytes."""
+    file, size = tmp_path / "t.parquet", 300 << 20
+    table = {"image": [b"1"], "task": ["a"], "label": ["x"]}
+    table[column] = [bytes(size)] if column == "image" else ["x" * size]
+    pq.write_table(pa.table(table), file, compression="zstd", use_dictionary=False, write_statistics=False)
+    metadata, whole = pq.read_metadata(file).row_group(0), file.read_bytes()
+    at = len(whole) - 8 - struct.unpack("<I", whole[-8:-4])[0]
+    footer = whole[at:-8]
+    (chunk,) = (metadata.column(n) for n in range(3) if metadata.column(n).path_in_schema == column)
+    for number in (chunk.total_uncompressed_size, metadata.total_byte_size):
+        assert footer.count(varint(number)) == 1
+        footer = footer.replace(varint(number), varint(5000, len(varint(number))))
+    file.write_bytes(whole[:at] + footer + whole[-8:])
+    assert pq.read_metadata(file).row_group(0).total_byte_size == 5000
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from pipeline.data.table_images import image_bytes
+        from pipeline.config import DataConfig
+        from pipeline.data.find import find_images
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        before, file = peak(), Path(sys.argv[1])
+        for read in (lambda: image_bytes(file.parent, "t.parquet#00000000"), lambda: find_images(DataConfig(), file)):
+            try:
+                read()
+            except ValueError as error:
+                print(str(error).replace("\\n", " "))
+        print(peak() - before)"""
+    command = [sys.executable, "-c", code, str(file)]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    *told, grown_mib = finished.stdout.splitlines()
+    assert any("unfold into" in line or "packed into" in line for line in told), told
+    assert int(grown_mib) < 60
+
+
+def test_pages_are_as_large_as_the_footer_of_an_honest_file_says(tree, tmp_path):
+    rows = rows_of(tree) * 20
+    for number, options in enumerate(
+        [
+            {"compression": "snappy"},
+            {"compression": "none", "use_dictionary": False},
+            {"compression": "zstd", "data_page_version": "2.0", "write_page_index": True},
+            {"compression": "gzip", "data_page_size": 500, "write_page_checksum": True},
+        ]
+    ):
+        file = tmp_path / f"{number}.parquet"
+        content = [(tree / row["path"]).read_bytes() for row in rows]
+        table = pa.table({"image": content, "label": [row["label"] for row in rows]})
+        pq.write_table(table, file, row_group_size=100, **options)
+        metadata = pq.read_metadata(file)
+        with open(file, "rb") as stream:
+            for group in range(metadata.num_row_groups):
+                for position in range(2):
+                    column = metadata.row_group(group).column(position)
+                    total, largest = unfolded_bytes(stream, column)
+                    assert largest <= total <= column.total_uncompressed_size  # which counts the headers too
+                    assert position == 1 or total > 0.7 * column.total_uncompressed_size
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_parquet_is_a_listing_or_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    whole = bytearray(table_of(folder).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(whole) - 1))
+        whole[at] = data.draw(st.integers(0, 255))
+    (folder / "t.parquet").write_bytes(whole)
+    try:
+        listing = find_images(DataConfig(), folder / "t.parquet")
+    except UserError as error:
+        assert "t.parquet" in str(error)
+    else:
+        assert all(image.error is None or len(image.error) < 400 for image in scanned(listing))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+def test_any_text_is_a_listing_or_refused(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "t.csv").write_text("path,task,label\n" + text, encoding="utf-8", newline="")
+    with pytest.raises(UserError, match="t.csv|holds no <task>"):
+        find_images(DataConfig(), folder / "t.csv")
+
+
+# --- lists and folders of splits -----------------------------------------------------------------------------
+
+
+def write_lists(root: Path, folder: str, lines: dict[str, list[str]]) -> None:
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, of_list in lines.items():
+        (root / folder / f"{name}.txt").write_text("\n".join(of_list) + "\n")
+
+
+def lists_of(tree: Path, splits: tuple[str, ...], first_label: int = 0) -> dict[str, list[str]]:
+    """A class's images, dealt out to the splits."""
+    lists: dict[str, list[str]] = {f"{task}_{split}": [] for task in TASKS for split in splits}
+    for row in rows_of(tree):
+        split = splits[int(Path(row["path"]).stem) % len(splits)]
+        lists[f"{row['task']}_{split}"].append(f"{row['path']} {CLASSES.index(row['label']) + first_label}")
+    return lists
+
+
+def splits_of(listing: Listing) -> dict[str, str | None]:
+    return {image.path: image.given_split for image in listing.images}
+
+
+def dealt(tree: Path, *splits: str) -> dict[str, str]:
+    return {row["path"]: splits[int(Path(row["path"]).stem) % len(splits)] for row in rows_of(tree)}
+
+
+@pytest.mark.parametrize("folder", ["", "splits"])
+@pytest.mark.parametrize("layout", ["auto", "domainnet"])
+def test_domainnet_lists(tree, folder, layout):
+    """As its authors publish them, beside the folders, or as Dassl wants them."""
+    write_lists(tree, folder, lists_of(tree, ("train", "test")))
+    expected = dealt(tree, "train", "test")
+    (tree / "readme.txt").write_text("no list")
+    (tree / "art/bed/not listed.png").write_bytes(png(99))
+    listing = find_images(DataConfig(layout=layout), tree)
+    assert listing.layout == "domainnet" and len(listing.images) == 16 and set(splits_of(listing).values()) == {None}
+    listing = find_images(DataConfig(layout=layout, given_splits=True), tree)
+    assert splits_of(listing) == expected
+
+
+@pytest.mark.parametrize(("images", "lists"), [("", ""), ("images", "splits"), ("kfold", "")])
+def test_pacs_lists(tree, tmp_path, images, lists):
+    """With its folders, or as Dassl unpacks it; labels begin at 1, and the test lists are those of all images."""
+    root = tmp_path / "pacs"
+    of_lists = lists_of(tree, ("train_kfold", "crossval_kfold"), first_label=1)
+    of_lists |= {f"{task}_test_kfold": [] for task in TASKS}
+    for row in rows_of(tree):
+        of_lists[f"{row['task']}_test_kfold"].append(f"{row['path']} 1")
+    expected = dealt(tree, "train", "test")
+    if images:
+        root.mkdir()
+        tree.rename(root / images)
+    else:
+        tree.rename(root)
+    write_lists(root, lists, of_lists)
+    listing = find_images(DataConfig(), root)
+    assert listing.layout == "pacs" and listing.root == root / images and len(listing.images) == 16
+    assert all(image.size for image in listing.images)
+    listing = find_images(DataConfig(layout="pacs", given_splits=True), root)
+    assert splits_of(listing) == expected and listing.in_neither_split == {}
+
+
+def test_an_image_in_two_splits_is_named(tree):
+    lists = lists_of(tree, ("train", "test"))
+    lists["art_train"].append(lists["art_test"][0])
+    write_lists(tree, "splits_mini", lists)
+    with pytest.raises(UserError, match=r"art_train.txt:\d: art/bed/1.png is in a list of test images too"):
+        find_images(DataConfig(), tree)
+
+
+@pytest.mark.parametrize("layout", ["mini_domainnet", "domainnet", "pacs"])
+def test_layouts_of_lists_without_lists_are_named(tree, layout):
+    assert f"data.layout={layout} needs image lists" in fault(tree, layout=layout)
+
+
+def in_splits(tree: Path, target: Path, order: str, splits: tuple[str, ...]) -> Path:
+    """The tree with a folder for each split, in `order` of task, split and class."""
+    for row in rows_of(tree):
+        number = int(Path(row["path"]).stem)
+        parts = {"task": row["task"], "class": row["label"], "split": splits[number % len(splits)]}
+        file = target.joinpath(*(parts[part] for part in order.split("/")), f"{number}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((tree / row["path"]).read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("layout", ["auto", "split_folders"])
+@pytest.mark.parametrize("order", ["task/split/class", "split/task/class"])
+def test_folders_of_splits(tree, tmp_path, order, layout):
+    root = in_splits(tree, tmp_path / "splits", order, ("train", "Test", "val", "train"))
+    pool = find_images(DataConfig(layout=layout), root)
+    assert pool.layout == "split_folders" and pool.classes == {task: CLASSES for task in TASKS}
+    assert len(pool.images) == 16 and set(splits_of(pool).values()) == {None}
+    listing = find_images(DataConfig(layout=layout, given_splits=True), root)
+    found = [(split, int(Path(path).stem)) for path, split in splits_of(listing).items()]
+    assert sorted(found) == sorted([("train", 0), ("test", 1), ("train", 3)] * 4)
+    assert listing.in_neither_split == {"art": 2, "real world": 2}
+    one = find_images(DataConfig(layout=layout, given_splits=True, tasks=["art"]), root)
+    assert len(one.images) == 6 and one.in_neither_split == {"art": 2}
+
+
+def test_the_folder_of_all_images_beside_splits_is_not_read_twice(tree, tmp_path):
+    """VLCS as Dassl has it."""
+    root = in_splits(tree, tmp_path / "vlcs", "task/split/class", ("train", "crossval", "test", "train"))
+    in_splits(tree, root, "task/split/class", ("full",))
+    listing = find_images(DataConfig(), root)
+    assert len(listing.images) == 16 and listing.ignored == ("art/full", "real world/full")
+
+
+def test_splits_without_a_task_are_named(tmp_path):
+    root = tmp_path / "one"
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "1.png").write_bytes(png(1))
+    assert "splits, but of which task?" in fault(root)
+    assert tuple(find_images(DataConfig(layout="folders"), root).classes) == ("test", "train")
+    (tmp_path / "parent").mkdir()
+    root.rename(tmp_path / "parent/flowers")
+    assert tuple(find_images(DataConfig(), tmp_path / "parent").classes) == ("flowers",)
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    """DomainNet has trains."""
+    for name in ("train", "test", "van"):
+        (tmp_path / "photo" / name).mkdir(parents=True)
+        (tmp_path / "photo" / name / "1.png").write_bytes(png(1))
+    listing = find_images(DataConfig(), tmp_path)
+    assert listing.layout == "folders" and listing.classes == {"photo": ("test", "train", "van")}
+    assert "data.layout=split_folders needs" in fault(tmp_path, layout="split_folders")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "names of parquet files"])
+def test_splits_of_a_table(tree, tmp_path, kind):
+    splits = ("train", "test", "validation", "train")
+    rows = [{**row, "split": splits[int(Path(row["path"]).stem) % 4]} for row in rows_of(tree)]
+    if kind == "csv":
+        root = write_csv(tree / "all.csv", rows)
+    elif kind == "parquet":
+        root = tree / "all.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), root)
+    else:
+        root = tmp_path / "tables"
+        root.mkdir()
+        for split in set(splits):
+            write_images(tree, root / f"{split}-00000.parquet", [row for row in rows if row["split"] == split], "bytes")
+    assert len(find_images(DataConfig(), root).images) == 16
+    listing = find_images(DataConfig(given_splits=True), root)
+    by_content = {image.sha256: image.given_split for image in scanned_with_splits(listing)}
+    expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row["split"] for row in rows}
+    assert by_content == {content: split for content, split in expected.items() if split != "validation"}
+    assert listing.in_neither_split == {"art": 2, "real world": 2}
+    assert listing.fingerprint() != find_images(DataConfig(), root).fingerprint()
+
+
+def scanned_with_splits(listing: Listing) -> list[ScannedImage]:
+    return [replace(image, given_split=of.given_split) for image, of in zip(scanned(listing), listing.images)]
+
+
+def test_splits_that_are_asked_for_must_be_there(tree):
+    assert "data.given_splits=true, and" in fault(tree, given_splits=True)
+    assert "no column 'split'" in fault(write_csv(tree / "all.csv", rows_of(tree)), given_splits=True)
+    rows = [{**row, "split": "fold 1"} for row in rows_of(tree)]
+    write_csv(tree / "all.csv", rows)
+    assert "line 2: the split 'fold 1' is none of train, " in fault(tree / "all.csv", given_splits=True)
+    assert len(find_images(DataConfig(), tree / "all.csv").images) == 16
+
+
+@st.composite
+def given_sets(draw):
+    """(images, classes, shots) with enough of each class in both splits, and copies of some in others."""
+    shots = draw(st.integers(1, 3))
+    images, classes = [], {}
+    for task in [f"task{number}" for number in range(draw(st.integers(1, 3)))]:
+        classes[task] = ["x", "y"]
+        for name in classes[task]:
+            for split, least in (("train", shots), ("test", 1)):
+                own = [f"{task} {name} {split} {number}" for number in range(draw(st.integers(least, least + 3)))]
+                copied = draw(st.lists(st.sampled_from(["pool 1", "pool 2", *own]), max_size=3))
+                for number, content in enumerate(own + copied):
+                    digest = hashlib.sha256(content.encode()).hexdigest()
+                    path = f"{task}/{split}/{name}/{number}"
+                    images.append(ScannedImage(path, task, name, digest, given_split=split))
+    return images, classes, shots
+
+
+@given(given_sets(), st.integers(0, 3))
+def test_given_splits_are_respected_and_share_no_content(given_set, seed):
+    images, classes, shots = given_set
+    splits = sample_splits(images, classes, shots, seed)
+    assert {image.given_split for image in splits.train} == {"train"}
+    assert {image.given_split for image in splits.test} == {"test"}
+    for task, names in classes.items():
+        for name in names:
+            assert sum((image.task, image.class_folder) == (task, name) for image in splits.train) == shots
+    trained = {image.sha256 for image in splits.train}
+    assert trained.isdisjoint(image.sha256 for image in splits.test)
+    given_test = {image.path for image in images if image.given_split == "test"}
+    assert {image.path for image in splits.test} | {path for path, _ in splits.copies} == given_test
+    # The draw is that of the training images alone.
+    alone = [ScannedImage(i.path, i.task, i.class_folder, i.sha256) for i in images if i.given_split == "train"]
+    extra = [
+        ScannedImage(f"more/{task}/{name}", task, name, hashlib.sha256(f"more {task} {name}".encode()).hexdigest())
+        for task, names in classes.items()
+        for name in names
+    ]
+    pool = sample_splits(alone + extra, classes, shots, seed)
+    for task in classes:
+        drawn = {image.sha256 for image in splits.train if image.task == task}
+        of_pool = {image.sha256 for image in pool.train if image.task == task}
+        assert of_pool - {image.sha256 for image in extra} <= drawn
+
+
+def test_given_splits_with_too_few_images_are_named():
+    images = [
+        ScannedImage(f"a/{name}/{split}{number}", "a", name, f"{name} {split} {number}", given_split=split)
+        for name, train, test in (("bed", 3, 1), ("mug", 2, 5), ("pen", 3, 0))
+        for split, count in (("train", train), ("test", test))
+        for number in range(count)
+    ]
+    with pytest.raises(UserError) as error:
+        sample_splits(images, {"a": ["bed", "mug", "pen"]}, shots=3, seed=1)
+    assert "a/mug has 2 image(s), 2 to train and 5 to test" in str(error.value)
+    assert "a/pen has 3 image(s), 3 to train and 0 to test" in str(error.value)
+    assert "a/bed" not in str(error.value)
+
+
+# --- presets -------------------------------------------------------------------------------------------------
+
+
+PUBLISHED = {  # preset → tasks, classes, images
+    "office_home": (4, 65, 15_588),
+    "mini_domainnet": (4, 126, 140_006),
+    "pacs": (4, 7, 9_991),
+    "office_caltech10": (4, None, 2_533),
+    "domainnet": (6, 345, 586_575),
+    "vlcs": (4, 5, 10_729),
+}
+
+
+def preset(name: str) -> DataConfig:
+    data = parse_config(load_yaml(CONFIGS / f"{name}.yaml")).data
+    if data.class_names:
+        data = data.model_copy(update={"class_names": str(CONFIGS.parent / data.class_names)})
+    return data
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_numbers(name):
+    data = preset(name)
+    num_tasks, num_classes, num_images = PUBLISHED[name]
+    assert sum(data.expected_images.values()) == num_images
+    tasks = [task for names in data.expected_images for task in names.split(" + ")]
+    assert len(tasks) == num_tasks and (data.tasks is None or set(data.tasks) == set(tasks))
+    if num_classes:
+        words = read_class_names(Path(data.class_names))
+        assert len(words) == len(set(words.values())) == num_classes
+        assert list(words) == sorted(words)
+        assert not any("_" in text or text != text.strip() for text in words.values())
+
+
+def test_mini_domainnets_classes_are_of_domainnets_with_the_same_words():
+    mini, whole = (read_class_names(CONFIGS / f"class_names/{name}.txt") for name in ("mini_domainnet", "domainnet"))
+    assert mini.items() <= whole.items()
+
+
+def published_tree(root: Path, data: DataConfig, tasks: list[str], lists: str | None = None) -> Path:
+    """The folders of a preset with one image a class; `lists`: how the lists of images are called."""
+    for task in tasks:
+        lines = []
+        for label, name in enumerate(read_class_names(Path(data.class_names))):
+            (root / task / name).mkdir(parents=True)
+            (root / task / name / "1.png").write_bytes(b"")
+            lines.append(f"{task}/{name}/1.png {label}\n")
+        if lists:
+            (root / lists.format(task)).write_text("".join(lines))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "lists", "layout"),
+    [
+        ("pacs", None, "folders"),
+        ("pacs", "{}_train_kfold.txt", "pacs"),
+        ("vlcs", None, "folders"),
+        ("domainnet", "{}_train.txt", "domainnet"),
+        ("mini_domainnet", None, "folders"),
+    ],
+)
+def test_presets_find_what_is_published_and_tell_what_is_missing(tmp_path, name, lists, layout):
+    data = preset(name)
+    root = published_tree(tmp_path, data, [*data.tasks, "another"], lists)
+    listing = find_images(data, root)
+    assert listing.layout == layout and set(listing.classes) == set(data.tasks)
+    assert {len(names) for names in listing.classes.values()} == {PUBLISHED[name][1]}
+    notes = unexpected_counts(data, listing)
+    assert len(notes) == len(data.expected_images)
+    task, expected = next(iter(data.expected_images.items()))
+    assert notes[0].startswith(task) and f"{expected:,} are published" in notes[0]
+    count = PUBLISHED[name][1] * len(task.split(" + "))
+    complete = data.model_copy(update={"expected_images": {task: count, "not here": 3}})
+    assert unexpected_counts(complete, listing) == []
+
+
+def test_images_of_neither_split_count_as_there(tree, tmp_path):
+    root = in_splits(tree, tmp_path / "splits", "task/split/class", ("train", "test", "val", "train"))
+    data = DataConfig(given_splits=True, expected_images={"art": 8, "real world": 9})
+    assert unexpected_counts(data, find_images(data, root)) == [
+        "real world has 8 images, 9 are published: is the copy complete?"
+    ]
+
+
+# --- kinds of images -----------------------------------------------------------------------------------------
+
+
+def picture() -> Image.Image:
+    """Colours that change slowly, 48 x 32: what a kind of image loses by its compression is little."""
+    x, y = np.meshgrid(np.arange(48), np.arange(32))
+    return Image.fromarray(np.stack([5 * x, 7 * y, 250 - 5 * x], axis=2).astype(np.uint8))
+
+
+def png_of(width: int, height: int, bits: int, colour_type: int, samples: np.ndarray) -> bytes:
+    """PNG's 16-bit colours, which Pillow reads and cannot write; `samples`: (height, width, channels)."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    lines = samples.astype(">u2" if bits == 16 else "u1").reshape(height, -1)
+    raw = b"".join(b"\0" + line.tobytes() for line in lines)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture(), "JPEG", quality=95, exif=exif)
+
+
+def kinds() -> dict[str, bytes]:
+    image = picture()
+    other = Image.new("RGB", image.size, "white")
+    see_through = image.copy()
+    see_through.putalpha(Image.linear_gradient("L").resize(image.size))
+    wide = np.asarray(image).astype(np.uint32) * 257
+    alpha = np.full((*wide.shape[:2], 1), 30_000)
+    return {
+        "JPEG": encoded(image, "JPEG", quality=95),
+        "JPEG, progressive": encoded(image, "JPEG", quality=95, progressive=True),
+        "JPEG, CMYK": encoded(image.convert("CMYK"), "JPEG", quality=95),
+        "JPEG, turned by EXIF": turned(6),
+        "JPEG, mirrored by EXIF": turned(2),
+        "PNG": encoded(image),
+        "PNG, palette": encoded(image.quantize(200)),
+        "PNG, palette, one colour seen through": encoded(image.quantize(200), transparency=3),
+        "PNG, palette with alpha": encoded(image.quantize(200), transparency=bytes(range(200))),
+        "PNG, alpha": encoded(see_through),
+        "PNG, 16 bits": png_of(48, 32, 16, 2, wide),
+        "PNG, 16 bits, alpha": png_of(48, 32, 16, 6, np.concatenate([wide, alpha], axis=2)),
+        "WebP": encoded(image, "WEBP", quality=95),
+        "WebP, lossless, alpha": encoded(see_through, "WEBP", lossless=True, exact=True),
+        "WebP, moving": encoded(image, "WEBP", save_all=True, append_images=[other], quality=95),
+        "GIF": encoded(image, "GIF"),
+        "GIF, moving": encoded(image, "GIF", save_all=True, append_images=[other, image]),
+        "TIFF, CMYK": encoded(image.convert("CMYK"), "TIFF"),
+        "TIFF, pages": encoded(image, "TIFF", save_all=True, append_images=[other]),
+        "AVIF": encoded(image, "AVIF", quality=95),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("kind", kinds())
+def test_kinds_of_images_show_what_the_field_sees(kind):
+    """Image.open(file).convert("RGB"), as CoOp, Dassl and their successors: the first frame, without what makes it
+    transparent, as it is stored. And that is the picture."""
+    data = kinds()[kind]
+    seen = decode_rgb(data)
+    assert np.array_equal(np.asarray(seen), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert seen.size == (48, 32)
+    assert np.abs(np.asarray(seen).astype(int) - np.asarray(picture())).mean() < 6
+
+
+def greys() -> dict[str, bytes]:
+    grey = np.asarray(picture().convert("L"))
+    wide = grey.astype(np.uint32) * 257
+    alpha = np.full(wide.shape, 100)
+    return {
+        "PNG": encoded(Image.fromarray(grey)),
+        "PNG, 16 bits": png_of(48, 32, 16, 0, wide),
+        "PNG, 16 bits, alpha": png_of(48, 32, 16, 4, np.stack([wide, alpha], axis=2)),
+        "TIFF, 16 bits": encoded(Image.fromarray(wide.astype(np.uint16)), "TIFF"),
+        "TIFF, 32 bits": encoded(Image.fromarray(wide.astype(np.int32)), "TIFF"),
+        "PNG, alpha": encoded(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(grey)])),
+    }
+
+
+@pytest.mark.parametrize("kind", greys())
+def test_greys_of_any_depth_show_the_same(kind):
+    """Pillow alone clips 16 bits of grey to white: there the field sees nothing, and here the picture is seen."""
+    seen = np.asarray(decode_rgb(greys()[kind]))
+    assert np.array_equal(seen, np.asarray(picture().convert("L").convert("RGB")))
+
+
+def test_only_grey_of_more_than_8_bits_is_read_otherwise_than_by_the_field():
+    data = greys()["PNG, 16 bits"]
+    field = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert not np.array_equal(np.asarray(decode_rgb(data)), field)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_nothing(orientation):
+    """As open_clip's own preprocessing."""
+    data = turned(orientation)
+    ours = evaluation_pixels(data, 24)
+    assert np.abs(ours - open_clip_pixels(Image.open(io.BytesIO(data)), 24)).max() <= 1.001
+    assert np.array_equal(ours, evaluation_pixels(turned(1), 24))
+
+
+def open_clip_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """open_clip's own preprocessing, (3, size, size) of 0 to 255."""
+    preprocess = image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    return preprocess(image).numpy() * 255
+
+
+# --- one task, and hundreds ----------------------------------------------------------------------------------
+
+
+def test_hundreds_of_tasks_are_checked_and_drawn_in_seconds(tmp_path):
+    content = [png(seed) for seed in range(6)]
+    num_tasks, rows = 200, []
+    for task in range(num_tasks):
+        for name in ("yes", "no"):
+            folder = tmp_path / f"task {task:03d}" / name
+            folder.mkdir(parents=True)
+            for number in range(3):
+                (folder / f"{number}.png").write_bytes(content[number + 3 * (name == "no")] + f"{task}".encode())
+                rows.append({"path": f"{folder.name}/{number}.png", "task": folder.parent.name, "label": name})
+    began = time.process_time()
+    listing = find_images(DataConfig(), tmp_path)
+    check_constraints(list(listing.classes))
+    images = scanned(listing)
+    splits = sample_splits(images, listing.classes, shots=2, seed=1)
+    parts = plan_parts(splits.train, "train", {image.path: image.size for image in images})
+    assert time.process_time() - began < 10
+    assert len(listing.classes) == num_tasks == len(parts) and not any(image.error for image in images)
+    assert (len(splits.train), len(splits.test)) == (num_tasks * 4, num_tasks * 2)
+    assert len({part.file for part in parts}) == num_tasks
+
+
+# --- class names and texts -------------------------------------------------------------------------------------
+
+
+def test_class_names_of_tasks_with_different_classes(tree):
+    (tree / "art.txt").write_text("bed\ta large bed, with cushions\n" + "post_it\tpost-it notes\n")
+    (tree / "real world/lamp").mkdir()
+    (tree / "real world/lamp/1.png").write_bytes(png(50))
+    (tree / "real.txt").write_text("lamp\ndesk\n")
+    (tree / "real world/post_it").rename(tree / "real world/desk")
+    names = {"art": str(tree / "art.txt"), "real world": str(tree / "real.txt")}
+    listing = find_images(DataConfig(class_names=names), tree)
+    assert listing.classes == {"art": ("bed", "post_it"), "real world": ("desk", "lamp")}
+    assert listing.class_words["bed"] == "a large bed, with cushions" and listing.class_words["lamp"] == "lamp"
+    assert listing.left_out_classes == ("real world/bed",)
+    # A task without a file has all its folders.
+    message = fault(tree, class_names={"art": names["art"]})
+    assert "the class 'bed' is 'a large bed, with cushions' in task 'art' and 'bed' in task 'real world'" in message
+    (tree / "art.txt").write_text("bed\npost_it\tpost-it notes\n")
+    listing = find_images(DataConfig(class_names={"art": names["art"]}), tree)
+    assert listing.classes["real world"] == ("bed", "desk", "lamp")
+    assert listing.class_words == {"bed": "bed", "desk": "desk", "lamp": "lamp", "post_it": "post-it notes"}
+    assert "data.class_names: there is no task oil; found: art, real world" in fault(
+        tree, class_names={"oil": names["art"]}
+    )
+    one = find_images(DataConfig(class_names=names | {"oil": names["art"]}, tasks=["art"]), tree)
+    assert one.classes == {"art": ("bed", "post_it")}
+
+
+def test_a_description_that_is_too_long_for_clip_is_named():
+    tokenizer = SimpleTokenizer()
+    words = ["cat", "a cat " + "with stripes and " * 10 + "a tail", "dog " * 80]
+    class_tokens(tokenizer, "a photo of a {}.", [words[:2]])
+    with pytest.raises(UserError, match="class 'dog dog .* takes 8. tokens .* shorten it with data.class_names"):
+        class_tokens(tokenizer, "a photo of a {}.", [words])
+
+
+def test_one_task_has_pictures_of_its_grouping():
+    """Without a pair to show."""
+    figure = affinity_over_training(np.ones((4, 1, 1)), [1, 2, 3, 4], ["ink"], [[0]])
+    figure.savefig(io.BytesIO())
+
+
+@pytest.mark.slow
+def test_one_task_in_a_table_goes_through_the_whole_pipeline(tmp_path):
+    write_digits(tmp_path / "digits")
+    files = sorted((tmp_path / "digits/neon").rglob("*.png"))
+    table = pa.table(
+        {
+            "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+            "domain": ["neon"] * len(files),
+            "label": [file.parent.name for file in files],
+            "split": ["test" if int(file.stem) % 2 else "train" for file in files],
+        }
+    )
+    pq.write_table(table, tmp_path / "neon.parquet", row_group_size=50)
+    finished = run(
+        tmp_path / "storage",
+        *("--data.root", str(tmp_path / "neon.parquet"), "--data.columns", "{task: domain}"),
+        *("--data.given_splits", "true", "--clip.task_templates", '{neon: "a neon sign of the digit {}."}'),
+        *("--training.epochs", "2", "--global_prompt.epochs", "2"),
+    )
+    assert finished.status == 0, finished.output
+    assert "80 training and" in finished.output
+    methods = summary(tmp_path / "storage")["methods"]
+    assert all(set(of_method["accuracy"]) == {"neon"} for of_method in methods.values()) and "grouped" in methods
+    prompts = load_prompts(the_run(tmp_path / "storage") / "prompts/grouped.safetensors")
+    assert prompts.config.clip.task_templates == {"neon": "a neon sign of the digit {}."}

@@ -1,0 +1,176 @@
+"""Texts of classes that are others in some tasks: exact in the towers and in every method, and saved with prompts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from plain_towers import plain_encode_text
+from safetensors import safe_open
+from small_clip import CLASS_WORDS, small_towers, tokenizer
+from small_methods import SMALL, built
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.load import load_clip, weights_fingerprint
+from pipeline.config import Config, parse_config
+from pipeline.errors import UserError
+from pipeline.methods.classifier import Classifier
+from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
+from pipeline.methods.registry import KINDS
+from pipeline.stages.added_task import _check_same_prompts
+
+TEMPLATES = ["a photo of a {}.", "a rough sketch that shows the {}, drawn by hand", "{} in a shop."]
+WORDS = {"photo": CLASS_WORDS, "sketch": CLASS_WORDS[:2], "shop": ["cat", "alarm clock"]}
+TOLERANCE = dict(rtol=1e-9, atol=1e-9)
+
+
+def config_of(**task_templates: str) -> Config:
+    clip = SMALL.clip.model_copy(update={"task_templates": task_templates})
+    return SMALL.model_copy(update={"clip": clip})
+
+
+OWN = config_of(sketch=TEMPLATES[1], shop=TEMPLATES[2])
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["replaced", "carried"])
+@pytest.mark.parametrize("text_order", ["after_sos", "before_sos"])
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("templates", [TEMPLATES, TEMPLATES[:2] + ["a photo of the {}."], TEMPLATES[1::-1]])
+def test_towers_equal_the_plain_definition_with_a_template_for_each_task(templates, prompted, text_order, carried):
+    words = list(WORDS.values())[: len(templates)]
+    towers, model = small_towers(text_order)
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randn(len(words), 2, 4, towers.text_width, generator=generator, dtype=torch.float64)
+    prompts.requires_grad_()
+    tokens = class_tokens(towers.tokenizer, templates, words)
+    ours = towers.encode_text(tokens, prompts if prompted else None, carried and prompted)
+    plain = torch.cat(
+        [
+            plain_encode_text(
+                model,
+                tokenizer()([template.format(name) for name in of_task]),
+                prompts[task] if prompted else None,
+                towers.prompts_before_sos,
+                carried and prompted,
+            )
+            for task, (template, of_task) in enumerate(zip(templates, words))
+        ]
+    )
+    torch.testing.assert_close(ours, plain, **TOLERANCE)
+    if prompted:
+        weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+        of_ours, of_plain = (torch.autograd.grad((weights * z).sum(), prompts)[0] for z in (ours, plain))
+        assert of_plain.abs().max() > 1e-6
+        torch.testing.assert_close(of_ours, of_plain, **TOLERANCE)
+
+
+def test_words_that_all_tasks_share_run_once_a_task():
+    """The shortest beginning is that of all; the rest is each class's own."""
+    tokens = class_tokens(tokenizer(), TEMPLATES[:2], [["cat", "dog"]] * 2)
+    words_before = [len(tokenizer().encode(template.partition("{}")[0])) for template in TEMPLATES[:2]]
+    assert tokens.prefix.shape == (2, 1 + min(words_before))
+    assert tokens.name_at == tuple(number - min(words_before) for number in words_before)
+    for row, (template, name) in enumerate((t, n) for t in TEMPLATES[:2] for n in ("cat", "dog")):
+        ids = tokens.prefix[row // 2].tolist() + tokens.suffix[row, : tokens.eot[row] + 1].tolist()
+        assert ids == [49406, *tokenizer().encode(template.format(name)), 49407]
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "hipro"])
+def test_a_method_on_several_tasks_is_itself_on_each(name):
+    """With one template a method is held against the plain definition in test_methods.py. HiPro takes no words of a
+    template, and is nothing for a task alone."""
+    towers, _ = small_towers()
+    method, kind = built(name, towers, WORDS, OWN), KINDS[name]
+    templates = kind.templates(OWN, WORDS)
+    with torch.no_grad():
+        adaptation = method()
+        together = adaptation.encode_text(
+            towers, class_tokens(towers.tokenizer, list(templates.values()), list(WORDS.values()))
+        )
+        first = 0
+        for at, (task, words) in enumerate(WORDS.items()):
+            alone = class_tokens(towers.tokenizer, templates[task], [words])
+            z = adaptation.of_task(at).encode_text(towers, replace(alone, first_row=first))
+            torch.testing.assert_close(together[first : first + len(words)], z, **TOLERANCE)
+            first += len(words)
+    assert first == len(together)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_method_makes_of_a_template(name):
+    made = KINDS[name].templates(OWN, WORDS)
+    if name in ("coop", "mvlpt", "softcpt", "hipro"):  # the context stands for all its words
+        assert set(made.values()) == {"{}."}
+    elif name in ("maple", "promptsrc"):  # the prompts stand for those before the name
+        assert list(made.values()) == ["{}.", "{}, drawn by hand", "{} in a shop."]
+    else:
+        assert list(made.values()) == TEMPLATES
+
+
+def test_a_linear_probe_starts_at_the_text_of_each_task():
+    towers, _ = small_towers()
+    probe = KINDS["linear_probe"].build(OWN, towers, WORDS)
+    tokens = class_tokens(towers.tokenizer, TEMPLATES, list(WORDS.values()))
+    torch.testing.assert_close(probe().encode_text(towers, tokens), towers.encode_text(tokens), **TOLERANCE)
+    assert len(probe.weights) == sum(map(len, WORDS.values()))
+    shared = KINDS["linear_probe"].build(config_of(shop=TEMPLATES[2]), towers, WORDS)
+    assert len(shared.weights) == len(CLASS_WORDS) + len(WORDS["shop"])  # sketch has classes of photo, by its template
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prompts_carry_the_templates_of_their_tasks(name, tmp_path):
+    config = config_of(neon="a neon sign of a {}", other="not of {} these")
+    towers = load_clip(config.clip)
+    words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
+    method = built(name, towers, words, config)
+    trained = TrainedPrompts(name, config, weights_fingerprint(towers), (words,), (method.state_dict(),))
+    save_prompts(tmp_path / "trained.safetensors", trained)
+    loaded = load_prompts(tmp_path / "trained.safetensors")
+    assert loaded.config.clip.task_templates == {"neon": "a neon sign of a {}"}
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        original = Classifier(towers, KINDS[name].templates(config, words), [(words, method())])
+    again = loaded.classifier()
+    for task in words:
+        assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
+
+
+def saved(tmp_path, task: str, config: Config) -> TrainedPrompts:
+    towers = load_clip(config.clip)
+    words = {task: ["one", "two"]}
+    state = built("coop", towers, words, config).state_dict()
+    prompts = TrainedPrompts("coop", config, weights_fingerprint(towers), (words,), (state,))
+    save_prompts(tmp_path / f"{task}.safetensors", prompts)
+    return load_prompts(tmp_path / f"{task}.safetensors")
+
+
+def test_merged_prompts_have_the_templates_of_all(tmp_path):
+    parts = [saved(tmp_path, "ink", SMALL), saved(tmp_path, "neon", config_of(neon="a neon {}", ink="not {} ink"))]
+    assert merge_prompts(parts).config.clip.task_templates == {"neon": "a neon {}"}
+
+
+def test_prompts_without_such_templates_are_saved_as_before(tmp_path):
+    saved(tmp_path, "ink", SMALL)
+    with safe_open(tmp_path / "ink.safetensors", "pt") as file:
+        assert "task_templates" not in json.loads(file.metadata()["prompts"])["config"]["clip"]
+
+
+def test_an_added_task_may_have_its_own_template_and_changes_no_others(tmp_path):
+    prompts = saved(tmp_path, "ink", config_of(ink="an inked {}"))
+    _check_same_prompts(config_of(ink="an inked {}", neon="a neon {}"), prompts)
+    for config in (SMALL, config_of(ink="another {}")):
+        with pytest.raises(UserError, match="clip.task_templates: ink has"):
+            _check_same_prompts(config, prompts)
+
+
+@pytest.mark.parametrize("template", ["a sketch", "{} and {}", "", 3])
+def test_templates_without_a_place_for_the_name_are_named(template):
+    with pytest.raises(UserError, match="clip.task_templates.sketch"):
+        parse_config({"clip": {"task_templates": {"sketch": template}}})
+
+
+def test_a_text_that_is_too_long_is_named_with_its_template():
+    with pytest.raises(UserError, match="class 'cat' takes .* tokens in the template 'so {} so "):
+        class_tokens(tokenizer(), [TEMPLATES[0], "so {}" + " so" * 90], [["cat"], ["cat"]])
