@@ -168,7 +168,7 @@ class Patience:
     def __init__(self, say: Callable[[str], None]):
         self._say = say
         self._looked = Patience._worked = time.monotonic()
-        self._next_word = FIRST_WORD_AFTER_S
+        self._next_word: float = FIRST_WORD_AFTER_S
 
     def look(self, waiting: Sequence[str], running_on: Sequence[str], needs: WorkerNeeds, workers: int) -> None:
         """Args:

@@ -70,7 +70,7 @@ class _Told:
 
 @contextmanager
 def _lease(storage: Storage, file: Path, told: _Told) -> Iterator[None]:
-    lease = {"id": uuid.uuid4().hex, "copies": _id_of_copies(storage), "job": _this_job(), "renewed": 0}
+    lease: dict[str, Any] = {"id": uuid.uuid4().hex, "copies": _id_of_copies(storage), "job": _this_job(), "renewed": 0}
     _take(storage, file, lease, told)
     ended = threading.Event()
 
@@ -110,7 +110,8 @@ def _take(storage: Storage, file: Path, lease: dict[str, Any], told: _Told) -> N
 
 def _read(storage: Storage, file: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(storage.read(file))
+        lease: dict[str, Any] = json.loads(storage.read(file))
+        return lease
     except FileNotFoundError:
         return None
 

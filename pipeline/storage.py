@@ -118,7 +118,8 @@ class Storage:
 
         def content() -> bytes | None:
             try:
-                return filesystem.open_input_file(place).read()
+                whole: bytes = filesystem.open_input_file(place).read()
+                return whole
             except FileNotFoundError:
                 return None
 
@@ -253,7 +254,8 @@ class Artefact:
         return False
 
     def manifest(self) -> dict[str, Any]:
-        return json.loads(self.storage.read(self.folder / _MANIFEST))
+        manifest: dict[str, Any] = json.loads(self.storage.read(self.folder / _MANIFEST))
+        return manifest
 
     def local(self) -> Path:
         """The finished artefact's folder on this machine, with its files.

@@ -125,7 +125,8 @@ def load_clip(
 def load_tokenizer(config: ClipConfig) -> Tokenizer:
     """The model's tokenizer, without its weights."""
     with _errors_only():
-        return _open_clip().get_tokenizer(_register(config.model))
+        tokenizer: Tokenizer = _open_clip().get_tokenizer(_register(config.model))
+    return tokenizer
 
 
 def weights_fingerprint(towers: ClipTowers) -> str:
@@ -245,7 +246,8 @@ def _open_clip() -> ModuleType:
     ensure_torchvision()
     import open_clip
 
-    return open_clip
+    module: ModuleType = open_clip
+    return module
 
 
 @contextmanager

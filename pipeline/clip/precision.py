@@ -12,5 +12,5 @@ def uses_bfloat16(device: torch.device, precision: str) -> bool:
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16) if uses_bfloat16(device, precision) else nullcontext()

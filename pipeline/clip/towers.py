@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,68 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.clip.class_tokens import ClassTokens, Tokenizer, counts_between
 from pipeline.errors import UserError
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+"""A module that is called with rows (N, L, D) or (N, D)."""
+
+
+class Attention(Protocol):
+    """torch's MultiheadAttention, as far as it is used here."""
+
+    embed_dim: int
+    num_heads: int
+    in_proj_weight: torch.Tensor
+    in_proj_bias: torch.Tensor
+    out_proj: Layer
+    in_proj_update: Callable[[torch.Tensor, slice], torch.Tensor]
+    """There only if a method put it there: normed rows, parts as of `_project` → what is added to them."""
+
+
+class Mlp(Protocol):
+    c_fc: nn.Linear
+    gelu: Layer
+    c_proj: Layer
+
+
+class Block(Protocol):
+    """open_clip's ResidualAttentionBlock, as far as it is used here."""
+
+    ln_1: Layer
+    attn: Attention
+    ls_1: Layer
+    ln_2: Layer
+    mlp: Mlp
+    ls_2: Layer
+
+
+class Transformer(Protocol):
+    resblocks: Sequence[Block]
+
+
+class ImageTower(Protocol):
+    """open_clip's VisionTransformer, as far as it is used here."""
+
+    conv1: nn.Conv2d
+    positional_embedding: torch.Tensor
+    ln_pre: Layer
+    transformer: Transformer
+    ln_post: Layer
+    proj: torch.Tensor
+    image_size: tuple[int, int]
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+    def _embeds(self, images: torch.Tensor) -> torch.Tensor: ...
+
+
+class TextTower(Protocol):
+    """open_clip's TextTransformer, or its CLIP that has these parts itself, as far as it is used here."""
+
+    token_embedding: nn.Embedding
+    positional_embedding: torch.Tensor
+    transformer: Transformer
+    ln_final: nn.LayerNorm
+    text_projection: torch.Tensor | nn.Linear | None
 
 
 class ClipTowers(nn.Module):
@@ -43,26 +106,30 @@ class ClipTowers(nn.Module):
         UserError: the model has parts that prompts cannot be put into exactly.
     """
 
+    logit_scale: torch.Tensor
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, text_order: str = "after_sos", activations_gib: float = math.inf
     ):
         super().__init__()
-        text = getattr(model, "text", model)
-        _refuse_unsupported(model, text)
-        self.visual = model.visual
+        _refuse_unsupported(model, getattr(model, "text", model))
+        visual, text = cast(ImageTower, model.visual), cast(TextTower, getattr(model, "text", model))  # as just found
+        self.visual = visual
         self.text_blocks = text.transformer.resblocks
         self.token_embedding = text.token_embedding
         self.text_positions = text.positional_embedding
         self.ln_final = text.ln_final
         self.text_projection = text.text_projection
-        self.logit_scale = model.logit_scale
+        self.logit_scale = cast(torch.Tensor, model.logit_scale)
         self.tokenizer = tokenizer
         self.prompts_before_sos = text_order == "before_sos"
         self.activations_gib = activations_gib
         self.fingerprint: str | None = None
         """Of the weights before any were cast."""
-        self.image_size: int = model.visual.image_size[0]
-        for name, value in (("mean", model.visual.image_mean), ("std", model.visual.image_std)):
+        self.image_size = visual.image_size[0]
+        for name, value in (("mean", visual.image_mean), ("std", visual.image_std)):
             self.register_buffer(f"pixel_{name}", torch.tensor(value)[:, None, None] * 255, persistent=False)
         self.requires_grad_(False).eval()
 
@@ -75,7 +142,12 @@ class ClipTowers(nn.Module):
         return self.token_embedding.embedding_dim
 
     @property
-    def vision_blocks(self) -> nn.ModuleList:
+    def embed_dim(self) -> int:
+        """Of a feature."""
+        return self.visual.proj.shape[1]
+
+    @property
+    def vision_blocks(self) -> Sequence[Block]:
         return self.visual.transformer.resblocks
 
     @property
@@ -99,9 +171,9 @@ class ClipTowers(nn.Module):
             elif isinstance(module, nn.MultiheadAttention):
                 for parameter in (module.in_proj_weight, module.in_proj_bias):
                     parameter.data = parameter.data.to(torch.bfloat16)
-        for parameter in (self.visual.proj, self.text_projection):
-            if isinstance(parameter, nn.Parameter):
-                parameter.data = parameter.data.to(torch.bfloat16)
+        for projection in (self.visual.proj, self.text_projection):
+            if isinstance(projection, nn.Parameter):
+                projection.data = projection.data.to(torch.bfloat16)
 
     def copy_that_trains(self, trains: Callable[[str], bool] = lambda name: False) -> ClipTowers:
         """Towers for a method to have as a module. The weights whose names `trains` takes are copied and are its
@@ -137,7 +209,7 @@ class ClipTowers(nn.Module):
             images_per_task: T counts, ΣB.
             carried: the prompts are tokens of the input, normed like patches, and those of layer K' go on after it.
         """
-        if carried:
+        if prompts is not None and carried:
             prompts = torch.cat([self.visual.ln_pre(prompts[:, :1]), prompts[:, 1:]], dim=1)
         replaced = _replaced_prompts(self.vision_blocks, prompts, carried)
         last_prompted = -1 if prompts is None else prompts.shape[1] - 1
@@ -146,7 +218,7 @@ class ClipTowers(nn.Module):
             counts = counts_between(images_per_task, start, stop)
             x = self.visual._embeds(images[start:stop])  # (B, L, D), CLS first
             for k, block in enumerate(self.vision_blocks):
-                if carried and k == last_prompted:
+                if prompts is not None and carried and k == last_prompted:
                     x = torch.cat([x, _for_rows(prompts[:, k], counts)], dim=1)
                 h = block.ln_1(x)
                 keys_values = _keys_values(block, h)
@@ -180,7 +252,7 @@ class ClipTowers(nn.Module):
         if suffix_embeddings is None:
             suffix_embeddings = self.token_embedding(tokens.suffix)
         shared = self._shared_keys_values(tokens, prompts, carried)
-        before = tokens.prefix.shape[1] + (prompts.shape[2] if carried else 0)
+        before = tokens.prefix.shape[1] + (prompts.shape[2] if prompts is not None and carried else 0)
         num_suffix = tokens.suffix.shape[1]
         positions = self.text_positions[before : before + num_suffix]
         causal = torch.ones(num_suffix, num_suffix, dtype=torch.bool, device=self.device).tril()
@@ -198,10 +270,13 @@ class ClipTowers(nn.Module):
                 if k == self.text_depth - 1:
                     x, h, mask = x[rows, eot, None], h[rows, eot, None], mask[eot][:, None, None]
                 x = _attend_and_mlp(block, x, h, keys_values, mask)
-            z = self.ln_final(x[:, 0])
+            z: torch.Tensor = self.ln_final(x[:, 0])
             if self.text_projection is None:
                 return z
-            return self.text_projection(z) if isinstance(self.text_projection, nn.Linear) else z @ self.text_projection
+            if isinstance(self.text_projection, nn.Linear):
+                projected: torch.Tensor = self.text_projection(z)
+                return projected
+            return z @ self.text_projection
 
         bytes_per_class = self._kept_bytes(self.text_blocks, num_suffix, num_suffix + max(num_shared))
         return self._in_chunks(encode, len(tokens.suffix), bytes_per_class)
@@ -220,7 +295,7 @@ class ClipTowers(nn.Module):
         shared words, and the prompts."""
         x = self.token_embedding(tokens.prefix)  # (T, P, D)
         at = 0 if self.prompts_before_sos else 1
-        if carried:
+        if prompts is not None and carried:
             behind = at + prompts.shape[2]
             positions = self.text_positions[: prompts.shape[2] + x.shape[1]]
             x = x + torch.cat([positions[:at], positions[behind:]])
@@ -231,7 +306,7 @@ class ClipTowers(nn.Module):
         last_prompted = -1 if prompts is None else prompts.shape[1] - 1
         shared = []
         for k, block in enumerate(self.text_blocks):
-            if carried and k == last_prompted:
+            if prompts is not None and carried and k == last_prompted:
                 x = torch.cat([x[:, :at], prompts[:, k], x[:, at:]], dim=1)
             h = block.ln_1(x)
             keys_values = _keys_values(block, h)
@@ -247,7 +322,7 @@ class ClipTowers(nn.Module):
                 x = _attend_and_mlp(block, x, h, keys_values, mask)
         return shared
 
-    def _kept_bytes(self, blocks: Sequence[nn.Module], num_tokens: int, num_keys: int) -> int:
+    def _kept_bytes(self, blocks: Sequence[Block], num_tokens: int, num_keys: int) -> int:
         """Bytes that a row of `num_tokens` tokens, whose queries see `num_keys` keys, keeps for its backward pass, or
         where there is none, needs at once: less than two layers' worth."""
         width, hidden = blocks[0].attn.embed_dim, blocks[0].mlp.c_fc.out_features
@@ -276,7 +351,7 @@ class ClipTowers(nn.Module):
         )
 
 
-def _replaced_prompts(blocks: Sequence[nn.Module], prompts: torch.Tensor | None, carried: bool) -> list[torch.Tensor]:
+def _replaced_prompts(blocks: Sequence[Block], prompts: torch.Tensor | None, carried: bool) -> list[torch.Tensor]:
     """Keys and values (T, b, 2 D) of the prompts (T, K', b, D) in each layer whose successor replaces or drops them."""
     if prompts is None:
         return []
@@ -284,12 +359,12 @@ def _replaced_prompts(blocks: Sequence[nn.Module], prompts: torch.Tensor | None,
     return [_keys_values(blocks[k], blocks[k].ln_1(prompts[:, k])) for k in range(num_replaced)]
 
 
-def _keys_values(block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+def _keys_values(block: Block, h: torch.Tensor) -> torch.Tensor:
     """Keys and values (N, L, 2 D) of normed rows h (N, L, D)."""
     return _project(block.attn, h, slice(1, 3))
 
 
-def _project(attention: nn.Module, h: torch.Tensor, parts: slice) -> torch.Tensor:
+def _project(attention: Attention, h: torch.Tensor, parts: slice) -> torch.Tensor:
     """Of normed rows h (N, L, D): those of query (0), key (1) and value (2) that are asked for, side by side."""
     rows = slice(parts.start * h.shape[-1], parts.stop * h.shape[-1])
     projected = F.linear(h, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
@@ -304,7 +379,7 @@ def _behind(per_task: torch.Tensor, rows_per_task: Sequence[int], own: torch.Ten
 
 
 def _attend_and_mlp(
-    block: nn.Module, x: torch.Tensor, h: torch.Tensor, keys_values: torch.Tensor, mask: torch.Tensor | None = None
+    block: Block, x: torch.Tensor, h: torch.Tensor, keys_values: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The rest of a residual block for the rows x (N, L, D), h = ln_1(x), given all keys and values (N, n, 2 D)."""
     attention = block.attn
@@ -318,7 +393,7 @@ def _attend_and_mlp(
     return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
 
 
-def _mlp(mlp: nn.Module, h: torch.Tensor) -> torch.Tensor:
+def _mlp(mlp: Mlp, h: torch.Tensor) -> torch.Tensor:
     h = mlp.c_fc(h)
     if type(mlp.gelu).__name__ == "QuickGELU":
         # x sigmoid(1.702 x), as open_clip's own, but half the memory for the backward pass.

@@ -137,7 +137,8 @@ def _write(root: Path) -> None:
 
 def _blend(background: np.ndarray, colour: np.ndarray, coverage: np.ndarray) -> np.ndarray:
     """Lay a colour (3,) over a background (32, 32, 3 or 1) where coverage (32, 32) is 1."""
-    return background + coverage[..., None] * (colour - background)
+    blended: np.ndarray = background + coverage[..., None] * (colour - background)
+    return blended
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ def train() -> torch.nn.Module:
             model.logit_scale.clamp_(max=math.log(100))
         if step % 100 == 0 or step == STEPS - 1:
             print(f"step {step:4}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
-    return model.eval()
+    trained: torch.nn.Module = model.eval()
+    return trained
 
 
 def main() -> None:

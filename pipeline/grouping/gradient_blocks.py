@@ -28,7 +28,7 @@ def read_layout(path: Path) -> dict[str, list[int]]:
         raise UserError(f"{path}: no gradient snapshots; {again}")
     try:
         num_rows, schema = pq.read_metadata(path).num_rows, pq.read_schema(path)
-        layout = json.loads((schema.metadata or {})[b"layout"])
+        layout: dict[str, list[int]] = json.loads((schema.metadata or {})[b"layout"])
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise UserError(f"{path} cannot be read as gradient snapshots ({error!r}); remove it and {again}") from None
     if num_rows == 0:

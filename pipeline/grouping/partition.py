@@ -98,12 +98,15 @@ def best_partition(
     affinity = checked_affinity(affinity)
     check_objective(objective)
     tasks = range(len(affinity)) if tasks is None else tasks
-    constraints = {"num_groups": num_groups, "min_size": min_size, "max_size": max_size}
-    check_constraints(tasks, **constraints, together=together, apart=apart)
+    check_constraints(
+        tasks, num_groups=num_groups, min_size=min_size, max_size=max_size, together=together, apart=apart
+    )
     problem = Problem.of(
         affinity,
         objective,
-        **constraints,
+        num_groups=num_groups,
+        min_size=min_size,
+        max_size=max_size,
         together=task_numbers(tasks, "together", together),
         apart=task_numbers(tasks, "apart", apart),
     )
@@ -118,7 +121,9 @@ def _search(problem: Problem, time_limit_s: float) -> tuple[UnitGroups, float, s
     parts = components(problem) if problem.num_units > MOST_ENUMERATED else []
     if len(parts) <= 1:
         return _search_connected(problem, deadline)
-    groups, missing, methods = [], 0.0, {}
+    groups: UnitGroups = []
+    missing = 0.0
+    methods: dict[str, None] = {}  # as a set that keeps their order
     for part in parts:
         alone = problem.part(part)
         of_part, bound, method = _search_connected(alone, deadline)
@@ -171,4 +176,5 @@ def checked_affinity(affinity: np.ndarray) -> np.ndarray:
             f"affinity is not symmetric: [{i}, {j}] is {affinity[i, j]:.6g} but [{j}, {i}] is "
             f"{affinity[j, i]:.6g}; average it with its transpose first"
         )
-    return (affinity + affinity.T) / 2
+    symmetric: np.ndarray = (affinity + affinity.T) / 2
+    return symmetric

@@ -64,7 +64,8 @@ def bootstrap(
     num_snapshots, num_tasks, _ = affinities.shape
     length = max(1, round(math.sqrt(num_snapshots)))
     rng = np.random.default_rng(seed)
-    together, counts = np.zeros((num_tasks, num_tasks)), Counter()
+    together = np.zeros((num_tasks, num_tasks))
+    counts: Counter[Groups] = Counter()
     began = time.monotonic()
     for _ in range(NUM_RESAMPLES):
         starts = rng.integers(0, num_snapshots, math.ceil(num_snapshots / length))

@@ -18,7 +18,7 @@ class ClipAdapter(nn.Module):
         super().__init__()
         self.tasks = tuple(words)
         self.ratio = config.clip_adapter.ratio
-        width = towers.visual.proj.shape[1]
+        width = towers.embed_dim
         hidden = width // config.clip_adapter.reduction
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "clip_adapter"))
@@ -28,4 +28,5 @@ class ClipAdapter(nn.Module):
         return Adaptation(image_features=self._mix)
 
     def _mix(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ratio * self.bottleneck(x) + (1 - self.ratio) * x
+        mixed: torch.Tensor = self.ratio * self.bottleneck(x) + (1 - self.ratio) * x
+        return mixed

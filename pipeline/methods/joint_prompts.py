@@ -28,6 +28,5 @@ class JointPrompts(nn.Module):
         self.vision_prompts = nn.Parameter(vision)  # (K, b, d_v)
 
     def forward(self) -> Adaptation:
-        return Adaptation(
-            *(prompts.expand(len(self.tasks), -1, -1, -1) for prompts in (self.text_prompts, self.vision_prompts))
-        )
+        text, vision = (p.expand(len(self.tasks), -1, -1, -1) for p in (self.text_prompts, self.vision_prompts))
+        return Adaptation(text, vision)

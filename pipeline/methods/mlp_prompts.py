@@ -28,11 +28,10 @@ class MlpPrompts(nn.Module):
             )
 
     def forward(self) -> Adaptation:
-        return Adaptation(
-            *(
-                torch.stack([layer(source) for layer, source in zip(layers, self.source)]).expand(
-                    len(self.tasks), -1, -1, -1
-                )
-                for layers in (self.text_layers, self.vision_layers)
+        text, vision = (
+            torch.stack([layer(source) for layer, source in zip(layers, self.source)]).expand(
+                len(self.tasks), -1, -1, -1
             )
+            for layers in (self.text_layers, self.vision_layers)
         )
+        return Adaptation(text, vision)

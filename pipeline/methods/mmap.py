@@ -8,7 +8,7 @@ Dimensions: N MmAPs in the stack, T tasks, K layers, m × n source prompt, b pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,14 +83,14 @@ class SharedMmap(nn.Module):
     and autograd has added them up for the update: no extra backward pass.
     """
 
-    def __init__(self, shape: MmapShape, tasks: Sequence[str], seed: int, init_std: float = 0.02):
+    def __init__(self, shape: MmapShape, tasks: Collection[str], seed: int, init_std: float = 0.02):
         super().__init__()
         self.tasks = tuple(tasks)
         self.mmap = MmapStack(shape, [derive_seed(seed, "global")], init_std)
         self._copies: list[torch.Tensor] = []
 
     @staticmethod
-    def of(config: Config, towers: ClipTowers, tasks: Iterable[str]) -> SharedMmap:
+    def of(config: Config, towers: ClipTowers, tasks: Collection[str]) -> SharedMmap:
         return SharedMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
 
     def forward(self) -> Adaptation:
@@ -103,7 +103,11 @@ class SharedMmap(nn.Module):
 
     def task_gradients(self) -> torch.Tensor:
         """(T, parameters): each task's gradient of the last backward pass, parameters in `gradient_layout` order."""
-        return torch.cat([copy.grad.flatten(1) for copy in self._copies], dim=1)
+        gradients = []
+        for copy in self._copies:
+            assert copy.grad is not None
+            gradients.append(copy.grad.flatten(1))
+        return torch.cat(gradients, dim=1)
 
     def gradient_layout(self) -> dict[str, list[int]]:
         """Name → shape of the parameters in a gradient vector, in order; axis 0 is the layer."""
@@ -117,14 +121,14 @@ class GroupMmap(nn.Module):
     tasks (Eq. 11) and each task's own by its task alone (Eq. 12).
     """
 
-    def __init__(self, shape: MmapShape, tasks: Sequence[str], seed: int, init_std: float = 0.02):
+    def __init__(self, shape: MmapShape, tasks: Collection[str], seed: int, init_std: float = 0.02):
         super().__init__()
         self.tasks = tuple(tasks)
         self.group = MmapStack(shape, [derive_seed(seed, "group")], init_std)
         self.task = MmapStack(shape, [derive_seed(seed, "task", name) for name in tasks], init_std)
 
     @staticmethod
-    def of(config: Config, towers: ClipTowers, tasks: Iterable[str]) -> GroupMmap:
+    def of(config: Config, towers: ClipTowers, tasks: Collection[str]) -> GroupMmap:
         return GroupMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
 
     def join(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -137,12 +141,11 @@ class GroupMmap(nn.Module):
 
     def forward(self) -> Adaptation:
         """2b prompts in every layer of both towers."""
-        return Adaptation(
-            *(
-                torch.cat([group.expand(len(self.tasks), -1, -1, -1), task], dim=2)
-                for group, task in zip(self.group(), self.task())
-            )
+        text, vision = (
+            torch.cat([group.expand(len(self.tasks), -1, -1, -1), task], dim=2)
+            for group, task in zip(self.group(), self.task())
         )
+        return Adaptation(text, vision)
 
 
 def kronecker(scaling: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ small transformer block; trained on all tasks first, then on each alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,9 +23,9 @@ class Mvlpt(nn.Module):
         self.tasks = tuple(words)
         length, width = config.mvlpt.prompt_length, config.mvlpt.mixer_width
         text_width, vision_width, depth = towers.text_width, towers.vision_width, towers.vision_depth
-        start = {"std": 0.02, "seed": config.seed}
-        self.context = nn.Parameter(normal(length, text_width, purpose="mvlpt text", **start))
-        self.vision_prompts = nn.Parameter(normal(depth, length, vision_width, purpose="mvlpt vision", **start))
+        start = partial(normal, std=0.02, seed=config.seed)
+        self.context = nn.Parameter(start(length, text_width, purpose="mvlpt text"))
+        self.vision_prompts = nn.Parameter(start(depth, length, vision_width, purpose="mvlpt vision"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "mvlpt mixer"))
             self.text_in, self.vision_in = nn.Linear(text_width, width), nn.Linear(vision_width, width)

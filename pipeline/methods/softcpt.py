@@ -7,6 +7,7 @@ task's classes. Images are CLIP's own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,11 +25,11 @@ class SoftCpt(nn.Module):
         super().__init__()
         self.tasks = tuple(words)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
-        options, embed_dim, width = config.softcpt, towers.visual.proj.shape[1], towers.text_width
-        start = {"std": 0.02, "seed": config.seed}
-        self.meta_prompt = nn.Parameter(normal(options.meta_length, width, purpose="softcpt meta", **start))
-        shape = (embed_dim, options.context_length, width)
-        self.projection = nn.Parameter(normal(*shape, purpose="softcpt projection", **start))  # (E, M, d_l)
+        options, width = config.softcpt, towers.text_width
+        start = partial(normal, std=0.02, seed=config.seed)
+        self.meta_prompt = nn.Parameter(start(options.meta_length, width, purpose="softcpt meta"))
+        shape = (towers.embed_dim, options.context_length, width)
+        self.projection = nn.Parameter(start(*shape, purpose="softcpt projection"))  # (E, M, d_l)
         self.names = class_tokens(
             towers.tokenizer, "{}.", [[task.replace("_", " ")] for task in words], options.meta_length
         )

@@ -59,12 +59,13 @@ def accuracy_parameters_figure(benchmark: Benchmark, shots: int) -> Figure:
             points[method] = (parameters, 100 * fmean(accuracies.values()))
     if not points:
         raise ValueError(_no_runs(benchmark, shots))
-    paper = paper_results_for(benchmark.tasks)
-    paper_points = {
-        method: (1e6 * TRAINED_PARAMETERS.get(method, 0), paper.mean_of_tasks(shots, method))
-        for method in (points if paper else ())
-        if method in paper.accuracy.get(shots, {})
-    }
+    paper_points: dict[str, tuple[float, float]] = {}
+    if paper := paper_results_for(benchmark.tasks):
+        paper_points = {
+            method: (1e6 * TRAINED_PARAMETERS.get(method, 0), paper.mean_of_tasks(shots, method))
+            for method in points
+            if method in paper.accuracy.get(shots, {})
+        }
     positive = [parameters for parameters, _ in (*points.values(), *paper_points.values()) if parameters] or [1e4]
     lowest, highest = floor(log10(min(positive))), ceil(log10(max(positive)))
     zero = 10.0 ** (lowest - 1)  # where no trained parameters stand on the logarithmic axis
@@ -119,6 +120,7 @@ def _label_points(
     The circles: x, y, area in square points. The layout is fixed from here on.
     """
     figure = axes.figure
+    assert isinstance(figure, Figure)  # not a part of one
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -138,21 +140,23 @@ def _label_points(
     labels = np.empty((0, 4))
     for method in sorted(circles, key=lambda name: (name != OURS, -circles[name][1])):
         centre, radius = centre_and_radius(circles[method])
-        style = {"fontweight": "bold", "color": VERMILION} if method == OURS else {"color": "#222222"}
-        place = {"xytext": (0, 0), "textcoords": "offset points", "ha": "center", "va": "center"}
+        style: dict[str, Any] = {"color": "#222222"}
+        if method == OURS:
+            style = {"fontweight": "bold", "color": VERMILION}
+        place: dict[str, Any] = {"xytext": (0, 0), "textcoords": "offset points", "ha": "center", "va": "center"}
         label = axes.annotate(
             version_title(method), circles[method][:2], fontsize=9, parse_math=False, zorder=6, **place, **style
         )
         extent = label.get_window_extent(renderer)
         half = np.array([extent.width, extent.height]) / 2 + point
-        fewest = inf
+        fewest: float = inf
         for gap, angle in product(range(4, 300, 5), np.arange(0, 2 * pi, pi / 12)):
             direction = np.array([cos(angle), sin(angle)])
             start = centre + direction * radius
             middle = start + direction * gap * point + np.clip(1.5 * direction, -1, 1) * half
             box = np.hstack([middle - half, middle + half])
             leader = _boxes_along(start, np.clip(start, box[:2], box[2:]))
-            outside = (box[:2] < inside[:2]).any() or (box[2:] > inside[2:]).any()
+            outside = bool((box[:2] < inside[:2]).any() or (box[2:] > inside[2:]).any())
             hits = _meetings(box, taken) + _meetings(leader, labels) + 1000 * outside
             if hits < fewest:
                 fewest, best = hits, (middle, box, leader)
@@ -187,7 +191,7 @@ def _section_colour(method: str) -> str:
     return VERMILION if method == OURS else SECTION_COLOURS[section_of(method)]
 
 
-def _dot(label: str, **style: str) -> Line2D:
+def _dot(label: str, **style: Any) -> Line2D:
     return Line2D([], [], linestyle="", marker="o", markersize=8, label=label, **style)
 
 
@@ -298,10 +302,12 @@ def prompt_ablation_figure(benchmark: Benchmark, shots: int, ours: str = OURS) -
         axes.bar(at, heights, 0.94 * width, bottom, color=colours[method], label=version_title(method))
         axes.errorbar(at, means, deviations, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=2)
         for place, mean, deviation in zip(at, means, deviations):
-            above = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
+            above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{mean:.1f}", (place, mean + np.nan_to_num(deviation)), fontsize=8, **above)
     names = [task or AVERAGE_ROW for task in columns]
-    slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 14 else {}
+    slant: dict[str, Any] = {}
+    if max(map(len, names)) > 14:
+        slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(columns)), names, parse_math=False, **slant)
     axes.tick_params(axis="x", length=0)
     axes.axvline(len(columns) - 1.5, color="#cccccc", linewidth=1)

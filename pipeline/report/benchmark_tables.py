@@ -108,10 +108,13 @@ def section_of(method: str) -> str:
 # --- tables ---------------------------------------------------------------------------------------------
 
 
+Mark = Literal["", "best", "second"]
+
+
 @dataclass(frozen=True)
 class Cell:
     text: str
-    mark: Literal["", "best", "second"] = ""
+    mark: Mark = ""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def _main_table(benchmark: Benchmark, shots: int, paper: PaperResults | None) ->
         for method in methods:
             cells = [column[method] for column in marked]
             rows.append(_row(version_title(method), *cells, _parameters(benchmark.runs(method, shots))))
-            if method in printed:
+            if paper and method in printed:
                 figures = [*(printed[method][task] for task in benchmark.tasks), paper.average[shots][method]]
                 millions = TRAINED_PARAMETERS.get(method)
                 parameters = MISSING if millions is None else f"{millions:g} M"
@@ -162,7 +165,7 @@ def _main_table(benchmark: Benchmark, shots: int, paper: PaperResults | None) ->
         header=("method", *benchmark.tasks, AVERAGE_ROW, PARAMETERS_ROW),
         alignment="l" + "r" * (len(columns) + 1),
         rows=tuple(rows),
-        notes=_notes(rows) + (_paper_notes(paper, shots) if printed else ()),
+        notes=_notes(rows) + (_paper_notes(paper, shots) if paper and printed else ()),
     )
 
 
@@ -241,7 +244,8 @@ def _marked_column(benchmark: Benchmark, methods: Sequence[str], shots: int, tas
     num_seeds = len(benchmark.seeds(shots))
     values = {method: list(benchmark.by_seed(method, shots, task).values()) for method in methods}
     complete = {method: f"{100 * fmean(each):.1f}" for method, each in values.items() if len(each) == num_seeds > 0}
-    places = dict(zip(sorted(set(complete.values()), key=float, reverse=True), ("best", "second")))
+    marks: tuple[Mark, ...] = ("best", "second")
+    places = dict(zip(sorted(set(complete.values()), key=float, reverse=True), marks))
     cells = {}
     for method, each in values.items():
         text = _spread(each)

@@ -11,12 +11,14 @@ What this module chose:
 
 from collections.abc import Sequence
 from math import atan2, cos, degrees, floor, log10, pi, sin
+from typing import Any, cast
 
 import matplotlib
 import networkx as nx
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -82,8 +84,7 @@ def _matrix_map(
     font_size = 10 if with_values else min(9.0, 0.8 * 72 * side / num_tasks)
     widest = _text_inches(max(names, key=len), font_size)
     below = widest * (0.75 if with_values else 1.0)
-    figure = Figure(figsize=(side + widest + 2.2, side + below + 1.1), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(side + widest + 2.2, side + below + 1.1), layout=_layout())
     axes = figure.add_subplot()
     colours = matplotlib.colormaps[colour_map].with_extremes(bad="#d9d9d9")
     cells = np.ma.masked_array(matrix, mask=np.eye(num_tasks, dtype=bool))
@@ -91,7 +92,7 @@ def _matrix_map(
 
     axes.set_yticks(range(num_tasks), names, fontsize=font_size, parse_math=False)
     if with_values:
-        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(range(num_tasks), names, fontsize=font_size, parse_math=False, **slanted)
     else:
         axes.set_xticks(range(num_tasks), names, fontsize=font_size, parse_math=False, rotation=90)
@@ -99,9 +100,8 @@ def _matrix_map(
     axes.spines[:].set_visible(False)
     if with_values:
         for (row, column), value in np.ndenumerate(matrix):
-            dark = row != column and abs(value) > 0.6 * limits[1]
-            style = {"ha": "center", "va": "center", "fontsize": 8.5, "color": "white" if dark else "#222222"}
-            axes.text(column, row, _short_number(value), **style)
+            colour = "white" if row != column and abs(value) > 0.6 * limits[1] else "#222222"
+            axes.text(column, row, _short_number(value), ha="center", va="center", fontsize=8.5, color=colour)
 
     sizes = np.array([len(group) for group in groups])
     starts = np.cumsum(sizes) - sizes - 0.5
@@ -142,8 +142,7 @@ def affinity_graph_picture(graph: nx.Graph) -> Figure:
     points = np.array(list(positions.values()))
     low, high = points.min(axis=0) - 0.3, points.max(axis=0) + 0.3
     width, height = (high - low) * inches
-    figure = Figure(figsize=(max(width + 2 * label + 1.4, 5.0), max(height + 1.6, 3.2)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(max(width + 2 * label + 1.4, 5.0), max(height + 1.6, 3.2)), layout=_layout())
     axes = figure.add_subplot()
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     axes.axis("off")
@@ -153,8 +152,8 @@ def affinity_graph_picture(graph: nx.Graph) -> Figure:
     _draw_edges(axes, graph, positions)
     colours = _group_colours(len(members))
     for colour, names in zip(colours, members.values(), strict=True):
-        spots = np.array([positions[name] for name in names])
-        axes.scatter(*spots.T, s=node_size, color=colour, edgecolor="white", zorder=4, clip_on=False)
+        x, y = np.array([positions[name] for name in names]).T
+        axes.scatter(x, y, s=node_size, color=colour, edgecolor="white", zorder=4, clip_on=False)
         # Level labels of a long ring would overlap at its top and bottom; along the radius they never do.
         on_ring = len(names) if len(names) > 1 else len(members)
         for name in names:
@@ -182,7 +181,7 @@ def _label_node(
     radial: bool,
 ) -> None:
     """A task's name beside its node, on the side away from the group's centre."""
-    style: dict = {"fontsize": font_size, "parse_math": False, "zorder": 5}
+    style: dict[str, Any] = {"fontsize": font_size, "parse_math": False, "zorder": 5}
     style["path_effects"] = [withStroke(linewidth=3, foreground="white")]
     horizontal = "center" if abs(outward[0]) < 0.35 else "left" if outward[0] > 0 else "right"
     vertical = "center" if abs(outward[1]) < 0.35 else "bottom" if outward[1] > 0 else "top"
@@ -192,8 +191,9 @@ def _label_node(
         style |= {"rotation": angle + 180 * leftward, "rotation_mode": "anchor"}
         horizontal, vertical = "right" if leftward else "left", "center"
     offset = outward * (node_size**0.5 / 2 + 4)
+    place = (spot[0], spot[1])
     axes.annotate(
-        _shortened(name), spot, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style
+        _shortened(name), place, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style
     )
 
 
@@ -218,7 +218,7 @@ def _draw_edges(axes: Axes, graph: nx.Graph, positions: dict[str, np.ndarray]) -
         )
 
 
-def _edge_style(weight: float) -> dict:
+def _edge_style(weight: float) -> dict[str, Any]:
     if weight > 0:
         return {"color": POSITIVE, "linestyle": "-"}
     return {"color": NEGATIVE, "linestyle": (0, (2.5, 1.5))}
@@ -264,10 +264,14 @@ def _positions(members: dict[int, list[str]], margin: float) -> tuple[dict[str, 
     return positions, outwards
 
 
-def _group_colours(num_groups: int) -> list:
+def _group_colours(num_groups: int) -> list[Any]:
     if num_groups <= 10:
-        return list(matplotlib.colormaps["tab10"].colors[:num_groups])
+        return list(cast(Any, matplotlib.colormaps["tab10"]).colors[:num_groups])  # this map is a list of colours
     return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, num_groups)))
+
+
+def _layout() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
 
 
 def _shared_exponent(values: np.ndarray) -> int:

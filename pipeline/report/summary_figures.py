@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pipeline.report.summary import title
 
 COLOURS = {"zero_shot": "#b3b3b3", "all_in_one": "#7aa6c2", "grouped": "#1f5a85"}
-OTHERS = colormaps["Set2"].colors
+OTHERS: Sequence[Any] = cast(Any, colormaps["Set2"]).colors  # this map is a list of colours
 
 
 def accuracy_picture(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> Figure:

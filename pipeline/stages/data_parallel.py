@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from pipeline.cluster import WorkerNeeds
 from pipeline.errors import UserError
@@ -42,7 +42,8 @@ def train_on_workers(
     trainer = TorchTrainer(
         lambda: function(*arguments),
         scaling_config=ScalingConfig(
-            num_workers=most if fewest == most else num_workers,
+            # A range is known to the class that Ray Train takes, not to the one whose types it shows.
+            num_workers=most if fewest == most else cast(Any, num_workers),
             use_gpu=needs.gpus > 0,
             resources_per_worker={"CPU": needs.cpus, "GPU": needs.gpus},
         ),

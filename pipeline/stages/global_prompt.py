@@ -23,6 +23,7 @@ FORMAT = 2
 def train_global_prompt(run: Run) -> Artefact:
     """Trains the global prompt unless its snapshots are there; the splits must be finished."""
     work = global_prompt_work(run)
+    assert work.artefact is not None
     with Stage(run, NAME, "2 global prompt") as stage:
         stage.execute([work])
         track_history(run, NAME, work.artefact)

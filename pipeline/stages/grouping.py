@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.markup import escape
@@ -138,15 +139,16 @@ def _snapshots(
     return layouts[0], steps[0], np.stack([of_task[task] for task in tasks], axis=1)
 
 
-def read_grouping(artefact: Artefact) -> dict:
-    return read_json(artefact.local() / "grouping.json")
+def read_grouping(artefact: Artefact) -> dict[str, Any]:
+    grouping: dict[str, Any] = read_json(artefact.local() / "grouping.json")
+    return grouping
 
 
 def describe_groups(groups: list[list[str]]) -> str:
     return " | ".join(" + ".join(group) for group in groups)
 
 
-def describe_search(result: dict) -> str:
+def describe_search(result: dict[str, Any]) -> str:
     """How the groups of a grouping.json were found."""
     count = result["num_candidates"]
     among = "" if count is None else f" of {count:,} partitions" if count < 10**15 else f" of {count:.1e} partitions"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.config import content_hash
-from pipeline.data.parquet import SplitDescription, SplitReader
+from pipeline.data.parquet import Split, SplitDescription, SplitReader
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
 from pipeline.errors import UserError
 from pipeline.run import Run
@@ -31,6 +31,7 @@ def hold_out(run: Run, validation_shots: int) -> Artefact:
     shots, seed = run.config.data.shots - validation_shots, run.config.seed
     images, sizes = _training_images(reader)
     splits = sample_validation(images, run.listing.classes, shots, seed)
+    of_splits: dict[Split, Sequence[ScannedImage]] = {"train": splits.train, "test": splits.test}
     description = SplitDescription(
         classes={task: list(names) for task, names in run.listing.classes.items()},
         class_words=run.listing.class_words,
@@ -40,7 +41,7 @@ def hold_out(run: Run, validation_shots: int) -> Artefact:
         source_fingerprint=content_hash(["held out", validation_shots, content_fingerprint(images)]),
         counts={
             name: {task: sum(image.task == task for image in of_split) for task in run.tasks}
-            for name, of_split in (("train", splits.train), ("test", splits.test))
+            for name, of_split in of_splits.items()
         },
     )
     with Stage(run, NAME, "validation images") as stage:

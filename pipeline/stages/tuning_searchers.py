@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.logging import WARNING, set_verbosity
 from optuna.samplers import TPESampler
@@ -23,6 +25,10 @@ from pipeline.stages.tuning_trial import ACCURACY, EPOCH, FAULT, METRIC, PARAMET
 from pipeline.tuning.points import DRAWS_FOR_A_POINT, Check, Point, draws
 from pipeline.tuning.search_file import METHOD, Range, Search
 from pipeline.tuning.trials import Epoch, Trial, TrialRecords
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial as RayTrial
 
 set_verbosity(WARNING)
 DRAWS_OF_OPTUNA = 100
@@ -44,16 +50,18 @@ class OptunaPoints(OptunaSearch):
                 params = self._encoded(trial.point)
                 distributions = {name: _distribution(self._search.space[name]) for name in params}
                 value = trial.validation_accuracy
-                self._ot_study.add_trial(create_trial(params=params, distributions=distributions, value=value))
+                self._study.add_trial(create_trial(params=params, distributions=distributions, value=value))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any]:
         """{"trial": {"number", "point"}}; FINISHED when the space has no more points."""
         if self._unfinished:
             trial = self._unfinished.pop(0)
             self._ask(trial_id, trial.point)
             return {"trial": {"number": trial.number, "point": trial.point}}
         for _ in range(DRAWS_OF_OPTUNA):
-            point = self._decoded(super().suggest(trial_id))
+            drawn = super().suggest(trial_id)
+            assert drawn is not None
+            point = self._decoded(drawn)
             if self._is_new(point):
                 return self._begun(point)
             self._drop(trial_id, point)
@@ -63,7 +71,7 @@ class OptunaPoints(OptunaSearch):
             if self._is_new(point):
                 self._ask(trial_id, point)
                 return self._begun(point)
-        return Searcher.FINISHED
+        return cast(dict[str, Any], Searcher.FINISHED)  # a string, which Ray's types do not tell
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()  # what a search goes on from is in its records
@@ -71,13 +79,18 @@ class OptunaPoints(OptunaSearch):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its parts for a resumption that is not used here
 
+    @property
+    def _study(self) -> Study:
+        """Optuna's own, which Ray makes when it is given a space."""
+        return cast(Study, self._ot_study)
+
     def _begun(self, point: Point) -> dict[str, Any]:
         self._tried.add(json.dumps(point))
         self._next_number += 1
         return {"trial": {"number": self._next_number - 1, "point": point}}
 
     def _ask(self, trial_id: str, point: Point) -> None:
-        self._ot_study.enqueue_trial(self._encoded(point))
+        self._study.enqueue_trial(self._encoded(point))
         super().suggest(trial_id)
 
     def _is_new(self, point: Point) -> bool:
@@ -93,7 +106,7 @@ class OptunaPoints(OptunaSearch):
     def _drop(self, trial_id: str, point: Point) -> None:
         """What cannot be counts as bad; what was tried before says nothing new."""
         state = TrialState.PRUNED if not self._can_be(point) else TrialState.FAIL
-        self._ot_study.tell(self._ot_trials.pop(trial_id), state=state)
+        self._study.tell(self._ot_trials.pop(trial_id), state=state)
 
     def _point_of(self, drawn: Any) -> None:
         """Draws the fields that matter to the method, which is drawn first; `drawn` as an Optuna trial."""
@@ -130,7 +143,8 @@ def _distribution(of: Range) -> BaseDistribution:
         return CategoricalDistribution(list(range(len(of.values))))
     if of.kind == "integer":
         return IntDistribution(*of.values)
-    return FloatDistribution(*map(float, of.values), log=of.kind == "loguniform")
+    low, high = map(float, of.values)
+    return FloatDistribution(low, high, log=of.kind == "loguniform")
 
 
 class _OfBefore:
@@ -146,18 +160,21 @@ def early_stopping(search: Search, most_epochs: int, before: Sequence[Trial]) ->
     fewest = min(options.fewest_epochs, most_epochs)
     if options.early_stopping == "none":
         return FIFOScheduler()
+    rule: TrialScheduler
     if options.early_stopping == "asha":
         rule = ASHAScheduler(EPOCH, METRIC, "max", max_t=most_epochs, grace_period=fewest)
     else:  # a trial that waits for the others to be measured would lose its place
-        rule = MedianStoppingRule(EPOCH, METRIC, "max", grace_period=fewest, min_time_slice=float("inf"))
+        forever = cast(int, inf)
+        rule = MedianStoppingRule(EPOCH, METRIC, "max", grace_period=fewest, min_time_slice=forever)
     for trial in before:
         if trial.state in ("whole", "stopped"):
-            stand_in = _OfBefore(trial.number)
-            rule.on_trial_add(None, stand_in)
+            # These rules look at a trial's id alone, and not at the controller.
+            nobody, stand_in = cast("TuneController", None), cast("RayTrial", _OfBefore(trial.number))
+            rule.on_trial_add(nobody, stand_in)
             for of in trial.epochs[:-1]:
-                rule.on_trial_result(None, stand_in, {EPOCH: of.epoch, METRIC: of.average})
+                rule.on_trial_result(nobody, stand_in, {EPOCH: of.epoch, METRIC: of.average})
             last = trial.epochs[-1]
-            rule.on_trial_complete(None, stand_in, {EPOCH: last.epoch, METRIC: last.average})
+            rule.on_trial_complete(nobody, stand_in, {EPOCH: last.epoch, METRIC: last.average})
     return rule
 
 
@@ -184,12 +201,14 @@ class Recorder(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as of OptunaPoints
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id not in self._trials:  # else its worker died, and it goes on
             number, point = trial.config["trial"]["number"], trial.config["trial"]["point"]
             self._keep(trial, self._before.get(number) or Trial(number, point))
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         known = self._trials[trial.trial_id]
         if FAULT in result:
             self._trials[trial.trial_id] = replace(known, fault=result[FAULT])
@@ -197,12 +216,12 @@ class Recorder(tune.Callback):
             epoch = Epoch(result[EPOCH], result[METRIC], result[ACCURACY])
             self._keep(trial, replace(known, epochs=(*known.epochs, epoch), trained_parameters=result[PARAMETERS]))
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = self._trials[trial.trial_id]
         whole = known.epochs and known.epochs[-1].epoch == self._epochs_of(known.point)
         self._keep(trial, replace(known, state="failed" if known.fault else "whole" if whole else "stopped"))
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         fault = "its worker died; Ray's logs say why"
         with suppress(OSError, IndexError):
             fault = Path(trial.error_file or "").read_text().strip().splitlines()[-1]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
@@ -18,6 +19,12 @@ from pipeline.data.augment import augment
 from pipeline.data.images import training_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.seeds import derive_seed
+
+
+class Features(Protocol):
+    """Image features as a tensor, or in a file of which only the rows asked for are read."""
+
+    def __getitem__(self, rows: int | slice, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class TrainingSet:
     task: str
     images: tuple[torch.Tensor, ...]
     labels: torch.Tensor
-    frozen_features: torch.Tensor | None = None
+    frozen_features: Features | None = None
     """(steps, B, E), indexed by step: what the frozen image tower makes of each step's batch."""
 
     def batch(
@@ -52,6 +59,7 @@ class TrainingSet:
         self, step: int, batch_size: int, seed: int, part: slice = slice(None)
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Frozen features (B, E) and labels of a `part` of a step's batch."""
+        assert self.frozen_features is not None
         chosen = self._chosen(step, batch_size, seed)
         return self.frozen_features[step][part].to(self.labels.device), self.labels[chosen[part]]
 

@@ -65,6 +65,7 @@ class Checkpoints:
                 continue
             content = memoryview(path.read_bytes())
             if hashlib.sha256(content[DIGEST:]).digest() == content[:DIGEST]:
-                return torch.load(io.BytesIO(content[DIGEST:]), map_location="cpu", weights_only=True)
+                state: dict[str, Any] = torch.load(io.BytesIO(content[DIGEST:]), map_location="cpu", weights_only=True)
+                return state
             log.warning("the checkpoint %s is damaged; going back to the one before", path)
         return None

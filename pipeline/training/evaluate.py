@@ -6,12 +6,13 @@ So the time is that of the slower of decoding and model, not their sum.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
+from pipeline.training.batches import Features
 from pipeline.training.memory import out_of_memory_explained
 from pipeline.training.share import Share
 
@@ -29,6 +31,11 @@ BATCH_SIZE = 128
 FEATURES_AT_ONCE = 4096
 AHEAD = 3
 """Batches that are read and decoded before they are asked for; they bound the memory."""
+
+Row = dict[str, Any]
+"""Of a split file: column → value."""
+Best = Callable[[], tuple[list[float], list[int]]]
+"""Waits for a batch's largest probabilities and their labels."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,11 @@ def evaluate(
     """
     batches: list[list[Prediction]] = []
 
-    def collect(task: str, rows: list[dict], best: Callable[[], tuple[list[float], list[int]]]) -> None:
+    def collect(task: str, rows: list[Row], best: Best) -> None:
         batches.append([Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *best())])
         on_images(len(rows))
 
-    running: deque[tuple] = deque()
+    running: deque[tuple[str, list[Row], Best]] = deque()
     towers, share = classifier.towers, Share.of_this_process()
     memory = out_of_memory_explained(
         towers.device, "evaluation: run fewer at once (a larger cluster.gpus_per_training)"
@@ -89,7 +96,7 @@ def evaluate(
 
 
 def evaluate_decoded(
-    classifier: Classifier, batches: Iterable[tuple[str, Sequence[dict], torch.Tensor]]
+    classifier: Classifier, batches: Iterable[tuple[str, Sequence[Row], torch.Tensor]]
 ) -> list[Prediction]:
     """As `evaluate`, from what `decoded_batches` gave, for images that are looked at again and again."""
     predictions = []
@@ -101,7 +108,7 @@ def evaluate_decoded(
 
 
 def evaluate_features(
-    classifier: Classifier, reader: SplitReader, features: Mapping[str, Sequence[torch.Tensor]]
+    classifier: Classifier, reader: SplitReader, features: Mapping[str, Features]
 ) -> list[Prediction]:
     """As `evaluate`, from features (N, E) of each task's test set by the frozen image tower, in stored order."""
     predictions = []
@@ -115,20 +122,25 @@ def evaluate_features(
     return predictions
 
 
-def _fetched(best: Sequence[torch.Tensor]) -> Callable[[], tuple[list, ...]]:
+def _fetched(best: Sequence[torch.Tensor]) -> Best:
     """Starts to copy tensors from their device at once, ahead of all work that is queued later; the function that
     is returned waits for that copy alone."""
     if best[0].device.type != "cuda":
-        return lambda: tuple(values.tolist() for values in best)
+        return lambda: _lists(best)
     copies = [values.to("cpu", non_blocking=True) for values in best]
     copied = torch.cuda.Event()
     copied.record()
 
-    def wait() -> tuple[list, ...]:
+    def wait() -> tuple[list[float], list[int]]:
         copied.synchronize()
-        return tuple(values.tolist() for values in copies)
+        return _lists(copies)
 
     return wait
+
+
+def _lists(best: Sequence[torch.Tensor]) -> tuple[list[float], list[int]]:
+    probabilities, labels = best
+    return probabilities.tolist(), labels.tolist()
 
 
 def decoded_batches(
@@ -139,7 +151,7 @@ def decoded_batches(
     batch_size: int = BATCH_SIZE,
     pinned: bool = False,
     share: Share | None = None,
-) -> Iterator[tuple[str, list[dict], torch.Tensor]]:
+) -> Generator[tuple[str, list[Row], torch.Tensor], None, None]:
     """The tasks' test sets in batches of one task: its name, rows (label, path), pixels uint8 (B, 3, S, S).
 
     One thread reads Parquet and `threads` decode (Pillow frees the GIL), AHEAD batches before the consumer, across
@@ -150,7 +162,7 @@ def decoded_batches(
     batches = islice(_batches_of_rows(reader, tasks, batch_size), share.rank, None, share.world)
     reading, decoding = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(threads, "decode")
 
-    def read() -> tuple[str, list[dict], torch.Tensor, list[Future]] | None:
+    def read() -> tuple[str, list[Row], torch.Tensor, list[Future[None]]] | None:
         batch = next(batches, None)
         if batch is None:
             return None
@@ -172,14 +184,14 @@ def decoded_batches(
         decoding.shutdown(cancel_futures=True)
 
 
-def _batches_of_rows(reader: SplitReader, tasks: Sequence[str], size: int) -> Iterator[tuple[str, list[dict]]]:
+def _batches_of_rows(reader: SplitReader, tasks: Sequence[str], size: int) -> Iterator[tuple[str, list[Row]]]:
     for task in tasks:
         rows = reader.rows("test", task, ("image", "label", "path"))
         while batch := list(islice(rows, size)):
             yield task, batch
 
 
-def _decode(task: str, row: dict, slot: np.ndarray) -> None:
+def _decode(task: str, row: Row, slot: np.ndarray) -> None:
     """Writes the row's pixels into `slot` (3, S, S) and drops its encoded image."""
     try:
         slot[:] = evaluation_pixels(row.pop("image"), slot.shape[-1])

@@ -92,7 +92,9 @@ class StoredFeatures:
             raise UserError(f"{path} holds {dtype} of shape {shape}, no image features; remove {path.parent}")
 
     def __len__(self) -> int:
-        return self._slices.get_shape()[0]
+        count: int = self._slices.get_shape()[0]
+        return count
 
-    def __getitem__(self, rows: int | slice) -> torch.Tensor:
-        return self._slices[rows]
+    def __getitem__(self, rows: int | slice, /) -> torch.Tensor:
+        features: torch.Tensor = self._slices[rows]
+        return features

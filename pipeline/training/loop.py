@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,8 @@ def exhausted(training: Generator[int, None, Trained]) -> Trained:
         try:
             next(training)
         except StopIteration as end:
-            return end.value
+            trained: Trained = end.value
+            return trained
 
 
 def train_by_epoch(
@@ -134,8 +135,8 @@ def train_by_epoch(
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         history = [StepRecord(*values) for values in state["history"]]
-        taken = zip(state["snapshot_at"], state["snapshots"], state["points"])
-        snapshots = [Snapshot(history[at], gradients, point) for at, gradients, point in taken]
+        before = zip(state["snapshot_at"], state["snapshots"], state["points"])
+        snapshots = [Snapshot(history[at], gradients, point) for at, gradients, point in before]
 
     per_epoch = num_steps_per_epoch((len(task.labels) for task in sets), config.batch_size)
     num_steps = epochs * per_epoch
@@ -153,7 +154,8 @@ def train_by_epoch(
     def frozen_texts() -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), autocast(device, precision):
             z = towers.encode_text(frozen_tokens or tokens)
-        return z.split(tokens.classes_per_task)
+        of_tasks: tuple[torch.Tensor, ...] = z.split(tokens.classes_per_task)
+        return of_tasks
 
     if history and len(history) % per_epoch == 0:
         yield len(history) // per_epoch
@@ -176,12 +178,14 @@ def train_by_epoch(
                         )
                     )
                     images = towers.normalize_pixels(torch.cat(pixels))
-                    x = adaptation.encode_image(towers, images, images_per_task).split(images_per_task)
+                    x: Sequence[torch.Tensor] = adaptation.encode_image(towers, images, images_per_task).split(
+                        images_per_task
+                    )
                 else:
                     x = [adaptation.adapt(features) for features in frozen]
                 if adaptation.changes_texts:
-                    z = share.all_rows(adaptation.encode_text(towers, own_tokens), len(tokens.suffix))
-                    z = z.split(tokens.classes_per_task)
+                    rows = share.all_rows(adaptation.encode_text(towers, own_tokens), len(tokens.suffix))
+                    z: Sequence[torch.Tensor] = rows.split(tokens.classes_per_task)
                 else:
                     z = frozen_texts()
             logits = [adaptation.logits(towers, *features) for features in zip(x, z)]
@@ -201,7 +205,8 @@ def train_by_epoch(
         hits = torch.stack([(of_task.argmax(1) == label).sum() for of_task, label in zip(logits, labels)])
         measured = torch.stack([losses.detach(), hits / config.batch_size])
         taken = snapshot() if snapshot and step % snapshot_every == 0 else measured.new_empty(0)
-        share.add_up([*(parameter.grad for parameter in parameters), measured, taken])
+        # A step depends on all parameters, so that each has a gradient.
+        share.add_up([*(cast(torch.Tensor, parameter.grad) for parameter in parameters), measured, taken])
 
         record = StepRecord(step + 1, epoch + 1, optimizer.param_groups[0]["lr"], *map(tuple, measured.tolist()))
         for task, loss in zip(sets, record.losses):
@@ -236,10 +241,10 @@ def train_by_epoch(
 
 
 def _optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
-    return torch.optim.SGD(parameters, momentum=config.momentum, **options)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=decay)
 
 
 def _consistency(

@@ -8,7 +8,7 @@ the rounding of another order of sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -54,7 +54,7 @@ class Share:
         start, stop = self.rows(count)
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         before, after = own.new_zeros(start, *own.shape[1:]), own.new_zeros(count - stop, *own.shape[1:])
-        return _Sum.apply(torch.cat([before, own, after]))
+        return _summed(torch.cat([before, own, after]))
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over the workers, in one exchange."""
@@ -87,3 +87,6 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
         return _Sum.forward(context, gradient.contiguous())
+
+
+_summed: Callable[[torch.Tensor], torch.Tensor] = _Sum.apply

@@ -217,10 +217,9 @@ def _check_value(name: str, value: Any, why: str = "") -> None:
         _check_version(value)
         return
     field = _FIELDS[name]
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     try:
-        TypeAdapter(
-            Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-        ).validate_python(value)
+        TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"fields: {why}{name}={value!r}: {message}") from None

@@ -77,7 +77,8 @@ class CliqueProgram(IntegerProgram):
         return np.concatenate([across, within]), np.repeat([1.0, -1.0], [len(across), len(within)]), 1
 
     def _size_constraints(self) -> list[Cut]:
-        problem, sizes, cuts = self.problem, self.problem.sizes, []
+        problem, sizes = self.problem, self.problem.sizes
+        cuts: list[Cut] = []
         for unit in range(problem.num_units):
             others = np.delete(np.arange(problem.num_units), unit)
             if problem.max_size < sizes.sum():

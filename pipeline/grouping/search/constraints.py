@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from math import comb, prod
+from typing import Any
 
 import numpy as np
 
@@ -48,8 +49,8 @@ def check_constraints(
     try:
         feasible_labels(problem, SECONDS_TO_FIND_ONE)
     except Impossible:
-        given = {"num_groups": num_groups, "max_size": max_size, "together": together, "apart": apart}
-        given = {name: value for name, value in given.items() if value not in (None, ())}
+        every = {"num_groups": num_groups, "max_size": max_size, "together": together, "apart": apart}
+        given: dict[str, Any] = {name: value for name, value in every.items() if value not in (None, ())}
         if min_size > 1:
             given["min_size"] = min_size
         removable = [name for name in given if _possible_without(name, len(tasks), given)]
@@ -115,7 +116,7 @@ def _counts_by_number(left: tuple[int, ...], kinds: tuple[int, ...], min_size: i
     return dict(counts)
 
 
-def _possible_without(name: str, num_tasks: int, given: dict) -> bool:
+def _possible_without(name: str, num_tasks: int, given: dict[str, Any]) -> bool:
     others = {other: value for other, value in given.items() if other != name}
     try:
         _check_sizes(num_tasks, others.get("num_groups"), others.get("min_size", 1), others.get("max_size"))
@@ -141,6 +142,7 @@ def _check_sizes(num_tasks: int, num_groups: int | None, min_size: int, max_size
 
     nums = possible_nums(min_size, max_size)
     if not nums:
+        assert max_size is not None  # else one group of all tasks would do
         smaller = next(m for m in range(min_size, 0, -1) if possible_nums(m, max_size))
         larger = next(m for m in range(max_size, num_tasks + 1) if possible_nums(min_size, m))
         raise UserError(

@@ -31,7 +31,7 @@ ROUNDS_TO_GAIN = 15
 WHOLE = 1e-6
 
 UnitGroups = list[tuple[int, ...]]
-Cut = tuple[Sequence[int], Sequence[float], float]
+Cut = tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray, float]
 """Columns, their factors, and what their sum may be at most."""
 
 
@@ -137,10 +137,10 @@ class IntegerProgram(ABC):
 
     def _rows(self) -> tuple[csr_array, np.ndarray]:
         rows = self.always + self.cuts
-        columns = np.concatenate([np.asarray(columns, dtype=np.int64) for columns, _, _ in rows] or [[]])
-        factors = np.concatenate([np.asarray(factors, dtype=np.float64) for _, factors, _ in rows] or [[]])
-        starts = np.cumsum([0, *(len(columns) for columns, _, _ in rows)])
-        matrix = csr_array((factors, columns.astype(np.int64), starts), shape=(len(rows), len(self.cost)))
+        columns = np.concatenate([np.zeros(0, np.int64), *(np.asarray(of, dtype=np.int64) for of, _, _ in rows)])
+        factors = np.concatenate([np.zeros(0), *(np.asarray(of, dtype=np.float64) for _, of, _ in rows)])
+        starts = np.cumsum([0, *(len(of) for of, _, _ in rows)])
+        matrix = csr_array((factors, columns, starts), shape=(len(rows), len(self.cost)))
         return matrix, np.array([most for _, _, most in rows], dtype=np.float64)
 
     def _cost_of(self, groups: UnitGroups) -> float:
@@ -154,7 +154,7 @@ def violated_triangles(shared: np.ndarray, allowed: np.ndarray | float = 1.0) ->
         shared: (U, U), symmetric.
         allowed: (U,), or one number.
     """
-    found = []
+    found: list[tuple[float, int, int, int]] = []
     for middle, most in enumerate(np.broadcast_to(allowed, len(shared)).tolist()):
         excess = shared[middle][:, None] + shared[middle][None, :] - shared - most
         excess[middle] = excess[:, middle] = 0

@@ -97,7 +97,8 @@ class Problem:
         if self.objective == "sum":
             return np.ones(np.shape(size))
         # mean: each pair counts for both of its tasks, over the number of other members
-        return 2 / np.maximum(size - 1, 1) if self.objective == "mean" else 1 / np.maximum(size, 1)
+        weight: np.ndarray = 2 / np.maximum(size - 1, 1) if self.objective == "mean" else 1 / np.maximum(size, 1)
+        return weight
 
     def score(self, unit_groups: Sequence[Sequence[int]]) -> float:
         """Of groups of units."""

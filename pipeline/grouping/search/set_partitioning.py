@@ -88,7 +88,8 @@ def best_by_set_partitioning(problem: Problem, known: UnitGroups, seconds: float
 def _possible_groups(problem: Problem) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """All groups of units that are allowed and may be needed, and their scores."""
     largest, sizes = largest_needed_size(problem), problem.sizes
-    groups, scores = [], []
+    groups: list[tuple[int, ...]] = []
+    scores = []
     members = np.arange(problem.num_units)[:, None]  # (N, k), ascending in a row
     pairs = np.diag(problem.affinity).copy()
     while len(members):
