@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test proof audit lint clean
+.PHONY: demo test proof audit lint types docs clean
 
 demo: $(INSTALLED)  ## the whole pipeline on the embedded handwritten digits
 	$(VENV)/bin/python jobs/full_pipeline.py
@@ -20,6 +20,13 @@ audit: $(INSTALLED)  ## known faults of the pinned dependencies
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(INSTALLED)
+	$(VENV)/bin/mypy
+
+docs: $(INSTALLED)  ## the documentation as a site, into site/; ends on any warning
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.system_metrics import SystemSampler
+
 REPORT_EVERY_S = 0.5
 LOG_LINE_EVERY_S = 10
 LONG_LOG_LINE_EVERY_S = 60
@@ -75,18 +77,21 @@ class Report:
 
 
 class Reporter:
-    """A worker's side: posts at most every REPORT_EVERY_S, and at the end of a phase."""
+    """A worker's side: posts at most every REPORT_EVERY_S, and at the end of a phase; with how busy the machine is."""
 
     def __init__(self, board: Any, label: str):
         self._board, self._label = board, label
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._last = 0.0
+        self._system = SystemSampler()
 
     def update(
         self, completed: int, total: int, unit: str, metrics: tuple[int, dict[str, float]] | None = None
     ) -> None:
         if metrics:
             self._metrics.append(metrics)
+        if system := self._system.look(last=completed >= total):
+            self._metrics.append(system)
         if time.monotonic() - self._last >= REPORT_EVERY_S or completed >= total:
             self._board.post.remote(Report(self._label, completed, total, unit, self._metrics))
             self._metrics, self._last = [], time.monotonic()

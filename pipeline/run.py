@@ -80,6 +80,12 @@ class Run:
     def tasks(self) -> list[str]:
         return list(self.listing.classes)
 
+    @property
+    def title(self) -> str:
+        """For people; the end tells runs apart that differ in other options."""
+        config = self.config
+        return f"{config.name}, {config.data.shots} shots, seed {config.seed} ({self.key[:6]})"
+
     def artefact(self, stage: str, made_from: dict[str, Any]) -> Artefact:
         return Artefact(self.storage, stage, made_from)
 
@@ -266,12 +272,13 @@ def _announce(run: Run) -> None:
     run.tracker.start_run(
         PARENT,
         tags={
-            "mlflow.runName": run.folder.name,
+            "mlflow.runName": run.title,
             "mlflow.source.name": sys.argv[0],
+            "level": "pipeline",
             "run_folder": run.storage.shown(run.folder),
             **environment,
         },
-        params=_flat(config.model_dump(mode="json")),
+        params=_flat(config.model_dump(mode="json", exclude=_sections_of_others(config))),
     )
     run.tracker.log_artifact(PARENT, run.folder / "config.yaml")
     run.console.print(
@@ -280,6 +287,12 @@ def _announce(run: Run) -> None:
         markup=False,
         highlight=False,
     )
+
+
+def _sections_of_others(config: Config) -> set[str]:
+    """Of methods that the run does not train, which would only fill MLflow's lists; config.yaml has them."""
+    own = {KINDS[VERSIONS[name].kind].section for name in (*ALWAYS, *config.compare)}
+    return {kind.section for kind in KINDS.values() if kind.section and kind.section not in own}
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -45,6 +45,17 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "outbox.jsonl"
 RUN_KEY = "pipeline.run_key"
+EXPERIMENT_TAGS = {
+    # Else the page shows what is for agents and prompts.
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": """One line for each method of each pipeline run, to compare methods, shots, seeds: search
+
+    tags.level = 'method'
+
+Pipeline runs, with their stages and trainings nested in them: `tags.level = 'pipeline'`. Which columns and charts to
+choose for which question: docs/mlflow.md of mmap-clip.
+""",
+}
 BATCH_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits for one request
 LENGTH_LIMITS = {"params": 6000, "tags": 8000}  # and for one value, in characters
 REFUSALS = (400, 404, 413, 422)  # sending the same again cannot help
@@ -534,7 +545,7 @@ def _experiment_id(client, name: str, uri: str) -> str:
         # A server knows where its artefacts belong; a database file does not.
         location = (_sqlite_folder(uri) / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except Exception:
             experiment = client.get_experiment_by_name(name)  # another pipeline was first
             if experiment is None:

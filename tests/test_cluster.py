@@ -120,7 +120,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, tmp_path):
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("mmap-clip")
         runs = client.search_runs([experiment.experiment_id])
-        (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        (parent,) = [run for run in runs if run.data.tags["level"] == "pipeline"]
         assert all(run.info.status == "FINISHED" for run in runs)
         for method, values in expected.items():
             assert parent.data.metrics[f"accuracy/{method}/average"] == pytest.approx(values["average"])

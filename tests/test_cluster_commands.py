@@ -267,7 +267,7 @@ def test_a_submitted_job_ends_with_its_results_in_mlflow(composed, submitted):
     experiment = client.get_experiment_by_name("mmap-clip")
     runs = client.search_runs([experiment.experiment_id])
     assert all(run.info.status == "FINISHED" for run in runs)
-    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    (parent,) = [run for run in runs if run.data.tags["level"] == "pipeline"]
     for method, values in summary(composed.folder / "shared" / "runs")["methods"].items():
         assert parent.data.metrics[f"accuracy/{method}/average"] == pytest.approx(values["average"])
     prompts = {file.path for file in client.list_artifacts(parent.info.run_id, "prompts")}

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
@@ -60,7 +61,7 @@ def test_mlflow_holds_the_run(undisturbed):
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "mmap-clip"]
     runs = client.search_runs([experiment.experiment_id])
-    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    (parent,) = [r for r in runs if r.data.tags["level"] == "pipeline"]
     names = {r.data.tags["mlflow.runName"]: r for r in runs}
     assert {"splits", "global_prompt", "grouping", "group_trainings", "report", "all in one", "zero shot"} <= set(names)
     assert all(r.info.status == "FINISHED" for r in runs)
@@ -69,9 +70,28 @@ def test_mlflow_holds_the_run(undisturbed):
         for task in TASKS:
             assert parent.data.metrics[f"accuracy/{method}/{task}"] == values["accuracy"][task]
         assert parent.data.metrics[f"trained_parameters/{method}"] == values["trained_parameters"]
+    assert parent.data.tags["mlflow.runName"].startswith("demo, 8 shots, seed 1 (")
+    assert "| average |" in parent.data.tags["mlflow.note.content"]
+    assert "mmap.prompt_length" in parent.data.params and "coop.context_length" not in parent.data.params
     assert parent.data.params["training.epochs"] == "12"
     assert parent.data.params["groups"] == " | ".join(" + ".join(group) for group in result["groups"])
     assert "env.torch" in parent.data.tags
+    assert "tags.level = 'method'" in experiment.tags["mlflow.note.content"]
+    levels = Counter(r.data.tags["level"] for r in runs)
+    trainings = {tuple(group) for group in result["groups"]} | {tuple(TASKS)}
+    assert levels == {"pipeline": 1, "stage": 6, "method": 3, "training": 1 + len(trainings)}
+    of_methods = {r.data.tags["method"]: r for r in runs if r.data.tags["level"] == "method"}
+    for method, values in result["methods"].items():
+        of = of_methods[method].data
+        assert of.metrics == {f"accuracy/{task}": value for task, value in values["accuracy"].items()} | {
+            "accuracy/average": values["average"],
+            "trained_parameters": values["trained_parameters"],
+        }
+        assert (of.params["shots"], of.params["seed"], of.params["data"]) == ("8", "1", "demo")
+    assert of_methods["grouped"].data.tags["groups"] == parent.data.params["groups"]
+    assert of_methods["grouped"].data.params["num_groups"] == str(len(result["groups"]))
+    system = client.get_metric_history(names["all in one"].info.run_id, "system/process_memory_usage_megabytes")
+    assert system and all(value.value > 100 for value in system)
     assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
     artefacts = {
         file.path for folder in ("report", "prompts") for file in client.list_artifacts(parent.info.run_id, folder)

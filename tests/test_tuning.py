@@ -404,6 +404,7 @@ def test_a_search_is_reported_and_ends_in_a_run(searched):
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     found = {of.data.tags["mlflow.runName"]: of for of in client.search_runs(["1"])}
     parent = found[folder.name]
+    assert parent.data.tags["level"] == "search" and found["trial 0"].data.tags["level"] == "trial"
     assert {"trials.csv", "trials.png", "best.yaml"} <= {of.path for of in client.list_artifacts(parent.info.run_id)}
     assert parent.data.metrics["test_accuracy/average"] == pytest.approx(accuracy)
     for trial in records(storage).values():

@@ -92,6 +92,13 @@ def to_markdown(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def to_note(summary: Summary) -> str:
+    """For MLflow's page of the run: the same without pictures, which it does not show there."""
+    lines = to_markdown(summary).replace("; [how sure they are](grouping.html)", "").splitlines()
+    shown = [line for line in lines if not line.startswith("![")]
+    return "\n".join([*shown, "Pictures, and how sure the groups are: under Artifacts, in `report`."])
+
+
 def _cells(summary: Summary) -> list[list[str]]:
     """Header and rows: a task, the average, or the trained parameters a row; a method a column."""
     methods = summary.methods.values()

@@ -212,7 +212,7 @@ def _report(
     summary = added.summary()
     write_json(folder / "summary.json", vars(summary))
     write_atomically(folder / "report.md", added_task_to_markdown(added))
-    track_results(run, summary.methods)
+    track_results(run, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
     run.tracker.log_artifact(PARENT, folder)
     run.tracker.log_artifact(PARENT, prompts, "prompts")
     run.console.print(added_task_table(added))

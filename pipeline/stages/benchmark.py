@@ -141,7 +141,7 @@ def _carry_out(methods: Sequence[str], benchmark: str, run: Run) -> dict[str, di
             grouping = solve_grouping(run, train_global_prompt(run))
         of_methods = train_groups(run, grouping, methods)
         found = {method.name: method_result(run.tasks, method.results()) for method in of_methods}
-        track_results(run, found)
+        track_results(run, found, {method.name: method.groups for method in of_methods})
     run.console.print("done", highlight=False)
     return found
 
@@ -184,6 +184,7 @@ def _tracked(name: str, configs: Sequence[Config], methods: Sequence[str], folde
         tags={
             "mlflow.runName": folder.name,
             "mlflow.source.name": sys.argv[0],
+            "level": "benchmark",
             "benchmark": folder.name,
             **{f"env.{key}": value for key, value in run_environment().items()},
         },

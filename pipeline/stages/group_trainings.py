@@ -119,7 +119,7 @@ def _train_planned(run: Run, planned: Mapping[str, Sequence[Training]]) -> None:
         trainings.setdefault(training.artefact.key, training)  # a grouping with one group is all in one
     with Stage(run, NAME, "4 group trainings") as stage:
         for training in trainings.values():
-            tags = {"method": training.version, "tasks": ", ".join(training.item.tasks)}
+            tags = {"level": "training", "method": training.version, "tasks": ", ".join(training.item.tasks)}
             run.tracker.start_run(training.item.label, parent=NAME, tags=tags)
         features = {made.artefact.key: made.work for training in trainings.values() for made in training.features}
         for wave in range(max(training.wave for training in trainings.values()) + 1):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
-from pipeline.report.summary import Summary, accuracy_table, method_result, to_markdown
+from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
 from pipeline.report.summary_figures import accuracy_picture
 from pipeline.run import PARENT, Run
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
-from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, read_grouping
+from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_groups, read_grouping
 from pipeline.stages.stage import Stage
 from pipeline.storage import Artefact, make_folder, write_atomically, write_json
 
@@ -43,7 +44,8 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
     write_json(folder / "summary.json", vars(summary))
     write_atomically(folder / "report.md", to_markdown(summary))
 
-    track_results(run, results)
+    track_results(run, results, {method.name: method.groups for method in methods})
+    run.tracker.set_tags(PARENT, {"mlflow.note.content": to_note(summary)})
     run.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
     run.tracker.log_artifact(PARENT, folder)
     for file in prompts:
@@ -62,15 +64,54 @@ def copy_grouping_pages(grouping: Artefact, folder: Path) -> None:
         shutil.copyfile(grouping.local() / name, folder / name)
 
 
-def track_results(run: Run, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Gives the methods' results, by name, to the run's MLflow parent run."""
+def track_results(
+    run: Run, results: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[Sequence[str]]]
+) -> None:
+    """Gives the methods' results to MLflow: each one's to a run of its own, whose metrics have the same names for all
+    methods, so that the page can draw a point or a line for each; and to the parent run, by name. The page folds nested
+    runs away, so these are not.
+
+    Args:
+        results: method → accuracy (task → 0-1), average, trained_parameters.
+        groups: method → the tasks that trained together.
+    """
     for method, of_method in results.items():
-        metrics = {f"accuracy/{method}/{task}": value for task, value in of_method["accuracy"].items()}
-        metrics |= {
-            f"accuracy/{method}/average": of_method["average"],
-            f"trained_parameters/{method}": of_method["trained_parameters"],
-        }
-        run.tracker.log_metrics(PARENT, metrics, step=0)
+        accuracies = {**of_method["accuracy"], "average": of_method["average"]}
+        parameters = of_method["trained_parameters"]
+        run.tracker.log_metrics(
+            PARENT,
+            {f"accuracy/{method}/{task}": value for task, value in accuracies.items()}
+            | {f"trained_parameters/{method}": parameters},
+            step=0,
+        )
+        name, config = f"method: {title(method)}", run.config
+        run.tracker.start_run(
+            name,
+            tags={
+                "mlflow.runName": f"{title(method)} ({config.data.shots} shots, seed {config.seed})",
+                "mlflow.source.name": sys.argv[0],
+                "level": "method",
+                "method": method,
+                "groups": describe_groups([list(group) for group in groups[method]]),
+                "run": run.title,
+            },
+            params={
+                "method": title(method),
+                "data": config.name,
+                "shots": config.data.shots,
+                "seed": config.seed,
+                "clip": config.clip.model,
+                "num_groups": len(groups[method]),
+                "objective": config.grouping.objective,
+                "affinity": config.grouping.affinity,
+            },
+        )
+        run.tracker.log_metrics(
+            name,
+            {f"accuracy/{task}": value for task, value in accuracies.items()} | {"trained_parameters": parameters},
+            step=0,
+        )
+        run.tracker.end_run(name)
 
 
 def _register(run: Run, name: str, prompts: Path) -> None:

@@ -57,7 +57,7 @@ class Stage:
         """Whether anything was made, not only found finished."""
 
     def __enter__(self) -> Stage:
-        self.run.tracker.start_run(self.name, parent=PARENT, tags={"stage": self.name})
+        self.run.tracker.start_run(self.name, parent=PARENT, tags={"level": "stage", "stage": self.name})
         self._began = time.monotonic()
         self.display.__enter__()
         return self

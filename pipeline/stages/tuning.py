@@ -73,6 +73,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
     # Tune asks the dashboard whether the placement groups of trials that it ended are still needed.
     with connected([run], dashboard=True):
         with tracked(run):
+            run.tracker.set_tags(PARENT, {"level": "search", "mlflow.runName": run.folder.name})
             run.tracker.log_params(PARENT, {f"search.{key}": value for key, value in search.to_json().items()})
             run.tracker.log_artifact(PARENT, run.folder / "search.yaml")
             trials = _carry_out(run, search, points, check)
@@ -197,7 +198,7 @@ def _most_epochs(base: Config, search: Search) -> int:
 def _track(run: Run, search: Search, trial: Trial) -> None:
     """A change of a trial, to MLflow and, at its end, to the console."""
     tracker, name = run.tracker, f"trial {trial.number}"
-    tracker.start_run(name, parent=PARENT, tags={"trial": trial.number}, params=trial.point)
+    tracker.start_run(name, parent=PARENT, tags={"level": "trial", "trial": trial.number}, params=trial.point)
     if trial.epochs:
         last = trial.epochs[-1]
         metrics = {f"{METRIC}/{task}": value for task, value in last.accuracy.items()}

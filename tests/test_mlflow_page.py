@@ -1,0 +1,85 @@
+"""MLflow's own page shows what docs/mlflow.md says: seen by a browser, on a finished run of the pipeline."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from mlflow import MlflowClient
+from mlflow_page import CHROMIUM, METHODS, browser_page, open_comparison, open_run, open_runs
+from pipelines import summary
+from servers import free_ports, mlflow_server
+
+from pipeline.report.summary import title
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def served(undisturbed, tmp_path_factory):
+    """Address, experiment and client of a server on a copy of the run's database; its artefacts where they were."""
+    storage, _ = undisturbed
+    folder = tmp_path_factory.mktemp("mlflow")
+    shutil.copyfile(storage / "mlflow.db", folder / "server.db")
+    (port,) = free_ports(1, first=8700)
+    server = mlflow_server(folder, port)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        client = MlflowClient(address)
+        yield address, client.get_experiment_by_name("mmap-clip").experiment_id, client, summary(storage)
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def page():
+    with browser_page(height=2400) as page:  # what is below the window is not drawn
+        yield page
+
+
+def test_the_experiment_lists_a_line_for_each_method(served, page):
+    address, experiment, _, result = served
+    open_runs(page, address, experiment)
+    page.get_by_text(f"{len(result['methods'])} matching runs").wait_for()
+    for method in result["methods"]:
+        assert page.get_by_role("link", name=f"{title(method)} (8 shots, seed 1)").is_visible()
+    open_runs(page, address, experiment, "tags.level = 'pipeline'")
+    page.get_by_role("link", name="demo, 8 shots, seed 1").wait_for()
+
+
+def test_charts_show_each_metric_of_the_methods(served, page):
+    address, experiment, _, result = served
+    open_runs(page, address, experiment, charts=True)
+    for name in (*(f"accuracy/{task}" for task in (*result["tasks"], "average")), "trained_parameters"):
+        page.get_by_text(name, exact=True).first.wait_for()
+
+
+def test_comparison_shows_the_methods_metrics(served, page):
+    address, experiment, client, result = served
+    runs = client.search_runs([experiment], METHODS)
+    assert len(runs) == len(result["methods"])
+    open_comparison(page, address, experiment, [run.info.run_id for run in runs])
+    for plot in ("Parallel Coordinates Plot", "Scatter Plot"):
+        assert page.get_by_text(plot).is_visible()
+    told = page.inner_text("body")
+    for method, values in result["methods"].items():
+        assert title(method) in told
+        assert f"{values['average']:.3f}"[:4] in told  # the page rounds
+
+
+def test_artefact_pictures_and_pages_open(served, page):
+    address, experiment, client, _ = served
+    (run,) = client.search_runs([experiment], "tags.level = 'pipeline'")
+    open_run(page, address, experiment, run.info.run_id, "artifacts/report/accuracy.png")
+    picture = page.locator("img[src^='blob:'], img[src*='get-artifact'], img[src^='data:image/png']").first
+    picture.wait_for()
+    page.wait_for_function("image => image.naturalWidth > 500", arg=picture.element_handle())
+    open_run(page, address, experiment, run.info.run_id, "artifacts/report/grouping.html")
+    page.frame_locator("iframe").get_by_role("heading", name="Groups of 6 tasks").wait_for()
+
+
+def test_a_training_shows_system_metrics(served, page):
+    address, experiment, client, _ = served
+    (run,) = client.search_runs([experiment], "tags.level = 'training' and tags.method = 'all_in_one'")
+    open_run(page, address, experiment, run.info.run_id, "system-metrics")
+    page.get_by_text("process_memory_usage_megabytes", exact=True).first.wait_for()
