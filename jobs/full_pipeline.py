@@ -5,8 +5,9 @@
     python jobs/full_pipeline.py --config configs/office_home.yaml --data.root /data/OfficeHome
     ray job submit --working-dir . -- python jobs/full_pipeline.py     on a running cluster
 
-Stages: few-shot splits -> global prompt with gradient snapshots -> grouping -> group trainings -> report. The same
-command again does only what is missing: a finished stage is found by the hash of all that it depends on.
+Stages: data check -> few-shot splits -> global prompt with gradient snapshots -> grouping -> group trainings ->
+report. The same command again does only what is missing: a finished stage is found by the hash of all that it depends
+on.
 """
 
 from pipeline.run import run_job

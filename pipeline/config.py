@@ -536,7 +536,7 @@ def _explain(fault: Any) -> str:
         near = difflib.get_close_matches(path[-1], valid, n=1)
         hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else ""
         return f"unknown config field {name}{hint} Valid here: {', '.join(valid)}"
-    message = fault["msg"].removeprefix("Value error, ")
+    message: str = fault["msg"].removeprefix("Value error, ")
     if name and not message.startswith(path[0] + "."):
         value = repr(fault["input"])
         return f"{name}={value if len(value) <= 200 else value[:200] + '...'}: {message}"
@@ -572,7 +572,7 @@ def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TE
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
 
 
-class _PlainYaml(yaml.SafeLoader):
+class _PlainYaml(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types
     """Plain values only. Neither tags that make Python objects, nor a name given twice, of which YAML takes the last,
     nor aliases, by which a few lines make billions of values."""
 
@@ -582,13 +582,14 @@ class _PlainYaml(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"*{alias.anchor}: write the value out", problem_mark=alias.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
         for name, _ in node.value:
             if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in seen:
                 raise yaml.MarkedYAMLError(problem=f"{name.value[:80]} is given twice", problem_mark=name.start_mark)
             seen.add((name.tag, str(name.value)))
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
@@ -637,7 +638,8 @@ def given_or_shipped(path: Path) -> Path:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def fields(defaults: Section = _DEFAULTS, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,7 +27,8 @@ LONG_LOG_LINE_EVERY_S = 60
 def progress_board() -> Any:
     """A ProgressBoard on the driver's machine, so that no other machine's end takes it away."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ProgressBoard.options(scheduling_strategy=here).remote()
+    board = cast(Any, ProgressBoard)  # Ray's types show the class as it was before the decorator
+    return board.options(scheduling_strategy=here).remote()
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)

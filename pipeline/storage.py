@@ -1,7 +1,7 @@
 """Everything a run makes, in folders named by the hash of what it was made from.
 
-    <storage>/<stage>/<key>/             finished artefacts of splits, global_prompt, task_gradients, grouping,
-                                         image_features and group_trainings
+    <storage>/<stage>/<key>/             finished artefacts of data_check, splits, global_prompt, task_gradients,
+                                         grouping, image_features and group_trainings
     <storage>/<stage>/.building-<key>/   unfinished ones: the training's checkpoints, and a folder for each attempt
     <storage>/runs/<name>-<key>/         reports, by run
     <storage>/benchmarks/<name>-<key>/   reports on many runs

@@ -19,9 +19,12 @@ What this module chose:
         tracker.end_run("pipeline")
 """
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -35,11 +38,17 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlsplit
 
 from pipeline.errors import UserError
 from pipeline.storage import FREE_SPACE
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Metric, Param, RunTag
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +143,8 @@ class Tracker:
         self._shown_uri = _without_password(uri)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._changed = threading.Condition(threading.RLock())
-        self._ops: list[dict] = []  # the journal, a line each
-        self._seen: set[tuple] = set()  # identities of the journal's values
+        self._ops: list[dict[str, Any]] = []  # the journal, a line each
+        self._seen: set[tuple[Any, ...]] = set()  # identities of the journal's values
         self._status: dict[str, str] = {}  # by local run name, as last recorded
         self._journal = self._open_journal()
         # One state for each destination: after a change of URI everything is sent to the new one.
@@ -151,7 +160,9 @@ class Tracker:
 
     # What the pipeline calls
 
-    def start_run(self, name: str, *, parent: str | None = None, tags: Mapping = {}, params: Mapping = {}) -> None:
+    def start_run(
+        self, name: str, *, parent: str | None = None, tags: Mapping[str, Any] = {}, params: Mapping[str, Any] = {}
+    ) -> None:
         """Begin the run `name`, or take it up again where an earlier process left it."""
         if parent is not None and parent not in self._status:
             raise ValueError(f"start_run({name!r}): its parent {parent!r} was not started")
@@ -161,11 +172,11 @@ class Tracker:
         self.set_tags(name, tags)
         self.log_params(name, params)
 
-    def log_params(self, name: str, params: Mapping) -> None:
+    def log_params(self, name: str, params: Mapping[str, Any]) -> None:
         """Values that do not change; MLflow refuses a second value for a key."""
         self._record("params", name, {_key(key): _text("params", value) for key, value in params.items()})
 
-    def set_tags(self, name: str, tags: Mapping) -> None:
+    def set_tags(self, name: str, tags: Mapping[str, Any]) -> None:
         self._record("tags", name, {_key(key): _text("tags", value) for key, value in tags.items()})
 
     def log_metrics(self, name: str, metrics: Mapping[str, float], step: int) -> None:
@@ -190,7 +201,9 @@ class Tracker:
                 raise UserError(f"cannot copy {path} to {kept}: {error.strerror}; {FREE_SPACE}") from error
         self._record("artifact", name, {posixpath.join(artifact_path or "", path.name): digest})
 
-    def log_dataset(self, name: str, *, dataset_name: str, digest: str, source: str, profile: Mapping = {}) -> None:
+    def log_dataset(
+        self, name: str, *, dataset_name: str, digest: str, source: str, profile: Mapping[str, Any] = {}
+    ) -> None:
         """The data set the run used, as the UI's "Dataset" column shows it."""
         value = {"digest": digest, "source": str(source), "profile": dict(profile)}
         self._record("dataset", name, {dataset_name: value})
@@ -213,12 +226,13 @@ class Tracker:
             sent = -1
             while sent < self._state["position"] or not self._connected:
                 sent = self._state["position"]
-                if not self._changed.wait_for(
-                    lambda sent=sent: self._connected and (self._state["position"] > sent or not self._num_waiting()),
-                    timeout_s,
-                ):
+                if not self._changed.wait_for(partial(self._has_sent_more_than, sent), timeout_s):
                     break
             return self._report()
+
+    def _has_sent_more_than(self, position: int) -> bool:
+        """Or all that there is."""
+        return self._connected and (self._state["position"] > position or not self._num_waiting())
 
     def close(self, timeout_s: float = 60) -> DeliveryReport:
         """Flush, tell the user what is missing, and stop sending."""
@@ -231,15 +245,15 @@ class Tracker:
         log.log(logging.WARNING if report.waiting or report.refused else logging.INFO, report.message)
         return report
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, error_type, *_) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.close(timeout_s=10 if error_type else 60)
 
     # The journal
 
-    def _open_journal(self):
+    def _open_journal(self) -> io.FileIO:
         path = self._folder / JOURNAL
         content = path.read_bytes() if path.exists() else b""
         journal = path.open("ab", buffering=0)
@@ -249,7 +263,7 @@ class Tracker:
                 self._remember(json.loads(line))
         return journal
 
-    def _remember(self, op: dict) -> None:
+    def _remember(self, op: dict[str, Any]) -> None:
         self._ops.append(op)
         self._seen.update(_identity(op, key) for key in op["values"])
         if op["op"] == "start":
@@ -257,7 +271,7 @@ class Tracker:
         elif op["op"] == "status":
             self._status[op["run"]] = op["values"]["status"]
 
-    def _record(self, kind: str, run: str, values: dict, step: int = 0) -> None:
+    def _record(self, kind: str, run: str, values: dict[str, Any], step: int = 0) -> None:
         """Append what the journal does not hold yet, in operations of a size that MLflow takes."""
         with self._changed:
             if kind != "start" and run not in self._status:
@@ -348,7 +362,7 @@ class Tracker:
         if kind == "start":
             self._state["runs"][run] = self._find_run(run) or self._create_run(op)
         elif kind in BATCH_LIMITS:
-            keys: dict[str, list] = {}
+            keys: dict[str, list[tuple[int, str]]] = {}
             for position in positions:
                 op = self._ops[position]
                 keys.setdefault(op["run"], []).extend((position, key) for key in op["values"])
@@ -369,7 +383,7 @@ class Tracker:
                 else:
                     self._client.set_terminated(run_id, value, end_time=op["time"])
 
-    def _send_dataset(self, run_id: str, dataset) -> None:
+    def _send_dataset(self, run_id: str, dataset: DatasetInput) -> None:
         try:
             self._client.log_inputs(run_id, datasets=[dataset])
         except Exception as error:
@@ -380,7 +394,7 @@ class Tracker:
 
     def _send_batch(self, run_id: str, kind: str, keys: list[tuple[int, str]]) -> None:
         """Send values, named by position and key, in one request; what is refused is halved."""
-        entities = [_entity(self._ops[position], key) for position, key in keys]
+        entities: list[Any] = [_entity(self._ops[position], key) for position, key in keys]  # all of `kind`
         try:
             self._client.log_batch(run_id, **{kind: entities}, synchronous=True)
         except Exception as error:
@@ -402,12 +416,13 @@ class Tracker:
         found = self._client.search_runs([self._experiment_id], key_matches)
         return found[0].info.run_id if found else None
 
-    def _create_run(self, op: dict) -> str:
+    def _create_run(self, op: dict[str, Any]) -> str:
         tags = {RUN_KEY: self._run_key(op["run"])}
         if op["values"]["parent"]:
             tags["mlflow.parentRunId"] = self._state["runs"][op["values"]["parent"]]
         run = self._client.create_run(self._experiment_id, op["time"], tags, run_name=op["run"])
-        return run.info.run_id
+        run_id: str = run.info.run_id
+        return run_id
 
     def _server_answers(self) -> bool:
         try:
@@ -418,7 +433,7 @@ class Tracker:
 
     # What is on disk beside the journal
 
-    def _refuse(self, position: int, values: dict, error: Exception) -> None:
+    def _refuse(self, position: int, values: dict[str, Any], error: Exception) -> None:
         reason = {"error": _without_password(str(error)), "destination": self._destination}
         record = self._ops[position] | {"values": values} | reason
         with (self._folder / "refused.jsonl").open("a") as file:
@@ -429,9 +444,10 @@ class Tracker:
         if position not in self._state["refused"]:
             self._state["refused"].append(position)
 
-    def _read_states(self) -> dict:
+    def _read_states(self) -> dict[str, Any]:
         try:
-            return json.loads((self._folder / "outbox_state.json").read_text())
+            states: dict[str, Any] = json.loads((self._folder / "outbox_state.json").read_text())
+            return states
         except (FileNotFoundError, json.JSONDecodeError):
             return {}  # sending again is harmless
 
@@ -444,7 +460,8 @@ class Tracker:
         os.replace(temporary, self._folder / "outbox_state.json")
 
     def _num_waiting(self) -> int:
-        return len(self._ops) - self._state["position"]
+        position: int = self._state["position"]
+        return len(self._ops) - position
 
     def _report(self) -> DeliveryReport:
         total, waiting, refused = len(self._ops), self._num_waiting(), len(self._state["refused"])
@@ -490,7 +507,7 @@ def run_environment() -> dict[str, str]:
 # MLflow's side
 
 
-def find_run(uri: str, run_folder: str):
+def find_run(uri: str, run_folder: str) -> tuple[MlflowClient, str]:
     """MlflowClient, and the id of the newest finished run whose results are in `run_folder`, as its report says.
 
     Raises:
@@ -512,7 +529,7 @@ def find_run(uri: str, run_folder: str):
     return client, found[0].info.run_id
 
 
-def register_version(client, run_id: str, registered_model: str, artifact_path: str) -> str:
+def register_version(client: MlflowClient, run_id: str, registered_model: str, artifact_path: str) -> str:
     """The version of a registered model that is the run's model under `artifact_path`; made unless it is there."""
     from mlflow.exceptions import MlflowException
 
@@ -527,7 +544,7 @@ def register_version(client, run_id: str, registered_model: str, artifact_path: 
     return str(there[0] if there else client.create_model_version(registered_model, source, run_id).version)
 
 
-def _client(uri: str):
+def _client(uri: str) -> MlflowClient:
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import mlflow
@@ -539,7 +556,7 @@ def _client(uri: str):
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
-def _experiment_id(client, name: str, uri: str) -> str:
+def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # A server knows where its artefacts belong; a database file does not.
@@ -562,10 +579,11 @@ def _is_refusal(error: Exception) -> bool:
         return status in REFUSALS
     # A 404 without a message of MLflow's comes from a proxy whose server is away.
     code = getattr(error, "error_code", "ENDPOINT_NOT_FOUND")
-    return code != "ENDPOINT_NOT_FOUND" and error.get_http_status_code() in REFUSALS
+    # Only MLflow's own exceptions, whose methods have no types, have an error_code.
+    return code != "ENDPOINT_NOT_FOUND" and cast(Any, error).get_http_status_code() in REFUSALS
 
 
-def _entity(op: dict, key: str):
+def _entity(op: dict[str, Any], key: str) -> Metric | Param | RunTag:
     from mlflow.entities import Metric, Param, RunTag
 
     if op["op"] == "metrics":
@@ -573,7 +591,7 @@ def _entity(op: dict, key: str):
     return (Param if op["op"] == "params" else RunTag)(key, op["values"][key])
 
 
-def _dataset(name: str, value: dict):
+def _dataset(name: str, value: dict[str, Any]) -> DatasetInput:
     from mlflow.entities import Dataset, DatasetInput
 
     kind = urlsplit(value["source"]).scheme or "local"
@@ -585,11 +603,11 @@ def _dataset(name: str, value: dict):
 # Small things
 
 
-def _new_state() -> dict:
+def _new_state() -> dict[str, Any]:
     return {"position": 0, "runs": {}, "refused": []}
 
 
-def _identity(op: dict, key: str) -> tuple:
+def _identity(op: dict[str, Any], key: str) -> tuple[Any, ...]:
     """What makes a value the same: a metric by its step, anything else by the value itself."""
     return op["op"], op["run"], key, op["step"] if op["op"] == "metrics" else json.dumps(op["values"][key])
 
@@ -599,7 +617,7 @@ def _key(key: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", str(key))
 
 
-def _text(kind: str, value) -> str:
+def _text(kind: str, value: object) -> str:
     text, limit, mark = str(value), LENGTH_LIMITS[kind], " ... (cut)"
     return text if len(text) <= limit else text[: limit - len(mark)] + mark
 

@@ -116,7 +116,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, tmp_path):
         job = submit(ray_head, "jobs/full_pipeline.py", *options)  # by its shebang
         output = job.communicate(timeout=240)[0]
         assert job.returncode == 0, output
-        assert output.count("found finished") == 4
+        assert output.count("found finished") == 5
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("mmap-clip")
         runs = client.search_runs([experiment.experiment_id])

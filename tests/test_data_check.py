@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+import runpy
+import struct
+import sys
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pipelines import REPOSITORY, run, the_run
+from rich.console import Console
 from scipy import ndimage
 from small_clip import tokenizer
 
-from pipeline.data.facts import image_facts
+from pipeline.config import DataConfig
+from pipeline.data import checked_images, near_copies
+from pipeline.data.checked_images import check_images, read_checked, read_samples, to_check
+from pipeline.data.facts import THUMBNAIL, image_facts, thumbnail
+from pipeline.data.find import ImageFile, find_images
 from pipeline.data.findings import CheckedImage, cut_words, find_faults
-from pipeline.data.images import BrokenImage
+from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.near_copies import MOST_BITS, alike
 from pipeline.data.splits import ScannedImage
-from pipeline.report.data_check import check_page, check_tables, overviews
+from pipeline.report.data_check import LINE_ON_PAGE, check_page, check_tables, one_line, overviews
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
@@ -51,6 +65,23 @@ def test_facts_of_an_image():
         image_facts(b"<html>not found</html>")
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_metadata_and_later_frames_break_no_image():
+    """Only what is used may stop a run: the pixels of the first frame."""
+    frames = [photo(seed).convert("P") for seed in range(4)]
+    moving = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert image_facts(moving[:-2000]).frames >= 1 and image_facts(moving).frames == 4
+    word = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", 0x0112, 2, 3, b"up") + bytes(4)  # no number
+    for exif in (word, b"MM\0*\xff\xff\xff\xff", b"\xff" * 40):
+        assert image_facts(encoded(photo(1), "JPEG", exif=b"Exif\0\0" + exif)).orientation == 1
+
+
+def test_thumbnails_are_small():
+    for size in ((96, 128), (400, 40), (20, 30)):
+        small = decode_rgb(thumbnail(photo(1, size)))
+        assert max(small.size) == min(THUMBNAIL, max(size))
+
+
 @pytest.mark.parametrize("change", ["smaller", "worse", "other format"])
 def test_a_changed_copy_looks_alike_and_others_do_not(change):
     looks = []
@@ -66,8 +97,8 @@ def test_a_changed_copy_looks_alike_and_others_do_not(change):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), most_bits=st.integers(0, 6))
-def test_groups_of_alike_are_those_of_comparing_all_pairs(data, most_bits):
+@given(data=st.data(), most_bits=st.integers(0, 6), pairs_at_once=st.sampled_from([1, 5, 1 << 22]))
+def test_groups_of_alike_are_those_of_comparing_all_pairs(data, most_bits, pairs_at_once):
     looks = data.draw(st.lists(st.integers(0, 2**64 - 1), max_size=12))
     for _ in range(data.draw(st.integers(0, 20)) if looks else 0):
         near = data.draw(st.sampled_from(looks))
@@ -80,7 +111,8 @@ def test_groups_of_alike_are_those_of_comparing_all_pairs(data, most_bits):
             old, new = group_of[b], group_of[a]
             group_of = [new if group == old else group for group in group_of]
     groups = [[at for at, of in enumerate(group_of) if of == group] for group in dict.fromkeys(group_of)]
-    assert alike(looks, most_bits) == [group for group in groups if len(group) > 1]
+    with patch.object(near_copies, "PAIRS_AT_ONCE", pairs_at_once):
+        assert alike(looks, most_bits) == [group for group in groups if len(group) > 1]
 
 
 def test_many_alike_are_compared_in_bounded_memory():
@@ -88,6 +120,10 @@ def test_many_alike_are_compared_in_bounded_memory():
     assert [len(group) for group in alike(looks, MOST_BITS)] == [24_000]
     rng = np.random.default_rng(0)
     assert alike([int(value) for value in rng.integers(0, 2**63, 50_000)], MOST_BITS) == []
+    # Nearly all pairs of these are alike, which are 36 million.
+    near = [sum(1 << int(bit) for bit in rng.choice(16, 8, replace=False)) for _ in range(6_000)]
+    (group,) = alike(near, MOST_BITS)
+    assert group == list(range(6_000))
 
 
 # --- a data set -----------------------------------------------------------------------------------------
@@ -220,12 +256,131 @@ def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
     assert (
         tasks[0].formats == "PNG 89 %, JPEG 11 %" and tasks[1].formats == "PNG" and tasks[0].median_size == "128 x 96"
     )
-    samples = {(task, name): [encoded(photo(1))] * 2 for task, names in CLASSES.items() for name in names}
+    samples = {(task, name): [thumbnail(photo(1))] * 2 for task, names in CLASSES.items() for name in names}
     page = check_page("<b>demo</b>", tasks, findings, samples, {"cat": "<script>", "dog": "dog"})
     assert page.count("<img") == 8 and "<script>" not in page and "<b>demo" not in page
     assert "1 files are of another format" in page and "art/cat/9.png: JPEG" in page
-    from rich.console import Console
-
     console = Console(record=True, width=120)
     console.print(check_tables("demo", tasks, findings))
     assert "17 images in 2 tasks" in console.export_text()
+
+
+def test_long_groups_do_not_flood_the_page_nor_the_terminal():
+    one = checked("art/cat/0.png", encoded(photo(100)))
+    images = [replace(one, image=replace(one.image, path=f"art/cat/{number:04}.png")) for number in range(1000)]
+    findings = [of for of in find_faults(images, {"art": ("cat",)}, WORDS, {}, 0) if "more than once" in of.title]
+    assert len(only(findings).examples[0]) > 10_000
+    tasks = overviews(images, {"art": ("cat",)})
+    page = check_page("demo", tasks, findings, {}, WORDS)
+    assert len(re.search("<pre>(.*)</pre>", page, re.DOTALL)[1]) == LINE_ON_PAGE
+    console = Console(record=True, width=120)
+    console.print(check_tables("demo", tasks, findings))
+    assert len(console.export_text()) < 3000
+    assert one_line(findings) == "1 note" and one_line([]) == "nothing stands out"
+
+
+# --- the stage and its job ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Path:
+    """Eight images of each of two classes in two tasks, and faults."""
+    root = tmp_path_factory.mktemp("planted") / "data"
+    places = [
+        f"{task}/{name}/{number}.png" for task in ("art", "photo") for name in CLASSES["art"] for number in range(8)
+    ]
+    contents = {path: encoded(photo(seed)) for seed, path in enumerate(places)}
+    contents |= {
+        "art/cat/broken.png": b"<html>",
+        "art/cat/cut.png": contents["art/cat/0.png"][:3000],
+        "art/cat/same.png": contents["art/cat/1.png"],
+        "art/dog/contradicts.png": contents["art/cat/2.png"],
+        "photo/dog/flat.png": encoded(Image.new("RGB", (64, 64), "red")),
+        "photo/dog/first.gif": encoded(photo(70).convert("P"), "GIF", save_all=True, append_images=[photo(71)]),
+    }
+    for path, data in contents.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    return root
+
+
+def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path):
+    listing = find_images(DataConfig(), planted)
+    wanted = to_check(listing.images)
+    table = check_images(planted, wanted)
+    checked_images.pq.write_table(table, tmp_path / "images.parquet")
+    seen = read_checked(tmp_path / "images.parquet", listing.images)
+    assert [of.image.path for of in seen] == [of.path for of in listing.images]
+    for of in seen:
+        data = (planted / of.image.path).read_bytes()
+        try:
+            assert of.facts == image_facts(data) and of.image.error is None
+        except BrokenImage as fault:
+            assert of.facts is None and of.image.error == str(fault)
+        assert of.image.size == len(data)
+    samples = read_samples(tmp_path / "images.parquet")
+    broken = {of.image.path for of in seen if not of.facts}
+    for key in ((task, name) for task, names in CLASSES.items() for name in names):
+        of_class = [of.path for of in wanted if of.is_sample and (of.task, of.class_folder) == key]
+        assert len(of_class) == 3 and len(samples[key]) == len(set(of_class) - broken)
+
+
+def test_samples_are_few_where_classes_are_many(monkeypatch):
+    monkeypatch.setattr(checked_images, "MOST_SAMPLES", 50)
+    files = [ImageFile(f"a/{name}/{number}.png", "a", str(name), 1, 1) for name in range(40) for number in range(9)]
+    samples = [of for of in to_check(files) if of.is_sample]
+    of_class = [sum(of.class_folder == str(name) for of in samples) for name in range(40)]
+    assert len(samples) == 50 and sorted(of_class) == [1] * 30 + [2] * 10
+    assert {of.path for of in to_check(files[::-1]) if of.is_sample} == {of.path for of in samples}
+
+
+def table_of(output: str) -> list[str]:
+    """What a job told of the data, without its seconds."""
+    return output.partition("0 data check")[2].partition("check.html")[0].split()
+
+
+def test_the_job_tells_shows_and_remembers(planted, monkeypatch, capsys):
+    storage = planted.parent / "storage"
+    options = ["--storage", str(storage), "--data.root", str(planted), "--data.shots", "3"]
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def again(*more: str) -> tuple[int, str]:
+        """In this process, which is faster."""
+        monkeypatch.setattr(sys, "argv", ["check_data.py", *options, *more])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPOSITORY / "jobs/check_data.py"), run_name="__main__")
+        return end.value.code, capsys.readouterr().out
+
+    first = run(storage, *options[2:], prefix=("jobs/check_data.py",))
+    assert first.status == 1 and "found finished" not in first.output
+    told = " ".join(first.output.split())
+    for text in (
+        "demo: 36 images in 2 tasks",
+        "error 2 files are broken (5.3 %) Mend or remove them",
+        "art/cat/broken.png: no image of a known format",
+        "warning 1 images are in several classes of one task One of their labels is wrong",
+        "art/cat/2.png, art/dog/contradicts.png",
+        "warning 1 images are of one colour",
+        "note 1 images are in their class more than once",
+        "note 1 images have several frames",
+    ):
+        assert text in told, first.output
+    folder = the_run(storage) / "data_check"
+    assert f"1 error, 2 warnings, 2 notes: {folder / 'check.html'}" in told
+    written = json.loads((folder / "check.json").read_text())["findings"]
+    assert [of["severity"] for of in written] == ["error", "warning", "warning", "note", "note"]
+    assert len(written[0]["examples"]) == 2 and all(of["remedy"] and of["examples"] for of in written)
+    page = (folder / "check.html").read_text()
+    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>") and 10 <= page.count("<img") <= 12
+    assert not list(storage.glob("splits/*"))
+
+    status, output = again()
+    assert status == 1 and output.count("found finished") == 1
+    assert table_of(output) == table_of(first.output)
+
+    # Where broken files may be left out, nothing stops a run; no image is read for that again.
+    (images,) = storage.glob("data_check/*/images.parquet")
+    before = images.stat().st_mtime_ns
+    status, output = again("--data.max_dropped_share", "0.1")
+    assert status == 0 and "3 warnings, 2 notes" in output
+    assert list(storage.glob("data_check/*/images.parquet")) == [images] and images.stat().st_mtime_ns == before

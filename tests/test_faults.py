@@ -65,7 +65,7 @@ def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
     storage = tmp_path / "storage"
     job = Job(storage, *QUICK)
     try:
-        for label in ("scan 1", "write test/", "global prompt", "image features", "group: "):
+        for label in ("check 1", "write test/", "global prompt", "image features", "group: "):
             if label in ("global prompt", "group: "):  # where it goes on from
                 stage = "group_trainings" if label == "group: " else "global_prompt"
                 job.wait_until(lambda stage=stage: checkpoints(storage, stage))
@@ -90,7 +90,7 @@ def test_the_job_is_killed_in_each_stage(undisturbed, tmp_path):
         assert finished.status == -signal.SIGKILL, (point, finished.output)
     finished = run(storage, *QUICK)
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 4
+    assert finished.output.count("found finished") == 5
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
@@ -121,7 +121,7 @@ def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
         of_first, of_second = first.finish(), second.finish()
     assert of_first.status == of_second.status == 0, of_first.output + of_second.output
     assert f"waiting: process {first.process.pid} on {os.uname().nodename} is at this run" in of_second.output
-    assert of_second.output.count("found finished") == 4
+    assert of_second.output.count("found finished") == 5
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
@@ -269,7 +269,7 @@ def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
     cluster.add_node(2, 1)
     finished = run(storage, *on(cluster))
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 3
+    assert finished.output.count("found finished") == 4
     assert same(storage, undisturbed) and every_step_once(storage)
 
 

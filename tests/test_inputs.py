@@ -40,7 +40,7 @@ from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.prompt_file import load_prompts
 from pipeline.report.grouping_trust_figures import affinity_over_training
-from pipeline.stages.splits import _chunks
+from pipeline.stages.data_check import chunks
 
 ensure_torchvision()
 
@@ -345,11 +345,11 @@ def test_workers_get_whole_row_groups(tree, monkeypatch):
     for name in ("all", "b"):
         (tree / f"{name}.parquet").rename(tree / f"tables/{name}.parquet")
     images = find_images(DataConfig(), tree / "tables").images
-    monkeypatch.setattr("pipeline.stages.splits.IMAGES_PER_SCAN", 6)
-    assert [len(chunk) for chunk in _chunks(images)] == [10, 6, 4]
+    monkeypatch.setattr("pipeline.stages.data_check.IMAGES_PER_CHUNK", 6)
+    assert [len(chunk) for chunk in chunks(images)] == [10, 6, 4]
     folders = find_images(DataConfig(), tree).images
-    assert [len(chunk) for chunk in _chunks(folders)] == [6, 6, 4]
-    assert [image for chunk in _chunks(folders) for image in chunk] == list(folders)
+    assert [len(chunk) for chunk in chunks(folders)] == [6, 6, 4]
+    assert [image for chunk in chunks(folders) for image in chunk] == list(folders)
 
 
 def test_splits_of_a_table_hold_its_images(tree, tmp_path):

@@ -37,7 +37,7 @@ def test_report(undisturbed):
     result = summary(storage)
     assert result["tasks"] == TASKS
     assert sorted(task for group in result["groups"] for task in group) == TASKS
-    assert list(result["stages"]) == ["splits", "global_prompt", "grouping", "group_trainings", "report"]
+    assert list(result["stages"]) == ["data_check", "splits", "global_prompt", "grouping", "group_trainings", "report"]
     assert all(seconds >= 0 for seconds in result["stages"].values())
     assert list(result["methods"]) == ["zero_shot", "all_in_one", "grouped"]
     for method in result["methods"].values():
@@ -105,7 +105,7 @@ def test_again_does_nothing_and_says_so(undisturbed):
     before = numbers(storage)
     finished = run(storage, *QUICK)
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 4
+    assert finished.output.count("found finished") == 5
     assert numbers(storage) == before
 
 
@@ -114,7 +114,7 @@ def test_another_grouping_reuses_the_global_prompt(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], storage)
     finished = run(storage, *QUICK, "--grouping.num_groups", "2", prefix=("jobs/solve_grouping.py",))
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 2
+    assert finished.output.count("found finished") == 3
     assert "best of 31 partitions" in finished.output
     groupings = [json.loads(file.read_text()) for file in storage.glob("grouping/[!.]*/grouping.json")]
     (of_two,) = [grouping for grouping in groupings if len(grouping["groups"]) == 2]

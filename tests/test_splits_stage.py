@@ -14,10 +14,13 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from pipeline.config import Config, parse_config
-from pipeline.data.parquet import COLUMNS, SplitReader
+from pipeline.config import Config, DataConfig, parse_config
+from pipeline.data.find import find_images
+from pipeline.data.parquet import COLUMNS, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.splits import sample_splits
 from pipeline.errors import UserError
 from pipeline.run import open_run
+from pipeline.stages import data_check
 from pipeline.stages import splits as stage
 from pipeline.stages.splits import build_splits
 
@@ -73,7 +76,7 @@ def build(folder, ray_address, monkeypatch):
     """Builds in a storage; returns the reader and what was printed."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     # A few images in each scan: several workers take part.
-    monkeypatch.setattr(stage, "IMAGES_PER_SCAN", 5)
+    monkeypatch.setattr(data_check, "IMAGES_PER_CHUNK", 5)
 
     def build(storage: str, max_dropped_share: float = 0.0, **data: Any) -> tuple[SplitReader, str]:
         printed = io.StringIO()
@@ -134,6 +137,17 @@ def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
     assert other.folder != reader.folder and other.folder.name == reader.folder.name
     assert bytes_of(other.folder) == files and len(files) == 2 * len(TASKS)
     assert (other.folder / "splits.json").read_bytes() == (reader.folder / "splits.json").read_bytes()
+
+
+def test_splits_are_those_of_reading_the_images_without_a_check(build, folder, tmp_path):
+    reader, _ = build("one", 2 / (NUM_IMAGES + 2))
+    listing = find_images(DataConfig(), folder / "data")
+    scanned = [scan_image(listing.root, of.path, of.task, of.class_folder) for of in listing.images]
+    splits = sample_splits([image for image in scanned if not image.error], listing.classes, SHOTS, seed=1)
+    sizes = {image.path: image.size for image in scanned}
+    for part in plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes):
+        write_part(listing.root, part, reader.description, tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(reader.folder)
 
 
 def drawn(reader: SplitReader, split: str) -> set[tuple[str, str, str]]:

@@ -23,6 +23,7 @@ class Tokenizer(Protocol):
     sot_token_id: int
     eot_token_id: int
     context_length: int
+    decoder: dict[int, str]
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -1,4 +1,4 @@
-"""What can be told of an image without knowing what it should show."""
+"""What can be told of an image without knowing what it should show, and a small picture of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ STORED_UPRIGHT = 1
 """EXIF's orientation of an image whose pixels are not to be turned."""
 
 
-@dataclass(frozen=True)
+THUMBNAIL = 64
+"""Pixels of a thumbnail's longer side."""
+
+
+@dataclass(frozen=True, slots=True)
 class ImageFacts:
     """Of an image that can be decoded."""
 
@@ -34,14 +38,44 @@ class ImageFacts:
     """Perceptual hash, 64 bits: images that look alike differ in few of them."""
 
 
-def image_facts(data: bytes) -> ImageFacts:
-    """Raises: BrokenImage: as `decode_rgb`."""
-    pixels = decode_rgb(data)
+def image_facts(data: bytes, pixels: Image.Image | None = None) -> ImageFacts:
+    """
+    Args:
+        pixels: `data` as RGB, if it is decoded already.
+
+    Raises:
+        BrokenImage: as `decode_rgb`.
+    """
+    pixels = pixels or decode_rgb(data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        mode, kind, frames = image.mode, str(image.format), int(getattr(image, "n_frames", 1))
-        orientation = int(image.getexif().get(ExifTags.Base.Orientation, STORED_UPRIGHT))
-    looks = np.packbits(imagehash.phash(pixels).hash.ravel())
-    contrast = float(np.asarray(pixels.convert("L").resize((64, 64), Image.Resampling.BOX)).std())
+        mode, kind = image.mode, str(image.format)
+        frames, orientation = _frames(image), _orientation(image)
+    grey = pixels.convert("L")
+    looks = np.packbits(imagehash.phash(grey).hash.ravel())
+    contrast = float(np.asarray(grey.resize((64, 64), Image.Resampling.BOX)).std())
     return ImageFacts(
         pixels.width, pixels.height, mode, kind, frames, orientation, contrast, int.from_bytes(looks.tobytes(), "big")
     )
+
+
+def thumbnail(pixels: Image.Image) -> bytes:
+    """A JPEG of an RGB image, no side longer than THUMBNAIL pixels."""
+    small = pixels.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=75)
+    return stream.getvalue()
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # broken frames behind the first, which alone is used
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, STORED_UPRIGHT))
+    except Exception:  # broken metadata, of which nothing is used
+        return STORED_UPRIGHT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -36,7 +36,7 @@ SUFFIXES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CheckedImage:
     """A file of the data set; `facts` is None for a broken one."""
 
@@ -61,6 +61,8 @@ def find_faults(
     pieces: Mapping[str, Sequence[str]],
     shots: int,
     training_paths: Iterable[str] = (),
+    no_splits: str | None = None,
+    max_dropped_share: float = 0.0,
 ) -> list[Finding]:
     """Findings, errors first.
 
@@ -69,12 +71,14 @@ def find_faults(
         class_words: class folder → words shown to CLIP.
         pieces: word of a class → what CLIP's tokenizer cuts it into, as of `cut_words`.
         shots: training images of each class.
-        training_paths: of the images that would train; empty where classes have too few.
+        training_paths: of the images that would train.
+        no_splits: why there can be none.
+        max_dropped_share: of the images, 0 to 1, that may be broken.
     """
     whole = [image for image in images if image.facts]
     found = [
-        *_broken(images),
-        *_too_few(whole, classes, shots),
+        *_broken(images, max_dropped_share),
+        *_cannot_split(whole, classes, shots, no_splits),
         *_exact_copies(whole),
         *_near_copies(whole, set(training_paths)),
         *_odd_images(whole),
@@ -86,7 +90,9 @@ def find_faults(
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
-def cut_words(words: Iterable[str], encode, decode) -> dict[str, list[str]]:
+def cut_words(
+    words: Iterable[str], encode: Callable[[str], list[int]], decode: Callable[[int], str]
+) -> dict[str, list[str]]:
     """Each word of the class names → its pieces.
 
     Args:
@@ -102,18 +108,24 @@ def _finding(severity: Severity, what: str, examples: Sequence[str], remedy: str
     return [Finding(severity, what.format(f"{len(examples):,}"), remedy, tuple(examples))] if examples else []
 
 
-def _broken(images: Sequence[CheckedImage]) -> list[Finding]:
+def _broken(images: Sequence[CheckedImage], allowed: float) -> list[Finding]:
     broken = [f"{of.image.path}: {of.image.error}" for of in images if of.image.error]
     share = len(broken) / max(len(images), 1)
+    what = f"{{}} files are broken ({100 * share:.2g} %)"
+    if share <= allowed:
+        return _finding("warning", what, broken, f"A run leaves them out: data.max_dropped_share is {allowed:g}.")
     return _finding(
         "error",
-        f"{{}} files are broken ({100 * share:.2g} %)",
+        what,
         broken,
         "Mend or remove them, or let a run leave them out, which it records, with --data.max_dropped_share.",
     )
 
 
-def _too_few(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]], shots: int) -> list[Finding]:
+def _cannot_split(
+    images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]], shots: int, why: str | None
+) -> list[Finding]:
+    remedy = "take fewer with --data.shots, add images, or leave the class out with a file of --data.class_names."
     distinct: dict[tuple[str, str], set[str]] = defaultdict(set)
     for of in images:
         distinct[of.image.task, of.image.class_folder].add(of.image.sha256)
@@ -123,12 +135,14 @@ def _too_few(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]
         for name in names
         if len(distinct[task, name]) <= shots
     ]
+    if why and not lacking:  # given splits, or copies in several classes, leave too few
+        remedy = f"Every class needs {shots} images to train and one to test: {remedy}"
+        return [Finding("error", "the images cannot be split", remedy, tuple(why.split("; ")))]
     return _finding(
         "error",
         f"{{}} classes have no more than {shots} different images",
         lacking,
-        f"{shots} train and one tests: take fewer with --data.shots, add images, or leave the class out with a file of "
-        "--data.class_names.",
+        f"{shots} train and one tests: {remedy}",
     )
 
 
@@ -181,7 +195,7 @@ def _near_copies(images: Sequence[CheckedImage], training: set[str]) -> list[Fin
         trains = [image for image in group if image.path in training]
         if len({image.class_folder for image in group}) > 1:
             mixed.append(_paths(group))
-        elif trains and len(trains) < len(group):
+        elif trains and any(image.path not in training and image.given_split != "train" for image in group):
             leaking.append(_paths([*trains, *(image for image in group if image.path not in training)]))
         else:
             rest.append(_paths(group))

@@ -12,6 +12,7 @@ import io
 import stat
 import warnings
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,7 +24,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow knows more, some of which start other programs (EPS: Ghostscript)."""
 MAX_RATIO = 1000
 """Of an image that is longer than this many times its width, the evaluation takes the middle first."""
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+MAX_PIXELS = cast(int, Image.MAX_IMAGE_PIXELS)  # None only where a program takes Pillow's limit away
 """Pillow's own limit, above which it suspects a decompression bomb (89 million)."""
 MAX_BYTES = 6 * MAX_PIXELS
 """What those take without compression at 16 bits a channel."""

@@ -23,8 +23,9 @@ def alike(looks: Sequence[int], most_bits: int = MOST_BITS) -> list[list[int]]:
     if not looks:
         return []
     values, position = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
-    left: list[np.ndarray] = []
-    right: list[np.ndarray] = []
+    label = np.arange(len(values))
+    waiting: list[np.ndarray] = []  # pairs that are alike and not yet under one label
+    num_waiting = 0
     bounds = np.linspace(0, 64, most_bits + 2).astype(int)
     for low, high in zip(bounds, bounds[1:]):
         piece = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
@@ -36,15 +37,26 @@ def alike(looks: Sequence[int], most_bits: int = MOST_BITS) -> list[list[int]]:
                 some = of_piece[start : start + rows]
                 differing = np.bitwise_count(values[some, None] ^ values[None, of_piece])
                 at, to = np.nonzero(differing <= most_bits)
-                left.append(some[at])
-                right.append(of_piece[to])
-    if left:
-        edges = (np.concatenate(left), np.concatenate(right))
-        graph = coo_matrix((np.ones(len(edges[0]), bool), edges), shape=(len(values), len(values)))
-        _, label = connected_components(graph, directed=False)
-    else:
-        label = np.arange(len(values))
+                pairs = np.stack([some[at], of_piece[to]])
+                if not len(at := np.flatnonzero(label[pairs[0]] != label[pairs[1]])):
+                    continue
+                waiting.append(pairs[:, at])
+                num_waiting += len(at)
+                if num_waiting >= PAIRS_AT_ONCE:
+                    label, waiting, num_waiting = _joined(label, waiting), [], 0
+    label = _joined(label, waiting)
     groups: dict[int, list[int]] = {}
-    for at, group in enumerate(label[position].tolist()):
-        groups.setdefault(group, []).append(at)
+    for of, group in enumerate(label[position].tolist()):
+        groups.setdefault(group, []).append(of)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _joined(label: np.ndarray, pairs: Sequence[np.ndarray]) -> np.ndarray:
+    """The labels, one for all that the pairs connect."""
+    if not pairs:
+        return label
+    ends = label[np.concatenate(pairs, axis=1)]
+    graph = coo_matrix((np.ones(ends.shape[1], bool), (ends[0], ends[1])), shape=(len(label), len(label)))
+    _, of_label = connected_components(graph, directed=False)
+    joined: np.ndarray = of_label[label]
+    return joined

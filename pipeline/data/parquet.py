@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -85,15 +85,21 @@ class Part:
     images: tuple[ScannedImage, ...]
 
 
-def scan_image(root: Path, path: str, task: str, class_folder: str) -> ScannedImage:
-    """Reads and decodes one image of a listing; what is wrong with it goes into `error`."""
+def scan_image(
+    root: Path, path: str, task: str, class_folder: str, decode: Callable[[bytes], object] = decode_rgb
+) -> ScannedImage:
+    """Reads and decodes one image of a listing; what is wrong with it goes into `error`.
+
+    Args:
+        decode: may raise BrokenImage.
+    """
     data, error = b"", None
     try:
         if fault := name_fault(path):
             error = f"the file name {fault}"
         else:
             data = image_bytes(root, path)
-            decode_rgb(data)
+            decode(data)
     except OSError as fault:
         error = f"cannot be read: {fault.strerror}"
     except BrokenImage as fault:
@@ -226,7 +232,7 @@ class SplitReader:
         if found != FORMAT:
             raise UserError(f"{file} has format {found!r:.80}, this version reads {FORMAT}; build it again")
 
-    def rows(self, split: Split, task: str, columns: Sequence[str] = ("image", "label")) -> Iterator[dict]:
+    def rows(self, split: Split, task: str, columns: Sequence[str] = ("image", "label")) -> Iterator[dict[str, Any]]:
         """Rows of a task's split in stored order, one row group in memory at a time.
 
         Raises:
@@ -255,7 +261,7 @@ class SplitReader:
             except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
                 raise UserError(f"{path} cannot be read any more: {str(error).strip()}; remove {self.folder}") from None
 
-    def _check_rows(self, rows: Sequence[dict], split: Split, task: str, digest: str) -> None:
+    def _check_rows(self, rows: Sequence[dict[str, Any]], split: Split, task: str, digest: str) -> None:
         """Raises: ValueError: rows that are not as they were written, or that were never right."""
         if _digest(rows) != digest:
             raise ValueError("its rows are not those that were written")

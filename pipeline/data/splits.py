@@ -16,7 +16,7 @@ from pipeline.data.given_splits import GivenSplit
 from pipeline.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScannedImage:
     """An image file that was read once. `error` says why it cannot be decoded, or is None."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,9 @@ import torch
 from ray.exceptions import RayTaskError
 
 from pipeline.cluster import WorkerNeeds, described, places
-from pipeline.data.find import IMAGE_SUFFIXES, printable
+from pipeline.data.find import IMAGE_SUFFIXES
 from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read_image
+from pipeline.data.names import printable
 from pipeline.errors import UserError, escaped
 from pipeline.methods.prompt_file import TrainedPrompts
 from pipeline.prediction.model import ImagePrediction, TrainedModel
@@ -133,6 +134,7 @@ def predict_batch(
         num_gpus=needs.gpus or None,
     )
     done = broken = 0
+    table: pa.Table
     try:
         with _Writer(output) as writer:
             for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -162,11 +164,11 @@ def _dataset(
 ) -> ray.data.Dataset:
     """Rows of path, task, pixels, error."""
     if found.is_parquet:
-        names = set(_parquet_schema(found, found.files[0]).names)
+        columns = set(_parquet_schema(found, found.files[0]).names)
         dataset = ray.data.read_parquet(
             list(found.files),
             filesystem=found.filesystem if found.uri else None,
-            columns=[name for name in ("image", "path", "task") if name in names],
+            columns=[name for name in ("image", "path", "task") if name in columns],
             partitioning=None,
             num_cpus=0.5,
         )
@@ -177,7 +179,7 @@ def _dataset(
         blocks = [pa.table({"file": names[at : at + size]}) for at in range(0, len(names), size)]
         dataset = ray.data.from_arrow(blocks)
     return dataset.map_batches(
-        _decoded,
+        cast(Any, _decoded),  # Ray's types know functions without fn_args alone
         fn_args=(found.uri, task, list(tasks), image_size),
         batch_size=DECODED_AT_ONCE,
         batch_format="pyarrow",
@@ -195,7 +197,7 @@ def _decoded(
         names = [os.fsdecode(file) for file in rows["file"].to_pylist()]
         filesystem = open_bucket(uri)[0] if uri else None
         sources: Sequence[Any] = [(lambda name=name: _file_bytes(name, filesystem)) for name in names]
-        paths = [printable(name) for name in names]
+        paths: list[str | None] = [printable(name) for name in names]
     else:
         sources = [(lambda image=image: image) for image in rows["image"].to_pylist()]
         paths = rows["path"].to_pylist() if "path" in rows.column_names else [None] * count
@@ -226,13 +228,14 @@ def _file_bytes(name: str, filesystem: pafs.FileSystem | None) -> bytes:
     with filesystem.open_input_file(name) as stream:
         if (size := stream.size()) > MAX_BYTES:
             raise BrokenImage(f"{size:,} bytes are more than {MAX_BYTES:,}")
-        return stream.read()
+        data: bytes = stream.read()
+        return data
 
 
 class _Predictor:
     """An actor that holds the model."""
 
-    def __init__(self, prompts: list[ray.ObjectRef], options: ModelOptions, needs: WorkerNeeds):
+    def __init__(self, prompts: list[ray.ObjectRef[Any]], options: ModelOptions, needs: WorkerNeeds):
         if not needs.gpus:
             torch.set_num_threads(needs.cpus)
         self._model, self._fault = None, None

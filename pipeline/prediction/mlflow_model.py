@@ -27,8 +27,8 @@ from pipeline.prediction.options import write_options
 if TYPE_CHECKING:
     import pandas as pd
 
-PACKAGES = ("mlflow", "numpy", "open_clip_torch", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml", "safetensors")
-PACKAGES += ("scipy", "torch", "torchvision")
+PACKAGES: tuple[str, ...] = ("mlflow", "numpy", "open_clip_torch", "pandas", "pillow", "pyarrow", "pydantic")
+PACKAGES += ("pyyaml", "safetensors", "scipy", "torch", "torchvision")
 """What loading and using the model imports."""
 
 

@@ -26,8 +26,10 @@ BATCH_SIZE = 64
 AHEAD = 2
 """Batches that are decoded before they are asked for; they bound the memory."""
 
-ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A path, an encoded image, or a decoded one: Pillow's, or uint8 (H, W), (H, W, 3) or (H, W, 4)."""
+_SOURCES = (str, os.PathLike, bytes, Image.Image, np.ndarray)
+"""The same for isinstance, which takes no os.PathLike[str]."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class TrainedModel:
             UserError: no such task.
             TypeError: what is no image in any form.
         """
-        if isinstance(images, ImageSource):
+        if isinstance(images, _SOURCES):
             raise TypeError("images must be a list, also of one image")
         return list(self.predict_stream(images, task))
 
@@ -231,7 +233,7 @@ class TrainedModel:
 
 def _decode(image: ImageSource, slot: np.ndarray) -> str:
     """Writes the image's pixels into `slot` (3, S, S); returns what is wrong with it."""
-    if not isinstance(image, ImageSource):
+    if not isinstance(image, _SOURCES):
         raise TypeError(f"{type(image).__name__} is no image: give a path, bytes, a Pillow image or a uint8 array")
     try:
         if isinstance(image, str | os.PathLike):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +10,18 @@ from html import escape
 from statistics import median
 from typing import Any
 
-from PIL import Image
 from rich.console import Group
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from pipeline.data.findings import CheckedImage, Finding
-from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.report.grouping_page import STYLE
 
 SHOWN = 5
 """Examples of a finding in the terminal."""
 SHOWN_ON_PAGE = 200
-THUMBNAIL = 64
+LINE, LINE_ON_PAGE = 150, 1000
+"""Characters of an example: a group of images that look alike may be thousands."""
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 PAGE_STYLE = (
     STYLE
@@ -76,6 +74,13 @@ def overviews(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str
     return found
 
 
+def one_line(findings: Sequence[Finding]) -> str:
+    """How many there are of each severity."""
+    counts = Counter[str](finding.severity for finding in findings)
+    told = [f"{counts[of]} {of}{'s' if counts[of] > 1 else ''}" for of in COLOURS if counts[of]]
+    return ", ".join(told) or "nothing stands out"
+
+
 def check_tables(name: str, tasks: Sequence[TaskOverview], findings: Sequence[Finding]) -> Group:
     """For the terminal."""
     table = Table(title=f"{escape_markup(name)}: {sum(of.images for of in tasks):,} images in {len(tasks)} tasks")
@@ -86,11 +91,11 @@ def check_tables(name: str, tasks: Sequence[TaskOverview], findings: Sequence[Fi
     told = Table(show_header=False, box=None, padding=(0, 1, 1, 1))
     for finding in findings:
         lines = [f"[bold]{escape_markup(finding.title)}[/]", escape_markup(finding.remedy)]
-        lines += [f"[dim]{escape_markup(line)}[/]" for line in finding.examples[:SHOWN]]
+        lines += [f"[dim]{escape_markup(_shortened(line, LINE))}[/]" for line in finding.examples[:SHOWN]]
         if (more := len(finding.examples) - SHOWN) > 0:
             lines.append(f"[dim]and {more:,} more[/]")
         told.add_row(f"[{COLOURS[finding.severity]}]{finding.severity}[/]", "\n".join(lines))
-    return Group(table, told) if findings else Group(table, "nothing stands out")
+    return Group(table, told) if findings else Group(table)
 
 
 def check_page(
@@ -102,7 +107,7 @@ def check_page(
 ) -> str:
     """
     Args:
-        samples: (task, class folder) → encoded images.
+        samples: (task, class folder) → thumbnails as JPEGs.
         class_words: class folder → words shown to CLIP.
     """
     header = "".join(f"<th>{title}</th>" for title, _ in _COLUMNS)
@@ -147,7 +152,7 @@ def _most_common(values: Any) -> str:
 
 
 def _finding(finding: Finding) -> str:
-    shown = [escape(line) for line in finding.examples[:SHOWN_ON_PAGE]]
+    shown = [escape(_shortened(line, LINE_ON_PAGE)) for line in finding.examples[:SHOWN_ON_PAGE]]
     if (more := len(finding.examples) - SHOWN_ON_PAGE) > 0:
         shown.append(f"and {more:,} more, all in check.json")
     lines = "\n".join(shown)
@@ -168,13 +173,10 @@ def _samples(
     return f'<table class="samples"><tr><th></th>{header}</tr>{"".join(lines)}</table>'
 
 
-def _thumbnail(data: bytes) -> str:
-    try:
-        image = decode_rgb(data)
-    except BrokenImage:
-        return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=75)
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+def _thumbnail(jpeg: bytes) -> str:
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
+
+
+def _shortened(line: str, most: int) -> str:
+    """At most `most` characters of it, and a sign that there are more."""
+    return line if len(line) <= most else f"{line[: most - 1]}…"

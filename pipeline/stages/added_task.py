@@ -105,12 +105,12 @@ def _check_same_prompts(config: Config, prompts: TrainedPrompts) -> None:
         ("clip", config.clip, prompts.config.clip),
     ):
         passing = {"pretrained", "precision", "activations_gib", "task_templates"}
-        own, others = (section.model_dump(exclude=passing) for section in (own, others))
-        for field in own:
-            if own[field] != others[field]:
+        told, trained_with = (section.model_dump(exclude=passing) for section in (own, others))
+        for field in told:
+            if told[field] != trained_with[field]:
                 raise UserError(
-                    f"{name}.{field}={own[field]}: the run's prompts were trained with {others[field]}, and the new "
-                    "task's must be like them; leave that option out"
+                    f"{name}.{field}={told[field]}: the run's prompts were trained with {trained_with[field]}, and "
+                    "the new task's must be like them; leave that option out"
                 )
     for task in prompts.words:
         if (given := config.clip.template_of(task)) != (trained := prompts.config.clip.template_of(task)):

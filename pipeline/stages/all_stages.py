@@ -14,8 +14,8 @@ from pipeline.stages.splits import build_splits
 
 
 def run_all_stages(run: Run) -> Path:
-    """Few-shot splits, global prompt, grouping, group trainings, report, as far as they are not done; returns the
-    report's folder."""
+    """Data check, few-shot splits, global prompt, grouping, group trainings, report, as far as they are not done;
+    returns the report's folder."""
     build_splits(run)
     global_prompt = train_global_prompt(run)
     grouping = solve_grouping(run, global_prompt)

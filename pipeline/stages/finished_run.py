@@ -37,11 +37,13 @@ class FinishedRun:
 
     @property
     def groups(self) -> list[list[str]]:
-        return self.summary["groups"]
+        groups: list[list[str]] = self.summary["groups"]
+        return groups
 
     @property
     def tasks(self) -> list[str]:
-        return self.summary["tasks"]
+        tasks: list[str] = self.summary["tasks"]
+        return tasks
 
 
 def record_artefacts(run: Run, snapshots: Sequence[Artefact]) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import nn
 from pipeline.clip.load import weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.methods.classifier import Classifier
+from pipeline.methods.hipro import HiPro
+from pipeline.methods.mmap import GroupMmap
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
 from pipeline.methods.registry import ALWAYS, VERSIONS, Groups, kind_of, training_of
 from pipeline.progress import Reporter
@@ -41,7 +43,7 @@ class MethodArtefacts:
     groups: tuple[tuple[str, ...], ...]
     artefacts: tuple[Artefact, ...]
 
-    def results(self) -> list[dict]:
+    def results(self) -> list[dict[str, Any]]:
         """Each artefact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
         return [read_json(artefact.local() / "result.json") for artefact in self.artefacts]
 
@@ -144,7 +146,10 @@ def plan_trainings(
         return planned[name]
     version = VERSIONS[name]
     starts = plan_trainings(run, version.starts_from, grouping, planned) if version.starts_from else []
-    affinities = grouping["affinity"] if kind_of(version.kind).uses_affinities else None
+    affinities = None
+    if kind_of(version.kind).uses_affinities:
+        assert grouping is not None  # Version.uses_grouping
+        affinities = grouping["affinity"]
     groups = _groups(run, version.groups, grouping)
     planned[name] = []
     for tasks in groups:
@@ -191,6 +196,7 @@ def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence
         return [(task,) for task in tasks]
     if kind == "all tasks":
         return [tasks]
+    assert grouping is not None  # Version.uses_grouping
     found = [tuple(group) for group in grouping["groups"]]
     if kind == "found groups":
         return found
@@ -238,7 +244,7 @@ def _train_group(
     config, towers, words = work.config, work.towers(kind.trains_weights), work.words()
     method = built_method(work, towers, start, affinities)
     if joins:
-        method.join(joins.states[0])
+        cast(GroupMmap, method).join(joins.states[0])  # what joins is MmAP
     with artefact.making(publish=share.first) as made:
         if kind.trained:
             work.train(towers, method, training_of(work.method, config).epochs, made, reporter)
@@ -267,7 +273,7 @@ def built_method(
     """The method's module as its training begins; arguments as those of Training."""
     method = kind_of(work.method).build(work.config, towers, work.words()).to(towers.device)
     if affinities:
-        method.plant(np.array(affinities))
+        cast(HiPro, method).plant(np.array(affinities))  # the one that uses them
     if start:
         method.load_state_dict(load_prompts(start.local() / PROMPTS).states[0])
     return method

@@ -1,37 +1,34 @@
-"""Stage 1: images in folders or tables → few-shot splits in Parquet, read, checked and written in parallel."""
+"""Stage 1: images that the data check has looked at → few-shot splits in Parquet, written in parallel."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from pipeline.config import BUILTIN_DIGITS
-from pipeline.data.find import ImageFile
-from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, write_part
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
-from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.run import PARENT, Run
+from pipeline.stages.data_check import ImageSource, check_data, checked_images
 from pipeline.stages.stage import Stage, Work
 from pipeline.storage import Artefact, Making, read_json, send_part, write_atomically, write_json
 
 NAME = "splits"
-IMAGES_PER_SCAN = 512
 BROKEN_SHOWN = 20
-_READING, _WRITING = "reading", "writing"
+_WRITING = "writing"
 
 
 def build_splits(run: Run) -> SplitReader:
-    """Makes the splits unless they are there.
+    """Checks the data, and makes the splits, unless that is done.
 
     Raises:
         UserError: broken images above data.max_dropped_share, classes with too few images.
     """
+    check_data(run)
     artefact = run.splits
     with Stage(run, NAME, "1 few-shot splits") as stage:
         if not artefact.finished():
@@ -43,23 +40,10 @@ def build_splits(run: Run) -> SplitReader:
     return reader
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a worker reads images."""
-
-    root: Path
-    embedded: bool
-
-    def here(self) -> Path:
-        if self.embedded:  # on a machine that shares no folder with the driver
-            write_digits(self.root)
-        return self.root
-
-
 def _build(stage: Stage, made: Making) -> None:
     run = stage.run
     listing, data = run.listing, run.config.data
-    scanned = _scan(stage, _source(run), listing.images)
+    scanned = [of.image for of in checked_images(run)]
     broken = [image for image in scanned if image.error]
     if broken:
         _judge_broken(broken, len(scanned), data.max_dropped_share, run.folder / "broken_images.txt")
@@ -104,7 +88,7 @@ def write_splits(
     Args:
         sizes: path → bytes.
     """
-    run, source = stage.run, _source(stage.run)
+    run, source = stage.run, ImageSource.of(stage.run)
     parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
     run.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
     for sent in stage.execute(
@@ -114,45 +98,8 @@ def write_splits(
     write_json(made.folder / "splits.json", {**vars(description), **more})
 
 
-def _source(run: Run) -> _Source:
-    return _Source(run.listing.root, run.config.data.root == BUILTIN_DIGITS)
-
-
-def _scan(stage: Stage, source: _Source, images: Sequence[ImageFile]) -> list[ScannedImage]:
-    work = [
-        Work(f"scan {number}", _scan_chunk, (source, [(i.path, i.task, i.class_folder) for i in chunk]))
-        for number, chunk in enumerate(_chunks(images))
-    ]
-    stage.run.board.expect.remote(_READING, len(images), "images")
-    scanned = [image for chunk in stage.execute(work) for image in chunk]
-    return [replace(image, given_split=of.given_split) for image, of in zip(scanned, images)]
-
-
-def _chunks(images: Sequence[ImageFile]) -> list[Sequence[ImageFile]]:
-    """Of IMAGES_PER_SCAN images; a row group of a table is in one of them, as its end is not read without the rest."""
-    chunks, start = [], 0
-    for at in range(1, len(images) + 1):
-        if at == len(images) or (at - start >= IMAGES_PER_SCAN and not _read_together(images[at - 1], images[at])):
-            chunks.append(images[start:at])
-            start = at
-    return chunks
-
-
-def _read_together(one: ImageFile, other: ImageFile) -> bool:
-    if one.row_group is None or one.row_group != other.row_group:
-        return False
-    return one.path.rpartition("#")[0] == other.path.rpartition("#")[0]
-
-
-def _scan_chunk(source: _Source, images: Sequence[tuple[str, str, str]], board: Any) -> list[ScannedImage]:
-    root = source.here()
-    scanned = [scan_image(root, *image) for image in images]
-    board.advance.remote(_READING, len(images), "images")
-    return scanned
-
-
 def _write(
-    source: _Source, part: Part, description: SplitDescription, artefact: Artefact, folder: Path, board: Any
+    source: ImageSource, part: Part, description: SplitDescription, artefact: Artefact, folder: Path, board: Any
 ) -> dict[str, tuple[int, str]]:
     rows = write_part(source.here(), part, description, folder)
     board.advance.remote(_WRITING, rows, "images")

@@ -120,13 +120,14 @@ class Stage:
         self._show_reports(todo)
         return [value_of.get(item.label) for item in work]
 
-    def _submit(self, item: Work) -> ray.ObjectRef:
+    def _submit(self, item: Work) -> ray.ObjectRef[Any]:
         run, cluster = self.run, self.run.config.cluster
         options = {"name": item.label, "max_retries": cluster.max_retries}
         needs, arguments = self._needs(item), (run.storage, item, run.board)
         if item.num_workers == 1:
             return ray.remote(_work).options(num_cpus=needs.cpus, num_gpus=needs.gpus, **options).remote(*arguments)
         fewest = cluster.min_workers_per_training or item.num_workers
+        assert item.artefact is not None  # a training makes one
         name = f"{item.artefact.stage}-{item.artefact.key}"
         return (
             ray.remote(train_on_workers)
@@ -154,7 +155,7 @@ class Stage:
                 for step, metrics in report.metrics:
                     self.run.tracker.log_metrics(name, metrics, step)
 
-    def _value(self, ref: ray.ObjectRef, label: str) -> Any:
+    def _value(self, ref: ray.ObjectRef[Any], label: str) -> Any:
         """Raises: UserError: what the task raised for the user, or a worker that died too often."""
         try:
             return ray.get(ref)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -98,7 +98,7 @@ def _point_check(run: Run, search: Search) -> Check:
     """Raises UserError for values that do not go together, or not with the model or the tasks."""
     towers = towers_without_weights(run.config.clip)
 
-    def check(point: Point) -> None:
+    def check(point: Mapping[str, Any]) -> None:
         config, method = config_at(run.config, point, search.methods)
         check_methods(config, run.listing, towers, (method,))
         if VERSIONS[method].uses_grouping:
@@ -123,7 +123,10 @@ def _carry_out(run: Run, search: Search, points: Points, check: Check) -> list[T
         run.config, search.methods, replace(run.listing, images=()), run.clip, splits, run.folder / "checkpoints"
     )
     ended = {trial.number for trial in before if trial.state != "running"}
-    number = options.trials if options.searcher == "optuna" else len(points.points)
+    number = len(points.points)
+    if options.searcher == "optuna":
+        assert options.trials is not None  # SearchOptions asks for it
+        number = options.trials
     if ended:
         console.print(f"  {len(ended)} of {number} trials were done before", highlight=False)
     if len(ended) < number:
@@ -192,7 +195,8 @@ def _most_epochs(base: Config, search: Search) -> int:
     """No point's trainings are longer."""
     lengths = [_epochs_at(base, search, {"method": method}) for method in search.methods]
     searched = [of.values for name, of in search.space.items() if name.endswith("training.epochs")]
-    return max([*lengths, *(value for values in searched for value in values if value)])
+    most: int = max([*lengths, *(value for values in searched for value in values if value)])
+    return most
 
 
 def _track(run: Run, search: Search, trial: Trial) -> None:
@@ -258,4 +262,5 @@ def _run_pipeline(search: Run, config: Config, method: str) -> float:
         methods = train_groups(run, grouping)
         make_report(run, grouping, methods)
     (found,) = [of for of in methods if of.name == method]
-    return method_result(run.tasks, found.results())["average"]
+    average: float = method_result(run.tasks, found.results())["average"]
+    return average

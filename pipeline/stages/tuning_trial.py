@@ -156,7 +156,7 @@ def _training_set(
 
 
 @cache  # likewise
-def _validation_batches(folder: Path, task: str, image_size: int, threads: int) -> tuple:
+def _validation_batches(folder: Path, task: str, image_size: int, threads: int) -> tuple[Any, ...]:
     return tuple(decoded_batches(SplitReader(folder), [task], image_size, threads))
 
 
@@ -184,6 +184,7 @@ def _grouping(run: Run) -> dict[str, Any]:
     it."""
     global_prompt = global_prompt_work(run)
     _make(global_prompt)
+    assert global_prompt.artefact is not None  # as _make checks
     artefact = grouping_artefact(run, global_prompt.artefact)
     make_grouping(run, global_prompt.artefact, artefact)
     return read_grouping(artefact)
@@ -192,5 +193,6 @@ def _grouping(run: Run) -> dict[str, Any]:
 def _make(work: Work) -> None:
     """In this process, unless it was made before."""
     board = SimpleNamespace(post=SimpleNamespace(remote=lambda report: None))
+    assert work.artefact is not None  # a trial's work makes one
     if not work.artefact.finished():
         work.function(*work.arguments, board)

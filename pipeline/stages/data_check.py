@@ -1,0 +1,182 @@
+"""Stage 0: every image is read and decoded once, in parallel; what should be known of the data set before it trains is
+told, and shown on a page. Stage 1 takes what it knows of the images from here."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.markup import escape
+
+from pipeline.clip.load import load_tokenizer
+from pipeline.config import BUILTIN_DIGITS
+from pipeline.data.checked_images import COLUMNS, ToCheck, check_images, read_checked, read_samples, to_check
+from pipeline.data.find import ImageFile
+from pipeline.data.findings import CheckedImage, Finding, cut_words, find_faults
+from pipeline.data.splits import sample_splits
+from pipeline.demo.digits import write_digits
+from pipeline.errors import UserError
+from pipeline.report.data_check import COLOURS, TaskOverview, check_page, check_tables, one_line, overviews
+from pipeline.run import Run
+from pipeline.stages.stage import Stage, Work
+from pipeline.storage import Artefact, make_folder, read_json, write_atomically, write_json
+
+NAME = "data_check"
+IMAGES = "images.parquet"
+PAGE, FINDINGS = "check.html", "check.json"
+FORMAT = 1
+"""To be raised by every change of what is kept of an image, or of what is found: checks of before are made again."""
+IMAGES_PER_CHUNK = 512
+_READING = "reading"
+_one_at_a_time = threading.Lock()
+"""Several runs of one process mostly have the same images, which one of them reads for all."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where a worker reads images."""
+
+    root: Path
+    embedded: bool
+
+    @staticmethod
+    def of(run: Run) -> ImageSource:
+        return ImageSource(run.listing.root, run.config.data.root == BUILTIN_DIGITS)
+
+    def here(self) -> Path:
+        if self.embedded:  # on a machine that shares no folder with the driver
+            write_digits(self.root)
+        return self.root
+
+
+def check_data(run: Run, in_full: bool = False) -> list[Finding]:
+    """Tells what was found, as far as that is not known yet by looking at every image; raises nothing for it.
+
+    Args:
+        in_full: as tables, not in one line.
+    """
+    folder = make_folder(run.folder / NAME)
+    with Stage(run, NAME, "0 data check") as stage:
+        artefact = _artefact(run)
+        with _one_at_a_time:
+            if not artefact.finished():
+                stage.computed = True
+                with artefact.making() as made:
+                    pq.write_table(_look(stage), made.folder / IMAGES, compression="zstd")
+        if not (found := _read(folder / FINDINGS)):
+            found = _find(run, artefact.local() / IMAGES, folder)
+        findings, tasks = found
+        _tell(run, findings, tasks, folder, in_full)
+    return findings
+
+
+def checked_images(run: Run) -> list[CheckedImage]:
+    """The listing's images, in its order, after `check_data`."""
+    return read_checked(_artefact(run).local() / IMAGES, run.listing.images)
+
+
+def _artefact(run: Run) -> Artefact:
+    return run.artefact(NAME, {"format": FORMAT, "source": run.listing.fingerprint()})
+
+
+def _look(stage: Stage) -> pa.Table:
+    images = stage.run.listing.images
+    source, samples = ImageSource.of(stage.run), to_check(images)
+    stage.run.board.expect.remote(_READING, len(images), "images")
+    work, begun = [], 0
+    for number, chunk in enumerate(chunks(images)):
+        work.append(Work(f"check {number}", _check_chunk, (source, samples[begun : begun + len(chunk)])))
+        begun += len(chunk)
+    return pa.concat_tables([COLUMNS.empty_table(), *stage.execute(work)]).unify_dictionaries()
+
+
+def _check_chunk(source: ImageSource, images: Sequence[ToCheck], board: Any) -> pa.Table:
+    table = check_images(source.here(), images)
+    board.advance.remote(_READING, len(images), "images")
+    return table
+
+
+def chunks(images: Sequence[ImageFile]) -> list[Sequence[ImageFile]]:
+    """Of IMAGES_PER_CHUNK images; a row group of a table is in one of them, as its end is not read without the rest."""
+    found, start = [], 0
+    for at in range(1, len(images) + 1):
+        if at == len(images) or (at - start >= IMAGES_PER_CHUNK and not _read_together(images[at - 1], images[at])):
+            found.append(images[start:at])
+            start = at
+    return found
+
+
+def _read_together(one: ImageFile, other: ImageFile) -> bool:
+    if one.row_group is None or one.row_group != other.row_group:
+        return False
+    return one.path.rpartition("#")[0] == other.path.rpartition("#")[0]
+
+
+def _find(run: Run, file: Path, folder: Path) -> tuple[list[Finding], list[TaskOverview]]:
+    """Also writes them, for people and for the next time."""
+    listing, data = run.listing, run.config.data
+    images = read_checked(file, listing.images)
+    training: list[str] = []
+    no_splits = None
+    try:
+        whole = [of.image for of in images if of.facts]
+        training = [image.path for image in sample_splits(whole, listing.classes, data.shots, run.config.seed).train]
+    except UserError as fault:
+        no_splits = str(fault)
+    tokenizer = load_tokenizer(run.config.clip)
+    findings = find_faults(
+        images,
+        listing.classes,
+        listing.class_words,
+        cut_words(listing.class_words.values(), tokenizer.encode, tokenizer.decoder.__getitem__),
+        data.shots,
+        training,
+        no_splits,
+        data.max_dropped_share,
+    )
+    tasks = overviews(images, listing.classes)
+    page = check_page(run.config.name, tasks, findings, read_samples(file), listing.class_words)
+    write_atomically(folder / PAGE, page)
+    values = {
+        "format": FORMAT,
+        "shots": data.shots,
+        "seed": run.config.seed,
+        "tasks": [asdict(of) for of in tasks],
+        "findings": [asdict(finding) for finding in findings],
+    }
+    write_json(folder / FINDINGS, values)
+    return findings, tasks
+
+
+def _read(file: Path) -> tuple[list[Finding], list[TaskOverview]] | None:
+    """What `_find` wrote for the same run, if it did; run folders are named by all that decides it."""
+    if not file.is_file() or not (file.parent / PAGE).is_file():
+        return None
+    values = read_json(file)
+    if values["format"] != FORMAT:
+        return None
+    findings = [Finding(**{**of, "examples": tuple(of["examples"])}) for of in values["findings"]]
+    return findings, [TaskOverview(**of) for of in values["tasks"]]
+
+
+def _tell(run: Run, findings: Sequence[Finding], tasks: Sequence[TaskOverview], folder: Path, in_full: bool) -> None:
+    counts = Counter[str](finding.severity for finding in findings)
+    metrics = {f"findings/{severity}": float(counts[severity]) for severity in COLOURS}
+    run.tracker.log_metrics(NAME, {**metrics, "images": sum(of.images for of in tasks)}, step=0)
+    for name in (PAGE, FINDINGS):
+        run.tracker.log_artifact(NAME, folder / name)
+    if in_full:
+        run.console.print(check_tables(run.config.name, tasks, findings))
+    where = escape(run.storage.shown(folder / PAGE))
+    run.console.print(f"  {one_line(findings)}: {where}", highlight=False)
+    for finding in [] if in_full else findings:
+        if finding.severity != "note":
+            run.console.print(
+                f"  [{COLOURS[finding.severity]}]{finding.severity}[/]: {escape(finding.title)}", highlight=False
+            )
