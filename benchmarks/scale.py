@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Does the pipeline's memory stay bounded on a data set of MiniDomainNet's size? Makes one, and runs it through.
+
+    python benchmarks/scale.py /data/scratch                        140,000 images, 126 classes, 4 tasks
+    python benchmarks/scale.py /data/scratch --images 2000 --classes 10
+
+The images are smooth random colours as JPEG, all different, a shorter side of 96 to 160 pixels; the model is the demo's
+tiny CLIP. For each job: seconds, images a second, and the largest proportional set size of the driver and all that it
+started, Ray's object store included, looked at twice a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from common import REPOSITORY, class_words, table, write_results
+from PIL import Image
+
+TASKS = ("clipart", "painting", "real", "sketch")
+JOBS = {
+    "check": ("jobs/check_data.py", "--data.shots"),
+    "few-shot splits": ("jobs/build_splits.py", "--data.shots"),
+    "zero-shot evaluation": ("jobs/benchmark.py", "--methods", "zero_shot", "--seeds", "1", "--shots"),
+}
+"""Each begins with what the one before it left."""
+LOOK_EVERY_S = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for the images and the storage; some gigabytes")
+    parser.add_argument("--images", type=int, default=140_000)
+    parser.add_argument("--classes", type=int, default=126)
+    parser.add_argument("--shots", type=int, default=3)
+    arguments = parser.parse_args()
+    root = arguments.folder / f"images-{arguments.images}-{arguments.classes}"
+    if not root.is_dir():
+        make_images(root, arguments.images, arguments.classes)
+    rows = []
+    for name, job in JOBS.items():
+        command = [*job, str(arguments.shots), "--storage", str(arguments.folder / "storage"), "--data.root", str(root)]
+        seconds, peak = run_measured([sys.executable, *command])
+        rows.append((name, f"{seconds:.0f}", f"{arguments.images / seconds:.0f}", f"{peak / 2**30:.2f}"))
+    columns = ("job", "s", "images/s", "peak, GiB")
+    print(table(columns, rows))
+    values = {
+        "images": arguments.images,
+        "classes": arguments.classes,
+        "rows": [dict(zip(columns, row)) for row in rows],
+    }
+    write_results("scale", torch.device("cpu"), values)
+
+
+def make_images(root: Path, count: int, num_classes: int) -> None:
+    words = class_words(num_classes)
+    numbers = np.array_split(np.arange(count), 256)
+    building = root.with_name(f".{root.name}")
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        list(workers.map(partial(_make_some, building, words), numbers))
+    building.rename(root)
+
+
+def _make_some(root: Path, words: list[str], numbers: np.ndarray) -> None:
+    for number in numbers.tolist():
+        rng = np.random.default_rng(number)
+        folder = root / TASKS[number % len(TASKS)] / words[number // len(TASKS) % len(words)].replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        size = rng.integers(96, 161, 2).tolist()
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:06}.jpg", quality=85)
+
+
+def run_measured(command: list[str]) -> tuple[float, int]:
+    """Seconds, and the largest memory in bytes. Raises: SystemExit: the job failed."""
+    began, peak = time.monotonic(), 0
+    process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        peak = max(peak, sum(map(_proportional_size, [root, *_children(root)])))
+        time.sleep(LOOK_EVERY_S)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return time.monotonic() - began, peak
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _proportional_size(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except psutil.Error:  # it has ended
+        return 0
+
+
+if __name__ == "__main__":
+    main()
