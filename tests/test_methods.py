@@ -522,6 +522,19 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     assert torch.equal(again.probabilities("ink", pixels), original.probabilities("ink", pixels))
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_in_bfloat16_a_trained_method_is_loaded_and_used(name, tmp_path):
+    config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
+    towers = load_clip(config.clip, float32=KINDS[name].trains_weights)
+    state = KINDS[name].build(config, towers, WORDS).state_dict()
+    save_prompts(
+        tmp_path / "trained.safetensors", TrainedPrompts(name, config, weights_fingerprint(towers), (WORDS,), (state,))
+    )
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    found = load_prompts(tmp_path / "trained.safetensors").classifier().probabilities("ink", pixels)
+    assert found.isfinite().all() and torch.allclose(found.sum(1).float(), torch.ones(3), atol=1e-2)
+
+
 def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_gradient():
     towers, _ = small_towers()
     method = built("full", towers, INK)

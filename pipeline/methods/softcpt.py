@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.methods.adaptation import Adaptation
@@ -25,6 +26,7 @@ class SoftCpt(nn.Module):
         super().__init__()
         self.tasks = tuple(words)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
+        self._precision = config.clip.precision
         options, width = config.softcpt, towers.text_width
         start = partial(normal, std=0.02, seed=config.seed)
         self.meta_prompt = nn.Parameter(start(options.meta_length, width, purpose="softcpt meta"))
@@ -37,7 +39,8 @@ class SoftCpt(nn.Module):
     def forward(self) -> Adaptation:
         (towers,) = self._towers
         meta = self.meta_prompt.expand(len(self.tasks), 1, -1, -1)
-        of_tasks = towers.encode_text(self.names.to(towers.device), meta, carried=True)  # (T, E)
+        with autocast(towers.device, self._precision):  # also where a trained model is built, outside a training step
+            of_tasks = towers.encode_text(self.names.to(towers.device), meta, carried=True)  # (T, E)
         context = torch.einsum("te,emd->tmd", of_tasks.to(self.projection.dtype), self.projection)
         return Adaptation(text_prompts=context[:, None], text_carried=True)
 
