@@ -92,8 +92,6 @@ def weights_of(towers: ClipTowers) -> set[int]:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_all_methods_share_one_clip_and_predict_as_they_do_alone(tmp_path, precision):
     models = {method: with_clip(trained(method, GROUP), precision=precision) for method in KINDS}
-    if precision == "bfloat16":
-        del models["softcpt"]  # outside its training it runs in float32 only
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     alone = {}
     for name, prompts in models.items():
