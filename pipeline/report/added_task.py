@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, Summary
+from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, Summary, end_of_report, markdown_table
 
 AVERAGE_BEFORE_ROW, SECONDS_ROW = "average of the tasks before", "seconds"
 
@@ -79,30 +79,17 @@ def added_task_to_markdown(added: AddedTask) -> str:
         f"Test accuracy in %; {before['shots']} training images a class and task; seed {before['seed']}; "
         f"CLIP {before['clip']}.",
         "",
-        f"| {' | '.join(header)} |",
-        f"| --- |{' ---: |' * (len(header) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *markdown_table(header, rows),
         "",
         f"{added.placement()}. Groups: {in_words(added.groups)}; [how sure they are](grouping.html).",
     ]
     if added.rerun:
-        lines += [
-            "",
-            "Groups of the full rerun: " + "; ".join(" + ".join(group) for group in added.rerun["groups"]) + ".",
-        ]
+        lines += ["", f"Groups of all trained again: {in_words(added.rerun['groups'])}."]
     lines += [
         "",
         "The prompts of the tasks before are as they were, to the bit; their accuracies are those of the run before. "
         "The parameters of a column are those that it trained, its seconds the time of its stages.",
-        "",
-        "![affinities](affinity_heat_map.png)",
-        "",
-        "![affinity graph](affinity_graph.png)",
-        "",
-        "| stage | seconds |",
-        "| --- | ---: |",
-        *(f"| {name} | {seconds:.1f} |" for name, seconds in added.stages.items()),
-        "",
+        *end_of_report(added.stages),
     ]
     return "\n".join(lines)
 

@@ -71,32 +71,41 @@ def to_markdown(summary: Summary) -> str:
         f"Test accuracy in %; {summary.shots} training images a class and task; seed {summary.seed}; "
         f"CLIP {summary.clip}.",
         "",
-        f"| {' | '.join(header)} |",
-        f"| --- |{' ---: |' * (len(header) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *markdown_table(header, rows),
         "",
         "Groups: " + "; ".join(" + ".join(group) for group in summary.groups) + "; [how sure they are](grouping.html).",
         *(["", *(f"Note: {warning}" for warning in summary.warnings)] if summary.warnings else []),
         "",
         "![accuracy](accuracy.png)",
+        *end_of_report(summary.stages),
+    ]
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines; the first column left, the others right."""
+    rule = f"| --- |{' ---: |' * (len(header) - 1)}"
+    return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def end_of_report(stages: Mapping[str, float]) -> list[str]:
+    """Lines: pictures of the grouping, and each stage's seconds."""
+    return [
         "",
         "![affinities](affinity_heat_map.png)",
         "",
         "![affinity graph](affinity_graph.png)",
         "",
-        "| stage | seconds |",
-        "| --- | ---: |",
-        *(f"| {name} | {seconds:.1f} |" for name, seconds in summary.stages.items()),
+        *markdown_table(("stage", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in stages.items()]),
         "",
     ]
-    return "\n".join(lines)
 
 
 def to_note(summary: Summary) -> str:
     """For MLflow's page of the run: the same without pictures, which it does not show there."""
     lines = to_markdown(summary).replace("; [how sure they are](grouping.html)", "").splitlines()
     shown = [line for line in lines if not line.startswith("![")]
-    return "\n".join([*shown, "Pictures, and how sure the groups are: under Artifacts, in `report`."])
+    return "\n".join([*shown, "", "Pictures, and how sure the groups are: under Artifacts, in `report`."])
 
 
 def _cells(summary: Summary) -> list[list[str]]:
