@@ -376,12 +376,11 @@ def test_odd_file_names_are_broken_images_of_one_line(linked):
         assert not any(character < " " for character in path) and len(path.splitlines()) == 1
 
 
-def test_what_is_wrong_with_an_image_is_told_in_one_line(linked, monkeypatch):
+def test_what_is_wrong_with_an_image_is_told_in_one_line(linked):
     def decode(data: bytes):
         raise BrokenImage("tag\n\x1b[31m")
 
-    monkeypatch.setattr(parquet, "decode_rgb", decode)
-    assert scan_image(linked / "data", "a/x/1.png", "a", "x").error == r"tag\n\x1b[31m"
+    assert scan_image(linked / "data", "a/x/1.png", "a", "x", decode).error == r"tag\n\x1b[31m"
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", " x", "x ", "a\\b", "x\u2029", "\u202ex"])
