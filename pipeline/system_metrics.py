@@ -17,7 +17,7 @@ MB = 1e6
 class SystemSampler:
     """Of this process, its machine, and the GPUs that it may use.
 
-    A look takes about a millisecond, so it is taken between two steps, in no thread of its own.
+    A look takes a fraction of a millisecond, so it is taken between two steps, in no thread of its own.
     """
 
     def __init__(self) -> None:

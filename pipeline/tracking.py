@@ -55,8 +55,6 @@ log = logging.getLogger(__name__)
 JOURNAL = "outbox.jsonl"
 RUN_KEY = "pipeline.run_key"
 EXPERIMENT_TAGS = {
-    # Else the page shows what is for agents and prompts.
-    "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": """One line for each method of each pipeline run, to compare methods, shots, seeds: search
 
     tags.level = 'method'
