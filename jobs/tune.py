@@ -13,7 +13,7 @@ takes are in <storage>/searches/ and in MLflow. docs/tuning.md says what a searc
 
 from pathlib import Path
 
-from pipeline.config import add_config_arguments, config_from_command_line
+from pipeline.config import add_config_arguments, config_from_command_line, given_or_shipped
 from pipeline.run import faults_told_to_people, job_parser
 from pipeline.stages.tuning import run_search
 from pipeline.tuning.search_file import read_search
@@ -29,7 +29,8 @@ def main() -> None:
         add_config_arguments(parser)
         config = config_from_command_line(parser)
         given, _ = parser.parse_known_args()
-        run_search(config, read_search(given.search, config), console, final_run=not given.no_final_run)
+        search = read_search(given_or_shipped(given.search), config)
+        run_search(config, search, console, final_run=not given.no_final_run)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts, train_added_task
 from pipeline.stages.grouping import describe_groups, place_task, read_grouping, staying_together
 from pipeline.stages.report import NAME as REPORT
-from pipeline.stages.report import copy_grouping_pages, track_results
+from pipeline.stages.report import copy_grouping_pages, register_model, track_results
 from pipeline.stages.splits import build_splits
 from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, trainings_decided_by
@@ -215,6 +215,7 @@ def _report(
     track_results(run, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
     run.tracker.log_artifact(PARENT, folder)
     run.tracker.log_artifact(PARENT, prompts, "prompts")
+    register_model(run, prompts)
     run.console.print(added_task_table(added))
     where = run.storage.shown
     run.console.print(

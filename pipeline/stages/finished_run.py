@@ -11,13 +11,13 @@ from typing import Any
 from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts
+from pipeline.prediction.load import IN_RUN_FOLDER
 from pipeline.run import Run, open_storage
 from pipeline.storage import Artefact, Storage, is_uri, read_json, write_json
 
 RUNS = "runs"
 RECORD = "artefacts.json"
-SUMMARY = "report/summary.json"
-GROUPED = "prompts/grouped.safetensors"
+SUMMARY, GROUPED = "report/summary.json", IN_RUN_FOLDER
 
 
 @dataclass(frozen=True)

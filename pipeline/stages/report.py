@@ -50,8 +50,7 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
     run.tracker.log_artifact(PARENT, folder)
     for file in prompts:
         run.tracker.log_artifact(PARENT, file, "prompts")
-    if name := run.config.tracking.registered_model:
-        _register(run, name, prompts[-1])
+    register_model(run, prompts[-1])
     run.console.print(accuracy_table(summary))
     where = run.storage.shown
     run.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
@@ -114,7 +113,10 @@ def track_results(
         run.tracker.end_run(name)
 
 
-def _register(run: Run, name: str, prompts: Path) -> None:
+def register_model(run: Run, prompts: Path) -> None:
+    """Makes a prompts file a version of tracking.registered_model, if that is set."""
+    if not (name := run.config.tracking.registered_model):
+        return
     from pipeline.prediction.mlflow_model import saved_mlflow_model  # mlflow takes seconds to import
 
     with saved_mlflow_model(prompts) as model:

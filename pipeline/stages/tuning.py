@@ -27,18 +27,14 @@ from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.registry import ALWAYS, VERSIONS, training_of
-from pipeline.report.summary import method_result, title
+from pipeline.report.summary import title
 from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
 from pipeline.run import PARENT, Run, check_methods, check_run, connected, tracked
-from pipeline.stages.global_prompt import train_global_prompt
-from pipeline.stages.group_trainings import train_groups
-from pipeline.stages.grouping import solve_grouping
+from pipeline.stages.all_stages import run_all_stages
 from pipeline.stages.held_out import hold_out
-from pipeline.stages.report import make_report
-from pipeline.stages.splits import build_splits
 from pipeline.stages.tuning_searchers import OptunaPoints, Recorder, early_stopping
 from pipeline.stages.tuning_trial import METRIC, TrialSetup, run_trial
-from pipeline.storage import write_atomically, write_json
+from pipeline.storage import read_json, write_atomically, write_json
 from pipeline.tuning.points import Check, Point, Points, planned_points
 from pipeline.tuning.search_file import Search, config_at
 from pipeline.tuning.trials import Trial, TrialRecords, best_trial
@@ -257,10 +253,6 @@ def _run_pipeline(search: Run, config: Config, method: str) -> float:
     run.needs, run.board = search.needs, search.board
     with tracked(run):
         run.tracker.set_tags(PARENT, {"search": search.folder.name})
-        build_splits(run)
-        grouping = solve_grouping(run, train_global_prompt(run))
-        methods = train_groups(run, grouping)
-        make_report(run, grouping, methods)
-    (found,) = [of for of in methods if of.name == method]
-    average: float = method_result(run.tasks, found.results())["average"]
-    return average
+        report = run_all_stages(run)
+    accuracy: float = read_json(report / "summary.json")["methods"][method]["average"]
+    return accuracy
