@@ -127,8 +127,9 @@ class DataConfig(Section):
     """Task → number of images that its publishers count, or `a + b` → that of these tasks together. Another number is
     told at the start."""
     class_names: str | dict[str, str] | None = None
-    """Text file of the classes to use, one a line: folder name, optionally a tab and the words to show to CLIP. Or
-    task → such a file, for tasks of different classes. null: all class folders, `_` read as a space."""
+    """Text file of the classes to use, one a line: folder name, optionally a tab and the words to show to CLIP;
+    `|` between several names of a class. Or task → such a file, for tasks of different classes. null: all class
+    folders, `_` read as a space."""
     shots: PositiveInt = 6
     """Training images of each class in each task; the rest is the test set (see given_splits)."""
     max_dropped_share: Share = 0.0

@@ -364,6 +364,8 @@ def test_class_names_file(tmp_path):
     assert listing.class_words == {"Post_it": "post-it notes", "TV": "TV"}
     assert listing.left_out_classes == ("a/Bed", "b/Bed")
     assert len(listing.images) == 4
+    file.write_text("TV\tTV | television set\nBed\n")
+    assert find_images(DataConfig(class_names=str(file)), root).class_words["TV"] == "TV | television set"
 
     file.write_text("TV\nMug\n")
     with pytest.raises(UserError, match="classes that task 'a' does not have: Mug"):
@@ -374,6 +376,8 @@ def test_class_names_file(tmp_path):
     ("content", "message"),
     [
         (b"TV\nTV\tset\n", ":2: class 'TV' is listed twice"),
+        (b"TV\tTV | \n", r":1: 'TV \|': a name beside | is empty"),
+        (b"TV\tset|TV | set\n", ":1: .*there twice"),
         (b"# nothing\n", "lists no class"),
         (b"TV\n\twords\n", ":2: expected"),
         (b"caf\xe9\n", "is not UTF-8 text"),

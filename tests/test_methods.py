@@ -41,6 +41,7 @@ from pipeline.training.loop import train
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 INK = {"ink": CLASS_WORDS}
+SEVERAL_NAMES = [" | ".join(CLASS_WORDS[:2]), CLASS_WORDS[2], " | ".join(CLASS_WORDS[3:])]
 
 
 def full_ids(template):
@@ -183,19 +184,27 @@ def test_the_config_names_the_registry():
         kind_of("lora")
 
 
+@pytest.mark.parametrize("several_names", [False, True], ids=["a name each", "several names"])
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_method_is_its_plain_definition(name):
+def test_a_method_is_its_plain_definition(name, several_names):
     towers, model = small_towers()
-    method = built(name, towers, INK)
+    words = SEVERAL_NAMES if several_names else CLASS_WORDS
+    method = built(name, towers, {"ink": words})
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     adaptation = method()
     x = adaptation.encode_image(towers, images, [3])
-    z = adaptation.encode_text(towers, tokens_for(name, towers, [CLASS_WORDS]))
+    tokens = tokens_for(name, towers, [words])
+    (z,) = tokens.class_features(adaptation.encode_text(towers, tokens))
     plain = plain_features(name, method, model, images)
+    if several_names and name == "linear_probe":  # which has a vector for each class
+        plain = plain[0], F.normalize(plain[1], dim=1)
+    elif several_names:
+        of_names = F.normalize(plain[1], dim=1)
+        plain = plain[0], torch.stack([of_names[:2].mean(0), of_names[2], of_names[3:].mean(0)])
     for ours, reference in zip((x, z), plain):
         torch.testing.assert_close(ours, reference, **TOLERANCE)
     parameters = list(method.parameters())
-    label = torch.tensor([0, 2, 4])
+    label = torch.tensor([0, 2, 1])
     scale = method.towers.logit_scale if name == "full" else model.logit_scale
     plain_logits = scale.exp() * F.cosine_similarity(plain[0][:, None], plain[1], dim=-1)
     ours, reference = (

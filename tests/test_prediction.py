@@ -47,7 +47,7 @@ def trained(method: str, *groups: dict[str, list[str]]) -> TrainedPrompts:
 @pytest.fixture(scope="module")
 def prompts_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "grouped.safetensors"
-    save_prompts(file, trained("mmap", {"ink": DIGITS, "neon": DIGITS}, {"pairs": ["zero", "one"]}))
+    save_prompts(file, trained("mmap", {"ink": DIGITS, "neon": DIGITS}, {"pairs": ["zero | nought", "one"]}))
     return file
 
 

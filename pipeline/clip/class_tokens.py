@@ -3,7 +3,10 @@
 Under the causal mask a token sees only those before it. So the start token and the template's words before the class
 name need to be run once a task, and nothing after the end-of-text token (EOT) needs to be run at all.
 
-Dimensions: T tasks, C classes of a task, R = ΣC rows, P prefix tokens, S suffix tokens.
+A class's words may be several names, "sofa | couch": each is a text of its own, and the class's feature is the mean of
+their unit-length features, as in CLIP's ensembles of prompts (Radford et al., ICML 2021, Section 3.1.4).
+
+Dimensions: T tasks, C classes of a task, R texts (rows) of all names of all classes, P prefix tokens, S suffix tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
+from pipeline.data.names import names_of
 from pipeline.errors import UserError
 
 
@@ -33,30 +38,42 @@ class ClassTokens:
     prefix: torch.Tensor
     """(T, P) int64: start token and the template's words before the class name."""
     suffix: torch.Tensor
-    """(R, S) int64: the rest of each class's text with EOT, padded with zeros; rows task by task."""
+    """(R, S) int64: the rest of each text with EOT, padded with zeros; task by task, class by class."""
     eot: torch.Tensor
     """(R,) int64: position of EOT in the suffix."""
+    rows_per_task: tuple[int, ...]
     classes_per_task: tuple[int, ...]
+    """Also in a part of the rows those of the whole, as in the next field."""
+    names_per_class: tuple[int, ...]
     name_at: tuple[int, ...]
     """Where a task's class names begin in the suffix; 0 unless its template runs into them, or begins with more words
     than another's."""
     first_row: int = 0
-    """Place of the first of these rows among all classes."""
+    """Place of the first of these rows among all."""
 
     def to(self, device: torch.device) -> ClassTokens:
         prefix, suffix, eot = (tensor.to(device) for tensor in (self.prefix, self.suffix, self.eot))
         return replace(self, prefix=prefix, suffix=suffix, eot=eot)
 
     def rows(self, start: int, stop: int) -> ClassTokens:
-        """The classes of rows start:stop; a task may be left with none."""
-        counts = counts_between(self.classes_per_task, start, stop)
+        """The texts of rows start:stop; a task may be left with none."""
+        counts = counts_between(self.rows_per_task, start, stop)
         return replace(
             self,
             suffix=self.suffix[start:stop],
             eot=self.eot[start:stop],
-            classes_per_task=tuple(counts),
+            rows_per_task=tuple(counts),
             first_row=start,
         )
+
+    def class_features(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of each task (C, E), by the features (R, E) of all texts."""
+        if len(self.names_per_class) < len(features):
+            lengths = torch.tensor(self.names_per_class, device=features.device)
+            unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+            features = torch.segment_reduce(unit, "mean", lengths=lengths)
+        of_tasks: tuple[torch.Tensor, ...] = features.split(self.classes_per_task)
+        return of_tasks
 
 
 def class_tokens(
@@ -70,15 +87,16 @@ def class_tokens(
 
     Args:
         template: text of a class in all tasks, or one for each task.
+        words_per_task: each class's words, of which `names_of` makes one or several names.
 
     Raises:
-        UserError: a text is longer than the model's context, two classes of a task read the same to the tokenizer.
+        UserError: a text is longer than the model's context, two names in a task read the same to the tokenizer.
     """
     templates = [template] * len(words_per_task) if isinstance(template, str) else template
     texts: list[list[list[int]]] = []
     for own_template, words in zip(templates, words_per_task, strict=True):
         of_task: dict[tuple[int, ...], str] = {}
-        for name in words:
+        for name in (name for of_class in words for name in names_of(of_class)):
             ids = [tokenizer.sot_token_id, *tokenizer.encode(own_template.format(name)), tokenizer.eot_token_id]
             if len(ids) + num_carried > tokenizer.context_length:
                 beside = f" beside {num_carried} prompts" if num_carried else ""
@@ -88,8 +106,8 @@ def class_tokens(
                 )
             if tuple(ids) in of_task:
                 raise UserError(
-                    f"classes {of_task[tuple(ids)]!r} and {name!r} are the same to CLIP's tokenizer; "
-                    f"give them different words with data.class_names"
+                    f"the class names {of_task[tuple(ids)]!r} and {name!r} are the same to CLIP's tokenizer; "
+                    f"give other words with data.class_names"
                 )
             of_task[tuple(ids)] = name
         texts.append([list(ids) for ids in of_task])
@@ -104,7 +122,9 @@ def class_tokens(
         prefix=torch.tensor([of_task[0][:shared] for of_task in texts]),
         suffix=suffix,
         eot=torch.tensor([len(ids) - 1 for ids in rows]),
-        classes_per_task=tuple(len(of_task) for of_task in texts),
+        rows_per_task=tuple(len(of_task) for of_task in texts),
+        classes_per_task=tuple(len(words) for words in words_per_task),
+        names_per_class=tuple(len(names_of(of_class)) for words in words_per_task for of_class in words),
         name_at=tuple(at - shared for at in name_at),
     )
 

@@ -241,7 +241,7 @@ class ClipTowers(nn.Module):
         carried: bool = False,
         suffix_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Features (R, E) of all tasks' classes, task by task, not normalised.
+        """Features (R, E) of all texts of all tasks' classes, task by task, not normalised.
 
         Args:
             tokens: the classes of T tasks.
@@ -260,7 +260,7 @@ class ClipTowers(nn.Module):
         masks = {number: F.pad(causal, (number, 0), value=True) for number in set(num_shared)}  # (S, keys)
 
         def encode(start: int, stop: int) -> torch.Tensor:
-            counts = counts_between(tokens.classes_per_task, start, stop)
+            counts = counts_between(tokens.rows_per_task, start, stop)
             eot, rows = tokens.eot[start:stop], torch.arange(stop - start, device=self.device)
             x = suffix_embeddings[start:stop] + positions  # (R, S, D)
             for k, block in enumerate(self.text_blocks):

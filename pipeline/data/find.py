@@ -26,7 +26,7 @@ from pipeline.data.given_splits import SPLIT_WORDS, Found, GivenSplit
 from pipeline.data.links import Links
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import SUFFIXES, read_manifest
-from pipeline.data.names import plain_name, printable, some
+from pipeline.data.names import names_of, plain_name, printable, some
 from pipeline.errors import UserError, escaped
 
 IMAGE_SUFFIXES = frozenset(
@@ -264,8 +264,8 @@ class _ClassNames:
 
 
 def read_class_names(path: Path) -> dict[str, str]:
-    """Class folder → words, from a text file: one class a line, `folder` or `folder<TAB>words`; a line that
-    begins with # is a comment."""
+    """Class folder → words, from a text file: one class a line, `folder` or `folder<TAB>words`, where words may
+    be several names with | between them; a line that begins with # is a comment."""
     if not path.is_file():
         raise UserError(f"data.class_names={path} is no file")
     lines = read_text(path, f"data.class_names={path}").removeprefix("\ufeff").split("\n")
@@ -285,6 +285,8 @@ def read_class_names(path: Path) -> dict[str, str]:
         if folder in words:
             raise UserError(f"{path}:{number}: class {folder!r} is listed twice")
         words[folder] = text.strip() or folder.replace("_", " ")
+        if len({*names_of(words[folder])}) <= words[folder].count("|"):
+            raise UserError(f"{path}:{number}: {words[folder]!r}: a name beside | is empty, or there twice")
     if not words:
         raise UserError(f"data.class_names={path} lists no class")
     return words

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Literal
 
 from pipeline.data.facts import STORED_UPRIGHT, ImageFacts
+from pipeline.data.names import names_of
 from pipeline.data.near_copies import MOST_BITS, alike
 from pipeline.data.splits import ScannedImage
 
@@ -321,7 +322,8 @@ def _class_names(
     for task, names in classes.items():
         of_words: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            of_words[" ".join(class_words[name].casefold().split())].append(name)
+            for own in names_of(class_words[name]):
+                of_words[" ".join(own.casefold().split())].append(name)
         same += [f"{task}: {', '.join(of)} are all {text!r}" for text, of in of_words.items() if len(of) > 1]
     say = "Say them in plain words with --data.class_names FILE: a line is the folder, a tab, and the words."
     return [

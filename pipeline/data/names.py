@@ -37,6 +37,11 @@ def plain_name(name: str, what: str = "folder name") -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def names_of(words: str) -> list[str]:
+    """The names in a class's words, which `|` keeps apart, as in "sofa | couch"; the first is its label."""
+    return [name for part in words.split("|") if (name := part.strip())] or [words]
+
+
 def some(names: Iterable[str], limit: int = 10) -> str:
     """The first of them, and how many more there are."""
     names = list(names)

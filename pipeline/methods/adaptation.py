@@ -43,7 +43,7 @@ class Adaptation:
     word_embeddings: Callable[[ClassTokens], torch.Tensor] | None = None
     """Class tokens → embeddings (R, S, d_l) of their suffix, in place of CLIP's own."""
     class_features: Callable[[ClassTokens], torch.Tensor] | None = None
-    """Class tokens → features (R, E), in place of the text tower's."""
+    """Class tokens → features (R, E) of their texts, in place of the text tower's."""
     image_features: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Image features (B, E) → (B, E), the same for all tasks."""
     towers: ClipTowers | None = None
@@ -81,7 +81,7 @@ class Adaptation:
         return self.image_features(image_features) if self.image_features else image_features
 
     def encode_text(self, towers: ClipTowers, tokens: ClassTokens) -> torch.Tensor:
-        """Features (R, E) of all tasks' classes, task by task."""
+        """Features (R, E) of all texts of all tasks' classes, task by task."""
         if self.class_features:
             return self.class_features(tokens)
         embeddings = self.word_embeddings(tokens) if self.word_embeddings else None

@@ -50,7 +50,7 @@ class HiPro(nn.Module):
     def _over_paths(self, tokens: ClassTokens) -> torch.Tensor:
         (towers,) = self._towers
         nodes_of_task = [of_task.nonzero()[:, 0].tolist() for of_task in self.below.T]
-        rows = torch.arange(len(tokens.suffix), device=tokens.suffix.device).split(tokens.classes_per_task)
+        rows = torch.arange(len(tokens.suffix), device=tokens.suffix.device).split(tokens.rows_per_task)
         repeated = torch.cat([of_task for of_task, nodes in zip(rows, nodes_of_task) for _ in nodes])
         pairs = [(task, node) for task, nodes in enumerate(nodes_of_task) for node in nodes]
         of_pairs = replace(
@@ -58,7 +58,7 @@ class HiPro(nn.Module):
             prefix=torch.stack([tokens.prefix[task] for task, _ in pairs]),
             suffix=tokens.suffix[repeated],
             eot=tokens.eot[repeated],
-            classes_per_task=tuple(len(rows[task]) for task, _ in pairs),
+            rows_per_task=tuple(len(rows[task]) for task, _ in pairs),
             name_at=tuple(tokens.name_at[task] for task, _ in pairs),
         )
         contexts = torch.stack([self.contexts[node] for _, node in pairs])[:, None]

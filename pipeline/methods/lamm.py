@@ -1,8 +1,8 @@
 """LAMM (Gao et al., AAAI 2024): the first word pieces of each class name train; the template's words and images are
 CLIP's own.
 
-Held to the frozen CLIP at three levels: embeddings, text features, logits. Classes with the same words share their
-embeddings, also across tasks.
+Held to the frozen CLIP at three levels: embeddings, text features, logits. Equal names share their embeddings, also
+across tasks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 from pipeline.clip.class_tokens import ClassTokens
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
+from pipeline.data.names import names_of
 from pipeline.methods.adaptation import Adaptation, Consistency
-from pipeline.methods.distinct_words import distinct_words
 
 TEMPERATURE = 2.0
 """Of both sides' logits where they are compared."""
@@ -32,12 +32,14 @@ class Lamm(nn.Module):
         self.tasks = tuple(words)
         self.options = config.lamm
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
-        names, self.row_of_class = distinct_words(words)
-        pieces = [towers.tokenizer.encode(name) for name in names]
+        names = [name for of_task in words.values() for of_class in of_task for name in names_of(of_class)]
+        number = {name: at for at, name in enumerate(dict.fromkeys(names))}
+        self.number_of_row = [number[name] for name in names]
+        pieces = [towers.tokenizer.encode(name) for name in number]
         length = min(map(len, pieces))
         ids = torch.tensor([of_name[:length] for of_name in pieces], device=towers.device)
         start = towers.token_embedding(ids).detach()
-        self.embeddings = nn.Parameter(start.clone())  # (C, k, d_l)
+        self.embeddings = nn.Parameter(start.clone())  # (names, k, d_l)
         self.register_buffer("start", start, persistent=False)
 
     def forward(self) -> Adaptation:
@@ -50,8 +52,8 @@ class Lamm(nn.Module):
     def _with_trained_names(self, tokens: ClassTokens) -> torch.Tensor:
         (towers,) = self._towers
         suffix = towers.token_embedding(tokens.suffix)
-        trained = self.embeddings[self.row_of_class[tokens.first_row :][: len(suffix)]]
-        texts = zip(suffix.split(tokens.classes_per_task), trained.split(tokens.classes_per_task), tokens.name_at)
+        trained = self.embeddings[self.number_of_row[tokens.first_row :][: len(suffix)]]
+        texts = zip(suffix.split(tokens.rows_per_task), trained.split(tokens.rows_per_task), tokens.name_at)
         return torch.cat([_with_names(of_task, names.to(suffix.dtype), at) for of_task, names, at in texts])
 
     def _of_images(

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
+from pipeline.data.names import names_of
 from pipeline.errors import UserError, escaped
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import kind_of, options_of
@@ -55,6 +56,11 @@ class TrainedPrompts:
     def words(self) -> dict[str, list[str]]:
         """Task → words of its classes, for the tasks of all groups."""
         return {task: words for group in self.groups for task, words in group.items()}
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Task → what its classes are called: the first name of each."""
+        return {task: [names_of(of_class)[0] for of_class in words] for task, words in self.words.items()}
 
     @property
     def num_parameters(self) -> int:

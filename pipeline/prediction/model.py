@@ -86,9 +86,9 @@ class TrainedModel:
         file: Path | None = None,
         towers: ClipTowers | None = None,
     ):
-        self._words = prompts.words
+        self._labels = prompts.labels
         self.options = options or ModelOptions()
-        self.options.check(self._words)
+        self.options.check(self._labels)
         self._file = file
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -100,7 +100,7 @@ class TrainedModel:
 
     @property
     def tasks(self) -> list[str]:
-        return list(self._words)
+        return list(self._labels)
 
     @property
     def image_size(self) -> int:
@@ -108,8 +108,8 @@ class TrainedModel:
         return self.classifier.towers.image_size
 
     def labels(self, task: str) -> list[str]:
-        """The words of a task's classes. Raises: UserError: no such task."""
-        return list(self._words[self._known(task)])
+        """What a task's classes are called: the first name of each. Raises: UserError: no such task."""
+        return list(self._labels[self._known(task)])
 
     def temperature(self, task: str) -> float:
         """What the task's logits are divided by."""
@@ -169,7 +169,7 @@ class TrainedModel:
         for rows in zip(*of_tasks.values()):
             found = {name: self._prediction(name, row) for name, row in zip(of_tasks, rows)}
             best = max(found.values(), key=lambda prediction: prediction.probability or 0.0)
-            if task is None and len(self._words) > 1:
+            if task is None and len(self._labels) > 1:
                 best = ImagePrediction(best.task, best.label, best.probability, best.probabilities, by_task=found)
             yield best
 
@@ -183,11 +183,11 @@ class TrainedModel:
         Raises:
             UserError: no such task or class, a broken image, or images on which no temperature can be fitted.
         """
-        words = self.labels(task)
+        known = self.labels(task)
         if len(images) != len(labels) or not images:
             raise UserError(f"{len(images)} images with {len(labels)} labels: give a label for each of some images")
-        if unknown := [label for label in labels if label not in words]:
-            raise UserError(f"label {unknown[0]!r} is no class of task {task!r}: {', '.join(words)}")
+        if unknown := [label for label in labels if label not in known]:
+            raise UserError(f"label {unknown[0]!r} is no class of task {task!r}: {', '.join(known)}")
         logits = []
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
@@ -197,7 +197,7 @@ class TrainedModel:
                 if error:
                     raise UserError(f"image {start + at} to calibrate with is broken: {error}")
             logits.append(self.classifier.logits([task], pixels)[task].cpu())
-        temperature = fit_temperature(torch.cat(logits), torch.tensor([words.index(label) for label in labels]), task)
+        temperature = fit_temperature(torch.cat(logits), torch.tensor([known.index(label) for label in labels]), task)
         temperatures = {**self.options.temperatures, task: temperature}
         self.options = self.options.model_copy(update={"temperatures": temperatures})
         return temperature
@@ -220,14 +220,14 @@ class TrainedModel:
             yield from self.predictions(self.classifier.logits(tasks, pixels), task)
 
     def _prediction(self, task: str, probabilities: np.ndarray) -> ImagePrediction:
-        words, values = self._words[task], probabilities.tolist()
+        labels, values = self._labels[task], probabilities.tolist()
         best = int(probabilities.argmax())
-        label = words[best] if values[best] >= (self.options.threshold or 0) else None
-        return ImagePrediction(task, label, values[best], dict(zip(words, values)))
+        label = labels[best] if values[best] >= (self.options.threshold or 0) else None
+        return ImagePrediction(task, label, values[best], dict(zip(labels, values)))
 
     def _known(self, task: str) -> str:
-        if task not in self._words:
-            raise UserError(f"task {task!r} is none of this model's: {', '.join(self._words)}")
+        if task not in self._labels:
+            raise UserError(f"task {task!r} is none of this model's: {', '.join(self._labels)}")
         return task
 
 

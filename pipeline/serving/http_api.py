@@ -36,7 +36,7 @@ class ServedModel:
     weights: str
     """Fingerprint of the CLIP."""
     labels: dict[str, list[str]]
-    """Task → words of its classes."""
+    """Task → what its classes are called."""
     threshold: float | None
     temperatures: dict[str, float]
 

@@ -164,7 +164,7 @@ def _told(prompts: TrainedPrompts, options: ModelOptions) -> ServedModel:
         method=kind.title,
         clip=prompts.config.clip.model,
         weights=prompts.weights,
-        labels=prompts.words,
+        labels=prompts.labels,
         threshold=options.threshold,
         temperatures=options.temperatures,
     )

@@ -154,8 +154,7 @@ def train_by_epoch(
     def frozen_texts() -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), autocast(device, precision):
             z = towers.encode_text(frozen_tokens or tokens)
-        of_tasks: tuple[torch.Tensor, ...] = z.split(tokens.classes_per_task)
-        return of_tasks
+        return tokens.class_features(z)
 
     if history and len(history) % per_epoch == 0:
         yield len(history) // per_epoch
@@ -185,7 +184,7 @@ def train_by_epoch(
                     x = [adaptation.adapt(features) for features in frozen]
                 if adaptation.changes_texts:
                     rows = share.all_rows(adaptation.encode_text(towers, own_tokens), len(tokens.suffix))
-                    z: Sequence[torch.Tensor] = rows.split(tokens.classes_per_task)
+                    z = tokens.class_features(rows)
                 else:
                     z = frozen_texts()
             logits = [adaptation.logits(towers, *features) for features in zip(x, z)]
