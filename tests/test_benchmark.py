@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import sys
 from statistics import fmean
@@ -11,10 +12,13 @@ from statistics import fmean
 import pytest
 from mlflow import MlflowClient
 from pipelines import Job, run
+from test_notebook import executed, pictures, printed, tables
 
 from jobs.benchmark import chosen_methods, main
 from pipeline.methods.registry import VERSIONS
+from pipeline.report.benchmark_tables import to_csv
 from pipeline.stages.benchmark import PAPER_METHODS
+from pipeline.stages.mlflow_results import open_experiment, read_benchmark
 
 BENCHMARK = ("jobs/benchmark.py",)
 QUICK = ("--training.epochs", "2", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon]")
@@ -80,6 +84,39 @@ def test_every_run_is_in_the_tables_and_in_mlflow(storage):
         file.path for file in client.list_artifacts(own.info.run_id, "benchmark")
     }
     assert {of.data.params["seed"] for of in of_benchmark if "seed" in of.data.params} == {"1", "2"}
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
+    uri = f"sqlite:///{storage}/mlflow.db"
+    (folder,) = (storage / "benchmarks").iterdir()
+    found = read_benchmark(open_experiment(uri, "mmap-clip"))
+    assert to_csv(found) == (folder / "benchmark.csv").read_text()
+    report = (folder / "benchmark.md").read_text()
+    assert f"- CLIP: {found.clip}." in report and found.protocol
+    assert all(f"- {sentence}\n" in report for sentence in found.protocol)
+
+    outputs = executed(uri, tmp_path)
+    assert printed(outputs["read"]).startswith(f"{folder.name}: demo, shots 2, 4, seeds 1, 2, 3 methods\n")
+    shown = tables(outputs["tables"]) + tables(outputs["parts"])
+    assert {line for line in shown.splitlines() if line} <= set(report.splitlines())
+    assert "4 shots a class, 2 seeds" in shown and "minus each other version" in shown
+    assert {cell: pictures(of_cell) for cell, of_cell in outputs.items() if pictures(of_cell)} == {
+        "figure-1": 1,
+        "figure-5": 1,
+        "groups": 3,
+    }
+    assert "python jobs/benchmark.py --methods paper" in printed(outputs["figure-4"])
+    assert re.match(r"demo, [24] shots, seed [12] \(\w+\): ink", printed(outputs["groups"]))
+
+    chosen = executed(
+        uri, tmp_path, DATA="demo", SHOTS=[2], SEEDS=[1], METHODS=["grouped"], SAVE_TO=str(tmp_path / "saved")
+    )
+    assert "2 shots a class, 1 seed\n" in (shown := tables(chosen["tables"])) and "CoOp" not in shown
+    assert "several numbers of shots" in printed(chosen["figure-5"])
+    assert printed(chosen["groups"]).startswith("demo, 2 shots, seed 1 (")
+    assert (tmp_path / "saved" / "accuracy_parameters_2_shots.pdf").stat().st_size > 5000
+    assert r"\begin{tabular}" in (tmp_path / "saved" / "accuracy_2_shots.tex").read_text()
 
 
 @pytest.mark.slow

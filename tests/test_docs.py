@@ -1,12 +1,10 @@
-"""The documentation against the code: messages, options, links, the page of config fields."""
+"""The documentation against the code: messages, links, the page of config fields. Code blocks: test_docs_code.py."""
 
 from __future__ import annotations
 
 import ast
 import re
-import runpy
 import sys
-from functools import cache
 
 import pytest
 from pipelines import REPOSITORY
@@ -17,7 +15,6 @@ from make_configuration import PAGE, reference  # noqa: E402
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
 HOLE = "\0"
-OPTION = re.compile(r"(?<=\s)(--[A-Za-z][\w.-]*)")
 
 
 def texts_of_the_code() -> list[str]:
@@ -52,39 +49,3 @@ def test_links_lead_somewhere(page):
         place = "".join(target).partition("#")[0]
         if place and "://" not in place:
             assert (page.parent / place).exists(), f"{page.name}: {place}"
-
-
-@pytest.fixture
-def options_of(monkeypatch, capsys):
-    """Job → the options that its help has."""
-
-    @cache
-    def of_help(job: str) -> set[str]:
-        monkeypatch.setattr(sys, "argv", [f"{job}.py", "--help"])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"), run_name="__main__")
-        assert not end.value.code
-        return set(OPTION.findall(capsys.readouterr().out))
-
-    monkeypatch.setenv("COLUMNS", "500")
-    return of_help
-
-
-def commands() -> list[tuple[str, str]]:
-    """(page, command) of every job in a code block; lines that go on are joined."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"^```(?:sh|bash)?[^\n]*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-                if re.search(r"\bjobs/\w+\.py", line):
-                    found.append((page.name, line.split(" #")[0]))
-    return found
-
-
-def test_every_job_and_option_of_the_documentation_exists(options_of):
-    assert len(commands()) > 30
-    for page, command in commands():
-        job = re.search(r"\bjobs/(\w+)\.py", command)[1]
-        behind = " " + command.partition(f"jobs/{job}.py")[2]
-        known = options_of(job)
-        assert not (unknown := set(OPTION.findall(behind)) - known), f"{page}: {command}: {unknown}"

@@ -1,0 +1,319 @@
+"""Every code block of README.md, CONTRIBUTING.md and docs/, checked by what it is: Python is executed, configs and
+tables are read, each command of a shell block is parsed by its own program, and a job does all that it does before Ray.
+
+docs/tutorial.md has a test of its own. Output that is shown (`text`) and pictures (`mermaid`) are labelled, no more.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from mlflow.cli import cli as mlflow_program
+from pipelines import REPOSITORY
+from ray.scripts.scripts import cli as ray_program
+
+from pipeline.clip.load import clip_identity, load_clip, weights_fingerprint
+from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_config, to_yaml
+from pipeline.data.find import OFFICE_HOME_TASKS, find_images, read_class_names
+from pipeline.demo.digits import write_digits
+from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
+from pipeline.methods.registry import KINDS
+from pipeline.stages.finished_run import GROUPED, SUMMARY, record_artefacts
+from pipeline.storage import Artefact, Storage, write_json
+from pipeline.tuning.search_file import read_search
+
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES.remove(REPOSITORY / "docs" / "tutorial.md")
+FENCED = re.compile(r"^( *)```(.*?)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+IN_REPOSITORY = re.compile(r"(\.ci|benchmarks|cluster|configs|docs|jobs|tests)/")
+PUBLISHED = {"OfficeHome": "office_home", "domainnet": "mini_domainnet", "PACS": "pacs", "VLCS": "vlcs"}
+DIGITS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    code: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    blocks = [
+        Block(page, text.count("\n", 0, found.start()) + 1, found[2], textwrap.dedent(found[3]))
+        for found in FENCED.finditer(text)
+    ]
+    assert text.count("```") == 2 * len(blocks), f"{page.name}: a block that is not closed"
+    return blocks
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+# What the pages presuppose
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A working directory with photos and a finished run, and under it the folders that pages name from the root."""
+    folder = tmp_path_factory.mktemp("world")
+    digits = folder / "mmap-runs" / "datasets" / "digits"
+    write_digits(digits)
+    write_data_sets(folder / "data")
+    write_finished_run(folder / "mmap-runs", data_root=folder / "data" / "new")
+    (folder / "mmap-runs" / "images").symlink_to(digits / "ink")
+    (folder / "bucket").symlink_to(folder / "mmap-runs")
+    for place in ("photos", "data/photos"):
+        (folder / place).symlink_to(digits / "ink")
+    for name in ("a.png", "b.jpg"):
+        (folder / name).symlink_to(digits / "ink" / "one" / "0000.png")
+    (folder / "shops.yaml").write_text("name: shops\n")
+    return folder
+
+
+def as_here(code: str, world: Path) -> str:
+    """What a reader fills in is filled in, and what lies elsewhere lies in `world`."""
+    for written, here in {
+        "models:/other@champion": "mmap-runs/runs/<run>",
+        "<run>": "finished",
+        "<head>": "head.example",
+        "<registry>": "registry.example",
+        "s3://bucket": f"{world}/bucket",
+        "/data/": f"{world}/data/",
+        "/shared/": f"{world}/shared/",
+    }.items():
+        code = code.replace(written, here)
+    return code
+
+
+def write_data_sets(root: Path) -> None:
+    """Published ones and the pages' own, with an empty image a class: a job lists images before Ray, and opens none."""
+    for name, preset in PUBLISHED.items():
+        config = parse_config(load_yaml(CONFIGS / f"{preset}.yaml")).data
+        touch(root / name, config.tasks or OFFICE_HOME_TASKS, classes_of(preset))
+    touch(root / "new", ["ink", "Clipart", "sketch"], DIGITS)
+    page = REPOSITORY / "docs" / "datasets.md"
+    for path in re.findall(r"^/data/(shops/.+)$", page.read_text(), re.MULTILINE):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    for block in blocks_of(page):
+        if block.language == "csv":
+            write_manifest(block.code, root / "shops")
+    tasks, classes = ["art_painting", "cartoon", "photo", "sketch"], classes_of("pacs")
+    rows = [{"image": b"", "domain": task, "label": label} for task in tasks for label in classes]
+    (root / "pacs").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), root / "pacs" / "train.parquet")
+
+
+def write_manifest(code: str, folder: Path) -> Path:
+    (file := folder / "images.csv").write_text(code)
+    for row in csv.DictReader(code.splitlines()):
+        (folder / row["path"]).parent.mkdir(exist_ok=True)
+        (folder / row["path"]).touch()
+    return file
+
+
+def classes_of(preset: str) -> list[str]:
+    return list(read_class_names(CONFIGS / "class_names" / f"{preset}.txt"))
+
+
+def touch(root: Path, tasks, classes) -> None:
+    for task in tasks:
+        for name in classes:
+            (root / task / name).mkdir(parents=True)
+            (root / task / name / "1.jpg").touch()
+
+
+def write_finished_run(storage: Path, data_root: Path) -> None:
+    """As a run of the demo's CLIP on two tasks leaves it; the prompts are as a training begins them."""
+    values = load_yaml(DEMO_CONFIG)
+    config = parse_config(values | {"data": values["data"] | {"root": str(data_root)}})
+    group, towers = {"Clipart": DIGITS, "ink": DIGITS}, load_clip(config.clip)
+    state = KINDS["mmap"].build(config, towers, group).state_dict()
+    folder = storage / "runs" / "finished"
+    (folder / GROUPED).parent.mkdir(parents=True)
+    save_prompts(folder / GROUPED, TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (state,)))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / SUMMARY).parent.mkdir()
+    write_json(folder / SUMMARY, {"tasks": [*group], "groups": [[*group]]})
+    snapshots = Artefact(Storage.of_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
+    with snapshots.making():
+        pass
+    record_artefacts(SimpleNamespace(folder=folder), [snapshots])
+
+
+def names_of(page: str, world: Path) -> dict[str, object]:
+    """What a page's Python takes as given."""
+    if page == "grouping.md":
+        steps = np.array([[[2, 0], [-1, 2], [2, 1], [-1, 3]]] * 4)
+        return {"names": ["photo", "sketch", "art", "clipart"], "gradients": steps}
+    noisy = sorted((world / "mmap-runs" / "datasets" / "digits" / "noise").glob("*/*.png"))[::5]
+    return {"images": noisy, "labels": [path.parent.name for path in noisy], "place": "mmap-runs/runs/finished"}
+
+
+# The languages
+
+
+def check_python(block: Block, world: Path) -> None:
+    """Executed behind the blocks before it on the page. A value that a comment shows is the line's."""
+    names = names_of(block.page.name, world)
+    for earlier in BLOCKS:
+        if (earlier.page, earlier.language) == (block.page, "python") and earlier.line <= block.line:
+            code = "\n" * earlier.line + as_here(earlier.code, world)  # for the lines of a traceback
+            exec(compile(code, str(block.page), "exec"), names)
+    for line in block.code.splitlines():
+        expression, _, told = line.partition("  # ")
+        try:
+            shown = ast.literal_eval(told.split(": ")[0])
+        except (SyntaxError, ValueError):  # words
+            continue
+        assert eval(expression, names) == shown, line
+
+
+def check_yaml(block: Block, tmp_path: Path) -> None:
+    (file := tmp_path / "block.yaml").write_text(block.code)
+    values = load_yaml(file)
+    if "fields" in values:
+        read_search(file, parse_config(load_yaml(DEMO_CONFIG)))
+    else:
+        parse_config(values)
+
+
+def check_manifest(block: Block, tmp_path: Path) -> None:
+    listing = find_images(DataConfig(given_splits=True), write_manifest(block.code, tmp_path))
+    assert len(listing.images) == len(block.code.splitlines()) - 1
+
+
+def check_class_names(block: Block, tmp_path: Path) -> None:
+    (file := tmp_path / "classes.txt").write_text(block.code)
+    read_class_names(file)
+
+
+def check_sh(block: Block, world: Path) -> None:
+    code = as_here(block.code, world)
+    subprocess.run(["bash", "-n"], input=code, text=True, check=True)
+    for words in commands(code):
+        check_command(words)
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The words of each command, without variables set before it and redirections behind it."""
+    for line in code.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word not in (";", "&&", "|"):
+                words.append(word)
+                continue
+            while words and re.match(r"\w+=", words[0]):
+                del words[0]
+            if words:
+                yield list(takewhile(lambda word: word not in ("<", ">", ">>"), words))
+            words = []
+
+
+def check_command(words: list[str]) -> None:
+    for word in words:
+        assert not IN_REPOSITORY.match(word) or (REPOSITORY / word).exists(), f"{word} does not exist"
+    match words:
+        case ["python" | ".venv/bin/python", script, *options] if script.startswith("jobs/"):
+            check_job(script, options)
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), target
+        case ["ray", *arguments]:
+            given = parsed(ray_program, arguments)
+            if "entrypoint" in given:  # of `ray job submit`
+                check_command([*given["entrypoint"]])
+            for inner in commands(given.get("cmd") or ""):  # of `ray exec`
+                check_command(inner)
+        case ["mlflow" | ".venv/bin/mlflow", *arguments]:
+            parsed(mlflow_program, arguments)
+        case ["docker", "compose", "run" | "exec", *arguments]:
+            service, *inner = [word for word in arguments if word not in ("--rm", "-T")]
+            assert service in yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())["services"], service
+            check_command(inner)
+        case ["curl", *arguments]:
+            if "-d" in arguments:
+                json.loads(arguments[arguments.index("-d") + 1])
+        case ["cluster/make_env.sh" as script]:
+            assert os.access(REPOSITORY / script, os.X_OK), f"{script} is not executable"
+        case ["bash", ".ci/run"] | ["set" | "." | "docker" | "kubectl" | "pg_dump" | "tar", *_]:
+            pass
+        case _:
+            pytest.fail(f"this test does not know how to check: {shlex.join(words)}")
+
+
+def parsed(program: click.Command, arguments: list[str]) -> dict[str, object]:
+    """Options and arguments of the subcommand, as click itself reads them before it runs it."""
+    while isinstance(program, click.Group):
+        name, *arguments = arguments
+        subcommand = program.get_command(click.Context(program), name)
+        assert subcommand, f"{program.name} has no {name}"
+        program = subcommand
+    return program.make_context(program.name, arguments).params
+
+
+class AtTheDoor(Exception):
+    """The job has checked all that it can by itself."""
+
+
+def check_job(script: str, options: list[str]) -> None:
+    """Runs it until it asks for Ray, or MLflow for the run that it is to register a model of; or to its end."""
+
+    def stop(*arguments, **options):
+        raise AtTheDoor
+
+    with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", [script, *options])
+        for place in ("pipeline.run.connect", "pipeline.cluster.connect", "pipeline.tracking.find_run"):
+            patched.setattr(place, stop)
+        patched.setattr("pipeline.serving.service.port_fault", lambda host, port: None)  # others may listen there
+        try:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        except AtTheDoor:
+            pass
+        except SystemExit as end:
+            assert not end.code, f"{shlex.join([script, *options])} ends with status {end.code}"
+
+
+CHECKS = {
+    "sh": check_sh,
+    "python": check_python,
+    "yaml": check_yaml,
+    "csv": check_manifest,
+    "tsv": check_class_names,
+    "json": lambda block, folder: json.loads(block.code),
+    "text": None,
+    "mermaid": None,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page.name}:{block.line}")
+def test_code_block(block, world, tmp_path, monkeypatch):
+    assert block.language in CHECKS, f"label the block: one of {', '.join(CHECKS)}"
+    monkeypatch.chdir(world)
+    if check := CHECKS[block.language]:
+        check(block, world if block.language in ("sh", "python") else tmp_path)
