@@ -179,6 +179,11 @@ def check_run(
         listing = _find_data(config, storage)
         without_task = set(config.clip.task_templates) - {*listing.classes, *other_tasks}
         notes = [f"clip.task_templates: there is no task {task!r}" for task in sorted(without_task)]
+        if config.clip.model == BUILTIN_DIGITS != config.data.root:
+            notes.append(
+                "clip.model=builtin:digits, the demo's tiny CLIP, knows handwritten digits alone: for other images "
+                "--clip.model ViT-B-16 --clip.pretrained openai, or a --config FILE that says so"
+            )
         for note in [*unexpected_counts(config.data, listing), *notes]:
             console.print(f"  {note}", style="yellow", markup=False, highlight=False)
         clip, shape = _check_model(config, listing)

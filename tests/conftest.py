@@ -20,3 +20,9 @@ def undisturbed(tmp_path_factory):
     finished = run(storage, *QUICK)
     assert finished.status == 0, finished.output
     return storage, finished.output
+
+
+def pytest_collection_modifyitems(items):
+    """Files with whole pipelines come first, so that no process of pytest-xdist is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("proof")}
+    items.sort(key=lambda item: item.path not in slow)

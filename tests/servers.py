@@ -62,9 +62,11 @@ def answers(url: str) -> bool:
 
 
 def free_ports(count: int, first: int) -> list[int]:
-    """Below the range that Ray gives its workers. Ray binds some ports late: others must ask from another `first`."""
+    """Below the range that Ray gives its workers. Ray binds some ports late: others must ask from another `first`.
+    Processes of pytest-xdist get ports of their own."""
     ports: list[int] = []
-    for port in range(first, first + 1000, 7):
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 7
+    for port in range(first + number, first + 1000, 7):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))

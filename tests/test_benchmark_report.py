@@ -306,7 +306,7 @@ def test_framework_table_has_parts_and_paper_columns():
     table = framework_table(benchmark)
     assert table.header == (
         *("version", "task prompt", "group prompt", "groups"),
-        *("1 shots", "6 shots", "paper", "12 shots", "paper"),
+        *("1 shot", "6 shots", "paper", "12 shots", "paper"),
     )
     assert [texts(row)[1:4] for row in table.rows] == [
         ["✓", "", "each task"],

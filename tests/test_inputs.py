@@ -1112,6 +1112,7 @@ def test_one_task_in_a_table_goes_through_the_whole_pipeline(tmp_path):
     )
     assert finished.status == 0, finished.output
     assert "80 training and" in finished.output
+    assert "the demo's tiny CLIP, knows handwritten digits alone: for other images --clip.model" in finished.output
     methods = summary(tmp_path / "storage")["methods"]
     assert all(set(of_method["accuracy"]) == {"neon"} for of_method in methods.values()) and "grouped" in methods
     prompts = load_prompts(the_run(tmp_path / "storage") / "prompts/grouped.safetensors")

@@ -42,6 +42,10 @@ def names_of(words: str) -> list[str]:
     return [name for part in words.split("|") if (name := part.strip())] or [words]
 
 
+def counted(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def some(names: Iterable[str], limit: int = 10) -> str:
     """The first of them, and how many more there are."""
     names = list(names)

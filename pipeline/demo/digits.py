@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from sklearn.datasets import load_digits
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 32
@@ -123,6 +122,8 @@ def _complete(root: Path) -> bool:
 
 
 def _write(root: Path) -> None:
+    from sklearn.datasets import load_digits  # takes a second, and every worker imports this module
+
     digits = load_digits()
     allocation = allocate(digits.target)
     for number, (domain, render) in enumerate(DOMAINS.items()):

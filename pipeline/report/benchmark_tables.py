@@ -21,6 +21,7 @@ from typing import Literal
 import rich.table
 from rich.text import Text
 
+from pipeline.data.names import counted
 from pipeline.methods.registry import VERSIONS
 from pipeline.report.paper_results import TRAINED_PARAMETERS, PaperResults, Printed, paper_results_for
 from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, title
@@ -161,7 +162,7 @@ def _main_table(benchmark: Benchmark, shots: int, paper: PaperResults | None) ->
                 parameters = MISSING if millions is None else f"{millions:g} M"
                 rows.append(_row("paper", *map(_printed, figures), parameters, kind="paper"))
     return Table(
-        title=f"{benchmark.name}: test accuracy in %, {shots} shots a class, {_counted(num_seeds, 'seed')}",
+        title=f"{benchmark.name}: test accuracy in %, {counted(shots, 'shot')} a class, {counted(num_seeds, 'seed')}",
         header=("method", *benchmark.tasks, AVERAGE_ROW, PARAMETERS_ROW),
         alignment="l" + "r" * (len(columns) + 1),
         rows=tuple(rows),
@@ -180,7 +181,7 @@ def framework_table(benchmark: Benchmark) -> Table | None:
     printed = {shots: paper.framework[shots] for shots in shots_shown if paper and shots in paper.framework}
     header = ["version", "task prompt", "group prompt", "groups"]
     for shots in shots_shown:
-        header += [f"{shots} shots", *(["paper"] if shots in printed else [])]
+        header += [counted(shots, "shot"), *(["paper"] if shots in printed else [])]
     rows = []
     for method in methods:
         version = VERSIONS[method]
@@ -189,7 +190,9 @@ def framework_table(benchmark: Benchmark) -> Table | None:
         for shots in shots_shown:
             cells += [marked[shots][method], *([f"{printed[shots][method]:.2f}"] if shots in printed else [])]
         rows.append(_row(version_title(method), *cells))
-    seeds = ", ".join(f"{_counted(len(benchmark.seeds(shots)), 'seed')} at {shots} shots" for shots in shots_shown)
+    seeds = ", ".join(
+        f"{counted(len(benchmark.seeds(shots)), 'seed')} at {counted(shots, 'shot')}" for shots in shots_shown
+    )
     return Table(
         title=f"{benchmark.name}: parts of MmAP, average test accuracy over tasks in %, {seeds}",
         header=tuple(header),
@@ -205,7 +208,7 @@ def comparison_table(benchmark: Benchmark) -> Table | None:
         return None
     rows: list[Row] = []
     for shots in benchmark.shots:
-        rows.append(_row(f"{shots} shots", "", "", "", "", kind="section"))
+        rows.append(_row(counted(shots, "shot"), "", "", "", "", kind="section"))
         ours = benchmark.by_seed(OURS, shots)
         for method in sorted(benchmark.methods, key=lambda method: SECTIONS.index(section_of(method))):
             if method != OURS:
@@ -295,10 +298,6 @@ def _paper_notes(paper: PaperResults, shots: int) -> tuple[str, ...]:
         "an average is about the mean of its tasks' ±.",
         *([f"Averages of the paper that do not fit its own rows: {wrong}."] if wrong else []),
     )
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 # --- writers --------------------------------------------------------------------------------------------

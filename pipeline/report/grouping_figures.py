@@ -23,6 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from pipeline.data.names import counted
+
 MAX_TASKS_WITH_VALUES = 12
 """Up to this many tasks the heat map has room for the numbers."""
 
@@ -47,7 +49,7 @@ def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: S
     scale = f" (×10$^{{{exponent}}}$)" if exponent else ""
     figure = _matrix_map(matrix / 10.0**exponent, task_names, groups, "RdBu", (-limit, limit), f"affinity{scale}")
     axes = figure.axes[0]
-    title = f"Affinity of {_counted(len(matrix), 'task')} in {_counted(len(groups), 'group')}"
+    title = f"Affinity of {counted(len(matrix), 'task')} in {counted(len(groups), 'group')}"
     axes.set_title(title, fontsize=12)
     axes.set_xlabel("grey: a task with itself, outside the colour scale", fontsize=8, color="#555555")
     return figure
@@ -146,7 +148,7 @@ def affinity_graph_picture(graph: nx.Graph) -> Figure:
     axes = figure.add_subplot()
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     axes.axis("off")
-    title = f"Affinity graph of {_counted(num_tasks, 'task')} in {_counted(len(members), 'group')}"
+    title = f"Affinity graph of {counted(num_tasks, 'task')} in {counted(len(members), 'group')}"
     figure.suptitle(title, fontsize=12)
 
     _draw_edges(axes, graph, positions)
@@ -296,7 +298,3 @@ def _text_inches(text: str, font_size: float) -> float:
 
 def _shortened(name: str, length: int = 24) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

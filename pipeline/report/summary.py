@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.data.names import counted
 from pipeline.methods.registry import VERSIONS
 
 
@@ -53,7 +54,7 @@ def accuracy_table(summary: Summary) -> Table:
         best = max(cells, key=float) if name != PARAMETERS_ROW else None
         marked.append([escape(name), *(f"[bold]{cell}[/]" if cell == best else cell for cell in cells)])
     header, *rows = _upright(summary, marked)
-    table = Table(title=f"{summary.name}: test accuracy in %, {summary.shots} shots a class")
+    table = Table(title=f"{summary.name}: test accuracy in %, {counted(summary.shots, 'shot')} a class")
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0, overflow="fold")
     for row in rows:
