@@ -1,6 +1,9 @@
 # `make demo` and `make test` do all set-up themselves; they need Python 3.11 or newer, and make.
 PYTHON ?= python3
 VENV ?= .venv
+# Whole pipelines take all cores by themselves: more processes than these would only wait for each other.
+IN_PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST_OPTIONS ?=
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test proof audit lint types docs clean
@@ -8,8 +11,8 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## the whole pipeline on the embedded handwritten digits
 	$(VENV)/bin/python jobs/full_pipeline.py
 
-test: $(INSTALLED)  ## the tests, without the proofs
-	$(VENV)/bin/python -m pytest
+test: $(INSTALLED)  ## the tests, without the proofs; with coverage: make test PYTEST_OPTIONS=--cov
+	$(VENV)/bin/python -m pytest $(IN_PARALLEL) $(PYTEST_OPTIONS)
 
 proof: $(INSTALLED)  ## fault injection, several machines, soak: what docs/reliability.md tells of
 	$(VENV)/bin/python -m pytest -m proof

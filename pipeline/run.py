@@ -47,7 +47,7 @@ PARENT = "pipeline"
 """Local name of the MLflow parent run."""
 LEAST_FREE_BYTES = 200 << 20
 LOG_WIDTH = 160
-NUMBERS_VERSION = 4
+NUMBERS_VERSION = 5
 """To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
 before are then not taken for today's."""
 

@@ -22,7 +22,12 @@ def undisturbed(tmp_path_factory):
     return storage, finished.output
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files with whole pipelines come first, so that no process of pytest-xdist is left with a long one at the end."""
+    """For pytest-xdist: a file's tests stay in one process, and so do all files that use the run above, so that it is
+    made once; files with whole pipelines begin, so that no process is left with a long one at the end."""
+    of_run = {item.path for item in items if "undisturbed" in item.fixturenames}
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("proof")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in of_run, item.path not in slow))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("undisturbed" if item.path in of_run else item.path.name))

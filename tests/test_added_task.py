@@ -224,7 +224,7 @@ def added(finished: Path, task: str, *arguments: str):
 @pytest.mark.slow
 def test_a_task_is_added_and_nothing_of_the_others_changes(finished):
     before = digests(finished)
-    done, folder = added(finished, LATER[0])
+    done, folder = added(finished, LATER[0], "--tracking.registered_model", "with_later")
     assert digests(finished) == before
     report = json.loads((folder / "report" / "summary.json").read_text())
     first = json.loads((finished / "report" / "summary.json").read_text())
@@ -264,6 +264,8 @@ def test_a_task_is_added_and_nothing_of_the_others_changes(finished):
     experiment = client.get_experiment_by_name("mmap-clip").experiment_id
     (tracked,) = client.search_runs([experiment], f"tags.added_task = '{LATER[0]}'")
     assert tracked.data.tags["joins_run"] == finished.name and tracked.info.status == "FINISHED"
+    (version,) = client.search_model_versions("name='with_later'")
+    assert version.run_id == tracked.info.run_id
 
 
 @pytest.mark.proof

@@ -26,6 +26,7 @@ from pipeline.data.parquet import SplitReader
 from pipeline.data.splits import ScannedImage, sample_splits
 from pipeline.errors import UserError
 from pipeline.run import check_run
+from pipeline.stages.finished_run import read_finished_run
 from pipeline.stages.held_out import sample_validation
 from pipeline.stages.tuning_searchers import OptunaPoints, early_stopping
 from pipeline.stages.tuning_trial import TrialSetup, measured_epochs
@@ -400,6 +401,7 @@ def test_a_search_is_reported_and_ends_in_a_run(searched):
     accuracy = methods[rows[0]["method"]]["average"]
     assert f"{100 * accuracy:.1f} % on the test set" in output
     assert check_run(config, Console(quiet=True)).folder == of_best  # which full_pipeline.py would find finished
+    assert set(read_finished_run(str(of_best), "").tasks) == set(config.data.tasks)  # so that add_task.py can add to it
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     found = {of.data.tags["mlflow.runName"]: of for of in client.search_runs(["1"])}
