@@ -65,7 +65,7 @@ def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
     storage = tmp_path / "storage"
     job = Job(storage, *QUICK)
     try:
-        for label in ("check 1", "write test/", "global prompt", "image features", "group: "):
+        for label in ("check 1", "write ", "global prompt", "image features", "group: "):
             if label in ("global prompt", "group: "):  # where it goes on from
                 stage = "group_trainings" if label == "group: " else "global_prompt"
                 job.wait_until(lambda stage=stage: checkpoints(storage, stage))

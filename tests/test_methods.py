@@ -486,6 +486,16 @@ def test_classes_with_the_same_words_are_one_class(name):
     torch.testing.assert_close(z[0], z[11], **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_name_may_be_in_another_class_of_another_task(name):
+    towers, _ = small_towers()
+    words = {"ink": CLASS_WORDS, "neon": [f"{CLASS_WORDS[0].upper()} | tiger", "dog"]}
+    method = built(name, towers, words)
+    tokens = tokens_for(name, towers, list(words.values()))
+    ink, neon = tokens.class_features(method().encode_text(towers, tokens))
+    assert (len(ink), len(neon)) == (5, 2) and neon.isfinite().all()
+
+
 # Methods with towers of their own
 
 

@@ -23,17 +23,11 @@ class LinearProbe(nn.Module):
     def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
         super().__init__()
         self.tasks = tuple(words)
-        texts: dict[str, dict[str, None]] = {}  # template → its classes' words
-        for task, of_task in words.items():
-            texts.setdefault(config.clip.template_of(task), {}).update(dict.fromkeys(of_task))
-        number = {text: at for at, text in enumerate((of, name) for of, names in texts.items() for name in names)}
-        self.weight_of_row = [
-            number[config.clip.template_of(task), of_class]
-            for task, of_task in words.items()
-            for of_class in of_task
-            for _ in names_of(of_class)
-        ]
-        tokens = class_tokens(towers.tokenizer, list(texts), [list(names) for names in texts.values()])
+        text_of_class = [(config.clip.template_of(task), of_class) for task in words for of_class in words[task]]
+        number = {text: at for at, text in enumerate(dict.fromkeys(text_of_class))}
+        self.weight_of_row = [number[text] for text in text_of_class for _ in names_of(text[1])]
+        # As many tasks, since two of them may have one name in different classes.
+        tokens = class_tokens(towers.tokenizer, [template for template, _ in number], [[own] for _, own in number])
         tokens = tokens.to(towers.device)
         with torch.no_grad(), autocast(towers.device, config.clip.precision):
             features = torch.cat(tokens.class_features(towers.encode_text(tokens)))
