@@ -42,7 +42,7 @@ def test_the_experiment_lists_a_line_for_each_method(served, page):
     open_runs(page, address, experiment)
     page.get_by_text(f"{len(result['methods'])} matching runs").wait_for()
     for method in result["methods"]:
-        assert page.get_by_role("link", name=f"{title(method)} (8 shots, seed 1)").is_visible()
+        assert page.get_by_role("link", name=f"{title(method)} (8 shots, seed 1, ").is_visible()
     open_runs(page, address, experiment, "tags.level = 'pipeline'")
     page.get_by_role("link", name="demo, 8 shots, seed 1").wait_for()
 

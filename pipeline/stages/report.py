@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
+from pipeline.methods.registry import VERSIONS, kind_of, training_of
 from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
 from pipeline.report.summary_figures import accuracy_picture
 from pipeline.run import PARENT, Run
@@ -83,11 +84,11 @@ def track_results(
             | {f"trained_parameters/{method}": parameters},
             step=0,
         )
-        name, config = f"method: {title(method)}", run.config
+        name, config, kind = f"method: {title(method)}", run.config, VERSIONS[method].kind
         run.tracker.start_run(
             name,
             tags={
-                "mlflow.runName": f"{title(method)} ({config.data.shots} shots, seed {config.seed})",
+                "mlflow.runName": f"{title(method)} ({config.data.shots} shots, seed {config.seed}, {run.key[:6]})",
                 "mlflow.source.name": sys.argv[0],
                 "level": "method",
                 "method": method,
@@ -103,6 +104,8 @@ def track_results(
                 "num_groups": len(groups[method]),
                 "objective": config.grouping.objective,
                 "affinity": config.grouping.affinity,
+                # MLflow's plots draw a run that lacks a parameter beyond all that have it.
+                "learning_rate": training_of(kind, config).learning_rate if kind_of(kind).trained else 0,
             },
         )
         run.tracker.log_metrics(
