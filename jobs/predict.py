@@ -107,10 +107,8 @@ def predict_to_parquet(
     arguments: argparse.Namespace, prompts: TrainedPrompts, options: ModelOptions, task: str | None
 ) -> tuple[int, int]:
     """Returns how many images there were, and how many of them broken."""
-    import ray
-
     from pipeline.clip.load import towers_without_weights
-    from pipeline.cluster import connect
+    from pipeline.cluster import joined
     from pipeline.config import parse_config
     from pipeline.prediction.batch import find_batch_input, predict_batch, told_in_lines
 
@@ -124,12 +122,9 @@ def predict_to_parquet(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    needs = connect(parse_config({"cluster": cluster}).cluster, say)
-    try:
+    with joined(parse_config({"cluster": cluster}).cluster, say) as needs:
         on_rows = told_in_lines(say, LINE_EVERY_S)
         return predict_batch(prompts, options, task, found, arguments.output, needs, image_size, on_rows)
-    finally:
-        ray.shutdown()
 
 
 def check_task(arguments: argparse.Namespace, prompts: TrainedPrompts, task: str | None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,8 +46,20 @@ class WorkerNeeds:
         return places
 
 
+@contextmanager
+def joined(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> Iterator[WorkerNeeds]:
+    """`connect`; leaves the cluster at the end, unless this process had joined it before."""
+    joined_before = ray.is_initialized()
+    try:
+        yield connect(config, say, dashboard)
+    finally:
+        if not joined_before:
+            ray.shutdown()
+
+
 def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> WorkerNeeds:
-    """Joins or starts Ray.
+    """Joins or starts Ray, or uses the Ray that this process has joined already (in a notebook, or for several runs
+    one after another).
 
     Args:
         dashboard: whether a Ray that is started needs one, whatever the config.
@@ -54,20 +67,13 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     Raises:
         UserError: no cluster, or one that cannot hold a training.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {}
-    if address == "local":
-        # Ray Train asks the dashboard whether its placement groups are still needed.
-        options["include_dashboard"] = dashboard or config.workers_per_training > 1
-    elif not IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
-        options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
-    try:
-        ray.init(address=address, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError) as error:
+    if not ray.is_initialized():
+        _join_or_start(config, dashboard)
+    elif config.address and config.address != (joined := ray.get_runtime_context().gcs_address):
         raise UserError(
-            f"no Ray cluster can be joined at {address}: {error}; change cluster.address or RAY_ADDRESS, and where the "
-            "cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-        ) from None
+            f"this process has joined Ray at {joined} already, not at cluster.address={config.address}: leave "
+            "cluster.address out, or call ray.shutdown() first"
+        )
     gpus = config.gpus_per_training
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
@@ -89,6 +95,23 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
             "autoscaler's)"
         )
     return needs
+
+
+def _join_or_start(config: ClusterConfig, dashboard: bool) -> None:
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {}
+    if address == "local":
+        # Ray Train asks the dashboard whether its placement groups are still needed.
+        options["include_dashboard"] = dashboard or config.workers_per_training > 1
+    elif not IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
+        options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"no Ray cluster can be joined at {address}: {error}; change cluster.address or RAY_ADDRESS, and where the "
+            "cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from None
 
 
 def places(needs: WorkerNeeds) -> int:

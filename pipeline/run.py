@@ -15,14 +15,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import ray
 from rich.console import Console
 from rich.markup import escape
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
 from pipeline.clip.towers import ClipTowers
-from pipeline.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, connect
+from pipeline.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
 from pipeline.config import (
     BUILTIN_DIGITS,
     Config,
@@ -216,16 +215,15 @@ def check_run(
 
 @contextmanager
 def connected(runs: Sequence[Run], dashboard: bool = False) -> Iterator[None]:
-    """Joins the cluster for checked runs of the same storage, data, CLIP and cluster; `dashboard` as of
-    `cluster.connect`.
+    """Joins the cluster for checked runs of the same storage, data, CLIP and cluster, and leaves it at the end, unless
+    this process had joined it before; `dashboard` as of `cluster.connect`.
 
     Raises:
         UserError: no cluster, or one that cannot hold a training.
     """
-    try:
-        first = runs[0]
-        console = first.console
-        needs = connect(first.config.cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard)
+    first = runs[0]
+    console = first.console
+    with joined(first.config.cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard) as needs:
         weights = weights_file(first.config.clip)
         own_weights = [weights] if weights and first.config.clip.pretrained != BUILTIN_DIGITS else []
         own_data = [first.listing.root] if first.config.data.root != BUILTIN_DIGITS else []
@@ -233,8 +231,6 @@ def connected(runs: Sequence[Run], dashboard: bool = False) -> Iterator[None]:
         for run in runs:
             run.needs, run.board = needs, progress_board()
         yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

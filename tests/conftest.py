@@ -1,22 +1,72 @@
+"""What all tests share: environment, leftover processes, Hypothesis' profile, fixtures, and the order of the tests."""
+
 import os
+import uuid
 
-# Local Rays of tests must not leave an authentication token in the user's home.
-os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ.pop("RAY_ADDRESS", None)
-os.environ.pop("MLFLOW_TRACKING_URI", None)
+# A Ray or MLflow server that runs on this machine, or is named in the environment, must not be used by any test.
+os.environ["RAY_AUTH_MODE"] = "disabled"  # else a local Ray leaves an authentication token in the user's home
+for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(variable, None)
+# All that this process starts inherits this mark; `reaper.py` ends it when this process is gone, however it ended.
+os.environ["MMAP_CLIP_TESTS"] = uuid.uuid4().hex
 
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # small models: more threads only wait for each other
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reaper():
+    """Ends every process that tests left behind, also where pytest itself was killed."""
+    program = Path(__file__).with_name("reaper.py")
+    process = subprocess.Popen(
+        [sys.executable, str(program), os.environ["MMAP_CLIP_TESTS"]],
+        stdin=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != "MMAP_CLIP_TESTS"},
+        start_new_session=True,  # a Ctrl-C is not for it
+    )
+    yield
+    process.stdin.close()
+    process.wait()
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """Storage and output of one quiet run of the pipeline, which others are held against."""
+def shared_ray():
+    """A Ray of two CPUs that all tests of this process share, whose workers stay."""
+    import ray
+    from pipelines import ensure_ray
+
+    ensure_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def run_job(shared_ray):
+    """`run_job("full_pipeline", *arguments)`: a job script in this process, on the shared Ray.
+
+    Starting Python, Ray and its workers takes most of a small job's time, so this is how tests run jobs, except for
+    those about starting, interrupting and killing them (`pipelines.Job`).
+    """
+    from pipelines import run_in_process
+
+    return run_in_process
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory):
+    """Storage and output of one quick_run run of the pipeline, as users start it, which others are compared with."""
     from pipelines import QUICK, run
 
-    storage = tmp_path_factory.mktemp("undisturbed") / "storage"
+    storage = tmp_path_factory.mktemp("quick run") / "storage"
     finished = run(storage, *QUICK)
     assert finished.status == 0, finished.output
     return storage, finished.output
@@ -24,10 +74,10 @@ def undisturbed(tmp_path_factory):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist: a file's tests stay in one process, and so do all files that use the run above, so that it is
+    """For pytest-xdist: a file's tests stay in one process, and so do all files that use `quick_run`, so that it is
     made once; files with whole pipelines begin, so that no process is left with a long one at the end."""
-    of_run = {item.path for item in items if "undisturbed" in item.fixturenames}
+    of_run = {item.path for item in items if "quick_run" in item.fixturenames}
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("proof")}
     items.sort(key=lambda item: (item.path not in of_run, item.path not in slow))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("undisturbed" if item.path in of_run else item.path.name))
+        item.add_marker(pytest.mark.xdist_group("quick run" if item.path in of_run else item.path.name))

@@ -1,9 +1,13 @@
-"""Runs job scripts as users do, in processes of their own, and compares what they leave."""
+"""Runs job scripts, as users do in processes of their own or in this one, and compares what they leave."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +21,13 @@ import psutil
 from mlflow import MlflowClient
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-QUICK = ("--training.epochs", "12", "--global_prompt.epochs", "8", "--training.checkpoint_every", "2")
+EPOCHS, GLOBAL_PROMPT_EPOCHS = 6, 4
+QUICK = (
+    *("--training.epochs", str(EPOCHS), "--global_prompt.epochs", str(GLOBAL_PROMPT_EPOCHS)),
+    *("--training.checkpoint_every", "1"),
+)
+PATIENCE_S = 900
+"""No test waits longer for a job; ten times what one takes on two quiet cores."""
 
 
 def title(process: psutil.Process) -> str:
@@ -60,7 +70,7 @@ class Job:
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})},
             )
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 180) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = PATIENCE_S) -> None:
         """Raises AssertionError with the job's output if the job ends or the time passes first."""
         end = time.monotonic() + timeout
         while not condition():
@@ -71,7 +81,7 @@ class Job:
         """Ray worker processes that are now running the work `label`."""
         return [process for process in self._family() if title(process).startswith(f"ray::{label}")]
 
-    def finish(self, timeout: float = 420) -> Finished:
+    def finish(self, timeout: float = PATIENCE_S) -> Finished:
         """Waits for the end, and until every process that the job started is gone."""
         family = self._family()
         try:
@@ -98,7 +108,32 @@ class Job:
 
 
 def run(storage: Path, *arguments: str, **options) -> Finished:
+    """jobs/full_pipeline.py, or the script of `prefix`, in a process of its own."""
     return Job(storage, *arguments, **options).finish()
+
+
+def ensure_ray() -> None:
+    """Starts the Ray of this test process; use the fixtures `shared_ray` and `run_job`, which end it."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+
+
+def run_in_process(job: str, *arguments: object) -> Finished:
+    """jobs/<job>.py in this process; use the fixture `run_job`."""
+    ensure_ray()
+    output, script = io.StringIO(), str(REPOSITORY / "jobs" / f"{job}.py")
+    command_line, sys.argv = sys.argv, [script, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            runpy.run_path(script, run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = command_line
+    return Finished(status, output.getvalue())
 
 
 def the_run(storage: Path) -> Path:
@@ -134,7 +169,7 @@ def every_step_once(storage: Path, uri: str | None = None) -> bool:
     """Whether the last pipeline's MLflow runs hold each step's loss once, in both training stages."""
     client = MlflowClient(uri or f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("mmap-clip")
-    for name, epochs in (("all in one", 12), ("global_prompt", 8)):
+    for name, epochs in (("all in one", EPOCHS), ("global_prompt", GLOBAL_PROMPT_EPOCHS)):
         found, *_ = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
         losses = client.get_metric_history(found.info.run_id, "train_loss/ink")
         if sorted(loss.step for loss in losses) != list(range(1, 5 * epochs + 1)):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import runpy
 import sys
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -197,10 +198,11 @@ def test_the_report_shows_it_beside_all_tasks_trained_again():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, run_job):
     """A finished run of four of the six domains, with a temperature saved for one of them."""
     storage = tmp_path_factory.mktemp("added") / "storage"
-    done = run(storage, *QUICK, "--data.tasks", f"[{', '.join(BEFORE)}]", "--compare", "[clip_adapter]")
+    options = ("--data.tasks", f"[{', '.join(BEFORE)}]", "--compare", "[clip_adapter]")
+    done = run_job("full_pipeline", "--storage", storage, *QUICK, *options)
     assert done.status == 0, done.output
     folder = the_run(storage)
     pipeline.load(folder, temperature={"ink": 2.5}).save_options()
@@ -212,17 +214,20 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def added(finished: Path, task: str, *arguments: str):
+@pytest.fixture
+def added(run_job):
+    return partial(add_task, run_job)
+
+
+def add_task(run_job, finished: Path, task: str, *arguments: str):
     """The job's end, and the folder of the run that it made."""
-    done = run(
-        finished.parent.parent, "--run", str(finished), "--task", task, *arguments, prefix=JOB, storage_option=False
-    )
+    done = run_job("add_task", "--run", finished, "--task", task, *arguments)
     assert done.status == 0, done.output
     return done, Path(done.output.split("prompts: ")[-1].strip()).parent.parent
 
 
 @pytest.mark.slow
-def test_a_task_is_added_and_nothing_of_the_others_changes(finished):
+def test_a_task_is_added_and_nothing_of_the_others_changes(finished, added):
     before = digests(finished)
     done, folder = added(finished, LATER[0], "--tracking.registered_model", "with_later")
     assert digests(finished) == before
@@ -269,7 +274,7 @@ def test_a_task_is_added_and_nothing_of_the_others_changes(finished):
 
 
 @pytest.mark.proof
-def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished):
+def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished, added, run_job):
     _, once = added(finished, LATER[0])
     again, same = added(finished, LATER[0])
     assert same == once and again.output.count("found finished") == 5  # all but the report
@@ -284,7 +289,8 @@ def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished
         assert models[0].predict(images, task) == models[1].predict(images, task)
     # The run with all tasks is the pipeline's own.
     storage = once.parent.parent
-    plain = run(storage, *QUICK, "--grouping.num_groups", str(len(report["groups"])))
+    num_groups = str(len(report["groups"]))
+    plain = run_job("full_pipeline", "--storage", storage, *QUICK, "--grouping.num_groups", num_groups)
     assert plain.status == 0 and plain.output.count("found finished") == 5
     assert read_finished_run(str(twice), "").groups == report["groups"]
 

@@ -11,7 +11,7 @@ from statistics import fmean
 
 import pytest
 from mlflow import MlflowClient
-from pipelines import Job, run
+from pipelines import Job
 from test_notebook import executed, pictures, printed, tables
 
 from jobs.benchmark import chosen_methods, main
@@ -24,8 +24,8 @@ BENCHMARK = ("jobs/benchmark.py",)
 QUICK = ("--training.epochs", "2", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon]")
 
 
-def benchmark(storage, *arguments):
-    finished = run(storage, *QUICK, *arguments, prefix=BENCHMARK)
+def benchmark(run_job, storage, *arguments):
+    finished = run_job("benchmark", "--storage", storage, *QUICK, *arguments)
     assert finished.status == 0, finished.output
     return finished.output
 
@@ -46,9 +46,11 @@ def rows(storage):
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory):
+def storage(tmp_path_factory, run_job):
     storage = tmp_path_factory.mktemp("benchmark") / "storage"
-    benchmark(storage, "--methods", "zero_shot", "coop_mt", "grouped", "--shots", "2", "4", "--seeds", "1", "2")
+    benchmark(
+        run_job, storage, "--methods", "zero_shot", "coop_mt", "grouped", "--shots", "2", "4", "--seeds", "1", "2"
+    )
     return storage
 
 
@@ -120,7 +122,7 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_larger_benchmark_does_only_what_is_missing(storage):
+def test_a_larger_benchmark_does_only_what_is_missing(storage, run_job):
     before, found = trainings(storage), rows(storage)
     larger = ("--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "4", "--seeds", "1", "2", "3")
     job = Job(storage, *QUICK, *larger, prefix=BENCHMARK)
@@ -130,7 +132,7 @@ def test_a_larger_benchmark_does_only_what_is_missing(storage):
     finally:
         interrupted = job.finish()
     assert interrupted.status == 130 and "the same command goes on from here" in interrupted.output
-    benchmark(storage, *larger)
+    benchmark(run_job, storage, *larger)
     after = trainings(storage)
     assert {key: after[key] for key in before} == before
     new = {(method, seed) for method, *_, seed in after.keys() - before.keys()}

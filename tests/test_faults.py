@@ -56,12 +56,12 @@ def lost(server: Server, job: Job, when) -> Finished:
     return finished
 
 
-def same(storage: Path, undisturbed) -> bool:
-    assert numbers(storage) == numbers(undisturbed[0])
+def same(storage: Path, quick_run) -> bool:
+    assert numbers(storage) == numbers(quick_run[0])
     return True
 
 
-def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
+def test_a_worker_is_killed_in_each_stage(quick_run, tmp_path):
     storage = tmp_path / "storage"
     job = Job(storage, *QUICK)
     try:
@@ -73,10 +73,10 @@ def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
     finally:
         finished = job.finish()
     assert finished.status == 0, finished.output
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(storage, quick_run) and every_step_once(storage)
 
 
-def test_the_job_is_killed_in_each_stage(undisturbed, tmp_path):
+def test_the_job_is_killed_in_each_stage(quick_run, tmp_path):
     storage = tmp_path / "storage"
     for point in (
         "pipeline.stages.splits:write_json",
@@ -91,10 +91,10 @@ def test_the_job_is_killed_in_each_stage(undisturbed, tmp_path):
     finished = run(storage, *QUICK)
     assert finished.status == 0, finished.output
     assert finished.output.count("found finished") == 5
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(storage, quick_run) and every_step_once(storage)
 
 
-def test_checkpoints_are_damaged(undisturbed, tmp_path):
+def test_checkpoints_are_damaged(quick_run, tmp_path):
     """One is cut, one has a changed byte, one is empty: the one before is used, and told of."""
     storage = tmp_path / "storage"
     kill_the_job(Job(storage, *QUICK), lambda: len(checkpoints(storage, "group_trainings", "checkpoint.before.pt")) > 1)
@@ -107,10 +107,10 @@ def test_checkpoints_are_damaged(undisturbed, tmp_path):
     assert finished.status == 0, finished.output
     for file in damaged:
         assert f"the checkpoint {file} is damaged; going back to the one before" in finished.output
-    assert same(storage, undisturbed)
+    assert same(storage, quick_run)
 
 
-def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
+def test_two_jobs_are_started_on_one_run(quick_run, tmp_path):
     storage = tmp_path / "storage"
     first = Job(storage, *QUICK)
     try:
@@ -122,7 +122,7 @@ def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
     assert of_first.status == of_second.status == 0, of_first.output + of_second.output
     assert f"waiting: process {first.process.pid} on {os.uname().nodename} is at this run" in of_second.output
     assert of_second.output.count("found finished") == 5
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(storage, quick_run) and every_step_once(storage)
 
 
 class SmallDisk:
@@ -157,7 +157,7 @@ def disk(tmp_path) -> Iterator[SmallDisk]:
     disk.unmount()
 
 
-def test_the_disk_is_full(undisturbed, disk):
+def test_the_disk_is_full(quick_run, disk):
     """Once while splits are written, once while checkpoints are: a plain message, and the same command goes on."""
     storage = disk.folder / "storage"
     for begun in (
@@ -176,10 +176,10 @@ def test_the_disk_is_full(undisturbed, disk):
         assert "Traceback" not in finished.output.partition("error:")[2]
     finished = run(storage, *QUICK, logs=disk.folder.parent)
     assert finished.status == 0, finished.output
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(storage, quick_run) and every_step_once(storage)
 
 
-def test_the_tracking_server_is_away_for_a_while(undisturbed, tmp_path):
+def test_the_tracking_server_is_away_for_a_while(quick_run, tmp_path):
     storage, (port,) = tmp_path / "storage", free_ports(1, first=8700)
     uri = f"http://127.0.0.1:{port}"
     server = mlflow_server(tmp_path, port)
@@ -192,7 +192,7 @@ def test_the_tracking_server_is_away_for_a_while(undisturbed, tmp_path):
         finished = job.finish()
         assert finished.status == 0, finished.output
         assert "takes operations again" in finished.output
-        assert same(storage, undisturbed) and every_step_once(storage, uri)
+        assert same(storage, quick_run) and every_step_once(storage, uri)
         client = MlflowClient(uri)
         runs = client.search_runs([client.get_experiment_by_name("mmap-clip").experiment_id])
         assert {found.info.status for found in runs} == {"FINISHED"}
@@ -224,7 +224,7 @@ def on(cluster: RayCluster, *options: str) -> tuple[str, ...]:
     return ("--cluster.address", cluster.gcs, "--cluster.gpus_per_training", "0.5", *options, *QUICK)
 
 
-def test_machines_differ_in_clock_locale_and_hash_seed(undisturbed, cluster, tmp_path):
+def test_machines_differ_in_clock_locale_and_hash_seed(quick_run, cluster, tmp_path):
     ahead = tmp_path / "ahead"
     ahead.mkdir()
     (ahead / "sitecustomize.py").write_text(
@@ -234,18 +234,18 @@ def test_machines_differ_in_clock_locale_and_hash_seed(undisturbed, cluster, tmp
     cluster.add_node(1, 1, {"TZ": "America/Lima", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "1"})
     finished = run(tmp_path / "storage", *on(cluster))
     assert finished.status == 0, finished.output
-    assert same(tmp_path / "storage", undisturbed) and every_step_once(tmp_path / "storage")
+    assert same(tmp_path / "storage", quick_run) and every_step_once(tmp_path / "storage")
 
 
-def test_a_machine_is_lost_during_group_training(undisturbed, cluster, tmp_path):
+def test_a_machine_is_lost_during_group_training(quick_run, cluster, tmp_path):
     storage = tmp_path / "storage"
     nodes = [cluster.add_node(1, 1), cluster.add_node(1, 1)]
     finished = lost(nodes[0], Job(storage, *on(cluster)), lambda: checkpoints(storage, "group_trainings"))
     assert finished.status == 0, finished.output
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(storage, quick_run) and every_step_once(storage)
 
 
-def test_a_shared_training_goes_on_with_fewer_workers(undisturbed, cluster, tmp_path):
+def test_a_shared_training_goes_on_with_fewer_workers(quick_run, cluster, tmp_path):
     storage = tmp_path / "storage"
     nodes = [cluster.add_node(1, 0), cluster.add_node(1, 0)]
     options = ("--cluster.workers_per_training", "2", "--cluster.min_workers_per_training", "1", *QUICK)
@@ -254,12 +254,12 @@ def test_a_shared_training_goes_on_with_fewer_workers(undisturbed, cluster, tmp_
     assert finished.status == 0, finished.output
     losses = [
         pq.read_table(next(folder.glob("global_prompt/[!.]*/history.parquet")))["loss"].to_numpy()
-        for folder in (storage, undisturbed[0])
+        for folder in (storage, quick_run[0])
     ]
     assert len(losses[0]) == len(losses[1]) and abs(losses[0] - losses[1]).max() < 1e-3  # another order of sums
 
 
-def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
+def test_the_head_is_lost_and_started_again(quick_run, cluster, tmp_path):
     storage = tmp_path / "storage"
     node = cluster.add_node(2, 1)
     finished = lost(cluster.head, Job(storage, *on(cluster)), lambda: checkpoints(storage, "group_trainings"))
@@ -270,10 +270,10 @@ def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
     finished = run(storage, *on(cluster))
     assert finished.status == 0, finished.output
     assert finished.output.count("found finished") == 4
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(storage, quick_run) and every_step_once(storage)
 
 
-def test_machines_that_share_nothing_but_a_bucket_and_one_is_lost(undisturbed, tmp_path):
+def test_machines_that_share_nothing_but_a_bucket_and_one_is_lost(quick_run, tmp_path):
     """The second node sees an empty disk where the driver and the first have their copies."""
     server, cache = S3Server(tmp_path, *free_ports(1, first=9300)), tmp_path / "cache"
     cluster = RayCluster(tmp_path, num_cpus=0)
@@ -294,7 +294,7 @@ def test_machines_that_share_nothing_but_a_bucket_and_one_is_lost(undisturbed, t
         assert finished.status == 0, finished.output
         assert "report: s3://bucket/runs/runs/demo-" in finished.output
         (copies,) = cache.iterdir()
-        assert same(copies, undisturbed)
+        assert same(copies, quick_run)
     finally:
         cluster.stop()
         server.kill()

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 
 @pytest.fixture(scope="module")
-def served(undisturbed, tmp_path_factory):
+def served(quick_run, tmp_path_factory):
     """Address, experiment and client of a server on a copy of the run's database; its artefacts where they were."""
-    storage, _ = undisturbed
+    storage, _ = quick_run
     folder = tmp_path_factory.mktemp("mlflow")
     shutil.copyfile(storage / "mlflow.db", folder / "server.db")
     (port,) = free_ports(1, first=8700)

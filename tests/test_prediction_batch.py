@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 from pipelines import REPOSITORY, the_run
 from servers import S3Server, free_ports
@@ -26,11 +25,9 @@ from pipeline.prediction.options import ModelOptions
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield WorkerNeeds(1, 0.0)
-    ray.shutdown()
+@pytest.fixture
+def cluster(shared_ray):
+    return WorkerNeeds(1, 0.0)
 
 
 def predicted(prompts: Path, needs: WorkerNeeds, inputs, output, task=None, options=None, **more) -> tuple:
@@ -171,15 +168,13 @@ def test_progress_is_told_now_and_then(cluster):
     assert len(said) == 1 and said[0].startswith("4 of 4 images, ") and said[0].endswith("2 CPUs on 1 machine")
 
 
-def test_the_splits_of_a_run_give_its_own_predictions(undisturbed, tmp_path):
-    storage, _ = undisturbed
-    job = [sys.executable, "jobs/predict.py", *map(str, (storage / "splits").glob("[!.]*/test"))]
-    job += ["--prompts", str(the_run(storage)), "--output", str(tmp_path / "out.parquet")]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    finished = subprocess.run(job, cwd=REPOSITORY, capture_output=True, text=True, env=env)
-    assert finished.returncode == 0, finished.stderr
+def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_path):
+    storage, _ = quick_run
+    test_splits = (storage / "splits").glob("[!.]*/test")
+    finished = run_job("predict", *test_splits, "--prompts", the_run(storage), "--output", tmp_path / "out.parquet")
+    assert finished.status == 0, finished.output
     rows = {(row["task"], row["path"]): row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
-    assert len(rows) == 6 * 140 and "840 of 840 images" in finished.stderr
+    assert len(rows) == 6 * 140 and "840 of 840 images" in finished.output
     model = load_prompts(the_run(storage) / "prompts" / "grouped.safetensors")
     groups = [set(group) for group in model.groups]
     compared = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from pipelines import QUICK, REPOSITORY, run, the_run
+from pipelines import QUICK, REPOSITORY, the_run
 from servers import BIN, Server, free_ports
 
 import pipeline
@@ -28,8 +28,8 @@ spec.loader.exec_module(register_model)
 
 
 @pytest.fixture(scope="module")
-def tracking_uri(undisturbed):
-    return f"sqlite:///{undisturbed[0]}/mlflow.db"
+def tracking_uri(quick_run):
+    return f"sqlite:///{quick_run[0]}/mlflow.db"
 
 
 def register(monkeypatch, capsys, *arguments) -> tuple[int, str]:
@@ -44,8 +44,8 @@ def images_of(storage: Path, task: str, count: int) -> list[Path]:
     return sorted((storage / "datasets" / "digits" / task).rglob("*.png"))[:: 220 // count][:count]
 
 
-def test_a_finished_run_is_registered_once(undisturbed, tracking_uri, monkeypatch, capsys):
-    folder = the_run(undisturbed[0])
+def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch, capsys):
+    folder = the_run(quick_run[0])
     once = partial(register, monkeypatch, capsys, "--run", folder, "--name", "once")
     assert once("--alias", "here") == (0, "models:/once/1")
     assert once() == (0, "models:/once/1")
@@ -55,7 +55,7 @@ def test_a_finished_run_is_registered_once(undisturbed, tracking_uri, monkeypatc
     assert {v.run_id for v in MlflowClient(tracking_uri).search_model_versions("name='once'")} == {parent.info.run_id}
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-    images = images_of(undisturbed[0], "neon", 5)
+    images = images_of(quick_run[0], "neon", 5)
     expected = pipeline.load(folder).predict(images, "neon")
     assert pipeline.load("models:/once@here").predict(images, "neon") == expected
     logged = f"runs:/{parent.info.run_id}/prompts/grouped.safetensors"
@@ -65,8 +65,8 @@ def test_a_finished_run_is_registered_once(undisturbed, tracking_uri, monkeypatc
         pipeline.load("models:/nothing/1")
 
 
-def test_what_cannot_be_registered_is_named(undisturbed, tmp_path, monkeypatch, capsys):
-    folder = the_run(undisturbed[0])
+def test_what_cannot_be_registered_is_named(quick_run, tmp_path, monkeypatch, capsys):
+    folder = the_run(quick_run[0])
     for arguments, message in [
         (["--run", tmp_path, "--name", "x"], "is no folder of a run"),
         (
@@ -81,11 +81,11 @@ def test_what_cannot_be_registered_is_named(undisturbed, tmp_path, monkeypatch, 
         assert status == 2 and message in said, said
 
 
-def test_a_run_registers_itself_where_the_config_says_so(undisturbed, tmp_path):
-    storage = shutil.copytree(undisturbed[0], tmp_path / "storage")  # so that only the report is made
-    finished = run(
-        storage,
-        *QUICK,
+def test_a_run_registers_itself_where_the_config_says_so(quick_run, run_job, tmp_path):
+    storage = shutil.copytree(quick_run[0], tmp_path / "storage")  # so that only the report is made
+    finished = run_job(
+        "full_pipeline",
+        *("--storage", storage, *QUICK),
         *("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db", "--tracking.registered_model", "digits by itself"),
     )
     assert finished.status == 0, finished.output
@@ -93,8 +93,8 @@ def test_a_run_registers_itself_where_the_config_says_so(undisturbed, tmp_path):
     assert int(version.version) == 1
 
 
-def test_the_served_model_answers_as_the_loaded_one(undisturbed, tracking_uri, tmp_path, monkeypatch, capsys):
-    storage, _ = undisturbed
+def test_the_served_model_answers_as_the_loaded_one(quick_run, tracking_uri, tmp_path, monkeypatch, capsys):
+    storage, _ = quick_run
     assert register(monkeypatch, capsys, "--run", the_run(storage), "--name", "served") == (0, "models:/served/1")
     model = pipeline.load(the_run(storage))
     (port,) = free_ports(1, first=5200)
