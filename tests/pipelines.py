@@ -116,8 +116,8 @@ def ensure_ray() -> None:
     """Starts the Ray of this test process; use the fixtures `shared_ray` and `run_job`, which end it."""
     import ray
 
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    if not ray.is_initialized():  # with a dashboard, which Ray Train and Ray Tune ask about placement groups
+        ray.init(address="local", num_cpus=2, include_dashboard=True, logging_level=logging.ERROR)
 
 
 def run_in_process(job: str, *arguments: object) -> Finished:

@@ -12,13 +12,18 @@ from statistics import fmean
 import pytest
 from mlflow import MlflowClient
 from pipelines import Job
+from rich.console import Console
 from test_notebook import executed, pictures, printed, tables
 
 from jobs.benchmark import chosen_methods, main
+from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
 from pipeline.methods.registry import VERSIONS
 from pipeline.report.benchmark_tables import to_csv
+from pipeline.run import open_run
 from pipeline.stages.benchmark import PAPER_METHODS
+from pipeline.stages.group_trainings import plan_trainings
 from pipeline.stages.mlflow_results import open_experiment, read_benchmark
+from pipeline.stages.splits import build_splits
 
 BENCHMARK = ("jobs/benchmark.py",)
 QUICK = ("--training.epochs", "2", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon]")
@@ -143,19 +148,17 @@ def test_a_larger_benchmark_does_only_what_is_missing(storage, run_job):
         assert again[key] == found[key]
 
 
-@pytest.mark.slow
-def test_of_one_task_both_versions_are_the_same_training(tmp_path):
+def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray, tmp_path):
+    """`coop` and `coop_mt` of one task are the same training, so they have the same key."""
     both = [name for name in VERSIONS if f"{name}_mt" in VERSIONS and not VERSIONS[name].starts_from]
     assert len(both) > 10
-    names = [name for of_both in both for name in (of_both, f"{of_both}_mt")]
-    one_epoch = [f"--{name}.training.epochs=1" for name in both]
-    benchmark(
-        tmp_path / "storage", "--data.tasks", "[noise]", "--methods", *names, "--seeds", "1", "--shots", "1", *one_epoch
-    )
-    found = rows(tmp_path / "storage")
-    for name in both:
-        assert found[name, "1", "1", "noise"]["accuracy"] == found[f"{name}_mt", "1", "1", "noise"]["accuracy"]
-    assert len(trainings(tmp_path / "storage")) == len(both)
+    values = load_yaml(DEMO_CONFIG) | {"storage": str(tmp_path / "storage")}
+    values["data"] |= {"tasks": ["noise"], "shots": 1}
+    with open_run(parse_config(values), Console(quiet=True)) as run:
+        build_splits(run)
+        for name in both:
+            ((single,), (multi,)) = (plan_trainings(run, version, None, {}) for version in (name, f"{name}_mt"))
+            assert single.artefact.key == multi.artefact.key and single.item.tasks == multi.item.tasks == ("noise",)
 
 
 def test_methods_are_chosen_by_name_or_as_a_set():

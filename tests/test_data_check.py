@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
-import runpy
 import struct
-import sys
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from unittest.mock import patch
@@ -18,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines import REPOSITORY, run, the_run
+from pipelines import the_run
 from rich.console import Console
 from scipy import ndimage
 from small_clip import tokenizer
@@ -339,19 +338,11 @@ def table_of(output: str) -> list[str]:
     return output.partition("0 data check")[2].partition("check.html")[0].split()
 
 
-def test_the_job_tells_shows_and_remembers(planted, monkeypatch, capsys):
+def test_the_job_tells_shows_and_remembers(planted, run_job):
     storage = planted.parent / "storage"
-    options = ["--storage", str(storage), "--data.root", str(planted), "--data.shots", "3"]
-    monkeypatch.setenv("COLUMNS", "160")
+    check = partial(run_job, "check_data", "--storage", storage, "--data.root", planted, "--data.shots", "3")
 
-    def again(*more: str) -> tuple[int, str]:
-        """In this process, which is faster."""
-        monkeypatch.setattr(sys, "argv", ["check_data.py", *options, *more])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(REPOSITORY / "jobs/check_data.py"), run_name="__main__")
-        return end.value.code, capsys.readouterr().out
-
-    first = run(storage, *options[2:], prefix=("jobs/check_data.py",))
+    first = check()
     assert first.status == 1 and "found finished" not in first.output
     told = " ".join(first.output.split())
     for text in (
@@ -374,13 +365,13 @@ def test_the_job_tells_shows_and_remembers(planted, monkeypatch, capsys):
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>") and 10 <= page.count("<img") <= 12
     assert not list(storage.glob("splits/*"))
 
-    status, output = again()
-    assert status == 1 and output.count("found finished") == 1
-    assert table_of(output) == table_of(first.output)
+    again = check()
+    assert again.status == 1 and again.output.count("found finished") == 1
+    assert table_of(again.output) == table_of(first.output)
 
     # Where broken files may be left out, nothing stops a run; no image is read for that again.
     (images,) = storage.glob("data_check/*/images.parquet")
     before = images.stat().st_mtime_ns
-    status, output = again("--data.max_dropped_share", "0.1")
-    assert status == 0 and "3 warnings, 2 notes" in output
+    with_broken_files = check("--data.max_dropped_share", "0.1")
+    assert with_broken_files.status == 0 and "3 warnings, 2 notes" in with_broken_files.output
     assert list(storage.glob("data_check/*/images.parquet")) == [images] and images.stat().st_mtime_ns == before

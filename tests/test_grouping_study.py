@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipelines import run, the_run
+from pipelines import the_run
 from scipy.stats import spearmanr
 
 from pipeline.grouping.affinity import affinity_matrix
@@ -118,10 +118,10 @@ def test_accuracies_that_are_all_the_same_have_no_correlation():
 
 
 @pytest.mark.slow
-def test_the_study_trains_every_group(tmp_path):
+def test_the_study_trains_every_group(run_job, tmp_path):
     quick = ("--training.epochs", "1", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon, noise]")
     storage = tmp_path / "storage"
-    finished = run(storage, *quick, "--seeds", "1", prefix=("jobs/grouping_study.py",))
+    finished = run_job("grouping_study", "--storage", storage, *quick, "--seeds", "1")
     assert finished.status == 0, finished.output
     groups = {
         tuple(json.loads(file.read_text())["made_from"]["group"]): json.loads((file.parent / "result.json").read_text())
@@ -137,5 +137,5 @@ def test_the_study_trains_every_group(tmp_path):
     assert rows["ink + noise | neon"] == pytest.approx(sum(measured) / 3)
     assert the_run(storage).is_dir()
 
-    one = run(storage, "--data.tasks", "[ink]", prefix=("jobs/grouping_study.py",))
+    one = run_job("grouping_study", "--storage", storage, "--data.tasks", "[ink]")
     assert one.status == 2 and "a study of 1 tasks would take 1 trainings a seed: choose 2 to 8" in one.output

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines import REPOSITORY, run, summary, the_run
+from pipelines import REPOSITORY, summary, the_run
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.torchvision_compat import ensure_torchvision
@@ -1092,7 +1092,7 @@ def test_one_task_has_pictures_of_its_grouping():
 
 
 @pytest.mark.slow
-def test_one_task_in_a_table_goes_through_the_whole_pipeline(tmp_path):
+def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, tmp_path):
     write_digits(tmp_path / "digits")
     files = sorted((tmp_path / "digits/neon").rglob("*.png"))
     table = pa.table(
@@ -1104,8 +1104,9 @@ def test_one_task_in_a_table_goes_through_the_whole_pipeline(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "neon.parquet", row_group_size=50)
-    finished = run(
-        tmp_path / "storage",
+    finished = run_job(
+        "full_pipeline",
+        *("--storage", tmp_path / "storage"),
         *("--data.root", str(tmp_path / "neon.parquet"), "--data.columns", "{task: domain}"),
         *("--data.given_splits", "true", "--clip.task_templates", '{neon: "a neon sign of the digit {}."}'),
         *("--training.epochs", "2", "--global_prompt.epochs", "2"),

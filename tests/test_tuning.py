@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from pipelines import Job, run
+from pipelines import Job
 from rich.console import Console
 from small_problem import CONFIG, TEST_COUNTS, group_prompts, prompted_classifier, small_problem, write_test_splits
 
@@ -344,7 +344,7 @@ def ended(storage: Path) -> dict[int, int]:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
+def searched(tmp_path_factory, run_job):
     """A search with Optuna and ASHA that was killed after its second trial, and then went on; its folder, what was
     there when it was killed, and its output."""
     folder = tmp_path_factory.mktemp("tuning")
@@ -356,7 +356,7 @@ def searched(tmp_path_factory):
     finally:
         job.stop()
     before = ended(storage)
-    finished = run(storage, *arguments, "--training.checkpoint_every", "1", prefix=TUNE)
+    finished = run_job("tune", "--storage", storage, *arguments, "--training.checkpoint_every", "1")
     assert finished.status == 0, finished.output
     (of_search,) = (storage / "searches").iterdir()
     return of_search, before, finished.output, arguments
@@ -418,17 +418,17 @@ def test_a_search_is_reported_and_ends_in_a_run(searched):
 
 
 @pytest.mark.slow
-def test_a_search_that_ended_does_nothing_again(searched):
+def test_a_search_that_ended_does_nothing_again(searched, run_job):
     folder, _, _, arguments = searched
     before = ended(folder.parent.parent)
-    again = run(folder.parent.parent, *arguments, "--training.checkpoint_every", "1", prefix=TUNE)
+    again = run_job("tune", "--storage", folder.parent.parent, *arguments, "--training.checkpoint_every", "1")
     assert again.status == 0 and "found finished: 4 trials" in again.output
     assert again.output.count("found finished; took") == 5
     assert ended(folder.parent.parent) == before
 
 
 @pytest.mark.slow
-def test_trials_do_not_read_the_test_set_and_faults_end_only_theirs(searched, tmp_path):
+def test_trials_do_not_read_the_test_set_and_faults_end_only_theirs(searched, run_job, tmp_path):
     folder, *_ = searched
     storage = folder.parent.parent
     all_splits = {
@@ -448,7 +448,8 @@ def test_trials_do_not_read_the_test_set_and_faults_end_only_theirs(searched, tm
     file = search_file(
         tmp_path, searcher="grid", trials=None, method="grouped", fields=rates, early_stopping="none", seed=2
     )
-    finished = run(storage, "--search", str(file), "--training.epochs", "3", *TWO_TASKS, "--no-final-run", prefix=TUNE)
+    options = ("--search", file, "--training.epochs", "3", *TWO_TASKS, "--no-final-run")
+    finished = run_job("tune", "--storage", storage, *options)
     assert finished.status == 0, finished.output
     assert not list((splits / "test").glob("*.parquet"))  # nor were they missed
     good, bad = records(storage)[0], records(storage)[1]
