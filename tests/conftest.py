@@ -7,6 +7,8 @@ import uuid
 os.environ["RAY_AUTH_MODE"] = "disabled"  # else a local Ray leaves an authentication token in the user's home
 for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
     os.environ.pop(variable, None)
+# Those of the tests' own S3 server, for all that is started here, and nobody's real ones.
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 # All that this process starts inherits this mark; `reaper.py` ends it when this process is gone, however it ended.
 os.environ["MMAP_CLIP_TESTS"] = uuid.uuid4().hex
 

@@ -20,7 +20,7 @@ def browser_page(width: int = 1600, height: int = 900) -> Iterator[Page]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
-            page.set_default_timeout(30_000)
+            page.set_default_timeout(300_000)
             yield page
         finally:
             browser.close()

@@ -88,7 +88,7 @@ class Job:
             status = self.process.wait(timeout)
         finally:
             family += self.stop()
-        assert not psutil.wait_procs(family, timeout=20)[1], "the job left processes behind"
+        assert not psutil.wait_procs(family, timeout=60)[1], "the job left processes behind"
         return Finished(status, self.output.read_text())
 
     def stop(self) -> list[psutil.Process]:
@@ -96,7 +96,7 @@ class Job:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        for process in psutil.wait_procs(family, timeout=15)[1]:
+        for process in psutil.wait_procs(family, timeout=60)[1]:
             process.kill()
         return family
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
-from pipelines import REPOSITORY
+from pipelines import PATIENCE_S, REPOSITORY
 
 BIN = Path(sys.executable).parent
 
@@ -35,7 +35,7 @@ class Server:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        end = time.monotonic() + 90
+        end = time.monotonic() + PATIENCE_S
         while not answers(ready):
             assert self.process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.2)
@@ -50,7 +50,7 @@ class Server:
             except psutil.NoSuchProcess:
                 pass
         self.process.wait()
-        assert not psutil.wait_procs(family, timeout=20)[1]
+        assert not psutil.wait_procs(family, timeout=60)[1]
         self._log.close()
 
 
@@ -140,7 +140,8 @@ class RayCluster:
         )
 
 
-def mlflow_server(folder: Path, port: int) -> Server:
+def mlflow_server(folder: Path, port: int, store: str | None = None) -> Server:
+    """`store`: URI of the database; None: one in `folder`."""
     return Server(
         [
             str(BIN / "mlflow"),
@@ -152,7 +153,7 @@ def mlflow_server(folder: Path, port: int) -> Server:
             "--port",
             str(port),
             "--backend-store-uri",
-            f"sqlite:///{folder}/server.db",
+            store or f"sqlite:///{folder}/server.db",
             "--artifacts-destination",
             str(folder / "artifacts"),
         ],
@@ -174,12 +175,11 @@ def submit(address: str, *entrypoint: str) -> subprocess.Popen:
 
 
 class S3Server(Server):
-    """moto's server of S3, with one bucket; `env` and `uri` are for whoever uses it."""
+    """moto's server of S3, with one bucket at `uri`; conftest.py sets credentials that it takes."""
 
     def __init__(self, folder: Path, port: int):
         address = f"http://127.0.0.1:{port}"
         self.uri = f"s3://bucket?endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1"
-        self.env = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
         super().__init__(
             [str(BIN / "moto_server"), "--host", "127.0.0.1", "--port", str(port)], folder / "s3.log", {}, address
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import aiohttp
 import psutil
-from pipelines import REPOSITORY, title
+from pipelines import PATIENCE_S, REPOSITORY, title
 from servers import Server
 
 
@@ -38,8 +38,8 @@ class Service(Server):
         """As an operator does; returns the exit status when no process is left."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(60)
-        assert not psutil.wait_procs(family, timeout=20)[1], "the service left processes behind"
+        status = self.process.wait(PATIENCE_S)
+        assert not psutil.wait_procs(family, timeout=60)[1], "the service left processes behind"
         self._log.close()
         return status
 

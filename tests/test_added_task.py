@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
-from pipelines import run, the_run
+from pipelines import the_run
 from plain_towers import plain_encode_image, plain_encode_text
 from safetensors.torch import load_file
 from servers import S3Server, free_ports
@@ -296,29 +296,19 @@ def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished
 
 
 @pytest.mark.proof
-def test_a_task_is_added_to_a_run_in_a_bucket_from_another_machine(tmp_path, monkeypatch):
+def test_a_task_is_added_to_a_run_in_a_bucket_from_another_machine(run_job, tmp_path):
     server = S3Server(tmp_path, *free_ports(1, first=9500))
     try:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
         place, options = server.uri.split("?")
         tracking = ("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
-        first = run(
-            tmp_path / "first",
-            *("--storage", f"{place}/folder?{options}", "--cache", str(tmp_path / "here"), *tracking, *QUICK),
-            *("--data.tasks", "[chalk, ink, noise]"),
-            storage_option=False,
-        )
+        options = ("--storage", f"{place}/folder?{options}", "--cache", tmp_path / "here", *tracking, *QUICK)
+        first = run_job("full_pipeline", *options, "--data.tasks", "[chalk, ink, noise]")
         assert first.status == 0, first.output
         report = next(line for line in first.output.splitlines() if line.startswith("report: "))
         finished = report.removeprefix("report: ").replace("/report?", "?")
         assert finished.startswith(f"{place}/folder/runs/demo-")
-        second = run(
-            tmp_path / "second",
-            *("--run", finished, "--task", "neon", "--cache", str(tmp_path / "there"), *tracking),
-            prefix=JOB,
-            storage_option=False,
-        )
+        options = ("--run", finished, "--task", "neon", "--cache", tmp_path / "there", *tracking)
+        second = run_job("add_task", *options)
         assert second.status == 0, second.output
         prompts = second.output.split("prompts: ")[-1].strip()
         assert prompts.startswith(f"{place}/folder/runs/demo-")

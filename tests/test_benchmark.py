@@ -11,9 +11,9 @@ from statistics import fmean
 
 import pytest
 from mlflow import MlflowClient
+from notebooks import executed, pictures, printed, tables
 from pipelines import Job
 from rich.console import Console
-from test_notebook import executed, pictures, printed, tables
 
 from jobs.benchmark import chosen_methods, main
 from pipeline.config import DEMO_CONFIG, load_yaml, parse_config

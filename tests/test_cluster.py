@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 from mlflow import MlflowClient
-from pipelines import QUICK, Job, summary
+from pipelines import EPOCHS, PATIENCE_S, QUICK, Job, summary
 from servers import RayCluster, free_ports, mlflow_server, submit
 
 from pipeline.cluster import WorkerNeeds, check_shared, connect, described, places
@@ -93,30 +93,28 @@ def test_who_waits_is_told_for_what(tmp_path):
         cluster.stop()
 
 
-def test_submitted_job_outlives_its_tracking_server(ray_head, tmp_path):
+def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path):
     storage, (port,) = tmp_path / "storage", free_ports(1, first=8500)
     uri = f"http://127.0.0.1:{port}"
     options = ["--storage", str(storage), "--tracking.uri", uri, "--cluster.gpus_per_training", "0.5", *QUICK]
 
     server = mlflow_server(tmp_path, port)
-    job = submit(ray_head, "python", "jobs/full_pipeline.py", *options)
+    job = submit(ray_head, "jobs/full_pipeline.py", *options)  # by its shebang
     try:
         while not list(storage.glob("global_prompt/.building-*")):
             assert job.poll() is None, job.stdout.read()
             time.sleep(0.1)
     finally:
         server.kill()
-    output = job.communicate(timeout=240)[0]
+    output = job.communicate(timeout=PATIENCE_S)[0]
     assert job.returncode == 0, output
     assert uri in output and "wait" in output, output
     expected = summary(storage)["methods"]
 
     server = mlflow_server(tmp_path, port)
     try:
-        job = submit(ray_head, "jobs/full_pipeline.py", *options)  # by its shebang
-        output = job.communicate(timeout=240)[0]
-        assert job.returncode == 0, output
-        assert output.count("found finished") == 5
+        again = run_job("full_pipeline", *options)
+        assert again.status == 0 and again.output.count("found finished") == 5, again.output
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("mmap-clip")
         runs = client.search_runs([experiment.experiment_id])
@@ -126,7 +124,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, tmp_path):
             assert parent.data.metrics[f"accuracy/{method}/average"] == pytest.approx(values["average"])
         (training,) = [run for run in runs if run.data.tags["mlflow.runName"] == "all in one"]
         history = client.get_metric_history(training.info.run_id, "train_loss/ink")
-        assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 60
+        assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 5 * EPOCHS
         assert {file.path for file in client.list_artifacts(parent.info.run_id, "prompts")} == {
             "prompts/all_in_one.safetensors",
             "prompts/grouped.safetensors",

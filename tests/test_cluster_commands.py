@@ -235,7 +235,7 @@ def status(url: str, **headers: str) -> int:
     data = b"{}" if "Origin" in headers else None
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     try:
-        return urllib.request.urlopen(request, timeout=10).status
+        return urllib.request.urlopen(request, timeout=60).status
     except urllib.error.HTTPError as error:
         return error.code
 
@@ -250,7 +250,7 @@ def submit(composed: Composed, *options: str, **env: str) -> subprocess.Complete
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=900,
     )
 
 
@@ -298,7 +298,7 @@ def test_who_has_no_token_is_refused(composed):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=90,
+        timeout=600,
     )
     assert worker.returncode != 0
     assert "InvalidAuthToken" in worker.stdout

@@ -76,7 +76,7 @@ def test_a_worker_is_killed_in_each_stage(quick_run, tmp_path):
     assert same(storage, quick_run) and every_step_once(storage)
 
 
-def test_the_job_is_killed_in_each_stage(quick_run, tmp_path):
+def test_the_job_is_killed_in_each_stage(quick_run, run_job, tmp_path):
     storage = tmp_path / "storage"
     for point in (
         "pipeline.stages.splits:write_json",
@@ -88,7 +88,7 @@ def test_the_job_is_killed_in_each_stage(quick_run, tmp_path):
         job = Job(storage, *QUICK, prefix=("tests/kill_driver.py", point))
         finished = job.finish()
         assert finished.status == -signal.SIGKILL, (point, finished.output)
-    finished = run(storage, *QUICK)
+    finished = run_job("full_pipeline", "--storage", storage, *QUICK)
     assert finished.status == 0, finished.output
     assert finished.output.count("found finished") == 5
     assert same(storage, quick_run) and every_step_once(storage)
@@ -157,7 +157,7 @@ def disk(tmp_path) -> Iterator[SmallDisk]:
     disk.unmount()
 
 
-def test_the_disk_is_full(quick_run, disk):
+def test_the_disk_is_full(quick_run, run_job, disk):
     """Once while splits are written, once while checkpoints are: a plain message, and the same command goes on."""
     storage = disk.folder / "storage"
     for begun in (
@@ -174,7 +174,7 @@ def test_the_disk_is_full(quick_run, disk):
         assert finished.status == 2, finished.output
         assert "error:" in finished.output and "No space left on device" in finished.output, finished.output
         assert "Traceback" not in finished.output.partition("error:")[2]
-    finished = run(storage, *QUICK, logs=disk.folder.parent)
+    finished = run_job("full_pipeline", "--storage", storage, *QUICK)
     assert finished.status == 0, finished.output
     assert same(storage, quick_run) and every_step_once(storage)
 
@@ -224,23 +224,17 @@ def on(cluster: RayCluster, *options: str) -> tuple[str, ...]:
     return ("--cluster.address", cluster.gcs, "--cluster.gpus_per_training", "0.5", *options, *QUICK)
 
 
-def test_machines_differ_in_clock_locale_and_hash_seed(quick_run, cluster, tmp_path):
-    ahead = tmp_path / "ahead"
+def test_machines_differ_in_clock_locale_and_hash_seed_and_one_is_lost(quick_run, cluster, tmp_path):
+    storage, ahead = tmp_path / "storage", tmp_path / "ahead"
     ahead.mkdir()
     (ahead / "sitecustomize.py").write_text(
         "import time\nreal = time.time\ntime.time = lambda: real() + 3 * 24 * 3600\n"
     )
-    cluster.add_node(1, 1, {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "7", "PYTHONPATH": str(ahead)})
-    cluster.add_node(1, 1, {"TZ": "America/Lima", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "1"})
-    finished = run(tmp_path / "storage", *on(cluster))
-    assert finished.status == 0, finished.output
-    assert same(tmp_path / "storage", quick_run) and every_step_once(tmp_path / "storage")
-
-
-def test_a_machine_is_lost_during_group_training(quick_run, cluster, tmp_path):
-    storage = tmp_path / "storage"
-    nodes = [cluster.add_node(1, 1), cluster.add_node(1, 1)]
-    finished = lost(nodes[0], Job(storage, *on(cluster)), lambda: checkpoints(storage, "group_trainings"))
+    nodes = [
+        cluster.add_node(1, 1, {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "7", "PYTHONPATH": str(ahead)}),
+        cluster.add_node(1, 1, {"TZ": "America/Lima", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "1"}),
+    ]
+    finished = lost(nodes[1], Job(storage, *on(cluster)), lambda: checkpoints(storage, "group_trainings"))
     assert finished.status == 0, finished.output
     assert same(storage, quick_run) and every_step_once(storage)
 
@@ -279,12 +273,12 @@ def test_machines_that_share_nothing_but_a_bucket_and_one_is_lost(quick_run, tmp
     cluster = RayCluster(tmp_path, num_cpus=0)
     try:
         cache.mkdir()
-        cluster.add_node(1, 1, server.env)
+        cluster.add_node(1, 1)
         apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {cache} && exec "$@"', "sh"]
-        lost = cluster.add_node(1, 1, server.env, apart)
+        lost = cluster.add_node(1, 1, prefix=apart)
         place, options = server.uri.split("?")
         storage = f"{place}/runs?{options}"
-        job = Job(tmp_path / "unused", *on(cluster, "--storage", storage, "--cache", str(cache)), env=server.env)
+        job = Job(tmp_path / "unused", *on(cluster, "--storage", storage, "--cache", str(cache)))
         try:
             job.wait_until(lambda: "4 group trainings" in job.output.read_text())
             time.sleep(3)

@@ -543,7 +543,7 @@ def test_a_footer_that_lies_about_its_pages_is_found_out(tmp_path, column):
                 print(str(error).replace("\\n", " "))
         print(peak() - before)"""
     command = [sys.executable, "-c", code, str(file)]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     *told, grown_mib = finished.stdout.splitlines()
     assert any("unfold into" in line or "packed into" in line for line in told), told

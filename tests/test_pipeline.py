@@ -132,7 +132,7 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
 
 
 @pytest.mark.proof
-def test_two_workers_share_each_training(quick_run, tmp_path):
+def test_two_workers_share_each_training(quick_run, run_job, tmp_path):
     """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
     two = (*QUICK, "--cluster.workers_per_training", "2")
     for name in ("storage", "fault"):  # with the splits, and nothing that was trained
@@ -141,10 +141,12 @@ def test_two_workers_share_each_training(quick_run, tmp_path):
             shutil.rmtree(tmp_path / name / stage)
         (tmp_path / name / "mlflow.db").unlink()
     fault, storage = tmp_path / "fault", tmp_path / "storage"
-    failed = run(fault, *two, "--training.learning_rate", "1e30", prefix=("jobs/train_global_prompt.py",))
+    failed = run_job("train_global_prompt", "--storage", fault, *two, "--training.learning_rate", "1e30")
     assert failed.status == 2 and "error: global prompt: the loss of task" in failed.output, failed.output
 
-    finished = run(storage, *two, "--grouping.num_groups", "1")  # two cores: one training after the other
+    finished = run_job(
+        "full_pipeline", "--storage", storage, *two, "--grouping.num_groups", "1"
+    )  # two cores: one training after the other
     assert finished.status == 0, finished.output
     assert every_step_once(storage)
     losses = [

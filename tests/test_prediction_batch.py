@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pipelines import REPOSITORY, the_run
+from pipelines import the_run
 from servers import S3Server, free_ports
 from test_prediction import digits, prompts_file  # noqa: F401
 
@@ -97,12 +95,10 @@ def test_no_images_make_an_empty_table(prompts_file, cluster, tmp_path):  # noqa
     assert predicted(prompts_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
 
 
-def test_from_a_bucket_to_a_bucket(prompts_file, digits, tmp_path, monkeypatch):  # noqa: F811
+def test_from_a_bucket_to_a_bucket(prompts_file, digits, run_job, tmp_path):  # noqa: F811
     (port,) = free_ports(1, first=5700)
     server = S3Server(tmp_path, port)
     try:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
         from pipeline.storage import open_bucket
 
         place, query = server.uri.split("?")
@@ -119,11 +115,9 @@ def test_from_a_bucket_to_a_bucket(prompts_file, digits, tmp_path, monkeypatch):
             assert pipeline.load(f"{place}/{name}?{query}").predict(images, "ink") == expected
         with pytest.raises(UserError, match="is neither a prompts file nor a run's folder"):
             pipeline.load(f"{place}/photos?{query}")
-        job = [sys.executable, "jobs/predict.py", f"{place}/photos?{query}", "--task", "ink"]
-        job += ["--prompts", f"{place}/runs/x?{query}", "--output", f"{place}/out?{query}"]
-        env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        finished = subprocess.run(job, cwd=REPOSITORY, capture_output=True, text=True, env=env)
-        assert finished.returncode == 1 and "1 of 6 images are broken" in finished.stderr, finished.stderr
+        options = ("--prompts", f"{place}/runs/x?{query}", "--output", f"{place}/out?{query}")
+        finished = run_job("predict", f"{place}/photos?{query}", "--task", "ink", *options)
+        assert finished.status == 1 and "1 of 6 images are broken" in finished.output
         rows = pq.read_table(f"{bucket}/out", filesystem=filesystem).to_pylist()
         assert [row["path"].rpartition("/")[2] for row in rows] == ["broken.png", *(f"{n}.png" for n in range(5))]
         assert [row["label"] for row in rows[1:]] == [prediction.label for prediction in expected]

@@ -112,7 +112,7 @@ def test_the_served_model_answers_as_the_loaded_one(quick_run, tracking_uri, tmp
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
             )
-            return json.loads(urllib.request.urlopen(request, timeout=30).read())["predictions"]
+            return json.loads(urllib.request.urlopen(request, timeout=300).read())["predictions"]
 
         def encoded(image: bytes) -> str:
             return base64.b64encode(image).decode()

@@ -11,12 +11,12 @@ from threading import Event, Thread
 
 import psutil
 import pytest
-from pipelines import Job, run, title
+from pipelines import Job, title
 from servers import RayCluster
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1500)]
 TASKS = ("chalk", "ink", "neon", "outline", "rotated")
-SEEDS = range(1, 8)
+SEEDS = range(1, 5)
 TRAININGS = len(SEEDS) * (2 ** len(TASKS) - 1)
 OPTIONS = (
     *("--data.tasks", f"[{', '.join(TASKS)}]", "--training.epochs", "1", "--global_prompt.epochs", "1"),
@@ -72,7 +72,7 @@ class Killer(Thread):
         return held
 
 
-def test_soak(tmp_path, capsys):
+def test_soak(run_job, tmp_path, capsys):
     cluster = RayCluster(tmp_path, num_cpus=0)
     try:
         for _ in range(2):
@@ -83,7 +83,7 @@ def test_soak(tmp_path, capsys):
         killer = Killer(job, cluster, storage)
         killer.start()
         try:
-            finished = job.finish(timeout=1200)
+            finished = job.finish()
         finally:
             killer.done.set()
             killer.join()
@@ -108,7 +108,7 @@ def test_soak(tmp_path, capsys):
         assert later_memory < memory + 60 and later_files < files + 30, lines
 
     quiet = tmp_path / "quiet"
-    assert run(quiet, *OPTIONS, "--seeds", "1", prefix=STUDY).status == 0
+    assert run_job("grouping_study", "--storage", quiet, *OPTIONS, "--seeds", "1").status == 0
     for folder in quiet.glob("group_trainings/[!.]*"):
         for name in ("prompts.safetensors", "predictions.parquet", "history.parquet"):
             assert (folder / name).read_bytes() == same_training(storage, folder, name).read_bytes()

@@ -25,12 +25,9 @@ def make(artefact: Artefact, text: str = "content") -> None:
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        server = S3Server(tmp_path_factory.mktemp("s3"), *free_ports(1, first=9100))
-        for name, value in server.env.items():
-            patch.setenv(name, value)
-        yield server
-        server.kill()
+    server = S3Server(tmp_path_factory.mktemp("s3"), *free_ports(1, first=9100))
+    yield server
+    server.kill()
 
 
 def in_bucket(s3, tmp_path, machine="here"):
