@@ -17,7 +17,7 @@ from test_notebook import executed, pictures, printed, tables
 from jobs.benchmark import chosen_methods, main
 from pipeline.methods.registry import VERSIONS
 from pipeline.report.benchmark_tables import to_csv
-from pipeline.stages.benchmark import PAPER_METHODS
+from pipeline.report.paper_results import PAPER_METHODS
 from pipeline.stages.mlflow_results import open_experiment, read_benchmark
 
 BENCHMARK = ("jobs/benchmark.py",)

@@ -13,7 +13,7 @@ from matplotlib._pylab_helpers import Gcf
 from small_clip import small_towers
 from small_problem import mmap_shape
 
-from pipeline.run import run_job
+from pipeline.command_line import run_job
 from pipeline.config import GroupingConfig
 from pipeline.errors import UserError
 from pipeline.grouping.advice import warnings_about

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from pipelines import QUICK, REPOSITORY, every_step_once, numbers, run, summary, the_run
 
-from pipeline.run import run_job
+from pipeline.command_line import run_job
 
 pytestmark = pytest.mark.slow
 TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
@@ -205,7 +205,7 @@ def test_saved_prompts_give_the_same_predictions(undisturbed, tmp_path):
         (["--grouping.num_groups", "7"], "num_groups=7 is impossible for 6 tasks"),
         (["--tracking.uri", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
         (["--compare", "[maple]", "--maple.depth", "9"], "maple.depth=9: the shallower tower has 4 layers"),
-        (["--compare", "[cooop]"], "compare.0='cooop': Input should be 'coop', 'coop_mt'"),
+        (["--compare", "[cooop]"], "compare.0='cooop': Input should be 'coop', 'vpt'"),
         (["--cluster.gpus_per_training", "1"], "but the cluster has 0 GPUs"),
         (["--cluster.workers_per_training", "11"], "of which a task has 16 (batch_size of MmAP) and 10: use no more"),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),
