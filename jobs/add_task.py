@@ -11,10 +11,8 @@ needed. --rerun also trains all tasks again, and shows both. All other options a
 The result is a run folder as any other: with prompts to predict with, and to add the next task to.
 """
 
-from pipeline.config import Config, add_config_arguments, config_from_command_line
-from pipeline.run import faults_told_to_people, job_parser, refuse_options
-from pipeline.stages.added_task import add_task
-from pipeline.stages.finished_run import read_finished_run
+from pipeline.command_line import faults_told_to_people, job_parser, refuse_options
+from pipeline.config import Config, add_config_arguments, arguments_of, config_from_command_line
 
 
 def main() -> None:
@@ -25,9 +23,15 @@ def main() -> None:
         parser.add_argument("--rerun", action="store_true", help="also train all tasks again, to compare")
         add_config_arguments(parser, base="the run's own config.yaml")
         refuse_options(parser, {"storage": "--run", "data.tasks": "--task"}, why="is known here")
-        given, _ = parser.parse_known_args()
+        given = arguments_of(parser)
+
+        from pipeline.stages.finished_run import read_finished_run
+
         finished = read_finished_run(given.run, getattr(given, "config.cache", Config().cache))
         config = config_from_command_line(parser, base=finished.config_file)
+
+        from pipeline.stages.added_task import add_task
+
         add_task(finished, config, given.task, given.rerun, console)
 
 

@@ -15,13 +15,12 @@ LaTeX, CSV, PNG, SVG) is in <storage>/benchmarks/ and in MLflow. docs/methods.md
 import argparse
 from pathlib import Path
 
-from pipeline.config import CONFIGS, add_config_arguments, config_from_command_line
+from pipeline.command_line import faults_told_to_people, job_parser, refuse_options
+from pipeline.config import CONFIGS, METHODS, add_config_arguments, arguments_of, config_from_command_line
 from pipeline.errors import UserError
-from pipeline.methods.registry import VERSIONS
-from pipeline.run import faults_told_to_people, job_parser, refuse_options
-from pipeline.stages.benchmark import PAPER_METHODS, benchmark_configs, run_benchmark
+from pipeline.report.paper_results import PAPER_METHODS
 
-SETS = {"all": tuple(VERSIONS), "paper": PAPER_METHODS}
+SETS = {"all": METHODS, "paper": PAPER_METHODS}
 PER_RUN = {"seed": "--seeds", "data.shots": "--shots", "compare": "--methods"}
 
 
@@ -32,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["all"],
         metavar="NAME",
-        help=f"all, paper (those of the paper's tables and Figure 4), or any of: {', '.join(VERSIONS)} (default: all)",
+        help=f"all, paper (those of the paper's tables and Figure 4), or any of: {', '.join(METHODS)} (default: all)",
     )
     parser.add_argument("--dataset", default="demo", metavar="NAME", help="configs/NAME.yaml (default: demo)")
     parser.add_argument(
@@ -47,10 +46,10 @@ def chosen_methods(names: list[str]) -> tuple[str, ...]:
     """In the order of the registry, whatever the order they are asked for in."""
     chosen = set()
     for name in names:
-        if name not in SETS and name not in VERSIONS:
-            raise UserError(f"--methods {name}: not known; valid: {', '.join((*SETS, *VERSIONS))}")
+        if name not in SETS and name not in METHODS:
+            raise UserError(f"--methods {name}: not known; valid: {', '.join((*SETS, *METHODS))}")
         chosen |= set(SETS.get(name, (name,)))
-    return tuple(name for name in VERSIONS if name in chosen)
+    return tuple(name for name in METHODS if name in chosen)
 
 
 def dataset_file(name: str) -> Path:
@@ -65,10 +64,13 @@ def main() -> None:
     with faults_told_to_people() as console:
         command = parser()
         refuse_options(command, PER_RUN)
-        given, _ = command.parse_known_args()
+        given = arguments_of(command)
         base = config_from_command_line(command, base=dataset_file(given.dataset))
         methods = chosen_methods(given.methods)
         shots = dict.fromkeys(given.shots or [base.data.shots])
+
+        from pipeline.stages.benchmark import benchmark_configs, run_benchmark
+
         run_benchmark(benchmark_configs(base, methods, list(shots), list(dict.fromkeys(given.seeds))), methods, console)
 
 

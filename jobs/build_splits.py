@@ -4,8 +4,21 @@
 python jobs/build_splits.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
 """
 
-from pipeline.run import run_job
-from pipeline.stages.splits import build_splits
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.command_line import run_job
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
+
+
+def main(run: Run) -> None:
+    from pipeline.stages.splits import build_splits
+
+    build_splits(run)
+
 
 if __name__ == "__main__":
-    run_job(__doc__, build_splits)
+    run_job(__doc__, main)

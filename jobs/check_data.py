@@ -16,12 +16,25 @@ check first, and then does not read the images again. Exit status: 1 if there is
 not be made.
 """
 
-import sys
+from __future__ import annotations
 
-from pipeline.run import run_job
-from pipeline.stages.data_check import check_data
+import sys
+from typing import TYPE_CHECKING
+
+from pipeline.command_line import run_job
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
+
+severities: set[str] = set()
+
+
+def main(run: Run) -> None:
+    from pipeline.stages.data_check import check_data
+
+    severities.update(finding.severity for finding in check_data(run, in_full=True))
+
 
 if __name__ == "__main__":
-    severities: set[str] = set()
-    run_job(__doc__, lambda run: severities.update(finding.severity for finding in check_data(run, in_full=True)))
+    run_job(__doc__, main)
     sys.exit(1 if "error" in severities else 0)

@@ -10,8 +10,21 @@ report. The same command again does only what is missing: a finished stage is fo
 on.
 """
 
-from pipeline.run import run_job
-from pipeline.stages.all_stages import run_all_stages
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.command_line import run_job
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
+
+
+def main(run: Run) -> None:
+    from pipeline.stages.all_stages import run_all_stages
+
+    run_all_stages(run)
+
 
 if __name__ == "__main__":
-    run_job(__doc__, run_all_stages)
+    run_job(__doc__, main)

@@ -8,10 +8,8 @@ compares what every partition reaches with its score, with all tasks in one grou
 The same command again does only what is missing; trainings are shared with the pipeline and the benchmark.
 """
 
-from pipeline.config import add_config_arguments, config_from_command_line
-from pipeline.run import faults_told_to_people, job_parser, refuse_options
-from pipeline.stages.grouping_study import run_grouping_study
-from pipeline.stages.many_runs import configs_of
+from pipeline.command_line import faults_told_to_people, job_parser, refuse_options
+from pipeline.config import add_config_arguments, arguments_of, config_from_command_line
 
 
 def main() -> None:
@@ -21,7 +19,11 @@ def main() -> None:
         add_config_arguments(parser)
         refuse_options(parser, {"seed": "--seeds"})
         config = config_from_command_line(parser)
-        seeds = list(dict.fromkeys(parser.parse_known_args()[0].seeds))
+        seeds = list(dict.fromkeys(arguments_of(parser).seeds))
+
+        from pipeline.stages.grouping_study import run_grouping_study
+        from pipeline.stages.many_runs import configs_of
+
         run_grouping_study(configs_of(config, [config.data.shots], seeds), console)
 
 

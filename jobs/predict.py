@@ -9,18 +9,20 @@ With any other --output: a new folder of Parquet files of path, task, label, pro
 this machine or a cluster, of any number of images. A broken image gets an error instead of a class, and exit status 1.
 """
 
+from __future__ import annotations
+
 import argparse
 import csv
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.data.find import IMAGE_SUFFIXES, printable
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import TrainedPrompts
-from pipeline.prediction.load import read_model
-from pipeline.prediction.model import TrainedModel
-from pipeline.prediction.options import ModelOptions
+
+if TYPE_CHECKING:
+    from pipeline.methods.prompt_file import TrainedPrompts
+    from pipeline.prediction.options import ModelOptions
 
 LINE_EVERY_S = 10
 
@@ -59,16 +61,19 @@ def main() -> int:
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    prompts, options, _ = read_model(
-        arguments.prompts, arguments.pretrained, arguments.temperature, arguments.threshold
-    )
-    tasks = list(prompts.words)
-    task = arguments.task or (tasks[0] if len(tasks) == 1 else None)
     to_csv = arguments.output is None or arguments.output.endswith(".csv")
     for name in ("address", "gpus_per_worker") if to_csv else ("device",):
         if getattr(arguments, name) is not None:
             kind, other = ("CSV", "--output <folder>.parquet") if to_csv else ("Parquet", "--gpus-per-worker")
             raise UserError(f"--{name.replace('_', '-')} means nothing for {kind} output: see {other}")
+
+    from pipeline.prediction.load import read_model  # torch takes seconds to import
+
+    prompts, options, _ = read_model(
+        arguments.prompts, arguments.pretrained, arguments.temperature, arguments.threshold
+    )
+    tasks = list(prompts.words)
+    task = arguments.task or (tasks[0] if len(tasks) == 1 else None)
     if to_csv:
         count, num_broken = predict_to_csv(arguments, prompts, options, task)
     else:
@@ -82,6 +87,9 @@ def predict_to_csv(
     arguments: argparse.Namespace, prompts: TrainedPrompts, options: ModelOptions, task: str | None
 ) -> tuple[int, int]:
     """Returns how many images there were, and how many of them broken."""
+    from pipeline.data.names import printable
+    from pipeline.prediction.model import TrainedModel
+
     check_task(arguments, prompts, task)
     images = [image for place in arguments.inputs for image in find_images(Path(place))]
     model = TrainedModel(prompts, options, arguments.device)
@@ -133,6 +141,8 @@ def check_task(arguments: argparse.Namespace, prompts: TrainedPrompts, task: str
 
 
 def find_images(folder: Path) -> list[Path]:
+    from pipeline.data.find import IMAGE_SUFFIXES
+
     if folder.is_file():
         return [folder]
     images = sorted(

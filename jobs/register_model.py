@@ -14,9 +14,6 @@ from pathlib import Path
 
 from pipeline.config import load_yaml, parse_config
 from pipeline.errors import UserError
-from pipeline.prediction.mlflow_model import saved_mlflow_model
-from pipeline.storage import is_uri
-from pipeline.tracking import find_run, register_version, resolve_tracking_uri
 
 
 def main() -> int:
@@ -41,6 +38,10 @@ def main() -> int:
 
 def register(arguments: argparse.Namespace) -> int:
     run_folder, uri = located(arguments.run, arguments.tracking_uri)
+
+    from pipeline.prediction.mlflow_model import saved_mlflow_model  # torch and MLflow take seconds to import
+    from pipeline.tracking import find_run, register_version
+
     client, run_id = find_run(uri, run_folder)
     place, query, options = run_folder.partition("?")
     prompts = f"{place}/prompts/{arguments.prompts}.safetensors{query}{options}"
@@ -58,6 +59,9 @@ def register(arguments: argparse.Namespace) -> int:
 
 def located(run: str, tracking_uri: str | None) -> tuple[str, str]:
     """The run's folder as its tags have it, and its tracking URI."""
+    from pipeline.storage import is_uri
+    from pipeline.tracking import resolve_tracking_uri
+
     if is_uri(run):
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:

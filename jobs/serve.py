@@ -11,16 +11,20 @@ The models must have been trained on the same CLIP, whose weights each replica h
 limits are in docs/serving.md. There is no password: who can reach the address can use it.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import re
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
-from pipeline.prediction.load import read_model
-from pipeline.serving.shared_clip import Trained, check_one_clip
+
+if TYPE_CHECKING:
+    from pipeline.serving.shared_clip import Trained
 
 MIB = 2**20
 
@@ -74,7 +78,12 @@ def main() -> int:
 
 def serve(arguments: argparse.Namespace) -> None:
     check_numbers(arguments)
-    trained = read_models(arguments.model, arguments.pretrained)
+    places = named_places(arguments.model)
+
+    from pipeline.prediction.load import read_model  # torch takes seconds to import
+    from pipeline.serving.shared_clip import check_one_clip
+
+    trained: Trained = {name: read_model(place, arguments.pretrained)[:2] for name, place in places.items()}
     check_one_clip(trained)
     is_local = (arguments.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
     if is_local:  # all of Serve's processes inherit it; half as many requests a second again as without
@@ -144,18 +153,17 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give {remedy}")
 
 
-def read_models(given: list[str], pretrained: str | None) -> Trained:
-    """Raises: UserError: no NAME=PLACE, a name twice, a place without prompts."""
-    trained = {}
+def named_places(given: list[str]) -> dict[str, str]:
+    """Raises: UserError: no NAME=PLACE, a name twice."""
+    places: dict[str, str] = {}
     for model in given:
         name, _, place = model.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name) or not place:
             raise UserError(f"--model {model}: give NAME=PLACE, with a name of letters, digits, `_`, `.`, `-`")
-        if name in trained:
+        if name in places:
             raise UserError(f"--model {model}: there is a model {name!r} already; give each its own name")
-        prompts, options, _ = read_model(place, pretrained)
-        trained[name] = (prompts, options)
-    return trained
+        places[name] = place
+    return places
 
 
 def say(text: str) -> None:

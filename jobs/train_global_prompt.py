@@ -4,12 +4,20 @@
 python jobs/train_global_prompt.py --config configs/office_home.yaml --data.root /data/OfficeHome
 """
 
-from pipeline.run import Run, run_job
-from pipeline.stages.global_prompt import train_global_prompt
-from pipeline.stages.splits import build_splits
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.command_line import run_job
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
 
 
 def main(run: Run) -> None:
+    from pipeline.stages.global_prompt import train_global_prompt
+    from pipeline.stages.splits import build_splits
+
     build_splits(run)
     train_global_prompt(run)
 

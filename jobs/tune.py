@@ -13,10 +13,8 @@ takes are in <storage>/searches/ and in MLflow. docs/tuning.md says what a searc
 
 from pathlib import Path
 
-from pipeline.config import add_config_arguments, config_from_command_line, given_or_shipped
-from pipeline.run import faults_told_to_people, job_parser
-from pipeline.stages.tuning import run_search
-from pipeline.tuning.search_file import read_search
+from pipeline.command_line import faults_told_to_people, job_parser
+from pipeline.config import add_config_arguments, arguments_of, config_from_command_line, given_or_shipped
 
 
 def main() -> None:
@@ -28,8 +26,14 @@ def main() -> None:
         parser.add_argument("--no-final-run", action="store_true", help="leave out the run with the best values")
         add_config_arguments(parser)
         config = config_from_command_line(parser)
-        given, _ = parser.parse_known_args()
+        given = arguments_of(parser)
+
+        from pipeline.tuning.search_file import read_search
+
         search = read_search(given_or_shipped(given.search), config)
+
+        from pipeline.stages.tuning import run_search
+
         run_search(config, search, console, final_run=not given.no_final_run)
 
 

@@ -56,29 +56,29 @@ Template = Annotated[str, AfterValidator(_one_class_field)]
 
 Method = Literal[
     "coop",
-    "coop_mt",
     "vpt",
-    "vpt_mt",
     "maple",
-    "maple_mt",
     "clip_adapter",
-    "clip_adapter_mt",
     "joint_prompts",
-    "joint_prompts_mt",
     "mlp_prompts",
-    "mlp_prompts_mt",
-    "bitfit",
-    "bitfit_mt",
-    "full",
-    "full_mt",
-    "clip_lora",
-    "clip_lora_mt",
     "linear_probe",
-    "linear_probe_mt",
     "lamm",
-    "lamm_mt",
     "promptsrc",
+    "bitfit",
+    "full",
+    "clip_lora",
+    "coop_mt",
+    "vpt_mt",
+    "maple_mt",
+    "clip_adapter_mt",
+    "joint_prompts_mt",
+    "mlp_prompts_mt",
+    "linear_probe_mt",
+    "lamm_mt",
     "promptsrc_mt",
+    "bitfit_mt",
+    "full_mt",
+    "clip_lora_mt",
     "mvlpt",
     "mvlpt_mt",
     "softcpt",
@@ -87,6 +87,8 @@ Method = Literal[
     "mmap_group_only",
     "mmap_random_groups",
 ]
+METHODS = ("zero_shot", *typing.get_args(Method), "all_in_one", "grouped")
+"""The names of registry.VERSIONS, in its order, without the torch that it imports."""
 
 
 class Section(BaseModel):
@@ -693,17 +695,27 @@ def choices(field: FieldInfo) -> tuple[Any, ...]:
     return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
 
 
-def config_from_command_line(
-    parser: argparse.ArgumentParser, command_line: Sequence[str] | None = None, base: Path | None = None
-) -> Config:
-    """The values of --config (without: of the demo), and of the command line over them, validated; `parser` has the
-    config arguments. `base`: a file under those of --config, instead of the demo."""
+def arguments_of(parser: argparse.ArgumentParser, command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line gives; `parser` has the config arguments.
+
+    Raises:
+        UserError: an option that is not known.
+    """
     arguments, unknown = parser.parse_known_args(command_line)
     if unknown:
         name = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(name, [f"--{field}" for field, *_ in fields()], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown option {name}{hint} --help lists them all")
+    return arguments
+
+
+def config_from_command_line(
+    parser: argparse.ArgumentParser, command_line: Sequence[str] | None = None, base: Path | None = None
+) -> Config:
+    """The values of --config (without: of the demo), and of the command line over them, validated; `parser` has the
+    config arguments. `base`: a file under those of --config, instead of the demo."""
+    arguments = arguments_of(parser, command_line)
     values: dict[str, Any] = {}
     files = arguments.config or ([] if base else [DEMO_CONFIG])
     for file in ([base] if base else []) + files:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from pipeline.system_metrics import SystemSampler
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 REPORT_EVERY_S = 0.5
 LOG_LINE_EVERY_S = 10
@@ -102,6 +103,8 @@ class ProgressDisplay:
     """The driver's side. A context manager for one stage."""
 
     def __init__(self, console: Console, title: str):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._console, self._title = console, title
         self._bars = Progress(
             TextColumn("  {task.description}"),
@@ -126,6 +129,8 @@ class ProgressDisplay:
         self._bars.stop()
 
     def show(self, report: Report) -> None:
+        from rich.markup import escape
+
         key = (report.label, report.unit)
         now = time.monotonic()
         began, before = self._started.setdefault(key, (now, report.completed))

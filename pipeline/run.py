@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING, Any
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
 from pipeline.clip.towers import ClipTowers
 from pipeline.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
-from pipeline.config import (
-    BUILTIN_DIGITS,
-    Config,
-    add_config_arguments,
-    config_from_command_line,
-    content_hash,
-    to_yaml,
-)
+from pipeline.config import BUILTIN_DIGITS, Config, content_hash, to_yaml
 from pipeline.data.find import Listing, find_images, unexpected_counts
 from pipeline.data.parquet import FORMAT
 from pipeline.demo.digits import write_digits
@@ -42,10 +30,12 @@ from pipeline.run_lock import alone_at
 from pipeline.storage import Artefact, Storage, is_uri, make_folder, write_atomically
 from pipeline.tracking import JOURNAL, Tracker, check_reachable, resolve_tracking_uri, run_environment
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
 LEAST_FREE_BYTES = 200 << 20
-LOG_WIDTH = 160
 NUMBERS_VERSION = 5
 """To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
 before are then not taken for today's."""
@@ -87,55 +77,6 @@ class Run:
 
     def artefact(self, stage: str, made_from: dict[str, Any]) -> Artefact:
         return Artefact(self.storage, stage, made_from)
-
-
-def run_job(description: str, main: Callable[[Run], None]) -> None:
-    """The body of a job script of one run: command line, checks, `main(run)`."""
-    parser = job_parser(description)
-    add_config_arguments(parser)
-    with faults_told_to_people() as console:
-        with open_run(config_from_command_line(parser), console) as run:
-            main(run)
-
-
-def job_parser(description: str, own_usage: str = "") -> argparse.ArgumentParser:
-    """For a job's own options; the config's are to be added behind them."""
-    return argparse.ArgumentParser(
-        usage=f"%(prog)s [-h] {own_usage}[--config FILE ...] [--section.field VALUE ...]",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def refuse_options(
-    parser: argparse.ArgumentParser, instead: dict[str, str], why: str = "is one value for all runs"
-) -> None:
-    """For a job with options of its own for them: config field → that option.
-
-    Raises:
-        UserError: such a field is on the command line.
-    """
-    given, _ = parser.parse_known_args()
-    for field_name, option in instead.items():
-        if hasattr(given, f"config.{field_name}"):
-            raise UserError(f"--{field_name} {why}: use {option}")
-
-
-@contextmanager
-def faults_told_to_people() -> Iterator[Console]:
-    """Gives a job its console; ends it with a status and, for a user's faults, without a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # A log has room for the tables of many methods.
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
-    try:
-        yield console
-    except UserError as error:
-        console.print("[bold red]error:[/]", escape(str(error)), highlight=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted:[/] the same command goes on from here", highlight=False)
-        sys.exit(130)
 
 
 @contextmanager

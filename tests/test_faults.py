@@ -81,7 +81,7 @@ def test_the_job_is_killed_in_each_stage(quick_run, run_job, tmp_path):
     for point in (
         "pipeline.stages.splits:write_json",
         "report:global prompt:8",
-        "pipeline.stages.grouping:best_partition",
+        "pipeline.stages.grouping_solution:best_partition",
         "report:all in one:8",
         "pipeline.stages.report:to_markdown",
     ):

@@ -13,6 +13,7 @@ from matplotlib._pylab_helpers import Gcf
 from small_clip import small_towers
 from small_problem import mmap_shape
 
+from pipeline.command_line import run_job
 from pipeline.config import GroupingConfig
 from pipeline.errors import UserError
 from pipeline.grouping.advice import warnings_about
@@ -22,8 +23,8 @@ from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.partition import Partition, best_partition
 from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map
-from pipeline.run import run_job
-from pipeline.stages.grouping import _solve, describe_search
+from pipeline.stages.grouping import describe_search
+from pipeline.stages.grouping_solution import write_grouping
 from pipeline.training.loop import Snapshot, StepRecord
 from pipeline.training.snapshots import write_snapshots
 
@@ -150,7 +151,7 @@ def solved(tmp_path, gradients: np.ndarray, **options) -> dict:
     records = [StepRecord(step, 1, 0.1, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5)) for step in range(1, len(gradients) + 1)]
     values = torch.tensor(gradients, dtype=torch.float32)
     write_snapshots(file, TASKS, [Snapshot(*taken, torch.zeros(21)) for taken in zip(records, values)], LAYOUT)
-    _solve(TASKS, {file: TASKS}, GroupingConfig(**options), tmp_path)
+    write_grouping(TASKS, {file: TASKS}, GroupingConfig(**options), tmp_path)
     return json.loads((tmp_path / "grouping.json").read_text())
 
 
@@ -192,7 +193,7 @@ def test_bad_snapshots_are_named(tmp_path):
     solved(tmp_path, np.ones((3, 3, 21)))
     tasks = [*TASKS, "oil"]
     with pytest.raises(UserError, match="step 1 lacks the tasks oil"):
-        _solve(tasks, {tmp_path / "snapshots.parquet": tasks}, GroupingConfig(), tmp_path)
+        write_grouping(tasks, {tmp_path / "snapshots.parquet": tasks}, GroupingConfig(), tmp_path)
 
 
 @pytest.mark.parametrize(

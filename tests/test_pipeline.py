@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, every_step_once, numbers, run, summary, the_run
 
-from pipeline.run import run_job
+from pipeline.command_line import run_job
 
 pytestmark = pytest.mark.slow
 TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
@@ -144,9 +144,8 @@ def test_two_workers_share_each_training(quick_run, run_job, tmp_path):
     failed = run_job("train_global_prompt", "--storage", fault, *two, "--training.learning_rate", "1e30")
     assert failed.status == 2 and "error: global prompt: the loss of task" in failed.output, failed.output
 
-    finished = run_job(
-        "full_pipeline", "--storage", storage, *two, "--grouping.num_groups", "1"
-    )  # two cores: one training after the other
+    # One group: on two cores, one training after the other.
+    finished = run_job("full_pipeline", "--storage", storage, *two, "--grouping.num_groups", "1")
     assert finished.status == 0, finished.output
     assert every_step_once(storage)
     losses = [
@@ -196,7 +195,7 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
         (["--grouping.num_groups", "7"], "num_groups=7 is impossible for 6 tasks"),
         (["--tracking.uri", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
         (["--compare", "[maple]", "--maple.depth", "9"], "maple.depth=9: the shallower tower has 4 layers"),
-        (["--compare", "[cooop]"], "compare.0='cooop': Input should be 'coop', 'coop_mt'"),
+        (["--compare", "[cooop]"], "compare.0='cooop': Input should be 'coop', 'vpt'"),
         (["--cluster.gpus_per_training", "1"], "but the cluster has 0 GPUs"),
         (["--cluster.workers_per_training", "11"], "of which a task has 16 (batch_size of MmAP) and 10: use no more"),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),

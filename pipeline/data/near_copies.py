@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 MOST_BITS = 4
 """Of 64: what scaling, another quality, or a caption change. Unrelated photographs differ in about 32."""
@@ -55,6 +53,10 @@ def _joined(label: np.ndarray, pairs: Sequence[np.ndarray]) -> np.ndarray:
     """The labels, one for all that the pairs connect."""
     if not pairs:
         return label
+
+    from scipy.sparse import coo_matrix  # every worker that reads images imports this module
+    from scipy.sparse.csgraph import connected_components
+
     ends = label[np.concatenate(pairs, axis=1)]
     graph = coo_matrix((np.ones(ends.shape[1], bool), (ends[0], ends[1])), shape=(len(label), len(label)))
     _, of_label = connected_components(graph, directed=False)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 32
@@ -38,6 +37,8 @@ def noise(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def rotated(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Ink on paper, the sheet turned clockwise by 40 to 55 degrees."""
+    from scipy import ndimage  # as sklearn: every worker imports this module, and few draw digits
+
     turned = ndimage.rotate(stroke, -rng.uniform(40, 55), reshape=False, order=1)
     return ink(turned, rng)
 
@@ -50,6 +51,8 @@ def chalk(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def neon(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A tube of saturated light, its hue drawn per image, glowing on near black."""
+    from scipy import ndimage
+
     hue = rng.permutation([1.0, rng.uniform(0.2, 0.9), 0.1])
     glow = np.clip(stroke + 0.8 * ndimage.gaussian_filter(stroke, 2.0), 0, 1)
     return _blend(np.full((SIZE, SIZE, 3), 0.03), hue, glow)
@@ -57,6 +60,8 @@ def neon(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def outline(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Only the contour of the stroke, in pale line on a dark blueprint."""
+    from scipy import ndimage
+
     contour = ndimage.morphological_gradient(stroke, size=(3, 3))
     blueprint = np.array([0.08, 0.16, 0.42]) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
     return _blend(blueprint, np.array([0.85, 0.92, 1.0]), contour)

@@ -12,7 +12,6 @@ from math import nan
 from statistics import fmean
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from pipeline.grouping.affinity import AffinityKind, affinity_matrix
 from pipeline.grouping.partition import best_partition
@@ -144,4 +143,7 @@ def _correlation(scores: Sequence[float], accuracies: Sequence[float]) -> float:
     """Nan where all of either are equal."""
     if len(set(scores)) == 1 or len(set(accuracies)) == 1:
         return nan
+
+    from scipy.stats import spearmanr  # only the study needs it, every grouping imports this module
+
     return float(spearmanr(scores, accuracies).statistic)

@@ -13,8 +13,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
 from torch import nn
 
 from pipeline.clip.class_tokens import ClassTokens
@@ -77,6 +75,10 @@ def task_tree(affinity: np.ndarray) -> np.ndarray:
     num_tasks = len(affinity)
     nodes = list(np.eye(num_tasks, dtype=bool))
     if num_tasks > 1:
+        # Every training imports this module, and few are of HiPro.
+        from scipy.cluster.hierarchy import linkage
+        from scipy.spatial.distance import squareform
+
         distance = affinity.max() - (affinity + affinity.T) / 2
         np.fill_diagonal(distance, 0)
         for left, right, *_ in linkage(squareform(distance, checks=False), "average"):

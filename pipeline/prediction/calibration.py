@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.optimize import minimize_scalar
 
 from pipeline.errors import UserError
 
@@ -31,6 +30,8 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, task: str) -> fl
             f"no temperature can be fitted to {len(labels)} images of task {task!r}: {why}; give more images that were "
             "not trained on"
         )
+
+    from scipy.optimize import minimize_scalar  # every prediction imports this module, and few calibrate
 
     # Convex in 1 / temperature, so with one minimum in its logarithm too.
     def loss(log_temperature: float) -> float:

@@ -7,11 +7,14 @@ import io
 from collections.abc import Mapping, Sequence
 from math import isnan
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pipeline.grouping.study import CRITERIA, GroupingStudy, in_words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLUE, VERMILION, BLACK = "#0072b2", "#d55e00", "#000000"
 
@@ -80,6 +83,8 @@ def study_to_csv(tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> 
 def study_figure(studies: Mapping[int, GroupingStudy]) -> Figure:
     """A row a seed, a column a criterion: every partition's score against its accuracy; the chosen one and all in one
     are marked."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(2.6 * len(CRITERIA) + 0.6, 2.3 * len(studies) + 0.7), layout="constrained")
     panels = figure.subplots(len(studies), len(CRITERIA), squeeze=False, sharey="row")
     for row, (seed, of_seed) in zip(panels, studies.items()):

@@ -10,6 +10,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+PAPER_METHODS = (
+    "zero_shot",
+    "full",
+    "coop",
+    "vpt",
+    "maple",
+    "full_mt",
+    "clip_adapter",
+    "bitfit_mt",
+    "coop_mt",
+    "vpt_mt",
+    "maple_mt",
+    "joint_prompts_mt",
+    "mlp_prompts_mt",
+    "mmap_task_only",
+    "mmap_group_only",
+    "mmap_random_groups",
+    "all_in_one",
+    "grouped",
+)
+"""Of the paper's tables and its Figure 4."""
+
 # The tables' columns, in the paper's order, as names of versions.
 _COLUMNS = "zero_shot full coop vpt maple full_mt clip_adapter bitfit_mt coop_mt vpt_mt maple_mt grouped".split()
 _AVERAGE = "Average"

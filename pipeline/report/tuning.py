@@ -6,14 +6,16 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.tuning.search_file import Search
 from pipeline.tuning.trials import Trial, ranked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATES = {"whole": "trained to the end", "stopped": "ended early", "running": "not ended", "failed": "failed"}
 _COLOURS = {"whole": "#1f5a85", "stopped": "#b3b3b3"}
@@ -69,6 +71,8 @@ def search_figure(search: Search, trials: Sequence[Trial]) -> Figure:
     names = list(search.space)
     columns = min(len(names), 3)
     rows = -(-len(names) // columns)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3.4 * columns + 0.6, 2.8 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(names) :]:

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from pipeline.config import Config, content_hash
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
-from pipeline.report.benchmark_figures import accuracy_parameters_figure, prompt_ablation_figure, shots_figure
 from pipeline.report.benchmark_tables import (
     Benchmark,
     Result,
@@ -37,31 +36,8 @@ from pipeline.stages.splits import build_splits
 from pipeline.storage import make_folder, write_atomically
 from pipeline.tracking import Tracker, resolve_tracking_uri, run_environment
 
-PAPER_METHODS = (
-    "zero_shot",
-    "full",
-    "coop",
-    "vpt",
-    "maple",
-    "full_mt",
-    "clip_adapter",
-    "bitfit_mt",
-    "coop_mt",
-    "vpt_mt",
-    "maple_mt",
-    "joint_prompts_mt",
-    "mlp_prompts_mt",
-    "mmap_task_only",
-    "mmap_group_only",
-    "mmap_random_groups",
-    "all_in_one",
-    "grouped",
-)
-"""Of the paper's tables and its Figure 4."""
 CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
-"""Of its Figure 5."""
-
-
+"""Of the paper's Figure 5."""
 FIGURE_FORMATS = ("png", "svg")
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
@@ -108,6 +84,12 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
 
 def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     """Tables as Markdown, LaTeX and CSV, and pictures as PNG and SVG."""
+    from pipeline.report.benchmark_figures import (  # matplotlib
+        accuracy_parameters_figure,
+        prompt_ablation_figure,
+        shots_figure,
+    )
+
     tables = main_tables(benchmark)
     tables += [table for table in (framework_table(benchmark), comparison_table(benchmark)) if table]
     how = [f"CLIP: {benchmark.clip}.", *benchmark.protocol]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts
-from pipeline.prediction.load import IN_RUN_FOLDER
-from pipeline.run import Run, open_storage
 from pipeline.storage import Artefact, Storage, is_uri, read_json, write_json
+
+if TYPE_CHECKING:
+    from pipeline.methods.prompt_file import TrainedPrompts
+    from pipeline.run import Run
 
 RUNS = "runs"
 RECORD = "artefacts.json"
-SUMMARY, GROUPED = "report/summary.json", IN_RUN_FOLDER
+SUMMARY, GROUPED = "report/summary.json", "prompts/grouped.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,13 @@ class FinishedRun:
     """The tasks' gradients on the global prompt: those of its training, then of each task that was added."""
     summary: dict[str, Any]
     """As summary.json."""
-    prompts: TrainedPrompts
-    """Of grouped MmAP."""
+
+    @cached_property
+    def prompts(self) -> TrainedPrompts:
+        """Of grouped MmAP."""
+        from pipeline.methods.prompt_file import load_prompts  # torch, which a wrong option does not wait for
+
+        return load_prompts(self.folder / GROUPED)
 
     @property
     def config_file(self) -> Path:
@@ -75,7 +82,7 @@ def read_finished_run(place: str, cache: str) -> FinishedRun:
                 f"{storage.shown(artefact.folder)} is gone, which the run {place} needs: run the command again that "
                 "made it"
             )
-    return FinishedRun(storage, folder, snapshots, read_json(folder / SUMMARY), load_prompts(folder / GROUPED))
+    return FinishedRun(storage, folder, snapshots, read_json(folder / SUMMARY))
 
 
 def _located(place: str, cache: str) -> tuple[Storage, Path]:
@@ -88,5 +95,8 @@ def _located(place: str, cache: str) -> tuple[Storage, Path]:
         if not Path(path).is_dir():
             raise UserError(f"--run {place} does not exist")
         return Storage.of_folder(Path(root)), Path(path)
+
+    from pipeline.run import open_storage
+
     storage = open_storage(parse_config({"storage": root + (f"?{options}" if options else ""), "cache": cache}))
     return storage, storage.folder / RUNS / name

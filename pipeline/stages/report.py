@@ -11,7 +11,6 @@ from typing import Any
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import VERSIONS, kind_of, training_of
 from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
-from pipeline.report.summary_figures import accuracy_picture
 from pipeline.run import PARENT, Run
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_groups, read_grouping
@@ -23,6 +22,8 @@ NAME = "report"
 
 def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]) -> Path:
     """Writes <run folder>/report and <run folder>/prompts, and shows the table; returns the report's folder."""
+    from pipeline.report.summary_figures import accuracy_picture  # matplotlib
+
     folder = make_folder(run.folder / "report")
     with Stage(run, NAME, "5 report") as stage:
         stage.computed = True

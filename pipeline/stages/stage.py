@@ -10,8 +10,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
-from ray.train import TrainingFailedError
-from rich.markup import escape
 
 from pipeline.cluster import Patience, WorkerNeeds, places
 from pipeline.errors import UserError
@@ -99,7 +97,9 @@ class Stage:
         item_of = {self._submit(item): item for item in todo if item not in queue}
         value_of: dict[str, Any] = {}
         waiting = list(item_of)
-        patience = Patience(lambda text: self.run.console.print(f"  [yellow]{escape(text)}[/]", highlight=False))
+        patience = Patience(
+            lambda text: self.run.console.print(f"  {text}", style="yellow", markup=False, highlight=False)
+        )
         try:
             while waiting:
                 if self.run.stop.is_set():
@@ -126,6 +126,9 @@ class Stage:
         needs, arguments = self._needs(item), (run.storage, item, run.board)
         if item.num_workers == 1:
             return ray.remote(_work).options(num_cpus=needs.cpus, num_gpus=needs.gpus, **options).remote(*arguments)
+
+        from ray.train import TrainingFailedError  # takes a second to import, and most trainings do without
+
         fewest = cluster.min_workers_per_training or item.num_workers
         assert item.artefact is not None  # a training makes one
         name = f"{item.artefact.stage}-{item.artefact.key}"
@@ -163,6 +166,8 @@ class Stage:
             raise self._explained(error, label) from error
 
     def _explained(self, error: Exception, label: str) -> Exception:
+        from ray.train import TrainingFailedError
+
         if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             return UserError(f"{label}: {error.cause}")
         if isinstance(error, RayTaskError) and isinstance(error.cause, TrainingFailedError):

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.train.torch
 import torch
 from torch import nn
 
@@ -57,7 +56,9 @@ class TrainingWork:
     def device(self) -> torch.device:
         """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
         if Share.of_this_process().world > 1 and torch.cuda.is_available():
-            return ray.train.torch.get_device()
+            from ray.train.torch import get_device
+
+            return get_device()
         if ray.get_gpu_ids():
             if torch.cuda.is_available():
                 return torch.device("cuda")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.grouping.search.assignment import Impossible, feasible_labels
 from pipeline.grouping.search.enumeration import all_partitions
 from pipeline.grouping.search.problem import Problem
 
@@ -33,6 +32,8 @@ def check_constraints(
     together, apart = task_numbers(tasks, "together", together), task_numbers(tasks, "apart", apart)
     if not (together or apart):
         return
+
+    from pipeline.grouping.search.assignment import Impossible, feasible_labels  # scipy, which every run would import
 
     problem = Problem.of(np.zeros((len(tasks), len(tasks))), "sum", num_groups, min_size, max_size, together, apart)
     for unit in problem.units:
@@ -117,6 +118,8 @@ def _counts_by_number(left: tuple[int, ...], kinds: tuple[int, ...], min_size: i
 
 
 def _possible_without(name: str, num_tasks: int, given: dict[str, Any]) -> bool:
+    from pipeline.grouping.search.assignment import Impossible, feasible_labels
+
     others = {other: value for other, value in given.items() if other != name}
     try:
         _check_sizes(num_tasks, others.get("num_groups"), others.get("min_size", 1), others.get("max_size"))
