@@ -2,10 +2,10 @@
 
     make golden
 
-runs the demo and a tiny comparison of all methods anew, shows what is different, and stores it. Use it only when a
-change is meant to change numbers, and raise NUMBERS_VERSION (pipeline/run.py) in the same commit: everything else must
-give the stored numbers again, which tests/test_golden.py checks. New methods, which add numbers and change none, need
-it too.
+runs the demo and a tiny comparison of all methods anew, shows what differs by more than rounding does, and stores it.
+Use it only when a change is meant to change numbers, and raise NUMBERS_VERSION (pipeline/run.py) in the same commit.
+Every other change must give the stored numbers again, which tests/test_golden.py checks. A new method, which adds
+numbers and changes none, needs it too.
 """
 
 from __future__ import annotations
