@@ -6,7 +6,7 @@ IN_PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loa
 PYTEST_OPTIONS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test proof audit lint types docs clean
+.PHONY: demo test proof golden audit lint types docs clean
 
 demo: $(INSTALLED)  ## the whole pipeline on the embedded handwritten digits
 	$(VENV)/bin/python jobs/full_pipeline.py
@@ -16,6 +16,9 @@ test: $(INSTALLED)  ## the tests, without the proofs; with coverage: make test P
 
 proof: $(INSTALLED)  ## fault injection, several machines, soak: what docs/reliability.md tells of
 	$(VENV)/bin/python -m pytest -m proof
+
+golden: $(INSTALLED)  ## the numbers of whole runs, anew: only where a change is meant to change them; tests/golden.py
+	$(VENV)/bin/python tests/golden.py
 
 audit: $(INSTALLED)  ## known faults of the pinned dependencies
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt pip-audit
