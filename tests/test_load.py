@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -44,6 +46,30 @@ def test_random_weights_are_always_the_same(model_file):
     torch.random.set_rng_state(before)
     assert clip_identity(config).weights == "random:0"
     assert (towers_without_weights(config).text_width, towers_without_weights(config).vision_width) == (16, 32)
+
+
+def test_two_loads_at_once_keep_back_open_clips_warnings_and_nobody_elses(model_file, monkeypatch, caplog):
+    """The first load ends while the second is at work, as those of a benchmark's runs do."""
+    create, at_work = open_clip.create_model, threading.Barrier(2)
+    first_ended = threading.Event()
+
+    def create_in_turn(*arguments, **options):
+        at_work.wait()
+        if threading.current_thread().name != "first":
+            first_ended.wait()
+        logging.warning("open_clip tells of a load")
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", create_in_turn)
+    config = ClipConfig(model=model_file, pretrained=None)
+    first, second = (threading.Thread(target=towers_without_weights, args=[config], name=n) for n in ("first", "other"))
+    first.start(), second.start()
+    first.join()
+    logging.warning("a warning of ours")
+    first_ended.set()
+    second.join()
+    logging.warning("a later one")
+    assert [record.message for record in caplog.records] == ["a warning of ours", "a later one"]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

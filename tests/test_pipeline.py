@@ -11,7 +11,7 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
-from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, every_step_once, numbers, run, summary, the_run
+from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, every_step_once, numbers, summary, the_run
 
 from pipeline.command_line import run_job
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import pickle
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -252,11 +253,15 @@ def _open_clip() -> ModuleType:
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """open_clip tells each step of a load, and that random weights are random, to the root logger."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """open_clip tells each step of a load, and that random weights are random, to the root logger. Only what this
+    thread tells is kept back: a level that two threads set and restore would stay at the other's."""
+    logger, this_thread = logging.getLogger(), threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.thread != this_thread
+
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(passes)
