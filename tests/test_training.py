@@ -35,10 +35,12 @@ from pipeline.errors import UserError
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import SharedMmap
-from pipeline.training import loop
+from pipeline.training import evaluate as evaluation
+from pipeline.training import frozen_features, loop
 from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate
+from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate, evaluate_features
+from pipeline.training.frozen_features import frozen_test_features, frozen_training_features
 from pipeline.training.loop import learning_rate, train
 from pipeline.training.snapshots import read_gradients, read_points, write_points, write_snapshots
 
@@ -296,6 +298,62 @@ def test_predictions_are_those_of_a_plain_loop(split_reader, monkeypatch, device
         assert prediction.predicted == int(np.argmax(probabilities))
         assert prediction.probability == pytest.approx(max(probabilities), rel=1e-9)
     assert list(accuracy(predictions)) == list(tasks)
+
+
+def zero_shot(towers) -> Classifier:
+    return Classifier(towers, TEMPLATE, [(dict.fromkeys(TEST_COUNTS, CLASS_WORDS), Adaptation())])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Of 5 images, or of as few steps as have no more."""
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
+    monkeypatch.setattr(evaluation, "FEATURES_AT_ONCE", 5)
+    monkeypatch.setattr(frozen_features, "BATCH_SIZE", 5)
+
+
+@pytest.mark.parametrize("from_features", [False, True], ids=["images", "features"])
+def test_evaluation_beyond_one_chunk_keeps_paths_and_labels(split_reader, small_chunks, from_features):
+    towers, _ = small_towers()
+    classifier = zero_shot(towers)
+    rows = [(task, row) for task in TEST_COUNTS for row in split_reader.rows("test", task, ("image", "label", "path"))]
+    pixels = torch.stack([torch.from_numpy(evaluation_pixels(row["image"], towers.image_size)) for _, row in rows])
+    if from_features:
+        features = towers.encode_image(towers.normalize_pixels(pixels)).split(list(TEST_COUNTS.values()))
+        predictions = evaluate_features(classifier, split_reader, dict(zip(TEST_COUNTS, features)))
+    else:
+        predictions = evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
+    probabilities, labels = classifier.probabilities("ink", pixels).max(dim=1)
+    expected = zip(rows, labels.tolist(), probabilities.tolist(), strict=True)
+    for prediction, ((task, row), predicted, probability) in zip(predictions, expected, strict=True):
+        assert (prediction.task, prediction.path, prediction.label) == (task, row["path"], row["label"])
+        assert prediction.predicted == predicted
+        assert prediction.probability == pytest.approx(probability, rel=1e-9)
+
+
+@pytest.mark.parametrize("batch_size, done", [(2, [2, 4, 6, 7]), (3, [1, 2, 3, 4, 5, 6, 7])])
+def test_frozen_features_beyond_one_chunk_are_those_of_each_step(problem, small_chunks, batch_size, done):
+    towers, _, _, (training_set, _) = problem
+    config = CONFIG.model_copy(update={"batch_size": batch_size})
+    told = []
+    features = frozen_training_features(towers, training_set, 7, config, 5, "float32", told.append)
+    assert told == done
+    for step, of_step in enumerate(features):
+        pixels, _ = training_set.batch(step, batch_size, towers.image_size, config.augmentation, 5)
+        torch.testing.assert_close(of_step, towers.encode_image(towers.normalize_pixels(pixels)))
+    assert len(features) == 7
+
+
+def test_frozen_test_features_beyond_one_chunk_are_those_of_each_image(split_reader, small_chunks):
+    towers, _ = small_towers()
+    told = []
+    features = frozen_test_features(towers, split_reader, "chalk", 2, "float32", told.append)
+    assert told == [5, 10, 15, 20, 23]
+    pixels = [
+        torch.from_numpy(evaluation_pixels(row["image"], towers.image_size))
+        for row in split_reader.rows("test", "chalk", ("image",))
+    ]
+    torch.testing.assert_close(features, towers.encode_image(towers.normalize_pixels(torch.stack(pixels))))
 
 
 def test_batches_hold_the_stored_images_of_one_task(split_reader):
