@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from PIL import Image
 from pipelines import REPOSITORY, the_run
 from servers import S3Server, free_ports
@@ -18,8 +19,10 @@ from test_prediction import digits, prompts_file  # noqa: F401
 
 import pipeline
 from pipeline.cluster import WorkerNeeds
+from pipeline.data.images import evaluation_pixels
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import load_prompts
+from pipeline.prediction import batch
 from pipeline.prediction.batch import OUTPUT, find_batch_input, predict_batch, told_in_lines
 from pipeline.prediction.options import ModelOptions
 
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield WorkerNeeds(1, 0.0)
     ray.shutdown()
 
@@ -69,6 +72,20 @@ def test_a_folder_with_broken_images_and_odd_names(prompts_file, digits, cluster
     for row, prediction in zip(rows[-len(good) :], expected):
         assert (row["task"], row["label"], row["error"]) == ("ink", prediction.label, None)
         assert row["probability"] == pytest.approx(prediction.probability, abs=1e-5)
+
+
+def test_files_beyond_one_chunk_keep_their_own_labels(prompts_file, digits, cluster, tmp_path, monkeypatch):  # noqa: F811
+    for name in ("DECODED_AT_ONCE", "PREDICTED_AT_ONCE", "MAX_FILES_PER_TASK", "ROWS_PER_FILE"):
+        monkeypatch.setattr(batch, name, 5)
+    paths = list(map(str, sorted((digits / "ink").rglob("*.png"))[::10]))
+    counts, rows = predicted(prompts_file, cluster, paths, tmp_path / "out", "ink")
+    assert counts == (22, 0) and len(list((tmp_path / "out").iterdir())) > 2
+    images = torch.stack([torch.from_numpy(evaluation_pixels(Path(path).read_bytes(), 32)) for path in paths])
+    trained = load_prompts(prompts_file)
+    probabilities, labels = trained.classifier().probabilities("ink", images).max(dim=1)
+    assert [row["path"] for row in rows] == paths
+    assert [row["label"] for row in rows] == [trained.words["ink"][label] for label in labels]
+    assert [row["probability"] for row in rows] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
 def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path):  # noqa: F811
