@@ -73,16 +73,18 @@ def test_batches_show_each_image_equally_often():
     assert len(batch_indices(2, 5, 0, seed=1)) == 5
 
 
-def test_the_loop_is_plain_sgd_on_the_summed_losses(problem):
+@pytest.mark.parametrize("momentum, weight_decay", [(0.9, 5e-4), (0.6, 0.02)])
+def test_the_loop_is_plain_sgd_on_the_summed_losses(problem, momentum, weight_decay):
     """Against a slow reference: one task after the other, prompts concatenated at every layer, torch's own SGD."""
     towers, model, tokens, sets = problem
     fast = group_prompts(towers)
-    history, _ = train(towers, fast, sets, tokens, CONFIG, epochs=2, seed=5)
+    config = CONFIG.model_copy(update={"momentum": momentum, "weight_decay": weight_decay})
+    history, _ = train(towers, fast, sets, tokens, config, epochs=2, seed=5)
     assert [record.step for record in history] == list(range(1, 9))  # ceil(10 / 3) steps an epoch
     assert [record.epoch for record in history] == [1] * 4 + [2] * 4
 
     slow = group_prompts(towers)
-    optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay)
     ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
@@ -224,6 +226,35 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(problem):
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_epochs": 0})
     with pytest.raises(UserError, match=r"loss of task 'ink' is (nan|inf) at step \d+.*learning_rate 1e\+30"):
         train(towers, group_prompts(towers), sets, tokens, config, epochs=4, seed=1)
+
+
+def test_a_loss_of_any_task_that_is_not_finite_stops_with_its_name(problem):
+    towers, _, tokens, sets = problem
+    for number, task in enumerate(TASKS):
+        prompts = group_prompts(towers)
+        with torch.no_grad():
+            prompts.task.source[number] = torch.nan  # the other task's prompts are as they were
+        with pytest.raises(UserError, match=f"loss of task '{task}' is nan at step 1: lower the learning_rate"):
+            train(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=1)
+
+
+@pytest.mark.parametrize("checkpoint_every, epochs_saved", [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3]), (5, []), (9, [])])
+def test_a_checkpoint_is_saved_every_few_epochs_but_not_at_the_end(problem, tmp_path, checkpoint_every, epochs_saved):
+    """At the end the artifact itself is written."""
+    towers, _, tokens, sets = problem
+    saved = []
+
+    class Recorded(Checkpoints):
+        def save(self, state):
+            saved.append(len(state["history"]) / 4)  # steps an epoch
+            super().save(state)
+
+    config = CONFIG.model_copy(update={"checkpoint_every": checkpoint_every})
+    prompts = group_prompts(towers)
+    history, _ = train(towers, prompts, sets, tokens, config, epochs=5, seed=1, checkpoints=Recorded(tmp_path))
+    assert saved == epochs_saved and len(history) == 20
+    newest = Checkpoints(tmp_path).load()
+    assert (len(newest["history"]) / 4 if newest else None) == (epochs_saved[-1] if epochs_saved else None)
 
 
 @pytest.mark.parametrize("needs", ["an allocation that fails", "another fault"])
