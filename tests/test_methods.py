@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from plain_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
 from small_methods import SMALL, TRAINED, WORDS, built, tokens_for, with_frozen_features
-from small_problem import CONFIG, TEST_COUNTS, small_problem, write_test_splits
+from small_problem import CONFIG, TASKS, TEST_COUNTS, small_problem, write_test_splits
 
 from pipeline.clip.load import load_clip, towers_without_weights, weights_fingerprint
 from pipeline.config import (
@@ -40,6 +40,7 @@ from pipeline.methods.hipro import task_tree
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, kind_of, training_of
 from pipeline.stages.group_trainings import random_groups
+from pipeline.stages.training_work import TrainingWork
 from pipeline.training.evaluate import evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures, frozen_test_features, save_features
 from pipeline.training.loop import train
@@ -715,6 +716,16 @@ def test_a_loaded_model_has_text_prompts_where_it_was_trained_with_them(tmp_path
         save_prompts(tmp_path / "trained.safetensors", trained)
         loaded = load_prompts(tmp_path / "trained.safetensors").classifier()
         assert loaded.towers.prompts_before_sos == (text_order == "before_sos")
+
+
+def test_a_trainings_towers_are_as_the_config_says(monkeypatch):
+    monkeypatch.setattr(TrainingWork, "device", lambda work: torch.device("cpu"))  # which asks Ray
+    for text_order, activations_gib in (("after_sos", 6.0), ("before_sos", 0.5)):
+        clip = {**SMALL.clip.model_dump(), "activations_gib": activations_gib}
+        config = parse_config({"clip": clip, "mmap": {"text_order": text_order}})
+        towers = TrainingWork(config, None, TASKS, "training").towers()
+        assert towers.prompts_before_sos == (text_order == "before_sos")
+        assert towers.activations_gib == activations_gib
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if not name.startswith("mmap")])
