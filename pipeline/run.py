@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
 LEAST_FREE_BYTES = 200 << 20
-NUMBERS_VERSION = 5
+NUMBERS_VERSION = 6
 """To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
 before are then not taken for today's."""
 

@@ -74,6 +74,28 @@ def quick_run(tmp_path_factory):
     return storage, finished.output
 
 
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    """MmAP of two groups, untrained, for the demo's CLIP."""
+    from small_prompts import DIGITS, trained
+
+    from pipeline.methods.prompt_file import save_prompts
+
+    file = tmp_path_factory.mktemp("prompts") / "grouped.safetensors"
+    save_prompts(file, trained("mmap", {"ink": DIGITS, "neon": DIGITS}, {"pairs": ["zero | nought", "one"]}))
+    return file
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The demo's images, <task>/<class>/*.png."""
+    from pipeline.demo.digits import write_digits
+
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    write_digits(folder)
+    return folder
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """For pytest-xdist: a file's tests stay in one process, and so do all files that use `quick_run`, so that it is

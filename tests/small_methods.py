@@ -53,7 +53,7 @@ def with_frozen_features(towers, sets, config=CONFIG, seed=5):
     ]
 
 
-def tokens_for(name, towers, words_per_task):
+def tokens_for(name, towers, words_per_task, config=SMALL):
     kind = KINDS[name]
-    template = kind.template(SMALL.clip.template)
-    return class_tokens(towers.tokenizer, template, words_per_task, kind.num_carried(SMALL))
+    template = kind.template(config.clip.template)
+    return class_tokens(towers.tokenizer, template, words_per_task, kind.num_carried(config))

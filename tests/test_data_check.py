@@ -303,7 +303,9 @@ def planted(tmp_path_factory) -> Path:
     return root
 
 
-def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path):
+@pytest.mark.parametrize("batch_rows", [5, checked_images.BATCH_ROWS])
+def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeypatch, batch_rows):
+    monkeypatch.setattr(checked_images, "BATCH_ROWS", batch_rows)
     listing = find_images(DataConfig(), planted)
     wanted = to_check(listing.images)
     table = check_images(planted, wanted)

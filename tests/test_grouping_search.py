@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.grouping.partition import Partition, best_partition
+from pipeline.grouping.search import enumeration
 from pipeline.grouping.search.assignment import feasible_labels
 from pipeline.grouping.search.cliques import CliqueProgram
 from pipeline.grouping.search.components import components
@@ -311,6 +312,13 @@ def test_real_differences_are_not_ties():
     assert best_partition(affinity).groups == ((0, 1, 2),)  # equal to ((0, 1), (2,)) and ((0,), (1, 2))
     affinity[1, 2] = affinity[2, 1] = 1 - 1e-9
     assert best_partition(affinity).groups == ((0, 1), (2,))
+
+
+def test_enumeration_in_several_blocks_makes_each_partition_once(monkeypatch):
+    monkeypatch.setattr(enumeration, "PREFIXES_AT_ONCE", 5)
+    blocks = list(enumeration.all_partitions(7))
+    partitions = {tuple(sorted(filter(None, partition))) for block in blocks for partition in block.tolist()}
+    assert len(blocks) > 2 and len(partitions) == sum(map(len, blocks)) == BELL_NUMBERS[7]
 
 
 @pytest.mark.parametrize("num_tasks", range(1, len(BELL_NUMBERS)))

@@ -310,6 +310,19 @@ def test_images_in_parquet_are_those_of_the_folders(tree, tmp_path, kind, as_fol
     assert len({image.sha256 for image in found}) == len(found)
 
 
+def test_a_table_of_several_batches_is_the_folders(tree, tmp_path, monkeypatch):
+    """Each image under its own path, with its own bytes and label."""
+    monkeypatch.setattr(manifest_module, "BATCH_ROWS", 5)
+    rows = rows_of(tree)[::-1]
+    table = {name: [row[name] for row in rows] for name in ("task", "label")}
+    table["image"] = [(tree / row["path"]).read_bytes() for row in rows]
+    pq.write_table(pa.table(table), tmp_path / "all.parquet", row_group_size=13)  # batches of 5, 5, 3 and 3
+    listing = find_images(DataConfig(), tmp_path / "all.parquet")
+    given = {(row["task"], row["label"], (tree / row["path"]).read_bytes()) for row in rows}
+    assert len(listing.images) == len(rows)
+    assert {(of.task, of.class_folder, image_bytes(listing.root, of.path)) for of in listing.images} == given
+
+
 def test_rows_are_read_in_any_order(tree):
     """By order they cost one pass; any other order gives the same bytes."""
     file = write_images(tree, tree / "all.parquet", rows_of(tree), "bytes", group=5)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import typing
 from dataclasses import astuple, replace
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from plain_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
 from small_methods import SMALL, TRAINED, WORDS, built, tokens_for, with_frozen_features
-from small_problem import CONFIG, TEST_COUNTS, small_problem, write_test_splits
+from small_problem import CONFIG, TASKS, TEST_COUNTS, small_problem, write_test_splits
 
 from pipeline.clip.load import load_clip, towers_without_weights, weights_fingerprint
 from pipeline.config import (
@@ -23,7 +26,10 @@ from pipeline.config import (
     Config,
     MapleConfig,
     Method,
+    MethodConfig,
     MlpPromptsConfig,
+    MmapConfig,
+    OwnTraining,
     VptConfig,
     load_yaml,
     parse_config,
@@ -35,6 +41,7 @@ from pipeline.methods.hipro import task_tree
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, kind_of, training_of
 from pipeline.stages.group_trainings import random_groups
+from pipeline.stages.training_work import TrainingWork
 from pipeline.training.evaluate import evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures, frozen_test_features, save_features
 from pipeline.training.loop import train
@@ -67,21 +74,28 @@ def with_weights(model, weights):
     return model
 
 
-def plain_features(name, method, model, images):
+def plain_features(name, method, model, images, config=SMALL):
     """Features (B, E), (C, E) of one task by each method's own definition, with the plain towers."""
     vision_depth, text_depth = len(model.visual.transformer.resblocks), len(model.transformer.resblocks)
-    template = SMALL.clip.template
+    template = config.clip.template
     if name in ("mmap", "mmap_shared"):
         parts = (method.group, method.task) if name == "mmap" else (method.mmap,)
-        depth = min(text_depth, vision_depth)
+        depth = config.mmap.depth or min(text_depth, vision_depth)
         of_layers = {
             tower: [
-                torch.cat([torch.kron(getattr(of, tower)[0, k], of.source[0, k]) for of in parts]) for k in range(depth)
+                torch.cat(
+                    [
+                        torch.kron(getattr(of, tower)[0, k], of.source[0, 0 if config.mmap.shared_source else k])
+                        for of in parts
+                    ]
+                )
+                for k in range(depth)
             ]
             for tower in ("text_scaling", "vision_scaling")
         }
         text, vision = map(torch.stack, of_layers.values())
-        return plain_encode_image(model, images, vision), plain_encode_text(model, full_ids(template), text)
+        before_sos = config.mmap.text_order == "before_sos"
+        return plain_encode_image(model, images, vision), plain_encode_text(model, full_ids(template), text, before_sos)
     if name == "coop":
         z = plain_encode_text(model, full_ids("{}."), method.context[None], carried=True)
         return model.encode_image(images), z
@@ -97,7 +111,8 @@ def plain_features(name, method, model, images):
         x = model.encode_image(images)
         first, _, second, _ = method.bottleneck
         adapted = (second.weight @ (first.weight @ x.T + first.bias[:, None]).clamp(min=0) + second.bias[:, None]).T
-        return 0.2 * adapted.clamp(min=0) + 0.8 * x, model.encode_text(full_ids(template))
+        ratio = config.clip_adapter.ratio
+        return ratio * adapted.clamp(min=0) + (1 - ratio) * x, model.encode_text(full_ids(template))
     if name == "joint_prompts":
         return (
             plain_encode_image(model, images, method.vision_prompts),
@@ -109,15 +124,16 @@ def plain_features(name, method, model, images):
         if name == "clip_lora":
             blocks = [key.removesuffix(".in_proj_weight") for key in own if key.endswith("in_proj_weight")]
             assert len(trained) == 2 * len(blocks)
+            alpha, rank = config.clip_lora.alpha, config.clip_lora.rank
             low_rank = {
                 block: zip(
-                    trained[f"{block}.in_proj_update.up"], trained[f"{block}.in_proj_update.down.weight"].split(2)
+                    trained[f"{block}.in_proj_update.up"], trained[f"{block}.in_proj_update.down.weight"].split(rank)
                 )
                 for block in blocks
             }
             trained = {
                 f"{block}.in_proj_weight": own[f"{block}.in_proj_weight"]
-                + torch.cat([b @ a / 2**0.5 for b, a in low_rank[block]])  # alpha 1, rank 2
+                + torch.cat([alpha / rank**0.5 * b @ a for b, a in low_rank[block]])
                 for block in blocks
             }
         else:
@@ -127,12 +143,11 @@ def plain_features(name, method, model, images):
     if name == "linear_probe":
         return model.encode_image(images), method.weights
     if name == "lamm":
-        ids, z = full_ids(template), []
+        ids, z, with_name = full_ids(template), [], with_weights(model, {})
         for number, (row, pieces) in enumerate(zip(ids, method.embeddings)):
             name_at = 1 + len(tokenizer().encode("a photo of a"))
             embedded = model.token_embedding(row)
             embedded = torch.cat([embedded[:name_at], pieces, embedded[name_at + len(pieces) :]])
-            with_name = with_weights(model, {})
             with_name.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
             z.append(plain_encode_text(with_name, ids[number : number + 1], None))
         return model.encode_image(images), torch.cat(z)
@@ -148,16 +163,17 @@ def plain_features(name, method, model, images):
                 method.vision_prompts.reshape(-1, 24) @ method.vision_in.weight.T + method.vision_in.bias,
             ]
         )
-        mixer = method.mixer
-        h = F.layer_norm(prompts, (4,), mixer.norm1.weight, mixer.norm1.bias)
+        mixer, length, width = method.mixer, config.mvlpt.prompt_length, config.mvlpt.mixer_width
+        h = F.layer_norm(prompts, (width,), mixer.norm1.weight, mixer.norm1.bias)
         q, k, v = (h @ mixer.self_attn.in_proj_weight.T + mixer.self_attn.in_proj_bias).chunk(3, dim=1)
-        attended = (q @ k.T / 2).softmax(dim=1) @ v  # one head of width 4
+        attended = (q @ k.T / width**0.5).softmax(dim=1) @ v  # one head
         prompts = prompts + attended @ mixer.self_attn.out_proj.weight.T + mixer.self_attn.out_proj.bias
-        h = F.layer_norm(prompts, (4,), mixer.norm2.weight, mixer.norm2.bias)
+        h = F.layer_norm(prompts, (width,), mixer.norm2.weight, mixer.norm2.bias)
         h = F.gelu(h @ mixer.linear1.weight.T + mixer.linear1.bias)
         prompts = prompts + h @ mixer.linear2.weight.T + mixer.linear2.bias
-        context = prompts[:2] @ method.text_out.weight.T + method.text_out.bias
-        vision = (prompts[2:] @ method.vision_out.weight.T + method.vision_out.bias).reshape(3, 2, 24)
+        context = prompts[:length] @ method.text_out.weight.T + method.text_out.bias
+        vision = prompts[length:] @ method.vision_out.weight.T + method.vision_out.bias
+        vision = vision.reshape(vision_depth, length, 24)
         return (
             plain_encode_image(model, images, vision),
             plain_encode_text(model, full_ids("{}."), context[None], carried=True),
@@ -165,7 +181,8 @@ def plain_features(name, method, model, images):
     if name == "softcpt":
         (task,) = method.tasks
         of_task = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], carried=True)[0]
-        context = torch.stack([of_task @ method.projection[:, at] for at in range(3)])
+        context = [of_task @ method.projection[:, at] for at in range(config.softcpt.context_length)]
+        context = torch.stack(context)
         return model.encode_image(images), plain_encode_text(model, full_ids("{}."), context[None], carried=True)
     if name == "hipro":  # with one task the tree is one leaf; several: below
         z = plain_encode_text(model, full_ids("{}."), method.contexts, carried=True)
@@ -268,6 +285,133 @@ def test_starts_do_not_depend_on_the_machine_or_the_tasks(name):
             assert all(torch.equal(value, own[key.removeprefix("towers.")]) for key, value in start.items())
     elif name not in ("linear_probe", "lamm"):  # start as the class texts
         assert not all(torch.equal(value, other[key]) for key, value in first.items())
+
+
+# Starts: each is a check of one parameter
+
+
+def is_all(value):
+    return lambda start: torch.equal(start, torch.full_like(start, value))
+
+
+def equals(expected):
+    return lambda start: torch.allclose(start, expected.to(start.dtype), rtol=1e-6, atol=1e-9)
+
+
+def is_normal(std):
+    def check(start):
+        assert start.numel() >= 500  # so that the deviation is known within a tenth
+        return abs(start.mean()) < 4 * std / start.numel() ** 0.5 and abs(start.std() / std - 1) < 0.1
+
+    return check
+
+
+def is_uniform(bound):
+    """Over -bound to bound: the start of torch's linear layers, with a bound of one over the root of their inputs."""
+
+    def check(start):
+        if not 0 < start.abs().max() <= bound:
+            return False
+        return start.numel() < 100 or abs(start.std() / (bound / 3**0.5) - 1) < 0.15
+
+    return check
+
+
+def begins_with_words(words, std):
+    """The first layer's first prompts (K', b, d_l) are these embeddings, and all others are random."""
+
+    def check(start):
+        rest = torch.cat([start[0, len(words) :], start[1:].flatten(0, 1)])
+        return equals(words)(start[0, : len(words)]) and is_normal(std)(rest)
+
+    return check
+
+
+SKETCHED = "an old sketch of the {}, in ink."
+FOR_STARTS = parse_config(
+    {
+        "clip": {"template": SKETCHED},
+        "mmap": {"prompt_length": 40, "source_rows": 40, "init_std": 0.07},
+        "coop": {"context_length": 50},
+        "vpt": {"prompt_length": 10},
+        "maple": {"prompt_length": 40, "depth": 2},
+        "joint_prompts": {"prompt_length": 20},
+        "mlp_prompts": {"prompt_length": 20, "source_width": 16},
+        "promptsrc": {"prompt_length": 40, "depth": 2},
+        "mvlpt": {"prompt_length": 40, "mixer_width": 20},
+        "softcpt": {"context_length": 10, "meta_length": 40},
+        "hipro": {"context_length": 20},
+    }
+)
+
+
+def expected_starts(name, towers, model):
+    """Pattern of parameters' names → check of each."""
+    sketch_of = model.token_embedding(torch.tensor(tokenizer().encode("an old sketch of the")))
+    normal, text, vision = is_normal(0.02), is_uniform(16**-0.5), is_uniform(24**-0.5)
+    mixer = is_uniform(20**-0.5)
+    return {
+        "zero_shot": {},
+        "mmap": {"*.source": is_normal(0.07), "*_scaling": is_all(1)},
+        "mmap_shared": {"mmap.source": is_normal(0.07), "mmap.*_scaling": is_all(1)},
+        "coop": {"context": normal},
+        "vpt": {"prompts": normal},
+        "maple": {"text_prompts": begins_with_words(sketch_of, 0.02), "projections.*": text},
+        "clip_adapter": {"bottleneck.0.*": is_uniform(12**-0.5), "bottleneck.2.*": is_uniform(3**-0.5)},
+        "joint_prompts": {"text_prompts": normal, "vision_prompts": normal},
+        "mlp_prompts": {"source": normal, "*_layers.*": text},
+        "linear_probe": {"weights": equals(model.encode_text(full_ids(SKETCHED)))},
+        "lamm": {"embeddings": equals(torch.stack([model.token_embedding(row)[6:7] for row in full_ids(SKETCHED)]))},
+        "promptsrc": {"text_prompts": begins_with_words(sketch_of, 0.02), "vision_prompts": normal},
+        "mvlpt": {
+            "context": normal,
+            "vision_prompts": normal,
+            "text_in.*": text,
+            "vision_in.*": vision,
+            "mixer.norm[12].weight": is_all(1),
+            "mixer.norm[12].bias": is_all(0),
+            "mixer.self_attn.in_proj_weight": is_uniform((6 / (4 * 20)) ** 0.5),  # Glorot's
+            "mixer.self_attn.*bias": is_all(0),
+            "mixer.self_attn.out_proj.weight": mixer,
+            "mixer.linear1.*": mixer,
+            "mixer.linear2.*": is_uniform(80**-0.5),
+            "*_out.*": mixer,
+        },
+        "softcpt": {"meta_prompt": normal, "projection": normal},
+        "hipro": {"contexts": normal},
+        "bitfit": {f"towers.{key}": equals(value) for key, value in towers.state_dict().items()},
+        "full": {f"towers.{key}": equals(value) for key, value in towers.state_dict().items()},
+        "clip_lora": {
+            "*.up": is_all(0),
+            "towers.text_blocks.*.down.weight": text,
+            "towers.visual.*.down.weight": vision,
+        },
+    }[name]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_parameter_starts_as_the_method_says(name):
+    towers, model = small_towers()
+    expected = expected_starts(name, towers, model)
+    for parameter, start in KINDS[name].build(FOR_STARTS, towers, WORDS).named_parameters():
+        (check,) = (check for pattern, check in expected.items() if fnmatchcase(parameter, pattern))
+        assert check(start.detach()), parameter
+
+
+def test_a_class_of_several_names_starts_the_linear_probe_at_their_mean():
+    towers, model = small_towers()
+    start = KINDS["linear_probe"].build(SMALL, towers, {"ink": SEVERAL_NAMES}).weights
+    names = F.normalize(model.encode_text(full_ids(SMALL.clip.template)), dim=1)
+    torch.testing.assert_close(start.detach(), torch.stack([names[:2].mean(0), names[2], names[3:].mean(0)]))
+
+
+def test_prompts_fewer_than_the_templates_words_start_as_the_first_of_them():
+    towers, model = small_towers()
+    an_old = model.token_embedding(torch.tensor(tokenizer().encode("an old")))
+    config = SMALL.model_copy(update={"clip": FOR_STARTS.clip})
+    for name in ("maple", "promptsrc"):
+        start = KINDS[name].build(config, towers, WORDS).text_prompts.detach()
+        assert equals(an_old)(start[0]) and start[1].std() < 0.03
 
 
 @pytest.mark.parametrize(
@@ -411,32 +555,193 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
         assert ours.probability == pytest.approx(expected.probability, rel=1e-9)
 
 
-def test_what_holds_a_method_to_the_frozen_clip_is_added_to_its_loss():
-    towers, model, _, sets = small_problem()
-    sets = with_frozen_features(towers, sets)
+def first_losses(name, config, towers, model):
+    """Each task's loss in the first step, as trained and by the plain definition."""
+    sets = with_frozen_features(towers, small_problem()[3])
     frozen_tokens = tokens_for("zero_shot", towers, list(WORDS.values()))
-    frozen_z = F.normalize(model.encode_text(full_ids(SMALL.clip.template)), dim=1)
-    for name in ("promptsrc", "lamm"):
-        method = built(name, towers)
-        tokens = tokens_for(name, towers, list(WORDS.values()))
-        before = copy.deepcopy(method)
-        ((record, *_), _) = train(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens)
-        for task, of_task in enumerate(sets):
-            pixels, labels = of_task.batch(0, 3, 16, CONFIG.augmentation, 5)
-            images = towers.normalize_pixels(pixels)
-            x, z = (F.normalize(f, dim=1) for f in plain_features(name, before, model, images))
-            frozen_x = F.normalize(model.encode_image(images), dim=1)
-            p, q = ((model.logit_scale.exp() * a @ b.T) for a, b in ((x, z), (frozen_x, frozen_z)))
-            expected = F.cross_entropy(p, labels)
-            if name == "promptsrc":
-                expected += 25 * (z - frozen_z).abs().mean() + 10 * (x - frozen_x).abs().mean()
-                expected += (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).mean()
-            else:
-                expected += (1 - (z * frozen_z).sum(1)).mean()
-                expected += sum((new - old).square().sum() for new, old in zip(before.embeddings, before.start)) / 2
-                p, q = p / 2, q / 2
-                expected += 0.05 * 4 * (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
-            assert record.losses[task] == pytest.approx(expected.item(), rel=1e-9)
+    frozen_z = F.normalize(model.encode_text(full_ids(config.clip.template)), dim=1)
+    method = built(name, towers, config=config)
+    tokens = tokens_for(name, towers, list(WORDS.values()), config)
+    before = copy.deepcopy(method)
+    ((record, *_), _) = train(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens)
+    plain = []
+    for of_task in sets:
+        pixels, labels = of_task.batch(0, 3, 16, CONFIG.augmentation, 5)
+        images = towers.normalize_pixels(pixels)
+        x, z = (F.normalize(f, dim=1) for f in plain_features(name, before, model, images, config))
+        frozen_x = F.normalize(model.encode_image(images), dim=1)
+        p, q = ((model.logit_scale.exp() * a @ b.T) for a, b in ((x, z), (frozen_x, frozen_z)))
+        loss = F.cross_entropy(p, labels)
+        weights = getattr(config, name)
+        if name == "promptsrc":
+            loss += weights.text_weight * (z - frozen_z).abs().mean()
+            loss += weights.image_weight * (x - frozen_x).abs().mean()
+            loss += weights.logits_weight * (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).mean()
+        else:
+            loss += weights.text_weight * (1 - (z * frozen_z).sum(1)).mean()
+            distance = sum((new - old).square().sum() for new, old in zip(before.embeddings, before.start))
+            loss += weights.embedding_weight * distance / 2
+            p, q = p / 2, q / 2
+            divergence = (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
+            loss += weights.logits_weight * 4 * divergence
+        plain.append(loss.item())
+    return record.losses, plain
+
+
+@pytest.mark.parametrize("name", ["promptsrc", "lamm"])
+def test_what_holds_a_method_to_the_frozen_clip_is_added_to_its_loss(name):
+    losses, plain = first_losses(name, SMALL, *small_towers())
+    assert losses == pytest.approx(plain, rel=1e-9)
+
+
+# Options
+
+
+class Option(NamedTuple):
+    value: object
+    """Neither the default nor 1."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    """What it makes of the parameters with these names, in towers of 4 text layers and 5 vision layers."""
+
+
+FOR_OPTIONS = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=6, source_rows=2)})
+OPTIONS = {
+    "mmap.prompt_length": Option(4, {"text_scaling": (1, 4, 2, 2), "vision_scaling": (1, 4, 2, 3)}),
+    "mmap.source_rows": Option(3, {"source": (1, 4, 3, 8), "text_scaling": (1, 4, 2, 2)}),
+    "mmap.source_columns": Option(4, {"source": (1, 4, 2, 4), "vision_scaling": (1, 4, 3, 6)}),
+    "mmap.depth": Option(3, {"source": (1, 3, 2, 8), "text_scaling": (1, 3, 3, 2)}),
+    "mmap.shared_source": Option(True, {"source": (1, 1, 2, 8), "text_scaling": (1, 4, 3, 2)}),
+    "mmap.text_order": Option("before_sos"),
+    "mmap.init_std": Option(0.3),
+    "coop.context_length": Option(5, {"context": (5, 16)}),
+    "vpt.prompt_length": Option(5, {"prompts": (5, 5, 24)}),
+    "maple.prompt_length": Option(5, {"text_prompts": (2, 5, 16)}),
+    "maple.depth": Option(3, {"text_prompts": (3, 2, 16)}),
+    "clip_adapter.reduction": Option(3, {"bottleneck.0.weight": (4, 12)}),
+    "clip_adapter.ratio": Option(0.35),
+    "joint_prompts.prompt_length": Option(5, {"text_prompts": (4, 5, 16), "vision_prompts": (5, 5, 24)}),
+    "mlp_prompts.prompt_length": Option(5, {"source": (4, 5, 4)}),
+    "mlp_prompts.source_width": Option(6, {"source": (4, 2, 6)}),
+    "clip_lora.rank": Option(3, {"text_blocks.0.attn.in_proj_update.up": (3, 16, 3)}),
+    "clip_lora.alpha": Option(2.5),
+    "lamm.embedding_weight": Option(2.5),
+    "lamm.text_weight": Option(3.5),
+    "lamm.logits_weight": Option(0.4),
+    "promptsrc.prompt_length": Option(5, {"text_prompts": (2, 5, 16), "vision_prompts": (2, 5, 24)}),
+    "promptsrc.depth": Option(3, {"text_prompts": (3, 2, 16), "vision_prompts": (3, 2, 24)}),
+    "promptsrc.image_weight": Option(3.0),
+    "promptsrc.text_weight": Option(7.0),
+    "promptsrc.logits_weight": Option(2.5),
+    "mvlpt.prompt_length": Option(5, {"context": (5, 16), "vision_prompts": (5, 5, 24)}),
+    "mvlpt.mixer_width": Option(6, {"text_in.weight": (6, 16), "vision_out.weight": (24, 6)}),
+    "softcpt.context_length": Option(5, {"projection": (12, 5, 16)}),
+    "softcpt.meta_length": Option(3, {"meta_prompt": (3, 16)}),
+    "hipro.context_length": Option(5, {"contexts": (1, 5, 16)}),
+}
+SECTIONS = {kind.section for kind in KINDS.values() if kind.section}
+METHOD_OPTIONS = [
+    (name, option) for option in OPTIONS for name, kind in KINDS.items() if kind.section == option.partition(".")[0]
+]
+
+
+def with_option(option):
+    section, _, field = option.partition(".")
+    changed = {**getattr(FOR_OPTIONS, section).model_dump(), field: OPTIONS[option].value}
+    return parse_config({**FOR_OPTIONS.model_dump(), section: changed})
+
+
+def test_the_table_has_every_option_of_every_method():
+    options = {
+        f"{section}.{field}": default
+        for section in SECTIONS
+        for field, default in getattr(Config(), section)
+        if field != "training"
+    }
+    assert OPTIONS.keys() == options.keys()
+    for option, default in options.items():
+        value = OPTIONS[option].value
+        assert value not in (default, getattr(getattr(FOR_OPTIONS, option.partition(".")[0]), option.partition(".")[2]))
+        assert value is True or value != 1
+    assert SECTIONS == {"mmap"} | {name for name, value in Config() if isinstance(value, MethodConfig)}
+
+
+@cache
+def outcome_as_plainly_defined(name, config):
+    """Method, Adaptation, and all features and losses as one list."""
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    towers, model = small_towers(config.mmap.text_order, text_layers=4, vision_layers=5)
+    method = built(name, towers, INK, config)
+    adaptation = method()
+    tokens = tokens_for(name, towers, [CLASS_WORDS], config)
+    x = adaptation.encode_image(towers, images, [3])
+    (z,) = tokens.class_features(adaptation.encode_text(towers, tokens))
+    for features, plain in zip((x, z), plain_features(name, method, model, images, config)):
+        torch.testing.assert_close(features, plain, **TOLERANCE)
+    losses: tuple[float, ...] = ()
+    if KINDS[name].consistent:
+        losses, plain_losses = first_losses(name, config, towers, model)
+        assert losses == pytest.approx(plain_losses, rel=1e-9)
+    return method, adaptation, [*x.flatten().tolist(), *z.flatten().tolist(), *losses]
+
+
+@pytest.mark.parametrize("name, option", METHOD_OPTIONS)
+def test_an_option_away_from_its_default_is_the_plain_definition(name, option):
+    config = with_option(option)
+    *_, before = outcome_as_plainly_defined(name, FOR_OPTIONS)
+    method, adaptation, outcome = outcome_as_plainly_defined(name, config)
+    assert outcome != before
+    parameters = {f".{key}": tuple(value.shape) for key, value in method.named_parameters()}
+    for suffix, shape in OPTIONS[option].shapes.items():
+        shapes = {of for key, of in parameters.items() if key.endswith(f".{suffix}")}
+        assert shapes == {shape}, suffix
+    carried = adaptation.text_prompts if adaptation.text_carried else getattr(method, "contexts", None)
+    assert KINDS[name].num_carried(config) == (0 if carried is None else carried.shape[-2])
+
+
+@pytest.mark.parametrize("name, option", METHOD_OPTIONS)
+def test_a_file_keeps_an_option_away_from_its_default(name, option, tmp_path):
+    config = with_option(option)
+    state = {"numbers": torch.zeros(10_000)}
+    trained = TrainedPrompts(name, config, "weights", (dict(INK),), (state,))
+    save_prompts(tmp_path / "trained.safetensors", trained)
+    loaded = load_prompts(tmp_path / "trained.safetensors").config
+    options = (getattr(of, KINDS[name].section).model_dump(exclude={"training"}) for of in (loaded, config))
+    assert next(options) == next(options)
+
+
+def test_a_loaded_model_has_text_prompts_where_it_was_trained_with_them(tmp_path):
+    for text_order in ("after_sos", "before_sos"):
+        config = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=2, source_rows=2, text_order=text_order)})
+        towers = load_clip(config.clip, text_order)
+        state = built("mmap", towers, INK, config).state_dict()
+        trained = TrainedPrompts("mmap", config, weights_fingerprint(towers), (dict(INK),), (state,))
+        save_prompts(tmp_path / "trained.safetensors", trained)
+        loaded = load_prompts(tmp_path / "trained.safetensors").classifier()
+        assert loaded.towers.prompts_before_sos == (text_order == "before_sos")
+
+
+def test_a_trainings_towers_are_as_the_config_says(monkeypatch):
+    monkeypatch.setattr(TrainingWork, "device", lambda work: torch.device("cpu"))  # which asks Ray
+    for text_order, activations_gib in (("after_sos", 6.0), ("before_sos", 0.5)):
+        clip = {**SMALL.clip.model_dump(), "activations_gib": activations_gib}
+        config = parse_config({"clip": clip, "mmap": {"text_order": text_order}})
+        towers = TrainingWork(config, None, TASKS, "training").towers()
+        assert towers.prompts_before_sos == (text_order == "before_sos")
+        assert towers.activations_gib == activations_gib
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if not name.startswith("mmap")])
+def test_each_field_of_a_methods_own_training_goes_before_the_common_one(name):
+    own = {"epochs": 7, "batch_size": 6, "learning_rate": 0.5, "weight_decay": 0.25}
+    default = training_of(name, Config())
+    own["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
+    assert own.keys() == OwnTraining.model_fields.keys()
+    section = KINDS[name].section
+    for field, value in own.items():
+        changed = training_of(name, parse_config({section: {"training": {field: value}}}))
+        assert changed == default.model_copy(update={field: value})
+        common = parse_config({"training": {**own, "momentum": 0.3}, section: {"training": {field: None}}})
+        assert getattr(training_of(name, common), field) == value and training_of(name, common).momentum == 0.3
 
 
 # The methods for several tasks

@@ -7,55 +7,25 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
+import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from pipelines import REPOSITORY
+from small_prompts import DIGITS, trained
 
 import pipeline
-from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.data.images import evaluation_pixels
-from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
-from pipeline.methods.registry import KINDS
+from pipeline.methods.prompt_file import load_prompts, save_prompts
 from pipeline.prediction.calibration import fit_temperature, negative_log_likelihood
+from pipeline.prediction.mlflow_model import saved_mlflow_model
 from pipeline.prediction.model import BATCH_SIZE
-
-DIGITS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
-
-
-def trained(method: str, *groups: dict[str, list[str]]) -> TrainedPrompts:
-    """As a training begins them."""
-    config = Config(
-        clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS, template="a photo of the digit {}."),
-        mmap=MmapConfig(prompt_length=2, source_rows=2),
-    )
-    towers = load_clip(config.clip)
-    parts = []
-    for seed, group in enumerate(groups):
-        module = KINDS[method].build(config.model_copy(update={"seed": seed}), towers, group)
-        parts.append(TrainedPrompts(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
-    return merge_prompts(parts)
-
-
-@pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("prompts") / "grouped.safetensors"
-    save_prompts(file, trained("mmap", {"ink": DIGITS, "neon": DIGITS}, {"pairs": ["zero | nought", "one"]}))
-    return file
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder / "digits")
-    return folder / "digits"
+from pipeline.serving.mixed_batch import Asked, predict_together
 
 
 def test_importing_the_package_imports_no_torch():
@@ -86,6 +56,52 @@ def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(prompt
         assert all(p.probability == max(p.probabilities.values()) and not p.by_task for p in found)
     assert model.predict_pixels(pixels, "ink")[0].label == found[0].label
     assert model.predict([], "ink") == []
+
+
+def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(prompts_file, digits, monkeypatch):
+    images = [path.read_bytes() for path in sorted((digits / "ink").rglob("*.png"))[::17]]
+    images[7:7] = [b"no image"]
+    labels = [DIGITS[number % 10] for number in range(len(images))]
+    given = {"images": [*images[:7], *images[8:]], "labels": [*labels[:7], *labels[8:]], "task": "neon"}
+    whole = pipeline.load(prompts_file)
+    expected, temperature = whole.predict(images, "ink"), whole.calibrate(**given)
+    monkeypatch.setattr("pipeline.prediction.model.BATCH_SIZE", 5)
+    model = pipeline.load(prompts_file)
+    predictions = model.predict(images, "ink")
+    assert len(predictions) == len(images) > 10 and predictions[7].error
+    for prediction, reference in zip(predictions, expected):
+        assert (prediction.label, prediction.error) == (reference.label, reference.error)
+        assert prediction.probabilities == pytest.approx(reference.probabilities, abs=1e-6)
+    assert model.calibrate(**given) == pytest.approx(temperature, rel=1e-4)
+
+
+def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_path, digits):
+    """Of a task whose classes lie in alphabetical order, and one of the same classes that do not."""
+    paths = [path for name in DIGITS for path in sorted((digits / "ink" / name).iterdir())[:2]]
+    images, names = [path.read_bytes() for path in paths], [path.parent.name for path in paths]
+    models = {}
+    for order, labels in (("sorted", sorted(DIGITS)), ("given", DIGITS)):
+        save_prompts(tmp_path / f"{order}.safetensors", trained("mmap", {"ink": labels}))
+        models[order] = pipeline.load(tmp_path / f"{order}.safetensors")
+    expected = models["sorted"].predict(images, "ink")
+    assert models["given"].labels("ink") == DIGITS
+    assert sum(prediction.label == name for prediction, name in zip(expected, names)) > 10
+    with saved_mlflow_model(tmp_path / "given.safetensors") as folder:
+        table = mlflow.pyfunc.load_model(str(folder)).predict(pd.DataFrame({"image": images, "task": "ink"}))
+    pixels = torch.stack([torch.from_numpy(evaluation_pixels(image, 32)) for image in images])
+    (served,) = predict_together([Asked(models["given"], "ink", pixels)], 7)
+    of_each_way = {
+        "object": [prediction.record() for prediction in models["given"].predict(images, "ink")],
+        "MLflow": table.to_dict("records"),
+        "service": [prediction.record() for prediction in served],
+    }
+    for way, records in of_each_way.items():
+        for record, reference in zip(records, expected, strict=True):
+            assert list(record["probabilities"]) == DIGITS, way
+            assert record["probabilities"] == pytest.approx(reference.probabilities, abs=1e-6), way
+            assert (record["label"], record["probability"]) == (reference.label, pytest.approx(reference.probability))
+    temperatures = [model.calibrate(images, [*names[:-1], "one"], "ink") for model in models.values()]
+    assert temperatures[0] == pytest.approx(temperatures[1], rel=1e-3)
 
 
 def test_images_that_are_not_8_bit_rgb_are_read_as_their_files_are(prompts_file):

@@ -8,15 +8,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from pipelines import the_run
 from servers import S3Server, free_ports
-from test_prediction import digits, prompts_file  # noqa: F401
 
 import pipeline
 from pipeline.cluster import WorkerNeeds
+from pipeline.data.images import evaluation_pixels
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import load_prompts
+from pipeline.prediction import batch
 from pipeline.prediction.batch import OUTPUT, find_batch_input, predict_batch, told_in_lines
 from pipeline.prediction.options import ModelOptions
 
@@ -36,7 +38,7 @@ def predicted(prompts: Path, needs: WorkerNeeds, inputs, output, task=None, opti
     return counts, pq.read_table(output, schema=OUTPUT).to_pylist()
 
 
-def test_a_folder_with_broken_images_and_odd_names(prompts_file, digits, cluster, tmp_path):  # noqa: F811
+def test_a_folder_with_broken_images_and_odd_names(prompts_file, digits, cluster, tmp_path):
     folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     good = sorted((digits / "ink").rglob("*.png"))[::2]
@@ -66,7 +68,21 @@ def test_a_folder_with_broken_images_and_odd_names(prompts_file, digits, cluster
         assert row["probability"] == pytest.approx(prediction.probability, abs=1e-5)
 
 
-def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path):  # noqa: F811
+def test_files_beyond_one_chunk_keep_their_own_labels(prompts_file, digits, cluster, tmp_path, monkeypatch):
+    for name in ("DECODED_AT_ONCE", "PREDICTED_AT_ONCE", "MAX_FILES_PER_TASK", "ROWS_PER_FILE"):
+        monkeypatch.setattr(batch, name, 5)
+    paths = list(map(str, sorted((digits / "ink").rglob("*.png"))[::10]))
+    counts, rows = predicted(prompts_file, cluster, paths, tmp_path / "out", "ink")
+    assert counts == (22, 0) and len(list((tmp_path / "out").iterdir())) > 2
+    images = torch.stack([torch.from_numpy(evaluation_pixels(Path(path).read_bytes(), 32)) for path in paths])
+    trained = load_prompts(prompts_file)
+    probabilities, labels = trained.classifier().probabilities("ink", images).max(dim=1)
+    assert [row["path"] for row in rows] == paths
+    assert [row["label"] for row in rows] == [trained.words["ink"][label] for label in labels]
+    assert [row["probability"] for row in rows] == pytest.approx(probabilities.tolist(), abs=1e-5)
+
+
+def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path):
     images = sorted((digits / "neon").rglob("*.png"))[:150]
     tasks = ["ink", "neon", None, "pairs", "oil"] * 30
     table = {"image": [path.read_bytes() for path in images], "task": tasks, "more": range(150)}
@@ -90,12 +106,12 @@ def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path)
     assert "task 'oil' is none of the model's: ink, neon, pairs" in rows[4]["error"]
 
 
-def test_no_images_make_an_empty_table(prompts_file, cluster, tmp_path):  # noqa: F811
+def test_no_images_make_an_empty_table(prompts_file, cluster, tmp_path):
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
     assert predicted(prompts_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
 
 
-def test_from_a_bucket_to_a_bucket(prompts_file, digits, run_job, tmp_path):  # noqa: F811
+def test_from_a_bucket_to_a_bucket(prompts_file, digits, run_job, tmp_path):
     (port,) = free_ports(1, first=5700)
     server = S3Server(tmp_path, port)
     try:
@@ -125,7 +141,7 @@ def test_from_a_bucket_to_a_bucket(prompts_file, digits, run_job, tmp_path):  # 
         server.kill()
 
 
-def test_what_a_user_gets_wrong_is_named(prompts_file, digits, cluster, tmp_path):  # noqa: F811
+def test_what_a_user_gets_wrong_is_named(prompts_file, digits, cluster, tmp_path):
     (tmp_path / "both").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "both" / "a.png")
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "both" / "b.parquet")

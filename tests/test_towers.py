@@ -9,7 +9,8 @@ import torch
 from plain_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_open_clip, small_towers, tokenizer
 
-from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.class_tokens import class_tokens, counts_between
+from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -114,41 +115,99 @@ def test_trained_weights_get_the_plain_gradients(options, prompted, activations_
     assert_same_features_and_gradients(ours, plain, parameters)
 
 
-@pytest.mark.parametrize("trained", ["prompts", "weights", "low-rank updates"])
-@pytest.mark.parametrize("quick_gelu", [False, True])
-def test_the_activations_that_chunks_are_planned_by_are_those_that_are_kept(quick_gelu, trained):
-    """A tower's plan is within a fifth of what autograd saves, and chunks keep to it."""
+def kept_bytes(towers, encode):
+    """What autograd saves of a forward pass, weights left out."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*towers.parameters(), *towers.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = encode()
+    del features
+    return sum(kept.values())
+
+
+NUM_ROWS = 30
+
+
+def kept_bytes_of_a_row(towers, encode):
+    """Without what does not grow with the rows."""
+    half = NUM_ROWS // 2
+    return (kept_bytes(towers, encode) - kept_bytes(towers, lambda: encode(half))) / (NUM_ROWS - half)
+
+
+def wide_towers(trained, precision, quick_gelu=True):
+    """Towers of which activations are most, and for each: how to encode some of NUM_ROWS rows, its blocks, tokens of
+    a row, and keys beside them."""
     towers, _ = small_towers(
         quick_gelu=quick_gelu, vision_width=64, text_width=64, vision_layers=6, text_layers=6, dtype=torch.float32
     )
     towers.requires_grad_(trained == "weights")
+    if precision == "bfloat16" and trained != "weights":
+        towers.hold_matrices_in_bfloat16()
     if trained == "low-rank updates":
         towers = ClipLora(Config(), towers, []).towers
     words = [[f"{first} {second}" for first in ("red", "green", "old") for second in CLASS_WORDS]] * 2
     tokens = class_tokens(towers.tokenizer, TEMPLATE, words)
     text_prompts = random_prompts(2, 6, 4, 64, 1).float()
     vision_prompts = random_prompts(2, 6, 4, 64, 2).float()
-    images = torch.randn(30, 3, 16, 16)
-    for encode, blocks, num_rows, num_tokens, num_keys in (
-        (lambda: towers.encode_text(tokens, text_prompts), towers.text_blocks, 30, tokens.suffix.shape[1], 4 + 5),
-        (lambda: towers.encode_image(images, vision_prompts, [15, 15]), towers.vision_blocks, 30, 5, 4),
-    ):
-        towers.activations_gib = math.inf
-        held = (*towers.parameters(), *towers.buffers())
-        weights = {tensor.untyped_storage().data_ptr() for tensor in held}
-        kept = {}
+    images = torch.randn(NUM_ROWS, 3, 16, 16).to(towers.visual.conv1.weight.dtype)
 
-        def keep(tensor, weights=weights, kept=kept):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+    def encode_text(count=NUM_ROWS):
+        with autocast(towers.device, precision):
+            return towers.encode_text(tokens.rows(0, count), text_prompts)
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            features = encode()
-        planned = num_rows * towers._kept_bytes(blocks, num_tokens, num_tokens + num_keys)
-        assert planned == pytest.approx(sum(kept.values()), rel=0.2)
-        del features
+    def encode_images(count=NUM_ROWS):
+        with autocast(towers.device, precision):
+            return towers.encode_image(images[:count], vision_prompts, counts_between([15, 15], 0, count))
+
+    num_suffix = tokens.suffix.shape[1]
+    return towers, {
+        "text": (encode_text, towers.text_blocks, num_suffix, num_suffix + 4 + 5),
+        "vision": (encode_images, towers.vision_blocks, 5, 5 + 4),
+    }
+
+
+@pytest.mark.parametrize("precision, tolerance", [("float32", 0.2), ("bfloat16", 0.35)])
+@pytest.mark.parametrize("trained", ["prompts", "weights", "low-rank updates"])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_the_activations_that_chunks_are_planned_by_are_those_that_are_kept(quick_gelu, trained, precision, tolerance):
+    """A tower's plan is within a fifth of what autograd saves of a row, under autocast somewhat more."""
+    towers, by_tower = wide_towers(trained, precision, quick_gelu)
+    for encode, blocks, num_tokens, num_keys in by_tower.values():
+        kept = kept_bytes_of_a_row(towers, encode)
+        with autocast(towers.device, precision):
+            planned = towers._kept_bytes(blocks, num_tokens, num_keys)
+        assert kept <= planned * 1.01
+        assert planned == pytest.approx(kept, rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tower", ["text", "vision"])
+@pytest.mark.parametrize("trained", ["prompts", "low-rank updates"])
+def test_chunks_keep_no_more_than_allowed_and_are_no_more_than_needed(trained, tower, precision):
+    towers, by_tower = wide_towers(trained, precision)
+    encode, *_ = by_tower[tower]
+    of_row, whole = kept_bytes_of_a_row(towers, encode), kept_bytes(towers, encode)
+    sizes = []
+    last_norm = towers.ln_final if tower == "text" else towers.visual.ln_post
+    last_norm.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    for share in (0.9, 0.4, 0.056, 0.001):
+        allowed = NUM_ROWS * of_row * share
+        towers.activations_gib = allowed / 2**30
+        sizes.clear()
+        kept_between_chunks = kept_bytes(towers, encode)
+        num_chunks = len(sizes)
+        assert num_chunks > 1 and sum(sizes) == NUM_ROWS and max(sizes) - min(sizes) <= 1
+        assert kept_between_chunks < 0.25 * whole  # a chunk is run again when its backward pass comes
+        assert max(sizes) * of_row <= allowed or max(sizes) == 1
+        if num_chunks > 2:  # in one fewer they would not have fitted, as far as the plan knows
+            assert math.ceil(NUM_ROWS / (num_chunks - 1)) * of_row * 1.35 > allowed
 
 
 @pytest.mark.parametrize("options", [dict(), dict(custom_text=True, quick_gelu=False)])

@@ -204,6 +204,25 @@ def test_what_is_refused_does_not_hold_up_the_rest(uri, folder, caplog):
     assert sum("MLflow refused" in message for message in caplog.messages) == 1
 
 
+def test_values_of_several_requests_arrive_whole(uri, folder, monkeypatch):
+    monkeypatch.setattr(tracking, "BATCH_LIMITS", dict.fromkeys(tracking.BATCH_LIMITS, 5))
+    values = {f"name{number}": number for number in range(12)}
+    with Tracker(uri, "demo", folder) as tracker:
+        tracker.start_run("pipeline")
+        tracker.log_params("pipeline", values)
+        tracker.log_metrics("pipeline", values, step=1)
+        tracker.log_metrics("pipeline", values, step=2)
+        tracker.end_run("pipeline")
+        report = tracker.flush()
+    assert (report.waiting, report.refused) == (0, 0)
+    client, runs = read_runs(uri)
+    run = runs["pipeline"]
+    assert run.data.params == {name: str(value) for name, value in values.items()}
+    assert run.data.metrics.keys() == values.keys()
+    for name, value in values.items():
+        assert history(client, run, name) == [(1, value), (2, value)]
+
+
 def test_what_always_fails_is_given_up(uri, folder, monkeypatch):
     monkeypatch.setattr(tracking, "GIVE_UP_AFTER", 3)
     monkeypatch.setattr(tracking, "FIRST_PAUSE_S", 0.05)

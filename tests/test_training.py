@@ -35,10 +35,12 @@ from pipeline.errors import UserError
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import SharedMmap
-from pipeline.training import loop
+from pipeline.training import evaluate as evaluation
+from pipeline.training import frozen_features, loop
 from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate
+from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate, evaluate_features
+from pipeline.training.frozen_features import frozen_test_features, frozen_training_features
 from pipeline.training.loop import learning_rate, train
 from pipeline.training.snapshots import read_gradients, read_points, write_points, write_snapshots
 
@@ -71,16 +73,18 @@ def test_batches_show_each_image_equally_often():
     assert len(batch_indices(2, 5, 0, seed=1)) == 5
 
 
-def test_the_loop_is_plain_sgd_on_the_summed_losses(problem):
+@pytest.mark.parametrize("momentum, weight_decay", [(0.9, 5e-4), (0.6, 0.02)])
+def test_the_loop_is_plain_sgd_on_the_summed_losses(problem, momentum, weight_decay):
     """Against a slow reference: one task after the other, prompts concatenated at every layer, torch's own SGD."""
     towers, model, tokens, sets = problem
     fast = group_prompts(towers)
-    history, _ = train(towers, fast, sets, tokens, CONFIG, epochs=2, seed=5)
+    config = CONFIG.model_copy(update={"momentum": momentum, "weight_decay": weight_decay})
+    history, _ = train(towers, fast, sets, tokens, config, epochs=2, seed=5)
     assert [record.step for record in history] == list(range(1, 9))  # ceil(10 / 3) steps an epoch
     assert [record.epoch for record in history] == [1] * 4 + [2] * 4
 
     slow = group_prompts(towers)
-    optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay)
     ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
@@ -224,6 +228,35 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(problem):
         train(towers, group_prompts(towers), sets, tokens, config, epochs=4, seed=1)
 
 
+def test_a_loss_of_any_task_that_is_not_finite_stops_with_its_name(problem):
+    towers, _, tokens, sets = problem
+    for number, task in enumerate(TASKS):
+        prompts = group_prompts(towers)
+        with torch.no_grad():
+            prompts.task.source[number] = torch.nan  # the other task's prompts are as they were
+        with pytest.raises(UserError, match=f"loss of task '{task}' is nan at step 1: lower the learning_rate"):
+            train(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=1)
+
+
+@pytest.mark.parametrize("checkpoint_every, epochs_saved", [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3]), (5, []), (9, [])])
+def test_a_checkpoint_is_saved_every_few_epochs_but_not_at_the_end(problem, tmp_path, checkpoint_every, epochs_saved):
+    """At the end the artifact itself is written."""
+    towers, _, tokens, sets = problem
+    saved = []
+
+    class Recorded(Checkpoints):
+        def save(self, state):
+            saved.append(len(state["history"]) / 4)  # steps an epoch
+            super().save(state)
+
+    config = CONFIG.model_copy(update={"checkpoint_every": checkpoint_every})
+    prompts = group_prompts(towers)
+    history, _ = train(towers, prompts, sets, tokens, config, epochs=5, seed=1, checkpoints=Recorded(tmp_path))
+    assert saved == epochs_saved and len(history) == 20
+    newest = Checkpoints(tmp_path).load()
+    assert (len(newest["history"]) / 4 if newest else None) == (epochs_saved[-1] if epochs_saved else None)
+
+
 @pytest.mark.parametrize("needs", ["an allocation that fails", "another fault"])
 def test_out_of_memory_says_what_to_change(problem, monkeypatch, needs):
     towers, _, tokens, sets = problem
@@ -296,6 +329,62 @@ def test_predictions_are_those_of_a_plain_loop(split_reader, monkeypatch, device
         assert prediction.predicted == int(np.argmax(probabilities))
         assert prediction.probability == pytest.approx(max(probabilities), rel=1e-9)
     assert list(accuracy(predictions)) == list(tasks)
+
+
+def zero_shot(towers) -> Classifier:
+    return Classifier(towers, TEMPLATE, [(dict.fromkeys(TEST_COUNTS, CLASS_WORDS), Adaptation())])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Of 5 images, or of as few steps as have no more."""
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
+    monkeypatch.setattr(evaluation, "FEATURES_AT_ONCE", 5)
+    monkeypatch.setattr(frozen_features, "BATCH_SIZE", 5)
+
+
+@pytest.mark.parametrize("from_features", [False, True], ids=["images", "features"])
+def test_evaluation_beyond_one_chunk_keeps_paths_and_labels(split_reader, small_chunks, from_features):
+    towers, _ = small_towers()
+    classifier = zero_shot(towers)
+    rows = [(task, row) for task in TEST_COUNTS for row in split_reader.rows("test", task, ("image", "label", "path"))]
+    pixels = torch.stack([torch.from_numpy(evaluation_pixels(row["image"], towers.image_size)) for _, row in rows])
+    if from_features:
+        features = towers.encode_image(towers.normalize_pixels(pixels)).split(list(TEST_COUNTS.values()))
+        predictions = evaluate_features(classifier, split_reader, dict(zip(TEST_COUNTS, features)))
+    else:
+        predictions = evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
+    probabilities, labels = classifier.probabilities("ink", pixels).max(dim=1)
+    expected = zip(rows, labels.tolist(), probabilities.tolist(), strict=True)
+    for prediction, ((task, row), predicted, probability) in zip(predictions, expected, strict=True):
+        assert (prediction.task, prediction.path, prediction.label) == (task, row["path"], row["label"])
+        assert prediction.predicted == predicted
+        assert prediction.probability == pytest.approx(probability, rel=1e-9)
+
+
+@pytest.mark.parametrize("batch_size, done", [(2, [2, 4, 6, 7]), (3, [1, 2, 3, 4, 5, 6, 7])])
+def test_frozen_features_beyond_one_chunk_are_those_of_each_step(problem, small_chunks, batch_size, done):
+    towers, _, _, (training_set, _) = problem
+    config = CONFIG.model_copy(update={"batch_size": batch_size})
+    told = []
+    features = frozen_training_features(towers, training_set, 7, config, 5, "float32", told.append)
+    assert told == done
+    for step, of_step in enumerate(features):
+        pixels, _ = training_set.batch(step, batch_size, towers.image_size, config.augmentation, 5)
+        torch.testing.assert_close(of_step, towers.encode_image(towers.normalize_pixels(pixels)))
+    assert len(features) == 7
+
+
+def test_frozen_test_features_beyond_one_chunk_are_those_of_each_image(split_reader, small_chunks):
+    towers, _ = small_towers()
+    told = []
+    features = frozen_test_features(towers, split_reader, "chalk", 2, "float32", told.append)
+    assert told == [5, 10, 15, 20, 23]
+    pixels = [
+        torch.from_numpy(evaluation_pixels(row["image"], towers.image_size))
+        for row in split_reader.rows("test", "chalk", ("image",))
+    ]
+    torch.testing.assert_close(features, towers.encode_image(towers.normalize_pixels(torch.stack(pixels))))
 
 
 def test_batches_hold_the_stored_images_of_one_task(split_reader):

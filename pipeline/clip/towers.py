@@ -338,7 +338,8 @@ class ClipTowers(nn.Module):
 
     def _in_chunks(self, encode: Callable[[int, int], torch.Tensor], num_rows: int, bytes_per_row: int) -> torch.Tensor:
         """encode(0, num_rows), in as few equal chunks as fit `activations_gib`, recomputed in the backward pass."""
-        num_chunks = min(math.ceil(num_rows * bytes_per_row / (self.activations_gib * 2**30)) or 1, num_rows)
+        rows_per_chunk = math.floor(min(num_rows, self.activations_gib * 2**30 / bytes_per_row))
+        num_chunks = math.ceil(num_rows / max(rows_per_chunk, 1))
         if num_chunks <= 1:
             return encode(0, num_rows)
         bounds = [num_rows * chunk // num_chunks for chunk in range(num_chunks + 1)]

@@ -23,6 +23,7 @@ SAMPLES = 3
 """Of a class of a task, at most."""
 MOST_SAMPLES = 3000
 """Of all, so that a page of them has no more than some 10 MB."""
+BATCH_ROWS = 1 << 16
 _FACTS = pa.schema(
     [
         ("width", pa.int32()),
@@ -98,7 +99,7 @@ def read_samples(file: Path) -> dict[tuple[str, str], list[bytes]]:
     """(task, class folder) → thumbnails as JPEGs, by path."""
     samples: dict[tuple[str, str], list[bytes]] = defaultdict(list)
     with pq.ParquetFile(file) as table:
-        for batch in table.iter_batches(columns=["task", "class_folder", "thumbnail"]):
+        for batch in table.iter_batches(BATCH_ROWS, columns=["task", "class_folder", "thumbnail"]):
             for row in batch.filter(batch["thumbnail"].is_valid()).to_pylist():
                 samples[row["task"], row["class_folder"]].append(row["thumbnail"])
     return dict(samples)

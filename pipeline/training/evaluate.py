@@ -148,18 +148,18 @@ def decoded_batches(
     tasks: Sequence[str],
     image_size: int,
     threads: int,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     pinned: bool = False,
     share: Share | None = None,
 ) -> Generator[tuple[str, list[Row], torch.Tensor], None, None]:
     """The tasks' test sets in batches of one task: its name, rows (label, path), pixels uint8 (B, 3, S, S).
 
     One thread reads Parquet and `threads` decode (Pillow frees the GIL), AHEAD batches before the consumer, across
-    the tasks' bounds. `pinned`: pixels lie in memory from which a GPU copies while the program goes on. Of several
-    workers, each decodes the batches of its `share` alone.
+    the tasks' bounds. `batch_size`: BATCH_SIZE if None. `pinned`: pixels lie in memory from which a GPU copies while
+    the program goes on. Of several workers, each decodes the batches of its `share` alone.
     """
     share = share or Share()
-    batches = islice(_batches_of_rows(reader, tasks, batch_size), share.rank, None, share.world)
+    batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), share.rank, None, share.world)
     reading, decoding = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(threads, "decode")
 
     def read() -> tuple[str, list[Row], torch.Tensor, list[Future[None]]] | None:

@@ -1,0 +1,25 @@
+"""Prompts of the demo's tiny CLIP, untrained, for tests of prediction."""
+
+from __future__ import annotations
+
+from pipeline.clip.load import load_clip, weights_fingerprint
+from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
+from pipeline.methods.prompt_file import TrainedPrompts, merge_prompts
+from pipeline.methods.registry import KINDS
+
+DIGITS = ["seven", "two", "nine", "zero", "four", "eight", "one", "six", "three", "five"]
+"""In no alphabetical order, so that labels that something sorts are noticed."""
+
+
+def trained(method: str, *groups: dict[str, list[str]]) -> TrainedPrompts:
+    """As a training begins them."""
+    config = Config(
+        clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS, template="a photo of the digit {}."),
+        mmap=MmapConfig(prompt_length=2, source_rows=2),
+    )
+    towers = load_clip(config.clip)
+    parts = []
+    for seed, group in enumerate(groups):
+        module = KINDS[method].build(config.model_copy(update={"seed": seed}), towers, group)
+        parts.append(TrainedPrompts(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
+    return merge_prompts(parts)
