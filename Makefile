@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Whole pipelines take all cores by themselves: more processes than these would only wait for each other.
-IN_PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+IN_PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 INSTALLED := $(VENV)/.installed
 

@@ -96,12 +96,35 @@ def digits(tmp_path_factory):
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)
+USERS_OF_QUICK_RUN = (
+    "test_pipeline.py",
+    "test_prediction_batch.py",
+    "test_prediction_mlflow.py",
+    "test_mlflow_page.py",
+)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one process, and so do the files that use `quick_run`, so that each fixture is made once.
+
+    pytest-xdist's `--dist loadgroup` does that by marks, but pytest 9 does not see the names that it gives to tests.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "quick run" if Path(file).name in USERS_OF_QUICK_RUN else file
+
+    return ByFixtures(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist: a file's tests stay in one process, and so do all files that use `quick_run`, so that it is
-    made once; files with whole pipelines begin, so that no process is left with a long one at the end."""
-    of_run = {item.path for item in items if "quick_run" in item.fixturenames}
+    """Files with whole pipelines begin, so that no process is left with a long one at the end."""
+    users = {
+        item.path.name for item in items if "quick_run" in item.fixturenames and not item.get_closest_marker("proof")
+    }
+    if missing := users - set(USERS_OF_QUICK_RUN):
+        raise pytest.UsageError(f"conftest.USERS_OF_QUICK_RUN lacks {', '.join(sorted(missing))}")
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("proof")}
-    items.sort(key=lambda item: (item.path not in of_run, item.path not in slow))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("quick run" if item.path in of_run else item.path.name))
+    items.sort(key=lambda item: (item.path.name not in users, item.path not in slow))
