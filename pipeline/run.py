@@ -28,7 +28,7 @@ from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
 from pipeline.progress import progress_board
 from pipeline.run_lock import alone_at
 from pipeline.storage import Artefact, Storage, is_uri, make_folder, write_atomically
-from pipeline.tracking import JOURNAL, Tracker, check_reachable, resolve_tracking_uri, run_environment
+from pipeline.tracking import JOURNAL, Tracker, check_reachable, end_status, resolve_tracking_uri, run_environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -201,7 +201,7 @@ def _tracked(run: Run) -> Iterator[None]:
         yield
     except BaseException as error:
         with suppress(UserError):  # the disk is full: that the error says
-            run.tracker.end_run(PARENT, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            run.tracker.end_run(PARENT, end_status(error))
         run.tracker.close(timeout_s=10)
         raise
     run.tracker.end_run(PARENT)

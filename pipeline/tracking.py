@@ -129,6 +129,13 @@ def check_reachable(uri: str, timeout_s: float = 10) -> None:
         )
 
 
+def end_status(error: BaseException | None) -> str:
+    """MLflow's status of a run that ended with this error, or without one."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, KeyboardInterrupt | InterruptedError) else "FAILED"
+
+
 class Tracker:
     """Records runs in `folder`, which belongs to one pipeline run (and one driver at a time), and sends them.
 
@@ -144,6 +151,7 @@ class Tracker:
         self._ops: list[dict[str, Any]] = []  # the journal, a line each
         self._seen: set[tuple[Any, ...]] = set()  # identities of the journal's values
         self._status: dict[str, str] = {}  # by local run name, as last recorded
+        self._parent: dict[str, str | None] = {}
         self._journal = self._open_journal()
         # One state for each destination: after a change of URI everything is sent to the new one.
         self._destination = f"{self._shown_uri} {experiment}"
@@ -211,8 +219,13 @@ class Tracker:
         self._record("model", name, {registered_model: artifact_path})
 
     def end_run(self, name: str, status: str = "FINISHED") -> None:
+        """A run that did not finish takes along those nested in it that are still at work."""
         if status not in ("FINISHED", "FAILED", "KILLED"):
             raise ValueError(f"end_run({name!r}): status {status!r} is not FINISHED, FAILED or KILLED")
+        if status != "FINISHED":
+            for child, parent in list(self._parent.items()):
+                if parent == name and self._status[child] == "RUNNING":
+                    self.end_run(child, status)
         if self._status.get(name) != status:
             self._record("status", name, {"status": status})
 
@@ -266,6 +279,7 @@ class Tracker:
         self._seen.update(_identity(op, key) for key in op["values"])
         if op["op"] == "start":
             self._status.setdefault(op["run"], "RUNNING")
+            self._parent[op["run"]] = op["values"]["parent"]
         elif op["op"] == "status":
             self._status[op["run"]] = op["values"]["status"]
 

@@ -65,7 +65,7 @@ def run_job(shared_ray):
 
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
-    """Storage and output of one quick_run run of the pipeline, as users start it, which others are compared with."""
+    """Storage and output of one undisturbed run of the pipeline, as users start it, which others are compared with."""
     from pipelines import QUICK, run
 
     storage = tmp_path_factory.mktemp("quick run") / "storage"

@@ -1,21 +1,28 @@
 """Affinities against explicit loops, the grouping stage on made-up snapshots, its advice and its pictures."""
 
+import base64
 import io
 import json
+import re
 import sys
 import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
 import pytest
 import torch
 from matplotlib._pylab_helpers import Gcf
+from matplotlib.figure import Figure
+from plain_partitions import OBJECTIVES, all_partitions, best_by_plain_enumeration, meets_constraints, plain_score
 from small_clip import small_towers
 from small_problem import mmap_shape
 
 from pipeline.command_line import run_job
-from pipeline.config import GroupingConfig
+from pipeline.config import Config, GroupingConfig
 from pipeline.errors import UserError
+from pipeline.grouping import trust
 from pipeline.grouping.advice import warnings_about
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.gradient_blocks import SOURCE, gradient_blocks, read_layout
@@ -23,8 +30,10 @@ from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.partition import Partition, best_partition
 from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map
-from pipeline.stages.grouping import describe_search
+from pipeline.stages.global_prompt import SNAPSHOTS
+from pipeline.stages.grouping import describe_search, grouping_artefact, make_grouping, read_grouping
 from pipeline.stages.grouping_solution import write_grouping
+from pipeline.storage import Artefact, Storage
 from pipeline.training.loop import Snapshot, StepRecord
 from pipeline.training.snapshots import write_snapshots
 
@@ -173,6 +182,211 @@ def test_the_stage_heeds_its_options_and_records_them(tmp_path):
     assert found["groups"] == [["ink", "chalk"], ["neon"]]
     assert found["constraints"]["together"] == [["ink", "chalk"]] and found["num_candidates"] == 1
     assert describe_search(found) == "best of 1 partitions · enumeration"
+
+
+def small_run(storage: Storage, tasks: list[str], **options) -> SimpleNamespace:
+    """What the grouping takes of a run."""
+
+    def artefact(stage: str, made_from: dict) -> Artefact:
+        return Artefact(storage, stage, made_from)
+
+    return SimpleNamespace(tasks=tasks, config=Config(grouping=GroupingConfig(**options)), artefact=artefact)
+
+
+def made_snapshots(storage: Storage, tasks: list[str], gradients: np.ndarray) -> Artefact:
+    """A finished global prompt with gradients (S, T, 21)."""
+    artefact = Artefact(storage, "global_prompt", {"gradients": gradients.tolist()})
+    each = (1.0,) * len(tasks)
+    records = [StepRecord(step, 1, 0.1, each, each) for step in range(1, len(gradients) + 1)]
+    taken = zip(records, torch.tensor(gradients, dtype=torch.float32))
+    with artefact.making() as made:
+        write_snapshots(
+            made.folder / SNAPSHOTS, tasks, [Snapshot(*of_step, torch.zeros(21)) for of_step in taken], LAYOUT
+        )
+    return artefact
+
+
+@dataclass
+class MadeGrouping:
+    result: dict
+    """grouping.json."""
+    page: str
+    figures: dict[str, Figure]
+    """Title on the page → the figure that was drawn into it."""
+    by_file: dict[str, Figure]
+
+    def bars(self, figure: Figure) -> dict[str, float]:
+        axes = figure.axes[0]
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        return dict(zip(names, (bar.get_width() for bar in axes.patches), strict=True))
+
+
+@pytest.fixture
+def make_grouping_of(tmp_path, monkeypatch):
+    """The stage on given gradients. Figures are kept instead of drawn, and resamples are few: both take seconds."""
+    figures: list[Figure] = []
+    by_file: dict[str, Figure] = {}
+
+    def keep(figure: Figure, target, **options):
+        if isinstance(target, io.BytesIO):
+            target.write(f"figure {len(figures)}".encode())
+            figures.append(figure)
+        else:
+            by_file[target.name] = figure
+            target.touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    monkeypatch.setattr(trust, "NUM_RESAMPLES", 12)
+    storage = Storage.of_folder(tmp_path / "storage")
+
+    def make(tasks: list[str], gradients: np.ndarray, **options) -> MadeGrouping:
+        run, snapshots = small_run(storage, tasks, **options), made_snapshots(storage, tasks, gradients)
+        artefact = grouping_artefact(run, snapshots)
+        assert make_grouping(run, snapshots, artefact)
+        page = (artefact.local() / "grouping.html").read_text()
+        pictures = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)
+        shown = {title: figures[int(base64.b64decode(token).split()[1])] for title, token in pictures}
+        return MadeGrouping(read_grouping(artefact), page, shown, dict(by_file))
+
+    return make
+
+
+def plain_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, scaling_matrices: bool) -> np.ndarray:
+    """Of gradients in the layout above, pair by pair."""
+    source = [[4 * layer + at for at in range(4)] for layer in range(3)]
+    scaling = [[12 + layer, 15 + 2 * layer, 16 + 2 * layer] for layer in range(3)]
+    layers = [one + other if scaling_matrices else one for one, other in zip(source, scaling)]
+    blocks = layers if per_layer else [sum(layers, [])]
+    num_tasks = gradients.shape[1]
+    expected = np.zeros((num_tasks, num_tasks))
+    for i in range(num_tasks):
+        for j in range(num_tasks):
+            products = []
+            for snapshot in gradients.astype(np.float32).astype(np.float64):
+                for block in blocks:
+                    one, other = snapshot[i, block], snapshot[j, block]
+                    length = np.sqrt((one**2).sum() * (other**2).sum()) if affinity == "cosine" else 1.0
+                    products.append((one * other).sum() / length)
+            expected[i, j] = np.mean(products)
+    return expected
+
+
+def named(groups, tasks) -> list[list[str]]:
+    return [[tasks[task] for task in group] for group in groups]
+
+
+def in_words(groups: list[list[str]]) -> str:
+    return " | ".join(" + ".join(group) for group in groups)
+
+
+MORE_TASKS = ["chalk", "ink", "neon", "noise", "outline"]
+CONSTRAINTS = {
+    "no constraints": {},
+    "num_groups": {"num_groups": 4},
+    "min_size": {"min_size": 2},
+    "max_size": {"max_size": 2},
+    "together": {"together": [["chalk", "outline"], ["ink", "neon"]]},
+    "apart": {"apart": [["chalk", "neon", "noise"]]},
+    "all": {"num_groups": 2, "min_size": 2, "max_size": 3, "together": [["ink", "noise"]], "apart": [["chalk", "ink"]]},
+}
+AFFINITIES = [
+    {"affinity": affinity, "per_layer": per_layer, "scaling_matrices": scaling_matrices}
+    for affinity in ("dot", "cosine")
+    for per_layer in (False, True)
+    for scaling_matrices in (False, True)
+]
+OPTIONS = [
+    *((affinity, "no constraints") for affinity in AFFINITIES),
+    *((AFFINITIES[-1], name) for name in list(CONSTRAINTS)[1:]),
+]
+
+
+def best_in_words(gradients: np.ndarray, objective: str, affinity: dict, **constraints) -> str:
+    groups, *_ = best_by_plain_enumeration(plain_affinity(gradients, **affinity), objective, **constraints)
+    return in_words(named(groups, MORE_TASKS))
+
+
+def telling_gradients(objective: str, affinity: dict, constraints: dict) -> np.ndarray:
+    """(1, 5, 21) whose groups would be others without the constraints, or, where there are none, by another objective
+    or affinity: the test could not see a part of the stage that goes by these."""
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        gradients = rng.normal(size=(1, 5, 21)) * rng.uniform(0.2, 3, size=21)
+        best = best_in_words(gradients, objective, affinity, **constraints)
+        others = [(objective, affinity)]
+        if not constraints:
+            others = [(other, affinity) for other in OBJECTIVES if other != objective]
+            if affinity["affinity"] == "cosine":
+                others += [(objective, affinity | {"per_layer": not affinity["per_layer"]})]
+                others += [(objective, affinity | {"affinity": "dot"})]
+            others += [(objective, affinity | {"scaling_matrices": not affinity["scaling_matrices"]})]
+        if best not in {best_in_words(gradients, *other) for other in others}:
+            return gradients
+    raise AssertionError("no such gradients")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("affinity", "constraints"), OPTIONS, ids=str)
+def test_all_that_the_stage_tells_is_scored_and_constrained_as_configured(
+    make_grouping_of, objective, affinity, constraints
+):
+    """Snapshots that differ in length alone: whatever part or resample of them is looked at, one partition is best."""
+    options = CONSTRAINTS[constraints]
+    by_number = {
+        name: [[MORE_TASKS.index(task) for task in tasks] for tasks in value] if isinstance(value, list) else value
+        for name, value in options.items()
+    }
+    lengths = np.random.default_rng(0).uniform(0.5, 2, size=(9, 1, 1))
+    gradients = lengths * telling_gradients(objective, affinity, by_number)
+    made = make_grouping_of(MORE_TASKS, gradients, objective=objective, **affinity, **options)
+    result, sure = made.result, made.result["trust"]
+
+    expected = plain_affinity(gradients, **affinity)
+    np.testing.assert_allclose(result["affinity"], expected, rtol=1e-6, atol=1e-9)
+    scores = {
+        in_words(named(groups, MORE_TASKS)): plain_score(expected, groups, objective)
+        for groups in all_partitions(5)
+        if meets_constraints(groups, **by_number)
+    }
+    ranked = sorted(scores, key=lambda groups: -scores[groups])
+    best = ranked[0]
+
+    assert in_words(result["groups"]) == best
+    assert result["score"] == result["bound"] == pytest.approx(scores[best]) and result["proven"]
+    assert result["num_candidates"] == len(scores)
+    assert (result["objective"], result["affinity_kind"]) == (objective, affinity["affinity"])
+    assert {name: result["constraints"][name] for name in options} == options
+    assert [(in_words(of["groups"]), of["share"]) for of in sure["resampled"]] == [(best, 1.0)]
+    assert {in_words(of["groups"]) for of in sure["over_training"]} == {best}
+    group_of = {task: group for group in best.split(" | ") for task in group.split(" + ")}
+    assert sure["together"] == [[float(group_of[i] == group_of[j]) for j in MORE_TASKS] for i in MORE_TASKS]
+    assert [in_words(of["groups"]) for of in sure["ranked"]] == ranked[:10]
+    assert [of["score"] for of in sure["ranked"]] == pytest.approx([scores[groups] for groups in ranked[:10]])
+
+    assert f"Objective <code>{objective}</code> of <code>{affinity['affinity']}</code> affinities" in made.page
+    assert "gives these groups 100 % of the time" in made.page
+    bars = made.bars(made.figures["What comes close"])
+    assert list(bars) == ranked[:10] and bars == pytest.approx({groups: scores[groups] for groups in ranked[:10]})
+    assert made.by_file["ranked_partitions.png"] is made.figures["What comes close"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_of_many_tasks_all_partitions_told_keep_the_constraints_and_have_their_scores(make_grouping_of, objective):
+    tasks = [f"task{number}" for number in range(9)]  # more than all partitions are ranked of
+    gradients = np.random.default_rng(3).normal(size=(6, 9, 21))
+    constraints = {"num_groups": 3, "min_size": 2, "max_size": 4, "apart": [["task0", "task4"]]}
+    made = make_grouping_of(tasks, gradients, objective=objective, **constraints)
+    sure, affinity = made.result["trust"], plain_affinity(gradients, "dot", False, True)
+    told = [made.result, *sure["ranked"], *sure["resampled"], *sure["over_training"]]
+    assert len(sure["ranked"]) > 3 and len(sure["resampled"]) > 1
+
+    def numbers(groups: list[list[str]]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(tasks.index(task) for task in group) for group in groups)
+
+    assert all(meets_constraints(numbers(of["groups"]), **constraints | {"apart": [[0, 4]]}) for of in told)
+    scores = [plain_score(affinity, numbers(of["groups"]), objective) for of in sure["ranked"]]
+    assert [of["score"] for of in sure["ranked"]] == pytest.approx(scores) and scores[0] == max(scores)
+    assert list(made.bars(made.figures["What comes close"]).values()) == pytest.approx(scores)
 
 
 def test_how_a_search_is_told():

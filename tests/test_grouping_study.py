@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import the_run
+from plain_partitions import OBJECTIVES, all_partitions, plain_score
 from scipy.stats import spearmanr
 
 from pipeline.grouping.affinity import affinity_matrix
@@ -40,6 +41,72 @@ def test_the_best_score_is_the_searchs(num_tasks, seed, objective):
     scores = {groups: partition_score(affinity, groups, objective) for groups in set_partitions(num_tasks)}
     assert scores[best.groups] == pytest.approx(best.score, abs=1e-12)
     assert max(scores.values()) == pytest.approx(best.score, abs=1e-12)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_objectives_score_is_its_plain_definition(objective):
+    half = np.random.default_rng(7).normal(size=(5, 5))
+    for groups in all_partitions(5):
+        expected = plain_score(half + half.T, groups, objective)
+        assert partition_score(half + half.T, groups, objective) == pytest.approx(expected, abs=1e-12)
+
+
+def plain_affinity(gradients: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "cosine":
+        gradients = gradients / np.sqrt((gradients**2).sum(axis=2, keepdims=True))
+    return np.einsum("sip,sjp->ij", gradients, gradients) / len(gradients)
+
+
+def test_each_criterion_is_scored_as_it_says():
+    """On gradients for which the four criteria choose four partitions, so that none passes for another."""
+    assert CRITERIA == (("dot", "sum"), ("dot", "mean"), ("cosine", "sum"), ("cosine", "mean"))
+    partitions = list(all_partitions(4))
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        gradients = rng.normal(size=(10, 4, 6)) * rng.uniform(0.2, 5, size=(10, 4, 1))
+        affinities = {kind: plain_affinity(gradients, kind) for kind in ("dot", "cosine")}
+        scores = {
+            (kind, objective): [plain_score(affinities[kind], groups, objective) for groups in partitions]
+            for kind, objective in CRITERIA
+        }
+        chosen = {criterion: partitions[int(np.argmax(of_all))] for criterion, of_all in scores.items()}
+        if len(set(chosen.values())) == 4:
+            break
+    else:
+        pytest.fail("no gradients tell the criteria apart")
+    accuracy_of_group = {group: rng.random(len(group)) for groups in partitions for group in groups}
+    accuracies = [sum(sum(accuracy_of_group[group]) for group in groups) / 4 for groups in partitions]
+
+    study = study_grouping(gradients, accuracy_of_group)
+    assert sorted(study.partitions) == sorted(partitions)
+    place = [partitions.index(groups) for groups in study.partitions]
+    assert study.accuracies == pytest.approx([accuracies[at] for at in place])
+    assert [(outcome.affinity, outcome.objective) for outcome in study.criteria] == list(CRITERIA)
+    for outcome in study.criteria:
+        criterion = (outcome.affinity, outcome.objective)
+        assert outcome.scores == pytest.approx([scores[criterion][at] for at in place])
+        assert outcome.chosen == chosen[criterion]
+        assert outcome.accuracy == pytest.approx(accuracies[partitions.index(outcome.chosen)])
+        assert outcome.better_share == sum(accuracy > outcome.accuracy for accuracy in accuracies) / 15
+        assert outcome.rank_correlation == pytest.approx(spearmanr(scores[criterion], accuracies).statistic)
+        late = plain_affinity(gradients[2:], outcome.affinity)
+        late_scores = [plain_score(late, groups, outcome.objective) for groups in partitions]
+        assert outcome.late_correlation == pytest.approx(spearmanr(late_scores, accuracies).statistic)
+
+    names = {f"{kind} {objective}": (kind, objective) for kind, objective in CRITERIA}
+    texts = [" | ".join(" + ".join(TASKS[task] for task in group) for group in groups) for groups in partitions]
+    for row in csv.DictReader(io.StringIO(study_to_csv(TASKS, {1: study}))):
+        at = texts.index(row["groups"])
+        assert float(row["accuracy"]) == pytest.approx(accuracies[at])
+        for name, criterion in names.items():
+            assert float(row[name]) == pytest.approx(scores[criterion][at])
+    text = study_to_markdown("demo", TASKS, {1: study})
+    for kind, objective in CRITERIA:
+        assert f"- seed 1, `{kind}`, `{objective}`: {texts[partitions.index(chosen[kind, objective])]}" in text
+        correlation = f"{spearmanr(scores[kind, objective], accuracies).statistic:.2f}".replace("-", "−")
+        assert f"| `{kind}`, `{objective}` | {correlation} |" in text
+        accuracy = 100 * accuracies[partitions.index(chosen[kind, objective])]
+        assert f"| found by `{kind}`, `{objective}` | {accuracy:.2f} |" in text
 
 
 def made_up_study(seed: int, noise: float):

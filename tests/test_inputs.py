@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from pipeline.data.find import Listing, find_images, read_class_names, unexpecte
 from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels
 from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.parquet_pages import unfolded_bytes
-from pipeline.data.splits import ScannedImage, sample_splits
+from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
 from pipeline.data.table_images import image_bytes
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
@@ -260,6 +261,163 @@ def test_a_table_is_another_data_set_when_a_label_changes(tree):
     assert find_images(DataConfig(), write_csv(tree / "all.csv", rows[::-1])).fingerprint() == before
     rows[0]["label"], rows[-1]["label"] = rows[-1]["label"], rows[0]["label"]
     assert find_images(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint() != before
+
+
+# --- the fingerprint -----------------------------------------------------------------------------------------
+
+
+def settled(tree: Path) -> Path:
+    """Every image was last changed at the same time, so that a test can change anything else alone."""
+    for file in tree.rglob("*.png"):
+        os.utime(file, ns=(10**18, 10**18))
+    return tree
+
+
+def change_size(tree: Path) -> None:
+    (tree / "art/bed/0.png").write_bytes(png(0) + b"more")
+    settled(tree)
+
+
+def change_time(tree: Path) -> None:
+    os.utime(tree / "art/bed/0.png", ns=(10**18, 10**18 + 1))
+
+
+def add_image(tree: Path) -> None:
+    (tree / "art/bed/9.png").write_bytes(png(9))
+    settled(tree)
+
+
+CHANGES_OF_FOLDERS = {
+    "size": change_size,
+    "time": change_time,
+    "name": lambda tree: (tree / "art/bed/0.png").rename(tree / "art/bed/7.png"),
+    "class of an image": lambda tree: (tree / "art/bed/0.png").rename(tree / "art/post_it/9.png"),
+    "task of an image": lambda tree: (tree / "art/bed/0.png").rename(tree / "real world/bed/9.png"),
+    "name of a class": lambda tree: [(tree / task / "bed").rename(tree / task / "cot") for task in TASKS],
+    "name of a task": lambda tree: (tree / "art").rename(tree / "painting"),
+    "one image more": add_image,
+    "one image less": lambda tree: (tree / "art/bed/0.png").unlink(),
+    "a class more": lambda tree: (tree / "art/chair").mkdir(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_FOLDERS)
+def test_the_fingerprint_changes_with_each_thing_about_folders(tree, change):
+    before = find_images(DataConfig(), settled(tree)).fingerprint()
+    CHANGES_OF_FOLDERS[change](tree)
+    assert find_images(DataConfig(), tree).fingerprint() != before
+
+
+def fingerprint_of_table(tree: Path, rows: list[dict[str, str]], **options) -> str:
+    file = write_csv(tree / "all.csv", rows)
+    return find_images(DataConfig(**options), file).fingerprint()
+
+
+@pytest.mark.parametrize("given_splits", [False, True])
+@pytest.mark.parametrize("column", ["path", "task", "label", "split"])
+def test_the_fingerprint_changes_with_each_column_of_a_table(tree, column, given_splits):
+    """Two rows swap their values: what there is stays the same, but not of which image."""
+    rows = [{**row, "split": "train" if at % 2 else "test"} for at, row in enumerate(rows_of(settled(tree)))]
+    before = fingerprint_of_table(tree, rows, given_splits=given_splits)
+    first, last = rows[0], rows[-1]
+    assert all(first[name] != last[name] for name in rows[0])
+    first[column], last[column] = last[column], first[column]
+    changed = fingerprint_of_table(tree, rows, given_splits=given_splits) != before
+    assert changed == (given_splits or column != "split")  # splits that are not respected are nothing to the results
+
+
+def test_the_fingerprint_changes_when_given_splits_are_respected(tree):
+    rows = [{**row, "split": "train" if at % 2 else "test"} for at, row in enumerate(rows_of(settled(tree)))]
+    assert fingerprint_of_table(tree, rows, given_splits=True) != fingerprint_of_table(tree, rows)
+
+
+def test_the_fingerprint_changes_with_tasks_classes_and_words(tree, tmp_path):
+    settled(tree)
+    names = tmp_path / "names.txt"
+
+    def fingerprint(lines: str, **options) -> str:
+        names.write_text(lines)
+        return find_images(DataConfig(class_names=str(names), **options), tree).fingerprint()
+
+    (tree / "art/chair").mkdir()
+    (tree / "real world/chair").mkdir()
+    seen = [
+        fingerprint("bed\npost_it\n"),
+        fingerprint("bed\npost_it\n", tasks=("art",)),
+        fingerprint("bed\npost_it\tsticky note\n"),
+        fingerprint("bed\npost_it\tsticky note | memo\n"),
+        fingerprint("bed\npost_it\nchair\n"),  # a class without images
+    ]
+    assert len(set(seen)) == len(seen)
+    assert fingerprint("# in another order\npost_it\tpost it\nbed\n") == seen[0]
+
+
+def test_the_fingerprint_changes_with_which_task_has_a_class(tree):
+    """Of a class without images only the folders tell."""
+    (settled(tree) / "art/chair").mkdir()
+    before = find_images(DataConfig(), tree).fingerprint()
+    (tree / "real world/chair").mkdir()
+    assert find_images(DataConfig(), tree).fingerprint() != before
+
+
+def test_the_fingerprint_does_not_change_with_what_cannot_matter(tree, tmp_path, monkeypatch):
+    before = find_images(DataConfig(), settled(tree)).fingerprint()
+    walk = os.walk
+
+    def backwards(*arguments, **options):
+        for folder, subfolders, names in walk(*arguments, **options):
+            subfolders.sort(reverse=True)
+            names.sort(reverse=True)
+            yield folder, subfolders, names
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert find_images(DataConfig(), tree).fingerprint() == before
+    (tree / "readme.txt").write_text("no image")
+    os.utime(tree / "art", ns=(0, 0))
+    assert find_images(DataConfig(), tree).fingerprint() == before
+    shutil.copytree(tree, tmp_path / "elsewhere")
+    assert find_images(DataConfig(), tmp_path / "elsewhere").fingerprint() == before
+    rows = rows_of(tree)
+    of_table = fingerprint_of_table(tree, rows)
+    assert fingerprint_of_table(tree, rows[::-1]) == of_table
+    assert fingerprint_of_table(tree, [{**row, "notes": str(at)} for at, row in enumerate(rows)]) == of_table
+
+
+def test_the_fingerprint_changes_with_the_size_or_time_of_a_parquet_file(tree):
+    file = tree / "all.parquet"
+    write_images(tree, file, rows_of(tree), "bytes")
+    content = file.read_bytes()
+    os.utime(file, ns=(10**18, 10**18))
+    before = find_images(DataConfig(), file).fingerprint()
+    os.utime(file, ns=(10**18, 10**18 + 1))
+    assert find_images(DataConfig(), file).fingerprint() != before
+    pq.write_table(pq.read_table(file), file, compression="zstd")
+    assert file.stat().st_size != len(content)
+    os.utime(file, ns=(10**18, 10**18))
+    assert find_images(DataConfig(), file).fingerprint() != before
+
+
+CHANGES_OF_AN_IMAGE = {
+    "path": "art/bed/1.png",
+    "task": "photo",
+    "class_folder": "cot",
+    "sha256": "f" * 64,
+    "given_split": "train",
+}
+
+
+@pytest.mark.parametrize("field", CHANGES_OF_AN_IMAGE)
+def test_the_content_fingerprint_changes_with_each_thing_that_decides_the_splits(field):
+    """Trainings and image features are found by it: a table's corrected label must not find those of before."""
+    image = ScannedImage("art/bed/0.png", "art", "bed", "0" * 64)
+    other = ScannedImage("art/bed/2.png", "art", "bed", "1" * 64)
+    changed = replace(image, **{field: CHANGES_OF_AN_IMAGE[field]})
+    assert content_fingerprint([changed, other]) != content_fingerprint([image, other])
+
+
+def test_the_content_fingerprint_does_not_change_with_the_order():
+    images = [ScannedImage(f"art/bed/{number}.png", "art", "bed", str(number) * 64) for number in range(4)]
+    assert content_fingerprint(images[::-1]) == content_fingerprint(images)
 
 
 # --- Parquet -------------------------------------------------------------------------------------------------

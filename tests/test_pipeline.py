@@ -87,6 +87,57 @@ def test_mlflow_holds_the_run(quick_run):
     assert every_step_once(storage)
 
 
+def runs_in_mlflow(storage) -> list:
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    return client.search_runs([client.get_experiment_by_name("mmap-clip").experiment_id])
+
+
+def test_mlflow_holds_each_trainings_results(quick_run):
+    """What the training itself wrote, not what the report made of it."""
+    storage, _ = quick_run
+    results = {}
+    for file in (storage / "group_trainings").glob("[!.]*/artefact.json"):
+        made_from = json.loads(file.read_text())["made_from"]
+        results[made_from["method"], tuple(made_from["group"])] = json.loads((file.parent / "result.json").read_text())
+    trainings = [of for of in runs_in_mlflow(storage) if of.data.tags["level"] == "training"]
+    assert len(trainings) == len(results)
+    for training in trainings:
+        method = "zero_shot" if training.data.tags["method"] == "zero_shot" else "mmap"
+        result = results[method, tuple(training.data.tags["tasks"].split(", "))]
+        accuracy = result["accuracy"]
+        expected = {f"accuracy/{task}": value for task, value in accuracy.items()}
+        expected["accuracy/average"] = pytest.approx(sum(accuracy.values()) / len(accuracy), abs=1e-12)
+        expected |= {"trained_parameters": result["trained_parameters"], "training_seconds": result["seconds"]}
+        metrics = training.data.metrics
+        assert {
+            name: value for name, value in metrics.items() if name in expected or "accuracy/" in name[:9]
+        } == expected
+        others = {name.split("/")[1] for name in metrics if name.startswith(("train_loss/", "train_accuracy/"))}
+        assert others == (set() if method == "zero_shot" else set(accuracy))
+
+
+def test_mlflow_nests_trainings_in_their_stage_and_stages_in_the_run(quick_run):
+    runs = runs_in_mlflow(quick_run[0])
+    (pipeline,) = [of for of in runs if of.data.tags["level"] == "pipeline"]
+    (trainings,) = [of for of in runs if of.data.tags.get("stage") == "group_trainings"]
+    parent_of = {"pipeline": None, "method": None, "stage": pipeline, "training": trainings}
+    for of in runs:
+        parent = parent_of[of.data.tags["level"]]
+        assert of.data.tags.get("mlflow.parentRunId") == (parent and parent.info.run_id), of.data.tags
+
+
+def test_mlflow_holds_the_grouping(quick_run):
+    storage, _ = quick_run
+    (file,) = storage.glob("grouping/[!.]*/grouping.json")
+    grouping = json.loads(file.read_text())
+    (stage,) = [of for of in runs_in_mlflow(storage) if of.data.tags.get("stage") == "grouping"]
+    assert stage.data.metrics["score"] == grouping["score"]
+    assert stage.data.metrics["num_groups"] == len(grouping["groups"])
+    assert stage.data.params["groups"] == " | ".join(" + ".join(group) for group in grouping["groups"])
+    assert stage.data.params["objective"] == grouping["objective"]
+    assert stage.data.params["affinity"] == grouping["affinity_kind"]
+
+
 def test_again_does_nothing_and_says_so(quick_run, run_job):
     """Nor does it matter that the second job is in another process, on another Ray."""
     storage, _ = quick_run

@@ -3,13 +3,19 @@
 import json
 import shutil
 import socket
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from servers import free_ports, mlflow_server
 
 from pipeline import tracking
+from pipeline.config import CONFIGS, TrackingConfig, load_yaml, parse_config
 from pipeline.errors import UserError
+from pipeline.run import check_run, tracked
+from pipeline.stages.stage import Stage
 from pipeline.tracking import Tracker, check_reachable, resolve_tracking_uri
 
 mlflow = pytest.importorskip("mlflow")
@@ -266,6 +272,102 @@ def test_a_deleted_experiment_is_restored(uri, folder):
     with Tracker(uri, "demo", folder) as tracker:
         tracker.start_run("pipeline")
         assert tracker.flush().waiting == 0
+
+
+# --- levels and ends of runs --------------------------------------------------------------------------------
+
+
+def parents(uri: str) -> dict[str, str | None]:
+    """Run → its parent, by name."""
+    _, runs = read_runs(uri)
+    name_of = {run.info.run_id: name for name, run in runs.items()}
+    return {name: name_of.get(run.data.tags.get("mlflow.parentRunId")) for name, run in runs.items()}
+
+
+def statuses(uri: str) -> dict[str, str]:
+    return {name: run.info.status for name, run in read_runs(uri)[1].items()}
+
+
+def test_every_run_has_its_own_parent(uri, folder):
+    """Three levels, two branches, and a run beside them, begun in any order; also after the outbox's state was lost."""
+    expected = {
+        "pipeline": None,
+        "splits": "pipeline",
+        "trainings": "pipeline",
+        "group: ink": "trainings",
+        "method: grouped": None,
+        "group: chalk": "trainings",
+        "check": "splits",
+    }
+    for _ in range(2):
+        with Tracker(uri, "demo", folder) as tracker:
+            for name, parent in expected.items():
+                tracker.start_run(name, parent=parent)
+        assert parents(uri) == expected
+        (folder / "outbox_state.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """Checked, and not connected to Ray."""
+    config = parse_config(load_yaml(CONFIGS / "demo.yaml") | {"storage": str(tmp_path_factory.mktemp("demo"))})
+    return check_run(config, Console(quiet=True))
+
+
+@pytest.fixture
+def checked_run(demo_run, tmp_path, uri):
+    """A new run like that, with MLflow in an empty database."""
+    shutil.copytree(demo_run.folder, tmp_path / "run")
+    tracking = TrackingConfig(uri=uri, experiment="demo")
+    return replace(demo_run, config=demo_run.config.model_copy(update={"tracking": tracking}), folder=tmp_path / "run")
+
+
+ENDS = [
+    (None, "FINISHED"),
+    (UserError("out of memory"), "FAILED"),
+    (RuntimeError("a bug"), "FAILED"),
+    (KeyboardInterrupt(), "KILLED"),
+    (InterruptedError("told to stop"), "KILLED"),  # by the thread that was interrupted
+]
+
+
+@pytest.mark.parametrize(("error", "status"), ENDS, ids=lambda value: type(value).__name__)
+def test_a_run_its_stage_and_its_trainings_end_as_the_work_did(checked_run, uri, error, status):
+    """What was finished before stays finished."""
+    with suppress(type(error) if error else ()), tracked(checked_run):
+        with Stage(checked_run, "splits", "1 splits"):
+            pass
+        with Stage(checked_run, "group_trainings", "4 group trainings"):
+            tracker = checked_run.tracker
+            for name in ("group: ink", "group: chalk"):
+                tracker.start_run(name, parent="group_trainings")
+            tracker.end_run("group: ink")
+            tracker.start_run("method: zero-shot")
+            tracker.end_run("method: zero-shot")
+            if error:
+                raise error
+            tracker.end_run("group: chalk")
+    found = statuses(uri)
+    assert found.pop(checked_run.title) == status
+    assert found == {
+        "splits": "FINISHED",
+        "group_trainings": status,
+        "group: ink": "FINISHED",
+        "group: chalk": status,
+        "method: zero-shot": "FINISHED",
+    }
+    assert set(parents(uri).values()) == {None, checked_run.title, "group_trainings"}
+
+
+def test_a_run_that_failed_is_finished_by_the_next_job(checked_run, uri):
+    for error in (UserError("out of memory"), None):
+        with suppress(UserError), tracked(checked_run):
+            with Stage(checked_run, "group_trainings", "4 group trainings"):
+                checked_run.tracker.start_run("group: ink", parent="group_trainings")
+                if error:
+                    raise error
+                checked_run.tracker.end_run("group: ink")
+        assert set(statuses(uri).values()) == {"FAILED" if error else "FINISHED"}
 
 
 def test_mistakes_of_the_caller_are_named(uri, folder):

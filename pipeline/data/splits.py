@@ -103,10 +103,12 @@ def sample_splits(
 
 
 def content_fingerprint(images: Iterable[ScannedImage]) -> str:
-    """SHA-256 over the paths and contents of a data set, in the order of the paths."""
+    """SHA-256 over the images' paths, contents, tasks, classes, and given splits, in the order of the paths. A table
+    may give the same files other tasks, labels or splits."""
     digest = hashlib.sha256()
     for image in sorted(images, key=lambda image: image.path):
-        digest.update(f"{image.path}\0{image.sha256}\n".encode())
+        values = (image.path, image.sha256, image.task, image.class_folder, image.given_split or "")
+        digest.update(("\0".join(values) + "\n").encode())
     return digest.hexdigest()
 
 

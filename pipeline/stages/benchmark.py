@@ -34,7 +34,7 @@ from pipeline.stages.many_runs import checked_runs, configs_of, in_parallel
 from pipeline.stages.report import track_results
 from pipeline.stages.splits import build_splits
 from pipeline.storage import make_folder, write_atomically
-from pipeline.tracking import Tracker, resolve_tracking_uri, run_environment
+from pipeline.tracking import Tracker, end_status, resolve_tracking_uri, run_environment
 
 CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
 """Of the paper's Figure 5."""
@@ -178,10 +178,12 @@ def _tracked(name: str, configs: Sequence[Config], methods: Sequence[str], folde
         },
     )
     tracker.flush(30)  # a new database is made by one tracker, before those of the runs look for it
-    status = "FAILED"
+    status = end_status(None)
     try:
         yield tracker
-        status = "FINISHED"
+    except BaseException as error:
+        status = end_status(error)
+        raise
     finally:
         tracker.end_run(PARENT, status)
         tracker.close(timeout_s=20)

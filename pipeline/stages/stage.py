@@ -17,6 +17,7 @@ from pipeline.progress import ProgressDisplay
 from pipeline.run import PARENT, Run
 from pipeline.stages.data_parallel import train_on_workers
 from pipeline.storage import Artefact, Storage, read_json, write_json
+from pipeline.tracking import end_status
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Stage:
         tracker = self.run.tracker
         if error is not None:
             with suppress(UserError):  # the disk is full: that the error says
-                tracker.end_run(self.name, "FAILED")
+                tracker.end_run(self.name, end_status(error))
             return
         # What was found finished keeps the seconds that making it took.
         file = self.run.folder / "stage_seconds.json"

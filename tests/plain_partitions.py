@@ -1,0 +1,70 @@
+"""Partitions, their scores and constraints by plain loops, which the product's own are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.grouping.search.problem import Groups
+
+OBJECTIVES = ("sum", "mean", "density")
+
+
+def all_partitions(num_tasks: int) -> Iterator[Groups]:
+    """Every partition once, by enumerating restricted growth strings."""
+
+    def extend(labels: list[int]) -> Iterator[list[int]]:
+        if len(labels) == num_tasks:
+            yield labels
+            return
+        for label in range(max(labels, default=-1) + 2):
+            yield from extend([*labels, label])
+
+    for labels in extend([]):
+        yield tuple(
+            tuple(task for task in range(num_tasks) if labels[task] == group) for group in range(max(labels) + 1)
+        )
+
+
+def plain_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
+    total = 0.0
+    for group in groups:
+        pairs = sum(affinity[i, j] for i in group for j in group if i < j)
+        if objective == "sum":
+            total += pairs
+        elif objective == "density":
+            total += pairs / len(group)
+        else:
+            for i in group:
+                others = [affinity[i, j] for j in group if j != i]
+                if others:
+                    total += sum(others) / len(others)
+    return total
+
+
+def meets_constraints(groups: Groups, num_groups=None, min_size=1, max_size=None, together=(), apart=()) -> bool:
+    group_of = {task: group for group in groups for task in group}
+    return (
+        num_groups in (None, len(groups))
+        and all(min_size <= len(group) <= (max_size or len(group_of)) for group in groups)
+        and all(len({group_of[task] for task in tasks}) == 1 for tasks in together)
+        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in apart)
+    )
+
+
+def best_by_plain_enumeration(affinity: np.ndarray, objective: str, **constraints) -> tuple[Groups, float, int] | None:
+    """Groups, their score, and how many partitions meet the constraints."""
+    num_tasks = len(affinity)
+    allowed = [
+        (plain_score(affinity, groups, objective), groups)
+        for groups in all_partitions(num_tasks)
+        if meets_constraints(groups, **constraints)
+    ]
+    if not allowed:
+        return None
+    scale = sum(abs(affinity[i, j]) for i in range(num_tasks) for j in range(i))
+    best = max(score for score, _ in allowed)
+    equals = [(score, groups) for score, groups in allowed if score >= best - 1e-12 * scale]
+    score, groups = min(equals, key=lambda pair: (len(pair[1]), pair[1]))
+    return groups, score, len(allowed)
