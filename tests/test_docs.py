@@ -1,19 +1,25 @@
-"""The documentation against the code: messages, links, the page of config fields. Code blocks: test_docs_code.py."""
+"""The documentation and the files for contributors against the code: messages, links, paths, the page of config fields,
+the commands of CI and pre-commit. Code blocks: test_docs_code.py."""
 
 from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 
 import pytest
+import yaml
 from pipelines import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "docs"))
 from make_configuration import PAGE, reference  # noqa: E402
 
-DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
+DOCS = sorted((REPOSITORY / "docs").rglob("*.md"))
+DECISIONS = [page for page in DOCS if page.parent.name == "decisions"]
+FOR_CONTRIBUTORS = [REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "SECURITY.md"]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *FOR_CONTRIBUTORS, *DOCS]
+WORKFLOW = REPOSITORY / ".github" / "workflows" / "ci.yml"
 HOLE = "\0"
 
 
@@ -49,3 +55,49 @@ def test_links_lead_somewhere(page):
         place = "".join(target).partition("#")[0]
         if place and "://" not in place:
             assert (page.parent / place).exists(), f"{page.name}: {place}"
+
+
+@pytest.mark.parametrize("page", [*FOR_CONTRIBUTORS, *DECISIONS], ids=lambda page: page.name)
+def test_paths_that_contributors_are_pointed_to_exist(page):
+    for path in re.findall(r"`((?:\.ci|\.github|configs|docs|jobs|pipeline|tests)/[^\s`]*)`", page.read_text()):
+        assert (REPOSITORY / path).exists(), f"{page.name}: {path}"
+
+
+def test_every_decision_is_in_the_index():
+    index = REPOSITORY / "docs" / "decisions" / "index.md"
+    indexed = re.findall(r"\]\((\w+\.md)\)", index.read_text())
+    assert sorted(indexed) == [page.name for page in DECISIONS if page != index]
+
+
+def make_commands(text: str) -> list[str]:
+    return sorted(set(re.findall(r"^make (.+?)(?: \|\|.*)?$", text, re.MULTILINE)))
+
+
+def test_the_workflow_makes_what_the_script_of_ci_makes():
+    steps = [step for job in yaml.safe_load(WORKFLOW.read_text())["jobs"].values() for step in job["steps"]]
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    assert make_commands("\n".join(step.get("run", "") for step in steps)) == make_commands(script)
+    assert len(make_commands(script)) >= 4
+
+
+def test_the_workflow_may_only_read_and_pins_its_actions():
+    workflow = yaml.safe_load(WORKFLOW.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert "permissions" not in job
+        for step in job["steps"]:
+            assert re.fullmatch(r"actions/[\w-]+@v\d+", step.get("uses", "actions/none@v1")), step
+
+
+def test_pre_commit_lints_and_types_as_make_does_and_takes_the_largest_file():
+    repositories = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = {hook["id"]: hook for repository in repositories for hook in repository["hooks"]}
+    assert {"make lint", "make types"} <= {hook.get("entry") for hook in hooks.values()}
+    pinned = dict(re.findall(r"^(\S+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+    for repository in repositories:  # a hook with a linter of its own has the version of everybody else
+        for tool in ("ruff", "mypy"):
+            assert tool not in repository["repo"] or repository["rev"] == f"v{pinned[tool]}"
+    (limit,) = hooks["check-added-large-files"]["args"]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    files = [REPOSITORY / name for name in listed.stdout.split("\0") if name] or [*REPOSITORY.glob("pipeline/demo/*")]
+    assert int(limit.removeprefix("--maxkb=")) * 1024 >= max(file.stat().st_size for file in files if file.is_file())

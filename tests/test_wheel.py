@@ -28,7 +28,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_has_code_jobs_and_configs_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"pipeline", "jobs", "mmap_clip"}
-    for name in ("pipeline/demo/digits_clip.safetensors", "jobs/full_pipeline.py"):
+    for name in ("pipeline/demo/digits_clip.safetensors", "pipeline/py.typed", "jobs/full_pipeline.py"):
         assert name in names
     assert any(name.endswith("share/mmap-clip/configs/demo.yaml") for name in names)
     assert any(name.endswith("share/mmap-clip/configs/class_names/office_home.txt") for name in names)
