@@ -18,9 +18,7 @@ from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-torch.set_num_threads(1)  # small models: more threads only wait for each other
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault
 hypothesis.settings.load_profile("no deadline")
 
@@ -64,12 +62,12 @@ def run_job(shared_ray):
 
 
 @pytest.fixture(scope="session")
-def quick_run(tmp_path_factory):
-    """Storage and output of one undisturbed run of the pipeline, as users start it, which others are compared with."""
-    from pipelines import QUICK, run
+def quick_run(tmp_path_factory, run_job):
+    """Storage and output of one undisturbed run of the pipeline, which others are compared with."""
+    from pipelines import QUICK
 
     storage = tmp_path_factory.mktemp("quick run") / "storage"
-    finished = run(storage, *QUICK)
+    finished = run_job("full_pipeline", "--storage", storage, *QUICK)
     assert finished.status == 0, finished.output
     return storage, finished.output
 
@@ -121,6 +119,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     """Files with whole pipelines begin, so that no process is left with a long one at the end."""
+    if torch := sys.modules.get("torch"):  # not imported where nothing is collected, such as by pytest-xdist itself
+        torch.set_num_threads(1)  # small models: more threads only wait for each other
     users = {
         item.path.name for item in items if "quick_run" in item.fixturenames and not item.get_closest_marker("proof")
     }

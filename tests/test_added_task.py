@@ -39,7 +39,7 @@ from pipeline.training.loop import train
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 BEFORE, LATER = ["chalk", "ink", "noise", "rotated"], ["neon", "outline"]
-QUICK = ("--training.epochs", "6", "--global_prompt.epochs", "4")
+QUICK = ("--training.epochs", "3", "--global_prompt.epochs", "2")
 JOB = ("jobs/add_task.py",)
 
 

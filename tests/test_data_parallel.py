@@ -72,7 +72,7 @@ def work(rank: int, world: int, folder) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.proof)])
 def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
     write_test_splits(tmp_path)
     spawn(work, (world, tmp_path), nprocs=world)

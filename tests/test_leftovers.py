@@ -32,8 +32,9 @@ def wait_until(condition) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("processes", [0, 1], ids=["alone", "by xdist"])
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("how", "processes"), [(signal.SIGTERM, 0), (signal.SIGKILL, 1)], ids=["ended", "killed, xdist"]
+)
 def test_a_killed_pytest_leaves_no_process(tmp_path, how, processes):
     (tmp_path / "test_endless.py").write_text(ENDLESS)
     started = tmp_path / "started"
