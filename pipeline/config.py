@@ -407,7 +407,8 @@ class GroupingConfig(Section):
 
 class ClusterConfig(Section):
     address: str | None = None
-    """Ray cluster to join (`auto`, host:port); null: the one of RAY_ADDRESS, else a local Ray is started."""
+    """Ray cluster to join (`auto`, host:port); null: the one that the process has joined already (in a notebook), else
+    that of RAY_ADDRESS, else a local Ray is started."""
     workers_per_training: PositiveInt = 1
     """Workers that share each step of one training (data parallel, by Ray Train), with the numbers of one worker.
     Worth it where a step is long; many trainings on one GPU each are faster than one after another on all."""

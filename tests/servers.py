@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+import pytest
 from pipelines import PATIENCE_S, REPOSITORY
 
 BIN = Path(sys.executable).parent
@@ -52,6 +53,13 @@ class Server:
         self.process.wait()
         assert not psutil.wait_procs(family, timeout=60)[1]
         self._log.close()
+
+
+def in_a_mount_namespace(empty: Path) -> list[str]:
+    """Prefix of a command that sees an empty disk at a folder; skips the test where that takes rights it lacks."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make mount namespaces")
+    return ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none '{empty}' && exec \"$@\"", "sh"]
 
 
 def answers(url: str) -> bool:

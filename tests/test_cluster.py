@@ -9,7 +9,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from pipelines import EPOCHS, PATIENCE_S, QUICK, Job, summary
-from servers import RayCluster, free_ports, mlflow_server, submit
+from servers import RayCluster, free_ports, in_a_mount_namespace, mlflow_server, submit
 
 from pipeline.cluster import WorkerNeeds, check_shared, connect, described, places
 from pipeline.config import ClusterConfig
@@ -54,8 +54,7 @@ def test_every_machine_must_see_storage_and_data(tmp_path):
             assert "waiting up to 3 s for machines with" in said[0]
             ray.shutdown()
 
-        apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {storage.folder} && exec "$@"', "sh"]
-        cluster.add_node(1, 0, prefix=apart)
+        cluster.add_node(1, 0, prefix=in_a_mount_namespace(storage.folder))
         connect(config, print)
         with pytest.raises(UserError, match="machine 127.0.0.3: .* does not see storage=.*: it must be a folder that"):
             check_shared(storage, [])

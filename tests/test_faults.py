@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from pipelines import QUICK, Finished, Job, every_step_once, numbers, run, title
-from servers import RayCluster, S3Server, Server, free_ports, mlflow_server
+from servers import RayCluster, S3Server, Server, free_ports, in_a_mount_namespace, mlflow_server
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
 
@@ -274,8 +274,7 @@ def test_machines_that_share_nothing_but_a_bucket_and_one_is_lost(quick_run, tmp
     try:
         cache.mkdir()
         cluster.add_node(1, 1)
-        apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {cache} && exec "$@"', "sh"]
-        lost = cluster.add_node(1, 1, prefix=apart)
+        lost = cluster.add_node(1, 1, prefix=in_a_mount_namespace(cache))
         place, options = server.uri.split("?")
         storage = f"{place}/runs?{options}"
         job = Job(tmp_path / "unused", *on(cluster, "--storage", storage, "--cache", str(cache)))

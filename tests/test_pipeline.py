@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import sys
 from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from mlflow import MlflowClient
 from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, every_step_once, numbers, summary, the_run
 
+from pipeline.cluster import joined
 from pipeline.command_line import run_job
+from pipeline.config import ClusterConfig
+from pipeline.errors import UserError
 
 pytestmark = pytest.mark.slow
 TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
@@ -222,6 +227,19 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
                 assert row["class"] == words[expected[relative]["predicted"]]
                 assert float(row["probability"]) == pytest.approx(expected[relative]["probability"], abs=1e-4)
         assert compared == 10 * (22 - 8)
+
+
+def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
+    joined_at = ray.get_runtime_context().gcs_address
+    for address in (None, "auto", joined_at):
+        with joined(ClusterConfig(address=address), print) as worker:
+            assert worker.cpus == 1
+        assert ray.is_initialized()
+    message = f"has joined Ray at {joined_at} already, not at cluster.address=127.0.0.1:1: leave cluster.address out"
+    with pytest.raises(UserError, match=re.escape(message)):
+        with joined(ClusterConfig(address="127.0.0.1:1"), print):
+            pytest.fail("another cluster")
+    assert ray.is_initialized()
 
 
 @pytest.mark.parametrize(
