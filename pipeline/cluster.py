@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,12 +99,20 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     return needs
 
 
+def local_ray_options(dashboard: bool) -> dict[str, Any]:
+    """Of ray.init, for a Ray on this machine alone."""
+    options: dict[str, Any] = {"include_dashboard": dashboard}
+    if " " in sys.executable:  # Ray Tune's workers are started by a shell, to which Ray gives the path as it is
+        options["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
+    return options
+
+
 def _join_or_start(config: ClusterConfig, dashboard: bool) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
     if address == "local":
         # Ray Train asks the dashboard whether its placement groups are still needed.
-        options["include_dashboard"] = dashboard or config.workers_per_training > 1
+        options = local_ray_options(dashboard or config.workers_per_training > 1)
     elif not IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
         options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
     try:

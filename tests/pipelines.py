@@ -116,8 +116,10 @@ def ensure_ray() -> None:
     """Starts the Ray of this test process; use the fixtures `shared_ray` and `run_job`, which end it."""
     import ray
 
+    from pipeline.cluster import local_ray_options
+
     if not ray.is_initialized():  # with a dashboard, which Ray Train and Ray Tune ask about placement groups
-        ray.init(address="local", num_cpus=2, include_dashboard=True, logging_level=logging.ERROR)
+        ray.init(address="local", num_cpus=2, logging_level=logging.ERROR, **local_ray_options(dashboard=True))
 
 
 def run_in_process(job: str, *arguments: object) -> Finished:
