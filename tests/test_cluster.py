@@ -19,6 +19,12 @@ from pipeline.storage import Storage
 pytestmark = pytest.mark.proof
 
 
+@pytest.fixture(autouse=True)
+def no_shared_ray():
+    """These tests join clusters of their own."""
+    ray.shutdown()
+
+
 @pytest.fixture
 def ray_head(tmp_path):
     cluster = RayCluster(tmp_path, num_gpus=1)  # a logical one, which two trainings at a time share
@@ -112,7 +118,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
 
     server = mlflow_server(tmp_path, port)
     try:
-        again = run_job("full_pipeline", *options)
+        again = run_job("full_pipeline", *options, "--cluster.gpus_per_training", "0")  # elsewhere
         assert again.status == 0 and again.output.count("found finished") == 5, again.output
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("mmap-clip")
