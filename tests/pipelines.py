@@ -119,7 +119,9 @@ def ensure_ray() -> None:
     from pipeline.cluster import local_ray_options
 
     if not ray.is_initialized():  # with a dashboard, which Ray Train and Ray Tune ask about placement groups
+        on_termination = signal.getsignal(signal.SIGTERM)
         ray.init(address="local", num_cpus=2, logging_level=logging.ERROR, **local_ray_options(dashboard=True))
+        signal.signal(signal.SIGTERM, on_termination)  # Ray's own would end one test, and pytest go on to the next
 
 
 def run_in_process(job: str, *arguments: object) -> Finished:

@@ -1,27 +1,45 @@
-"""Waits until the process at the other end of standard input is gone, then ends all processes that carry its mark:
-`reaper.py <value of MMAP_CLIP_TESTS>`. A process is never taken for another: the mark is unique to one test process."""
+"""Waits until the process that started it is gone, then ends what that has left: `reaper.py <MMAP_CLIP_TESTS>`.
 
+It knows them by that mark in their environment, unique to one test process, and, since Ray's agents write their title
+over it, by having seen them among the descendants. No process is taken for another: psutil compares start times.
+"""
+
+import os
+import select
 import sys
 
 import psutil
 
+LOOK_EVERY_S = 1
 
-def marked(mark: str) -> list[psutil.Process]:
-    processes = []
+
+def descendants(process: psutil.Process) -> set[psutil.Process]:
+    try:
+        return set(process.children(recursive=True)) - {psutil.Process()}
+    except psutil.Error:  # it has ended
+        return set()
+
+
+def marked(mark: str) -> set[psutil.Process]:
+    processes = set()
     for process in psutil.process_iter():
         try:
-            if process.environ().get("MMAP_CLIP_TESTS") == mark and process.pid != psutil.Process().pid:
-                processes.append(process)
+            if process.environ().get("MMAP_CLIP_TESTS") == mark:
+                processes.add(process)
         except psutil.Error:  # it has ended, or is somebody else's
             continue
     return processes
 
 
-sys.stdin.read()
-while left := marked(sys.argv[1]):  # again: one may have started another meanwhile
+tests, seen = psutil.Process(os.getppid()), set()
+while not select.select([sys.stdin], [], [], LOOK_EVERY_S)[0]:
+    seen = {process for process in seen | descendants(tests) if process.is_running()}
+while left := {process for process in seen if process.is_running()} | marked(sys.argv[1]):
+    seen |= left.union(*map(descendants, left))  # one may have started another meanwhile
     for process in left:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(left, timeout=5)
+    seen = {process for process in seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}

@@ -17,7 +17,7 @@ ENDLESS = """
 import subprocess, sys, time
 from pathlib import Path
 
-def test_endless():
+def test_endless(shared_ray):
     program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(3600)'])"
     child = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
     Path("started").write_text(str(child.pid))
@@ -47,8 +47,10 @@ def test_a_killed_pytest_leaves_no_process(tmp_path, how, processes):
         assert tests.poll() is None, Path(log.name).read_text()
         child = psutil.Process(int(started.read_text()))
         wait_until(child.children)
+        time.sleep(2)  # the reaper looks every second
         family = [child, *child.children(), *psutil.Process(tests.pid).children(recursive=True)]
     finally:
         tests.send_signal(how)
         tests.wait()
+    assert tests.returncode == -how  # not by a handler of Ray's, which would end a test only
     assert not psutil.wait_procs(family, timeout=PATIENCE_S)[1]
