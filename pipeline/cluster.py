@@ -71,9 +71,9 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     """
     if not ray.is_initialized():
         _join_or_start(config, dashboard)
-    elif config.address not in (None, "auto", joined := ray.get_runtime_context().gcs_address):
+    elif config.address not in (None, "auto", gcs_address := ray.get_runtime_context().gcs_address):
         raise UserError(
-            f"this process has joined Ray at {joined} already, not at cluster.address={config.address}: leave "
+            f"this process has joined Ray at {gcs_address} already, not at cluster.address={config.address}: leave "
             "cluster.address out, or call ray.shutdown() first"
         )
     gpus = config.gpus_per_training
