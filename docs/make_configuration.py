@@ -8,7 +8,7 @@ from pipeline.config import Config, Section, choices, fields
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Every config field
 
-Made from `pipeline/config.py` by `docs/make_configuration.py`. A field is given in a YAML file (`--config FILE ...`,
+Made from `pipeline/config/` by `docs/make_configuration.py`. A field is given in a YAML file (`--config FILE ...`,
 later ones over earlier ones) or on the command line (`--section.field VALUE`, over the files; lists are written
 `[a, b]`). An X
 settings; what the paper leaves open is taken from MaPLe and Dassl

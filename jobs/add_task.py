@@ -25,12 +25,12 @@ def main() -> None:
         refuse_options(parser, {"storage": "--run", "data.tasks": "--task"}, why="is known here")
         given = arguments_of(parser)
 
-        from pipeline.stages.finished_run import read_finished_run
+        from pipeline.workflows.finished_run import read_finished_run
 
         finished = read_finished_run(given.run, getattr(given, "config.cache", Config().cache))
         config = config_from_command_line(parser, base=finished.config_file)
 
-        from pipeline.stages.added_task import add_task
+        from pipeline.workflows.added_task import add_task
 
         add_task(finished, config, given.task, given.rerun, console)
 

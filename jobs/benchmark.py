@@ -69,7 +69,7 @@ def main() -> None:
         methods = chosen_methods(given.methods)
         shots = dict.fromkeys(given.shots or [base.data.shots])
 
-        from pipeline.stages.benchmark import benchmark_configs, run_benchmark
+        from pipeline.workflows.benchmark import benchmark_configs, run_benchmark
 
         run_benchmark(benchmark_configs(base, methods, list(shots), list(dict.fromkeys(given.seeds))), methods, console)
 

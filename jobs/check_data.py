@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from pipeline.command_line import run_job
 
 if TYPE_CHECKING:
-    from pipeline.run import Run
+    from pipeline.runtime.run import Run
 
 severities: set[str] = set()
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from pipeline.command_line import run_job
 
 if TYPE_CHECKING:
-    from pipeline.run import Run
+    from pipeline.runtime.run import Run
 
 
 def main(run: Run) -> None:
-    from pipeline.stages.all_stages import run_all_stages
+    from pipeline.stages.flow import run_all_stages
 
     run_all_stages(run)
 

@@ -21,8 +21,8 @@ def main() -> None:
         config = config_from_command_line(parser)
         seeds = list(dict.fromkeys(arguments_of(parser).seeds))
 
-        from pipeline.stages.grouping_study import run_grouping_study
-        from pipeline.stages.many_runs import configs_of
+        from pipeline.workflows.grouping_study import run_grouping_study
+        from pipeline.workflows.many_runs import configs_of
 
         run_grouping_study(configs_of(config, [config.data.shots], seeds), console)
 

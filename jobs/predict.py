@@ -116,9 +116,9 @@ def predict_to_parquet(
 ) -> tuple[int, int]:
     """Returns how many images there were, and how many of them broken."""
     from pipeline.clip.load import towers_without_weights
-    from pipeline.cluster import joined
     from pipeline.config import parse_config
     from pipeline.prediction.batch import find_batch_input, predict_batch, told_in_lines
+    from pipeline.runtime.cluster import joined
 
     found = find_batch_input(arguments.inputs)
     if not found.is_parquet or task is not None:

@@ -91,7 +91,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
     import ray
 
-    from pipeline.cluster import WorkerNeeds, connect
+    from pipeline.runtime.cluster import WorkerNeeds, connect
     from pipeline.serving.http_api import Limits
     from pipeline.serving.service import ServiceOptions, port_fault, running_service, watch_service
 

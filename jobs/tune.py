@@ -32,7 +32,7 @@ def main() -> None:
 
         search = read_search(given_or_shipped(given.search), config)
 
-        from pipeline.stages.tuning import run_search
+        from pipeline.workflows.tuning import run_search
 
         run_search(config, search, console, final_run=not given.no_final_run)
 

@@ -20,7 +20,7 @@ from pipeline.config import add_config_arguments, arguments_of, config_from_comm
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.run import Run
+    from pipeline.runtime.run import Run
 
 LOG_WIDTH = 160
 
@@ -32,7 +32,7 @@ def run_job(description: str, main: Callable[[Run], None]) -> None:
     with faults_told_to_people() as console:
         config = config_from_command_line(parser)
 
-        from pipeline.run import open_run
+        from pipeline.runtime.run import open_run
 
         with open_run(config, console) as run:
             main(run)

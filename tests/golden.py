@@ -3,7 +3,7 @@
     make golden
 
 runs the demo and a tiny comparison of all methods anew, shows what differs by more than rounding does, and stores it.
-Use it only when a change is meant to change numbers, and raise NUMBERS_VERSION (pipeline/run.py) in the same commit.
+Use it only when a change is meant to change numbers, and raise NUMBERS_VERSION in the same commit.
 Every other change must give the stored numbers again, which tests/test_golden.py checks. A new method, which adds
 numbers and changes none, needs it too.
 """
@@ -27,7 +27,7 @@ from pipelines import run_in_process, summary
 
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.registry import ALWAYS, VERSIONS
-from pipeline.run import NUMBERS_VERSION
+from pipeline.runtime.run import NUMBERS_VERSION
 
 FOLDER = Path(__file__).with_name("golden")
 BASELINES = [name for name in VERSIONS if name != "zero_shot" and name not in ALWAYS]
@@ -255,7 +255,7 @@ def main() -> None:
         changed = differences(stored, fresh, EXACT if given.exact else golden.tolerance)
         print("\n".join(f"  {line}" for line in changed) or "  no differences: left as it is")
         if changed and stored["numbers_version"] == fresh["numbers_version"]:
-            print(f"  NUMBERS_VERSION is still {NUMBERS_VERSION}: raise it in pipeline/run.py if numbers changed")
+            print(f"  NUMBERS_VERSION is still {NUMBERS_VERSION}: raise it if numbers changed")
         if changed and not given.check:
             golden.file.write_text(to_text(fresh) + "\n")
 

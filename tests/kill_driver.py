@@ -20,7 +20,7 @@ def die(*_, **__):
 
 if point.startswith("report:"):
     _, label, count = point.split(":")
-    from pipeline.progress import ProgressDisplay
+    from pipeline.runtime.progress import ProgressDisplay
 
     show = ProgressDisplay.show
 

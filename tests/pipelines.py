@@ -116,7 +116,7 @@ def ensure_ray() -> None:
     """Starts the Ray of this test process; use the fixtures `shared_ray` and `run_job`, which end it."""
     import ray
 
-    from pipeline.cluster import local_ray_options
+    from pipeline.runtime.cluster import local_ray_options
 
     if not ray.is_initialized():  # with a dashboard, which Ray Train and Ray Tune ask about placement groups
         on_termination = signal.getsignal(signal.SIGTERM)

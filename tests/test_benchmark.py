@@ -20,7 +20,7 @@ from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
 from pipeline.methods.registry import VERSIONS
 from pipeline.report.benchmark_tables import to_csv
 from pipeline.report.paper_results import PAPER_METHODS
-from pipeline.run import open_run
+from pipeline.runtime.run import open_run
 from pipeline.stages.group_trainings import plan_trainings
 from pipeline.stages.mlflow_results import open_experiment, read_benchmark
 from pipeline.stages.splits import build_splits

@@ -11,10 +11,10 @@ from mlflow import MlflowClient
 from pipelines import EPOCHS, PATIENCE_S, QUICK, Job, summary
 from servers import RayCluster, free_ports, in_a_mount_namespace, mlflow_server, submit
 
-from pipeline.cluster import WorkerNeeds, check_shared, connect, described, places
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
-from pipeline.storage import Storage
+from pipeline.runtime.cluster import WorkerNeeds, check_shared, connect, described, places
+from pipeline.runtime.storage import Storage
 
 pytestmark = pytest.mark.proof
 

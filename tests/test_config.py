@@ -7,11 +7,11 @@ import argparse
 import pytest
 import yaml
 
-from pipeline import config as config_module
 from pipeline.config import (
     CONFIGS,
     DEMO_CONFIG,
     Config,
+    TrainingConfig,
     add_config_arguments,
     config_from_command_line,
     content_hash,
@@ -119,4 +119,4 @@ def test_help_shows_every_field(capsys):
     text = capsys.readouterr().out
     for name, *_ in fields():
         assert f"--{name} " in text
-    assert config_module.TrainingConfig.model_fields["momentum"].description in " ".join(text.split())
+    assert TrainingConfig.model_fields["momentum"].description in " ".join(text.split())

@@ -39,9 +39,9 @@ from pipeline.data.find import OFFICE_HOME_TASKS, find_images, read_class_names
 from pipeline.demo.digits import write_digits
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
 from pipeline.methods.registry import KINDS
-from pipeline.stages.finished_run import GROUPED, SUMMARY, record_artefacts
-from pipeline.storage import Artefact, Storage, write_json
+from pipeline.runtime.storage import Artefact, Storage, write_json
 from pipeline.tuning.search_file import read_search
+from pipeline.workflows.finished_run import GROUPED, SUMMARY, record_artefacts
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES.remove(REPOSITORY / "docs" / "tutorial.md")
@@ -288,7 +288,7 @@ def check_job(script: str, options: list[str]) -> None:
 
     with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", [script, *options])
-        for place in ("pipeline.cluster.connect", "pipeline.tracking.find_run"):
+        for place in ("pipeline.runtime.cluster.connect", "pipeline.runtime.tracking.find_run"):
             patched.setattr(place, stop)
         patched.setattr("pipeline.serving.service.port_fault", lambda host, port: None)  # others may listen there
         try:

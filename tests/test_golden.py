@@ -22,7 +22,7 @@ from pipeline.config import load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.prompt_file import load_prompts
 from pipeline.methods.registry import KINDS, VERSIONS, training_of
-from pipeline.run import NUMBERS_VERSION
+from pipeline.runtime.run import NUMBERS_VERSION
 from pipeline.training.batches import load_training_sets
 from pipeline.training.loop import train
 
@@ -59,7 +59,7 @@ def losses(training_folder):
 
 def check_golden(run, numbers):
     if lines := differences(run.stored(), numbers, run.tolerance):
-        advice = "numbers changed: if that is meant, raise NUMBERS_VERSION in pipeline/run.py, and `make golden`"
+        advice = "numbers changed: if that is meant, raise NUMBERS_VERSION, and `make golden`"
         pytest.fail("\n".join([advice, *lines]), pytrace=False)
 
 

@@ -30,10 +30,10 @@ from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.partition import Partition, best_partition
 from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map
+from pipeline.runtime.storage import Artefact, Storage
 from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.grouping import describe_search, grouping_artefact, make_grouping, read_grouping
 from pipeline.stages.grouping_solution import write_grouping
-from pipeline.storage import Artefact, Storage
 from pipeline.training.loop import Snapshot, StepRecord
 from pipeline.training.snapshots import write_snapshots
 

@@ -25,18 +25,18 @@ TRAINING_MODULES = [
     "pipeline.stages.global_prompt",
     "pipeline.stages.group_trainings",
     "pipeline.stages.image_features",
-    "pipeline.stages.stage",
+    "pipeline.runtime.stage",
     "pipeline.stages.training_work",
     "pipeline.training.loop",
 ]
 OTHER_WORKER_MODULES = [
     "pipeline.prediction.batch",
     "pipeline.serving.replica",
-    "pipeline.stages.added_task",
+    "pipeline.workflows.added_task",
     "pipeline.stages.data_check",
-    "pipeline.stages.held_out",
+    "pipeline.workflows.held_out",
     "pipeline.stages.splits",
-    "pipeline.stages.tuning_trial",
+    "pipeline.workflows.tuning_trial",
 ]
 
 
@@ -92,4 +92,4 @@ def test_no_worker_imports_what_the_driver_tracks_and_draws_with():
 
 
 def test_the_tracker_imports_mlflow_only_when_it_delivers():
-    assert not {"mlflow", "torch", "ray"} & modules_after_importing("pipeline.tracking")
+    assert not {"mlflow", "torch", "ray"} & modules_after_importing("pipeline.runtime.tracking")

@@ -15,10 +15,10 @@ import ray
 from mlflow import MlflowClient
 from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, every_step_once, numbers, summary, the_run
 
-from pipeline.cluster import joined
 from pipeline.command_line import run_job
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
+from pipeline.runtime.cluster import joined
 
 pytestmark = pytest.mark.slow
 TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]

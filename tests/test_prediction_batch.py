@@ -14,13 +14,13 @@ from pipelines import the_run
 from servers import S3Server, free_ports
 
 import pipeline
-from pipeline.cluster import WorkerNeeds
 from pipeline.data.images import evaluation_pixels
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import load_prompts
 from pipeline.prediction import batch
 from pipeline.prediction.batch import OUTPUT, find_batch_input, predict_batch, told_in_lines
 from pipeline.prediction.options import ModelOptions
+from pipeline.runtime.cluster import WorkerNeeds
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +115,7 @@ def test_from_a_bucket_to_a_bucket(prompts_file, digits, run_job, tmp_path):
     (port,) = free_ports(1, first=5700)
     server = S3Server(tmp_path, port)
     try:
-        from pipeline.storage import open_bucket
+        from pipeline.runtime.storage import open_bucket
 
         place, query = server.uri.split("?")
         filesystem, bucket = open_bucket(server.uri)
@@ -200,6 +200,6 @@ def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_pa
 
 
 def pipeline_artefact(folder: Path) -> dict:
-    from pipeline.storage import read_json
+    from pipeline.runtime.storage import read_json
 
     return read_json(folder / "artefact.json")["made_from"]

@@ -9,9 +9,9 @@ import time
 import pytest
 from servers import S3Server, free_ports
 
-from pipeline import run_lock
-from pipeline.run_lock import alone_at
-from pipeline.storage import Storage
+from pipeline.runtime import run_lock
+from pipeline.runtime.run_lock import alone_at
+from pipeline.runtime.storage import Storage
 
 
 @pytest.fixture

@@ -37,13 +37,13 @@ from starlette.requests import Request
 import pipeline
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
-from pipeline.cluster import WorkerNeeds
 from pipeline.config import BUILTIN_DIGITS, MmapConfig
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import KINDS
 from pipeline.prediction.options import ModelOptions
+from pipeline.runtime.cluster import WorkerNeeds
 from pipeline.serving.batches import Batches
 from pipeline.serving.http_api import Answer, HttpApi, Limits, NoReplica, ServedModel
 from pipeline.serving.ingress import Ingress

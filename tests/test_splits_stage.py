@@ -17,7 +17,7 @@ from pipeline.data.find import find_images
 from pipeline.data.parquet import COLUMNS, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import sample_splits
 from pipeline.errors import UserError
-from pipeline.run import open_run
+from pipeline.runtime.run import open_run
 from pipeline.stages import data_check
 from pipeline.stages import splits as stage
 from pipeline.stages.splits import build_splits

@@ -10,7 +10,7 @@ from pyarrow.fs import FileType
 from servers import S3Server, free_ports
 
 from pipeline.errors import UserError
-from pipeline.storage import Artefact, Making, Storage, read_json, send_part, write_atomically
+from pipeline.runtime.storage import Artefact, Making, Storage, read_json, send_part, write_atomically
 from pipeline.training.checkpoint import Checkpoints
 
 
@@ -162,7 +162,7 @@ def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):
 
 
 def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.PAUSES_S", (0.01,) * 3)
+    monkeypatch.setattr("pipeline.runtime.storage.PAUSES_S", (0.01,) * 3)
     storage, tries = in_bucket(s3, tmp_path), []
 
     def away_twice():
@@ -173,7 +173,7 @@ def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatc
 
     assert storage._persistently(away_twice) == "here"
     tries.clear()
-    monkeypatch.setattr("pipeline.storage.PAUSES_S", (0.01,))
+    monkeypatch.setattr("pipeline.runtime.storage.PAUSES_S", (0.01,))
     with pytest.raises(UserError, match="cannot be reached: .*NETWORK.*; the same command goes on"):
         storage._persistently(away_twice)
 

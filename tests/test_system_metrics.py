@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from pipeline import system_metrics
-from pipeline.system_metrics import EVERY_S, SystemSampler
+from pipeline.runtime import system_metrics
+from pipeline.runtime.system_metrics import EVERY_S, SystemSampler
 
 
 @pytest.fixture

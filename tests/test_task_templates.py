@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import KINDS
-from pipeline.stages.added_task import _check_same_prompts
+from pipeline.workflows.added_task import _check_same_prompts
 
 TEMPLATES = ["a photo of a {}.", "a rough sketch that shows the {}, drawn by hand", "{} in a shop."]
 WORDS = {"photo": CLASS_WORDS, "sketch": CLASS_WORDS[:2], "shop": ["cat", "alarm clock"]}

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 from servers import free_ports, mlflow_server
 
-from pipeline import tracking
 from pipeline.config import CONFIGS, TrackingConfig, load_yaml, parse_config
 from pipeline.errors import UserError
-from pipeline.run import check_run, tracked
-from pipeline.stages.stage import Stage
-from pipeline.tracking import Tracker, check_reachable, resolve_tracking_uri
+from pipeline.runtime import tracking
+from pipeline.runtime.run import check_run, tracked
+from pipeline.runtime.stage import Stage
+from pipeline.runtime.tracking import Tracker, check_reachable, resolve_tracking_uri
 
 mlflow = pytest.importorskip("mlflow")
 

@@ -25,7 +25,6 @@ import ray.data
 import torch
 from ray.exceptions import RayTaskError
 
-from pipeline.cluster import WorkerNeeds, described, places
 from pipeline.data.find import IMAGE_SUFFIXES
 from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read_image
 from pipeline.data.names import printable
@@ -33,7 +32,8 @@ from pipeline.errors import UserError, escaped
 from pipeline.methods.prompt_file import TrainedPrompts
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import ModelOptions
-from pipeline.storage import FREE_SPACE, is_uri, open_bucket
+from pipeline.runtime.cluster import WorkerNeeds, described, places
+from pipeline.runtime.storage import FREE_SPACE, is_uri, open_bucket
 
 DECODED_AT_ONCE = 64
 PREDICTED_AT_ONCE = 128

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts
 from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import ModelOptions, options_file, read_options
-from pipeline.storage import is_uri, open_bucket
+from pipeline.runtime.storage import is_uri, open_bucket
 
 IN_RUN_FOLDER = "prompts/grouped.safetensors"
 IN_MLFLOW_MODEL = "data/model/prompts.safetensors"

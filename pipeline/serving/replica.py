@@ -9,7 +9,7 @@ import numpy as np
 import ray
 import torch
 
-from pipeline.cluster import WorkerNeeds
+from pipeline.runtime.cluster import WorkerNeeds
 from pipeline.serving.batches import Batches
 from pipeline.serving.http_api import Answer
 from pipeline.serving.mixed_batch import Asked, predict_together

@@ -25,11 +25,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.clip.load import towers_without_weights
-from pipeline.cluster import WorkerNeeds, described, places
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import TrainedPrompts
 from pipeline.methods.registry import kind_of
 from pipeline.prediction.options import ModelOptions
+from pipeline.runtime.cluster import WorkerNeeds, described, places
 from pipeline.serving.http_api import Limits, ServedModel
 from pipeline.serving.ingress import Ingress
 from pipeline.serving.replica import ModelReplica

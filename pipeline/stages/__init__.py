@@ -1,1 +1,1 @@
-"""The stages as Ray work, in the order of the data: splits, global_prompt, grouping, group_trainings, report."""
+"""The flow and its stages, in order: data check, splits, global prompt, grouping, group trainings, report."""

@@ -23,9 +23,9 @@ from pipeline.data.splits import sample_splits
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.report.data_check import COLOURS, TaskOverview, check_page, check_tables, one_line, overviews
-from pipeline.run import Run
-from pipeline.stages.stage import Stage, Work
-from pipeline.storage import Artefact, make_folder, read_json, write_atomically, write_json
+from pipeline.runtime.run import Run
+from pipeline.runtime.stage import Stage, Work
+from pipeline.runtime.storage import Artefact, make_folder, read_json, write_atomically, write_json
 
 NAME = "data_check"
 IMAGES = "images.parquet"

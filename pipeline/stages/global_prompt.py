@@ -6,11 +6,11 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.methods.mmap import SharedMmap
-from pipeline.progress import Reporter
-from pipeline.run import Run
-from pipeline.stages.stage import Stage, Work
+from pipeline.runtime.progress import Reporter
+from pipeline.runtime.run import Run
+from pipeline.runtime.stage import Stage, Work
+from pipeline.runtime.storage import Artefact
 from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
-from pipeline.storage import Artefact
 from pipeline.training.share import Share
 from pipeline.training.snapshots import write_points, write_snapshots
 

@@ -20,14 +20,14 @@ from pipeline.methods.hipro import HiPro
 from pipeline.methods.mmap import GroupMmap
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
 from pipeline.methods.registry import ALWAYS, VERSIONS, Groups, kind_of, training_of
-from pipeline.progress import Reporter
-from pipeline.run import Run
+from pipeline.runtime.progress import Reporter
+from pipeline.runtime.run import Run
+from pipeline.runtime.stage import Stage, Work
+from pipeline.runtime.storage import Artefact, read_json, write_json
 from pipeline.seeds import derive_seed
 from pipeline.stages.grouping import read_grouping
 from pipeline.stages.image_features import ImageFeatures, test_features, training_features
-from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
-from pipeline.storage import Artefact, read_json, write_json
 from pipeline.training.evaluate import Prediction, accuracy, write_predictions
 from pipeline.training.share import Share
 

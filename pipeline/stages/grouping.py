@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config import GroupingConfig
-from pipeline.run import PARENT, Run
+from pipeline.runtime.run import PARENT, Run
+from pipeline.runtime.stage import Stage
+from pipeline.runtime.storage import Artefact, read_json
 from pipeline.stages.global_prompt import SNAPSHOTS
-from pipeline.stages.stage import Stage
-from pipeline.storage import Artefact, read_json
 
 NAME = "grouping"
 FIGURES = ("affinity_heat_map.png", "affinity_graph.png")

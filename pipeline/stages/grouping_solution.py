@@ -28,8 +28,8 @@ from pipeline.grouping.trust import (
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map, together_map
 from pipeline.report.grouping_page import grouping_page
 from pipeline.report.grouping_trust_figures import affinity_over_training, ranked_partitions_figure
+from pipeline.runtime.storage import write_atomically, write_json
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_search
-from pipeline.storage import write_atomically, write_json
 from pipeline.training.snapshots import read_gradients, read_steps
 
 SHOWN = 10

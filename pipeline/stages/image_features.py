@@ -10,11 +10,11 @@ import torch
 
 from pipeline.config import TrainingConfig
 from pipeline.data.parquet import SplitReader
-from pipeline.progress import Reporter
-from pipeline.run import Run
-from pipeline.stages.stage import Work
+from pipeline.runtime.progress import Reporter
+from pipeline.runtime.run import Run
+from pipeline.runtime.stage import Work
+from pipeline.runtime.storage import Artefact
 from pipeline.stages.training_work import FEATURES, TrainingWork, images_decided_by
-from pipeline.storage import Artefact
 from pipeline.training.batches import load_training_sets
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features, save_features
 from pipeline.training.loop import num_steps_per_epoch

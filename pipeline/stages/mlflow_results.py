@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.report.benchmark_tables import Benchmark, Result
-from pipeline.tracking import CLIENT_DEFAULTS, check_reachable
+from pipeline.runtime.tracking import CLIENT_DEFAULTS, check_reachable
 
 if TYPE_CHECKING:
     import mlflow.entities

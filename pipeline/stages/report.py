@@ -11,11 +11,11 @@ from typing import Any
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import VERSIONS, kind_of, training_of
 from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
-from pipeline.run import PARENT, Run
+from pipeline.runtime.run import PARENT, Run
+from pipeline.runtime.stage import Stage
+from pipeline.runtime.storage import Artefact, make_folder, write_atomically, write_json
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_groups, read_grouping
-from pipeline.stages.stage import Stage
-from pipeline.storage import Artefact, make_folder, write_atomically, write_json
 
 NAME = "report"
 

@@ -24,9 +24,9 @@ from pipeline.config import Config
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import kind_of, options_of, training_of
-from pipeline.progress import Reporter
-from pipeline.run import NUMBERS_VERSION, Run
-from pipeline.storage import Artefact, Making, Storage
+from pipeline.runtime.progress import Reporter
+from pipeline.runtime.run import NUMBERS_VERSION, Run
+from pipeline.runtime.storage import Artefact, Making, Storage
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import Prediction, evaluate, evaluate_features

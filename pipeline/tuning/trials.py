@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.storage import Storage, make_folder, read_json, write_json
+from pipeline.runtime.storage import Storage, make_folder, read_json, write_json
 from pipeline.tuning.points import Point
 
 State = Literal["running", "whole", "stopped", "failed"]

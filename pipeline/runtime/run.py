@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
 from pipeline.clip.towers import ClipTowers
-from pipeline.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
 from pipeline.config import BUILTIN_DIGITS, Config, content_hash, to_yaml
 from pipeline.data.find import Listing, find_images, unexpected_counts
 from pipeline.data.parquet import FORMAT
@@ -25,10 +24,18 @@ from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
-from pipeline.progress import progress_board
-from pipeline.run_lock import alone_at
-from pipeline.storage import Artefact, Storage, is_uri, make_folder, write_atomically
-from pipeline.tracking import JOURNAL, Tracker, check_reachable, end_status, resolve_tracking_uri, run_environment
+from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
+from pipeline.runtime.progress import progress_board
+from pipeline.runtime.run_lock import alone_at
+from pipeline.runtime.storage import Artefact, Storage, is_uri, make_folder, write_atomically
+from pipeline.runtime.tracking import (
+    JOURNAL,
+    Tracker,
+    check_reachable,
+    end_status,
+    resolve_tracking_uri,
+    run_environment,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console

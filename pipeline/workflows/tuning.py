@@ -22,22 +22,22 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.clip.load import towers_without_weights
-from pipeline.cluster import places
 from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.registry import ALWAYS, VERSIONS, training_of
 from pipeline.report.summary import title
 from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
-from pipeline.run import PARENT, Run, check_methods, check_run, connected, tracked
-from pipeline.stages.all_stages import run_all_stages
-from pipeline.stages.held_out import hold_out
-from pipeline.stages.tuning_searchers import OptunaPoints, Recorder, early_stopping
-from pipeline.stages.tuning_trial import METRIC, TrialSetup, run_trial
-from pipeline.storage import read_json, write_atomically, write_json
+from pipeline.runtime.cluster import places
+from pipeline.runtime.run import PARENT, Run, check_methods, check_run, connected, tracked
+from pipeline.runtime.storage import read_json, write_atomically, write_json
+from pipeline.stages.flow import run_all_stages
 from pipeline.tuning.points import Check, Point, Points, planned_points
 from pipeline.tuning.search_file import Search, config_at
 from pipeline.tuning.trials import Trial, TrialRecords, best_trial
+from pipeline.workflows.held_out import hold_out
+from pipeline.workflows.tuning_searchers import OptunaPoints, Recorder, early_stopping
+from pipeline.workflows.tuning_trial import METRIC, TrialSetup, run_trial
 
 PLACE = "searches"
 RESULT = "search.json"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.system_metrics import SystemSampler
+from pipeline.runtime.system_metrics import SystemSampler
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,13 +22,13 @@ from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import VERSIONS, kind_of, training_of
-from pipeline.run import Run
+from pipeline.runtime.run import Run
+from pipeline.runtime.stage import Work
+from pipeline.runtime.storage import Artefact
 from pipeline.stages.global_prompt import global_prompt_work
 from pipeline.stages.group_trainings import Training, built_method, plan_trainings
 from pipeline.stages.grouping import grouping_artefact, make_grouping, read_grouping
-from pipeline.stages.stage import Work
 from pipeline.stages.training_work import TrainingWork
-from pipeline.storage import Artefact
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.evaluate import accuracy, decoded_batches, evaluate_decoded
 from pipeline.tuning.search_file import config_at

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
-from pipeline.storage import Artefact, Storage, is_uri, read_json, write_json
+from pipeline.runtime.storage import Artefact, Storage, is_uri, read_json, write_json
 
 if TYPE_CHECKING:
     from pipeline.methods.prompt_file import TrainedPrompts
-    from pipeline.run import Run
+    from pipeline.runtime.run import Run
 
 RUNS = "runs"
 RECORD = "artefacts.json"
@@ -96,7 +96,7 @@ def _located(place: str, cache: str) -> tuple[Storage, Path]:
             raise UserError(f"--run {place} does not exist")
         return Storage.of_folder(Path(root)), Path(path)
 
-    from pipeline.run import open_storage
+    from pipeline.runtime.run import open_storage
 
     storage = open_storage(parse_config({"storage": root + (f"?{options}" if options else ""), "cache": cache}))
     return storage, storage.folder / RUNS / name

@@ -11,13 +11,13 @@ from pipeline.config import Config, content_hash
 from pipeline.errors import UserError
 from pipeline.grouping.study import GroupingStudy, study_grouping
 from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
-from pipeline.run import PARENT, Run, connected, tracked
+from pipeline.runtime.run import PARENT, Run, connected, tracked
+from pipeline.runtime.storage import make_folder, write_atomically
 from pipeline.stages.global_prompt import SNAPSHOTS, train_global_prompt
 from pipeline.stages.group_trainings import train_every_group
-from pipeline.stages.many_runs import checked_runs, in_parallel
 from pipeline.stages.splits import build_splits
-from pipeline.storage import make_folder, write_atomically
 from pipeline.training.snapshots import read_gradients
+from pipeline.workflows.many_runs import checked_runs, in_parallel
 
 MAX_TASKS = 8
 """255 trainings a seed, and 4,140 partitions."""

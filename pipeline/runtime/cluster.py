@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 LOOK_EVERY_S = 2

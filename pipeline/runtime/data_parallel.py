@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from typing import Any, cast
 
-from pipeline.cluster import WorkerNeeds
 from pipeline.errors import UserError
-from pipeline.storage import Storage
+from pipeline.runtime.cluster import WorkerNeeds
+from pipeline.runtime.storage import Storage
 
 
 def train_on_workers(

@@ -9,10 +9,10 @@ from pipeline.config import content_hash
 from pipeline.data.parquet import Split, SplitDescription, SplitReader
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
 from pipeline.errors import UserError
-from pipeline.run import Run
+from pipeline.runtime.run import Run
+from pipeline.runtime.stage import Stage
+from pipeline.runtime.storage import Artefact
 from pipeline.stages.splits import build_splits, write_splits
-from pipeline.stages.stage import Stage
-from pipeline.storage import Artefact
 
 NAME = "held_out"
 

@@ -21,10 +21,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.errors import UserError
-from pipeline.stages.tuning_trial import ACCURACY, EPOCH, FAULT, METRIC, PARAMETERS
 from pipeline.tuning.points import DRAWS_FOR_A_POINT, Check, Point, draws
 from pipeline.tuning.search_file import METHOD, Range, Search
 from pipeline.tuning.trials import Epoch, Trial, TrialRecords
+from pipeline.workflows.tuning_trial import ACCURACY, EPOCH, FAULT, METRIC, PARAMETERS
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlsplit
 
 from pipeline.errors import UserError
-from pipeline.storage import FREE_SPACE
+from pipeline.runtime.storage import FREE_SPACE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.run import Run
-from pipeline.stages.finished_run import record_artefacts
+from pipeline.runtime.run import Run
 from pipeline.stages.global_prompt import train_global_prompt
 from pipeline.stages.group_trainings import train_groups
 from pipeline.stages.grouping import solve_grouping
 from pipeline.stages.report import make_report
 from pipeline.stages.splits import build_splits
+from pipeline.workflows.finished_run import record_artefacts
 
 
 def run_all_stages(run: Run) -> Path:

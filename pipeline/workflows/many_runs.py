@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.config import Config, parse_config
-from pipeline.run import Run, check_run
+from pipeline.runtime.run import Run, check_run
 
 
 def configs_of(base: Config, shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:

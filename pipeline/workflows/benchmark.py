@@ -26,15 +26,15 @@ from pipeline.report.benchmark_tables import (
     to_rich,
 )
 from pipeline.report.summary import method_result
-from pipeline.run import PARENT, Run, connected, tracked
+from pipeline.runtime.run import PARENT, Run, connected, tracked
+from pipeline.runtime.storage import make_folder, write_atomically
+from pipeline.runtime.tracking import Tracker, end_status, resolve_tracking_uri, run_environment
 from pipeline.stages.global_prompt import train_global_prompt
 from pipeline.stages.group_trainings import train_groups
 from pipeline.stages.grouping import solve_grouping
-from pipeline.stages.many_runs import checked_runs, configs_of, in_parallel
 from pipeline.stages.report import track_results
 from pipeline.stages.splits import build_splits
-from pipeline.storage import make_folder, write_atomically
-from pipeline.tracking import Tracker, end_status, resolve_tracking_uri, run_environment
+from pipeline.workflows.many_runs import checked_runs, configs_of, in_parallel
 
 CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
 """Of the paper's Figure 5."""

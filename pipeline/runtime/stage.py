@@ -11,13 +11,13 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
-from pipeline.cluster import Patience, WorkerNeeds, places
 from pipeline.errors import UserError
-from pipeline.progress import ProgressDisplay
-from pipeline.run import PARENT, Run
-from pipeline.stages.data_parallel import train_on_workers
-from pipeline.storage import Artefact, Storage, read_json, write_json
-from pipeline.tracking import end_status
+from pipeline.runtime.cluster import Patience, WorkerNeeds, places
+from pipeline.runtime.data_parallel import train_on_workers
+from pipeline.runtime.progress import ProgressDisplay
+from pipeline.runtime.run import PARENT, Run
+from pipeline.runtime.storage import Artefact, Storage, read_json, write_json
+from pipeline.runtime.tracking import end_status
 
 
 @dataclass(frozen=True)

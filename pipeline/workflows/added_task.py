@@ -18,23 +18,23 @@ from pipeline.methods.mmap import SharedMmap
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import training_of
 from pipeline.prediction.options import ModelOptions, read_options, write_options
-from pipeline.progress import Reporter
 from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
-from pipeline.run import PARENT, Run, check_run, connected, tracked
-from pipeline.stages.all_stages import run_all_stages
-from pipeline.stages.finished_run import GROUPED, SUMMARY, FinishedRun, record_artefacts
+from pipeline.runtime.progress import Reporter
+from pipeline.runtime.run import PARENT, Run, check_run, connected, tracked
+from pipeline.runtime.stage import Stage, Work
+from pipeline.runtime.storage import Artefact, make_folder, read_json, write_atomically, write_json
+from pipeline.stages.flow import run_all_stages
 from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts, train_added_task
 from pipeline.stages.grouping import describe_groups, place_task, read_grouping, staying_together
 from pipeline.stages.report import NAME as REPORT
 from pipeline.stages.report import copy_grouping_pages, register_model, track_results
 from pipeline.stages.splits import build_splits
-from pipeline.stages.stage import Stage, Work
 from pipeline.stages.training_work import TrainingWork, trainings_decided_by
-from pipeline.storage import Artefact, make_folder, read_json, write_atomically, write_json
 from pipeline.training.batches import load_training_sets
 from pipeline.training.later_gradients import gradients_at_points
 from pipeline.training.snapshots import read_points, write_snapshots
+from pipeline.workflows.finished_run import GROUPED, SUMMARY, FinishedRun, record_artefacts
 
 NAME = "task_gradients"
 

@@ -1,0 +1,65 @@
+"""Everything a run can be told: its fields and sections, YAML files, and the command line."""
+
+from pipeline.config.arguments import add_config_arguments, arguments_of, config_from_command_line
+from pipeline.config.fields import PositiveInt, Section, content_hash
+from pipeline.config.files import (
+    CONFIGS,
+    DEMO_CONFIG,
+    MAX_TEXT_BYTES,
+    MAX_YAML_BYTES,
+    given_or_shipped,
+    load_yaml,
+    read_text,
+)
+from pipeline.config.methods import METHODS
+from pipeline.config.schema import (
+    Config,
+    choices,
+    fields,
+    parse_config,
+    to_yaml,
+)
+from pipeline.config.sections import (
+    BUILTIN_DIGITS,
+    AugmentationConfig,
+    ClipConfig,
+    ClusterConfig,
+    DataConfig,
+    GroupingConfig,
+    MmapConfig,
+    TrackingConfig,
+    TrainingConfig,
+    source_columns,
+)
+
+__all__ = [
+    "AugmentationConfig",
+    "BUILTIN_DIGITS",
+    "CONFIGS",
+    "ClipConfig",
+    "ClusterConfig",
+    "Config",
+    "DEMO_CONFIG",
+    "DataConfig",
+    "GroupingConfig",
+    "MAX_TEXT_BYTES",
+    "MAX_YAML_BYTES",
+    "METHODS",
+    "MmapConfig",
+    "PositiveInt",
+    "Section",
+    "TrackingConfig",
+    "TrainingConfig",
+    "add_config_arguments",
+    "arguments_of",
+    "choices",
+    "config_from_command_line",
+    "content_hash",
+    "fields",
+    "given_or_shipped",
+    "load_yaml",
+    "parse_config",
+    "read_text",
+    "source_columns",
+    "to_yaml",
+]
