@@ -25,7 +25,7 @@ def main() -> None:
         refuse_options(parser, {"storage": "--run", "data.tasks": "--task"}, why="is known here")
         given = arguments_of(parser)
 
-        from pipeline.workflows.finished_run import read_finished_run
+        from pipeline.stages.finished_run import read_finished_run
 
         finished = read_finished_run(given.run, getattr(given, "config.cache", Config().cache))
         config = config_from_command_line(parser, base=finished.config_file)

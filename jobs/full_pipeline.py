@@ -3,28 +3,31 @@
 
     python jobs/full_pipeline.py                                       the embedded demo, on a local Ray
     python jobs/full_pipeline.py --config configs/office_home.yaml --data.root /data/OfficeHome
+    python jobs/full_pipeline.py --until grouping --grouping.max_size 3
     ray job submit --working-dir . -- python jobs/full_pipeline.py     on a running cluster
 
-Stages: data check -> few-shot splits -> global prompt with gradient snapshots -> grouping -> group trainings ->
-report. The same command again does only what is missing: a finished stage is found by the hash of all that it depends
-on.
+The same command again does only what is missing: a finished stage is found by the hash of all that it depends on. With
+other options it begins at the first stage that they change, so there is no --from. The stages:
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from pipeline.command_line import run_job
-
-if TYPE_CHECKING:
-    from pipeline.runtime.run import Run
+from pipeline.command_line import faults_told_to_people, job_parser
+from pipeline.config import add_config_arguments, arguments_of, config_from_command_line
+from pipeline.stages.flow import NAMES, check_stage, run_stages, stages_in_words
 
 
-def main(run: Run) -> None:
-    from pipeline.stages.flow import run_all_stages
+def main() -> None:
+    with faults_told_to_people() as console:
+        parser = job_parser(f"{__doc__}\n{stages_in_words()}", "[--until STAGE] ")
+        parser.add_argument("--until", default=NAMES[-1], metavar="STAGE", help="the last stage (default: %(default)s)")
+        add_config_arguments(parser)
+        config = config_from_command_line(parser)
+        until = check_stage("--until", arguments_of(parser).until)
 
-    run_all_stages(run)
+        from pipeline.runtime.run import open_run
+
+        with open_run(config, console) as run:
+            run_stages(run, until)
 
 
 if __name__ == "__main__":
-    run_job(__doc__, main)
+    main()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOG_WIDTH = 160
 
 
-def run_job(description: str, main: Callable[[Run], None]) -> None:
+def run_job(description: str, main: Callable[[Run], object]) -> None:
     """The body of a job script of one run: command line, checks, `main(run)`."""
     parser = job_parser(description)
     add_config_arguments(parser)

@@ -32,10 +32,10 @@ from pipeline.grouping.partition import best_partition
 from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.methods.mmap import GroupMmap, SharedMmap
 from pipeline.report.added_task import AddedTask, added_task_to_markdown
+from pipeline.stages.finished_run import read_finished_run
 from pipeline.stages.grouping import staying_together
 from pipeline.training.later_gradients import gradients_at_points
 from pipeline.training.loop import train
-from pipeline.workflows.finished_run import read_finished_run
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 BEFORE, LATER = ["chalk", "ink", "noise", "rotated"], ["neon", "outline"]

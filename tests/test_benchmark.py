@@ -21,9 +21,9 @@ from pipeline.methods.registry import VERSIONS
 from pipeline.report.benchmark_tables import to_csv
 from pipeline.report.paper_results import PAPER_METHODS
 from pipeline.runtime.run import open_run
+from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import plan_trainings
 from pipeline.stages.mlflow_results import open_experiment, read_benchmark
-from pipeline.stages.splits import build_splits
 
 BENCHMARK = ("jobs/benchmark.py",)
 QUICK = ("--training.epochs", "2", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon]")
@@ -155,7 +155,7 @@ def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray,
     values = load_yaml(DEMO_CONFIG) | {"storage": str(tmp_path / "storage")}
     values["data"] |= {"tasks": ["noise"], "shots": 1}
     with open_run(parse_config(values), Console(quiet=True)) as run:
-        build_splits(run)
+        run_stages(run, "splits")
         for name in both:
             ((single,), (multi,)) = (plan_trainings(run, version, None, {}) for version in (name, f"{name}_mt"))
             assert single.artefact.key == multi.artefact.key and single.item.tasks == multi.item.tasks == ("noise",)

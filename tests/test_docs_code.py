@@ -40,8 +40,8 @@ from pipeline.demo.digits import write_digits
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
 from pipeline.methods.registry import KINDS
 from pipeline.runtime.storage import Artefact, Storage, write_json
+from pipeline.stages.finished_run import GROUPED, SUMMARY, record_artefacts
 from pipeline.tuning.search_file import read_search
-from pipeline.workflows.finished_run import GROUPED, SUMMARY, record_artefacts
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES.remove(REPOSITORY / "docs" / "tutorial.md")

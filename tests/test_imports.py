@@ -73,6 +73,8 @@ def test_help_and_wrong_options_of_a_job_import_nothing_heavy(job):
     # add_task reads the finished run, whose config it takes, before its values are checked.
     if job not in ("__main__", "add_task", *WITHOUT_CONFIG_FIELDS):
         wrong.append([*required, "--training.epochs", "-1"])
+    if job == "full_pipeline":
+        wrong.append(["--until", "no_stage"])
     *answers, modules = output_of(ANSWER_COMMAND_LINES, f"jobs/{job}.py", ["--help"], *wrong)
     assert any(line.startswith("usage: ") for line in answers)
     statuses = [line.removeprefix("exit status: ") for line in answers if line.startswith("exit status: ")]

@@ -156,9 +156,11 @@ def test_again_does_nothing_and_says_so(quick_run, run_job):
 def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path):
     storage = tmp_path / "storage"
     shutil.copytree(quick_run[0], storage)
-    finished = run_job("solve_grouping", "--storage", storage, *QUICK, "--grouping.num_groups", "2")
+    finished = run_job(
+        "full_pipeline", "--until", "grouping", "--storage", storage, *QUICK, "--grouping.num_groups", "2"
+    )
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 3
+    assert finished.output.count("found finished") == 3 and "4 group trainings" not in finished.output
     assert "best of 31 partitions" in finished.output
     groupings = [json.loads(file.read_text()) for file in storage.glob("grouping/[!.]*/grouping.json")]
     (of_two,) = [grouping for grouping in groupings if len(grouping["groups"]) == 2]

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.run import open_run
 from pipeline.stages import data_check
 from pipeline.stages import splits as stage
-from pipeline.stages.splits import build_splits
+from pipeline.stages.flow import run_stages
 
 TASKS, CLASSES, PER_CLASS, SHOTS = ("art", "real world"), ("bed", "post_it"), 6, 2
 NUM_IMAGES = len(TASKS) * len(CLASSES) * PER_CLASS
@@ -70,7 +70,7 @@ def build(folder, shared_ray, monkeypatch):
         printed = io.StringIO()
         config = config_of(folder, storage, {"max_dropped_share": max_dropped_share, **data})
         with open_run(config, Console(file=printed, width=300)) as run:
-            return build_splits(run), printed.getvalue()
+            return run_stages(run, "splits")["splits"], printed.getvalue()
 
     return build
 

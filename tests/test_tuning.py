@@ -27,13 +27,13 @@ from pipeline.data.splits import ScannedImage, sample_splits
 from pipeline.errors import UserError
 from pipeline.runtime.run import check_run
 from pipeline.runtime.storage import Artefact, Storage
+from pipeline.stages.finished_run import read_finished_run
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import decoded_batches, evaluate, evaluate_decoded
 from pipeline.training.loop import train, train_by_epoch
 from pipeline.tuning.points import planned_points
 from pipeline.tuning.search_file import config_at, read_search
 from pipeline.tuning.trials import Epoch, Trial, TrialRecords, best_trial
-from pipeline.workflows.finished_run import read_finished_run
 from pipeline.workflows.held_out import sample_validation
 from pipeline.workflows.tuning_searchers import OptunaPoints, early_stopping
 from pipeline.workflows.tuning_trial import TrialSetup, measured_epochs

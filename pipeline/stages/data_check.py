@@ -26,6 +26,7 @@ from pipeline.report.data_check import COLOURS, TaskOverview, check_page, check_
 from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact, make_folder, read_json, write_atomically, write_json
+from pipeline.stages.flow import titled
 
 NAME = "data_check"
 IMAGES = "images.parquet"
@@ -62,7 +63,7 @@ def check_data(run: Run, in_full: bool = False) -> list[Finding]:
         in_full: as tables, not in one line.
     """
     folder = make_folder(run.folder / NAME)
-    with Stage(run, NAME, "0 data check") as stage:
+    with Stage(run, NAME, titled(NAME)) as stage:
         artefact = _artefact(run)
         with _one_at_a_time:
             if not artefact.finished():

@@ -1,25 +1,73 @@
-"""The stages in their order, as jobs/full_pipeline.py runs them."""
+"""The flow: the stages in their order. Whatever runs stages walks this list, and says how far.
+
+Names and titles are known without torch, Ray and MLflow: a stage's module is imported when its turn comes.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from pipeline.runtime.run import Run
-from pipeline.stages.global_prompt import train_global_prompt
-from pipeline.stages.group_trainings import train_groups
-from pipeline.stages.grouping import solve_grouping
-from pipeline.stages.report import make_report
-from pipeline.stages.splits import build_splits
-from pipeline.workflows.finished_run import record_artefacts
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.runtime.run import Run
 
 
-def run_all_stages(run: Run) -> Path:
-    """Data check, few-shot splits, global prompt, grouping, group trainings, report, as far as they are not done;
-    returns the report's folder."""
-    build_splits(run)
-    global_prompt = train_global_prompt(run)
-    grouping = solve_grouping(run, global_prompt)
-    methods = train_groups(run, grouping)
-    report = make_report(run, grouping, methods)
-    record_artefacts(run, [global_prompt])
-    return report
+@dataclass(frozen=True)
+class FlowStage:
+    name: str
+    """Also of its module here, of its folder in the storage, and of its MLflow run."""
+    title: str
+    gives: str
+    """For people."""
+    function: str
+    """In the module: takes the run, and what the functions of the stages in `takes` returned."""
+    takes: tuple[str, ...] = ()
+
+
+FLOW = (
+    FlowStage("data_check", "data check", "what stands out in the images", "check_data"),
+    FlowStage("splits", "few-shot splits", "training and test images in Parquet", "build_splits"),
+    FlowStage("global_prompt", "global prompt", "snapshots of each task's gradient", "train_global_prompt"),
+    FlowStage("grouping", "grouping", "the best partition of the tasks", "solve_grouping", ("global_prompt",)),
+    FlowStage("group_trainings", "group trainings", "prompts and test accuracies", "train_groups", ("grouping",)),
+    FlowStage(
+        "report",
+        "report",
+        "tables, pictures, one prompts file a method",
+        "make_report",
+        ("global_prompt", "grouping", "group_trainings"),
+    ),
+)
+NAMES = tuple(stage.name for stage in FLOW)
+
+
+def run_stages(run: Run, until: str = NAMES[-1]) -> dict[str, Any]:
+    """Makes what is missing of all stages up to `until`; returns stage → what its function returned."""
+    results: dict[str, Any] = {}
+    for stage in FLOW[: NAMES.index(until) + 1]:
+        function = getattr(import_module(f"pipeline.stages.{stage.name}"), stage.function)
+        results[stage.name] = function(run, *(results[name] for name in stage.takes))
+    return results
+
+
+def titled(name: str, title: str | None = None) -> str:
+    """A stage's number and title, or another title for what does its work elsewhere."""
+    return f"{NAMES.index(name)} {title or FLOW[NAMES.index(name)].title}"
+
+
+def stages_in_words() -> str:
+    """A line for each stage."""
+    return "\n".join(f"  {number} {stage.name:<16} {stage.gives}" for number, stage in enumerate(FLOW))
+
+
+def check_stage(option: str, name: str) -> str:
+    """Raises: UserError: there is no stage of this name."""
+    if name not in NAMES:
+        near = get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{option} {name} is no stage{hint or ';'} valid: {', '.join(NAMES)}")
+    return name

@@ -10,6 +10,7 @@ from pipeline.runtime.progress import Reporter
 from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact
+from pipeline.stages.flow import titled
 from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
 from pipeline.training.share import Share
 from pipeline.training.snapshots import write_points, write_snapshots
@@ -24,7 +25,7 @@ def train_global_prompt(run: Run) -> Artefact:
     """Trains the global prompt unless its snapshots are there; the splits must be finished."""
     work = global_prompt_work(run)
     assert work.artefact is not None
-    with Stage(run, NAME, "2 global prompt") as stage:
+    with Stage(run, NAME, titled(NAME)) as stage:
         stage.execute([work])
         track_history(run, NAME, work.artefact)
         parameters = run.mmap_shape.num_parameters

@@ -25,6 +25,7 @@ from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact, read_json, write_json
 from pipeline.seeds import derive_seed
+from pipeline.stages.flow import titled
 from pipeline.stages.grouping import read_grouping
 from pipeline.stages.image_features import ImageFeatures, test_features, training_features
 from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
@@ -119,7 +120,7 @@ def _train_planned(run: Run, planned: Mapping[str, Sequence[Training]]) -> None:
     trainings: dict[str, Training] = {}
     for training in chain.from_iterable(planned.values()):
         trainings.setdefault(training.artefact.key, training)  # a grouping with one group is all in one
-    with Stage(run, NAME, "4 group trainings") as stage:
+    with Stage(run, NAME, titled(NAME)) as stage:
         for training in trainings.values():
             tags = {"level": "training", "method": training.version, "tasks": ", ".join(training.item.tasks)}
             run.tracker.start_run(training.item.label, parent=NAME, tags=tags)

@@ -10,6 +10,7 @@ from pipeline.config import GroupingConfig
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artefact, read_json
+from pipeline.stages.flow import titled
 from pipeline.stages.global_prompt import SNAPSHOTS
 
 NAME = "grouping"
@@ -21,7 +22,7 @@ PAGE = "grouping.html"
 def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
     """Groups the tasks unless that was done for these snapshots and this config."""
     artefact = grouping_artefact(run, global_prompt)
-    with Stage(run, NAME, "3 grouping") as stage:
+    with Stage(run, NAME, titled(NAME)) as stage:
         stage.computed = make_grouping(run, global_prompt, artefact)
         track_grouping(run, artefact, run.config.grouping)
     return artefact
@@ -47,7 +48,7 @@ def place_task(
             **options.model_dump(mode="json"),
         },
     )
-    with Stage(run, NAME, "3 place among the groups") as stage:
+    with Stage(run, NAME, titled(NAME, "place among the groups")) as stage:
         if not artefact.finished():
             from pipeline.stages.grouping_solution import write_grouping
 

@@ -14,18 +14,20 @@ from pipeline.report.summary import Summary, accuracy_table, method_result, titl
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artefact, make_folder, write_atomically, write_json
+from pipeline.stages.finished_run import record_artefacts
+from pipeline.stages.flow import titled
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_groups, read_grouping
 
 NAME = "report"
 
 
-def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]) -> Path:
+def make_report(run: Run, global_prompt: Artefact, grouping: Artefact, methods: Sequence[MethodArtefacts]) -> Path:
     """Writes <run folder>/report and <run folder>/prompts, and shows the table; returns the report's folder."""
     from pipeline.report.summary_figures import accuracy_picture  # matplotlib
 
     folder = make_folder(run.folder / "report")
-    with Stage(run, NAME, "5 report") as stage:
+    with Stage(run, NAME, titled(NAME)) as stage:
         stage.computed = True
         result = read_grouping(grouping)
         prompts = _gather_prompts(run, methods)
@@ -56,6 +58,7 @@ def make_report(run: Run, grouping: Artefact, methods: Sequence[MethodArtefacts]
     run.console.print(accuracy_table(summary))
     where = run.storage.shown
     run.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
+    record_artefacts(run, [global_prompt])
     return folder
 
 

@@ -15,7 +15,8 @@ from pipeline.errors import UserError
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact, Making, read_json, send_part, write_atomically, write_json
-from pipeline.stages.data_check import ImageSource, check_data, checked_images
+from pipeline.stages.data_check import ImageSource, checked_images
+from pipeline.stages.flow import titled
 
 NAME = "splits"
 BROKEN_SHOWN = 20
@@ -23,14 +24,13 @@ _WRITING = "writing"
 
 
 def build_splits(run: Run) -> SplitReader:
-    """Checks the data, and makes the splits, unless that is done.
+    """Makes the splits unless that is done; the data must be checked.
 
     Raises:
         UserError: broken images above data.max_dropped_share, classes with too few images.
     """
-    check_data(run)
     artefact = run.splits
-    with Stage(run, NAME, "1 few-shot splits") as stage:
+    with Stage(run, NAME, titled(NAME)) as stage:
         if not artefact.finished():
             stage.computed = True
             with artefact.making() as made:

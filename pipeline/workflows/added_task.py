@@ -23,18 +23,18 @@ from pipeline.runtime.progress import Reporter
 from pipeline.runtime.run import PARENT, Run, check_run, connected, tracked
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact, make_folder, read_json, write_atomically, write_json
-from pipeline.stages.flow import run_all_stages
+from pipeline.stages.finished_run import GROUPED, SUMMARY, FinishedRun, record_artefacts
+from pipeline.stages.flow import run_stages, titled
+from pipeline.stages.global_prompt import NAME as GLOBAL_PROMPT
 from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts, train_added_task
 from pipeline.stages.grouping import describe_groups, place_task, read_grouping, staying_together
 from pipeline.stages.report import NAME as REPORT
 from pipeline.stages.report import copy_grouping_pages, register_model, track_results
-from pipeline.stages.splits import build_splits
 from pipeline.stages.training_work import TrainingWork, trainings_decided_by
 from pipeline.training.batches import load_training_sets
 from pipeline.training.later_gradients import gradients_at_points
 from pipeline.training.snapshots import read_points, write_snapshots
-from pipeline.workflows.finished_run import GROUPED, SUMMARY, FinishedRun, record_artefacts
 
 NAME = "task_gradients"
 
@@ -123,7 +123,7 @@ def _check_same_prompts(config: Config, prompts: TrainedPrompts) -> None:
 def _add(joining: Joining) -> None:
     run, finished = joining.run, joining.finished
     run.tracker.set_tags(PARENT, {"added_task": joining.task, "joins_run": finished.folder.name})
-    build_splits(run)
+    run_stages(run, "splits")
     gradients = measure_gradients(run, finished.snapshots[0])
     snapshots = {tuple(of.made_from["tasks"]): of for of in (*finished.snapshots, gradients)}
     grouping = place_task(run, snapshots, finished.groups, run.config.grouping)
@@ -134,7 +134,7 @@ def _add(joining: Joining) -> None:
     beside = None
     if joining.rerun:
         with tracked(joining.rerun):
-            run_all_stages(joining.rerun)
+            run_stages(joining.rerun)
         beside = read_json(joining.rerun.folder / SUMMARY)
     _report(joining, grouping, trained, prompts, beside)
     record_artefacts(run, [*finished.snapshots, gradients])
@@ -144,7 +144,7 @@ def measure_gradients(run: Run, global_prompt: Artefact) -> Artefact:
     """The run's task's gradients at the points of a global prompt's snapshots."""
     artefact = run.artefact(NAME, {**trainings_decided_by(run, run.tasks), "tasks": run.tasks, "at": global_prompt.key})
     work = TrainingWork(run.config, run.splits, tuple(run.tasks), "gradients of the new task")
-    with Stage(run, NAME, "2 gradients on the global prompt") as stage:
+    with Stage(run, NAME, titled(GLOBAL_PROMPT, "gradients on the global prompt")) as stage:
         arguments = (work, global_prompt, artefact)
         stage.execute([Work(work.label, _measure, arguments, artefact, takes_gpu=True)])
     return artefact
@@ -195,7 +195,7 @@ def _report(
 ) -> None:
     run, before = joining.run, joining.finished.summary
     folder = make_folder(run.folder / "report")
-    with Stage(run, REPORT, "5 report") as stage:
+    with Stage(run, REPORT, titled(REPORT)) as stage:
         stage.computed = True
         copy_grouping_pages(grouping, folder)
     results = {method.name: method.results()[0] for method in trained}

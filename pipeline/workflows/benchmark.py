@@ -29,11 +29,9 @@ from pipeline.report.summary import method_result
 from pipeline.runtime.run import PARENT, Run, connected, tracked
 from pipeline.runtime.storage import make_folder, write_atomically
 from pipeline.runtime.tracking import Tracker, end_status, resolve_tracking_uri, run_environment
-from pipeline.stages.global_prompt import train_global_prompt
+from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import train_groups
-from pipeline.stages.grouping import solve_grouping
 from pipeline.stages.report import track_results
-from pipeline.stages.splits import build_splits
 from pipeline.workflows.many_runs import checked_runs, configs_of, in_parallel
 
 CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
@@ -117,11 +115,9 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
 def _carry_out(methods: Sequence[str], benchmark: str, run: Run) -> dict[str, dict[str, Any]]:
     with tracked(run):
         run.tracker.set_tags(PARENT, {"benchmark": benchmark})
-        build_splits(run)
-        grouping = None
-        if any(VERSIONS[name].uses_grouping for name in methods):
-            grouping = solve_grouping(run, train_global_prompt(run))
-        of_methods = train_groups(run, grouping, methods)
+        grouped = any(VERSIONS[name].uses_grouping for name in methods)
+        made = run_stages(run, "grouping" if grouped else "splits")
+        of_methods = train_groups(run, made.get("grouping"), methods)
         found = {method.name: method_result(run.tasks, method.results()) for method in of_methods}
         track_results(run, found, {method.name: method.groups for method in of_methods})
     run.console.print("done", highlight=False)

@@ -13,9 +13,9 @@ from pipeline.grouping.study import GroupingStudy, study_grouping
 from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
 from pipeline.runtime.run import PARENT, Run, connected, tracked
 from pipeline.runtime.storage import make_folder, write_atomically
-from pipeline.stages.global_prompt import SNAPSHOTS, train_global_prompt
+from pipeline.stages.flow import run_stages
+from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.group_trainings import train_every_group
-from pipeline.stages.splits import build_splits
 from pipeline.training.snapshots import read_gradients
 from pipeline.workflows.many_runs import checked_runs, in_parallel
 
@@ -57,8 +57,7 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
 
 def _study(run: Run) -> GroupingStudy:
     with tracked(run):
-        build_splits(run)
-        global_prompt = train_global_prompt(run)
+        global_prompt = run_stages(run, "global_prompt")["global_prompt"]
         trained = train_every_group(run)
         number = {task: at for at, task in enumerate(run.tasks)}
         accuracy_of_group = {

@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artefact
-from pipeline.stages.splits import build_splits, write_splits
+from pipeline.stages.flow import run_stages
+from pipeline.stages.splits import write_splits
 
 NAME = "held_out"
 
@@ -27,7 +28,7 @@ def hold_out(run: Run, validation_shots: int) -> Artefact:
     artefact = run.artefact("splits", {**run.splits.made_from, "validation_shots": validation_shots})
     if artefact.finished():
         return artefact
-    reader = build_splits(run)
+    reader = run_stages(run, "splits")["splits"]
     shots, seed = run.config.data.shots - validation_shots, run.config.seed
     images, sizes = _training_images(reader)
     splits = sample_validation(images, run.listing.classes, shots, seed)

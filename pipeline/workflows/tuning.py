@@ -31,7 +31,7 @@ from pipeline.report.tuning import STATES, described, search_figure, trials_tabl
 from pipeline.runtime.cluster import places
 from pipeline.runtime.run import PARENT, Run, check_methods, check_run, connected, tracked
 from pipeline.runtime.storage import read_json, write_atomically, write_json
-from pipeline.stages.flow import run_all_stages
+from pipeline.stages.flow import run_stages
 from pipeline.tuning.points import Check, Point, Points, planned_points
 from pipeline.tuning.search_file import Search, config_at
 from pipeline.tuning.trials import Trial, TrialRecords, best_trial
@@ -253,6 +253,6 @@ def _run_pipeline(search: Run, config: Config, method: str) -> float:
     run.needs, run.board = search.needs, search.board
     with tracked(run):
         run.tracker.set_tags(PARENT, {"search": search.folder.name})
-        report = run_all_stages(run)
+        report = run_stages(run)["report"]
     accuracy: float = read_json(report / "summary.json")["methods"][method]["average"]
     return accuracy

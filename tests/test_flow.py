@@ -1,0 +1,57 @@
+"""The list of stages: what is in it can be called as it says, and the jobs stop where they should."""
+
+from __future__ import annotations
+
+import inspect
+import runpy
+import sys
+from importlib import import_module
+
+import pytest
+from pipelines import REPOSITORY
+
+from pipeline import command_line
+from pipeline.stages.flow import FLOW, NAMES, titled
+
+UNTIL = {
+    "build_splits": "splits",
+    "train_global_prompt": "global_prompt",
+    "solve_grouping": "grouping",
+    "train_groups": "group_trainings",
+}
+
+
+@pytest.mark.parametrize("stage", FLOW, ids=NAMES)
+def test_a_stage_has_a_module_and_takes_what_was_made_before_it(stage):
+    module = import_module(f"pipeline.stages.{stage.name}")
+    assert module.NAME == stage.name
+    assert set(stage.takes) <= set(NAMES[: NAMES.index(stage.name)])
+    inspect.signature(getattr(module, stage.function)).bind("run", *stage.takes)
+
+
+@pytest.mark.parametrize("job", UNTIL)
+def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
+    ran = []
+    monkeypatch.setattr(command_line, "run_job", lambda description, main: ran.append(main))
+    runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"), run_name="__main__")
+    (main,) = ran
+    assert main.func.__name__ == "run_stages" and main.keywords == {"until": UNTIL[job]}
+
+
+@pytest.mark.parametrize(
+    "arguments, lines",
+    [
+        (
+            ["--until", "groupings"],
+            ["--until groupings is no stage; did you mean grouping? valid: data_check,"],
+        ),
+        (["--help"], [f"  {titled(name, name)} " for name in NAMES]),
+    ],
+    ids=["unknown", "help"],
+)
+def test_the_stages_are_told_to_who_asks_for_them(arguments, lines, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["full_pipeline.py", *arguments])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPOSITORY / "jobs" / "full_pipeline.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert all(line in told for line in lines)
