@@ -24,7 +24,7 @@ from small_clip import tokenizer
 
 from pipeline.config import DataConfig
 from pipeline.data import checked_images, near_copies
-from pipeline.data.checked_images import check_images, read_checked, read_samples, to_check
+from pipeline.data.checked_images import check_images, read_checked, read_samples, sample_paths
 from pipeline.data.facts import THUMBNAIL, image_facts, thumbnail
 from pipeline.data.find import ImageFile, find_images
 from pipeline.data.findings import CheckedImage, cut_words, find_faults
@@ -307,8 +307,8 @@ def planted(tmp_path_factory) -> Path:
 def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeypatch, batch_rows):
     monkeypatch.setattr(checked_images, "BATCH_ROWS", batch_rows)
     listing = find_images(DataConfig(), planted)
-    wanted = to_check(listing.images)
-    table = check_images(planted, wanted)
+    wanted = sample_paths(listing.images)
+    table = check_images(planted, listing.images, wanted)
     checked_images.pq.write_table(table, tmp_path / "images.parquet")
     seen = read_checked(tmp_path / "images.parquet", listing.images)
     assert [of.image.path for of in seen] == [of.path for of in listing.images]
@@ -322,17 +322,17 @@ def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeyp
     samples = read_samples(tmp_path / "images.parquet")
     broken = {of.image.path for of in seen if not of.facts}
     for key in ((task, name) for task, names in CLASSES.items() for name in names):
-        of_class = [of.path for of in wanted if of.is_sample and (of.task, of.class_folder) == key]
+        of_class = [of.path for of in listing.images if of.path in wanted and (of.task, of.class_folder) == key]
         assert len(of_class) == 3 and len(samples[key]) == len(set(of_class) - broken)
 
 
 def test_samples_are_few_where_classes_are_many(monkeypatch):
     monkeypatch.setattr(checked_images, "MOST_SAMPLES", 50)
     files = [ImageFile(f"a/{name}/{number}.png", "a", str(name), 1, 1) for name in range(40) for number in range(9)]
-    samples = [of for of in to_check(files) if of.is_sample]
-    of_class = [sum(of.class_folder == str(name) for of in samples) for name in range(40)]
+    samples = sample_paths(files)
+    of_class = [sum(of.class_folder == str(name) and of.path in samples for of in files) for name in range(40)]
     assert len(samples) == 50 and sorted(of_class) == [1] * 30 + [2] * 10
-    assert {of.path for of in to_check(files[::-1]) if of.is_sample} == {of.path for of in samples}
+    assert sample_paths(files[::-1]) == samples
 
 
 def table_of(output: str) -> list[str]:

@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from dataclasses import replace
@@ -24,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines import REPOSITORY, summary, the_run
+from pipelines import summary, the_run
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.torchvision_compat import ensure_torchvision
@@ -33,7 +31,6 @@ from pipeline.data import manifest as manifest_module
 from pipeline.data.find import Listing, find_images, read_class_names, unexpected_counts
 from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels
 from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
-from pipeline.data.parquet_pages import unfolded_bytes
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
 from pipeline.data.table_images import image_bytes
 from pipeline.demo.digits import write_digits
@@ -672,77 +669,6 @@ def test_small_tables_that_unfold_into_large_ones_are_refused(tmp_path, monkeypa
     assert "1 rows are packed into" in fault(tmp_path / "t.parquet")
     monkeypatch.setattr(manifest_module, "MAX_ROWS", 3)
     assert "4 rows are packed into" in fault(table_of(tmp_path))
-
-
-def varint(value: int, length: int = 1) -> bytes:
-    """Thrift's form of a whole number, at least so many bytes long."""
-    left, parts = value << 1, []
-    while left or len(parts) < length:
-        parts.append(left & 127)
-        left >>= 7
-    return bytes(part | 128 for part in parts[:-1]) + bytes(parts[-1:])
-
-
-@pytest.mark.parametrize("column", ["image", "label"])
-def test_a_footer_that_lies_about_its_pages_is_found_out(tmp_path, column):
-    """Read, it would take gigabytes."""
-    file, size = tmp_path / "t.parquet", 300 << 20
-    table = {"image": [b"1"], "task": ["a"], "label": ["x"]}
-    table[column] = [bytes(size)] if column == "image" else ["x" * size]
-    pq.write_table(pa.table(table), file, compression="zstd", use_dictionary=False, write_statistics=False)
-    metadata, whole = pq.read_metadata(file).row_group(0), file.read_bytes()
-    at = len(whole) - 8 - struct.unpack("<I", whole[-8:-4])[0]
-    footer = whole[at:-8]
-    (chunk,) = (metadata.column(n) for n in range(3) if metadata.column(n).path_in_schema == column)
-    for number in (chunk.total_uncompressed_size, metadata.total_byte_size):
-        assert footer.count(varint(number)) == 1
-        footer = footer.replace(varint(number), varint(5000, len(varint(number))))
-    file.write_bytes(whole[:at] + footer + whole[-8:])
-    assert pq.read_metadata(file).row_group(0).total_byte_size == 5000
-    code = """if True:
-        import resource, sys
-        from pathlib import Path
-        from pipeline.data.table_images import image_bytes
-        from pipeline.config import DataConfig
-        from pipeline.data.find import find_images
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        before, file = peak(), Path(sys.argv[1])
-        for read in (lambda: image_bytes(file.parent, "t.parquet#00000000"), lambda: find_images(DataConfig(), file)):
-            try:
-                read()
-            except ValueError as error:
-                print(str(error).replace("\\n", " "))
-        print(peak() - before)"""
-    command = [sys.executable, "-c", code, str(file)]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stderr
-    *told, grown_mib = finished.stdout.splitlines()
-    assert any("unfold into" in line or "packed into" in line for line in told), told
-    assert int(grown_mib) < 60
-
-
-def test_pages_are_as_large_as_the_footer_of_an_honest_file_says(tree, tmp_path):
-    rows = rows_of(tree) * 20
-    for number, options in enumerate(
-        [
-            {"compression": "snappy"},
-            {"compression": "none", "use_dictionary": False},
-            {"compression": "zstd", "data_page_version": "2.0", "write_page_index": True},
-            {"compression": "gzip", "data_page_size": 500, "write_page_checksum": True},
-        ]
-    ):
-        file = tmp_path / f"{number}.parquet"
-        content = [(tree / row["path"]).read_bytes() for row in rows]
-        table = pa.table({"image": content, "label": [row["label"] for row in rows]})
-        pq.write_table(table, file, row_group_size=100, **options)
-        metadata = pq.read_metadata(file)
-        with open(file, "rb") as stream:
-            for group in range(metadata.num_row_groups):
-                for position in range(2):
-                    column = metadata.row_group(group).column(position)
-                    total, largest = unfolded_bytes(stream, column)
-                    assert largest <= total <= column.total_uncompressed_size  # which counts the headers too
-                    assert position == 1 or total > 0.7 * column.total_uncompressed_size
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

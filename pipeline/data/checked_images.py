@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -51,31 +50,20 @@ COLUMNS = pa.schema(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ToCheck:
-    """An image of a listing."""
-
-    path: str
-    task: str
-    class_folder: str
-    is_sample: bool
-
-
-def to_check(images: Sequence[ImageFile]) -> list[ToCheck]:
-    """With samples of each class of each task, of equal numbers as far as MOST_SAMPLES reaches: those whose paths have
-    the lowest SHA-256, so that they are the same every time, and known before any image is read."""
+def sample_paths(images: Sequence[ImageFile]) -> frozenset[str]:
+    """Paths of samples of each class of each task, of equal numbers as far as MOST_SAMPLES reaches: those with the
+    lowest SHA-256, so that they are the same every time, and known before any image is read."""
     of_class: dict[tuple[str, str], list[tuple[bytes, str]]] = defaultdict(list)
     for image in images:
         digest = hashlib.sha256(image.path.encode("utf-8", "surrogateescape")).digest()
         of_class[image.task, image.class_folder].append((digest, image.path))
     chosen = [(rank, *of) for members in of_class.values() for rank, of in enumerate(heapq.nsmallest(SAMPLES, members))]
-    samples = {path for _, _, path in sorted(chosen)[:MOST_SAMPLES]}
-    return [ToCheck(image.path, image.task, image.class_folder, image.path in samples) for image in images]
+    return frozenset(path for _, _, path in sorted(chosen)[:MOST_SAMPLES])
 
 
-def check_images(root: Path, images: Iterable[ToCheck]) -> pa.Table:
-    """Reads and decodes each once; COLUMNS."""
-    return pa.Table.from_pylist([_row(root, image) for image in images], schema=COLUMNS)
+def check_images(root: Path, images: Iterable[ImageFile], samples: Collection[str]) -> pa.Table:
+    """Reads and decodes each once, and makes thumbnails of the paths in `samples`; COLUMNS."""
+    return pa.Table.from_pylist([_row(root, image, image.path in samples) for image in images], schema=COLUMNS)
 
 
 def read_checked(file: Path, images: Sequence[ImageFile]) -> list[CheckedImage]:
@@ -105,14 +93,14 @@ def read_samples(file: Path) -> dict[tuple[str, str], list[bytes]]:
     return dict(samples)
 
 
-def _row(root: Path, image: ToCheck) -> dict[str, object]:
+def _row(root: Path, image: ImageFile, is_sample: bool) -> dict[str, object]:
     found: dict[str, object] = {}
 
     def look(data: bytes) -> None:
         pixels = decode_rgb(data)
         facts = image_facts(data, pixels)
         found.update({name: getattr(facts, name) for name in _FACTS.names})
-        if image.is_sample:
+        if is_sample:
             found["thumbnail"] = thumbnail(pixels)
 
     scanned = scan_image(root, image.path, image.task, image.class_folder, look)

@@ -101,30 +101,72 @@ def find_images(config: DataConfig, root: Path) -> Listing:
     links = Links(root, config.links_out_of_root)
     layout, root = _recognise(config.layout, manifest, root)
     links.leads_out(root)
-    selected_tasks = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
+    selected = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
+    wanted = None if selected is None else {plain_name(task, "task") for task in selected}
     class_names = _ClassNames(config.class_names)
-    ignored: list[str] = []
-    places: dict[str, str] = {}
-    if layout == "manifest":
-        wanted = None if selected_tasks is None else [plain_name(task, "task") for task in selected_tasks]
-        files, places = read_manifest(
-            manifest,
-            root,
-            dict[str, str](config.columns.items()),
-            wanted,
-            class_names.order,
-            config.given_splits,
-            links,
+    files, ignored, places = _files_of(config, layout, manifest, root, wanted, class_names, links)
+    if layout in LIST_LAYOUTS:
+        root = LIST_LAYOUTS[layout].images_root(root)
+    named = layout in ("manifest", "split_folders")  # tasks are not the folders just below the root
+    links.refuse(root, None if named else selected)
+    what = "names" if layout == "manifest" else "folders"
+    found, in_neither_split = _by_class(files, root, what, config.given_splits)
+    if config.given_splits and not any(file.split in ("train", "test") for file in files):
+        raise UserError(
+            f"data.given_splits=true, and {manifest} has no splits: image lists, a manifest with a column `split`, or "
+            "folders <task>/train/<class> and <task>/test/<class> have; without them: --data.given_splits false"
         )
-        links.refuse(root)
-    else:
-        if layout in LIST_LAYOUTS:
-            files = read_lists(layout, root, links)
-            root = LIST_LAYOUTS[layout].images_root(root)
-        else:
-            files, ignored = _walk(root, links, _folder_roles(layout, root))
-        links.refuse(root, None if layout == "split_folders" else selected_tasks)
+    if wanted is None:
+        class_names.refuse_others(found)
+    tasks = _tasks_of(found, wanted, root)
+    classes, left_out = _classes_of({task: found[task] for task in tasks}, class_names, root)
+    images = [
+        _image_file(root, file, task, name, config.given_splits, links)
+        for task in tasks
+        for name in classes[task]
+        for file in found[task][name]
+    ]
+    links.refuse(root, None if named else tasks)
+    _refuse_missing(images, places, manifest, config.max_dropped_share)
+    return Listing(
+        root,
+        layout,
+        tuple(sorted(images, key=lambda image: image.path)),
+        classes,
+        class_names.words(classes),
+        tuple(sorted(map(printable, ignored))),
+        left_out,
+        {task: in_neither_split[task] for task in tasks if in_neither_split[task]},
+    )
 
+
+def _files_of(
+    config: DataConfig,
+    layout: str,
+    manifest: Path,
+    root: Path,
+    tasks: set[str] | None,
+    class_names: _ClassNames,
+    links: Links,
+) -> tuple[list[Found], list[str], dict[str, str]]:
+    """Images and class folders; files that are neither; of a manifest's images, path → line or row."""
+    if layout == "manifest":
+        columns = dict[str, str](config.columns.items())
+        files, places = read_manifest(manifest, root, columns, tasks, class_names.order, config.given_splits, links)
+        return files, [], places
+    if layout in LIST_LAYOUTS:
+        return read_lists(layout, root, links), [], {}
+    return *_walk(root, links, _folder_roles(layout, root)), {}
+
+
+def _by_class(
+    files: Sequence[Found], root: Path, what: str, given_splits: bool
+) -> tuple[dict[str, dict[str, list[Found]]], Counter[str]]:
+    """Task → class → images; task → images that are left out for being in neither split.
+
+    Raises:
+        UserError: two names that not every file system tells apart; `what` is what it calls them.
+    """
     found: dict[str, dict[str, list[Found]]] = {}
     in_neither_split: Counter[str] = Counter()
     folder_of: dict[tuple[str, ...], str] = {}
@@ -133,7 +175,6 @@ def find_images(config: DataConfig, root: Path) -> Listing:
         # Tasks name files of the results, which other file systems must be able to hold.
         for key, folder in (((task.casefold(),), file.task), ((task, name), file.class_folder)):
             if (other := folder_of.setdefault(key, folder)) != folder:
-                what = "names" if layout == "manifest" else "folders"
                 raise UserError(
                     f"the {what} {other!a} and {folder!a} under {root} differ only in case or in the form of their "
                     "Unicode characters; rename one"
@@ -141,64 +182,56 @@ def find_images(config: DataConfig, root: Path) -> Listing:
         of_class = found.setdefault(task, {}).setdefault(name, [])
         if not file.path:
             continue
-        if config.given_splits and file.split not in ("train", "test"):
+        if given_splits and file.split not in ("train", "test"):
             in_neither_split[task] += 1
         else:
             of_class.append(file)
-    if config.given_splits and not any(file.split in ("train", "test") for file in files):
-        raise UserError(
-            f"data.given_splits=true, and {manifest} has no splits: image lists, a manifest with a column `split`, or "
-            "folders <task>/train/<class> and <task>/test/<class> have; without them: --data.given_splits false"
-        )
-    tasks = sorted({plain_name(task) for task in selected_tasks} if selected_tasks else found)
-    if selected_tasks is None:
-        class_names.refuse_others(found)
-    missing = [task for task in tasks if task not in found]
-    if missing:
+    return found, in_neither_split
+
+
+def _tasks_of(found: Collection[str], wanted: set[str] | None, root: Path) -> list[str]:
+    """Raises: UserError: none, or one that is wanted and not there."""
+    tasks = sorted(found if wanted is None else wanted)
+    if missing := [task for task in tasks if task not in found]:
         raise UserError(
             f"data.tasks: {', '.join(missing)} not found under {root}; "
             f"found: {some(sorted(found)) or 'no <task>/<class> folders'}"
         )
     if not tasks:
         raise UserError(f"data.root={root} holds no <task>/<class>/<image> folders")
+    return tasks
 
+
+def _classes_of(
+    found: dict[str, dict[str, list[Found]]], class_names: _ClassNames, root: Path
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Task → its classes; those that data.class_names does not list, as task/class.
+
+    Raises:
+        UserError: a class that is listed and not there; a task with fewer than two.
+    """
     classes: dict[str, tuple[str, ...]] = {}
     left_out: list[str] = []
-    images: list[ImageFile] = []
-    for task in tasks:
-        of_task = found[task]
+    for task, of_task in found.items():
         words_of = class_names.of(task)
         if words_of is not None:
-            absent = [name for name in words_of if name not in of_task]
-            if absent:
+            if absent := [name for name in words_of if name not in of_task]:
                 raise UserError(
                     f"{class_names.file_of(task)} lists classes that task {task!r} does not have: {some(absent)} "
                     f"({root / task})"
                 )
             left_out += [f"{task}/{name}" for name in sorted(of_task) if name not in words_of]
-        classes[task] = tuple(sorted(words_of if words_of is not None else of_task))
+        classes[task] = tuple(sorted(of_task if words_of is None else words_of))
         if len(classes[task]) < 2:
             raise UserError(
                 f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
             )
-        for class_folder in classes[task]:
-            for file in of_task[class_folder]:
-                size, modified_ns, row_group = file.table or (*_size_and_time(root, file.path, links), None)
-                split = file.split if config.given_splits else None
-                images.append(ImageFile(file.path, task, class_folder, size, modified_ns, split, row_group))
-    links.refuse(root, None if layout in ("manifest", "split_folders") else tasks)
-    _refuse_missing(images, places, manifest, config.max_dropped_share)
-    images.sort(key=lambda image: image.path)
-    return Listing(
-        root,
-        layout,
-        tuple(images),
-        classes,
-        class_names.words(classes),
-        tuple(sorted(printable(path) for path in ignored)),
-        tuple(left_out),
-        {task: in_neither_split[task] for task in tasks if in_neither_split[task]},
-    )
+    return classes, tuple(left_out)
+
+
+def _image_file(root: Path, file: Found, task: str, name: str, given_splits: bool, links: Links) -> ImageFile:
+    size, modified_ns, row_group = file.table or (*_size_and_time(root, file.path, links), None)
+    return ImageFile(file.path, task, name, size, modified_ns, file.split if given_splits else None, row_group)
 
 
 def unexpected_counts(config: DataConfig, listing: Listing) -> list[str]:

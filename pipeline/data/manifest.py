@@ -17,7 +17,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ from pipeline.config import MAX_TEXT_BYTES, read_text
 from pipeline.data.given_splits import SPLIT_WORDS, Found, GivenSplit, TableRow
 from pipeline.data.links import Links
 from pipeline.data.names import name_fault, printable, some
-from pipeline.data.parquet_pages import unfolded_bytes
-from pipeline.data.table_images import MOST_UNFOLDING, ROW_PATH, SMALL_COLUMN, image_column, row_path
+from pipeline.data.table_images import ROW_PATH, image_column, row_path
 from pipeline.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -41,6 +40,9 @@ MAX_TEXT = 1000
 MAX_PATH = 4096
 LEAST_IMAGE_BYTES = 32
 """No image takes less, however a table is packed."""
+MOST_UNFOLDING = 200
+"""No images become so many times larger by the compression of a table being undone, but for small ones."""
+SMALL_COLUMN = 16 << 20
 FAULTS_TOLD = 20
 MOST_FAULTS = 1000
 """Then the rest is not looked at."""
@@ -114,7 +116,7 @@ def read_manifest(
     manifest: Path,
     root: Path,
     columns: Mapping[str, str],
-    tasks: Sequence[str] | None,
+    tasks: Collection[str] | None,
     class_order: Sequence[str] | None,
     with_splits: bool,
     links: Links,
@@ -331,14 +333,12 @@ def _check_unfolding(file: Path, metadata: pq.FileMetaData, text_columns: Sequen
     size, rows = os.path.getsize(file), metadata.num_rows
     packed = rows > MAX_ROWS or (image is not None and rows * LEAST_IMAGE_BYTES > size)
     text_bytes = 0
-    with open(file, "rb") as stream:
-        for group in range(metadata.num_row_groups):
-            of_group = metadata.row_group(group)
-            for position in range(of_group.num_columns):
-                column = of_group.column(position)
-                if column.path_in_schema in text_columns:
-                    text_bytes += unfolded_bytes(stream, column)[0]
-                elif column.path_in_schema == image:  # its pages are looked at by who reads them
-                    packed |= column.total_uncompressed_size > max(MOST_UNFOLDING * size, SMALL_COLUMN)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema in text_columns:
+                text_bytes += column.total_uncompressed_size
+            elif column.path_in_schema == image:
+                allowed = max(MOST_UNFOLDING * column.total_compressed_size, SMALL_COLUMN)
+                packed |= column.total_uncompressed_size > allowed
     if packed or text_bytes > MAX_TEXT_BYTES:
         raise UserError(f"{file} is no manifest: {rows:,} rows are packed into {size:,} bytes")

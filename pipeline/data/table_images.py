@@ -17,12 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.images import MAX_BYTES, BrokenImage, read_image
-from pipeline.data.parquet_pages import unfolded_bytes
 
 ROW_PATH = re.compile(r"(.+\.parquet)#(\d{8})", re.IGNORECASE | re.DOTALL)
-MOST_UNFOLDING = 200
-"""No images become so many times larger by the compression of a table being undone, but for small ones."""
-SMALL_COLUMN = 16 << 20
 _open = threading.local()
 """The table that this thread read last."""
 
@@ -78,7 +74,6 @@ def image_bytes(root: Path, path: str) -> bytes:
 
 class _Table:
     def __init__(self, file: Path):
-        self._path = file
         self._file = pq.ParquetFile(file, buffer_size=1 << 20)
         column = image_column(self._file.schema_arrow)
         if column is None:
@@ -110,7 +105,6 @@ class _Table:
 
     def _read(self, group: int, row: int) -> bytes:
         if group != self._group or row < self._next:
-            self._check_unfolding(group)
             self._group, self._next = group, self._starts[group]
             # One row in a batch: images may be large, and those that are stepped over are not kept.
             self._batches = self._file.iter_batches(1, row_groups=[group], columns=[self._column])
@@ -130,15 +124,3 @@ class _Table:
         if len(data) > MAX_BYTES:
             raise BrokenImage(f"{len(data):,} bytes are more than {MAX_BYTES:,}")
         return data
-
-    def _check_unfolding(self, group: int) -> None:
-        """Raises: ValueError: a small row group that unfolds into a large one, or pages that are none."""
-        of_group = self._file.metadata.row_group(group)
-        with open(self._path, "rb") as stream:
-            for number in range(of_group.num_columns):
-                column = of_group.column(number)
-                if column.path_in_schema == self._column:
-                    total, largest = unfolded_bytes(stream, column)
-                    allowed = max(MOST_UNFOLDING * column.total_compressed_size, SMALL_COLUMN)
-                    if total > allowed or largest > 2 * MAX_BYTES:
-                        raise ValueError(f"{column.total_compressed_size:,} bytes unfold into {total:,}")

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from pipeline.clip.load import load_tokenizer
 from pipeline.config import BUILTIN_DIGITS
-from pipeline.data.checked_images import COLUMNS, ToCheck, check_images, read_checked, read_samples, to_check
+from pipeline.data.checked_images import COLUMNS, check_images, read_checked, read_samples, sample_paths
 from pipeline.data.find import ImageFile
 from pipeline.data.findings import CheckedImage, Finding, cut_words, find_faults
 from pipeline.data.splits import sample_splits
@@ -88,17 +88,17 @@ def _artefact(run: Run) -> Artefact:
 
 def _look(stage: Stage) -> pa.Table:
     images = stage.run.listing.images
-    source, samples = ImageSource.of(stage.run), to_check(images)
+    source, samples = ImageSource.of(stage.run), sample_paths(images)
     stage.run.board.expect.remote(_READING, len(images), "images")
-    work, begun = [], 0
-    for number, chunk in enumerate(chunks(images)):
-        work.append(Work(f"check {number}", _check_chunk, (source, samples[begun : begun + len(chunk)])))
-        begun += len(chunk)
+    work = [
+        Work(f"check {number}", _check_chunk, (source, chunk, samples & {image.path for image in chunk}))
+        for number, chunk in enumerate(chunks(images))
+    ]
     return pa.concat_tables([COLUMNS.empty_table(), *stage.execute(work)]).unify_dictionaries()
 
 
-def _check_chunk(source: ImageSource, images: Sequence[ToCheck], board: Any) -> pa.Table:
-    table = check_images(source.here(), images)
+def _check_chunk(source: ImageSource, images: Sequence[ImageFile], samples: frozenset[str], board: Any) -> pa.Table:
+    table = check_images(source.here(), images, samples)
     board.advance.remote(_READING, len(images), "images")
     return table
 
