@@ -187,10 +187,10 @@ def test_given_splits_are_respected_and_told(build, folder):
     assert "4 training images not drawn, 4 images of neither split" in printed
 
 
-def test_a_hundred_tasks(build, folder):
+def test_hundreds_of_tasks(build, folder):
     rng = np.random.default_rng(1)
     lines = ["path,task,label"]
-    for task in range(100):
+    for task in range(200):
         for name in CLASSES:
             for number in range(3):
                 file = folder / f"many/{task}-{name}-{number}.png"
@@ -199,8 +199,8 @@ def test_a_hundred_tasks(build, folder):
                 lines.append(f"{file.name},task {task},{name}")
     (folder / "many/all.csv").write_text("\n".join(lines))
     reader, printed = build("many", root=str(folder / "many/all.csv"))
-    assert "100 tasks, 600 images" in printed and "400 training and 200 test images" in printed
-    assert len(drawn(reader, "train")) == 400 and len(drawn(reader, "test")) == 200
+    assert "200 tasks, 1200 images" in printed and "800 training and 400 test images" in printed
+    assert len(drawn(reader, "train")) == 800 and len(drawn(reader, "test")) == 400
 
 
 @pytest.mark.parametrize(("broken", "total"), [(1, 3), (29, 100), (1, 40_000), (2, 3), (7, 7)])
