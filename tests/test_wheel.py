@@ -28,8 +28,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_has_code_jobs_and_configs_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"pipeline", "jobs", "mmap_clip"}
-    for name in ("pipeline/demo/digits_clip.safetensors", "pipeline/py.typed", "jobs/full_pipeline.py"):
-        assert name in names
+    data = ("pipeline/demo/digits_clip.safetensors", "pipeline/report/paper_results.yaml", "pipeline/py.typed")
+    assert {*data, "jobs/full_pipeline.py"} <= set(names)
     assert any(name.endswith("share/mmap-clip/configs/demo.yaml") for name in names)
     assert any(name.endswith("share/mmap-clip/configs/class_names/office_home.txt") for name in names)
     assert not [name for name in names if "test" in name or "__pycache__" in name]
