@@ -1,4 +1,4 @@
-"""Train the demo's tiny CLIP from scratch: python -m pipeline.demo.train_digits_clip (minutes on 2 cores).
+"""Trains the demo's tiny CLIP from scratch: `python docs/make_demo_clip.py` (minutes on 2 cores).
 
 It sees the base digits reserved for it, jittered in pose and drawn in plain colours, mostly dark on light and
 sometimes light on dark, under captions that name the digit and sometimes the style. An image and a caption
@@ -15,12 +15,13 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
+from pipeline.demo import digits
 from pipeline.demo.digits import CLASSES, SIZE, allocate, strokes
 
 ensure_torchvision()
 import open_clip  # noqa: E402 - needs torchvision importable first
 
-CONFIG = Path(__file__).with_name("digits_clip.json")
+CONFIG = Path(digits.__file__).with_name("digits_clip.json")
 WEIGHTS = CONFIG.with_suffix(".safetensors")
 STEPS = 900
 BATCH = 256
@@ -95,9 +96,9 @@ def train() -> torch.nn.Module:
     model = open_clip.create_model(CONFIG.stem)
     model.train()
 
-    digits = load_digits()
-    indices = allocate(digits.target)["clip"]
-    stroke = torch.from_numpy(strokes(digits.images[indices.ravel()])).float().unsqueeze(1)
+    base = load_digits()
+    indices = allocate(base.target)["clip"]
+    stroke = torch.from_numpy(strokes(base.images[indices.ravel()])).float().unsqueeze(1)
     label = torch.arange(len(CLASSES)).repeat_interleave(indices.shape[1])
 
     tokenizer = open_clip.get_tokenizer(CONFIG.stem)
@@ -140,7 +141,7 @@ def train() -> torch.nn.Module:
 
 
 def main() -> None:
-    """Train and write the weights beside this file, in half precision."""
+    """Train and write the weights beside the model's config, in half precision."""
     torch.set_num_threads(2)
     model = train()
     save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, WEIGHTS)
