@@ -10,9 +10,8 @@ HEAD = """# Every config field
 
 Made from `pipeline/config/` by `docs/make_configuration.py`. A field is given in a YAML file (`--config FILE ...`,
 later ones over earlier ones) or on the command line (`--section.field VALUE`, over the files; lists are written
-`[a, b]`). An X
-settings; what the paper leaves open is taken from MaPLe and Dassl
-([pipeline.md](pipeline.md#what-the-paper-leaves-open))."""
+`[a, b]`). Defaults are the paper's settings; what the paper leaves open is taken from MaPLe and Dassl
+([methods.md](methods.md#what-the-paper-leaves-open))."""
 
 
 def reference() -> str:

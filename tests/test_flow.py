@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import runpy
 import sys
 from importlib import import_module
@@ -55,3 +56,8 @@ def test_the_stages_are_told_to_who_asks_for_them(arguments, lines, monkeypatch,
         runpy.run_path(str(REPOSITORY / "jobs" / "full_pipeline.py"), run_name="__main__")
     told = capsys.readouterr().out
     assert all(line in told for line in lines)
+
+
+def test_the_page_of_the_pipeline_has_a_section_for_each_stage():
+    headings = re.findall(r"^## (\d .*)$", (REPOSITORY / "docs" / "pipeline.md").read_text(), re.MULTILINE)
+    assert [heading.lower() for heading in headings] == list(map(titled, NAMES))

@@ -1,11 +1,16 @@
-"""What is imported when: a command line is answered, and a worker trains, without the libraries that take seconds."""
+"""What is imported when: a command line is answered, and a worker trains, without the libraries that take seconds; and
+which room imports which."""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
+from collections import defaultdict
 
+import networkx
 import pytest
 from pipelines import REPOSITORY
 
@@ -95,3 +100,46 @@ def test_no_worker_imports_what_the_driver_tracks_and_draws_with():
 
 def test_the_tracker_imports_mlflow_only_when_it_delivers():
     assert not {"mlflow", "torch", "ray"} & modules_after_importing("pipeline.runtime.tracking")
+
+
+# --- the rooms of docs/pipeline.md ---------------------------------------------------------------------------
+
+LIBRARIES = {"torch": "torch", "ray": "Ray", "mlflow": "MLflow"}
+
+
+def room_of(module: str) -> str:
+    """A folder or file of pipeline/; `pipeline` for what `import pipeline` gives; jobs, or another library."""
+    top, *below = module.split(".")
+    return below[0] if top == "pipeline" and below else top
+
+
+def imports_of_rooms() -> dict[str, set[str]]:
+    """Room → rooms and libraries that any line of it imports, at the top or later."""
+    found = defaultdict[str, set[str]](set)
+    for file in [*REPOSITORY.glob("pipeline/**/*.py"), *REPOSITORY.glob("jobs/*.py")]:
+        module = ".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found[room_of(module)] |= {room_of(name.name) for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module and not node.level, file
+                names = [f"pipeline.{name.name}" for name in node.names] if node.module == "pipeline" else [node.module]
+                found[room_of(module)] |= set(map(room_of, names))
+        found[room_of(module)].discard(room_of(module))
+    return found
+
+
+def test_the_picture_and_the_table_of_rooms_are_those_of_the_imports():
+    """An arrow is drawn where no way leads over others; what it leads to may be imported from all that lead to it."""
+    page, imports = (REPOSITORY / "docs" / "pipeline.md").read_text(), imports_of_rooms()
+    rooms = networkx.DiGraph([(room, other) for room in imports for other in imports[room] & imports.keys()])
+    assert networkx.is_directed_acyclic_graph(rooms), networkx.find_cycle(rooms)
+    picture = page.partition("flowchart TD\n")[2].partition("```")[0]
+    arrows = re.findall(r"^    (\w+) --> (\w+(?: & \w+)*)$", picture, re.MULTILINE)
+    drawn = {(room, other) for room, others in arrows for other in others.split(" & ")}
+    needed = set(networkx.transitive_reduction(rooms).edges)
+    assert drawn == needed, f"docs/pipeline.md lacks {sorted(needed - drawn)}, and has no use for {drawn - needed}"
+    for room, named in re.findall(r"^\| `(?:pipeline/)?(\w+)(?:/|\.py)` \|.*\|(?: (.*))? \|$", page, re.MULTILINE):
+        used = [LIBRARIES[library] for library in LIBRARIES if library in imports.pop(room)]
+        assert named == ", ".join(used), room
+    assert set(imports) == {"pipeline"}, "rooms that are not in the table"
