@@ -19,19 +19,19 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from pipeline.config import DataConfig, given_or_shipped, read_text
 from pipeline.data.given_splits import SPLIT_WORDS, Found, GivenSplit
+from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.links import Links
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import SUFFIXES, read_manifest
 from pipeline.data.names import names_of, plain_name, printable, some
 from pipeline.errors import UserError, escaped
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".avif"}
-)
+IMAGE_SUFFIXES = frozenset(chain.from_iterable(SUFFIXES_OF_FORMAT.values()))
 OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
 MINI_DOMAINNET_LISTS = LIST_LAYOUTS["mini_domainnet"].lists[0]
 OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")

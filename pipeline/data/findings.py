@@ -11,6 +11,7 @@ from statistics import median
 from typing import Literal
 
 from pipeline.data.facts import STORED_UPRIGHT, ImageFacts
+from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.names import names_of
 from pipeline.data.near_copies import MOST_BITS, alike
 from pipeline.data.splits import ScannedImage
@@ -24,17 +25,6 @@ LONG_RATIO = 5.0
 FLAT_CONTRAST = 2.0
 MANY_PIECES = 3
 """A word of a class name in this many pieces is one that CLIP has hardly read."""
-SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jfif"),
-    "MPO": (".jpg", ".jpeg", ".jfif"),
-    "PNG": (".png",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "WEBP": (".webp",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm",),
-    "AVIF": (".avif",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +221,7 @@ def _odd_images(images: Sequence[CheckedImage]) -> list[Finding]:
             long.append(f"{path}: {size}")
         if facts.contrast <= FLAT_CONTRAST:
             flat.append(path)
-        if Path(path).suffix.lower() not in SUFFIXES.get(facts.format, (Path(path).suffix.lower(),)):
+        if Path(path).suffix.lower() not in SUFFIXES_OF_FORMAT.get(facts.format, (Path(path).suffix.lower(),)):
             misnamed.append(f"{path}: {facts.format}")
         if facts.orientation != STORED_UPRIGHT:
             turned.append(f"{path}: orientation {facts.orientation}")

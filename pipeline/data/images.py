@@ -20,8 +20,20 @@ from PIL import Image, UnidentifiedImageError
 TRAINING_OVERSIZE = 2
 """Training images are kept with a shorter side of up to this many times the model's input, so that a small
 random crop still has real detail, and memory does not follow the camera."""
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow knows more, some of which start other programs (EPS: Ghostscript)."""
+SUFFIXES_OF_FORMAT = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "MPO": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm",),
+    "AVIF": (".avif",),
+}
+"""Pillow knows more formats, some of which start other programs (EPS: Ghostscript)."""
+FORMATS = tuple(sorted(SUFFIXES_OF_FORMAT.keys() - {"MPO"}))
+"""As Pillow opens them: it finds that a JPEG is an MPO after it has opened it."""
 MAX_RATIO = 1000
 """Of an image that is longer than this many times its width, the evaluation takes the middle first."""
 MAX_PIXELS = cast(int, Image.MAX_IMAGE_PIXELS)  # None only where a program takes Pillow's limit away
