@@ -20,12 +20,12 @@ from common import class_words, default_device, largest_difference, load, table,
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import Config
-from pipeline.methods.registry import KINDS
+from pipeline.methods.registry import METHODS
 from pipeline.training.batches import TrainingSet
 from pipeline.training.frozen_features import frozen_training_features
 from pipeline.training.loop import train
 
-METHODS = ("coop", "lamm", "clip_adapter", "linear_probe", "vpt")
+COMPARED = ("coop", "lamm", "clip_adapter", "linear_probe", "vpt")
 
 
 class InEveryStep(torch.nn.Module):
@@ -37,7 +37,7 @@ class InEveryStep(torch.nn.Module):
 
     def forward(self):
         adaptation, (towers,) = self.method(), self.towers
-        if adaptation.class_features:  # in place of the text tower's: only the image tower is frozen
+        if adaptation.text_features:  # in place of the text tower's: only the image tower is frozen
             nothing = torch.zeros(1, 1, 0, towers.vision_width, device=towers.device)
             return replace(adaptation, vision_prompts=nothing)
         return replace(adaptation, towers=towers)
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=65)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2, help="of each; the fastest counts")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=COMPARED)
     parser.add_argument("--device", default=default_device())
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -75,9 +75,9 @@ def main() -> None:
     frozen = replace(pixels, frozen_features=features[0])
     rows = [{"method": "image features", "once": making}]
     for name in arguments.methods:
-        kind, seconds, states = KINDS[name], {"once": [], "every step": []}, {}
+        kind, seconds, states = METHODS[name], {"once": [], "every step": []}, {}
         template = kind.template(config.clip.template)
-        tokens = class_tokens(towers.tokenizer, template, list(words.values()), kind.num_carried(config))
+        tokens = class_tokens(towers.tokenizer, template, list(words.values()), kind.num_prompt_positions(config))
         tokens = tokens.to(device)
         frozen_tokens = class_tokens(towers.tokenizer, config.clip.template, list(words.values()))
         options = {"epochs": 1, "seed": 1, "precision": "float32", "frozen_tokens": frozen_tokens.to(device)}

@@ -8,9 +8,9 @@ from pipeline.config import Config, Section, choices, fields
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Every config field
 
-Made from `pipeline/config/` by `docs/make_configuration.py`. A field is given in a YAML file (`--config FILE ...`,
-later ones over earlier ones) or on the command line (`--section.field VALUE`, over the files; lists are written
-`[a, b]`). Defaults are the paper's settings; what the paper leaves open is taken from MaPLe and Dassl
+Made from `pipeline/config/` and `pipeline/methods/` by `docs/make_configuration.py`. A field is given in a YAML file
+(`--config FILE ...`, later ones over earlier ones) or on the command line (`--section.field VALUE`, over the files;
+lists are written `[a, b]`). Defaults are the paper's settings; what the paper leaves open is taken from MaPLe and Dassl
 ([methods.md](methods.md#what-the-paper-leaves-open))."""
 
 

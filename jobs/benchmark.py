@@ -16,11 +16,12 @@ import argparse
 from pathlib import Path
 
 from pipeline.command_line import faults_told_to_people, job_parser, refuse_options
-from pipeline.config import CONFIGS, METHODS, add_config_arguments, arguments_of, config_from_command_line
+from pipeline.config import CONFIGS, add_config_arguments, arguments_of, config_from_command_line
 from pipeline.errors import UserError
+from pipeline.methods.registry import VARIANTS
 from pipeline.report.paper_results import PAPER_METHODS
 
-SETS = {"all": METHODS, "paper": PAPER_METHODS}
+SETS = {"all": tuple(VARIANTS), "paper": PAPER_METHODS}
 PER_RUN = {"seed": "--seeds", "data.shots": "--shots", "compare": "--methods"}
 
 
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["all"],
         metavar="NAME",
-        help=f"all, paper (those of the paper's tables and Figure 4), or any of: {', '.join(METHODS)} (default: all)",
+        help=f"all, paper (those of the paper's tables and Figure 4), or any of: {', '.join(VARIANTS)} (default: all)",
     )
     parser.add_argument("--dataset", default="demo", metavar="NAME", help="configs/NAME.yaml (default: demo)")
     parser.add_argument(
@@ -46,10 +47,10 @@ def chosen_methods(names: list[str]) -> tuple[str, ...]:
     """In the order of the registry, whatever the order they are asked for in."""
     chosen = set()
     for name in names:
-        if name not in SETS and name not in METHODS:
-            raise UserError(f"--methods {name}: not known; valid: {', '.join((*SETS, *METHODS))}")
+        if name not in SETS and name not in VARIANTS:
+            raise UserError(f"--methods {name}: not known; valid: {', '.join((*SETS, *VARIANTS))}")
         chosen |= set(SETS.get(name, (name,)))
-    return tuple(name for name in METHODS if name in chosen)
+    return tuple(name for name in VARIANTS if name in chosen)
 
 
 def dataset_file(name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
+from pipeline.lazy_torch import torch
 
 
 def derive_seed(seed: int, *names: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.methods.prompt_file import TrainedPrompts, merge_prompts
-from pipeline.methods.registry import KINDS
+from pipeline.methods.registry import METHODS
 
 DIGITS = ["seven", "two", "nine", "zero", "four", "eight", "one", "six", "three", "five"]
 """In no alphabetical order, so that labels that something sorts are noticed."""
@@ -20,6 +20,6 @@ def trained(method: str, *groups: dict[str, list[str]]) -> TrainedPrompts:
     towers = load_clip(config.clip)
     parts = []
     for seed, group in enumerate(groups):
-        module = KINDS[method].build(config.model_copy(update={"seed": seed}), towers, group)
+        module = METHODS[method].build(config.model_copy(update={"seed": seed}), towers, group)
         parts.append(TrainedPrompts(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
     return merge_prompts(parts)

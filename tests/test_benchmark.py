@@ -17,7 +17,7 @@ from rich.console import Console
 
 from jobs.benchmark import chosen_methods, main
 from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
-from pipeline.methods.registry import VERSIONS
+from pipeline.methods.registry import VARIANTS
 from pipeline.report.benchmark_tables import to_csv
 from pipeline.report.paper_results import PAPER_METHODS
 from pipeline.runtime.run import open_run
@@ -150,7 +150,7 @@ def test_a_larger_benchmark_does_only_what_is_missing(storage, run_job):
 
 def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray, tmp_path):
     """`coop` and `coop_mt` of one task are the same training, so they have the same key."""
-    both = [name for name in VERSIONS if f"{name}_mt" in VERSIONS and not VERSIONS[name].starts_from]
+    both = [name for name in VARIANTS if f"{name}_mt" in VARIANTS and not VARIANTS[name].starts_from]
     assert len(both) > 10
     values = load_yaml(DEMO_CONFIG) | {"storage": str(tmp_path / "storage")}
     values["data"] |= {"tasks": ["noise"], "shots": 1}
@@ -163,7 +163,7 @@ def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray,
 
 def test_methods_are_chosen_by_name_or_as_a_set():
     assert chosen_methods(["grouped", "zero_shot"]) == ("zero_shot", "grouped")
-    assert chosen_methods(["all"]) == tuple(VERSIONS)
+    assert chosen_methods(["all"]) == tuple(VARIANTS)
     assert set(chosen_methods(["paper", "clip_lora"])) == {*PAPER_METHODS, "clip_lora"}
 
 

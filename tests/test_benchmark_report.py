@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from rich.console import Console
 
-from pipeline.methods.registry import VERSIONS
+from pipeline.methods.registry import VARIANTS
 from pipeline.report.benchmark_figures import accuracy_parameters_figure, prompt_ablation_figure, shots_figure
 from pipeline.report.benchmark_tables import (
     Benchmark,
@@ -37,7 +37,7 @@ OFFICE_TASKS = ("Art", "Clipart", "Product", "Real World")
 OTHER_TASKS = ("birds", "cars_100%", "R&D #1")
 MMAP_VERSIONS = ("mmap_task_only", "mmap_group_only", "mmap_random_groups", "all_in_one", "grouped")
 PAPER_METHODS = ("zero_shot", *TRAINED_PARAMETERS)
-ALL_METHODS = (*VERSIONS, "a_method_to_come", "another one")
+ALL_METHODS = (*VARIANTS, "a_method_to_come", "another one")
 
 
 def made_up(tasks=OTHER_TASKS, methods=("zero_shot", "coop", "coop_mt", "grouped"), shots=(6,), seeds=(1, 2, 3)):
@@ -261,11 +261,11 @@ def test_every_version_has_a_row_and_a_section():
     for method in ALL_METHODS:
         assert "—" not in texts(row_of(table, method))
     assert section_of("zero_shot") == "zero-shot" and section_of("a_method_to_come") == "others"
-    for method, version in VERSIONS.items():
+    for method, version in VARIANTS.items():
         if method != "zero_shot" and version.starts_from is None:
             assert section_of(method) == ("each task for itself" if version.groups == "each task" else "all tasks")
     # Trained for each task, from a training for all.
-    assert VERSIONS["mvlpt"].groups == "each task" and section_of("mvlpt") == "all tasks"
+    assert VARIANTS["mvlpt"].groups == "each task" and section_of("mvlpt") == "all tasks"
 
 
 # --- beside the paper -----------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ LINES = ("zero_shot", "coop", "vpt", "coop_mt", "maple_mt", "full_mt", "clip_ada
 
 
 def wide(num_methods: int = 30) -> Benchmark:
-    """Six tasks, one number of shots, made-up names where VERSIONS has too few."""
+    """Six tasks, one number of shots, made-up names where VARIANTS has too few."""
     names = dict.fromkeys((*ALL_METHODS, *(f"method {number}" for number in range(num_methods))))
     methods = ["grouped", *(name for name in names if name != "grouped")][:num_methods]
     return made_up(("clipart", "painting", "real", "sketch", "infograph", "quickdraw"), methods, shots=(16,))
@@ -577,7 +577,7 @@ def titles_and_circles(figure: Figure):
 @pytest.mark.parametrize("with_paper", [False, True])
 def test_titles_of_circles_lie_inside_and_hide_nothing(num_methods, with_paper):
     if with_paper:
-        methods = list(dict.fromkeys(("grouped", *PAPER_METHODS, *VERSIONS)))[:num_methods]
+        methods = list(dict.fromkeys(("grouped", *PAPER_METHODS, *VARIANTS)))[:num_methods]
         figure = accuracy_parameters_figure(made_up(OFFICE_TASKS, methods, shots=(12,)), 12)
     else:
         methods = wide(num_methods).methods

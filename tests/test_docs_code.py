@@ -38,7 +38,7 @@ from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_c
 from pipeline.data.find import OFFICE_HOME_TASKS, find_images, read_class_names
 from pipeline.demo.digits import write_digits
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
-from pipeline.methods.registry import KINDS
+from pipeline.methods.registry import METHODS
 from pipeline.runtime.storage import Artefact, Storage, write_json
 from pipeline.stages.finished_run import GROUPED, SUMMARY, record_artefacts
 from pipeline.tuning.search_file import read_search
@@ -151,7 +151,7 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     values = load_yaml(DEMO_CONFIG)
     config = parse_config(values | {"data": values["data"] | {"root": str(data_root)}})
     group, towers = {"Clipart": DIGITS, "ink": DIGITS}, load_clip(config.clip)
-    state = KINDS["mmap"].build(config, towers, group).state_dict()
+    state = METHODS["mmap"].build(config, towers, group).state_dict()
     folder = storage / "runs" / "finished"
     (folder / GROUPED).parent.mkdir(parents=True)
     save_prompts(folder / GROUPED, TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (state,)))

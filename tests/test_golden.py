@@ -21,7 +21,7 @@ from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.prompt_file import load_prompts
-from pipeline.methods.registry import KINDS, VERSIONS, training_of
+from pipeline.methods.registry import METHODS, VARIANTS, training_of
 from pipeline.runtime.run import NUMBERS_VERSION
 from pipeline.training.batches import load_training_sets
 from pipeline.training.loop import train
@@ -65,7 +65,7 @@ def check_golden(run, numbers):
 
 @pytest.mark.slow
 def test_every_method_gives_its_golden_numbers(all_methods):
-    assert set(all_methods.numbers["methods"]) == set(VERSIONS)
+    assert set(all_methods.numbers["methods"]) == set(VARIANTS)
     check_golden(ALL_METHODS, all_methods.numbers)
 
 
@@ -187,11 +187,11 @@ def mvlpt_first_loss(all_methods, trained, task):
     """Of a training of one task that goes on from these prompts."""
     config, towers = all_methods.config, trained.towers()
     words = {task: trained.words[task]}
-    method = KINDS["mvlpt"].build(config, towers, words)
+    method = METHODS["mvlpt"].build(config, towers, words)
     method.load_state_dict(trained.group_of(task).states[0])
     reader = SplitReader(next(all_methods.storage.glob("splits/[!.]*")))
     sets = load_training_sets(reader, [task], towers.image_size, towers.device, threads=1)
-    template = KINDS["mvlpt"].template(config.clip.template)
+    template = METHODS["mvlpt"].template(config.clip.template)
     tokens = class_tokens(towers.tokenizer, template, list(words.values()))
     history, _ = train(towers, method, sets, tokens, training_of("mvlpt", config), epochs=1, seed=config.seed)
     return history[0].losses[0]

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import copy
-import typing
+import re
 from dataclasses import astuple, replace
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_towers import plain_encode_image, plain_encode_text
+from plain_method import SKETCHED, equals, full_ids
+from plain_towers import plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
-from small_methods import SMALL, TRAINED, WORDS, built, tokens_for, with_frozen_features
+from small_methods import (
+    REFERENCES,
+    SMALL,
+    TRAINED,
+    WORDS,
+    built,
+    tokens_for,
+    with_frozen_features,
+    with_options,
+)
 from small_problem import CONFIG, TASKS, TEST_COUNTS, small_problem, write_test_splits
 
 from pipeline.clip.load import load_clip, towers_without_weights, weights_fingerprint
 from pipeline.config import (
     CONFIGS,
-    METHODS,
     ClipConfig,
     Config,
-    MapleConfig,
-    Method,
-    MethodConfig,
-    MlpPromptsConfig,
     MmapConfig,
-    OwnTraining,
-    VptConfig,
     load_yaml,
     parse_config,
 )
@@ -38,8 +40,9 @@ from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import task_tree
+from pipeline.methods.method import OwnTraining
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
-from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, kind_of, training_of
+from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, get_method, training_of
 from pipeline.stages.group_trainings import random_groups
 from pipeline.stages.training_work import TrainingWork
 from pipeline.training.evaluate import evaluate, evaluate_features
@@ -52,155 +55,21 @@ INK = {"ink": CLASS_WORDS}
 SEVERAL_NAMES = [" | ".join(CLASS_WORDS[:2]), CLASS_WORDS[2], " | ".join(CLASS_WORDS[3:])]
 
 
-def full_ids(template):
-    return tokenizer()([template.format(word) for word in CLASS_WORDS])
+def test_every_method_has_a_reference_and_variants():
+    assert REFERENCES.keys() == METHODS.keys()
+    assert {variant.method for variant in VARIANTS.values()} == METHODS.keys()
+    assert list(VARIANTS)[-2:] == list(ALWAYS)
+    with pytest.raises(UserError, match="'lora' is not known; methods: zero_shot, coop, vpt"):
+        get_method("lora")
 
 
-def open_clips_name(name):
-    """Of a weight of ClipTowers."""
-    for ours, theirs in {"text_blocks": "transformer.resblocks", "text_positions": "positional_embedding"}.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def with_weights(model, weights):
-    """A copy of open_clip's model with these tensors in place of its parameters."""
-    model = copy.deepcopy(model)
-    for name, tensor in weights.items():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        del module._parameters[leaf]
-        setattr(module, leaf, tensor)
-    return model
-
-
-def plain_features(name, method, model, images, config=SMALL):
-    """Features (B, E), (C, E) of one task by each method's own definition, with the plain towers."""
-    vision_depth, text_depth = len(model.visual.transformer.resblocks), len(model.transformer.resblocks)
-    template = config.clip.template
-    if name in ("mmap", "mmap_shared"):
-        parts = (method.group, method.task) if name == "mmap" else (method.mmap,)
-        depth = config.mmap.depth or min(text_depth, vision_depth)
-        of_layers = {
-            tower: [
-                torch.cat(
-                    [
-                        torch.kron(getattr(of, tower)[0, k], of.source[0, 0 if config.mmap.shared_source else k])
-                        for of in parts
-                    ]
-                )
-                for k in range(depth)
-            ]
-            for tower in ("text_scaling", "vision_scaling")
-        }
-        text, vision = map(torch.stack, of_layers.values())
-        before_sos = config.mmap.text_order == "before_sos"
-        return plain_encode_image(model, images, vision), plain_encode_text(model, full_ids(template), text, before_sos)
-    if name == "coop":
-        z = plain_encode_text(model, full_ids("{}."), method.context[None], carried=True)
-        return model.encode_image(images), z
-    if name == "vpt":
-        return plain_encode_image(model, images, method.prompts), model.encode_text(full_ids(template))
-    if name == "maple":
-        vision = torch.stack([p @ f.weight.T + f.bias for f, p in zip(method.projections, method.text_prompts)])
-        return (
-            plain_encode_image(model, images, vision, carried=True),
-            plain_encode_text(model, full_ids("{}."), method.text_prompts, carried=True),
-        )
-    if name == "clip_adapter":
-        x = model.encode_image(images)
-        first, _, second, _ = method.bottleneck
-        adapted = (second.weight @ (first.weight @ x.T + first.bias[:, None]).clamp(min=0) + second.bias[:, None]).T
-        ratio = config.clip_adapter.ratio
-        return ratio * adapted.clamp(min=0) + (1 - ratio) * x, model.encode_text(full_ids(template))
-    if name == "joint_prompts":
-        return (
-            plain_encode_image(model, images, method.vision_prompts),
-            plain_encode_text(model, full_ids(template), method.text_prompts),
-        )
-    if name in ("bitfit", "full", "clip_lora"):
-        trained = {open_clips_name(key.removeprefix("towers.")): p for key, p in method.named_parameters()}
-        own = model.state_dict()
-        if name == "clip_lora":
-            blocks = [key.removesuffix(".in_proj_weight") for key in own if key.endswith("in_proj_weight")]
-            assert len(trained) == 2 * len(blocks)
-            alpha, rank = config.clip_lora.alpha, config.clip_lora.rank
-            low_rank = {
-                block: zip(
-                    trained[f"{block}.in_proj_update.up"], trained[f"{block}.in_proj_update.down.weight"].split(rank)
-                )
-                for block in blocks
-            }
-            trained = {
-                f"{block}.in_proj_weight": own[f"{block}.in_proj_weight"]
-                + torch.cat([alpha / rank**0.5 * b @ a for b, a in low_rank[block]])
-                for block in blocks
-            }
-        else:
-            assert set(trained) == {key for key in own if name == "full" or key.endswith("bias")}
-        model = with_weights(model, trained)
-        return model.encode_image(images), model.encode_text(full_ids(template))
-    if name == "linear_probe":
-        return model.encode_image(images), method.weights
-    if name == "lamm":
-        ids, z, with_name = full_ids(template), [], with_weights(model, {})
-        for number, (row, pieces) in enumerate(zip(ids, method.embeddings)):
-            name_at = 1 + len(tokenizer().encode("a photo of a"))
-            embedded = model.token_embedding(row)
-            embedded = torch.cat([embedded[:name_at], pieces, embedded[name_at + len(pieces) :]])
-            with_name.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
-            z.append(plain_encode_text(with_name, ids[number : number + 1], None))
-        return model.encode_image(images), torch.cat(z)
-    if name == "promptsrc":
-        return (
-            plain_encode_image(model, images, method.vision_prompts, carried=True),
-            plain_encode_text(model, full_ids("{}."), method.text_prompts, carried=True),
-        )
-    if name == "mvlpt":
-        prompts = torch.cat(
-            [
-                method.context @ method.text_in.weight.T + method.text_in.bias,
-                method.vision_prompts.reshape(-1, 24) @ method.vision_in.weight.T + method.vision_in.bias,
-            ]
-        )
-        mixer, length, width = method.mixer, config.mvlpt.prompt_length, config.mvlpt.mixer_width
-        h = F.layer_norm(prompts, (width,), mixer.norm1.weight, mixer.norm1.bias)
-        q, k, v = (h @ mixer.self_attn.in_proj_weight.T + mixer.self_attn.in_proj_bias).chunk(3, dim=1)
-        attended = (q @ k.T / width**0.5).softmax(dim=1) @ v  # one head
-        prompts = prompts + attended @ mixer.self_attn.out_proj.weight.T + mixer.self_attn.out_proj.bias
-        h = F.layer_norm(prompts, (width,), mixer.norm2.weight, mixer.norm2.bias)
-        h = F.gelu(h @ mixer.linear1.weight.T + mixer.linear1.bias)
-        prompts = prompts + h @ mixer.linear2.weight.T + mixer.linear2.bias
-        context = prompts[:length] @ method.text_out.weight.T + method.text_out.bias
-        vision = prompts[length:] @ method.vision_out.weight.T + method.vision_out.bias
-        vision = vision.reshape(vision_depth, length, 24)
-        return (
-            plain_encode_image(model, images, vision),
-            plain_encode_text(model, full_ids("{}."), context[None], carried=True),
-        )
-    if name == "softcpt":
-        (task,) = method.tasks
-        of_task = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], carried=True)[0]
-        context = [of_task @ method.projection[:, at] for at in range(config.softcpt.context_length)]
-        context = torch.stack(context)
-        return model.encode_image(images), plain_encode_text(model, full_ids("{}."), context[None], carried=True)
-    if name == "hipro":  # with one task the tree is one leaf; several: below
-        z = plain_encode_text(model, full_ids("{}."), method.contexts, carried=True)
-        return model.encode_image(images), F.normalize(z, dim=1)
-    assert name == "mlp_prompts"
-    text, vision = (
-        torch.stack([p @ f.weight.T + f.bias for f, p in zip(layers, method.source)])
-        for layers in (method.text_layers, method.vision_layers)
-    )
-    return plain_encode_image(model, images, vision), plain_encode_text(model, full_ids(template), text)
-
-
-def test_the_config_names_the_registry():
-    assert list(METHODS) == list(VERSIONS)
-    assert set(typing.get_args(Method)) == set(VERSIONS) - {"zero_shot", *ALWAYS}
-    assert {version.kind for version in VERSIONS.values()} == set(KINDS)
-    with pytest.raises(UserError, match="'lora' is not known; methods: zero_shot, mmap, mmap_shared, coop"):
-        kind_of("lora")
+def test_whatever_is_trained_for_the_asking_can_be_compared():
+    names = [name for name in VARIANTS if name not in ("zero_shot", *ALWAYS)]
+    assert parse_config({"compare": names}).compare == tuple(names)
+    for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", ""), ("grouped", "")):
+        message = f"compare.0='{name}': no method that can be compared{hint} Valid: coop, vpt, "
+        with pytest.raises(UserError, match=re.escape(message)):
+            parse_config({"compare": [name]})
 
 
 @pytest.mark.parametrize("several_names", [False, True], ids=["a name each", "several names"])
@@ -213,18 +82,18 @@ def test_a_method_is_its_plain_definition(name, several_names):
     adaptation = method()
     x = adaptation.encode_image(towers, images, [3])
     tokens = tokens_for(name, towers, [words])
-    (z,) = tokens.class_features(adaptation.encode_text(towers, tokens))
-    plain = plain_features(name, method, model, images)
-    if several_names and name == "linear_probe":  # which has a vector for each class
-        plain = plain[0], F.normalize(plain[1], dim=1)
-    elif several_names:
-        of_names = F.normalize(plain[1], dim=1)
-        plain = plain[0], torch.stack([of_names[:2].mean(0), of_names[2], of_names[3:].mean(0)])
+    (z,) = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
+    plain = REFERENCES[name].features(method, model, images, SMALL)
+    if several_names:
+        rows = F.normalize(plain[1], dim=1)
+        if len(rows) != len(words):  # a linear probe has a vector for each class
+            rows = torch.stack([rows[:2].mean(0), rows[2], rows[3:].mean(0)])
+        plain = plain[0], rows
     for ours, reference in zip((x, z), plain):
         torch.testing.assert_close(ours, reference, **TOLERANCE)
     parameters = list(method.parameters())
     label = torch.tensor([0, 2, 1])
-    scale = method.towers.logit_scale if name == "full" else model.logit_scale
+    scale = dict(method.named_parameters()).get("towers.logit_scale", model.logit_scale)
     plain_logits = scale.exp() * F.cosine_similarity(plain[0][:, None], plain[1], dim=-1)
     ours, reference = (
         torch.autograd.grad(F.cross_entropy(logits, label), parameters)
@@ -242,7 +111,7 @@ def test_all_of_a_method_trains_and_nothing_else(name):
     frozen = {key: value.clone() for key, value in towers.state_dict().items()}
     before = {key: value.clone() for key, value in method.state_dict().items()}
     tokens = tokens_for(name, towers, [CLASS_WORDS, CLASS_WORDS])
-    config = SLOW if name in ("linear_probe", "lamm") else CONFIG
+    config = SLOW if REFERENCES[name].small_rate else CONFIG
     history, _ = train(towers, method, sets, tokens, config, epochs=3, seed=5)
     assert all(torch.equal(value, frozen[key]) for key, value in towers.state_dict().items())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
@@ -253,7 +122,7 @@ def test_all_of_a_method_trains_and_nothing_else(name):
     assert last < first
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", METHODS)
 def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     towers = load_clip(SMALL.clip)
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
@@ -264,7 +133,7 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     assert loaded.num_parameters == sum(p.numel() for p in method.parameters())
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, KINDS[name].templates(SMALL, words), [(words, method())])
+        original = Classifier(towers, METHODS[name].templates(SMALL, words), [(words, method())])
     again = loaded.classifier()
     for task in words:
         assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
@@ -274,133 +143,32 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
 def test_starts_do_not_depend_on_the_machine_or_the_tasks(name):
     towers, _ = small_towers()
     torch.manual_seed(1)
-    first = KINDS[name].build(SMALL, towers, INK).state_dict()
+    first = METHODS[name].build(SMALL, towers, INK).state_dict()
     torch.manual_seed(2)
-    again = KINDS[name].build(SMALL, towers, INK).state_dict()
-    other = KINDS[name].build(SMALL.model_copy(update={"seed": 2}), towers, INK).state_dict()
+    again = METHODS[name].build(SMALL, towers, INK).state_dict()
+    other = METHODS[name].build(SMALL.model_copy(update={"seed": 2}), towers, INK).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in first.items())
-    if KINDS[name].trains_weights:  # start as CLIP's
+    if METHODS[name].trains_weights:  # start as CLIP's
         own = towers.state_dict()
-        for start in (first, other):
-            assert all(torch.equal(value, own[key.removeprefix("towers.")]) for key, value in start.items())
-    elif name not in ("linear_probe", "lamm"):  # start as the class texts
-        assert not all(torch.equal(value, other[key]) for key, value in first.items())
+        assert all(torch.equal(value, own[key.removeprefix("towers.")]) for key, value in first.items())
+    assert all(torch.equal(value, other[key]) for key, value in first.items()) != REFERENCES[name].random_start
 
 
-# Starts: each is a check of one parameter
+FOR_STARTS = with_options("for_starts", clip={"template": SKETCHED})
 
 
-def is_all(value):
-    return lambda start: torch.equal(start, torch.full_like(start, value))
-
-
-def equals(expected):
-    return lambda start: torch.allclose(start, expected.to(start.dtype), rtol=1e-6, atol=1e-9)
-
-
-def is_normal(std):
-    def check(start):
-        assert start.numel() >= 500  # so that the deviation is known within a tenth
-        return abs(start.mean()) < 4 * std / start.numel() ** 0.5 and abs(start.std() / std - 1) < 0.1
-
-    return check
-
-
-def is_uniform(bound):
-    """Over -bound to bound: the start of torch's linear layers, with a bound of one over the root of their inputs."""
-
-    def check(start):
-        if not 0 < start.abs().max() <= bound:
-            return False
-        return start.numel() < 100 or abs(start.std() / (bound / 3**0.5) - 1) < 0.15
-
-    return check
-
-
-def begins_with_words(words, std):
-    """The first layer's first prompts (K', b, d_l) are these embeddings, and all others are random."""
-
-    def check(start):
-        rest = torch.cat([start[0, len(words) :], start[1:].flatten(0, 1)])
-        return equals(words)(start[0, : len(words)]) and is_normal(std)(rest)
-
-    return check
-
-
-SKETCHED = "an old sketch of the {}, in ink."
-FOR_STARTS = parse_config(
-    {
-        "clip": {"template": SKETCHED},
-        "mmap": {"prompt_length": 40, "source_rows": 40, "init_std": 0.07},
-        "coop": {"context_length": 50},
-        "vpt": {"prompt_length": 10},
-        "maple": {"prompt_length": 40, "depth": 2},
-        "joint_prompts": {"prompt_length": 20},
-        "mlp_prompts": {"prompt_length": 20, "source_width": 16},
-        "promptsrc": {"prompt_length": 40, "depth": 2},
-        "mvlpt": {"prompt_length": 40, "mixer_width": 20},
-        "softcpt": {"context_length": 10, "meta_length": 40},
-        "hipro": {"context_length": 20},
-    }
-)
-
-
-def expected_starts(name, towers, model):
-    """Pattern of parameters' names → check of each."""
-    sketch_of = model.token_embedding(torch.tensor(tokenizer().encode("an old sketch of the")))
-    normal, text, vision = is_normal(0.02), is_uniform(16**-0.5), is_uniform(24**-0.5)
-    mixer = is_uniform(20**-0.5)
-    return {
-        "zero_shot": {},
-        "mmap": {"*.source": is_normal(0.07), "*_scaling": is_all(1)},
-        "mmap_shared": {"mmap.source": is_normal(0.07), "mmap.*_scaling": is_all(1)},
-        "coop": {"context": normal},
-        "vpt": {"prompts": normal},
-        "maple": {"text_prompts": begins_with_words(sketch_of, 0.02), "projections.*": text},
-        "clip_adapter": {"bottleneck.0.*": is_uniform(12**-0.5), "bottleneck.2.*": is_uniform(3**-0.5)},
-        "joint_prompts": {"text_prompts": normal, "vision_prompts": normal},
-        "mlp_prompts": {"source": normal, "*_layers.*": text},
-        "linear_probe": {"weights": equals(model.encode_text(full_ids(SKETCHED)))},
-        "lamm": {"embeddings": equals(torch.stack([model.token_embedding(row)[6:7] for row in full_ids(SKETCHED)]))},
-        "promptsrc": {"text_prompts": begins_with_words(sketch_of, 0.02), "vision_prompts": normal},
-        "mvlpt": {
-            "context": normal,
-            "vision_prompts": normal,
-            "text_in.*": text,
-            "vision_in.*": vision,
-            "mixer.norm[12].weight": is_all(1),
-            "mixer.norm[12].bias": is_all(0),
-            "mixer.self_attn.in_proj_weight": is_uniform((6 / (4 * 20)) ** 0.5),  # Glorot's
-            "mixer.self_attn.*bias": is_all(0),
-            "mixer.self_attn.out_proj.weight": mixer,
-            "mixer.linear1.*": mixer,
-            "mixer.linear2.*": is_uniform(80**-0.5),
-            "*_out.*": mixer,
-        },
-        "softcpt": {"meta_prompt": normal, "projection": normal},
-        "hipro": {"contexts": normal},
-        "bitfit": {f"towers.{key}": equals(value) for key, value in towers.state_dict().items()},
-        "full": {f"towers.{key}": equals(value) for key, value in towers.state_dict().items()},
-        "clip_lora": {
-            "*.up": is_all(0),
-            "towers.text_blocks.*.down.weight": text,
-            "towers.visual.*.down.weight": vision,
-        },
-    }[name]
-
-
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_starts_as_the_method_says(name):
     towers, model = small_towers()
-    expected = expected_starts(name, towers, model)
-    for parameter, start in KINDS[name].build(FOR_STARTS, towers, WORDS).named_parameters():
+    expected = REFERENCES[name].starts(towers, model)
+    for parameter, start in METHODS[name].build(FOR_STARTS, towers, WORDS).named_parameters():
         (check,) = (check for pattern, check in expected.items() if fnmatchcase(parameter, pattern))
         assert check(start.detach()), parameter
 
 
 def test_a_class_of_several_names_starts_the_linear_probe_at_their_mean():
     towers, model = small_towers()
-    start = KINDS["linear_probe"].build(SMALL, towers, {"ink": SEVERAL_NAMES}).weights
+    start = METHODS["linear_probe"].build(SMALL, towers, {"ink": SEVERAL_NAMES}).weights
     names = F.normalize(model.encode_text(full_ids(SMALL.clip.template)), dim=1)
     torch.testing.assert_close(start.detach(), torch.stack([names[:2].mean(0), names[2], names[3:].mean(0)]))
 
@@ -409,36 +177,20 @@ def test_prompts_fewer_than_the_templates_words_start_as_the_first_of_them():
     towers, model = small_towers()
     an_old = model.token_embedding(torch.tensor(tokenizer().encode("an old")))
     config = SMALL.model_copy(update={"clip": FOR_STARTS.clip})
-    for name in ("maple", "promptsrc"):
-        start = KINDS[name].build(config, towers, WORDS).text_prompts.detach()
+    for name in (name for name in METHODS if REFERENCES[name].takes_words == "before the name"):
+        start = METHODS[name].build(config, towers, WORDS).text_prompts.detach()
         assert equals(an_old)(start[0]) and start[1].std() < 0.03
 
 
 @pytest.mark.parametrize(
-    "name, config, expected",
-    [
-        ("coop", Config(), 16 * 512),
-        ("lamm", Config(), 5 * 512),  # one piece a name
-        ("promptsrc", Config(), 9 * 4 * (512 + 768)),
-        ("mvlpt", Config(), 566_400),
-        ("softcpt", Config(), 512 * 16 * 512 + 4 * 512),
-        ("hipro", Config(), 3 * 16 * 512),  # two tasks
-        ("vpt", Config(vpt=VptConfig(prompt_length=18)), 165_888),
-        ("maple", Config(), 3_555_072),
-        ("maple", Config(maple=MapleConfig(depth=12, prompt_length=12)), 4_801_536),
-        ("clip_adapter", Config(), 131_712),
-        ("mlp_prompts", Config(mlp_prompts=MlpPromptsConfig()), 3_959_808),
-        ("joint_prompts", Config(), 12 * 8 * (512 + 768)),
-        ("bitfit", Config(), 171_008),
-        ("full", Config(), 149_620_737),
-        ("clip_lora", Config(), 12 * 3 * 2 * 2 * (512 + 768)),
-    ],
+    "name, options, expected",
+    [(name, *count) for name, reference in REFERENCES.items() for count in reference.num_parameters],
 )
-def test_parameter_counts_of_vit_b_16(name, config, expected):
+def test_parameter_counts_of_vit_b_16(name, options, expected):
     """Of one group of tasks."""
     towers = towers_without_weights(ClipConfig())
     towers.token_embedding.to_empty(device="cpu")
-    method = KINDS[name].build(config, towers, WORDS)
+    method = METHODS[name].build(parse_config({METHODS[name].section: options}), towers, WORDS)
     assert sum(p.numel() for p in method.parameters()) == expected
 
 
@@ -452,7 +204,7 @@ def test_a_method_trains_as_its_authors_do_or_all_as_the_paper_compares():
     alike = parse_config(load_yaml(CONFIGS / "paper_protocol.yaml"))
     for name in TRAINED:
         own = training_of(name, alike) != alike.training
-        assert own == (name in ("full", "bitfit")), name
+        assert own == METHODS[name].trains_weights, name  # which the others' rate would destroy
 
 
 def test_adamw_is_torchs_own():
@@ -478,7 +230,7 @@ def test_adamw_is_torchs_own():
 def test_a_maple_deeper_than_the_towers_is_refused():
     towers, _ = small_towers()
     with pytest.raises(UserError, match="maple.depth=9: the shallower tower has 2 layers"):
-        KINDS["maple"].check(Config(), towers)
+        METHODS["maple"].check(Config(), towers)
 
 
 def test_random_groups_have_the_sizes_asked_for_and_depend_on_the_seed_alone():
@@ -504,26 +256,29 @@ class Uncached(torch.nn.Module):
         return replace(self.method(), towers=self.frozen[0])
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_the_registry_says_what_a_method_changes(name):
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_it_changes(name):
     towers, _ = small_towers()
     adaptation = built(name, towers)()
-    assert adaptation.changes_images == KINDS[name].changes_images
-    assert (adaptation.consistency is not None) == KINDS[name].consistent
-    assert adaptation.changes_texts == (name not in ("zero_shot", "vpt", "clip_adapter"))
+    assert adaptation.changes_images == METHODS[name].changes_images
+    assert (adaptation.consistency is not None) == METHODS[name].consistent
+    assert adaptation.changes_texts == REFERENCES[name].changes_texts
+    assert (adaptation.towers is not None) == (REFERENCES[name].trains_weight is not None)
 
 
-@pytest.mark.parametrize("name", ["coop", "vpt", "clip_adapter", "linear_probe", "lamm", "softcpt", "hipro"])
+@pytest.mark.parametrize(
+    "name", [name for name in TRAINED if not (METHODS[name].changes_images and REFERENCES[name].changes_texts)]
+)
 def test_frozen_features_do_not_change_the_training(name):
     towers, _, _, sets = small_problem()
     tokens = tokens_for(name, towers, list(WORDS.values()))
     sets = with_frozen_features(towers, sets)
     cached, uncached = built(name, towers), built(name, towers)
     of_cached, of_uncached = (
-        (replace(of, images=() if not KINDS[name].changes_images else of.images) for of in sets),
+        (replace(of, images=() if not METHODS[name].changes_images else of.images) for of in sets),
         sets,
     )
-    if name in ("linear_probe", "hipro"):  # whose class features do not come from the towers
+    if uncached().text_features:  # which do not come from the towers
         reference = Uncached(uncached, None)
         reference.forward = lambda: replace(uncached(), vision_prompts=torch.zeros(2, 1, 0, 24, dtype=torch.float64))
     else:
@@ -547,7 +302,7 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
         assert len(stored[task]) == TEST_COUNTS[task]
     with torch.no_grad():
         method = built(name, towers, words)
-        classifier = Classifier(towers, KINDS[name].templates(SMALL, words), [(words, method())])
+        classifier = Classifier(towers, METHODS[name].templates(SMALL, words), [(words, method())])
     from_images = evaluate(classifier, reader, tuple(words), threads=2)
     from_features = evaluate_features(classifier, reader, stored)
     for ours, expected in zip(from_features, from_images, strict=True):
@@ -562,33 +317,21 @@ def first_losses(name, config, towers, model):
     frozen_z = F.normalize(model.encode_text(full_ids(config.clip.template)), dim=1)
     method = built(name, towers, config=config)
     tokens = tokens_for(name, towers, list(WORDS.values()), config)
-    before = copy.deepcopy(method)
+    before, options = copy.deepcopy(method), getattr(config, METHODS[name].section)
     ((record, *_), _) = train(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens)
     plain = []
     for of_task in sets:
         pixels, labels = of_task.batch(0, 3, 16, CONFIG.augmentation, 5)
         images = towers.normalize_pixels(pixels)
-        x, z = (F.normalize(f, dim=1) for f in plain_features(name, before, model, images, config))
+        x, z = (F.normalize(f, dim=1) for f in REFERENCES[name].features(before, model, images, config))
         frozen_x = F.normalize(model.encode_image(images), dim=1)
         p, q = ((model.logit_scale.exp() * a @ b.T) for a, b in ((x, z), (frozen_x, frozen_z)))
-        loss = F.cross_entropy(p, labels)
-        weights = getattr(config, name)
-        if name == "promptsrc":
-            loss += weights.text_weight * (z - frozen_z).abs().mean()
-            loss += weights.image_weight * (x - frozen_x).abs().mean()
-            loss += weights.logits_weight * (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).mean()
-        else:
-            loss += weights.text_weight * (1 - (z * frozen_z).sum(1)).mean()
-            distance = sum((new - old).square().sum() for new, old in zip(before.embeddings, before.start))
-            loss += weights.embedding_weight * distance / 2
-            p, q = p / 2, q / 2
-            divergence = (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
-            loss += weights.logits_weight * 4 * divergence
-        plain.append(loss.item())
+        added = REFERENCES[name].added_loss(before, options, x, frozen_x, z, frozen_z, p, q)
+        plain.append((F.cross_entropy(p, labels) + added).item())
     return record.losses, plain
 
 
-@pytest.mark.parametrize("name", ["promptsrc", "lamm"])
+@pytest.mark.parametrize("name", [name for name in TRAINED if METHODS[name].consistent])
 def test_what_holds_a_method_to_the_frozen_clip_is_added_to_its_loss(name):
     losses, plain = first_losses(name, SMALL, *small_towers())
     assert losses == pytest.approx(plain, rel=1e-9)
@@ -597,72 +340,25 @@ def test_what_holds_a_method_to_the_frozen_clip_is_added_to_its_loss(name):
 # Options
 
 
-class Option(NamedTuple):
-    value: object
-    """Neither the default nor 1."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    """What it makes of the parameters with these names, in towers of 4 text layers and 5 vision layers."""
-
-
 FOR_OPTIONS = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=6, source_rows=2)})
-OPTIONS = {
-    "mmap.prompt_length": Option(4, {"text_scaling": (1, 4, 2, 2), "vision_scaling": (1, 4, 2, 3)}),
-    "mmap.source_rows": Option(3, {"source": (1, 4, 3, 8), "text_scaling": (1, 4, 2, 2)}),
-    "mmap.source_columns": Option(4, {"source": (1, 4, 2, 4), "vision_scaling": (1, 4, 3, 6)}),
-    "mmap.depth": Option(3, {"source": (1, 3, 2, 8), "text_scaling": (1, 3, 3, 2)}),
-    "mmap.shared_source": Option(True, {"source": (1, 1, 2, 8), "text_scaling": (1, 4, 3, 2)}),
-    "mmap.text_order": Option("before_sos"),
-    "mmap.init_std": Option(0.3),
-    "coop.context_length": Option(5, {"context": (5, 16)}),
-    "vpt.prompt_length": Option(5, {"prompts": (5, 5, 24)}),
-    "maple.prompt_length": Option(5, {"text_prompts": (2, 5, 16)}),
-    "maple.depth": Option(3, {"text_prompts": (3, 2, 16)}),
-    "clip_adapter.reduction": Option(3, {"bottleneck.0.weight": (4, 12)}),
-    "clip_adapter.ratio": Option(0.35),
-    "joint_prompts.prompt_length": Option(5, {"text_prompts": (4, 5, 16), "vision_prompts": (5, 5, 24)}),
-    "mlp_prompts.prompt_length": Option(5, {"source": (4, 5, 4)}),
-    "mlp_prompts.source_width": Option(6, {"source": (4, 2, 6)}),
-    "clip_lora.rank": Option(3, {"text_blocks.0.attn.in_proj_update.up": (3, 16, 3)}),
-    "clip_lora.alpha": Option(2.5),
-    "lamm.embedding_weight": Option(2.5),
-    "lamm.text_weight": Option(3.5),
-    "lamm.logits_weight": Option(0.4),
-    "promptsrc.prompt_length": Option(5, {"text_prompts": (2, 5, 16), "vision_prompts": (2, 5, 24)}),
-    "promptsrc.depth": Option(3, {"text_prompts": (3, 2, 16), "vision_prompts": (3, 2, 24)}),
-    "promptsrc.image_weight": Option(3.0),
-    "promptsrc.text_weight": Option(7.0),
-    "promptsrc.logits_weight": Option(2.5),
-    "mvlpt.prompt_length": Option(5, {"context": (5, 16), "vision_prompts": (5, 5, 24)}),
-    "mvlpt.mixer_width": Option(6, {"text_in.weight": (6, 16), "vision_out.weight": (24, 6)}),
-    "softcpt.context_length": Option(5, {"projection": (12, 5, 16)}),
-    "softcpt.meta_length": Option(3, {"meta_prompt": (3, 16)}),
-    "hipro.context_length": Option(5, {"contexts": (1, 5, 16)}),
-}
-SECTIONS = {kind.section for kind in KINDS.values() if kind.section}
-METHOD_OPTIONS = [
-    (name, option) for option in OPTIONS for name, kind in KINDS.items() if kind.section == option.partition(".")[0]
-]
+METHOD_OPTIONS = [(name, option) for name, reference in REFERENCES.items() for option in reference.options]
 
 
-def with_option(option):
-    section, _, field = option.partition(".")
-    changed = {**getattr(FOR_OPTIONS, section).model_dump(), field: OPTIONS[option].value}
+def with_option(name, option):
+    section = METHODS[name].section
+    changed = {**getattr(FOR_OPTIONS, section).model_dump(), option: REFERENCES[name].options[option].value}
     return parse_config({**FOR_OPTIONS.model_dump(), section: changed})
 
 
-def test_the_table_has_every_option_of_every_method():
-    options = {
-        f"{section}.{field}": default
-        for section in SECTIONS
-        for field, default in getattr(Config(), section)
-        if field != "training"
-    }
-    assert OPTIONS.keys() == options.keys()
-    for option, default in options.items():
-        value = OPTIONS[option].value
-        assert value not in (default, getattr(getattr(FOR_OPTIONS, option.partition(".")[0]), option.partition(".")[2]))
+@pytest.mark.parametrize("name", METHODS)
+def test_a_reference_has_every_option(name):
+    section = METHODS[name].section
+    defaults = {} if section is None else {field: value for field, value in getattr(Config(), section)}
+    options = REFERENCES[name].options
+    assert options.keys() == defaults.keys() - {"training"}
+    for option, (value, _) in options.items():
+        assert value not in (defaults[option], getattr(getattr(FOR_OPTIONS, section), option))
         assert value is True or value != 1
-    assert SECTIONS == {"mmap"} | {name for name, value in Config() if isinstance(value, MethodConfig)}
 
 
 @cache
@@ -674,11 +370,11 @@ def outcome_as_plainly_defined(name, config):
     adaptation = method()
     tokens = tokens_for(name, towers, [CLASS_WORDS], config)
     x = adaptation.encode_image(towers, images, [3])
-    (z,) = tokens.class_features(adaptation.encode_text(towers, tokens))
-    for features, plain in zip((x, z), plain_features(name, method, model, images, config)):
+    (z,) = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
+    for features, plain in zip((x, z), REFERENCES[name].features(method, model, images, config)):
         torch.testing.assert_close(features, plain, **TOLERANCE)
     losses: tuple[float, ...] = ()
-    if KINDS[name].consistent:
+    if METHODS[name].consistent:
         losses, plain_losses = first_losses(name, config, towers, model)
         assert losses == pytest.approx(plain_losses, rel=1e-9)
     return method, adaptation, [*x.flatten().tolist(), *z.flatten().tolist(), *losses]
@@ -686,26 +382,26 @@ def outcome_as_plainly_defined(name, config):
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
 def test_an_option_away_from_its_default_is_the_plain_definition(name, option):
-    config = with_option(option)
+    config = with_option(name, option)
     *_, before = outcome_as_plainly_defined(name, FOR_OPTIONS)
     method, adaptation, outcome = outcome_as_plainly_defined(name, config)
     assert outcome != before
     parameters = {f".{key}": tuple(value.shape) for key, value in method.named_parameters()}
-    for suffix, shape in OPTIONS[option].shapes.items():
+    for suffix, shape in REFERENCES[name].options[option].shapes.items():
         shapes = {of for key, of in parameters.items() if key.endswith(f".{suffix}")}
         assert shapes == {shape}, suffix
     carried = adaptation.text_prompts if adaptation.text_carried else getattr(method, "contexts", None)
-    assert KINDS[name].num_carried(config) == (0 if carried is None else carried.shape[-2])
+    assert METHODS[name].num_prompt_positions(config) == (0 if carried is None else carried.shape[-2])
 
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
 def test_a_file_keeps_an_option_away_from_its_default(name, option, tmp_path):
-    config = with_option(option)
+    config = with_option(name, option)
     state = {"numbers": torch.zeros(10_000)}
     trained = TrainedPrompts(name, config, "weights", (dict(INK),), (state,))
     save_prompts(tmp_path / "trained.safetensors", trained)
     loaded = load_prompts(tmp_path / "trained.safetensors").config
-    options = (getattr(of, KINDS[name].section).model_dump(exclude={"training"}) for of in (loaded, config))
+    options = (getattr(of, METHODS[name].section).model_dump(exclude={"training"}) for of in (loaded, config))
     assert next(options) == next(options)
 
 
@@ -736,7 +432,7 @@ def test_each_field_of_a_methods_own_training_goes_before_the_common_one(name):
     default = training_of(name, Config())
     own["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
     assert own.keys() == OwnTraining.model_fields.keys()
-    section = KINDS[name].section
+    section = METHODS[name].section
     for field, value in own.items():
         changed = training_of(name, parse_config({section: {"training": {field: value}}}))
         assert changed == default.model_copy(update={field: value})
@@ -793,31 +489,30 @@ def test_classes_with_the_same_words_are_one_class(name):
     torch.testing.assert_close(z[0], z[11], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_name_may_be_in_another_class_of_another_task(name):
     towers, _ = small_towers()
     words = {"ink": CLASS_WORDS, "neon": [f"{CLASS_WORDS[0].upper()} | tiger", "dog"]}
     method = built(name, towers, words)
     tokens = tokens_for(name, towers, list(words.values()))
-    ink, neon = tokens.class_features(method().encode_text(towers, tokens))
+    ink, neon = tokens.pool_names_to_classes(method().encode_text(towers, tokens))
     assert (len(ink), len(neon)) == (5, 2) and neon.isfinite().all()
 
 
 # Methods with towers of their own
 
 
+OWN_TOWERS = {name: reference for name, reference in REFERENCES.items() if reference.trains_weight}
+
+
 def test_own_towers_hold_in_memory_and_files_only_what_trains():
     towers = load_clip(SMALL.clip)
     given = dict(towers.named_parameters())
-    for name, trains in {
-        "bitfit": lambda key: key.endswith("bias"),
-        "full": lambda key: True,
-        "clip_lora": lambda key: False,
-    }.items():
-        method = KINDS[name].build(SMALL, towers, WORDS)
+    for name, reference in OWN_TOWERS.items():
+        method = METHODS[name].build(SMALL, towers, WORDS)
         own = method.towers.state_dict(keep_vars=True)
         own = {key: value for key, value in own.items() if "in_proj_update" not in key}
-        assert own.keys() == {key for key in given if trains(key)}
+        assert own.keys() == {key for key in given if reference.trains_weight(key)}
         assert all(value.requires_grad and value.data_ptr() != given[key].data_ptr() for key, value in own.items())
         buffers = {key: value for key, value in method.towers.named_buffers() if not key.startswith("pixel_")}
         assert buffers.keys() == given.keys() - own.keys()
@@ -827,13 +522,13 @@ def test_own_towers_hold_in_memory_and_files_only_what_trains():
         assert {value.dtype for value in towers.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["bitfit", "full", "clip_lora"])
+@pytest.mark.parametrize("name", OWN_TOWERS)
 def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
-    towers = load_clip(config.clip, float32=KINDS[name].trains_weights)
-    assert (towers.visual.proj.dtype == torch.float32) == (name != "clip_lora")
+    towers = load_clip(config.clip, float32=METHODS[name].trains_weights)
+    assert (towers.visual.proj.dtype == torch.float32) == METHODS[name].trains_weights
     words = {"ink": CLASS_WORDS, "chalk": CLASS_WORDS}
-    method = KINDS[name].build(config, towers, words)
+    method = METHODS[name].build(config, towers, words)
     _, _, _, sets = small_problem()
     tokens = tokens_for(name, towers, list(words.values()))
     history, _ = train(towers, method, sets, tokens, SLOW, epochs=3, seed=5, precision="bfloat16")
@@ -843,7 +538,7 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     save_prompts(tmp_path / "trained.safetensors", trained)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, KINDS[name].templates(config, words), [(words, method())], "bfloat16")
+        original = Classifier(towers, METHODS[name].templates(config, words), [(words, method())], "bfloat16")
     again = load_prompts(tmp_path / "trained.safetensors").classifier()
     assert torch.equal(again.probabilities("ink", pixels), original.probabilities("ink", pixels))
 
@@ -851,8 +546,8 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
 @pytest.mark.parametrize("name", TRAINED)
 def test_in_bfloat16_a_trained_method_is_loaded_and_used(name, tmp_path):
     config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
-    towers = load_clip(config.clip, float32=KINDS[name].trains_weights)
-    state = KINDS[name].build(config, towers, WORDS).state_dict()
+    towers = load_clip(config.clip, float32=METHODS[name].trains_weights)
+    state = METHODS[name].build(config, towers, WORDS).state_dict()
     save_prompts(
         tmp_path / "trained.safetensors", TrainedPrompts(name, config, weights_fingerprint(towers), (WORDS,), (state,))
     )
@@ -885,7 +580,7 @@ def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_grad
 
 def test_low_rank_updates_start_at_zero_and_their_first_factor_waits_for_the_second():
     towers, _ = small_towers()
-    method = KINDS["clip_lora"].build(SMALL, towers, WORDS).double()
+    method = METHODS["clip_lora"].build(SMALL, towers, WORDS).double()
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     x = method().encode_image(towers, images, [2, 1])
     assert torch.equal(x, towers.encode_image(images))

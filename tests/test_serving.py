@@ -31,7 +31,7 @@ from pipelines import PATIENCE_S, REPOSITORY
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from servers import RayCluster, free_ports
 from serving import Service, ask, closed_loop, kill_at_work
-from small_methods import SMALL, built
+from small_methods import REFERENCES, SMALL, built
 from starlette.requests import Request
 
 import pipeline
@@ -41,7 +41,7 @@ from pipeline.config import BUILTIN_DIGITS, MmapConfig
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
-from pipeline.methods.registry import KINDS
+from pipeline.methods.registry import METHODS
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerNeeds
 from pipeline.serving.batches import Batches
@@ -91,7 +91,7 @@ def weights_of(towers: ClipTowers) -> set[int]:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_all_methods_share_one_clip_and_predict_as_they_do_alone(tmp_path, precision):
-    models = {method: with_clip(trained(method, GROUP), precision=precision) for method in KINDS}
+    models = {method: with_clip(trained(method, GROUP), precision=precision) for method in METHODS}
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     alone = {}
     for name, prompts in models.items():
@@ -102,17 +102,18 @@ def test_all_methods_share_one_clip_and_predict_as_they_do_alone(tmp_path, preci
         names = sorted(models, reverse=reverse)
         loaded = load_models({name: (models[name], ModelOptions()) for name in names}, "cpu")
         shared = {name: model.classifier.towers for name, model in loaded.items()}
-        in_float32 = {name for name in names if precision == "bfloat16" and KINDS[name].trains_weights}
+        in_float32 = {name for name in names if precision == "bfloat16" and METHODS[name].trains_weights}
         assert len({id(towers) for towers in shared.values()}) == (2 if in_float32 else 1)
         assert len({id(shared[name]) for name in in_float32}) <= 1
         for name, model in loaded.items():
             own = model.classifier.adaptation("ink").towers
-            assert (own is not None) == (name in ("bitfit", "clip_lora", "full"))
-            if name in ("bitfit", "clip_lora"):  # what they do not train they have from the shared towers
-                matrix = "visual.transformer.resblocks.0.mlp.c_fc.weight"
-                assert dict(own.named_buffers())[matrix].data_ptr() in weights_of(shared[name])
-            if name == "full":
+            trains_weight = REFERENCES[name].trains_weight
+            assert (own is not None) == (trains_weight is not None)
+            if own is not None:
                 assert not {value.data_ptr() for value in own.parameters()} & weights_of(shared[name])
+                matrix = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+                if not trains_weight(matrix):  # what it does not train it has from the shared towers
+                    assert dict(own.named_buffers())[matrix].data_ptr() in weights_of(shared[name])
         assert {name: model.predict_pixels(pixels) for name, model in loaded.items()} == alone
         assert {weights_fingerprint(towers) for towers in shared.values()} == {models["mmap"].weights}
 

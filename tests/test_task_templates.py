@@ -10,7 +10,7 @@ import torch
 from plain_towers import plain_encode_text
 from safetensors import safe_open
 from small_clip import CLASS_WORDS, small_towers, tokenizer
-from small_methods import SMALL, built
+from small_methods import REFERENCES, SMALL, built
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import load_clip, weights_fingerprint
@@ -18,7 +18,7 @@ from pipeline.config import Config, parse_config
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
-from pipeline.methods.registry import KINDS
+from pipeline.methods.registry import METHODS
 from pipeline.workflows.added_task import _check_same_prompts
 
 TEMPLATES = ["a photo of a {}.", "a rough sketch that shows the {}, drawn by hand", "{} in a shop."]
@@ -77,12 +77,12 @@ def test_words_that_all_tasks_share_run_once_a_task():
         assert ids == [49406, *tokenizer().encode(template.format(name)), 49407]
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "hipro"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "hipro"])
 def test_a_method_on_several_tasks_is_itself_on_each(name):
     """With one template a method is held against the plain definition in test_methods.py. HiPro takes no words of a
     template, and is nothing for a task alone."""
     towers, _ = small_towers()
-    method, kind = built(name, towers, WORDS, OWN), KINDS[name]
+    method, kind = built(name, towers, WORDS, OWN), METHODS[name]
     templates = kind.templates(OWN, WORDS)
     with torch.no_grad():
         adaptation = method()
@@ -98,28 +98,28 @@ def test_a_method_on_several_tasks_is_itself_on_each(name):
     assert first == len(together)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_makes_of_a_template(name):
-    made = KINDS[name].templates(OWN, WORDS)
-    if name in ("coop", "mvlpt", "softcpt", "hipro"):  # the context stands for all its words
-        assert set(made.values()) == {"{}."}
-    elif name in ("maple", "promptsrc"):  # the prompts stand for those before the name
-        assert list(made.values()) == ["{}.", "{}, drawn by hand", "{} in a shop."]
-    else:
-        assert list(made.values()) == TEMPLATES
+    made = METHODS[name].templates(OWN, WORDS)
+    expected = {
+        "none": TEMPLATES,
+        "before the name": ["{}.", "{}, drawn by hand", "{} in a shop."],
+        "all": ["{}."] * len(TEMPLATES),
+    }
+    assert list(made.values()) == expected[REFERENCES[name].takes_words]
 
 
 def test_a_linear_probe_starts_at_the_text_of_each_task():
     towers, _ = small_towers()
-    probe = KINDS["linear_probe"].build(OWN, towers, WORDS)
+    probe = METHODS["linear_probe"].build(OWN, towers, WORDS)
     tokens = class_tokens(towers.tokenizer, TEMPLATES, list(WORDS.values()))
     torch.testing.assert_close(probe().encode_text(towers, tokens), towers.encode_text(tokens), **TOLERANCE)
     assert len(probe.weights) == sum(map(len, WORDS.values()))
-    shared = KINDS["linear_probe"].build(config_of(shop=TEMPLATES[2]), towers, WORDS)
+    shared = METHODS["linear_probe"].build(config_of(shop=TEMPLATES[2]), towers, WORDS)
     assert len(shared.weights) == len(CLASS_WORDS) + len(WORDS["shop"])  # sketch has classes of photo, by its template
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", METHODS)
 def test_prompts_carry_the_templates_of_their_tasks(name, tmp_path):
     config = config_of(neon="a neon sign of a {}", other="not of {} these")
     towers = load_clip(config.clip)
@@ -131,7 +131,7 @@ def test_prompts_carry_the_templates_of_their_tasks(name, tmp_path):
     assert loaded.config.clip.task_templates == {"neon": "a neon sign of a {}"}
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, KINDS[name].templates(config, words), [(words, method())])
+        original = Classifier(towers, METHODS[name].templates(config, words), [(words, method())])
     again = loaded.classifier()
     for task in words:
         assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))

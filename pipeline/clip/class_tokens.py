@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
-
 from pipeline.data.names import names_of
 from pipeline.errors import UserError
+from pipeline.lazy_torch import F, torch
 
 
 class Tokenizer(Protocol):
@@ -66,7 +64,7 @@ class ClassTokens:
             first_row=start,
         )
 
-    def class_features(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def pool_names_to_classes(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of each task (C, E), by the features (R, E) of all texts."""
         if len(self.names_per_class) < len(features):
             lengths = torch.tensor(self.names_per_class, device=features.device)

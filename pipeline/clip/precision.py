@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
+from pipeline.lazy_torch import torch
 
 
 def uses_bfloat16(device: torch.device, precision: str) -> bool:

@@ -11,7 +11,6 @@ from pipeline.config.files import (
     load_yaml,
     read_text,
 )
-from pipeline.config.methods import METHODS
 from pipeline.config.schema import (
     Config,
     choices,
@@ -44,7 +43,6 @@ __all__ = [
     "GroupingConfig",
     "MAX_TEXT_BYTES",
     "MAX_YAML_BYTES",
-    "METHODS",
     "MmapConfig",
     "PositiveInt",
     "Section",

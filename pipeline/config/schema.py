@@ -9,31 +9,14 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from pipeline.config.fields import Section
-from pipeline.config.methods import (
-    BitFitConfig,
-    ClipAdapterConfig,
-    ClipLoraConfig,
-    CoopConfig,
-    FullConfig,
-    HiProConfig,
-    JointPromptsConfig,
-    LammConfig,
-    LinearProbeConfig,
-    MapleConfig,
-    Method,
-    MlpPromptsConfig,
-    MvlptConfig,
-    PromptSrcConfig,
-    SoftCptConfig,
-    VptConfig,
-)
 from pipeline.config.sections import (
     ClipConfig,
     ClusterConfig,
@@ -45,6 +28,19 @@ from pipeline.config.sections import (
     TrainingConfig,
 )
 from pipeline.errors import UserError
+
+# By name, as plug-ins: the methods are built on this package, and bring it their sections and names.
+_methods: Any = import_module("pipeline.methods.registry")
+_S = TypeVar("_S", bound=Section)
+
+
+def _comparable(name: str) -> str:
+    valid = [variant for variant in _methods.VARIANTS if variant not in ("zero_shot", *_methods.ALWAYS)]
+    if name not in valid:
+        near = difflib.get_close_matches(name, valid, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no method that can be compared{hint} Valid: {', '.join(valid)}")
+    return name
 
 
 class Config(Section):
@@ -64,39 +60,9 @@ class Config(Section):
     """The frozen CLIP."""
     mmap: MmapConfig = MmapConfig()
     """Shape of the multi-modal alignment prompts."""
-    compare: tuple[Method, ...] = ()
+    compare: tuple[Annotated[str, AfterValidator(_comparable)], ...] = ()
     """Other methods to train and evaluate beside MmAP, each task for itself, or with `_mt` one for all tasks; and
     MmAP's own ablations (docs/methods.md)."""
-    coop: CoopConfig = CoopConfig()
-    """CoOp: text context."""
-    vpt: VptConfig = VptConfig()
-    """VPT: prompts of the image tower."""
-    maple: MapleConfig = MapleConfig()
-    """MaPLe: text prompts mapped into the image tower."""
-    clip_adapter: ClipAdapterConfig = ClipAdapterConfig()
-    """CLIP-Adapter: a bottleneck on image features."""
-    joint_prompts: JointPromptsConfig = JointPromptsConfig()
-    """Prompts of both towers with nothing in common (ablation)."""
-    mlp_prompts: MlpPromptsConfig = MlpPromptsConfig()
-    """Prompts of both towers made by linear layers (ablation)."""
-    clip_lora: ClipLoraConfig = ClipLoraConfig()
-    """CLIP-LoRA: low-rank updates of the attention matrices of both towers."""
-    linear_probe: LinearProbeConfig = LinearProbeConfig()
-    """Linear probe: a weight vector for each class."""
-    lamm: LammConfig = LammConfig()
-    """LAMM: trained class names."""
-    promptsrc: PromptSrcConfig = PromptSrcConfig()
-    """PromptSRC: prompts of both towers, held to the frozen CLIP."""
-    mvlpt: MvlptConfig = MvlptConfig()
-    """MVLPT: mixed prompts of both towers, trained on all tasks, then on each."""
-    softcpt: SoftCptConfig = SoftCptConfig()
-    """SoftCPT: contexts made from the tasks' names."""
-    hipro: HiProConfig = HiProConfig()
-    """HiPro: a tree of contexts."""
-    bitfit: BitFitConfig = BitFitConfig()
-    """BitFit: the biases of both towers."""
-    full: FullConfig = FullConfig()
-    """Full fine-tuning."""
     training: TrainingConfig = TrainingConfig()
     """How prompts are trained (stages 2 and 4)."""
     global_prompt: GlobalPromptConfig = GlobalPromptConfig()
@@ -108,6 +74,18 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
 
+    def section(self, options: type[_S]) -> _S:
+        """The section of this type: `config.section(Coop.Options)`."""
+        return next(value for _, value in self if type(value) is options)
+
+
+if not TYPE_CHECKING:  # for which `section` knows the types of the methods' sections
+    _sections = {
+        name: (method.Options, method.Options())
+        for name, method in _methods.METHODS.items()
+        if method.section not in (None, *Config.model_fields)
+    }
+    Config = create_model("Config", __base__=Config, __module__=__name__, **_sections)
 
 _DEFAULTS = Config()
 

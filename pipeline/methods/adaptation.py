@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipeline.clip.class_tokens import ClassTokens
-from pipeline.clip.towers import ClipTowers
+from pipeline.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Adaptation:
     """Likewise in the image tower."""
     word_embeddings: Callable[[ClassTokens], torch.Tensor] | None = None
     """Class tokens → embeddings (R, S, d_l) of their suffix, in place of CLIP's own."""
-    class_features: Callable[[ClassTokens], torch.Tensor] | None = None
+    text_features: Callable[[ClassTokens], torch.Tensor] | None = None
     """Class tokens → features (R, E) of their texts, in place of the text tower's."""
     image_features: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Image features (B, E) → (B, E), the same for all tasks."""
@@ -58,7 +60,7 @@ class Adaptation:
     @property
     def changes_texts(self) -> bool:
         """Whether the classes have other features than the frozen CLIP's."""
-        changed = (self.text_prompts, self.word_embeddings, self.class_features, self.towers)
+        changed = (self.text_prompts, self.word_embeddings, self.text_features, self.towers)
         return any(change is not None for change in changed)
 
     def encode_image(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
@@ -82,8 +84,8 @@ class Adaptation:
 
     def encode_text(self, towers: ClipTowers, tokens: ClassTokens) -> torch.Tensor:
         """Features (R, E) of all texts of all tasks' classes, task by task."""
-        if self.class_features:
-            return self.class_features(tokens)
+        if self.text_features:
+            return self.text_features(tokens)
         embeddings = self.word_embeddings(tokens) if self.word_embeddings else None
         return (self.towers or towers).encode_text(tokens, self.text_prompts, self.text_carried, embeddings)
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
 
-class BitFit(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+@method("bitfit")
+class BitFit(Method):
+    title = "BitFit"
+    trains_weights = True
+
+    class Options(MethodConfig):
+        """BitFit: the biases of both towers."""
+
+        training: OwnTraining = OwnTraining(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
-        self.tasks = tuple(words)
         self.towers = towers.copy_that_trains(lambda name: name.endswith("bias"))  # in_proj_bias too
 
     def forward(self) -> Adaptation:

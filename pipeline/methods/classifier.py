@@ -37,7 +37,7 @@ class Classifier:
             tokens = class_tokens(towers.tokenizer, templates, list(words.values())).to(towers.device)
             with autocast(towers.device, precision):
                 z = adaptation.encode_text(towers, tokens)
-            for at, (task, of_task) in enumerate(zip(words, tokens.class_features(z))):
+            for at, (task, of_task) in enumerate(zip(words, tokens.pool_names_to_classes(z))):
                 self._of_task[task] = (own := adaptation.of_task(at), of_task)
                 before = self._image_features_like.items()
                 self._image_features_like[task] = next(

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt, Share
+from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
 from pipeline.seeds import derive_seed
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class ClipAdapter(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("clip_adapter")
+class ClipAdapter(Method):
+    title = "CLIP-Adapter"
+    changes_images = False
+
+    class Options(MethodConfig):
+        """CLIP-Adapter: a bottleneck on image features."""
+
+        reduction: PositiveInt = 4
+        """How much narrower the bottleneck is than the image feature."""
+        ratio: Share = 0.2
+        """Share of the bottleneck's output in the adapted feature."""
+        training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
-        self.tasks = tuple(words)
-        self.ratio = config.clip_adapter.ratio
-        width = towers.embed_dim
-        hidden = width // config.clip_adapter.reduction
+        options, width = config.section(ClipAdapter.Options), towers.embed_dim
+        self.ratio, hidden = options.ratio, width // options.reduction
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "clip_adapter"))
             self.bottleneck = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width), nn.ReLU())

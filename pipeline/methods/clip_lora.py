@@ -6,32 +6,50 @@ from B = 0, wants a larger rate than prompts do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from torch import nn
+from pydantic import Field
 
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
+from pipeline.lazy_torch import Module, nn, torch
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
 from pipeline.seeds import derive_seed
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class ClipLora(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("clip_lora")
+class ClipLora(Method):
+    title = "CLIP-LoRA"
+
+    class Options(MethodConfig):
+        """CLIP-LoRA: low-rank updates of the attention matrices of both towers."""
+
+        rank: PositiveInt = 2
+        """Rank of the update of each query, key and value matrix."""
+        alpha: Annotated[float, Field(gt=0)] = 1.0
+        """The update is scaled by alpha over the rank's root."""
+        training: OwnTraining = OwnTraining(
+            epochs=250, batch_size=32, optimizer="adamw", learning_rate=2e-4, weight_decay=0.01
+        )
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
-        self.tasks = tuple(words)
+        options = config.section(ClipLora.Options)
         self.towers = towers.copy_that_trains()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "clip_lora"))
             for block in (*self.towers.vision_blocks, *self.towers.text_blocks):
-                block.attn.in_proj_update = LowRank(block.attn.embed_dim, config.clip_lora.rank, config.clip_lora.alpha)
+                block.attn.in_proj_update = LowRank(block.attn.embed_dim, options.rank, options.alpha)
 
     def forward(self) -> Adaptation:
         return Adaptation(towers=self.towers)
 
 
-class LowRank(nn.Module):
+class LowRank(Module):
     """Of a layer's query, key and value. Not added up with the frozen matrices: in bfloat16 that would round small
     updates away, and its backward pass makes a gradient as large as the matrices."""
 

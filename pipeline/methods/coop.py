@@ -5,21 +5,35 @@ The context stands after the start token, takes positions, and is carried throug
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
+from pipeline.lazy_torch import nn
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
 from pipeline.seeds import normal
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class Coop(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("coop")
+class Coop(Method):
+    title = "CoOp"
+    changes_images = False
+
+    class Options(MethodConfig):
+        """CoOp: text context."""
+
+        context_length: PositiveInt = 16
+        """Context vectors, which take the place of the template's words before the class name."""
+        training: OwnTraining = OwnTraining(epochs=200, batch_size=32, learning_rate=0.002)
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
-        shape = (config.coop.context_length, towers.text_width)
+        shape = (config.section(Coop.Options).context_length, towers.text_width)
         self.context = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="coop"))  # (M, d_l)
 
     def forward(self) -> Adaptation:
@@ -29,3 +43,7 @@ class Coop(nn.Module):
     def template(of_config: str) -> str:
         """The context stands for all words but the class name."""
         return "{}."
+
+    @staticmethod
+    def num_prompt_positions(config: Config) -> int:
+        return config.section(Coop.Options).context_length

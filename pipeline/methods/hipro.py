@@ -7,43 +7,58 @@ context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
+from typing import TYPE_CHECKING
 
 from pipeline.clip.class_tokens import ClassTokens
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
+from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.coop import Coop
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Variant, Words, method
 from pipeline.seeds import normal
 
+if TYPE_CHECKING:
+    import numpy as np
 
-class HiPro(nn.Module):
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
+
+
+@method("hipro")
+class HiPro(Method):
     """Until `plant` is called, all affinities count as equal."""
+
+    title = "HiPro"
+    changes_images = False
+    uses_affinities = True
+    variants = {"hipro": Variant("HiPro", "hipro", "all tasks")}
+
+    class Options(MethodConfig):
+        """HiPro: a tree of contexts."""
+
+        context_length: PositiveInt = 16
+        """Context vectors of each node of the tree of tasks."""
+        training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
 
     below: torch.Tensor
     """(N, T) bool: which tasks are at or below each node."""
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
         num_tasks = len(self.tasks)
-        shape = (2 * num_tasks - 1, config.hipro.context_length, towers.text_width)
+        shape = (2 * num_tasks - 1, config.section(HiPro.Options).context_length, towers.text_width)
         self.contexts = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="hipro"))  # (N, M, d_l)
-        self.register_buffer("below", torch.from_numpy(task_tree(np.zeros((num_tasks, num_tasks)))))
+        self.register_buffer("below", torch.from_numpy(task_tree(torch.zeros(num_tasks, num_tasks).numpy())))
 
     def plant(self, affinity: np.ndarray) -> None:
         """Makes the tree of the tasks' affinities (T, T)."""
         self.below.copy_(torch.from_numpy(task_tree(affinity)))
 
     def forward(self) -> Adaptation:
-        return Adaptation(class_features=self._over_paths)
+        return Adaptation(text_features=self._over_paths)
 
     def _over_paths(self, tokens: ClassTokens) -> torch.Tensor:
         (towers,) = self._towers
@@ -68,14 +83,19 @@ class HiPro(nn.Module):
 
     template = staticmethod(Coop.template)
 
+    @staticmethod
+    def num_prompt_positions(config: Config) -> int:
+        return config.section(HiPro.Options).context_length
+
 
 def task_tree(affinity: np.ndarray) -> np.ndarray:
     """Nodes (2T - 1, T) of the tasks' average-linkage tree by affinity (T, T): which tasks are at or below each; the
     leaves in the order of the tasks, then the joins, the root last."""
+    import numpy as np  # here, since every `--help` and training imports this module
+
     num_tasks = len(affinity)
     nodes = list(np.eye(num_tasks, dtype=bool))
     if num_tasks > 1:
-        # Every training imports this module, and few are of HiPro.
         from scipy.cluster.hierarchy import linkage
         from scipy.spatial.distance import squareform
 

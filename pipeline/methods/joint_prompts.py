@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
+from pipeline.lazy_torch import nn
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, MethodConfig, Words, method
 from pipeline.seeds import normal
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class JointPrompts(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("joint_prompts")
+class JointPrompts(Method):
+    title = "joint prompts"
+
+    class Options(MethodConfig):
+        """Prompts of both towers with nothing in common (ablation)."""
+
+        prompt_length: PositiveInt = 8
+        """Prompt vectors in each layer of each tower."""
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
-        length = config.joint_prompts.prompt_length
+        length = config.section(JointPrompts.Options).prompt_length
         text, vision = (
             normal(depth, length, width, std=0.02, seed=config.seed, purpose=f"joint {tower}")
             for tower, depth, width in (

@@ -7,30 +7,46 @@ across tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
-import torch.nn.functional as F
-from torch import nn
+from typing import TYPE_CHECKING
 
 from pipeline.clip.class_tokens import ClassTokens
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import NonNegative
 from pipeline.data.names import names_of
+from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation, Consistency
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
 TEMPERATURE = 2.0
 """Of both sides' logits where they are compared."""
 
 
-class Lamm(nn.Module):
+@method("lamm")
+class Lamm(Method):
+    title = "LAMM"
+    changes_images = False
+    consistent = True
+
+    class Options(MethodConfig):
+        """LAMM: trained class names."""
+
+        embedding_weight: NonNegative = 1.0
+        """Weight of the squared distance of the trained embeddings from their start."""
+        text_weight: NonNegative = 1.0
+        """Weight of the cosine distance from the frozen text features."""
+        logits_weight: NonNegative = 0.05
+        """Weight of the divergence from the frozen CLIP's logits."""
+        training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+
     start: torch.Tensor
     """CLIP's own `embeddings`."""
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
-        self.tasks = tuple(words)
-        self.options = config.lamm
+        self.options = config.section(Lamm.Options)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
         names = [name for of_task in words.values() for of_class in of_task for name in names_of(of_class)]
         number = {name: at for at, name in enumerate(dict.fromkeys(names))}

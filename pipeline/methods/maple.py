@@ -6,16 +6,18 @@ last prompted layer are carried on through the layers after it, in both towers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
 from pipeline.errors import UserError
+from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
 from pipeline.seeds import derive_seed, normal
+
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
 
 def first_words(template: str, towers: ClipTowers, prompts: torch.Tensor) -> torch.Tensor:
@@ -25,17 +27,29 @@ def first_words(template: str, towers: ClipTowers, prompts: torch.Tensor) -> tor
     return torch.cat([words, prompts[len(words) :]])
 
 
-class Maple(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+@method("maple")
+class Maple(Method):
+    title = "MaPLe"
+
+    class Options(MethodConfig):
+        """MaPLe: text prompts mapped into the image tower."""
+
+        prompt_length: PositiveInt = 2
+        """Text prompt vectors in a layer; those of the first layer start as the template's first words."""
+        depth: PositiveInt = 9
+        """Layers, from the first, that get new prompts."""
+        training: OwnTraining = OwnTraining(epochs=5, batch_size=4, learning_rate=0.0035)
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
-        depth, length, width = config.maple.depth, config.maple.prompt_length, towers.text_width
-        prompts = normal(depth, length, width, std=0.02, seed=config.seed, purpose="maple")
+        options, width = config.section(Maple.Options), towers.text_width
+        prompts = normal(options.depth, options.prompt_length, width, std=0.02, seed=config.seed, purpose="maple")
         prompts[0] = first_words(config.clip.template, towers, prompts[0])
         self.text_prompts = nn.Parameter(prompts)  # (K', b, d_l)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "maple projections"))
-            self.projections = nn.ModuleList(nn.Linear(width, towers.vision_width) for _ in range(depth))
+            self.projections = nn.ModuleList(nn.Linear(width, towers.vision_width) for _ in range(options.depth))
 
     def forward(self) -> Adaptation:
         vision = torch.stack([project(prompts) for project, prompts in zip(self.projections, self.text_prompts)])
@@ -45,11 +59,15 @@ class Maple(nn.Module):
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:
         """Raises: UserError: more prompted layers than the towers have."""
-        deepest = min(towers.text_depth, towers.vision_depth)
-        if config.maple.depth > deepest:
-            raise UserError(f"maple.depth={config.maple.depth}: the shallower tower has {deepest} layers")
+        depth, deepest = config.section(Maple.Options).depth, min(towers.text_depth, towers.vision_depth)
+        if depth > deepest:
+            raise UserError(f"maple.depth={depth}: the shallower tower has {deepest} layers")
 
     @staticmethod
     def template(of_config: str) -> str:
         """The prompts stand for the words before the class name."""
         return "{}" + of_config.partition("{}")[2]
+
+    @staticmethod
+    def num_prompt_positions(config: Config) -> int:
+        return config.section(Maple.Options).prompt_length

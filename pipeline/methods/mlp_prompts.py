@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
+from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, MethodConfig, Words, method
 from pipeline.seeds import derive_seed, normal
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class MlpPrompts(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("mlp_prompts")
+class MlpPrompts(Method):
+    title = "MLP prompts"
+
+    class Options(MethodConfig):
+        """Prompts of both towers made by linear layers (ablation)."""
+
+        prompt_length: PositiveInt = 4
+        """Prompt vectors in each layer."""
+        source_width: PositiveInt = 256
+        """Width of the source prompt that the linear layers map to both towers."""
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
         depth = min(towers.text_depth, towers.vision_depth)
-        length, width = config.mlp_prompts.prompt_length, config.mlp_prompts.source_width
+        options = config.section(MlpPrompts.Options)
+        length, width = options.prompt_length, options.source_width
         self.source = nn.Parameter(normal(depth, length, width, std=0.02, seed=config.seed, purpose="mlp source"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "mlp layers"))

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
-import torch
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config, MmapConfig, source_columns
+from pipeline.config.sections import MmapConfig, source_columns
 from pipeline.errors import UserError
+from pipeline.lazy_torch import Module, nn, torch
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, Variant, method
 from pipeline.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class MmapShape:
         return self.sources * self.m * self.n + self.depth * scaling
 
 
-class MmapStack(nn.Module):
+class MmapStack(Module):
     """`seeds` gives the number N of MmAPs and each one's start, which does not depend on the others'."""
 
     def __init__(self, shape: MmapShape, seeds: Sequence[int], init_std: float = 0.02):
@@ -76,12 +79,21 @@ class MmapStack(nn.Module):
         return kronecker(self.text_scaling, self.source), kronecker(self.vision_scaling, self.source)
 
 
-class SharedMmap(nn.Module):
+@method("mmap_shared")
+class SharedMmap(Method):
     """The global prompt: one MmAP for all T tasks, of which each task uses its own copy.
 
     After a backward pass through the sum of the tasks' losses, a copy's gradient is its task's own gradient (Eq. 8),
     and autograd has added them up for the update: no extra backward pass.
     """
+
+    title = "MmAP"
+    Options = MmapConfig
+    section = "mmap"
+    variants = {
+        "mmap_task_only": Variant("MmAP, task only", "mmap_shared", "each task"),
+        "mmap_group_only": Variant("MmAP, group only", "mmap_shared", "found groups"),
+    }
 
     def __init__(self, shape: MmapShape, tasks: Collection[str], seed: int, init_std: float = 0.02):
         super().__init__()
@@ -89,9 +101,9 @@ class SharedMmap(nn.Module):
         self.mmap = MmapStack(shape, [derive_seed(seed, "global")], init_std)
         self._copies: list[torch.Tensor] = []
 
-    @staticmethod
-    def of(config: Config, towers: ClipTowers, tasks: Collection[str]) -> SharedMmap:
-        return SharedMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
+    @classmethod
+    def build(cls, config: Config, towers: ClipTowers, words: Collection[str]) -> Self:
+        return cls(MmapShape.of(config.mmap, towers), words, config.seed, config.mmap.init_std)
 
     def forward(self) -> Adaptation:
         self._copies = [p.expand(len(self.tasks), *p.shape[1:]) for p in self.mmap.parameters()]
@@ -114,12 +126,21 @@ class SharedMmap(nn.Module):
         return {name: list(p.shape[1:]) for name, p in self.mmap.named_parameters()}
 
 
-class GroupMmap(nn.Module):
+@method("mmap")
+class GroupMmap(Method):
     """The prompts of a task group (Eqs. 9-12): one MmAP shared by the group and one for each of its T tasks.
 
     Every layer sees [group prompts, task prompts]; gradients of the summed task losses update the shared one by all
     tasks (Eq. 11) and each task's own by its task alone (Eq. 12).
     """
+
+    title = "MmAP"
+    Options = MmapConfig
+    variants = {
+        "mmap_random_groups": Variant("MmAP, random groups", "mmap", "random groups"),
+        "all_in_one": Variant("MmAP, all in one group", "mmap", "all tasks"),
+        "grouped": Variant("MmAP, grouped", "mmap", "found groups"),
+    }
 
     def __init__(self, shape: MmapShape, tasks: Collection[str], seed: int, init_std: float = 0.02):
         super().__init__()
@@ -127,9 +148,9 @@ class GroupMmap(nn.Module):
         self.group = MmapStack(shape, [derive_seed(seed, "group")], init_std)
         self.task = MmapStack(shape, [derive_seed(seed, "task", name) for name in tasks], init_std)
 
-    @staticmethod
-    def of(config: Config, towers: ClipTowers, tasks: Collection[str]) -> GroupMmap:
-        return GroupMmap(MmapShape.of(config.mmap, towers), tasks, config.seed, config.mmap.init_std)
+    @classmethod
+    def build(cls, config: Config, towers: ClipTowers, words: Collection[str]) -> Self:
+        return cls(MmapShape.of(config.mmap, towers), words, config.seed, config.mmap.init_std)
 
     def join(self, state: Mapping[str, torch.Tensor]) -> None:
         """Takes the group prompt of a trained group's state dict, and leaves it as it is: a training then changes the

@@ -4,24 +4,43 @@ small transformer block; trained on all tasks first, then on each alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
+from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.coop import Coop
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Variant, Words, method
 from pipeline.seeds import derive_seed, normal
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class Mvlpt(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("mvlpt")
+class Mvlpt(Method):
+    title = "MVLPT"
+    variants = {
+        "mvlpt": Variant("MVLPT", "mvlpt", "each task", starts_from="mvlpt_mt"),
+        "mvlpt_mt": Variant("MVLPT, first stage", "mvlpt", "all tasks"),
+    }
+
+    class Options(MethodConfig):
+        """MVLPT: mixed prompts of both towers, trained on all tasks, then on each."""
+
+        prompt_length: PositiveInt = 4
+        """Context vectors, and prompt vectors in each layer of the image tower."""
+        mixer_width: PositiveInt = 128
+        """Width of the transformer block that mixes the prompts."""
+        training: OwnTraining = OwnTraining(epochs=200, batch_size=32, learning_rate=0.002)
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
-        length, width = config.mvlpt.prompt_length, config.mvlpt.mixer_width
+        options = config.section(Mvlpt.Options)
+        length, width = options.prompt_length, options.mixer_width
         text_width, vision_width, depth = towers.text_width, towers.vision_width, towers.vision_depth
         start = partial(normal, std=0.02, seed=config.seed)
         self.context = nn.Parameter(start(length, text_width, purpose="mvlpt text"))
@@ -49,3 +68,7 @@ class Mvlpt(nn.Module):
         return Adaptation(text, vision, text_carried=True)
 
     template = staticmethod(Coop.template)
+
+    @staticmethod
+    def num_prompt_positions(config: Config) -> int:
+        return config.section(Mvlpt.Options).prompt_length

@@ -26,7 +26,7 @@ from pipeline.config import Config
 from pipeline.data.names import names_of
 from pipeline.errors import UserError, escaped
 from pipeline.methods.classifier import Classifier
-from pipeline.methods.registry import kind_of, options_of
+from pipeline.methods.registry import get_method, options_of
 
 FORMAT = 3
 
@@ -86,7 +86,7 @@ class TrainedPrompts:
         Raises:
             UserError: the CLIP found is not the one that the prompts were trained on.
         """
-        config, in_float32 = self.config, kind_of(self.method).trains_weights
+        config, in_float32 = self.config, get_method(self.method).trains_weights
         clip = config.clip.model_copy(update={"pretrained": pretrained}) if pretrained else config.clip
         towers = load_clip(clip, config.mmap.text_order, device, in_float32)
         if weights_fingerprint(towers) != self.weights:
@@ -109,7 +109,7 @@ class TrainedPrompts:
         Raises:
             UserError: as in `towers`; or the numbers do not fit the CLIP.
         """
-        config, kind = self.config, kind_of(self.method)
+        config, kind = self.config, get_method(self.method)
         towers = towers or self.towers(device, pretrained)
         groups = []
         for words, state in zip(self.groups, self.states):
@@ -222,7 +222,7 @@ def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 def _check(prompts: TrainedPrompts) -> None:
     """Raises: ValueError: numbers that are none, options that ask for more than there are, odd names, a task twice."""
-    trained, options = kind_of(prompts.method).trained, options_of(prompts.method, prompts.config)
+    trained, options = get_method(prompts.method).trained, options_of(prompts.method, prompts.config)
     sizes = [value for section in options.values() for value in section.values() if type(value) is int]
     if len(prompts.words) != sum(map(len, prompts.groups)):
         raise ValueError("a task is in two groups")

@@ -7,25 +7,45 @@ average of the prompts over epochs; the frozen text features are those of the on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import NonNegative, PositiveInt
 from pipeline.errors import UserError
+from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation, Consistency
 from pipeline.methods.maple import Maple, first_words
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
 from pipeline.seeds import normal
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class PromptSrc(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("promptsrc")
+class PromptSrc(Method):
+    title = "PromptSRC"
+    consistent = True
+
+    class Options(MethodConfig):
+        """PromptSRC: prompts of both towers, held to the frozen CLIP."""
+
+        prompt_length: PositiveInt = 4
+        """Prompt vectors in a layer of each tower; the first text layer's start as the template's first words."""
+        depth: PositiveInt = 9
+        """Layers, from the first, that get new prompts."""
+        image_weight: NonNegative = 10.0
+        """Weight of the mean absolute distance from the frozen image features."""
+        text_weight: NonNegative = 25.0
+        """Weight of the mean absolute distance from the frozen text features."""
+        logits_weight: NonNegative = 1.0
+        """Weight of the divergence from the frozen CLIP's logits."""
+        training: OwnTraining = OwnTraining(epochs=50, batch_size=4, learning_rate=0.0025)
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
-        self.options = config.promptsrc
+        self.options = config.section(PromptSrc.Options)
         depth, length = self.options.depth, self.options.prompt_length
         text, vision = (
             normal(depth, length, width, std=0.02, seed=config.seed, purpose=f"promptsrc {tower}")
@@ -53,8 +73,12 @@ class PromptSrc(nn.Module):
     template = staticmethod(Maple.template)
 
     @staticmethod
+    def num_prompt_positions(config: Config) -> int:
+        return config.section(PromptSrc.Options).prompt_length
+
+    @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:
         """Raises: UserError: more prompted layers than the towers have."""
-        deepest = min(towers.text_depth, towers.vision_depth)
-        if config.promptsrc.depth > deepest:
-            raise UserError(f"promptsrc.depth={config.promptsrc.depth}: the shallower tower has {deepest} layers")
+        depth, deepest = config.section(PromptSrc.Options).depth, min(towers.text_depth, towers.vision_depth)
+        if depth > deepest:
+            raise UserError(f"promptsrc.depth={depth}: the shallower tower has {deepest} layers")

@@ -6,28 +6,44 @@ task's classes. Images are CLIP's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.precision import autocast
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
+from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.coop import Coop
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Variant, Words, method
 from pipeline.seeds import normal
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class SoftCpt(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("softcpt")
+class SoftCpt(Method):
+    title = "SoftCPT"
+    changes_images = False
+    variants = {"softcpt": Variant("SoftCPT", "softcpt", "all tasks")}
+
+    class Options(MethodConfig):
+        """SoftCPT: contexts made from the tasks' names."""
+
+        context_length: PositiveInt = 16
+        """Context vectors that are made for each task."""
+        meta_length: PositiveInt = 4
+        """Trained vectors before the task's name."""
+        training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
         self._precision = config.clip.precision
-        options, width = config.softcpt, towers.text_width
+        options, width = config.section(SoftCpt.Options), towers.text_width
         start = partial(normal, std=0.02, seed=config.seed)
         self.meta_prompt = nn.Parameter(start(options.meta_length, width, purpose="softcpt meta"))
         shape = (towers.embed_dim, options.context_length, width)
@@ -45,3 +61,7 @@ class SoftCpt(nn.Module):
         return Adaptation(text_prompts=context[:, None], text_carried=True)
 
     template = staticmethod(Coop.template)
+
+    @staticmethod
+    def num_prompt_positions(config: Config) -> int:
+        return config.section(SoftCpt.Options).context_length

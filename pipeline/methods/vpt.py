@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config.fields import PositiveInt
+from pipeline.lazy_torch import nn
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
 from pipeline.seeds import normal
 
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
-class Vpt(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+
+@method("vpt")
+class Vpt(Method):
+    title = "VPT"
+
+    class Options(MethodConfig):
+        """VPT: prompts of the image tower."""
+
+        prompt_length: PositiveInt = 8
+        """Prompt vectors in each layer of the image tower."""
+        training: OwnTraining = OwnTraining(epochs=5, batch_size=4, learning_rate=0.0025)
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
         self.tasks = tuple(words)
-        shape = (towers.vision_depth, config.vpt.prompt_length, towers.vision_width)
+        shape = (towers.vision_depth, config.section(Vpt.Options).prompt_length, towers.vision_width)
         self.prompts = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="vpt"))  # (K, b, d_v)
 
     def forward(self) -> Adaptation:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
 from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.method import Method, Variant, Words, method
+
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
 
 
-class ZeroShot(nn.Module):
-    def __init__(self, config: Config, towers: ClipTowers, words: Mapping[str, Sequence[str]]):
+@method("zero_shot")
+class ZeroShot(Method):
+    title = "zero-shot"
+    trained = False
+    changes_images = False
+    variants = {"zero_shot": Variant("zero-shot", "zero_shot", "all tasks")}
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
         super().__init__()
-        self.tasks = tuple(words)
 
     def forward(self) -> Adaptation:
         return Adaptation()

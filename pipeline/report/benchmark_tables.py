@@ -22,7 +22,7 @@ import rich.table
 from rich.text import Text
 
 from pipeline.data.names import counted
-from pipeline.methods.registry import VERSIONS
+from pipeline.methods.registry import VARIANTS
 from pipeline.report.paper_results import TRAINED_PARAMETERS, PaperResults, Printed, paper_results_for
 from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, title
 
@@ -92,18 +92,18 @@ class Benchmark:
 
 
 def version_title(method: str) -> str:
-    """`summary.title`, but a name that VERSIONS lacks stays as it is."""
-    return title(method) if method in VERSIONS else method
+    """`summary.title`, but a name that VARIANTS lacks stays as it is."""
+    return title(method) if method in VARIANTS else method
 
 
 def section_of(method: str) -> str:
     """One of SECTIONS: whether a task's training has seen other tasks, be it in what it starts from."""
     if method == ZERO_SHOT:
         return ZERO_SHOT_SECTION
-    if method not in VERSIONS:
+    if method not in VARIANTS:
         return OTHERS
-    version = VERSIONS[method]
-    return EACH_TASK if version.groups == "each task" and version.starts_from is None else ALL_TASKS
+    variant = VARIANTS[method]
+    return EACH_TASK if variant.groups == "each task" and variant.starts_from is None else ALL_TASKS
 
 
 # --- tables ---------------------------------------------------------------------------------------------
@@ -184,9 +184,13 @@ def framework_table(benchmark: Benchmark) -> Table | None:
         header += [counted(shots, "shot"), *(["paper"] if shots in printed else [])]
     rows = []
     for method in methods:
-        version = VERSIONS[method]
-        alone = version.groups == "each task"
-        cells: list[str | Cell] = ["✓" if alone or version.kind == "mmap" else "", "" if alone else "✓", version.groups]
+        variant = VARIANTS[method]
+        alone = variant.groups == "each task"
+        cells: list[str | Cell] = [
+            "✓" if alone or variant.method == "mmap" else "",
+            "" if alone else "✓",
+            variant.groups,
+        ]
         for shots in shots_shown:
             cells += [marked[shots][method], *([f"{printed[shots][method]:.2f}"] if shots in printed else [])]
         rows.append(_row(version_title(method), *cells))
@@ -386,7 +390,7 @@ def to_csv(benchmark: Benchmark) -> str:
         ("method", "title", "groups", "shots", "seed", "task", "accuracy", "trained_parameters", "paper_accuracy")
     )
     for run in benchmark.results:
-        groups = "" if section_of(run.method) in (ZERO_SHOT_SECTION, OTHERS) else VERSIONS[run.method].groups
+        groups = "" if section_of(run.method) in (ZERO_SHOT_SECTION, OTHERS) else VARIANTS[run.method].groups
         printed = paper.accuracy.get(run.shots, {}).get(run.method, {}) if paper else {}
         for task, accuracy in run.accuracy.items():
             of_paper = round(printed[task].mean / 100, 3) if task in printed else ""  # printed with one decimal, in %

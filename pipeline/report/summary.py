@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.data.names import counted
-from pipeline.methods.registry import VERSIONS
+from pipeline.methods.registry import VARIANTS
 
 
 def title(method: str) -> str:
     """Of a method's column."""
-    return VERSIONS[method].title
+    return VARIANTS[method].title
 
 
 AVERAGE_ROW, PARAMETERS_ROW = "average", "trained parameters"

@@ -23,7 +23,7 @@ from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
-from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
+from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, training_of
 from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
 from pipeline.runtime.progress import progress_board
 from pipeline.runtime.run_lock import alone_at
@@ -240,8 +240,8 @@ def _announce(run: Run) -> None:
 
 def _sections_of_others(config: Config) -> set[str]:
     """Of methods that the run does not train, which would only fill MLflow's lists; config.yaml has them."""
-    own = {KINDS[VERSIONS[name].kind].section for name in (*ALWAYS, *config.compare)}
-    return {kind.section for kind in KINDS.values() if kind.section and kind.section not in own}
+    own = {METHODS[VARIANTS[name].method].section for name in (*ALWAYS, *config.compare)}
+    return {method.section for method in METHODS.values() if method.section and method.section not in own}
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -300,7 +300,7 @@ def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapSh
 
 
 def check_methods(config: Config, listing: Listing, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
-    """Whether the options of some of registry.VERSIONS fit towers, of which only the shapes are looked at.
+    """Whether the options of some of registry.VARIANTS fit towers, of which only the shapes are looked at.
 
     Raises:
         UserError: the first that does not.
@@ -309,11 +309,11 @@ def check_methods(config: Config, listing: Listing, towers: ClipTowers, names: S
     words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
     workers, num_classes = config.cluster.workers_per_training, min(map(len, words))
     for name in names:
-        method = VERSIONS[name].kind
-        kind, batch = KINDS[method], training_of(method, config).batch_size
+        method = VARIANTS[name].method
+        kind, batch = METHODS[method], training_of(method, config).batch_size
         kind.check(config, towers)
         templates = kind.templates(config, listing.classes)
-        class_tokens(towers.tokenizer, list(templates.values()), words, kind.num_carried(config))
+        class_tokens(towers.tokenizer, list(templates.values()), words, kind.num_prompt_positions(config))
         if workers > min(batch, num_classes):
             raise UserError(
                 f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "

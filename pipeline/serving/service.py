@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.clip.load import towers_without_weights
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import TrainedPrompts
-from pipeline.methods.registry import kind_of
+from pipeline.methods.registry import get_method
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerNeeds, described, places
 from pipeline.serving.http_api import Limits, ServedModel
@@ -159,7 +159,7 @@ def port_fault(host: str, port: int) -> str:
 
 
 def _told(prompts: TrainedPrompts, options: ModelOptions) -> ServedModel:
-    kind = kind_of(prompts.method)
+    kind = get_method(prompts.method)
     return ServedModel(
         method=kind.title,
         clip=prompts.config.clip.model,

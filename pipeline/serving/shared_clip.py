@@ -13,7 +13,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import ClipConfig
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import TrainedPrompts
-from pipeline.methods.registry import kind_of
+from pipeline.methods.registry import get_method
 from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import ModelOptions
 
@@ -50,7 +50,7 @@ def load_models(trained: Trained, device: str) -> dict[str, TrainedModel]:
     models = {}
     for name, (prompts, options) in trained.items():
         cast = uses_bfloat16(torch.device(device), prompts.config.clip.precision)
-        in_float32 = kind_of(prompts.method).trains_weights and cast
+        in_float32 = get_method(prompts.method).trains_weights and cast
         if in_float32 not in towers:
             towers[in_float32] = prompts.towers(device, options.pretrained)
         models[name] = TrainedModel(prompts, options, device, towers=towers[in_float32])

@@ -56,7 +56,7 @@ def _epochs(config: Config) -> int:
 
 def _train(work: TrainingWork, epochs: int, artefact: Artefact, board: Any) -> None:
     config, towers, first = work.config, work.towers(), Share.of_this_process().first
-    prompts = SharedMmap.of(config, towers, work.tasks).to(towers.device)
+    prompts = SharedMmap.build(config, towers, work.tasks).to(towers.device)
     with artefact.making(publish=first) as made:
         snapshots = work.train(
             towers,

@@ -17,9 +17,10 @@ from pipeline.clip.load import weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import HiPro
+from pipeline.methods.method import Groups
 from pipeline.methods.mmap import GroupMmap
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
-from pipeline.methods.registry import ALWAYS, VERSIONS, Groups, kind_of, training_of
+from pipeline.methods.registry import ALWAYS, VARIANTS, get_method, training_of
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Stage, Work
@@ -81,7 +82,7 @@ class Training:
 def train_groups(
     run: Run, grouping: Artefact | None = None, names: Sequence[str] | None = None
 ) -> list[MethodArtefacts]:
-    """Trains and evaluates what is missing of some of registry.VERSIONS, the largest groups first.
+    """Trains and evaluates what is missing of some of registry.VARIANTS, the largest groups first.
 
     Args:
         grouping: needed for versions of which `uses_grouping` is true.
@@ -145,20 +146,20 @@ def plan_trainings(
     grouping.json."""
     if name in planned:
         return planned[name]
-    version = VERSIONS[name]
-    starts = plan_trainings(run, version.starts_from, grouping, planned) if version.starts_from else []
+    variant = VARIANTS[name]
+    starts = plan_trainings(run, variant.starts_from, grouping, planned) if variant.starts_from else []
     affinities = None
-    if kind_of(version.kind).uses_affinities:
-        assert grouping is not None  # Version.uses_grouping
+    if get_method(variant.method).uses_affinities:
+        assert grouping is not None  # Variant.uses_grouping
         affinities = grouping["affinity"]
-    groups = _groups(run, version.groups, grouping)
+    groups = _groups(run, variant.groups, grouping)
     planned[name] = []
     for tasks in groups:
         label = name.replace("_", " ")
         if name == "grouped" or len(groups) > 1:
             label = f"{'group' if name == 'grouped' else label}: {' + '.join(tasks)}"
         start = next((training for training in starts if set(tasks) <= set(training.item.tasks)), None)
-        planned[name].append(_training(run, name, version.kind, tasks, label, start, affinities))
+        planned[name].append(_training(run, name, variant.method, tasks, label, start, affinities))
     return planned[name]
 
 
@@ -172,7 +173,7 @@ def _training(
     affinities: list[list[float]] | None = None,
     joins: TrainedPrompts | None = None,
 ) -> Training:
-    kind, decided_by = kind_of(method), {**trainings_decided_by(run, tasks, method), "group": list(tasks)}
+    kind, decided_by = get_method(method), {**trainings_decided_by(run, tasks, method), "group": list(tasks)}
     if start:
         decided_by["start"] = start.artefact.key
     if affinities:
@@ -197,7 +198,7 @@ def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence
         return [(task,) for task in tasks]
     if kind == "all tasks":
         return [tasks]
-    assert grouping is not None  # Version.uses_grouping
+    assert grouping is not None  # Variant.uses_grouping
     found = [tuple(group) for group in grouping["groups"]]
     if kind == "found groups":
         return found
@@ -241,7 +242,7 @@ def _train_group(
 ) -> None:
     """`start`: the training whose numbers this one goes on from; None: the method's own start."""
     began, share = time.monotonic(), Share.of_this_process()
-    kind, reporter = kind_of(work.method), Reporter(board, work.label)
+    kind, reporter = get_method(work.method), Reporter(board, work.label)
     config, towers, words = work.config, work.towers(kind.trains_weights), work.words()
     method = built_method(work, towers, start, affinities)
     if joins:
@@ -272,7 +273,7 @@ def built_method(
     work: TrainingWork, towers: ClipTowers, start: Artefact | None, affinities: list[list[float]] | None
 ) -> nn.Module:
     """The method's module as its training begins; arguments as those of Training."""
-    method = kind_of(work.method).build(work.config, towers, work.words()).to(towers.device)
+    method = get_method(work.method).build(work.config, towers, work.words()).to(towers.device)
     if affinities:
         cast(HiPro, method).plant(np.array(affinities))  # the one that uses them
     if start:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
-from pipeline.methods.registry import VERSIONS, kind_of, training_of
+from pipeline.methods.registry import VARIANTS, get_method, training_of
 from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.stage import Stage
@@ -88,7 +88,7 @@ def track_results(
             | {f"trained_parameters/{method}": parameters},
             step=0,
         )
-        name, config, kind = f"method: {title(method)}", run.config, VERSIONS[method].kind
+        name, config, kind = f"method: {title(method)}", run.config, VARIANTS[method].method
         run.tracker.start_run(
             name,
             tags={
@@ -109,7 +109,7 @@ def track_results(
                 "objective": config.grouping.objective,
                 "affinity": config.grouping.affinity,
                 # MLflow's plots draw a run that lacks a parameter beyond all that have it.
-                "learning_rate": training_of(kind, config).learning_rate if kind_of(kind).trained else 0,
+                "learning_rate": training_of(kind, config).learning_rate if get_method(kind).trained else 0,
             },
         )
         run.tracker.log_metrics(

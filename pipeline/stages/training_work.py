@@ -23,7 +23,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.classifier import Classifier
-from pipeline.methods.registry import kind_of, options_of, training_of
+from pipeline.methods.registry import get_method, options_of, training_of
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.run import NUMBERS_VERSION, Run
 from pipeline.runtime.storage import Artefact, Making, Storage
@@ -120,7 +120,7 @@ class TrainingWork:
         """The loop's generator of epochs for the tasks' `sets`, from the newest checkpoint of a folder in the storage
         if there is one."""
         storage.fetch(checkpoints)
-        config, words, kind = self.config, list(self.words().values()), kind_of(self.method)
+        config, words, kind = self.config, list(self.words().values()), get_method(self.method)
         frozen_templates = {task: config.clip.template_of(task) for task in self.tasks}
         tokens, frozen_tokens = (
             class_tokens(towers.tokenizer, list(templates.values()), words).to(towers.device)
@@ -141,7 +141,7 @@ class TrainingWork:
         )
 
     def _training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
-        if kind_of(self.method).changes_images:
+        if get_method(self.method).changes_images:
             threads = self.config.cluster.cpus_per_training
             sets = load_training_sets(self.reader(), self.tasks, towers.image_size, towers.device, threads)
         else:

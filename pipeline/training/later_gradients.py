@@ -61,7 +61,7 @@ def gradients_at_points(
                 adaptation = prompts()
                 images = towers.normalize_pixels(pixels)
                 x = adaptation.encode_image(towers, images, [len(images)])
-                (z,) = tokens.class_features(adaptation.encode_text(towers, tokens))
+                (z,) = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
                 logits = adaptation.logits(towers, x, z)
             loss = F.cross_entropy(logits, labels)
             prompts.zero_grad()

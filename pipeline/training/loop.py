@@ -154,7 +154,7 @@ def train_by_epoch(
     def frozen_texts() -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), autocast(device, precision):
             z = towers.encode_text(frozen_tokens or tokens)
-        return tokens.class_features(z)
+        return tokens.pool_names_to_classes(z)
 
     if history and len(history) % per_epoch == 0:
         yield len(history) // per_epoch
@@ -184,7 +184,7 @@ def train_by_epoch(
                     x = [adaptation.adapt(features) for features in frozen]
                 if adaptation.changes_texts:
                     rows = share.all_rows(adaptation.encode_text(towers, own_tokens), len(tokens.suffix))
-                    z = tokens.class_features(rows)
+                    z = tokens.pool_names_to_classes(rows)
                 else:
                     z = frozen_texts()
             logits = [adaptation.logits(towers, *features) for features in zip(x, z)]

@@ -22,10 +22,10 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from pipeline.config import Config, PositiveInt, Section, fields, load_yaml, parse_config
 from pipeline.errors import UserError
-from pipeline.methods.registry import KINDS, VERSIONS
+from pipeline.methods.registry import METHODS, VARIANTS
 
 METHOD = "method"
-"""Name of the field that is not the config's: the version of registry.VERSIONS that a trial trains."""
+"""Name of the field that is not the config's: the version of registry.VARIANTS that a trial trains."""
 KINDS_OF_RANGE = ("choice", "uniform", "loguniform", "integer")
 MAX_TRIALS = 10_000
 FIXED = {
@@ -226,7 +226,7 @@ def _check_value(name: str, value: Any, why: str = "") -> None:
 
 
 def _check_version(name: Any) -> None:
-    valid = [of for of, version in VERSIONS.items() if KINDS[version.kind].trained]
+    valid = [name for name, variant in VARIANTS.items() if METHODS[variant.method].trained]
     if name not in valid:
         near = difflib.get_close_matches(str(name), valid, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -253,12 +253,12 @@ def _checked(options: SearchOptions, space: Mapping[str, Range], base: Config) -
 
 
 def _matters(name: str, method: str, base: Config) -> bool:
-    version = VERSIONS[method]
+    variant = VARIANTS[method]
     section, _, rest = name.partition(".")
-    own = KINDS[version.kind].section
+    own = METHODS[variant.method].section
     if section in ("clip", own):
         return True
-    if version.uses_grouping and section in ("mmap", "global_prompt", "grouping", "training"):
+    if variant.uses_grouping and section in ("mmap", "global_prompt", "grouping", "training"):
         return True
     if section != "training":
         return False

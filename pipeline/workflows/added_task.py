@@ -152,7 +152,7 @@ def measure_gradients(run: Run, global_prompt: Artefact) -> Artefact:
 
 def _measure(work: TrainingWork, global_prompt: Artefact, artefact: Artefact, board: Any) -> None:
     config, towers, reporter = work.config, work.towers(), Reporter(board, work.label)
-    prompts = SharedMmap.of(config, towers, work.tasks).to(towers.device)
+    prompts = SharedMmap.build(config, towers, work.tasks).to(towers.device)
     templates = [config.clip.template_of(task) for task in work.tasks]
     tokens = class_tokens(towers.tokenizer, templates, list(work.words().values())).to(towers.device)
     points = read_points(global_prompt.local() / POINTS)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config import Config, content_hash
-from pipeline.methods.registry import ALWAYS, KINDS, VERSIONS, training_of
+from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, training_of
 from pipeline.report.benchmark_tables import (
     Benchmark,
     Result,
@@ -47,7 +47,7 @@ def benchmark_configs(base: Config, methods: Sequence[str], shots: Sequence[int]
 
 
 def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Console) -> Path:
-    """Trains and evaluates what is missing of `methods` (names of registry.VERSIONS) in all runs, and writes the
+    """Trains and evaluates what is missing of `methods` (names of registry.VARIANTS) in all runs, and writes the
     report; returns its folder.
 
     Raises:
@@ -115,7 +115,7 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
 def _carry_out(methods: Sequence[str], benchmark: str, run: Run) -> dict[str, dict[str, Any]]:
     with tracked(run):
         run.tracker.set_tags(PARENT, {"benchmark": benchmark})
-        grouped = any(VERSIONS[name].uses_grouping for name in methods)
+        grouped = any(VARIANTS[name].uses_grouping for name in methods)
         made = run_stages(run, "grouping" if grouped else "splits")
         of_methods = train_groups(run, made.get("grouping"), methods)
         found = {method.name: method_result(run.tasks, method.results()) for method in of_methods}
@@ -140,9 +140,9 @@ def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
     """How the methods were trained, a sentence for each training that some of them share."""
     titles: dict[str, list[str]] = {}
     for name in methods:
-        kind = KINDS[VERSIONS[name].kind]
+        kind = METHODS[VARIANTS[name].method]
         if kind.trained:
-            training = training_of(VERSIONS[name].kind, config)
+            training = training_of(VARIANTS[name].method, config)
             how = (
                 f"{OPTIMIZERS[training.optimizer]}, rate {training.learning_rate:g}, {training.epochs} epochs, "
                 f"batches of {training.batch_size} images of each task"

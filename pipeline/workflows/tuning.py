@@ -25,7 +25,7 @@ from pipeline.clip.load import towers_without_weights
 from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
-from pipeline.methods.registry import ALWAYS, VERSIONS, training_of
+from pipeline.methods.registry import ALWAYS, VARIANTS, training_of
 from pipeline.report.summary import title
 from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
 from pipeline.runtime.cluster import places
@@ -97,7 +97,7 @@ def _point_check(run: Run, search: Search) -> Check:
     def check(point: Mapping[str, Any]) -> None:
         config, method = config_at(run.config, point, search.methods)
         check_methods(config, run.listing, towers, (method,))
-        if VERSIONS[method].uses_grouping:
+        if VARIANTS[method].uses_grouping:
             check_constraints(run.tasks, **config.grouping.constraints)
 
     return check
@@ -184,7 +184,7 @@ def _tune(
 
 def _epochs_at(base: Config, search: Search, point: Point) -> int:
     config, method = config_at(base, point, search.methods)
-    return training_of(VERSIONS[method].kind, config).epochs
+    return training_of(VARIANTS[method].method, config).epochs
 
 
 def _most_epochs(base: Config, search: Search) -> int:

@@ -21,7 +21,7 @@ from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import MmapShape
-from pipeline.methods.registry import VERSIONS, kind_of, training_of
+from pipeline.methods.registry import VARIANTS, get_method, training_of
 from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Work
 from pipeline.runtime.storage import Artefact
@@ -72,7 +72,7 @@ def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path)
         UserError: as the pipeline's stages.
     """
     run, method = _run(point, setup)
-    grouping = _grouping(run) if VERSIONS[method].uses_grouping else None
+    grouping = _grouping(run) if VARIANTS[method].uses_grouping else None
     trainings = plan_trainings(run, method, grouping, {})
     for training in trainings:
         for features in training.features:
@@ -108,7 +108,7 @@ class _GroupTraining:
 
     def __init__(self, training: Training, checkpoints: Path):
         work = training.item
-        self._work, self._kind = work, kind_of(work.method)
+        self._work, self._kind = work, get_method(work.method)
         self._towers = work.towers(self._kind.trains_weights)
         start = training.start.artefact if training.start else None
         self._method = built_method(work, self._towers, start, training.affinities)

@@ -1,0 +1,18 @@
+from plain_method import Option, Reference, full_ids, is_normal
+from plain_towers import plain_encode_text
+
+
+def features(method, model, images, config):
+    z = plain_encode_text(model, full_ids("{}."), method.context[None], carried=True)
+    return model.encode_image(images), z
+
+
+REFERENCE = Reference(
+    features=features,
+    starts=lambda towers, model: {"context": is_normal(0.02)},
+    options={"context_length": Option(5, {"context": (5, 16)})},
+    small={"context_length": 3},
+    for_starts={"context_length": 50},
+    num_parameters=(({}, 16 * 512),),
+    takes_words="all",
+)

@@ -1,0 +1,39 @@
+import torch
+from plain_method import SKETCHED, Option, Reference, equals, full_ids, with_weights
+from plain_towers import plain_encode_text
+from small_clip import tokenizer
+
+
+def features(method, model, images, config):
+    ids, z, with_name = full_ids(config.clip.template), [], with_weights(model, {})
+    for number, (row, pieces) in enumerate(zip(ids, method.embeddings)):
+        name_at = 1 + len(tokenizer().encode("a photo of a"))
+        embedded = model.token_embedding(row)
+        embedded = torch.cat([embedded[:name_at], pieces, embedded[name_at + len(pieces) :]])
+        with_name.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
+        z.append(plain_encode_text(with_name, ids[number : number + 1], None))
+    return model.encode_image(images), torch.cat(z)
+
+
+def added_loss(method, options, x, frozen_x, z, frozen_z, logits, frozen_logits):
+    distance = sum((new - old).square().sum() for new, old in zip(method.embeddings, method.start))
+    p, q = logits / 2, frozen_logits / 2
+    divergence = (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
+    return (
+        options.text_weight * (1 - (z * frozen_z).sum(1)).mean()
+        + options.embedding_weight * distance / 2
+        + options.logits_weight * 4 * divergence
+    )
+
+
+REFERENCE = Reference(
+    features=features,
+    added_loss=added_loss,
+    starts=lambda towers, model: {
+        "embeddings": equals(torch.stack([model.token_embedding(row)[6:7] for row in full_ids(SKETCHED)]))
+    },
+    options={"embedding_weight": Option(2.5), "text_weight": Option(3.5), "logits_weight": Option(0.4)},
+    num_parameters=(({}, 5 * 512),),  # one piece a name
+    random_start=False,
+    small_rate=True,
+)

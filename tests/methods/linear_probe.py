@@ -1,0 +1,13 @@
+from plain_method import SKETCHED, Reference, equals, full_ids
+
+
+def features(method, model, images, config):
+    return model.encode_image(images), method.weights
+
+
+REFERENCE = Reference(
+    features=features,
+    starts=lambda towers, model: {"weights": equals(model.encode_text(full_ids(SKETCHED)))},
+    random_start=False,
+    small_rate=True,
+)

@@ -1,0 +1,28 @@
+import torch
+from plain_method import FROM_TEXT, Option, Reference, begins_with_the_sketch, full_ids
+from plain_towers import plain_encode_image, plain_encode_text
+
+
+def features(method, model, images, config):
+    vision = torch.stack([p @ f.weight.T + f.bias for f, p in zip(method.projections, method.text_prompts)])
+    return (
+        plain_encode_image(model, images, vision, carried=True),
+        plain_encode_text(model, full_ids("{}."), method.text_prompts, carried=True),
+    )
+
+
+REFERENCE = Reference(
+    features=features,
+    starts=lambda towers, model: {
+        "text_prompts": begins_with_the_sketch(model, 0.02),
+        "projections.*": FROM_TEXT,
+    },
+    options={
+        "prompt_length": Option(5, {"text_prompts": (2, 5, 16)}),
+        "depth": Option(3, {"text_prompts": (3, 2, 16)}),
+    },
+    small={"prompt_length": 2, "depth": 2},
+    for_starts={"prompt_length": 40, "depth": 2},
+    num_parameters=(({}, 3_555_072), ({"depth": 12, "prompt_length": 12}, 4_801_536)),
+    takes_words="before the name",
+)

@@ -1,0 +1,44 @@
+"""MmAP of a group: in every layer the group's prompts and the task's, each a Kronecker product."""
+
+import torch
+from plain_method import Option, Reference, full_ids, is_all, is_normal
+from plain_towers import plain_encode_image, plain_encode_text
+
+
+def features_of(stacks, model, images, config):
+    """Of MmAPs whose prompts stand one behind the other."""
+    num_layers = min(len(model.transformer.resblocks), len(model.visual.transformer.resblocks))
+    text, vision = (
+        torch.stack(
+            [
+                torch.cat(
+                    [
+                        torch.kron(getattr(of, scaling)[0, k], of.source[0, 0 if config.mmap.shared_source else k])
+                        for of in stacks
+                    ]
+                )
+                for k in range(config.mmap.depth or num_layers)
+            ]
+        )
+        for scaling in ("text_scaling", "vision_scaling")
+    )
+    before_sos = config.mmap.text_order == "before_sos"
+    ids = full_ids(config.clip.template)
+    return plain_encode_image(model, images, vision), plain_encode_text(model, ids, text, before_sos)
+
+
+REFERENCE = Reference(
+    features=lambda method, *others: features_of((method.group, method.task), *others),
+    starts=lambda towers, model: {"*.source": is_normal(0.07), "*_scaling": is_all(1)},
+    options={
+        "prompt_length": Option(4, {"text_scaling": (1, 4, 2, 2), "vision_scaling": (1, 4, 2, 3)}),
+        "source_rows": Option(3, {"source": (1, 4, 3, 8), "text_scaling": (1, 4, 2, 2)}),
+        "source_columns": Option(4, {"source": (1, 4, 2, 4), "vision_scaling": (1, 4, 3, 6)}),
+        "depth": Option(3, {"source": (1, 3, 2, 8), "text_scaling": (1, 3, 3, 2)}),
+        "shared_source": Option(True, {"source": (1, 1, 2, 8), "text_scaling": (1, 4, 3, 2)}),
+        "text_order": Option("before_sos"),
+        "init_std": Option(0.3),
+    },
+    small={"prompt_length": 2, "source_rows": 2},
+    for_starts={"prompt_length": 40, "source_rows": 40, "init_std": 0.07},
+)

@@ -1,0 +1,39 @@
+from plain_method import Option, Reference, begins_with_the_sketch, full_ids, is_normal
+from plain_towers import plain_encode_image, plain_encode_text
+
+
+def features(method, model, images, config):
+    return (
+        plain_encode_image(model, images, method.vision_prompts, carried=True),
+        plain_encode_text(model, full_ids("{}."), method.text_prompts, carried=True),
+    )
+
+
+def added_loss(method, options, x, frozen_x, z, frozen_z, logits, frozen_logits):
+    p, q = logits, frozen_logits
+    return (
+        options.text_weight * (z - frozen_z).abs().mean()
+        + options.image_weight * (x - frozen_x).abs().mean()
+        + options.logits_weight * (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).mean()
+    )
+
+
+REFERENCE = Reference(
+    features=features,
+    added_loss=added_loss,
+    starts=lambda towers, model: {
+        "text_prompts": begins_with_the_sketch(model, 0.02),
+        "vision_prompts": is_normal(0.02),
+    },
+    options={
+        "prompt_length": Option(5, {"text_prompts": (2, 5, 16), "vision_prompts": (2, 5, 24)}),
+        "depth": Option(3, {"text_prompts": (3, 2, 16), "vision_prompts": (3, 2, 24)}),
+        "image_weight": Option(3.0),
+        "text_weight": Option(7.0),
+        "logits_weight": Option(2.5),
+    },
+    small={"prompt_length": 2, "depth": 2},
+    for_starts={"prompt_length": 40, "depth": 2},
+    num_parameters=(({}, 9 * 4 * (512 + 768)),),
+    takes_words="before the name",
+)

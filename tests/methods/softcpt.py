@@ -1,0 +1,25 @@
+import torch
+from plain_method import Option, Reference, full_ids, is_normal
+from plain_towers import plain_encode_text
+from small_clip import tokenizer
+
+
+def features(method, model, images, config):
+    (task,) = method.tasks
+    of_task = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], carried=True)[0]
+    context = torch.stack([of_task @ method.projection[:, at] for at in range(config.softcpt.context_length)])
+    return model.encode_image(images), plain_encode_text(model, full_ids("{}."), context[None], carried=True)
+
+
+REFERENCE = Reference(
+    features=features,
+    starts=lambda towers, model: {"meta_prompt": is_normal(0.02), "projection": is_normal(0.02)},
+    options={
+        "context_length": Option(5, {"projection": (12, 5, 16)}),
+        "meta_length": Option(3, {"meta_prompt": (3, 16)}),
+    },
+    small={"context_length": 3, "meta_length": 2},
+    for_starts={"context_length": 10, "meta_length": 40},
+    num_parameters=(({}, 512 * 16 * 512 + 4 * 512),),
+    takes_words="all",
+)

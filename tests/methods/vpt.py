@@ -1,0 +1,20 @@
+from plain_method import Option, Reference, full_ids, is_normal
+from plain_towers import plain_encode_image
+
+
+def features(method, model, images, config):
+    return (
+        plain_encode_image(model, images, method.prompts),
+        model.encode_text(full_ids(config.clip.template)),
+    )
+
+
+REFERENCE = Reference(
+    features=features,
+    starts=lambda towers, model: {"prompts": is_normal(0.02)},
+    options={"prompt_length": Option(5, {"prompts": (5, 5, 24)})},
+    small={"prompt_length": 2},
+    for_starts={"prompt_length": 10},
+    num_parameters=(({"prompt_length": 18}, 165_888),),
+    changes_texts=False,
+)

@@ -1,0 +1,147 @@
+"""What the reference of a method says, and what several references are made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from small_clip import CLASS_WORDS, tokenizer
+
+StartCheck = Callable[[torch.Tensor], bool]
+
+
+class Option(NamedTuple):
+    value: object
+    """Neither the default nor 1."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    """What it makes of the parameters with these names, in towers of 4 text layers and 5 vision layers."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`model`: open_clip's, `towers`: made of it."""
+
+    starts: Callable[[Any, Any], Mapping[str, StartCheck]]
+    """(towers, model) → pattern of parameters' names → check of their start."""
+    features: Callable[[Any, Any, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """(method, model, images, config) → features (B, E), (C, E) of one task, by the plain towers; None: nothing
+    trains."""
+    added_loss: Callable[..., torch.Tensor] | None = None
+    """(method, options, x, frozen x, z, frozen z, logits, frozen logits) → what a task's loss has beside its cross
+    entropy, of one of two tasks; features are of unit length."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    """Each option, beside the training's, away from its default."""
+    small: Mapping[str, Any] = field(default_factory=dict)
+    """Options that fit the small towers."""
+    for_starts: Mapping[str, Any] = field(default_factory=dict)
+    """Options with which parameters are large enough to show their distribution."""
+    num_parameters: tuple[tuple[Mapping[str, Any], int], ...] = ()
+    """Options, and how many numbers train then of ViT-B/16 with two tasks of the same five classes."""
+    changes_texts: bool = True
+    """Whether classes have other features than the frozen CLIP's."""
+    takes_words: Literal["none", "before the name", "all"] = "none"
+    """The words of the template whose place its prompts take."""
+    random_start: bool = True
+    """Whether it starts away from CLIP, by the seed."""
+    trains_weight: Callable[[str], bool] | None = None
+    """Of methods with towers of their own: which of the towers' weights train."""
+    small_rate: bool = False
+    """Whether it wants a hundredth of the others' learning rate."""
+
+
+def full_ids(template: str) -> torch.Tensor:
+    """Of all class words."""
+    return tokenizer()([template.format(word) for word in CLASS_WORDS])
+
+
+# Methods with towers of their own
+
+
+def with_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A copy of open_clip's model with these tensors in place of its parameters."""
+    model = copy.deepcopy(model)
+    for name, tensor in weights.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        del module._parameters[leaf]
+        setattr(module, leaf, tensor)
+    return model
+
+
+def trained_weights(method: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of its towers, by open_clip's names."""
+    return {open_clips_name(name.removeprefix("towers.")): value for name, value in method.named_parameters()}
+
+
+def open_clips_name(name: str) -> str:
+    """Of a weight of ClipTowers."""
+    for ours, theirs in {"text_blocks": "transformer.resblocks", "text_positions": "positional_embedding"}.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def features_of_trained_weights(trains_weight: Callable[[str], bool]) -> Callable[..., Any]:
+    """`features` of a method that trains the weights of open_clip's model with these names, and no others."""
+
+    def features(method, model, images, config):
+        trained = trained_weights(method)
+        assert set(trained) == {name for name in model.state_dict() if trains_weight(name)}
+        model = with_weights(model, trained)
+        return model.encode_image(images), model.encode_text(full_ids(config.clip.template))
+
+    return features
+
+
+def starts_as_clip(towers, model) -> dict[str, StartCheck]:
+    return {f"towers.{name}": equals(value) for name, value in towers.state_dict().items()}
+
+
+# Checks of a parameter's start
+
+
+def is_all(value: float) -> StartCheck:
+    return lambda start: torch.equal(start, torch.full_like(start, value))
+
+
+def equals(expected: torch.Tensor) -> StartCheck:
+    return lambda start: torch.allclose(start, expected.to(start.dtype), rtol=1e-6, atol=1e-9)
+
+
+def is_normal(std: float) -> StartCheck:
+    def check(start):
+        assert start.numel() >= 500  # so that the deviation is known within a tenth
+        return abs(start.mean()) < 4 * std / start.numel() ** 0.5 and abs(start.std() / std - 1) < 0.1
+
+    return check
+
+
+def is_uniform(bound: float) -> StartCheck:
+    """Over -bound to bound: the start of torch's linear layers, with a bound of one over the root of their inputs."""
+
+    def check(start):
+        if not 0 < start.abs().max() <= bound:
+            return False
+        return start.numel() < 100 or abs(start.std() / (bound / 3**0.5) - 1) < 0.15
+
+    return check
+
+
+FROM_TEXT, FROM_VISION = is_uniform(16**-0.5), is_uniform(24**-0.5)
+"""Linear layers on the small towers' widths."""
+SKETCHED = "an old sketch of the {}, in ink."
+"""The template of starts."""
+
+
+def begins_with_the_sketch(model: torch.nn.Module, std: float) -> StartCheck:
+    """The first layer's first prompts (K', b, d_l) are the embeddings of SKETCHED's first words, and all others are
+    random."""
+    words = model.token_embedding(torch.tensor(tokenizer().encode("an old sketch of the")))
+
+    def check(start):
+        rest = torch.cat([start[0, len(words) :], start[1:].flatten(0, 1)])
+        return equals(words)(start[0, : len(words)]) and is_normal(std)(rest)
+
+    return check
