@@ -140,6 +140,7 @@ def test_the_picture_and_the_table_of_rooms_are_those_of_the_imports():
     needed = set(networkx.transitive_reduction(rooms).edges)
     assert drawn == needed, f"docs/pipeline.md lacks {sorted(needed - drawn)}, and has no use for {drawn - needed}"
     for room, named in re.findall(r"^\| `(?:pipeline/)?(\w+)(?:/|\.py)` \|.*\|(?: (.*))? \|$", page, re.MULTILINE):
-        used = [LIBRARIES[library] for library in LIBRARIES if library in imports.pop(room)]
+        of_room = imports.pop(room)
+        used = [LIBRARIES[library] for library in LIBRARIES if library in of_room]
         assert named == ", ".join(used), room
     assert set(imports) == {"pipeline"}, "rooms that are not in the table"
