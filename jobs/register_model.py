@@ -40,7 +40,7 @@ def register(arguments: argparse.Namespace) -> int:
     run_folder, uri = located(arguments.run, arguments.tracking_uri)
 
     from pipeline.prediction.mlflow_model import saved_mlflow_model  # torch and MLflow take seconds to import
-    from pipeline.runtime.tracking import find_run, register_version
+    from pipeline.runtime.tracking.mlflow_adapter import find_run, register_version
 
     client, run_id = find_run(uri, run_folder)
     place, query, options = run_folder.partition("?")
@@ -60,7 +60,7 @@ def register(arguments: argparse.Namespace) -> int:
 def located(run: str, tracking_uri: str | None) -> tuple[str, str]:
     """The run's folder as its tags have it, and its tracking URI."""
     from pipeline.runtime.storage import is_uri
-    from pipeline.runtime.tracking import resolve_tracking_uri
+    from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
 
     if is_uri(run):
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")

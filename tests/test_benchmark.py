@@ -15,6 +15,7 @@ from notebooks import executed, pictures, printed, tables
 from pipelines import Job
 from rich.console import Console
 
+from docs.mlflow_results import open_experiment, read_benchmark
 from jobs.benchmark import chosen_methods, main
 from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
 from pipeline.methods.registry import VARIANTS
@@ -23,7 +24,6 @@ from pipeline.report.paper_results import PAPER_METHODS
 from pipeline.runtime.run import open_run
 from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import plan_trainings
-from pipeline.stages.mlflow_results import open_experiment, read_benchmark
 
 BENCHMARK = ("jobs/benchmark.py",)
 QUICK = ("--training.epochs", "2", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon]")

@@ -288,7 +288,7 @@ def check_job(script: str, options: list[str]) -> None:
 
     with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", [script, *options])
-        for place in ("pipeline.runtime.cluster.connect", "pipeline.runtime.tracking.find_run"):
+        for place in ("pipeline.runtime.cluster.connect", "pipeline.runtime.tracking.mlflow_adapter.find_run"):
             patched.setattr(place, stop)
         patched.setattr("pipeline.serving.service.port_fault", lambda host, port: None)  # others may listen there
         try:

@@ -99,7 +99,7 @@ def test_no_worker_imports_what_the_driver_tracks_and_draws_with():
 
 
 def test_the_tracker_imports_mlflow_only_when_it_delivers():
-    assert not {"mlflow", "torch", "ray"} & modules_after_importing("pipeline.runtime.tracking")
+    assert not {"mlflow", "torch", "ray"} & modules_after_importing("pipeline.runtime.tracking.tracker")
 
 
 # --- the rooms of docs/pipeline.md ---------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from notebooks import NOTEBOOK, executed, pictures, printed, tables
 from pipelines import REPOSITORY
 
+from docs.mlflow_results import open_experiment
 from pipeline.errors import UserError
-from pipeline.stages.mlflow_results import open_experiment
 
 
 def test_the_committed_notebook_shows_a_run_of_itself_and_no_machine():

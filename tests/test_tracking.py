@@ -28,7 +28,7 @@ DATASET = {"dataset_name": "office_demo", "digest": "d" * 64, "source": "/data/o
 def empty_database(tmp_path_factory):
     """MLflow's schema takes seconds to make: once, then copied."""
     path = tmp_path_factory.mktemp("schema") / "mlflow.db"
-    tracking._client(f"sqlite:///{path}").search_experiments()
+    tracking.mlflow_client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -118,13 +118,13 @@ def test_all_kinds_arrive(uri, folder, figure, tmp_path):
 def test_a_replay_changes_nothing(uri, folder, figure):
     with Tracker(uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure)
-    journal, first = (folder / "outbox.jsonl").read_text(), snapshot(uri)
+    journal, first = (folder / "journal.jsonl").read_text(), snapshot(uri)
     for state_is_lost in (False, True):  # then all is sent a second time
         if state_is_lost:
-            (folder / "outbox_state.json").unlink()
+            (folder / "delivery.json").unlink()
         with Tracker(uri, "demo", folder) as tracker:
             log_pipeline(tracker, figure)
-        assert (folder / "outbox.jsonl").read_text() == journal
+        assert (folder / "journal.jsonl").read_text() == journal
         assert snapshot(uri) == first
 
 
@@ -142,11 +142,11 @@ def test_a_failed_run_is_taken_up_again(uri, folder, figure):
 def test_half_a_line_is_dropped(uri, folder, figure):
     with Tracker(uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure, steps=range(2))
-    with (folder / "outbox.jsonl").open("a") as journal:
+    with (folder / "journal.jsonl").open("a") as journal:
         journal.write('{"op": "metrics", "run": "gro')
     with Tracker(uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure, steps=range(3))
-    for line in (folder / "outbox.jsonl").read_text().splitlines():
+    for line in (folder / "journal.jsonl").read_text().splitlines():
         json.loads(line)
     client, runs = read_runs(uri)
     assert [step for step, _ in history(client, runs[GROUP], "loss")] == [0, 1, 2]
@@ -304,7 +304,7 @@ def test_every_run_has_its_own_parent(uri, folder):
             for name, parent in expected.items():
                 tracker.start_run(name, parent=parent)
         assert parents(uri) == expected
-        (folder / "outbox_state.json").unlink()
+        (folder / "delivery.json").unlink()
 
 
 @pytest.fixture(scope="module")
@@ -493,13 +493,13 @@ def test_a_full_disk_is_named_and_leaves_the_journal_whole(uri, folder, figure, 
 
     with Tracker(uri, "demo", folder) as tracker:
         tracker.start_run("pipeline")
-        before = (folder / "outbox.jsonl").read_bytes()
+        before = (folder / "journal.jsonl").read_bytes()
         for name in ("shutil.copyfile", "os.fsync"):
             with monkeypatch.context() as patch:
                 patch.setattr(name, full)
                 with pytest.raises(UserError, match="cannot .*No space left on device; free some space"):
                     tracker.log_artifact("pipeline", figure)
-            assert (folder / "outbox.jsonl").read_bytes() == before
+            assert (folder / "journal.jsonl").read_bytes() == before
         tracker.log_artifact("pipeline", figure)
         tracker.end_run("pipeline")
         assert tracker.flush().waiting == 0

@@ -25,17 +25,13 @@ from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, training_of
 from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
+from pipeline.runtime.environment import run_environment
 from pipeline.runtime.progress import progress_board
 from pipeline.runtime.run_lock import alone_at
 from pipeline.runtime.storage import Artefact, Storage, is_uri, make_folder, write_atomically
-from pipeline.runtime.tracking import (
-    JOURNAL,
-    Tracker,
-    check_reachable,
-    end_status,
-    resolve_tracking_uri,
-    run_environment,
-)
+from pipeline.runtime.tracking.journal import JOURNAL
+from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
+from pipeline.runtime.tracking.tracker import Tracker, end_status
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,7 +17,7 @@ from pipeline.runtime.data_parallel import train_on_workers
 from pipeline.runtime.progress import ProgressDisplay
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.storage import Artefact, Storage, read_json, write_json
-from pipeline.runtime.tracking import end_status
+from pipeline.runtime.tracking.tracker import end_status
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,11 @@ from pipeline.report.benchmark_tables import (
     to_rich,
 )
 from pipeline.report.summary import method_result
+from pipeline.runtime.environment import run_environment
 from pipeline.runtime.run import PARENT, Run, connected, tracked
 from pipeline.runtime.storage import make_folder, write_atomically
-from pipeline.runtime.tracking import Tracker, end_status, resolve_tracking_uri, run_environment
+from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
+from pipeline.runtime.tracking.tracker import Tracker, end_status
 from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import train_groups
 from pipeline.stages.report import track_results

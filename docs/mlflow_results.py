@@ -1,9 +1,8 @@
-"""Results of finished jobs, read back from MLflow.
+"""Reads the results of finished jobs from MLflow, for paper_figures.ipynb beside it.
 
-What this module chose:
-- Only MLflow is asked, no file of a storage, so it works on any machine that reaches the tracking server.
-- A benchmark is read from the report that its job left among its run's artefacts: it has the tasks' own names, and
-  never mixes runs of different options, as a search for runs of the same method could.
+Only MLflow is asked, no file of a storage, so it works on any machine that reaches the tracking server. A benchmark is
+read from the report that its job left among its run's artefacts: it has the tasks' own names, and never mixes runs of
+different options, as a search for runs of the same method could.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,16 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.report.benchmark_tables import Benchmark, Result
-from pipeline.runtime.tracking import CLIENT_DEFAULTS, check_reachable
+from pipeline.runtime.tracking.mlflow_adapter import check_reachable, mlflow_client
 
 if TYPE_CHECKING:
-    import mlflow.entities
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
-REPORT = "benchmark"
-"""Folder of a benchmark's artefacts."""
 SQLITE = "sqlite:///"
-NO_PROGRESS_BARS = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 @dataclass(frozen=True)
@@ -40,17 +37,17 @@ class Experiment:
     name: str
     id: str
 
+    def runs(self, search: str) -> list[Run]:
+        """The newest first."""
+        return list(self.client.search_runs([self.id], search, max_results=10_000))
 
-@dataclass(frozen=True)
-class BenchmarkRun:
-    """A benchmark's MLflow run; `shots`, `seeds` and `methods` as its job was given them."""
+    def files(self, run: Run, folder: str) -> set[str]:
+        with _readable(run):
+            return {file.path for file in self.client.list_artifacts(run.info.run_id, folder)}
 
-    name: str
-    run_id: str
-    data: str
-    shots: str
-    seeds: str
-    methods: str
+    def read(self, run: Run, path: str) -> str:
+        with _readable(run), TemporaryDirectory() as folder:
+            return Path(self.client.download_artifacts(run.info.run_id, path, folder)).read_text()
 
 
 def open_experiment(uri: str, name: str) -> Experiment:
@@ -62,12 +59,9 @@ def open_experiment(uri: str, name: str) -> Experiment:
         uri = SQLITE + str(_database(uri))
     else:
         check_reachable(uri)
-    for variable, value in (CLIENT_DEFAULTS | NO_PROGRESS_BARS).items():
-        os.environ.setdefault(variable, value)
-    from mlflow import MlflowClient
-
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
-        client = MlflowClient(tracking_uri=uri)
+        client = mlflow_client(uri)
         found = client.get_experiment_by_name(name)
         others = [experiment.name for experiment in client.search_experiments()]
     except Exception as error:
@@ -80,13 +74,10 @@ def open_experiment(uri: str, name: str) -> Experiment:
     return Experiment(client, name, found.experiment_id)
 
 
-def benchmark_runs(experiment: Experiment) -> Iterator[BenchmarkRun]:
-    """Those that have their report, the newest first."""
-    for run in _runs(experiment, "tags.level = 'benchmark'"):
-        if f"{REPORT}/benchmark.csv" in _artefacts(experiment, run.info.run_id, REPORT):
-            params = run.data.params
-            shots, seeds, methods = params["shots"], params["seeds"], params["methods"]
-            yield BenchmarkRun(run.data.tags["benchmark"], run.info.run_id, params["name"], shots, seeds, methods)
+def benchmark_runs(experiment: Experiment) -> list[Run]:
+    """Those that have their report, the newest first; their params have data (`name`), shots, seeds and methods."""
+    runs = experiment.runs("tags.level = 'benchmark'")
+    return [run for run in runs if "benchmark/benchmark.csv" in experiment.files(run, "benchmark")]
 
 
 def read_benchmark(
@@ -101,19 +92,19 @@ def read_benchmark(
 
     Raises: UserError: there is none.
     """
-    found = list(benchmark_runs(experiment))
-    fits = [run for run in found if name in (None, run.name) and data in (None, run.data)]
+    runs = benchmark_runs(experiment)
+    fits = [run for run in runs if name in (None, run.info.run_name) and data in (None, run.data.params["name"])]
     if not fits:
-        there = ", ".join(f"{run.name} ({run.data})" for run in found) or "none"
+        there = ", ".join(f"{run.info.run_name} ({run.data.params['name']})" for run in runs) or "none"
         raise UserError(
             f"the experiment {experiment.name!r} has no benchmark{_asked(name=name, data=data)} with a report; it has: "
             f"{there}. To make one: python jobs/benchmark.py --methods paper --shots 1 2 4 --seeds 1 2 3"
         )
-    run_id = fits[0].run_id
+    run, params = fits[0], fits[0].data.params
     benchmark = _benchmark(
-        fits[0].data,
-        _read(experiment, run_id, f"{REPORT}/benchmark.csv"),
-        _read(experiment, run_id, f"{REPORT}/benchmark.md"),
+        params["name"],
+        experiment.read(run, "benchmark/benchmark.csv"),
+        experiment.read(run, "benchmark/benchmark.md"),
     )
     chosen = [
         result
@@ -124,9 +115,9 @@ def read_benchmark(
     ]
     if not chosen:
         raise UserError(
-            f"the benchmark {fits[0].name} has no result{_asked(shots=shots, seeds=seeds, methods=methods)}; it has "
-            f"shots {fits[0].shots}; seeds {fits[0].seeds}; methods {fits[0].methods}. Choose among these, or run "
-            "jobs/benchmark.py with more: it does only what is missing"
+            f"the benchmark {run.info.run_name} has no result{_asked(shots=shots, seeds=seeds, methods=methods)}; it "
+            f"has shots {params['shots']}; seeds {params['seeds']}; methods {params['methods']}. Choose among these, "
+            "or run jobs/benchmark.py with more: it does only what is missing"
         )
     return replace(benchmark, results=tuple(chosen))
 
@@ -141,17 +132,15 @@ def read_grouping(
 
     Raises: UserError: there is none.
     """
-    for stage in _runs(experiment, "tags.stage = 'grouping' AND attributes.status = 'FINISHED'"):
+    for stage in experiment.runs("tags.stage = 'grouping' AND attributes.status = 'FINISHED'"):
         parent = experiment.client.get_run(stage.data.tags["mlflow.parentRunId"])
-        params, run_id = parent.data.params, stage.info.run_id
-        fits = (
+        params = parent.data.params
+        if (
             data in (None, params["name"])
             and (shots is None or int(params["data.shots"]) in shots)
             and (seeds is None or int(params["seed"]) in seeds)
-        )
-        if fits and "grouping.json" in _artefacts(experiment, run_id):
-            grouping: dict[str, Any] = json.loads(_read(experiment, run_id, "grouping.json"))
-            return parent.data.tags["mlflow.runName"], grouping
+        ):
+            return parent.info.run_name, json.loads(experiment.read(stage, "grouping.json"))
     asked = _asked(data=data, shots=shots, seeds=seeds)
     raise UserError(
         f"the experiment {experiment.name!r} has no finished grouping{asked}. To make one: python jobs/full_pipeline.py"
@@ -162,10 +151,8 @@ def _benchmark(name: str, table: str, report: str) -> Benchmark:
     """From `benchmark_tables.to_csv`, and the sentences at the head of benchmark.md."""
     results: dict[tuple[str, int, int], Result] = {}
     for row in csv.DictReader(io.StringIO(table)):
-        method, shots, seed = row["method"], int(row["shots"]), int(row["seed"])
-        result = results.setdefault(
-            (method, shots, seed), Result(method, shots, seed, {}, int(row["trained_parameters"]))
-        )
+        run = row["method"], int(row["shots"]), int(row["seed"])
+        result = results.setdefault(run, Result(*run, {}, int(row["trained_parameters"])))
         result.accuracy[row["task"]] = float(row["accuracy"])
     tasks = dict.fromkeys(task for result in results.values() for task in result.accuracy)
     head = report.partition("\n### ")[0].splitlines()
@@ -196,39 +183,17 @@ def _database(uri: str) -> Path:
     )
 
 
-def _runs(experiment: Experiment, search: str) -> Iterator[mlflow.entities.Run]:
-    """The newest first."""
-    token = None
-    while True:
-        page = experiment.client.search_runs(
-            [experiment.id], search, order_by=["attributes.start_time DESC"], page_token=token
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _artefacts(experiment: Experiment, run_id: str, folder: str | None = None) -> set[str]:
+@contextmanager
+def _readable(run: Run) -> Iterator[None]:
+    """Raises: UserError: the run's artefacts cannot be read."""
     try:
-        return {file.path for file in experiment.client.list_artifacts(run_id, folder)}
+        yield
     except Exception as error:
-        raise _unreadable(run_id, error) from error
-
-
-def _read(experiment: Experiment, run_id: str, path: str) -> str:
-    try:
-        with TemporaryDirectory() as folder:
-            return Path(experiment.client.download_artifacts(run_id, path, folder)).read_text()
-    except Exception as error:
-        raise _unreadable(run_id, error) from error
-
-
-def _unreadable(run_id: str, error: Exception) -> UserError:
-    return UserError(
-        f"the artefacts of the MLflow run {run_id} cannot be read: {_first_line(error)}. Where the server does not "
-        "hand them out itself, this machine needs the same access to their bucket or folder as those that made them"
-    )
+        raise UserError(
+            f"the artefacts of the MLflow run {run.info.run_id} cannot be read: {_first_line(error)}. Where the server "
+            "does not hand them out itself, this machine needs the same access to their bucket or folder as those that "
+            "made them"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

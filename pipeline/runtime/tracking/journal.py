@@ -1,0 +1,120 @@
+"""What MLflow is to have, on disk: nothing that was recorded is lost, and nothing is recorded twice."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from pipeline.errors import UserError
+from pipeline.runtime.storage import FREE_SPACE
+
+JOURNAL = "journal.jsonl"
+Kind = Literal["start", "params", "tags", "metrics", "artifact", "dataset", "model", "status"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One value of a run, which MLflow is to have."""
+
+    kind: Kind
+    run: str
+    key: str
+    value: Any
+    time: int
+    """Milliseconds since 1970."""
+    step: int = 0
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What makes a value the same: a metric by its step, anything else by the value itself."""
+        return self.kind, self.run, self.key, self.step if self.kind == "metrics" else json.dumps(self.value)
+
+
+class Journal:
+    """An append-only file of operations in `folder`, of one process at a time; `changed` is notified of new ones."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.operations: list[Operation] = []
+        self.status: dict[str, str] = {}
+        """Of each run, as last recorded."""
+        self.parent: dict[str, str | None] = {}
+        self._identities: set[tuple[Any, ...]] = set()
+        self.changed = threading.Condition(threading.RLock())
+        self._file = (folder / JOURNAL).open("a+b", buffering=0)
+        self._file.seek(0)
+        *lines, rest = self._file.read().split(b"\n")
+        self._file.truncate(self._file.tell() - len(rest))  # a crash may have left half a line
+        for line in lines:
+            self._remember(Operation(**json.loads(line)))
+
+    def record(self, kind: Kind, run: str, values: Mapping[str, Any], step: int = 0) -> None:
+        """Append the values that the journal does not hold yet.
+
+        Raises: ValueError: the run was not started. UserError: the disk is full; the journal is as before.
+        """
+        with self.changed:
+            if kind != "start" and run not in self.status:
+                raise ValueError(f"the tracking run {run!r} was not started: call start_run({run!r}) first")
+            now = int(time.time() * 1000)
+            operations = [Operation(kind, run, key, value, now, step) for key, value in values.items()]
+            # A status may come back (failed, taken up, failed again); everything else is said once.
+            new = [op for op in operations if kind == "status" or op.identity not in self._identities]
+            if new:
+                self._append("".join(json.dumps(asdict(op)) + "\n" for op in new).encode())
+                for op in new:
+                    self._remember(op)
+                self.changed.notify_all()
+
+    def keep(self, file: Path) -> str:
+        """Copy a file as it is now; returns the copy's path in `folder`. Raises: UserError: the disk is full."""
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        kept = self.folder / "files" / digest / file.name
+        if not kept.exists():
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, f"{kept}.part")
+                os.replace(f"{kept}.part", kept)
+            except OSError as error:
+                raise UserError(f"cannot copy {file} to {kept}: {error.strerror}; {FREE_SPACE}") from error
+        return kept.relative_to(self.folder).as_posix()
+
+    def run_key(self, run: str) -> str:
+        """A name of the run that differs from those of all other journals.
+
+        The first operation's time tells the journal from that of the same config in another storage.
+        """
+        return f"{self.folder.name}-{self.operations[0].time:x}/{quote(run, safe=' :+,')}"
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _remember(self, op: Operation) -> None:
+        self.operations.append(op)
+        self._identities.add(op.identity)
+        if op.kind == "start":
+            self.status.setdefault(op.run, "RUNNING")
+            self.parent[op.run] = op.value
+        elif op.kind == "status":
+            self.status[op.run] = op.value
+
+    def _append(self, lines: bytes) -> None:
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(before)
+            raise UserError(f"cannot write {self._file.name}: {error.strerror}; {FREE_SPACE}") from error

@@ -1,0 +1,255 @@
+"""What is asked of MLflow, and what its answers mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import posixpath
+import re
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from pipeline.errors import UserError
+from pipeline.runtime.tracking.journal import Operation
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Metric, Param, RunTag
+
+RUN_KEY = "pipeline.run_key"
+EXPERIMENT_TAGS = {
+    "mlflow.note.content": """One line for each method of each pipeline run, to compare methods, shots, seeds: search
+
+    tags.level = 'method'
+
+Pipeline runs, with their stages and trainings nested in them: `tags.level = 'pipeline'`. Which columns and charts to
+choose for which question: docs/mlflow.md of mmap-clip.
+""",
+}
+BATCH_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits for one request
+REFUSALS = (400, 404, 413, 422)  # sending the same again cannot help
+CLIENT_DEFAULTS = {
+    # The outbox tries again by itself, so MLflow's own retries (minutes of them) would only hide an outage.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class Refused(Exception):
+    """The server took a request and said no, rather than being away."""
+
+
+class MlflowServer:
+    """An experiment of an MLflow server or database, made where it is missing; `files` has what artifacts name."""
+
+    def __init__(self, uri: str, experiment: str, files: Path):
+        self._uri, self._files = uri, files
+        self.address, self.experiment = without_password(uri), experiment
+
+    def connect(self) -> None:
+        self._client = mlflow_client(self._uri)
+        self._experiment_id = _experiment_id(self._client, self.experiment, self._uri)
+
+    def answers(self) -> bool:
+        try:
+            self._client.search_experiments(max_results=1)
+            return True
+        except Exception:
+            return False
+
+    def find_run(self, run_key: str) -> str | None:
+        """The id of the run that has this key."""
+        found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'")
+        return found[0].info.run_id if found else None
+
+    def start_run(self, run_key: str, name: str, parent_id: str | None, time: int) -> str:
+        """The id of the run that has this key; made where it is missing. Raises: Refused."""
+        tags = {RUN_KEY: run_key} | ({"mlflow.parentRunId": parent_id} if parent_id else {})
+        with _refusals():
+            found = self.find_run(run_key)
+            return found or self._client.create_run(self._experiment_id, time, tags, run_name=name).info.run_id
+
+    def send(self, run_id: str, operations: Sequence[Operation]) -> None:
+        """Send operations of one kind: as many as BATCH_LIMITS says, else one. Raises: Refused: one of them."""
+        client, op = self._client, operations[0]
+        with _refusals():
+            if op.kind in BATCH_LIMITS:
+                entities: list[Any] = list(map(_entity, operations))  # all of this kind
+                client.log_batch(run_id, **{str(op.kind): entities}, synchronous=True)
+            elif op.kind == "artifact":
+                client.log_artifact(run_id, str(self._files / op.value), posixpath.dirname(op.key) or None)
+            elif op.kind == "dataset":
+                try:
+                    client.log_inputs(run_id, datasets=[_dataset(op)])
+                except Exception:  # such as when another run stores the same data set at this moment; then it is there
+                    client.log_inputs(run_id, datasets=[_dataset(op)])
+            elif op.kind == "model":
+                register_version(client, run_id, op.key, op.value)
+            elif op.value == "RUNNING":
+                client.update_run(run_id, status=op.value)
+            else:
+                client.set_terminated(run_id, op.value, end_time=op.time)
+
+
+def resolve_tracking_uri(configured: str | None, storage: Path) -> str:
+    """The config's URI, else MLFLOW_TRACKING_URI, else a SQLite file in `storage`."""
+    default = f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def check_reachable(uri: str, timeout_s: float = 10) -> None:
+    """Raise UserError unless `uri` can be used: the check at the door, before any compute."""
+    remedy = "change tracking.uri in the config, or set or unset MLFLOW_TRACKING_URI"
+    if uri.startswith("sqlite:"):
+        try:
+            folder = _sqlite_folder(uri)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return
+        except (OSError, ValueError) as error:
+            raise UserError(f"Tracking database {uri}: {error}. To go on, {remedy}.") from error
+    if not re.match(r"https?://[^/]", uri):
+        raise UserError(
+            f"Tracking URI {without_password(uri)!r} is neither sqlite:////folder/mlflow.db nor "
+            f"http(s)://host:port (a folder of files is no longer a store in MLflow 3). To go on, {remedy}."
+        )
+    client = mlflow_client(uri)
+    errors: list[Exception] = [TimeoutError(f"no answer within {timeout_s:g} s")]
+
+    def ask() -> None:
+        try:
+            client.search_experiments(max_results=1)
+            errors.clear()
+        except Exception as error:
+            errors[:] = [error]
+
+    # In a thread of its own: MLflow's time-out is per attempt, and the user may have set another one.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if errors:
+        raise UserError(
+            f"MLflow at {without_password(uri)} cannot be used: a list of its experiments was asked for, "
+            f"and got: {shortened(errors[0])}. Start the server (mlflow server --port ...), or {remedy}."
+        )
+
+
+def find_run(uri: str, run_folder: str) -> tuple[MlflowClient, str]:
+    """MlflowClient, and the id of the newest finished run whose results are in `run_folder`, as its report says.
+
+    Raises: UserError: there is none, or MLflow cannot be used.
+    """
+    check_reachable(uri)
+    client = mlflow_client(uri)
+    quote_mark = '"' if "'" in run_folder else "'"
+    found = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()],
+        f"tags.run_folder = {quote_mark}{run_folder}{quote_mark} AND attributes.status = 'FINISHED'",
+        max_results=1,
+    )
+    if not found:
+        raise UserError(
+            f"MLflow at {without_password(uri)} has no finished run of {run_folder}: give the folder as the run's "
+            "report shows it, the server that the run was sent to, or run it to its end"
+        )
+    return client, found[0].info.run_id
+
+
+def register_version(client: MlflowClient, run_id: str, registered_model: str, artifact_path: str) -> str:
+    """The version of a registered model that is the run's model under `artifact_path`; made unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    source = f"runs:/{run_id}/{artifact_path}"
+    try:
+        client.create_registered_model(registered_model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name = '{registered_model}' AND run_id = '{run_id}'")
+    there = [version.version for version in versions if version.source == source]
+    return str(there[0] if there else client.create_model_version(registered_model, source, run_id).version)
+
+
+def mlflow_client(uri: str) -> MlflowClient:
+    """A client that does not wait for a server that is away, and logs no more than warnings."""
+    for name, value in CLIENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    # One line an outage is the outbox's to say; the schema's migrations and each failed attempt are noise.
+    quiet = {"mlflow": logging.WARNING, "alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
+    for name, level in quiet.items():
+        logging.getLogger(name).setLevel(level)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # A server knows where its artefacts belong; a database file does not.
+        location = (_sqlite_folder(uri) / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+        try:
+            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
+        except Exception:
+            if (experiment := client.get_experiment_by_name(name)) is None:  # else another pipeline was first
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise as Refused what the server answers when sending the same again cannot help."""
+    try:
+        yield
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        # A 404 without a message of MLflow's comes from a proxy whose server is away.
+        if status is None and getattr(error, "error_code", "ENDPOINT_NOT_FOUND") != "ENDPOINT_NOT_FOUND":
+            # Only MLflow's own exceptions, whose methods have no types, have an error_code.
+            status = cast(Any, error).get_http_status_code()
+        if status not in REFUSALS:
+            raise
+        raise Refused(str(error)) from error
+
+
+def _entity(op: Operation) -> Metric | Param | RunTag:
+    from mlflow.entities import Metric, Param, RunTag
+
+    if op.kind == "metrics":
+        return Metric(op.key, op.value, op.time, op.step)
+    return (Param if op.kind == "params" else RunTag)(op.key, op.value)
+
+
+def _dataset(op: Operation) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput
+
+    kind = urlsplit(op.value["source"]).scheme or "local"
+    source, profile = json.dumps({"uri": op.value["source"]}), json.dumps(op.value["profile"])
+    digest = op.value["digest"][:36]  # MLflow's limit
+    return DatasetInput(Dataset(op.key, digest, kind, source, profile=profile))
+
+
+def without_password(text: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", text)
+
+
+def shortened(error: Exception) -> str:
+    """One line of at most 200 characters."""
+    text = " ".join(without_password(f"{type(error).__name__}: {error}").split())
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _sqlite_folder(uri: str) -> Path:
+    path = uri.removeprefix("sqlite:///").split("?")[0]
+    if path == uri or not path:
+        raise ValueError("a database file looks like sqlite:////folder/mlflow.db")
+    return Path(path).resolve().parent

@@ -1,0 +1,121 @@
+"""What the pipeline calls to record its runs."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.tracking.delivery import Delivery, DeliveryReport
+from pipeline.runtime.tracking.journal import Journal
+from pipeline.runtime.tracking.mlflow_adapter import MlflowServer
+
+log = logging.getLogger(__name__)
+
+LENGTH_LIMITS = {"params": 6000, "tags": 8000}  # MLflow's, in characters
+
+
+def end_status(error: BaseException | None) -> str:
+    """MLflow's status of a run that ended with this error, or without one."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, KeyboardInterrupt | InterruptedError) else "FAILED"
+
+
+class Tracker:
+    """Records runs in `folder`, which belongs to one pipeline run (and one driver at a time), and sends them.
+
+    Runs are addressed by local names. No method waits for the server or raises because of it; a full disk
+    is a UserError.
+    """
+
+    def __init__(self, uri: str, experiment: str, folder: Path):
+        self._journal = Journal(Path(folder))
+        self._delivery = Delivery(self._journal, MlflowServer(uri, experiment, self._journal.folder))
+
+    def start_run(
+        self, name: str, *, parent: str | None = None, tags: Mapping[str, Any] = {}, params: Mapping[str, Any] = {}
+    ) -> None:
+        """Begin the run `name`, or take it up again where an earlier process left it."""
+        if parent is not None and parent not in self._journal.status:
+            raise ValueError(f"start_run({name!r}): its parent {parent!r} was not started")
+        self._journal.record("start", name, {"parent": parent})
+        if self._journal.status[name] in ("FAILED", "KILLED"):
+            self._journal.record("status", name, {"status": "RUNNING"})
+        self.set_tags(name, tags)
+        self.log_params(name, params)
+
+    def log_params(self, name: str, params: Mapping[str, Any]) -> None:
+        """Values that do not change; MLflow refuses a second value for a key."""
+        self._journal.record("params", name, {_key(key): _text("params", value) for key, value in params.items()})
+
+    def set_tags(self, name: str, tags: Mapping[str, Any]) -> None:
+        self._journal.record("tags", name, {_key(key): _text("tags", value) for key, value in tags.items()})
+
+    def log_metrics(self, name: str, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers at `step`; the first value for a key and step stays."""
+        self._journal.record("metrics", name, {_key(key): float(value) for key, value in metrics.items()}, int(step))
+
+    def log_artifact(self, name: str, path: Path, artifact_path: str | None = None) -> None:
+        """A file, or a folder with all that is in it, kept as it is now."""
+        path = Path(path)
+        inside = posixpath.join(artifact_path or "", path.name)
+        if path.is_dir():
+            for child in sorted(path.iterdir()):
+                self.log_artifact(name, child, inside)
+        else:
+            self._journal.record("artifact", name, {inside: self._journal.keep(path)})
+
+    def log_dataset(
+        self, name: str, *, dataset_name: str, digest: str, source: str, profile: Mapping[str, Any] = {}
+    ) -> None:
+        """The data set the run used, as the UI's "Dataset" column shows it."""
+        value = {"digest": digest, "source": str(source), "profile": dict(profile)}
+        self._journal.record("dataset", name, {dataset_name: value})
+
+    def register_model(self, name: str, registered_model: str, artifact_path: str) -> None:
+        """The MLflow model that was logged under `artifact_path` as a version of a registered model."""
+        self._journal.record("model", name, {registered_model: artifact_path})
+
+    def end_run(self, name: str, status: str = "FINISHED") -> None:
+        """A run that did not finish takes along those nested in it that are still at work."""
+        if status not in ("FINISHED", "FAILED", "KILLED"):
+            raise ValueError(f"end_run({name!r}): status {status!r} is not FINISHED, FAILED or KILLED")
+        journal = self._journal
+        if status != "FINISHED":
+            for child, parent in list(journal.parent.items()):
+                if parent == name and journal.status[child] == "RUNNING":
+                    self.end_run(child, status)
+        if journal.status.get(name) != status:
+            self._journal.record("status", name, {"status": status})
+
+    def flush(self, timeout_s: float = 60) -> DeliveryReport:
+        """Wait until all is sent, or nothing was for `timeout_s`, and say how far it came."""
+        return self._delivery.flush(timeout_s)
+
+    def close(self, timeout_s: float = 60) -> DeliveryReport:
+        """Flush, tell the user what is missing, and stop sending."""
+        report = self.flush(timeout_s)
+        self._delivery.stop()
+        self._journal.close()
+        log.log(logging.WARNING if report.waiting or report.refused else logging.INFO, report.message)
+        return report
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self.close(timeout_s=10 if error_type else 60)
+
+
+def _key(key: str) -> str:
+    """A name that MLflow takes: "ink+chalk" becomes "ink_chalk"."""
+    return re.sub(r"[^\w\-. :/]", "_", str(key))
+
+
+def _text(kind: str, value: object) -> str:
+    text, limit, mark = str(value), LENGTH_LIMITS[kind], " ... (cut)"
+    return text if len(text) <= limit else text[: limit - len(mark)] + mark
