@@ -1,8 +1,11 @@
-"""The outbox against a real MLflow: a SQLite store, and a server that is killed and started again."""
+"""Tracking by its parts: the journal, the delivery to a server that the tests make up, and a real MLflow: a SQLite
+store, and a server that goes away and comes back."""
 
 import json
 import shutil
 import socket
+import threading
+import uuid
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +16,14 @@ from servers import free_ports, mlflow_server
 
 from pipeline.config import CONFIGS, TrackingConfig, load_yaml, parse_config
 from pipeline.errors import UserError
-from pipeline.runtime import tracking
+from pipeline.runtime.environment import run_environment
 from pipeline.runtime.run import check_run, tracked
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.tracking import Tracker, check_reachable, resolve_tracking_uri
+from pipeline.runtime.tracking import delivery
+from pipeline.runtime.tracking.delivery import PROGRESS, REFUSED, Delivery
+from pipeline.runtime.tracking.journal import JOURNAL, Journal
+from pipeline.runtime.tracking.mlflow_adapter import Refused, check_reachable, mlflow_client, resolve_tracking_uri
+from pipeline.runtime.tracking.tracker import Tracker
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -24,11 +31,224 @@ GROUP = "group: ink+chalk"
 DATASET = {"dataset_name": "office_demo", "digest": "d" * 64, "source": "/data/office_demo"}
 
 
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "pipeline-1a2b3c"
+
+
+@pytest.fixture
+def figure(tmp_path):
+    path = tmp_path / "affinity.svg"
+    path.write_text("<svg/>")
+    return path
+
+
+# --- the journal --------------------------------------------------------------------------------------------
+
+
+def record_all(journal):
+    journal.record("start", "pipeline", {"parent": None})
+    journal.record("params", "pipeline", {"seed": "0", "rank": "4"})
+    journal.record("metrics", "pipeline", {"loss": 0.5, "accuracy": float("nan")}, step=1)
+    journal.record("metrics", "pipeline", {"loss": 0.25}, step=2)
+    journal.record("dataset", "pipeline", {"demo": {"digest": "d", "profile": {}}})
+    journal.record("status", "pipeline", {"status": "FINISHED"})
+
+
+def test_a_value_is_recorded_once(folder):
+    """Also by the next process, after any number of lines, and half of one more, reached the disk."""
+    journal = Journal(folder)
+    record_all(journal)
+    journal.record("metrics", "pipeline", {"loss": 0.75}, step=1)  # the first one stays
+    journal.close()
+    lines, operations = (folder / JOURNAL).read_text().splitlines(keepends=True), journal.operations
+    values = [(op.kind, op.key, op.step, str(op.value)) for op in operations]
+    assert len(set(values)) == len(lines) == 8 and ("metrics", "loss", 1, "0.5") in values
+    for kept, line in enumerate([*lines, '{"kind": "met\n']):
+        (folder / JOURNAL).write_text("".join(lines[:kept]) + line[: len(line) // 2])
+        journal = Journal(folder)
+        assert len(journal.operations) == kept
+        if kept < 8:  # a status is said again
+            record_all(journal)
+        journal.close()
+        assert [(op.kind, op.key, op.step, str(op.value)) for op in journal.operations] == values
+        assert len((folder / JOURNAL).read_text().splitlines()) == 8
+
+
+def test_a_status_comes_back_and_a_value_may_be_another(folder):
+    journal = Journal(folder)
+    record_all(journal)
+    for status in ("FAILED", "RUNNING", "FAILED"):
+        journal.record("status", "pipeline", {"status": status})
+    journal.record("tags", "pipeline", {"state": "a"})
+    journal.record("tags", "pipeline", {"state": "b"})
+    assert [op.value for op in journal.operations[-5:]] == ["FAILED", "RUNNING", "FAILED", "a", "b"]
+    assert journal.status == {"pipeline": "FAILED"}
+
+
+def test_a_full_disk_is_named_and_leaves_the_journal_whole(folder, figure, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    journal = Journal(folder)
+    record_all(journal)
+    before, count = (folder / JOURNAL).read_bytes(), len(journal.operations)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        with pytest.raises(UserError, match="cannot copy .*No space left on device; free some space"):
+            journal.keep(figure)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(UserError, match="cannot write .*No space left on device; free some space"):
+            journal.record("tags", "pipeline", {"state": "a"})
+    assert (folder / JOURNAL).read_bytes() == before and len(journal.operations) == count
+    kept = journal.keep(figure)
+    journal.record("tags", "pipeline", {"state": "a"})
+    figure.write_text("<svg>later</svg>")
+    assert (folder / kept).read_text() == "<svg/>" and journal.keep(figure) != kept
+    assert len(Journal(folder).operations) == count + 1
+
+
+# --- the delivery -------------------------------------------------------------------------------------------
+
+
+class MadeUpServer:
+    """Keeps what it is sent, or raises what `fault` gives for it."""
+
+    address, experiment = "http://made-up", "demo"
+
+    def __init__(self):
+        self.runs, self.sent, self.requests, self.fault = {}, [], [], lambda operations: None
+        self.is_away = False
+
+    def connect(self):
+        if self.is_away:
+            raise ConnectionError("away")
+
+    def answers(self):
+        return not self.is_away
+
+    def find_run(self, run_key):
+        return self.runs.get(run_key)
+
+    def start_run(self, run_key, name, parent_id, time):
+        self.connect()
+        if name == "bad":
+            raise Refused("a bad name")
+        return self.runs.setdefault(run_key, f"id of {name}, of {parent_id}")
+
+    def send(self, run_id, operations):
+        self.connect()
+        assert len({op.kind for op in operations}) == 1
+        if error := self.fault(operations):
+            raise error
+        self.requests.append(len(operations))
+        self.sent += [(run_id, op.key, op.value) for op in operations]
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def server(no_pauses):
+    return MadeUpServer()
+
+
+def delivered(journal, server, timeout_s=60):
+    """The report of a delivery of its own, as of a new process."""
+    sending = Delivery(journal, server)
+    report = sending.flush(timeout_s)
+    sending.stop()
+    return report
+
+
+def record_metrics(journal, runs, steps):
+    for run in runs:
+        journal.record("start", run, {"parent": None})
+    for step in range(steps):
+        for run in runs:
+            journal.record("metrics", run, {"loss": step}, step=step)
+
+
+def test_values_of_several_runs_share_few_requests_of_a_size_that_mlflow_takes(folder, server):
+    journal = Journal(folder)
+    record_metrics(journal, ["a", "b"], 30)
+    journal.record("metrics", "a", {f"m{i}": i for i in range(2500)}, step=0)
+    journal.record("params", "b", {f"p{i}": str(i) for i in range(250)})
+    report = delivered(journal, server)
+    assert (report.delivered, report.waiting, report.refused) == (2812, 0, 0)
+    assert server.requests == [970, 30, 1000, 560, 100, 100, 50]
+    for run in ("a", "b"):
+        values = [(op.key, op.value) for op in journal.operations if op.run == run and op.kind != "start"]
+        assert [(key, value) for run_id, key, value in server.sent if run_id == f"id of {run}, of None"] == values
+
+
+def test_one_refused_value_among_many_is_found_and_told(folder, server, caplog):
+    journal = Journal(folder)
+    record_metrics(journal, ["a"], 0)
+    journal.record("params", "a", {f"p{i}": str(i) for i in range(90)})
+    server.fault = lambda operations: Refused("no") if {"p7", "p50"} & {op.key for op in operations} else None
+    report = delivered(journal, server)
+    assert (report.delivered, report.waiting, report.refused) == (89, 0, 2) and REFUSED in report.message
+    assert sorted(key for _, key, _ in server.sent) == sorted({f"p{i}" for i in range(90)} - {"p7", "p50"})
+    refused = [json.loads(line) for line in (folder / REFUSED).read_text().splitlines()]
+    assert [(line["run"], line["key"], line["error"]) for line in refused] == [("a", "p7", "no"), ("a", "p50", "no")]
+    assert sum("MLflow refused" in message for message in caplog.messages) == 1
+    assert delivered(Journal(folder), server).refused == 2 and len(server.sent) == 88
+
+
+def test_what_always_fails_is_given_up_alone(folder, server):
+    journal = Journal(folder)
+    record_metrics(journal, ["a"], 300)
+    server.fault = lambda operations: RuntimeError("a bug") if 123 in [op.value for op in operations] else None
+    report = delivered(journal, server)
+    assert (report.delivered, report.waiting, report.refused) == (300, 0, 1)
+    assert [value for *_, value in server.sent] == [step for step in range(300) if step != 123]
+
+
+def test_values_of_a_run_that_is_refused_do_not_hold_up_the_rest(folder, server, monkeypatch):
+    monkeypatch.setattr(delivery, "GIVE_UP_AFTER", 1_000_000)
+    journal = Journal(folder)
+    record_metrics(journal, ["bad", "good"], 2)
+    journal.record("start", "child", {"parent": "bad"})
+    journal.record("start", "grandchild", {"parent": "good"})
+    report = delivered(journal, server, timeout_s=5)
+    assert (report.waiting, report.refused) == (0, 4)
+    assert [value for *_, value in server.sent] == [0, 1]
+    assert list(server.runs.values()) == ["id of good, of None", "id of grandchild, of id of good, of None"]
+
+
+def test_a_server_that_is_away_gets_each_value_once_when_it_is_back(folder, server, caplog):
+    journal = Journal(folder)
+    record_metrics(journal, ["a"], 2)
+    sending = Delivery(journal, server)
+    assert sending.flush(60).waiting == 0
+    server.is_away = True
+    record_metrics(journal, ["a", "b"], 5)
+    report = sending.flush(0.3)
+    assert report.waiting == 9 and server.address in report.message and str(folder) in report.message
+    server.is_away = False
+    assert sending.flush(60).waiting == 0
+    sending.stop()
+    for run_id in server.runs.values():
+        assert [value for of, _, value in server.sent if of == run_id] == [0, 1, 2, 3, 4]
+    assert len(server.runs) == 2 and len(server.sent) == 10
+    away, back = [message for message in caplog.messages if "again" in message]
+    assert "(ConnectionError: away). They are kept in " in away and "the same command run again sends them" in away
+    assert back == f"MLflow at {server.address} takes operations again."
+
+
+# --- MLflow -------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory):
     """MLflow's schema takes seconds to make: once, then copied."""
     path = tmp_path_factory.mktemp("schema") / "mlflow.db"
-    tracking.mlflow_client(f"sqlite:///{path}").search_experiments()
+    mlflow_client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -43,20 +263,15 @@ def new_uri(empty_database, tmp_path):
 
 
 @pytest.fixture
-def uri(new_uri):
-    return new_uri("storage")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "pipeline-1a2b3c"
-
-
-@pytest.fixture
-def figure(tmp_path):
-    path = tmp_path / "affinity.svg"
-    path.write_text("<svg/>")
-    return path
+def uri(empty_database):
+    """A store that the tests share, without the experiment "demo"."""
+    uri = f"sqlite:///{empty_database.with_name('shared.db')}"
+    if not empty_database.with_name("shared.db").exists():
+        shutil.copy(empty_database, empty_database.with_name("shared.db"))
+    yield uri
+    client = mlflow_client(uri)
+    if used := client.get_experiment_by_name("demo"):
+        client.rename_experiment(used.experiment_id, uuid.uuid4().hex)
 
 
 def log_pipeline(tracker, figure, steps=range(3)):
@@ -92,7 +307,8 @@ def snapshot(uri):
     }
 
 
-def test_all_kinds_arrive(uri, folder, figure, tmp_path):
+def test_all_kinds_arrive(new_uri, folder, figure, tmp_path):
+    uri = new_uri("storage")
     with Tracker(uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure)
         figure.unlink()  # the outbox keeps what was logged
@@ -118,13 +334,13 @@ def test_all_kinds_arrive(uri, folder, figure, tmp_path):
 def test_a_replay_changes_nothing(uri, folder, figure):
     with Tracker(uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure)
-    journal, first = (folder / "journal.jsonl").read_text(), snapshot(uri)
+    journal, first = (folder / JOURNAL).read_text(), snapshot(uri)
     for state_is_lost in (False, True):  # then all is sent a second time
         if state_is_lost:
-            (folder / "delivery.json").unlink()
+            (folder / PROGRESS).unlink()
         with Tracker(uri, "demo", folder) as tracker:
             log_pipeline(tracker, figure)
-        assert (folder / "journal.jsonl").read_text() == journal
+        assert (folder / JOURNAL).read_text() == journal
         assert snapshot(uri) == first
 
 
@@ -137,19 +353,6 @@ def test_a_failed_run_is_taken_up_again(uri, folder, figure):
         assert read_runs(uri)[1]["pipeline"].info.status == "RUNNING"
         tracker.end_run("pipeline")
     assert read_runs(uri)[1]["pipeline"].info.status == "FINISHED"
-
-
-def test_half_a_line_is_dropped(uri, folder, figure):
-    with Tracker(uri, "demo", folder) as tracker:
-        log_pipeline(tracker, figure, steps=range(2))
-    with (folder / "journal.jsonl").open("a") as journal:
-        journal.write('{"op": "metrics", "run": "gro')
-    with Tracker(uri, "demo", folder) as tracker:
-        log_pipeline(tracker, figure, steps=range(3))
-    for line in (folder / "journal.jsonl").read_text().splitlines():
-        json.loads(line)
-    client, runs = read_runs(uri)
-    assert [step for step, _ in history(client, runs[GROUP], "loss")] == [0, 1, 2]
 
 
 def test_a_new_uri_gets_everything(uri, new_uri, folder, figure):
@@ -167,7 +370,8 @@ def test_a_new_uri_gets_everything(uri, new_uri, folder, figure):
     assert snapshot(uri) == first
 
 
-def test_an_emptied_store_is_filled_again(uri, empty_database, folder, figure, tmp_path):
+def test_an_emptied_store_is_filled_again(new_uri, empty_database, folder, figure, tmp_path):
+    uri = new_uri("storage")
     for _ in range(2):
         shutil.copy(empty_database, tmp_path / "storage" / "mlflow.db")
         with Tracker(uri, "demo", folder) as tracker:
@@ -202,53 +406,15 @@ def test_what_is_refused_does_not_hold_up_the_rest(uri, folder, caplog):
         tracker.log_metrics("pipeline", {f"m{i}": i for i in range(2500)}, step=0)
         tracker.end_run("pipeline")
         report = tracker.flush()
-    assert report.waiting == 0 and report.refused == 1 and "refused.jsonl" in report.message
+    assert report.waiting == 0 and report.refused == 2 and REFUSED in report.message
     run = read_runs(uri)[1]["pipeline"]
     assert run.data.params == {"seed": "0", "depth": "9"} and len(run.data.metrics) == 2500
-    refused = [json.loads(line)["values"] for line in (folder / "refused.jsonl").read_text().splitlines()]
-    assert refused == [{"seed": "1"}, {"bad//key": "1"}]
+    refused = [json.loads(line) for line in (folder / REFUSED).read_text().splitlines()]
+    assert [(line["key"], line["value"]) for line in refused] == [("seed", "1"), ("bad//key", "1")]
     assert sum("MLflow refused" in message for message in caplog.messages) == 1
 
 
-def test_values_of_several_requests_arrive_whole(uri, folder, monkeypatch):
-    monkeypatch.setattr(tracking, "BATCH_LIMITS", dict.fromkeys(tracking.BATCH_LIMITS, 5))
-    values = {f"name{number}": number for number in range(12)}
-    with Tracker(uri, "demo", folder) as tracker:
-        tracker.start_run("pipeline")
-        tracker.log_params("pipeline", values)
-        tracker.log_metrics("pipeline", values, step=1)
-        tracker.log_metrics("pipeline", values, step=2)
-        tracker.end_run("pipeline")
-        report = tracker.flush()
-    assert (report.waiting, report.refused) == (0, 0)
-    client, runs = read_runs(uri)
-    run = runs["pipeline"]
-    assert run.data.params == {name: str(value) for name, value in values.items()}
-    assert run.data.metrics.keys() == values.keys()
-    for name, value in values.items():
-        assert history(client, run, name) == [(1, value), (2, value)]
-
-
-def test_what_always_fails_is_given_up(uri, folder, monkeypatch):
-    monkeypatch.setattr(tracking, "GIVE_UP_AFTER", 3)
-    monkeypatch.setattr(tracking, "FIRST_PAUSE_S", 0.05)
-    with Tracker(uri, "demo", folder) as tracker:
-        tracker.start_run("pipeline")
-        tracker.flush()
-
-        def broken(*args, **kwargs):
-            raise RuntimeError("a bug in the server")
-
-        monkeypatch.setattr(tracker._client, "log_inputs", broken)
-        tracker.log_dataset("pipeline", **DATASET)
-        tracker.end_run("pipeline")
-        report = tracker.flush()
-    assert (report.waiting, report.refused) == (0, 1)
-    assert read_runs(uri)[1]["pipeline"].info.status == "FINISHED"
-
-
-def test_a_lost_acknowledgement_makes_no_second_run(uri, folder, monkeypatch):
-    monkeypatch.setattr(tracking, "FIRST_PAUSE_S", 0.05)
+def test_a_lost_acknowledgement_makes_no_second_run(uri, folder, monkeypatch, no_pauses):
     real = mlflow.MlflowClient.create_run
     lost = []
 
@@ -304,7 +470,7 @@ def test_every_run_has_its_own_parent(uri, folder):
             for name, parent in expected.items():
                 tracker.start_run(name, parent=parent)
         assert parents(uri) == expected
-        (folder / "delivery.json").unlink()
+        (folder / PROGRESS).unlink()
 
 
 @pytest.fixture(scope="module")
@@ -381,47 +547,68 @@ def test_mistakes_of_the_caller_are_named(uri, folder):
             tracker.end_run("pipeline", "DONE")
 
 
-class TrackingServer:
-    """An `mlflow server` that can be killed and started again at the same address."""
+class Gate:
+    """An address that leads to a server; shut, it refuses and breaks connections as a server that was killed does."""
 
-    def __init__(self, store: str, folder: Path):
-        (self.port,) = free_ports(1, first=8200)
-        self.uri, self._store, self._folder = f"http://127.0.0.1:{self.port}", store, folder
-        self.start()
+    def __init__(self, target: int):
+        (self.port,) = free_ports(1, first=8300)
+        self.uri, self._target = f"http://127.0.0.1:{self.port}", target
+        self.open()
 
-    def start(self) -> None:
-        self._server = mlflow_server(self._folder, self.port, self._store)
+    def open(self) -> None:
+        self._sockets = [socket.create_server(("127.0.0.1", self.port))]
+        threading.Thread(target=self._accept, args=self._sockets, daemon=True).start()
 
-    def kill(self) -> None:
-        self._server.kill()
+    def shut(self) -> None:
+        for end in self._sockets:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self, door: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                ends = [door.accept()[0], socket.create_connection(("127.0.0.1", self._target))]
+                self._sockets += ends
+                for source, target in (ends, ends[::-1]):
+                    threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
 
 
 @pytest.fixture
-def server(uri, tmp_path):
-    server = TrackingServer(uri, tmp_path)
-    yield server
+def gate(uri, tmp_path):
+    (port,) = free_ports(1, first=8200)
+    server = mlflow_server(tmp_path, port, uri)
+    gate = Gate(port)
+    yield gate
+    gate.shut()
     server.kill()
 
 
-def test_a_server_that_dies_in_mid_run(server, folder, figure):
-    check_reachable(server.uri, timeout_s=300)
-    with Tracker(server.uri, "demo", folder) as tracker:
+def test_a_server_that_dies_in_mid_run(gate, folder, figure):
+    check_reachable(gate.uri, timeout_s=300)
+    with Tracker(gate.uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure, steps=range(2))
         assert tracker.flush().waiting == 0
-        before = read_runs(server.uri)[1]
+        before = read_runs(gate.uri)[1]
 
-        server.kill()
-        with pytest.raises(UserError, match=server.uri):
-            check_reachable(server.uri, timeout_s=3)
+        gate.shut()
+        with pytest.raises(UserError, match=gate.uri):
+            check_reachable(gate.uri, timeout_s=3)
         figure.write_text("<svg>later</svg>")
         log_pipeline(tracker, figure, steps=range(5))
         tracker.start_run("report", parent="pipeline", params={"tables": 3})
         report = tracker.flush(timeout_s=1)
-        assert report.waiting > 0 and server.uri in report.message and str(folder) in report.message
+        assert report.waiting > 0 and gate.uri in report.message and str(folder) in report.message
 
-        server.start()
+        gate.open()
         assert tracker.flush(timeout_s=300).waiting == 0
-    client, runs = read_runs(server.uri)
+    client, runs = read_runs(gate.uri)
     assert {name: run.info.run_id for name, run in before.items()}.items() <= {
         name: run.info.run_id for name, run in runs.items()
     }.items()
@@ -443,12 +630,13 @@ def test_a_server_that_never_answers_holds_nothing_up(uri, folder, figure):
         assert tracker.flush().waiting == 0
 
 
-def test_without_a_server_the_next_process_sends(uri, folder, figure):
-    nowhere = "http://127.0.0.1:9"
-    tracker = Tracker(nowhere, "demo", folder)
+def test_without_a_server_the_next_process_sends_and_nobody_is_told_the_password(uri, folder, figure, caplog):
+    tracker = Tracker("http://anna:secret@127.0.0.1:9", "demo", folder)
     log_pipeline(tracker, figure)
     report = tracker.close(timeout_s=1)
-    assert report.delivered == 0 and report.waiting > 0 and nowhere in report.message
+    assert report.delivered == 0 and report.waiting > 0 and "http://127.0.0.1:9" in report.message
+    files = [file.read_text() for file in folder.rglob("*") if file.is_file()]
+    assert caplog.messages and not [text for text in (*caplog.messages, *files) if "secret" in text]
     with Tracker(uri, "demo", folder) as tracker:
         assert tracker.flush().waiting == 0
     assert set(read_runs(uri)[1]) == {"pipeline", GROUP}
@@ -482,26 +670,6 @@ def test_where_the_uri_comes_from(tmp_path, monkeypatch):
 def test_the_environment_without_git(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
-    found = tracking.run_environment()
+    found = run_environment()
     assert found["mlflow"] == mlflow.__version__ and "git_commit" not in found
     assert all(isinstance(value, str) for value in found.values())
-
-
-def test_a_full_disk_is_named_and_leaves_the_journal_whole(uri, folder, figure, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with Tracker(uri, "demo", folder) as tracker:
-        tracker.start_run("pipeline")
-        before = (folder / "journal.jsonl").read_bytes()
-        for name in ("shutil.copyfile", "os.fsync"):
-            with monkeypatch.context() as patch:
-                patch.setattr(name, full)
-                with pytest.raises(UserError, match="cannot .*No space left on device; free some space"):
-                    tracker.log_artifact("pipeline", figure)
-            assert (folder / "journal.jsonl").read_bytes() == before
-        tracker.log_artifact("pipeline", figure)
-        tracker.end_run("pipeline")
-        assert tracker.flush().waiting == 0
-    client, runs = read_runs(uri)
-    assert [file.path for file in client.list_artifacts(runs["pipeline"].info.run_id)] == ["affinity.svg"]
