@@ -221,6 +221,15 @@ def test_values_of_a_run_that_is_refused_do_not_hold_up_the_rest(folder, server,
     assert list(server.runs.values()) == ["id of good, of None", "id of grandchild, of id of good, of None"]
 
 
+def test_another_server_gets_what_one_refused_as_a_whole(folder, server):
+    journal = Journal(folder)
+    record_metrics(journal, ["bad"], 2)
+    assert delivered(journal, server).refused == 3
+    server.start_run = lambda run_key, *_: server.runs.setdefault(run_key, "an id")
+    report = delivered(journal, server)
+    assert (report.delivered, report.refused, len(server.sent)) == (3, 0, 2)
+
+
 def test_a_server_that_is_away_gets_each_value_once_when_it_is_back(folder, server, caplog):
     journal = Journal(folder)
     record_metrics(journal, ["a"], 2)
@@ -367,7 +376,11 @@ def test_a_new_uri_gets_everything(uri, new_uri, folder, figure):
     assert client.list_artifacts(runs[GROUP].info.run_id, "figures")
     with Tracker(uri, "demo", folder) as tracker:
         assert tracker.flush().waiting == 0
-    assert snapshot(uri) == first
+        assert snapshot(uri) == first
+        tracker.log_metrics(GROUP, {"later": 0.5}, step=9)
+        assert tracker.flush().refused == 0
+    client, runs = read_runs(uri)
+    assert history(client, runs[GROUP], "later") == [(9, 0.5)]
 
 
 def test_an_emptied_store_is_filled_again(new_uri, empty_database, folder, figure, tmp_path):

@@ -33,9 +33,8 @@ class DeliveryReport:
 
 @dataclass
 class _Progress:
-    """How far the journal was sent to one destination, as on disk."""
+    """How far the journal was sent, as on disk."""
 
-    destination: str
     position: int = 0
     refused: int = 0
     run_ids: dict[str, str] = field(default_factory=dict)
@@ -46,7 +45,6 @@ class Delivery:
 
     def __init__(self, journal: Journal, server: MlflowServer):
         self._journal, self._server = journal, server
-        self._destination = f"{server.address} {server.experiment}"
         self._progress = self._read_progress()
         self._changed = journal.changed
         self._connected = self._hurry = self._stopping = False
@@ -97,9 +95,9 @@ class Delivery:
 
     def _connect(self) -> None:
         self._server.connect()
-        known = next(iter(self._progress.run_ids), None)
-        if known and not self._server.find_run(self._journal.run_key(known)):  # the store was emptied since
-            self._progress = _Progress(self._destination)
+        run, run_id = next(iter(self._progress.run_ids.items()), (None, None))
+        if run is None or self._server.find_run(self._journal.run_key(run)) != run_id:
+            self._progress = _Progress()  # another server, or one that was emptied since: the journal has everything
         self._connected = True
 
     def _deliver_next(self) -> None:
@@ -154,7 +152,7 @@ class Delivery:
 
     def _note_refused(self, op: Operation, error: Exception) -> None:
         file = self._journal.folder / REFUSED
-        reason = {"error": without_password(str(error)), "destination": self._destination}
+        reason = {"error": without_password(str(error)), "server": self._server.address}
         with file.open("a") as stream:
             stream.write(json.dumps(asdict(op) | reason) + "\n")
         if not self._progress.refused:
@@ -163,12 +161,12 @@ class Delivery:
         self._progress.refused += 1
 
     def _read_progress(self) -> _Progress:
-        """Nothing, where the server is another one, or file or journal were lost: sending again is harmless."""
+        """Nothing, where this file or the journal was lost: sending again is harmless."""
         with suppress(FileNotFoundError, json.JSONDecodeError):
             progress = _Progress(**read_json(self._journal.folder / PROGRESS))
-            if progress.destination == self._destination and progress.position <= len(self._journal.operations):
+            if progress.position <= len(self._journal.operations):
                 return progress
-        return _Progress(self._destination)
+        return _Progress()
 
     def _num_waiting(self) -> int:
         return len(self._journal.operations) - self._progress.position
