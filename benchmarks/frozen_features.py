@@ -4,7 +4,7 @@
     python benchmarks/frozen_features.py                        ViT-B/32, 16 images and 65 classes in a step
     python benchmarks/frozen_features.py --model ViT-B-16 --steps 8
 
-Both sides run pipeline.training.loop.train on the same images, and must end with the same numbers. "In every step"
+Both sides run pipeline.training.trainer on the same images, and must end with the same numbers. "In every step"
 runs both towers in every step, the frozen ones without a backward pass, as the authors' code does. The image features
 of a schedule are made once for all methods, tasks in groups and reruns: their seconds are in a row of their own.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from functools import partial
 
 import torch
 from common import class_words, default_device, largest_difference, load, table, timed, where, write_results
@@ -23,7 +22,7 @@ from pipeline.config import Config
 from pipeline.methods.registry import METHODS
 from pipeline.training.batches import TrainingSet
 from pipeline.training.frozen_features import frozen_training_features
-from pipeline.training.loop import train
+from pipeline.training.trainer import Trainer
 
 COMPARED = ("coop", "lamm", "clip_adapter", "linear_probe", "vpt")
 
@@ -86,8 +85,8 @@ def main() -> None:
                 method = kind.build(config, towers, words).to(device)
                 trained = method if side == "once" else InEveryStep(method, towers)
 
-                step = partial(train, towers, trained, [frozen], tokens, training, **options)
-                of_side.append(timed(step, device))
+                trainer = Trainer(towers, trained, [frozen], tokens, training, **options)
+                of_side.append(timed(trainer.train, device))
                 states[side] = list(method.state_dict().values())
         row = {side: min(of_side) for side, of_side in seconds.items()}
         rows.append({"method": name, **row, "difference": largest_difference(*states.values())})

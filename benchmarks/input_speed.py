@@ -52,7 +52,7 @@ from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.classifier import Classifier
 from pipeline.training.batches import batch_indices, load_training_sets
 from pipeline.training.evaluate import decoded_batches, evaluate
-from pipeline.training.loop import num_steps_per_epoch
+from pipeline.training.trainer import num_steps_per_epoch
 
 TASKS = ("art", "clip", "product", "real")
 CLASSES = ("ant", "bear", "cat", "dog", "eel")

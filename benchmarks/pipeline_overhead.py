@@ -114,7 +114,7 @@ def plain_pipeline(config: Config, folder: Path) -> None:
     from pipeline.methods.mmap import GroupMmap, MmapShape, SharedMmap
     from pipeline.training.batches import load_training_sets
     from pipeline.training.evaluate import accuracy, evaluate
-    from pipeline.training.loop import train
+    from pipeline.training.trainer import Trainer
 
     torch.set_num_threads(1)
     write_digits(folder / "digits")
@@ -142,7 +142,10 @@ def plain_pipeline(config: Config, folder: Path) -> None:
     def trained(prompts, epochs, **snapshots):
         sets = load_training_sets(reader, prompts.tasks, towers.image_size, towers.device, 1)
         tokens = class_tokens(towers.tokenizer, config.clip.template, [words[task] for task in prompts.tasks])
-        return train(towers, prompts, sets, tokens, config.training, epochs=epochs, seed=config.seed, **snapshots)[1]
+        options = {"epochs": epochs, "seed": config.seed, **snapshots}
+        trainer = Trainer(towers, prompts, sets, tokens, config.training, **options)
+        trainer.train()
+        return trainer.snapshots
 
     @torch.no_grad()
     def tested(group, adaptation):

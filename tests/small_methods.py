@@ -15,7 +15,7 @@ from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import BUILTIN_DIGITS, Config, parse_config
 from pipeline.methods.registry import METHODS
 from pipeline.training.frozen_features import frozen_training_features
-from pipeline.training.loop import num_steps_per_epoch
+from pipeline.training.trainer import num_steps_per_epoch
 
 REFERENCES = {
     module.name: import_module(f"methods.{module.name}").REFERENCE for module in iter_modules(methods.__path__)

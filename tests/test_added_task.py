@@ -35,7 +35,7 @@ from pipeline.report.added_task import AddedTask, added_task_to_markdown
 from pipeline.stages.finished_run import read_finished_run
 from pipeline.stages.grouping import staying_together
 from pipeline.training.later_gradients import gradients_at_points
-from pipeline.training.loop import train
+from pipeline.training.trainer import Trainer
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 BEFORE, LATER = ["chalk", "ink", "noise", "rotated"], ["neon", "outline"]
@@ -56,15 +56,16 @@ def test_later_gradients_are_those_of_a_training_with_the_task_in_it(problem):
     towers, model, tokens, sets = problem
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
     options = {"snapshot": shared.task_gradients, "snapshot_every": 3}
-    _, snapshots = train(towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, **options)
-    points = [(of.record.step, of.record.epoch, of.point) for of in snapshots]
+    trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, **options)
+    trainer.train()
+    points = [(of.record.step, of.record.epoch, of.point) for of in trainer.snapshots]
     own_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
     ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
     for number, of_task in enumerate(sets):
         alone = SharedMmap(mmap_shape(towers), [of_task.task], seed=9, init_std=0.3).double()
         found = gradients_at_points(towers, alone, of_task, own_tokens, points, CONFIG, seed=5)
         assert [of.record.step for of in found] == [1, 4, 7]
-        for of, together in zip(found, snapshots, strict=True):
+        for of, together in zip(found, trainer.snapshots, strict=True):
             # The values were stored in float32.
             torch.testing.assert_close(of.gradients[0].float(), together.gradients[number], rtol=1e-5, atol=1e-5)
             assert of.record.losses[0] == pytest.approx(together.record.losses[number], rel=1e-5)
@@ -100,7 +101,7 @@ def test_only_the_task_prompt_of_a_joined_group_is_trained(problem):
         return method
 
     fast, slow = joined(), joined()
-    train(towers, fast, sets[:1], tokens, CONFIG, epochs=2, seed=5)
+    Trainer(towers, fast, sets[:1], tokens, CONFIG, epochs=2, seed=5).train()
     ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
     optimizer = torch.optim.SGD(slow.task.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
     for step in range(8):

@@ -26,8 +26,8 @@ from pipeline.data.parquet import SplitReader
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import decoded_batches, evaluate
-from pipeline.training.loop import train
 from pipeline.training.share import Share
+from pipeline.training.trainer import Trainer
 
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 
@@ -36,24 +36,25 @@ def trained(folder=None):
     """Prompts of a group after training, history and snapshots of a global prompt, and every other method."""
     towers, _, tokens, sets = small_problem()
     group = group_prompts(towers)
-    train(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder and Checkpoints(folder))
+    Trainer(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder and Checkpoints(folder)).train()
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
-    history, snapshots = train(
+    trainer = Trainer(
         towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot=shared.task_gradients, snapshot_every=3
     )
+    history = trainer.train()
     methods = {}
     sets = with_frozen_features(towers, sets)
     for name in TRAINED:
         method = methods[name] = built(name, towers)
         tokens = tokens_for(name, towers, list(WORDS.values()))
-        train(towers, method, sets, tokens, SLOW, epochs=1, seed=5)
+        Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5).train()
     return {
         "state": group.state_dict(),
         "methods": {name: method.state_dict() for name, method in methods.items()},
         "losses": [record.losses for record in history],
         "accuracies": [record.accuracies for record in history],
-        "snapshots": [taken.gradients for taken in snapshots],
-        "points": [taken.point for taken in snapshots],
+        "snapshots": [taken.gradients for taken in trainer.snapshots],
+        "points": [taken.point for taken in trainer.snapshots],
     }
 
 

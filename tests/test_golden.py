@@ -24,7 +24,7 @@ from pipeline.methods.prompt_file import load_prompts
 from pipeline.methods.registry import METHODS, VARIANTS, training_of
 from pipeline.runtime.run import NUMBERS_VERSION
 from pipeline.training.batches import load_training_sets
-from pipeline.training.loop import train
+from pipeline.training.trainer import Trainer
 
 TASKS = ["noise", "outline", "rotated"]
 ONE_MMAP = 4 * (4 * 64 + 1 + 2)
@@ -193,7 +193,7 @@ def mvlpt_first_loss(all_methods, trained, task):
     sets = load_training_sets(reader, [task], towers.image_size, towers.device, threads=1)
     template = METHODS["mvlpt"].template(config.clip.template)
     tokens = class_tokens(towers.tokenizer, template, list(words.values()))
-    history, _ = train(towers, method, sets, tokens, training_of("mvlpt", config), epochs=1, seed=config.seed)
+    history = Trainer(towers, method, sets, tokens, training_of("mvlpt", config), epochs=1, seed=config.seed).train()
     return history[0].losses[0]
 
 

@@ -34,8 +34,8 @@ from pipeline.runtime.storage import Artefact, Storage
 from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.grouping import describe_search, grouping_artefact, make_grouping, read_grouping
 from pipeline.stages.grouping_solution import write_grouping
-from pipeline.training.loop import Snapshot, StepRecord
 from pipeline.training.snapshots import write_snapshots
+from pipeline.training.trainer import Snapshot, StepRecord
 
 
 def random_symmetric(num_tasks: int, seed: int) -> np.ndarray:

@@ -32,7 +32,7 @@ TRAINING_MODULES = [
     "pipeline.stages.image_features",
     "pipeline.runtime.stage",
     "pipeline.stages.training_work",
-    "pipeline.training.loop",
+    "pipeline.training.trainer",
 ]
 OTHER_WORKER_MODULES = [
     "pipeline.prediction.batch",

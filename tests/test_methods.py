@@ -47,7 +47,7 @@ from pipeline.stages.group_trainings import random_groups
 from pipeline.stages.training_work import TrainingWork
 from pipeline.training.evaluate import evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures, frozen_test_features, save_features
-from pipeline.training.loop import train
+from pipeline.training.trainer import Trainer
 
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
@@ -112,7 +112,7 @@ def test_all_of_a_method_trains_and_nothing_else(name):
     before = {key: value.clone() for key, value in method.state_dict().items()}
     tokens = tokens_for(name, towers, [CLASS_WORDS, CLASS_WORDS])
     config = SLOW if REFERENCES[name].small_rate else CONFIG
-    history, _ = train(towers, method, sets, tokens, config, epochs=3, seed=5)
+    history = Trainer(towers, method, sets, tokens, config, epochs=3, seed=5).train()
     assert all(torch.equal(value, frozen[key]) for key, value in towers.state_dict().items())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
     assert not any(
@@ -211,7 +211,7 @@ def test_adamw_is_torchs_own():
     towers, _, tokens, sets = small_problem()
     ours, plain = built("vpt", towers), built("vpt", towers)
     config = SLOW.model_copy(update={"optimizer": "adamw", "weight_decay": 0.1})
-    history, _ = train(towers, ours, sets, tokens, config, epochs=2, seed=5)
+    history = Trainer(towers, ours, sets, tokens, config, epochs=2, seed=5).train()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=0.1)
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = record.learning_rate
@@ -283,8 +283,8 @@ def test_frozen_features_do_not_change_the_training(name):
         reference.forward = lambda: replace(uncached(), vision_prompts=torch.zeros(2, 1, 0, 24, dtype=torch.float64))
     else:
         reference = Uncached(uncached, towers)
-    ours, _ = train(towers, cached, list(of_cached), tokens, SLOW, epochs=2, seed=5)
-    expected, _ = train(towers, reference, list(of_uncached), tokens, SLOW, epochs=2, seed=5)
+    ours = Trainer(towers, cached, list(of_cached), tokens, SLOW, epochs=2, seed=5).train()
+    expected = Trainer(towers, reference, list(of_uncached), tokens, SLOW, epochs=2, seed=5).train()
     assert [r.accuracies for r in ours] == [r.accuracies for r in expected]
     torch.testing.assert_close([r.losses for r in ours], [r.losses for r in expected], **TOLERANCE)
     torch.testing.assert_close(cached.state_dict(), uncached.state_dict(), **TOLERANCE)
@@ -318,7 +318,7 @@ def first_losses(name, config, towers, model):
     method = built(name, towers, config=config)
     tokens = tokens_for(name, towers, list(WORDS.values()), config)
     before, options = copy.deepcopy(method), getattr(config, METHODS[name].section)
-    ((record, *_), _) = train(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens)
+    record = Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens).step()
     plain = []
     for of_task in sets:
         pixels, labels = of_task.batch(0, 3, 16, CONFIG.augmentation, 5)
@@ -531,7 +531,7 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     method = METHODS[name].build(config, towers, words)
     _, _, _, sets = small_problem()
     tokens = tokens_for(name, towers, list(words.values()))
-    history, _ = train(towers, method, sets, tokens, SLOW, epochs=3, seed=5, precision="bfloat16")
+    history = Trainer(towers, method, sets, tokens, SLOW, epochs=3, seed=5, precision="bfloat16").train()
     assert sum(history[-1].losses) < sum(history[0].losses)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in method.parameters())
     trained = TrainedPrompts(name, config, weights_fingerprint(towers), (words,), (method.state_dict(),))

@@ -1,12 +1,14 @@
-"""The training loop, its schedule, batches and checkpoints; evaluation; prompts files."""
+"""The trainer, its schedule, batches and checkpoints; evaluation; prompts files."""
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -36,13 +38,13 @@ from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training import evaluate as evaluation
-from pipeline.training import frozen_features, loop
+from pipeline.training import frozen_features
 from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate, evaluate_features
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features
-from pipeline.training.loop import learning_rate, train
 from pipeline.training.snapshots import read_gradients, read_points, write_points, write_snapshots
+from pipeline.training.trainer import OPTIMIZERS, Snapshot, StepRecord, Trainer, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_the_loop_is_plain_sgd_on_the_summed_losses(problem, momentum, weight_de
     towers, model, tokens, sets = problem
     fast = group_prompts(towers)
     config = CONFIG.model_copy(update={"momentum": momentum, "weight_decay": weight_decay})
-    history, _ = train(towers, fast, sets, tokens, config, epochs=2, seed=5)
+    history = Trainer(towers, fast, sets, tokens, config, epochs=2, seed=5).train()
     assert [record.step for record in history] == list(range(1, 9))  # ceil(10 / 3) steps an epoch
     assert [record.epoch for record in history] == [1] * 4 + [2] * 4
 
@@ -108,7 +110,7 @@ def test_nothing_frozen_moves_and_all_prompts_do(problem):
     frozen = {name: value.clone() for name, value in towers.state_dict().items()}
     prompts = group_prompts(towers)
     before = {name: value.clone() for name, value in prompts.state_dict().items()}
-    train(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=1)
+    Trainer(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=1).train()
     assert all(torch.equal(value, frozen[name]) for name, value in towers.state_dict().items())
     assert all((value != before[name]).all() for name, value in prompts.state_dict().items())
 
@@ -119,7 +121,7 @@ def test_bfloat16_autocast_keeps_prompts_in_full_precision(problem):
     losses = {}
     for precision in ("float32", "bfloat16"):
         prompts = group_prompts(towers).float()
-        history, _ = train(towers, prompts, sets, tokens, CONFIG, epochs=2, seed=5, precision=precision)
+        history = Trainer(towers, prompts, sets, tokens, CONFIG, epochs=2, seed=5, precision=precision).train()
         losses[precision] = torch.tensor([record.losses for record in history])
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in prompts.parameters())
     assert not torch.equal(losses["float32"], losses["bfloat16"])
@@ -138,7 +140,7 @@ def test_matrices_held_in_bfloat16_are_autocasts(problem, custom_text):
             towers.hold_matrices_in_bfloat16()
             assert sum(p.numel() * p.element_size() for p in towers.vision_blocks.parameters()) < 0.6 * before
         prompts = group_prompts(towers).float()
-        history, _ = train(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=5, precision="bfloat16")
+        history = Trainer(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=5, precision="bfloat16").train()
         states.append((prompts.state_dict(), [record.losses for record in history]))
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
@@ -155,7 +157,7 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
     def run(folder, on_step=lambda record, num_steps: None):
         shape = mmap_shape(towers)
         prompts = SharedMmap(shape, TASKS, seed=1, init_std=0.3).double()
-        results = train(
+        trainer = Trainer(
             towers,
             prompts,
             sets,
@@ -168,7 +170,7 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
             snapshot=prompts.task_gradients,
             snapshot_every=3,
         )
-        return prompts.state_dict(), *results
+        return prompts.state_dict(), trainer.train(), trainer.snapshots
 
     def stop(record, num_steps):
         assert num_steps == 16
@@ -186,6 +188,38 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
     assert [taken.record.step for taken in resumed[2]] == [1, 4, 7, 10, 13, 16]
     for before, after in zip(straight[2], resumed[2]):
         assert torch.equal(before.gradients, after.gradients) and torch.equal(before.point, after.point)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_state_of_any_step_goes_on_with_the_same_numbers(problem, optimizer):
+    towers, _, tokens, sets = problem
+    config = CONFIG.model_copy(update={"optimizer": optimizer})
+
+    def new_trainer() -> Trainer:
+        prompts = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
+        snapshots = {"snapshot": prompts.task_gradients, "snapshot_every": 3}
+        return Trainer(towers, prompts, sets, tokens, config, epochs=2, seed=5, **snapshots)
+
+    straight = new_trainer()
+    states = [copy.deepcopy(straight.state_dict())]
+    for _ in range(straight.num_steps):
+        straight.step()
+        states.append(copy.deepcopy(straight.state_dict()))
+    for step, state in enumerate(states):
+        resumed = new_trainer()
+        resumed.load_state_dict(state)
+        assert (len(resumed.history), resumed.epoch) == (step, step // 4)
+        resumed.train()
+        assert resumed.epoch == 2
+        torch.testing.assert_close(resumed.state_dict(), states[-1], rtol=0, atol=0)
+
+
+def test_every_optimizer_of_the_config_can_be_made_and_no_other():
+    assert tuple(OPTIMIZERS) == get_args(TrainingConfig.model_fields["optimizer"].annotation)
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    made = [OPTIMIZERS[name](parameters, TrainingConfig(weight_decay=0.25)) for name in OPTIMIZERS]
+    assert [type(optimizer) for optimizer in made] == [torch.optim.SGD, torch.optim.AdamW]
+    assert [optimizer.param_groups[0]["weight_decay"] for optimizer in made] == [0.25, 0.25]
 
 
 def change_a_number(content: bytes) -> bytes:
@@ -225,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(problem):
     towers, _, tokens, sets = problem
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_epochs": 0})
     with pytest.raises(UserError, match=r"loss of task 'ink' is (nan|inf) at step \d+.*learning_rate 1e\+30"):
-        train(towers, group_prompts(towers), sets, tokens, config, epochs=4, seed=1)
+        Trainer(towers, group_prompts(towers), sets, tokens, config, epochs=4, seed=1).train()
 
 
 def test_a_loss_of_any_task_that_is_not_finite_stops_with_its_name(problem):
@@ -235,7 +269,7 @@ def test_a_loss_of_any_task_that_is_not_finite_stops_with_its_name(problem):
         with torch.no_grad():
             prompts.task.source[number] = torch.nan  # the other task's prompts are as they were
         with pytest.raises(UserError, match=f"loss of task '{task}' is nan at step 1: lower the learning_rate"):
-            train(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=1)
+            Trainer(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=1).train()
 
 
 @pytest.mark.parametrize("checkpoint_every, epochs_saved", [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3]), (5, []), (9, [])])
@@ -251,7 +285,7 @@ def test_a_checkpoint_is_saved_every_few_epochs_but_not_at_the_end(problem, tmp_
 
     config = CONFIG.model_copy(update={"checkpoint_every": checkpoint_every})
     prompts = group_prompts(towers)
-    history, _ = train(towers, prompts, sets, tokens, config, epochs=5, seed=1, checkpoints=Recorded(tmp_path))
+    history = Trainer(towers, prompts, sets, tokens, config, epochs=5, seed=1, checkpoints=Recorded(tmp_path)).train()
     assert saved == epochs_saved and len(history) == 20
     newest = Checkpoints(tmp_path).load()
     assert (len(newest["history"]) / 4 if newest else None) == (epochs_saved[-1] if epochs_saved else None)
@@ -266,15 +300,15 @@ def test_out_of_memory_says_what_to_change(problem, monkeypatch, needs):
     if size > 0:
         kind, message = (UserError, "out of memory during training: lower clip.activations_gib=.*batch_size=3")
     with pytest.raises(kind, match=message):
-        train(towers, group_prompts(towers), sets, tokens, CONFIG, epochs=1, seed=5)
+        Trainer(towers, group_prompts(towers), sets, tokens, CONFIG, epochs=1, seed=5).train()
 
 
 def test_snapshots_round_trip(tmp_path):
-    records = [loop.StepRecord(step, 1, 0.1, (0.5, 0.25), (1.0, 0.0)) for step in (1, 4)]
+    records = [StepRecord(step, 1, 0.1, (0.5, 0.25), (1.0, 0.0)) for step in (1, 4)]
     gradients = torch.randn(2, 2, 7)
     layout = {"mmap.source": [2, 3, 1], "mmap.text_scaling": [1, 1, 1]}
     file = tmp_path / "snapshots.parquet"
-    snapshots = [loop.Snapshot(*taken) for taken in zip(records, gradients, torch.randn(2, 7))]
+    snapshots = [Snapshot(*taken) for taken in zip(records, gradients, torch.randn(2, 7))]
     write_snapshots(file, TASKS, snapshots, layout)
     np.testing.assert_array_equal(read_gradients(file, TASKS), gradients.double().numpy())
     np.testing.assert_array_equal(read_gradients(file, TASKS[::-1]), gradients.double().numpy()[:, ::-1])

@@ -30,7 +30,7 @@ from pipeline.runtime.storage import Artefact, Storage
 from pipeline.stages.finished_run import read_finished_run
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import decoded_batches, evaluate, evaluate_decoded
-from pipeline.training.loop import train, train_by_epoch
+from pipeline.training.trainer import Trainer
 from pipeline.tuning.points import planned_points
 from pipeline.tuning.search_file import config_at, read_search
 from pipeline.tuning.trials import Epoch, Trial, TrialRecords, best_trial
@@ -296,21 +296,22 @@ def test_a_training_by_epochs_is_the_training(tmp_path):
     towers, _, tokens, sets = small_problem()
     whole, by_epoch, interrupted = (group_prompts(towers) for _ in range(3))
     options = {"epochs": 4, "seed": 1}
-    history, _ = train(towers, whole, sets, tokens, CONFIG, **options)
-    training = train_by_epoch(towers, by_epoch, sets, tokens, CONFIG, **options)
-    seen = []
-    while True:
-        try:
-            seen.append((next(training), by_epoch.group.source.detach().clone()))
-        except StopIteration as end:
-            assert end.value[0] == history
-            break
+    history = Trainer(towers, whole, sets, tokens, CONFIG, **options).train()
+    trainer, seen = Trainer(towers, by_epoch, sets, tokens, CONFIG, **options), []
+    while trainer.epoch < trainer.epochs:
+        trainer.run_epoch()
+        seen.append((trainer.epoch, by_epoch.group.source.detach().clone()))
+    assert trainer.history == history
     assert [epoch for epoch, _ in seen] == [1, 2, 3, 4]
     assert all(not torch.equal(before, after) for (_, before), (_, after) in zip(seen, seen[1:]))
     options["checkpoints"] = Checkpoints(tmp_path)
-    assert list(islice(train_by_epoch(towers, interrupted, sets, tokens, CONFIG, **options), 2)) == [1, 2]
+    first = Trainer(towers, interrupted, sets, tokens, CONFIG, **options)
+    for _ in range(2):
+        first.run_epoch()
     again = group_prompts(towers)
-    assert list(train_by_epoch(towers, again, sets, tokens, CONFIG, **options)) == [2, 3, 4]
+    second = Trainer(towers, again, sets, tokens, CONFIG, **options)
+    assert second.epoch == 2
+    assert second.train() == history
     for method in (by_epoch, again):
         for one, other in zip(whole.parameters(), method.parameters()):
             assert torch.equal(one, other)

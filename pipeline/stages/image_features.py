@@ -17,7 +17,7 @@ from pipeline.runtime.storage import Artefact
 from pipeline.stages.training_work import FEATURES, TrainingWork, images_decided_by
 from pipeline.training.batches import load_training_sets
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features, save_features
-from pipeline.training.loop import num_steps_per_epoch
+from pipeline.training.trainer import num_steps_per_epoch
 
 NAME = "image_features"
 

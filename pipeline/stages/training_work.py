@@ -6,7 +6,7 @@ An open_clip model is never sent to a worker: it gets names and paths and loads 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from pipeline.training.batches import TrainingSet, load_training_labels, load_tr
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import Prediction, evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures
-from pipeline.training.loop import Snapshot, StepRecord, Trained, exhausted, train_by_epoch
 from pipeline.training.share import Share
+from pipeline.training.trainer import Snapshot, StepRecord, Trainer
 
 log = logging.getLogger(__name__)
 HISTORY = "history.parquet"
@@ -88,26 +88,25 @@ class TrainingWork:
         **snapshots: Any,
     ) -> list[Snapshot]:
         """Trains `method` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
-        takes and returns the loop's snapshots."""
-        history, taken = exhausted(
-            self.train_by_epoch(
-                towers,
-                method,
-                epochs,
-                self._training_sets(towers),
-                made.artefact.checkpoints,
-                made.artefact.storage,
-                on_step=lambda record, num_steps: reporter.update(
-                    record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
-                ),
-                **snapshots,
-            )
+        takes the trainer's options of snapshots, and returns these."""
+        trainer = self.trainer(
+            towers,
+            method,
+            epochs,
+            self._training_sets(towers),
+            made.artefact.checkpoints,
+            made.artefact.storage,
+            on_step=lambda record, num_steps: reporter.update(
+                record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
+            ),
+            **snapshots,
         )
+        history = trainer.train()
         if Share.of_this_process().first:
             write_history(made.folder / HISTORY, self.tasks, history)
-        return taken
+        return trainer.snapshots
 
-    def train_by_epoch(
+    def trainer(
         self,
         towers: ClipTowers,
         method: nn.Module,
@@ -116,9 +115,8 @@ class TrainingWork:
         checkpoints: Path,
         storage: Storage,
         **options: Any,
-    ) -> Generator[int, None, Trained]:
-        """The loop's generator of epochs for the tasks' `sets`, from the newest checkpoint of a folder in the storage
-        if there is one."""
+    ) -> Trainer:
+        """Of a method for the tasks' `sets`, from the newest checkpoint of a folder in the storage if there is one."""
         storage.fetch(checkpoints)
         config, words, kind = self.config, list(self.words().values()), get_method(self.method)
         frozen_templates = {task: config.clip.template_of(task) for task in self.tasks}
@@ -126,7 +124,7 @@ class TrainingWork:
             class_tokens(towers.tokenizer, list(templates.values()), words).to(towers.device)
             for templates in (kind.templates(config, self.tasks), frozen_templates)
         )
-        return train_by_epoch(
+        return Trainer(
             towers,
             method,
             sets,

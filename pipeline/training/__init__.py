@@ -1,1 +1,1 @@
-"""The one training loop of all prompts, its batches, checkpoints and gradient snapshots; evaluation."""
+"""The one trainer of all methods, its batches, checkpoints and gradient snapshots; evaluation."""

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils import vector_to_parameters
 
 from pipeline.clip.class_tokens import ClassTokens
-from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training.batches import TrainingSet
-from pipeline.training.loop import Snapshot, StepRecord
-from pipeline.training.memory import out_of_memory_explained
+from pipeline.training.trainer import Snapshot, StepRecord, Trainer
 
 
 def gradients_at_points(
@@ -49,25 +46,12 @@ def gradients_at_points(
     Raises:
         UserError: out of memory.
     """
-    device = towers.device
-    memory = out_of_memory_explained(device, "the measurement of a task's gradients: lower clip.activations_gib")
-    parameters = list(prompts.parameters())
+    trainer = Trainer(towers, prompts, [of_task], tokens, config, epochs=1, seed=seed, precision=precision)
     snapshots = []
     for step, epoch, point in points:
-        vector_to_parameters(point.to(parameters[0]), parameters)
-        pixels, labels = of_task.batch(step - 1, config.batch_size, towers.image_size, config.augmentation, seed)
-        with memory:
-            with autocast(device, precision):
-                adaptation = prompts()
-                images = towers.normalize_pixels(pixels)
-                x = adaptation.encode_image(towers, images, [len(images)])
-                (z,) = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
-                logits = adaptation.logits(towers, x, z)
-            loss = F.cross_entropy(logits, labels)
-            prompts.zero_grad()
-            loss.backward()
-        hits = (logits.argmax(1) == labels).double().mean()
-        record = StepRecord(step, epoch, 0.0, (loss.item(),), (hits.item(),))
+        vector_to_parameters(point.to(trainer.parameters[0]), trainer.parameters)
+        losses, accuracies = trainer.backward(step - 1).tolist()
+        record = StepRecord(step, epoch, 0.0, tuple(losses), tuple(accuracies))
         snapshots.append(Snapshot(record, prompts.task_gradients().cpu(), point))
         on_point(len(snapshots))
     return snapshots

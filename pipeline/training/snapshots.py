@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import UserError
-from pipeline.training.loop import Snapshot
+from pipeline.training.trainer import Snapshot
 
 SCHEMA = pa.schema(
     [

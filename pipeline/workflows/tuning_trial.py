@@ -82,14 +82,12 @@ def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path)
                 _make(features.work)
             _make(training.start.work)
     groups = [_GroupTraining(training, checkpoints / str(number)) for number, training in enumerate(trainings)]
-    epochs, parameters = groups[0].num_epochs, sum(group.num_parameters for group in groups)
-    for group in groups:
-        group.go_on()
-    epoch = max(group.epoch for group in groups)
-    while True:
+    parameters = sum(group.num_parameters for group in groups)
+    begun = max(1, *(group.trainer.epoch for group in groups))
+    for epoch in range(begun, groups[0].trainer.epochs + 1):
         for group in groups:
-            while group.epoch < epoch:  # its checkpoint may be older than another group's
-                group.go_on()
+            while group.trainer.epoch < epoch:  # its checkpoint may be older than another group's
+                group.trainer.run_epoch()
         of_task = {task: value for group in groups for task, value in group.validation_accuracy().items()}
         of_task = {task: of_task[task] for task in run.tasks}
         yield {
@@ -98,13 +96,10 @@ def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path)
             ACCURACY: of_task,
             PARAMETERS: parameters,
         }
-        if epoch == epochs:
-            return
-        epoch += 1
 
 
 class _GroupTraining:
-    """One group's training, of which the next epoch is done when it is asked for."""
+    """One group's trainer, and its method on the validation images."""
 
     def __init__(self, training: Training, checkpoints: Path):
         work = training.item
@@ -112,18 +107,11 @@ class _GroupTraining:
         self._towers = work.towers(self._kind.trains_weights)
         start = training.start.artefact if training.start else None
         self._method = built_method(work, self._towers, start, training.affinities)
-        self.num_epochs = training_of(work.method, work.config).epochs
         self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
-        self.epoch = 0
-        """Epochs that are done."""
         sets = work.with_frozen_features([self._training_set(task) for task in work.tasks])
-        self._epochs = work.train_by_epoch(
-            self._towers, self._method, self.num_epochs, sets, checkpoints, training.artefact.storage
-        )
-
-    def go_on(self) -> None:
-        """By an epoch; at first, to where the checkpoint is."""
-        self.epoch = next(self._epochs)
+        epochs = training_of(work.method, work.config).epochs
+        storage = training.artefact.storage
+        self.trainer = work.trainer(self._towers, self._method, epochs, sets, checkpoints, storage)
 
     def validation_accuracy(self) -> dict[str, float]:
         """Task → 0 to 1."""
