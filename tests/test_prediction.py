@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import count
 
 import mlflow
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.methods.prompt_file import load_prompts, save_prompts
 from pipeline.prediction.calibration import fit_temperature, negative_log_likelihood
 from pipeline.prediction.mlflow_model import saved_mlflow_model
-from pipeline.prediction.model import BATCH_SIZE
+from pipeline.prediction.model import AHEAD, BATCH_SIZE
 from pipeline.serving.mixed_batch import Asked, predict_together
 
 
@@ -73,6 +74,14 @@ def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(prompts_f
         assert (prediction.label, prediction.error) == (reference.label, reference.error)
         assert prediction.probabilities == pytest.approx(reference.probabilities, abs=1e-6)
     assert model.calibrate(**given) == pytest.approx(temperature, rel=1e-4)
+
+
+def test_an_endless_stream_is_answered_from_as_few_images_as_are_decoded_ahead(prompts_file, digits, monkeypatch):
+    monkeypatch.setattr("pipeline.prediction.model.BATCH_SIZE", 5)
+    image, taken = next((digits / "ink").rglob("*.png")).read_bytes(), count()
+    answers = pipeline.load(prompts_file).predict_stream((image for _ in taken), "ink")
+    assert all(next(answers).label for _ in range(10))
+    assert next(taken) == 5 * (2 + AHEAD)
 
 
 def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_path, digits):

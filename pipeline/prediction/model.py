@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from PIL import Image
 
 from pipeline.clip.towers import ClipTowers
 from pipeline.data.images import BrokenImage, evaluation_pixels, read_image
+from pipeline.data.prefetch import draw_ahead
 from pipeline.errors import UserError, escaped
 from pipeline.methods.prompt_file import TrainedPrompts
 from pipeline.prediction.calibration import fit_temperature
@@ -133,20 +133,7 @@ class TrainedModel:
     def predict_stream(self, images: Iterable[ImageSource], task: str | None = None) -> Iterator[ImagePrediction]:
         """As `predict`, of any number of images, which are decoded in threads while the model runs."""
         tasks = self.asked_for(task)
-        images = iter(images)
-        decoding: deque[tuple[torch.Tensor, list[Future[str]]]] = deque()
-
-        def decode_ahead() -> None:
-            while len(decoding) <= AHEAD and (batch := list(islice(images, BATCH_SIZE))):
-                pixels = torch.zeros(len(batch), 3, self.image_size, self.image_size, dtype=torch.uint8)
-                slots = pixels.numpy()
-                decoding.append((pixels, [self._decoding.submit(_decode, *pair) for pair in zip(batch, slots)]))
-
-        decode_ahead()
-        while decoding:
-            pixels, decoded = decoding.popleft()
-            errors = [image.result() for image in decoded]
-            decode_ahead()
+        for pixels, errors in self._decoded(images):
             good = [at for at, error in enumerate(errors) if not error]
             predicted = self._predict(pixels if len(good) == len(errors) else pixels[good], tasks, task)
             for error in errors:
@@ -189,13 +176,10 @@ class TrainedModel:
         if unknown := [label for label in labels if label not in known]:
             raise UserError(f"label {unknown[0]!r} is no class of task {task!r}: {', '.join(known)}")
         logits = []
-        for start in range(0, len(images), BATCH_SIZE):
-            batch = images[start : start + BATCH_SIZE]
-            pixels = torch.zeros(len(batch), 3, self.image_size, self.image_size, dtype=torch.uint8)
-            errors = list(self._decoding.map(_decode, batch, pixels.numpy()))
-            for at, error in enumerate(errors):
+        for number, (pixels, errors) in enumerate(self._decoded(images)):
+            for at, error in enumerate(errors, number * BATCH_SIZE):
                 if error:
-                    raise UserError(f"image {start + at} to calibrate with is broken: {error}")
+                    raise UserError(f"image {at} to calibrate with is broken: {error}")
             logits.append(self.classifier.logits([task], pixels)[task].cpu())
         temperature = fit_temperature(torch.cat(logits), torch.tensor([known.index(label) for label in labels]), task)
         temperatures = {**self.options.temperatures, task: temperature}
@@ -212,6 +196,18 @@ class TrainedModel:
         if self._file is None:
             raise UserError("these prompts were not read from a file of this machine: load a copy, and save there")
         return write_options(self._file, self.options)
+
+    def _decoded(self, images: Iterable[ImageSource]) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """Batches of pixels uint8 (B, 3, S, S), and what is wrong with each image, decoded AHEAD batches before."""
+        images = iter(images)
+
+        def started() -> Iterator[tuple[torch.Tensor, list[Future[str]]]]:
+            while batch := list(islice(images, BATCH_SIZE)):
+                pixels = torch.zeros(len(batch), 3, self.image_size, self.image_size, dtype=torch.uint8)
+                yield pixels, [self._decoding.submit(_decode, *pair) for pair in zip(batch, pixels.numpy())]
+
+        for pixels, decoding in draw_ahead(started(), AHEAD):
+            yield pixels, [image.result() for image in decoding]
 
     def _predict(
         self, pixels: torch.Tensor, tasks: Sequence[str], task: str | None = None

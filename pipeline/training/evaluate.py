@@ -5,7 +5,6 @@ So the time is that of the slower of decoding and model, not their sum.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -21,6 +20,7 @@ import torch
 
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.parquet import SplitReader
+from pipeline.data.prefetch import draw_ahead, draw_in_thread
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.training.batches import Features
@@ -72,12 +72,6 @@ def evaluate(
         UserError: a split folder that is damaged, by file or image; out of memory.
     """
     batches: list[list[Prediction]] = []
-
-    def collect(task: str, rows: list[Row], best: Best) -> None:
-        batches.append([Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *best())])
-        on_images(len(rows))
-
-    running: deque[tuple[str, list[Row], Best]] = deque()
     towers, share = classifier.towers, Share.of_this_process()
     memory = out_of_memory_explained(
         towers.device, "evaluation: run fewer at once (a larger cluster.gpus_per_training)"
@@ -86,12 +80,12 @@ def evaluate(
         reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda", share=share
     )
     with closing(stream), memory:
-        for task, rows, pixels in stream:
-            running.append((task, rows, _fetched(classifier.probabilities(task, pixels).max(dim=1))))
-            if len(running) > 1:
-                collect(*running.popleft())
-        for batch in running:
-            collect(*batch)
+        running = (
+            (task, rows, _fetched(classifier.probabilities(task, pixels).max(dim=1))) for task, rows, pixels in stream
+        )
+        for task, rows, best in draw_ahead(running, 1):
+            batches.append([Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *best())])
+            on_images(len(rows))
     return [prediction for batch in share.in_turn(batches) for prediction in batch]
 
 
@@ -160,27 +154,20 @@ def decoded_batches(
     """
     share = share or Share()
     batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), share.rank, None, share.world)
-    reading, decoding = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(threads, "decode")
+    decoding = ThreadPoolExecutor(threads, "decode")
 
-    def read() -> tuple[str, list[Row], torch.Tensor, list[Future[None]]] | None:
-        batch = next(batches, None)
-        if batch is None:
-            return None
-        task, rows = batch
-        pixels = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8, pin_memory=pinned)
-        decoded = [decoding.submit(_decode, task, row, slot) for row, slot in zip(rows, pixels.numpy())]
-        return task, rows, pixels, decoded
+    def started() -> Iterator[tuple[str, list[Row], torch.Tensor, list[Future[None]]]]:
+        for task, rows in batches:
+            pixels = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8, pin_memory=pinned)
+            yield task, rows, pixels, [decoding.submit(_decode, task, *pair) for pair in zip(rows, pixels.numpy())]
 
     try:
-        ahead = deque(reading.submit(read) for _ in range(AHEAD))
-        while batch := ahead.popleft().result():
-            ahead.append(reading.submit(read))
-            task, rows, pixels, decoded = batch
-            for image in decoded:
-                image.result()
-            yield task, rows, pixels
+        with closing(draw_in_thread(started(), AHEAD)) as drawn:  # ends first, since it hands images on to the other
+            for task, rows, pixels, decoded in drawn:
+                for image in decoded:
+                    image.result()
+                yield task, rows, pixels
     finally:
-        reading.shutdown(cancel_futures=True)  # first, since it hands images on to the other
         decoding.shutdown(cancel_futures=True)
 
 

@@ -1,0 +1,37 @@
+"""Items that are begun before they are asked for, such as images that threads decode while the model runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from typing import TypeVar, cast
+
+Item = TypeVar("Item")
+
+
+def draw_ahead(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
+    """The items in order, each drawn `ahead` items before it is given out, so that what drawing it begins goes on
+    meanwhile."""
+    drawn: deque[Item] = deque()
+    for item in items:
+        drawn.append(item)
+        if len(drawn) > ahead:
+            yield drawn.popleft()
+    while drawn:
+        yield drawn.popleft()
+
+
+def draw_in_thread(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
+    """As `draw_ahead`, in a thread of its own, which ends with the generator. An error of `items` is raised here, after
+    the items before it."""
+    items, end = iter(items), cast(Item, object())
+    thread = ThreadPoolExecutor(1, "read")
+    try:
+        for drawn in draw_ahead((thread.submit(next, items, end) for _ in repeat(None)), ahead):
+            if (item := drawn.result()) is end:
+                return
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -1,0 +1,89 @@
+"""Items that are drawn before they are asked for: their order, how many, errors, and what is left when they end."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from pipelines import PATIENCE_S
+
+from pipeline.data.prefetch import draw_ahead, draw_in_thread
+
+WAYS = [draw_ahead, draw_in_thread]
+
+
+def counted(drawn: list[int], reached: threading.Event, last: int):
+    """0, 1, ...; sets `reached` when `last` is drawn."""
+    for number in range(10):
+        drawn.append(number)
+        if number == last:
+            reached.set()
+        yield number
+
+
+@pytest.mark.parametrize("draw", WAYS)
+@pytest.mark.parametrize("ahead", [0, 1, 3, 10, 20])
+def test_items_keep_their_order(draw, ahead):
+    assert list(draw(range(10), ahead)) == list(range(10))
+    assert list(draw([], ahead)) == []
+
+
+@pytest.mark.parametrize("draw", WAYS)
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_as_many_are_drawn_ahead_as_are_asked_for_and_no_more(draw, ahead):
+    drawn: list[int] = []
+    reached = threading.Event()
+    before = set(threading.enumerate())
+    items = draw(counted(drawn, reached, 2 + ahead), ahead)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    assert reached.wait(PATIENCE_S)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(0.1)  # time to draw more
+    assert drawn == list(range(3 + ahead))
+    items.close()
+    assert set(threading.enumerate()) <= before
+    assert drawn == list(range(3 + ahead))
+
+
+def test_what_is_not_begun_when_the_consumer_ends_is_not_drawn(monkeypatch):
+    drawn, ended = [], threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            ended.set()
+            super().shutdown(wait)
+
+    def slow():
+        for number in range(10):
+            drawn.append(number)
+            assert number == 0 or ended.wait(PATIENCE_S)
+            yield number
+
+    monkeypatch.setattr("pipeline.data.prefetch.ThreadPoolExecutor", Pool)
+    items = draw_in_thread(slow(), 3)
+    assert next(items) == 0
+    items.close()
+    assert drawn in ([0], [0, 1])
+
+
+def test_an_error_in_the_thread_is_raised_after_the_items_before_it():
+    def broken():
+        yield from (0, 1)
+        raise ValueError("the third")
+
+    before = set(threading.enumerate())
+    items = draw_in_thread(broken(), 3)
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(ValueError, match="the third"):
+        next(items)
+    assert set(threading.enumerate()) <= before
+
+
+def test_items_are_drawn_in_another_thread_or_in_this_one():
+    def here():
+        yield threading.get_ident()
+
+    assert list(draw_ahead(here(), 1)) == [threading.get_ident()]
+    assert list(draw_in_thread(here(), 1)) != [threading.get_ident()]
