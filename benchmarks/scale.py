@@ -26,6 +26,8 @@ import torch
 from common import REPOSITORY, class_words, table, write_results
 from PIL import Image
 
+from pipeline.files import replacing
+
 TASKS = ("clipart", "painting", "real", "sketch")
 JOBS = {
     "check": ("jobs/check_data.py", "--data.shots"),
@@ -64,10 +66,8 @@ def main() -> None:
 def make_images(root: Path, count: int, num_classes: int) -> None:
     words = class_words(num_classes)
     numbers = np.array_split(np.arange(count), 256)
-    building = root.with_name(f".{root.name}")
-    with ProcessPoolExecutor(os.cpu_count()) as workers:
+    with replacing(root) as building, ProcessPoolExecutor(os.cpu_count()) as workers:
         list(workers.map(partial(_make_some, building, words), numbers))
-    building.rename(root)
 
 
 def _make_some(root: Path, words: list[str], numbers: np.ndarray) -> None:

@@ -37,9 +37,10 @@ from pipeline.clip.load import clip_identity, load_clip, weights_fingerprint
 from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_config, to_yaml
 from pipeline.data.find import OFFICE_HOME_TASKS, find_images, read_class_names
 from pipeline.demo.digits import write_digits
+from pipeline.files import write_json
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
 from pipeline.methods.registry import METHODS
-from pipeline.runtime.storage import Artefact, Storage, write_json
+from pipeline.runtime.storage import Artefact, Storage
 from pipeline.stages.finished_run import GROUPED, SUMMARY, record_artefacts
 from pipeline.tuning.search_file import read_search
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +24,7 @@ from pipeline.data.names import name_fault, printable
 from pipeline.data.splits import ScannedImage
 from pipeline.data.table_images import image_bytes
 from pipeline.errors import UserError, escaped
+from pipeline.files import written_atomically
 
 ROW_GROUP_BYTES = 16 << 20
 PART_BYTES = 256 << 20
@@ -134,18 +132,9 @@ def write_part(root: Path, part: Part, description: SplitDescription, folder: Pa
         UserError: a file changed since it was scanned, or `folder` cannot be written.
     """
     target = folder / part.file
-    # A worker that was given up for lost may still write the same part.
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with written_atomically(target) as partial:
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_rows(root, part, description, partial)
-        os.replace(partial, target)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {target}: {reason}; free some space or change `storage`") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
     return len(part.images)
 
 

@@ -7,15 +7,14 @@ to the six domains, so that no handwriting is seen twice. Three domains are dark
 rotated) and three light on dark (chalk, neon, outline): the alike ones give task grouping something to find.
 """
 
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from pipeline.files import replacing
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 32
@@ -109,16 +108,12 @@ def write_digits(root: Path) -> None:
     if _complete(root):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        _write(partial)
-        partial.chmod(0o755)  # mkdtemp's folder is the owner's alone
-        os.replace(partial, root)
+        with replacing(root) as partial:
+            _write(partial)
     except OSError:
         if not _complete(root):  # complete by now: another process wrote the same bytes first
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _complete(root: Path) -> bool:

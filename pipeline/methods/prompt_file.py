@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.data.names import names_of
 from pipeline.errors import UserError, escaped
+from pipeline.files import written_atomically
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import get_method, options_of
 
@@ -130,10 +130,9 @@ class TrainedPrompts:
 
 def save_prompts(path: Path, prompts: TrainedPrompts) -> None:
     header, tensors = _contents(prompts)
-    partial = path.with_name(path.name + ".partial")
-    # In one field: safetensors writes several in any order.
-    save_file(tensors, partial, metadata={"prompts": _canonical(header | {"sha256": _digest(header, tensors)})})
-    os.replace(partial, path)
+    with written_atomically(path) as partial:
+        # In one field: safetensors writes several in any order.
+        save_file(tensors, partial, metadata={"prompts": _canonical(header | {"sha256": _digest(header, tensors)})})
 
 
 def load_prompts(path: Path) -> TrainedPrompts:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
@@ -29,11 +29,12 @@ from pipeline.data.find import IMAGE_SUFFIXES
 from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read_image
 from pipeline.data.names import printable
 from pipeline.errors import UserError, escaped
+from pipeline.files import FREE_SPACE, replacing
 from pipeline.methods.prompt_file import TrainedPrompts
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerNeeds, described, places
-from pipeline.runtime.storage import FREE_SPACE, is_uri, open_bucket
+from pipeline.runtime.storage import is_uri, open_bucket
 
 DECODED_AT_ONCE = 64
 PREDICTED_AT_ONCE = 128
@@ -278,10 +279,10 @@ class _Writer:
         self._output = output
         if is_uri(output):
             self._filesystem, self._folder = open_bucket(output)
-            self._building = self._folder
         else:
             self._filesystem, self._folder = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(output))
-            self._building = f"{self._folder}.{uuid.uuid4().hex}.partial"
+        self._building = self._folder
+        self._publishing = ExitStack()
         self._writer: pq.ParquetWriter | None = None
         self._parts = self._rows = 0
 
@@ -292,6 +293,8 @@ class _Writer:
                 self._folder
             ).type == pafs.FileType.File or self._filesystem.get_file_info(selector):
                 raise UserError(f"--output {self._output} is there already: give another name, or remove it")
+            if not is_uri(self._output):
+                self._building = str(self._publishing.enter_context(replacing(Path(self._folder))))
             self._filesystem.create_dir(self._building)
         return self
 
@@ -306,18 +309,16 @@ class _Writer:
             if self._rows >= ROWS_PER_FILE:
                 self._close()
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error:
+            self._publishing.__exit__(kind, error, trace)
+            return
+        with self._faults_named(), self._publishing:
             if not self._parts:
                 self.write(OUTPUT.empty_table())  # so that there is something to read
-            with self._faults_named():
-                self._close()
-                if self._building != self._folder:
-                    if os.path.isdir(self._folder):
-                        os.rmdir(self._folder)  # empty, as was seen
-                    os.rename(self._building, self._folder)
-        elif self._building != self._folder:
-            shutil.rmtree(self._building, ignore_errors=True)
+            self._close()
 
     def _close(self) -> None:
         if self._writer is not None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import MAX_YAML_BYTES, read_text
 from pipeline.errors import UserError, escaped
-from pipeline.runtime.storage import write_json
+from pipeline.files import write_json
 
 Temperature = Annotated[float, Field(gt=0, le=1e6)]
 

@@ -21,6 +21,7 @@ from pipeline.data.find import Listing, find_images, unexpected_counts
 from pipeline.data.parquet import FORMAT
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
+from pipeline.files import make_folder, write_atomically
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, training_of
@@ -28,7 +29,7 @@ from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared
 from pipeline.runtime.environment import run_environment
 from pipeline.runtime.progress import progress_board
 from pipeline.runtime.run_lock import alone_at
-from pipeline.runtime.storage import Artefact, Storage, is_uri, make_folder, write_atomically
+from pipeline.runtime.storage import Artefact, Storage, is_uri
 from pipeline.runtime.tracking.journal import JOURNAL
 from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
 from pipeline.runtime.tracking.tracker import Tracker, end_status

@@ -20,7 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
-from pipeline.runtime.storage import Storage, write_atomically, write_json
+from pipeline.files import write_atomically, write_json
+from pipeline.runtime.storage import Storage
 
 LOOK_EVERY_S = 0.5
 RENEWED_EVERY_S = 10.0

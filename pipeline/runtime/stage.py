@@ -12,11 +12,12 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from pipeline.errors import UserError
+from pipeline.files import read_json, write_json
 from pipeline.runtime.cluster import Patience, WorkerNeeds, places
 from pipeline.runtime.data_parallel import train_on_workers
 from pipeline.runtime.progress import ProgressDisplay
 from pipeline.runtime.run import PARENT, Run
-from pipeline.runtime.storage import Artefact, Storage, read_json, write_json
+from pipeline.runtime.storage import Artefact, Storage
 from pipeline.runtime.tracking.tracker import end_status
 
 

@@ -15,7 +15,6 @@ a stage whose artefact is there is not run again. Two that make the same artefac
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -37,6 +36,16 @@ import pyarrow.fs as pafs
 
 from pipeline.config import content_hash
 from pipeline.errors import UserError
+from pipeline.files import (
+    FREE_SPACE,
+    PARTIAL,
+    disk_is_full,
+    make_folder,
+    put_in_place,
+    read_json,
+    write_atomically,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 _MANIFEST = "artefact.json"
@@ -45,7 +54,6 @@ _CHECKPOINTS = "checkpoints"
 PAUSES_S = (1, 2, 4, 8, 15, 30, 30, 30)
 """Between the attempts to reach a bucket while a run is at work."""
 SENT_AT_ONCE = 8
-PASSING_SUFFIXES = (".part", ".partial")
 T = TypeVar("T")
 
 
@@ -140,7 +148,7 @@ class Storage:
         # Of a run's folder, others may just be writing files: those have passing names.
         found = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         with ThreadPoolExecutor(SENT_AT_ONCE) as threads:
-            list(threads.map(send_file, [file for file in found if file.suffix not in PASSING_SUFFIXES]))
+            list(threads.map(send_file, [file for file in found if file.suffix != PARTIAL]))
 
     def fetch(self, folder: Path, into: Path | None = None) -> None:
         """From the bucket: all files of a folder that may be there. A storage that is a folder has them already."""
@@ -250,7 +258,7 @@ class Artefact:
         else:
             aside = self.folder.with_name(f".damaged-{self.key}-{uuid.uuid4().hex[:8]}")
             log.warning("%s lost or changed %s; moved to %s, made again", place, told, aside)
-            os.replace(self.folder, aside)
+            put_in_place(self.folder, aside)
         return False
 
     def manifest(self) -> dict[str, Any]:
@@ -317,7 +325,7 @@ class Making:
     def publish(self, seconds: float) -> None:
         """Publishes the files of `folder`, which took `seconds` to make."""
         artefact, storage = self.artefact, self.artefact.storage
-        for partial in self.folder.rglob("*.partial"):  # of a worker that was killed while writing
+        for partial in self.folder.rglob(f"*{PARTIAL}"):  # of a worker that was killed while writing
             partial.unlink(missing_ok=True)
         here = {
             path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*")) if path.is_file()
@@ -350,49 +358,9 @@ def send_part(artefact: Artefact, folder: Path, name: str) -> dict[str, tuple[in
     return described
 
 
-FREE_SPACE = "free some space, or change `storage`; the same command goes on"
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """By number, or, as torch and safetensors tell it, by text."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-        text in str(error) for text in ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
-    )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Raises: UserError: the disk is full or the folder cannot be written."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; {FREE_SPACE}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def make_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}; change `storage`") from error
-    return path
-
-
 def _rename_folder(source: Path, target: Path) -> None:
     try:
-        os.replace(source, target)
+        put_in_place(source, target)
     except OSError:
         if not (target / _MANIFEST).is_file():  # else another was faster with the same content
             raise

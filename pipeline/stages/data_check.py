@@ -22,10 +22,11 @@ from pipeline.data.findings import CheckedImage, Finding, cut_words, find_faults
 from pipeline.data.splits import sample_splits
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
+from pipeline.files import make_folder, read_json, write_atomically, write_json
 from pipeline.report.data_check import COLOURS, TaskOverview, check_page, check_tables, one_line, overviews
 from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artefact, make_folder, read_json, write_atomically, write_json
+from pipeline.runtime.storage import Artefact
 from pipeline.stages.flow import titled
 
 NAME = "data_check"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
-from pipeline.runtime.storage import Artefact, Storage, is_uri, read_json, write_json
+from pipeline.files import read_json, write_json
+from pipeline.runtime.storage import Artefact, Storage, is_uri
 
 if TYPE_CHECKING:
     from pipeline.methods.prompt_file import TrainedPrompts

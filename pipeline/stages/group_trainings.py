@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.clip.load import weights_fingerprint
 from pipeline.clip.towers import ClipTowers
+from pipeline.files import read_json, write_json
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import HiPro
 from pipeline.methods.method import Groups
@@ -24,7 +25,7 @@ from pipeline.methods.registry import ALWAYS, VARIANTS, get_method, training_of
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artefact, read_json, write_json
+from pipeline.runtime.storage import Artefact
 from pipeline.seeds import derive_seed
 from pipeline.stages.flow import titled
 from pipeline.stages.grouping import read_grouping

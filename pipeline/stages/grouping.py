@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config import GroupingConfig
+from pipeline.files import read_json
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.storage import Artefact, read_json
+from pipeline.runtime.storage import Artefact
 from pipeline.stages.flow import titled
 from pipeline.stages.global_prompt import SNAPSHOTS
 

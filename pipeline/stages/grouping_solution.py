@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.config import GroupingConfig
 from pipeline.errors import UserError
+from pipeline.files import write_atomically, write_json
 from pipeline.grouping.advice import warnings_about
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.gradient_blocks import gradient_blocks, read_layout
@@ -28,7 +29,6 @@ from pipeline.grouping.trust import (
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map, together_map
 from pipeline.report.grouping_page import grouping_page
 from pipeline.report.grouping_trust_figures import affinity_over_training, ranked_partitions_figure
-from pipeline.runtime.storage import write_atomically, write_json
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_search
 from pipeline.training.snapshots import read_gradients, read_steps
 

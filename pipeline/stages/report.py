@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import make_folder, write_atomically, write_json
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import VARIANTS, get_method, training_of
 from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.storage import Artefact, make_folder, write_atomically, write_json
+from pipeline.runtime.storage import Artefact
 from pipeline.stages.finished_run import record_artefacts
 from pipeline.stages.flow import titled
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts

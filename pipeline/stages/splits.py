@@ -12,9 +12,10 @@ from rich.markup import escape
 from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, write_part
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
 from pipeline.errors import UserError
+from pipeline.files import read_json, write_atomically, write_json
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artefact, Making, read_json, send_part, write_atomically, write_json
+from pipeline.runtime.storage import Artefact, Making, send_part
 from pipeline.stages.data_check import ImageSource, checked_images
 from pipeline.stages.flow import titled
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.files import put_in_place, sync, written_atomically
 
 log = logging.getLogger(__name__)
 DIGEST = hashlib.sha256().digest_size
@@ -39,24 +37,17 @@ class Checkpoints:
         torch.save(state, buffer)
         content = buffer.getbuffer()
         newest, before = self.folder / NEWEST, self.folder / BEFORE
-        # A worker that was given up for lost may still write the same checkpoint.
-        partial = self.folder / f"{NEWEST}.{uuid.uuid4().hex}.partial"
-        try:
+        with written_atomically(newest) as partial:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as stream:
                 stream.write(hashlib.sha256(content).digest())
                 stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            sync(partial)  # before it moves the one before
             if newest.exists():
-                with suppress(FileNotFoundError):  # the same
-                    os.replace(newest, before)
+                with suppress(FileNotFoundError):  # a worker that was given up for lost may do the same
+                    put_in_place(newest, before)
                 self.published(before)
-            os.replace(partial, newest)
-            self.published(newest)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write the checkpoint {newest}: {error}; free some space and run again") from error
+        self.published(newest)
 
     def load(self) -> dict[str, Any] | None:
         """The newest whole state, or None. A damaged newest file is told of, and the one before is used."""

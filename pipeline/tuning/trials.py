@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.runtime.storage import Storage, make_folder, read_json, write_json
+from pipeline.files import make_folder, read_json, write_json
+from pipeline.runtime.storage import Storage
 from pipeline.tuning.points import Point
 
 State = Literal["running", "whole", "stopped", "failed"]

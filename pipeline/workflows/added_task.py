@@ -13,6 +13,7 @@ from rich.console import Console
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.files import make_folder, read_json, write_atomically, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import SharedMmap
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
@@ -22,7 +23,7 @@ from pipeline.report.added_task import AddedTask, added_task_table, added_task_t
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.run import PARENT, Run, check_run, connected, tracked
 from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artefact, make_folder, read_json, write_atomically, write_json
+from pipeline.runtime.storage import Artefact
 from pipeline.stages.finished_run import GROUPED, SUMMARY, FinishedRun, record_artefacts
 from pipeline.stages.flow import run_stages, titled
 from pipeline.stages.global_prompt import NAME as GLOBAL_PROMPT

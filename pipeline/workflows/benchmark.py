@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config import Config, content_hash
+from pipeline.files import make_folder, write_atomically
 from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, training_of
 from pipeline.report.benchmark_tables import (
     Benchmark,
@@ -28,7 +29,6 @@ from pipeline.report.benchmark_tables import (
 from pipeline.report.summary import method_result
 from pipeline.runtime.environment import run_environment
 from pipeline.runtime.run import PARENT, Run, connected, tracked
-from pipeline.runtime.storage import make_folder, write_atomically
 from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
 from pipeline.runtime.tracking.tracker import Tracker, end_status
 from pipeline.stages.flow import run_stages

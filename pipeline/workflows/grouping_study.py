@@ -9,10 +9,10 @@ from rich.console import Console
 
 from pipeline.config import Config, content_hash
 from pipeline.errors import UserError
+from pipeline.files import make_folder, write_atomically
 from pipeline.grouping.study import GroupingStudy, study_grouping
 from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
 from pipeline.runtime.run import PARENT, Run, connected, tracked
-from pipeline.runtime.storage import make_folder, write_atomically
 from pipeline.stages.flow import run_stages
 from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.group_trainings import train_every_group

@@ -24,13 +24,13 @@ from rich.markup import escape
 from pipeline.clip.load import towers_without_weights
 from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
+from pipeline.files import read_json, write_atomically, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.registry import ALWAYS, VARIANTS, training_of
 from pipeline.report.summary import title
 from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
 from pipeline.runtime.cluster import places
 from pipeline.runtime.run import PARENT, Run, check_methods, check_run, connected, tracked
-from pipeline.runtime.storage import read_json, write_atomically, write_json
 from pipeline.stages.flow import run_stages
 from pipeline.tuning.points import Check, Point, Points, planned_points
 from pipeline.tuning.search_file import Search, config_at

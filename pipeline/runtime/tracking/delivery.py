@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 
-from pipeline.runtime.storage import read_json, write_json
+from pipeline.files import read_json, write_json
 from pipeline.runtime.tracking.journal import JOURNAL, Journal, Operation
 from pipeline.runtime.tracking.mlflow_adapter import BATCH_LIMITS, MlflowServer, Refused, shortened, without_password
 

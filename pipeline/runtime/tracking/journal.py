@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from pipeline.errors import UserError
-from pipeline.runtime.storage import FREE_SPACE
+from pipeline.files import FREE_SPACE, written_atomically
 
 JOURNAL = "journal.jsonl"
 Kind = Literal["start", "params", "tags", "metrics", "artifact", "dataset", "model", "status"]
@@ -82,12 +82,9 @@ class Journal:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         kept = self.folder / "files" / digest / file.name
         if not kept.exists():
-            try:
+            with written_atomically(kept) as partial:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, f"{kept}.part")
-                os.replace(f"{kept}.part", kept)
-            except OSError as error:
-                raise UserError(f"cannot copy {file} to {kept}: {error.strerror}; {FREE_SPACE}") from error
+                shutil.copyfile(file, partial)
         return kept.relative_to(self.folder).as_posix()
 
     def run_key(self, run: str) -> str:
