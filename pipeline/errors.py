@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _DRIVES_TERMINALS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, line and direction marks, and bytes that are not UTF-8 as Python holds them in file names."""
@@ -23,3 +24,23 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(escaped(message, keep="\n\t"))  # it quotes names and files of others
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """What stands behind an unknown name: `; did you mean <the valid one that is nearest>?`, or a full stop.
+
+    Names may be dotted: then it is the last part that is misspelled, or the section.
+    """
+    import difflib
+
+    def near(word: str, words: Iterable[str]) -> list[str]:
+        return difflib.get_close_matches(word, list(words), n=1)
+
+    valid = list(valid)
+    section, _, last = name.rpartition(".")
+    siblings = {of.rpartition(".")[2]: of for of in valid if of.rpartition(".")[0] == section}
+    found = [siblings[of] for of in near(last, siblings)]
+    found += sorted((of for of in valid if of.endswith(f".{last.lstrip('-')}")), key=len)
+    if not section or not siblings:
+        found += near(name, valid)
+    return f"; did you mean {found[0]}?" if found else "."

@@ -204,7 +204,7 @@ def test_the_report_shows_it_beside_all_tasks_trained_again():
     assert "| average of the tasks before | 60.0 | 60.0 | 60.0 | 60.0 |" in text
     assert "| average | 46.7 |  | 55.0 | 60.0 |" in text
     assert "| trained parameters | 0 | 100 | 30 | 400 |" in text and "| seconds |  | 12 | 3 | 12 |" in text
-    assert "a joined c. Groups: a + c; b;" in text
+    assert "a joined c. Groups: a + c | b;" in text
     of_all = added.summary()
     assert of_all.tasks == ["a", "b", "c"] and of_all.methods["grouped"]["trained_parameters"] == 130
     assert of_all.methods["grouped"]["average"] == pytest.approx((0.45 + 0.5 + 0.7) / 3)

@@ -40,8 +40,9 @@ from pipeline.demo.digits import write_digits
 from pipeline.files import write_json
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
 from pipeline.methods.registry import METHODS
+from pipeline.prediction.options import GROUPED
 from pipeline.runtime.storage import Artefact, Storage
-from pipeline.stages.finished_run import GROUPED, SUMMARY, record_artefacts
+from pipeline.stages.finished_run import SUMMARY, record_artefacts
 from pipeline.tuning.search_file import read_search
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

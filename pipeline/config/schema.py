@@ -6,7 +6,6 @@ impossible value is refused by name, with the valid ones, before anything starts
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -27,7 +26,7 @@ from pipeline.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 
 # By name, as plug-ins: the methods are built on this package, and bring it their sections and names.
 _methods: Any = import_module("pipeline.methods.registry")
@@ -102,10 +101,8 @@ def _explain(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
     name = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        section = section_at(path[:-1])
-        valid = list(section.model_fields)
-        near = difflib.get_close_matches(path[-1], valid, n=1)
-        hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else ""
+        valid = section_at(path[:-1]).model_fields
+        hint = did_you_mean(name, (".".join([*path[:-1], of]) for of in valid))
         return f"unknown config field {name}{hint} Valid here: {', '.join(valid)}"
     message: str = fault["msg"].removeprefix("Value error, ")
     if name and not message.startswith(path[0] + "."):

@@ -84,10 +84,6 @@ def set_partitions(num_tasks: int) -> Iterator[Groups]:
     return extended((), 0)
 
 
-def in_words(groups: Groups, task_names: Sequence[str]) -> str:
-    return " | ".join(" + ".join(task_names[task] for task in group) for group in groups)
-
-
 def partition_score(affinity: np.ndarray, groups: Groups, objective: Objective) -> float:
     """As `best_partition` defines it."""
     total = 0.0

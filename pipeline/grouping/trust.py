@@ -17,7 +17,8 @@ import numpy as np
 
 from pipeline.grouping.affinity import AffinityKind, affinity_matrix
 from pipeline.grouping.search.problem import Groups, Objective
-from pipeline.grouping.study import in_words, partition_score, set_partitions
+from pipeline.grouping.study import partition_score, set_partitions
+from pipeline.grouping.text import format_groups
 
 NUM_RESAMPLES = 200
 MOST_SECONDS = 20.0
@@ -92,7 +93,7 @@ def ranked_partitions(
     above of those that differ from `best` by one task moved, two groups joined, or one task left alone."""
     num_tasks = len(affinity)
     if num_tasks <= MAX_TASKS_RANKED_ALL:
-        titles = {groups: in_words(groups, task_names) for groups in set_partitions(num_tasks)}
+        titles = {groups: format_groups(groups, task_names) for groups in set_partitions(num_tasks)}
     else:
         titles = {best: "as found", **_next_to(best, task_names)}
     scores = {groups: partition_score(affinity, groups, objective) for groups in titles if allowed(groups)}

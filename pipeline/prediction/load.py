@@ -15,10 +15,9 @@ import pyarrow.fs as pafs
 from pipeline.errors import UserError
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts
 from pipeline.prediction.model import TrainedModel
-from pipeline.prediction.options import ModelOptions, options_file, read_options
+from pipeline.prediction.options import GROUPED, ModelOptions, options_file, read_options
 from pipeline.runtime.storage import is_uri, open_bucket
 
-IN_RUN_FOLDER = "prompts/grouped.safetensors"
 IN_MLFLOW_MODEL = "data/model/prompts.safetensors"
 _MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
 
@@ -79,11 +78,11 @@ def _is_remote(place: str) -> bool:
 def _file_at(path: Path, place: str) -> Path:
     if not path.is_dir():
         return path  # load_prompts says what is wrong with it
-    for name in (IN_RUN_FOLDER, IN_MLFLOW_MODEL):
+    for name in (GROUPED, IN_MLFLOW_MODEL):
         if (path / name).is_file():
             return path / name
     raise UserError(
-        f"{place} holds no prompts: give a prompts file, a run's folder (with {IN_RUN_FOLDER}), or an MLflow model "
+        f"{place} holds no prompts: give a prompts file, a run's folder (with {GROUPED}), or an MLflow model "
         "that jobs/register_model.py made"
     )
 
@@ -92,7 +91,7 @@ def _from_bucket(uri: str, folder: Path) -> Path:
     filesystem, path = open_bucket(uri)
     try:
         if filesystem.get_file_info(path).type == pafs.FileType.Directory:
-            path = f"{path}/{IN_RUN_FOLDER}"
+            path = f"{path}/{GROUPED}"
         file = folder / Path(path).name
         for source, target in ((path, file), (options_file(Path(path)).as_posix(), options_file(file))):
             if filesystem.get_file_info(source).type == pafs.FileType.File:
@@ -102,7 +101,7 @@ def _from_bucket(uri: str, folder: Path) -> Path:
             f"{uri} cannot be read: {error}. Check the name, AWS_ENDPOINT_URL, and the credentials in the environment"
         ) from None
     if not file.is_file():
-        raise UserError(f"{uri} is neither a prompts file nor a run's folder with {IN_RUN_FOLDER}")
+        raise UserError(f"{uri} is neither a prompts file nor a run's folder with {GROUPED}")
     return file
 
 

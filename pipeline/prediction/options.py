@@ -14,6 +14,9 @@ from pipeline.config import MAX_YAML_BYTES, read_text
 from pipeline.errors import UserError, escaped
 from pipeline.files import write_json
 
+GROUPED = "prompts/grouped.safetensors"
+"""Prompts of grouped MmAP, in a run's folder."""
+
 Temperature = Annotated[float, Field(gt=0, le=1e6)]
 
 

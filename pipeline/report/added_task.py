@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.grouping.text import format_groups
 from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, Summary, end_of_report, markdown_table
 
 AVERAGE_BEFORE_ROW, SECONDS_ROW = "average of the tasks before", "seconds"
@@ -50,11 +51,7 @@ class AddedTask:
         """Where the new task is, in words."""
         group = next(group for group in self.groups if self.task in group)
         others = [name for name in group if name != self.task]
-        return f"{self.task} joined {' + '.join(others)}" if others else f"{self.task} is a group of its own"
-
-
-def in_words(groups: list[list[str]]) -> str:
-    return "; ".join(" + ".join(group) for group in groups)
+        return f"{self.task} joined {format_groups([others])}" if others else f"{self.task} is a group of its own"
 
 
 def added_task_table(added: AddedTask) -> Table:
@@ -81,10 +78,10 @@ def added_task_to_markdown(added: AddedTask) -> str:
         "",
         *markdown_table(header, rows),
         "",
-        f"{added.placement()}. Groups: {in_words(added.groups)}; [how sure they are](grouping.html).",
+        f"{added.placement()}. Groups: {format_groups(added.groups)}; [how sure they are](grouping.html).",
     ]
     if added.rerun:
-        lines += ["", f"Groups of all trained again: {in_words(added.rerun['groups'])}."]
+        lines += ["", f"Groups of all trained again: {format_groups(added.rerun['groups'])}."]
     lines += [
         "",
         "The prompts of the tasks before are as they were, to the bit; their accuracies are those of the run before. "

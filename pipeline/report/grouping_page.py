@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from pipeline.grouping.text import format_groups
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -33,7 +35,7 @@ def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, 
     parts = [
         f"<h1>Groups of {len(result['tasks'])} tasks</h1>",
         "<p>"
-        + "".join(f'<span class="group">{escape(" + ".join(group))}</span>' for group in result["groups"])
+        + "".join(f'<span class="group">{escape(format_groups([group]))}</span>' for group in result["groups"])
         + "</p>",
         f"<p>{escape(search)}. Objective <code>{escape(result['objective'])}</code> of "
         f"<code>{escape(result['affinity_kind'])}</code> affinities, the mean of {result['num_snapshots']} gradient "
@@ -46,22 +48,19 @@ def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, 
     parts += [
         "<h2>What resampled snapshots find</h2>",
         _table(
-            ("groups", "share"), [(_groups(of["groups"]), f"{100 * of['share']:.0f} %") for of in sure["resampled"]]
+            ("groups", "share"),
+            [(format_groups(of["groups"]), f"{100 * of['share']:.0f} %") for of in sure["resampled"]],
         ),
         "<h2>What each part of the training alone would find</h2>",
         _table(
             ("steps", "groups"),
-            [(f"{of['first_step']} to {of['last_step']}", _groups(of["groups"])) for of in sure["over_training"]],
+            [(f"{of['first_step']} to {of['last_step']}", format_groups(of["groups"])) for of in sure["over_training"]],
         ),
     ]
     body = "\n".join(parts)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Task groups</title><style>{STYLE}</style>{body}\n'
     )
-
-
-def _groups(groups: Sequence[Sequence[str]]) -> str:
-    return " | ".join(" + ".join(group) for group in groups)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

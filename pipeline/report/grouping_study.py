@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.grouping.study import CRITERIA, GroupingStudy, in_words
+from pipeline.grouping.study import CRITERIA, GroupingStudy
+from pipeline.grouping.text import format_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def study_to_markdown(name: str, tasks: Sequence[str], studies: Mapping[int, Gro
     lines += ["", "Found groups:", ""]
     for seed, of_seed in studies.items():
         for outcome in of_seed.criteria:
-            groups = in_words(outcome.chosen, tasks)
+            groups = format_groups(outcome.chosen, tasks)
             lines.append(f"- seed {seed}, `{outcome.affinity}`, `{outcome.objective}`: {groups}")
     return "\n".join([*lines, "", "![scores against accuracies](grouping_study.png)", ""])
 
@@ -76,7 +77,7 @@ def study_to_csv(tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> 
     for seed, of_seed in studies.items():
         scores = zip(*(outcome.scores for outcome in of_seed.criteria))
         for groups, accuracy, of_partition in zip(of_seed.partitions, of_seed.accuracies, scores):
-            writer.writerow([seed, in_words(groups, tasks), accuracy, *of_partition])
+            writer.writerow([seed, format_groups(groups, tasks), accuracy, *of_partition])
     return stream.getvalue()
 
 

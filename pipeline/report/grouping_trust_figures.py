@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.grouping.search.problem import Groups
+from pipeline.grouping.text import format_groups
 from pipeline.grouping.trust import RankedPartition
 from pipeline.report.grouping_figures import NEGATIVE, POSITIVE
 
@@ -52,7 +53,7 @@ def affinity_over_training(
         shown = [number for number, together in enumerate(joined) if together]
         shown.sort(key=lambda number: lines[number, -1])
         for place, number in enumerate(shown):
-            name = " + ".join(task_names[task] for task in pairs[number])
+            name = format_groups([pairs[number]], task_names)
             height = 0.5 + 0.055 * (place - (len(shown) - 1) / 2)
             axes.text(
                 1.01, height, name, transform=axes.transAxes, fontsize=8, color=WITHIN, va="center", parse_math=False

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.data.names import counted
+from pipeline.grouping.text import format_groups
 from pipeline.methods.registry import VARIANTS
 
 
@@ -74,7 +75,7 @@ def to_markdown(summary: Summary) -> str:
         "",
         *markdown_table(header, rows),
         "",
-        "Groups: " + "; ".join(" + ".join(group) for group in summary.groups) + "; [how sure they are](grouping.html).",
+        f"Groups: {format_groups(summary.groups)}; [how sure they are](grouping.html).",
         *(["", *(f"Note: {warning}" for warning in summary.warnings)] if summary.warnings else []),
         "",
         "![accuracy](accuracy.png)",

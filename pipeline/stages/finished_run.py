@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
+from pipeline.prediction.options import GROUPED
 from pipeline.runtime.storage import Artefact, Storage, is_uri
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 RECORD = "artefacts.json"
-SUMMARY, GROUPED = "report/summary.json", "prompts/grouped.safetensors"
+SUMMARY = "report/summary.json"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.clip.load import weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.files import read_json, write_json
+from pipeline.grouping.text import format_groups
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import HiPro
 from pipeline.methods.method import Groups
@@ -102,7 +103,7 @@ def train_every_group(run: Run) -> MethodArtefacts:
     """MmAP as in grouped trainings, for every set of tasks that could be a group: 2^T - 1 trainings."""
     tasks, name = tuple(run.tasks), "every group"
     groups = [group for size in range(1, len(tasks) + 1) for group in combinations(tasks, size)]
-    planned = {name: [_training(run, name, "mmap", group, f"group: {' + '.join(group)}") for group in groups]}
+    planned = {name: [_training(run, name, "mmap", group, f"group: {format_groups([group])}") for group in groups]}
     _train_planned(run, planned)
     return _artefacts_of(name, planned[name])
 
@@ -158,7 +159,7 @@ def plan_trainings(
     for tasks in groups:
         label = name.replace("_", " ")
         if name == "grouped" or len(groups) > 1:
-            label = f"{'group' if name == 'grouped' else label}: {' + '.join(tasks)}"
+            label = f"{'group' if name == 'grouped' else label}: {format_groups([tasks])}"
         start = next((training for training in starts if set(tasks) <= set(training.item.tasks)), None)
         planned[name].append(_training(run, name, variant.method, tasks, label, start, affinities))
     return planned[name]

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import GroupingConfig
 from pipeline.files import read_json
+from pipeline.grouping.text import format_groups
 from pipeline.runtime.run import PARENT, Run
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artefact
@@ -73,14 +74,14 @@ def track_grouping(run: Run, artefact: Artefact, of_run: GroupingConfig) -> None
     from rich.markup import escape
 
     options, result = of_run.model_dump(mode="json"), read_grouping(artefact)
-    run.tracker.log_params(NAME, {**options, "groups": describe_groups(result["groups"])})
+    run.tracker.log_params(NAME, {**options, "groups": format_groups(result["groups"])})
     run.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
-    run.tracker.log_params(PARENT, {"groups": describe_groups(result["groups"])})
+    run.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
     for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
         run.tracker.log_artifact(NAME, artefact.local() / name)
     for warning in result["warnings"]:
         run.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
-    found = escape(f"{describe_groups(result['groups'])} · {describe_search(result)}")
+    found = escape(f"{format_groups(result['groups'])} · {describe_search(result)}")
     run.console.print(f"  {found}", highlight=False)
 
 
@@ -104,10 +105,6 @@ def make_grouping(run: Run, global_prompt: Artefact, artefact: Artefact) -> bool
 def read_grouping(artefact: Artefact) -> dict[str, Any]:
     grouping: dict[str, Any] = read_json(artefact.local() / "grouping.json")
     return grouping
-
-
-def describe_groups(groups: list[list[str]]) -> str:
-    return " | ".join(" + ".join(group) for group in groups)
 
 
 def describe_search(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import make_folder, write_atomically, write_json
+from pipeline.grouping.text import format_groups
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import VARIANTS, get_method, training_of
 from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
@@ -18,7 +19,7 @@ from pipeline.runtime.storage import Artefact
 from pipeline.stages.finished_run import record_artefacts
 from pipeline.stages.flow import titled
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
-from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_groups, read_grouping
+from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, read_grouping
 
 NAME = "report"
 
@@ -97,7 +98,7 @@ def track_results(
                 "mlflow.source.name": sys.argv[0],
                 "level": "method",
                 "method": method,
-                "groups": describe_groups([list(group) for group in groups[method]]),
+                "groups": format_groups(groups[method]),
                 "run": run.title,
             },
             params={

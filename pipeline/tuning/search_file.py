@@ -12,7 +12,6 @@ fields:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from pipeline.config import Config, PositiveInt, Section, fields, load_yaml, parse_config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.methods.registry import METHODS, VARIANTS
 
 METHOD = "method"
@@ -168,8 +167,7 @@ def _range(name: str, given: Any, searcher: str) -> Range:
         raise UserError(f"fields: {name} takes one of {', '.join(KINDS_OF_RANGE)} and its values, such as {_EXAMPLE}")
     ((kind, values),) = given.items()
     if kind not in KINDS_OF_RANGE:
-        near = difflib.get_close_matches(str(kind), KINDS_OF_RANGE, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(str(kind), KINDS_OF_RANGE)
         raise UserError(f"fields: {name}: {kind} is not known{hint} Valid: {', '.join(KINDS_OF_RANGE)}")
     if kind != "choice" and (searcher == "grid" or name == METHOD):
         why = "searcher grid tries all values" if searcher == "grid" else "it is no number"
@@ -205,9 +203,7 @@ def _check_name(name: str) -> None:
     if name != "clip.template" and (fixed := next((prefix for prefix in prefixes if prefix in FIXED), None)):
         raise UserError(f"fields: {name} cannot be searched: {FIXED[fixed]}")
     if name not in _FIELDS:
-        valid = [METHOD, *_FIELDS]
-        near = difflib.get_close_matches(name, valid, n=1) or [of for of in valid if of.endswith(f".{parts[-1]}")][:1]
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, [METHOD, *_FIELDS])
         raise UserError(f"fields: {name} is no config field{hint} Fields are dotted, as on the command line")
 
 
@@ -228,8 +224,7 @@ def _check_value(name: str, value: Any, why: str = "") -> None:
 def _check_version(name: Any) -> None:
     valid = [name for name, variant in VARIANTS.items() if METHODS[variant.method].trained]
     if name not in valid:
-        near = difflib.get_close_matches(str(name), valid, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(str(name), valid)
         raise UserError(f"method {name!r} is not one that can be searched{hint} Valid: {', '.join(valid)}")
 
 
@@ -270,10 +265,7 @@ def _explained(fault: Any) -> str:
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         valid = [*SearchOptions.model_fields, "fields"]
-        near = difflib.get_close_matches(name, valid, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        if name in _FIELDS:
-            hint = "; config fields stand under `fields`."
+        hint = "; config fields stand under `fields`." if name in _FIELDS else did_you_mean(name, valid)
         return f"unknown option {name}{hint} Valid here: {', '.join(valid)}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{name}={fault['input']!r}: {message}" if name else message

@@ -15,21 +15,22 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.files import make_folder, read_json, write_atomically, write_json
 from pipeline.grouping.search.constraints import check_constraints
+from pipeline.grouping.text import format_groups
 from pipeline.methods.mmap import SharedMmap
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import training_of
-from pipeline.prediction.options import ModelOptions, read_options, write_options
+from pipeline.prediction.options import GROUPED, ModelOptions, read_options, write_options
 from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.run import PARENT, Run, check_run, connected, tracked
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact
-from pipeline.stages.finished_run import GROUPED, SUMMARY, FinishedRun, record_artefacts
+from pipeline.stages.finished_run import SUMMARY, FinishedRun, record_artefacts
 from pipeline.stages.flow import run_stages, titled
 from pipeline.stages.global_prompt import NAME as GLOBAL_PROMPT
 from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts, train_added_task
-from pipeline.stages.grouping import describe_groups, place_task, read_grouping, staying_together
+from pipeline.stages.grouping import place_task, read_grouping, staying_together
 from pipeline.stages.report import NAME as REPORT
 from pipeline.stages.report import copy_grouping_pages, register_model, track_results
 from pipeline.stages.training_work import TrainingWork, trainings_decided_by
@@ -220,7 +221,7 @@ def _report(
     run.console.print(added_task_table(added))
     where = run.storage.shown
     run.console.print(
-        f"groups: {describe_groups(added.groups)}\nreport: {where(folder)}\nprompts: {where(prompts)}",
+        f"groups: {format_groups(added.groups)}\nreport: {where(folder)}\nprompts: {where(prompts)}",
         markup=False,
         highlight=False,
     )
