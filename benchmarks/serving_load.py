@@ -54,8 +54,9 @@ def main() -> None:
 
     def serve(*more: str) -> Service:
         (port,) = free_ports(1, first=8600)
-        replicas = ["--replicas", str(arguments.replicas), "--cpus-per-replica", str(arguments.cpus_per_replica)]
-        service = Service(folder, port, "--model", f"m={file}", *replicas, *more)
+        cpus = ["--cluster.cpus_per_training", str(arguments.cpus_per_replica)]
+        replicas = ["--replicas", str(arguments.replicas), *cpus]
+        service = Service(folder, port, "--models", f"m={file}", *replicas, *more)
         closed_loop(predict_url(service), images, 4, WARM_UP_S)
         return service
 
@@ -80,11 +81,11 @@ def main() -> None:
         finally:
             service.end()
     if "no-batches" in arguments.parts:
-        service = serve("--max-batch", "1")
+        service = serve("--max_batch", "1")
         try:
             for clients in (arguments.clients[0], arguments.clients[-1]):
                 found = load(service, images, clients, arguments.seconds)
-                told(*row(f"{clients_named(clients)}, `--max-batch 1`", *found))
+                told(*row(f"{clients_named(clients)}, `--max_batch 1`", *found))
         finally:
             service.end()
     if "kill" in arguments.parts:

@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
-from pipeline.config import Config, Section, choices, fields
+from pipeline.config import choices, fields, section_description
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Every config field
 
 Made from `pipeline/config/` and `pipeline/methods/` by `docs/make_configuration.py`. A field is given in a YAML file
-(`--config FILE ...`, later ones over earlier ones) or on the command line (`--section.field VALUE`, over the files;
-lists are written `[a, b]`). Defaults are the paper's settings; what the paper leaves open is taken from MaPLe and Dassl
+(`--config FILE ...`, later ones over earlier ones) or on the command line of any job (`--section.field VALUE`, over the
+files). There too a value is written as in YAML, but text needs no quotes for YAML's sake, a list is `a b c` or
+`"[a, b, c]"`, and a switch alone is true. An unknown field or an impossible value is refused by name. The defaults are
+the paper's settings; what the paper leaves open is taken from MaPLe and Dassl
 ([methods.md](methods.md#what-the-paper-leaves-open))."""
 
 
@@ -27,19 +29,9 @@ def reference() -> str:
     for section, rows in sections.items():
         parts.append(f"\n## {section or 'The run'}\n")
         if section:
-            parts.append(f"{_one_line(_description(section))}\n")
+            parts.append(f"{_one_line(section_description(section))}\n")
         parts += ["| Field | Default | What it does |", "|---|---|---|", *rows]
     return "\n".join(parts) + "\n"
-
-
-def _description(path: str) -> str:
-    """Of a section, as its parent has it, or its own."""
-    *parents, name = path.split(".")
-    section: type[Section] = Config
-    for part in parents:
-        section = type(getattr(section(), part))
-    field = section.model_fields[name]
-    return field.description or field.annotation.__doc__ or ""
 
 
 def _one_line(text: str) -> str:

@@ -11,28 +11,31 @@ needed. --rerun also trains all tasks again, and shows both. All other options a
 The result is a run folder as any other: with prompts to predict with, and to add the next task to.
 """
 
-from pipeline.command_line import faults_told_to_people, job_parser, refuse_options
-from pipeline.config import Config, add_config_arguments, arguments_of, config_from_command_line
+from pydantic import Field
+
+from pipeline.command_line import user_errors_told
+from pipeline.config import Config, JobOptions, JobParser
+
+
+class Options(JobOptions):
+    run: str = Field(description="<storage>/runs/<run>, also in a bucket.")
+    task: str = Field(description="Name of the new task's folder.")
+    rerun: bool = Field(False, description="Whether all tasks are also trained again, to compare.")
 
 
 def main() -> None:
-    with faults_told_to_people() as console:
-        parser = job_parser(__doc__, "--run FOLDER --task NAME [--rerun] ")
-        parser.add_argument("--run", required=True, metavar="FOLDER", help="<storage>/runs/<run>, also in a bucket")
-        parser.add_argument("--task", required=True, metavar="NAME", help="name of the new task's folder")
-        parser.add_argument("--rerun", action="store_true", help="also train all tasks again, to compare")
-        add_config_arguments(parser, base="the run's own config.yaml")
-        refuse_options(parser, {"storage": "--run", "data.tasks": "--task"}, why="is known here")
-        given = arguments_of(parser)
+    with user_errors_told() as console:
+        instead = {"storage": "--run", "data.tasks": "--task"}
+        given = JobParser(__doc__, Options, instead=instead, base="the run's own config.yaml").given()
 
         from pipeline.stages.finished_run import read_finished_run
 
-        finished = read_finished_run(given.run, getattr(given, "config.cache", Config().cache))
-        config = config_from_command_line(parser, base=finished.config_file)
+        finished = read_finished_run(given.own.run, given.fields.get("cache", Config().cache))
+        config = given.config(base=finished.config_file)
 
         from pipeline.workflows.added_task import add_task
 
-        add_task(finished, config, given.task, given.rerun, console)
+        add_task(finished, config, given.own.task, given.own.rerun, console)
 
 
 if __name__ == "__main__":

@@ -12,43 +12,36 @@ same command again does only what is missing; more seeds, shots or methods add t
 LaTeX, CSV, PNG, SVG) is in <storage>/benchmarks/ and in MLflow. docs/methods.md says what each method is.
 """
 
-import argparse
 from pathlib import Path
 
-from pipeline.command_line import faults_told_to_people, job_parser, refuse_options
-from pipeline.config import CONFIGS, add_config_arguments, arguments_of, config_from_command_line
-from pipeline.errors import UserError
+from pydantic import Field
+
+from pipeline.command_line import user_errors_told
+from pipeline.config import CONFIGS, JobOptions, JobParser
+from pipeline.errors import UserError, did_you_mean
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.paper_results import PAPER_METHODS
 
 SETS = {"all": tuple(VARIANTS), "paper": PAPER_METHODS}
-PER_RUN = {"seed": "--seeds", "data.shots": "--shots", "compare": "--methods"}
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = job_parser(__doc__, "[--methods NAME ...] [--dataset NAME] [--shots N ...] [--seeds N ...] ")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["all"],
-        metavar="NAME",
-        help=f"all, paper (those of the paper's tables and Figure 4), or any of: {', '.join(VARIANTS)} (default: all)",
+class Options(JobOptions):
+    methods: tuple[str, ...] = Field(
+        ("all",),
+        description="Names, `paper` (the methods of the paper's tables and Figure 4), or `all` (--help-methods).",
     )
-    parser.add_argument("--dataset", default="demo", metavar="NAME", help="configs/NAME.yaml (default: demo)")
-    parser.add_argument(
-        "--shots", nargs="+", type=int, metavar="N", help="training images of a class (default: data.shots)"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
-    add_config_arguments(parser, "that of --dataset, which is under these always")
-    return parser
+    dataset: str = Field("demo", description="The config configs/<dataset>.yaml, which is under all others.")
+    shots: tuple[int, ...] | None = Field(None, description="Training images of a class; null: data.shots alone.")
+    seeds: tuple[int, ...] = Field((1, 2, 3), description="Seeds of the runs with each number of shots.")
 
 
-def chosen_methods(names: list[str]) -> tuple[str, ...]:
+def chosen_methods(names: tuple[str, ...]) -> tuple[str, ...]:
     """In the order of the registry, whatever the order they are asked for in."""
     chosen = set()
     for name in names:
         if name not in SETS and name not in VARIANTS:
-            raise UserError(f"--methods {name}: not known; valid: {', '.join((*SETS, *VARIANTS))}")
+            valid = (*SETS, *VARIANTS)
+            raise UserError(f"--methods {name} is not known{did_you_mean(name, valid)} Valid: {', '.join(valid)}")
         chosen |= set(SETS.get(name, (name,)))
     return tuple(name for name in VARIANTS if name in chosen)
 
@@ -56,23 +49,23 @@ def chosen_methods(names: list[str]) -> tuple[str, ...]:
 def dataset_file(name: str) -> Path:
     file = CONFIGS / f"{name}.yaml"
     if not file.is_file():
-        found = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-        raise UserError(f"--dataset {name}: there is no {file}; there are {found}. Your own file: --config FILE")
+        found = sorted(path.stem for path in file.parent.glob("*.yaml"))
+        hint = did_you_mean(name, found)
+        raise UserError(f"--dataset {name}: there is no {file}{hint} Valid: {', '.join(found)}; of yours: --config")
     return file
 
 
 def main() -> None:
-    with faults_told_to_people() as console:
-        command = parser()
-        refuse_options(command, PER_RUN)
-        given = arguments_of(command)
-        base = config_from_command_line(command, base=dataset_file(given.dataset))
-        methods = chosen_methods(given.methods)
-        shots = dict.fromkeys(given.shots or [base.data.shots])
+    with user_errors_told() as console:
+        instead = {"seed": "--seeds", "data.shots": "--shots", "compare": "--methods"}
+        given = JobParser(__doc__, Options, instead=instead, base="that of --dataset, under these always").given()
+        base = given.config(base=dataset_file(given.own.dataset))
+        methods = chosen_methods(given.own.methods)
+        shots = list(dict.fromkeys(given.own.shots or [base.data.shots]))
 
         from pipeline.workflows.benchmark import benchmark_configs, run_benchmark
 
-        run_benchmark(benchmark_configs(base, methods, list(shots), list(dict.fromkeys(given.seeds))), methods, console)
+        run_benchmark(benchmark_configs(base, methods, shots, list(dict.fromkeys(given.own.seeds))), methods, console)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,21 @@ The same command again does only what is missing: a finished stage is found by t
 other options it begins at the first stage that they change, so there is no --from. The stages:
 """
 
-from pipeline.command_line import faults_told_to_people, job_parser
-from pipeline.config import add_config_arguments, arguments_of, config_from_command_line
+from pydantic import Field
+
+from pipeline.command_line import user_errors_told
+from pipeline.config import JobOptions, JobParser
 from pipeline.stages.flow import NAMES, check_stage, run_stages, stages_in_words
 
 
+class Options(JobOptions):
+    until: str = Field(NAMES[-1], description="The last stage.")
+
+
 def main() -> None:
-    with faults_told_to_people() as console:
-        parser = job_parser(f"{__doc__}\n{stages_in_words()}", "[--until STAGE] ")
-        parser.add_argument("--until", default=NAMES[-1], metavar="STAGE", help="the last stage (default: %(default)s)")
-        add_config_arguments(parser)
-        config = config_from_command_line(parser)
-        until = check_stage("--until", arguments_of(parser).until)
+    with user_errors_told() as console:
+        given = JobParser(f"{__doc__}\n{stages_in_words()}", Options).given()
+        config, until = given.config(), check_stage("--until", given.own.until)
 
         from pipeline.runtime.run import open_run
 

@@ -8,18 +8,21 @@ compares what every partition reaches with its score, with all tasks in one grou
 The same command again does only what is missing; trainings are shared with the pipeline and the benchmark.
 """
 
-from pipeline.command_line import faults_told_to_people, job_parser, refuse_options
-from pipeline.config import add_config_arguments, arguments_of, config_from_command_line
+from pydantic import Field
+
+from pipeline.command_line import user_errors_told
+from pipeline.config import JobOptions, JobParser
+
+
+class Options(JobOptions):
+    seeds: tuple[int, ...] = Field((1, 2, 3), description="Seeds of the runs whose groups are studied.")
 
 
 def main() -> None:
-    with faults_told_to_people() as console:
-        parser = job_parser(__doc__, "[--seeds N ...] ")
-        parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
-        add_config_arguments(parser)
-        refuse_options(parser, {"seed": "--seeds"})
-        config = config_from_command_line(parser)
-        seeds = list(dict.fromkeys(arguments_of(parser).seeds))
+    with user_errors_told() as console:
+        given = JobParser(__doc__, Options, instead={"seed": "--seeds"}).given()
+        config = given.config()
+        seeds = list(dict.fromkeys(given.own.seeds))
 
         from pipeline.workflows.grouping_study import run_grouping_study
         from pipeline.workflows.many_runs import configs_of

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Answers over HTTP what images show: one or several trained models on one CLIP, by Ray Serve, till Ctrl-C or SIGTERM.
 
-    python jobs/serve.py --model digits=mmap-runs/runs/<run>
-    python jobs/serve.py --model a=mmap-runs/runs/<run> --model b=models:/digits@champion --replicas 2 --port 8000
+    python jobs/serve.py --models digits=mmap-runs/runs/<run>
+    python jobs/serve.py --models a=mmap-runs/runs/<run> b=models:/digits@champion --replicas 2 --port 8000
 
     curl localhost:8000/models
     curl 'localhost:8000/models/digits/predict?task=ink' -H 'Content-Type: image/png' --data-binary @photo.png
@@ -13,14 +13,16 @@ limits are in docs/serving.md. There is no password: who can reach the address c
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
-import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.config import parse_config
+from pydantic import Field
+
+from pipeline.command_line import say, user_errors_told
+from pipeline.config import Given, JobOptions, JobParser, parse_config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,63 +31,47 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        metavar="NAME=PLACE",
-        help="name in the paths, and prompts/*.safetensors of a run, its folder, either in a bucket, or models:/..., "
-        "runs:/... of MLflow; once for each model",
+class Options(JobOptions):
+    models: tuple[str, ...] = Field(
+        description="NAME=PLACE of each model: its name in the paths, and prompts/*.safetensors of a run, its folder, "
+        "either in a bucket, or models:/..., runs:/... of MLflow."
     )
-    parser.add_argument("--pretrained", metavar="TAG_OR_FILE", help="CLIP weights, if not where they lay in training")
-    http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: %(default)s)")
-    http.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    http.add_argument(
-        "--max-request-mib", type=float, default=10, help="largest body of a request, MiB (default: %(default)s)"
-    )
-    http.add_argument("--max-images", type=int, default=64, help="of one request (default: %(default)s)")
-    http.add_argument(
-        "--max-waiting",
-        type=int,
-        default=256,
-        help="requests that an ingress holds at once; more are told to come again (default: %(default)s)",
-    )
-    http.add_argument("--timeout-s", type=float, default=60, help="for one request (default: %(default)s)")
-    ray = parser.add_argument_group("replicas", "Each replica holds all models; an ingress reads and decodes images.")
-    ray.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local Ray is started)")
-    ray.add_argument("--replicas", type=int, default=1, help="(default: %(default)s)")
-    ray.add_argument("--gpus-per-replica", type=float, help="GPUs, or a fraction (default: 1 if there are any)")
-    ray.add_argument("--cpus-per-replica", type=int, default=1, help="CPU cores; without GPUs also its threads")
-    ray.add_argument("--max-batch", type=int, default=64, help="images the model takes at once (default: %(default)s)")
-    ray.add_argument(
-        "--batch-wait-ms",
-        type=float,
-        default=5,
-        help="how long a request waits for others to fill the batch (default: %(default)s)",
-    )
-    ray.add_argument("--ingress-replicas", type=int, default=1, help="(default: %(default)s)")
-    arguments = parser.parse_args()
-    try:
-        serve(arguments)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all.")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    max_request_mib: float = Field(10, gt=0, lt=4096, description="Largest body of a request, MiB.")
+    max_images: int = Field(64, ge=1, description="Most images of one request.")
+    max_waiting: int = Field(256, ge=1, description="Requests that an ingress holds; more are told to come again.")
+    timeout_s: float = Field(60, gt=0, description="Seconds for one request.")
+    replicas: int = Field(1, ge=1, description="Replicas, each of which holds all models.")
+    max_batch: int = Field(64, ge=1, description="Images that a replica takes at once.")
+    batch_wait_ms: float = Field(5, ge=0, description="How long a request waits for others to fill the batch.")
+    ingress_replicas: int = Field(1, ge=1, description="Ingresses, which read and decode images.")
 
 
-def serve(arguments: argparse.Namespace) -> None:
-    check_numbers(arguments)
-    places = named_places(arguments.model)
+TAKES = {
+    "clip.pretrained": "Tag or file of the CLIP weights; null: where they lay in training.",
+    "cluster.address": "Ray cluster to join; null: RAY_ADDRESS, else a local Ray is started.",
+    "cluster.gpus_per_training": "GPUs of a replica, or a fraction; null: 1 if there are any.",
+    "cluster.cpus_per_training": "CPU cores of a replica, without GPUs also its threads; null: 1.",
+}
+
+
+def main() -> None:
+    with user_errors_told():
+        serve(JobParser(__doc__, Options, TAKES).given())
+
+
+def serve(given: Given[Options]) -> None:
+    own, cluster = given.own, parse_config(given.nested()).cluster
+    places = named_places(own.models)
 
     from pipeline.prediction.load import read_model  # torch takes seconds to import
     from pipeline.serving.shared_clip import check_one_clip
 
-    trained: Trained = {name: read_model(place, arguments.pretrained)[:2] for name, place in places.items()}
+    pretrained = given.fields.get("clip.pretrained")
+    trained: Trained = {name: read_model(place, pretrained)[:2] for name, place in places.items()}
     check_one_clip(trained)
-    is_local = (arguments.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    is_local = (cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
     if is_local:  # all of Serve's processes inherit it; half as many requests a second again as without
         os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
 
@@ -95,35 +81,34 @@ def serve(arguments: argparse.Namespace) -> None:
     from pipeline.serving.http_api import Limits
     from pipeline.serving.service import ServiceOptions, port_fault, running_service, watch_service
 
-    if is_local and (fault := port_fault(arguments.host, arguments.port)):
+    if is_local and (fault := port_fault(own.host, own.port)):
         raise UserError(fault)
-    smallest = {"address": arguments.address, "cpus_per_training": 1, "gpus_per_training": 0}
-    connect(parse_config({"cluster": smallest}).cluster, say)
+    connect(cluster.model_copy(update={"cpus_per_training": 1, "gpus_per_training": 0}), say)
     for ends in (signal.SIGINT, signal.SIGTERM):  # Ray has its own for SIGTERM
         signal.signal(ends, signal.default_int_handler)
     try:
-        gpus = arguments.gpus_per_replica
+        gpus = cluster.gpus_per_training
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         options = ServiceOptions(
-            host=arguments.host,
-            port=arguments.port,
-            replicas=arguments.replicas,
-            ingress_replicas=arguments.ingress_replicas,
-            needs=WorkerNeeds(arguments.cpus_per_replica, gpus),
-            max_batch=arguments.max_batch,
-            batch_wait_s=arguments.batch_wait_ms / 1000,
+            host=own.host,
+            port=own.port,
+            replicas=own.replicas,
+            ingress_replicas=own.ingress_replicas,
+            needs=WorkerNeeds(cluster.cpus_per_training, gpus),
+            max_batch=own.max_batch,
+            batch_wait_s=own.batch_wait_ms / 1000,
             limits=Limits(
-                max_request_bytes=int(arguments.max_request_mib * MIB),
-                max_images=arguments.max_images,
-                max_waiting=arguments.max_waiting,
-                timeout_s=arguments.timeout_s,
+                max_request_bytes=int(own.max_request_mib * MIB),
+                max_images=own.max_images,
+                max_waiting=own.max_waiting,
+                timeout_s=own.timeout_s,
                 decoding_threads=len(os.sched_getaffinity(0)),
             ),
         )
         with running_service(trained, options, ends_with_ray=is_local):
             served = "; ".join(f"{name}: {', '.join(prompts.words)}" for name, (prompts, _) in trained.items())
-            say(f"ready: http://{arguments.host}:{arguments.port}, {options.replicas} x {options.needs}; {served}")
+            say(f"ready: http://{own.host}:{own.port}, {options.replicas} x {options.needs}; {served}")
             try:
                 watch_service(options, say)
             except KeyboardInterrupt:
@@ -134,41 +119,18 @@ def serve(arguments: argparse.Namespace) -> None:
         ray.shutdown()
 
 
-def check_numbers(arguments: argparse.Namespace) -> None:
-    """Raises: UserError: one out of range."""
-    for name, fits, remedy in [
-        ("port", 1 <= arguments.port <= 65535, "1 to 65535"),
-        ("max_request_mib", 0 < arguments.max_request_mib < 4096, "more than 0, less than 4096"),
-        ("max_images", arguments.max_images >= 1, "1 or more"),
-        ("max_waiting", arguments.max_waiting >= 1, "1 or more"),
-        ("timeout_s", 0 < arguments.timeout_s < float("inf"), "more than 0"),
-        ("replicas", arguments.replicas >= 1, "1 or more"),
-        ("gpus_per_replica", 0 <= (arguments.gpus_per_replica or 0) < float("inf"), "0 or more"),
-        ("cpus_per_replica", arguments.cpus_per_replica >= 1, "1 or more"),
-        ("max_batch", arguments.max_batch >= 1, "1 or more"),
-        ("batch_wait_ms", 0 <= arguments.batch_wait_ms < float("inf"), "0 or more"),
-        ("ingress_replicas", arguments.ingress_replicas >= 1, "1 or more"),
-    ]:
-        if not fits:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give {remedy}")
-
-
-def named_places(given: list[str]) -> dict[str, str]:
+def named_places(given: Sequence[str]) -> dict[str, str]:
     """Raises: UserError: no NAME=PLACE, a name twice."""
     places: dict[str, str] = {}
     for model in given:
         name, _, place = model.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name) or not place:
-            raise UserError(f"--model {model}: give NAME=PLACE, with a name of letters, digits, `_`, `.`, `-`")
+            raise UserError(f"--models {model}: give NAME=PLACE, with a name of letters, digits, `_`, `.`, `-`")
         if name in places:
-            raise UserError(f"--model {model}: there is a model {name!r} already; give each its own name")
+            raise UserError(f"--models {model}: there is a model {name!r} already; give each its own name")
         places[name] = place
     return places
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,28 +13,29 @@ takes are in <storage>/searches/ and in MLflow. docs/tuning.md says what a searc
 
 from pathlib import Path
 
-from pipeline.command_line import faults_told_to_people, job_parser
-from pipeline.config import add_config_arguments, arguments_of, config_from_command_line, given_or_shipped
+from pydantic import Field
+
+from pipeline.command_line import user_errors_told
+from pipeline.config import JobOptions, JobParser, given_or_shipped
+
+
+class Options(JobOptions):
+    search: Path = Field(description="YAML file of what is searched, and how.")
+    final_run: bool = Field(True, description="Whether the pipeline is run with the best values at the end.")
 
 
 def main() -> None:
-    with faults_told_to_people() as console:
-        parser = job_parser(__doc__, "--search FILE [--no-final-run] ")
-        parser.add_argument(
-            "--search", type=Path, required=True, metavar="FILE", help="YAML of what is searched, and how"
-        )
-        parser.add_argument("--no-final-run", action="store_true", help="leave out the run with the best values")
-        add_config_arguments(parser)
-        config = config_from_command_line(parser)
-        given = arguments_of(parser)
+    with user_errors_told() as console:
+        given = JobParser(__doc__, Options).given()
+        config = given.config()
 
         from pipeline.tuning.search_file import read_search
 
-        search = read_search(given_or_shipped(given.search), config)
+        search = read_search(given_or_shipped(given.own.search), config)
 
         from pipeline.workflows.tuning import run_search
 
-        run_search(config, search, console, final_run=not given.no_final_run)
+        run_search(config, search, console, final_run=given.own.final_run)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     def near(word: str, words: Iterable[str]) -> list[str]:
         return difflib.get_close_matches(word, list(words), n=1)
 
-    valid = list(valid)
+    names, name = {of.lstrip("-"): of for of in valid}, name.lstrip("-")
     section, _, last = name.rpartition(".")
-    siblings = {of.rpartition(".")[2]: of for of in valid if of.rpartition(".")[0] == section}
+    siblings = {of.rpartition(".")[2]: of for of in names if of.rpartition(".")[0] == section}
     found = [siblings[of] for of in near(last, siblings)]
-    found += sorted((of for of in valid if of.endswith(f".{last.lstrip('-')}")), key=len)
+    found += sorted((of for of in names if of.endswith(f".{last}")), key=len)
     if not section or not siblings:
-        found += near(name, valid)
-    return f"; did you mean {found[0]}?" if found else "."
+        found += near(name, names)
+    return f"; did you mean {names[found[0]]}?" if found else "."

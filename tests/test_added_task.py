@@ -347,7 +347,7 @@ def test_faults_are_named_before_anything_starts(finished, tmp_path, monkeypatch
         with pytest.raises(SystemExit) as end:
             runpy.run_path("jobs/add_task.py", run_name="__main__")
         assert end.value.code == 2
-        return " ".join(capsys.readouterr().out.split())
+        return " ".join(capsys.readouterr().err.split())
 
     place = ("--run", str(finished))
     assert "the run has that task; its tasks are chalk, ink, noise, rotated" in fault(*place, "--task", "ink")
@@ -359,7 +359,7 @@ def test_faults_are_named_before_anything_starts(finished, tmp_path, monkeypatch
     assert "clip.pretrained=None is another CLIP than the run's" in fault(
         *place, "--task", "neon", "--clip.pretrained", "null"
     )
-    assert "--storage is known here: use --run" in fault(*place, "--task", "neon", "--storage", "other")
+    assert "--storage is no option of this job: use --run" in fault(*place, "--task", "neon", "--storage", "other")
     assert "does not exist" in fault("--run", str(tmp_path / "runs" / "none"), "--task", "neon")
     assert "give <storage>/runs/<run>" in fault("--run", str(tmp_path), "--task", "neon")
     assert len(summary_of(finished)["groups"]) > 1

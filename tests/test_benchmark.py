@@ -170,10 +170,10 @@ def test_methods_are_chosen_by_name_or_as_a_set():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--methods", "cooop"], "--methods cooop: not known; valid: all, paper, zero_shot, coop"),
+        (["--methods", "cooop"], "--methods cooop is not known; did you mean coop? Valid: all, paper, zero_shot, coop"),
         (["--dataset", "imagenet"], "--dataset imagenet: there is no"),
-        (["--seed", "3"], "--seed is one value for all runs: use --seeds"),
-        (["--data.shots", "3"], "--data.shots is one value for all runs: use --shots"),
+        (["--seed", "3"], "--seed is no option of this job: use --seeds"),
+        (["--data.shots", "3"], "--data.shots is no option of this job: use --shots"),
         (["--shots", "0"], "data.shots=0"),
         (["--maple.depth", "9", "--methods", "maple"], "maple.depth=9: the shallower tower has 4 layers"),
     ],
@@ -184,5 +184,5 @@ def test_faults_are_named_at_the_door(tmp_path, monkeypatch, capsys, arguments, 
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "storage" / "splits").exists()

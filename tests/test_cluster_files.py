@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
 import stat
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from ray.autoscaler._private.commands import _bootstrap_config
 from ray.autoscaler._private.util import validate_config
 from ray.scripts.scripts import start as ray_start
 
-from pipeline.config import add_config_arguments, config_from_command_line
+from pipeline.config import JobParser
 
 CLUSTER = REPOSITORY / "cluster"
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -292,15 +290,12 @@ def test_pods_share_a_folder_and_a_token(raycluster):
     assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
-def test_job_runs_a_script_of_the_image_on_that_cluster(raycluster, monkeypatch):
+def test_job_runs_a_script_of_the_image_on_that_cluster(raycluster):
     spec = loaded(CLUSTER / "kuberay" / "rayjob.yaml")["spec"]
     assert spec["clusterSelector"] == {"ray.io/cluster": raycluster["metadata"]["name"]}
     program, script, *options = shlex.split(spec["entrypoint"])
     assert program == "python" and (REPOSITORY / script).is_file()
-    monkeypatch.setattr(sys, "argv", [script, *options])
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    config = config_from_command_line(parser)
+    config = JobParser("").given(options).config()
     assert (config.storage, config.cluster.gpus_per_training) == ("/shared/runs", 1)
     assert config.cluster.wait_for_nodes_s > 0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import yaml
 
@@ -11,9 +9,7 @@ from pipeline.config import (
     CONFIGS,
     DEMO_CONFIG,
     Config,
-    TrainingConfig,
-    add_config_arguments,
-    config_from_command_line,
+    JobParser,
     content_hash,
     fields,
     load_yaml,
@@ -25,9 +21,7 @@ from pipeline.errors import UserError
 
 
 def from_command_line(*arguments: str) -> Config:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_config_arguments(parser)
-    return config_from_command_line(parser, arguments)
+    return JobParser("").given(arguments).config()
 
 
 def test_without_arguments_the_demo():
@@ -109,14 +103,3 @@ def test_round_trip_and_hash():
     assert parse_config(yaml.safe_load(to_yaml(config))) == config
     assert content_hash(config) == content_hash(parse_config(yaml.safe_load(to_yaml(config))))
     assert content_hash(config) != content_hash(config.model_copy(update={"seed": 6}))
-
-
-def test_help_shows_every_field(capsys):
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    text = capsys.readouterr().out
-    for name, *_ in fields():
-        assert f"--{name} " in text
-    assert TrainingConfig.model_fields["momentum"].description in " ".join(text.split())

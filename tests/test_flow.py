@@ -44,7 +44,7 @@ def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
     [
         (
             ["--until", "groupings"],
-            ["--until groupings is no stage; did you mean grouping? valid: data_check,"],
+            ["--until groupings is no stage; did you mean grouping? Valid: data_check,"],
         ),
         (["--help"], [f"  {titled(name, name)} " for name in NAMES]),
     ],
@@ -54,7 +54,7 @@ def test_the_stages_are_told_to_who_asks_for_them(arguments, lines, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", *arguments])
     with pytest.raises(SystemExit):
         runpy.run_path(str(REPOSITORY / "jobs" / "full_pipeline.py"), run_name="__main__")
-    told = capsys.readouterr().out
+    told = "".join(capsys.readouterr())
     assert all(line in told for line in lines)
 
 

@@ -423,7 +423,7 @@ def test_constraints_are_checked_at_the_door(tmp_path, monkeypatch, capsys, valu
     with pytest.raises(SystemExit) as end:
         run_job("", lambda run: pytest.fail("the job started"))
     assert end.value.code == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 # --- warnings -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import io
@@ -38,10 +37,9 @@ from pipeline.config import (
     ClipConfig,
     Config,
     DataConfig,
+    JobParser,
     MmapConfig,
     Section,
-    add_config_arguments,
-    config_from_command_line,
     load_yaml,
     parse_config,
     to_yaml,
@@ -515,9 +513,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 
 
 def from_command_line(*arguments: str) -> Config:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_config_arguments(parser)
-    return config_from_command_line(parser, arguments)
+    return JobParser("").given(arguments).config()
 
 
 @pytest.mark.parametrize(

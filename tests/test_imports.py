@@ -20,8 +20,8 @@ HEAVY = {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib", "sklearn", "
 REQUIRED = {
     "add_task": ["--run", "a_run", "--task", "a_task"],
     "predict": ["--prompts", "a_run", "an_image"],
-    "register_model": ["--run", "a_run", "--name", "a_name"],
-    "serve": ["--model", "a_name=a_run"],
+    "register_model": ["--run", "a_run"],
+    "serve": ["--models", "a_name=a_run"],
     "tune": ["--search", "a_search.yaml"],
 }
 WITHOUT_CONFIG_FIELDS = ("predict", "register_model", "serve")

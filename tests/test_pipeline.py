@@ -268,5 +268,5 @@ def test_faults_are_named_at_the_door(tmp_path, monkeypatch, capsys, arguments, 
     with pytest.raises(SystemExit) as end:
         run_job("", lambda run: pytest.fail("the job started"))
     assert end.value.code == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "storage" / "splits").exists()

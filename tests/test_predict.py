@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 
 import pytest
 from PIL import Image
-from pipelines import REPOSITORY
 
+from jobs import predict
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.methods.mmap import GroupMmap, MmapShape
 from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
-
-spec = importlib.util.spec_from_file_location("predict", REPOSITORY / "jobs" / "predict.py")
-predict = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(predict)
 
 
 @pytest.fixture
@@ -36,7 +31,10 @@ def prompts_file(tmp_path):
 
 def call(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-    return predict.main()
+    try:
+        return predict.main()
+    except SystemExit as end:
+        return end.code
 
 
 def test_every_image_gets_a_row_and_broken_ones_an_error(prompts_file, tmp_path, monkeypatch, capsys):
@@ -75,10 +73,10 @@ def test_options_of_the_other_output_are_refused(prompts_file, tmp_path, monkeyp
     image = (tmp_path / "a.png", "--prompts", prompts_file, "--task", "ink")
     for options, message in [
         (["--device", "cpu", "--output", tmp_path / "out.parquet"], "--device means nothing for Parquet output"),
-        (["--address", "auto"], "--address means nothing for CSV output"),
-        (["--gpus-per-worker", "0.5"], "--gpus-per-worker means nothing for CSV output"),
+        (["--cluster.address", "auto"], "--cluster.address means nothing for CSV output"),
+        (["--cluster.gpus_per_training", "0.5"], "--cluster.gpus_per_training means nothing for CSV output"),
         (["--output", tmp_path / "nowhere" / "out.csv"], "out.csv cannot be written"),
-        (["--threshold", "2"], "threshold=2.0"),
+        (["--threshold", "2"], "threshold=2: Input"),
     ]:
         assert call(monkeypatch, *image, *options) == 2
         assert message in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import os
 import shutil
@@ -15,16 +14,14 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from pipelines import QUICK, REPOSITORY, the_run
+from pipelines import QUICK, the_run
 from servers import BIN, Server, free_ports
 
 import pipeline
+from jobs import register_model
 from pipeline.errors import UserError
 
 pytestmark = pytest.mark.slow
-spec = importlib.util.spec_from_file_location("register_model", REPOSITORY / "jobs" / "register_model.py")
-register_model = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(register_model)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,11 @@ def tracking_uri(quick_run):
 def register(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     """Status, and the output or what is wrong."""
     monkeypatch.setattr(sys, "argv", ["register_model.py", *map(str, arguments)])
-    status = register_model.main()
+    status = 0
+    try:
+        register_model.main()
+    except SystemExit as end:
+        status = end.code
     out, err = capsys.readouterr()
     return status, err if status else out.strip()
 
@@ -46,7 +47,7 @@ def images_of(storage: Path, task: str, count: int) -> list[Path]:
 
 def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch, capsys):
     folder = the_run(quick_run[0])
-    once = partial(register, monkeypatch, capsys, "--run", folder, "--name", "once")
+    once = partial(register, monkeypatch, capsys, "--run", folder, "--tracking.registered_model", "once")
     assert once("--alias", "here") == (0, "models:/once/1")
     assert once() == (0, "models:/once/1")
     assert once("--threshold", "0.5") == (0, "models:/once/2")
@@ -66,16 +67,17 @@ def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch,
 
 
 def test_what_cannot_be_registered_is_named(quick_run, tmp_path, monkeypatch, capsys):
-    folder = the_run(quick_run[0])
+    folder, named = the_run(quick_run[0]), ("--tracking.registered_model", "x")
     for arguments, message in [
-        (["--run", tmp_path, "--name", "x"], "is no folder of a run"),
+        (["--run", folder], "give --tracking.registered_model"),
+        (["--run", tmp_path, *named], "is no folder of a run"),
         (
-            ["--run", folder, "--name", "x", "--tracking-uri", f"sqlite:///{tmp_path}/other.db"],
+            ["--run", folder, *named, "--tracking.uri", f"sqlite:///{tmp_path}/other.db"],
             "has no finished run of",
         ),
-        (["--run", folder, "--name", "x", "--prompts", "coop"], "coop.safetensors does not exist"),
-        (["--run", folder, "--name", "x", "--threshold", "7"], "threshold=7.0"),
-        (["--run", folder, "--name", "a/b"], "did not take the model 'a/b'"),
+        (["--run", folder, *named, "--method", "coop"], "coop.safetensors does not exist"),
+        (["--run", folder, *named, "--threshold", "7"], "threshold=7: Input"),
+        (["--run", folder, "--tracking.registered_model", "a/b"], "did not take the model 'a/b'"),
     ]:
         status, said = register(monkeypatch, capsys, *arguments)
         assert status == 2 and message in said, said
@@ -95,7 +97,10 @@ def test_a_run_registers_itself_where_the_config_says_so(quick_run, run_job, tmp
 
 def test_the_served_model_answers_as_the_loaded_one(quick_run, tracking_uri, tmp_path, monkeypatch, capsys):
     storage, _ = quick_run
-    assert register(monkeypatch, capsys, "--run", the_run(storage), "--name", "served") == (0, "models:/served/1")
+    assert register(monkeypatch, capsys, "--run", the_run(storage), "--tracking.registered_model", "served") == (
+        0,
+        "models:/served/1",
+    )
     model = pipeline.load(the_run(storage))
     (port,) = free_ports(1, first=5200)
     server = Server(

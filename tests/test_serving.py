@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib.util
 import io
 import json
 import os
@@ -35,6 +34,7 @@ from small_methods import REFERENCES, SMALL, built
 from starlette.requests import Request
 
 import pipeline
+from jobs import serve
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, MmapConfig
@@ -50,10 +50,6 @@ from pipeline.serving.ingress import Ingress
 from pipeline.serving.mixed_batch import Asked, predict_together
 from pipeline.serving.replica import ModelReplica
 from pipeline.serving.shared_clip import check_one_clip, load_models
-
-spec = importlib.util.spec_from_file_location("serve", REPOSITORY / "jobs" / "serve.py")
-serve = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(serve)
 
 DIGITS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
 GROUP = {"ink": ["zero", "one", "two"], "neon": ["zero", "one", "two"]}
@@ -441,29 +437,34 @@ def test_door_faults_end_with_status_2(tmp_path, monkeypatch, capsys):
         ("other", with_clip(trained("mmap", GROUP), weights="0" * 64)),
     ]:
         save_prompts(tmp_path / f"{name}.safetensors", prompts)
-    good = ["--model", f"a={tmp_path}/mmap.safetensors"]
+    good = ["--models", f"a={tmp_path}/mmap.safetensors"]
     (port,) = free_ports(1, first=8300)
     with socket.create_server(("127.0.0.1", port)):
         for arguments, message in [
-            (["--model", f"{tmp_path}/mmap.safetensors"], "give NAME=PLACE"),
-            (["--model", "a/b=x"], "give NAME=PLACE, with a name of letters"),
-            (["--model", "a="], "give NAME=PLACE"),
-            (["--model", f"a={tmp_path}/absent.safetensors"], "does not exist"),
-            ([*good, *good], "there is a model 'a' already"),
-            ([*good, "--model", f"b={tmp_path}/other.safetensors"], "'a' and 'b' cannot share a CLIP: their weights"),
-            ([*good, "--pretrained", "/nowhere/clip.pt"], "clip.pretrained=/nowhere/clip.pt: no such file"),
+            (["--models", f"{tmp_path}/mmap.safetensors"], "give NAME=PLACE"),
+            (["--models", "a/b=x"], "give NAME=PLACE, with a name of letters"),
+            (["--models", "a="], "give NAME=PLACE"),
+            (["--models", f"a={tmp_path}/absent.safetensors"], "does not exist"),
+            ([*good, good[1]], "there is a model 'a' already"),
+            ([*good, f"b={tmp_path}/other.safetensors"], "'a' and 'b' cannot share a CLIP: their weights"),
+            ([*good, "--clip.pretrained", "/nowhere/clip.pt"], "clip.pretrained=/nowhere/clip.pt: no such file"),
             ([*good, "--port", str(port)], f"cannot listen on --host 127.0.0.1 --port {port}: Address already in use"),
             ([*good, "--host", "192.0.2.77"], "cannot listen on --host 192.0.2.77"),
             ([*good, "--host", "no.such.host.invalid"], "cannot listen on --host no.such.host.invalid"),
-            ([*good, "--port", "0"], "--port 0: give 1 to 65535"),
-            ([*good, "--replicas", "0"], "--replicas 0: give 1 or more"),
-            ([*good, "--gpus-per-replica", "-1"], "--gpus-per-replica -1.0: give 0 or more"),
-            ([*good, "--max-request-mib", "nan"], "--max-request-mib nan: give more than 0"),
-            ([*good, "--timeout-s", "inf"], "--timeout-s inf: give more than 0"),
-            ([*good, "--batch-wait-ms", "-1"], "--batch-wait-ms -1.0: give 0 or more"),
+            ([*good, "--port", "0"], "port=0: Input should be greater than or equal to 1"),
+            ([*good, "--replicas", "0"], "replicas=0: Input should be greater than or equal to 1"),
+            (
+                [*good, "--cluster.gpus_per_training", "-1"],
+                "cluster.gpus_per_training=-1: Input should be greater than",
+            ),
+            ([*good, "--max_request_mib", "nan"], "max_request_mib='nan': Input should be"),
+            ([*good, "--timeout_s", "inf"], "timeout_s='inf': Input should be a finite number"),
+            ([*good, "--batch_wait_ms", "-1"], "batch_wait_ms=-1: Input should be greater than or equal to 0"),
         ]:
             monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
-            assert serve.main() == 2, arguments
+            with pytest.raises(SystemExit) as end:
+                serve.main()
+            assert end.value.code == 2, arguments
             assert message in capsys.readouterr().err, arguments
 
 
@@ -484,8 +485,8 @@ def places(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def service(places, tmp_path_factory):
     (port,) = free_ports(1, first=8400)
-    models = [part for name, place in places.items() for part in ("--model", f"{name}={place}")]
-    limits = ["--max-request-mib", "6", "--max-images", "8", "--batch-wait-ms", "20"]
+    models = ["--models", *(f"{name}={place}" for name, place in places.items())]
+    limits = ["--max_request_mib", "6", "--max_images", "8", "--batch_wait_ms", "20"]
     running = Service(tmp_path_factory.mktemp("service"), port, *models, "--replicas", "2", *limits)
     yield running
     running.kill()
@@ -630,13 +631,13 @@ def test_on_a_cluster_it_is_the_only_service_and_leaves_the_address_free(places,
         port, other = free_ports(2, first=8500)
 
         def job(place: Path, *more: str) -> tuple[int, str]:
-            job = [sys.executable, "jobs/serve.py", "--address", cluster.gcs, "--port", str(other)]
+            job = [sys.executable, "jobs/serve.py", "--cluster.address", cluster.gcs, "--port", str(other)]
             env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-            job += ["--model", f"m={place}", *more]
+            job += ["--models", f"m={place}", *more]
             finished = subprocess.run(job, cwd=REPOSITORY, capture_output=True, text=True, env=env, timeout=600)
             return finished.returncode, finished.stderr
 
-        service = Service(tmp_path, port, "--address", cluster.gcs, "--model", f"a={places['a']}")
+        service = Service(tmp_path, port, "--cluster.address", cluster.gcs, "--models", f"a={places['a']}")
         try:
             expected = pipeline.load(places["a"]).predict(images[:1], "ink")[0].label
             assert sent(f"{service.url}/models/a/predict?task=ink", images[0])[1]["label"] == expected

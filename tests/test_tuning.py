@@ -152,7 +152,7 @@ def test_a_search_without_a_point_that_can_be_ends_at_the_door(tmp_path, monkeyp
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "storage" / "splits").exists()
 
 
@@ -450,7 +450,7 @@ def test_trials_do_not_read_the_test_set_and_faults_end_only_theirs(searched, ru
     file = search_file(
         tmp_path, searcher="grid", trials=None, method="grouped", fields=rates, early_stopping="none", seed=2
     )
-    options = ("--search", file, "--training.epochs", "3", *TWO_TASKS, "--no-final-run")
+    options = ("--search", file, "--training.epochs", "3", *TWO_TASKS, "--final_run", "false")
     finished = run_job("tune", "--storage", storage, *options)
     assert finished.status == 0, finished.output
     assert not list((splits / "test").glob("*.parquet"))  # nor were they missed

@@ -1,7 +1,7 @@
 """Everything a run can be told: its fields and sections, YAML files, and the command line."""
 
-from pipeline.config.arguments import add_config_arguments, arguments_of, config_from_command_line
-from pipeline.config.fields import PositiveInt, Section, content_hash
+from pipeline.config.arguments import Given, JobOptions, JobParser
+from pipeline.config.fields import PositiveInt, Section, Share, content_hash
 from pipeline.config.files import (
     CONFIGS,
     DEMO_CONFIG,
@@ -16,6 +16,7 @@ from pipeline.config.schema import (
     choices,
     fields,
     parse_config,
+    section_description,
     to_yaml,
 )
 from pipeline.config.sections import (
@@ -46,18 +47,20 @@ __all__ = [
     "MmapConfig",
     "PositiveInt",
     "Section",
+    "Share",
     "TrackingConfig",
     "TrainingConfig",
-    "add_config_arguments",
-    "arguments_of",
+    "Given",
+    "JobOptions",
     "choices",
-    "config_from_command_line",
+    "JobParser",
     "content_hash",
     "fields",
     "given_or_shipped",
     "load_yaml",
     "parse_config",
     "read_text",
+    "section_description",
     "source_columns",
     "to_yaml",
 ]

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from pipeline.config.fields import Section
@@ -36,9 +36,7 @@ _S = TypeVar("_S", bound=Section)
 def _comparable(name: str) -> str:
     valid = [variant for variant in _methods.VARIANTS if variant not in ("zero_shot", *_methods.ALWAYS)]
     if name not in valid:
-        near = difflib.get_close_matches(name, valid, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"no method that can be compared{hint} Valid: {', '.join(valid)}")
+        raise ValueError(f"no method that can be compared{did_you_mean(name, valid)} Valid: {', '.join(valid)}")
     return name
 
 
@@ -78,21 +76,28 @@ class Config(Section):
         return next(value for _, value in self if type(value) is options)
 
 
+VARIANTS: tuple[str, ...] = tuple(_methods.VARIANTS)
+METHOD_SECTIONS: dict[str, Any] = {
+    name: (method.Options, method.Options())
+    for name, method in _methods.METHODS.items()
+    if method.section not in (None, *Config.model_fields)
+}
 if not TYPE_CHECKING:  # for which `section` knows the types of the methods' sections
-    _sections = {
-        name: (method.Options, method.Options())
-        for name, method in _methods.METHODS.items()
-        if method.section not in (None, *Config.model_fields)
-    }
-    Config = create_model("Config", __base__=Config, __module__=__name__, **_sections)
+    Config = create_model("Config", __base__=Config, __module__=__name__, **METHOD_SECTIONS)
 
 _DEFAULTS = Config()
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_config(values: dict[str, Any]) -> Config:
     """Config from nested plain values; every fault is named in one UserError."""
+    return validated(Config, values)
+
+
+def validated(model: type[Model], values: dict[str, Any]) -> Model:
+    """Raises: UserError: every fault, by field and value."""
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(_explain(fault) for fault in error.errors())) from None
 
@@ -118,6 +123,13 @@ def section_at(path: Sequence[str]) -> type[Section]:
         assert isinstance(annotation, type) and issubclass(annotation, Section)
         section = annotation
     return section
+
+
+def section_description(path: str) -> str:
+    """As its parent has it, or its own."""
+    *parents, name = path.split(".")
+    field = section_at(parents).model_fields[name]
+    return " ".join((field.description or field.annotation.__doc__ or "").split())
 
 
 def to_yaml(config: Config) -> str:

@@ -6,11 +6,10 @@ Names and titles are known without torch, Ray and MLflow: a stage's module is im
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from pipeline.runtime.run import Run
@@ -67,7 +66,5 @@ def stages_in_words() -> str:
 def check_stage(option: str, name: str) -> str:
     """Raises: UserError: there is no stage of this name."""
     if name not in NAMES:
-        near = get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{option} {name} is no stage{hint or ';'} valid: {', '.join(NAMES)}")
+        raise UserError(f"{option} {name} is no stage{did_you_mean(name, NAMES)} Valid: {', '.join(NAMES)}")
     return name
