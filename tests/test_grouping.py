@@ -19,7 +19,7 @@ from plain_partitions import OBJECTIVES, all_partitions, best_by_plain_enumerati
 from small_clip import small_towers
 from small_problem import mmap_shape
 
-from pipeline.command_line import run_job
+from pipeline import command_line
 from pipeline.config import Config, GroupingConfig
 from pipeline.errors import UserError
 from pipeline.grouping import trust
@@ -421,7 +421,7 @@ def test_constraints_are_checked_at_the_door(tmp_path, monkeypatch, capsys, valu
     options = ["--grouping.together", "[[chalk, ink]]", "--grouping.apart", value]
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *options])
     with pytest.raises(SystemExit) as end:
-        run_job("", lambda run: pytest.fail("the job started"))
+        command_line.run_job("", lambda run: pytest.fail("the job started"))
     assert end.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
 

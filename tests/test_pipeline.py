@@ -15,7 +15,7 @@ import ray
 from mlflow import MlflowClient
 from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, every_step_once, numbers, summary, the_run
 
-from pipeline.command_line import run_job
+from pipeline import command_line
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
 from pipeline.runtime.cluster import joined
@@ -266,7 +266,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
 def test_faults_are_named_at_the_door(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *arguments])
     with pytest.raises(SystemExit) as end:
-        run_job("", lambda run: pytest.fail("the job started"))
+        command_line.run_job("", lambda run: pytest.fail("the job started"))
     assert end.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "storage" / "splits").exists()

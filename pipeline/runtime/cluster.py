@@ -114,7 +114,7 @@ def _join_or_start(config: ClusterConfig, dashboard: bool) -> None:
         # Ray Train asks the dashboard whether its placement groups are still needed.
         options = local_ray_options(dashboard or config.workers_per_training > 1)
     elif not IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
-        options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
+        options["runtime_env"] = {"py_modules": [str(Path(__file__).parent.parent)]}  # the package
     try:
         ray.init(address=address, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError) as error:
