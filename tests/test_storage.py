@@ -117,6 +117,7 @@ def test_a_folder_is_sent_while_others_write_in_it(s3, tmp_path):
     def write() -> None:
         while not ended.is_set():
             write_atomically(folder / "tracking" / "state.json", "state")
+            write_atomically(folder / "tracking" / "more.json", "more")
 
     writing = threading.Thread(target=write)
     writing.start()
