@@ -200,6 +200,6 @@ def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_pa
 
 
 def pipeline_artefact(folder: Path) -> dict:
-    from pipeline.runtime.storage import read_json
+    from pipeline.files import read_json
 
     return read_json(folder / "artefact.json")["made_from"]
