@@ -30,12 +30,12 @@ def trials_table(search: Search, trials: Sequence[Trial], title: str) -> Table:
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("", no_wrap=True)
     for trial in ranked(trials)[:SHOWN]:
-        measured = bool(trial.epochs) and trial.state != "failed"
+        measured = trial.epochs and trial.state != "failed"
         table.add_row(
             str(trial.number),
             *(escape(shown(trial.point[name])) if name in trial.point else "" for name in search.space),
             f"{trial.trained_parameters:,}" if measured else "",
-            str(trial.epochs[-1].epoch) if trial.epochs else "0",
+            str(trial.epochs),
             f"{100 * trial.validation_accuracy:.1f}" if measured else "",
             STATES[trial.state],
         )
@@ -50,16 +50,16 @@ def trials_to_csv(search: Search, tasks: Sequence[str], trials: Sequence[Trial])
     writer = csv.writer(text)
     writer.writerow([*names, *(f"validation_accuracy/{task}" for task in tasks), "fault"])
     for trial in ranked(trials):
-        last = trial.epochs[-1] if trial.epochs else None
-        accuracies = [last.average, *(last.accuracy[task] for task in tasks)] if last else [""] * (1 + len(tasks))
+        measured = trial.epochs and trial.state != "failed"
         writer.writerow(
             [
                 trial.number,
                 trial.state,
                 *(_exact(trial.point[name]) if name in trial.point else "" for name in search.space),
-                trial.trained_parameters if last else "",
-                last.epoch if last else 0,
-                *accuracies,
+                trial.trained_parameters if measured else "",
+                trial.epochs,
+                trial.validation_accuracy if measured else "",
+                *(trial.accuracy[task] if measured else "" for task in tasks),
                 trial.fault,
             ]
         )

@@ -37,17 +37,18 @@ def planned_points(search: Search, check: Check) -> Points:
     Raises:
         UserError: none can be; a grid has more than MAX_TRIALS.
     """
-    options, number, refused, reason = search.options, 1, 0, ""
+    options, refused, reason = search.options, 0, ""
     if options.searcher == "grid":
-        number, candidates = math.prod(len(of.values) for of in search.space.values()), _grid(search.space)
+        number = math.prod(len(of.values) for of in search.space.values())
         if number > MAX_TRIALS:
             raise UserError(
                 f"the grid has {number:,} points, more than {MAX_TRIALS:,}: fewer values, or searcher random"
             )
+        grid = product(*(of.values for of in search.space.values()))
+        candidates: Iterator[Point] = (dict(zip(search.space, values)) for values in grid)
     else:
+        number = options.trials or 1 if options.searcher == "random" else 1
         candidates = draws(search.space, options.seed)
-        if options.searcher == "random":
-            number = options.trials or 1
     found: dict[str, Point] = {}
     seen: set[str] = set()
     in_vain = 0
@@ -66,11 +67,6 @@ def planned_points(search: Search, check: Check) -> Points:
     if not found:
         raise UserError(f"no point of the search can be: {reason}")
     return Points(tuple(found.values()), refused, reason)
-
-
-def _grid(space: Mapping[str, Range]) -> Iterator[Point]:
-    for values in product(*(of.values for of in space.values())):
-        yield dict(zip(space, values))
 
 
 def draws(space: Mapping[str, Range], seed: int) -> Iterator[Point]:

@@ -115,28 +115,28 @@ def read_search(path: Path, base: Config) -> Search:
     """
     values = load_yaml(path)
     ranges = values.pop("fields", None)
+    space, faults = {}, []
     try:
         options = SearchOptions.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_explained(fault)}" for fault in error.errors())) from None
+        faults = [_explained(fault) for fault in error.errors()]
     if not isinstance(ranges, dict) or not ranges:
-        raise UserError(f"{path}: fields is missing: config fields and what each may be, such as {_EXAMPLE}")
-    space, faults = {}, []
+        ranges = {}
+        faults.append(f"fields is missing: config fields and what each may be, such as {_EXAMPLE}")
     if METHOD in ranges and METHOD in values:
-        faults.append(f"{path}: method stands among the fields and beside them: leave one out")
+        faults.append("method stands among the fields and beside them: leave one out")
     for name, given in ranges.items():
         try:
-            space[str(name)] = _range(str(name), given, options.searcher)
+            space[str(name)] = _range(str(name), given, values.get("searcher"))
         except UserError as error:
-            faults.append(f"{path}: {error}")
-    if faults:
-        raise UserError("\n".join(faults))
-    # The order in the file decides nothing.
-    space = {name: space[name] for name in (METHOD, *_FIELDS) if name in space}
-    try:
-        return _checked(options, space, base)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+            faults.append(str(error))
+    if not faults:
+        try:
+            # The order in the file decides nothing.
+            return _checked(options, {name: space[name] for name in (METHOD, *_FIELDS) if name in space}, base)
+        except UserError as error:
+            faults.append(str(error))
+    raise UserError("\n".join(f"{path}: {fault}" for fault in faults))
 
 
 def config_at(base: Config, point: Mapping[str, Any], methods: Sequence[str]) -> tuple[Config, str]:
@@ -160,7 +160,7 @@ _EXAMPLE = "training.learning_rate: {loguniform: [0.0003, 0.03]}"
 _FIELDS = {name: field for name, field, _ in fields()}
 
 
-def _range(name: str, given: Any, searcher: str) -> Range:
+def _range(name: str, given: Any, searcher: Any) -> Range:
     """Raises: UserError: what is wrong with a field of `fields`."""
     _check_name(name)
     if not isinstance(given, dict) or len(given) != 1:
@@ -183,13 +183,11 @@ def _range(name: str, given: Any, searcher: str) -> Range:
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(values) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
         raise UserError(f"fields: {name}: {kind} takes two numbers, the smaller first, not {values}")
-    whole = all(isinstance(value, int) for value in values)
-    if kind == "integer" and not whole:
-        raise UserError(f"fields: {name}: integer takes two whole numbers, not {values}")
     if kind != "integer":
-        _check_value(
-            name, sum(numbers) / 2 + 0.001 * (numbers[1] - numbers[0]), f"{kind} draws fractions; use integer: "
-        )
+        between = sum(numbers) / 2 + 0.001 * (numbers[1] - numbers[0])
+        _check_value(name, between, f"{kind} draws fractions; use integer: ")
+    elif not all(isinstance(value, int) for value in values):
+        raise UserError(f"fields: {name}: integer takes two whole numbers, not {values}")
     if kind == "loguniform" and values[0] <= 0:
         raise UserError(f"fields: {name}: loguniform begins above 0, not at {values[0]}")
     return Range(kind, tuple(values))

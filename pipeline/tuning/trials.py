@@ -1,28 +1,15 @@
-"""What is known of a search's trials: a JSON file each, from which an interrupted search goes on."""
+"""What a search's trials measured, and which is the best."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-from pipeline.files import make_folder, read_json, write_json
-from pipeline.runtime.storage import Storage
 from pipeline.tuning.points import Point
 
 State = Literal["running", "whole", "stopped", "failed"]
 """Not ended; trained to its last epoch; ended early by the rule; ended by a fault."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What a trial measured after an epoch, from 1. `accuracy`: task → share of its validation images that are
-    classified correctly, 0 to 1; `average`: their plain mean."""
-
-    epoch: int
-    average: float
-    accuracy: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -32,33 +19,14 @@ class Trial:
     number: int
     point: Point
     state: State = "running"
-    epochs: tuple[Epoch, ...] = ()
+    epochs: int = 0
+    """That were measured; what follows is after the last of them."""
+    validation_accuracy: float = 0.0
+    """The plain mean over tasks, 0 to 1; 0 for a trial that failed."""
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    """Task → share of its validation images that are classified correctly, 0 to 1."""
     trained_parameters: int = 0
     fault: str = ""
-
-    @property
-    def validation_accuracy(self) -> float:
-        """After its last epoch, 0 to 1; 0 for one that failed."""
-        return self.epochs[-1].average if self.epochs and self.state != "failed" else 0.0
-
-
-@dataclass(frozen=True)
-class TrialRecords:
-    """The trials of a search in its folder."""
-
-    storage: Storage
-    folder: Path
-
-    def write(self, trial: Trial) -> None:
-        """Raises: UserError: the disk is full."""
-        path = make_folder(self.folder) / f"{trial.number}.json"
-        write_json(path, asdict(trial))
-        self.storage.send(path)
-
-    def read(self) -> list[Trial]:
-        """By number."""
-        found = [_trial(read_json(path)) for path in self.folder.glob("*.json")]
-        return sorted(found, key=lambda trial: trial.number)
 
 
 def best_trial(trials: Iterable[Trial]) -> Trial | None:
@@ -75,7 +43,3 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
         trials,
         key=lambda of: (order[of.state], -round(of.validation_accuracy, 9), of.trained_parameters, of.number),
     )
-
-
-def _trial(values: dict[str, Any]) -> Trial:
-    return Trial(**{**values, "epochs": tuple(Epoch(**of) for of in values["epochs"])})

@@ -1,9 +1,8 @@
 """A search for good values of config fields, by Ray Tune: trials on held-out training images, their report, and one run
 of the pipeline with the best values.
 
-What Tune knows of a search ends with the process. What is known of its trials lies in the search's folder, a JSON file
-a trial, and the trainings have checkpoints of their own: so an interrupted search goes on without reading pickles from
-the storage, and with early stopping and Optuna knowing what was measured before.
+Ray Tune keeps the state of a search that is not finished, and restores it. The trainings have checkpoints of their own,
+a folder a point, so that a trial of which Tune knows nothing, or no more, still goes on from there.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,22 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.clip.load import towers_without_weights
-from pipeline.config import Config, to_yaml
+from pipeline.config import Config, content_hash, to_yaml
+from pipeline.data.find import Listing
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomically, write_json
 from pipeline.grouping.search.constraints import check_constraints
-from pipeline.methods.registry import ALWAYS, VARIANTS, training_of
+from pipeline.methods.registry import ALWAYS, VARIANTS
 from pipeline.report.summary import title
 from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
 from pipeline.runtime.cluster import places
 from pipeline.runtime.run import PARENT, Run, check_methods, check_run, connected, tracked
 from pipeline.stages.flow import run_stages
-from pipeline.tuning.points import Check, Point, Points, planned_points
+from pipeline.tuning.points import Check, Points, planned_points
 from pipeline.tuning.search_file import Search, config_at
-from pipeline.tuning.trials import Trial, TrialRecords, best_trial
+from pipeline.tuning.trials import Trial, best_trial
 from pipeline.workflows.held_out import hold_out
-from pipeline.workflows.tuning_searchers import OptunaPoints, Recorder, early_stopping
+from pipeline.workflows.tuning_searchers import Listener, OptunaPoints, early_stopping
 from pipeline.workflows.tuning_trial import METRIC, TrialSetup, run_trial
 
 PLACE = "searches"
@@ -61,7 +61,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
             "trials run beside each other: leave it at 1"
         )
     run = check_run(base, console, place=PLACE, decided_by={"search": search.to_json()})
-    check = _point_check(run, search)
+    check = partial(_check_point, run.config, replace(run.listing, images=()), search.methods)
     points = planned_points(search, check)
     write_atomically(
         run.folder / "search.yaml", yaml.safe_dump(search.to_json(), sort_keys=False, default_flow_style=None)
@@ -90,128 +90,116 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
     return run.folder
 
 
-def _point_check(run: Run, search: Search) -> Check:
+def _check_point(config: Config, listing: Listing, methods: Sequence[str], point: Mapping[str, Any]) -> None:
     """Raises UserError for values that do not go together, or not with the model or the tasks."""
-    towers = towers_without_weights(run.config.clip)
+    towers = _towers(config.clip)
+    config, method = config_at(config, point, methods)
+    check_methods(config, listing, towers, (method,))
+    if VARIANTS[method].uses_grouping:
+        check_constraints(list(listing.classes), **config.grouping.constraints)
 
-    def check(point: Mapping[str, Any]) -> None:
-        config, method = config_at(run.config, point, search.methods)
-        check_methods(config, run.listing, towers, (method,))
-        if VARIANTS[method].uses_grouping:
-            check_constraints(run.tasks, **config.grouping.constraints)
 
-    return check
+_towers = cache(towers_without_weights)  # which Ray Tune cannot pickle with the check
 
 
 def _carry_out(run: Run, search: Search, points: Points, check: Check) -> list[Trial]:
-    """All trials of the search; those that are recorded as ended are not done again."""
-    console, options = run.console, search.options
-    records = TrialRecords(run.storage, run.folder / "trials")
-    before = records.read()
+    """All trials of the search; those that ended are not done again."""
+    console, state = run.console, run.folder / "tune"
     if (run.folder / RESULT).exists():
-        console.print(f"  found finished: {len(before)} trials", highlight=False)
-        return before
-    if points.refused and options.searcher != "optuna":
+        trials = [Trial(**trial) for trial in read_json(run.folder / RESULT)["trials"]]
+        console.print(f"  found finished: {len(trials)} trials", highlight=False)
+        return trials
+    if points.refused and search.options.searcher != "optuna":
         told = f"{points.refused} points are not tried, since their values do not go together, such as: {points.reason}"
         console.print(f"  {escape(told)}", highlight=False)
-    splits = hold_out(run, options.validation_shots)
-    setup = TrialSetup(
-        run.config, search.methods, replace(run.listing, images=()), run.clip, splits, run.folder / "checkpoints"
+    splits = hold_out(run, search.options.validation_shots)
+    checkpoints = run.folder / "checkpoints"
+    setup = TrialSetup(run.config, search.methods, replace(run.listing, images=()), run.clip, splits, checkpoints)
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, setup=setup), {"cpu": run.needs.cpus, "gpu": run.needs.gpus}
     )
-    ended = {trial.number for trial in before if trial.state != "running"}
-    number = len(points.points)
-    if options.searcher == "optuna":
-        assert options.trials is not None  # SearchOptions asks for it
-        number = options.trials
-    if ended:
-        console.print(f"  {len(ended)} of {number} trials were done before", highlight=False)
-    if len(ended) < number:
-        _tune(run, search, points, check, setup, before, number - len(ended))
-    trials = records.read()
-    if any(trial.state == "running" for trial in trials):
-        raise UserError("Ray Tune ended before all trials did; its logs say why, and the same command goes on")
-    write_json(run.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in trials]})
-    run.storage.remove(setup.checkpoints)
-    run.storage.remove(run.folder / "tune")
-    return trials
-
-
-def _tune(
-    run: Run, search: Search, points: Points, check: Check, setup: TrialSetup, before: Sequence[Trial], number: int
-) -> None:
-    """Has Ray Tune do `number` trials more; `before`: all that began."""
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # what they write is in the records
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # what they write is in MLflow
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which is not silent
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupt ends the job, as everywhere
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    state = {trial.number: trial.state for trial in before}
-    space: dict[str, Any] = {}
-    searcher = None
-    if search.options.searcher == "optuna":
-        searcher = OptunaPoints(search, check, before)
-    else:
-        todo = [at for at in range(len(points.points)) if state.get(at, "running") == "running"]
-        todo.sort(key=lambda at: at not in state)  # first those that have a checkpoint
-        space["trial"] = tune.grid_search([{"number": at, "point": points.points[at]} for at in todo])
-    run.storage.remove(run.folder / "tune")
-    filesystem, place = run.storage.filesystem(run.folder)
-    records = TrialRecords(run.storage, run.folder / "trials")
-    recorder = Recorder(records, partial(_epochs_at, run.config, search), before, partial(_track, run, search))
-    tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(run_trial, setup=setup), {"cpu": run.needs.cpus, "gpu": run.needs.gpus}
-        ),
-        param_space=space,
+    Listener.changed = partial(_track, run)
+    tuner = _restored(run, search, state, trainable) or _new_tuner(run, search, points, check, state, trainable)
+    tuner.fit()
+    write_json(
+        run.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in Listener.trials]}
+    )
+    run.storage.remove(checkpoints)
+    run.storage.remove(state)
+    return Listener.trials
+
+
+def _restored(run: Run, search: Search, state: Path, trainable: Any) -> tune.Tuner | None:
+    """The search as it was when an earlier job was interrupted; None if none was."""
+    filesystem, place = run.storage.filesystem(state)
+    if not tune.Tuner.can_restore(place, filesystem):
+        return None
+    try:
+        tuner = tune.Tuner.restore(place, trainable, storage_filesystem=filesystem)
+        before = tuner.get_results()
+    except OSError:
+        raise
+    except Exception as error:  # there is no state yet, or one of another version
+        told = f"Ray Tune cannot restore the search: {error}. It begins anew; its trials go on from their checkpoints"
+        run.console.print(f"  {told}", style="yellow", markup=False, highlight=False)
+        run.storage.remove(state)
+        return None
+    told = f"{before.num_terminated + before.num_errors} trials were done before"
+    if search.options.early_stopping != "none":
+        told += "; early stopping does not know what they measured"
+    run.console.print(f"  {told}", highlight=False)
+    return tuner
+
+
+def _new_tuner(run: Run, search: Search, points: Points, check: Check, state: Path, trainable: Any) -> tune.Tuner:
+    options, by_optuna = search.options, search.options.searcher == "optuna"
+    numbered = [{"number": number, "point": point} for number, point in enumerate(points.points)]
+    filesystem, place = run.storage.filesystem(state.parent)
+    return tune.Tuner(
+        trainable,
+        param_space={} if by_optuna else {"trial": tune.grid_search(numbered)},
         tune_config=tune.TuneConfig(
-            num_samples=number if searcher else 1,
-            search_alg=searcher,
-            scheduler=early_stopping(search, _most_epochs(run.config, search), before),
+            num_samples=(options.trials or 1) if by_optuna else 1,
+            search_alg=OptunaPoints(search, check) if by_optuna else None,
+            scheduler=early_stopping(search, run.config),
             # Else Optuna would be asked for many points before it knows of any.
-            max_concurrent_trials=max(1, places(run.needs)) if searcher else None,
+            max_concurrent_trials=max(1, places(run.needs)) if by_optuna else None,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=state.name,
             storage_path=place,
-            storage_filesystem=filesystem if run.storage.is_bucket else None,
-            callbacks=[recorder],
+            storage_filesystem=filesystem,
+            callbacks=[Listener()],
             failure_config=tune.FailureConfig(max_failures=run.config.cluster.max_retries),
             verbose=0,
         ),
     )
-    tuner.fit()
 
 
-def _epochs_at(base: Config, search: Search, point: Point) -> int:
-    config, method = config_at(base, point, search.methods)
-    return training_of(VARIANTS[method].method, config).epochs
-
-
-def _most_epochs(base: Config, search: Search) -> int:
-    """No point's trainings are longer."""
-    lengths = [_epochs_at(base, search, {"method": method}) for method in search.methods]
-    searched = [of.values for name, of in search.space.items() if name.endswith("training.epochs")]
-    most: int = max([*lengths, *(value for values in searched for value in values if value)])
-    return most
-
-
-def _track(run: Run, search: Search, trial: Trial) -> None:
+def _track(run: Run, trial: Trial) -> None:
     """A change of a trial, to MLflow and, at its end, to the console."""
-    tracker, name = run.tracker, f"trial {trial.number}"
-    tracker.start_run(name, parent=PARENT, tags={"level": "trial", "trial": trial.number}, params=trial.point)
-    if trial.epochs:
-        last = trial.epochs[-1]
-        metrics = {f"{METRIC}/{task}": value for task, value in last.accuracy.items()}
-        metrics |= {f"{METRIC}/average": last.average, "trained_parameters": trial.trained_parameters}
-        tracker.log_metrics(name, metrics, step=last.epoch)
+    label = f"trial {trial.number}"
+    # Of trials that began just before an interruption Ray Tune may not know: the next may have such a one's number.
+    tracker, name = run.tracker, f"{label} {content_hash(trial.point)}"
+    tags = {"level": "trial", "trial": trial.number, "mlflow.runName": label}
+    tracker.start_run(name, parent=PARENT, tags=tags, params=trial.point)
+    if trial.accuracy:
+        metrics = {f"{METRIC}/{task}": value for task, value in trial.accuracy.items()}
+        metrics |= {f"{METRIC}/average": trial.validation_accuracy, "trained_parameters": trial.trained_parameters}
+        tracker.log_metrics(name, metrics, step=trial.epochs)
     if trial.state == "running":
         return
     tracker.set_tags(name, {"state": STATES[trial.state], **({"fault": trial.fault} if trial.fault else {})})
     tracker.end_run(name, "FAILED" if trial.state == "failed" else "FINISHED")
     told = f"failed: {trial.fault}"
     if trial.state != "failed":
-        told = f"{100 * trial.validation_accuracy:.1f} % after {trial.epochs[-1].epoch} epochs, {STATES[trial.state]}"
-    run.console.print(f"  {name}: {escape(told)} · {escape(described(trial.point))}", highlight=False)
+        told = f"{100 * trial.validation_accuracy:.1f} % after {trial.epochs} epochs, {STATES[trial.state]}"
+    run.console.print(f"  {label}: {escape(told)} · {escape(described(trial.point))}", highlight=False)
 
 
 def _report(run: Run, search: Search, trials: Sequence[Trial]) -> Trial:

@@ -15,7 +15,7 @@ from ray import tune
 from rich.console import Console
 
 from pipeline.clip.load import ClipIdentity
-from pipeline.config import Config
+from pipeline.config import Config, content_hash
 from pipeline.data.find import Listing
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
@@ -33,9 +33,10 @@ from pipeline.training.batches import TrainingSet, load_training_labels, load_tr
 from pipeline.training.evaluate import accuracy, decoded_batches, evaluate_decoded
 from pipeline.tuning.search_file import config_at
 
-METRIC, EPOCH, ACCURACY, PARAMETERS, FAULT = "validation_accuracy", "epoch", "accuracy", "trained_parameters", "fault"
-"""Names of what a trial reports: the mean over tasks (0 to 1), epochs done, task → accuracy, trained numbers, and, once
-and last, what ended it."""
+METRIC, EPOCH, WHOLE, ACCURACY = "validation_accuracy", "epoch", "whole", "accuracy"
+PARAMETERS, FAULT = "trained_parameters", "fault"
+"""Names of what a trial reports: the mean over tasks (0 to 1), epochs done, whether these are all, task → accuracy,
+trained numbers, and, once and last, what ended it."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,19 @@ class TrialSetup:
     splits: Artefact
     """Their test images are the validation images."""
     checkpoints: Path
-    """Folder in the storage, of which each trial has a part."""
+    """Folder in the storage, of which each point has a part: what is known of a trial's number may be lost."""
 
 
 def run_trial(config: dict[str, Any], setup: TrialSetup) -> None:
     """Reports to Tune after every epoch. A fault that its values make, such as a loss that is not finite, ends the
     trial and no other, with an accuracy of 0."""
-    trial, epoch = config["trial"], 0
+    point, epoch = config["trial"]["point"], 0
     try:
-        for measured in measured_epochs(trial["point"], setup, setup.checkpoints / str(trial["number"])):
+        for measured in measured_epochs(point, setup, setup.checkpoints / content_hash(point)):
             epoch = measured[EPOCH]
             tune.report(measured)
     except UserError as error:
-        tune.report({EPOCH: epoch + 1, METRIC: 0.0, FAULT: str(error)})
+        tune.report({EPOCH: epoch, METRIC: 0.0, FAULT: str(error)})
 
 
 def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path) -> Iterator[dict[str, Any]]:
@@ -83,8 +84,8 @@ def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path)
             _make(training.start.work)
     groups = [_GroupTraining(training, checkpoints / str(number)) for number, training in enumerate(trainings)]
     parameters = sum(group.num_parameters for group in groups)
-    begun = max(1, *(group.trainer.epoch for group in groups))
-    for epoch in range(begun, groups[0].trainer.epochs + 1):
+    begun, epochs = max(1, *(group.trainer.epoch for group in groups)), groups[0].trainer.epochs
+    for epoch in range(begun, epochs + 1):
         for group in groups:
             while group.trainer.epoch < epoch:  # its checkpoint may be older than another group's
                 group.trainer.run_epoch()
@@ -92,6 +93,7 @@ def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path)
         of_task = {task: of_task[task] for task in run.tasks}
         yield {
             EPOCH: epoch,
+            WHOLE: epoch == epochs,
             METRIC: sum(of_task.values()) / len(of_task),
             ACCURACY: of_task,
             PARAMETERS: parameters,
