@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING
 from pipeline.command_line import run_job
 
 if TYPE_CHECKING:
-    from pipeline.runtime.run import Run
+    from pipeline.runtime.session import Session
+    from pipeline.stages.plan import Plan
 
 severities: set[str] = set()
 
 
-def main(run: Run) -> None:
+def main(plan: Plan, session: Session) -> None:
     from pipeline.stages.data_check import check_data
 
-    severities.update(finding.severity for finding in check_data(run, in_full=True))
+    severities.update(finding.severity for finding in check_data(plan, session, in_full=True))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def main() -> None:
         given = JobParser(f"{__doc__}\n{stages_in_words()}", Options).given()
         config, until = given.config(), check_stage("--until", given.own.until)
 
-        from pipeline.runtime.run import open_run
+        from pipeline.stages.run import open_run
 
-        with open_run(config, console) as run:
-            run_stages(run, until)
+        with open_run(config, console) as (plan, session):
+            run_stages(plan, session, until)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,21 @@ from pipeline.config import JobParser
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.runtime.run import Run
+    from pipeline.runtime.session import Session
+    from pipeline.stages.plan import Plan
 
 LOG_WIDTH = 160
 
 
-def run_job(description: str | None, main: Callable[[Run], object]) -> None:
-    """The body of a job script of one run: command line, checks, `main(run)`."""
+def run_job(description: str | None, main: Callable[[Plan, Session], object]) -> None:
+    """The body of a job script of one run: command line, checks, `main(plan, session)`."""
     with user_errors_told() as console:
         config = JobParser(description).given().config()
 
-        from pipeline.runtime.run import open_run
+        from pipeline.stages.run import open_run
 
-        with open_run(config, console) as run:
-            main(run)
+        with open_run(config, console) as (plan, session):
+            main(plan, session)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from pipelines import run_in_process, summary
 
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.registry import ALWAYS, VARIANTS
-from pipeline.runtime.run import NUMBERS_VERSION
+from pipeline.stages.plan import NUMBERS_VERSION
 
 FOLDER = Path(__file__).with_name("golden")
 BASELINES = [name for name in VARIANTS if name != "zero_shot" and name not in ALWAYS]

@@ -21,9 +21,9 @@ from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.benchmark_tables import to_csv
 from pipeline.report.paper_results import PAPER_METHODS
-from pipeline.runtime.run import open_run
 from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import plan_trainings
+from pipeline.stages.run import open_run
 
 BENCHMARK = ("jobs/benchmark.py",)
 QUICK = ("--training.epochs", "2", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon]")
@@ -40,7 +40,8 @@ def trainings(storage):
     found = {}
     for file in (storage / "group_trainings").glob("[!.]*/artefact.json"):
         made_from = json.loads(file.read_text())["made_from"]
-        found[made_from["method"], *made_from["group"], made_from["shots"], made_from["seed"]] = file.stat().st_mtime_ns
+        shots, seed = made_from["splits"]["shots"], made_from["splits"]["seed"]
+        found[made_from["method"], *made_from["group"], shots, seed] = file.stat().st_mtime_ns
     return found
 
 
@@ -154,10 +155,10 @@ def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray,
     assert len(both) > 10
     values = load_yaml(DEMO_CONFIG) | {"storage": str(tmp_path / "storage")}
     values["data"] |= {"tasks": ["noise"], "shots": 1}
-    with open_run(parse_config(values), Console(quiet=True)) as run:
-        run_stages(run, "splits")
+    with open_run(parse_config(values), Console(quiet=True)) as (plan, session):
+        run_stages(plan, session, "splits")
         for name in both:
-            ((single,), (multi,)) = (plan_trainings(run, version, None, {}) for version in (name, f"{name}_mt"))
+            ((single,), (multi,)) = (plan_trainings(plan, version, None, {}) for version in (name, f"{name}_mt"))
             assert single.artefact.key == multi.artefact.key and single.item.tasks == multi.item.tasks == ("noise",)
 
 

@@ -27,7 +27,7 @@ def test_a_stage_has_a_module_and_takes_what_was_made_before_it(stage):
     module = import_module(f"pipeline.stages.{stage.name}")
     assert module.NAME == stage.name
     assert set(stage.takes) <= set(NAMES[: NAMES.index(stage.name)])
-    inspect.signature(getattr(module, stage.function)).bind("run", *stage.takes)
+    inspect.signature(getattr(module, stage.function)).bind("plan", "session", *stage.takes)
 
 
 @pytest.mark.parametrize("job", UNTIL)

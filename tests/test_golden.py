@@ -22,7 +22,7 @@ from pipeline.config import load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.prompt_file import load_prompts
 from pipeline.methods.registry import METHODS, VARIANTS, training_of
-from pipeline.runtime.run import NUMBERS_VERSION
+from pipeline.stages.plan import NUMBERS_VERSION
 from pipeline.training.batches import load_training_sets
 from pipeline.training.trainer import Trainer
 

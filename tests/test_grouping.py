@@ -184,8 +184,8 @@ def test_the_stage_heeds_its_options_and_records_them(tmp_path):
     assert describe_search(found) == "best of 1 partitions · enumeration"
 
 
-def small_run(storage: Storage, tasks: list[str], **options) -> SimpleNamespace:
-    """What the grouping takes of a run."""
+def small_plan(storage: Storage, tasks: list[str], **options) -> SimpleNamespace:
+    """What the grouping takes of a plan."""
 
     def artefact(stage: str, made_from: dict) -> Artefact:
         return Artefact(storage, stage, made_from)
@@ -240,9 +240,9 @@ def make_grouping_of(tmp_path, monkeypatch):
     storage = Storage.of_folder(tmp_path / "storage")
 
     def make(tasks: list[str], gradients: np.ndarray, **options) -> MadeGrouping:
-        run, snapshots = small_run(storage, tasks, **options), made_snapshots(storage, tasks, gradients)
-        artefact = grouping_artefact(run, snapshots)
-        assert make_grouping(run, snapshots, artefact)
+        plan, snapshots = small_plan(storage, tasks, **options), made_snapshots(storage, tasks, gradients)
+        artefact = grouping_artefact(plan, snapshots)
+        assert make_grouping(plan, snapshots, artefact)
         page = (artefact.local() / "grouping.html").read_text()
         pictures = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)
         shown = {title: figures[int(base64.b64decode(token).split()[1])] for title, token in pictures}

@@ -17,10 +17,10 @@ from pipeline.data.find import find_images
 from pipeline.data.parquet import COLUMNS, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import sample_splits
 from pipeline.errors import UserError
-from pipeline.runtime.run import open_run
 from pipeline.stages import data_check
 from pipeline.stages import splits as stage
 from pipeline.stages.flow import run_stages
+from pipeline.stages.run import open_run
 
 TASKS, CLASSES, PER_CLASS, SHOTS = ("art", "real world"), ("bed", "post_it"), 6, 2
 NUM_IMAGES = len(TASKS) * len(CLASSES) * PER_CLASS
@@ -69,8 +69,8 @@ def build(folder, shared_ray, monkeypatch):
     def build(storage: str, max_dropped_share: float = 0.0, **data: Any) -> tuple[SplitReader, str]:
         printed = io.StringIO()
         config = config_of(folder, storage, {"max_dropped_share": max_dropped_share, **data})
-        with open_run(config, Console(file=printed, width=300)) as run:
-            return run_stages(run, "splits")["splits"], printed.getvalue()
+        with open_run(config, Console(file=printed, width=300)) as (plan, session):
+            return run_stages(plan, session, "splits")["splits"], printed.getvalue()
 
     return build
 

@@ -6,7 +6,7 @@ import shutil
 import socket
 import threading
 import uuid
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +16,18 @@ from servers import free_ports, mlflow_server
 
 from pipeline.config import CONFIGS, TrackingConfig, load_yaml, parse_config
 from pipeline.errors import UserError
+from pipeline.runtime.cluster import WorkerNeeds
 from pipeline.runtime.environment import run_environment
-from pipeline.runtime.run import check_run, tracked
+from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage
+from pipeline.runtime.storage import Storage
 from pipeline.runtime.tracking import delivery
 from pipeline.runtime.tracking.delivery import PROGRESS, REFUSED, Delivery
 from pipeline.runtime.tracking.journal import JOURNAL, Journal
 from pipeline.runtime.tracking.mlflow_adapter import Refused, check_reachable, mlflow_client, resolve_tracking_uri
 from pipeline.runtime.tracking.tracker import Tracker
+from pipeline.stages.plan import Plan, make_plan
+from pipeline.stages.run import at_work
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -487,18 +491,23 @@ def test_every_run_has_its_own_parent(uri, folder):
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory):
-    """Checked, and not connected to Ray."""
+def demo_plan(tmp_path_factory):
     config = parse_config(load_yaml(CONFIGS / "demo.yaml") | {"storage": str(tmp_path_factory.mktemp("demo"))})
-    return check_run(config, Console(quiet=True))
+    return make_plan(config, Console(quiet=True))
 
 
 @pytest.fixture
-def checked_run(demo_run, tmp_path, uri):
+def plan(demo_plan, tmp_path, uri):
     """A new run like that, with MLflow in an empty database."""
-    shutil.copytree(demo_run.folder, tmp_path / "run")
-    tracking = TrackingConfig(uri=uri, experiment="demo")
-    return replace(demo_run, config=demo_run.config.model_copy(update={"tracking": tracking}), folder=tmp_path / "run")
+    config = demo_plan.config.model_copy(update={"tracking": TrackingConfig(uri=uri, experiment="demo")})
+    plan = replace(demo_plan, config=config, storage=Storage.of_folder(tmp_path / "storage"))
+    shutil.copytree(demo_plan.folder, plan.folder)
+    return plan
+
+
+def working(plan: Plan) -> AbstractContextManager[Session]:
+    """At work on it, not connected to Ray."""
+    return at_work(plan, WorkerNeeds(1, 0.0), Console(quiet=True))
 
 
 ENDS = [
@@ -511,13 +520,13 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("error", "status"), ENDS, ids=lambda value: type(value).__name__)
-def test_a_run_its_stage_and_its_trainings_end_as_the_work_did(checked_run, uri, error, status):
+def test_a_run_its_stage_and_its_trainings_end_as_the_work_did(plan, uri, error, status):
     """What was finished before stays finished."""
-    with suppress(type(error) if error else ()), tracked(checked_run):
-        with Stage(checked_run, "splits", "1 splits"):
+    with suppress(type(error) if error else ()), working(plan) as session:
+        with Stage(session, "splits", "1 splits"):
             pass
-        with Stage(checked_run, "group_trainings", "4 group trainings"):
-            tracker = checked_run.tracker
+        with Stage(session, "group_trainings", "4 group trainings"):
+            tracker = session.tracker
             for name in ("group: ink", "group: chalk"):
                 tracker.start_run(name, parent="group_trainings")
             tracker.end_run("group: ink")
@@ -527,7 +536,7 @@ def test_a_run_its_stage_and_its_trainings_end_as_the_work_did(checked_run, uri,
                 raise error
             tracker.end_run("group: chalk")
     found = statuses(uri)
-    assert found.pop(checked_run.title) == status
+    assert found.pop(plan.title) == status
     assert found == {
         "splits": "FINISHED",
         "group_trainings": status,
@@ -535,17 +544,17 @@ def test_a_run_its_stage_and_its_trainings_end_as_the_work_did(checked_run, uri,
         "group: chalk": status,
         "method: zero-shot": "FINISHED",
     }
-    assert set(parents(uri).values()) == {None, checked_run.title, "group_trainings"}
+    assert set(parents(uri).values()) == {None, plan.title, "group_trainings"}
 
 
-def test_a_run_that_failed_is_finished_by_the_next_job(checked_run, uri):
+def test_a_run_that_failed_is_finished_by_the_next_job(plan, uri):
     for error in (UserError("out of memory"), None):
-        with suppress(UserError), tracked(checked_run):
-            with Stage(checked_run, "group_trainings", "4 group trainings"):
-                checked_run.tracker.start_run("group: ink", parent="group_trainings")
+        with suppress(UserError), working(plan) as session:
+            with Stage(session, "group_trainings", "4 group trainings"):
+                session.tracker.start_run("group: ink", parent="group_trainings")
                 if error:
                     raise error
-                checked_run.tracker.end_run("group: ink")
+                session.tracker.end_run("group: ink")
         assert set(statuses(uri).values()) == {"FAILED" if error else "FINISHED"}
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -30,9 +31,9 @@ from pipeline.config import DEMO_CONFIG, Config, load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
 from pipeline.data.splits import ScannedImage, sample_splits
 from pipeline.errors import UserError
-from pipeline.runtime.run import check_run
 from pipeline.runtime.storage import Artefact, Storage
 from pipeline.stages.finished_run import read_finished_run
+from pipeline.stages.plan import make_plan
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import decoded_batches, evaluate, evaluate_decoded
 from pipeline.training.trainer import Trainer
@@ -443,7 +444,7 @@ def test_a_search_is_reported_and_ends_in_a_run(searched):
     methods = json.loads((of_best / "report" / "summary.json").read_text())["methods"]
     accuracy = methods[rows[0]["method"]]["average"]
     assert f"{100 * accuracy:.1f} % on the test set" in output
-    assert check_run(config, Console(quiet=True)).folder == of_best  # which full_pipeline.py would find finished
+    assert make_plan(config, Console(quiet=True)).folder == of_best  # which full_pipeline.py would find finished
     assert set(read_finished_run(str(of_best), "").tasks) == set(config.data.tasks)  # so that add_task.py can add to it
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
@@ -508,11 +509,9 @@ def test_trials_do_not_read_the_test_set(searched, run_job, tmp_path):
             "grouping": {"num_groups": 2},
         }
     )
-    of_run = check_run(base, Console(quiet=True))
-    artefact = Artefact(of_run.storage, "splits", json.loads((held_out / "artefact.json").read_text())["made_from"])
-    setups = [
-        TrialSetup(base, ("grouped",), of_run.listing, of_run.clip, artefact, storage / name) for name in ("one", "two")
-    ]
+    plan = make_plan(base, Console(quiet=True))
+    artefact = Artefact(plan.storage, "splits", json.loads((held_out / "artefact.json").read_text())["made_from"])
+    setups = [TrialSetup(replace(plan, splits=artefact), ("grouped",), storage / name) for name in ("one", "two")]
     whole = list(measured_epochs({}, setups[0], setups[0].checkpoints))
     first = list(islice(measured_epochs({}, setups[1], setups[1].checkpoints), 1))
     (storage / "one" / "0").rename(storage / "two" / "0x")

@@ -42,6 +42,7 @@ class ClipIdentity:
     """What decides the numbers of a loaded CLIP; part of every artefact's name that was made with it."""
 
     model: str
+    """open_clip's name; of a model-config file its own, wherever it lies."""
     model_config: str
     """JSON of open_clip's model config, with the activation that is used."""
     weights: str
@@ -65,7 +66,7 @@ def clip_identity(config: ClipConfig) -> ClipIdentity:
     else:
         weights = f"tag:{config.pretrained}"
     text = json.dumps({**model_config, "quick_gelu": quick_gelu}, sort_keys=True)
-    return ClipIdentity(config.model, text, weights)
+    return ClipIdentity(_register(config.model), text, weights)
 
 
 def towers_without_weights(config: ClipConfig) -> ClipTowers:

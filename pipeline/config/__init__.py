@@ -1,7 +1,16 @@
 """Everything a run can be told: its fields and sections, YAML files, and the command line."""
 
 from pipeline.config.arguments import Given, JobOptions, JobParser
-from pipeline.config.fields import PositiveInt, Section, Share, content_hash
+from pipeline.config.fields import (
+    RESULTS,
+    Effect,
+    PositiveInt,
+    Section,
+    Share,
+    content_hash,
+    effects_of,
+    values_affecting,
+)
 from pipeline.config.files import (
     CONFIGS,
     DEMO_CONFIG,
@@ -41,11 +50,13 @@ __all__ = [
     "Config",
     "DEMO_CONFIG",
     "DataConfig",
+    "Effect",
     "GroupingConfig",
     "MAX_TEXT_BYTES",
     "MAX_YAML_BYTES",
     "MmapConfig",
     "PositiveInt",
+    "RESULTS",
     "Section",
     "Share",
     "TrackingConfig",
@@ -55,6 +66,7 @@ __all__ = [
     "choices",
     "JobParser",
     "content_hash",
+    "effects_of",
     "fields",
     "given_or_shipped",
     "load_yaml",
@@ -63,4 +75,5 @@ __all__ = [
     "section_description",
     "source_columns",
     "to_yaml",
+    "values_affecting",
 ]

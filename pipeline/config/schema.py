@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from pipeline.config.fields import Section
+from pipeline.config.fields import Section, affects
 from pipeline.config.sections import (
     ClipConfig,
     ClusterConfig,
@@ -41,15 +41,15 @@ def _comparable(name: str) -> str:
 
 
 class Config(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = "mmap"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80), affects()] = "mmap"
     """Name of the run in reports and MLflow."""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), affects("splits", "training_features", "training")] = 1
     """Seed of the few-shot sampling, the prompts' start, batches and augmentation."""
-    storage: str = "mmap-runs"
+    storage: Annotated[str, affects()] = "mmap-runs"
     """Where everything made goes: a folder, on a cluster one that all machines share, or a bucket (s3://bucket/folder;
     credentials and AWS_ENDPOINT_URL come from the environment). A relative folder lies in the working directory, or in
     the home directory for a submitted Ray job, whose working directory is a passing copy."""
-    cache: str = "~/.cache/mmap-clip"
+    cache: Annotated[str, affects()] = "~/.cache/mmap-clip"
     """Folder on every machine for copies of what lies in a bucket; may be emptied when no run is at work."""
     data: DataConfig = DataConfig()
     """Images and few-shot splits (stage 1)."""
@@ -57,7 +57,7 @@ class Config(Section):
     """The frozen CLIP."""
     mmap: MmapConfig = MmapConfig()
     """Shape of the multi-modal alignment prompts."""
-    compare: tuple[Annotated[str, AfterValidator(_comparable)], ...] = ()
+    compare: Annotated[tuple[Annotated[str, AfterValidator(_comparable)], ...], affects("report")] = ()
     """Other methods to train and evaluate beside MmAP, each task for itself, or with `_mt` one for all tasks; and
     MmAP's own ablations (docs/methods.md)."""
     training: TrainingConfig = TrainingConfig()

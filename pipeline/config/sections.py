@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.fields import NonNegative, NonNegativeInt, PositiveInt, Section, Share, Template
+from pipeline.config.fields import NonNegative, NonNegativeInt, PositiveInt, Section, Share, Template, affects
 from pipeline.errors import UserError
 
 BUILTIN_DIGITS = "builtin:digits"
 
 
-class DataConfig(Section):
+class DataConfig(Section, affects=("data",)):
     root: str | None = None
     """Folder of the images, <root>/<task>/<class>/*, or a table of them: a .csv, .tsv or .parquet file, or a folder of
     .parquet files (docs/datasets.md). `builtin:digits` writes the embedded handwritten digits."""
@@ -34,37 +34,40 @@ class DataConfig(Section):
     those that are not drawn test, as in the paper."""
     tasks: tuple[str, ...] | None = None
     """Names of the tasks to use (their folders); null: all that the layout has."""
-    expected_images: dict[str, PositiveInt] | None = None
+    expected_images: Annotated[dict[str, PositiveInt] | None, affects()] = None
     """Task → number of images that its publishers count, or `a + b` → that of these tasks together. Another number is
     told at the start."""
     class_names: str | dict[str, str] | None = None
     """Text file of the classes to use, one a line: folder name, optionally a tab and the words to show to CLIP;
     `|` between several names of a class. Or task → such a file, for tasks of different classes. null: all class
     folders, `_` read as a space."""
-    shots: PositiveInt = 6
+    shots: Annotated[PositiveInt, affects("splits")] = 6
     """Training images of each class in each task; the rest is the test set (see given_splits)."""
-    max_dropped_share: Share = 0.0
+    max_dropped_share: Annotated[Share, affects("splits")] = 0.0
     """Share of broken images (0 to 1) that may be dropped, recorded with the split; above it the run stops."""
     links_out_of_root: bool = False
     """Whether links, and paths of a manifest, may lead out of root, for data sets that are linked together; else such
     a one stops the run, so that a folder of somebody else's cannot show other files of yours."""
 
 
-class ClipConfig(Section):
+class ClipConfig(Section, affects=("clip",)):
     model: str = "ViT-B-16-quickgelu"
     """Name of an open_clip ViT model, path of a model-config JSON, or `builtin:digits`."""
     pretrained: str | None = "openai"
     """open_clip tag, path of a weights file, `builtin:digits`, or null for random weights."""
     quick_gelu: bool | None = None
     """Activation of the weights' training: null takes what open_clip knows of the tag or model."""
-    template: Template = "a photo of a {}."
+    template: Annotated[Template, affects("training", "evaluation")] = "a photo of a {}."
     """Text of a class; {} is the class name."""
-    task_templates: dict[str, Template] = {}
+    task_templates: Annotated[dict[str, Template], affects("training", "evaluation")] = {}
     """Task → text of its classes, where that is not `template`: {sketch: "a sketch of a {}."}."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        affects("test_features", "training_features", "training", "evaluation"),
+    ] = "auto"
     """Arithmetic of the frozen towers; auto: bfloat16 autocast on a GPU that has it, float32 elsewhere.
     Prompts and optimizer state are float32 always."""
-    activations_gib: Annotated[float, Field(gt=0)] = 6.0
+    activations_gib: Annotated[float, Field(gt=0), affects()] = 6.0
     """GiB that each tower may keep for its backward pass. Images and classes that need more are run in chunks, and
     again in the backward pass: a third more time, and memory that no longer grows with them."""
 
@@ -72,7 +75,7 @@ class ClipConfig(Section):
         return self.task_templates.get(task, self.template)
 
 
-class MmapConfig(Section):
+class MmapConfig(Section, affects=("method",)):
     prompt_length: PositiveInt = 8
     """Prompt vectors of one MmAP in a layer (b in Eqs. 6-7)."""
     source_rows: PositiveInt = 8
@@ -83,8 +86,9 @@ class MmapConfig(Section):
     """Layers, from the first, that get prompts; null: as many as the shallower tower has."""
     shared_source: bool = False
     """One source prompt for all layers instead of one each."""
-    text_order: Literal["after_sos", "before_sos"] = "after_sos"
-    """Where text prompts stand: after the start token (CoOp, MaPLe), or before it (Eq. 9 to the letter)."""
+    text_order: Annotated[Literal["after_sos", "before_sos"], affects("training", "evaluation")] = "after_sos"
+    """Where text prompts stand, those of other methods too: after the start token (CoOp, MaPLe), or before it (Eq. 9
+    to the letter)."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the source prompt's Gaussian start; scaling matrices start at one."""
 
@@ -98,7 +102,7 @@ class MmapConfig(Section):
         return self
 
 
-class AugmentationConfig(Section):
+class AugmentationConfig(Section, affects=("training", "training_features")):
     crop_scale: tuple[Share, Share] = (0.08, 1.0)
     """Smallest and largest share of the image's area that a random resized crop keeps; (1, 1): no random crop."""
     crop_ratio: Annotated[float, Field(ge=1)] = 4 / 3
@@ -114,10 +118,10 @@ class AugmentationConfig(Section):
         return self
 
 
-class TrainingConfig(Section):
-    epochs: PositiveInt = 5
+class TrainingConfig(Section, affects=("training",)):
+    epochs: Annotated[PositiveInt, affects("training", "training_features")] = 5
     """Passes over the largest task's training images; smaller tasks repeat theirs."""
-    batch_size: PositiveInt = 16
+    batch_size: Annotated[PositiveInt, affects("training", "training_features")] = 16
     """Images of each task in a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
@@ -133,18 +137,18 @@ class TrainingConfig(Section):
     """Rate of the warm-up epochs."""
     augmentation: AugmentationConfig = AugmentationConfig()
     """Random changes of the training images."""
-    checkpoint_every: PositiveInt = 1
+    checkpoint_every: Annotated[PositiveInt, affects()] = 1
     """Epochs between checkpoints, from which a training whose worker died goes on."""
 
 
-class GlobalPromptConfig(Section):
+class GlobalPromptConfig(Section, affects=("global_prompt",)):
     epochs: PositiveInt | None = None
     """Epochs of the prompt shared by all tasks; null: training.epochs."""
     snapshot_every: PositiveInt = 1
     """Steps between two snapshots of the tasks' gradients (they cost no extra backward pass)."""
 
 
-class GroupingConfig(Section):
+class GroupingConfig(Section, affects=("grouping",)):
     affinity: Literal["dot", "cosine"] = "dot"
     """Dot product of the tasks' gradients (Eq. 8), or their cosine."""
     per_layer: bool = False
@@ -174,7 +178,7 @@ class GroupingConfig(Section):
         return {name: getattr(self, name) for name in ("num_groups", "min_size", "max_size", "together", "apart")}
 
 
-class ClusterConfig(Section):
+class ClusterConfig(Section, affects=()):
     address: str | None = None
     """Ray cluster to join (`auto`, host:port); null: the one that the process has joined already (in a notebook), else
     that of RAY_ADDRESS, else a local Ray is started."""
@@ -193,7 +197,7 @@ class ClusterConfig(Section):
     """How often a task whose worker died is started again."""
 
 
-class TrackingConfig(Section):
+class TrackingConfig(Section, affects=()):
     uri: str | None = None
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else SQLite and a folder under storage."""
     experiment: str = "mmap-clip"

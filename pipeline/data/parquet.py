@@ -66,6 +66,11 @@ class SplitDescription:
     def tasks(self) -> list[str]:
         return list(self.classes)
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides which images are in the splits, wherever and whenever they were read."""
+        return {"images": self.source_fingerprint, "shots": self.shots, "seed": self.seed}
+
     def words(self, task: str) -> list[str]:
         """Words of the task's classes, by label."""
         return [self.class_words[folder] for folder in self.classes[task]]

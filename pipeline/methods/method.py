@@ -38,7 +38,7 @@ class Variant:
         return self.groups in ("found groups", "random groups") or REGISTERED[self.method].uses_affinities
 
 
-class OwnTraining(Section):
+class OwnTraining(Section, affects=("method",)):
     """Where a method's training differs from the section `training`; null: it does not."""
 
     epochs: PositiveInt | None = None
@@ -53,7 +53,7 @@ class OwnTraining(Section):
     """Instead of training.weight_decay."""
 
 
-class MethodConfig(Section):
+class MethodConfig(Section, affects=("method",)):
     """A method's section of the config; the defaults are its authors'."""
 
     training: OwnTraining = OwnTraining()

@@ -16,7 +16,7 @@ from pipeline.files import read_json, write_json
 from pipeline.runtime.cluster import Patience, WorkerNeeds, places
 from pipeline.runtime.data_parallel import train_on_workers
 from pipeline.runtime.progress import ProgressDisplay
-from pipeline.runtime.run import PARENT, Run
+from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.storage import Artefact, Storage
 from pipeline.runtime.tracking.tracker import end_status
 
@@ -50,37 +50,37 @@ def _work(storage: Storage, item: Work, board: Any) -> Any:
 class Stage:
     """Context manager around a stage: its MLflow run, its progress, and its seconds for the report."""
 
-    def __init__(self, run: Run, name: str, title: str):
-        self.run, self.name, self.title = run, name, title
-        self.display = ProgressDisplay(run.console, title)
+    def __init__(self, session: Session, name: str, title: str):
+        self.session, self.name, self.title = session, name, title
+        self.display = ProgressDisplay(session.console, title)
         self.computed = False
         """Whether anything was made, not only found finished."""
 
     def __enter__(self) -> Stage:
-        self.run.tracker.start_run(self.name, parent=PARENT, tags={"level": "stage", "stage": self.name})
+        self.session.tracker.start_run(self.name, parent=PARENT, tags={"level": "stage", "stage": self.name})
         self._began = time.monotonic()
         self.display.__enter__()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         self.display.__exit__()
-        tracker = self.run.tracker
+        tracker = self.session.tracker
         if error is not None:
             with suppress(UserError):  # the disk is full: that the error says
                 tracker.end_run(self.name, end_status(error))
             return
         # What was found finished keeps the seconds that making it took.
-        file = self.run.folder / "stage_seconds.json"
+        file = self.session.folder / "stage_seconds.json"
         recorded = read_json(file) if file.exists() else {}
         if self.computed or self.name not in recorded:
             recorded[self.name] = round(time.monotonic() - self._began, 3)
             write_json(file, recorded)
-        self.run.stage_seconds[self.name] = recorded[self.name]
+        self.session.stage_seconds[self.name] = recorded[self.name]
         tracker.log_metrics(self.name, {"seconds": recorded[self.name]}, step=0)
         tracker.end_run(self.name)
         found = "" if self.computed else "found finished; took "
-        self.run.console.print(f"  {found}{recorded[self.name]:.1f} s", highlight=False)
-        self.run.storage.send(self.run.folder)
+        self.session.console.print(f"  {found}{recorded[self.name]:.1f} s", highlight=False)
+        self.session.storage.send(self.session.folder)
 
     def execute(self, work: Sequence[Work]) -> list[Any]:
         """Runs unfinished work on the cluster, first come first served; returns the functions' values in order, None
@@ -92,19 +92,19 @@ class Stage:
         todo = [item for item in work if not (item.artefact and item.artefact.finished())]
         self.computed |= bool(todo)
         # A data-parallel training that waits for its workers holds processes of Ray Train: no more than have room.
-        cluster = self.run.config.cluster
+        cluster = self.session.cluster
         shared = [item for item in todo if item.num_workers > 1]
-        room = max(1, places(self.run.needs) // cluster.workers_per_training)
+        room = max(1, places(self.session.needs) // cluster.workers_per_training)
         queue = shared[room:]
         item_of = {self._submit(item): item for item in todo if item not in queue}
         value_of: dict[str, Any] = {}
         waiting = list(item_of)
         patience = Patience(
-            lambda text: self.run.console.print(f"  {text}", style="yellow", markup=False, highlight=False)
+            lambda text: self.session.console.print(f"  {text}", style="yellow", markup=False, highlight=False)
         )
         try:
             while waiting:
-                if self.run.stop.is_set():
+                if self.session.stop.is_set():
                     raise InterruptedError(f"stage {self.name!r} was told to stop")
                 done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.3)
                 self._show_reports(todo)
@@ -123,9 +123,9 @@ class Stage:
         return [value_of.get(item.label) for item in work]
 
     def _submit(self, item: Work) -> ray.ObjectRef[Any]:
-        run, cluster = self.run, self.run.config.cluster
+        session, cluster = self.session, self.session.cluster
         options = {"name": item.label, "max_retries": cluster.max_retries}
-        needs, arguments = self._needs(item), (run.storage, item, run.board)
+        needs, arguments = self._needs(item), (session.storage, item, session.board)
         if item.num_workers == 1:
             return ray.remote(_work).options(num_cpus=needs.cpus, num_gpus=needs.gpus, **options).remote(*arguments)
 
@@ -137,28 +137,28 @@ class Stage:
         return (
             ray.remote(train_on_workers)
             .options(num_cpus=0, retry_exceptions=[TrainingFailedError], **options)
-            .remote(_work, arguments, (fewest, item.num_workers), needs, name, run.storage)
+            .remote(_work, arguments, (fewest, item.num_workers), needs, name, session.storage)
         )
 
     def _needs(self, item: Work) -> WorkerNeeds:
-        return self.run.needs if item.takes_gpu else WorkerNeeds(1, 0)
+        return self.session.needs if item.takes_gpu else WorkerNeeds(1, 0)
 
     def _look(self, patience: Patience, waiting: Sequence[Work]) -> None:
-        begun = ray.get(self.run.board.begun.remote())
+        begun = ray.get(self.session.board.begun.remote())
         running_on = [begun[item.label] for item in waiting if item.label in begun]
         largest = max(waiting, key=lambda item: item.num_workers)
         workers = 1
         if largest.num_workers > 1:
-            workers = self.run.config.cluster.min_workers_per_training or largest.num_workers
+            workers = self.session.cluster.min_workers_per_training or largest.num_workers
         patience.look([item.label for item in waiting], running_on, self._needs(largest), workers)
 
     def _show_reports(self, work: Sequence[Work]) -> None:
         tracked_as = {item.label: item.tracked_as for item in work}
-        for report in ray.get(self.run.board.take.remote()):
+        for report in ray.get(self.session.board.take.remote()):
             self.display.show(report)
             if name := tracked_as.get(report.label):
                 for step, metrics in report.metrics:
-                    self.run.tracker.log_metrics(name, metrics, step)
+                    self.session.tracker.log_metrics(name, metrics, step)
 
     def _value(self, ref: ray.ObjectRef[Any], label: str) -> Any:
         """Raises: UserError: what the task raised for the user, or a worker that died too often."""
@@ -176,7 +176,7 @@ class Stage:
             error = error.cause
         if isinstance(error, WorkerCrashedError | NodeDiedError | OutOfMemoryError | TrainingFailedError):
             return UserError(
-                f"the worker of {label!r} in stage {self.name!r} died {self.run.config.cluster.max_retries + 1} times: "
+                f"the worker of {label!r} in stage {self.name!r} died {self.session.cluster.max_retries + 1} times: "
                 f"{error}. Ray's logs say why; out of memory is the usual cause (fewer trainings at once: raise "
                 "cluster.cpus_per_training or gpus_per_training; smaller ones: lower training.batch_size). "
                 "The same command goes on where this one stopped"

@@ -24,10 +24,11 @@ from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import make_folder, read_json, write_atomically, write_json
 from pipeline.report.data_check import COLOURS, TaskOverview, check_page, check_tables, one_line, overviews
-from pipeline.runtime.run import Run
+from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact
 from pipeline.stages.flow import titled
+from pipeline.stages.plan import Plan
 
 NAME = "data_check"
 IMAGES = "images.parquet"
@@ -48,8 +49,8 @@ class ImageSource:
     embedded: bool
 
     @staticmethod
-    def of(run: Run) -> ImageSource:
-        return ImageSource(run.listing.root, run.config.data.root == BUILTIN_DIGITS)
+    def of(plan: Plan) -> ImageSource:
+        return ImageSource(plan.listing.root, plan.config.data.root == BUILTIN_DIGITS)
 
     def here(self) -> Path:
         if self.embedded:  # on a machine that shares no folder with the driver
@@ -57,40 +58,40 @@ class ImageSource:
         return self.root
 
 
-def check_data(run: Run, in_full: bool = False) -> list[Finding]:
+def check_data(plan: Plan, session: Session, in_full: bool = False) -> list[Finding]:
     """Tells what was found, as far as that is not known yet by looking at every image; raises nothing for it.
 
     Args:
         in_full: as tables, not in one line.
     """
-    folder = make_folder(run.folder / NAME)
-    with Stage(run, NAME, titled(NAME)) as stage:
-        artefact = _artefact(run)
+    folder = make_folder(plan.folder / NAME)
+    with Stage(session, NAME, titled(NAME)) as stage:
+        artefact = _artefact(plan)
         with _one_at_a_time:
             if not artefact.finished():
                 stage.computed = True
                 with artefact.making() as made:
-                    pq.write_table(_look(stage), made.folder / IMAGES, compression="zstd")
+                    pq.write_table(_look(plan, stage), made.folder / IMAGES, compression="zstd")
         if not (found := _read(folder / FINDINGS)):
-            found = _find(run, artefact.local() / IMAGES, folder)
+            found = _find(plan, artefact.local() / IMAGES, folder)
         findings, tasks = found
-        _tell(run, findings, tasks, folder, in_full)
+        _tell(plan, session, findings, tasks, folder, in_full)
     return findings
 
 
-def checked_images(run: Run) -> list[CheckedImage]:
+def checked_images(plan: Plan) -> list[CheckedImage]:
     """The listing's images, in its order, after `check_data`."""
-    return read_checked(_artefact(run).local() / IMAGES, run.listing.images)
+    return read_checked(_artefact(plan).local() / IMAGES, plan.listing.images)
 
 
-def _artefact(run: Run) -> Artefact:
-    return run.artefact(NAME, {"format": FORMAT, "source": run.listing.fingerprint()})
+def _artefact(plan: Plan) -> Artefact:
+    return plan.artefact(NAME, {"format": FORMAT, "listing": plan.listing.fingerprint()})
 
 
-def _look(stage: Stage) -> pa.Table:
-    images = stage.run.listing.images
-    source, samples = ImageSource.of(stage.run), sample_paths(images)
-    stage.run.board.expect.remote(_READING, len(images), "images")
+def _look(plan: Plan, stage: Stage) -> pa.Table:
+    images = plan.listing.images
+    source, samples = ImageSource.of(plan), sample_paths(images)
+    stage.session.board.expect.remote(_READING, len(images), "images")
     work = [
         Work(f"check {number}", _check_chunk, (source, chunk, samples & {image.path for image in chunk}))
         for number, chunk in enumerate(chunks(images))
@@ -120,18 +121,18 @@ def _read_together(one: ImageFile, other: ImageFile) -> bool:
     return one.path.rpartition("#")[0] == other.path.rpartition("#")[0]
 
 
-def _find(run: Run, file: Path, folder: Path) -> tuple[list[Finding], list[TaskOverview]]:
+def _find(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[TaskOverview]]:
     """Also writes them, for people and for the next time."""
-    listing, data = run.listing, run.config.data
+    listing, data = plan.listing, plan.config.data
     images = read_checked(file, listing.images)
     training: list[str] = []
     no_splits = None
     try:
         whole = [of.image for of in images if of.facts]
-        training = [image.path for image in sample_splits(whole, listing.classes, data.shots, run.config.seed).train]
+        training = [image.path for image in sample_splits(whole, listing.classes, data.shots, plan.config.seed).train]
     except UserError as fault:
         no_splits = str(fault)
-    tokenizer = load_tokenizer(run.config.clip)
+    tokenizer = load_tokenizer(plan.config.clip)
     findings = find_faults(
         images,
         listing.classes,
@@ -143,12 +144,12 @@ def _find(run: Run, file: Path, folder: Path) -> tuple[list[Finding], list[TaskO
         data.max_dropped_share,
     )
     tasks = overviews(images, listing.classes)
-    page = check_page(run.config.name, tasks, findings, read_samples(file), listing.class_words)
+    page = check_page(plan.config.name, tasks, findings, read_samples(file), listing.class_words)
     write_atomically(folder / PAGE, page)
     values = {
         "format": FORMAT,
         "shots": data.shots,
-        "seed": run.config.seed,
+        "seed": plan.config.seed,
         "tasks": [asdict(of) for of in tasks],
         "findings": [asdict(finding) for finding in findings],
     }
@@ -167,18 +168,25 @@ def _read(file: Path) -> tuple[list[Finding], list[TaskOverview]] | None:
     return findings, [TaskOverview(**of) for of in values["tasks"]]
 
 
-def _tell(run: Run, findings: Sequence[Finding], tasks: Sequence[TaskOverview], folder: Path, in_full: bool) -> None:
+def _tell(
+    plan: Plan,
+    session: Session,
+    findings: Sequence[Finding],
+    tasks: Sequence[TaskOverview],
+    folder: Path,
+    in_full: bool,
+) -> None:
     counts = Counter[str](finding.severity for finding in findings)
     metrics = {f"findings/{severity}": float(counts[severity]) for severity in COLOURS}
-    run.tracker.log_metrics(NAME, {**metrics, "images": sum(of.images for of in tasks)}, step=0)
+    session.tracker.log_metrics(NAME, {**metrics, "images": sum(of.images for of in tasks)}, step=0)
     for name in (PAGE, FINDINGS):
-        run.tracker.log_artifact(NAME, folder / name)
+        session.tracker.log_artifact(NAME, folder / name)
     if in_full:
-        run.console.print(check_tables(run.config.name, tasks, findings))
-    where = escape(run.storage.shown(folder / PAGE))
-    run.console.print(f"  {one_line(findings)}: {where}", highlight=False)
+        session.console.print(check_tables(plan.config.name, tasks, findings))
+    where = escape(plan.storage.shown(folder / PAGE))
+    session.console.print(f"  {one_line(findings)}: {where}", highlight=False)
     for finding in [] if in_full else findings:
         if finding.severity != "note":
-            run.console.print(
+            session.console.print(
                 f"  [{COLOURS[finding.severity]}]{finding.severity}[/]: {escape(finding.title)}", highlight=False
             )

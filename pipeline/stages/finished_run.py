@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.prediction.options import GROUPED
@@ -17,7 +16,7 @@ from pipeline.runtime.storage import Artefact, Storage, is_uri
 
 if TYPE_CHECKING:
     from pipeline.methods.prompt_file import TrainedPrompts
-    from pipeline.runtime.run import Run
+    from pipeline.stages.plan import Plan
 
 RUNS = "runs"
 RECORD = "artefacts.json"
@@ -55,9 +54,10 @@ class FinishedRun:
         return tasks
 
 
-def record_artefacts(run: Run, snapshots: Sequence[Artefact]) -> None:
+def record_artefacts(plan: Plan, snapshots: Sequence[Artefact]) -> None:
     """Leaves in the run's folder what a later job needs to find its snapshots without its data."""
-    write_json(run.folder / RECORD, {"snapshots": [{"stage": of.stage, "made_from": of.made_from} for of in snapshots]})
+    told = [{"stage": of.stage, "made_from": of.made_from} for of in snapshots]
+    write_json(plan.folder / RECORD, {"snapshots": told})
 
 
 def read_finished_run(place: str, cache: str) -> FinishedRun:
@@ -98,7 +98,7 @@ def _located(place: str, cache: str) -> tuple[Storage, Path]:
             raise UserError(f"--run {place} does not exist")
         return Storage.of_folder(Path(root)), Path(path)
 
-    from pipeline.runtime.run import open_storage
+    from pipeline.runtime.session import open_storage
 
-    storage = open_storage(parse_config({"storage": root + (f"?{options}" if options else ""), "cache": cache}))
+    storage = open_storage(root + (f"?{options}" if options else ""), cache)
     return storage, storage.folder / RUNS / name

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from pipeline.runtime.run import Run
+    from pipeline.runtime.session import Session
+    from pipeline.stages.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FlowStage:
     gives: str
     """For people."""
     function: str
-    """In the module: takes the run, and what the functions of the stages in `takes` returned."""
+    """In the module: takes plan, session, and what the functions of the stages in `takes` returned."""
     takes: tuple[str, ...] = ()
 
 
@@ -44,12 +45,12 @@ FLOW = (
 NAMES = tuple(stage.name for stage in FLOW)
 
 
-def run_stages(run: Run, until: str = NAMES[-1]) -> dict[str, Any]:
+def run_stages(plan: Plan, session: Session, until: str = NAMES[-1]) -> dict[str, Any]:
     """Makes what is missing of all stages up to `until`; returns stage → what its function returned."""
     results: dict[str, Any] = {}
     for stage in FLOW[: NAMES.index(until) + 1]:
         function = getattr(import_module(f"pipeline.stages.{stage.name}"), stage.function)
-        results[stage.name] = function(run, *(results[name] for name in stage.takes))
+        results[stage.name] = function(plan, session, *(results[name] for name in stage.takes))
     return results
 
 

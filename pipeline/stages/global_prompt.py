@@ -7,11 +7,12 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.methods.mmap import SharedMmap
 from pipeline.runtime.progress import Reporter
-from pipeline.runtime.run import Run
+from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact
 from pipeline.stages.flow import titled
-from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
+from pipeline.stages.plan import Plan
+from pipeline.stages.training_work import TrainingWork, track_history, training_made_from
 from pipeline.training.share import Share
 from pipeline.training.snapshots import write_points, write_snapshots
 
@@ -21,31 +22,24 @@ FORMAT = 2
 """Of those files."""
 
 
-def train_global_prompt(run: Run) -> Artefact:
+def train_global_prompt(plan: Plan, session: Session) -> Artefact:
     """Trains the global prompt unless its snapshots are there; the splits must be finished."""
-    work = global_prompt_work(run)
+    work = global_prompt_work(plan)
     assert work.artefact is not None
-    with Stage(run, NAME, titled(NAME)) as stage:
+    with Stage(session, NAME, titled(NAME)) as stage:
         stage.execute([work])
-        track_history(run, NAME, work.artefact)
-        parameters = run.mmap_shape.num_parameters
-        run.tracker.log_params(NAME, {"epochs": _epochs(run.config), "trained_parameters": parameters})
+        track_history(session, NAME, work.artefact)
+        parameters = plan.mmap_shape.num_parameters
+        session.tracker.log_params(NAME, {"epochs": _epochs(plan.config), "trained_parameters": parameters})
     return work.artefact
 
 
-def global_prompt_work(run: Run) -> Work:
+def global_prompt_work(plan: Plan) -> Work:
     """What makes the global prompt's artefact."""
-    config, epochs = run.config, _epochs(run.config)
-    artefact = run.artefact(
-        NAME,
-        {
-            **trainings_decided_by(run, run.tasks, epochs=epochs),
-            "tasks": run.tasks,
-            "snapshot_every": config.global_prompt.snapshot_every,
-            "format": FORMAT,
-        },
-    )
-    work = TrainingWork(config, run.splits, tuple(run.tasks), "global prompt")
+    config, epochs = plan.config, _epochs(plan.config)
+    made_from = training_made_from(plan, "mmap", plan.tasks, "training", "global_prompt", epochs=epochs)
+    artefact = plan.artefact(NAME, {**made_from, "tasks": plan.tasks, "format": FORMAT})
+    work = TrainingWork(config, plan.splits, tuple(plan.tasks), "global prompt")
     workers = config.cluster.workers_per_training
     return Work(work.label, _train, (work, epochs, artefact), artefact, True, workers, tracked_as=NAME)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.clip.load import weights_fingerprint
 from pipeline.clip.towers import ClipTowers
+from pipeline.config import Effect
 from pipeline.files import read_json, write_json
 from pipeline.grouping.text import format_groups
 from pipeline.methods.classifier import Classifier
@@ -24,14 +25,15 @@ from pipeline.methods.mmap import GroupMmap
 from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
 from pipeline.methods.registry import ALWAYS, VARIANTS, get_method, training_of
 from pipeline.runtime.progress import Reporter
-from pipeline.runtime.run import Run
+from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact
 from pipeline.seeds import derive_seed
 from pipeline.stages.flow import titled
 from pipeline.stages.grouping import read_grouping
 from pipeline.stages.image_features import ImageFeatures, test_features, training_features
-from pipeline.stages.training_work import TrainingWork, track_history, trainings_decided_by
+from pipeline.stages.plan import Plan
+from pipeline.stages.training_work import TrainingWork, track_history, training_made_from
 from pipeline.training.evaluate import Prediction, accuracy, write_predictions
 from pipeline.training.share import Share
 
@@ -82,7 +84,7 @@ class Training:
 
 
 def train_groups(
-    run: Run, grouping: Artefact | None = None, names: Sequence[str] | None = None
+    plan: Plan, session: Session, grouping: Artefact | None = None, names: Sequence[str] | None = None
 ) -> list[MethodArtefacts]:
     """Trains and evaluates what is missing of some of registry.VARIANTS, the largest groups first.
 
@@ -90,50 +92,50 @@ def train_groups(
         grouping: needed for versions of which `uses_grouping` is true.
         names: None: zero-shot CLIP, config.compare, and MmAP with all tasks in one group and in the groups found.
     """
-    names = tuple(names or ("zero_shot", *run.config.compare, *ALWAYS))
+    names = tuple(names or ("zero_shot", *plan.config.compare, *ALWAYS))
     result = read_grouping(grouping) if grouping else None
     planned: dict[str, list[Training]] = {}
     for name in names:
-        plan_trainings(run, name, result, planned)
-    _train_planned(run, planned)
+        plan_trainings(plan, name, result, planned)
+    _train_planned(session, planned)
     return [_artefacts_of(name, planned[name]) for name in names]
 
 
-def train_every_group(run: Run) -> MethodArtefacts:
+def train_every_group(plan: Plan, session: Session) -> MethodArtefacts:
     """MmAP as in grouped trainings, for every set of tasks that could be a group: 2^T - 1 trainings."""
-    tasks, name = tuple(run.tasks), "every group"
+    tasks, name = tuple(plan.tasks), "every group"
     groups = [group for size in range(1, len(tasks) + 1) for group in combinations(tasks, size)]
-    planned = {name: [_training(run, name, "mmap", group, f"group: {format_groups([group])}") for group in groups]}
-    _train_planned(run, planned)
+    planned = {name: [_training(plan, name, "mmap", group, f"group: {format_groups([group])}") for group in groups]}
+    _train_planned(session, planned)
     return _artefacts_of(name, planned[name])
 
 
-def train_added_task(run: Run, joins: TrainedPrompts | None) -> list[MethodArtefacts]:
+def train_added_task(plan: Plan, session: Session, joins: TrainedPrompts | None) -> list[MethodArtefacts]:
     """Zero-shot CLIP, and MmAP for the run's only task: with its own prompt in the group of `joins`, or, alone, with a
     group prompt too."""
-    (task,) = run.tasks
+    (task,) = plan.tasks
     planned: dict[str, list[Training]] = {}
-    plan_trainings(run, "zero_shot", None, planned)
-    planned["grouped"] = [_training(run, "grouped", "mmap", (task,), f"task: {task}", joins=joins)]
-    _train_planned(run, planned)
+    plan_trainings(plan, "zero_shot", None, planned)
+    planned["grouped"] = [_training(plan, "grouped", "mmap", (task,), f"task: {task}", joins=joins)]
+    _train_planned(session, planned)
     return [_artefacts_of(name, trainings) for name, trainings in planned.items()]
 
 
-def _train_planned(run: Run, planned: Mapping[str, Sequence[Training]]) -> None:
+def _train_planned(session: Session, planned: Mapping[str, Sequence[Training]]) -> None:
     trainings: dict[str, Training] = {}
     for training in chain.from_iterable(planned.values()):
         trainings.setdefault(training.artefact.key, training)  # a grouping with one group is all in one
-    with Stage(run, NAME, titled(NAME)) as stage:
+    with Stage(session, NAME, titled(NAME)) as stage:
         for training in trainings.values():
             tags = {"level": "training", "method": training.version, "tasks": ", ".join(training.item.tasks)}
-            run.tracker.start_run(training.item.label, parent=NAME, tags=tags)
+            session.tracker.start_run(training.item.label, parent=NAME, tags=tags)
         features = {made.artefact.key: made.work for training in trainings.values() for made in training.features}
         for wave in range(max(training.wave for training in trainings.values()) + 1):
             of_wave = [training for training in trainings.values() if training.wave == wave]
             of_wave.sort(key=lambda training: -len(training.item.tasks))
             stage.execute([*(features.values() if wave == 0 else ()), *(training.work for training in of_wave)])
         for training in trainings.values():
-            _track(run, training)
+            _track(session, training)
 
 
 def _artefacts_of(name: str, trainings: Sequence[Training]) -> MethodArtefacts:
@@ -142,31 +144,31 @@ def _artefacts_of(name: str, trainings: Sequence[Training]) -> MethodArtefacts:
 
 
 def plan_trainings(
-    run: Run, name: str, grouping: dict[str, Any] | None, planned: dict[str, list[Training]]
+    plan: Plan, name: str, grouping: dict[str, Any] | None, planned: dict[str, list[Training]]
 ) -> list[Training]:
     """Adds a version's trainings to `planned`, and those of the version that it starts from; `grouping` as in
     grouping.json."""
     if name in planned:
         return planned[name]
     variant = VARIANTS[name]
-    starts = plan_trainings(run, variant.starts_from, grouping, planned) if variant.starts_from else []
+    starts = plan_trainings(plan, variant.starts_from, grouping, planned) if variant.starts_from else []
     affinities = None
     if get_method(variant.method).uses_affinities:
         assert grouping is not None  # Variant.uses_grouping
         affinities = grouping["affinity"]
-    groups = _groups(run, variant.groups, grouping)
+    groups = _groups(plan, variant.groups, grouping)
     planned[name] = []
     for tasks in groups:
         label = name.replace("_", " ")
         if name == "grouped" or len(groups) > 1:
             label = f"{'group' if name == 'grouped' else label}: {format_groups([tasks])}"
         start = next((training for training in starts if set(tasks) <= set(training.item.tasks)), None)
-        planned[name].append(_training(run, name, variant.method, tasks, label, start, affinities))
+        planned[name].append(_training(plan, name, variant.method, tasks, label, start, affinities))
     return planned[name]
 
 
 def _training(
-    run: Run,
+    plan: Plan,
     version: str,
     method: str,
     tasks: tuple[str, ...],
@@ -175,27 +177,29 @@ def _training(
     affinities: list[list[float]] | None = None,
     joins: TrainedPrompts | None = None,
 ) -> Training:
-    kind, decided_by = get_method(method), {**trainings_decided_by(run, tasks, method), "group": list(tasks)}
-    if start:
-        decided_by["start"] = start.artefact.key
-    if affinities:
-        decided_by["affinities"] = affinities
-    if joins:
-        decided_by["joins"] = joins.digest
+    kind = get_method(method)
+    effects: tuple[Effect, ...] = ("training", "evaluation") if kind.trained else ("evaluation",)
+    made_from = {
+        **training_made_from(plan, method, tasks, *effects),
+        "group": list(tasks),
+        "start": start.artefact.key if start else None,
+        "affinities": affinities,
+        "joins": joins.digest if joins else None,
+    }
     training: dict[str, ImageFeatures] = {}
     test: dict[str, ImageFeatures] = {}
     if kind.trained and (kind.consistent or not kind.changes_images):
-        training = {task: training_features(run, task, training_of(method, run.config)) for task in tasks}
+        training = {task: training_features(plan, task, method) for task in tasks}
     if not kind.changes_images:
-        test = {task: test_features(run, task) for task in tasks}
+        test = {task: test_features(plan, task) for task in tasks}
     made = ({task: of_task.artefact for task, of_task in of_tasks.items()} for of_tasks in (training, test))
-    item = TrainingWork(run.config, run.splits, tasks, label, method, *made)
+    item = TrainingWork(plan.config, plan.splits, tasks, label, method, *made)
     features = (*training.values(), *test.values())
-    return Training(version, item, run.artefact(NAME, decided_by), features, start, affinities, joins)
+    return Training(version, item, plan.artefact(NAME, made_from), features, start, affinities, joins)
 
 
-def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
-    tasks = tuple(run.tasks)
+def _groups(plan: Plan, kind: Groups, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
+    tasks = tuple(plan.tasks)
     if kind == "each task":
         return [(task,) for task in tasks]
     if kind == "all tasks":
@@ -204,14 +208,14 @@ def _groups(run: Run, kind: Groups, grouping: dict[str, Any] | None) -> Sequence
     found = [tuple(group) for group in grouping["groups"]]
     if kind == "found groups":
         return found
-    return random_groups(tasks, [len(group) for group in found], run.config.seed)
+    return random_groups(tasks, [len(group) for group in found], plan.config.seed)
 
 
-def _track(run: Run, training: Training) -> None:
+def _track(session: Session, training: Training) -> None:
     """Gives a finished training's results to its MLflow run."""
     label, folder = training.item.label, training.artefact.local()
     result = read_json(folder / "result.json")
-    run.tracker.log_metrics(
+    session.tracker.log_metrics(
         label,
         {
             **{f"accuracy/{task}": value for task, value in result["accuracy"].items()},
@@ -222,9 +226,9 @@ def _track(run: Run, training: Training) -> None:
         step=0,
     )
     if (folder / PROMPTS).exists():
-        track_history(run, label, training.artefact)
-        run.tracker.log_artifact(label, folder / PROMPTS)
-    run.tracker.end_run(label)
+        track_history(session, label, training.artefact)
+        session.tracker.log_artifact(label, folder / PROMPTS)
+    session.tracker.end_run(label)
 
 
 def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tuple[tuple[str, ...], ...]:

@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config import GroupingConfig
+from pipeline.config import GroupingConfig, values_affecting
 from pipeline.files import read_json
 from pipeline.grouping.text import format_groups
-from pipeline.runtime.run import PARENT, Run
+from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artefact
 from pipeline.stages.flow import titled
 from pipeline.stages.global_prompt import SNAPSHOTS
+from pipeline.stages.plan import Plan
 
 NAME = "grouping"
 FIGURES = ("affinity_heat_map.png", "affinity_graph.png")
@@ -21,17 +22,21 @@ MORE_FIGURES = ("together_map.png", "affinity_over_training.png", "ranked_partit
 PAGE = "grouping.html"
 
 
-def solve_grouping(run: Run, global_prompt: Artefact) -> Artefact:
+def solve_grouping(plan: Plan, session: Session, global_prompt: Artefact) -> Artefact:
     """Groups the tasks unless that was done for these snapshots and this config."""
-    artefact = grouping_artefact(run, global_prompt)
-    with Stage(run, NAME, titled(NAME)) as stage:
-        stage.computed = make_grouping(run, global_prompt, artefact)
-        track_grouping(run, artefact, run.config.grouping)
+    artefact = grouping_artefact(plan, global_prompt)
+    with Stage(session, NAME, titled(NAME)) as stage:
+        stage.computed = make_grouping(plan, global_prompt, artefact)
+        track_grouping(session, artefact, plan.config.grouping)
     return artefact
 
 
 def place_task(
-    run: Run, snapshots: Mapping[tuple[str, ...], Artefact], groups: Sequence[Sequence[str]], options: GroupingConfig
+    plan: Plan,
+    session: Session,
+    snapshots: Mapping[tuple[str, ...], Artefact],
+    groups: Sequence[Sequence[str]],
+    options: GroupingConfig,
 ) -> Artefact:
     """Likewise, where the tasks that came before stay in their `groups`, and the run's only task joins one of them or
     is alone.
@@ -42,15 +47,15 @@ def place_task(
     """
     tasks = sorted(task for of_file in snapshots for task in of_file)
     options = staying_together(options, groups)
-    artefact = run.artefact(
+    artefact = plan.artefact(
         NAME,
         {
             "snapshots": [of_file.key for of_file in snapshots.values()],
             "tasks": tasks,
-            **options.model_dump(mode="json"),
+            "config": values_affecting(plan.config.model_copy(update={"grouping": options}), "grouping"),
         },
     )
-    with Stage(run, NAME, titled(NAME, "place among the groups")) as stage:
+    with Stage(session, NAME, titled(NAME, "place among the groups")) as stage:
         if not artefact.finished():
             from pipeline.stages.grouping_solution import write_grouping
 
@@ -58,7 +63,7 @@ def place_task(
             files = {of_file.local() / SNAPSHOTS: names for names, of_file in snapshots.items()}
             with artefact.making() as made:
                 write_grouping(tasks, files, options, made.folder)
-        track_grouping(run, artefact, options)
+        track_grouping(session, artefact, options)
     return artefact
 
 
@@ -69,28 +74,28 @@ def staying_together(options: GroupingConfig, groups: Sequence[Sequence[str]]) -
     return options.model_copy(update={"together": tuple(together), "apart": tuple(apart)})
 
 
-def track_grouping(run: Run, artefact: Artefact, of_run: GroupingConfig) -> None:
+def track_grouping(session: Session, artefact: Artefact, of_run: GroupingConfig) -> None:
     """Gives a grouping to the stage's MLflow run, and tells it; `of_run`: the options it was made with."""
     from rich.markup import escape
 
     options, result = of_run.model_dump(mode="json"), read_grouping(artefact)
-    run.tracker.log_params(NAME, {**options, "groups": format_groups(result["groups"])})
-    run.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
-    run.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
+    session.tracker.log_params(NAME, {**options, "groups": format_groups(result["groups"])})
+    session.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
+    session.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
     for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
-        run.tracker.log_artifact(NAME, artefact.local() / name)
+        session.tracker.log_artifact(NAME, artefact.local() / name)
     for warning in result["warnings"]:
-        run.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
+        session.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
     found = escape(f"{format_groups(result['groups'])} · {describe_search(result)}")
-    run.console.print(f"  {found}", highlight=False)
+    session.console.print(f"  {found}", highlight=False)
 
 
-def grouping_artefact(run: Run, global_prompt: Artefact) -> Artefact:
-    options = run.config.grouping.model_dump(mode="json")
-    return run.artefact(NAME, {"snapshots": global_prompt.key, "tasks": run.tasks, **options})
+def grouping_artefact(plan: Plan, global_prompt: Artefact) -> Artefact:
+    config = values_affecting(plan.config, "grouping")
+    return plan.artefact(NAME, {"snapshots": global_prompt.key, "tasks": plan.tasks, "config": config})
 
 
-def make_grouping(run: Run, global_prompt: Artefact, artefact: Artefact) -> bool:
+def make_grouping(plan: Plan, global_prompt: Artefact, artefact: Artefact) -> bool:
     """Groups the tasks; False if that was done before."""
     if artefact.finished():
         return False
@@ -98,7 +103,7 @@ def make_grouping(run: Run, global_prompt: Artefact, artefact: Artefact) -> bool
     from pipeline.stages.grouping_solution import write_grouping
 
     with artefact.making() as made:
-        write_grouping(run.tasks, {global_prompt.local() / SNAPSHOTS: run.tasks}, run.config.grouping, made.folder)
+        write_grouping(plan.tasks, {global_prompt.local() / SNAPSHOTS: plan.tasks}, plan.config.grouping, made.folder)
     return True
 
 

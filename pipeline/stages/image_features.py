@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from pipeline.config import TrainingConfig
+from pipeline.config import TrainingConfig, values_affecting
 from pipeline.data.parquet import SplitReader
+from pipeline.methods.registry import training_of
 from pipeline.runtime.progress import Reporter
-from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Work
 from pipeline.runtime.storage import Artefact
-from pipeline.stages.training_work import FEATURES, TrainingWork, images_decided_by
+from pipeline.stages.plan import Plan
+from pipeline.stages.training_work import FEATURES, TrainingWork, images_made_from, training_values
 from pipeline.training.batches import load_training_sets
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features, save_features
 from pipeline.training.trainer import num_steps_per_epoch
@@ -30,29 +31,27 @@ class ImageFeatures:
     work: Work
 
 
-def test_features(run: Run, task: str) -> ImageFeatures:
-    artefact = run.artefact(NAME, {**images_decided_by(run), "task": task, "split": "test"})
-    return _features(run, artefact, f"image features: {task}", _encode_test_images, task)
+def test_features(plan: Plan, task: str) -> ImageFeatures:
+    config = values_affecting(plan.config, "test_features")
+    artefact = plan.artefact(NAME, {**images_made_from(plan), "task": task, "split": "test", "config": config})
+    return _features(plan, artefact, f"image features: {task}", _encode_test_images, task)
 
 
-def training_features(run: Run, task: str, training: TrainingConfig) -> ImageFeatures:
+def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
     """For as many steps as a training with this task takes at most; one with smaller tasks only takes the first."""
-    counts = SplitReader(run.splits.local()).description.counts["train"]
-    num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in run.tasks], training.batch_size)
-    schedule = {
-        "num_steps": num_steps,
-        "batch_size": training.batch_size,
-        "augmentation": training.augmentation.model_dump(mode="json"),
-    }
-    artefact = run.artefact(NAME, {**images_decided_by(run), "task": task, "split": "train", **schedule})
+    training = training_of(method, plan.config)
+    counts = SplitReader(plan.splits.local()).description.counts["train"]
+    num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in plan.tasks], training.batch_size)
+    config = training_values(plan.config, method, [task], "training_features")
+    artefact = plan.artefact(NAME, {**images_made_from(plan), "task": task, "split": "train", "config": config})
     label = f"image features: {task}, {num_steps} steps of {training.batch_size}"
-    return _features(run, artefact, label, _encode_training_images, task, num_steps, training)
+    return _features(plan, artefact, label, _encode_training_images, task, num_steps, training)
 
 
 def _features(
-    run: Run, artefact: Artefact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
+    plan: Plan, artefact: Artefact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
 ) -> ImageFeatures:
-    work = TrainingWork(run.config, run.splits, (task,), label)
+    work = TrainingWork(plan.config, plan.splits, (task,), label)
     return ImageFeatures(artefact, Work(label, _make, (work, artefact, encode, arguments), artefact, takes_gpu=True))
 
 

@@ -13,54 +13,57 @@ from pipeline.grouping.text import format_groups
 from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import VARIANTS, get_method, training_of
 from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
-from pipeline.runtime.run import PARENT, Run
+from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artefact
 from pipeline.stages.finished_run import record_artefacts
 from pipeline.stages.flow import titled
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, read_grouping
+from pipeline.stages.plan import Plan
 
 NAME = "report"
 
 
-def make_report(run: Run, global_prompt: Artefact, grouping: Artefact, methods: Sequence[MethodArtefacts]) -> Path:
+def make_report(
+    plan: Plan, session: Session, global_prompt: Artefact, grouping: Artefact, methods: Sequence[MethodArtefacts]
+) -> Path:
     """Writes <run folder>/report and <run folder>/prompts, and shows the table; returns the report's folder."""
     from pipeline.report.summary_figures import accuracy_picture  # matplotlib
 
-    folder = make_folder(run.folder / "report")
-    with Stage(run, NAME, titled(NAME)) as stage:
+    folder = make_folder(plan.folder / "report")
+    with Stage(session, NAME, titled(NAME)) as stage:
         stage.computed = True
         result = read_grouping(grouping)
-        prompts = _gather_prompts(run, methods)
+        prompts = _gather_prompts(plan, methods)
         copy_grouping_pages(grouping, folder)
-        results = {method.name: method_result(run.tasks, method.results()) for method in methods}
-        accuracy_picture(run.tasks, results).savefig(folder / "accuracy.png", dpi=150)
+        results = {method.name: method_result(plan.tasks, method.results()) for method in methods}
+        accuracy_picture(plan.tasks, results).savefig(folder / "accuracy.png", dpi=150)
     summary = Summary(
-        name=run.config.name,
-        tasks=run.tasks,
+        name=plan.config.name,
+        tasks=plan.tasks,
         groups=result["groups"],
-        stages=dict(run.stage_seconds),
+        stages=dict(session.stage_seconds),
         methods=results,
-        shots=run.config.data.shots,
-        seed=run.config.seed,
-        clip=f"{run.config.clip.model}, weights {run.config.clip.pretrained or 'random'}",
+        shots=plan.config.data.shots,
+        seed=plan.config.seed,
+        clip=f"{plan.config.clip.model}, weights {plan.config.clip.pretrained or 'random'}",
         warnings=result["warnings"],
     )
     write_json(folder / "summary.json", vars(summary))
     write_atomically(folder / "report.md", to_markdown(summary))
 
-    track_results(run, results, {method.name: method.groups for method in methods})
-    run.tracker.set_tags(PARENT, {"mlflow.note.content": to_note(summary)})
-    run.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
-    run.tracker.log_artifact(PARENT, folder)
+    track_results(plan, session, results, {method.name: method.groups for method in methods})
+    session.tracker.set_tags(PARENT, {"mlflow.note.content": to_note(summary)})
+    session.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
+    session.tracker.log_artifact(PARENT, folder)
     for file in prompts:
-        run.tracker.log_artifact(PARENT, file, "prompts")
-    register_model(run, prompts[-1])
-    run.console.print(accuracy_table(summary))
-    where = run.storage.shown
-    run.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
-    record_artefacts(run, [global_prompt])
+        session.tracker.log_artifact(PARENT, file, "prompts")
+    register_model(plan, session, prompts[-1])
+    session.console.print(accuracy_table(summary))
+    where = plan.storage.shown
+    session.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
+    record_artefacts(plan, [global_prompt])
     return folder
 
 
@@ -71,7 +74,10 @@ def copy_grouping_pages(grouping: Artefact, folder: Path) -> None:
 
 
 def track_results(
-    run: Run, results: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[Sequence[str]]]
+    plan: Plan,
+    session: Session,
+    results: Mapping[str, Mapping[str, Any]],
+    groups: Mapping[str, Sequence[Sequence[str]]],
 ) -> None:
     """Gives the methods' results to MLflow: each one's to a run of its own, whose metrics have the same names for all
     methods, so that the page can draw a point or a line for each; and to the parent run, by name. The page folds nested
@@ -84,22 +90,22 @@ def track_results(
     for method, of_method in results.items():
         accuracies = {**of_method["accuracy"], "average": of_method["average"]}
         parameters = of_method["trained_parameters"]
-        run.tracker.log_metrics(
+        session.tracker.log_metrics(
             PARENT,
             {f"accuracy/{method}/{task}": value for task, value in accuracies.items()}
             | {f"trained_parameters/{method}": parameters},
             step=0,
         )
-        name, config, kind = f"method: {title(method)}", run.config, VARIANTS[method].method
-        run.tracker.start_run(
+        name, config, kind = f"method: {title(method)}", plan.config, VARIANTS[method].method
+        session.tracker.start_run(
             name,
             tags={
-                "mlflow.runName": f"{title(method)} ({config.data.shots} shots, seed {config.seed}, {run.key[:6]})",
+                "mlflow.runName": f"{title(method)} ({config.data.shots} shots, seed {config.seed}, {plan.key[:6]})",
                 "mlflow.source.name": sys.argv[0],
                 "level": "method",
                 "method": method,
                 "groups": format_groups(groups[method]),
-                "run": run.title,
+                "run": plan.title,
             },
             params={
                 "method": title(method),
@@ -114,28 +120,28 @@ def track_results(
                 "learning_rate": training_of(kind, config).learning_rate if get_method(kind).trained else 0,
             },
         )
-        run.tracker.log_metrics(
+        session.tracker.log_metrics(
             name,
             {f"accuracy/{task}": value for task, value in accuracies.items()} | {"trained_parameters": parameters},
             step=0,
         )
-        run.tracker.end_run(name)
+        session.tracker.end_run(name)
 
 
-def register_model(run: Run, prompts: Path) -> None:
+def register_model(plan: Plan, session: Session, prompts: Path) -> None:
     """Makes a prompts file a version of tracking.registered_model, if that is set."""
-    if not (name := run.config.tracking.registered_model):
+    if not (name := plan.config.tracking.registered_model):
         return
     from pipeline.prediction.mlflow_model import saved_mlflow_model  # mlflow takes seconds to import
 
     with saved_mlflow_model(prompts) as model:
-        run.tracker.log_artifact(PARENT, model)
-        run.tracker.register_model(PARENT, name, model.name)
+        session.tracker.log_artifact(PARENT, model)
+        session.tracker.register_model(PARENT, name, model.name)
 
 
-def _gather_prompts(run: Run, methods: Sequence[MethodArtefacts]) -> list[Path]:
+def _gather_prompts(plan: Plan, methods: Sequence[MethodArtefacts]) -> list[Path]:
     """One prompts file for each trained method, all its groups in it."""
-    folder = make_folder(run.folder / "prompts")
+    folder = make_folder(plan.folder / "prompts")
     files = []
     for method in methods:
         parts = [artefact.local() / PROMPTS for artefact in method.artefacts]

@@ -13,51 +13,43 @@ from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_part
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomically, write_json
-from pipeline.runtime.run import PARENT, Run
+from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact, Making, send_part
 from pipeline.stages.data_check import ImageSource, checked_images
 from pipeline.stages.flow import titled
+from pipeline.stages.plan import Plan
 
 NAME = "splits"
 BROKEN_SHOWN = 20
 _WRITING = "writing"
 
 
-def build_splits(run: Run) -> SplitReader:
+def build_splits(plan: Plan, session: Session) -> SplitReader:
     """Makes the splits unless that is done; the data must be checked.
 
     Raises:
         UserError: broken images above data.max_dropped_share, classes with too few images.
     """
-    artefact = run.splits
-    with Stage(run, NAME, titled(NAME)) as stage:
+    artefact = plan.splits
+    with Stage(session, NAME, titled(NAME)) as stage:
         if not artefact.finished():
             stage.computed = True
             with artefact.making() as made:
-                _build(stage, made)
+                _build(plan, stage, made)
         reader = SplitReader(artefact.local())
-        _report(run, reader)
+        _report(plan, session, reader)
     return reader
 
 
-def _build(stage: Stage, made: Making) -> None:
-    run = stage.run
-    listing, data = run.listing, run.config.data
-    scanned = [of.image for of in checked_images(run)]
+def _build(plan: Plan, stage: Stage, made: Making) -> None:
+    listing, data = plan.listing, plan.config.data
+    scanned = [of.image for of in checked_images(plan)]
     broken = [image for image in scanned if image.error]
     if broken:
-        _judge_broken(broken, len(scanned), data.max_dropped_share, run.folder / "broken_images.txt")
+        _judge_broken(broken, len(scanned), data.max_dropped_share, stage.session.folder / "broken_images.txt")
     whole = [image for image in scanned if not image.error]
-    splits = sample_splits(whole, listing.classes, data.shots, run.config.seed)
-    description = SplitDescription(
-        classes={task: list(names) for task, names in listing.classes.items()},
-        class_words=listing.class_words,
-        shots=data.shots,
-        seed=run.config.seed,
-        source_fingerprint=content_fingerprint(whole),
-        counts={"train": _count(splits.train, run.tasks), "test": _count(splits.test, run.tasks)},
-    )
+    splits, description = sampled(plan, whole)
     sizes = {image.path: image.size for image in whole}
     more: dict[str, Any] = {
         "layout": listing.layout,
@@ -73,10 +65,25 @@ def _build(stage: Stage, made: Making) -> None:
             "training_images_not_drawn": len(whole) - len(splits.train) - len(splits.test) - len(splits.copies),
             "images_of_neither_split": sum(listing.in_neither_split.values()),
         }
-    write_splits(stage, made, splits, description, sizes, more)
+    write_splits(plan, stage, made, splits, description, sizes, more)
+
+
+def sampled(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDescription]:
+    """Raises: UserError: classes with too few images."""
+    listing, shots, seed = plan.listing, plan.config.data.shots, plan.config.seed
+    splits = sample_splits(images, listing.classes, shots, seed)
+    return splits, SplitDescription(
+        classes={task: list(names) for task, names in listing.classes.items()},
+        class_words=listing.class_words,
+        shots=shots,
+        seed=seed,
+        source_fingerprint=content_fingerprint(images),
+        counts={"train": _count(splits.train, plan.tasks), "test": _count(splits.test, plan.tasks)},
+    )
 
 
 def write_splits(
+    plan: Plan,
     stage: Stage,
     made: Making,
     splits: Splits,
@@ -89,9 +96,9 @@ def write_splits(
     Args:
         sizes: path → bytes.
     """
-    run, source = stage.run, ImageSource.of(stage.run)
+    source = ImageSource.of(plan)
     parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
-    run.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
+    stage.session.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
     for sent in stage.execute(
         [Work(f"write {part.file}", _write, (source, part, description, made.artefact, made.folder)) for part in parts]
     ):
@@ -126,21 +133,21 @@ def _count(images: Sequence[ScannedImage], tasks: Sequence[str]) -> dict[str, in
     return {task: sum(image.task == task for image in images) for task in tasks}
 
 
-def _report(run: Run, reader: SplitReader) -> None:
+def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
     description = reader.description
     for split, counts in description.counts.items():
-        run.tracker.log_params(NAME, {f"images.{split}": sum(counts.values())})
-    run.tracker.log_dataset(
+        session.tracker.log_params(NAME, {f"images.{split}": sum(counts.values())})
+    session.tracker.log_dataset(
         PARENT,
-        dataset_name=run.listing.root.name,
+        dataset_name=plan.listing.root.name,
         digest=description.source_fingerprint[:32],
-        source=str(run.listing.root),
+        source=str(plan.listing.root),
         profile={"tasks": description.tasks, "counts": description.counts, "shots": description.shots},
     )
     file = reader.folder / "splits.json"
-    run.tracker.log_artifact(NAME, file)
+    session.tracker.log_artifact(NAME, file)
     train, test = (sum(description.counts[split].values()) for split in ("train", "test"))
-    run.console.print(
+    session.console.print(
         f"  {train} training and {test} test images, {description.shots} shots a class, "
         f"{max(map(len, description.classes.values()))} classes",
         highlight=False,
@@ -155,6 +162,6 @@ def _report(run: Run, reader: SplitReader) -> None:
     counted = {what: len(items) for what, items in left_out.items()}
     counted |= {name.replace("_", " "): number for name, number in values.get("given_splits", {}).items()}
     if told := [f"{number} {what}" for what, number in counted.items() if number]:
-        run.console.print(
-            f"  [yellow]{', '.join(told)}[/]: listed in {escape(run.storage.shown(file))}", highlight=False
+        session.console.print(
+            f"  [yellow]{', '.join(told)}[/]: listed in {escape(plan.storage.shown(file))}", highlight=False
         )

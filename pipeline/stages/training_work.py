@@ -20,13 +20,14 @@ from torch import nn
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import load_clip
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import Config
+from pipeline.config import Config, Effect, values_affecting
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.classifier import Classifier
-from pipeline.methods.registry import get_method, options_of, training_of
+from pipeline.methods.registry import get_method, training_of
 from pipeline.runtime.progress import Reporter
-from pipeline.runtime.run import NUMBERS_VERSION, Run
+from pipeline.runtime.session import Session
 from pipeline.runtime.storage import Artefact, Making, Storage
+from pipeline.stages.plan import NUMBERS_VERSION, Plan
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import Prediction, evaluate, evaluate_features
@@ -167,40 +168,43 @@ def _features(artefact: Artefact) -> StoredFeatures:
     return StoredFeatures(artefact.local() / FEATURES)
 
 
-def images_decided_by(run: Run) -> dict[str, Any]:
-    """What the frozen CLIP's image features depend on, for the name of their artefact."""
-    return {
-        "version": NUMBERS_VERSION,
-        "splits": SplitReader(run.splits.local()).description.source_fingerprint,
-        "shots": run.config.data.shots,
-        "seed": run.config.seed,
-        "clip": asdict(run.clip),
-        "precision": run.config.clip.precision,
-    }
+def images_made_from(plan: Plan) -> dict[str, Any]:
+    """What the frozen CLIP's features of the splits' images rest on beside the config."""
+    description = SplitReader(plan.splits.local()).description
+    return {"version": NUMBERS_VERSION, "clip": asdict(plan.clip), "splits": description.content}
 
 
-def numbers_decided_by(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
-    """What every training's and evaluation's numbers depend on."""
-    own = {task: text for task, text in run.config.clip.task_templates.items() if task in tasks}
-    return {
-        **images_decided_by(run),
-        "template": run.config.clip.template,
-        **({"task_templates": own} if own else {}),
-        "words": {task: [run.listing.class_words[name] for name in run.listing.classes[task]] for task in tasks},
-    }
-
-
-def trainings_decided_by(
-    run: Run, tasks: Sequence[str], method: str = "mmap", epochs: int | None = None
+def training_made_from(
+    plan: Plan, method: str, tasks: Sequence[str], *effects: Effect, epochs: int | None = None
 ) -> dict[str, Any]:
-    """`epochs`: instead of the method's own."""
-    training = training_of(method, run.config).model_dump(mode="json", exclude={"checkpoint_every"})
+    """What a training of some tasks, or its evaluation, is made from, for the name of its artefact.
+
+    Args:
+        effects: what of the config counts, as `values_affecting` takes it.
+        epochs: instead of the method's own.
+    """
+    description, section = SplitReader(plan.splits.local()).description, get_method(method).section
+    config = plan.config
+    if epochs:
+        config = config.model_copy(update={"training": config.training.model_copy(update={"epochs": epochs})})
+    options = values_affecting(getattr(config, section), "method") if section else {}
+    options.pop("training", None)  # which `training_values` has
     return {
-        **numbers_decided_by(run, tasks),
+        **images_made_from(plan),
         "method": method,
-        **options_of(method, run.config),
-        "training": training | ({"epochs": epochs} if epochs else {}),
+        "options": options,
+        "words": {task: description.words(task) for task in tasks},
+        "config": training_values(config, method, tasks, *effects),
     }
+
+
+def training_values(config: Config, method: str, tasks: Sequence[str], *effects: Effect) -> dict[str, Any]:
+    """`values_affecting` for a method and some tasks: no other tasks' templates, and of `training` what the method's
+    own section has instead."""
+    templates = {task: text for task, text in config.clip.task_templates.items() if task in tasks}
+    clip = config.clip.model_copy(update={"task_templates": templates})
+    config = config.model_copy(update={"clip": clip, "training": training_of(method, config)})
+    return values_affecting(config, *effects)
 
 
 def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
@@ -211,7 +215,7 @@ def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
     return metrics
 
 
-def track_history(run: Run, name: str, artefact: Artefact) -> None:
+def track_history(session: Session, name: str, artefact: Artefact) -> None:
     """Gives MLflow run `name` all steps of a finished training. Those that were reported while it went on are known
     to the tracker; this adds what died with a driver or worker, and trainings that another run made."""
     columns = pq.read_table(artefact.local() / HISTORY).to_pydict()
@@ -222,7 +226,7 @@ def track_history(run: Run, name: str, artefact: Artefact) -> None:
         record = StepRecord(step, 0, rate, (loss,), (accuracy,))
         by_step.setdefault(step, {}).update(step_metrics([task], record))
     for step, metrics in by_step.items():
-        run.tracker.log_metrics(name, metrics, step)
+        session.tracker.log_metrics(name, metrics, step)
 
 
 def write_history(path: Path, tasks: Sequence[str], history: Sequence[StepRecord]) -> None:

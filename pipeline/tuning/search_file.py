@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from pipeline.config import Config, PositiveInt, Section, fields, load_yaml, parse_config
+from pipeline.config import Config, PositiveInt, Section, fields, load_yaml, parse_config, values_affecting
 from pipeline.errors import UserError, did_you_mean
 from pipeline.methods.registry import METHODS, VARIANTS
 
@@ -51,7 +51,7 @@ class Range:
     values: tuple[Any, ...]
 
 
-class SearchOptions(Section):
+class SearchOptions(Section, affects=("search",)):
     """A search file but for its `fields`."""
 
     method: str = "grouped"
@@ -103,7 +103,7 @@ class Search:
     def to_json(self) -> dict[str, Any]:
         """All that decides the search's results, in the form of the file."""
         ranges = {name: {of.kind: list(of.values)} for name, of in self.space.items()}
-        return {**self.options.model_dump(mode="json"), "fields": ranges}
+        return {**values_affecting(self.options, "search"), "fields": ranges}
 
 
 def read_search(path: Path, base: Config) -> Search:

@@ -22,7 +22,7 @@ from pipeline.methods.registry import training_of
 from pipeline.prediction.options import GROUPED, ModelOptions, read_options, write_options
 from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
 from pipeline.runtime.progress import Reporter
-from pipeline.runtime.run import PARENT, Run, check_run, connected, tracked
+from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage, Work
 from pipeline.runtime.storage import Artefact
 from pipeline.stages.finished_run import SUMMARY, FinishedRun, record_artefacts
@@ -31,9 +31,11 @@ from pipeline.stages.global_prompt import NAME as GLOBAL_PROMPT
 from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
 from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts, train_added_task
 from pipeline.stages.grouping import place_task, read_grouping, staying_together
+from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.report import NAME as REPORT
 from pipeline.stages.report import copy_grouping_pages, register_model, track_results
-from pipeline.stages.training_work import TrainingWork, trainings_decided_by
+from pipeline.stages.run import at_work, cluster_of
+from pipeline.stages.training_work import TrainingWork, training_made_from
 from pipeline.training.batches import load_training_sets
 from pipeline.training.later_gradients import gradients_at_points
 from pipeline.training.snapshots import read_points, write_snapshots
@@ -43,15 +45,15 @@ NAME = "task_gradients"
 
 @dataclass(frozen=True)
 class Joining:
-    """A checked run of the new task alone, the finished run that it joins, and, to compare, a run of all of them."""
+    """The plan of the new task alone, the finished run that it joins, and, to compare, the plan of all of them."""
 
-    run: Run
+    plan: Plan
     finished: FinishedRun
-    rerun: Run | None
+    rerun: Plan | None
 
     @property
     def task(self) -> str:
-        return self.run.tasks[0]
+        return self.plan.tasks[0]
 
 
 def add_task(finished: FinishedRun, config: Config, task: str, rerun: bool, console: Console) -> Path:
@@ -67,10 +69,9 @@ def add_task(finished: FinishedRun, config: Config, task: str, rerun: bool, cons
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
     joining = check_joining(finished, config, task, rerun, console)
-    runs = [run for run in (joining.run, joining.rerun) if run]
-    with connected(runs), tracked(joining.run):
-        _add(joining)
-    return joining.run.folder
+    with cluster_of(joining.plan, console) as needs, at_work(joining.plan, needs, console) as session:
+        _add(joining, session)
+    return joining.plan.folder
 
 
 def check_joining(finished: FinishedRun, config: Config, task: str, rerun: bool, console: Console) -> Joining:
@@ -79,21 +80,21 @@ def check_joining(finished: FinishedRun, config: Config, task: str, rerun: bool,
         raise UserError(f"--task {task}: the run has that task; its tasks are {', '.join(finished.tasks)}")
     config = config.model_copy(update={"storage": finished.storage.uri, "compare": ()})
     _check_same_prompts(config, finished.prompts)
-    run = check_run(
+    plan = make_plan(
         _for_tasks(config, [task]),
         console,
         decided_by={"joins": finished.prompts.digest, "snapshots": [of.key for of in finished.snapshots]},
         other_tasks=finished.tasks,
     )
     trained_on = finished.snapshots[0].made_from["clip"]
-    if trained_on != vars(run.clip):
+    if trained_on != vars(plan.clip):
         raise UserError(
             f"clip.model={config.clip.model}, clip.pretrained={config.clip.pretrained} is another CLIP than the run's: "
             "give the weights that it was trained with"
         )
     check_constraints(sorted([*finished.tasks, task]), **staying_together(config.grouping, finished.groups).constraints)
-    of_all = check_run(_for_tasks(config, sorted([*finished.tasks, task])), console) if rerun else None
-    return Joining(run, finished, of_all)
+    of_all = make_plan(_for_tasks(config, sorted([*finished.tasks, task])), console) if rerun else None
+    return Joining(plan, finished, of_all)
 
 
 def _for_tasks(config: Config, tasks: Sequence[str]) -> Config:
@@ -122,31 +123,32 @@ def _check_same_prompts(config: Config, prompts: TrainedPrompts) -> None:
             )
 
 
-def _add(joining: Joining) -> None:
-    run, finished = joining.run, joining.finished
-    run.tracker.set_tags(PARENT, {"added_task": joining.task, "joins_run": finished.folder.name})
-    run_stages(run, "splits")
-    gradients = measure_gradients(run, finished.snapshots[0])
+def _add(joining: Joining, session: Session) -> None:
+    plan, finished = joining.plan, joining.finished
+    session.tracker.set_tags(PARENT, {"added_task": joining.task, "joins_run": finished.folder.name})
+    run_stages(plan, session, "splits")
+    gradients = measure_gradients(plan, session, finished.snapshots[0])
     snapshots = {tuple(of.made_from["tasks"]): of for of in (*finished.snapshots, gradients)}
-    grouping = place_task(run, snapshots, finished.groups, run.config.grouping)
+    grouping = place_task(plan, session, snapshots, finished.groups, plan.config.grouping)
     groups = read_grouping(grouping)["groups"]
     others = next([name for name in group if name != joining.task] for group in groups if joining.task in group)
-    trained = train_added_task(run, finished.prompts.group_of(others[0]) if others else None)
-    prompts = _merged_prompts(run, finished, trained)
+    trained = train_added_task(plan, session, finished.prompts.group_of(others[0]) if others else None)
+    prompts = _merged_prompts(plan, finished, trained)
     beside = None
     if joining.rerun:
-        with tracked(joining.rerun):
-            run_stages(joining.rerun)
+        with at_work(joining.rerun, session.needs, session.console) as of_all:
+            run_stages(joining.rerun, of_all)
         beside = read_json(joining.rerun.folder / SUMMARY)
-    _report(joining, grouping, trained, prompts, beside)
-    record_artefacts(run, [*finished.snapshots, gradients])
+    _report(joining, session, grouping, trained, prompts, beside)
+    record_artefacts(plan, [*finished.snapshots, gradients])
 
 
-def measure_gradients(run: Run, global_prompt: Artefact) -> Artefact:
+def measure_gradients(plan: Plan, session: Session, global_prompt: Artefact) -> Artefact:
     """The run's task's gradients at the points of a global prompt's snapshots."""
-    artefact = run.artefact(NAME, {**trainings_decided_by(run, run.tasks), "tasks": run.tasks, "at": global_prompt.key})
-    work = TrainingWork(run.config, run.splits, tuple(run.tasks), "gradients of the new task")
-    with Stage(run, NAME, titled(GLOBAL_PROMPT, "gradients on the global prompt")) as stage:
+    made_from = training_made_from(plan, "mmap", plan.tasks, "training")
+    artefact = plan.artefact(NAME, {**made_from, "tasks": plan.tasks, "at": global_prompt.key})
+    work = TrainingWork(plan.config, plan.splits, tuple(plan.tasks), "gradients of the new task")
+    with Stage(session, NAME, titled(GLOBAL_PROMPT, "gradients on the global prompt")) as stage:
         arguments = (work, global_prompt, artefact)
         stage.execute([Work(work.label, _measure, arguments, artefact, takes_gpu=True)])
     return artefact
@@ -176,11 +178,11 @@ def _measure(work: TrainingWork, global_prompt: Artefact, artefact: Artefact, bo
         write_snapshots(made.folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
 
 
-def _merged_prompts(run: Run, finished: FinishedRun, trained: Sequence[MethodArtefacts]) -> Path:
+def _merged_prompts(plan: Plan, finished: FinishedRun, trained: Sequence[MethodArtefacts]) -> Path:
     """The finished run's prompts as they are, and the new task's as a group of its own in the file, so that nothing of
     the others is computed otherwise than before."""
     (of_task,) = (method.artefacts[0] for method in trained if method.name == "grouped")
-    file = run.folder / GROUPED
+    file = plan.folder / GROUPED
     make_folder(file.parent)
     save_prompts(file, merge_prompts([finished.prompts, load_prompts(of_task.local() / PROMPTS)]))
     if (options := read_options(finished.folder / GROUPED)) != ModelOptions():
@@ -190,14 +192,15 @@ def _merged_prompts(run: Run, finished: FinishedRun, trained: Sequence[MethodArt
 
 def _report(
     joining: Joining,
+    session: Session,
     grouping: Artefact,
     trained: Sequence[MethodArtefacts],
     prompts: Path,
     beside: dict[str, Any] | None,
 ) -> None:
-    run, before = joining.run, joining.finished.summary
-    folder = make_folder(run.folder / "report")
-    with Stage(run, REPORT, titled(REPORT)) as stage:
+    plan, before = joining.plan, joining.finished.summary
+    folder = make_folder(plan.folder / "report")
+    with Stage(session, REPORT, titled(REPORT)) as stage:
         stage.computed = True
         copy_grouping_pages(grouping, folder)
     results = {method.name: method.results()[0] for method in trained}
@@ -208,19 +211,19 @@ def _report(
         zero_shot=results["zero_shot"]["accuracy"][joining.task],
         accuracy=results["grouped"]["accuracy"][joining.task],
         trained_parameters=results["grouped"]["trained_parameters"],
-        stages=dict(run.stage_seconds),
+        stages=dict(session.stage_seconds),
         rerun=beside,
     )
     summary = added.summary()
     write_json(folder / "summary.json", vars(summary))
     write_atomically(folder / "report.md", added_task_to_markdown(added))
-    track_results(run, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
-    run.tracker.log_artifact(PARENT, folder)
-    run.tracker.log_artifact(PARENT, prompts, "prompts")
-    register_model(run, prompts)
-    run.console.print(added_task_table(added))
-    where = run.storage.shown
-    run.console.print(
+    track_results(plan, session, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
+    session.tracker.log_artifact(PARENT, folder)
+    session.tracker.log_artifact(PARENT, prompts, "prompts")
+    register_model(plan, session, prompts)
+    session.console.print(added_task_table(added))
+    where = plan.storage.shown
+    session.console.print(
         f"groups: {format_groups(added.groups)}\nreport: {where(folder)}\nprompts: {where(prompts)}",
         markup=False,
         highlight=False,

@@ -28,13 +28,15 @@ from pipeline.report.benchmark_tables import (
 )
 from pipeline.report.summary import method_result
 from pipeline.runtime.environment import run_environment
-from pipeline.runtime.run import PARENT, Run, connected, tracked
+from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
 from pipeline.runtime.tracking.tracker import Tracker, end_status
 from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import train_groups
+from pipeline.stages.plan import Plan
 from pipeline.stages.report import track_results
-from pipeline.workflows.many_runs import checked_runs, configs_of, in_parallel
+from pipeline.stages.run import cluster_of
+from pipeline.workflows.many_runs import configs_of, in_parallel, make_plans
 
 CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
 """Of the paper's Figure 5."""
@@ -56,23 +58,24 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
         UserError: what is wrong with a config or the cluster, before any work; what ended a run, after the others
             have ended and the report on them is written.
     """
-    name, runs = configs[0].name, checked_runs(configs, console)
-    storage = runs[0].storage
-    key = content_hash({"runs": [run.key for run in runs], "methods": list(methods)})
+    name, plans = configs[0].name, make_plans(configs, console)
+    storage = plans[0].storage
+    key = content_hash({"runs": [plan.key for plan in plans], "methods": list(methods)})
     folder = make_folder(storage.folder / "benchmarks" / f"{name}-{key}")
-    with connected(runs), _tracked(name, configs, methods, folder) as tracker:
+    with cluster_of(plans[0], console) as needs, _tracked(name, configs, methods, folder) as tracker:
         failed: list[BaseException] = []
         results = []
-        for run, found in in_parallel(runs, partial(_carry_out, methods, folder.name)):
+        for plan, found in in_parallel(plans, needs, partial(_carry_out, methods, folder.name)):
             if isinstance(found, BaseException):
                 failed.append(found)
                 continue
+            shots, seed = plan.config.data.shots, plan.config.seed
             results += [
-                Result(method, run.config.data.shots, run.config.seed, of_run["accuracy"], of_run["trained_parameters"])
+                Result(method, shots, seed, of_run["accuracy"], of_run["trained_parameters"])
                 for method, of_run in found.items()
             ]
         if results:
-            benchmark = _benchmark(runs[0], methods, results)
+            benchmark = _benchmark(plans[0], methods, results)
             write_report(benchmark, folder, console)
             _track(tracker, benchmark, folder)
             storage.send(folder)
@@ -114,27 +117,26 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     write_atomically(folder / "benchmark.csv", to_csv(benchmark))
 
 
-def _carry_out(methods: Sequence[str], benchmark: str, run: Run) -> dict[str, dict[str, Any]]:
-    with tracked(run):
-        run.tracker.set_tags(PARENT, {"benchmark": benchmark})
-        grouped = any(VARIANTS[name].uses_grouping for name in methods)
-        made = run_stages(run, "grouping" if grouped else "splits")
-        of_methods = train_groups(run, made.get("grouping"), methods)
-        found = {method.name: method_result(run.tasks, method.results()) for method in of_methods}
-        track_results(run, found, {method.name: method.groups for method in of_methods})
-    run.console.print("done", highlight=False)
+def _carry_out(methods: Sequence[str], benchmark: str, plan: Plan, session: Session) -> dict[str, dict[str, Any]]:
+    session.tracker.set_tags(PARENT, {"benchmark": benchmark})
+    grouped = any(VARIANTS[name].uses_grouping for name in methods)
+    made = run_stages(plan, session, "grouping" if grouped else "splits")
+    of_methods = train_groups(plan, session, made.get("grouping"), methods)
+    found = {method.name: method_result(plan.tasks, method.results()) for method in of_methods}
+    track_results(plan, session, found, {method.name: method.groups for method in of_methods})
+    session.console.print("done", highlight=False)
     return found
 
 
-def _benchmark(run: Run, methods: Sequence[str], results: Sequence[Result]) -> Benchmark:
+def _benchmark(plan: Plan, methods: Sequence[str], results: Sequence[Result]) -> Benchmark:
     order = {name: at for at, name in enumerate(methods)}
-    clip = run.config.clip
+    clip = plan.config.clip
     return Benchmark(
-        run.config.name,
-        tuple(run.tasks),
+        plan.config.name,
+        tuple(plan.tasks),
         tuple(sorted(results, key=lambda result: order[result.method])),
         f"{clip.model}, weights {clip.pretrained or 'random'}",
-        _protocol(run.config, methods),
+        _protocol(plan.config, methods),
     )
 
 

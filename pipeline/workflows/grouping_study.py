@@ -12,12 +12,14 @@ from pipeline.errors import UserError
 from pipeline.files import make_folder, write_atomically
 from pipeline.grouping.study import GroupingStudy, study_grouping
 from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
-from pipeline.runtime.run import PARENT, Run, connected, tracked
+from pipeline.runtime.session import PARENT, Session
 from pipeline.stages.flow import run_stages
 from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.group_trainings import train_every_group
+from pipeline.stages.plan import Plan
+from pipeline.stages.run import cluster_of
 from pipeline.training.snapshots import read_gradients
-from pipeline.workflows.many_runs import checked_runs, in_parallel
+from pipeline.workflows.many_runs import in_parallel, make_plans
 
 MAX_TASKS = 8
 """255 trainings a seed, and 4,140 partitions."""
@@ -29,21 +31,21 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
     Raises:
         UserError: one task, or more than MAX_TASKS; and as the pipeline.
     """
-    name, runs = configs[0].name, checked_runs(configs, console)
-    tasks, storage = runs[0].tasks, runs[0].storage
+    name, plans = configs[0].name, make_plans(configs, console)
+    tasks, storage = plans[0].tasks, plans[0].storage
     if not 2 <= len(tasks) <= MAX_TASKS:
         raise UserError(
             f"a study of {len(tasks)} tasks would take {2 ** len(tasks) - 1} trainings a seed: choose 2 to {MAX_TASKS} "
             "tasks with data.tasks"
         )
-    key = content_hash([run.key for run in runs])
+    key = content_hash([plan.key for plan in plans])
     folder = make_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
-    with connected(runs):
+    with cluster_of(plans[0], console) as needs:
         studies = {}
-        for run, outcome in in_parallel(runs, _study):
+        for plan, outcome in in_parallel(plans, needs, _study):
             if isinstance(outcome, BaseException):
                 raise outcome
-            studies[run.config.seed] = outcome
+            studies[plan.config.seed] = outcome
     markdown = study_to_markdown(name, tasks, studies)
     write_atomically(folder / "grouping_study.md", markdown)
     write_atomically(folder / "grouping_study.csv", study_to_csv(tasks, studies))
@@ -55,20 +57,19 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
     return folder
 
 
-def _study(run: Run) -> GroupingStudy:
-    with tracked(run):
-        global_prompt = run_stages(run, "global_prompt")["global_prompt"]
-        trained = train_every_group(run)
-        number = {task: at for at, task in enumerate(run.tasks)}
-        accuracy_of_group = {
-            tuple(number[task] for task in group): [result["accuracy"][task] for task in group]
-            for group, result in zip(trained.groups, trained.results())
-        }
-        gradients = read_gradients(global_prompt.local() / SNAPSHOTS, run.tasks)
-        study = study_grouping(gradients, accuracy_of_group)
-        run.tracker.log_metrics(
-            PARENT,
-            {f"rank_correlation/{of.affinity}_{of.objective}": of.rank_correlation for of in study.criteria},
-            step=0,
-        )
+def _study(plan: Plan, session: Session) -> GroupingStudy:
+    global_prompt = run_stages(plan, session, "global_prompt")["global_prompt"]
+    trained = train_every_group(plan, session)
+    number = {task: at for at, task in enumerate(plan.tasks)}
+    accuracy_of_group = {
+        tuple(number[task] for task in group): [result["accuracy"][task] for task in group]
+        for group, result in zip(trained.groups, trained.results())
+    }
+    gradients = read_gradients(global_prompt.local() / SNAPSHOTS, plan.tasks)
+    study = study_grouping(gradients, accuracy_of_group)
+    session.tracker.log_metrics(
+        PARENT,
+        {f"rank_correlation/{of.affinity}_{of.objective}": of.rank_correlation for of in study.criteria},
+        step=0,
+    )
     return study

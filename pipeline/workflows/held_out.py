@@ -9,48 +9,49 @@ from pipeline.config import content_hash
 from pipeline.data.parquet import Split, SplitDescription, SplitReader
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
 from pipeline.errors import UserError
-from pipeline.runtime.run import Run
+from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artefact
 from pipeline.stages.flow import run_stages
+from pipeline.stages.plan import Plan
 from pipeline.stages.splits import write_splits
 
 NAME = "held_out"
 
 
-def hold_out(run: Run, validation_shots: int) -> Artefact:
+def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artefact:
     """Splits whose training images are those of the run's splits but for the last `validation_shots` of each class and
     task, and whose test images are these. They stand in for the run's splits in a search, which opens no others.
 
     Raises:
         UserError: too few images.
     """
-    artefact = run.artefact("splits", {**run.splits.made_from, "validation_shots": validation_shots})
+    artefact = plan.artefact("splits", {**plan.splits.made_from, "validation_shots": validation_shots})
     if artefact.finished():
         return artefact
-    reader = run_stages(run, "splits")["splits"]
-    shots, seed = run.config.data.shots - validation_shots, run.config.seed
+    reader = run_stages(plan, session, "splits")["splits"]
+    shots, seed = plan.config.data.shots - validation_shots, plan.config.seed
     images, sizes = _training_images(reader)
-    splits = sample_validation(images, run.listing.classes, shots, seed)
+    splits = sample_validation(images, plan.listing.classes, shots, seed)
     of_splits: dict[Split, Sequence[ScannedImage]] = {"train": splits.train, "test": splits.test}
     description = SplitDescription(
-        classes={task: list(names) for task, names in run.listing.classes.items()},
-        class_words=run.listing.class_words,
+        classes={task: list(names) for task, names in plan.listing.classes.items()},
+        class_words=plan.listing.class_words,
         shots=shots,
         seed=seed,
         # Not that of any data set whose test images these are.
         source_fingerprint=content_hash(["held out", validation_shots, content_fingerprint(images)]),
         counts={
-            name: {task: sum(image.task == task for image in of_split) for task in run.tasks}
+            name: {task: sum(image.task == task for image in of_split) for task in plan.tasks}
             for name, of_split in of_splits.items()
         },
     )
-    with Stage(run, NAME, "validation images") as stage:
+    with Stage(session, NAME, "validation images") as stage:
         stage.computed = True
         with artefact.making() as made:
-            write_splits(stage, made, splits, description, sizes, {})
+            write_splits(plan, stage, made, splits, description, sizes, {})
         counted = {name: sum(of_split.values()) for name, of_split in description.counts.items()}
-        run.console.print(
+        session.console.print(
             f"  {counted['train']} images to train on, {counted['test']} to measure on: {shots} and {validation_shots} "
             "a class",
             highlight=False,

@@ -7,6 +7,7 @@ do only what is missing.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.config import Config, parse_config
-from pipeline.runtime.run import Run, check_run
+from pipeline.runtime.cluster import WorkerNeeds
+from pipeline.runtime.session import Session
+from pipeline.stages.plan import Plan, make_plan
+from pipeline.stages.run import at_work
 
 
 def configs_of(base: Config, shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
@@ -28,27 +32,34 @@ def configs_of(base: Config, shots: Sequence[int], seeds: Sequence[int]) -> list
     ]
 
 
-def checked_runs(configs: Sequence[Config], console: Console) -> list[Run]:
+def make_plans(configs: Sequence[Config], console: Console) -> list[Plan]:
     """Raises: UserError: the first thing that is wrong, before any work."""
     console.print(f"[bold]{configs[0].name}[/]: checking {len(configs)} runs", highlight=False)
-    first = check_run(configs[0], _RunConsole(configs[0]))
-    return [first, *(check_run(config, _RunConsole(config), like=first) for config in configs[1:])]
+    first = make_plan(configs[0], _RunConsole(configs[0]))
+    return [first, *(make_plan(config, _RunConsole(config), like=first) for config in configs[1:])]
 
 
-def in_parallel(runs: Sequence[Run], work: Callable[[Run], Any]) -> Iterator[tuple[Run, Any]]:
-    """Each run with what `work` gave, or the exception that ended it, in the order of the runs; all are at work from
-    the start. What interrupts the caller ends them."""
-    with ThreadPoolExecutor(len(runs), "run") as threads:
-        futures = [threads.submit(work, run) for run in runs]
+def in_parallel(
+    plans: Sequence[Plan], needs: WorkerNeeds, work: Callable[[Plan, Session], Any]
+) -> Iterator[tuple[Plan, Any]]:
+    """Each plan with what `work` gave, or the exception that ended it, in the order of the plans; all are at work from
+    the start, each in a session of its own. What interrupts the caller ends them."""
+    stop = threading.Event()
+
+    def carry_out(plan: Plan) -> Any:
+        with at_work(plan, needs, _RunConsole(plan.config), stop) as session:
+            return work(plan, session)
+
+    with ThreadPoolExecutor(len(plans), "run") as threads:
+        futures = [threads.submit(carry_out, plan) for plan in plans]
         try:
-            for run, future in zip(runs, futures):
+            for plan, future in zip(plans, futures):
                 error = future.exception()
                 if error:
-                    run.console.print(f"[bold red]failed:[/] {escape(str(error))}")
-                yield run, error or future.result()
+                    _RunConsole(plan.config).print(f"[bold red]failed:[/] {escape(str(error))}")
+                yield plan, error or future.result()
         except BaseException:
-            for run in runs:
-                run.stop.set()
+            stop.set()
             raise
 
 

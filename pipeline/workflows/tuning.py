@@ -30,8 +30,10 @@ from pipeline.methods.registry import ALWAYS, VARIANTS
 from pipeline.report.summary import title
 from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
 from pipeline.runtime.cluster import places
-from pipeline.runtime.run import PARENT, Run, check_methods, check_run, connected, tracked
+from pipeline.runtime.session import PARENT, Session
 from pipeline.stages.flow import run_stages
+from pipeline.stages.plan import Plan, check_methods, make_plan
+from pipeline.stages.run import at_work, cluster_of
 from pipeline.tuning.points import Check, Points, planned_points
 from pipeline.tuning.search_file import Search, config_at
 from pipeline.tuning.trials import Trial, best_trial
@@ -60,34 +62,34 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
             f"cluster.workers_per_training={base.cluster.workers_per_training}: a trial trains on one worker, and "
             "trials run beside each other: leave it at 1"
         )
-    run = check_run(base, console, place=PLACE, decided_by={"search": search.to_json()})
-    check = partial(_check_point, run.config, replace(run.listing, images=()), search.methods)
+    plan = make_plan(base, console, place=PLACE, decided_by={"search": search.to_json()})
+    check = partial(_check_point, plan.config, replace(plan.listing, images=()), search.methods)
     points = planned_points(search, check)
     write_atomically(
-        run.folder / "search.yaml", yaml.safe_dump(search.to_json(), sort_keys=False, default_flow_style=None)
+        plan.folder / "search.yaml", yaml.safe_dump(search.to_json(), sort_keys=False, default_flow_style=None)
     )
     # Tune asks the dashboard whether the placement groups of trials that it ended are still needed.
-    with connected([run], dashboard=True):
-        with tracked(run):
-            run.tracker.set_tags(PARENT, {"level": "search", "mlflow.runName": run.folder.name})
-            run.tracker.log_params(PARENT, {f"search.{key}": value for key, value in search.to_json().items()})
-            run.tracker.log_artifact(PARENT, run.folder / "search.yaml")
-            trials = _carry_out(run, search, points, check)
-            best = _report(run, search, trials)
-            config, method = _best_config(run, search, best)
-            write_atomically(run.folder / BEST, to_yaml(config))
-            run.tracker.log_artifact(PARENT, run.folder / BEST)
-            where = escape(run.storage.shown(run.folder / BEST))
+    with cluster_of(plan, console, dashboard=True) as needs:
+        with at_work(plan, needs, console) as session:
+            session.tracker.set_tags(PARENT, {"level": "search", "mlflow.runName": plan.folder.name})
+            session.tracker.log_params(PARENT, {f"search.{key}": value for key, value in search.to_json().items()})
+            session.tracker.log_artifact(PARENT, plan.folder / "search.yaml")
+            trials = _carry_out(plan, session, search, points, check)
+            best = _report(plan, session, search, trials)
+            config, method = _best_config(plan, search, best)
+            write_atomically(plan.folder / BEST, to_yaml(config))
+            session.tracker.log_artifact(PARENT, plan.folder / BEST)
+            where = escape(plan.storage.shown(plan.folder / BEST))
             console.print(f"best: trial {best.number}: {escape(described(best.point))}\n  {where}", highlight=False)
             if final_run:
-                accuracy = _run_pipeline(run, config, method)
-                run.tracker.log_metrics(PARENT, {"test_accuracy/average": accuracy}, step=0)
+                accuracy = _run_pipeline(plan, session, config, method)
+                session.tracker.log_metrics(PARENT, {"test_accuracy/average": accuracy}, step=0)
                 console.print(
                     f"{escape(title(method))}, best of {len(trials)} trials: {100 * best.validation_accuracy:.1f} % on "
                     f"validation images, [bold]{100 * accuracy:.1f} % on the test set[/]",
                     highlight=False,
                 )
-    return run.folder
+    return plan.folder
 
 
 def _check_point(config: Config, listing: Listing, methods: Sequence[str], point: Mapping[str, Any]) -> None:
@@ -102,40 +104,43 @@ def _check_point(config: Config, listing: Listing, methods: Sequence[str], point
 _towers = cache(towers_without_weights)  # which Ray Tune cannot pickle with the check
 
 
-def _carry_out(run: Run, search: Search, points: Points, check: Check) -> list[Trial]:
+def _carry_out(plan: Plan, session: Session, search: Search, points: Points, check: Check) -> list[Trial]:
     """All trials of the search; those that ended are not done again."""
-    console, state = run.console, run.folder / "tune"
-    if (run.folder / RESULT).exists():
-        trials = [Trial(**trial) for trial in read_json(run.folder / RESULT)["trials"]]
+    console, state = session.console, plan.folder / "tune"
+    if (plan.folder / RESULT).exists():
+        trials = [Trial(**trial) for trial in read_json(plan.folder / RESULT)["trials"]]
         console.print(f"  found finished: {len(trials)} trials", highlight=False)
         return trials
     if points.refused and search.options.searcher != "optuna":
         told = f"{points.refused} points are not tried, since their values do not go together, such as: {points.reason}"
         console.print(f"  {escape(told)}", highlight=False)
-    splits = hold_out(run, search.options.validation_shots)
-    checkpoints = run.folder / "checkpoints"
-    setup = TrialSetup(run.config, search.methods, replace(run.listing, images=()), run.clip, splits, checkpoints)
+    splits = hold_out(plan, session, search.options.validation_shots)
+    checkpoints = plan.folder / "checkpoints"
+    of_trials = replace(plan, listing=replace(plan.listing, images=()), splits=splits)
+    setup = TrialSetup(of_trials, search.methods, checkpoints)
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, setup=setup), {"cpu": run.needs.cpus, "gpu": run.needs.gpus}
+        tune.with_parameters(run_trial, setup=setup), {"cpu": session.needs.cpus, "gpu": session.needs.gpus}
     )
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # what they write is in MLflow
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which is not silent
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupt ends the job, as everywhere
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    Listener.changed = partial(_track, run)
-    tuner = _restored(run, search, state, trainable) or _new_tuner(run, search, points, check, state, trainable)
+    Listener.changed = partial(_track, session)
+    tuner = _restored(plan, session, search, state, trainable) or _new_tuner(
+        plan, session, search, points, check, state, trainable
+    )
     tuner.fit()
     write_json(
-        run.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in Listener.trials]}
+        plan.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in Listener.trials]}
     )
-    run.storage.remove(checkpoints)
-    run.storage.remove(state)
+    plan.storage.remove(checkpoints)
+    plan.storage.remove(state)
     return Listener.trials
 
 
-def _restored(run: Run, search: Search, state: Path, trainable: Any) -> tune.Tuner | None:
+def _restored(plan: Plan, session: Session, search: Search, state: Path, trainable: Any) -> tune.Tuner | None:
     """The search as it was when an earlier job was interrupted; None if none was."""
-    filesystem, place = run.storage.filesystem(state)
+    filesystem, place = plan.storage.filesystem(state)
     if not tune.Tuner.can_restore(place, filesystem):
         return None
     try:
@@ -145,29 +150,31 @@ def _restored(run: Run, search: Search, state: Path, trainable: Any) -> tune.Tun
         raise
     except Exception as error:  # there is no state yet, or one of another version
         told = f"Ray Tune cannot restore the search: {error}. It begins anew; its trials go on from their checkpoints"
-        run.console.print(f"  {told}", style="yellow", markup=False, highlight=False)
-        run.storage.remove(state)
+        session.console.print(f"  {told}", style="yellow", markup=False, highlight=False)
+        plan.storage.remove(state)
         return None
     told = f"{before.num_terminated + before.num_errors} trials were done before"
     if search.options.early_stopping != "none":
         told += "; early stopping does not know what they measured"
-    run.console.print(f"  {told}", highlight=False)
+    session.console.print(f"  {told}", highlight=False)
     return tuner
 
 
-def _new_tuner(run: Run, search: Search, points: Points, check: Check, state: Path, trainable: Any) -> tune.Tuner:
+def _new_tuner(
+    plan: Plan, session: Session, search: Search, points: Points, check: Check, state: Path, trainable: Any
+) -> tune.Tuner:
     options, by_optuna = search.options, search.options.searcher == "optuna"
     numbered = [{"number": number, "point": point} for number, point in enumerate(points.points)]
-    filesystem, place = run.storage.filesystem(state.parent)
+    filesystem, place = plan.storage.filesystem(state.parent)
     return tune.Tuner(
         trainable,
         param_space={} if by_optuna else {"trial": tune.grid_search(numbered)},
         tune_config=tune.TuneConfig(
             num_samples=(options.trials or 1) if by_optuna else 1,
             search_alg=OptunaPoints(search, check) if by_optuna else None,
-            scheduler=early_stopping(search, run.config),
+            scheduler=early_stopping(search, plan.config),
             # Else Optuna would be asked for many points before it knows of any.
-            max_concurrent_trials=max(1, places(run.needs)) if by_optuna else None,
+            max_concurrent_trials=max(1, places(session.needs)) if by_optuna else None,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -175,17 +182,17 @@ def _new_tuner(run: Run, search: Search, points: Points, check: Check, state: Pa
             storage_path=place,
             storage_filesystem=filesystem,
             callbacks=[Listener()],
-            failure_config=tune.FailureConfig(max_failures=run.config.cluster.max_retries),
+            failure_config=tune.FailureConfig(max_failures=plan.config.cluster.max_retries),
             verbose=0,
         ),
     )
 
 
-def _track(run: Run, trial: Trial) -> None:
+def _track(session: Session, trial: Trial) -> None:
     """A change of a trial, to MLflow and, at its end, to the console."""
     label = f"trial {trial.number}"
     # Of trials that began just before an interruption Ray Tune may not know: the next may have such a one's number.
-    tracker, name = run.tracker, f"{label} {content_hash(trial.point)}"
+    tracker, name = session.tracker, f"{label} {content_hash(trial.point)}"
     tags = {"level": "trial", "trial": trial.number, "mlflow.runName": label}
     tracker.start_run(name, parent=PARENT, tags=tags, params=trial.point)
     if trial.accuracy:
@@ -199,48 +206,47 @@ def _track(run: Run, trial: Trial) -> None:
     told = f"failed: {trial.fault}"
     if trial.state != "failed":
         told = f"{100 * trial.validation_accuracy:.1f} % after {trial.epochs} epochs, {STATES[trial.state]}"
-    run.console.print(f"  {label}: {escape(told)} · {escape(described(trial.point))}", highlight=False)
+    session.console.print(f"  {label}: {escape(told)} · {escape(described(trial.point))}", highlight=False)
 
 
-def _report(run: Run, search: Search, trials: Sequence[Trial]) -> Trial:
+def _report(plan: Plan, session: Session, search: Search, trials: Sequence[Trial]) -> Trial:
     """Writes and shows the trials; returns the best.
 
     Raises:
         UserError: none trained to its end.
     """
-    folder, name = run.folder, f"{run.config.name}: {len(trials)} trials"
-    run.console.print(
+    folder, name = plan.folder, f"{plan.config.name}: {len(trials)} trials"
+    session.console.print(
         trials_table(search, trials, f"{name}, {search.options.validation_shots} validation images a class")
     )
-    write_atomically(folder / "trials.csv", trials_to_csv(search, run.tasks, trials))
+    write_atomically(folder / "trials.csv", trials_to_csv(search, plan.tasks, trials))
     search_figure(search, trials).savefig(folder / "trials.png", dpi=150)
     for file in ("trials.csv", "trials.png"):
-        run.tracker.log_artifact(PARENT, folder / file)
+        session.tracker.log_artifact(PARENT, folder / file)
     best = best_trial(trials)
     if best is None:
         fault = next((trial.fault for trial in trials if trial.fault), "all were ended early")
         raise UserError(
             f"none of {len(trials)} trials trained to its end: {fault}. All are in "
-            f"{run.storage.shown(folder / 'trials.csv')}"
+            f"{plan.storage.shown(folder / 'trials.csv')}"
         )
-    run.tracker.log_metrics(PARENT, {f"{METRIC}/best": best.validation_accuracy}, step=0)
+    session.tracker.log_metrics(PARENT, {f"{METRIC}/best": best.validation_accuracy}, step=0)
     return best
 
 
-def _best_config(run: Run, search: Search, best: Trial) -> tuple[Config, str]:
+def _best_config(plan: Plan, search: Search, best: Trial) -> tuple[Config, str]:
     """What the pipeline takes, with the best trial's method in its report; and that method."""
-    config, method = config_at(run.config, best.point, search.methods)
+    config, method = config_at(plan.config, best.point, search.methods)
     if method not in (*ALWAYS, *config.compare):
         config = config.model_copy(update={"compare": (*config.compare, method)})
     return config, method
 
 
-def _run_pipeline(search: Run, config: Config, method: str) -> float:
+def _run_pipeline(search: Plan, session: Session, config: Config, method: str) -> float:
     """All stages with all training images; the method's test accuracy, the mean over the tasks, 0 to 1."""
-    run = check_run(config, search.console)
-    run.needs, run.board = search.needs, search.board
-    with tracked(run):
-        run.tracker.set_tags(PARENT, {"search": search.folder.name})
-        report = run_stages(run)["report"]
+    plan = make_plan(config, session.console)
+    with at_work(plan, session.needs, session.console) as of_run:
+        of_run.tracker.set_tags(PARENT, {"search": search.folder.name})
+        report = run_stages(plan, of_run)["report"]
     accuracy: float = read_json(report / "summary.json")["methods"][method]["average"]
     return accuracy

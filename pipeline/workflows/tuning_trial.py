@@ -4,7 +4,7 @@ measured on the validation images after every epoch."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,22 +12,18 @@ from typing import Any
 
 import torch
 from ray import tune
-from rich.console import Console
 
-from pipeline.clip.load import ClipIdentity
-from pipeline.config import Config, content_hash
-from pipeline.data.find import Listing
+from pipeline.config import content_hash
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import VARIANTS, get_method, training_of
-from pipeline.runtime.run import Run
 from pipeline.runtime.stage import Work
-from pipeline.runtime.storage import Artefact
 from pipeline.stages.global_prompt import global_prompt_work
 from pipeline.stages.group_trainings import Training, built_method, plan_trainings
 from pipeline.stages.grouping import grouping_artefact, make_grouping, read_grouping
+from pipeline.stages.plan import Plan
 from pipeline.stages.training_work import TrainingWork
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.evaluate import accuracy, decoded_batches, evaluate_decoded
@@ -43,12 +39,9 @@ trained numbers, and, once and last, what ended it."""
 class TrialSetup:
     """What all trials of a search share, as it is sent to their workers."""
 
-    base: Config
+    plan: Plan
+    """Of the search, without its images. The splits' test images are the validation images."""
     methods: tuple[str, ...]
-    listing: Listing
-    clip: ClipIdentity
-    splits: Artefact
-    """Their test images are the validation images."""
     checkpoints: Path
     """Folder in the storage, of which each point has a part: what is known of a trial's number may be lost."""
 
@@ -72,9 +65,9 @@ def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path)
     Raises:
         UserError: as the pipeline's stages.
     """
-    run, method = _run(point, setup)
-    grouping = _grouping(run) if VARIANTS[method].uses_grouping else None
-    trainings = plan_trainings(run, method, grouping, {})
+    plan, method = _plan(point, setup)
+    grouping = _grouping(plan) if VARIANTS[method].uses_grouping else None
+    trainings = plan_trainings(plan, method, grouping, {})
     for training in trainings:
         for features in training.features:
             _make(features.work)
@@ -90,7 +83,7 @@ def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path)
             while group.trainer.epoch < epoch:  # its checkpoint may be older than another group's
                 group.trainer.run_epoch()
         of_task = {task: value for group in groups for task, value in group.validation_accuracy().items()}
-        of_task = {task: of_task[task] for task in run.tasks}
+        of_task = {task: of_task[task] for task in plan.tasks}
         yield {
             EPOCH: epoch,
             WHOLE: epoch == epochs,
@@ -150,33 +143,24 @@ def _validation_batches(folder: Path, task: str, image_size: int, threads: int) 
     return tuple(decoded_batches(SplitReader(folder), [task], image_size, threads))
 
 
-def _run(point: dict[str, Any], setup: TrialSetup) -> tuple[Run, str]:
-    """As the stages take it, with the held-out splits in place of the run's; and the point's method."""
-    config, method = config_at(setup.base, point, setup.methods)
-    shots = SplitReader(setup.splits.local()).description.shots
+def _plan(point: dict[str, Any], setup: TrialSetup) -> tuple[Plan, str]:
+    """Of a point, and the point's method."""
+    base = setup.plan
+    config, method = config_at(base.config, point, setup.methods)
+    shots = SplitReader(base.splits.local()).description.shots
     config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
-    shape = MmapShape.of(config.mmap, TrainingWork(config, setup.splits, (), "trial").towers())
-    return Run(
-        config,
-        setup.splits.storage,
-        setup.listing,
-        setup.clip,
-        shape,
-        setup.splits,
-        setup.checkpoints,
-        "",
-        Console(quiet=True),
-    ), method
+    shape = MmapShape.of(config.mmap, TrainingWork(config, base.splits, (), "trial").towers())
+    return replace(base, config=config, mmap_shape=shape), method
 
 
-def _grouping(run: Run) -> dict[str, Any]:
+def _grouping(plan: Plan) -> dict[str, Any]:
     """grouping.json of the run's global prompt, trained without the validation images; found if another trial made
     it."""
-    global_prompt = global_prompt_work(run)
+    global_prompt = global_prompt_work(plan)
     _make(global_prompt)
     assert global_prompt.artefact is not None  # as _make checks
-    artefact = grouping_artefact(run, global_prompt.artefact)
-    make_grouping(run, global_prompt.artefact, artefact)
+    artefact = grouping_artefact(plan, global_prompt.artefact)
+    make_grouping(plan, global_prompt.artefact, artefact)
     return read_grouping(artefact)
 
 

@@ -1,0 +1,141 @@
+"""What a run works with on the driver: its folder, the cluster, MLflow, progress, the terminal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import ClusterConfig, TrackingConfig, content_hash
+from pipeline.errors import UserError
+from pipeline.files import make_folder
+from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
+from pipeline.runtime.progress import progress_board
+from pipeline.runtime.run_lock import alone_at
+from pipeline.runtime.storage import Storage, is_uri
+from pipeline.runtime.tracking.journal import JOURNAL
+from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
+from pipeline.runtime.tracking.tracker import Tracker, end_status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PARENT = "pipeline"
+"""Local name of the MLflow parent run."""
+LEAST_FREE_BYTES = 200 << 20
+
+
+@dataclass(frozen=True)
+class Session:
+    """Of one run, for as long as a job is at it."""
+
+    storage: Storage
+    folder: Path
+    """Of the run."""
+    cluster: ClusterConfig
+    needs: WorkerNeeds
+    """Of a training's worker."""
+    tracker: Tracker
+    console: Console
+    stop: threading.Event
+    """Ends the run's work from another thread."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def board(self) -> Any:
+        """The workers' ProgressBoard actor."""
+        return progress_board()
+
+
+@contextmanager
+def connected(
+    cluster: ClusterConfig, storage: Storage, paths: Sequence[Path], console: Console, dashboard: bool = False
+) -> Iterator[WorkerNeeds]:
+    """Joins the cluster, and leaves it at the end unless this process had joined it before.
+
+    Args:
+        paths: what all machines must see beside the storage.
+        dashboard: as of `cluster.connect`.
+
+    Raises:
+        UserError: no cluster, or one that cannot hold a training.
+    """
+    with joined(cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard) as needs:
+        check_shared(storage, paths)
+        yield needs
+
+
+@contextmanager
+def open_session(
+    storage: Storage,
+    folder: Path,
+    key: str,
+    cluster: ClusterConfig,
+    needs: WorkerNeeds,
+    tracking: TrackingConfig,
+    console: Console,
+    stop: threading.Event | None = None,
+) -> Iterator[Session]:
+    """One job at a time is at the run in `folder`; its MLflow parent run, which the block begins, ends as the block
+    does."""
+    stop = stop or threading.Event()
+
+    def say(text: str) -> None:
+        console.print(f"  {text}", markup=False, highlight=False)
+
+    with alone_at(storage, folder, say, stop.is_set):
+        journal = folder / f"tracking-{key}"
+        if storage.is_bucket:  # an earlier job, on another machine, may have recorded more than is known here
+            (there,) = storage.sizes([file := journal / JOURNAL])
+            if (there or 0) > (file.stat().st_size if file.exists() else 0):
+                storage.fetch(folder)
+        tracker = Tracker(resolve_tracking_uri(tracking.uri, storage.folder), tracking.experiment, journal)
+        try:
+            yield Session(storage, folder, cluster, needs, tracker, console, stop)
+        except BaseException as error:
+            with suppress(UserError):  # the disk is full: that the error says
+                tracker.end_run(PARENT, end_status(error))
+            tracker.close(timeout_s=10)
+            raise
+        tracker.end_run(PARENT)
+        tracker.close(timeout_s=20)  # says what could not be sent
+        storage.send(folder)
+
+
+def open_storage(place: str, cache: str) -> Storage:
+    """
+    Args:
+        place, cache: as the config has them.
+
+    Raises:
+        UserError: a folder or bucket that cannot be written, or a disk that is nearly full.
+    """
+    here = Path(cache).expanduser().absolute()
+    if is_uri(place):
+        storage = Storage(place, here / content_hash(place))
+        storage.mark()
+        _check_space("cache", here)
+        return storage
+    path = Path(place).expanduser()
+    if not path.is_absolute():
+        # The working directory of a submitted job is a copy that Ray deletes.
+        path = (Path.home() if IN_SUBMITTED_JOB else Path.cwd()) / path
+    make_folder(path)
+    if not os.access(path, os.W_OK):
+        raise UserError(f"storage={path} cannot be written; change `storage`")
+    _check_space("storage", path)
+    storage = Storage.of_folder(path.resolve())
+    storage.mark()
+    return storage
+
+
+def _check_space(name: str, path: Path) -> None:
+    free = shutil.disk_usage(path).free
+    if free < LEAST_FREE_BYTES:
+        raise UserError(f"{name}={path} has {free >> 20} MiB free, less than {LEAST_FREE_BYTES >> 20}; free some space")

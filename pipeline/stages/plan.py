@@ -1,0 +1,185 @@
+"""The plan of a run: all that is decided before its work. What the user can get wrong is checked here, before any
+worker starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
+from pipeline.clip.towers import ClipTowers
+from pipeline.config import BUILTIN_DIGITS, RESULTS, Config, content_hash, to_yaml, values_affecting
+from pipeline.data.find import Listing, find_images, unexpected_counts
+from pipeline.data.parquet import FORMAT
+from pipeline.demo.digits import write_digits
+from pipeline.errors import UserError
+from pipeline.files import make_folder, write_atomically
+from pipeline.grouping.search.constraints import check_constraints
+from pipeline.methods.mmap import MmapShape
+from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, training_of
+from pipeline.runtime.session import open_storage
+from pipeline.runtime.storage import Artefact, Storage
+from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NUMBERS_VERSION = 6
+"""To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
+before are then not taken for today's."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it was checked; `dataclasses.replace` gives the plan of another config, or of other splits."""
+
+    config: Config
+    storage: Storage
+    listing: Listing
+    clip: ClipIdentity
+    mmap_shape: MmapShape
+    splits: Artefact
+    place: str = "runs"
+    """Folder of the storage in which the run's own is."""
+    decided_by: Mapping[str, Any] = field(default_factory=dict)
+    """What decides its results beside the config."""
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that decides the run's results."""
+        return content_hash(
+            {
+                "version": NUMBERS_VERSION,
+                "clip": asdict(self.clip),
+                "splits": self.splits.key,
+                "config": values_affecting(self.config, *RESULTS),
+                **self.decided_by,
+            }
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Of the run's reports."""
+        return self.storage.folder / self.place / f"{self.config.name}-{self.key}"
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.listing.classes)
+
+    @property
+    def title(self) -> str:
+        """For people; the end tells runs apart that differ in other options."""
+        config = self.config
+        return f"{config.name}, {config.data.shots} shots, seed {config.seed} ({self.key[:6]})"
+
+    @property
+    def shared_paths(self) -> list[Path]:
+        """Data and weights of the user, which all machines must see."""
+        config, weights = self.config, weights_file(self.config.clip)
+        of_data = [self.listing.root] if config.data.root != BUILTIN_DIGITS else []
+        return [*of_data, *([weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else [])]
+
+    def artefact(self, stage: str, made_from: dict[str, Any]) -> Artefact:
+        return Artefact(self.storage, stage, made_from)
+
+
+def make_plan(
+    config: Config,
+    console: Console,
+    like: Plan | None = None,
+    place: str = "runs",
+    decided_by: Mapping[str, Any] | None = None,
+    other_tasks: Sequence[str] = (),
+) -> Plan:
+    """Checks the config against data, model, storage and tracking server, and makes the run's folder.
+
+    Args:
+        like: the plan of a config that differs in shots and seed only: what it has checked is not checked again.
+        place, decided_by: as of Plan.
+        other_tasks: whose groups the run's tasks join; the grouping's constraints are on all of them.
+
+    Raises:
+        UserError: the first thing that is wrong, with the remedy.
+    """
+    config = _with_absolute_paths(config)
+    if like:
+        storage, listing, clip, shape = like.storage, like.listing, like.clip, like.mmap_shape
+    else:
+        storage = open_storage(config.storage, config.cache)
+        listing = _find_data(config, storage)
+        without_task = set(config.clip.task_templates) - {*listing.classes, *other_tasks}
+        notes = [f"clip.task_templates: there is no task {task!r}" for task in sorted(without_task)]
+        if config.clip.model == BUILTIN_DIGITS != config.data.root:
+            notes.append(
+                "clip.model=builtin:digits, the demo's tiny CLIP, knows handwritten digits alone: for other images "
+                "--clip.model ViT-B-16 --clip.pretrained openai, or a --config FILE that says so"
+            )
+        for note in [*unexpected_counts(config.data, listing), *notes]:
+            console.print(f"  {note}", style="yellow", markup=False, highlight=False)
+        clip, shape = _check_model(config, listing)
+        check_constraints([*other_tasks, *listing.classes], **config.grouping.constraints)
+        check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
+
+    splits = Artefact(
+        storage,
+        "splits",
+        {"format": FORMAT, "listing": listing.fingerprint(), "config": values_affecting(config, "splits")},
+    )
+    plan = Plan(config, storage, listing, clip, shape, splits, place, decided_by or {})
+    write_atomically(make_folder(plan.folder) / "config.yaml", to_yaml(config))
+    return plan
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Workers may run in other folders than the driver."""
+    changes: dict[str, str] = {}
+    if config.clip.model.endswith(".json"):
+        changes["model"] = str(Path(config.clip.model).expanduser().absolute())
+    if (file := weights_file(config.clip)) and config.clip.pretrained != BUILTIN_DIGITS:
+        changes["pretrained"] = str(file.absolute())
+    return config.model_copy(update={"clip": config.clip.model_copy(update=changes)})
+
+
+def _find_data(config: Config, storage: Storage) -> Listing:
+    if config.data.root is None:
+        raise UserError("data.root is not set: give the folder of your images, <root>/<task>/<class>/*, or a table")
+    root = Path(config.data.root).expanduser()
+    if config.data.root == BUILTIN_DIGITS:
+        root = storage.folder / "datasets" / "digits"
+        try:
+            write_digits(root)
+        except OSError as error:
+            raise UserError(f"the embedded digits cannot be written to {root}: {error}; remove that folder") from None
+    return find_images(config.data, root.absolute())
+
+
+def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapShape]:
+    identity = clip_identity(config.clip)
+    return identity, check_methods(config, listing, towers_without_weights(config.clip), (*ALWAYS, *config.compare))
+
+
+def check_methods(config: Config, listing: Listing, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
+    """Whether the options of some of registry.VARIANTS fit towers, of which only the shapes are looked at.
+
+    Raises:
+        UserError: the first that does not.
+    """
+    shape = MmapShape.of(config.mmap, towers)
+    words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
+    workers, num_classes = config.cluster.workers_per_training, min(map(len, words))
+    for name in names:
+        method = VARIANTS[name].method
+        kind, batch = METHODS[method], training_of(method, config).batch_size
+        kind.check(config, towers)
+        templates = kind.templates(config, listing.classes)
+        class_tokens(towers.tokenizer, list(templates.values()), words, kind.num_prompt_positions(config))
+        if workers > min(batch, num_classes):
+            raise UserError(
+                f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "
+                f"{batch} (batch_size of {kind.title}) and {num_classes}: use no more workers than those"
+            )
+    return shape

@@ -1,0 +1,83 @@
+"""A run at work: its plan, and the session that its stages work with."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config
+from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS
+from pipeline.runtime.cluster import WorkerNeeds
+from pipeline.runtime.environment import run_environment
+from pipeline.runtime.session import PARENT, Session, connected, open_session
+from pipeline.stages.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextmanager
+def open_run(config: Config, console: Console) -> Iterator[tuple[Plan, Session]]:
+    """Checks the config against data, model, storage, tracking server and cluster; connects to them.
+
+    Raises:
+        UserError: the first thing that is wrong, with the remedy.
+    """
+    console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
+    plan = make_plan(config, console)
+    with cluster_of(plan, console) as needs, at_work(plan, needs, console) as session:
+        yield plan, session
+
+
+def cluster_of(plan: Plan, console: Console, dashboard: bool = False) -> AbstractContextManager[WorkerNeeds]:
+    """`connected` for a plan, or for several of the same storage, data, CLIP and cluster."""
+    return connected(plan.config.cluster, plan.storage, plan.shared_paths, console, dashboard)
+
+
+@contextmanager
+def at_work(plan: Plan, needs: WorkerNeeds, console: Console, stop: threading.Event | None = None) -> Iterator[Session]:
+    """Opens a session for a plan, with its MLflow parent run; `stop` ends its work from another thread."""
+    config = plan.config
+    with open_session(
+        plan.storage, plan.folder, plan.key, config.cluster, needs, config.tracking, console, stop
+    ) as session:
+        _announce(plan, session)
+        yield session
+
+
+def _announce(plan: Plan, session: Session) -> None:
+    config, where = plan.config, plan.storage.shown(plan.folder)
+    session.tracker.start_run(
+        PARENT,
+        tags={
+            "mlflow.runName": plan.title,
+            "mlflow.source.name": sys.argv[0],
+            "level": "pipeline",
+            "run_folder": where,
+            **{f"env.{name}": value for name, value in run_environment().items()},
+        },
+        params=_flat(config.model_dump(mode="json", exclude=_sections_of_others(config))),
+    )
+    session.tracker.log_artifact(PARENT, plan.folder / "config.yaml")
+    session.console.print(
+        f"  {len(plan.tasks)} tasks, {len(plan.listing.images)} images · {config.clip.model} · "
+        f"{plan.mmap_shape.num_parameters:,} parameters a MmAP · results in {where}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _sections_of_others(config: Config) -> set[str]:
+    """Of methods that the run does not train, which would only fill MLflow's lists; config.yaml has them."""
+    own = {METHODS[VARIANTS[name].method].section for name in (*ALWAYS, *config.compare)}
+    return {method.section for method in METHODS.values() if method.section and method.section not in own}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
