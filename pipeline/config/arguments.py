@@ -10,7 +10,7 @@ import argparse
 import copy
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
@@ -178,12 +178,6 @@ def _kinds(annotation: Any) -> set[Any]:
     return {origin or annotation}
 
 
-def _elements(annotation: Any) -> Iterator[Any]:
-    """Types of a tuple's elements."""
-    for part in typing.get_args(annotation):
-        yield from _elements(part) if typing.get_origin(annotation) is not tuple else _kinds(part)
-
-
 def _value(option: str, field: FieldInfo, given: str | list[str]) -> Any:
     if isinstance(given, str):
         return _scalar(option, _kinds(field.annotation), given)
@@ -194,7 +188,7 @@ def _value(option: str, field: FieldInfo, given: str | list[str]) -> Any:
             return given[0]  # no list, as the field will say
         if isinstance(whole, list | dict) or given[0] == "null":
             return whole
-    return [_scalar(option, set(_elements(field.annotation)), text) for text in given]
+    return [_scalar(option, {str}, text) for text in given]  # of which pydantic makes numbers
 
 
 def _scalar(option: str, kinds: Collection[Any], text: str) -> Any:
