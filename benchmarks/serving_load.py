@@ -54,7 +54,7 @@ def main() -> None:
 
     def serve(*more: str) -> Service:
         (port,) = free_ports(1, first=8600)
-        cpus = ["--cluster.cpus_per_training", str(arguments.cpus_per_replica)]
+        cpus = ["--cluster.cpus_per_worker", str(arguments.cpus_per_replica)]
         replicas = ["--replicas", str(arguments.replicas), *cpus]
         service = Service(folder, port, "--models", f"m={file}", *replicas, *more)
         closed_loop(predict_url(service), images, 4, WARM_UP_S)

@@ -8,7 +8,7 @@
 - threads: one process that holds CLIP once, a thread for each training (on a GPU: a stream for each);
 - one step: one process, the trainings' tasks side by side in every step, each with its own prompts: exact, since
   tasks meet only in prompts that they share;
-- processes: one for each training, each with its own CLIP (what fractional cluster.gpus_per_training gives).
+- processes: one for each training, each with its own CLIP (what fractional cluster.gpus_per_worker gives).
 Each mode trains the same prompts for the same steps, and all must end with the same numbers. Loading is not timed.
 """
 

@@ -5,7 +5,7 @@
     python jobs/benchmark.py --methods coop_mt vpt_mt maple_mt grouped --shots 1 3 6 12
     python jobs/benchmark.py --dataset office_home --methods paper --shots 6 12 --data.root /data/OfficeHome \\
         --config configs/paper_protocol.yaml configs/paper_parameters.yaml
-    ray job submit --working-dir . -- python jobs/benchmark.py --cluster.gpus_per_training 0.25 --storage /shared/runs
+    ray job submit --working-dir . -- python jobs/benchmark.py --cluster.gpus_per_worker 0.25 --storage /shared/runs
 
 Every run (shots x seed) goes through the pipeline's stages, and all are at work at once on what the cluster has. The
 same command again does only what is missing; more seeds, shots or methods add to what is there. The report (Markdown,

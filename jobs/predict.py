@@ -51,8 +51,8 @@ class Options(JobOptions):
 TAKES = {
     "clip.pretrained": "Tag or file of the CLIP weights; null: where they lay in training.",
     "cluster.address": "For Parquet output: Ray cluster to join; null: RAY_ADDRESS, else a local Ray is started.",
-    "cluster.gpus_per_training": "GPUs of a worker that predicts, or a fraction; null: 1 if there are any.",
-    "cluster.cpus_per_training": "CPU cores of a worker that predicts, without GPUs also its threads; null: 1.",
+    "cluster.gpus_per_worker": "GPUs of a worker that predicts, or a fraction; null: 1 if there are any.",
+    "cluster.cpus_per_worker": "CPU cores of a worker that predicts, without GPUs also its threads; null: 1.",
 }
 
 
@@ -67,7 +67,7 @@ def predict(given: Given[Options]) -> int:
     if to_csv and (of_ray := [name for name in given.fields if name.startswith("cluster.")]):
         raise UserError(f"--{of_ray[0]} means nothing for CSV output: see --output <folder>.parquet")
     if not to_csv and own.device is not None:
-        raise UserError("--device means nothing for Parquet output: see --cluster.gpus_per_training")
+        raise UserError("--device means nothing for Parquet output: see --cluster.gpus_per_worker")
 
     from pipeline.prediction.load import read_model  # torch takes seconds to import
 

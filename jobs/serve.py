@@ -51,8 +51,8 @@ class Options(JobOptions):
 TAKES = {
     "clip.pretrained": "Tag or file of the CLIP weights; null: where they lay in training.",
     "cluster.address": "Ray cluster to join; null: RAY_ADDRESS, else a local Ray is started.",
-    "cluster.gpus_per_training": "GPUs of a replica, or a fraction; null: 1 if there are any.",
-    "cluster.cpus_per_training": "CPU cores of a replica, without GPUs also its threads; null: 1.",
+    "cluster.gpus_per_worker": "GPUs of a replica, or a fraction; null: 1 if there are any.",
+    "cluster.cpus_per_worker": "CPU cores of a replica, without GPUs also its threads; null: 1.",
 }
 
 
@@ -83,11 +83,11 @@ def serve(given: Given[Options]) -> None:
 
     if is_local and (fault := port_fault(own.host, own.port)):
         raise UserError(fault)
-    connect(cluster.model_copy(update={"cpus_per_training": 1, "gpus_per_training": 0}), say)
+    connect(cluster.model_copy(update={"cpus_per_worker": 1, "gpus_per_worker": 0}), say)
     for ends in (signal.SIGINT, signal.SIGTERM):  # Ray has its own for SIGTERM
         signal.signal(ends, signal.default_int_handler)
     try:
-        gpus = cluster.gpus_per_training
+        gpus = cluster.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         options = ServiceOptions(
@@ -95,7 +95,7 @@ def serve(given: Given[Options]) -> None:
             port=own.port,
             replicas=own.replicas,
             ingress_replicas=own.ingress_replicas,
-            needs=WorkerNeeds(cluster.cpus_per_training, gpus),
+            needs=WorkerNeeds(cluster.cpus_per_worker, gpus),
             max_batch=own.max_batch,
             batch_wait_s=own.batch_wait_ms / 1000,
             limits=Limits(

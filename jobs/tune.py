@@ -5,7 +5,7 @@
     python jobs/tune.py --search configs/searches/mmap.yaml \\
         --config configs/office_home.yaml --data.root /data/OfficeHome
     ray job submit --working-dir . -- python jobs/tune.py --search configs/searches/mmap.yaml \\
-        --cluster.gpus_per_training 0.25 --storage /shared/runs
+        --cluster.gpus_per_worker 0.25 --storage /shared/runs
 
 The same command again does only what is missing. Table, picture, and the best config as YAML that full_pipeline.py
 takes are in <storage>/searches/ and in MLflow. docs/tuning.md says what a search file holds.

@@ -39,7 +39,7 @@ def test_every_machine_must_see_storage_and_data(tmp_path):
     cluster = RayCluster(tmp_path, num_cpus=1)
     try:
         cluster.add_node(3, 1)
-        config = ClusterConfig(address=cluster.gcs, cpus_per_training=2)
+        config = ClusterConfig(address=cluster.gcs, cpus_per_worker=2)
         needs = connect(config, print)
         assert (needs.cpus, needs.gpus, places(needs)) == (2, 1.0, 1)
         assert [places(WorkerNeeds(1, gpus)) for gpus in (0, 0.5, 0.4)] == [4, 2, 2]
@@ -49,9 +49,9 @@ def test_every_machine_must_see_storage_and_data(tmp_path):
             check_shared(storage, [Path("/nowhere/data")])
         ray.shutdown()
         for changes, message in (
-            ({"cpus_per_training": 4}, "takes 1 GPU and 4 CPU, but the cluster has 1 GPUs and 4 CPUs on 2 machines"),
+            ({"cpus_per_worker": 4}, "takes 1 GPU and 4 CPU, but the cluster has 1 GPUs and 4 CPUs on 2 machines"),
             ({"workers_per_training": 2}, "takes 1 GPU and 2 CPU for each of 2 workers"),
-            ({"gpus_per_training": 2}, "takes 2 GPU and 2 CPU, but"),
+            ({"gpus_per_worker": 2}, "takes 2 GPU and 2 CPU, but"),
         ):
             said = []
             changed = config.model_copy(update=changes | {"wait_for_nodes_s": 3})
@@ -101,7 +101,7 @@ def test_who_waits_is_told_for_what(tmp_path):
 def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path):
     storage, (port,) = tmp_path / "storage", free_ports(1, first=8500)
     uri = f"http://127.0.0.1:{port}"
-    options = ["--storage", str(storage), "--tracking.uri", uri, "--cluster.gpus_per_training", "0.5", *QUICK]
+    options = ["--storage", str(storage), "--tracking.uri", uri, "--cluster.gpus_per_worker", "0.5", *QUICK]
 
     server = mlflow_server(tmp_path, port)
     job = submit(ray_head, "jobs/full_pipeline.py", *options)  # by its shebang
@@ -118,7 +118,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
 
     server = mlflow_server(tmp_path, port)
     try:
-        again = run_job("full_pipeline", *options, "--cluster.gpus_per_training", "0")  # elsewhere
+        again = run_job("full_pipeline", *options, "--cluster.gpus_per_worker", "0")  # elsewhere
         assert again.status == 0 and again.output.count("found finished") == 5, again.output
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("mmap-clip")

@@ -221,7 +221,7 @@ def cluster(head) -> Iterator[RayCluster]:
 
 
 def on(cluster: RayCluster, *options: str) -> tuple[str, ...]:
-    return ("--cluster.address", cluster.gcs, "--cluster.gpus_per_training", "0.5", *options, *QUICK)
+    return ("--cluster.address", cluster.gcs, "--cluster.gpus_per_worker", "0.5", *options, *QUICK)
 
 
 def test_machines_differ_in_clock_locale_and_hash_seed_and_one_is_lost(quick_run, cluster, tmp_path):

@@ -256,7 +256,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
         (["--tracking.uri", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
         (["--compare", "[maple]", "--maple.depth", "9"], "maple.depth=9: the shallower tower has 4 layers"),
         (["--compare", "[cooop]"], "compare.0='cooop': no method that can be compared; did you mean coop?"),
-        (["--cluster.gpus_per_training", "1"], "but the cluster has 0 GPUs"),
+        (["--cluster.gpus_per_worker", "1"], "but the cluster has 0 GPUs"),
         (["--cluster.workers_per_training", "11"], "of which a task has 16 (batch_size of MmAP) and 10: use no more"),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),
         (["--training.epochs", "0"], "training.epochs=0"),

@@ -74,7 +74,7 @@ def test_options_of_the_other_output_are_refused(prompts_file, tmp_path, monkeyp
     for options, message in [
         (["--device", "cpu", "--output", tmp_path / "out.parquet"], "--device means nothing for Parquet output"),
         (["--cluster.address", "auto"], "--cluster.address means nothing for CSV output"),
-        (["--cluster.gpus_per_training", "0.5"], "--cluster.gpus_per_training means nothing for CSV output"),
+        (["--cluster.gpus_per_worker", "0.5"], "--cluster.gpus_per_worker means nothing for CSV output"),
         (["--output", tmp_path / "nowhere" / "out.csv"], "out.csv cannot be written"),
         (["--threshold", "2"], "threshold=2: Input"),
     ]:

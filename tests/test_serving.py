@@ -454,8 +454,8 @@ def test_door_faults_end_with_status_2(tmp_path, monkeypatch, capsys):
             ([*good, "--port", "0"], "port=0: Input should be greater than or equal to 1"),
             ([*good, "--replicas", "0"], "replicas=0: Input should be greater than or equal to 1"),
             (
-                [*good, "--cluster.gpus_per_training", "-1"],
-                "cluster.gpus_per_training=-1: Input should be greater than",
+                [*good, "--cluster.gpus_per_worker", "-1"],
+                "cluster.gpus_per_worker=-1: Input should be greater than",
             ),
             ([*good, "--max_request_mib", "nan"], "max_request_mib='nan': Input should be"),
             ([*good, "--timeout_s", "inf"], "timeout_s='inf': Input should be a finite number"),

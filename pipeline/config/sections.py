@@ -185,10 +185,10 @@ class ClusterConfig(Section, affects=()):
     workers_per_training: PositiveInt = 1
     """Workers that share each step of one training (data parallel, by Ray Train), with the numbers of one worker.
     Worth it where a step is long; many trainings on one GPU each are faster than one after another on all."""
-    gpus_per_training: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of a training's worker, whole or a fraction; null: 1 where the cluster has GPUs, else 0."""
-    cpus_per_training: PositiveInt = 1
-    """CPU cores of a training's worker; on CPU also its threads."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of a worker that trains, predicts or serves, or a fraction; null: 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: PositiveInt = 1
+    """CPU cores of a worker; on CPU also its threads."""
     min_workers_per_training: PositiveInt | None = None
     """Fewest workers with which a shared training goes on while machines are away; null: all of them."""
     wait_for_nodes_s: NonNegative = 0

@@ -76,13 +76,13 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
             f"this process has joined Ray at {gcs_address} already, not at cluster.address={config.address}: leave "
             "cluster.address out, or call ray.shutdown() first"
         )
-    gpus = config.gpus_per_training
+    gpus = config.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    needs, workers = WorkerNeeds(config.cpus_per_training, gpus), config.workers_per_training
+    needs, workers = WorkerNeeds(config.cpus_per_worker, gpus), config.workers_per_training
     if workers > 1 and gpus % 1:
         raise UserError(
-            f"cluster.workers_per_training={workers} takes whole GPUs, not cluster.gpus_per_training={gpus:g}"
+            f"cluster.workers_per_training={workers} takes whole GPUs, not cluster.gpus_per_worker={gpus:g}"
         )
     fewest = config.min_workers_per_training or workers
     if fewest > workers:
@@ -92,8 +92,8 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     if places(needs) < fewest:
         times = f" for each of {fewest} workers (cluster.workers_per_training)" if workers > 1 else ""
         raise UserError(
-            f"a training takes {needs}{times}, but the cluster has {described()}: lower cluster.gpus_per_training, "
-            "cpus_per_training or workers_per_training, or start machines (cluster.wait_for_nodes_s waits for an "
+            f"a training takes {needs}{times}, but the cluster has {described()}: lower cluster.gpus_per_worker, "
+            "cpus_per_worker or workers_per_training, or start machines (cluster.wait_for_nodes_s waits for an "
             "autoscaler's)"
         )
     return needs

@@ -178,7 +178,7 @@ class Stage:
             return UserError(
                 f"the worker of {label!r} in stage {self.name!r} died {self.session.cluster.max_retries + 1} times: "
                 f"{error}. Ray's logs say why; out of memory is the usual cause (fewer trainings at once: raise "
-                "cluster.cpus_per_training or gpus_per_training; smaller ones: lower training.batch_size). "
+                "cluster.cpus_per_worker or gpus_per_worker; smaller ones: lower training.batch_size). "
                 "The same command goes on where this one stopped"
             )
         return error

@@ -131,7 +131,7 @@ def _check_cluster(options: ServiceOptions) -> None:
     if (found := places(options.needs)) < options.replicas:
         raise UserError(
             f"--replicas {options.replicas} of {options.needs} each: the cluster has {described()}, room for {found}; "
-            "lower --replicas, --cluster.gpus_per_training or cpus_per_training, or start machines"
+            "lower --replicas, --cluster.gpus_per_worker or cpus_per_worker, or start machines"
         )
     if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
         there = ", ".join(serve.status().applications) or "none"

@@ -69,7 +69,7 @@ def _encode_test_images(work: TrainingWork, reporter: Reporter) -> torch.Tensor:
         work.towers(),
         reader,
         task,
-        config.cluster.cpus_per_training,
+        config.cluster.cpus_per_worker,
         config.clip.precision,
         lambda done: reporter.update(done, total, "test images"),
     )
@@ -80,7 +80,7 @@ def _encode_training_images(
 ) -> torch.Tensor:
     config, towers = work.config, work.towers()
     (training_set,) = load_training_sets(
-        work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_training
+        work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
     )
     return frozen_training_features(
         towers,

@@ -66,7 +66,7 @@ class TrainingWork:
             log.warning(
                 "Ray gave %r a GPU that torch %s cannot use; training on the CPU", self.label, torch.__version__
             )
-        torch.set_num_threads(self.config.cluster.cpus_per_training)
+        torch.set_num_threads(self.config.cluster.cpus_per_worker)
         return torch.device("cpu")
 
     def towers(self, float32: bool = False) -> ClipTowers:
@@ -141,7 +141,7 @@ class TrainingWork:
 
     def _training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
         if get_method(self.method).changes_images:
-            threads = self.config.cluster.cpus_per_training
+            threads = self.config.cluster.cpus_per_worker
             sets = load_training_sets(self.reader(), self.tasks, towers.image_size, towers.device, threads)
         else:
             sets = load_training_labels(self.reader(), self.tasks, towers.device)
@@ -161,7 +161,7 @@ class TrainingWork:
         if self.test_features:
             features = {task: _features(self.test_features[task]) for task in self.tasks}
             return evaluate_features(classifier, self.reader(), features)
-        return evaluate(classifier, self.reader(), self.tasks, self.config.cluster.cpus_per_training, on_images)
+        return evaluate(classifier, self.reader(), self.tasks, self.config.cluster.cpus_per_worker, on_images)
 
 
 def _features(artefact: Artefact) -> StoredFeatures:

@@ -73,9 +73,7 @@ def evaluate(
     """
     batches: list[list[Prediction]] = []
     towers, share = classifier.towers, Share.of_this_process()
-    memory = out_of_memory_explained(
-        towers.device, "evaluation: run fewer at once (a larger cluster.gpus_per_training)"
-    )
+    memory = out_of_memory_explained(towers.device, "evaluation: run fewer at once (a larger cluster.gpus_per_worker)")
     stream = decoded_batches(
         reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda", share=share
     )

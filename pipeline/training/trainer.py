@@ -126,8 +126,8 @@ class Trainer:
         self._memory = out_of_memory_explained(
             towers.device,
             f"training: lower clip.activations_gib={towers.activations_gib:g} or training.batch_size="
-            f"{config.batch_size}, or train fewer at once (a larger cluster.gpus_per_training, or on CPUs "
-            "cluster.cpus_per_training)",
+            f"{config.batch_size}, or train fewer at once (a larger cluster.gpus_per_worker, or on CPUs "
+            "cluster.cpus_per_worker)",
         )
         if self.checkpoints and (state := self.checkpoints.load()):
             self.load_state_dict(state)

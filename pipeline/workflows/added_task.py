@@ -161,7 +161,7 @@ def _measure(work: TrainingWork, global_prompt: Artefact, artefact: Artefact, bo
     tokens = class_tokens(towers.tokenizer, templates, list(work.words().values())).to(towers.device)
     points = read_points(global_prompt.local() / POINTS)
     (images,) = load_training_sets(
-        work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_training
+        work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
     )
     with artefact.making() as made:
         snapshots = gradients_at_points(

@@ -1,7 +1,7 @@
 """Runs that differ in shots and seed, at work on one cluster at once.
 
 Each plans its own stages in a thread of the driver, and Ray places all their work, several trainings to a device where
-cluster.gpus_per_training lets them fit. What is finished is found by its hash, so the same runs again, or more of them,
+cluster.gpus_per_worker lets them fit. What is finished is found by its hash, so the same runs again, or more of them,
 do only what is missing.
 """
 

@@ -117,13 +117,13 @@ class _GroupTraining:
             classifier = Classifier(self._towers, templates, groups, config.clip.precision)
         if work.test_features:
             return accuracy(work.predictions(classifier, lambda count: None))
-        size, threads = self._towers.image_size, config.cluster.cpus_per_training
+        size, threads = self._towers.image_size, config.cluster.cpus_per_worker
         folder = work.splits.local()
         batches = (batch for task in work.tasks for batch in _validation_batches(folder, task, size, threads))
         return accuracy(evaluate_decoded(classifier, batches))
 
     def _training_set(self, task: str) -> TrainingSet:
-        size, threads = self._towers.image_size, self._work.config.cluster.cpus_per_training
+        size, threads = self._towers.image_size, self._work.config.cluster.cpus_per_worker
         folder = self._work.splits.local()
         return _training_set(folder, task, size, self._towers.device, threads, self._kind.changes_images)
 
