@@ -351,7 +351,7 @@ def test_a_field_that_does_not_say_what_it_affects_does_not_import():
 CHANGES_NO_NUMBER = {
     "clip.activations_gib",  # memory
     "training.checkpoint_every",
-    "cluster.cpus_per_training",  # threads
+    "cluster.cpus_per_worker",  # threads
 }
 VALIDATORS = ("_rows_divide_length", "_ordered")
 """Look at every config that is made, such as that of a prompts file."""
