@@ -421,8 +421,8 @@ def test_a_state_that_ray_tune_cannot_read_is_told_and_left_out(tmp_path):
     storage, output = Storage.of_folder(tmp_path), io.StringIO()
     (tmp_path / "tune").mkdir()
     (tmp_path / "tune" / "tuner.pkl").write_bytes(b"of another version")
-    run = SimpleNamespace(storage=storage, console=Console(file=output))
-    assert tuning._restored(run, search_of(tmp_path), tmp_path / "tune", run_trial) is None
+    plan, session = SimpleNamespace(storage=storage), SimpleNamespace(console=Console(file=output))
+    assert tuning._restored(plan, session, search_of(tmp_path), tmp_path / "tune", run_trial) is None
     assert "trials go on from their checkpoints" in " ".join(output.getvalue().split())
     assert not (tmp_path / "tune").exists()
 
