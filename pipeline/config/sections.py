@@ -6,12 +6,23 @@ Defaults are the paper's settings (MmAP, AAAI 2024); what the paper leaves open 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import NonNegative, NonNegativeInt, PositiveInt, Section, Share, Template, affects
 from pipeline.errors import UserError
+from pipeline.grouping.affinities import AFFINITIES
+from pipeline.grouping.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    AffinityName = str
+    ObjectiveName = str
+else:
+    AffinityName = Literal[*AFFINITIES]
+    ObjectiveName = Literal[*OBJECTIVES]
+_AFFINITIES = ", or ".join(affinity.summary for affinity in AFFINITIES.values())
+_OBJECTIVES = "; ".join(f"{objective.name}: {objective.summary}" for objective in OBJECTIVES.values())
 
 BUILTIN_DIGITS = "builtin:digits"
 
@@ -149,16 +160,12 @@ class GlobalPromptConfig(Section, affects=("global_prompt",)):
 
 
 class GroupingConfig(Section, affects=("grouping",)):
-    affinity: Literal["dot", "cosine"] = "dot"
-    """Dot product of the tasks' gradients (Eq. 8), or their cosine."""
+    affinity: Annotated[AffinityName, Field(description=f"Affinity of two tasks: {_AFFINITIES}.")] = "dot"
     per_layer: bool = False
     """Affinities of each layer's gradients by themselves, then their mean: under cosine every layer counts alike."""
     scaling_matrices: bool = True
     """Whether the gradients of the scaling matrices count beside those of the source prompt."""
-    objective: Literal["sum", "mean", "density"] = "sum"
-    """What the best partition maximises: sum of the pairwise affinities in groups (the paper); the sum of each task's
-    mean affinity to its group (TAG), which favours groups of two and three; or density, the affinities in a group over
-    its number of tasks, in between."""
+    objective: Annotated[ObjectiveName, Field(description=f"What the best partition maximizes. {_OBJECTIVES}.")] = "sum"
     num_groups: PositiveInt | None = None
     """Exact number of groups; null: whatever is best."""
     min_size: PositiveInt = 1

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.grouping.affinity import AffinityKind
+from pipeline.grouping.affinities import find_affinity
+from pipeline.grouping.objectives import find_objective
 from pipeline.grouping.partition import Partition, checked_affinity
-from pipeline.grouping.search.problem import Objective
 
 DOMINANT_NORM_RATIO = 3.0
 """A task is warned about when its gradients are this many times as long as the others' median."""
@@ -20,8 +20,8 @@ def warnings_about(
     partition: Partition,
     task_names: Sequence[str],
     *,
-    objective: Objective,
-    kind: AffinityKind,
+    objective: str,
+    kind: str,
     per_layer: bool = False,
 ) -> list[str]:
     """Sentences; empty when nothing stands out.
@@ -34,7 +34,7 @@ def warnings_about(
         affinity: (T, T), the matrix the partition was found for.
         partition: what `best_partition` returned.
         task_names: T names.
-        objective: the objective the partition maximises.
+        objective: the name of the objective the partition maximises.
         kind: the affinity; with the objective it decides what is worth trying instead.
         per_layer: whether affinities are means of layers' own.
 
@@ -54,9 +54,7 @@ def warnings_about(
     return warnings + _norms(affinity, task_names, kind)
 
 
-def _collapse(
-    affinity: np.ndarray, partition: Partition, objective: Objective, kind: AffinityKind, per_layer: bool
-) -> list[str]:
+def _collapse(affinity: np.ndarray, partition: Partition, objective: str, kind: str, per_layer: bool) -> list[str]:
     num_tasks = len(affinity)
     pairs = affinity[np.triu_indices(num_tasks, 1)]
     if partition.num_candidates == 1 or num_tasks == 1:
@@ -64,24 +62,20 @@ def _collapse(
     if not pairs.any():
         return ["All affinities between tasks are zero: the grouping says nothing about the tasks."]
     if len(partition.groups) == 1:
+        goal, compared = find_objective(objective), find_affinity(kind)
         if (pairs > 0).all():
             reason = "every pairwise affinity is positive" + (
-                ", so under objective 'sum' no split can score higher" if objective == "sum" else ""
+                f", so under objective {objective!r} no split can score higher" if goal.rewards_splitting == 1 else ""
             )
         elif (pairs >= 0).all():
             reason = "no pairwise affinity is negative"
         else:
             reason = "the positive affinities outweigh the negative ones in every split"
-        advice = {
-            "sum": "objective 'mean' (groups of two or three) or 'density', ",
-            "density": "objective 'mean' (groups of two or three), ",
-            "mean": "",
-        }[objective]
+        others = " or ".join(f"{other.name!r}{other.remark}" for other in goal.finer())
+        advice = f"objective {others}, " if others else ""
         advice += "a fixed number of groups (num_groups=2) or a max_size"
-        if kind == "dot":
-            advice += "; affinity 'cosine' helps if a few snapshots with large gradients decide the signs"
-        elif not per_layer:
-            advice += "; per_layer=true helps if one layer's large gradients decide the cosines"
+        if not (per_layer and compared.per_layer_helps):
+            advice += f"; {compared.one_group_advice}"
         return [f"All {num_tasks} tasks are in one group: {reason}. To split it, try {advice}."]
     if len(partition.groups) == num_tasks:
         reason = "no pairwise affinity is positive" if (pairs <= 0).all() else "no group scores higher"
@@ -92,7 +86,7 @@ def _collapse(
     return []
 
 
-def _norms(affinity: np.ndarray, task_names: Sequence[str], kind: AffinityKind) -> list[str]:
+def _norms(affinity: np.ndarray, task_names: Sequence[str], kind: str) -> list[str]:
     warnings = []
     norms = np.sqrt(np.clip(np.diag(affinity), 0, None))
     still = [repr(name) for name, norm in zip(task_names, norms, strict=True) if norm == 0]
@@ -104,10 +98,10 @@ def _norms(affinity: np.ndarray, task_names: Sequence[str], kind: AffinityKind) 
     largest = int(np.argmax(norms))
     others = np.delete(norms, largest)
     others = others[others > 0]
-    if kind == "dot" and others.size and norms[largest] >= DOMINANT_NORM_RATIO * np.median(others):
+    remedy = find_affinity(kind).dominance_advice
+    if remedy and others.size and norms[largest] >= DOMINANT_NORM_RATIO * np.median(others):
         warnings.append(
             f"Task {task_names[largest]!r} has by far the largest gradients (root mean square norm "
-            f"{norms[largest]:.3g}, median of the others {np.median(others):.3g}), so its dot products "
-            "dominate the grouping. Affinity 'cosine' gives every task the same weight."
+            f"{norms[largest]:.3g}, median of the others {np.median(others):.3g}), so {remedy}."
         )
     return warnings

@@ -2,8 +2,7 @@
 
 What this module chose:
 - Affinity is the inner product of two tasks' gradients (Eq. 8 of the MmAP paper), averaged over snapshots
-  of the training; `cosine` first scales every gradient to unit length, so that a task with large gradients
-  (a high loss, many classes) counts no more than the others.
+  of the training; `pipeline.grouping.affinities` says how gradients are scaled before.
 - Snapshots are averaged plainly: under `dot` those with large gradients, usually the early ones, weigh more.
 - Blocks of the gradient (layers) have affinities of their own, which are averaged plainly too. Under `dot` that only
   scales the whole; under `cosine` every layer then counts alike, however long its gradients.
@@ -11,18 +10,16 @@ What this module chose:
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 
 from pipeline.errors import UserError
-
-AffinityKind = Literal["dot", "cosine"]
+from pipeline.grouping.affinities import find_affinity
 
 
 def affinity_matrix(
     gradients: np.ndarray,
-    kind: AffinityKind,
+    kind: str,
     *,
     tasks: Sequence[str] | None = None,
     blocks: Sequence[np.ndarray] | None = None,
@@ -35,7 +32,7 @@ def affinity_matrix(
     Args:
         gradients: (S, T, P), for every snapshot the gradient of each task's loss with respect to the shared
             prompt, flattened; any real dtype.
-        kind: "dot" for inner products, "cosine" for inner products of unit gradients.
+        kind: a name of `pipeline.grouping.affinities`.
         tasks: T task names for error messages; without them messages give the task's index.
         blocks: indices (of P) of each block, as of `gradient_blocks`; None for the whole gradient as one.
 
@@ -48,8 +45,7 @@ def affinity_matrix(
             an infinity; the number of names is not T; the kind is unknown.
     """
     gradients = np.asarray(gradients)
-    if kind not in get_args(AffinityKind):
-        raise UserError(f"affinity kind {kind!r} is unknown; choose from {', '.join(get_args(AffinityKind))}")
+    scaled = find_affinity(kind).scaled
     if gradients.ndim != 3:
         raise UserError(f"gradients have shape {gradients.shape}, expected (snapshots, tasks, parameters)")
     num_snapshots, num_tasks, num_parameters = gradients.shape
@@ -74,18 +70,7 @@ def affinity_matrix(
                 "global prompt again, with a lower training.learning_rate or clip.precision=float32"
             )
         for part in parts:
-            block = snapshot[:, part]
-            if kind == "cosine":
-                block = _unit_rows(block)
+            block = scaled(snapshot[:, part])
             gram += block @ block.T
     gram /= num_snapshots * len(parts)
     return (gram + gram.T) / 2  # BLAS may round (i, j) and (j, i) differently
-
-
-def _unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows (T, P) scaled to unit length; a zero row stays zero."""
-    # The largest value goes first: squares of very small or very large gradients leave float64's range.
-    largest = np.abs(rows).max(axis=1, keepdims=True)
-    rows = rows / np.where(largest == 0, 1.0, largest)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length == 0, 1.0, length)

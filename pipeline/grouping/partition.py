@@ -1,12 +1,12 @@
 """The partition of the tasks into disjoint groups that maximises the affinity inside groups.
 
 What this module chose:
-- The user chooses no way to search. Of those that are exact the fastest is taken, by what was measured
-  (docs/grouping.md): tasks that no good group joins are searched apart; then enumeration, dynamic programming over
-  subsets, or an integer program, by the number of units (tasks that must be together are one).
-- Only integer programs can end without a proof, at the time limit. The result says so and has the bound.
-- Ties are broken alike by every way but the integer programs: the fewest groups, then the smallest `groups` in the
-  order of Python tuples (`pipeline.grouping.search.problem`).
+- The user chooses no way to search. Tasks that no good group joins are searched apart; up to 20 units (tasks that must
+  be together are one) dynamic programming over subsets is exact; beyond, a local search finds a good partition and an
+  integer program a bound, and most often the proof that it is the best.
+- Only the integer program can end without a proof, at the time limit. The result says so and has the bound.
+- Ties are broken by a rule, but not beyond 20 units: the fewest groups, then the smallest `groups` in the order of
+  Python tuples (`pipeline.grouping.search.problem`).
 - The diagonal of the affinity matrix (a task with itself) plays no part in any objective.
 """
 
@@ -19,24 +19,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.grouping.search.cliques import CliqueProgram
+from pipeline.grouping.objectives import find_objective
 from pipeline.grouping.search.components import components
 from pipeline.grouping.search.constraints import check_constraints, count_partitions, task_numbers
-from pipeline.grouping.search.enumeration import best_by_enumeration
-from pipeline.grouping.search.integer_program import UnitGroups
-from pipeline.grouping.search.local_search import good_partition
-from pipeline.grouping.search.problem import Groups, Objective, Problem, check_objective
-from pipeline.grouping.search.set_partitioning import best_by_set_partitioning, few_groups
-from pipeline.grouping.search.sized_pairs import SizedPairProgram
+from pipeline.grouping.search.problem import Groups, Problem, UnitGroups
 from pipeline.grouping.search.subsets import best_by_subsets
 
-MOST_ENUMERATED = 7
-"""Units up to which enumeration is the fastest: 877 partitions."""
 MOST_BY_SUBSETS = 20
 """Units up to which dynamic programming takes seconds; each further one triples that."""
 TIME_LIMIT_S = 60.0
-SHARE_OF_LOCAL_SEARCH = 0.1
-"""Of the time limit, before an integer program."""
+SHARE_OF_LOCAL_SEARCH, SHARE_OF_FIRST_TRY = 0.1, 0.2
+"""Of the time limit: before the integer program and once more in its course; and of its first try."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Partition:
 def best_partition(
     affinity: np.ndarray,
     *,
-    objective: Objective = "sum",
+    objective: str = "sum",
     num_groups: int | None = None,
     min_size: int = 1,
     max_size: int | None = None,
@@ -74,36 +67,29 @@ def best_partition(
 ) -> Partition:
     """The best of all partitions of T tasks into disjoint groups; ties as the module header says.
 
-    Objectives (a task alone scores 0 under each):
-        sum: the affinities of all pairs inside a group, each pair once (the MmAP paper).
-        mean: for every task its mean affinity to the other members of its group, summed over tasks
-            (as TAG scores a group; Fifty et al. 2021).
-        density: the affinities of all pairs inside a group over the group's number of tasks
-            (Principled-Task-Grouping's sum over groups of (1/|G|) sum S).
-
     Args:
         affinity: (T, T), symmetric and finite; only off-diagonal entries matter.
+        objective: a name of `pipeline.grouping.objectives`; a task alone scores 0 under each.
         num_groups: the exact number of groups; None lets the objective decide.
         min_size: the fewest tasks a group may have.
         max_size: the most tasks a group may have; None for no limit.
         together: lists of tasks that must be in one group.
         apart: lists of tasks no two of which may be in one group.
         tasks: T names that `together` and `apart` use; without them they use indices.
-        time_limit_s: seconds after which an integer program ends with the best partition found.
+        time_limit_s: seconds after which the integer program ends with the best partition found.
 
     Raises:
         UserError: the matrix is not square, symmetric and finite; the objective is unknown; no partition satisfies
             the constraints (the message says what would).
     """
     affinity = checked_affinity(affinity)
-    check_objective(objective)
     tasks = range(len(affinity)) if tasks is None else tasks
     check_constraints(
         tasks, num_groups=num_groups, min_size=min_size, max_size=max_size, together=together, apart=apart
     )
     problem = Problem.of(
         affinity,
-        objective,
+        find_objective(objective),
         num_groups=num_groups,
         min_size=min_size,
         max_size=max_size,
@@ -118,14 +104,14 @@ def best_partition(
 def _search(problem: Problem, time_limit_s: float) -> tuple[UnitGroups, float, str]:
     """The best groups of units, the bound on the score, and the way's name."""
     deadline = time.monotonic() + time_limit_s
-    parts = components(problem) if problem.num_units > MOST_ENUMERATED else []
-    if len(parts) <= 1:
+    parts = components(problem)
+    if len(parts) == 1:
         return _search_connected(problem, deadline)
     groups: UnitGroups = []
     missing = 0.0
     methods: dict[str, None] = {}  # as a set that keeps their order
     for part in parts:
-        alone = problem.part(part)
+        alone = problem.merged([[unit] for unit in part])
         of_part, bound, method = _search_connected(alone, deadline)
         groups += [tuple(part[unit] for unit in group) for group in of_part]
         missing += max(bound - alone.score(of_part), 0.0)  # exactly 0 where proven
@@ -137,28 +123,23 @@ def _search(problem: Problem, time_limit_s: float) -> tuple[UnitGroups, float, s
 
 def _search_connected(problem: Problem, deadline: float) -> tuple[UnitGroups, float, str]:
     if problem.num_units <= MOST_BY_SUBSETS:
-        enumerated = problem.num_units <= MOST_ENUMERATED
-        groups = best_by_enumeration(problem) if enumerated else best_by_subsets(problem)
-        return groups, problem.score(groups), "enumeration" if enumerated else "dynamic programming over subsets"
+        groups = best_by_subsets(problem)
+        return groups, problem.score(groups), "dynamic programming over subsets"
+
+    from pipeline.grouping.search.integer_program import IntegerProgram  # scipy's solvers
+    from pipeline.grouping.search.local_search import better_partition, good_partition
+
+    # If every pair that gains were in the group where it counts most, and no pair that costs in any.
+    most = np.clip(np.triu(problem.affinity), 0, None).sum() * problem.weights[2:].max()
     seconds = max(deadline - time.monotonic(), 0.0)
-    known = good_partition(problem, SHARE_OF_LOCAL_SEARCH * seconds)
-    left = max(deadline - time.monotonic(), 0.1)
-    if few_groups(problem):
-        groups, bound = best_by_set_partitioning(problem, known, left)
-        method = "integer program (set partitioning)"
-    elif problem.objective == "sum":
-        groups, bound = CliqueProgram(problem).solve(known, left)
-        method = "integer program (clique partitioning)"
-    else:
-        groups, bound = SizedPairProgram(problem).solve(known, left)
-        method = "integer program (pairs by group size)"
-    return groups, min(bound, _plain_bound(problem)), method
-
-
-def _plain_bound(problem: Problem) -> float:
-    """Every positive affinity counted, with the largest weight that a pair can have."""
-    positive = np.clip(np.triu(problem.affinity), 0, None).sum()
-    return float(positive * problem.weight(np.array(2)))
+    program = IntegerProgram(problem)
+    groups, bound = program.solve(
+        good_partition(problem, SHARE_OF_LOCAL_SEARCH * seconds), SHARE_OF_FIRST_TRY * seconds
+    )
+    if bound > problem.score(groups):
+        groups = better_partition(problem, groups, SHARE_OF_LOCAL_SEARCH * seconds)
+        groups, bound = program.solve(groups, max(deadline - time.monotonic(), 0.1))
+    return groups, float(min(bound, most)), "integer program"
 
 
 def checked_affinity(affinity: np.ndarray) -> np.ndarray:

@@ -13,24 +13,22 @@ from statistics import fmean
 
 import numpy as np
 
-from pipeline.grouping.affinity import AffinityKind, affinity_matrix
+from pipeline.grouping.affinities import AFFINITIES
+from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.objectives import OBJECTIVES, find_objective
 from pipeline.grouping.partition import best_partition
-from pipeline.grouping.search.problem import Groups, Objective
+from pipeline.grouping.search.problem import Groups
 
-CRITERIA: tuple[tuple[AffinityKind, Objective], ...] = (
-    ("dot", "sum"),
-    ("dot", "mean"),
-    ("cosine", "sum"),
-    ("cosine", "mean"),
-)
+CRITERIA = tuple((kind, name) for kind in AFFINITIES for name, objective in OBJECTIVES.items() if objective.in_study)
+"""Affinity and objective of each way to score partitions."""
 
 
 @dataclass(frozen=True)
 class CriterionOutcome:
     """What one way to score partitions is worth. Accuracies are means over tasks, 0 to 1."""
 
-    affinity: AffinityKind
-    objective: Objective
+    affinity: str
+    objective: str
     scores: tuple[float, ...]
     """Of all partitions, in the study's order."""
     rank_correlation: float
@@ -84,13 +82,12 @@ def set_partitions(num_tasks: int) -> Iterator[Groups]:
     return extended((), 0)
 
 
-def partition_score(affinity: np.ndarray, groups: Groups, objective: Objective) -> float:
+def partition_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
     """As `best_partition` defines it."""
-    total = 0.0
+    weight, total = find_objective(objective).pair_weight, 0.0
     for group in groups:
         inside = affinity[np.ix_(group, group)]
-        pairs = (inside.sum() - np.trace(inside)) / 2
-        total += {"sum": pairs, "mean": 2 * pairs / max(len(group) - 1, 1), "density": pairs / len(group)}[objective]
+        total += weight(len(group)) * (inside.sum() - np.trace(inside)) / 2
     return total
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.grouping.affinity import AffinityKind, affinity_matrix
-from pipeline.grouping.search.problem import Groups, Objective
+from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.grouping.text import format_groups
 
@@ -46,9 +46,7 @@ class RankedPartition:
     """Its groups in words, or how it differs from the best."""
 
 
-def snapshot_affinities(
-    gradients: np.ndarray, kind: AffinityKind, blocks: Sequence[np.ndarray] | None = None
-) -> np.ndarray:
+def snapshot_affinities(gradients: np.ndarray, kind: str, blocks: Sequence[np.ndarray] | None = None) -> np.ndarray:
     """(S, T, T) of gradients (S, T, P): each snapshot's own affinities, whose mean is `affinity_matrix`."""
     return np.stack([affinity_matrix(snapshot[None], kind, blocks=blocks) for snapshot in gradients])
 
@@ -84,7 +82,7 @@ def bootstrap(
 def ranked_partitions(
     affinity: np.ndarray,
     best: Groups,
-    objective: Objective,
+    objective: str,
     task_names: Sequence[str],
     allowed: Callable[[Groups], bool] = lambda groups: True,
     count: int = 10,

@@ -13,11 +13,8 @@ class Impossible(Exception):
     """No partition meets the constraints."""
 
 
-def feasible_labels(problem: Problem, seconds: float, rng: np.random.Generator | None = None) -> np.ndarray | None:
+def feasible_labels(problem: Problem, seconds: float) -> np.ndarray | None:
     """(U,) each unit's group number of some partition; None if none was found in time.
-
-    Args:
-        rng: draws which partition; without it any.
 
     Raises:
         Impossible: there is none, proven.
@@ -31,32 +28,26 @@ def feasible_labels(problem: Problem, seconds: float, rng: np.random.Generator |
     of_group = csr_array(kron(problem.sizes[None, :], np.eye(num_groups)))
     used = csr_array(np.eye(num_groups))
     unused = csr_array((num_units, num_groups))
-    constraints = [
-        LinearConstraint(hstack([of_unit, unused]), 1, 1),
-        LinearConstraint(hstack([of_group, -problem.min_size * used]), 0, np.inf),
-        LinearConstraint(hstack([of_group, -problem.max_size * used]), -np.inf, 0),
-    ]
     one, other = np.nonzero(np.triu(problem.apart))
-    if len(one):
-        at = np.arange(len(one))
-        pairs = np.zeros((len(one), num_units))
-        pairs[at, one] = pairs[at, other] = 1
-        both = csr_array(kron(pairs, np.eye(num_groups)))
-        constraints.append(LinearConstraint(hstack([both, -csr_array(kron(np.ones((len(one), 1)), used))]), -np.inf, 0))
-    lowest = np.zeros(num_units * num_groups + num_groups)
-    if problem.num_groups:
-        lowest[-num_groups:] = 1
-    highest = np.ones(len(lowest))
-    if rng is None:
-        # Groups are alike: unit u needs none beyond number u.
-        highest[: num_units * num_groups] = (np.arange(num_groups) <= np.arange(num_units)[:, None]).ravel()
-    cost = np.zeros(len(lowest)) if rng is None else rng.random(len(lowest))
+    pairs = np.zeros((len(one), num_units))
+    pairs[np.arange(len(one)), one] = pairs[np.arange(len(one)), other] = 1
+    both = csr_array(kron(pairs, np.eye(num_groups)))
+    # Groups are alike: unit u needs none beyond number u.
+    needed = np.arange(num_groups) <= np.arange(num_units)[:, None]
     found = milp(
-        cost,
-        integrality=np.ones(len(lowest)),
-        bounds=Bounds(lowest, highest),
-        constraints=constraints,
-        options={"time_limit": seconds, **({} if rng is None else {"mip_rel_gap": 0.5})},
+        np.zeros(num_units * num_groups + num_groups),
+        integrality=np.ones(num_units * num_groups + num_groups),
+        bounds=Bounds(
+            np.append(np.zeros(num_units * num_groups), np.full(num_groups, problem.num_groups is not None)),
+            np.append(needed.ravel(), np.ones(num_groups)),
+        ),
+        constraints=[
+            LinearConstraint(hstack([of_unit, unused]), 1, 1),
+            LinearConstraint(hstack([of_group, -problem.min_size * used]), 0, np.inf),
+            LinearConstraint(hstack([of_group, -problem.max_size * used]), -np.inf, 0),
+            LinearConstraint(hstack([both, -csr_array(kron(np.ones((len(one), 1)), used))]), -np.inf, 0),
+        ],
+        options={"time_limit": seconds},
     )
     if found.status == 2:
         raise Impossible

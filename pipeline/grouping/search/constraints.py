@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.grouping.search.enumeration import all_partitions
+from pipeline.grouping.objectives import Sum
 from pipeline.grouping.search.problem import Problem
 
 MOST_UNITS_COUNTED_ONE_BY_ONE = 10
@@ -35,7 +35,7 @@ def check_constraints(
 
     from pipeline.grouping.search.assignment import Impossible, feasible_labels  # scipy, which every run would import
 
-    problem = Problem.of(np.zeros((len(tasks), len(tasks))), "sum", num_groups, min_size, max_size, together, apart)
+    problem = Problem.of(np.zeros((len(tasks), len(tasks))), Sum(), num_groups, min_size, max_size, together, apart)
     for unit in problem.units:
         for of_list in apart:
             both = [tasks[task] for task in unit if task in of_list]
@@ -90,13 +90,17 @@ def count_partitions(problem: Problem) -> int | None:
     if problem.num_units > MOST_UNITS_COUNTED_ONE_BY_ONE:
         return None
     allowed = np.isfinite(problem.mask_values())
-    count = 0
-    for block in all_partitions(problem.num_units):
-        meets = allowed[block].all(axis=1)
-        if problem.num_groups is not None:
-            meets &= np.count_nonzero(block, axis=1) == problem.num_groups
-        count += int(np.count_nonzero(meets))
-    return count
+    of_set = [Counter({0: 1})]  # of every set of units: number of groups → number of its partitions
+    for mask in range(1, len(allowed)):
+        rest = mask ^ (1 << (mask.bit_length() - 1))
+        of_set.append(Counter())
+        others = rest
+        while others >= 0:  # all subsets of the rest
+            if allowed[mask ^ others]:
+                for k, count in of_set[others].items():
+                    of_set[mask][k + 1] += count
+            others = (others - 1) & rest if others else -1
+    return sum(count for k, count in of_set[-1].items() if problem.num_groups in (None, k))
 
 
 @lru_cache(maxsize=4096)
@@ -123,7 +127,7 @@ def _possible_without(name: str, num_tasks: int, given: dict[str, Any]) -> bool:
     others = {other: value for other, value in given.items() if other != name}
     try:
         _check_sizes(num_tasks, others.get("num_groups"), others.get("min_size", 1), others.get("max_size"))
-        problem = Problem.of(np.zeros((num_tasks, num_tasks)), "sum", **others)
+        problem = Problem.of(np.zeros((num_tasks, num_tasks)), Sum(), **others)
         return feasible_labels(problem, SECONDS_TO_FIND_ONE) is not None
     except (UserError, Impossible):
         return False

@@ -1,25 +1,30 @@
-"""Partitions as whole-numbered variables under linear constraints, most of them added only where violated; by HiGHS.
+"""A bound on the score of many units, and often the proof that a partition is the best: by an integer program, HiGHS.
 
 What this module chose:
-- The relaxation (fractions allowed) is solved round by round, with the constraints that its solution violates added.
-  Each round's least cost bounds every partition's score. On gradients' affinities the relaxation itself ends in whole
-  numbers nearly always: that solution is then the best partition.
-- Where it does not, variables that a better partition than the one known cannot change are fixed by their reduced
-  costs, and HiGHS branches on the rest, again until nothing is violated.
+- w_kuv = 1 if units u and v share a group whose number of tasks is in size class k, z_ku = 1 if unit u is in such a
+  group. Sizes of one class give pairs the same weight, so that the score is linear: under `sum` one class is enough.
+- In a group of class k, for units of n tasks: smallest_k z_ku ≤ Σ_v n_v w_kuv + n_u z_ku ≤ largest_k z_ku. Where a
+  number of groups is given, tasks in groups of s tasks count 1 / s each, and f_u = 1 if unit u is its group's first.
+- What makes groups of pairs, w_kuv ≤ z_ku and w_kuv + w_kvw - w_kuw ≤ z_kv (triangles), is added where violated; so are
+  2-partition inequalities w_k(u : W) - w_k(W) ≤ z_ku, at most one pair more across than inside, which tighten the
+  relaxation where affinities have no clear structure (Grötschel and Wakabayashi, 1989).
+- The relaxation (fractions allowed) is solved round by round. Each round's least cost bounds every partition's score.
+  On gradients' affinities it ends in whole numbers nearly always: that is then the best partition. Elsewhere variables
+  that a better partition than the known one cannot change are fixed, and HiGHS branches on the rest.
 - HiGHS compares with absolute tolerances of about 1e-6, so costs are scaled, and ties are not broken by any rule.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array
 
-from pipeline.grouping.search.problem import Problem
+from pipeline.grouping.search.problem import Problem, UnitGroups
 
 LARGEST_COST = 100.0
 """Costs are scaled so that the largest is this."""
@@ -30,37 +35,39 @@ ROUNDS_TO_GAIN = 15
 """Cutting stops when so many rounds have closed less than a hundredth of the gap."""
 WHOLE = 1e-6
 
-UnitGroups = list[tuple[int, ...]]
 Cut = tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray, float]
 """Columns, their factors, and what their sum may be at most."""
+FoundCut = tuple[float, Cut]
+"""With how much a solution is above that."""
 
 
-class IntegerProgram(ABC):
-    """Variables from 0 to 1 whose cost is `scale` times what the score lacks of `constant`.
+class IntegerProgram:
+    """Variables from 0 to 1 whose cost is minus `scale` times the score."""
 
-    A subclass sets `cost`, `lowest` and `highest` (N,), and `always`, the constraints that are never left out.
-    """
-
-    problem: Problem
-    scale: float
-    cost: np.ndarray
-    lowest: np.ndarray
-    highest: np.ndarray
-    always: list[Cut]
-    constant = 0.0
-    """What every partition scores: the pairs inside units, where they need no variable."""
-
-    @abstractmethod
-    def violated(self, solution: np.ndarray) -> list[Cut]:
-        """What makes a whole-numbered solution a partition, where violated: [] only if it is one."""
-
-    def tightening(self, solution: np.ndarray) -> list[Cut]:
-        """Violated constraints that every partition meets without need of them."""
-        return []
-
-    @abstractmethod
-    def groups_of(self, solution: np.ndarray) -> UnitGroups:
-        """Of a solution that is a partition."""
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        num_units, sizes = problem.num_units, problem.sizes
+        one, other = np.triu_indices(num_units, 1)
+        self.classes = _size_classes(problem)
+        smallest, largest, weights = np.array(self.classes).T[:, :, None]
+        # Columns: w by class and pair, then z by class and unit, then f.
+        shape = (len(self.classes), num_units, num_units)
+        self.pair_column = np.zeros(shape, dtype=np.int64)
+        self.pair_column[:, one, other] = np.arange(len(self.classes) * len(one)).reshape(len(self.classes), -1)
+        self.pair_column += self.pair_column.transpose(0, 2, 1)
+        self.unit_column = len(self.classes) * len(one) + np.arange(len(self.classes) * num_units).reshape(shape[:2])
+        between, inside = problem.affinity[one, other], np.diag(problem.affinity)
+        score = np.append(weights * between, weights * inside)
+        may_share = (largest >= sizes[one] + sizes[other]) & ~problem.apart[one, other]
+        highest = np.append(may_share, largest >= sizes).astype(np.float64)
+        firsts = np.zeros(num_units if problem.num_groups is not None else 0)
+        self.first_column = len(score) + np.arange(len(firsts))
+        self.scale = LARGEST_COST / (np.abs(score).max(initial=0) or 1.0)
+        self.cost = np.append(-score * self.scale, firsts)
+        self.lowest = np.zeros(len(self.cost))
+        self.highest = np.append(highest, firsts + 1)
+        self.cuts: list[Cut] = []
+        self.always = self._constraints()
 
     def solve(self, known: UnitGroups, seconds: float) -> tuple[UnitGroups, float]:
         """The best groups of units found, and a bound on every partition's score: their own where that is proven.
@@ -69,8 +76,7 @@ class IntegerProgram(ABC):
             known: groups of units that meet the constraints.
         """
         deadline = time.monotonic() + seconds
-        self.cuts: list[Cut] = []
-        self.best, self.least_cost = known, self._cost_of(known)
+        self.best, self.least_cost = known, -self.problem.score(known) * self.scale
         bound = self._cut(deadline)
         while bound < self.least_cost - PROOF_TOLERANCE and time.monotonic() < deadline:
             found = self._branch(deadline)
@@ -82,7 +88,7 @@ class IntegerProgram(ABC):
                 break
         if bound >= self.least_cost - PROOF_TOLERANCE:
             return self.best, self.problem.score(self.best)
-        return self.best, self.constant - bound / self.scale
+        return self.best, -bound / self.scale
 
     def _cut(self, deadline: float) -> float:
         """Adds violated constraints until there are none, or they help no more; returns the bound."""
@@ -92,7 +98,10 @@ class IntegerProgram(ABC):
             if found.x is None or found.status:
                 break
             bounds.append(max(bounds[-1], found.fun))
-            self._fix_by_reduced_costs(found)
+            # A variable whose change costs more than the known partition has above the bound keeps its value.
+            gap = self.least_cost - found.fun + PROOF_TOLERANCE
+            self.highest[(found.lower.marginals > gap) & (self.lowest == 0)] = 0
+            self.lowest[(found.upper.marginals < -gap) & (self.highest == 1)] = 1
             self.cuts = [cut for cut in self.cuts if cut[2] - np.dot(found.x[cut[0]], cut[1]) < 1e-6]
             if not self._cut_off(found.x):
                 break
@@ -103,15 +112,60 @@ class IntegerProgram(ABC):
 
     def _cut_off(self, solution: np.ndarray) -> bool:
         """Adds what the solution violates; False if there is nothing to add. A partition is kept if it is better."""
-        cuts = self.violated(solution)
-        if not cuts and (np.abs(solution - np.round(solution)) < WHOLE).all():
-            groups = self.groups_of(np.round(solution))
-            if self._cost_of(groups) < self.least_cost:
-                self.best, self.least_cost = groups, self._cost_of(groups)
+        violated = sorted(self._violated(solution), key=lambda cut: -cut[0])[:MOST_CUTS_A_ROUND]
+        if not violated and (np.abs(solution - np.round(solution)) < WHOLE).all():
+            shared = solution[self.pair_column].max(axis=0) > 0.5
+            np.fill_diagonal(shared, True)
+            groups = [tuple(np.flatnonzero(row).tolist()) for row in np.unique(shared, axis=0)]
+            if (cost := -self.problem.score(groups) * self.scale) < self.least_cost:
+                self.best, self.least_cost = groups, cost
             return False
-        cuts += self.tightening(solution) if len(cuts) < 50 else []
-        self.cuts += cuts
-        return bool(cuts)
+        if len(violated) < 50:
+            violated += sorted(self._two_partitions(solution), key=lambda cut: -cut[0])[: MOST_CUTS_A_ROUND // 3]
+        self.cuts += [cut for _, cut in violated]
+        return bool(violated)
+
+    def _violated(self, solution: np.ndarray) -> list[FoundCut]:
+        """What makes pairs groups: [] for whole numbers only if they are a partition."""
+        found: list[FoundCut] = []
+        for pair, unit in zip(self.pair_column, self.unit_column):
+            shared, has = solution[pair], solution[unit]
+            np.fill_diagonal(shared, 0)
+            excess = shared - has[:, None]
+            found += [(excess[u, v], ([pair[u, v], unit[u]], [1, -1], 0)) for u, v in np.argwhere(excess > WHOLE)]
+            for v in range(len(has)):
+                excess = shared[v][:, None] + shared[v] - shared - has[v]
+                excess[v] = excess[:, v] = 0
+                u, w = np.nonzero(np.triu(excess, 1) > WHOLE)
+                columns = np.stack([pair[u, v], pair[v, w], pair[u, w], np.broadcast_to(unit[v], len(u))], axis=1)
+                found += [(over, (of, [1, 1, -1, -1], 0)) for over, of in zip(excess[u, w].tolist(), columns)]
+        return found
+
+    def _two_partitions(self, solution: np.ndarray) -> list[FoundCut]:
+        """Of each class and unit, from each possible first member of W, which then grows greedily."""
+        found = {}
+        for at, (pair, unit) in enumerate(zip(self.pair_column, self.unit_column)):
+            shared, has = solution[pair], solution[unit]
+            np.fill_diagonal(shared, 0)
+            fractional = (shared > WHOLE) & (shared < has[:, None] - WHOLE)
+            for u, first in np.argwhere(fractional).tolist():
+                members, excess = [first], shared[u, first] - has[u]
+                gains = np.where(fractional[u], shared[u] - shared[first], -1.0)
+                gains[first] = -1
+                while gains[best := int(np.argmax(gains))] > 1e-9:
+                    members.append(best)
+                    excess += gains[best]
+                    gains = gains - shared[best]
+                    gains[best] = -1
+                if excess > 1e-3:
+                    found[at, u, *sorted(members)] = excess
+        cuts: list[FoundCut] = []
+        for (at, u, *members), excess in found.items():
+            one, other = (np.array(members)[of] for of in np.triu_indices(len(members), 1))
+            pair = self.pair_column[at]
+            columns = [*pair[u, members], *pair[one, other], self.unit_column[at, u]]
+            cuts.append((excess, (columns, [1.0] * len(members) + [-1.0] * (len(one) + 1), 0)))
+        return cuts
 
     def _relaxed(self, deadline: float) -> OptimizeResult:
         matrix, most = self._rows()
@@ -129,35 +183,49 @@ class IntegerProgram(ABC):
             options={"time_limit": max(deadline - time.monotonic(), 0.1), "mip_rel_gap": 0},
         )
 
-    def _fix_by_reduced_costs(self, found: OptimizeResult) -> None:
-        """A variable whose change costs more than the known partition has above the bound keeps its value."""
-        gap = self.least_cost - found.fun + PROOF_TOLERANCE
-        self.highest[(found.lower.marginals > gap) & (self.lowest == 0)] = 0
-        self.lowest[(found.upper.marginals < -gap) & (self.highest == 1)] = 1
-
     def _rows(self) -> tuple[csr_array, np.ndarray]:
         rows = self.always + self.cuts
-        columns = np.concatenate([np.zeros(0, np.int64), *(np.asarray(of, dtype=np.int64) for of, _, _ in rows)])
-        factors = np.concatenate([np.zeros(0), *(np.asarray(of, dtype=np.float64) for _, of, _ in rows)])
+        columns = np.concatenate([np.asarray(of, dtype=np.int64) for of, _, _ in rows])
+        factors = np.concatenate([np.asarray(of, dtype=np.float64) for _, of, _ in rows])
         starts = np.cumsum([0, *(len(of) for of, _, _ in rows)])
         matrix = csr_array((factors, columns, starts), shape=(len(rows), len(self.cost)))
         return matrix, np.array([most for _, _, most in rows], dtype=np.float64)
 
-    def _cost_of(self, groups: UnitGroups) -> float:
-        return (self.constant - self.problem.score(groups)) * self.scale
+    def _constraints(self) -> list[Cut]:
+        """What is never left out."""
+        sizes, cuts = self.problem.sizes, []
+        for unit in range(self.problem.num_units):
+            others = np.delete(np.arange(self.problem.num_units), unit)
+            has = self.unit_column[:, unit]
+            cuts += [(has, sign * np.ones(len(has)), sign) for sign in (1, -1)]
+            for at, (smallest, largest, _) in enumerate(self.classes):
+                columns = np.append(self.pair_column[at, unit, others], has[at])
+                cuts.append((columns, np.append(sizes[others], sizes[unit] - largest), 0))
+                cuts.append((columns, np.append(-sizes[others], smallest - sizes[unit]), 0))
+        return cuts + self._number_constraints()
+
+    def _number_constraints(self) -> list[Cut]:
+        problem, cuts = self.problem, []
+        if (number := problem.num_groups) is None:
+            return []
+        for at, sign in ((1, 1), (0, -1)):  # the largest and smallest size of each class
+            shares = problem.sizes / np.array(self.classes)[:, at, None]
+            cuts.append((self.unit_column.ravel(), sign * shares.ravel(), sign * number))
+        for unit, first in enumerate(self.first_column):
+            earlier = self.pair_column[:, unit, :unit].T  # (units, classes)
+            cuts.append((np.append(earlier, first), np.full(earlier.size + 1, -1.0), -1))
+            cuts += [(np.append(pair, first), np.ones(len(pair) + 1), 1) for pair in earlier]
+        ones = np.ones(len(self.first_column))
+        return [*cuts, (self.first_column, ones, number), (self.first_column, -ones, -number)]
 
 
-def violated_triangles(shared: np.ndarray, allowed: np.ndarray | float = 1.0) -> list[tuple[float, int, int, int]]:
-    """(excess, v, u, w) where shared[u, v] + shared[v, w] - shared[u, w] > allowed[v], the largest excess first.
-
-    Args:
-        shared: (U, U), symmetric.
-        allowed: (U,), or one number.
-    """
-    found: list[tuple[float, int, int, int]] = []
-    for middle, most in enumerate(np.broadcast_to(allowed, len(shared)).tolist()):
-        excess = shared[middle][:, None] + shared[middle][None, :] - shared - most
-        excess[middle] = excess[:, middle] = 0
-        one, other = np.nonzero(np.triu(excess, 1) > WHOLE)
-        found += zip(excess[one, other].tolist(), [middle] * len(one), one.tolist(), other.tolist())
-    return sorted(found, reverse=True)
+def _size_classes(problem: Problem) -> list[tuple[int, int, float]]:
+    """(fewest tasks, most tasks, weight of a pair), of groups that may be needed for the best score."""
+    largest = problem.max_size
+    if problem.num_groups is not None:
+        largest = min(largest, int(problem.sizes.sum()) - (problem.num_groups - 1) * problem.min_size)
+    elif problem.num_units == problem.sizes.sum():
+        largest = min(largest, problem.objective.largest_needed_size(problem.min_size) or largest)
+    weights = problem.weights
+    same = [list(of) for _, of in groupby(range(problem.min_size, largest + 1), key=lambda size: weights[size])]
+    return [(of[0], of[-1], weights[of[0]]) for of in same]

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.grouping.objectives import Objective
 
-Objective = Literal["sum", "mean", "density"]
 Groups = tuple[tuple[int, ...], ...]
 """Each group sorted, groups sorted by their first member."""
+UnitGroups = list[tuple[int, ...]]
+"""Likewise of units, in any order."""
 
 TIE_TOLERANCE = 1e-12
 """Relative to the sum of absolute affinities: what a further group must gain."""
@@ -58,30 +58,37 @@ class Problem:
     ) -> Problem:
         """Of affinities (T, T) and constraints as of `best_partition`, which can be met (`check_constraints`)."""
         num_tasks = len(affinity)
+        barred = np.zeros((num_tasks, num_tasks), dtype=bool)
+        for tasks in apart:
+            barred[np.ix_(tasks, tasks)] = True
+        np.fill_diagonal(barred, False)
         affinity = affinity - np.diag(np.diag(affinity))
-        units = merged(num_tasks, together)
-        member = np.zeros((len(units), num_tasks))
-        for unit, tasks in enumerate(units):
-            member[unit, tasks] = 1
-        between = member @ affinity @ member.T if len(units) < num_tasks else affinity
-        between = (between + between.T) / 2
-        between[np.diag_indices(len(units))] /= 2  # each pair inside a unit was counted from both sides
         return Problem(
-            affinity=between,
-            units=units,
-            apart=apart_units(units, apart),
+            affinity=affinity,
+            units=tuple((task,) for task in range(num_tasks)),
+            apart=barred,
             objective=objective,
             num_groups=num_groups,
             min_size=min_size,
             max_size=num_tasks if max_size is None else min(max_size, num_tasks),
             tie=TIE_TOLERANCE * float(np.abs(np.triu(affinity, 1)).sum()) or 1.0,
-        )
+        ).merged(_joined(num_tasks, together))
 
-    def part(self, chosen: Sequence[int]) -> Problem:
-        """The same for some of the units alone; ties stay those of the whole."""
-        at = np.ix_(chosen, chosen)
-        units = tuple(self.units[unit] for unit in chosen)
-        return replace(self, affinity=self.affinity[at], apart=self.apart[at], units=units)
+    def merged(self, parts: Sequence[Sequence[int]]) -> Problem:
+        """The same with each of the given sets of units as one, and without the units that are in none; ties stay those
+        of the whole."""
+        member = np.zeros((len(parts), self.num_units))
+        for part, members in enumerate(parts):
+            member[part, members] = 1
+        inside = np.diag(self.affinity)
+        between = member @ (self.affinity - np.diag(inside)) @ member.T
+        between = (between + between.T) / 2
+        # Each pair inside a part was counted from both sides.
+        between[np.diag_indices(len(parts))] = np.diag(between) / 2 + member @ inside
+        apart = member @ self.apart @ member.T > 0
+        np.fill_diagonal(apart, False)
+        units = tuple(tuple(sorted(task for unit in part for task in self.units[unit])) for part in parts)
+        return replace(self, affinity=between, apart=apart, units=units)
 
     @property
     def num_units(self) -> int:
@@ -92,13 +99,10 @@ class Problem:
         """(U,) tasks of each unit."""
         return np.array([len(tasks) for tasks in self.units])
 
-    def weight(self, size: np.ndarray) -> np.ndarray:
-        """A group's score is the sum of its pairs' affinities times this, by its number of tasks."""
-        if self.objective == "sum":
-            return np.ones(np.shape(size))
-        # mean: each pair counts for both of its tasks, over the number of other members
-        weight: np.ndarray = 2 / np.maximum(size - 1, 1) if self.objective == "mean" else 1 / np.maximum(size, 1)
-        return weight
+    @property
+    def weights(self) -> np.ndarray:
+        """(tasks + 1,): a group's score is the sum of its pairs' affinities times the weight of its number of tasks."""
+        return np.array([0.0, *(self.objective.pair_weight(size) for size in range(1, self.sizes.sum() + 1))])
 
     def score(self, unit_groups: Sequence[Sequence[int]]) -> float:
         """Of groups of units."""
@@ -106,7 +110,7 @@ class Problem:
         for group in unit_groups:
             inside = self.affinity[np.ix_(group, group)]
             pairs = (inside.sum() + np.trace(inside)) / 2
-            total += float(pairs * self.weight(self.sizes[list(group)].sum()))
+            total += float(pairs * self.objective.pair_weight(int(self.sizes[list(group)].sum())))
         return total
 
     def task_groups(self, unit_groups: Sequence[Sequence[int]]) -> Groups:
@@ -116,7 +120,7 @@ class Problem:
     def mask_values(self) -> np.ndarray:
         """(2^U,) value of every set of units as a group, -inf where it is not allowed; 0 for the empty set."""
         sizes = _sums_of_subsets(self.sizes)
-        values = _pair_sums_of_subsets(self.affinity) * self.weight(sizes) - self.tie
+        values = _pair_sums_of_subsets(self.affinity) * self.weights[sizes] - self.tie
         allowed = (sizes >= self.min_size) & (sizes <= self.max_size)
         if self.apart.any():
             allowed &= _pair_sums_of_subsets(self.apart.astype(np.float64)) == 0
@@ -143,29 +147,13 @@ class Problem:
         return order
 
 
-def check_objective(objective: str) -> None:
-    if objective not in get_args(Objective):
-        raise UserError(f"objective {objective!r} is unknown; choose from {', '.join(get_args(Objective))}")
-
-
-def merged(num_tasks: int, together: Sequence[Sequence[int]]) -> Groups:
+def _joined(num_tasks: int, together: Sequence[Sequence[int]]) -> Groups:
     """Tasks as units: lists that share a task are one."""
     unit_of = list(range(num_tasks))
     for tasks in together:
         joined = {unit_of[task] for task in tasks}
         unit_of = [min(joined) if unit in joined else unit for unit in unit_of]
     return tuple(tuple(task for task in range(num_tasks) if unit_of[task] == unit) for unit in sorted(set(unit_of)))
-
-
-def apart_units(units: Groups, apart: Sequence[Sequence[int]]) -> np.ndarray:
-    """(U, U) bool: units that hold two tasks of one list of `apart`."""
-    unit_of = {task: unit for unit, tasks in enumerate(units) for task in tasks}
-    barred = np.zeros((len(units), len(units)), dtype=bool)
-    for tasks in apart:
-        at = sorted({unit_of[task] for task in tasks})
-        barred[np.ix_(at, at)] = True
-    np.fill_diagonal(barred, False)
-    return barred
 
 
 def _sums_of_subsets(numbers: np.ndarray) -> np.ndarray:

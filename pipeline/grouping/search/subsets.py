@@ -13,13 +13,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.grouping.search.problem import Problem
+from pipeline.grouping.search.problem import Problem, UnitGroups
 
 LOW_BITS = 5
 """Sets that differ in the last units only are handled side by side: 3^5 = 243 pairs (group, rest)."""
 
 
-def best_by_subsets(problem: Problem) -> list[tuple[int, ...]]:
+def best_by_subsets(problem: Problem) -> UnitGroups:
     """Groups of units."""
     values = problem.mask_values()
     last = problem.num_units - 1
@@ -38,7 +38,7 @@ def best_by_subsets(problem: Problem) -> list[tuple[int, ...]]:
     return _first_reaching_best(problem, values, tables)
 
 
-def _first_reaching_best(problem: Problem, values: np.ndarray, tables: list[np.ndarray]) -> list[tuple[int, ...]]:
+def _first_reaching_best(problem: Problem, values: np.ndarray, tables: list[np.ndarray]) -> UnitGroups:
     """The first in tuple order of the partitions with the best value.
 
     Args:
