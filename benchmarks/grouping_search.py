@@ -21,17 +21,16 @@ import numpy as np
 import torch
 from common import fastest_in_turn, table, where, write_results
 
+from pipeline.grouping.objectives import OBJECTIVES, find_objective
 from pipeline.grouping.partition import TIME_LIMIT_S, best_partition
-from pipeline.grouping.search.cliques import CliqueProgram
-from pipeline.grouping.search.enumeration import best_by_enumeration
+from pipeline.grouping.search.integer_program import IntegerProgram
 from pipeline.grouping.search.local_search import good_partition
 from pipeline.grouping.search.problem import Problem
 from pipeline.grouping.search.subsets import best_by_subsets
 from pipeline.grouping.study import partition_score, set_partitions
 
 CPU = torch.device("cpu")
-OBJECTIVES = ("sum", "mean", "density")
-MOST_PLAIN, MOST_ENUMERATED, MOST_TAG = 10, 12, 16
+MOST_PLAIN, MOST_TAG = 10, 16
 """Tasks up to which a slow way is run."""
 
 
@@ -39,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", type=int, default=[8, 10, 12, 14, 16, 18, 20], help="each way")
     parser.add_argument("--many-tasks", nargs="*", type=int, default=[24, 30, 40], help="best_partition")
-    parser.add_argument("--time-limit-s", type=float, default=TIME_LIMIT_S, help="of integer programs")
+    parser.add_argument("--time-limit-s", type=float, default=TIME_LIMIT_S, help="of the integer program")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     limit = arguments.time_limit_s
@@ -77,19 +76,18 @@ def affinities(kind: str, num_tasks: int) -> np.ndarray:
 def ways_row(num_tasks: int, repeats: int, limit: float) -> dict:
     """Seconds of each way for `sum`; None where it would take too long."""
     affinity = affinities("directions", num_tasks)
-    problem = Problem.of(affinity, "sum")
+    problem = Problem.of(affinity, find_objective("sum"))
 
-    def clique_program() -> list[tuple[int, ...]]:
-        return CliqueProgram(problem).solve(good_partition(problem, limit / 10), limit)[0]
+    def integer_program() -> list[tuple[int, ...]]:
+        return IntegerProgram(problem).solve(good_partition(problem, limit / 10), limit)[0]
 
     searches: dict[str, Callable] = {
         "plain Python": lambda: max(set_partitions(num_tasks), key=lambda of: partition_score(affinity, of, "sum")),
-        "enumeration": lambda: best_by_enumeration(problem),
         "subsets": lambda: best_by_subsets(problem),
-        "cliques": clique_program,
+        "integer program": integer_program,
         "best_partition": lambda: best_partition(affinity).groups,
     }
-    most = {"plain Python": MOST_PLAIN, "enumeration": MOST_ENUMERATED}
+    most = {"plain Python": MOST_PLAIN}
     run = {name: search for name, search in searches.items() if num_tasks <= most.get(name, num_tasks)}
     scores = {name: problem.score(search()) for name, search in run.items()}  # warms up as well
     if np.ptp(list(scores.values())) > 1e-6:
@@ -105,9 +103,9 @@ def ways_row(num_tasks: int, repeats: int, limit: float) -> dict:
 def options_row(num_tasks: int, repeats: int) -> dict:
     affinity = affinities("random", num_tasks)
     options = {
-        **{objective: {"objective": objective} for objective in OBJECTIVES},
-        "4 groups": {"objective": "sum", "num_groups": 4},
-        "at most 5 tasks": {"objective": "sum", "max_size": 5},
+        **{name: {"objective": objective} for name, objective in OBJECTIVES.items()},
+        "4 groups": {"objective": find_objective("sum"), "num_groups": 4},
+        "at most 5 tasks": {"objective": find_objective("sum"), "max_size": 5},
     }
     runs = {name: lambda of=of: best_by_subsets(Problem.of(affinity, **of)) for name, of in options.items()}
     row = {"tasks": num_tasks, "seconds": fastest_in_turn(runs, repeats, CPU)}

@@ -1,14 +1,21 @@
-"""Partitions, their scores and constraints by plain loops, which the product's own are held against."""
+"""Partitions, their scores and constraints by plain loops, which the product's own are held against.
+
+`PLAIN_SCORES` and `PLAIN_AFFINITIES` define each objective and affinity that is registered: tests walk the registries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from pipeline.grouping.affinities import AFFINITIES
+from pipeline.grouping.objectives import OBJECTIVES as REGISTERED
 from pipeline.grouping.search.problem import Groups
 
-OBJECTIVES = ("sum", "mean", "density")
+OBJECTIVES = tuple(REGISTERED)
+KINDS = tuple(AFFINITIES)
 
 
 def all_partitions(num_tasks: int) -> Iterator[Groups]:
@@ -27,20 +34,41 @@ def all_partitions(num_tasks: int) -> Iterator[Groups]:
         )
 
 
+def _sum(affinity: np.ndarray, group: tuple[int, ...]) -> float:
+    return sum(affinity[i, j] for i in group for j in group if i < j)
+
+
+def _mean(affinity: np.ndarray, group: tuple[int, ...]) -> float:
+    others = {i: [affinity[i, j] for j in group if j != i] for i in group}
+    return sum(sum(values) / len(values) for values in others.values() if values)
+
+
+def _density(affinity: np.ndarray, group: tuple[int, ...]) -> float:
+    return _sum(affinity, group) / len(group)
+
+
+PLAIN_SCORES: dict[str, Callable[[np.ndarray, tuple[int, ...]], float]] = {
+    "sum": _sum,
+    "mean": _mean,
+    "density": _density,
+}
+"""Objective → score of a group."""
+
+
+def _dot(one: np.ndarray, other: np.ndarray) -> float:
+    return float(sum(x * y for x, y in zip(one, other)))
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return _dot(one, other) / math.sqrt(_dot(one, one) * _dot(other, other))
+
+
+PLAIN_AFFINITIES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"dot": _dot, "cosine": _cosine}
+"""Affinity → that of two tasks' gradients, neither of which is zero."""
+
+
 def plain_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
-    total = 0.0
-    for group in groups:
-        pairs = sum(affinity[i, j] for i in group for j in group if i < j)
-        if objective == "sum":
-            total += pairs
-        elif objective == "density":
-            total += pairs / len(group)
-        else:
-            for i in group:
-                others = [affinity[i, j] for j in group if j != i]
-                if others:
-                    total += sum(others) / len(others)
-    return total
+    return sum((PLAIN_SCORES[objective](affinity, group) for group in groups), 0.0)
 
 
 def meets_constraints(groups: Groups, num_groups=None, min_size=1, max_size=None, together=(), apart=()) -> bool:

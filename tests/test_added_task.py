@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from pipelines import the_run
+from plain_partitions import OBJECTIVES
 from plain_towers import plain_encode_image, plain_encode_text
 from safetensors.torch import load_file
 from servers import S3Server, free_ports
@@ -143,7 +144,7 @@ def test_only_the_task_prompt_of_a_joined_group_is_trained(problem):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), num_tasks=st.integers(2, 6), objective=st.sampled_from(["sum", "mean", "density"]))
+@given(data=st.data(), num_tasks=st.integers(2, 6), objective=st.sampled_from(OBJECTIVES))
 def test_the_place_is_the_best_of_every_group_and_alone(data, num_tasks, objective):
     """Of all groups with the new task in them, and of it alone, by the score of the whole partition."""
     values = data.draw(st.lists(st.integers(-20, 20), min_size=num_tasks * (num_tasks - 1) // 2, max_size=num_tasks**2))

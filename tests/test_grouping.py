@@ -15,19 +15,33 @@ import pytest
 import torch
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
-from plain_partitions import OBJECTIVES, all_partitions, best_by_plain_enumeration, meets_constraints, plain_score
+from pipelines import REPOSITORY
+from plain_partitions import (
+    KINDS,
+    OBJECTIVES,
+    PLAIN_AFFINITIES,
+    PLAIN_SCORES,
+    all_partitions,
+    best_by_plain_enumeration,
+    meets_constraints,
+    plain_score,
+)
 from small_clip import small_towers
 from small_problem import mmap_shape
 
 from pipeline import command_line
-from pipeline.config import Config, GroupingConfig
+from pipeline.config import Config, GroupingConfig, choices
 from pipeline.errors import UserError
 from pipeline.grouping import trust
 from pipeline.grouping.advice import warnings_about
+from pipeline.grouping.affinities import find_affinity
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.gradient_blocks import SOURCE, gradient_blocks, read_layout
 from pipeline.grouping.graph import affinity_graph
+from pipeline.grouping.objectives import find_objective
 from pipeline.grouping.partition import Partition, best_partition
+from pipeline.grouping.study import partition_score
+from pipeline.grouping.trust import ranked_partitions
 from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map
 from pipeline.runtime.storage import Artefact, Storage
@@ -47,17 +61,14 @@ def random_symmetric(num_tasks: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("kind", ["dot", "cosine"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_affinity_equals_explicit_loops(kind, dtype):
     gradients = np.random.default_rng(0).normal(size=(7, 5, 33)).astype(dtype)
     expected = np.zeros((5, 5))
     for snapshot in gradients.astype(np.float64):
         for i in range(5):
             for j in range(5):
-                dot = sum(a * b for a, b in zip(snapshot[i], snapshot[j], strict=True))
-                if kind == "cosine":
-                    dot /= sum(a * a for a in snapshot[i]) ** 0.5 * sum(b * b for b in snapshot[j]) ** 0.5
-                expected[i, j] += dot / len(gradients)
+                expected[i, j] += PLAIN_AFFINITIES[kind](snapshot[i], snapshot[j]) / len(gradients)
     affinity = affinity_matrix(gradients, kind)
     assert affinity.dtype == np.float64
     np.testing.assert_allclose(affinity, expected, rtol=1e-12, atol=1e-12)
@@ -101,7 +112,7 @@ def test_affinity_errors(gradients, kind, tasks, message):
         affinity_matrix(gradients, kind, tasks=tasks)
 
 
-@pytest.mark.parametrize("kind", ["dot", "cosine"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_affinity_of_blocks_is_the_mean_of_their_own(kind):
     gradients = np.random.default_rng(3).normal(size=(4, 3, 10))
     blocks = [np.array([0, 1, 2]), np.array([5, 9]), np.array([3, 4])]
@@ -171,7 +182,8 @@ def test_the_stage_heeds_its_options_and_records_them(tmp_path):
     gradients[:, :, 12:] = np.array([3.0, -3.0, 3.0])[:, None]  # the scaling matrices: ink and neon
     found = solved(tmp_path, gradients)
     assert found["groups"] == [["ink", "neon"], ["chalk"]]
-    assert (found["method"], found["proven"], found["num_candidates"]) == ("enumeration", True, 5)
+    assert found["method"] == "2 connected components, by dynamic programming over subsets"
+    assert (found["proven"], found["num_candidates"]) == (True, 5)
     assert found["bound"] == found["score"] > 0
     found = solved(tmp_path, gradients, scaling_matrices=False, objective="density")
     assert found["groups"] == [["ink", "chalk"], ["neon"]]
@@ -181,7 +193,7 @@ def test_the_stage_heeds_its_options_and_records_them(tmp_path):
     found = solved(tmp_path, gradients, together=[["ink", "chalk"]], apart=[["neon", "ink"]])
     assert found["groups"] == [["ink", "chalk"], ["neon"]]
     assert found["constraints"]["together"] == [["ink", "chalk"]] and found["num_candidates"] == 1
-    assert describe_search(found) == "best of 1 partitions · enumeration"
+    assert describe_search(found) == "best of 1 partitions · dynamic programming over subsets"
 
 
 def small_plan(storage: Storage, tasks: list[str], **options) -> SimpleNamespace:
@@ -264,9 +276,7 @@ def plain_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, scalin
             products = []
             for snapshot in gradients.astype(np.float32).astype(np.float64):
                 for block in blocks:
-                    one, other = snapshot[i, block], snapshot[j, block]
-                    length = np.sqrt((one**2).sum() * (other**2).sum()) if affinity == "cosine" else 1.0
-                    products.append((one * other).sum() / length)
+                    products.append(PLAIN_AFFINITIES[affinity](snapshot[i, block], snapshot[j, block]))
             expected[i, j] = np.mean(products)
     return expected
 
@@ -291,7 +301,7 @@ CONSTRAINTS = {
 }
 AFFINITIES = [
     {"affinity": affinity, "per_layer": per_layer, "scaling_matrices": scaling_matrices}
-    for affinity in ("dot", "cosine")
+    for affinity in KINDS
     for per_layer in (False, True)
     for scaling_matrices in (False, True)
 ]
@@ -316,7 +326,7 @@ def telling_gradients(objective: str, affinity: dict, constraints: dict) -> np.n
         others = [(objective, affinity)]
         if not constraints:
             others = [(other, affinity) for other in OBJECTIVES if other != objective]
-            if affinity["affinity"] == "cosine":
+            if affinity["affinity"] != "dot":  # under which layers by themselves change nothing
                 others += [(objective, affinity | {"per_layer": not affinity["per_layer"]})]
                 others += [(objective, affinity | {"affinity": "dot"})]
             others += [(objective, affinity | {"scaling_matrices": not affinity["scaling_matrices"]})]
@@ -390,8 +400,8 @@ def test_of_many_tasks_all_partitions_told_keep_the_constraints_and_have_their_s
 
 
 def test_how_a_search_is_told():
-    result = {"num_candidates": None, "proven": False, "method": "integer program (clique partitioning)"}
-    assert describe_search(result) == "best found · integer program (clique partitioning)"
+    result = {"num_candidates": None, "proven": False, "method": "integer program"}
+    assert describe_search(result) == "best found · integer program"
     assert describe_search(result | {"num_candidates": 10**20, "proven": True}).startswith("best of 1.0e+20 partitions")
 
 
@@ -456,8 +466,50 @@ def test_collapse_into_one_group_says_what_to_do():
     assert "no pairwise affinity is negative" in message
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_and_affinity_advises_what_splits_more(objective, kind):
+    """Other objectives are advised if they part a triple that this one keeps: 0-1-2 with one strong pair."""
+
+    def pair_share(name: str) -> float:
+        return PLAIN_SCORES[name](np.ones((3, 3)), (0, 1)) / PLAIN_SCORES[name](np.ones((3, 3)), (0, 1, 2))
+
+    (message,) = warned(np.ones((4, 4)), objective=objective, kind=kind)
+    for other in OBJECTIVES:
+        advised = f"'{other}'" in message.partition("To split it, try ")[2]
+        assert advised == (pair_share(other) > pair_share(objective) + 1e-9), other
+    assert f"'{kind}'" not in message.partition("To split it, try ")[2]
+    assert message.count("; ") == 1  # what the affinity has to say
+
+
+def test_names_are_those_of_the_registries_everywhere():
+    assert set(PLAIN_SCORES) == set(OBJECTIVES) and set(PLAIN_AFFINITIES) == set(KINDS)
+    fields = GroupingConfig.model_fields
+    assert choices(fields["objective"]) == OBJECTIVES and choices(fields["affinity"]) == KINDS
+    for objective in OBJECTIVES:
+        assert find_objective(objective).summary in fields["objective"].description
+    for kind in KINDS:
+        assert find_affinity(kind).summary in fields["affinity"].description
+    table = (REPOSITORY / "docs" / "grouping.md").read_text()
+    assert all(f"\n| `{name}` | $" in table for name in (*OBJECTIVES, *KINDS))
+
+
+def test_an_unknown_name_cannot_be_scored():
+    partition = Partition(((0, 1),), 1.0, 2, "", 1.0)
+    for use in (
+        lambda: best_partition(np.ones((2, 2)), objective="most"),
+        lambda: partition_score(np.ones((2, 2)), ((0, 1),), "most"),
+        lambda: ranked_partitions(np.ones((2, 2)), ((0, 1),), "most", ["a", "b"]),
+        lambda: warnings_about(np.ones((2, 2)), partition, ["a", "b"], objective="most", kind="dot"),
+        lambda: warnings_about(np.ones((2, 2)), partition, ["a", "b"], objective="sum", kind="most"),
+        lambda: affinity_matrix(np.ones((1, 2, 3)), "most"),
+    ):
+        with pytest.raises(UserError, match="'most' is unknown; choose from "):
+            use()
+
+
 def test_a_search_without_proof_says_so():
-    partition = Partition(((0, 1), (2,)), 1.5, 5, "integer program (clique partitioning)", 2.25)
+    partition = Partition(((0, 1), (2,)), 1.5, 5, "integer program", 2.25)
     affinity = np.array([[1, 1.5, -1], [1.5, 1, -1], [-1, -1, 1]])
     (message,) = warnings_about(affinity, partition, ["a", "b", "c"], objective="sum", kind="dot")
     assert "not proven best" in message and "1.5" in message and "2.25" in message and "time_limit_s" in message

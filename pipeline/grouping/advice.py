@@ -48,7 +48,7 @@ def warnings_about(
     if not partition.proven:
         warnings.append(
             f"Best found, not proven best: the search ended at its time limit. The groups score {partition.score:.6g}, "
-            f"and no partition scores more than {partition.bound:.6g}. A longer time_limit_s or a small max_size helps."
+            f"and no partition scores more than {partition.bound:.6g}. A longer time_limit_s helps."
         )
     warnings += _collapse(affinity, partition, objective, kind, per_layer)
     return warnings + _norms(affinity, task_names, kind)

@@ -20,6 +20,8 @@ from pipeline.grouping.search.subsets import best_by_subsets
 
 MOST_PARTS = 11
 """In a round, which then takes some milliseconds."""
+MOST_GROUPS = 4
+"""In a round, unless more have so few units that all can be free."""
 ROUNDS = 12
 """Of a descent, for each unit."""
 NUM_ANNEALINGS = 5
@@ -49,13 +51,18 @@ def better_partition(problem: Problem, groups: UnitGroups, seconds: float) -> Un
 def _descended(
     problem: Problem, groups: UnitGroups, noise: float, rng: np.random.Generator, deadline: float
 ) -> UnitGroups:
-    best = groups
+    best, best_value = groups, _value(problem, groups)
     for heat in np.linspace(noise, -noise / 4, ROUNDS * problem.num_units):
         if time.monotonic() > deadline:
             break
         groups = _round(problem, groups, max(heat, 0.0), rng)
-        best = max(best, groups, key=lambda of: problem.score(of) - problem.tie * len(of))
+        if (value := _value(problem, groups)) > best_value:
+            best, best_value = groups, value
     return best
+
+
+def _value(problem: Problem, groups: UnitGroups) -> float:
+    return problem.score(groups) - problem.tie * len(groups)
 
 
 def _start(problem: Problem) -> UnitGroups:
@@ -69,11 +76,11 @@ def _start(problem: Problem) -> UnitGroups:
 
 def _round(problem: Problem, groups: UnitGroups, noise: float, rng: np.random.Generator) -> UnitGroups:
     """The best of what some of the groups can become, where affinities have noise of that deviation."""
-    most = min(len(groups), MOST_PARTS)
     order = rng.permutation(len(groups))
-    chosen, others = np.split(order, [rng.integers(min(2, most), most + 1)])
+    num_small = np.count_nonzero(np.cumsum([len(groups[group]) for group in order]) <= MOST_PARTS)
+    chosen, others = np.split(order, [max(num_small, rng.integers(2, MOST_GROUPS + 1))])
     units = rng.permutation([unit for group in chosen for unit in groups[group]])
-    free = set(units[: MOST_PARTS - len(chosen)].tolist())
+    free = set(units[: len(units) if len(units) <= MOST_PARTS else MOST_PARTS - len(chosen)].tolist())
     rests = (tuple(unit for unit in groups[group] if unit not in free) for group in chosen)
     parts = sorted([*((unit,) for unit in free), *filter(None, rests)])
     shifts = np.triu(rng.normal(size=problem.affinity.shape), 1) * noise

@@ -106,11 +106,11 @@ class Problem:
 
     def score(self, unit_groups: Sequence[Sequence[int]]) -> float:
         """Of groups of units."""
-        total = 0.0
+        total, sizes = 0.0, self.sizes
         for group in unit_groups:
             inside = self.affinity[np.ix_(group, group)]
             pairs = (inside.sum() + np.trace(inside)) / 2
-            total += float(pairs * self.objective.pair_weight(int(self.sizes[list(group)].sum())))
+            total += float(pairs * self.objective.pair_weight(int(sizes[list(group)].sum())))
         return total
 
     def task_groups(self, unit_groups: Sequence[Sequence[int]]) -> Groups:

@@ -57,7 +57,7 @@ def _first_reaching_best(problem: Problem, values: np.ndarray, tables: list[np.n
             threshold = reached.max() - problem.tie / 2
         # Sums are associated differently here than in the tables: rounding must not leave no group.
         good = first | others[reached >= min(threshold, reached.max())]
-        group = int(good[np.argmin(problem.order_of_masks(good))])
+        group = int(good[0] if len(good) == 1 else good[np.argmin(problem.order_of_masks(good))])
         groups.append(problem.members(group))
         taken += values[group]
         remaining ^= group
