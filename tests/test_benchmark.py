@@ -131,13 +131,6 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
 def test_a_larger_benchmark_does_only_what_is_missing(storage, run_job):
     before, found = trainings(storage), rows(storage)
     larger = ("--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "4", "--seeds", "1", "2", "3")
-    job = Job(storage, *QUICK, *larger, prefix=BENCHMARK)
-    try:
-        job.wait_until(lambda: len(trainings(storage)) > len(before))
-        job.process.send_signal(signal.SIGINT)
-    finally:
-        interrupted = job.finish()
-    assert interrupted.status == 130 and "the same command goes on from here" in interrupted.output
     benchmark(run_job, storage, *larger)
     after = trainings(storage)
     assert {key: after[key] for key in before} == before
@@ -147,6 +140,24 @@ def test_a_larger_benchmark_does_only_what_is_missing(storage, run_job):
     again = rows(storage)
     for key in (("grouped", "4", "1", "ink"), ("zero_shot", "4", "2", "neon")):
         assert again[key] == found[key]
+
+
+@pytest.mark.proof
+def test_an_interrupted_benchmark_goes_on(tmp_path, run_job):
+    storage = tmp_path / "storage"
+    arguments = ("--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "2", "--seeds", "1", "2")
+    job = Job(storage, *QUICK, *arguments, prefix=BENCHMARK)
+    try:
+        job.wait_until(lambda: trainings(storage))
+        job.process.send_signal(signal.SIGINT)
+    finally:
+        interrupted = job.finish()
+    assert interrupted.status == 130 and "the same command goes on from here" in interrupted.output
+    before = trainings(storage)
+    benchmark(run_job, storage, *arguments)
+    after = trainings(storage)
+    assert {key: after[key] for key in before} == before and after.keys() > before.keys()
+    assert {seed for *_, seed in after} == {1, 2} and len(rows(storage)) == 3 * 2 * 2
 
 
 def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray, tmp_path):

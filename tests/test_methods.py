@@ -66,7 +66,7 @@ def test_every_method_has_a_reference_and_variants():
 def test_whatever_is_trained_for_the_asking_can_be_compared():
     names = [name for name in VARIANTS if name not in ("zero_shot", *ALWAYS)]
     assert parse_config({"compare": names}).compare == tuple(names)
-    for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", ""), ("grouped", "")):
+    for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", ".")):
         message = f"compare.0='{name}': no method that can be compared{hint} Valid: coop, vpt, "
         with pytest.raises(UserError, match=re.escape(message)):
             parse_config({"compare": [name]})

@@ -606,7 +606,7 @@ def test_requests_of_all_models_run_in_batches_and_get_their_own_answers(service
     assert max(reply.images_together for reply in replies) >= 4
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_killed_replica_loses_no_request(service, places, images):
     before = {process.pid for process in service.processes("ModelReplica")}
     assert len(before) == 2
