@@ -237,7 +237,8 @@ def test_tasks_that_must_be_together_and_cost_may_be_better_off_with_others(obje
     """In a larger group a pair that costs may count less, so that components must not be searched apart."""
     affinity = np.array([[0, -10.0, -0.1, 1.0], [-10.0, 0, -0.1, -0.1], [-0.1, -0.1, 0, -0.1], [1.0, -0.1, -0.1, 0]])
     expected = best_by_plain_enumeration(affinity, objective, together=[[0, 1]])
-    assert best_partition(affinity, objective=objective, together=[[0, 1]]).groups == expected[0]
+    problem = made_problem(affinity, objective, together=[[0, 1]])
+    assert problem.task_groups(by_components(problem)) == expected[0]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

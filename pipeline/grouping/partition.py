@@ -25,6 +25,8 @@ from pipeline.grouping.search.constraints import check_constraints, count_partit
 from pipeline.grouping.search.problem import Groups, Problem, UnitGroups
 from pipeline.grouping.search.subsets import best_by_subsets
 
+MOST_SEARCHED_WHOLE = 12
+"""Units up to which dynamic programming takes milliseconds: there is nothing to gain from components."""
 MOST_BY_SUBSETS = 20
 """Units up to which dynamic programming takes seconds; each further one triples that."""
 TIME_LIMIT_S = 60.0
@@ -104,8 +106,8 @@ def best_partition(
 def _search(problem: Problem, time_limit_s: float) -> tuple[UnitGroups, float, str]:
     """The best groups of units, the bound on the score, and the way's name."""
     deadline = time.monotonic() + time_limit_s
-    parts = components(problem)
-    if len(parts) == 1:
+    parts = components(problem) if problem.num_units > MOST_SEARCHED_WHOLE else []
+    if len(parts) <= 1:
         return _search_connected(problem, deadline)
     groups: UnitGroups = []
     missing = 0.0
