@@ -23,11 +23,12 @@ from PIL import Image
 from scipy.stats import ks_2samp
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
-from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, parse_config
+from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, choices, parse_config
 from pipeline.data import parquet
 from pipeline.data.augment import augment, crop_boxes
-from pipeline.data.find import OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS, find_images, read_class_names
+from pipeline.data.find import FOLDER_LAYOUTS, OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS, find_images, read_class_names
 from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels, training_pixels
+from pipeline.data.lists import LIST_LAYOUTS
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
 from pipeline.errors import UserError
@@ -255,6 +256,14 @@ def test_fingerprint_changes_with_files_words_and_classes(tmp_path):
     seen.add(fingerprint())
     assert len(seen) == 6
     assert fingerprint() in seen
+
+
+def test_no_layout_is_taken_for_another(tmp_path):
+    known = {"auto", "manifest", "split_folders", *FOLDER_LAYOUTS, *LIST_LAYOUTS}
+    assert set(choices(DataConfig.model_fields["layout"])) == known
+    write_tree(tmp_path, ["a/z/1.png"])
+    with pytest.raises(ValueError, match="layout 'nested' is unknown"):
+        find_images(DataConfig.model_construct(layout="nested"), tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["auto", "office_home"])

@@ -360,13 +360,17 @@ def _recognise(layout: str, given: Path, root: Path) -> tuple[str, Path]:
     return layout, root
 
 
+FOLDER_LAYOUTS = ("folders", "office_home")
+"""Of tasks with class folders; of others the parts are told by tables, lists, or folders of splits."""
 Roles = tuple[str, ...]
 """What the folders above an image are, from the root: task, split, class."""
 
 
 def _folder_roles(layout: str, root: Path) -> Roles:
-    if layout != "split_folders":
+    if layout in FOLDER_LAYOUTS:
         return ("task", "class")
+    if layout != "split_folders":
+        raise ValueError(f"layout {layout!r} is unknown")
     roles = _split_roles(root, _subfolders(root))
     if roles is None:
         raise UserError(
