@@ -131,8 +131,6 @@ def _search_connected(problem: Problem, deadline: float) -> tuple[UnitGroups, fl
     from pipeline.grouping.search.integer_program import IntegerProgram  # scipy's solvers
     from pipeline.grouping.search.local_search import better_partition, good_partition
 
-    # If every pair that gains were in the group where it counts most, and no pair that costs in any.
-    most = np.clip(np.triu(problem.affinity), 0, None).sum() * problem.weights[2:].max()
     seconds = max(deadline - time.monotonic(), 0.0)
     program = IntegerProgram(problem)
     groups, bound = program.solve(
@@ -141,7 +139,7 @@ def _search_connected(problem: Problem, deadline: float) -> tuple[UnitGroups, fl
     if bound > problem.score(groups):
         groups = better_partition(problem, groups, SHARE_OF_LOCAL_SEARCH * seconds)
         groups, bound = program.solve(groups, max(deadline - time.monotonic(), 0.1))
-    return groups, float(min(bound, most)), "integer program"
+    return groups, bound, "integer program"
 
 
 def checked_affinity(affinity: np.ndarray) -> np.ndarray:

@@ -88,7 +88,9 @@ class IntegerProgram:
                 break
         if bound >= self.least_cost - PROOF_TOLERANCE:
             return self.best, self.problem.score(self.best)
-        return self.best, -bound / self.scale
+        # If every pair that gains were in the group where it counts most, and no pair that costs in any.
+        most = np.clip(np.triu(self.problem.affinity), 0, None).sum() * self.problem.weights[2:].max()
+        return self.best, float(min(-bound / self.scale, most))
 
     def _cut(self, deadline: float) -> float:
         """Adds violated constraints until there are none, or they help no more; returns the bound."""
