@@ -88,6 +88,12 @@ def test_a_search_file_says_what_each_field_may_be(tmp_path):
     assert (method, config.mmap.prompt_length, config.mmap.source_rows) == ("coop", 8, 4)
 
 
+@pytest.mark.parametrize("name, value", [("mmap.text_order", "before_sos"), ("clip.template", "art of a {}.")])
+def test_what_affects_all_trainings_matters_to_every_method(tmp_path, name, value):
+    search = search_of(tmp_path, method="joint_prompts_mt", fields={name: {"choice": [value]}})
+    assert search.fields_of("joint_prompts_mt") == [name]
+
+
 def test_the_shipped_search_files_can_be_read():
     files = sorted((DEMO_CONFIG.parent / "searches").glob("*.yaml"))
     assert len(files) >= 2

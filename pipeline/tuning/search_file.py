@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from pipeline.config import Config, PositiveInt, Section, fields, load_yaml, parse_config, values_affecting
+from pipeline.config import Config, PositiveInt, Section, effects_of, fields, load_yaml, parse_config, values_affecting
 from pipeline.errors import UserError, did_you_mean
 from pipeline.methods.registry import METHODS, VARIANTS
 
@@ -249,7 +249,7 @@ def _matters(name: str, method: str, base: Config) -> bool:
     variant = VARIANTS[method]
     section, _, rest = name.partition(".")
     own = METHODS[variant.method].section
-    if section in ("clip", own):
+    if section == own or (section != "training" and "training" in effects_of(_FIELDS[name])):
         return True
     if variant.uses_grouping and section in ("mmap", "global_prompt", "grouping", "training"):
         return True
