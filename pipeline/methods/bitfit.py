@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
-
-if TYPE_CHECKING:
-    from pipeline.clip.towers import ClipTowers
-    from pipeline.config import Config
+from pipeline.methods.method import MethodConfig, OwnTraining, WeightsMethod, method
 
 
 @method("bitfit")
-class BitFit(Method):
+class BitFit(WeightsMethod):
     title = "BitFit"
-    trains_weights = True
 
     class Options(MethodConfig):
         """BitFit: the biases of both towers."""
 
         training: OwnTraining = OwnTraining(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
-        super().__init__()
-        self.towers = towers.copy_that_trains(lambda name: name.endswith("bias"))  # in_proj_bias too
-
-    def forward(self) -> Adaptation:
-        return Adaptation(towers=self.towers)
+    @staticmethod
+    def is_trained(name: str) -> bool:
+        return name.endswith("bias")  # in_proj_bias too

@@ -124,6 +124,24 @@ class Method(Module):
         """Raises: UserError: the options do not fit the towers, of which only the shapes are looked at."""
 
 
+class WeightsMethod(Method):
+    """Trains some weights of the towers, on a copy of its own, and adds nothing else."""
+
+    trains_weights = True
+
+    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+        super().__init__()
+        self.towers = towers.copy_that_trains(self.is_trained)
+
+    @staticmethod
+    def is_trained(name: str) -> bool:
+        """Whether the parameter of the towers of that name trains."""
+        raise NotImplementedError
+
+    def forward(self) -> Adaptation:
+        return Adaptation(towers=self.towers)
+
+
 M = TypeVar("M", bound=Method)
 
 
