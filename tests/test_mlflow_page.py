@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow_page import CHROMIUM, METHODS, browser_page, open_comparison, open_run, open_runs
 from pipelines import summary
+from playwright.sync_api import expect
 from servers import free_ports, mlflow_server
 
 from pipeline.report.summary import title
@@ -42,7 +43,7 @@ def test_the_experiment_lists_a_line_for_each_method(served, page):
     open_runs(page, address, experiment)
     page.get_by_text(f"{len(result['methods'])} matching runs").wait_for()
     for method in result["methods"]:
-        assert page.get_by_role("link", name=f"{title(method)} (8 shots, seed 1, ").is_visible()
+        page.get_by_role("link", name=f"{title(method)} (8 shots, seed 1, ").wait_for()  # the page draws line by line
     open_runs(page, address, experiment, "tags.level = 'pipeline'")
     page.get_by_role("link", name="demo, 8 shots, seed 1").wait_for()
 
@@ -60,11 +61,11 @@ def test_comparison_shows_the_methods_metrics(served, page):
     assert len(runs) == len(result["methods"])
     open_comparison(page, address, experiment, [run.info.run_id for run in runs])
     for plot in ("Parallel Coordinates Plot", "Scatter Plot"):
-        assert page.get_by_text(plot).is_visible()
-    told = page.inner_text("body")
+        page.get_by_text(plot).wait_for()
+    body = page.locator("body")
     for method, values in result["methods"].items():
-        assert title(method) in told
-        assert f"{values['average']:.3f}"[:4] in told  # the page rounds
+        expect(body).to_contain_text(title(method), use_inner_text=True)
+        expect(body).to_contain_text(f"{values['average']:.3f}"[:4], use_inner_text=True)  # the page rounds
 
 
 def test_artefact_pictures_and_pages_open(served, page):
