@@ -119,13 +119,20 @@ def test_a_linear_probe_starts_at_the_text_of_each_task():
     assert len(shared.weights) == len(CLASS_WORDS) + len(WORDS["shop"])  # sketch has classes of photo, by its template
 
 
+@pytest.fixture(scope="module")
+def clip():
+    """The towers, which no template changes, and their fingerprint."""
+    towers = load_clip(SMALL.clip)
+    return towers, weights_fingerprint(towers)
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_prompts_carry_the_templates_of_their_tasks(name, tmp_path):
+def test_prompts_carry_the_templates_of_their_tasks(name, clip, tmp_path):
     config = config_of(neon="a neon sign of a {}", other="not of {} these")
-    towers = load_clip(config.clip)
+    towers, fingerprint = clip
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
     method = built(name, towers, words, config)
-    trained = TrainedPrompts(name, config, weights_fingerprint(towers), (words,), (method.state_dict(),))
+    trained = TrainedPrompts(name, config, fingerprint, (words,), (method.state_dict(),))
     save_prompts(tmp_path / "trained.safetensors", trained)
     loaded = load_prompts(tmp_path / "trained.safetensors")
     assert loaded.config.clip.task_templates == {"neon": "a neon sign of a {}"}
@@ -137,28 +144,29 @@ def test_prompts_carry_the_templates_of_their_tasks(name, tmp_path):
         assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
 
 
-def saved(tmp_path, task: str, config: Config) -> TrainedPrompts:
-    towers = load_clip(config.clip)
+def saved(tmp_path, clip, task: str, config: Config) -> TrainedPrompts:
+    towers, fingerprint = clip
     words = {task: ["one", "two"]}
     state = built("coop", towers, words, config).state_dict()
-    prompts = TrainedPrompts("coop", config, weights_fingerprint(towers), (words,), (state,))
+    prompts = TrainedPrompts("coop", config, fingerprint, (words,), (state,))
     save_prompts(tmp_path / f"{task}.safetensors", prompts)
     return load_prompts(tmp_path / f"{task}.safetensors")
 
 
-def test_merged_prompts_have_the_templates_of_all(tmp_path):
-    parts = [saved(tmp_path, "ink", SMALL), saved(tmp_path, "neon", config_of(neon="a neon {}", ink="not {} ink"))]
+def test_merged_prompts_have_the_templates_of_all(clip, tmp_path):
+    others = config_of(neon="a neon {}", ink="not {} ink")
+    parts = [saved(tmp_path, clip, "ink", SMALL), saved(tmp_path, clip, "neon", others)]
     assert merge_prompts(parts).config.clip.task_templates == {"neon": "a neon {}"}
 
 
-def test_prompts_without_such_templates_are_saved_as_before(tmp_path):
-    saved(tmp_path, "ink", SMALL)
+def test_prompts_without_such_templates_are_saved_as_before(clip, tmp_path):
+    saved(tmp_path, clip, "ink", SMALL)
     with safe_open(tmp_path / "ink.safetensors", "pt") as file:
         assert "task_templates" not in json.loads(file.metadata()["prompts"])["config"]["clip"]
 
 
-def test_an_added_task_may_have_its_own_template_and_changes_no_others(tmp_path):
-    prompts = saved(tmp_path, "ink", config_of(ink="an inked {}"))
+def test_an_added_task_may_have_its_own_template_and_changes_no_others(clip, tmp_path):
+    prompts = saved(tmp_path, clip, "ink", config_of(ink="an inked {}"))
     _check_same_prompts(config_of(ink="an inked {}", neon="a neon {}"), prompts)
     for config in (SMALL, config_of(ink="another {}")):
         with pytest.raises(UserError, match="clip.task_templates: ink has"):

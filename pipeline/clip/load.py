@@ -126,8 +126,18 @@ def load_clip(
 
 def load_tokenizer(config: ClipConfig) -> Tokenizer:
     """The model's tokenizer, without its weights."""
+    name = _register(config.model)
+    model_config = _open_clip().get_model_config(name) or {}
+    return _tokenizer(name, json.dumps(model_config.get("text_cfg"), sort_keys=True))
+
+
+@lru_cache(maxsize=4)  # half a second to build, and nothing changes it
+def _tokenizer(name: str, text_config: str) -> Tokenizer:
+    """Args:
+    text_config: decides it too; another file may have the same name.
+    """
     with _errors_only():
-        tokenizer: Tokenizer = _open_clip().get_tokenizer(_register(config.model))
+        tokenizer: Tokenizer = _open_clip().get_tokenizer(name)
     return tokenizer
 
 
@@ -219,15 +229,20 @@ def _register(model: str) -> str:
         return model
     if not path.is_file():
         raise UserError(f"clip.model={model}: no such model-config file")
-    _check_model_config(path, f"clip.model={model}")
-    _open_clip().add_model_config(path)
+    values = _check_model_config(path, f"clip.model={model}")
+    if _open_clip().get_model_config(path.stem) != values:  # each time, open_clip reads all model configs again
+        _open_clip().add_model_config(path)
     return path.stem
 
 
-def _check_model_config(path: Path, name: str) -> None:
-    """Raises: UserError: no JSON of a CLIP, or absurd sizes, which would take all memory or forever."""
+def _check_model_config(path: Path, name: str) -> dict[str, Any]:
+    """Gives what the file holds.
+
+    Raises:
+        UserError: no JSON of a CLIP, or absurd sizes, which would take all memory or forever.
+    """
     try:
-        values = json.loads(read_text(path, name, limit=MAX_YAML_BYTES))
+        values: dict[str, Any] = json.loads(read_text(path, name, limit=MAX_YAML_BYTES))
         sections = [values, values["vision_cfg"], values["text_cfg"]]
         sizes = [(key, size) for section in sections for key, size in section.items()]
         values["embed_dim"]
@@ -241,6 +256,7 @@ def _check_model_config(path: Path, name: str) -> None:
         most = MAX_LAYERS if key == "layers" else MAX_SIZE
         if isinstance(size, int | float) and not abs(size) <= most:
             raise UserError(f"{name}: {key}={size} is more than {most:,}: correct it")
+    return values
 
 
 def _open_clip() -> ModuleType:
