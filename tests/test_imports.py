@@ -98,6 +98,11 @@ def test_no_worker_imports_what_the_driver_tracks_and_draws_with():
     assert not {"mlflow", "matplotlib", "sklearn", "optuna"} & modules_after_importing(*OTHER_WORKER_MODULES)
 
 
+def test_what_decodes_images_of_a_batch_imports_no_torch():
+    """Many processes do so, and each would take seconds more to start."""
+    assert not {"torch", "open_clip", "mlflow"} & modules_after_importing("pipeline.prediction.decoding")
+
+
 def test_the_tracker_imports_mlflow_only_when_it_delivers():
     assert not {"mlflow", "torch", "ray"} & modules_after_importing("pipeline.runtime.tracking.tracker")
 

@@ -38,7 +38,11 @@ def predicted(prompts: Path, needs: WorkerNeeds, inputs, output, task=None, opti
     return counts, pq.read_table(output, schema=OUTPUT).to_pylist()
 
 
-def test_a_folder_with_broken_images_and_odd_names(prompts_file, digits, cluster, tmp_path):
+def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
+    prompts_file, digits, cluster, tmp_path, monkeypatch
+):
+    for name in ("DECODED_AT_ONCE", "PREDICTED_AT_ONCE", "MAX_FILES_PER_TASK", "ROWS_PER_FILE"):
+        monkeypatch.setattr(batch, name, 5)
     folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     good = sorted((digits / "ink").rglob("*.png"))[::2]
@@ -51,11 +55,15 @@ def test_a_folder_with_broken_images_and_odd_names(prompts_file, digits, cluster
     os.mkfifo(folder / "pipe.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "notes.txt").write_text("not looked at")
+    paths = list(map(str, sorted((digits / "ink").rglob("*.png"))[::10]))
     told = []
-    counts, rows = predicted(
-        prompts_file, cluster, [folder], tmp_path / "out", "ink", on_rows=lambda *now: told.append(now)
+    counts, of_all = predicted(
+        prompts_file, cluster, [folder, *paths], tmp_path / "out", "ink", on_rows=lambda *now: told.append(now)
     )
-    assert counts == (len(good) + 6, 4) and told[-1] == (len(good) + 6, len(good) + 6)
+    total = len(good) + 6 + len(paths)
+    assert counts == (total, 4) and told[-1] == (total, total) and len(paths) == 22
+    assert len(list((tmp_path / "out").iterdir())) > 2
+    rows, of_files = of_all[: -len(paths)], of_all[-len(paths) :]
     in_order = [f"{folder}/deep/{number:03d}.png" for number in range(len(good))]
     assert [row["path"] for row in rows][-len(good) :] == in_order
     errors = {row["path"].removeprefix(f"{folder}/"): row["error"] for row in rows if row["error"]}
@@ -66,20 +74,12 @@ def test_a_folder_with_broken_images_and_odd_names(prompts_file, digits, cluster
     for row, prediction in zip(rows[-len(good) :], expected):
         assert (row["task"], row["label"], row["error"]) == ("ink", prediction.label, None)
         assert row["probability"] == pytest.approx(prediction.probability, abs=1e-5)
-
-
-def test_files_beyond_one_chunk_keep_their_own_labels(prompts_file, digits, cluster, tmp_path, monkeypatch):
-    for name in ("DECODED_AT_ONCE", "PREDICTED_AT_ONCE", "MAX_FILES_PER_TASK", "ROWS_PER_FILE"):
-        monkeypatch.setattr(batch, name, 5)
-    paths = list(map(str, sorted((digits / "ink").rglob("*.png"))[::10]))
-    counts, rows = predicted(prompts_file, cluster, paths, tmp_path / "out", "ink")
-    assert counts == (22, 0) and len(list((tmp_path / "out").iterdir())) > 2
     images = torch.stack([torch.from_numpy(evaluation_pixels(Path(path).read_bytes(), 32)) for path in paths])
     trained = load_prompts(prompts_file)
     probabilities, labels = trained.classifier().probabilities("ink", images).max(dim=1)
-    assert [row["path"] for row in rows] == paths
-    assert [row["label"] for row in rows] == [trained.words["ink"][label] for label in labels]
-    assert [row["probability"] for row in rows] == pytest.approx(probabilities.tolist(), abs=1e-5)
+    assert [row["path"] for row in of_files] == paths
+    assert [row["label"] for row in of_files] == [trained.words["ink"][label] for label in labels]
+    assert [row["probability"] for row in of_files] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
 def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path):
@@ -95,14 +95,18 @@ def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path)
     counts, rows = predicted(prompts_file, cluster, [tmp_path / "in"], tmp_path / "out", "neon", options)
     assert counts == (150, 32)
     model = pipeline.load(prompts_file, threshold=0.2, temperature={"neon": 2.0})
+    whole = [number for number, task in enumerate(tasks) if task != "oil" and number not in (7, 8)]
+    expected = {}
+    for task in ("ink", "neon", "pairs"):
+        of_task = [number for number in whole if (tasks[number] or "neon") == task]
+        expected |= zip(of_task, model.predict([images[number] for number in of_task], task), strict=True)
     for number, (row, task) in enumerate(zip(rows, tasks, strict=True)):
         assert row["path"] is None and row["task"] == (task or "neon")
         if number in (7, 8) or task == "oil":
             assert row["label"] is None and row["error"]
         else:
-            (expected,) = model.predict([images[number]], task or "neon")
-            assert row["label"] == expected.label
-            assert row["probability"] == pytest.approx(expected.probability, abs=1e-5)
+            assert row["label"] == expected[number].label
+            assert row["probability"] == pytest.approx(expected[number].probability, abs=1e-5)
     assert "task 'oil' is none of the model's: ink, neon, pairs" in rows[4]["error"]
 
 

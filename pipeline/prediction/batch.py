@@ -8,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,10 @@ import torch
 from ray.exceptions import RayTaskError
 
 from pipeline.data.find import IMAGE_SUFFIXES
-from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read_image
-from pipeline.data.names import printable
-from pipeline.errors import UserError, escaped
+from pipeline.errors import UserError
 from pipeline.files import FREE_SPACE, replacing
 from pipeline.methods.prompt_file import TrainedPrompts
+from pipeline.prediction.decoding import decoded
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerNeeds, described, places
@@ -38,8 +36,6 @@ from pipeline.runtime.storage import is_uri, open_bucket
 
 DECODED_AT_ONCE = 64
 PREDICTED_AT_ONCE = 128
-READING_THREADS = 4
-"""Of a task that reads files and decodes them."""
 MAX_FILES_PER_TASK = 512
 ROWS_PER_FILE = 1_000_000
 OUTPUT = pa.schema(
@@ -130,7 +126,8 @@ def predict_batch(
         fn_constructor_args=([in_store], options, needs),
         batch_size=PREDICTED_AT_ONCE,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, places(needs))),
+        # One that has not a batch for itself takes longer to start than the others to do its work.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(places(needs), total // PREDICTED_AT_ONCE))),
         num_cpus=_half(needs),
         num_gpus=needs.gpus or None,
     )
@@ -138,7 +135,7 @@ def predict_batch(
     table: pa.Table
     try:
         with _Writer(output) as writer:
-            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow") if total else []:
                 if faults := pc.drop_null(table["fault"]).to_pylist():
                     raise UserError(faults[0])
                 table = table.select(OUTPUT.names).cast(OUTPUT)
@@ -175,62 +172,17 @@ def _dataset(
         )
     else:
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        size = min(max(len(found.files) // (4 * cpus), DECODED_AT_ONCE // 4), MAX_FILES_PER_TASK)
+        size = min(max(len(found.files) // (4 * cpus), DECODED_AT_ONCE), MAX_FILES_PER_TASK)
         names = [os.fsencode(file) for file in found.files]  # which need not be text
         blocks = [pa.table({"file": names[at : at + size]}) for at in range(0, len(names), size)]
         dataset = ray.data.from_arrow(blocks)
     return dataset.map_batches(
-        cast(Any, _decoded),  # Ray's types know functions without fn_args alone
+        cast(Any, decoded),  # Ray's types know functions without fn_args alone
         fn_args=(found.uri, task, list(tasks), image_size),
         batch_size=DECODED_AT_ONCE,
         batch_format="pyarrow",
         num_cpus=0.5,
     )
-
-
-def _decoded(
-    rows: pa.Table, uri: str | None, task: str | None, tasks: Sequence[str], image_size: int
-) -> dict[str, np.ndarray]:
-    count = len(rows)
-    pixels = np.zeros((count, 3, image_size, image_size), np.uint8)
-    of_rows = [task] * count
-    if "file" in rows.column_names:
-        names = [os.fsdecode(file) for file in rows["file"].to_pylist()]
-        filesystem = open_bucket(uri)[0] if uri else None
-        sources: Sequence[Any] = [(lambda name=name: _file_bytes(name, filesystem)) for name in names]
-        paths: list[str | None] = [printable(name) for name in names]
-    else:
-        sources = [(lambda image=image: image) for image in rows["image"].to_pylist()]
-        paths = rows["path"].to_pylist() if "path" in rows.column_names else [None] * count
-        paths = [None if path is None else printable(str(path)) for path in paths]
-        if "task" in rows.column_names:
-            of_rows = [name or task for name in rows["task"].to_pylist()]
-
-    def decode(at: int) -> str:
-        if of_rows[at] not in tasks:
-            return f"task {of_rows[at]!r} is none of the model's: {', '.join(tasks)}"
-        try:
-            if not (data := sources[at]()):
-                raise BrokenImage("no bytes")
-            pixels[at] = evaluation_pixels(data, image_size)
-            return ""
-        except (BrokenImage, OSError) as error:
-            return escaped(str(error)) or type(error).__name__
-
-    with ThreadPoolExecutor(READING_THREADS) as threads:
-        errors = list(threads.map(decode, range(count)))
-    columns = {"path": paths, "task": of_rows, "error": errors}
-    return {"pixels": pixels, **{name: np.array(values, dtype=object) for name, values in columns.items()}}
-
-
-def _file_bytes(name: str, filesystem: pafs.FileSystem | None) -> bytes:
-    if filesystem is None:
-        return read_image(Path(name))
-    with filesystem.open_input_file(name) as stream:
-        if (size := stream.size()) > MAX_BYTES:
-            raise BrokenImage(f"{size:,} bytes are more than {MAX_BYTES:,}")
-        data: bytes = stream.read()
-        return data
 
 
 class _Predictor:

@@ -47,6 +47,9 @@ def _work(storage: Storage, item: Work, board: Any) -> Any:
     return item.function(*item.arguments, board)
 
 
+_remote_work = ray.remote(_work)  # once: each that is made is sent to the cluster by itself
+
+
 class Stage:
     """Context manager around a stage: its MLflow run, its progress, and its seconds for the report."""
 
@@ -127,7 +130,7 @@ class Stage:
         options = {"name": item.label, "max_retries": cluster.max_retries}
         needs, arguments = self._needs(item), (session.storage, item, session.board)
         if item.num_workers == 1:
-            return ray.remote(_work).options(num_cpus=needs.cpus, num_gpus=needs.gpus, **options).remote(*arguments)
+            return _remote_work.options(num_cpus=needs.cpus, num_gpus=needs.gpus, **options).remote(*arguments)
 
         from ray.train import TrainingFailedError  # takes a second to import, and most trainings do without
 
