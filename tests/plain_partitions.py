@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import combinations
 
@@ -58,15 +58,15 @@ PLAIN_SCORES: dict[str, Callable[[np.ndarray, tuple[int, ...]], float]] = {
 """Objective → score of a group."""
 
 
-def _dot(one: np.ndarray, other: np.ndarray) -> float:
+def _dot(one: Iterable[float], other: Iterable[float]) -> float:
     return float(sum(x * y for x, y in zip(one, other)))
 
 
-def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+def _cosine(one: Iterable[float], other: Iterable[float]) -> float:
     return _dot(one, other) / math.sqrt(_dot(one, one) * _dot(other, other))
 
 
-PLAIN_AFFINITIES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"dot": _dot, "cosine": _cosine}
+PLAIN_AFFINITIES: dict[str, Callable[[Iterable[float], Iterable[float]], float]] = {"dot": _dot, "cosine": _cosine}
 """Affinity → that of two tasks' gradients, neither of which is zero."""
 
 
