@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import combinations
 
 import numpy as np
 
@@ -18,7 +20,8 @@ OBJECTIVES = tuple(REGISTERED)
 KINDS = tuple(AFFINITIES)
 
 
-def all_partitions(num_tasks: int) -> Iterator[Groups]:
+@cache
+def all_partitions(num_tasks: int) -> tuple[Groups, ...]:
     """Every partition once, by enumerating restricted growth strings."""
 
     def extend(labels: list[int]) -> Iterator[list[int]]:
@@ -28,10 +31,10 @@ def all_partitions(num_tasks: int) -> Iterator[Groups]:
         for label in range(max(labels, default=-1) + 2):
             yield from extend([*labels, label])
 
-    for labels in extend([]):
-        yield tuple(
-            tuple(task for task in range(num_tasks) if labels[task] == group) for group in range(max(labels) + 1)
-        )
+    return tuple(
+        tuple(tuple(task for task in range(num_tasks) if labels[task] == group) for group in range(max(labels) + 1))
+        for labels in extend([])
+    )
 
 
 def _sum(affinity: np.ndarray, group: tuple[int, ...]) -> float:
@@ -55,20 +58,32 @@ PLAIN_SCORES: dict[str, Callable[[np.ndarray, tuple[int, ...]], float]] = {
 """Objective → score of a group."""
 
 
-def _dot(one: np.ndarray, other: np.ndarray) -> float:
+def _dot(one: Iterable[float], other: Iterable[float]) -> float:
     return float(sum(x * y for x, y in zip(one, other)))
 
 
-def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+def _cosine(one: Iterable[float], other: Iterable[float]) -> float:
     return _dot(one, other) / math.sqrt(_dot(one, one) * _dot(other, other))
 
 
-PLAIN_AFFINITIES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"dot": _dot, "cosine": _cosine}
+PLAIN_AFFINITIES: dict[str, Callable[[Iterable[float], Iterable[float]], float]] = {"dot": _dot, "cosine": _cosine}
 """Affinity → that of two tasks' gradients, neither of which is zero."""
 
 
 def plain_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
     return sum((PLAIN_SCORES[objective](affinity, group) for group in groups), 0.0)
+
+
+def all_scores(affinity: np.ndarray, objective: str) -> Iterator[tuple[float, Groups]]:
+    """`plain_score` of every partition, each group's score computed once."""
+    tasks = range(len(affinity))
+    of_group = {
+        group: PLAIN_SCORES[objective](affinity, group)
+        for size in range(1, len(affinity) + 1)
+        for group in combinations(tasks, size)
+    }
+    for groups in all_partitions(len(affinity)):
+        yield sum(map(of_group.__getitem__, groups), 0.0), groups
 
 
 def meets_constraints(groups: Groups, num_groups=None, min_size=1, max_size=None, together=(), apart=()) -> bool:
@@ -84,11 +99,7 @@ def meets_constraints(groups: Groups, num_groups=None, min_size=1, max_size=None
 def best_by_plain_enumeration(affinity: np.ndarray, objective: str, **constraints) -> tuple[Groups, float, int] | None:
     """Groups, their score, and how many partitions meet the constraints."""
     num_tasks = len(affinity)
-    allowed = [
-        (plain_score(affinity, groups, objective), groups)
-        for groups in all_partitions(num_tasks)
-        if meets_constraints(groups, **constraints)
-    ]
+    allowed = [scored for scored in all_scores(affinity, objective) if meets_constraints(scored[1], **constraints)]
     if not allowed:
         return None
     scale = sum(abs(affinity[i, j]) for i in range(num_tasks) for j in range(i))

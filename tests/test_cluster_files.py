@@ -18,6 +18,7 @@ import ray
 import yaml
 from compose_file import COMPOSE_FILE, VariableUnset, read_compose_file, read_env_file, words
 from moto import mock_aws
+from moto.ec2.models.instance_types import InstanceTypeBackend
 from pipelines import REPOSITORY
 from ray.autoscaler._private.aws import config as aws_config
 from ray.autoscaler._private.commands import _bootstrap_config
@@ -202,8 +203,13 @@ def test_aws_file_opens_ssh_only(launcher_home, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
     monkeypatch.setattr(aws_config.time, "sleep", lambda seconds: None)
+    content = loaded(CLUSTER / "aws.yaml")
+    # Ray asks for all types of machine that there are, which takes seconds; of these the file's own are simulated.
+    named = {node["node_config"]["InstanceType"] for node in content["available_node_types"].values()}
+    of_file = [of_type for of_type in InstanceTypeBackend.instance_types if of_type["InstanceType"] in named]
+    monkeypatch.setattr(InstanceTypeBackend, "instance_types", of_file)
     with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
-        launched = _bootstrap_config(loaded(CLUSTER / "aws.yaml"), no_config_cache=True)
+        launched = _bootstrap_config(content, no_config_cache=True)
         region = launched["provider"]["region"]
         head, worker = (launched["available_node_types"][name] for name in ("head", "gpu_worker"))
         (group,) = boto3.client("ec2", region_name=region).describe_security_groups(

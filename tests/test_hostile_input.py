@@ -16,6 +16,7 @@ import time
 import zipfile
 import zlib
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,7 @@ def with_bytes(data: bytes, after: bytes, skip: int, value: bytes) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
+@cache
 def bombs() -> dict[str, bytes]:
     small, huge = Image.new("RGB", (8, 8), "red"), 2**31 - 1
     gif, jpeg = encoded(small.quantize(4), "GIF"), encoded(small, "JPEG")

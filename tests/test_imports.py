@@ -25,6 +25,9 @@ REQUIRED = {
     "tune": ["--search", "a_search.yaml"],
 }
 WITHOUT_CONFIG_FIELDS = ("predict", "register_model", "serve")
+JOBS = ["__main__", *job_names()]
+TRACKER = "pipeline.runtime.tracking.tracker"
+DECODING = "pipeline.prediction.decoding"
 TRAINING_MODULES = [
     "pipeline.methods.registry",
     "pipeline.stages.global_prompt",
@@ -53,26 +56,28 @@ def output_of(code: str, *arguments: object) -> list[str]:
     return process.stdout.splitlines()
 
 
-def modules_after_importing(*modules: str) -> set[str]:
-    code = "import importlib, json, sys; [*map(importlib.import_module, json.loads(sys.argv[1]))]; print(*sys.modules)"
-    return set(output_of(code, *modules)[-1].split())
-
-
 ANSWER_COMMAND_LINES = """
-import json, runpy, sys
-script, *command_lines = json.loads(sys.argv[1])
-for arguments in command_lines:
-    sys.argv = [script, *arguments]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        print("exit status:", end.code)
-print(*sys.modules)
+import json, os, runpy, sys
+import pipeline.command_line
+print("shared", *sys.modules, flush=True)
+for job, command_lines in json.loads(sys.argv[1])[0].items():
+    script = f"jobs/{job}.py"
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, script
+        continue
+    print("job", job)
+    for arguments in command_lines:
+        sys.argv = [script, *arguments]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            print("exit status:", end.code)
+    print(*sys.modules, flush=True)
+    os._exit(0)
 """
 
 
-@pytest.mark.parametrize("job", ["__main__", *job_names()])
-def test_help_and_wrong_options_of_a_job_import_nothing_heavy(job):
+def wrong_command_lines(job: str) -> list[list[str]]:
     required = REQUIRED.get(job, [])
     wrong = [] if job == "__main__" else [[*required, "--no_such_option", "1"]]
     # add_task reads the finished run, whose config it takes, before its values are checked.
@@ -80,31 +85,77 @@ def test_help_and_wrong_options_of_a_job_import_nothing_heavy(job):
         wrong.append([*required, "--training.epochs", "-1"])
     if job == "full_pipeline":
         wrong.append(["--until", "no_stage"])
-    *answers, modules = output_of(ANSWER_COMMAND_LINES, f"jobs/{job}.py", ["--help"], *wrong)
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def answered() -> dict[str, list[str]]:
+    """Job → the lines that it prints to `--help` and wrong options, then all modules that it has imported.
+
+    Each job is a copy of one process that has imported what every job begins with, and nothing heavy.
+    """
+    lines = output_of(ANSWER_COMMAND_LINES, {job: [["--help"], *wrong_command_lines(job)] for job in JOBS})
+    answers = defaultdict[str, list[str]](list)
+    job = ""
+    for line in lines:
+        if line.startswith("job "):
+            job = line.removeprefix("job ")
+        else:
+            answers[job].append(line)
+    (shared,) = answers.pop("")
+    assert "pipeline.command_line" in shared.split() and not HEAVY & set(shared.split())
+    return answers
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_and_wrong_options_of_a_job_import_nothing_heavy(answered, job):
+    *answers, modules = answered[job]
     assert any(line.startswith("usage: ") for line in answers)
     statuses = [line.removeprefix("exit status: ") for line in answers if line.startswith("exit status: ")]
-    assert statuses == ([] if job == "__main__" else ["0"]) + ["2"] * len(wrong)
+    assert statuses == ([] if job == "__main__" else ["0"]) + ["2"] * len(wrong_command_lines(job))
     assert not HEAVY & set(modules.split())
 
 
-def test_a_training_worker_imports_only_what_it_trains_with():
-    modules = modules_after_importing(*TRAINING_MODULES)
+MODULES_AFTER_IMPORTING = """
+import importlib, json, sys
+for modules in json.loads(sys.argv[1]):
+    [*map(importlib.import_module, modules)]
+    print("imported", *sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> list[set[str]]:
+    """All modules of one process after it has imported the tracker, then what decodes images of a batch, then what
+    trains, then what else workers do."""
+    lines = output_of(MODULES_AFTER_IMPORTING, [TRACKER], [DECODING], TRAINING_MODULES, OTHER_WORKER_MODULES)
+    return [set(line.split()[1:]) for line in lines if line.startswith("imported ")]
+
+
+def test_a_training_worker_imports_only_what_it_trains_with(imported):
+    _, _, modules, _ = imported
     assert "torch" in modules
     unused = {"mlflow", "matplotlib", "pandas", "scipy", "sklearn", "networkx", "optuna", "rich", "ray.train"}
     assert not unused & modules
 
 
-def test_no_worker_imports_what_the_driver_tracks_and_draws_with():
-    assert not {"mlflow", "matplotlib", "sklearn", "optuna"} & modules_after_importing(*OTHER_WORKER_MODULES)
+def test_no_worker_imports_what_the_driver_tracks_and_draws_with(imported):
+    _, _, _, modules = imported
+    assert {*TRAINING_MODULES, *OTHER_WORKER_MODULES} <= modules
+    assert not {"mlflow", "matplotlib", "sklearn", "optuna"} & modules
 
 
-def test_what_decodes_images_of_a_batch_imports_no_torch():
+def test_what_decodes_images_of_a_batch_imports_no_torch(imported):
     """Many processes do so, and each would take seconds more to start."""
-    assert not {"torch", "open_clip", "mlflow"} & modules_after_importing("pipeline.prediction.decoding")
+    _, modules, _, _ = imported
+    assert DECODING in modules
+    assert not {"torch", "open_clip", "mlflow"} & modules
 
 
-def test_the_tracker_imports_mlflow_only_when_it_delivers():
-    assert not {"mlflow", "torch", "ray"} & modules_after_importing("pipeline.runtime.tracking.tracker")
+def test_the_tracker_imports_mlflow_only_when_it_delivers(imported):
+    modules, _, _, _ = imported
+    assert TRACKER in modules
+    assert not {"mlflow", "torch", "ray"} & modules
 
 
 # --- the rooms of docs/pipeline.md ---------------------------------------------------------------------------

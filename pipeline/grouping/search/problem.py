@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -94,12 +95,12 @@ class Problem:
     def num_units(self) -> int:
         return len(self.units)
 
-    @property
+    @cached_property
     def sizes(self) -> np.ndarray:
         """(U,) tasks of each unit."""
         return np.array([len(tasks) for tasks in self.units])
 
-    @property
+    @cached_property
     def weights(self) -> np.ndarray:
         """(tasks + 1,): a group's score is the sum of its pairs' affinities times the weight of its number of tasks."""
         return np.array([0.0, *(self.objective.pair_weight(size) for size in range(1, self.sizes.sum() + 1))])
@@ -167,7 +168,9 @@ def _sums_of_subsets(numbers: np.ndarray) -> np.ndarray:
 def _pair_sums_of_subsets(matrix: np.ndarray) -> np.ndarray:
     """(2^U,) sums over the pairs i ≤ j of the units of every bit mask."""
     matrix = matrix[::-1, ::-1]
-    sums = np.zeros(1)
+    sums, of_rows = np.zeros(1), np.zeros((len(matrix), 1))  # of_rows: of each later unit's row, over the units so far
     for unit in range(len(matrix)):
-        sums = np.concatenate([sums, sums + (_sums_of_subsets(matrix[unit, :unit][::-1]) + matrix[unit, unit])])
+        sums = np.concatenate([sums, sums + (of_rows[0] + matrix[unit, unit])])
+        of_rows = of_rows[1:]
+        of_rows = np.concatenate([of_rows, of_rows + matrix[unit + 1 :, unit, None]], axis=1)
     return sums
