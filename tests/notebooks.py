@@ -19,14 +19,28 @@ def executed(uri: str, folder: Path, **settings: object) -> dict[str, list[dict]
         folder: for what Jupyter writes.
         settings: of the notebook's first cell, in place of what stands there.
     """
-    notebook = nbformat.read(NOTEBOOK, 4)
-    for cell in notebook.cells:
-        if cell.id == "settings":
-            cell.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
-    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    (outputs,) = executed_in_turn(uri, folder, settings)
+    return outputs
+
+
+def executed_in_turn(uri: str, folder: Path, *settings: dict[str, object]) -> list[dict[str, list[dict]]]:
+    """`executed` with each of these settings, one after another, as by somebody who changes them and runs all cells
+    again."""
+    notebooks = [nbformat.read(NOTEBOOK, 4) for _ in settings]
+    for notebook, of_notebook in zip(notebooks, settings):
+        for cell in notebook.cells:
+            if cell.id == "settings":
+                cell.source += "".join(f"\n{name} = {value!r}" for name, value in of_notebook.items())
+    cells = [cell for notebook in notebooks for cell in notebook.cells]
+    together = nbformat.from_dict({**notebooks[0], "cells": cells})
+    client = NotebookClient(together, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     variables = {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(REPOSITORY), "IPYTHONDIR": str(folder)}
     client.execute(env=os.environ | variables)
-    return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    each = len(cells) // len(settings)
+    return [
+        {cell.id: cell.outputs for cell in together.cells[at : at + each] if cell.cell_type == "code"}
+        for at in range(0, len(cells), each)
+    ]
 
 
 def printed(outputs: list[dict]) -> str:

@@ -11,7 +11,7 @@ from statistics import fmean
 
 import pytest
 from mlflow import MlflowClient
-from notebooks import executed, pictures, printed, tables
+from notebooks import executed_in_turn, pictures, printed, tables
 from pipelines import Job
 from rich.console import Console
 
@@ -21,6 +21,7 @@ from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.benchmark_tables import to_csv
 from pipeline.report.paper_results import PAPER_METHODS
+from pipeline.runtime.progress import Report, progress_board
 from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import plan_trainings
 from pipeline.stages.run import open_run
@@ -104,7 +105,8 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
     assert f"- CLIP: {found.clip}." in report and found.protocol
     assert all(f"- {sentence}\n" in report for sentence in found.protocol)
 
-    outputs = executed(uri, tmp_path)
+    other = {"DATA": "demo", "SHOTS": [2], "SEEDS": [1], "METHODS": ["grouped"], "SAVE_TO": str(tmp_path / "saved")}
+    outputs, chosen = executed_in_turn(uri, tmp_path, {}, other)
     assert printed(outputs["read"]).startswith(f"{folder.name}: demo, shots 2, 4, seeds 1, 2, 3 methods\n")
     shown = tables(outputs["tables"]) + tables(outputs["parts"])
     assert {line for line in shown.splitlines() if line} <= set(report.splitlines())
@@ -117,9 +119,6 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
     assert "python jobs/benchmark.py --methods paper" in printed(outputs["figure-4"])
     assert re.match(r"demo, [24] shots, seed [12] \(\w+\): ink", printed(outputs["groups"]))
 
-    chosen = executed(
-        uri, tmp_path, DATA="demo", SHOTS=[2], SEEDS=[1], METHODS=["grouped"], SAVE_TO=str(tmp_path / "saved")
-    )
     assert "2 shots a class, 1 seed\n" in (shown := tables(chosen["tables"])) and "CoOp" not in shown
     assert "several numbers of shots" in printed(chosen["figure-5"])
     assert printed(chosen["groups"]).startswith("demo, 2 shots, seed 1 (")
@@ -171,6 +170,19 @@ def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray,
         for name in both:
             ((single,), (multi,)) = (plan_trainings(plan, version, None, {}) for version in (name, f"{name}_mt"))
             assert single.artefact.key == multi.artefact.key and single.item.tasks == multi.item.tasks == ("noise",)
+
+
+def test_runs_share_one_progress_board_and_take_their_own_reports(shared_ray):
+    one, other = progress_board(), progress_board()
+    assert one.board is other.board  # each would be a process
+    one.begin("coop mt", "a machine")
+    one.expect("coop mt", 3, "images")
+    other.expect("coop mt", 5, "images")
+    other.advance("coop mt", 4, "images")
+    one.post(Report("coop mt", 1, 2, "steps"))
+    assert one.begun() == {"coop mt": "a machine"} and other.begun() == {}
+    assert one.take() == [Report("coop mt", 0, 3, "images"), Report("coop mt", 1, 2, "steps")] and one.take() == []
+    assert other.take() == [Report("coop mt", 0, 5, "images"), Report("coop mt", 4, 5, "images")]
 
 
 def test_methods_are_chosen_by_name_or_as_a_set():

@@ -7,7 +7,10 @@ job's log), prints a line for each work at most every few seconds.
 from __future__ import annotations
 
 import time
+import uuid
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -25,46 +28,82 @@ LONG_LOG_LINE_EVERY_S = 60
 """Between the lines of work that has run for longer than this."""
 
 
-def progress_board() -> Any:
-    """A ProgressBoard on the driver's machine, so that no other machine's end takes it away."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def progress_board() -> RunBoard:
+    """A board for one run."""
+    context = ray.get_runtime_context()
+    return RunBoard(_board_of(context.get_node_id(), context.get_job_id()), uuid.uuid4().hex)
+
+
+@lru_cache(maxsize=1)
+def _board_of(node_id: str, job_id: str) -> Any:
+    """A ProgressBoard on the driver's machine, so that no other machine's end takes it away. It is a process, which
+    takes a second to start, so all runs of a driver share it: it ends as the driver leaves the cluster."""
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
     board = cast(Any, ProgressBoard)  # Ray's types show the class as it was before the decorator
     return board.options(scheduling_strategy=here).remote()
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class ProgressBoard:
-    """Collects the workers' reports until the driver takes them. All that it holds may be lost."""
+@dataclass(frozen=True)
+class RunBoard:
+    """The part of the driver's ProgressBoard that is one run's; sent to its workers."""
 
-    def __init__(self) -> None:
-        self._reports: list[Report] = []
-        self._totals: dict[tuple[str, str], list[int]] = {}
-        self._begun: dict[str, str] = {}
+    board: Any
+    run: str
 
     def begin(self, label: str, node_id: str) -> None:
         """Work has begun on a machine, perhaps again."""
-        self._begun[label] = node_id
+        self.board.begin.remote(self.run, label, node_id)
 
     def begun(self) -> dict[str, str]:
         """Label → id of the machine where that work began last."""
-        return self._begun
+        begun: dict[str, str] = ray.get(self.board.begun.remote(self.run))
+        return begun
 
     def post(self, report: Report) -> None:
-        self._reports.append(report)
+        self.board.post.remote(self.run, report)
 
     def expect(self, label: str, total: int, unit: str) -> None:
         """Begins a count to which several workers add."""
-        self._totals[label, unit] = [0, total]
-        self._reports.append(Report(label, 0, total, unit))
+        self.board.expect.remote(self.run, label, total, unit)
 
     def advance(self, label: str, count: int, unit: str) -> None:
-        of = self._totals.setdefault((label, unit), [0, count])
-        of[0] = min(of[0] + count, of[1])  # a task that is run again counts again
-        self._reports.append(Report(label, of[0], of[1], unit))
+        self.board.advance.remote(self.run, label, count, unit)
 
     def take(self) -> list[Report]:
-        reports, self._reports = self._reports, []
+        """The reports since the last time."""
+        reports: list[Report] = ray.get(self.board.take.remote(self.run))
         return reports
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class ProgressBoard:
+    """Collects the workers' reports, by run, until the driver takes them. All that it holds may be lost."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, list[Report]] = defaultdict(list)
+        self._totals: dict[tuple[str, str, str], list[int]] = {}
+        self._begun: dict[str, dict[str, str]] = defaultdict(dict)
+
+    def begin(self, run: str, label: str, node_id: str) -> None:
+        self._begun[run][label] = node_id
+
+    def begun(self, run: str) -> dict[str, str]:
+        return self._begun[run]
+
+    def post(self, run: str, report: Report) -> None:
+        self._reports[run].append(report)
+
+    def expect(self, run: str, label: str, total: int, unit: str) -> None:
+        self._totals[run, label, unit] = [0, total]
+        self.post(run, Report(label, 0, total, unit))
+
+    def advance(self, run: str, label: str, count: int, unit: str) -> None:
+        of = self._totals.setdefault((run, label, unit), [0, count])
+        of[0] = min(of[0] + count, of[1])  # a task that is run again counts again
+        self.post(run, Report(label, of[0], of[1], unit))
+
+    def take(self, run: str) -> list[Report]:
+        return self._reports.pop(run, [])
 
 
 @dataclass
@@ -81,7 +120,7 @@ class Report:
 class Reporter:
     """A worker's side: posts at most every REPORT_EVERY_S, and at the end of a phase; with how busy the machine is."""
 
-    def __init__(self, board: Any, label: str):
+    def __init__(self, board: RunBoard, label: str):
         self._board, self._label = board, label
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._last = 0.0
@@ -95,7 +134,7 @@ class Reporter:
         if system := self._system.look(last=completed >= total):
             self._metrics.append(system)
         if time.monotonic() - self._last >= REPORT_EVERY_S or completed >= total:
-            self._board.post.remote(Report(self._label, completed, total, unit, self._metrics))
+            self._board.post(Report(self._label, completed, total, unit, self._metrics))
             self._metrics, self._last = [], time.monotonic()
 
 

@@ -10,13 +10,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig, TrackingConfig, content_hash
 from pipeline.errors import UserError
 from pipeline.files import make_folder
 from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
-from pipeline.runtime.progress import progress_board
+from pipeline.runtime.progress import RunBoard, progress_board
 from pipeline.runtime.run_lock import alone_at
 from pipeline.runtime.storage import Storage, is_uri
 from pipeline.runtime.tracking.journal import JOURNAL
@@ -48,8 +48,8 @@ class Session:
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
-    def board(self) -> Any:
-        """The workers' ProgressBoard actor."""
+    def board(self) -> RunBoard:
+        """For the workers' reports."""
         return progress_board()
 
 

@@ -39,7 +39,7 @@ class Work:
 
 def _work(storage: Storage, item: Work, board: Any) -> Any:
     """On a worker."""
-    board.begin.remote(item.label, ray.get_runtime_context().get_node_id())
+    board.begin(item.label, ray.get_runtime_context().get_node_id())
     if not storage.is_bucket:
         storage.check_here()  # this machine may have joined after the run began
     if item.artefact and item.artefact.finished():  # by an attempt whose worker died before it could say so
@@ -147,7 +147,7 @@ class Stage:
         return self.session.needs if item.takes_gpu else WorkerNeeds(1, 0)
 
     def _look(self, patience: Patience, waiting: Sequence[Work]) -> None:
-        begun = ray.get(self.session.board.begun.remote())
+        begun = self.session.board.begun()
         running_on = [begun[item.label] for item in waiting if item.label in begun]
         largest = max(waiting, key=lambda item: item.num_workers)
         workers = 1
@@ -157,7 +157,7 @@ class Stage:
 
     def _show_reports(self, work: Sequence[Work]) -> None:
         tracked_as = {item.label: item.tracked_as for item in work}
-        for report in ray.get(self.session.board.take.remote()):
+        for report in self.session.board.take():
             self.display.show(report)
             if name := tracked_as.get(report.label):
                 for step, metrics in report.metrics:

@@ -91,7 +91,7 @@ def _artefact(plan: Plan) -> Artefact:
 def _look(plan: Plan, stage: Stage) -> pa.Table:
     images = plan.listing.images
     source, samples = ImageSource.of(plan), sample_paths(images)
-    stage.session.board.expect.remote(_READING, len(images), "images")
+    stage.session.board.expect(_READING, len(images), "images")
     work = [
         Work(f"check {number}", _check_chunk, (source, chunk, samples & {image.path for image in chunk}))
         for number, chunk in enumerate(chunks(images))
@@ -101,7 +101,7 @@ def _look(plan: Plan, stage: Stage) -> pa.Table:
 
 def _check_chunk(source: ImageSource, images: Sequence[ImageFile], samples: frozenset[str], board: Any) -> pa.Table:
     table = check_images(source.here(), images, samples)
-    board.advance.remote(_READING, len(images), "images")
+    board.advance(_READING, len(images), "images")
     return table
 
 

@@ -98,7 +98,7 @@ def write_splits(
     """
     source = ImageSource.of(plan)
     parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
-    stage.session.board.expect.remote(_WRITING, len(splits.train) + len(splits.test), "images")
+    stage.session.board.expect(_WRITING, len(splits.train) + len(splits.test), "images")
     for sent in stage.execute(
         [Work(f"write {part.file}", _write, (source, part, description, made.artefact, made.folder)) for part in parts]
     ):
@@ -110,7 +110,7 @@ def _write(
     source: ImageSource, part: Part, description: SplitDescription, artefact: Artefact, folder: Path, board: Any
 ) -> dict[str, tuple[int, str]]:
     rows = write_part(source.here(), part, description, folder)
-    board.advance.remote(_WRITING, rows, "images")
+    board.advance(_WRITING, rows, "images")
     return send_part(artefact, folder, part.file)
 
 

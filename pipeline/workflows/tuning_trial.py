@@ -166,7 +166,7 @@ def _grouping(plan: Plan) -> dict[str, Any]:
 
 def _make(work: Work) -> None:
     """In this process, unless it was made before."""
-    board = SimpleNamespace(post=SimpleNamespace(remote=lambda report: None))
+    board = SimpleNamespace(post=lambda report: None)
     assert work.artefact is not None  # a trial's work makes one
     if not work.artefact.finished():
         work.function(*work.arguments, board)
