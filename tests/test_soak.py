@@ -1,4 +1,4 @@
-"""Hundreds of small trainings on a cluster whose workers are killed at random: all finish, and nothing piles up."""
+"""Many small trainings on a cluster whose workers are killed at random: all finish, and nothing piles up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from servers import RayCluster
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1500)]
 TASKS = ("chalk", "ink", "neon", "outline", "rotated")
-SEEDS = range(1, 5)
+SEEDS = range(1, 4)
 TRAININGS = len(SEEDS) * (2 ** len(TASKS) - 1)
 OPTIONS = (
     *("--data.tasks", f"[{', '.join(TASKS)}]", "--training.epochs", "1", "--global_prompt.epochs", "1"),
@@ -33,7 +33,7 @@ class Killer(Thread):
     job: Job
     cluster: RayCluster
     storage: Path
-    every: int = 5
+    every: int = 4
     killed: int = 0
     samples: list[dict[str, tuple[float, int]]] = field(default_factory=list)
 
@@ -105,7 +105,7 @@ def test_soak(run_job, tmp_path, capsys):
     assert killer.killed >= 20
     for name in early.keys() & late.keys():
         (memory, files), (later_memory, later_files) = early[name], late[name]
-        assert later_memory < memory + 60 and later_files < files + 30, lines
+        assert later_memory < memory + 45 and later_files < files + 22, lines
 
     quiet = tmp_path / "quiet"
     assert run_job("grouping_study", "--storage", quiet, *OPTIONS, "--seeds", "1").status == 0
