@@ -72,6 +72,17 @@ def quick_run(tmp_path_factory, run_job):
     return storage, finished.output
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, run_job):
+    """Storage of one run that nothing breaks, which the others are compared with."""
+    from pipelines import FEW_TASKS
+
+    storage = tmp_path_factory.mktemp("undisturbed") / "storage"
+    finished = run_job("full_pipeline", "--storage", storage, *FEW_TASKS)
+    assert finished.status == 0, finished.output
+    return storage
+
+
 @pytest.fixture(scope="module")
 def prompts_file(tmp_path_factory):
     """MmAP of two groups, untrained, for the demo's CLIP."""
@@ -102,6 +113,7 @@ USERS_OF_QUICK_RUN = (
 )
 LONGEST_PROOFS = (
     "test_faults.py",
+    "test_cluster_faults.py",
     "test_soak.py",
     "test_tutorial.py",
     "test_cluster_commands.py",

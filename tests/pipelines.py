@@ -77,7 +77,7 @@ class Job:
         end = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None and time.monotonic() < end, self.output.read_text()
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def workers(self, label: str) -> list[psutil.Process]:
         """Ray worker processes that are now running the work `label`."""
