@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Whole pipelines take all cores by themselves: more processes than these would only wait for each other.
 IN_PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
-# What breaks on purpose also waits: for servers to start, for machines to be missed.
+# Fault tests wait much: for servers to start, for machines to be missed. They kill by what they see, not by the clock.
 TWO_AT_A_TIME := --numprocesses 2 --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 INSTALLED := $(VENV)/.installed
