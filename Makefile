@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Whole pipelines take all cores by themselves: more processes than these would only wait for each other.
 IN_PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
+# Fault tests wait much: for servers to start, for machines to be missed. They kill by what they see, not by the clock.
+TWO_AT_A_TIME := --numprocesses 2 --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 INSTALLED := $(VENV)/.installed
 
@@ -15,7 +17,7 @@ test: $(INSTALLED)  ## the tests, without the proofs; with coverage: make test P
 	$(VENV)/bin/python -m pytest $(IN_PARALLEL) $(PYTEST_OPTIONS)
 
 proof: $(INSTALLED)  ## fault injection, several machines, soak: what docs/reliability.md tells of
-	$(VENV)/bin/python -m pytest -m proof
+	$(VENV)/bin/python -m pytest -m proof $(TWO_AT_A_TIME)
 
 golden: $(INSTALLED)  ## the numbers of whole runs, anew: only where a change is meant to change them; tests/golden.py
 	$(VENV)/bin/python tests/golden.py

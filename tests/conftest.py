@@ -72,6 +72,17 @@ def quick_run(tmp_path_factory, run_job):
     return storage, finished.output
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, run_job):
+    """Storage of one run that nothing breaks, which the others are compared with."""
+    from pipelines import FEW_TASKS
+
+    storage = tmp_path_factory.mktemp("undisturbed") / "storage"
+    finished = run_job("full_pipeline", "--storage", storage, *FEW_TASKS)
+    assert finished.status == 0, finished.output
+    return storage
+
+
 @pytest.fixture(scope="module")
 def prompts_file(tmp_path_factory):
     """MmAP of two groups, untrained, for the demo's CLIP."""
@@ -100,6 +111,16 @@ USERS_OF_QUICK_RUN = (
     "test_prediction_mlflow.py",
     "test_mlflow_page.py",
 )
+LONGEST_PROOFS = (
+    "test_faults.py",
+    "test_cluster_faults.py",
+    "test_soak.py",
+    "test_tutorial.py",
+    "test_cluster_commands.py",
+    "test_cluster.py",
+    "test_serving.py",
+    "test_golden.py",
+)
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -117,7 +138,7 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFixtures(config, log)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Files with whole pipelines begin, so that no process is left with a long one at the end."""
     if torch := sys.modules.get("torch"):  # not imported where nothing is collected, such as by pytest-xdist itself
         torch.set_num_threads(1)  # small models: more threads only wait for each other
@@ -126,5 +147,8 @@ def pytest_collection_modifyitems(items):
     }
     if missing := users - set(USERS_OF_QUICK_RUN):
         raise pytest.UsageError(f"conftest.USERS_OF_QUICK_RUN lacks {', '.join(sorted(missing))}")
-    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("proof")}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name not in users, item.path not in slow))
+    if config.option.markexpr == "proof":
+        longest = {name: at for at, name in enumerate(LONGEST_PROOFS)}
+        items.sort(key=lambda item: longest.get(item.path.name, len(longest)))

@@ -26,6 +26,8 @@ QUICK = (
     *("--training.epochs", str(EPOCHS), "--global_prompt.epochs", str(GLOBAL_PROMPT_EPOCHS)),
     *("--training.checkpoint_every", "1"),
 )
+FEW_TASKS = (*QUICK, "--data.tasks", "[chalk, ink, neon]")
+"""Of two groups: for runs that something breaks, and the undisturbed one that they are compared with."""
 PATIENCE_S = 900
 """No test waits longer for a job; ten times what one takes on two quiet cores."""
 
@@ -75,7 +77,7 @@ class Job:
         end = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None and time.monotonic() < end, self.output.read_text()
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def workers(self, label: str) -> list[psutil.Process]:
         """Ray worker processes that are now running the work `label`."""

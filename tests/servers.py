@@ -73,8 +73,8 @@ def free_ports(count: int, first: int) -> list[int]:
     """Below the range that Ray gives its workers. Ray binds some ports late: others must ask from another `first`.
     Processes of pytest-xdist get ports of their own."""
     ports: list[int] = []
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 7
-    for port in range(first + number, first + 1000, 7):
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in range(first + (number - first) % 7, first + 1000, 7):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 from mlflow import MlflowClient
-from pipelines import EPOCHS, PATIENCE_S, QUICK, Job, summary
+from pipelines import EPOCHS, FEW_TASKS, PATIENCE_S, Job, summary
 from servers import RayCluster, free_ports, in_a_mount_namespace, mlflow_server, submit
 
 from pipeline.config import ClusterConfig
@@ -81,10 +81,10 @@ def test_who_waits_is_told_for_what(tmp_path):
         other = other_work.remote()
         while ray.available_resources().get("GPU"):
             time.sleep(0.1)
-        options = ("--cluster.address", cluster.gcs, *QUICK)
+        options = ("--cluster.address", cluster.gcs, *FEW_TASKS)
         job = Job(tmp_path / "storage", *options, prefix=("jobs/train_global_prompt.py",))
         try:
-            job.wait_until(lambda: "waiting" in job.output.read_text())
+            job.wait_until(lambda: "waiting: 'global prompt'" in job.output.read_text())
             ray.cancel(other, force=True)
         finally:
             finished = job.finish()
@@ -101,7 +101,7 @@ def test_who_waits_is_told_for_what(tmp_path):
 def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path):
     storage, (port,) = tmp_path / "storage", free_ports(1, first=8500)
     uri = f"http://127.0.0.1:{port}"
-    options = ["--storage", str(storage), "--tracking.uri", uri, "--cluster.gpus_per_worker", "0.5", *QUICK]
+    options = ["--storage", str(storage), "--tracking.uri", uri, "--cluster.gpus_per_worker", "0.5", *FEW_TASKS]
 
     server = mlflow_server(tmp_path, port)
     job = submit(ray_head, "jobs/full_pipeline.py", *options)  # by its shebang

@@ -22,13 +22,15 @@ import psycopg2
 import pytest
 from compose_file import read_compose_file, read_env_file, words
 from mlflow import MlflowClient
-from pipelines import REPOSITORY, summary
+from pipelines import PATIENCE_S, REPOSITORY, summary
 from servers import BIN, Server, free_ports
 
 pytestmark = pytest.mark.proof
 
-FEW_EPOCHS = ("--training.epochs", "4", "--global_prompt.epochs", "4", "--training.checkpoint_every", "2")
-STARTS_WITHIN_S = 120
+SMALL = (
+    *("--data.tasks", "[chalk, ink, neon]", "--training.epochs", "2", "--global_prompt.epochs", "2"),
+    *("--training.checkpoint_every", "1"),
+)
 
 
 class Service(Server):
@@ -48,7 +50,7 @@ class Service(Server):
         )
 
     def wait_until_healthy(self) -> None:
-        end = time.monotonic() + STARTS_WITHIN_S
+        end = time.monotonic() + PATIENCE_S
         while (found := self._check()).returncode:
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text() + found.stdout
             time.sleep(0.5)
@@ -256,7 +258,7 @@ def submit(composed: Composed, *options: str, **env: str) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def submitted(composed):
-    return submit(composed, *FEW_EPOCHS)
+    return submit(composed, *SMALL)
 
 
 def test_a_submitted_job_ends_with_its_results_in_mlflow(composed, submitted):

@@ -178,33 +178,6 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
     assert first == second and "train_loss/ink" in first  # whoever finds a training finished has its steps too
 
 
-@pytest.mark.proof
-def test_two_workers_share_each_training(quick_run, run_job, tmp_path):
-    """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
-    two = (*QUICK, "--cluster.workers_per_training", "2")
-    for name in ("storage", "fault"):  # with the splits, and nothing that was trained
-        shutil.copytree(quick_run[0], tmp_path / name)
-        for stage in ("global_prompt", "image_features", "group_trainings", "runs"):
-            shutil.rmtree(tmp_path / name / stage)
-        (tmp_path / name / "mlflow.db").unlink()
-    fault, storage = tmp_path / "fault", tmp_path / "storage"
-    failed = run_job("train_global_prompt", "--storage", fault, *two, "--training.learning_rate", "1e30")
-    assert failed.status == 2 and "error: global prompt: the loss of task" in failed.output, failed.output
-
-    # One group: on two cores, one training after the other.
-    finished = run_job("full_pipeline", "--storage", storage, *two, "--grouping.num_groups", "1")
-    assert finished.status == 0, finished.output
-    assert every_step_once(storage)
-    losses = [
-        pq.read_table(next(folder.glob("global_prompt/*/history.parquet")))["loss"].to_numpy()
-        for folder in (storage, quick_run[0])
-    ]
-    assert len(losses[0]) == len(losses[1]) and abs(losses[0] - losses[1]).max() < 1e-3
-    for method in ("zero_shot", "all_in_one"):
-        alone, shared = (summary(folder)["methods"][method]["accuracy"] for folder in (quick_run[0], storage))
-        assert shared == pytest.approx(alone, abs=0.01), method  # of 140 images, one may be on the fence
-
-
 def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
     storage, _ = quick_run
     expected = {}
