@@ -79,7 +79,7 @@ def towers_without_weights(config: ClipConfig) -> ClipTowers:
     try:
         with torch.device("meta"), _errors_only():
             model = _open_clip().create_model(name, load_weights=False, pretrained_text=False, device="meta")
-            tokenizer = load_tokenizer(config)
+        tokenizer = load_tokenizer(config)
     except Exception as error:  # models of other libraries fail in their own ways
         raise UserError(f"clip.model={config.model} cannot be built: {error}") from None
     if (count := sum(value.numel() for value in (*model.parameters(), *model.buffers()))) > MAX_PARAMETERS:
@@ -126,8 +126,15 @@ def load_clip(
 
 def load_tokenizer(config: ClipConfig) -> Tokenizer:
     """The model's tokenizer, without its weights."""
+    name = _register(config.model)
+    return _tokenizer(name, json.dumps(_open_clip().get_model_config(name)))
+
+
+@lru_cache(maxsize=1)  # a vocabulary takes a quarter of a second to build, and a run asks several times
+def _tokenizer(name: str, model_config: str) -> Tokenizer:
+    """Args: model_config: what the name stands for now; another model-config file may take it."""
     with _errors_only():
-        tokenizer: Tokenizer = _open_clip().get_tokenizer(_register(config.model))
+        tokenizer: Tokenizer = _open_clip().get_tokenizer(name)
     return tokenizer
 
 
@@ -219,12 +226,13 @@ def _register(model: str) -> str:
         return model
     if not path.is_file():
         raise UserError(f"clip.model={model}: no such model-config file")
-    _check_model_config(path, f"clip.model={model}")
-    _open_clip().add_model_config(path)
+    values = _checked_model_config(path, f"clip.model={model}")
+    if _open_clip().get_model_config(path.stem) != values:  # else it has it, and would read all its own files again
+        _open_clip().add_model_config(path)
     return path.stem
 
 
-def _check_model_config(path: Path, name: str) -> None:
+def _checked_model_config(path: Path, name: str) -> dict[str, Any]:
     """Raises: UserError: no JSON of a CLIP, or absurd sizes, which would take all memory or forever."""
     try:
         values = json.loads(read_text(path, name, limit=MAX_YAML_BYTES))
@@ -241,6 +249,7 @@ def _check_model_config(path: Path, name: str) -> None:
         most = MAX_LAYERS if key == "layers" else MAX_SIZE
         if isinstance(size, int | float) and not abs(size) <= most:
             raise UserError(f"{name}: {key}={size} is more than {most:,}: correct it")
+    return values
 
 
 def _open_clip() -> ModuleType:
