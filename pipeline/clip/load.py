@@ -79,7 +79,7 @@ def towers_without_weights(config: ClipConfig) -> ClipTowers:
     try:
         with torch.device("meta"), _errors_only():
             model = _open_clip().create_model(name, load_weights=False, pretrained_text=False, device="meta")
-            tokenizer = load_tokenizer(config)
+        tokenizer = load_tokenizer(config)
     except Exception as error:  # models of other libraries fail in their own ways
         raise UserError(f"clip.model={config.model} cannot be built: {error}") from None
     if (count := sum(value.numel() for value in (*model.parameters(), *model.buffers()))) > MAX_PARAMETERS:
@@ -127,15 +127,12 @@ def load_clip(
 def load_tokenizer(config: ClipConfig) -> Tokenizer:
     """The model's tokenizer, without its weights."""
     name = _register(config.model)
-    model_config = _open_clip().get_model_config(name) or {}
-    return _tokenizer(name, json.dumps(model_config.get("text_cfg"), sort_keys=True))
+    return _tokenizer(name, json.dumps(_open_clip().get_model_config(name)))
 
 
-@lru_cache(maxsize=4)  # half a second to build, and nothing changes it
-def _tokenizer(name: str, text_config: str) -> Tokenizer:
-    """Args:
-    text_config: decides it too; another file may have the same name.
-    """
+@lru_cache(maxsize=1)  # a vocabulary takes a quarter of a second to build, and a run asks several times
+def _tokenizer(name: str, model_config: str) -> Tokenizer:
+    """Args: model_config: what the name stands for now; another model-config file may take it."""
     with _errors_only():
         tokenizer: Tokenizer = _open_clip().get_tokenizer(name)
     return tokenizer
@@ -229,18 +226,14 @@ def _register(model: str) -> str:
         return model
     if not path.is_file():
         raise UserError(f"clip.model={model}: no such model-config file")
-    values = _check_model_config(path, f"clip.model={model}")
-    if _open_clip().get_model_config(path.stem) != values:  # each time, open_clip reads all model configs again
+    values = _checked_model_config(path, f"clip.model={model}")
+    if _open_clip().get_model_config(path.stem) != values:  # else it has it, and would read all its own files again
         _open_clip().add_model_config(path)
     return path.stem
 
 
-def _check_model_config(path: Path, name: str) -> dict[str, Any]:
-    """Gives what the file holds.
-
-    Raises:
-        UserError: no JSON of a CLIP, or absurd sizes, which would take all memory or forever.
-    """
+def _checked_model_config(path: Path, name: str) -> dict[str, Any]:
+    """Raises: UserError: no JSON of a CLIP, or absurd sizes, which would take all memory or forever."""
     try:
         values: dict[str, Any] = json.loads(read_text(path, name, limit=MAX_YAML_BYTES))
         sections = [values, values["vision_cfg"], values["text_cfg"]]

@@ -14,6 +14,7 @@ import json
 import typing
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -132,14 +133,21 @@ def effects_of(field: FieldInfo) -> frozenset[Effect]:
 
 def values_affecting(section: Section, *effects: Effect) -> dict[str, Any]:
     """The fields that affect any of `effects`, as JSON, nested as the section is: what keys are made from."""
-    values, dumped = dict[str, Any](), section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
+    return section.model_dump(mode="json", include=_affected_fields(type(section), effects))
+
+
+@cache  # a run asks hundreds of times, for the keys of all its artefacts
+def _affected_fields(section: type[Section], effects: tuple[Effect, ...]) -> dict[str, Any]:
+    """Field → True, or the same of a section's fields; no section of which nothing affects `effects`."""
+    affected = dict[str, Any]()
+    for name, field in section.model_fields.items():
         if is_section(field):
-            if part := values_affecting(getattr(section, name), *effects):
-                values[name] = part
+            assert field.annotation is not None
+            if fields := _affected_fields(field.annotation, effects):
+                affected[name] = fields
         elif not effects_of(field).isdisjoint(effects):
-            values[name] = dumped[name]
-    return values
+            affected[name] = True
+    return affected
 
 
 def content_hash(value: Any) -> str:

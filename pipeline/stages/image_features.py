@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pipeline.config import TrainingConfig, values_affecting
-from pipeline.data.parquet import SplitReader
 from pipeline.methods.registry import training_of
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.stage import Work
@@ -40,7 +39,7 @@ def test_features(plan: Plan, task: str) -> ImageFeatures:
 def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
     """For as many steps as a training with this task takes at most; one with smaller tasks only takes the first."""
     training = training_of(method, plan.config)
-    counts = SplitReader(plan.splits.local()).description.counts["train"]
+    counts = plan.split_description.counts["train"]
     num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in plan.tasks], training.batch_size)
     config = training_values(plan.config, method, [task], "training_features")
     artefact = plan.artefact(NAME, {**images_made_from(plan), "task": task, "split": "train", "config": config})

@@ -14,7 +14,7 @@ from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weigh
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, RESULTS, Config, content_hash, to_yaml, values_affecting
 from pipeline.data.find import Listing, find_images, unexpected_counts
-from pipeline.data.parquet import FORMAT
+from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import make_folder, write_atomically
@@ -60,6 +60,11 @@ class Plan:
                 **self.decided_by,
             }
         )
+
+    @cached_property
+    def split_description(self) -> SplitDescription:
+        """Of the splits, when they are made."""
+        return SplitReader(self.splits.local()).description
 
     @property
     def folder(self) -> Path:

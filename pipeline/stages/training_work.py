@@ -170,8 +170,7 @@ def _features(artefact: Artefact) -> StoredFeatures:
 
 def images_made_from(plan: Plan) -> dict[str, Any]:
     """What the frozen CLIP's features of the splits' images rest on beside the config."""
-    description = SplitReader(plan.splits.local()).description
-    return {"version": NUMBERS_VERSION, "clip": asdict(plan.clip), "splits": description.content}
+    return {"version": NUMBERS_VERSION, "clip": asdict(plan.clip), "splits": plan.split_description.content}
 
 
 def training_made_from(
@@ -183,8 +182,7 @@ def training_made_from(
         effects: what of the config counts, as `values_affecting` takes it.
         epochs: instead of the method's own.
     """
-    description, section = SplitReader(plan.splits.local()).description, get_method(method).section
-    config = plan.config
+    config, section = plan.config, get_method(method).section
     if epochs:
         config = config.model_copy(update={"training": config.training.model_copy(update={"epochs": epochs})})
     options = values_affecting(getattr(config, section), "method") if section else {}
@@ -193,7 +191,7 @@ def training_made_from(
         **images_made_from(plan),
         "method": method,
         "options": options,
-        "words": {task: description.words(task) for task in tasks},
+        "words": {task: plan.split_description.words(task) for task in tasks},
         "config": training_values(config, method, tasks, *effects),
     }
 

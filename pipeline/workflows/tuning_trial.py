@@ -147,7 +147,7 @@ def _plan(point: dict[str, Any], setup: TrialSetup) -> tuple[Plan, str]:
     """Of a point, and the point's method."""
     base = setup.plan
     config, method = config_at(base.config, point, setup.methods)
-    shots = SplitReader(base.splits.local()).description.shots
+    shots = base.split_description.shots
     config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
     shape = MmapShape.of(config.mmap, TrainingWork(config, base.splits, (), "trial").towers())
     return replace(base, config=config, mmap_shape=shape), method
