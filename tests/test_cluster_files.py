@@ -23,7 +23,6 @@ from pipelines import REPOSITORY
 from ray.autoscaler._private.aws import config as aws_config
 from ray.autoscaler._private.commands import _bootstrap_config
 from ray.autoscaler._private.util import validate_config
-from ray.scripts.scripts import start as ray_start
 
 from pipeline.config import JobParser
 
@@ -236,6 +235,8 @@ def test_launchers_tell_faults(launcher_home):
 
 
 def test_ray_knows_every_option_of_its_starts(services, raycluster, tmp_path, monkeypatch):
+    from ray.scripts.scripts import start as ray_start  # takes seconds, and every process imports this module
+
     commands = [words(services[name]["command"]) for name in ("head", "worker", "gpu-worker")]
     for name in LAUNCHED:
         content = loaded(CLUSTER / name)

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.stats import ks_2samp
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, choices, parse_config
@@ -819,7 +819,7 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale):
         "left": lambda box: box[:, 1],
     }
     for name, measure in measures.items():
-        assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3, name
+        assert scipy.stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3, name
 
 
 def test_no_random_crop_is_the_evaluations_centre():

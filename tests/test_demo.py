@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.demo.digits import (
@@ -75,6 +74,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_base_digits_are_disjoint_and_of_their_class() -> None:
+    from sklearn.datasets import load_digits  # as in the demo
+
     labels = load_digits().target
     allocation = allocate(labels)
     assert list(allocation) == ["clip", *DOMAINS]

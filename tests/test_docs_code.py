@@ -29,9 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from mlflow.cli import cli as mlflow_program
 from pipelines import REPOSITORY
-from ray.scripts.scripts import cli as ray_program
 
 from pipeline.clip.load import clip_identity, load_clip, weights_fingerprint
 from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_config, to_yaml
@@ -246,12 +244,16 @@ def check_command(words: list[str]) -> None:
         case ["make", target]:
             assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), target
         case ["ray", *arguments]:
+            from ray.scripts.scripts import cli as ray_program  # as MLflow's: every process imports this module
+
             given = parsed(ray_program, arguments)
             if "entrypoint" in given:  # of `ray job submit`
                 check_command([*given["entrypoint"]])
             for inner in commands(given.get("cmd") or ""):  # of `ray exec`
                 check_command(inner)
         case ["mlflow" | ".venv/bin/mlflow", *arguments]:
+            from mlflow.cli import cli as mlflow_program
+
             parsed(mlflow_program, arguments)
         case ["docker", "compose", "run" | "exec", *arguments]:
             service, *inner = [word for word in arguments if word not in ("--rm", "-T")]

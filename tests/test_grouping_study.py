@@ -8,11 +8,11 @@ import json
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import the_run
 from plain_partitions import KINDS, OBJECTIVES, PLAIN_AFFINITIES, all_partitions, plain_score
-from scipy.stats import spearmanr
 
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.partition import best_partition
@@ -89,10 +89,10 @@ def test_each_criterion_is_scored_as_it_says():
         assert outcome.chosen == chosen[criterion]
         assert outcome.accuracy == pytest.approx(accuracies[partitions.index(outcome.chosen)])
         assert outcome.better_share == sum(accuracy > outcome.accuracy for accuracy in accuracies) / 15
-        assert outcome.rank_correlation == pytest.approx(spearmanr(scores[criterion], accuracies).statistic)
+        assert outcome.rank_correlation == pytest.approx(scipy.stats.spearmanr(scores[criterion], accuracies).statistic)
         late = plain_affinity(gradients[2:], outcome.affinity)
         late_scores = [plain_score(late, groups, outcome.objective) for groups in partitions]
-        assert outcome.late_correlation == pytest.approx(spearmanr(late_scores, accuracies).statistic)
+        assert outcome.late_correlation == pytest.approx(scipy.stats.spearmanr(late_scores, accuracies).statistic)
 
     names = {f"{kind} {objective}": (kind, objective) for kind, objective in CRITERIA}
     texts = [" | ".join(" + ".join(TASKS[task] for task in group) for group in groups) for groups in partitions]
@@ -104,7 +104,7 @@ def test_each_criterion_is_scored_as_it_says():
     text = study_to_markdown("demo", TASKS, {1: study})
     for kind, objective in CRITERIA:
         assert f"- seed 1, `{kind}`, `{objective}`: {texts[partitions.index(chosen[kind, objective])]}" in text
-        correlation = f"{spearmanr(scores[kind, objective], accuracies).statistic:.2f}".replace("-", "−")
+        correlation = f"{scipy.stats.spearmanr(scores[kind, objective], accuracies).statistic:.2f}".replace("-", "−")
         assert f"| `{kind}`, `{objective}` | {correlation} |" in text
         accuracy = 100 * accuracies[partitions.index(chosen[kind, objective])]
         assert f"| found by `{kind}`, `{objective}` | {accuracy:.2f} |" in text
@@ -145,9 +145,9 @@ def test_correlations_of_equally_many_groups_and_of_later_snapshots():
     late = affinity_matrix(gradients[2:], "cosine")
     outcome = study.criteria[CRITERIA.index(("cosine", "mean"))]
     scores = [partition_score(late, groups, "mean") for groups in study.partitions]
-    assert outcome.late_correlation == pytest.approx(spearmanr(scores, study.accuracies).statistic)
+    assert outcome.late_correlation == pytest.approx(scipy.stats.spearmanr(scores, study.accuracies).statistic)
     by_number = [
-        spearmanr(*zip(*of_number)).statistic
+        scipy.stats.spearmanr(*zip(*of_number)).statistic
         for number in (2, 3)  # with one group, and with four, there is one partition
         if (
             of_number := [

@@ -72,6 +72,21 @@ def test_two_loads_at_once_keep_back_open_clips_warnings_and_nobody_elses(model_
     assert [record.message for record in caplog.records] == ["a warning of ours", "a later one"]
 
 
+def test_two_model_files_of_one_name_are_two_models(tmp_path):
+    configs = {}
+    for length, width in ((77, 16), (50, 32)):
+        file = tmp_path / str(length) / "same.json"
+        file.parent.mkdir()
+        file.write_text(
+            json.dumps({**TINY, "text_cfg": {**TINY["text_cfg"], "context_length": length, "width": width}})
+        )
+        configs[length, width] = ClipConfig(model=str(file), pretrained=None)
+    for (length, width), config in [*configs.items(), *configs.items()]:
+        towers = towers_without_weights(config)
+        assert (towers.tokenizer.context_length, towers.text_width) == (length, width)
+        assert json.loads(clip_identity(config).model_config)["text_cfg"]["width"] == width
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_files(model_file, tmp_path, suffix):
     towers = load_clip(ClipConfig(model=model_file, pretrained=None))

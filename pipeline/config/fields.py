@@ -15,7 +15,7 @@ import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -142,8 +142,7 @@ def _affected_fields(section: type[Section], effects: tuple[Effect, ...]) -> dic
     affected = dict[str, Any]()
     for name, field in section.model_fields.items():
         if is_section(field):
-            assert field.annotation is not None
-            if fields := _affected_fields(field.annotation, effects):
+            if fields := _affected_fields(cast(type[Section], field.annotation), effects):
                 affected[name] = fields
         elif not effects_of(field).isdisjoint(effects):
             affected[name] = True
