@@ -8,16 +8,16 @@ TWO_AT_A_TIME := --numprocesses 2 --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test proof golden audit lint types docs clean
+.PHONY: demo test test-faults golden audit lint types docs clean
 
 demo: $(INSTALLED)  ## the whole pipeline on the embedded handwritten digits
 	$(VENV)/bin/python jobs/full_pipeline.py
 
-test: $(INSTALLED)  ## the tests, without the proofs; with coverage: make test PYTEST_OPTIONS=--cov
+test: $(INSTALLED)  ## the tests, without the fault-injection tests; with coverage: make test PYTEST_OPTIONS=--cov
 	$(VENV)/bin/python -m pytest $(IN_PARALLEL) $(PYTEST_OPTIONS)
 
-proof: $(INSTALLED)  ## fault injection, several machines, soak: what docs/reliability.md tells of
-	$(VENV)/bin/python -m pytest -m proof $(TWO_AT_A_TIME)
+test-faults: $(INSTALLED)  ## fault injection, several machines, soak: what docs/fault_tolerance.md tells of
+	$(VENV)/bin/python -m pytest -m fault_injection $(TWO_AT_A_TIME)
 
 golden: $(INSTALLED)  ## the numbers of whole runs, anew: only where a change is meant to change them; tests/golden.py
 	$(VENV)/bin/python tests/golden.py

@@ -20,14 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-from plain_towers import plain_encode_image, plain_encode_text  # noqa: E402
+from reference_towers import plain_encode_image, plain_encode_text  # noqa: E402
 
 from pipeline.clip.class_tokens import class_tokens  # noqa: E402
 from pipeline.clip.precision import autocast  # noqa: E402
 from pipeline.clip.torchvision_compat import ensure_torchvision  # noqa: E402
 from pipeline.clip.towers import ClipTowers  # noqa: E402
 from pipeline.config import ClipConfig, MmapConfig  # noqa: E402
-from pipeline.data.find import read_class_names  # noqa: E402
+from pipeline.data.index import read_class_names  # noqa: E402
 from pipeline.methods.mmap import GroupMmap, MmapShape  # noqa: E402
 
 TEMPLATE = "a photo of a {}."
@@ -45,14 +45,14 @@ def load(name: str, device: torch.device, precision: str = "float32") -> tuple[t
     import open_clip
 
     model = open_clip.create_model(name).eval().to(device)
-    gib = ClipConfig.model_fields["activations_gib"].default
-    towers = ClipTowers(model, open_clip.get_tokenizer(name), activations_gib=gib).to(device)
+    gib = ClipConfig.model_fields["activation_memory_gib"].default
+    towers = ClipTowers(model, open_clip.get_tokenizer(name), activation_memory_gib=gib).to(device)
     if precision == "bfloat16":
-        towers.hold_matrices_in_bfloat16()
+        towers.cast_weights_to_bfloat16()
     return model, towers
 
 
-def class_words(count: int) -> list[str]:
+def class_names(count: int) -> list[str]:
     """Office-Home's 65 names, MiniDomainNet's 126, or as many as asked for by numbering those."""
     folder = REPOSITORY / "configs" / "class_names"
     file = {65: "office_home", 126: "mini_domainnet"}.get(count, "mini_domainnet")

@@ -15,7 +15,7 @@ import argparse
 from dataclasses import replace
 
 import torch
-from common import class_words, default_device, largest_difference, load, table, timed, where, write_results
+from common import class_names, default_device, largest_difference, load, table, timed, where, write_results
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import Config
@@ -54,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     _, towers = load(arguments.model, device)
-    words, config = {"task": class_words(arguments.classes)}, Config()
+    words, config = {"task": class_names(arguments.classes)}, Config()
     training = config.training.model_copy(update={"batch_size": arguments.images, "warmup_epochs": 0})
     generator = torch.Generator().manual_seed(0)
     count = arguments.images * arguments.steps
@@ -64,7 +64,7 @@ def main() -> None:
     pixels = TrainingSet("task", images, torch.arange(count, device=device) % arguments.classes)
 
     features = []
-    making = min(
+    writer = min(
         timed(
             lambda: features.append(frozen_training_features(towers, pixels, arguments.steps, training, 1, "float32")),
             device,
@@ -72,7 +72,7 @@ def main() -> None:
         for _ in range(arguments.repeats)
     )
     frozen = replace(pixels, frozen_features=features[0])
-    rows = [{"method": "image features", "once": making}]
+    rows = [{"method": "image features", "once": writer}]
     for name in arguments.methods:
         kind, seconds, states = METHODS[name], {"once": [], "every step": []}, {}
         template = kind.template(config.clip.template)

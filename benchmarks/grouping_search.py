@@ -24,7 +24,7 @@ from common import fastest_in_turn, table, where, write_results
 from pipeline.grouping.objectives import OBJECTIVES, find_objective
 from pipeline.grouping.partition import TIME_LIMIT_S, best_partition
 from pipeline.grouping.search.integer_program import IntegerProgram
-from pipeline.grouping.search.local_search import good_partition
+from pipeline.grouping.search.local_search import heuristic_partition
 from pipeline.grouping.search.problem import Problem
 from pipeline.grouping.search.subsets import best_by_subsets
 from pipeline.grouping.study import partition_score, set_partitions
@@ -79,7 +79,7 @@ def ways_row(num_tasks: int, repeats: int, limit: float) -> dict:
     problem = Problem.of(affinity, find_objective("sum"))
 
     def integer_program() -> list[tuple[int, ...]]:
-        return IntegerProgram(problem).solve(good_partition(problem, limit / 10), limit)[0]
+        return IntegerProgram(problem).solve(heuristic_partition(problem, limit / 10), limit)[0]
 
     searches: dict[str, Callable] = {
         "plain Python": lambda: max(set_partitions(num_tasks), key=lambda of: partition_score(affinity, of, "sum")),

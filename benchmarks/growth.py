@@ -16,7 +16,7 @@ import sys
 
 import torch
 from common import (
-    class_words,
+    class_names,
     default_device,
     fastest_in_turn,
     gflop,
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="open_clip model name")
     parser.add_argument("--cases", nargs="+", default=CASES)
-    parser.add_argument("--activations-gib", nargs="+", type=float, default=[6.0], help="clip.activations_gib")
+    parser.add_argument("--activations-gib", nargs="+", type=float, default=[6.0], help="clip.activation_memory_gib")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--name", default="growth", help="of the result file")
@@ -51,20 +51,25 @@ def main() -> None:
         num_tasks, batch, num_classes = map(int, case.split("x"))
         images, labels = random_batch(towers, num_tasks * batch, num_classes)
         prompts = group_prompts(towers, num_tasks)
-        step = our_step(towers, prompts, class_words(num_classes), images, labels, arguments.precision)
-        for limit in arguments.activations_gib:
-            towers.activations_gib = limit
-            row = {"case": case, "activations_gib": str(limit), "gib": peak_gib(step, device), "gflop": gflop(step)[1]}
+        step = our_step(towers, prompts, class_names(num_classes), images, labels, arguments.precision)
+        for limit in arguments.activation_memory_gib:
+            towers.activation_memory_gib = limit
+            row = {
+                "case": case,
+                "activation_memory_gib": str(limit),
+                "gib": peak_gib(step, device),
+                "gflop": gflop(step)[1],
+            }
             row["seconds"] = fastest_in_turn({"step": step}, arguments.repeats, device)["step"]
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
 
     print(f"{arguments.model}, {arguments.precision}, {where(device)}, torch {torch.__version__}\n")
-    columns = ["tasks x images x classes", "activations_gib", "GFLOP", "s a step", "peak GiB"]
+    columns = ["tasks x images x classes", "activation_memory_gib", "GFLOP", "s a step", "peak GiB"]
     lines = [
         [
             row["case"].replace("x", " x "),
-            row["activations_gib"],
+            row["activation_memory_gib"],
             f"{row['gflop']:.0f}",
             f"{row['seconds']:.2f}",
             f"{row['gib']:.2f}",

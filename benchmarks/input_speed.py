@@ -45,7 +45,7 @@ from PIL import Image
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import AugmentationConfig, DataConfig, TrainingConfig
-from pipeline.data.find import find_images
+from pipeline.data.index import index_dataset
 from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import content_fingerprint, sample_splits
 from pipeline.methods.adaptation import Adaptation
@@ -153,7 +153,7 @@ def write_photos(setting: Setting, width: int, height: int) -> float:
 
 
 def write_photo(path: Path, seed: int, width: int, height: int) -> int:
-    """A JPEG of smooth colours, coarse and finer ones, with a sensor's noise; returns its bytes."""
+    """A JPEG of smooth colors, coarse and finer ones, with a sensor's noise; returns its bytes."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3))
     for cells, share in ((6, 0.6), (40, 0.4)):
@@ -178,7 +178,7 @@ def splits(setting: Setting) -> list[Row]:
 
 def build_splits(setting: Setting, name: str) -> None:
     """What the stage splits does, with the pool in place of Ray."""
-    listing = find_images(DataConfig(), setting.root)
+    listing = index_dataset(DataConfig(), setting.root)
     folder, pool = setting.folder / name, setting.pool
     shutil.rmtree(folder, ignore_errors=True)
     named = [(image.path, image.task, image.class_folder) for image in listing.images]
@@ -190,7 +190,7 @@ def build_splits(setting: Setting, name: str) -> None:
         for split in ("train", "test")
     }
     classes = {task: list(names) for task, names in listing.classes.items()}
-    description = SplitDescription(classes, listing.class_words, SHOTS, 1, content_fingerprint(images), counts)
+    description = SplitDescription(classes, listing.class_names, SHOTS, 1, content_fingerprint(images), counts)
     sizes = {image.path: image.size for image in listing.images}
     parts = plan_parts(drawn.train, "train", sizes) + plan_parts(drawn.test, "test", sizes)
     list(pool.map(partial(write_part, listing.root, description=description, folder=folder), parts))

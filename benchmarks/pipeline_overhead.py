@@ -103,7 +103,7 @@ def plain_pipeline(config: Config, folder: Path) -> None:
     """The stages' computing as one reads it in the paper."""
     from pipeline.clip.class_tokens import class_tokens
     from pipeline.clip.load import load_clip
-    from pipeline.data.find import find_images
+    from pipeline.data.index import index_dataset
     from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
     from pipeline.data.splits import content_fingerprint, sample_splits
     from pipeline.demo.digits import write_digits
@@ -118,7 +118,7 @@ def plain_pipeline(config: Config, folder: Path) -> None:
 
     torch.set_num_threads(1)
     write_digits(folder / "digits")
-    listing = find_images(config.data, folder / "digits")
+    listing = index_dataset(config.data, folder / "digits")
     scanned = [scan_image(listing.root, image.path, image.task, image.class_folder) for image in listing.images]
     splits = sample_splits(scanned, listing.classes, config.data.shots, config.seed)
     tasks = list(listing.classes)
@@ -128,16 +128,16 @@ def plain_pipeline(config: Config, folder: Path) -> None:
     }
     classes = {task: list(names) for task, names in listing.classes.items()}
     fingerprint = content_fingerprint(scanned)
-    description = SplitDescription(classes, listing.class_words, config.data.shots, config.seed, fingerprint, counts)
+    description = SplitDescription(classes, listing.class_names, config.data.shots, config.seed, fingerprint, counts)
     sizes = {image.path: image.size for image in listing.images}
     for part in plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes):
         write_part(listing.root, part, description, folder)
     (folder / "splits.json").write_text(description.to_json())
     reader = SplitReader(folder)
 
-    towers = load_clip(config.clip, config.mmap.text_order)
+    towers = load_clip(config.clip, config.mmap.text_prompt_position)
     shape = MmapShape.of(config.mmap, towers)
-    words = {task: description.words(task) for task in tasks}
+    words = {task: description.class_names_for(task) for task in tasks}
 
     def trained(prompts, epochs, **snapshots):
         sets = load_training_sets(reader, prompts.tasks, towers.image_size, towers.device, 1)

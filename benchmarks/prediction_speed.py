@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import class_words, default_device, fastest_in_turn, table, where, write_results
+from common import class_names, default_device, fastest_in_turn, table, where, write_results
 from PIL import Image
 
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.precision import autocast
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import ClipConfig, Config, MmapConfig
+from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.mmap import GroupMmap, MmapShape
-from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
 from pipeline.prediction.load import load_model
 
 
@@ -45,19 +45,19 @@ def main() -> None:
 
     original = open_clip.create_model(arguments.model).eval().to(device)
     config = Config(clip=ClipConfig(model=arguments.model, pretrained=None, precision=arguments.precision))
-    words = class_words(arguments.classes)
+    words = class_names(arguments.classes)
     group = {f"task {number}": words for number in range(arguments.tasks)}
-    model = load_model(prompts_file(config, group), arguments.device)
+    model = load_model(adapter_file(config, group), arguments.device)
 
     encoded = jpegs(arguments.images, arguments.side)
     size = model.image_size
     pixels = torch.randint(0, 256, (arguments.images, 3, size, size), dtype=torch.uint8)
-    standardised = model.classifier.towers.normalize_pixels(pixels.to(device)).float()
+    standardized = model.classifier.towers.normalize_pixels(pixels.to(device)).float()
 
     @torch.no_grad()
     def open_clip_alone() -> torch.Tensor:
         with autocast(device, arguments.precision):
-            return original.encode_image(standardised)
+            return original.encode_image(standardized)
 
     steps = {
         "open_clip encode_image": open_clip_alone,
@@ -77,12 +77,12 @@ def main() -> None:
     write_results(f"prediction_speed_{arguments.model}", device, {**values, "seconds": seconds})
 
 
-def prompts_file(config: Config, group: dict[str, list[str]]) -> Path:
+def adapter_file(config: Config, group: dict[str, list[str]]) -> Path:
     """Of MmAP with group and task prompts as they begin; no time depends on their numbers."""
     towers = load_clip(config.clip)
     prompts = GroupMmap(MmapShape.of(MmapConfig(), towers), tuple(group), seed=1)
-    file = Path(tempfile.mkdtemp()) / "prompts.safetensors"
-    save_prompts(file, TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+    file = Path(tempfile.mkdtemp()) / "adapter.safetensors"
+    save_adapter(file, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
     load_clip.cache_clear()
     return file
 

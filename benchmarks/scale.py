@@ -4,7 +4,7 @@
     python benchmarks/scale.py /data/scratch                        140,000 images, 126 classes, 4 tasks
     python benchmarks/scale.py /data/scratch --images 2000 --classes 10
 
-The images are smooth random colours as JPEG, all different, a shorter side of 96 to 160 pixels; the model is the demo's
+The images are smooth random colors as JPEG, all different, a shorter side of 96 to 160 pixels; the model is the demo's
 tiny CLIP. For each job: seconds, images a second, and the largest proportional set size of the driver and all that it
 started, Ray's object store included, looked at twice a second.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from common import REPOSITORY, class_words, table, write_results
+from common import REPOSITORY, class_names, table, write_results
 from PIL import Image
 
 from pipeline.files import replacing
@@ -35,7 +35,7 @@ JOBS = {
     "zero-shot evaluation": ("jobs/benchmark.py", "--methods", "zero_shot", "--seeds", "1", "--shots"),
 }
 """Each begins with what the one before it left."""
-LOOK_EVERY_S = 0.5
+POLL_INTERVAL_S = 0.5
 
 
 def main() -> None:
@@ -64,10 +64,10 @@ def main() -> None:
 
 
 def make_images(root: Path, count: int, num_classes: int) -> None:
-    words = class_words(num_classes)
+    words = class_names(num_classes)
     numbers = np.array_split(np.arange(count), 256)
-    with replacing(root) as building, ProcessPoolExecutor(os.cpu_count()) as workers:
-        list(workers.map(partial(_make_some, building, words), numbers))
+    with replacing(root) as staging_dir, ProcessPoolExecutor(os.cpu_count()) as workers:
+        list(workers.map(partial(_make_some, staging_dir, words), numbers))
 
 
 def _make_some(root: Path, words: list[str], numbers: np.ndarray) -> None:
@@ -87,7 +87,7 @@ def run_measured(command: list[str]) -> tuple[float, int]:
     root = psutil.Process(process.pid)
     while process.poll() is None:
         peak = max(peak, sum(map(_proportional_size, [root, *_children(root)])))
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_INTERVAL_S)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     return time.monotonic() - began, peak

@@ -19,7 +19,7 @@ from pathlib import Path
 import aiohttp
 import torch
 from common import table, write_results
-from prediction_speed import jpegs, prompts_file
+from prediction_speed import adapter_file, jpegs
 from servers import free_ports
 from serving import Reply, Service, ask, closed_loop, kill_at_work
 
@@ -48,7 +48,7 @@ def main() -> None:
     config = Config(
         clip=ClipConfig(model=arguments.clip, pretrained=pretrained), mmap=MmapConfig(prompt_length=8, source_rows=8)
     )
-    file = prompts_file(config, dict.fromkeys(TASKS, CLASSES))
+    file = adapter_file(config, dict.fromkeys(TASKS, CLASSES))
     images = jpegs(64, arguments.side)
     rows: list[tuple[str, ...]] = []
 
@@ -140,7 +140,7 @@ def open_loop(url: str, images: Sequence[bytes], rate: float, seconds: float) ->
                 await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
                 late = time.perf_counter() - (began + number / rate)
                 reply = await ask(session, url, images[number % len(images)])
-                return Reply(reply.status, late + reply.seconds, reply.record, reply.images_together)
+                return Reply(reply.status, late + reply.seconds, reply.record, reply.batch_size)
 
             return await asyncio.gather(*(one(number) for number in range(int(rate * seconds))))
 
@@ -185,7 +185,7 @@ def row(what: str, replies: Sequence[Reply], seconds: float) -> tuple[str, ...]:
     good = [reply for reply in replies if reply.status == 200]
     latencies = sorted(reply.seconds * 1e3 for reply in good)
     p50, p90, p99 = (f"{latencies[int(share * len(latencies))]:.0f}" for share in (0.5, 0.9, 0.99))
-    batches = sum(1 / reply.images_together for reply in good)
+    batches = sum(1 / reply.batch_size for reply in good)
     lost = str(len(replies) - len(good))
     return what, f"{len(good) / seconds:.0f}", p50, p90, p99, f"{len(good) / batches:.1f}", lost
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from common import (
     ClipTowers,
     autocast,
-    class_words,
+    class_names,
     default_device,
     load,
     random_batch,
@@ -100,7 +100,7 @@ def trained(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence
     shape = MmapShape.of(MmapConfig(), towers)
     prompts = [GroupMmap(shape, [f"task {number}"], seed=number).to(device) for number in numbers]
     optimizer = torch.optim.SGD([p for of in prompts for p in of.parameters()], lr=0.0035, momentum=0.9)
-    words = class_words(arguments.classes)
+    words = class_names(arguments.classes)
     tokens = class_tokens(towers.tokenizer, TEMPLATE, [words] * len(numbers)).to(device)
     batches = []
     for number in numbers:

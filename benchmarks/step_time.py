@@ -6,7 +6,7 @@
     python benchmarks/step_time.py --memory                               its peak instead of its time
     python benchmarks/step_time.py --maple ../multimodal-prompt-learning --coop ../CoOp     the authors' own code too
 
-The plain version (tests/plain_towers.py) runs every class at 77 tokens, concatenates the prompts at every layer, and
+The plain version (tests/reference_towers.py) runs every class at 77 tokens, concatenates the prompts at every layer and
 takes one task after the other; it trains the same group and task prompts as ours. MaPLe and CoOp train their own
 prompts, by their authors' code from checkouts of it, on one task. Images and weights are random: time depends on
 neither. All are timed in turn, and the fastest of the repeats counts. FLOPs are counted by torch's own counter.
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from common import (
     Step,
-    class_words,
+    class_names,
     default_device,
     fastest_in_turn,
     gflop,
@@ -56,7 +56,7 @@ def main() -> None:
     rows = []
     for case in arguments.cases:
         num_tasks, batch, num_classes = map(int, case.split("x"))
-        words = class_words(num_classes)
+        words = class_names(num_classes)
         images, labels = random_batch(towers, num_tasks * batch, num_classes)
         prompts = group_prompts(towers, num_tasks)
         steps: dict[str, Step] = {

@@ -1,6 +1,6 @@
 """Trains the demo's tiny CLIP from scratch: `python docs/make_demo_clip.py` (minutes on 2 cores).
 
-It sees the base digits reserved for it, jittered in pose and drawn in plain colours, mostly dark on light and
+It sees the base digits reserved for it, jittered in pose and drawn in plain colors, mostly dark on light and
 sometimes light on dark, under captions that name the digit and sometimes the style. An image and a caption
 form a positive pair whenever the caption is true of the image, so a batch may hold many positives.
 """
@@ -61,7 +61,7 @@ def pose(stroke: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def draw(stroke: torch.Tensor, light: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Colour strokes (n, 1, 32, 32), light on dark where light (n,) is true: (n, 3, 32, 32) in 0..1."""
+    """Color strokes (n, 1, 32, 32), light on dark where light (n,) is true: (n, 3, 32, 32) in 0..1."""
     n = len(stroke)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -73,10 +73,10 @@ def draw(stroke: torch.Tensor, light: torch.Tensor, generator: torch.Generator) 
     stroke = stroke + weight.clamp(min=0) * (bolder - stroke) + (-weight).clamp(min=0) * (blurred - stroke)
     dark, bright = uniform(0.0, 0.35, 3, 1, 1), uniform(0.65, 1.0, 3, 1, 1)
     swap = light.view(n, 1, 1, 1)
-    colour, background = torch.where(swap, bright, dark), torch.where(swap, dark, bright)
+    color, background = torch.where(swap, bright, dark), torch.where(swap, dark, bright)
     shade = uniform(-0.1, 0.1, 1, 2, 2)
     background = background + F.interpolate(shade, size=SIZE, mode="bilinear", align_corners=True)
-    image = background + stroke * (colour - background)
+    image = background + stroke * (color - background)
     image = image + uniform(0.0, 0.03, 1, 1, 1) * torch.randn(image.shape, generator=generator)
     return image.clamp(0, 1)
 

@@ -49,7 +49,7 @@ def main(server: str) -> None:
         open_run(page, server, experiment, training.info.run_id, "system-metrics")
         take("system")
         open_run(page, server, experiment, pipeline.info.run_id, "artifacts/report/grouping.html")
-        take("artefacts")
+        take("artifacts")
 
 
 if __name__ == "__main__":

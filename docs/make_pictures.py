@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from pipeline.methods.mmap import kronecker
 
 PICTURES = Path(__file__).with_name("pictures")
-BLUE, ORANGE, GREEN, GREY = "#1f5a85", "#c8702a", "#4a8a4a", "#777777"
+BLUE, ORANGE, GREEN, GRAY = "#1f5a85", "#c8702a", "#4a8a4a", "#777777"
 matplotlib.rcParams.update({"svg.hashsalt": "mmap-clip", "svg.fonttype": "none", "font.size": 10})
 
 
@@ -23,14 +23,14 @@ def kronecker_figure() -> Figure:
     figure = Figure(figsize=(9.0, 3.9))
     grid = figure.add_gridspec(2, 5, width_ratios=[1.5, 0.3, 0.8, 0.3, 4.2], hspace=0.75, wspace=0.25)
 
-    def show(place, values: np.ndarray, title: str, colour: str) -> None:
+    def show(place, values: np.ndarray, title: str, color: str) -> None:
         axes = figure.add_subplot(place)
         axes.imshow(values, cmap="RdBu", vmin=-2.2, vmax=2.2, aspect="equal")
-        axes.set_title(title, fontsize=9.5, color=colour)
+        axes.set_title(title, fontsize=9.5, color=color)
         axes.set_xticks([])
         axes.set_yticks([])
         for edge in axes.spines.values():
-            edge.set_color(colour)
+            edge.set_color(color)
             edge.set_linewidth(1.5)
 
     def sign(place, text: str) -> None:
@@ -38,20 +38,20 @@ def kronecker_figure() -> Figure:
         axes.axis("off")
         axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=18)
 
-    show(grid[:, 0], source, "source prompt P_s, m × n\n(trained)", GREY)
-    for row, (name, scaling, colour, letter) in enumerate([("text", text, BLUE, "l"), ("vision", vision, ORANGE, "v")]):
+    show(grid[:, 0], source, "source prompt P_s, m × n\n(trained)", GRAY)
+    for row, (name, scaling, color, letter) in enumerate([("text", text, BLUE, "l"), ("vision", vision, ORANGE, "v")]):
         sign(grid[row, 1], "⊗")
-        show(grid[row, 2], scaling, f"scaling M_{letter}\n(trained)", colour)
+        show(grid[row, 2], scaling, f"scaling M_{letter}\n(trained)", color)
         sign(grid[row, 3], "=")
         made = kronecker(torch.tensor(scaling), torch.tensor(source)).numpy()
-        show(grid[row, 4], made, f"{name} prompts, b × d_{letter}", colour)
+        show(grid[row, 4], made, f"{name} prompts, b × d_{letter}", color)
     return figure
 
 
 def gradients_figure() -> Figure:
     """Gradients of a shared prompt → affinities → groups."""
     tasks = ["art", "photo", "sketch", "clip art"]
-    colours = [BLUE, ORANGE, GREEN, GREY]
+    colors = [BLUE, ORANGE, GREEN, GRAY]
     angles = np.deg2rad([20, 160, 50, 95])
     lengths = np.array([1.0, 0.9, 0.8, 0.55])
     gradients = lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -59,9 +59,9 @@ def gradients_figure() -> Figure:
     figure = Figure(figsize=(9.0, 3.1), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.1, 1, 0.9])
 
-    for task, colour, (x, y) in zip(tasks, colours, gradients, strict=True):
-        left.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2})
-        left.text(1.12 * x, 1.1 * y, task, color=colour, ha="center", va="center")
+    for task, color, (x, y) in zip(tasks, colors, gradients, strict=True):
+        left.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2})
+        left.text(1.12 * x, 1.1 * y, task, color=color, ha="center", va="center")
     left.set_xlim(-1.2, 1.3)
     left.set_ylim(-0.2, 1.1)
     left.set_aspect("equal")
@@ -92,7 +92,7 @@ def gradients_figure() -> Figure:
         right.text(0.15, top - 0.08, f"{group}: one group prompt", fontsize=9, color=BLUE)
         for at, task in enumerate(names):
             right.text(
-                0.2, top - 0.2 - 0.13 * at, f"{tasks[task]}, a prompt of its own", fontsize=9, color=colours[task]
+                0.2, top - 0.2 - 0.13 * at, f"{tasks[task]}, a prompt of its own", fontsize=9, color=colors[task]
             )
     right.set_ylim(0, 1)
     right.axis("off")

@@ -1,7 +1,7 @@
 """Reads the results of finished jobs from MLflow, for paper_figures.ipynb beside it.
 
 Only MLflow is asked, no file of a storage, so it works on any machine that reaches the tracking server. A benchmark is
-read from the report that its job left among its run's artefacts: it has the tasks' own names, and never mixes runs of
+read from the report that its job left among its run's artifacts: it has the tasks' own names, and never mixes runs of
 different options, as a search for runs of the same method could.
 """
 
@@ -185,12 +185,12 @@ def _database(uri: str) -> Path:
 
 @contextmanager
 def _readable(run: Run) -> Iterator[None]:
-    """Raises: UserError: the run's artefacts cannot be read."""
+    """Raises: UserError: the run's artifacts cannot be read."""
     try:
         yield
     except Exception as error:
         raise UserError(
-            f"the artefacts of the MLflow run {run.info.run_id} cannot be read: {_first_line(error)}. Where the server "
+            f"the artifacts of the MLflow run {run.info.run_id} cannot be read: {_first_line(error)}. Where the server "
             "does not hand them out itself, this machine needs the same access to their bucket or folder as those that "
             "made them"
         ) from error

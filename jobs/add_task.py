@@ -13,7 +13,7 @@ The result is a run folder as any other: with prompts to predict with, and to ad
 
 from pydantic import Field
 
-from pipeline.command_line import user_errors_told
+from pipeline.command_line import report_user_errors
 from pipeline.config import Config, JobOptions, JobParser
 
 
@@ -24,7 +24,7 @@ class Options(JobOptions):
 
 
 def main() -> None:
-    with user_errors_told() as console:
+    with report_user_errors() as console:
         instead = {"storage": "--run", "data.tasks": "--task"}
         given = JobParser(__doc__, Options, instead=instead, base="the run's own config.yaml").given()
 

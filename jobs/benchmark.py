@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.command_line import user_errors_told
+from pipeline.command_line import report_user_errors
 from pipeline.config import CONFIGS, JobOptions, JobParser
 from pipeline.errors import UserError, did_you_mean
 from pipeline.methods.registry import VARIANTS
@@ -56,8 +56,8 @@ def dataset_file(name: str) -> Path:
 
 
 def main() -> None:
-    with user_errors_told() as console:
-        instead = {"seed": "--seeds", "data.shots": "--shots", "compare": "--methods"}
+    with report_user_errors() as console:
+        instead = {"seed": "--seeds", "data.shots": "--shots", "baselines": "--methods"}
         given = JobParser(__doc__, Options, instead=instead, base="that of --dataset, under these always").given()
         base = given.config(base=dataset_file(given.own.dataset))
         methods = chosen_methods(given.own.methods)

@@ -7,7 +7,7 @@
 Every image is read and decoded once, in parallel. Told, with examples and a remedy each:
   error    a run would stop: broken files, classes with too few images
   warning  results get worse, or look better than they are: contradicting labels, images that look alike in training
-           and test, images of one colour, tiny ones, classes with the same words
+           and test, images of one color, tiny ones, classes with the same words
   note     good to know: copies, images that are turned, moving or very long, classes that some tasks lack, imbalance,
            class names that CLIP has hardly read
 

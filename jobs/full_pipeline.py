@@ -12,9 +12,9 @@ other options it begins at the first stage that they change, so there is no --fr
 
 from pydantic import Field
 
-from pipeline.command_line import user_errors_told
+from pipeline.command_line import report_user_errors
 from pipeline.config import JobOptions, JobParser
-from pipeline.stages.flow import NAMES, check_stage, run_stages, stages_in_words
+from pipeline.stages.flow import NAMES, check_stage, run_stages, stage_summary
 
 
 class Options(JobOptions):
@@ -22,8 +22,8 @@ class Options(JobOptions):
 
 
 def main() -> None:
-    with user_errors_told() as console:
-        given = JobParser(f"{__doc__}\n{stages_in_words()}", Options).given()
+    with report_user_errors() as console:
+        given = JobParser(f"{__doc__}\n{stage_summary()}", Options).given()
         config, until = given.config(), check_stage("--until", given.own.until)
 
         from pipeline.stages.run import open_run

@@ -10,7 +10,7 @@ The same command again does only what is missing; trainings are shared with the 
 
 from pydantic import Field
 
-from pipeline.command_line import user_errors_told
+from pipeline.command_line import report_user_errors
 from pipeline.config import JobOptions, JobParser
 
 
@@ -19,7 +19,7 @@ class Options(JobOptions):
 
 
 def main() -> None:
-    with user_errors_told() as console:
+    with report_user_errors() as console:
         given = JobParser(__doc__, Options, instead={"seed": "--seeds"}).given()
         config = given.config()
         seeds = list(dict.fromkeys(given.own.seeds))

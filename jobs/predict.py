@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Classifies images with trained prompts; needs the prompts file and the CLIP weights.
 
-    python jobs/predict.py --prompts mmap-runs/runs/<run>/prompts/grouped.safetensors --task ink photos/
-    python jobs/predict.py --prompts s3://bucket/runs/<run> --task ink /data/photos --output predictions.parquet
+    python jobs/predict.py --adapter mmap-runs/runs/<run>/adapters/grouped.safetensors --task ink photos/
+    python jobs/predict.py --adapter s3://bucket/runs/<run> --task ink /data/photos --output predictions.parquet
 
 Without --output, or with one that ends in .csv: a table of path, class, probability, error, made by this process.
 With any other --output: a new folder of Parquet files of path, task, label, probability, error, made by Ray Data on
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from pipeline.command_line import say, user_errors_told
-from pipeline.config import Given, JobOptions, JobParser, Share, parse_config
+from pipeline.command_line import report_user_errors, say
+from pipeline.config import Fraction, Given, JobOptions, JobParser, parse_config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.methods.prompt_file import TrainedPrompts
+    from pipeline.methods.adapter_file import TrainedAdapter
     from pipeline.prediction.options import ModelOptions
 
 LINE_EVERY_S = 10
@@ -44,7 +44,7 @@ class Options(JobOptions):
     task: str | None = Field(None, description="Task whose prompts to use; may be left out if there is one only.")
     output: str | None = Field(None, description="Where to write; null: to the standard output, as CSV.")
     temperature: float | None = Field(None, description="What logits are divided by; null: as saved, else 1.")
-    threshold: Share | None = Field(None, description="Probability below which an image is none of the classes.")
+    threshold: Fraction | None = Field(None, description="Probability below which an image is none of the classes.")
     device: str | None = Field(None, description="For CSV output; null: cuda if there, else cpu.")
 
 
@@ -57,7 +57,7 @@ TAKES = {
 
 
 def main() -> int:
-    with user_errors_told("the same command begins anew"):
+    with report_user_errors("the same command begins anew"):
         return predict(JobParser(__doc__, Options, TAKES).given())
 
 
@@ -72,7 +72,7 @@ def predict(given: Given[Options]) -> int:
     from pipeline.prediction.load import read_model  # torch takes seconds to import
 
     prompts, options, _ = read_model(own.prompts, given.fields.get("clip.pretrained"), own.temperature, own.threshold)
-    tasks = list(prompts.words)
+    tasks = list(prompts.class_names)
     task = own.task or (tasks[0] if len(tasks) == 1 else None)
     if own.output is None or to_csv:
         count, num_broken = predict_to_csv(own, prompts, options, task)
@@ -83,9 +83,9 @@ def predict(given: Given[Options]) -> int:
     return 1 if num_broken else 0
 
 
-def predict_to_csv(own: Options, prompts: TrainedPrompts, options: ModelOptions, task: str | None) -> tuple[int, int]:
+def predict_to_csv(own: Options, prompts: TrainedAdapter, options: ModelOptions, task: str | None) -> tuple[int, int]:
     """Returns how many images there were, and how many of them broken."""
-    from pipeline.data.names import printable
+    from pipeline.data.names import escape_for_terminal
     from pipeline.prediction.model import TrainedModel
 
     check_task(own, prompts, task)
@@ -100,7 +100,7 @@ def predict_to_csv(own: Options, prompts: TrainedPrompts, options: ModelOptions,
     writer.writerow(["path", "class", "probability", "error"])
     for done, (path, found) in enumerate(zip(images, model.predict_stream(images, task)), 1):
         probability = "" if found.error else f"{found.probability:.4f}"
-        writer.writerow([printable(str(path)), found.label or "", probability, found.error])
+        writer.writerow([escape_for_terminal(str(path)), found.label or "", probability, found.error])
         num_broken += bool(found.error)
         if sys.stderr.isatty():
             print(f"\r{done} of {len(images)} images", end="", file=sys.stderr)
@@ -110,11 +110,11 @@ def predict_to_csv(own: Options, prompts: TrainedPrompts, options: ModelOptions,
 
 
 def predict_to_parquet(
-    given: Given[Options], output: str, prompts: TrainedPrompts, options: ModelOptions, task: str | None
+    given: Given[Options], output: str, prompts: TrainedAdapter, options: ModelOptions, task: str | None
 ) -> tuple[int, int]:
     """Returns how many images there were, and how many of them broken."""
     from pipeline.clip.load import towers_without_weights
-    from pipeline.prediction.batch import find_batch_input, predict_batch, told_in_lines
+    from pipeline.prediction.batch import find_batch_input, predict_batch, progress_lines
     from pipeline.runtime.cluster import joined
 
     found = find_batch_input(given.own.inputs)
@@ -122,17 +122,17 @@ def predict_to_parquet(
         check_task(given.own, prompts, task)
     image_size = towers_without_weights(prompts.config.clip).image_size
     with joined(parse_config(given.nested()).cluster, say) as needs:
-        on_rows = told_in_lines(say, LINE_EVERY_S)
+        on_rows = progress_lines(say, LINE_EVERY_S)
         return predict_batch(prompts, options, task, found, output, needs, image_size, on_rows)
 
 
-def check_task(own: Options, prompts: TrainedPrompts, task: str | None) -> None:
-    if task not in prompts.words:
-        raise UserError(f"--task {task}: {own.prompts} has the tasks {', '.join(prompts.words)}")
+def check_task(own: Options, prompts: TrainedAdapter, task: str | None) -> None:
+    if task not in prompts.class_names:
+        raise UserError(f"--task {task}: {own.prompts} has the tasks {', '.join(prompts.class_names)}")
 
 
 def find_images(folder: Path) -> list[Path]:
-    from pipeline.data.find import IMAGE_SUFFIXES
+    from pipeline.data.index import IMAGE_SUFFIXES
 
     if folder.is_file():
         return [folder]

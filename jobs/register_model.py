@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.command_line import user_errors_told
-from pipeline.config import Given, JobOptions, JobParser, Share, load_yaml, parse_config
+from pipeline.command_line import report_user_errors
+from pipeline.config import Fraction, Given, JobOptions, JobParser, load_yaml, parse_config
 from pipeline.errors import UserError
 
 
@@ -21,7 +21,7 @@ class Options(JobOptions):
     run: str = Field(description="<storage>/runs/<run>, also in a bucket.")
     method: str = Field("grouped", description="Whose prompts: prompts/<method>.safetensors of the run.")
     temperature: float | None = Field(None, description="Of all tasks; null: as saved with the prompts.")
-    threshold: Share | None = Field(
+    threshold: Fraction | None = Field(
         None, description="Probability below which an image is none of the classes; null: as saved with the prompts."
     )
     alias: str | None = Field(None, description="For the version, as models:/<name>@<alias>.")
@@ -35,7 +35,7 @@ TAKES = {
 
 
 def main() -> None:
-    with user_errors_told():
+    with report_user_errors():
         register(JobParser(__doc__, Options, TAKES).given())
 
 
@@ -48,7 +48,7 @@ def register(given: Given[Options]) -> None:
 
     client, run_id = find_run(uri, run_folder)
     place, query, options = run_folder.partition("?")
-    prompts = f"{place}/prompts/{own.method}.safetensors{query}{options}"
+    prompts = f"{place}/adapters/{own.method}.safetensors{query}{options}"
     with saved_mlflow_model(prompts, fields.get("clip.pretrained"), own.temperature, own.threshold) as model:
         try:
             client.log_artifacts(run_id, str(model), model.name)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.command_line import say, user_errors_told
+from pipeline.command_line import report_user_errors, say
 from pipeline.config import Given, JobOptions, JobParser, parse_config
 from pipeline.errors import UserError
 
@@ -57,7 +57,7 @@ TAKES = {
 
 
 def main() -> None:
-    with user_errors_told():
+    with report_user_errors():
         serve(JobParser(__doc__, Options, TAKES).given())
 
 
@@ -77,11 +77,11 @@ def serve(given: Given[Options]) -> None:
 
     import ray
 
-    from pipeline.runtime.cluster import WorkerNeeds, connect
+    from pipeline.runtime.cluster import WorkerResources, connect
     from pipeline.serving.http_api import Limits
-    from pipeline.serving.service import ServiceOptions, port_fault, running_service, watch_service
+    from pipeline.serving.service import ServiceOptions, port_error, running_service, watch_service
 
-    if is_local and (fault := port_fault(own.host, own.port)):
+    if is_local and (fault := port_error(own.host, own.port)):
         raise UserError(fault)
     connect(cluster.model_copy(update={"cpus_per_worker": 1, "gpus_per_worker": 0}), say)
     for ends in (signal.SIGINT, signal.SIGTERM):  # Ray has its own for SIGTERM
@@ -95,7 +95,7 @@ def serve(given: Given[Options]) -> None:
             port=own.port,
             replicas=own.replicas,
             ingress_replicas=own.ingress_replicas,
-            needs=WorkerNeeds(cluster.cpus_per_worker, gpus),
+            needs=WorkerResources(cluster.cpus_per_worker, gpus),
             max_batch=own.max_batch,
             batch_wait_s=own.batch_wait_ms / 1000,
             limits=Limits(
@@ -107,7 +107,7 @@ def serve(given: Given[Options]) -> None:
             ),
         )
         with running_service(trained, options, ends_with_ray=is_local):
-            served = "; ".join(f"{name}: {', '.join(prompts.words)}" for name, (prompts, _) in trained.items())
+            served = "; ".join(f"{name}: {', '.join(prompts.class_names)}" for name, (prompts, _) in trained.items())
             say(f"ready: http://{own.host}:{own.port}, {options.replicas} x {options.needs}; {served}")
             try:
                 watch_service(options, say)

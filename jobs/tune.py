@@ -8,15 +8,15 @@
         --cluster.gpus_per_worker 0.25 --storage /shared/runs
 
 The same command again does only what is missing. Table, picture, and the best config as YAML that full_pipeline.py
-takes are in <storage>/searches/ and in MLflow. docs/tuning.md says what a search file holds.
+takes are in <storage>/searches/ and in MLflow. docs/hyperparameter_search.md says what a search file holds.
 """
 
 from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.command_line import user_errors_told
-from pipeline.config import JobOptions, JobParser, given_or_shipped
+from pipeline.command_line import report_user_errors
+from pipeline.config import JobOptions, JobParser, resolve_config_path
 
 
 class Options(JobOptions):
@@ -25,13 +25,13 @@ class Options(JobOptions):
 
 
 def main() -> None:
-    with user_errors_told() as console:
+    with report_user_errors() as console:
         given = JobParser(__doc__, Options).given()
         config = given.config()
 
         from pipeline.tuning.search_file import read_search
 
-        search = read_search(given_or_shipped(given.own.search), config)
+        search = read_search(resolve_config_path(given.own.search), config)
 
         from pipeline.workflows.tuning import run_search
 

@@ -27,7 +27,7 @@ LOG_WIDTH = 160
 
 def run_job(description: str | None, main: Callable[[Plan, Session], object]) -> None:
     """The body of a job script of one run: command line, checks, `main(plan, session)`."""
-    with user_errors_told() as console:
+    with report_user_errors() as console:
         config = JobParser(description).given().config()
 
         from pipeline.stages.run import open_run
@@ -37,7 +37,7 @@ def run_job(description: str | None, main: Callable[[Plan, Session], object]) ->
 
 
 @contextmanager
-def user_errors_told(after_interrupt: str = "the same command goes on from here") -> Iterator[Console]:
+def report_user_errors(after_interrupt: str = "the same command goes on from here") -> Iterator[Console]:
     """Gives a job its console; ends it with status 2 for a user's error, 130 when it is interrupted, and without a
     traceback, on the standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -85,14 +85,14 @@ def undisturbed(tmp_path_factory, run_job):
 
 
 @pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory):
+def adapter_file(tmp_path_factory):
     """MmAP of two groups, untrained, for the demo's CLIP."""
-    from small_prompts import DIGITS, trained
+    from small_adapters import DIGITS, trained
 
-    from pipeline.methods.prompt_file import save_prompts
+    from pipeline.methods.adapter_file import save_adapter
 
     file = tmp_path_factory.mktemp("prompts") / "grouped.safetensors"
-    save_prompts(file, trained("mmap", {"ink": DIGITS, "neon": DIGITS}, {"pairs": ["zero | nought", "one"]}))
+    save_adapter(file, trained("mmap", {"ink": DIGITS, "neon": DIGITS}, {"pairs": ["zero | nought", "one"]}))
     return file
 
 
@@ -113,7 +113,7 @@ USERS_OF_QUICK_RUN = (
     "test_mlflow_page.py",
 )
 LONGEST_PROOFS = (
-    "test_faults.py",
+    "test_fault_tolerance.py",
     "test_cluster_faults.py",
     "test_soak.py",
     "test_tutorial.py",
@@ -156,12 +156,14 @@ def pytest_collection_modifyitems(config, items):
     if torch := sys.modules.get("torch"):  # not imported where nothing is collected, such as by pytest-xdist itself
         torch.set_num_threads(1)  # small models: more threads only wait for each other
     users = {
-        item.path.name for item in items if "quick_run" in item.fixturenames and not item.get_closest_marker("proof")
+        item.path.name
+        for item in items
+        if "quick_run" in item.fixturenames and not item.get_closest_marker("fault_injection")
     }
     if missing := users - set(USERS_OF_QUICK_RUN):
         raise pytest.UsageError(f"conftest.USERS_OF_QUICK_RUN lacks {', '.join(sorted(missing))}")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name not in users, item.path not in slow))
-    if config.option.markexpr == "proof":
+    if config.option.markexpr == "fault_injection":
         longest = {name: at for at, name in enumerate(LONGEST_PROOFS)}
         items.sort(key=lambda item: longest.get(item.path.name, len(longest)))

@@ -26,11 +26,11 @@ import pyarrow.parquet as pq
 from pipelines import run_in_process, summary
 
 from pipeline.data.parquet import SplitReader
-from pipeline.methods.registry import ALWAYS, VARIANTS
-from pipeline.stages.plan import NUMBERS_VERSION
+from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
+from pipeline.stages.plan import RESULTS_VERSION
 
 FOLDER = Path(__file__).with_name("golden")
-BASELINES = [name for name in VARIANTS if name != "zero_shot" and name not in ALWAYS]
+BASELINES = [name for name in VARIANTS if name != "zero_shot" and name not in DEFAULT_VARIANTS]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ ALL_METHODS = GoldenRun(
     (
         *("--data.tasks", "[noise, outline, rotated]", "--data.class_names", str(FOLDER / "class_names.txt")),
         *("--data.shots", "2", "--training.batch_size", "4", "--training.epochs", "2", "--global_prompt.epochs", "2"),
-        *("--compare", f"[{', '.join(BASELINES)}]"),
+        *("--baselines", f"[{', '.join(BASELINES)}]"),
     ),
     Tolerance(losses=1e-4, mean_probability=2e-5, affinity=1e-5, images=1),
 )
@@ -90,8 +90,8 @@ def training_folders(storage: Path) -> dict[str, Path]:
     """Method and tasks of each training (`coop: ink + neon`) → its artifact."""
     folders = {"global prompt": next(storage.glob("global_prompt/[!.]*"))}
     for folder in storage.glob("group_trainings/[!.]*"):
-        made_from = json.loads((folder / "artefact.json").read_text())["made_from"]
-        name = f"{made_from['method']}: {' + '.join(made_from['group'])}"
+        inputs = json.loads((folder / "artifact.json").read_text())["inputs"]
+        name = f"{inputs['method']}: {' + '.join(inputs['group'])}"
         assert name not in folders, f"two trainings of {name}"
         folders[name] = folder
     return dict(sorted(folders.items()))
@@ -103,7 +103,7 @@ def read_numbers(storage: Path) -> dict[str, Any]:
     grouping = json.loads(next(storage.glob("grouping/[!.]*/grouping.json")).read_text())
     return _rounded(
         {
-            "numbers_version": NUMBERS_VERSION,
+            "numbers_version": RESULTS_VERSION,
             "splits": _splits(SplitReader(next(storage.glob("splits/[!.]*")))),
             "groups": grouping["groups"],
             "affinity": grouping["affinity"],
@@ -255,7 +255,7 @@ def main() -> None:
         changed = differences(stored, fresh, EXACT if given.exact else golden.tolerance)
         print("\n".join(f"  {line}" for line in changed) or "  no differences: left as it is")
         if changed and stored["numbers_version"] == fresh["numbers_version"]:
-            print(f"  NUMBERS_VERSION is still {NUMBERS_VERSION}: raise it if numbers changed")
+            print(f"  NUMBERS_VERSION is still {RESULTS_VERSION}: raise it if numbers changed")
         if changed and not given.check:
             golden.file.write_text(to_text(fresh) + "\n")
 

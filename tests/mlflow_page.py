@@ -44,5 +44,5 @@ def open_comparison(page: Page, server: str, experiment: str, runs: Sequence[str
 
 def open_run(page: Page, server: str, experiment: str, run: str, tab: str) -> None:
     """`tab`: as in the address, such as `system-metrics`, `artifacts/report/accuracy.png`."""
-    page.goto("about:blank")  # from one artefact to another, the page would stay
+    page.goto("about:blank")  # from one artifact to another, the page would stay
     page.goto(f"{server}/#/experiments/{experiment}/runs/{run}/{tab}")

@@ -157,20 +157,20 @@ def summary(storage: Path) -> dict:
 
 
 def numbers(storage: Path) -> dict[str, object]:
-    """All that must be the same in two runs of one config: file → bytes, whatever the artefacts' keys."""
+    """All that must be the same in two runs of one config: file → bytes, whatever the artifacts' keys."""
     found: dict[str, object] = {"methods": summary(storage)["methods"], "groups": summary(storage)["groups"]}
     (splits,) = (storage / "splits").glob("[!.]*")
     for file in sorted(splits.rglob("*.parquet")) + [splits / "splits.json"]:
         found[str(file.relative_to(splits))] = file.read_bytes()
     for stage in ("global_prompt", "grouping", "image_features", "group_trainings"):
         for folder in (storage / stage).glob("[!.]*"):
-            made_from = json.loads((folder / "artefact.json").read_text())["made_from"]
-            name = " ".join(str(made_from.get(part, "")) for part in ("method", "group", "task", "split"))
+            inputs = json.loads((folder / "artifact.json").read_text())["inputs"]
+            name = " ".join(str(inputs.get(part, "")) for part in ("method", "group", "task", "split"))
             for file in sorted(folder.glob("*")):
                 if file.suffix in (".parquet", ".safetensors") or file.name == "grouping.json":
                     assert f"{stage} {name} {file.name}" not in found
                     found[f"{stage} {name} {file.name}"] = file.read_bytes()
-    for file in (the_run(storage) / "prompts").iterdir():
+    for file in (the_run(storage) / "adapters").iterdir():
         found[file.name] = file.read_bytes()
     return found
 

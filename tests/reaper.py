@@ -10,7 +10,7 @@ import sys
 
 import psutil
 
-LOOK_EVERY_S = 1
+POLL_INTERVAL_S = 1
 
 
 def descendants(process: psutil.Process) -> set[psutil.Process]:
@@ -32,7 +32,7 @@ def marked(mark: str) -> set[psutil.Process]:
 
 
 tests, seen = psutil.Process(os.getppid()), set()
-while not select.select([sys.stdin], [], [], LOOK_EVERY_S)[0]:
+while not select.select([sys.stdin], [], [], POLL_INTERVAL_S)[0]:
     seen = {process for process in seen | descendants(tests) if process.is_running()}
 while left := {process for process in seen if process.is_running()} | marked(sys.argv[1]):
     seen |= left.union(*map(descendants, left))  # one may have started another meanwhile

@@ -58,7 +58,7 @@ async def ask(session: aiohttp.ClientSession, url: str, image: bytes) -> Reply:
     try:
         async with session.post(url, data=image, headers={"Content-Type": "image/png"}) as response:
             record = await response.json() if response.content_type == "application/json" else {}
-            together = int(response.headers.get("X-Images-Together", 0))
+            together = int(response.headers.get("X-Batch-Size", 0))
             return Reply(response.status, time.perf_counter() - began, record, together)
     except aiohttp.ClientError:
         return Reply(0, time.perf_counter() - began, {}, 0)

@@ -72,6 +72,6 @@ def tokenizer():
     return open_clip.SimpleTokenizer()
 
 
-def small_towers(text_order: str = "after_sos", **options) -> tuple[ClipTowers, torch.nn.Module]:
+def small_towers(text_prompt_position: str = "after_sos", **options) -> tuple[ClipTowers, torch.nn.Module]:
     model = small_open_clip(**options)
-    return ClipTowers(model, tokenizer(), text_order), model
+    return ClipTowers(model, tokenizer(), text_prompt_position), model

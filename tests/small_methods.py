@@ -51,7 +51,7 @@ def with_frozen_features(towers, sets, config=CONFIG, seed=5):
     ]
 
 
-def tokens_for(name, towers, words_per_task, config=SMALL):
+def tokens_for(name, towers, class_names_per_task, config=SMALL):
     kind = METHODS[name]
     template = kind.template(config.clip.template)
-    return class_tokens(towers.tokenizer, template, words_per_task, kind.num_prompt_positions(config))
+    return class_tokens(towers.tokenizer, template, class_names_per_task, kind.num_prompt_positions(config))

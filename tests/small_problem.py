@@ -25,7 +25,7 @@ CONFIG = TrainingConfig(
     batch_size=3,
     learning_rate=0.05,
     warmup_epochs=1,
-    warmup_rate=1e-3,
+    warmup_learning_rate=1e-3,
     augmentation=AugmentationConfig(crop_scale=(0.5, 1.0)),
 )
 

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from pipelines import the_run
-from plain_partitions import OBJECTIVES
-from plain_towers import plain_encode_image, plain_encode_text
+from reference_partitions import OBJECTIVES
+from reference_towers import plain_encode_image, plain_encode_text
 from safetensors.torch import load_file
 from servers import S3Server, free_ports
 from small_clip import CLASS_WORDS, small_towers, tokenizer
@@ -34,8 +34,8 @@ from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.methods.mmap import GroupMmap, SharedMmap
 from pipeline.report.added_task import AddedTask, added_task_to_markdown
 from pipeline.stages.finished_run import read_finished_run
-from pipeline.stages.grouping import staying_together
-from pipeline.training.later_gradients import gradients_at_points
+from pipeline.stages.grouping import with_fixed_groups
+from pipeline.training.gradient_replay import replay_gradients
 from pipeline.training.trainer import Trainer
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -64,7 +64,7 @@ def test_later_gradients_are_those_of_a_training_with_the_task_in_it(problem):
     ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
     for number, of_task in enumerate(sets):
         alone = SharedMmap(mmap_shape(towers), [of_task.task], seed=9, init_std=0.3).double()
-        found = gradients_at_points(towers, alone, of_task, own_tokens, points, CONFIG, seed=5)
+        found = replay_gradients(towers, alone, of_task, own_tokens, points, CONFIG, seed=5)
         assert [of.record.step for of in found] == [1, 4, 7]
         for of, together in zip(found, trainer.snapshots, strict=True):
             # The values were stored in float32.
@@ -88,7 +88,7 @@ def test_later_gradients_in_bfloat16_are_those_of_the_training(problem):
     own_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
     for number, of_task in enumerate(sets):
         alone = SharedMmap(mmap_shape(towers), [of_task.task], seed=9)
-        found = gradients_at_points(towers, alone, of_task, own_tokens, points, CONFIG, **options)
+        found = replay_gradients(towers, alone, of_task, own_tokens, points, CONFIG, **options)
         for of, together in zip(found, trainer.snapshots, strict=True):
             expected = together.gradients[number]
             assert (of.gradients[0] - expected).norm() < 3e-3 * expected.norm()  # 12e-3: logits in bfloat16
@@ -157,7 +157,7 @@ def test_the_place_is_the_best_of_every_group_and_alone(data, num_tasks, objecti
     groups = [tuple(others[task] for task in group) for group in before]
     max_size = data.draw(st.sampled_from([None, max(map(len, groups))]))
 
-    options = staying_together(GroupingConfig(objective=objective, max_size=max_size), named(groups))
+    options = with_fixed_groups(GroupingConfig(objective=objective, max_size=max_size), named(groups))
     tasks = [str(task) for task in range(num_tasks)]
     found = best_partition(affinity, objective=objective, **options.constraints, tasks=tasks)
     allowed = [
@@ -221,7 +221,7 @@ def test_the_report_shows_it_beside_all_tasks_trained_again():
 def finished(tmp_path_factory, run_job):
     """A finished run of four of the six domains, with a temperature saved for one of them."""
     storage = tmp_path_factory.mktemp("added") / "storage"
-    options = ("--data.tasks", f"[{', '.join(BEFORE)}]", "--compare", "[clip_adapter]")
+    options = ("--data.tasks", f"[{', '.join(BEFORE)}]", "--baselines", "[clip_adapter]")
     done = run_job("full_pipeline", "--storage", storage, *QUICK, *options)
     assert done.status == 0, done.output
     folder = the_run(storage)
@@ -262,7 +262,7 @@ def test_a_task_is_added_and_nothing_of_the_others_changes(finished, added):
     assert (folder / "report" / "grouping.html").is_file()
 
     # The prompts of the tasks before: the same bits in the file, and the same bits of every probability.
-    old, new = (load_file(at / "prompts" / "grouped.safetensors") for at in (finished, folder))
+    old, new = (load_file(at / "adapters" / "grouped.safetensors") for at in (finished, folder))
     assert all(torch.equal(new[name], value) for name, value in old.items()) and len(new) > len(old)
     images = [read_image(path) for path in sorted((finished.parent.parent / "datasets/digits/ink").rglob("*.png"))[:70]]
     models = [pipeline.load(at) for at in (finished, folder)]
@@ -293,7 +293,7 @@ def test_a_task_is_added_and_nothing_of_the_others_changes(finished, added):
     assert version.run_id == tracked.info.run_id
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished, added, run_job):
     _, once = added(finished, LATER[0])
     again, same = added(finished, LATER[0])
@@ -315,7 +315,7 @@ def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished
     assert read_finished_run(str(twice), "").groups == report["groups"]
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_a_task_is_added_to_a_run_in_a_bucket_from_another_machine(run_job, tmp_path):
     server = S3Server(tmp_path, *free_ports(1, first=9500))
     try:

@@ -39,10 +39,10 @@ def benchmark(run_job, storage, *arguments):
 def trainings(storage):
     """Method, group and shots of each finished training and evaluation → when it was made."""
     found = {}
-    for file in (storage / "group_trainings").glob("[!.]*/artefact.json"):
-        made_from = json.loads(file.read_text())["made_from"]
-        shots, seed = made_from["splits"]["shots"], made_from["splits"]["seed"]
-        found[made_from["method"], *made_from["group"], shots, seed] = file.stat().st_mtime_ns
+    for file in (storage / "group_trainings").glob("[!.]*/artifact.json"):
+        inputs = json.loads(file.read_text())["inputs"]
+        shots, seed = inputs["splits"]["shots"], inputs["splits"]["seed"]
+        found[inputs["method"], *inputs["group"], shots, seed] = file.stat().st_mtime_ns
     return found
 
 
@@ -71,7 +71,7 @@ def test_every_run_is_in_the_tables_and_in_mlflow(storage):
                 for task in ("ink", "neon"):
                     assert 0 <= float(found[method, shots, seed, task]["accuracy"]) <= 1
     table = (folder / "benchmark.md").read_text()
-    assert "4 shots a class, 2 seeds" in table and "MmAP, grouped" in table
+    assert "4-shot test accuracy (%), 2 seeds" in table and "MmAP, grouped" in table
     assert r"\begin{tabular}" in (folder / "benchmark.tex").read_text()
     for picture in ("accuracy_parameters_2_shots", "accuracy_parameters_4_shots", "shots"):
         for kind in ("png", "svg"):
@@ -110,7 +110,7 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
     assert printed(outputs["read"]).startswith(f"{folder.name}: demo, shots 2, 4, seeds 1, 2, 3 methods\n")
     shown = tables(outputs["tables"]) + tables(outputs["parts"])
     assert {line for line in shown.splitlines() if line} <= set(report.splitlines())
-    assert "4 shots a class, 2 seeds" in shown and "minus each other version" in shown
+    assert "4-shot test accuracy (%), 2 seeds" in shown and "minus each other version" in shown
     assert {cell: pictures(of_cell) for cell, of_cell in outputs.items() if pictures(of_cell)} == {
         "figure-1": 1,
         "figure-5": 1,
@@ -119,7 +119,7 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
     assert "python jobs/benchmark.py --methods paper" in printed(outputs["figure-4"])
     assert re.match(r"demo, [24] shots, seed [12] \(\w+\): ink", printed(outputs["groups"]))
 
-    assert "2 shots a class, 1 seed\n" in (shown := tables(chosen["tables"])) and "CoOp" not in shown
+    assert "2-shot test accuracy (%), 1 seed\n" in (shown := tables(chosen["tables"])) and "CoOp" not in shown
     assert "several numbers of shots" in printed(chosen["figure-5"])
     assert printed(chosen["groups"]).startswith("demo, 2 shots, seed 1 (")
     assert (tmp_path / "saved" / "accuracy_parameters_2_shots.pdf").stat().st_size > 5000
@@ -141,7 +141,7 @@ def test_a_larger_benchmark_does_only_what_is_missing(storage, run_job):
         assert again[key] == found[key]
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_an_interrupted_benchmark_goes_on(tmp_path, run_job):
     storage = tmp_path / "storage"
     arguments = ("--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "2", "--seeds", "1", "2")
@@ -169,7 +169,7 @@ def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray,
         run_stages(plan, session, "splits")
         for name in both:
             ((single,), (multi,)) = (plan_trainings(plan, version, None, {}) for version in (name, f"{name}_mt"))
-            assert single.artefact.key == multi.artefact.key and single.item.tasks == multi.item.tasks == ("noise",)
+            assert single.artifact.key == multi.artifact.key and single.item.tasks == multi.item.tasks == ("noise",)
 
 
 def test_runs_share_one_progress_board_and_take_their_own_reports(shared_ray):

@@ -120,8 +120,8 @@ def test_paper_figures_agree_with_what_its_text_says():
     assert (of_mini[3]["grouped"].mean, of_mini[6]["grouped"].mean) == (84.9, 86.1)
     assert of_mini[6]["coop_mt"].mean - of_mini[6]["zero_shot"].mean == pytest.approx(0.9)
     assert of_mini[6]["maple_mt"].mean - of_mini[6]["zero_shot"].mean == pytest.approx(1.1)
-    assert round(100 * TRAINED_PARAMETERS["grouped"] / TRAINED_PARAMETERS["full_mt"], 2) == 0.09
-    for single in ("full", "coop", "vpt", "maple"):  # four tasks, each with its own
+    assert round(100 * TRAINED_PARAMETERS["grouped"] / TRAINED_PARAMETERS["full_finetune_mt"], 2) == 0.09
+    for single in ("full_finetune", "coop", "vpt", "maple"):  # four tasks, each with its own
         assert TRAINED_PARAMETERS[single] == pytest.approx(4 * TRAINED_PARAMETERS[f"{single}_mt"])
     assert TRAINED_PARAMETERS["clip_adapter"] == round(4 * 131_712 / 1e6, 2)
 
@@ -152,7 +152,7 @@ def test_data_sets_are_known_by_their_tasks(tasks, data_set):
 def test_paper_figures_come_under_the_names_given():
     paper = paper_results_for(("real_world", "product", "clipart", "art"))
     assert paper.accuracy[6]["grouped"]["real_world"] == (90.9, 0.9)
-    assert paper.accuracy[12]["full_mt"]["clipart"] == (78.8, 1.0)
+    assert paper.accuracy[12]["full_finetune_mt"]["clipart"] == (78.8, 1.0)
     assert paper_results_for(("clipart", "painting", "real", "sketch")).accuracy[3]["zero_shot"]["sketch"] == (
         79.9,
         None,
@@ -165,7 +165,7 @@ def test_paper_figures_come_under_the_names_given():
 def test_cells_equal_numpy():
     benchmark = made_up(shots=(3, 6))
     tables = main_tables(benchmark)
-    assert [re.search(r"(\d+) shots a class, (\d) seeds", table.title).groups() for table in tables] == [
+    assert [re.search(r"(\d+)-shot test accuracy \(%\), (\d) seeds", table.title).groups() for table in tables] == [
         ("3", "3"),
         ("6", "3"),
     ]
@@ -223,12 +223,12 @@ def test_best_and_second_are_marked_as_printed_and_only_with_every_seed():
         constant("coop", {1: 0.8001, 2: 0.8001}),
         constant("vpt", {1: 0.8003, 2: 0.8003}),  # 80.0 as well
         constant("maple", {1: 0.79, 2: 0.79}),
-        constant("full", {1: 0.78, 2: 0.78}),
+        constant("full_finetune", {1: 0.78, 2: 0.78}),
         constant("bitfit", {1: 0.95}),  # best, of one seed
     )
     (table,) = main_tables(benchmark)
     marks = {method: {cell.mark for cell in row_of(table, method).cells[1:-1]} for method in benchmark.methods}
-    assert marks == {"coop": {"best"}, "vpt": {"best"}, "maple": {"second"}, "full": {""}, "bitfit": {""}}
+    assert marks == {"coop": {"best"}, "vpt": {"best"}, "maple": {"second"}, "full_finetune": {""}, "bitfit": {""}}
     assert all(row.cells[-1].mark == row.cells[0].mark == "" for row in table.rows)
 
 
@@ -352,7 +352,7 @@ def test_findings_are_honest():
         constant("coop", {1: 0.78, 2: 0.79, 3: 0.785}),
         constant("vpt", {1: 0.83, 2: 0.82, 3: 0.825}),
         constant("maple", {1: 0.77, 2: 0.82, 3: 0.80}),
-        constant("full", {1: 0.80, 2: 0.80, 3: 0.80}),
+        constant("full_finetune", {1: 0.80, 2: 0.80, 3: 0.80}),
         constant("bitfit", {2: 0.70}),
         constant("clip_lora", {9: 0.70}),
         constant("clip_adapter", {3: 0.78, 9: 0.0, 1: 0.77}),
@@ -475,7 +475,7 @@ def test_terminal_shows_every_cell():
 
 def test_terminal_marks_best_and_second():
     (table,) = main_tables(
-        benchmark_of(constant("coop", {1: 0.9}), constant("vpt", {1: 0.8}), constant("full", {1: 0.7}))
+        benchmark_of(constant("coop", {1: 0.9}), constant("vpt", {1: 0.8}), constant("full_finetune", {1: 0.7}))
     )
     cells = list(to_rich(table).columns[1].cells)
     assert [(str(cell), cell.style) for cell in cells] == [
@@ -514,7 +514,7 @@ def test_csv_keeps_every_number():
 # --- figures --------------------------------------------------------------------------------------------
 
 
-LINES = ("zero_shot", "coop", "vpt", "coop_mt", "maple_mt", "full_mt", "clip_adapter", "grouped")
+LINES = ("zero_shot", "coop", "vpt", "coop_mt", "maple_mt", "full_finetune_mt", "clip_adapter", "grouped")
 
 
 def wide(num_methods: int = 30) -> Benchmark:

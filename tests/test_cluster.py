@@ -13,10 +13,10 @@ from servers import RayCluster, free_ports, in_a_mount_namespace, mlflow_server,
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
-from pipeline.runtime.cluster import WorkerNeeds, check_shared, connect, described, places
+from pipeline.runtime.cluster import WorkerResources, check_shared, connect, described, places
 from pipeline.runtime.storage import Storage
 
-pytestmark = pytest.mark.proof
+pytestmark = pytest.mark.fault_injection
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_every_machine_must_see_storage_and_data(tmp_path):
         config = ClusterConfig(address=cluster.gcs, cpus_per_worker=2)
         needs = connect(config, print)
         assert (needs.cpus, needs.gpus, places(needs)) == (2, 1.0, 1)
-        assert [places(WorkerNeeds(1, gpus)) for gpus in (0, 0.5, 0.4)] == [4, 2, 2]
+        assert [places(WorkerResources(1, gpus)) for gpus in (0, 0.5, 0.4)] == [4, 2, 2]
         assert described() == "1 GPUs and 4 CPUs on 2 machines"
         check_shared(storage, [tmp_path])
         with pytest.raises(UserError, match="machine .* does not see /nowhere/data: data.root"):
@@ -130,7 +130,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
         (training,) = [run for run in runs if run.data.tags["mlflow.runName"] == "all in one"]
         history = client.get_metric_history(training.info.run_id, "train_loss/ink")
         assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 5 * EPOCHS
-        assert {file.path for file in client.list_artifacts(parent.info.run_id, "prompts")} == {
+        assert {file.path for file in client.list_artifacts(parent.info.run_id, "adapters")} == {
             "prompts/all_in_one.safetensors",
             "prompts/grouped.safetensors",
         }

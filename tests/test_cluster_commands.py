@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from pipelines import PATIENCE_S, REPOSITORY, summary
 from servers import BIN, Server, free_ports
 
-pytestmark = pytest.mark.proof
+pytestmark = pytest.mark.fault_injection
 
 SMALL = (
     *("--data.tasks", "[chalk, ink, neon]", "--training.epochs", "2", "--global_prompt.epochs", "2"),
@@ -272,7 +272,7 @@ def test_a_submitted_job_ends_with_its_results_in_mlflow(composed, submitted):
     (parent,) = [run for run in runs if run.data.tags["level"] == "pipeline"]
     for method, values in summary(composed.folder / "shared" / "runs")["methods"].items():
         assert parent.data.metrics[f"accuracy/{method}/average"] == pytest.approx(values["average"])
-    prompts = {file.path for file in client.list_artifacts(parent.info.run_id, "prompts")}
+    prompts = {file.path for file in client.list_artifacts(parent.info.run_id, "adapters")}
     assert prompts == {"prompts/all_in_one.safetensors", "prompts/grouped.safetensors"}
     # The server itself has them, not a folder that happens to be shared.
     assert {path.name for path in (composed.folder / "artifacts").rglob("prompts/*")} == {

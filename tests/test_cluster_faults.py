@@ -12,7 +12,7 @@ from breaking import checkpoints, lost, same
 from pipelines import FEW_TASKS, Job, every_step_once, run, title
 from servers import RayCluster, S3Server, Server, free_ports, in_a_mount_namespace
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1200)]
 
 
 def checkpoints_in(bucket: str) -> list[str]:

@@ -11,14 +11,14 @@ from pipelines import REPOSITORY
 from pydantic import Field
 
 from jobs.__main__ import job_names
-from pipeline.command_line import user_errors_told
+from pipeline.command_line import report_user_errors
 from pipeline.config import Config, JobOptions, JobParser, fields
 from pipeline.config.help_pages import is_of_a_method
 from pipeline.errors import UserError, did_you_mean
 
 INSTEAD = {
     "add_task": {"storage", "data.tasks"},
-    "benchmark": {"seed", "data.shots", "compare"},
+    "benchmark": {"seed", "data.shots", "baselines"},
     "grouping_study": {"seed"},
 }
 WITH_FEW_FIELDS = {"predict", "register_model", "serve"}
@@ -91,14 +91,14 @@ def test_an_option_that_a_job_does_not_have_is_named_on_the_standard_error(job, 
         ("full_pipeline", ["--nonsense=3"], "unknown option --nonsense. --help lists them"),
         ("full_pipeline", ["nonsense"], "nonsense belongs to no option"),
         ("full_pipeline", ["--seed"], "--seed: expected one argument"),
-        ("predict", ["x"], "required: --prompts"),
-        ("predict", ["--prompts", "x"], "required: INPUTS"),
+        ("predict", ["x"], "required: --adapter"),
+        ("predict", ["--adapter", "x"], "required: INPUTS"),
         (
             "predict",
-            ["x", "--prompts", "x", "--threshold", "2"],
+            ["x", "--adapter", "x", "--threshold", "2"],
             "threshold=2: Input should be less than",
         ),
-        ("predict", ["x", "--prompts", "x", "--cluster.address", "auto"], "--cluster.address means nothing for CSV"),
+        ("predict", ["x", "--adapter", "x", "--cluster.address", "auto"], "--cluster.address means nothing for CSV"),
         ("benchmark", ["--shots", "1", "x"], "shots.1='x': Input should be a valid integer"),
         ("benchmark", ["--seed", "3"], "--seed is no option of this job: use --seeds"),
     ],
@@ -136,8 +136,8 @@ def test_values_of_own_options(arguments, changed):
         (["--data.tasks", "ink", "3"], {"tasks": ("ink", "3")}),
         (["--data.tasks", "[ink, neon]"], {"tasks": ("ink", "neon")}),
         (["--data.tasks", "null"], {"tasks": None}),
-        (["--data.given_splits"], {"given_splits": True}),
-        (["--data.given_splits", "false"], {"given_splits": False}),
+        (["--data.use_official_splits"], {"use_official_splits": True}),
+        (["--data.use_official_splits", "false"], {"use_official_splits": False}),
         (["--data.columns", "{task: domain}"], {"columns": {"task": "domain"}}),
         (["--data.root", "# 1: x"], {"root": "# 1: x"}),
         (["--data.root", "2024"], {"root": "2024"}),
@@ -150,12 +150,12 @@ def test_values_of_config_fields_are_written_in_the_same_way(arguments, changed)
 
 
 def test_lists_of_lists_and_of_numbers():
-    options = ["--grouping.together", "[a, b]", "[c, d]", "--training.augmentation.crop_scale", "0.2", "1"]
+    options = ["--grouping.must_link", "[a, b]", "[c, d]", "--training.augmentation.crop_scale", "0.2", "1"]
     config = JobParser("").given(options).config()
-    assert config.grouping.together == (("a", "b"), ("c", "d"))
+    assert config.grouping.must_link == (("a", "b"), ("c", "d"))
     assert config.training.augmentation.crop_scale == (0.2, 1)
-    nested = JobParser("").given(["--grouping.together", "[[a, b], [c, d]]"]).config()
-    assert nested.grouping.together == config.grouping.together
+    nested = JobParser("").given(["--grouping.must_link", "[[a, b], [c, d]]"]).config()
+    assert nested.grouping.must_link == config.grouping.must_link
 
 
 def test_a_job_with_few_fields_takes_these_alone():
@@ -190,7 +190,7 @@ def test_the_nearest_name_is_suggested(name, found):
     ],
 )
 def test_a_job_ends_with_a_status_and_no_traceback(fault, status, told, capsys):
-    with pytest.raises(SystemExit) as end, user_errors_told():
+    with pytest.raises(SystemExit) as end, report_user_errors():
         raise fault
     assert (end.value.code, *capsys.readouterr()) == (status, "", told)
 

@@ -63,7 +63,7 @@ def test_every_field_has_help():
         ({"mmap": {"prompt_length": 8, "source_rows": 3}}, r"source_rows=3 does not divide.*valid: \[1, 2, 4, 8\]"),
         ({"clip": {"template": "a photo"}}, r"clip\.template='a photo'.*\{\} exactly once"),
         ({"training": {"augmentation": {"crop_scale": [0.9, 0.1]}}}, r"crop_scale"),
-        ({"data": {"max_dropped_share": 2}}, r"data\.max_dropped_share=2"),
+        ({"data": {"max_broken_fraction": 2}}, r"data\.max_broken_fraction=2"),
         ({"name": "../x"}, r"name='\.\./x'"),
     ],
 )

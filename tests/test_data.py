@@ -26,8 +26,8 @@ from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, choices, parse_config
 from pipeline.data import parquet
 from pipeline.data.augment import augment, crop_boxes
-from pipeline.data.find import FOLDER_LAYOUTS, OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS, find_images, read_class_names
 from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels, training_pixels
+from pipeline.data.index import FOLDER_LAYOUTS, OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS, index_dataset, read_class_names
 from pipeline.data.lists import LIST_LAYOUTS
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
@@ -219,10 +219,10 @@ def test_plain_folders(tmp_path):
     )
     write_tree(root, ["readme.md", "a/1.png", "a/z/notes.txt", "a/z/._1.png", ".cache/z/1.png"], b"")
     (root / "a" / "empty").mkdir()
-    listing = find_images(DataConfig(), root)
+    listing = index_dataset(DataConfig(), root)
     assert listing.layout == "folders"
     assert listing.classes == {"a": ("empty", "only here", "z"), "b task": ("x_y", "z")}
-    assert listing.class_words["x_y"] == "x y"
+    assert listing.class_names["x_y"] == "x y"
     assert [image.path for image in listing.images] == [
         "a/only here/1.gif",
         "a/z/1.webp",
@@ -242,7 +242,7 @@ def test_fingerprint_changes_with_files_words_and_classes(tmp_path):
     names = tmp_path / "names.txt"
 
     def fingerprint(**values):
-        return find_images(DataConfig(**values), root).fingerprint()
+        return index_dataset(DataConfig(**values), root).fingerprint()
 
     seen = {fingerprint()}
     names.write_text("x\ny\n")
@@ -263,7 +263,7 @@ def test_no_layout_is_taken_for_another(tmp_path):
     assert set(choices(DataConfig.model_fields["layout"])) == known
     write_tree(tmp_path, ["a/z/1.png"])
     with pytest.raises(ValueError, match="layout 'nested' is unknown"):
-        find_images(DataConfig.model_construct(layout="nested"), tmp_path)
+        index_dataset(DataConfig.model_construct(layout="nested"), tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["auto", "office_home"])
@@ -272,20 +272,20 @@ def test_office_home_archive(tmp_path, layout, top_folder):
     archive = tmp_path / top_folder
     write_tree(archive, [f"{task}/{name}/00001.jpg" for task in OFFICE_HOME_TASKS for name in ("Bed", "TV")])
     write_tree(archive, ["ImageInfo.csv", "imagelist.txt"], b"")
-    listing = find_images(DataConfig(layout=layout), tmp_path)
+    listing = index_dataset(DataConfig(layout=layout), tmp_path)
     assert (listing.layout, listing.root) == ("office_home", archive)
     assert tuple(listing.classes) == OFFICE_HOME_TASKS
     assert len(listing.images) == 8
     assert listing.ignored == ("ImageInfo.csv", "imagelist.txt")
-    one_task = find_images(DataConfig(layout=layout, tasks=["Real World"]), tmp_path)
+    one_task = index_dataset(DataConfig(layout=layout, tasks=["Real World"]), tmp_path)
     assert tuple(one_task.classes) == ("Real World",)
 
 
 def test_a_fifth_task_beside_office_homes_is_not_lost(tmp_path):
     tasks = (*OFFICE_HOME_TASKS, "Sketch")
     write_tree(tmp_path, [f"{task}/{name}/1.jpg" for task in tasks for name in ("Bed", "TV")])
-    assert tuple(find_images(DataConfig(), tmp_path).classes) == tasks
-    assert tuple(find_images(DataConfig(layout="office_home"), tmp_path).classes) == OFFICE_HOME_TASKS
+    assert tuple(index_dataset(DataConfig(), tmp_path).classes) == tasks
+    assert tuple(index_dataset(DataConfig(layout="office_home"), tmp_path).classes) == OFFICE_HOME_TASKS
 
 
 def dassl_lists(root: Path, lines: dict[str, list[str]]) -> Path:
@@ -307,7 +307,7 @@ def test_mini_domainnet_lists(tmp_path, layout):
             for n, split in enumerate(("train", "test"))
         },
     )
-    listing = find_images(DataConfig(layout=layout), tmp_path)
+    listing = index_dataset(DataConfig(layout=layout), tmp_path)
     assert listing.layout == "mini_domainnet"
     assert listing.classes == {"clipart": ("ant", "see_saw"), "real": ("ant", "see_saw")}
     assert [image.path for image in listing.images if image.task == "real"] == [
@@ -316,13 +316,13 @@ def test_mini_domainnet_lists(tmp_path, layout):
         "real/see_saw/0.jpg",
         "real/see_saw/1.jpg",
     ]
-    assert tuple(find_images(DataConfig(layout=layout, tasks=["real"]), tmp_path).classes) == ("real",)
+    assert tuple(index_dataset(DataConfig(layout=layout, tasks=["real"]), tmp_path).classes) == ("real",)
 
 
 def test_listed_images_that_are_missing_are_broken_not_a_stop(tmp_path):
     write_tree(tmp_path, ["real/ant/0.jpg"])
     dassl_lists(tmp_path, {"real_train": ["real/ant/0.jpg 0", "real/bee/0.jpg 1"]})
-    present, missing = find_images(DataConfig(), tmp_path).images
+    present, missing = index_dataset(DataConfig(), tmp_path).images
     assert (missing.path, missing.size) == ("real/bee/0.jpg", 0)
     assert scan_image(tmp_path, missing.path, "real", "bee").error == "no such file"
     assert scan_image(tmp_path, present.path, "real", "ant").error is None
@@ -332,35 +332,35 @@ def test_listed_images_that_are_missing_are_broken_not_a_stop(tmp_path):
 def test_bad_list_lines_are_named(tmp_path, line):
     dassl_lists(tmp_path, {"real_train": ["real/ant/0.jpg 0", line]})
     with pytest.raises(UserError, match="real_train.txt:2: expected"):
-        find_images(DataConfig(), tmp_path)
+        index_dataset(DataConfig(), tmp_path)
 
 
 def test_mini_domainnet_without_lists(tmp_path):
     with pytest.raises(UserError, match="needs image lists"):
-        find_images(DataConfig(layout="mini_domainnet"), tmp_path)
+        index_dataset(DataConfig(layout="mini_domainnet"), tmp_path)
     (tmp_path / "splits_mini").mkdir()
     with pytest.raises(UserError, match="needs image lists"):
-        find_images(DataConfig(), tmp_path)
+        index_dataset(DataConfig(), tmp_path)
 
 
 def test_tasks_are_selected_once_each_or_named(tmp_path):
     root = write_tree(tmp_path, [f"{task}/{name}/1.png" for task in "abc" for name in "xy"])
-    listing = find_images(DataConfig(tasks=["c", "a", "c"]), root)
+    listing = index_dataset(DataConfig(tasks=["c", "a", "c"]), root)
     assert tuple(listing.classes) == ("a", "c")
     assert [image.path for image in listing.images] == ["a/x/1.png", "a/y/1.png", "c/x/1.png", "c/y/1.png"]
     with pytest.raises(UserError, match="data.tasks: d, e not found .* found: a, b, c"):
-        find_images(DataConfig(tasks=["d", "e", "a"]), root)
+        index_dataset(DataConfig(tasks=["d", "e", "a"]), root)
 
 
 def test_root_without_tasks(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a folder"):
-        find_images(DataConfig(), tmp_path / "nowhere")
+        index_dataset(DataConfig(), tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no <task>/<class>/<image> folders"):
-        find_images(DataConfig(), write_tree(tmp_path, ["class/1.png"]))
+        index_dataset(DataConfig(), write_tree(tmp_path, ["class/1.png"]))
     with pytest.raises(UserError, match=r"task 'task' has 1 class folder"):
-        find_images(DataConfig(), write_tree(tmp_path, ["task/class/1.png"]))
+        index_dataset(DataConfig(), write_tree(tmp_path, ["task/class/1.png"]))
     with pytest.raises(UserError, match="Art, Clipart, Product, Real World not found"):
-        find_images(DataConfig(layout="office_home"), tmp_path)
+        index_dataset(DataConfig(layout="office_home"), tmp_path)
 
 
 def test_class_names_file(tmp_path):
@@ -368,17 +368,17 @@ def test_class_names_file(tmp_path):
     root = write_tree(tmp_path / "data", [f"{task}/{name}/1.png" for task in "ab" for name in names])
     file = tmp_path / "names.txt"
     file.write_bytes(b"\xef\xbb\xbf# a comment\r\nTV\r\n\r\nPost_it\tpost-it notes\r\n")
-    listing = find_images(DataConfig(class_names=str(file)), root)
+    listing = index_dataset(DataConfig(class_names=str(file)), root)
     assert listing.classes == {task: ("Post_it", "TV") for task in "ab"}
-    assert listing.class_words == {"Post_it": "post-it notes", "TV": "TV"}
-    assert listing.left_out_classes == ("a/Bed", "b/Bed")
+    assert listing.class_names == {"Post_it": "post-it notes", "TV": "TV"}
+    assert listing.excluded_classes == ("a/Bed", "b/Bed")
     assert len(listing.images) == 4
     file.write_text("TV\tTV | television set\nBed\n")
-    assert find_images(DataConfig(class_names=str(file)), root).class_words["TV"] == "TV | television set"
+    assert index_dataset(DataConfig(class_names=str(file)), root).class_names["TV"] == "TV | television set"
 
     file.write_text("TV\nMug\n")
     with pytest.raises(UserError, match="classes that task 'a' does not have: Mug"):
-        find_images(DataConfig(class_names=str(file)), root)
+        index_dataset(DataConfig(class_names=str(file)), root)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_file_name_that_is_not_utf8_is_a_broken_image(tmp_path):
     root = write_tree(tmp_path, ["a/x/1.png", "a/y/1.png"])
     write_bytes_path(root, b"a/x/caf\xe9.png")
     write_bytes_path(root, b"a/x/caf\xe9.txt")
-    listing = find_images(DataConfig(), root)
+    listing = index_dataset(DataConfig(), root)
     listing.fingerprint()
     assert listing.ignored == (r"a/x/caf\udce9.txt",)
     images = [scan_image(root, image.path, image.task, image.class_folder) for image in listing.images]
@@ -426,14 +426,14 @@ def test_folder_name_that_is_not_utf8_is_named(tmp_path):
     root = write_tree(tmp_path, ["a/x/1.png", "a/y/1.png"])
     write_bytes_path(root, b"a/caf\xe9/1.png")
     with pytest.raises(UserError, match=r"'caf\\udce9' is not UTF-8"):
-        find_images(DataConfig(), root)
+        index_dataset(DataConfig(), root)
 
 
 def test_names_are_the_same_in_both_forms_of_unicode(tmp_path):
     """HFS+ stores é as two characters."""
-    one = find_images(DataConfig(), write_tree(tmp_path / "one", ["café/thé/1.png", "café/x/1.png"]))
+    one = index_dataset(DataConfig(), write_tree(tmp_path / "one", ["café/thé/1.png", "café/x/1.png"]))
     decomposed = ["cafe\u0301/the\u0301/1.png", "cafe\u0301/x/1.png"]
-    two = find_images(DataConfig(tasks=["cafe\u0301"]), write_tree(tmp_path / "two", decomposed))
+    two = index_dataset(DataConfig(tasks=["cafe\u0301"]), write_tree(tmp_path / "two", decomposed))
     assert one.classes == two.classes == {"café": ("thé", "x")}
 
 
@@ -446,7 +446,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (root / "a/y/to_everything").symlink_to("/")
     (elsewhere / "x/back").symlink_to(elsewhere)
     (root / "a/y/dangling.png").symlink_to(tmp_path / "nowhere.png")
-    listing = find_images(DataConfig(links_out_of_root=True), root)
+    listing = index_dataset(DataConfig(follow_external_symlinks=True), root)
     assert [image.path for image in listing.images] == [
         "a/x/1.png",
         "a/y/1.png",
@@ -469,7 +469,7 @@ def test_unreadable_folder_is_named(tmp_path):
     (root / "a/x").chmod(0)
     try:
         with pytest.raises(UserError, match="cannot read .*a/x"):
-            find_images(DataConfig(), root)
+            index_dataset(DataConfig(), root)
     finally:
         (root / "a/x").chmod(0o755)
 
@@ -528,7 +528,7 @@ def test_rows_hold_the_images_and_what_they_mean(tmp_path):
     reader = SplitReader(tmp_path / "splits")
     assert reader.description == description
     assert reader.description.tasks == ["a b", "ç[1]"]
-    assert reader.description.words("a b") == ["cross", "y z"]
+    assert reader.description.class_names_for("a b") == ["cross", "y z"]
     for split, number in (("train", 4), ("test", 8)):
         for task in description.tasks:
             rows = list(reader.rows(split, task, COLUMNS.names))
@@ -666,13 +666,13 @@ def test_evaluation_pixels_are_open_clips_for_every_size(width, height, image_si
 
 
 def test_grey_is_open_clips():
-    grey = photo(90, 70).convert("L")
-    assert np.abs(evaluation_pixels(encoded(grey), 32) - open_clip_pixels(grey, 32)).max() <= 1.001
+    gray = photo(90, 70).convert("L")
+    assert np.abs(evaluation_pixels(encoded(gray), 32) - open_clip_pixels(gray, 32)).max() <= 1.001
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "CMYK", "1"])
 def test_other_modes_become_rgb_before_they_are_resized(mode):
-    """open_clip resizes first, which takes a palette's and a bitmap's nearest pixels, weighs colours by their
+    """open_clip resizes first, which takes a palette's and a bitmap's nearest pixels, weighs colors by their
     alpha and mixes inks instead of light; CoOp and its successors convert first, as here."""
     image = photo(90, 70).convert(mode)
     if mode in ("RGBA", "LA"):
@@ -689,9 +689,9 @@ def test_palette_with_transparency_loses_only_that():
 
 
 def test_16_bit_grey_keeps_its_shades():
-    grey = np.arange(64 * 64).reshape(64, 64) * 16
-    sixteen = encoded(Image.fromarray(grey.astype(np.uint16)))
-    eight = encoded(Image.fromarray(np.round(grey / 257).astype(np.uint8)))
+    gray = np.arange(64 * 64).reshape(64, 64) * 16
+    sixteen = encoded(Image.fromarray(gray.astype(np.uint16)))
+    eight = encoded(Image.fromarray(np.round(gray / 257).astype(np.uint8)))
     assert np.array_equal(np.asarray(decode_rgb(sixteen)), np.asarray(decode_rgb(eight)))
 
 
@@ -822,7 +822,7 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale):
         assert scipy.stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3, name
 
 
-def test_no_random_crop_is_the_evaluations_centre():
+def test_no_random_crop_is_the_evaluations_center():
     config = AugmentationConfig(crop_scale=(1, 1), flip=False)
     for width, height in [(64, 64), (96, 64), (64, 128)]:
         data = encoded(photo(width, height))
@@ -869,8 +869,8 @@ def test_the_office_home_preset_finds_office_home(tmp_path, monkeypatch):
     archive = tmp_path / OFFICE_HOME_FOLDER
     write_tree(archive, [f"{task}/{name}/00001.jpg" for task in OFFICE_HOME_TASKS for name in names], b"")
     config = parse_config(yaml.safe_load(Path("configs/office_home.yaml").read_text()))
-    listing = find_images(config.data, tmp_path)
+    listing = index_dataset(config.data, tmp_path)
     assert {len(classes) for classes in listing.classes.values()} == {65}
-    assert listing.left_out_classes == ()
-    assert listing.class_words["Postit_Notes"] == "post-it notes"
-    assert listing.class_words["Alarm_Clock"] == "Alarm Clock"
+    assert listing.excluded_classes == ()
+    assert listing.class_names["Postit_Notes"] == "post-it notes"
+    assert listing.class_names["Alarm_Clock"] == "Alarm Clock"

@@ -23,13 +23,13 @@ from scipy import ndimage
 from small_clip import tokenizer
 
 from pipeline.config import DataConfig
-from pipeline.data import checked_images, near_copies
+from pipeline.data import checked_images, near_duplicates
 from pipeline.data.checked_images import check_images, read_checked, read_samples, sample_paths
-from pipeline.data.facts import THUMBNAIL, image_facts, thumbnail
-from pipeline.data.find import ImageFile, find_images
-from pipeline.data.findings import CheckedImage, cut_words, find_faults
+from pipeline.data.findings import CheckedImage, find_issues, tokenize_words
+from pipeline.data.image_stats import THUMBNAIL, image_stats, thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
-from pipeline.data.near_copies import MOST_BITS, alike
+from pipeline.data.index import ImageRecord, index_dataset
+from pipeline.data.near_duplicates import MOST_BITS, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
 from pipeline.report.data_check import LINE_ON_PAGE, check_page, check_tables, one_line, overviews
 
@@ -53,15 +53,15 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def test_facts_of_an_image():
     turned = Image.Exif()
     turned[0x0112] = 6
-    facts = image_facts(encoded(photo(1), "JPEG", exif=turned))
+    facts = image_stats(encoded(photo(1), "JPEG", exif=turned))
     assert (facts.width, facts.height, facts.mode, facts.format) == (128, 96, "RGB", "JPEG")
     assert (facts.orientation, facts.frames) == (6, 1) and facts.contrast > 20
-    grey = Image.fromarray(np.full((40, 50), 30_000, np.uint16))
-    assert image_facts(encoded(grey)).mode == "I;16" and image_facts(encoded(grey)).contrast == 0
+    gray = Image.fromarray(np.full((40, 50), 30_000, np.uint16))
+    assert image_stats(encoded(gray)).mode == "I;16" and image_stats(encoded(gray)).contrast == 0
     moving = encoded(photo(1).convert("P"), "GIF", save_all=True, append_images=[photo(2).convert("P")])
-    assert (image_facts(moving).frames, image_facts(moving).mode, image_facts(moving).orientation) == (2, "P", 1)
+    assert (image_stats(moving).frames, image_stats(moving).mode, image_stats(moving).orientation) == (2, "P", 1)
     with pytest.raises(BrokenImage):
-        image_facts(b"<html>not found</html>")
+        image_stats(b"<html>not found</html>")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -69,10 +69,10 @@ def test_broken_metadata_and_later_frames_break_no_image():
     """Only what is used may stop a run: the pixels of the first frame."""
     frames = [photo(seed).convert("P") for seed in range(4)]
     moving = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert image_facts(moving[:-2000]).frames >= 1 and image_facts(moving).frames == 4
+    assert image_stats(moving[:-2000]).frames >= 1 and image_stats(moving).frames == 4
     word = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", 0x0112, 2, 3, b"up") + bytes(4)  # no number
     for exif in (word, b"MM\0*\xff\xff\xff\xff", b"\xff" * 40):
-        assert image_facts(encoded(photo(1), "JPEG", exif=b"Exif\0\0" + exif)).orientation == 1
+        assert image_stats(encoded(photo(1), "JPEG", exif=b"Exif\0\0" + exif)).orientation == 1
 
 
 def test_thumbnails_are_small():
@@ -83,7 +83,7 @@ def test_thumbnails_are_small():
 
 @pytest.mark.parametrize("change", ["smaller", "worse", "other format"])
 def test_a_changed_copy_looks_alike_and_others_do_not(change):
-    looks = []
+    phash = []
     for seed in range(12):
         image = photo(seed)
         copy = {
@@ -91,37 +91,37 @@ def test_a_changed_copy_looks_alike_and_others_do_not(change):
             "worse": encoded(image, "JPEG", quality=40),
             "other format": encoded(image, "WEBP", lossless=True),
         }[change]
-        looks += [image_facts(encoded(image)).looks, image_facts(copy).looks]
-    assert alike(looks) == [[at, at + 1] for at in range(0, 24, 2)]
+        phash += [image_stats(encoded(image)).phash, image_stats(copy).phash]
+    assert near_duplicate_groups(phash) == [[at, at + 1] for at in range(0, 24, 2)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), most_bits=st.integers(0, 6), pairs_at_once=st.sampled_from([1, 5, 1 << 22]))
 def test_groups_of_alike_are_those_of_comparing_all_pairs(data, most_bits, pairs_at_once):
-    looks = data.draw(st.lists(st.integers(0, 2**64 - 1), max_size=12))
-    for _ in range(data.draw(st.integers(0, 20)) if looks else 0):
-        near = data.draw(st.sampled_from(looks))
+    phash = data.draw(st.lists(st.integers(0, 2**64 - 1), max_size=12))
+    for _ in range(data.draw(st.integers(0, 20)) if phash else 0):
+        near = data.draw(st.sampled_from(phash))
         for bit in data.draw(st.lists(st.integers(0, 63), max_size=most_bits + 1)):
             near ^= 1 << bit
-        looks.append(near)
-    group_of = list(range(len(looks)))
-    for a, b in combinations(range(len(looks)), 2):
-        if (looks[a] ^ looks[b]).bit_count() <= most_bits and group_of[a] != group_of[b]:
+        phash.append(near)
+    group_of = list(range(len(phash)))
+    for a, b in combinations(range(len(phash)), 2):
+        if (phash[a] ^ phash[b]).bit_count() <= most_bits and group_of[a] != group_of[b]:
             old, new = group_of[b], group_of[a]
             group_of = [new if group == old else group for group in group_of]
     groups = [[at for at, of in enumerate(group_of) if of == group] for group in dict.fromkeys(group_of)]
-    with patch.object(near_copies, "PAIRS_AT_ONCE", pairs_at_once):
-        assert alike(looks, most_bits) == [group for group in groups if len(group) > 1]
+    with patch.object(near_duplicates, "PAIRS_AT_ONCE", pairs_at_once):
+        assert near_duplicate_groups(phash, most_bits) == [group for group in groups if len(group) > 1]
 
 
 def test_many_alike_are_compared_in_bounded_memory():
-    looks = [0b1111 << at for at in range(60)] * 400
-    assert [len(group) for group in alike(looks, MOST_BITS)] == [24_000]
+    phash = [0b1111 << at for at in range(60)] * 400
+    assert [len(group) for group in near_duplicate_groups(phash, MOST_BITS)] == [24_000]
     rng = np.random.default_rng(0)
-    assert alike([int(value) for value in rng.integers(0, 2**63, 50_000)], MOST_BITS) == []
+    assert near_duplicate_groups([int(value) for value in rng.integers(0, 2**63, 50_000)], MOST_BITS) == []
     # Nearly all pairs of these are alike, which are 36 million.
     near = [sum(1 << int(bit) for bit in rng.choice(16, 8, replace=False)) for _ in range(6_000)]
-    (group,) = alike(near, MOST_BITS)
+    (group,) = near_duplicate_groups(near, MOST_BITS)
     assert group == list(range(6_000))
 
 
@@ -134,7 +134,7 @@ WORDS = {"cat": "cat", "dog": "dog"}
 def checked(path: str, data: bytes, sha256: str | None = None) -> CheckedImage:
     task, folder, _ = path.split("/")
     try:
-        facts, error = image_facts(data), None
+        facts, error = image_stats(data), None
     except BrokenImage as fault:
         facts, error = None, str(fault)
     return CheckedImage(ScannedImage(path, task, folder, sha256 or f"sha of {path}", error), facts)
@@ -146,8 +146,8 @@ def clean_set() -> list[CheckedImage]:
 
 
 def found(images, classes=CLASSES, words=WORDS, shots=3, training=()):
-    pieces = cut_words(words.values(), tokenizer().encode, tokenizer().decoder.__getitem__)
-    return find_faults(images, classes, words, pieces, shots, training)
+    subwords = tokenize_words(words.values(), tokenizer().encode, tokenizer().decoder.__getitem__)
+    return find_issues(images, classes, words, subwords, shots, training)
 
 
 def only(findings):
@@ -166,7 +166,7 @@ def test_nothing_is_said_of_a_clean_set():
         (
             {"art/cat/9.png": encoded(Image.new("RGB", (64, 64), "red"))},
             "warning",
-            "1 images are of one colour",
+            "1 images are of one color",
             "9.png",
         ),
         ({"art/cat/9.png": encoded(photo(7, (20, 60)))}, "warning", "1 images have a side of fewer than 32", "60 x 20"),
@@ -267,7 +267,7 @@ def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
 def test_long_groups_do_not_flood_the_page_nor_the_terminal():
     one = checked("art/cat/0.png", encoded(photo(100)))
     images = [replace(one, image=replace(one.image, path=f"art/cat/{number:04}.png")) for number in range(1000)]
-    findings = [of for of in find_faults(images, {"art": ("cat",)}, WORDS, {}, 0) if "more than once" in of.title]
+    findings = [of for of in find_issues(images, {"art": ("cat",)}, WORDS, {}, 0) if "more than once" in of.title]
     assert len(only(findings).examples[0]) > 10_000
     tasks = overviews(images, {"art": ("cat",)})
     page = check_page("demo", tasks, findings, {}, WORDS)
@@ -306,7 +306,7 @@ def planted(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("batch_rows", [5, checked_images.BATCH_ROWS])
 def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeypatch, batch_rows):
     monkeypatch.setattr(checked_images, "BATCH_ROWS", batch_rows)
-    listing = find_images(DataConfig(), planted)
+    listing = index_dataset(DataConfig(), planted)
     wanted = sample_paths(listing.images)
     table = check_images(planted, listing.images, wanted)
     checked_images.pq.write_table(table, tmp_path / "images.parquet")
@@ -315,7 +315,7 @@ def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeyp
     for of in seen:
         data = (planted / of.image.path).read_bytes()
         try:
-            assert of.facts == image_facts(data) and of.image.error is None
+            assert of.facts == image_stats(data) and of.image.error is None
         except BrokenImage as fault:
             assert of.facts is None and of.image.error == str(fault)
         assert of.image.size == len(data)
@@ -328,7 +328,7 @@ def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeyp
 
 def test_samples_are_few_where_classes_are_many(monkeypatch):
     monkeypatch.setattr(checked_images, "MOST_SAMPLES", 50)
-    files = [ImageFile(f"a/{name}/{number}.png", "a", str(name), 1, 1) for name in range(40) for number in range(9)]
+    files = [ImageRecord(f"a/{name}/{number}.png", "a", str(name), 1, 1) for name in range(40) for number in range(9)]
     samples = sample_paths(files)
     of_class = [sum(of.class_folder == str(name) and of.path in samples for of in files) for name in range(40)]
     assert len(samples) == 50 and sorted(of_class) == [1] * 30 + [2] * 10
@@ -353,7 +353,7 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
         "art/cat/broken.png: no image of a known format",
         "warning 1 images are in several classes of one task One of their labels is wrong",
         "art/cat/2.png, art/dog/contradicts.png",
-        "warning 1 images are of one colour",
+        "warning 1 images are of one color",
         "note 1 images are in their class more than once",
         "note 1 images have several frames",
     ):
@@ -374,6 +374,6 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     # Where broken files may be left out, nothing stops a run; no image is read for that again.
     (images,) = storage.glob("data_check/*/images.parquet")
     before = images.stat().st_mtime_ns
-    with_broken_files = check("--data.max_dropped_share", "0.1")
+    with_broken_files = check("--data.max_broken_fraction", "0.1")
     assert with_broken_files.status == 0 and "3 warnings, 2 notes" in with_broken_files.output
     assert list(storage.glob("data_check/*/images.parquet")) == [images] and images.stat().st_mtime_ns == before

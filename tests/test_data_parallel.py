@@ -26,8 +26,8 @@ from torch.multiprocessing.spawn import spawn
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.distributed import DistributedShard
 from pipeline.training.evaluate import decoded_batches, evaluate
-from pipeline.training.share import Share
 from pipeline.training.trainer import Trainer
 
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
@@ -81,7 +81,7 @@ def work_beside_the_first(number: int, world: int, folder) -> None:
     work(number + 1, world, folder)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.fault_injection)])
 def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
     write_test_splits(tmp_path)
     # The first rank is this process, which has imported everything.
@@ -105,8 +105,8 @@ def test_shares_cover_every_row_once():
     for world in (1, 2, 4, 9):
         taken = []
         for rank in range(world):
-            parts = Share(rank, world).parts(rows_per_task)
-            start, stop = Share(rank, world).rows(sum(rows_per_task))
+            parts = DistributedShard(rank, world).parts(rows_per_task)
+            start, stop = DistributedShard(rank, world).rows(sum(rows_per_task))
             of_rank = [(task, row) for task, part in enumerate(parts) for row in range(part.start, part.stop)]
             assert len(of_rank) == stop - start >= 1
             taken += of_rank

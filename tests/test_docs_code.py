@@ -1,7 +1,7 @@
 """Every code block of README.md, CONTRIBUTING.md and docs/, checked by what it is: Python is executed, configs and
 tables are read, each command of a shell block is parsed by its own program, and a job does all that it does before Ray.
 
-docs/tutorial.md has a test of its own. Output that is shown (`text`) and pictures (`mermaid`) are labelled, no more.
+docs/tutorial.md has a test of its own. Output that is shown (`text`) and pictures (`mermaid`) are labeled, no more.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pipelines import REPOSITORY
 
 from pipeline.clip.load import clip_identity, load_clip, weights_fingerprint
 from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_config, to_yaml
-from pipeline.data.find import OFFICE_HOME_TASKS, find_images, read_class_names
+from pipeline.data.index import OFFICE_HOME_TASKS, index_dataset, read_class_names
 from pipeline.demo.digits import write_digits
 from pipeline.files import write_json
-from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
+from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.registry import METHODS
 from pipeline.prediction.options import GROUPED
-from pipeline.runtime.storage import Artefact, Storage
-from pipeline.stages.finished_run import SUMMARY, record_artefacts
+from pipeline.runtime.storage import Artifact, Storage
+from pipeline.stages.finished_run import SUMMARY, write_provenance
 from pipeline.tuning.search_file import read_search
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -154,14 +154,14 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     state = METHODS["mmap"].build(config, towers, group).state_dict()
     folder = storage / "runs" / "finished"
     (folder / GROUPED).parent.mkdir(parents=True)
-    save_prompts(folder / GROUPED, TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (state,)))
+    save_adapter(folder / GROUPED, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (state,)))
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / SUMMARY).parent.mkdir()
     write_json(folder / SUMMARY, {"tasks": [*group], "groups": [[*group]]})
-    snapshots = Artefact(Storage.of_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
-    with snapshots.making():
+    snapshots = Artifact(Storage.of_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
+    with snapshots.writer():
         pass
-    record_artefacts(SimpleNamespace(folder=folder), [snapshots])
+    write_provenance(SimpleNamespace(folder=folder), [snapshots])
 
 
 def names_of(page: str, world: Path) -> dict[str, object]:
@@ -202,7 +202,7 @@ def check_yaml(block: Block, tmp_path: Path) -> None:
 
 
 def check_manifest(block: Block, tmp_path: Path) -> None:
-    listing = find_images(DataConfig(given_splits=True), write_manifest(block.code, tmp_path))
+    listing = index_dataset(DataConfig(use_official_splits=True), write_manifest(block.code, tmp_path))
     assert len(listing.images) == len(block.code.splitlines()) - 1
 
 

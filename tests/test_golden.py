@@ -20,9 +20,9 @@ import pipeline
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
-from pipeline.methods.prompt_file import load_prompts
+from pipeline.methods.adapter_file import load_adapter
 from pipeline.methods.registry import METHODS, VARIANTS, training_of
-from pipeline.stages.plan import NUMBERS_VERSION
+from pipeline.stages.plan import RESULTS_VERSION
 from pipeline.training.batches import load_training_sets
 from pipeline.training.trainer import Trainer
 
@@ -36,14 +36,14 @@ def all_methods(shared_ray, tmp_path_factory):
     """A tiny run of all methods. Its storage is of a few hundred MB, mostly of full fine-tuning, so it is removed."""
     storage = tmp_path_factory.mktemp("all methods") / "storage"
     run_pipeline(ALL_METHODS, storage)
-    prompts = {file.stem: load_prompts(file) for file in (the_run(storage) / "prompts").glob("*.safetensors")}
+    prompts = {file.stem: load_adapter(file) for file in (the_run(storage) / "adapters").glob("*.safetensors")}
     yield SimpleNamespace(
         storage=storage,
         config=parse_config(load_yaml(the_run(storage) / "config.yaml")),
         numbers=read_numbers(storage),
         trainings=training_folders(storage),
         prompts=prompts,
-        prompts_folder=the_run(storage) / "prompts",
+        prompts_folder=the_run(storage) / "adapters",
         groups={name: [list(words) for words in of_method.groups] for name, of_method in prompts.items()},
     )
     shutil.rmtree(storage)
@@ -69,7 +69,7 @@ def test_every_method_gives_its_golden_numbers(all_methods):
     check_golden(ALL_METHODS, all_methods.numbers)
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_the_demo_gives_its_golden_numbers_and_is_fair(shared_ray, tmp_path):
     """`make demo`: zero-shot CLIP is good on the domain of its training and poor elsewhere; prompts help clearly."""
     run_pipeline(DEMO, tmp_path / "storage")
@@ -114,7 +114,7 @@ COOP = ("trainings", "coop: noise")
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        (("numbers_version",), NUMBERS_VERSION + 1, "numbers_version: "),
+        (("numbers_version",), RESULTS_VERSION + 1, "numbers_version: "),
         (("splits", "test noise", "digest"), "0", "splits test noise: digest 02e4"),
         (("groups", 0), ["noise", "outline"], "groups 1: 2 rotated -> outline"),
         (("affinity", 0, 1), lambda value: value + 1, "affinity 1: 2 100.7322 -> 101.7322 (1)"),
@@ -227,12 +227,12 @@ def test_hipros_tree_first_joins_the_tasks_with_the_largest_affinity(all_methods
     finished = run_job(
         "full_pipeline",
         *("--storage", all_methods.storage, *ALL_METHODS.options),
-        *("--compare", "[hipro]", "--grouping.affinity", "cosine"),
+        *("--baselines", "[hipro]", "--grouping.affinity", "cosine"),
     )
     assert finished.status == 0, finished.output
     (by_cosine,) = set(all_methods.storage.glob("runs/*")) - before
     affinity = json.loads((by_cosine / "report" / "summary.json").read_text())["methods"]["hipro"]["accuracy"]
-    assert joined_tasks(load_prompts(by_cosine / "prompts" / "hipro.safetensors")) == ["outline", "rotated"]
+    assert joined_tasks(load_adapter(by_cosine / "adapters" / "hipro.safetensors")) == ["outline", "rotated"]
     assert affinity != all_methods.numbers["methods"]["hipro"]["accuracy"]
 
 

@@ -16,7 +16,7 @@ import torch
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 from pipelines import REPOSITORY
-from plain_partitions import (
+from reference_partitions import (
     KINDS,
     OBJECTIVES,
     PLAIN_AFFINITIES,
@@ -32,7 +32,7 @@ from small_problem import mmap_shape
 from pipeline import command_line
 from pipeline.config import Config, GroupingConfig, choices
 from pipeline.errors import UserError
-from pipeline.grouping import trust
+from pipeline.grouping import stability
 from pipeline.grouping.advice import warnings_about
 from pipeline.grouping.affinities import find_affinity
 from pipeline.grouping.affinity import affinity_matrix
@@ -40,13 +40,13 @@ from pipeline.grouping.gradient_blocks import SOURCE, gradient_blocks, read_layo
 from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.objectives import find_objective
 from pipeline.grouping.partition import Partition, best_partition
+from pipeline.grouping.stability import ranked_partitions
 from pipeline.grouping.study import partition_score
-from pipeline.grouping.trust import ranked_partitions
 from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map
-from pipeline.runtime.storage import Artefact, Storage
+from pipeline.runtime.storage import Artifact, Storage
 from pipeline.stages.global_prompt import SNAPSHOTS
-from pipeline.stages.grouping import describe_search, grouping_artefact, make_grouping, read_grouping
+from pipeline.stages.grouping import describe_search, grouping_artifact, make_grouping, read_grouping
 from pipeline.stages.grouping_solution import write_grouping
 from pipeline.training.snapshots import write_snapshots
 from pipeline.training.trainer import Snapshot, StepRecord
@@ -169,7 +169,7 @@ TASKS = ["ink", "chalk", "neon"]
 def undrawn(monkeypatch):
     """The stage draws no pictures and takes few resamples: both take seconds, and every run of a pipeline has them."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, target, **options: None)
-    monkeypatch.setattr(trust, "NUM_RESAMPLES", 12)
+    monkeypatch.setattr(stability, "NUM_RESAMPLES", 12)
 
 
 def solved(tmp_path, gradients: np.ndarray, **options) -> dict:
@@ -196,32 +196,32 @@ def test_the_stage_heeds_its_options_and_records_them(undrawn, tmp_path):
     assert (found["scaling_matrices"], found["per_layer"], found["objective"]) == (False, False, "density")
     found = solved(tmp_path, gradients, scaling_matrices=False, per_layer=True, affinity="cosine")
     assert found["groups"] == [["ink"], ["chalk", "neon"]]
-    found = solved(tmp_path, gradients, together=[["ink", "chalk"]], apart=[["neon", "ink"]])
+    found = solved(tmp_path, gradients, must_link=[["ink", "chalk"]], cannot_link=[["neon", "ink"]])
     assert found["groups"] == [["ink", "chalk"], ["neon"]]
-    assert found["constraints"]["together"] == [["ink", "chalk"]] and found["num_candidates"] == 1
+    assert found["constraints"]["must_link"] == [["ink", "chalk"]] and found["num_candidates"] == 1
     assert describe_search(found) == "best of 1 partitions · dynamic programming over subsets"
 
 
 def small_plan(storage: Storage, tasks: list[str], **options) -> SimpleNamespace:
     """What the grouping takes of a plan."""
 
-    def artefact(stage: str, made_from: dict) -> Artefact:
-        return Artefact(storage, stage, made_from)
+    def artifact(stage: str, inputs: dict) -> Artifact:
+        return Artifact(storage, stage, inputs)
 
-    return SimpleNamespace(tasks=tasks, config=Config(grouping=GroupingConfig(**options)), artefact=artefact)
+    return SimpleNamespace(tasks=tasks, config=Config(grouping=GroupingConfig(**options)), artifact=artifact)
 
 
-def made_snapshots(storage: Storage, tasks: list[str], gradients: np.ndarray) -> Artefact:
+def made_snapshots(storage: Storage, tasks: list[str], gradients: np.ndarray) -> Artifact:
     """A finished global prompt with gradients (S, T, 21)."""
-    artefact = Artefact(storage, "global_prompt", {"gradients": gradients.tolist()})
+    artifact = Artifact(storage, "global_prompt", {"gradients": gradients.tolist()})
     each = (1.0,) * len(tasks)
     records = [StepRecord(step, 1, 0.1, each, each) for step in range(1, len(gradients) + 1)]
     taken = zip(records, torch.tensor(gradients, dtype=torch.float32))
-    with artefact.making() as made:
+    with artifact.writer() as made:
         write_snapshots(
             made.folder / SNAPSHOTS, tasks, [Snapshot(*of_step, torch.zeros(21)) for of_step in taken], LAYOUT
         )
-    return artefact
+    return artifact
 
 
 @dataclass
@@ -258,12 +258,12 @@ def make_grouping_of(tmp_path, undrawn, monkeypatch):
 
     def make(tasks: list[str], gradients: np.ndarray, **options) -> MadeGrouping:
         plan, snapshots = small_plan(storage, tasks, **options), made_snapshots(storage, tasks, gradients)
-        artefact = grouping_artefact(plan, snapshots)
-        assert make_grouping(plan, snapshots, artefact)
-        page = (artefact.local() / "grouping.html").read_text()
+        artifact = grouping_artifact(plan, snapshots)
+        assert make_grouping(plan, snapshots, artifact)
+        page = (artifact.local() / "grouping.html").read_text()
         pictures = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)
         shown = {title: figures[int(base64.b64decode(token).split()[1])] for title, token in pictures}
-        return MadeGrouping(read_grouping(artefact), page, shown, dict(by_file))
+        return MadeGrouping(read_grouping(artifact), page, shown, dict(by_file))
 
     return make
 
@@ -301,9 +301,15 @@ CONSTRAINTS = {
     "num_groups": {"num_groups": 4},
     "min_size": {"min_size": 2},
     "max_size": {"max_size": 2},
-    "together": {"together": [["chalk", "outline"], ["ink", "neon"]]},
-    "apart": {"apart": [["chalk", "neon", "noise"]]},
-    "all": {"num_groups": 2, "min_size": 2, "max_size": 3, "together": [["ink", "noise"]], "apart": [["chalk", "ink"]]},
+    "must_link": {"must_link": [["chalk", "outline"], ["ink", "neon"]]},
+    "cannot_link": {"cannot_link": [["chalk", "neon", "noise"]]},
+    "all": {
+        "num_groups": 2,
+        "min_size": 2,
+        "max_size": 3,
+        "must_link": [["ink", "noise"]],
+        "cannot_link": [["chalk", "ink"]],
+    },
 }
 AFFINITIES = [
     {"affinity": affinity, "per_layer": per_layer, "scaling_matrices": scaling_matrices}
@@ -355,7 +361,7 @@ def test_all_that_the_stage_tells_is_scored_and_constrained_as_configured(
     lengths = np.random.default_rng(0).uniform(0.5, 2, size=(9, 1, 1))
     gradients = lengths * telling_gradients(objective, affinity, by_number)
     made = make_grouping_of(MORE_TASKS, gradients, objective=objective, **affinity, **options)
-    result, sure = made.result, made.result["trust"]
+    result, sure = made.result, made.result["stability"]
 
     expected = plain_affinity(gradients, **affinity)
     np.testing.assert_allclose(result["affinity"], expected, rtol=1e-6, atol=1e-9)
@@ -375,7 +381,7 @@ def test_all_that_the_stage_tells_is_scored_and_constrained_as_configured(
     assert [(in_words(of["groups"]), of["share"]) for of in sure["resampled"]] == [(best, 1.0)]
     assert {in_words(of["groups"]) for of in sure["over_training"]} == {best}
     group_of = {task: group for group in best.split(" | ") for task in group.split(" + ")}
-    assert sure["together"] == [[float(group_of[i] == group_of[j]) for j in MORE_TASKS] for i in MORE_TASKS]
+    assert sure["co_assignment"] == [[float(group_of[i] == group_of[j]) for j in MORE_TASKS] for i in MORE_TASKS]
     assert [in_words(of["groups"]) for of in sure["ranked"]] == ranked[:10]
     assert [of["score"] for of in sure["ranked"]] == pytest.approx([scores[groups] for groups in ranked[:10]])
 
@@ -390,16 +396,16 @@ def test_all_that_the_stage_tells_is_scored_and_constrained_as_configured(
 def test_of_many_tasks_all_partitions_told_keep_the_constraints_and_have_their_scores(make_grouping_of, objective):
     tasks = [f"task{number}" for number in range(9)]  # more than all partitions are ranked of
     gradients = np.random.default_rng(3).normal(size=(6, 9, 21))
-    constraints = {"num_groups": 3, "min_size": 2, "max_size": 4, "apart": [["task0", "task4"]]}
+    constraints = {"num_groups": 3, "min_size": 2, "max_size": 4, "cannot_link": [["task0", "task4"]]}
     made = make_grouping_of(tasks, gradients, objective=objective, **constraints)
-    sure, affinity = made.result["trust"], plain_affinity(gradients, "dot", False, True)
+    sure, affinity = made.result["stability"], plain_affinity(gradients, "dot", False, True)
     told = [made.result, *sure["ranked"], *sure["resampled"], *sure["over_training"]]
     assert len(sure["ranked"]) > 3 and len(sure["resampled"]) > 1
 
     def numbers(groups: list[list[str]]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(tasks.index(task) for task in group) for group in groups)
 
-    assert all(meets_constraints(numbers(of["groups"]), **constraints | {"apart": [[0, 4]]}) for of in told)
+    assert all(meets_constraints(numbers(of["groups"]), **constraints | {"cannot_link": [[0, 4]]}) for of in told)
     scores = [plain_score(affinity, numbers(of["groups"]), objective) for of in sure["ranked"]]
     assert [of["score"] for of in sure["ranked"]] == pytest.approx(scores) and scores[0] == max(scores)
     assert list(made.bars(made.figures["What comes close"]).values()) == pytest.approx(scores)
@@ -429,12 +435,12 @@ def test_bad_snapshots_are_named(undrawn, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[[ink, oil]]", "apart: [ink, oil]: 'oil' is not a task; tasks: "),
-        ("[[ink, chalk]]", "'chalk' and 'ink' must be together (`together`) and apart (`apart`)"),
+        ("[[ink, oil]]", "cannot_link: [ink, oil]: 'oil' is not a task; tasks: "),
+        ("[[ink, chalk]]", "'chalk' and 'ink' must be together (`must_link`) and apart (`cannot_link`)"),
     ],
 )
 def test_constraints_are_checked_at_the_door(tmp_path, monkeypatch, capsys, value, message):
-    options = ["--grouping.together", "[[chalk, ink]]", "--grouping.apart", value]
+    options = ["--grouping.must_link", "[[chalk, ink]]", "--grouping.cannot_link", value]
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *options])
     with pytest.raises(SystemExit) as end:
         command_line.run_job("", lambda run: pytest.fail("the job started"))
@@ -462,7 +468,7 @@ def test_collapse_into_one_group_says_what_to_do():
     (message,) = warned(affinity, objective="density", kind="cosine", per_layer=True)
     assert "'mean'" in message and "'density'" not in message and "per_layer" not in message
     assert warned(affinity, num_groups=1) == []  # asked for: no warning
-    assert warned(affinity, together=[[0, 1, 2, 3]]) == []
+    assert warned(affinity, must_link=[[0, 1, 2, 3]]) == []
     mixed = affinity.copy()
     mixed[0, 1] = mixed[1, 0] = -0.1
     (message,) = warned(mixed)
@@ -526,7 +532,7 @@ def test_all_alone_all_zero_and_unremarkable():
     (message,) = warned(negative)
     assert "Every task is alone: no pairwise affinity is positive" in message
     assert warned(negative, max_size=1) == []
-    assert warned(negative, apart=[[0, 1, 2]]) == []
+    assert warned(negative, cannot_link=[[0, 1, 2]]) == []
     (message,) = warned(np.eye(3))
     assert "All affinities between tasks are zero" in message
     blocks = np.kron(np.eye(2), np.ones((2, 2))) * 2 - 1

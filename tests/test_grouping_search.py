@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from plain_partitions import OBJECTIVES, best_by_plain_enumeration, meets_constraints, plain_score
+from reference_partitions import OBJECTIVES, best_by_plain_enumeration, meets_constraints, plain_score
 
 from pipeline.errors import UserError
 from pipeline.grouping import partition
@@ -18,7 +18,7 @@ from pipeline.grouping.search.assignment import feasible_labels
 from pipeline.grouping.search.components import components
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.grouping.search.integer_program import IntegerProgram
-from pipeline.grouping.search.local_search import better_partition, good_partition
+from pipeline.grouping.search.local_search import heuristic_partition, improve_partition
 from pipeline.grouping.search.problem import Problem
 from pipeline.grouping.search.subsets import best_by_subsets
 
@@ -66,8 +66,8 @@ def searches(draw, most_tasks: int = 7):
         "num_groups": draw(st.none() | st.integers(1, num_tasks)),
         "min_size": min_size,
         "max_size": draw(st.none() | st.integers(min_size, num_tasks + 1)),
-        "together": draw(lists) if num_tasks > 2 else [],
-        "apart": draw(lists) if num_tasks > 2 else [],
+        "must_link": draw(lists) if num_tasks > 2 else [],
+        "cannot_link": draw(lists) if num_tasks > 2 else [],
     }
     return np.triu(matrix) + np.triu(matrix, 1).T, draw(st.sampled_from(OBJECTIVES)), constraints
 
@@ -83,7 +83,7 @@ def by_components(problem: Problem) -> list[tuple[int, ...]]:
     return [
         tuple(part[unit] for unit in group)
         for part in components(problem)
-        for group in best_by_subsets(problem.merged([[unit] for unit in part]))
+        for group in best_by_subsets(problem.contract_must_links([[unit] for unit in part]))
     ]
 
 
@@ -101,7 +101,7 @@ def test_every_exact_way_gives_the_partition_of_plain_enumeration(search):
     for way in (best_by_subsets, by_components):
         assert problem.task_groups(way(problem)) == groups, way
     found = best_partition(affinity, objective=objective, **constraints)
-    assert (found.groups, found.num_candidates, found.proven) == (groups, num_candidates, True)
+    assert (found.groups, found.num_candidates, found.is_optimal) == (groups, num_candidates, True)
     assert found.score == pytest.approx(score, rel=0, abs=1e-11 * max(1.0, np.abs(affinity).sum()))
 
 
@@ -117,7 +117,7 @@ def test_the_integer_program_reaches_the_best_score(search):
     expected = best_by_plain_enumeration(affinity, objective, **constraints)
     assume(expected is not None)
     problem = made_problem(affinity, objective, **constraints)
-    assume(problem.num_units > 1)
+    assume(problem.num_nodes > 1)
     groups, bound = IntegerProgram(problem).solve(worst_start(problem), 30)
     assert meets_constraints(problem.task_groups(groups), **constraints)
     assert problem.score(groups) == pytest.approx(expected[1], rel=0, abs=2e-6 * max(1e-9, np.abs(affinity).max()))
@@ -132,15 +132,15 @@ def test_a_local_search_meets_the_constraints_and_claims_no_more_than_it_has(sea
     expected = best_by_plain_enumeration(affinity, objective, **constraints)
     assume(expected is not None)
     problem = made_problem(affinity, objective, **constraints)
-    assume(problem.num_units > 1)
+    assume(problem.num_nodes > 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_search, "MOST_PARTS", most_parts)
         patch.setattr(local_search, "NUM_ANNEALINGS", 1)
         patch.setattr(local_search, "ROUNDS", 4)
-        first = good_partition(problem, 5)
-        groups = better_partition(problem, first, 5)
+        first = heuristic_partition(problem, 5)
+        groups = improve_partition(problem, first, 5)
     assert meets_constraints(problem.task_groups(groups), **constraints)
-    assert problem.score(groups) >= problem.score(first) - problem.tie * problem.num_units
+    assert problem.score(groups) >= problem.score(first) - problem.tie * problem.num_nodes
     assert problem.score(groups) <= expected[1] + 1e-11 * max(1.0, np.abs(affinity).sum())
 
 
@@ -160,7 +160,7 @@ LOCAL_SEARCHES = {
     "number of groups": {"num_groups": 3},
     "sizes": {"min_size": 2, "max_size": 3},
     "equal sizes": {"min_size": 2, "max_size": 2},
-    "together and apart": {"together": [[0, 3], [1, 4]], "apart": [[0, 1, 2]]},
+    "together and apart": {"must_link": [[0, 3], [1, 4]], "cannot_link": [[0, 1, 2]]},
 }
 
 
@@ -174,7 +174,7 @@ def test_a_local_search_solves_most_small_problems(monkeypatch, objective, name)
     solved = 0
     for seed in range(4):
         problem = made_problem(random_symmetric(8, seed), objective, **LOCAL_SEARCHES[name])
-        groups = better_partition(problem, good_partition(problem, 60), 60)
+        groups = improve_partition(problem, heuristic_partition(problem, 60), 60)
         solved += problem.score(groups) >= problem.score(best_by_subsets(problem)) - 1e-9
     assert solved >= 3
 
@@ -185,13 +185,13 @@ def test_annealing_gets_out_of_local_optima(monkeypatch):
     gains = []
     for seed in range(3):
         problem = made_problem(random_symmetric(24, seed), "sum", num_groups=4)
-        first = good_partition(problem, 60)
-        gains.append(problem.score(better_partition(problem, first, 60)) - problem.score(first))
+        first = heuristic_partition(problem, 60)
+        gains.append(problem.score(improve_partition(problem, first, 60)) - problem.score(first))
     assert max(gains) > 0.1
 
 
 @pytest.mark.parametrize(
-    "constraints", [{}, {"num_groups": 3}, {"max_size": 3, "together": [[0, 1]], "apart": [[2, 3]]}]
+    "constraints", [{}, {"num_groups": 3}, {"max_size": 3, "must_link": [[0, 1]], "cannot_link": [[2, 3]]}]
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_bounds_of_searches_that_end_early_are_never_below_the_best(monkeypatch, objective, constraints):
@@ -211,7 +211,7 @@ def test_bounds_of_searches_that_end_early_are_never_below_the_best(monkeypatch,
     assert min(gaps) == 0 and max(gaps) > 0  # with and without proof
 
 
-@pytest.mark.parametrize("constraints", [{}, {"num_groups": 3}, {"together": [[0, 1]], "apart": [[2, 3]]}])
+@pytest.mark.parametrize("constraints", [{}, {"num_groups": 3}, {"must_link": [[0, 1]], "cannot_link": [[2, 3]]}])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_partition_without_proof_has_a_bound_above_the_best(monkeypatch, objective, constraints):
     """`best_partition` as for many tasks, on few, so that the best is known."""
@@ -227,8 +227,8 @@ def test_a_partition_without_proof_has_a_bound_above_the_best(monkeypatch, objec
                 patch.setattr(partition, "time", CountingClock())
                 found = best_partition(affinity, objective=objective, time_limit_s=seconds, **constraints)
                 assert found.bound >= best - 1e-6 and found.score <= best + 1e-9 and np.isfinite(found.bound)
-                assert found.proven == (found.bound == found.score)
-                if found.proven:
+                assert found.is_optimal == (found.bound == found.score)
+                if found.is_optimal:
                     assert found.score == pytest.approx(best, abs=1e-5)
 
 
@@ -236,13 +236,15 @@ def test_a_partition_without_proof_has_a_bound_above_the_best(monkeypatch, objec
 def test_tasks_that_must_be_together_and_cost_may_be_better_off_with_others(objective):
     """In a larger group a pair that costs may count less, so that components must not be searched apart."""
     affinity = np.array([[0, -10.0, -0.1, 1.0], [-10.0, 0, -0.1, -0.1], [-0.1, -0.1, 0, -0.1], [1.0, -0.1, -0.1, 0]])
-    expected = best_by_plain_enumeration(affinity, objective, together=[[0, 1]])
-    problem = made_problem(affinity, objective, together=[[0, 1]])
+    expected = best_by_plain_enumeration(affinity, objective, must_link=[[0, 1]])
+    problem = made_problem(affinity, objective, must_link=[[0, 1]])
     assert problem.task_groups(by_components(problem)) == expected[0]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("constraints", [{}, {"num_groups": 3}, {"together": [[0, 8], [3, 4]], "apart": [[1, 2, 5]]}])
+@pytest.mark.parametrize(
+    "constraints", [{}, {"num_groups": 3}, {"must_link": [[0, 8], [3, 4]], "cannot_link": [[1, 2, 5]]}]
+)
 def test_nine_tasks(objective, constraints):
     affinity = random_symmetric(9, seed=3)
     groups, score, num_candidates = best_by_plain_enumeration(affinity, objective, **constraints)
@@ -298,8 +300,8 @@ def test_objectives_on_a_case_worked_by_hand():
     assert best_partition(affinity, objective="mean") == Partition(pair, 4.0, 5, WAY, 4.0)
     assert best_partition(affinity, objective="density") == Partition(pair, 1.0, 5, WAY, 1.0)
     assert best_partition(affinity, num_groups=1) == Partition(((0, 1, 2),), 1.5, 1, WAY, 1.5)
-    assert best_partition(affinity, together=[[0, 2]]).groups == ((0, 1, 2),)
-    assert best_partition(affinity, apart=[[0, 1]]).groups == ((0,), (1, 2))
+    assert best_partition(affinity, must_link=[[0, 2]]).groups == ((0, 1, 2),)
+    assert best_partition(affinity, cannot_link=[[0, 1]]).groups == ((0,), (1, 2))
 
 
 def test_one_task_is_one_group():
@@ -325,7 +327,7 @@ def test_ties_prefer_fewer_groups_and_then_tuple_order():
     assert best_partition(zeros).groups == ((0, 1, 2, 3),)
     assert best_partition(zeros, num_groups=2).groups == ((0,), (1, 2, 3))
     assert best_partition(zeros, num_groups=2, min_size=2).groups == ((0, 1), (2, 3))
-    assert best_partition(zeros, num_groups=2, together=[[0, 3]]).groups == ((0, 1, 3), (2,))
+    assert best_partition(zeros, num_groups=2, must_link=[[0, 3]]).groups == ((0, 1, 3), (2,))
     ring = np.zeros((4, 4))  # 0-1-2-3-0: two equal perfect matchings
     for task in range(4):
         ring[task, (task + 1) % 4] = ring[(task + 1) % 4, task] = 1.0
@@ -382,8 +384,8 @@ def test_twelve_tasks_by_subsets_and_by_the_integer_program(objective, constrain
 def test_forty_tasks_with_proof(objective):
     affinity = clustered(40, 5, noise=2.0, seed=1)
     found = best_partition(affinity, objective=objective)
-    assert found.proven and found.method == "integer program"
-    for seed in range(20):  # no neighbour scores more
+    assert found.is_optimal and found.method == "integer program"
+    for seed in range(20):  # no neighbor scores more
         moved = [list(group) for group in found.groups]
         rng = np.random.default_rng(seed)
         left, joined = rng.choice(len(moved), 2, replace=False)
@@ -397,11 +399,11 @@ def test_planted_groups_are_found_in_components():
     for objective in ("sum", "density"):
         found = best_partition(affinity, objective=objective)
         assert found.groups == tuple(tuple(range(first, 60, 6)) for first in range(6))
-        assert found.proven and found.method == "6 connected components, by dynamic programming over subsets"
+        assert found.is_optimal and found.method == "6 connected components, by dynamic programming over subsets"
 
 
 @pytest.mark.parametrize(
-    "constraints", [{}, {"num_groups": 6, "max_size": 9, "together": [[0, 30]], "apart": [[1, 2]]}]
+    "constraints", [{}, {"num_groups": 6, "max_size": 9, "must_link": [[0, 30]], "cannot_link": [[1, 2]]}]
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_out_of_time_is_said_and_bounded(objective, constraints):
@@ -411,7 +413,7 @@ def test_out_of_time_is_said_and_bounded(objective, constraints):
     assert found.score == pytest.approx(plain_score(affinity, found.groups, objective))
     assert found.bound >= found.score
     if objective != "mean" or constraints:  # without them groups of up to three are enough
-        assert not found.proven
+        assert not found.is_optimal
     assert np.isfinite(found.bound)
 
 
@@ -432,17 +434,20 @@ def test_out_of_time_is_said_and_bounded(objective, constraints):
         ({"num_groups": 3, "min_size": 2}, "num_groups=3 is impossible .*min_size=2; possible: 1 to 2"),
         ({"num_groups": 2, "max_size": 2}, "num_groups=2 .*min_size=1 and max_size=2; possible: 3 to 5"),
         ({"num_groups": 1, "min_size": 2, "max_size": 3}, "possible: only 2"),
-        ({"together": [["a", "f"]]}, r"together: \[a, f\]: 'f' is not a task; tasks: a, b, c, d, e"),
-        ({"apart": [["a"]]}, r"apart: \[a\] must name at least two tasks"),
-        ({"apart": [["a", "b", "a"]]}, r"apart: \[a, b, a\] names a task twice"),
-        ({"together": [["a", "b"], ["b", "c"]], "apart": [["d", "c", "a"]]}, "'a' and 'c' must be together .* apart"),
-        ({"together": [["a", "b", "c"]], "max_size": 2}, "max_size=2, but the 3 tasks 'a', 'b', 'c' must be together"),
+        ({"must_link": [["a", "f"]]}, r"must_link: \[a, f\]: 'f' is not a task; tasks: a, b, c, d, e"),
+        ({"cannot_link": [["a"]]}, r"cannot_link: \[a\] must name at least two tasks"),
+        ({"cannot_link": [["a", "b", "a"]]}, r"cannot_link: \[a, b, a\] names a task twice"),
         (
-            {"num_groups": 2, "apart": [["a", "b", "c"]]},
+            {"must_link": [["a", "b"], ["b", "c"]], "cannot_link": [["d", "c", "a"]]},
+            "'a' and 'c' must be together .* apart",
+        ),
+        ({"must_link": [["a", "b", "c"]], "max_size": 2}, "max_size=2, but the 3 tasks 'a', 'b', 'c' must be together"),
+        (
+            {"num_groups": 2, "cannot_link": [["a", "b", "c"]]},
             "num_groups, apart at once; without num_groups or without apar",
         ),
-        ({"num_groups": 4, "together": [["a", "b", "c"]]}, "without num_groups or without together there are some"),
-        ({"min_size": 2, "apart": [["a", "b", "c"]]}, "meets apart, min_size at once"),
+        ({"num_groups": 4, "must_link": [["a", "b", "c"]]}, "without num_groups or without must_link there are some"),
+        ({"min_size": 2, "cannot_link": [["a", "b", "c"]]}, "meets cannot_link, min_size at once"),
     ],
 )
 def test_impossible_constraints(options, message):

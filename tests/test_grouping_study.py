@@ -12,7 +12,7 @@ import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import the_run
-from plain_partitions import KINDS, OBJECTIVES, PLAIN_AFFINITIES, all_partitions, plain_score
+from reference_partitions import KINDS, OBJECTIVES, PLAIN_AFFINITIES, all_partitions, plain_score
 
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.partition import best_partition
@@ -88,7 +88,7 @@ def test_each_criterion_is_scored_as_it_says():
         assert outcome.scores == pytest.approx([scores[criterion][at] for at in place])
         assert outcome.chosen == chosen[criterion]
         assert outcome.accuracy == pytest.approx(accuracies[partitions.index(outcome.chosen)])
-        assert outcome.better_share == sum(accuracy > outcome.accuracy for accuracy in accuracies) / 15
+        assert outcome.fraction_better == sum(accuracy > outcome.accuracy for accuracy in accuracies) / 15
         assert outcome.rank_correlation == pytest.approx(scipy.stats.spearmanr(scores[criterion], accuracies).statistic)
         late = plain_affinity(gradients[2:], outcome.affinity)
         late_scores = [plain_score(late, groups, outcome.objective) for groups in partitions]
@@ -131,9 +131,9 @@ def test_a_criterion_that_is_right_is_found_to_be():
     dot_sum = study.criteria[CRITERIA.index(("dot", "sum"))]
     assert dot_sum.rank_correlation == dot_sum.same_number_correlation == pytest.approx(1)
     assert dot_sum.late_correlation == pytest.approx(1)  # of three snapshots a fifth is none
-    assert dot_sum.accuracy == max(study.accuracies) and dot_sum.better_share == 0
+    assert dot_sum.accuracy == max(study.accuracies) and dot_sum.fraction_better == 0
     assert study.all_in_one == pytest.approx(sum(accuracy_of_group[0, 1, 2, 3]) / 4)
-    assert study.each_alone == pytest.approx(sum(accuracy_of_group[task,][0] for task in range(4)) / 4)
+    assert study.all_singletons == pytest.approx(sum(accuracy_of_group[task,][0] for task in range(4)) / 4)
     assert study.random == pytest.approx(np.mean(study.accuracies))
 
 
@@ -192,8 +192,8 @@ def test_the_study_trains_every_group(run_job, tmp_path):
     finished = run_job("grouping_study", "--storage", storage, *quick, "--seeds", "1")
     assert finished.status == 0, finished.output
     groups = {
-        tuple(json.loads(file.read_text())["made_from"]["group"]): json.loads((file.parent / "result.json").read_text())
-        for file in (storage / "group_trainings").glob("[!.]*/artefact.json")
+        tuple(json.loads(file.read_text())["inputs"]["group"]): json.loads((file.parent / "result.json").read_text())
+        for file in (storage / "group_trainings").glob("[!.]*/artifact.json")
     }
     assert len(groups) == 7
     (folder,) = (storage / "grouping_studies").iterdir()

@@ -47,14 +47,14 @@ from pipeline.config import (
 )
 from pipeline.data import images as images_module
 from pipeline.data import parquet
-from pipeline.data.find import OFFICE_HOME_FOLDER, find_images, printable, read_class_names
 from pipeline.data.images import BrokenImage, decode_rgb, read_image
+from pipeline.data.index import OFFICE_HOME_FOLDER, escape_for_terminal, index_dataset, read_class_names
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.errors import UserError
 from pipeline.grouping.gradient_blocks import read_layout
-from pipeline.methods import prompt_file
+from pipeline.methods import adapter_file
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, save_adapter
 from pipeline.methods.mmap import GroupMmap, MmapShape
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
 from pipeline.training.evaluate import decoded_batches
 from pipeline.training.frozen_features import StoredFeatures, save_features
 from pipeline.training.snapshots import SCHEMA, read_gradients, read_steps
@@ -181,7 +181,7 @@ def test_bombs_are_broken_images_and_take_no_memory(tmp_path):
     code = """if True:
         import json, resource, sys
         from pathlib import Path
-        from pipeline.data.find import find_images
+        from pipeline.data.index import find_images
         from pipeline.data.parquet import scan_image
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         root = Path(sys.argv[1])
@@ -261,12 +261,12 @@ def test_links_out_of_the_root_are_refused_by_name_and_target(linked, link, targ
     (root / link).symlink_to(linked / target)
     real = os.path.realpath(linked / target)
     with pytest.raises(UserError) as error:
-        find_images(DataConfig(), root)
-    assert f"{link} → {real}" in str(error.value) and "--data.links_out_of_root true" in str(error.value)
-    allowed = find_images(DataConfig(links_out_of_root=True), root)
+        index_dataset(DataConfig(), root)
+    assert f"{link} → {real}" in str(error.value) and "--data.follow_external_symlinks true" in str(error.value)
+    allowed = index_dataset(DataConfig(follow_external_symlinks=True), root)
     assert any(image.path.startswith(link) for image in allowed.images)
     # A task that is not used may have what it wants.
-    assert find_images(DataConfig(tasks=["b"]), root).classes == {"b": ("x", "y")}
+    assert index_dataset(DataConfig(tasks=["b"]), root).classes == {"b": ("x", "y")}
 
 
 def test_all_links_are_named_at_once_and_a_chain_to_its_end(linked):
@@ -278,10 +278,10 @@ def test_all_links_are_named_at_once_and_a_chain_to_its_end(linked):
     for number in range(3, 6):
         (root / f"b/x/{number}.png").symlink_to(linked / "elsewhere/x/1.png")
     with pytest.raises(UserError, match=r"a/z → .*/elsewhere/x;"):
-        find_images(DataConfig(), root)
+        index_dataset(DataConfig(), root)
     (root / "a/z").unlink()
     with pytest.raises(UserError, match=r"a/x/back.png → /etc/hostname, b/x/2.png → /etc/hostname, b/x/3.png → "):
-        find_images(DataConfig(), root)
+        index_dataset(DataConfig(), root)
 
 
 def test_links_inside_the_root_and_a_root_that_is_a_link_are_followed(linked):
@@ -290,7 +290,7 @@ def test_links_inside_the_root_and_a_root_that_is_a_link_are_followed(linked):
     (root / "a/z").symlink_to("../b/y")
     (root / "c").symlink_to("b")
     (linked / "link").symlink_to(root)
-    listing = find_images(DataConfig(), linked / "link")
+    listing = index_dataset(DataConfig(), linked / "link")
     assert {"a/x/2.png", "a/z/1.png", "c/x/1.png"} <= {image.path for image in listing.images}
 
 
@@ -299,25 +299,25 @@ def test_links_of_listed_images_are_refused_too(linked):
     (root / "splits_mini").mkdir()
     lines = [f"{task}/{name}/1.png 0" for task in "ab" for name in "xy"]
     (root / "splits_mini/a_train.txt").write_text("\n".join(lines))
-    assert len(find_images(DataConfig(), root).images) == 4
+    assert len(index_dataset(DataConfig(), root).images) == 4
     shutil.rmtree(root / "b/x")
     (root / "b/x").symlink_to(linked / "elsewhere/x")
     with pytest.raises(UserError, match="b/x → .*elsewhere/x"):
-        find_images(DataConfig(), root)
+        index_dataset(DataConfig(), root)
     (root / "b/x").unlink()
     (root / "b/x").mkdir()
     (root / "b/x/1.png").symlink_to(linked / "elsewhere/x/1.png")
     with pytest.raises(UserError, match="b/x/1.png → .*elsewhere/x/1.png"):
-        find_images(DataConfig(), root)
+        index_dataset(DataConfig(), root)
     (root / "splits_mini/b_train.txt").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="splits_mini/b_train.txt → /etc/passwd"):
-        find_images(DataConfig(tasks=["a"]), root)
+        index_dataset(DataConfig(tasks=["a"]), root)
 
 
 def test_a_published_archive_that_is_a_link_is_refused_too(linked):
     (linked / "data" / OFFICE_HOME_FOLDER).symlink_to(linked / "elsewhere")
     with pytest.raises(UserError, match=f"{OFFICE_HOME_FOLDER} → .*elsewhere"):
-        find_images(DataConfig(layout="office_home"), linked / "data")
+        index_dataset(DataConfig(layout="office_home"), linked / "data")
 
 
 def test_listing_asks_for_each_file_once(linked, monkeypatch):
@@ -331,7 +331,7 @@ def test_listing_asks_for_each_file_once(linked, monkeypatch):
         monkeypatch.setattr(
             os, name, lambda path, *args, real=real, **kwargs: calls.append(str(path)) or real(path, *args, **kwargs)
         )
-    find_images(DataConfig(), root)
+    index_dataset(DataConfig(), root)
     assert sum(path.endswith(".png") for path in calls) == 54
 
 
@@ -352,14 +352,14 @@ ODD = [
 @given(st.text(), st.text())
 @settings(derandomize=True)
 def test_a_printable_path_is_one_line_and_of_one_path(one, other):
-    assert (printable(one) == printable(other)) == (one == other)
-    assert len(printable(one).encode().decode().splitlines()) <= 1
+    assert (escape_for_terminal(one) == escape_for_terminal(other)) == (one == other)
+    assert len(escape_for_terminal(one).encode().decode().splitlines()) <= 1
 
 
 def test_two_names_that_look_alike_are_told_apart():
     names = ["a\nb.jpg", r"a\nb.jpg", r"a\\nb.jpg", "a\udce9.jpg", r"a\udce9.jpg"]
-    assert len({printable(name) for name in names}) == len(names)
-    assert printable("smörgås 写真 👩‍🚀\u202f.jpg") == "smörgås 写真 👩‍🚀\u202f.jpg"
+    assert len({escape_for_terminal(name) for name in names}) == len(names)
+    assert escape_for_terminal("smörgås 写真 👩‍🚀\u202f.jpg") == "smörgås 写真 👩‍🚀\u202f.jpg"
 
 
 def test_odd_file_names_are_broken_images_of_one_line(linked):
@@ -367,11 +367,11 @@ def test_odd_file_names_are_broken_images_of_one_line(linked):
     for name in ODD:
         shutil.copy(root / "a/x/1.png", root / "a/x" / name)
         (root / "a/x" / name.replace(".png", ".txt")).touch()
-    listing = find_images(DataConfig(), root)
+    listing = index_dataset(DataConfig(), root)
     scanned = [scan_image(root, image.path, image.task, image.class_folder) for image in listing.images]
     broken = {image.path: image.error for image in scanned if image.error}
     assert set(broken.values()) == {"the file name holds control characters or a backslash"}
-    assert broken.keys() == {printable(f"a/x/{name}") for name in ODD} and len(broken) == len(ODD)
+    assert broken.keys() == {escape_for_terminal(f"a/x/{name}") for name in ODD} and len(broken) == len(ODD)
     for path in (*broken, *listing.ignored):
         assert not any(character < " " for character in path) and len(path.splitlines()) == 1
 
@@ -390,8 +390,8 @@ def test_odd_folder_names_are_refused_by_name(linked, name, place):
     folder.mkdir(parents=True)
     (folder / "1.png").touch()
     with pytest.raises(UserError) as error:
-        find_images(DataConfig(), linked / "data")
-    assert f"the folder name '{printable(name)}'" in str(error.value) and "rename it" in str(error.value)
+        index_dataset(DataConfig(), linked / "data")
+    assert f"the folder name '{escape_for_terminal(name)}'" in str(error.value) and "rename it" in str(error.value)
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
@@ -400,16 +400,16 @@ def test_tasks_that_differ_in_case_or_form_only_are_refused(linked, names):
     for name in names:
         (linked / "data" / name / "x").mkdir(parents=True, exist_ok=True)
     with pytest.raises(UserError, match="differ only in case or in the form.*rename one"):
-        find_images(DataConfig(), linked / "data")
+        index_dataset(DataConfig(), linked / "data")
 
 
 def test_classes_may_differ_in_case_but_not_in_form_only(linked):
     (linked / "data/a/X").mkdir()
-    assert find_images(DataConfig(), linked / "data").classes["a"] == ("X", "x", "y")
+    assert index_dataset(DataConfig(), linked / "data").classes["a"] == ("X", "x", "y")
     (linked / "data/a/caf\u00e9").mkdir()
     (linked / "data/a/cafe\u0301").mkdir()
     with pytest.raises(UserError, match=r"'caf\\xe9'|'cafe\\u0301'"):
-        find_images(DataConfig(), linked / "data")
+        index_dataset(DataConfig(), linked / "data")
 
 
 def test_the_longest_names_are_stored_and_found_again(tmp_path):
@@ -418,7 +418,7 @@ def test_the_longest_names_are_stored_and_found_again(tmp_path):
     folder.mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(folder / file)
     (tmp_path / "data" / task / "x").mkdir()
-    (image,) = find_images(DataConfig(), tmp_path / "data").images
+    (image,) = index_dataset(DataConfig(), tmp_path / "data").images
     scanned = scan_image(tmp_path / "data", image.path, image.task, image.class_folder)
     assert scanned.error is None
     counts = {"train": {task: 0}, "test": {task: 1}}
@@ -453,7 +453,7 @@ def test_odd_list_lines_are_named(linked, line):
     (linked / "data/splits_mini").mkdir()
     (linked / "data/splits_mini/a_train.txt").write_text(line)
     with pytest.raises(UserError, match="a_train.txt:1: expected"):
-        find_images(DataConfig(), linked / "data")
+        index_dataset(DataConfig(), linked / "data")
 
 
 def test_messages_cannot_drive_a_terminal():
@@ -572,8 +572,8 @@ def section_values(section: type[Section]) -> st.SearchStrategy:
         else:
             number = st.integers(-2, 20) | st.floats(0, 2)
             parts[name] = st.just(default) | number | any_text(12) | plain_values()
-    some = st.lists(st.sampled_from(sorted(parts)), max_size=3, unique=True)
-    known = some.flatmap(lambda names: st.fixed_dictionaries({name: parts[name] for name in names}))
+    lists = st.lists(st.sampled_from(sorted(parts)), max_size=3, unique=True)
+    known = lists.flatmap(lambda names: st.fixed_dictionaries({name: parts[name] for name in names}))
     return known | st.tuples(known, st.dictionaries(st.text(max_size=8), plain_values(), max_size=1)).map(
         lambda two: {**two[1], **two[0]}
     )
@@ -801,7 +801,7 @@ def splits(tmp_path_factory) -> Path:
     return folder
 
 
-def all_rows(folder: Path, columns=COLUMNS.names) -> dict[str, list[dict]]:
+def all_gather_rows(folder: Path, columns=COLUMNS.names) -> dict[str, list[dict]]:
     reader = SplitReader(folder)
     return {task: list(reader.rows("test", task, columns)) for task in reader.description.tasks}
 
@@ -819,7 +819,7 @@ SPLIT_FILES = ("splits.json", "test/c-00000.parquet")
 def test_damaged_splits_are_refused_or_read_exactly(splits, tmp_path, columns):
     folder, _ = copied(splits, tmp_path / "copy")
     wholes = {name: (folder / name).read_bytes() for name in SPLIT_FILES}
-    original = all_rows(folder, columns)
+    original = all_gather_rows(folder, columns)
     refused = 0
 
     @fuzz(150)
@@ -833,7 +833,7 @@ def test_damaged_splits_are_refused_or_read_exactly(splits, tmp_path, columns):
         name, data = change
         (folder / name).write_bytes(data)
         try:
-            assert all_rows(folder, columns) == original
+            assert all_gather_rows(folder, columns) == original
         except UserError as error:
             assert str(folder) in str(error)
             refused += 1
@@ -917,10 +917,10 @@ def with_bytes_of_images(change):
 def test_split_files_that_were_never_right_are_refused(splits, tmp_path, change, message):
     folder, file = copied(splits, tmp_path / "copy")
     hostile_file(file)
-    assert all_rows(folder) == all_rows(splits / "splits")
+    assert all_gather_rows(folder) == all_gather_rows(splits / "splits")
     hostile_file(file, change)
     with pytest.raises(UserError, match=message) as error:
-        all_rows(folder)
+        all_gather_rows(folder)
     assert str(folder) in str(error.value)
 
 
@@ -963,7 +963,7 @@ def test_footers_of_a_wrong_length_are_refused(splits, tmp_path, length):
     folder, file = copied(splits, tmp_path / "copy")
     footer(file, length)
     with pytest.raises(UserError, match="c-00000.parquet cannot be read as Parquet.*remove"):
-        all_rows(folder)
+        all_gather_rows(folder)
 
 
 @pytest.mark.parametrize(
@@ -1011,7 +1011,7 @@ def test_descriptions_that_are_no_json_are_refused(splits, tmp_path, data):
 
 
 @pytest.fixture(scope="module")
-def prompts() -> TrainedPrompts:
+def prompts() -> TrainedAdapter:
     config = Config(
         clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS),
         mmap=MmapConfig(prompt_length=2, source_rows=2, depth=1),
@@ -1019,10 +1019,10 @@ def prompts() -> TrainedPrompts:
     towers = load_clip(config.clip)
     group = {"ink": ["one", "two"], "neon": ["one", "two"]}
     state = GroupMmap(MmapShape.of(config.mmap, towers), tuple(group), seed=1).state_dict()
-    return TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (state,))
+    return TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (state,))
 
 
-def same(one: TrainedPrompts, other: TrainedPrompts) -> bool:
+def same(one: TrainedAdapter, other: TrainedAdapter) -> bool:
     told = [(p.method, p.config.clip, p.config.mmap, p.weights, p.groups) for p in (one, other)]
     return told[0] == told[1] and all(
         a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -1031,8 +1031,8 @@ def same(one: TrainedPrompts, other: TrainedPrompts) -> bool:
 
 
 def test_damaged_prompts_are_refused_or_read_exactly(prompts, tmp_path):
-    file = tmp_path / "prompts.safetensors"
-    save_prompts(file, prompts)
+    file = tmp_path / "adapter.safetensors"
+    save_adapter(file, prompts)
     whole = file.read_bytes()
     header = 8 + struct.unpack("<Q", whole[:8])[0]
     refused = 0
@@ -1044,19 +1044,19 @@ def test_damaged_prompts_are_refused_or_read_exactly(prompts, tmp_path):
         nonlocal refused
         file.write_bytes(data)
         try:
-            assert same(load_prompts(file), prompts)
+            assert same(load_adapter(file), prompts)
         except UserError as error:
-            assert "prompts.safetensors" in str(error)
+            assert "adapter.safetensors" in str(error)
             refused += 1
 
     check()
     assert refused > 200 * MORE
 
 
-def stored(prompts: TrainedPrompts, file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    save_prompts(file, prompts)
+def stored(prompts: TrainedAdapter, file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    save_adapter(file, prompts)
     with safe_open(file, "pt") as opened:
-        header = json.loads(opened.metadata()["prompts"])
+        header = json.loads(opened.metadata()["adapter"])
         del header["sha256"]
         return header, {name: opened.get_tensor(name) for name in opened.keys()}
 
@@ -1064,8 +1064,8 @@ def stored(prompts: TrainedPrompts, file: Path) -> tuple[dict, dict[str, torch.T
 def store(file: Path, header: dict | str, tensors: dict[str, torch.Tensor]) -> None:
     """Another's file, with the digest that it should have."""
     if not isinstance(header, str):
-        header = json.dumps(header | {"sha256": prompt_file._digest(header, tensors)})
-    save_file(tensors, file, metadata={"prompts": header})
+        header = json.dumps(header | {"sha256": adapter_file._digest(header, tensors)})
+    save_file(tensors, file, metadata={"adapter": header})
 
 
 def at(path: str, value):
@@ -1116,14 +1116,14 @@ def tensor(change):
     ],
 )
 def test_prompts_files_that_were_never_right_are_refused(prompts, tmp_path, change, message):
-    file = tmp_path / "prompts.safetensors"
+    file = tmp_path / "adapter.safetensors"
     header, tensors = stored(prompts, file)
     store(file, header, tensors)
-    assert same(load_prompts(file), prompts)
+    assert same(load_adapter(file), prompts)
     change(header, tensors)
     store(file, header, tensors)
     with pytest.raises(UserError, match=message) as error:
-        load_prompts(file)
+        load_adapter(file)
     assert len(str(error.value)) < 2000
 
 
@@ -1141,30 +1141,30 @@ def test_prompts_files_that_were_never_right_are_refused(prompts, tmp_path, chan
     ],
 )
 def test_numbers_that_do_not_fit_the_method_are_refused(prompts, tmp_path, change):
-    file = tmp_path / "prompts.safetensors"
+    file = tmp_path / "adapter.safetensors"
     header, tensors = stored(prompts, file)
     change(header, tensors)
     store(file, header, tensors)
     with pytest.raises(UserError, match="do not fit"):
-        load_prompts(file).classifier()
+        load_adapter(file).classifier()
 
 
 def test_headers_that_are_bombs_are_refused_soon(prompts, tmp_path):
-    file = tmp_path / "prompts.safetensors"
+    file = tmp_path / "adapter.safetensors"
     header, tensors = stored(prompts, file)
     began = time.process_time()
     for text in ("[" * 100_000, '{"a":' * 100_000, "9" * 5000, "null", "[]", '{"format": ' + "9" * 5000 + "}"):
         store(file, text, tensors)
-        with pytest.raises(UserError, match="prompts.safetensors"):
-            load_prompts(file)
+        with pytest.raises(UserError, match="adapter.safetensors"):
+            load_adapter(file)
     header["groups"] = [{f"task {number}": ["one", "two"]} for number in range(100_000)]
     store(file, header, tensors)
     with pytest.raises(UserError, match="more numbers than the 0 for"):
-        load_prompts(file)
+        load_adapter(file)
     for length in (2**63, 2**31, 100_000_001, 10**8):
         file.write_bytes(struct.pack("<Q", length) + b"{" * 100)
         with pytest.raises(UserError, match="prompts.safetensors is no prompts file"):
-            load_prompts(file)
+            load_adapter(file)
     assert time.process_time() - began < 10
 
 
@@ -1172,16 +1172,16 @@ def test_prompts_name_a_clip_that_is_read_as_tensors_only(prompts, tmp_path, mon
     """The file's sender chose the path."""
     monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "made by the pickle"))
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
-    file = tmp_path / "prompts.safetensors"
+    file = tmp_path / "adapter.safetensors"
     header, tensors = stored(prompts, file)
     header["config"]["clip"]["pretrained"] = str(tmp_path / "evil.pt")
     store(file, header, tensors)
     with pytest.raises(UserError, match="evil.pt.*is refused"):
-        load_prompts(file).classifier()
+        load_adapter(file).classifier()
     header["config"]["clip"] |= {"model": "hf-hub:evil/clip", "pretrained": None}
     store(file, header, tensors)
     with pytest.raises(UserError, match="hf-hub:evil/clip"):
-        load_prompts(file).classifier()
+        load_adapter(file).classifier()
     assert not (tmp_path / "made by the pickle").exists()
 
 

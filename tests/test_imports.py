@@ -19,7 +19,7 @@ from jobs.__main__ import job_names
 HEAVY = {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib", "sklearn", "open_clip", "pyarrow"}
 REQUIRED = {
     "add_task": ["--run", "a_run", "--task", "a_task"],
-    "predict": ["--prompts", "a_run", "an_image"],
+    "predict": ["--adapter", "a_run", "an_image"],
     "register_model": ["--run", "a_run"],
     "serve": ["--models", "a_name=a_run"],
     "tune": ["--search", "a_search.yaml"],
@@ -42,7 +42,7 @@ OTHER_WORKER_MODULES = [
     "pipeline.serving.replica",
     "pipeline.workflows.added_task",
     "pipeline.stages.data_check",
-    "pipeline.workflows.held_out",
+    "pipeline.workflows.validation_split",
     "pipeline.stages.splits",
     "pipeline.workflows.tuning_trial",
 ]

@@ -28,16 +28,16 @@ from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import CONFIGS, DataConfig, load_yaml, parse_config
 from pipeline.data import manifest as manifest_module
-from pipeline.data.find import Listing, find_images, read_class_names, unexpected_counts
 from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels
+from pipeline.data.index import DatasetIndex, index_dataset, read_class_names, unexpected_counts
 from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
 from pipeline.data.table_images import image_bytes
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
-from pipeline.methods.prompt_file import load_prompts
-from pipeline.report.grouping_trust_figures import affinity_over_training
+from pipeline.methods.adapter_file import load_adapter
+from pipeline.report.grouping_stability_figures import affinity_over_training
 from pipeline.stages.data_check import chunks
 
 ensure_torchvision()
@@ -86,17 +86,17 @@ def write_csv(file: Path, rows: list[dict[str, str]], separator: str = ",", **na
     return file
 
 
-def listed(listing: Listing) -> list[tuple[str, str, str]]:
+def listed(listing: DatasetIndex) -> list[tuple[str, str, str]]:
     return [(image.path, image.task, image.class_folder) for image in listing.images]
 
 
-def scanned(listing: Listing) -> list[ScannedImage]:
+def scanned(listing: DatasetIndex) -> list[ScannedImage]:
     return [scan_image(listing.root, *image) for image in listed(listing)]
 
 
 def fault(file: Path, **options) -> str:
     with pytest.raises(UserError) as error:
-        find_images(DataConfig(**options), file)
+        index_dataset(DataConfig(**options), file)
     assert all(character >= " " or character == "\n" for character in str(error.value))
     return str(error.value)
 
@@ -106,25 +106,25 @@ def fault(file: Path, **options) -> str:
 
 @pytest.mark.parametrize(("name", "separator"), [("all.csv", ","), ("all.TSV", "\t")])
 def test_a_text_table_is_the_folders(tree, name, separator):
-    folders = find_images(DataConfig(), tree)
-    table = find_images(DataConfig(), write_csv(tree / name, rows_of(tree)[::-1], separator))
+    folders = index_dataset(DataConfig(), tree)
+    table = index_dataset(DataConfig(), write_csv(tree / name, rows_of(tree)[::-1], separator))
     assert table.layout == "manifest" and table.root == tree
     assert listed(table) == listed(folders) and table.classes == folders.classes
-    assert table.class_words == folders.class_words == {"bed": "bed", "post_it": "post it"}
+    assert table.class_names == folders.class_names == {"bed": "bed", "post_it": "post it"}
     assert [image.size for image in table.images] == [image.size for image in folders.images]
 
 
 def test_labels_of_a_table_need_not_be_folders(tree):
     rows = [{**row, "task": "domain " + row["task"], "label": row["label"] + "?"} for row in rows_of(tree)]
-    listing = find_images(DataConfig(), write_csv(tree / "all.csv", rows))
+    listing = index_dataset(DataConfig(), write_csv(tree / "all.csv", rows))
     assert listing.classes == {"domain art": ("bed?", "post_it?"), "domain real world": ("bed?", "post_it?")}
-    one = find_images(DataConfig(tasks=["domain art"]), tree / "all.csv")
+    one = index_dataset(DataConfig(tasks=["domain art"]), tree / "all.csv")
     assert {image.task for image in one.images} == {"domain art"} and len(one.images) == len(listing.images) / 2
 
 
 def test_a_table_of_tasks_with_different_classes(tree):
     rows = [{**row, "label": f"{row['label']} of {row['task']}"} for row in rows_of(tree)]
-    assert find_images(DataConfig(), write_csv(tree / "all.csv", rows)).classes == {
+    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).classes == {
         "art": ("bed of art", "post_it of art"),
         "real world": ("bed of real world", "post_it of real world"),
     }
@@ -134,7 +134,7 @@ def test_other_names_of_columns(tree):
     file = write_csv(tree / "all.csv", [{"id": "7", **row} for row in rows_of(tree)], task="domain", path="file_name")
     message = fault(file)
     assert "no column 'path'" in message and "'file_name', 'domain'" in message and "--data.columns" in message
-    assert len(find_images(DataConfig(columns={"task": "domain", "path": "file_name"}), file).images) == 16
+    assert len(index_dataset(DataConfig(columns={"task": "domain", "path": "file_name"}), file).images) == 16
 
 
 def test_tables_that_lack_what_they_need_are_named(tree):
@@ -207,7 +207,7 @@ def test_missing_files_of_a_table_are_named_by_line_unless_they_may_be_dropped(t
     rows[3]["path"] = "art/bed/gone.png"
     file = write_csv(tree / "all.csv", rows)
     assert "1 of 16 images" in fault(file) and "line 5: art/bed/gone.png" in fault(file)
-    listing = find_images(DataConfig(max_dropped_share=1 / 16), file)
+    listing = index_dataset(DataConfig(max_broken_fraction=1 / 16), file)
     assert [image.error for image in scanned(listing) if image.error] == ["no such file"]
 
 
@@ -217,12 +217,12 @@ def test_numbers_as_labels_need_names(tree):
     assert "only numbers as labels" in fault(file) and "--data.class_names" in fault(file)
     names = tree / "names.txt"
     names.write_text("zebra\nhouse\tmy house\n")  # by place
-    listing = find_images(DataConfig(class_names=str(names)), file)
+    listing = index_dataset(DataConfig(class_names=str(names)), file)
     assert listing.classes["art"] == ("house", "zebra")
     assert {image.class_folder for image in listing.images if "/bed/" in image.path} == {"zebra"}
     names.write_text("1\tpost-it\n0\tbed\n")  # by name
-    listing = find_images(DataConfig(class_names=str(names)), file)
-    assert listing.class_words == {"0": "bed", "1": "post-it"}
+    listing = index_dataset(DataConfig(class_names=str(names)), file)
+    assert listing.class_names == {"0": "bed", "1": "post-it"}
     assert {image.class_folder for image in listing.images if "/bed/" in image.path} == {"0"}
     names.write_text("zebra\n")
     assert "line 6: the label is empty, or a number without a name" in fault(file, class_names=str(names))
@@ -233,12 +233,12 @@ def test_paths_of_a_table_may_lead_out_where_links_may(tree, tmp_path):
     rows = [{**row, "path": os.path.join("../data", row["path"])} for row in rows_of(tree)]
     file = write_csv(tmp_path / "tables/all.csv", rows)
     assert "line 2: ../data/art/bed/0.png leads out of" in fault(file)
-    listing = find_images(DataConfig(links_out_of_root=True), file)
+    listing = index_dataset(DataConfig(follow_external_symlinks=True), file)
     assert listing.images[0].path == str(tree / "art/bed/0.png")
-    folders = find_images(DataConfig(), tree)
+    folders = index_dataset(DataConfig(), tree)
     assert [image.sha256 for image in scanned(listing)] == [image.sha256 for image in scanned(folders)]
     below = write_csv(tree / "all.csv", [{**row, "path": str(tree / row["path"])} for row in rows_of(tree)])
-    assert listed(find_images(DataConfig(), below)) == listed(folders)
+    assert listed(index_dataset(DataConfig(), below)) == listed(folders)
 
 
 def test_links_of_a_table_are_refused(tree, tmp_path):
@@ -254,10 +254,10 @@ def test_links_of_a_table_are_refused(tree, tmp_path):
 
 def test_a_table_is_another_data_set_when_a_label_changes(tree):
     rows = rows_of(tree)
-    before = find_images(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint()
-    assert find_images(DataConfig(), write_csv(tree / "all.csv", rows[::-1])).fingerprint() == before
+    before = index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint()
+    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows[::-1])).fingerprint() == before
     rows[0]["label"], rows[-1]["label"] = rows[-1]["label"], rows[0]["label"]
-    assert find_images(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint() != before
+    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint() != before
 
 
 # --- the fingerprint -----------------------------------------------------------------------------------------
@@ -300,32 +300,34 @@ CHANGES_OF_FOLDERS = {
 
 @pytest.mark.parametrize("change", CHANGES_OF_FOLDERS)
 def test_the_fingerprint_changes_with_each_thing_about_folders(tree, change):
-    before = find_images(DataConfig(), settled(tree)).fingerprint()
+    before = index_dataset(DataConfig(), settled(tree)).fingerprint()
     CHANGES_OF_FOLDERS[change](tree)
-    assert find_images(DataConfig(), tree).fingerprint() != before
+    assert index_dataset(DataConfig(), tree).fingerprint() != before
 
 
 def fingerprint_of_table(tree: Path, rows: list[dict[str, str]], **options) -> str:
     file = write_csv(tree / "all.csv", rows)
-    return find_images(DataConfig(**options), file).fingerprint()
+    return index_dataset(DataConfig(**options), file).fingerprint()
 
 
-@pytest.mark.parametrize("given_splits", [False, True])
+@pytest.mark.parametrize("use_official_splits", [False, True])
 @pytest.mark.parametrize("column", ["path", "task", "label", "split"])
-def test_the_fingerprint_changes_with_each_column_of_a_table(tree, column, given_splits):
+def test_the_fingerprint_changes_with_each_column_of_a_table(tree, column, use_official_splits):
     """Two rows swap their values: what there is stays the same, but not of which image."""
     rows = [{**row, "split": "train" if at % 2 else "test"} for at, row in enumerate(rows_of(settled(tree)))]
-    before = fingerprint_of_table(tree, rows, given_splits=given_splits)
+    before = fingerprint_of_table(tree, rows, use_official_splits=use_official_splits)
     first, last = rows[0], rows[-1]
     assert all(first[name] != last[name] for name in rows[0])
     first[column], last[column] = last[column], first[column]
-    changed = fingerprint_of_table(tree, rows, given_splits=given_splits) != before
-    assert changed == (given_splits or column != "split")  # splits that are not respected are nothing to the results
+    changed = fingerprint_of_table(tree, rows, use_official_splits=use_official_splits) != before
+    assert changed == (
+        use_official_splits or column != "split"
+    )  # splits that are not respected are nothing to the results
 
 
 def test_the_fingerprint_changes_when_given_splits_are_respected(tree):
     rows = [{**row, "split": "train" if at % 2 else "test"} for at, row in enumerate(rows_of(settled(tree)))]
-    assert fingerprint_of_table(tree, rows, given_splits=True) != fingerprint_of_table(tree, rows)
+    assert fingerprint_of_table(tree, rows, use_official_splits=True) != fingerprint_of_table(tree, rows)
 
 
 def test_the_fingerprint_changes_with_tasks_classes_and_words(tree, tmp_path):
@@ -334,7 +336,7 @@ def test_the_fingerprint_changes_with_tasks_classes_and_words(tree, tmp_path):
 
     def fingerprint(lines: str, **options) -> str:
         names.write_text(lines)
-        return find_images(DataConfig(class_names=str(names), **options), tree).fingerprint()
+        return index_dataset(DataConfig(class_names=str(names), **options), tree).fingerprint()
 
     (tree / "art/chair").mkdir()
     (tree / "real world/chair").mkdir()
@@ -352,13 +354,13 @@ def test_the_fingerprint_changes_with_tasks_classes_and_words(tree, tmp_path):
 def test_the_fingerprint_changes_with_which_task_has_a_class(tree):
     """Of a class without images only the folders tell."""
     (settled(tree) / "art/chair").mkdir()
-    before = find_images(DataConfig(), tree).fingerprint()
+    before = index_dataset(DataConfig(), tree).fingerprint()
     (tree / "real world/chair").mkdir()
-    assert find_images(DataConfig(), tree).fingerprint() != before
+    assert index_dataset(DataConfig(), tree).fingerprint() != before
 
 
 def test_the_fingerprint_does_not_change_with_what_cannot_matter(tree, tmp_path, monkeypatch):
-    before = find_images(DataConfig(), settled(tree)).fingerprint()
+    before = index_dataset(DataConfig(), settled(tree)).fingerprint()
     walk = os.walk
 
     def backwards(*arguments, **options):
@@ -368,12 +370,12 @@ def test_the_fingerprint_does_not_change_with_what_cannot_matter(tree, tmp_path,
             yield folder, subfolders, names
 
     monkeypatch.setattr(os, "walk", backwards)
-    assert find_images(DataConfig(), tree).fingerprint() == before
+    assert index_dataset(DataConfig(), tree).fingerprint() == before
     (tree / "readme.txt").write_text("no image")
     os.utime(tree / "art", ns=(0, 0))
-    assert find_images(DataConfig(), tree).fingerprint() == before
+    assert index_dataset(DataConfig(), tree).fingerprint() == before
     shutil.copytree(tree, tmp_path / "elsewhere")
-    assert find_images(DataConfig(), tmp_path / "elsewhere").fingerprint() == before
+    assert index_dataset(DataConfig(), tmp_path / "elsewhere").fingerprint() == before
     rows = rows_of(tree)
     of_table = fingerprint_of_table(tree, rows)
     assert fingerprint_of_table(tree, rows[::-1]) == of_table
@@ -385,13 +387,13 @@ def test_the_fingerprint_changes_with_the_size_or_time_of_a_parquet_file(tree):
     write_images(tree, file, rows_of(tree), "bytes")
     content = file.read_bytes()
     os.utime(file, ns=(10**18, 10**18))
-    before = find_images(DataConfig(), file).fingerprint()
+    before = index_dataset(DataConfig(), file).fingerprint()
     os.utime(file, ns=(10**18, 10**18 + 1))
-    assert find_images(DataConfig(), file).fingerprint() != before
+    assert index_dataset(DataConfig(), file).fingerprint() != before
     pq.write_table(pq.read_table(file), file, compression="zstd")
     assert file.stat().st_size != len(content)
     os.utime(file, ns=(10**18, 10**18))
-    assert find_images(DataConfig(), file).fingerprint() != before
+    assert index_dataset(DataConfig(), file).fingerprint() != before
 
 
 CHANGES_OF_AN_IMAGE = {
@@ -399,7 +401,7 @@ CHANGES_OF_AN_IMAGE = {
     "task": "photo",
     "class_folder": "cot",
     "sha256": "f" * 64,
-    "given_split": "train",
+    "official_split": "train",
 }
 
 
@@ -452,7 +454,7 @@ def test_images_in_parquet_are_those_of_the_folders(tree, tmp_path, kind, as_fol
     write_images(tree, tables / "one.parquet", rows[::2], kind)
     write_images(tree, tables / "two.parquet", rows[1::2], kind)
     given = tables if as_folder else tables / "one.parquet"
-    listing = find_images(DataConfig(), given)
+    listing = index_dataset(DataConfig(), given)
     assert listing.layout == "manifest" and listing.classes == {task: CLASSES for task in TASKS}
     assert len(listing.images) == (16 if as_folder else 8)
     assert listing.images[7].path == "one.parquet#00000007" and listing.images[7].row_group == 2
@@ -472,7 +474,7 @@ def test_a_table_of_several_batches_is_the_folders(tree, tmp_path, monkeypatch):
     table = {name: [row[name] for row in rows] for name in ("task", "label")}
     table["image"] = [(tree / row["path"]).read_bytes() for row in rows]
     pq.write_table(pa.table(table), tmp_path / "all.parquet", row_group_size=13)  # batches of 5, 5, 3 and 3
-    listing = find_images(DataConfig(), tmp_path / "all.parquet")
+    listing = index_dataset(DataConfig(), tmp_path / "all.parquet")
     given = {(row["task"], row["label"], (tree / row["path"]).read_bytes()) for row in rows}
     assert len(listing.images) == len(rows)
     assert {(of.task, of.class_folder, image_bytes(listing.root, of.path)) for of in listing.images} == given
@@ -512,21 +514,21 @@ def test_workers_get_whole_row_groups(tree, monkeypatch):
     (tree / "tables").mkdir()
     for name in ("all", "b"):
         (tree / f"{name}.parquet").rename(tree / f"tables/{name}.parquet")
-    images = find_images(DataConfig(), tree / "tables").images
+    images = index_dataset(DataConfig(), tree / "tables").images
     monkeypatch.setattr("pipeline.stages.data_check.IMAGES_PER_CHUNK", 6)
     assert [len(chunk) for chunk in chunks(images)] == [10, 6, 4]
-    folders = find_images(DataConfig(), tree).images
+    folders = index_dataset(DataConfig(), tree).images
     assert [len(chunk) for chunk in chunks(folders)] == [6, 6, 4]
     assert [image for chunk in chunks(folders) for image in chunk] == list(folders)
 
 
 def test_splits_of_a_table_hold_its_images(tree, tmp_path):
     file = write_images(tree, tmp_path / "all.parquet", rows_of(tree), "hugging face")
-    listing = find_images(DataConfig(), file)
+    listing = index_dataset(DataConfig(), file)
     images = scanned(listing)
     splits = sample_splits(images, listing.classes, shots=2, seed=1)
     counts = {split: dict.fromkeys(TASKS, 4) for split in ("train", "test")}
-    description = SplitDescription({task: list(CLASSES) for task in TASKS}, listing.class_words, 2, 1, "", counts)
+    description = SplitDescription({task: list(CLASSES) for task in TASKS}, listing.class_names, 2, 1, "", counts)
     sizes = {image.path: image.size for image in images}
     for split, of_split in (("train", splits.train), ("test", splits.test)):
         for part in plan_parts(of_split, split, sizes):
@@ -549,13 +551,13 @@ def test_splits_of_a_table_hold_its_images(tree, tmp_path):
 def test_parquet_may_name_files(tree):
     rows = rows_of(tree)
     pq.write_table(pa.Table.from_pylist(rows), tree / "all.parquet", row_group_size=3)
-    assert listed(find_images(DataConfig(), tree / "all.parquet")) == listed(find_images(DataConfig(), tree))
+    assert listed(index_dataset(DataConfig(), tree / "all.parquet")) == listed(index_dataset(DataConfig(), tree))
     categories = pa.Table.from_pylist(rows)
     for name in ("task", "label"):  # as pandas writes categories
         at = categories.schema.get_field_index(name)
         categories = categories.set_column(at, name, categories[name].dictionary_encode())
     pq.write_table(categories, tree / "all.parquet")
-    assert listed(find_images(DataConfig(), tree / "all.parquet")) == listed(find_images(DataConfig(), tree))
+    assert listed(index_dataset(DataConfig(), tree / "all.parquet")) == listed(index_dataset(DataConfig(), tree))
 
 
 def table_of(tree: Path, **columns) -> Path:
@@ -591,14 +593,14 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path, columns, message):
 def test_numbers_in_parquet_have_names_of_the_file_or_of_the_config(tmp_path):
     table_of(tmp_path, label=[0, 1, 2, 1])
     (tmp_path / "names.txt").write_text("zebra\nhouse\nbed\n")
-    named = find_images(DataConfig(class_names=str(tmp_path / "names.txt")), tmp_path / "t.parquet")
+    named = index_dataset(DataConfig(class_names=str(tmp_path / "names.txt")), tmp_path / "t.parquet")
     assert [image.class_folder for image in named.images] == ["zebra", "house", "bed", "house"]
     table = pq.read_table(tmp_path / "t.parquet")
     table = table.set_column(1, "task", pa.array([1, 1, 0, 0])).replace_schema_metadata(
         hugging_face(label=["a", "b", "c"], task=["sketch", "photo"])
     )
     pq.write_table(table, tmp_path / "t.parquet")
-    listing = find_images(DataConfig(), tmp_path / "t.parquet")
+    listing = index_dataset(DataConfig(), tmp_path / "t.parquet")
     assert listing.classes == {"photo": ("a", "b"), "sketch": ("b", "c")}
     pq.write_table(table.set_column(2, "label", pa.array([0, 1, -1, 3])), tmp_path / "t.parquet")
     assert "row 2: the label is empty, or a number without a name" in fault(tmp_path / "t.parquet")
@@ -613,7 +615,7 @@ def test_metadata_that_is_none_gives_no_names(tmp_path, metadata):
 
 
 def test_rows_without_an_image_are_broken_images(tmp_path):
-    listing = find_images(DataConfig(), table_of(tmp_path, image=[png(0), None, b"text", png(1)]))
+    listing = index_dataset(DataConfig(), table_of(tmp_path, image=[png(0), None, b"text", png(1)]))
     assert [image.error and image.error[:20] for image in scanned(listing)] == [
         None,
         "the row holds no byt",
@@ -627,7 +629,7 @@ def test_a_table_that_is_damaged_inside_has_broken_images(tmp_path):
     file = tmp_path / "t.parquet"
     table = pa.table({"image": images, "task": ["a"] * 40, "label": ["x", "y"] * 20})
     pq.write_table(table, file, row_group_size=20, compression="zstd", use_dictionary=False, data_page_size=5000)
-    listing = find_images(DataConfig(), file)
+    listing = index_dataset(DataConfig(), file)
     at = pq.read_metadata(file).row_group(1).column(0).data_page_offset
     whole = file.read_bytes()
     file.write_bytes(whole[:at] + b"\xff" * 40 + whole[at + 40 :])
@@ -646,7 +648,7 @@ def test_tables_that_are_links_out_of_the_root_are_refused(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/t.parquet").symlink_to(table_of(tmp_path))
     assert "t.parquet → " in fault(tmp_path / "data")
-    assert len(find_images(DataConfig(links_out_of_root=True), tmp_path / "data").images) == 4
+    assert len(index_dataset(DataConfig(follow_external_symlinks=True), tmp_path / "data").images) == 4
 
 
 def test_small_tables_that_unfold_into_large_ones_are_refused(tmp_path, monkeypatch):
@@ -681,7 +683,7 @@ def test_any_parquet_is_a_listing_or_refused(tmp_path_factory, data):
         whole[at] = data.draw(st.integers(0, 255))
     (folder / "t.parquet").write_bytes(whole)
     try:
-        listing = find_images(DataConfig(), folder / "t.parquet")
+        listing = index_dataset(DataConfig(), folder / "t.parquet")
     except UserError as error:
         assert "t.parquet" in str(error)
     else:
@@ -694,7 +696,7 @@ def test_any_text_is_a_listing_or_refused(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "t.csv").write_text("path,task,label\n" + text, encoding="utf-8", newline="")
     with pytest.raises(UserError, match="t.csv|holds no <task>"):
-        find_images(DataConfig(), folder / "t.csv")
+        index_dataset(DataConfig(), folder / "t.csv")
 
 
 # --- lists and folders of splits -----------------------------------------------------------------------------
@@ -715,8 +717,8 @@ def lists_of(tree: Path, splits: tuple[str, ...], first_label: int = 0) -> dict[
     return lists
 
 
-def splits_of(listing: Listing) -> dict[str, str | None]:
-    return {image.path: image.given_split for image in listing.images}
+def splits_of(listing: DatasetIndex) -> dict[str, str | None]:
+    return {image.path: image.official_split for image in listing.images}
 
 
 def dealt(tree: Path, *splits: str) -> dict[str, str]:
@@ -731,9 +733,9 @@ def test_domainnet_lists(tree, folder, layout):
     expected = dealt(tree, "train", "test")
     (tree / "readme.txt").write_text("no list")
     (tree / "art/bed/not listed.png").write_bytes(png(99))
-    listing = find_images(DataConfig(layout=layout), tree)
+    listing = index_dataset(DataConfig(layout=layout), tree)
     assert listing.layout == "domainnet" and len(listing.images) == 16 and set(splits_of(listing).values()) == {None}
-    listing = find_images(DataConfig(layout=layout, given_splits=True), tree)
+    listing = index_dataset(DataConfig(layout=layout, use_official_splits=True), tree)
     assert splits_of(listing) == expected
 
 
@@ -752,11 +754,11 @@ def test_pacs_lists(tree, tmp_path, images, lists):
     else:
         tree.rename(root)
     write_lists(root, lists, of_lists)
-    listing = find_images(DataConfig(), root)
+    listing = index_dataset(DataConfig(), root)
     assert listing.layout == "pacs" and listing.root == root / images and len(listing.images) == 16
     assert all(image.size for image in listing.images)
-    listing = find_images(DataConfig(layout="pacs", given_splits=True), root)
-    assert splits_of(listing) == expected and listing.in_neither_split == {}
+    listing = index_dataset(DataConfig(layout="pacs", use_official_splits=True), root)
+    assert splits_of(listing) == expected and listing.unused_images == {}
 
 
 def test_an_image_in_two_splits_is_named(tree):
@@ -764,7 +766,7 @@ def test_an_image_in_two_splits_is_named(tree):
     lists["art_train"].append(lists["art_test"][0])
     write_lists(tree, "splits_mini", lists)
     with pytest.raises(UserError, match=r"art_train.txt:\d: art/bed/1.png is in a list of test images too"):
-        find_images(DataConfig(), tree)
+        index_dataset(DataConfig(), tree)
 
 
 @pytest.mark.parametrize("layout", ["mini_domainnet", "domainnet", "pacs"])
@@ -787,22 +789,22 @@ def in_splits(tree: Path, target: Path, order: str, splits: tuple[str, ...]) -> 
 @pytest.mark.parametrize("order", ["task/split/class", "split/task/class"])
 def test_folders_of_splits(tree, tmp_path, order, layout):
     root = in_splits(tree, tmp_path / "splits", order, ("train", "Test", "val", "train"))
-    pool = find_images(DataConfig(layout=layout), root)
+    pool = index_dataset(DataConfig(layout=layout), root)
     assert pool.layout == "split_folders" and pool.classes == {task: CLASSES for task in TASKS}
     assert len(pool.images) == 16 and set(splits_of(pool).values()) == {None}
-    listing = find_images(DataConfig(layout=layout, given_splits=True), root)
+    listing = index_dataset(DataConfig(layout=layout, use_official_splits=True), root)
     found = [(split, int(Path(path).stem)) for path, split in splits_of(listing).items()]
     assert sorted(found) == sorted([("train", 0), ("test", 1), ("train", 3)] * 4)
-    assert listing.in_neither_split == {"art": 2, "real world": 2}
-    one = find_images(DataConfig(layout=layout, given_splits=True, tasks=["art"]), root)
-    assert len(one.images) == 6 and one.in_neither_split == {"art": 2}
+    assert listing.unused_images == {"art": 2, "real world": 2}
+    one = index_dataset(DataConfig(layout=layout, use_official_splits=True, tasks=["art"]), root)
+    assert len(one.images) == 6 and one.unused_images == {"art": 2}
 
 
 def test_the_folder_of_all_images_beside_splits_is_not_read_twice(tree, tmp_path):
     """VLCS as Dassl has it."""
     root = in_splits(tree, tmp_path / "vlcs", "task/split/class", ("train", "crossval", "test", "train"))
     in_splits(tree, root, "task/split/class", ("full",))
-    listing = find_images(DataConfig(), root)
+    listing = index_dataset(DataConfig(), root)
     assert len(listing.images) == 16 and listing.ignored == ("art/full", "real world/full")
 
 
@@ -813,10 +815,10 @@ def test_splits_without_a_task_are_named(tmp_path):
             (root / split / name).mkdir(parents=True)
             (root / split / name / "1.png").write_bytes(png(1))
     assert "splits, but of which task?" in fault(root)
-    assert tuple(find_images(DataConfig(layout="folders"), root).classes) == ("test", "train")
+    assert tuple(index_dataset(DataConfig(layout="folders"), root).classes) == ("test", "train")
     (tmp_path / "parent").mkdir()
     root.rename(tmp_path / "parent/flowers")
-    assert tuple(find_images(DataConfig(), tmp_path / "parent").classes) == ("flowers",)
+    assert tuple(index_dataset(DataConfig(), tmp_path / "parent").classes) == ("flowers",)
 
 
 def test_classes_may_be_called_like_splits(tmp_path):
@@ -824,7 +826,7 @@ def test_classes_may_be_called_like_splits(tmp_path):
     for name in ("train", "test", "van"):
         (tmp_path / "photo" / name).mkdir(parents=True)
         (tmp_path / "photo" / name / "1.png").write_bytes(png(1))
-    listing = find_images(DataConfig(), tmp_path)
+    listing = index_dataset(DataConfig(), tmp_path)
     assert listing.layout == "folders" and listing.classes == {"photo": ("test", "train", "van")}
     assert "data.layout=split_folders needs" in fault(tmp_path, layout="split_folders")
 
@@ -843,26 +845,26 @@ def test_splits_of_a_table(tree, tmp_path, kind):
         root.mkdir()
         for split in set(splits):
             write_images(tree, root / f"{split}-00000.parquet", [row for row in rows if row["split"] == split], "bytes")
-    assert len(find_images(DataConfig(), root).images) == 16
-    listing = find_images(DataConfig(given_splits=True), root)
-    by_content = {image.sha256: image.given_split for image in scanned_with_splits(listing)}
+    assert len(index_dataset(DataConfig(), root).images) == 16
+    listing = index_dataset(DataConfig(use_official_splits=True), root)
+    by_content = {image.sha256: image.official_split for image in scanned_with_splits(listing)}
     expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row["split"] for row in rows}
     assert by_content == {content: split for content, split in expected.items() if split != "validation"}
-    assert listing.in_neither_split == {"art": 2, "real world": 2}
-    assert listing.fingerprint() != find_images(DataConfig(), root).fingerprint()
+    assert listing.unused_images == {"art": 2, "real world": 2}
+    assert listing.fingerprint() != index_dataset(DataConfig(), root).fingerprint()
 
 
-def scanned_with_splits(listing: Listing) -> list[ScannedImage]:
-    return [replace(image, given_split=of.given_split) for image, of in zip(scanned(listing), listing.images)]
+def scanned_with_splits(listing: DatasetIndex) -> list[ScannedImage]:
+    return [replace(image, official_split=of.official_split) for image, of in zip(scanned(listing), listing.images)]
 
 
 def test_splits_that_are_asked_for_must_be_there(tree):
-    assert "data.given_splits=true, and" in fault(tree, given_splits=True)
-    assert "no column 'split'" in fault(write_csv(tree / "all.csv", rows_of(tree)), given_splits=True)
+    assert "data.use_official_splits=true, and" in fault(tree, use_official_splits=True)
+    assert "no column 'split'" in fault(write_csv(tree / "all.csv", rows_of(tree)), use_official_splits=True)
     rows = [{**row, "split": "fold 1"} for row in rows_of(tree)]
     write_csv(tree / "all.csv", rows)
-    assert "line 2: the split 'fold 1' is none of train, " in fault(tree / "all.csv", given_splits=True)
-    assert len(find_images(DataConfig(), tree / "all.csv").images) == 16
+    assert "line 2: the split 'fold 1' is none of train, " in fault(tree / "all.csv", use_official_splits=True)
+    assert len(index_dataset(DataConfig(), tree / "all.csv").images) == 16
 
 
 @st.composite
@@ -879,7 +881,7 @@ def given_sets(draw):
                 for number, content in enumerate(own + copied):
                     digest = hashlib.sha256(content.encode()).hexdigest()
                     path = f"{task}/{split}/{name}/{number}"
-                    images.append(ScannedImage(path, task, name, digest, given_split=split))
+                    images.append(ScannedImage(path, task, name, digest, official_split=split))
     return images, classes, shots
 
 
@@ -887,17 +889,17 @@ def given_sets(draw):
 def test_given_splits_are_respected_and_share_no_content(given_set, seed):
     images, classes, shots = given_set
     splits = sample_splits(images, classes, shots, seed)
-    assert {image.given_split for image in splits.train} == {"train"}
-    assert {image.given_split for image in splits.test} == {"test"}
+    assert {image.official_split for image in splits.train} == {"train"}
+    assert {image.official_split for image in splits.test} == {"test"}
     for task, names in classes.items():
         for name in names:
             assert sum((image.task, image.class_folder) == (task, name) for image in splits.train) == shots
     trained = {image.sha256 for image in splits.train}
     assert trained.isdisjoint(image.sha256 for image in splits.test)
-    given_test = {image.path for image in images if image.given_split == "test"}
+    given_test = {image.path for image in images if image.official_split == "test"}
     assert {image.path for image in splits.test} | {path for path, _ in splits.copies} == given_test
     # The draw is that of the training images alone.
-    alone = [ScannedImage(i.path, i.task, i.class_folder, i.sha256) for i in images if i.given_split == "train"]
+    alone = [ScannedImage(i.path, i.task, i.class_folder, i.sha256) for i in images if i.official_split == "train"]
     extra = [
         ScannedImage(f"more/{task}/{name}", task, name, hashlib.sha256(f"more {task} {name}".encode()).hexdigest())
         for task, names in classes.items()
@@ -912,7 +914,7 @@ def test_given_splits_are_respected_and_share_no_content(given_set, seed):
 
 def test_given_splits_with_too_few_images_are_named():
     images = [
-        ScannedImage(f"a/{name}/{split}{number}", "a", name, f"{name} {split} {number}", given_split=split)
+        ScannedImage(f"a/{name}/{split}{number}", "a", name, f"{name} {split} {number}", official_split=split)
         for name, train, test in (("bed", 3, 1), ("mug", 2, 5), ("pen", 3, 0))
         for split, count in (("train", train), ("test", test))
         for number in range(count)
@@ -989,7 +991,7 @@ def published_tree(root: Path, data: DataConfig, tasks: list[str], lists: str | 
 def test_presets_find_what_is_published_and_tell_what_is_missing(tmp_path, name, lists, layout):
     data = preset(name)
     root = published_tree(tmp_path, data, [*data.tasks, "another"], lists)
-    listing = find_images(data, root)
+    listing = index_dataset(data, root)
     assert listing.layout == layout and set(listing.classes) == set(data.tasks)
     assert {len(names) for names in listing.classes.values()} == {PUBLISHED[name][1]}
     notes = unexpected_counts(data, listing)
@@ -1003,8 +1005,8 @@ def test_presets_find_what_is_published_and_tell_what_is_missing(tmp_path, name,
 
 def test_images_of_neither_split_count_as_there(tree, tmp_path):
     root = in_splits(tree, tmp_path / "splits", "task/split/class", ("train", "test", "val", "train"))
-    data = DataConfig(given_splits=True, expected_images={"art": 8, "real world": 9})
-    assert unexpected_counts(data, find_images(data, root)) == [
+    data = DataConfig(use_official_splits=True, expected_images={"art": 8, "real world": 9})
+    assert unexpected_counts(data, index_dataset(data, root)) == [
         "real world has 8 images, 9 are published: is the copy complete?"
     ]
 
@@ -1013,20 +1015,20 @@ def test_images_of_neither_split_count_as_there(tree, tmp_path):
 
 
 def picture() -> Image.Image:
-    """Colours that change slowly, 48 x 32: what a kind of image loses by its compression is little."""
+    """Colors that change slowly, 48 x 32: what a kind of image loses by its compression is little."""
     x, y = np.meshgrid(np.arange(48), np.arange(32))
     return Image.fromarray(np.stack([5 * x, 7 * y, 250 - 5 * x], axis=2).astype(np.uint8))
 
 
-def png_of(width: int, height: int, bits: int, colour_type: int, samples: np.ndarray) -> bytes:
-    """PNG's 16-bit colours, which Pillow reads and cannot write; `samples`: (height, width, channels)."""
+def png_of(width: int, height: int, bits: int, color_type: int, samples: np.ndarray) -> bytes:
+    """PNG's 16-bit colors, which Pillow reads and cannot write; `samples`: (height, width, channels)."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     lines = samples.astype(">u2" if bits == 16 else "u1").reshape(height, -1)
     raw = b"".join(b"\0" + line.tobytes() for line in lines)
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
@@ -1051,7 +1053,7 @@ def kinds() -> dict[str, bytes]:
         "JPEG, mirrored by EXIF": turned(2),
         "PNG": encoded(image),
         "PNG, palette": encoded(image.quantize(200)),
-        "PNG, palette, one colour seen through": encoded(image.quantize(200), transparency=3),
+        "PNG, palette, one color seen through": encoded(image.quantize(200), transparency=3),
         "PNG, palette with alpha": encoded(image.quantize(200), transparency=bytes(range(200))),
         "PNG, alpha": encoded(see_through),
         "PNG, 16 bits": png_of(48, 32, 16, 2, wide),
@@ -1080,22 +1082,22 @@ def test_kinds_of_images_show_what_the_field_sees(kind):
 
 
 def greys() -> dict[str, bytes]:
-    grey = np.asarray(picture().convert("L"))
-    wide = grey.astype(np.uint32) * 257
+    gray = np.asarray(picture().convert("L"))
+    wide = gray.astype(np.uint32) * 257
     alpha = np.full(wide.shape, 100)
     return {
-        "PNG": encoded(Image.fromarray(grey)),
+        "PNG": encoded(Image.fromarray(gray)),
         "PNG, 16 bits": png_of(48, 32, 16, 0, wide),
         "PNG, 16 bits, alpha": png_of(48, 32, 16, 4, np.stack([wide, alpha], axis=2)),
         "TIFF, 16 bits": encoded(Image.fromarray(wide.astype(np.uint16)), "TIFF"),
         "TIFF, 32 bits": encoded(Image.fromarray(wide.astype(np.int32)), "TIFF"),
-        "PNG, alpha": encoded(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(grey)])),
+        "PNG, alpha": encoded(Image.merge("LA", [Image.fromarray(gray), Image.fromarray(gray)])),
     }
 
 
 @pytest.mark.parametrize("kind", greys())
 def test_greys_of_any_depth_show_the_same(kind):
-    """Pillow alone clips 16 bits of grey to white: there the field sees nothing, and here the picture is seen."""
+    """Pillow alone clips 16 bits of gray to white: there the field sees nothing, and here the picture is seen."""
     seen = np.asarray(decode_rgb(greys()[kind]))
     assert np.array_equal(seen, np.asarray(picture().convert("L").convert("RGB")))
 
@@ -1135,7 +1137,7 @@ def test_hundreds_of_tasks_are_checked_and_drawn_in_seconds(tmp_path):
                 (folder / f"{number}.png").write_bytes(content[number + 3 * (name == "no")] + f"{task}".encode())
                 rows.append({"path": f"{folder.name}/{number}.png", "task": folder.parent.name, "label": name})
     began = time.process_time()
-    listing = find_images(DataConfig(), tmp_path)
+    listing = index_dataset(DataConfig(), tmp_path)
     check_constraints(list(listing.classes))
     images = scanned(listing)
     splits = sample_splits(images, listing.classes, shots=2, seed=1)
@@ -1156,21 +1158,21 @@ def test_class_names_of_tasks_with_different_classes(tree):
     (tree / "real.txt").write_text("lamp\ndesk\n")
     (tree / "real world/post_it").rename(tree / "real world/desk")
     names = {"art": str(tree / "art.txt"), "real world": str(tree / "real.txt")}
-    listing = find_images(DataConfig(class_names=names), tree)
+    listing = index_dataset(DataConfig(class_names=names), tree)
     assert listing.classes == {"art": ("bed", "post_it"), "real world": ("desk", "lamp")}
-    assert listing.class_words["bed"] == "a large bed, with cushions" and listing.class_words["lamp"] == "lamp"
-    assert listing.left_out_classes == ("real world/bed",)
+    assert listing.class_names["bed"] == "a large bed, with cushions" and listing.class_names["lamp"] == "lamp"
+    assert listing.excluded_classes == ("real world/bed",)
     # A task without a file has all its folders.
     message = fault(tree, class_names={"art": names["art"]})
     assert "the class 'bed' is 'a large bed, with cushions' in task 'art' and 'bed' in task 'real world'" in message
     (tree / "art.txt").write_text("bed\npost_it\tpost-it notes\n")
-    listing = find_images(DataConfig(class_names={"art": names["art"]}), tree)
+    listing = index_dataset(DataConfig(class_names={"art": names["art"]}), tree)
     assert listing.classes["real world"] == ("bed", "desk", "lamp")
-    assert listing.class_words == {"bed": "bed", "desk": "desk", "lamp": "lamp", "post_it": "post-it notes"}
+    assert listing.class_names == {"bed": "bed", "desk": "desk", "lamp": "lamp", "post_it": "post-it notes"}
     assert "data.class_names: there is no task oil; found: art, real world" in fault(
         tree, class_names={"oil": names["art"]}
     )
-    one = find_images(DataConfig(class_names=names | {"oil": names["art"]}, tasks=["art"]), tree)
+    one = index_dataset(DataConfig(class_names=names | {"oil": names["art"]}, tasks=["art"]), tree)
     assert one.classes == {"art": ("bed", "post_it")}
 
 
@@ -1205,7 +1207,7 @@ def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, tmp_path):
         "full_pipeline",
         *("--storage", tmp_path / "storage"),
         *("--data.root", str(tmp_path / "neon.parquet"), "--data.columns", "{task: domain}"),
-        *("--data.given_splits", "true", "--clip.task_templates", '{neon: "a neon sign of the digit {}."}'),
+        *("--data.use_official_splits", "true", "--clip.task_templates", '{neon: "a neon sign of the digit {}."}'),
         *("--training.epochs", "2", "--global_prompt.epochs", "2"),
     )
     assert finished.status == 0, finished.output
@@ -1213,5 +1215,5 @@ def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, tmp_path):
     assert "the demo's tiny CLIP, knows handwritten digits alone: for other images --clip.model" in finished.output
     methods = summary(tmp_path / "storage")["methods"]
     assert all(set(of_method["accuracy"]) == {"neon"} for of_method in methods.values()) and "grouped" in methods
-    prompts = load_prompts(the_run(tmp_path / "storage") / "prompts/grouped.safetensors")
+    prompts = load_adapter(the_run(tmp_path / "storage") / "prompts/grouped.safetensors")
     assert prompts.config.clip.task_templates == {"neon": "a neon sign of the digit {}."}

@@ -33,13 +33,13 @@ from pipeline.data.checked_images import check_images
 from pipeline.data.parquet import SplitReader, plan_parts, scan_image, write_part
 from pipeline.methods.registry import METHODS, VARIANTS, get_method, training_of
 from pipeline.runtime.stage import Work
-from pipeline.runtime.storage import Artefact
+from pipeline.runtime.storage import Artifact
 from pipeline.stages import data_check, training_work
 from pipeline.stages import plan as plans
 from pipeline.stages import splits as splits_stage
 from pipeline.stages.global_prompt import global_prompt_work
 from pipeline.stages.group_trainings import plan_trainings
-from pipeline.stages.grouping import grouping_artefact, make_grouping
+from pipeline.stages.grouping import grouping_artifact, make_grouping
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.training_work import TrainingWork
 
@@ -73,10 +73,10 @@ OTHERS: dict[str, Any] = {
     "mmap.source_rows": 2,
     "mmap.source_columns": 4,
     "training.augmentation.crop_scale": [0.5, 1.0],
-    "compare": ["coop"],
+    "baselines": ["coop"],
     "grouping.num_groups": 2,
-    "grouping.together": [["ink", "neon"]],
-    "grouping.apart": [["ink", "neon"]],
+    "grouping.must_link": [["ink", "neon"]],
+    "grouping.cannot_link": [["ink", "neon"]],
     "cluster.address": "auto",
     "tracking.uri": "sqlite:///another.db",
     "tracking.experiment": "another",
@@ -86,7 +86,7 @@ OTHERS: dict[str, Any] = {
 FIELDS = {name: field for name, field, _ in fields()}
 TASK_WITH_TEMPLATE = "neon"
 FOUND = {
-    *("data.root", "data.columns", "data.given_splits", "data.tasks", "data.class_names"),
+    *("data.root", "data.columns", "data.use_official_splits", "data.tasks", "data.class_names"),
     *("clip.pretrained", "clip.quick_gelu"),
 }
 """Fields whose other value finds something else; the others' finds the same by another way."""
@@ -158,13 +158,13 @@ def checked(config: Config) -> Plan:
     if not plan.splits.finished():
         root = plan.listing.root
         images = [
-            replace(scan_image(root, of.path, of.task, of.class_folder), given_split=of.given_split)
+            replace(scan_image(root, of.path, of.task, of.class_folder), official_split=of.official_split)
             for of in plan.listing.images
         ]
         splits, description = splits_stage.sampled(plan, [image for image in images if not image.error])
         sizes = {image.path: image.size for image in images}
         parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
-        with plan.splits.making() as made:
+        with plan.splits.writer() as made:
             for part in parts:
                 write_part(root, part, description, made.folder)
             (made.folder / "splits.json").write_text(json.dumps(asdict(description)))
@@ -185,17 +185,17 @@ def planned(config: Config) -> dict[str, Planned]:
         "(images)": Planned(plan.listing.fingerprint()),
         "(clip)": Planned(asdict(plan.clip)),
         "(split images)": Planned(description.content),
-        "(words)": Planned([description.words(task) for task in description.tasks]),
+        "(words)": Planned([description.class_names_for(task) for task in description.tasks]),
     }
     encoded, trained_on = ("(clip)", "(split images)"), ("(clip)", "(split images)", "(words)")
     found["run"] = Planned(plan.key, frozenset(RESULTS), ("(images)", "(clip)"))
-    found["data check"] = Planned(data_check._artefact(plan).key, rests_on=("(images)",))
+    found["data check"] = Planned(data_check._artifact(plan).key, rests_on=("(images)",))
     found["splits"] = Planned(plan.splits.key, frozenset({"splits"}), ("(images)",))
-    global_prompt = global_prompt_work(plan).artefact
+    global_prompt = global_prompt_work(plan).artifact
     found["global prompt"] = Planned(
         global_prompt.key, frozenset({"training", "method", "global_prompt"}), trained_on, "mmap"
     )
-    grouping = grouping_artefact(plan, global_prompt)
+    grouping = grouping_artifact(plan, global_prompt)
     found["grouping"] = Planned(grouping.key, frozenset({"grouping"}), ("global prompt",))
     trainings = {}
     for variant in VARIANTS:
@@ -207,16 +207,16 @@ def planned(config: Config) -> dict[str, Planned]:
                 ("test", training.item.test_features),
                 ("training", training.item.training_features),
             ):
-                for task, artefact in features.items():
+                for task, artifact in features.items():
                     name = f"{kind} features of {task}" + (f" for {method}" if kind == "training" else "")
                     of_method = method if kind == "training" else None
-                    found[name] = Planned(artefact.key, frozenset({f"{kind}_features"}), encoded, of_method, (task,))
+                    found[name] = Planned(artifact.key, frozenset({f"{kind}_features"}), encoded, of_method, (task,))
             rests_on = [*trained_on, *(["grouping"] if get_method(method).uses_affinities else [])]
             if training.start:
                 rests_on.append(f"{training.start.version}: {training.start.item.tasks}")
             effects = {"method", "training", "evaluation"} if get_method(method).trained else {"evaluation"}
             name = f"{variant}: {tasks}"
-            found[name] = Planned(training.artefact.key, frozenset(effects), tuple(rests_on), method, tasks)
+            found[name] = Planned(training.artifact.key, frozenset(effects), tuple(rests_on), method, tasks)
     return found
 
 
@@ -302,7 +302,7 @@ def test_a_field_changes_the_keys_of_what_it_affects_and_no_others(name, folder,
 
 def test_other_code_changes_the_keys_of_all_numbers(folder, base, monkeypatch):
     for module in (plans, training_work):
-        monkeypatch.setattr(module, "NUMBERS_VERSION", plans.NUMBERS_VERSION + 1)
+        monkeypatch.setattr(module, "NUMBERS_VERSION", plans.RESULTS_VERSION + 1)
     config, before = base
     same = {name for name in before if name.startswith("(")} | {"data check", "splits"}
     assert changed_keys(before, planned(config)) == before.keys() - same
@@ -349,7 +349,7 @@ def test_a_field_that_does_not_say_what_it_affects_does_not_import():
 # What work reads
 
 CHANGES_NO_NUMBER = {
-    "clip.activations_gib",  # memory
+    "clip.activation_memory_gib",  # memory
     "training.checkpoint_every",
     "cluster.cpus_per_worker",  # threads
 }
@@ -361,10 +361,10 @@ READERS = ("splits", "test_features", "training_features", "global_prompt", "gro
 @pytest.fixture(scope="module")
 def work(folder):
     """Name → work and what has to be done before, its method, and the effects of what it may read."""
-    changes = {"storage": "worked", "training.epochs": 1, "data.root": "broken.csv", "data.max_dropped_share": 0.5}
+    changes = {"storage": "worked", "training.epochs": 1, "data.root": "broken.csv", "data.max_broken_fraction": 0.5}
     plan = checked(config_with(folder, *changes.items()))
     global_prompt = global_prompt_work(plan)
-    grouping = grouping_artefact(plan, global_prompt.artefact)
+    grouping = grouping_artifact(plan, global_prompt.artifact)
     solve = Work("grouping", group, (plan, global_prompt, grouping), grouping)
     found = {
         "splits": ([Work("splits", build_here, (plan, plan.splits), plan.splits)], "mmap", {"splits"}),
@@ -381,7 +381,7 @@ def work(folder):
         effects = {"training", "evaluation"} if get_method(method).trained else {"evaluation"}
         found[variant] = ([*before, training.work], method, effects)
         for features in training.features:
-            split = features.artefact.made_from["split"]
+            split = features.artifact.inputs["split"]
             effect = "test_features" if split == "test" else "training_features"
             found.setdefault(effect, ([features.work], method, {effect}))
     return found
@@ -405,7 +405,7 @@ def test_work_reads_only_fields_that_affect_it(name, work, monkeypatch):
         return get(section, attribute)
 
     load_clip.cache_clear()
-    shutil.rmtree(todo[-1].artefact.folder, ignore_errors=True)
+    shutil.rmtree(todo[-1].artifact.folder, ignore_errors=True)
     with monkeypatch.context() as patch:
         patch.setattr(Section, "__getattribute__", recording, raising=False)
         execute(todo[-1])
@@ -414,13 +414,13 @@ def test_work_reads_only_fields_that_affect_it(name, work, monkeypatch):
     said = {path for path in read if effects_of(FIELDS[path]) & {*effects, "data", "clip"}}
     said |= {path for path in own if "method" in effects_of(FIELDS[path])}
     if name.endswith("features"):
-        said.add("mmap.text_order")  # of the text tower
+        said.add("mmap.text_prompt_position")  # of the text tower
     assert read - said <= CHANGES_NO_NUMBER
 
 
 def execute(item: Work) -> None:
     """In this process."""
-    if not item.artefact.finished():
+    if not item.artifact.finished():
         item.function(*item.arguments, BOARD)
 
 
@@ -428,9 +428,9 @@ ignored = SimpleNamespace(remote=lambda *arguments: None)
 BOARD = SimpleNamespace(post=ignored, expect=ignored, advance=ignored)
 
 
-def build_here(plan: Plan, artefact: Artefact, board: Any) -> None:
+def build_here(plan: Plan, artifact: Artifact, board: Any) -> None:
     """Stage 1, but for Ray."""
-    with data_check._artefact(plan).making() as made:
+    with data_check._artifact(plan).writer() as made:
         table = check_images(plan.listing.root, plan.listing.images, samples=())
         pq.write_table(table, made.folder / data_check.IMAGES)
 
@@ -438,9 +438,9 @@ def build_here(plan: Plan, artefact: Artefact, board: Any) -> None:
         return [item.function(*item.arguments, board) for item in work]
 
     stage = SimpleNamespace(session=SimpleNamespace(board=board, folder=plan.storage.folder), execute=execute_all)
-    with artefact.making() as made:
+    with artifact.writer() as made:
         splits_stage._build(plan, stage, made)
 
 
-def group(plan: Plan, global_prompt: Work, artefact: Artefact, board: Any) -> None:
-    make_grouping(plan, global_prompt.artefact, artefact)
+def group(plan: Plan, global_prompt: Work, artifact: Artifact, board: Any) -> None:
+    make_grouping(plan, global_prompt.artifact, artifact)

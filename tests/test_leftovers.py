@@ -13,7 +13,7 @@ import psutil
 import pytest
 from pipelines import PATIENCE_S, REPOSITORY
 
-pytestmark = pytest.mark.proof
+pytestmark = pytest.mark.fault_injection
 ENDLESS = """
 import subprocess, sys, time
 from pathlib import Path

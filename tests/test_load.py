@@ -17,9 +17,9 @@ from small_clip import open_clip
 from pipeline.clip.load import clip_identity, load_clip, towers_without_weights, weights_fingerprint
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.errors import UserError
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import GroupMmap, MmapShape
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
 
 TINY = {
     "embed_dim": 16,
@@ -175,15 +175,15 @@ def trained():
         [{"ink": ["one", "two"], "neon": ["one", "two", "three"]}, {"chalk": ["six", "nine"]}]
     ):
         prompts = GroupMmap(MmapShape.of(config.mmap, towers), tuple(group), seed)
-        parts.append(TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+        parts.append(TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
     return towers, parts
 
 
 def test_prompts_round_trip_with_the_same_probabilities(trained, tmp_path):
     towers, parts = trained
-    file = tmp_path / "prompts.safetensors"
-    save_prompts(file, merge_prompts(parts))
-    loaded = load_prompts(file)
+    file = tmp_path / "adapter.safetensors"
+    save_adapter(file, merge_adapters(parts))
+    loaded = load_adapter(file)
     assert loaded.words == {"ink": ["one", "two"], "neon": ["one", "two", "three"], "chalk": ["six", "nine"]}
     assert loaded.num_parameters == 5 * 4 * (4 * 64 + 3)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -200,18 +200,18 @@ def test_prompts_round_trip_with_the_same_probabilities(trained, tmp_path):
 
 def test_prompts_refuse_another_clip(trained, tmp_path):
     _, (part, _) = trained
-    other = TrainedPrompts("mmap", part.config, "0" * 64, part.groups, part.states)
+    other = TrainedAdapter("mmap", part.config, "0" * 64, part.groups, part.states)
     with pytest.raises(UserError, match="not those that these prompts were trained on"):
         other.classifier()
 
 
 def test_files_that_are_no_prompts_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        load_prompts(tmp_path / "absent.safetensors")
+        load_adapter(tmp_path / "absent.safetensors")
     foreign = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(1)}, foreign)
     with pytest.raises(UserError, match="no prompts file of this project"):
-        load_prompts(foreign)
+        load_adapter(foreign)
     foreign.write_bytes(b"\xff" * 100)
     with pytest.raises(UserError, match="no prompts file of this project"):
-        load_prompts(foreign)
+        load_adapter(foreign)

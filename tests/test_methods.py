@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_method import SKETCHED, equals, full_ids
-from plain_towers import plain_encode_text
+from reference_method import SKETCHED, equals, full_ids
+from reference_towers import plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
 from small_methods import (
     REFERENCES,
@@ -38,11 +38,11 @@ from pipeline.config import (
 )
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, save_adapter
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import task_tree
-from pipeline.methods.method import OwnTraining
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
-from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, get_method, training_of
+from pipeline.methods.method import TrainingOverrides
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, get_method, training_of
 from pipeline.stages.group_trainings import random_groups
 from pipeline.stages.training_work import TrainingWork
 from pipeline.training.evaluate import evaluate, evaluate_features
@@ -58,18 +58,18 @@ SEVERAL_NAMES = [" | ".join(CLASS_WORDS[:2]), CLASS_WORDS[2], " | ".join(CLASS_W
 def test_every_method_has_a_reference_and_variants():
     assert REFERENCES.keys() == METHODS.keys()
     assert {variant.method for variant in VARIANTS.values()} == METHODS.keys()
-    assert list(VARIANTS)[-2:] == list(ALWAYS)
+    assert list(VARIANTS)[-2:] == list(DEFAULT_VARIANTS)
     with pytest.raises(UserError, match="'lora' is not known; methods: zero_shot, coop, vpt"):
         get_method("lora")
 
 
 def test_whatever_is_trained_for_the_asking_can_be_compared():
-    names = [name for name in VARIANTS if name not in ("zero_shot", *ALWAYS)]
-    assert parse_config({"compare": names}).compare == tuple(names)
+    names = [name for name in VARIANTS if name not in ("zero_shot", *DEFAULT_VARIANTS)]
+    assert parse_config({"baselines": names}).baselines == tuple(names)
     for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", ".")):
-        message = f"compare.0='{name}': no method that can be compared{hint} Valid: coop, vpt, "
+        message = f"baselines.0='{name}': no method that can be compared{hint} Valid: coop, vpt, "
         with pytest.raises(UserError, match=re.escape(message)):
-            parse_config({"compare": [name]})
+            parse_config({"baselines": [name]})
 
 
 @pytest.mark.parametrize("several_names", [False, True], ids=["a name each", "several names"])
@@ -127,9 +127,9 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     towers = load_clip(SMALL.clip)
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
     method = built(name, towers, words)
-    trained = TrainedPrompts(name, SMALL, weights_fingerprint(towers), (words,), (method.state_dict(),))
-    save_prompts(tmp_path / "trained.safetensors", trained)
-    loaded = load_prompts(tmp_path / "trained.safetensors")
+    trained = TrainedAdapter(name, SMALL, weights_fingerprint(towers), (words,), (method.state_dict(),))
+    save_adapter(tmp_path / "trained.safetensors", trained)
+    loaded = load_adapter(tmp_path / "trained.safetensors")
     assert loaded.num_parameters == sum(p.numel() for p in method.parameters())
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
@@ -260,14 +260,15 @@ class Uncached(torch.nn.Module):
 def test_a_method_says_what_it_changes(name):
     towers, _ = small_towers()
     adaptation = built(name, towers)()
-    assert adaptation.changes_images == METHODS[name].changes_images
+    assert adaptation.modifies_image_encoder == METHODS[name].modifies_image_encoder
     assert (adaptation.consistency is not None) == METHODS[name].consistent
-    assert adaptation.changes_texts == REFERENCES[name].changes_texts
+    assert adaptation.modifies_text_encoder == REFERENCES[name].modifies_text_encoder
     assert (adaptation.towers is not None) == (REFERENCES[name].trains_weight is not None)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in TRAINED if not (METHODS[name].changes_images and REFERENCES[name].changes_texts)]
+    "name",
+    [name for name in TRAINED if not (METHODS[name].modifies_image_encoder and REFERENCES[name].modifies_text_encoder)],
 )
 def test_frozen_features_do_not_change_the_training(name):
     towers, _, _, sets = small_problem()
@@ -275,7 +276,7 @@ def test_frozen_features_do_not_change_the_training(name):
     sets = with_frozen_features(towers, sets)
     cached, uncached = built(name, towers), built(name, towers)
     of_cached, of_uncached = (
-        (replace(of, images=() if not METHODS[name].changes_images else of.images) for of in sets),
+        (replace(of, images=() if not METHODS[name].modifies_image_encoder else of.images) for of in sets),
         sets,
     )
     if uncached().text_features:  # which do not come from the towers
@@ -365,7 +366,7 @@ def test_a_reference_has_every_option(name):
 def outcome_as_plainly_defined(name, config):
     """Method, Adaptation, and all features and losses as one list."""
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    towers, model = small_towers(config.mmap.text_order, text_layers=4, vision_layers=5)
+    towers, model = small_towers(config.mmap.text_prompt_position, text_layers=4, vision_layers=5)
     method = built(name, towers, INK, config)
     adaptation = method()
     tokens = tokens_for(name, towers, [CLASS_WORDS], config)
@@ -390,40 +391,42 @@ def test_an_option_away_from_its_default_is_the_plain_definition(name, option):
     for suffix, shape in REFERENCES[name].options[option].shapes.items():
         shapes = {of for key, of in parameters.items() if key.endswith(f".{suffix}")}
         assert shapes == {shape}, suffix
-    carried = adaptation.text_prompts if adaptation.text_carried else getattr(method, "contexts", None)
-    assert METHODS[name].num_prompt_positions(config) == (0 if carried is None else carried.shape[-2])
+    propagate = adaptation.text_prompts if adaptation.text_prompts_propagate else getattr(method, "contexts", None)
+    assert METHODS[name].num_prompt_positions(config) == (0 if propagate is None else propagate.shape[-2])
 
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
 def test_a_file_keeps_an_option_away_from_its_default(name, option, tmp_path):
     config = with_option(name, option)
     state = {"numbers": torch.zeros(10_000)}
-    trained = TrainedPrompts(name, config, "weights", (dict(INK),), (state,))
-    save_prompts(tmp_path / "trained.safetensors", trained)
-    loaded = load_prompts(tmp_path / "trained.safetensors").config
+    trained = TrainedAdapter(name, config, "weights", (dict(INK),), (state,))
+    save_adapter(tmp_path / "trained.safetensors", trained)
+    loaded = load_adapter(tmp_path / "trained.safetensors").config
     options = (getattr(of, METHODS[name].section).model_dump(exclude={"training"}) for of in (loaded, config))
     assert next(options) == next(options)
 
 
 def test_a_loaded_model_has_text_prompts_where_it_was_trained_with_them(tmp_path):
-    for text_order in ("after_sos", "before_sos"):
-        config = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=2, source_rows=2, text_order=text_order)})
-        towers = load_clip(config.clip, text_order)
+    for text_prompt_position in ("after_sos", "before_sos"):
+        config = SMALL.model_copy(
+            update={"mmap": MmapConfig(prompt_length=2, source_rows=2, text_prompt_position=text_prompt_position)}
+        )
+        towers = load_clip(config.clip, text_prompt_position)
         state = built("mmap", towers, INK, config).state_dict()
-        trained = TrainedPrompts("mmap", config, weights_fingerprint(towers), (dict(INK),), (state,))
-        save_prompts(tmp_path / "trained.safetensors", trained)
-        loaded = load_prompts(tmp_path / "trained.safetensors").classifier()
-        assert loaded.towers.prompts_before_sos == (text_order == "before_sos")
+        trained = TrainedAdapter("mmap", config, weights_fingerprint(towers), (dict(INK),), (state,))
+        save_adapter(tmp_path / "trained.safetensors", trained)
+        loaded = load_adapter(tmp_path / "trained.safetensors").classifier()
+        assert loaded.towers.prompts_before_sos == (text_prompt_position == "before_sos")
 
 
 def test_a_trainings_towers_are_as_the_config_says(monkeypatch):
     monkeypatch.setattr(TrainingWork, "device", lambda work: torch.device("cpu"))  # which asks Ray
-    for text_order, activations_gib in (("after_sos", 6.0), ("before_sos", 0.5)):
-        clip = {**SMALL.clip.model_dump(), "activations_gib": activations_gib}
-        config = parse_config({"clip": clip, "mmap": {"text_order": text_order}})
+    for text_prompt_position, activation_memory_gib in (("after_sos", 6.0), ("before_sos", 0.5)):
+        clip = {**SMALL.clip.model_dump(), "activation_memory_gib": activation_memory_gib}
+        config = parse_config({"clip": clip, "mmap": {"text_prompt_position": text_prompt_position}})
         towers = TrainingWork(config, None, TASKS, "training").towers()
-        assert towers.prompts_before_sos == (text_order == "before_sos")
-        assert towers.activations_gib == activations_gib
+        assert towers.prompts_before_sos == (text_prompt_position == "before_sos")
+        assert towers.activation_memory_gib == activation_memory_gib
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if not name.startswith("mmap")])
@@ -431,7 +434,7 @@ def test_each_field_of_a_methods_own_training_goes_before_the_common_one(name):
     own = {"epochs": 7, "batch_size": 6, "learning_rate": 0.5, "weight_decay": 0.25}
     default = training_of(name, Config())
     own["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
-    assert own.keys() == OwnTraining.model_fields.keys()
+    assert own.keys() == TrainingOverrides.model_fields.keys()
     section = METHODS[name].section
     for field, value in own.items():
         changed = training_of(name, parse_config({section: {"training": {field: value}}}))
@@ -454,11 +457,11 @@ def test_hipro_averages_the_nodes_over_each_tasks_path():
     towers, model = small_towers()
     words = {"ink": CLASS_WORDS, "neon": CLASS_WORDS[:3], "chalk": CLASS_WORDS[1:]}
     method = built("hipro", towers, words)
-    method.plant(np.array([[1, 0.2, 0.7], [0.2, 1, 0.1], [0.7, 0.1, 1]]))
+    method.build_tree(np.array([[1, 0.2, 0.7], [0.2, 1, 0.1], [0.7, 0.1, 1]]))
     tokens = tokens_for("hipro", towers, list(words.values()))
     z = method().encode_text(towers, tokens)
     of_node = [
-        F.normalize(plain_encode_text(model, full_ids("{}."), context[None], carried=True), dim=1)
+        F.normalize(plain_encode_text(model, full_ids("{}."), context[None], propagate=True), dim=1)
         for context in method.contexts
     ]
     ink, neon, chalk, both, root = of_node
@@ -472,7 +475,7 @@ def test_softcpt_makes_each_task_a_context_of_its_own():
     towers, model = small_towers()
     method = built("softcpt", towers, {"ink": CLASS_WORDS, "Real_World": CLASS_WORDS})
     contexts = method().text_prompts
-    alone = plain_encode_text(model, tokenizer()(["Real World."]), method.meta_prompt[None], carried=True)[0]
+    alone = plain_encode_text(model, tokenizer()(["Real World."]), method.meta_prompt[None], propagate=True)[0]
     expected = torch.stack([alone @ method.projection[:, at] for at in range(3)])
     torch.testing.assert_close(contexts[1, 0], expected, **TOLERANCE)
     assert not torch.allclose(contexts[0], contexts[1])
@@ -534,12 +537,12 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     history = Trainer(towers, method, sets, tokens, SLOW, epochs=3, seed=5, precision="bfloat16").train()
     assert sum(history[-1].losses) < sum(history[0].losses)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in method.parameters())
-    trained = TrainedPrompts(name, config, weights_fingerprint(towers), (words,), (method.state_dict(),))
-    save_prompts(tmp_path / "trained.safetensors", trained)
+    trained = TrainedAdapter(name, config, weights_fingerprint(towers), (words,), (method.state_dict(),))
+    save_adapter(tmp_path / "trained.safetensors", trained)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         original = Classifier(towers, METHODS[name].templates(config, words), [(words, method())], "bfloat16")
-    again = load_prompts(tmp_path / "trained.safetensors").classifier()
+    again = load_adapter(tmp_path / "trained.safetensors").classifier()
     assert torch.equal(again.probabilities("ink", pixels), original.probabilities("ink", pixels))
 
 
@@ -548,20 +551,20 @@ def test_in_bfloat16_a_trained_method_is_loaded_and_used(name, tmp_path):
     config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
     towers = load_clip(config.clip, float32=METHODS[name].trains_weights)
     state = METHODS[name].build(config, towers, WORDS).state_dict()
-    save_prompts(
-        tmp_path / "trained.safetensors", TrainedPrompts(name, config, weights_fingerprint(towers), (WORDS,), (state,))
+    save_adapter(
+        tmp_path / "trained.safetensors", TrainedAdapter(name, config, weights_fingerprint(towers), (WORDS,), (state,))
     )
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    found = load_prompts(tmp_path / "trained.safetensors").classifier().probabilities("ink", pixels)
+    found = load_adapter(tmp_path / "trained.safetensors").classifier().probabilities("ink", pixels)
     assert found.isfinite().all() and torch.allclose(found.sum(1).float(), torch.ones(3), atol=1e-2)
 
 
 def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_gradient():
     towers, _ = small_towers()
-    method = built("full", towers, INK)
+    method = built("full_finetune", towers, INK)
     adaptation = method()
     x = adaptation.encode_image(towers, torch.randn(3, 3, 16, 16, dtype=torch.float64), [3])
-    z = adaptation.encode_text(towers, tokens_for("full", towers, [CLASS_WORDS]))
+    z = adaptation.encode_text(towers, tokens_for("full_finetune", towers, [CLASS_WORDS]))
     F.cross_entropy(adaptation.logits(towers, x, z), torch.tensor([0, 2, 4])).backward()
     ids = full_ids(SMALL.clip.template)
     lengths = (ids.argmax(dim=1) + 1).tolist()  # to the end-of-text token, which has the largest number

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 @pytest.fixture(scope="module")
 def served(quick_run, tmp_path_factory):
-    """Address, experiment and client of a server on a copy of the run's database; its artefacts where they were."""
+    """Address, experiment and client of a server on a copy of the run's database; its artifacts where they were."""
     storage, _ = quick_run
     folder = tmp_path_factory.mktemp("mlflow")
     shutil.copyfile(storage / "mlflow.db", folder / "server.db")
@@ -68,7 +68,7 @@ def test_comparison_shows_the_methods_metrics(served, page):
         expect(body).to_contain_text(f"{values['average']:.3f}"[:4], use_inner_text=True)  # the page rounds
 
 
-def test_artefact_pictures_and_pages_open(served, page):
+def test_artifact_pictures_and_pages_open(served, page):
     address, experiment, client, _ = served
     (run,) = client.search_runs([experiment], "tags.level = 'pipeline'")
     open_run(page, address, experiment, run.info.run_id, "artifacts/report/accuracy.png")

@@ -85,10 +85,10 @@ def test_mlflow_holds_the_run(quick_run):
     system = client.get_metric_history(names["all in one"].info.run_id, "system/process_memory_usage_megabytes")
     assert system and all(value.value > 100 for value in system)
     assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
-    artefacts = {
-        file.path for folder in ("report", "prompts") for file in client.list_artifacts(parent.info.run_id, folder)
+    artifacts = {
+        file.path for folder in ("report", "adapters") for file in client.list_artifacts(parent.info.run_id, folder)
     }
-    assert {"report/report.md", "report/affinity_graph.png", "prompts/grouped.safetensors"} <= artefacts
+    assert {"report/report.md", "report/affinity_graph.png", "prompts/grouped.safetensors"} <= artifacts
     assert every_step_once(storage)
 
 
@@ -101,9 +101,9 @@ def test_mlflow_holds_each_trainings_results(quick_run):
     """What the training itself wrote, not what the report made of it."""
     storage, _ = quick_run
     results = {}
-    for file in (storage / "group_trainings").glob("[!.]*/artefact.json"):
-        made_from = json.loads(file.read_text())["made_from"]
-        results[made_from["method"], tuple(made_from["group"])] = json.loads((file.parent / "result.json").read_text())
+    for file in (storage / "group_trainings").glob("[!.]*/artifact.json"):
+        inputs = json.loads(file.read_text())["inputs"]
+        results[inputs["method"], tuple(inputs["group"])] = json.loads((file.parent / "result.json").read_text())
     trainings = [of for of in runs_in_mlflow(storage) if of.data.tags["level"] == "training"]
     assert len(trainings) == len(results)
     for training in trainings:
@@ -164,11 +164,11 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
     assert "best of 31 partitions" in finished.output
     groupings = [json.loads(file.read_text()) for file in storage.glob("grouping/[!.]*/grouping.json")]
     (of_two,) = [grouping for grouping in groupings if len(grouping["groups"]) == 2]
-    assert of_two["trust"]["ranked"][0]["groups"] == of_two["groups"]
-    assert all(len(ranked["groups"]) == 2 for ranked in of_two["trust"]["ranked"])
-    assert sum(resampled["share"] for resampled in of_two["trust"]["resampled"]) == pytest.approx(1, abs=0.2)
+    assert of_two["stability"]["ranked"][0]["groups"] == of_two["groups"]
+    assert all(len(ranked["groups"]) == 2 for ranked in of_two["stability"]["ranked"])
+    assert sum(resampled["share"] for resampled in of_two["stability"]["resampled"]) == pytest.approx(1, abs=0.2)
     num_steps = 5 * GLOBAL_PROMPT_EPOCHS
-    assert [part["first_step"] for part in of_two["trust"]["over_training"]] == list(
+    assert [part["first_step"] for part in of_two["stability"]["over_training"]] == list(
         range(1, num_steps + 1, num_steps // 5)
     )
     runs = MlflowClient(f"sqlite:///{storage}/mlflow.db").search_runs(["1"], "tags.`mlflow.runName` = 'global_prompt'")
@@ -182,16 +182,16 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
     storage, _ = quick_run
     expected = {}
     for folder in (storage / "group_trainings").glob("[!.]*"):
-        made_from = json.loads((folder / "artefact.json").read_text())["made_from"]
-        if made_from["method"] == "mmap" and len(made_from["group"]) == 6:
+        inputs = json.loads((folder / "artifact.json").read_text())["inputs"]
+        if inputs["method"] == "mmap" and len(inputs["group"]) == 6:
             for row in pq.read_table(folder / "predictions.parquet").to_pylist():
                 expected[row["path"]] = row
     words = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
     for task in ("noise", "rotated"):
         output = tmp_path / f"{task}.csv"
-        prompts = the_run(storage) / "prompts" / "all_in_one.safetensors"
+        prompts = the_run(storage) / "adapters" / "all_in_one.safetensors"
         images = storage / "datasets" / "digits" / task
-        finished = run_job("predict", images, "--task", task, "--prompts", prompts, "--output", output)
+        finished = run_job("predict", images, "--task", task, "--adapter", prompts, "--output", output)
         assert finished.status == 0, finished.output
         rows = {row["path"]: row for row in csv.DictReader(output.open())}
         compared = 0
@@ -227,8 +227,8 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
         (["--mmap.source_columns", "48"], "mmap.source_columns=48 must divide"),
         (["--grouping.num_groups", "7"], "num_groups=7 is impossible for 6 tasks"),
         (["--tracking.uri", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
-        (["--compare", "[maple]", "--maple.depth", "9"], "maple.depth=9: the shallower tower has 4 layers"),
-        (["--compare", "[cooop]"], "compare.0='cooop': no method that can be compared; did you mean coop?"),
+        (["--baselines", "[maple]", "--maple.depth", "9"], "maple.depth=9: the shallower tower has 4 layers"),
+        (["--baselines", "[cooop]"], "baselines.0='cooop': no method that can be compared; did you mean coop?"),
         (["--cluster.gpus_per_worker", "1"], "but the cluster has 0 GPUs"),
         (["--cluster.workers_per_training", "11"], "of which a task has 16 (batch_size of MmAP) and 10: use no more"),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),

@@ -11,12 +11,12 @@ from PIL import Image
 from jobs import predict
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
+from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.mmap import GroupMmap, MmapShape
-from pipeline.methods.prompt_file import TrainedPrompts, save_prompts
 
 
 @pytest.fixture
-def prompts_file(tmp_path):
+def adapter_file(tmp_path):
     config = Config(
         clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS),
         mmap=MmapConfig(prompt_length=2, source_rows=2),
@@ -24,8 +24,8 @@ def prompts_file(tmp_path):
     towers = load_clip(config.clip)
     group = {"ink": ["one", "two"], "neon": ["one", "two"]}
     prompts = GroupMmap(MmapShape.of(config.mmap, towers), tuple(group), seed=1)
-    file = tmp_path / "prompts.safetensors"
-    save_prompts(file, TrainedPrompts("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+    file = tmp_path / "adapter.safetensors"
+    save_adapter(file, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
     return file
 
 
@@ -37,7 +37,7 @@ def call(monkeypatch, *arguments) -> int:
         return end.code
 
 
-def test_every_image_gets_a_row_and_broken_ones_an_error(prompts_file, tmp_path, monkeypatch, capsys):
+def test_every_image_gets_a_row_and_broken_ones_an_error(adapter_file, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "images" / "deep"
     folder.mkdir(parents=True)
     Image.new("RGB", (40, 60), "white").save(folder / "a.png")
@@ -45,7 +45,7 @@ def test_every_image_gets_a_row_and_broken_ones_an_error(prompts_file, tmp_path,
     (folder / "c.jpg").write_bytes(b"no image")
     (folder / "notes.txt").write_text("not looked at")
     output = tmp_path / "out.csv"
-    status = call(monkeypatch, tmp_path / "images", "--prompts", prompts_file, "--task", "ink", "--output", output)
+    status = call(monkeypatch, tmp_path / "images", "--adapter", adapter_file, "--task", "ink", "--output", output)
     rows = list(csv.DictReader(output.open()))
     assert status == 1
     assert [row["path"].rsplit("/")[-1] for row in rows] == ["a.png", "b.jpg", "c.jpg"]
@@ -53,24 +53,24 @@ def test_every_image_gets_a_row_and_broken_ones_an_error(prompts_file, tmp_path,
     assert rows[2]["class"] == "" and rows[2]["error"]
     assert "1 of 3 images are broken" in capsys.readouterr().err
 
-    assert call(monkeypatch, folder / "a.png", "--prompts", prompts_file, "--task", "neon") == 0
+    assert call(monkeypatch, folder / "a.png", "--adapter", adapter_file, "--task", "neon") == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_faults_are_named(prompts_file, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, tmp_path, "--prompts", prompts_file) == 2
+def test_faults_are_named(adapter_file, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, tmp_path, "--adapter", adapter_file) == 2
     assert "has the tasks ink, neon" in capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert call(monkeypatch, empty, "--prompts", prompts_file, "--task", "ink") == 2
+    assert call(monkeypatch, empty, "--adapter", adapter_file, "--task", "ink") == 2
     assert "no images in" in capsys.readouterr().err
-    assert call(monkeypatch, tmp_path, "--prompts", tmp_path / "absent.safetensors", "--task", "ink") == 2
+    assert call(monkeypatch, tmp_path, "--adapter", tmp_path / "absent.safetensors", "--task", "ink") == 2
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_options_of_the_other_output_are_refused(prompts_file, tmp_path, monkeypatch, capsys):
+def test_options_of_the_other_output_are_refused(adapter_file, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    image = (tmp_path / "a.png", "--prompts", prompts_file, "--task", "ink")
+    image = (tmp_path / "a.png", "--adapter", adapter_file, "--task", "ink")
     for options, message in [
         (["--device", "cpu", "--output", tmp_path / "out.parquet"], "--device means nothing for Parquet output"),
         (["--cluster.address", "auto"], "--cluster.address means nothing for CSV output"),
@@ -82,9 +82,9 @@ def test_options_of_the_other_output_are_refused(prompts_file, tmp_path, monkeyp
         assert message in capsys.readouterr().err
 
 
-def test_none_of_these_and_temperature(prompts_file, tmp_path, monkeypatch, capsys):
+def test_none_of_these_and_temperature(adapter_file, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    image = (tmp_path / "a.png", "--prompts", prompts_file, "--task", "ink")
+    image = (tmp_path / "a.png", "--adapter", adapter_file, "--task", "ink")
     rows = []
     for options in ([], ["--threshold", "1"], ["--temperature", "1000"]):
         assert call(monkeypatch, *image, *options) == 0

@@ -16,17 +16,17 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import REPOSITORY
-from small_prompts import DIGITS, trained
+from small_adapters import DIGITS, trained
 
 import pipeline
 from pipeline.clip.towers import ClipTowers
 from pipeline.data.images import evaluation_pixels
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import load_prompts, save_prompts
+from pipeline.methods.adapter_file import load_adapter, save_adapter
 from pipeline.prediction.calibration import fit_temperature, negative_log_likelihood
 from pipeline.prediction.mlflow_model import saved_mlflow_model
 from pipeline.prediction.model import AHEAD, BATCH_SIZE
-from pipeline.serving.mixed_batch import Asked, predict_together
+from pipeline.serving.mixed_batch import PredictRequest, predict_batch
 
 
 def test_importing_the_package_imports_no_torch():
@@ -35,12 +35,12 @@ def test_importing_the_package_imports_no_torch():
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(prompts_file, digits):
-    model = pipeline.load(prompts_file)
+def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(adapter_file, digits):
+    model = pipeline.load(adapter_file)
     assert model.tasks == ["ink", "neon", "pairs"] and model.labels("pairs") == ["zero", "one"]
     paths = sorted((digits / "ink").rglob("*.png"))[: BATCH_SIZE + 3]
     pixels = torch.stack([torch.from_numpy(evaluation_pixels(path.read_bytes(), 32)) for path in paths])
-    expected = load_prompts(prompts_file).classifier().probabilities("ink", pixels)
+    expected = load_adapter(adapter_file).classifier().probabilities("ink", pixels)
     decoded = [Image.open(path) for path in paths]
     for images in (
         paths,
@@ -59,15 +59,15 @@ def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(prompt
     assert model.predict([], "ink") == []
 
 
-def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(prompts_file, digits, monkeypatch):
+def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(adapter_file, digits, monkeypatch):
     images = [path.read_bytes() for path in sorted((digits / "ink").rglob("*.png"))[::17]]
     images[7:7] = [b"no image"]
     labels = [DIGITS[number % 10] for number in range(len(images))]
     given = {"images": [*images[:7], *images[8:]], "labels": [*labels[:7], *labels[8:]], "task": "neon"}
-    whole = pipeline.load(prompts_file)
+    whole = pipeline.load(adapter_file)
     expected, temperature = whole.predict(images, "ink"), whole.calibrate(**given)
     monkeypatch.setattr("pipeline.prediction.model.BATCH_SIZE", 5)
-    model = pipeline.load(prompts_file)
+    model = pipeline.load(adapter_file)
     predictions = model.predict(images, "ink")
     assert len(predictions) == len(images) > 10 and predictions[7].error
     for prediction, reference in zip(predictions, expected):
@@ -76,10 +76,10 @@ def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(prompts_f
     assert model.calibrate(**given) == pytest.approx(temperature, rel=1e-4)
 
 
-def test_an_endless_stream_is_answered_from_as_few_images_as_are_decoded_ahead(prompts_file, digits, monkeypatch):
+def test_an_endless_stream_is_answered_from_as_few_images_as_are_decoded_ahead(adapter_file, digits, monkeypatch):
     monkeypatch.setattr("pipeline.prediction.model.BATCH_SIZE", 5)
     image, taken = next((digits / "ink").rglob("*.png")).read_bytes(), count()
-    answers = pipeline.load(prompts_file).predict_stream((image for _ in taken), "ink")
+    answers = pipeline.load(adapter_file).predict_stream((image for _ in taken), "ink")
     assert all(next(answers).label for _ in range(10))
     assert next(taken) == 5 * (2 + AHEAD)
 
@@ -90,7 +90,7 @@ def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_pat
     images, names = [path.read_bytes() for path in paths], [path.parent.name for path in paths]
     models = {}
     for order, labels in (("sorted", sorted(DIGITS)), ("given", DIGITS)):
-        save_prompts(tmp_path / f"{order}.safetensors", trained("mmap", {"ink": labels}))
+        save_adapter(tmp_path / f"{order}.safetensors", trained("mmap", {"ink": labels}))
         models[order] = pipeline.load(tmp_path / f"{order}.safetensors")
     expected = models["sorted"].predict(images, "ink")
     assert models["given"].labels("ink") == DIGITS
@@ -98,7 +98,7 @@ def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_pat
     with saved_mlflow_model(tmp_path / "given.safetensors") as folder:
         table = mlflow.pyfunc.load_model(str(folder)).predict(pd.DataFrame({"image": images, "task": "ink"}))
     pixels = torch.stack([torch.from_numpy(evaluation_pixels(image, 32)) for image in images])
-    (served,) = predict_together([Asked(models["given"], "ink", pixels)], 7)
+    (served,) = predict_batch([PredictRequest(models["given"], "ink", pixels)], 7)
     of_each_way = {
         "object": [prediction.record() for prediction in models["given"].predict(images, "ink")],
         "MLflow": table.to_dict("records"),
@@ -113,8 +113,8 @@ def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_pat
     assert temperatures[0] == pytest.approx(temperatures[1], rel=1e-3)
 
 
-def test_images_that_are_not_8_bit_rgb_are_read_as_their_files_are(prompts_file):
-    model = pipeline.load(prompts_file)
+def test_images_that_are_not_8_bit_rgb_are_read_as_their_files_are(adapter_file):
+    model = pipeline.load(adapter_file)
     wide = Image.fromarray(np.linspace(0, 65535, 40 * 50, dtype=np.uint16).reshape(40, 50))
     for image in (wide, Image.new("P", (40, 50), 3), Image.new("RGBA", (40, 50), (9, 200, 30, 0))):
         stream = io.BytesIO()
@@ -123,8 +123,8 @@ def test_images_that_are_not_8_bit_rgb_are_read_as_their_files_are(prompts_file)
         assert decoded.probabilities == pytest.approx(encoded.probabilities, abs=1e-6)
 
 
-def test_without_a_task_every_task_answers(prompts_file, digits):
-    model = pipeline.load(prompts_file)
+def test_without_a_task_every_task_answers(adapter_file, digits):
+    model = pipeline.load(adapter_file)
     images = sorted((digits / "neon").rglob("*.png"))[:7]
     for found, *alone in zip(model.predict(images), *(model.predict(images, task) for task in model.tasks)):
         assert list(found.by_task) == model.tasks
@@ -142,11 +142,11 @@ def test_without_a_task_every_task_answers(prompts_file, digits):
         ("mmap_shared", [{"a": ["x", "y"], "b": ["x", "z"]}, {"c": ["x", "y"]}], 2),
         ("coop", [{"a": ["x", "y"], "b": ["x", "z"]}, {"c": ["x", "y"]}], 1),
         ("clip_adapter", [{"a": ["x", "y"]}, {"c": ["x", "y"]}], 1),
-        ("full", [{"a": ["x", "y"], "b": ["x", "z"]}, {"c": ["x", "y"]}], 2),
+        ("full_finetune", [{"a": ["x", "y"], "b": ["x", "z"]}, {"c": ["x", "y"]}], 2),
     ],
 )
 def test_tasks_that_see_images_alike_share_the_image_tower(tmp_path, monkeypatch, method, groups, passes):
-    save_prompts(tmp_path / "x.safetensors", trained(method, *groups))
+    save_adapter(tmp_path / "x.safetensors", trained(method, *groups))
     model = pipeline.load(tmp_path / "x.safetensors")
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     alone = {task: model.predict_pixels(pixels, task) for task in model.tasks}
@@ -160,8 +160,8 @@ def test_tasks_that_see_images_alike_share_the_image_tower(tmp_path, monkeypatch
             assert found.by_task[task].probabilities == pytest.approx(before.probabilities, abs=1e-6)
 
 
-def test_broken_images_get_an_error_and_the_others_their_answer(prompts_file, tmp_path):
-    model = pipeline.load(prompts_file)
+def test_broken_images_get_an_error_and_the_others_their_answer(adapter_file, tmp_path):
+    model = pipeline.load(adapter_file)
     good = Image.new("RGB", (40, 30), "white")
     images = [good, b"no image", tmp_path / "absent.png", good, np.zeros((4, 4)), np.zeros((0, 3, 3), np.uint8)]
     found = model.predict(images, "ink")
@@ -172,20 +172,20 @@ def test_broken_images_get_an_error_and_the_others_their_answer(prompts_file, tm
     assert model.predict([b"no image"])[0].error
 
 
-def test_below_the_threshold_an_image_is_none_of_the_classes(prompts_file, digits):
+def test_below_the_threshold_an_image_is_none_of_the_classes(adapter_file, digits):
     images = sorted((digits / "ink").rglob("*.png"))[::9]
-    plain = pipeline.load(prompts_file).predict(images, "ink")
+    plain = pipeline.load(adapter_file).predict(images, "ink")
     bound = sorted(p.probability for p in plain)[len(plain) // 2]
-    found = pipeline.load(prompts_file, threshold=bound).predict(images, "ink")
+    found = pipeline.load(adapter_file, threshold=bound).predict(images, "ink")
     assert [p.label for p in found] == [p.label if p.probability >= bound else None for p in plain]
     assert [p.probabilities for p in found] == [p.probabilities for p in plain]
 
 
-def test_temperature_divides_the_logits(prompts_file, digits):
+def test_temperature_divides_the_logits(adapter_file, digits):
     image = next((digits / "ink").rglob("*.png"))
-    (plain,) = pipeline.load(prompts_file).predict([image], "ink")
-    (warm,) = pipeline.load(prompts_file, temperature=4).predict([image], "ink")
-    (of_neon,) = pipeline.load(prompts_file, temperature={"neon": 4.0}).predict([image], "ink")
+    (plain,) = pipeline.load(adapter_file).predict([image], "ink")
+    (warm,) = pipeline.load(adapter_file, temperature=4).predict([image], "ink")
+    (of_neon,) = pipeline.load(adapter_file, temperature={"neon": 4.0}).predict([image], "ink")
     expected = np.array(list(plain.probabilities.values())) ** 0.25
     assert list(warm.probabilities.values()) == pytest.approx(expected / expected.sum(), abs=1e-5)
     assert of_neon == plain
@@ -209,9 +209,9 @@ def test_the_fitted_temperature_is_the_best_of_a_grid():
             fit_temperature(scaled.float(), labels, "ink")
 
 
-def test_calibration_is_saved_beside_the_prompts(prompts_file, digits, tmp_path):
+def test_calibration_is_saved_beside_the_prompts(adapter_file, digits, tmp_path):
     file = tmp_path / "grouped.safetensors"
-    file.write_bytes(prompts_file.read_bytes())
+    file.write_bytes(adapter_file.read_bytes())
     model = pipeline.load(file, threshold=0.3)
     images = sorted((digits / "neon").rglob("*.png"))[::3]
     labels = [path.parent.name for path in images]
@@ -230,9 +230,9 @@ def test_calibration_is_saved_beside_the_prompts(prompts_file, digits, tmp_path)
     assert pipeline.load(file, temperature=1, threshold=0).predict(images, "neon")[0].probability == pytest.approx(
         before[0].probability
     )
-    (tmp_path / "run" / "prompts").mkdir(parents=True)
+    (tmp_path / "run" / "adapters").mkdir(parents=True)
     for name in ("grouped.safetensors", "grouped.options.json"):
-        (tmp_path / "run" / "prompts" / name).write_bytes((tmp_path / name).read_bytes())
+        (tmp_path / "run" / "adapters" / name).write_bytes((tmp_path / name).read_bytes())
     assert pipeline.load(tmp_path / "run").temperature("neon") == temperature
 
     options = json.loads((tmp_path / "grouped.options.json").read_text())
@@ -247,7 +247,7 @@ def test_calibration_is_saved_beside_the_prompts(prompts_file, digits, tmp_path)
             pipeline.load(file)
 
 
-def test_what_a_user_gets_wrong_is_named(prompts_file, tmp_path):
+def test_what_a_user_gets_wrong_is_named(adapter_file, tmp_path):
     for arguments, message in [
         ({"place": tmp_path / "absent.safetensors"}, "does not exist"),
         ({"place": tmp_path}, "holds no prompts"),
@@ -261,8 +261,8 @@ def test_what_a_user_gets_wrong_is_named(prompts_file, tmp_path):
         ({"pretrained": "/nowhere/clip.pt"}, "no such file"),
     ]:
         with pytest.raises(UserError, match=message):
-            pipeline.load(**{"place": prompts_file, **arguments})
-    model = pipeline.load(prompts_file)
+            pipeline.load(**{"place": adapter_file, **arguments})
+    model = pipeline.load(adapter_file)
     image = Image.new("RGB", (8, 8))
     with pytest.raises(UserError, match="task 'oil' is none of this model's: ink, neon, pairs"):
         model.predict([image], "oil")

@@ -16,30 +16,30 @@ from servers import S3Server, free_ports
 import pipeline
 from pipeline.data.images import evaluation_pixels
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import load_prompts
+from pipeline.methods.adapter_file import load_adapter
 from pipeline.prediction import batch
-from pipeline.prediction.batch import OUTPUT, find_batch_input, predict_batch, told_in_lines
+from pipeline.prediction.batch import OUTPUT, find_batch_input, predict_batch, progress_lines
 from pipeline.prediction.options import ModelOptions
-from pipeline.runtime.cluster import WorkerNeeds
+from pipeline.runtime.cluster import WorkerResources
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def cluster(shared_ray):
-    return WorkerNeeds(1, 0.0)
+    return WorkerResources(1, 0.0)
 
 
-def predicted(prompts: Path, needs: WorkerNeeds, inputs, output, task=None, options=None, **more) -> tuple:
+def predicted(prompts: Path, needs: WorkerResources, inputs, output, task=None, options=None, **more) -> tuple:
     """(images, broken), and the rows."""
     found = find_batch_input([str(place) for place in inputs])
     options = options or ModelOptions()
-    counts = predict_batch(load_prompts(prompts), options, task, found, str(output), needs, 32, **more)
+    counts = predict_batch(load_adapter(prompts), options, task, found, str(output), needs, 32, **more)
     return counts, pq.read_table(output, schema=OUTPUT).to_pylist()
 
 
 def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
-    prompts_file, digits, cluster, tmp_path, monkeypatch
+    adapter_file, digits, cluster, tmp_path, monkeypatch
 ):
     for name in ("DECODED_AT_ONCE", "PREDICTED_AT_ONCE", "MAX_FILES_PER_TASK", "ROWS_PER_FILE"):
         monkeypatch.setattr(batch, name, 5)
@@ -58,7 +58,7 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
     paths = list(map(str, sorted((digits / "ink").rglob("*.png"))[::10]))
     told = []
     counts, of_all = predicted(
-        prompts_file, cluster, [folder, *paths], tmp_path / "out", "ink", on_rows=lambda *now: told.append(now)
+        adapter_file, cluster, [folder, *paths], tmp_path / "out", "ink", on_rows=lambda *now: told.append(now)
     )
     total = len(good) + 6 + len(paths)
     assert counts == (total, 4) and told[-1] == (total, total) and len(paths) == 22
@@ -70,19 +70,19 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
     assert errors.keys() == {"broken.jpg", "cut.png", "empty.png", "pipe.png"} and errors["pipe.png"] == "no such file"
     assert all(row["label"] is None and row["probability"] is None for row in rows if row["error"])
     assert {"line\\nfeed.png", "\\udcff.png"} < {Path(row["path"]).name for row in rows if not row["error"]}
-    expected = pipeline.load(prompts_file).predict(good, "ink")
+    expected = pipeline.load(adapter_file).predict(good, "ink")
     for row, prediction in zip(rows[-len(good) :], expected):
         assert (row["task"], row["label"], row["error"]) == ("ink", prediction.label, None)
         assert row["probability"] == pytest.approx(prediction.probability, abs=1e-5)
     images = torch.stack([torch.from_numpy(evaluation_pixels(Path(path).read_bytes(), 32)) for path in paths])
-    trained = load_prompts(prompts_file)
+    trained = load_adapter(adapter_file)
     probabilities, labels = trained.classifier().probabilities("ink", images).max(dim=1)
     assert [row["path"] for row in of_files] == paths
     assert [row["label"] for row in of_files] == [trained.words["ink"][label] for label in labels]
     assert [row["probability"] for row in of_files] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
-def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path):
+def test_parquet_with_tasks_in_a_column(adapter_file, digits, cluster, tmp_path):
     images = sorted((digits / "neon").rglob("*.png"))[:150]
     tasks = ["ink", "neon", None, "pairs", "oil"] * 30
     table = {"image": [path.read_bytes() for path in images], "task": tasks, "more": range(150)}
@@ -92,9 +92,9 @@ def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path)
     pq.write_table(pa.table(table).slice(0, 90), tmp_path / "in" / "a.parquet", row_group_size=40)
     pq.write_table(pa.table(table).slice(90), tmp_path / "in" / "b.parquet")
     options = ModelOptions(threshold=0.2, temperatures={"neon": 2.0})
-    counts, rows = predicted(prompts_file, cluster, [tmp_path / "in"], tmp_path / "out", "neon", options)
+    counts, rows = predicted(adapter_file, cluster, [tmp_path / "in"], tmp_path / "out", "neon", options)
     assert counts == (150, 32)
-    model = pipeline.load(prompts_file, threshold=0.2, temperature={"neon": 2.0})
+    model = pipeline.load(adapter_file, threshold=0.2, temperature={"neon": 2.0})
     whole = [number for number, task in enumerate(tasks) if task != "oil" and number not in (7, 8)]
     expected = {}
     for task in ("ink", "neon", "pairs"):
@@ -110,12 +110,12 @@ def test_parquet_with_tasks_in_a_column(prompts_file, digits, cluster, tmp_path)
     assert "task 'oil' is none of the model's: ink, neon, pairs" in rows[4]["error"]
 
 
-def test_no_images_make_an_empty_table(prompts_file, cluster, tmp_path):
+def test_no_images_make_an_empty_table(adapter_file, cluster, tmp_path):
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
-    assert predicted(prompts_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
+    assert predicted(adapter_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
 
 
-def test_from_a_bucket_to_a_bucket(prompts_file, digits, run_job, tmp_path):
+def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
     (port,) = free_ports(1, first=5700)
     server = S3Server(tmp_path, port)
     try:
@@ -124,18 +124,18 @@ def test_from_a_bucket_to_a_bucket(prompts_file, digits, run_job, tmp_path):
         place, query = server.uri.split("?")
         filesystem, bucket = open_bucket(server.uri)
         images = sorted((digits / "ink").rglob("*.png"))[:5]
-        sent = {f"runs/x/prompts/{prompts_file.name}": prompts_file.read_bytes()}
+        sent = {f"runs/x/adapters/{adapter_file.name}": adapter_file.read_bytes()}
         sent |= {f"photos/deep/{number}.png": path.read_bytes() for number, path in enumerate(images)}
         for name, content in {**sent, "photos/broken.png": b"no image"}.items():
             filesystem.create_dir(f"{bucket}/{name.rsplit('/', 1)[0]}")
             with filesystem.open_output_stream(f"{bucket}/{name}") as stream:
                 stream.write(content)
-        expected = pipeline.load(prompts_file).predict(images, "ink")
-        for name in ("runs/x", "runs/x/prompts/grouped.safetensors"):
+        expected = pipeline.load(adapter_file).predict(images, "ink")
+        for name in ("runs/x", "runs/x/adapters/grouped.safetensors"):
             assert pipeline.load(f"{place}/{name}?{query}").predict(images, "ink") == expected
         with pytest.raises(UserError, match="is neither a prompts file nor a run's folder"):
             pipeline.load(f"{place}/photos?{query}")
-        options = ("--prompts", f"{place}/runs/x?{query}", "--output", f"{place}/out?{query}")
+        options = ("--adapter", f"{place}/runs/x?{query}", "--output", f"{place}/out?{query}")
         finished = run_job("predict", f"{place}/photos?{query}", "--task", "ink", *options)
         assert finished.status == 1 and "1 of 6 images are broken" in finished.output
         rows = pq.read_table(f"{bucket}/out", filesystem=filesystem).to_pylist()
@@ -145,7 +145,7 @@ def test_from_a_bucket_to_a_bucket(prompts_file, digits, run_job, tmp_path):
         server.kill()
 
 
-def test_what_a_user_gets_wrong_is_named(prompts_file, digits, cluster, tmp_path):
+def test_what_a_user_gets_wrong_is_named(adapter_file, digits, cluster, tmp_path):
     (tmp_path / "both").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "both" / "a.png")
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "both" / "b.parquet")
@@ -161,22 +161,22 @@ def test_what_a_user_gets_wrong_is_named(prompts_file, digits, cluster, tmp_path
             find_batch_input([str(place) for place in inputs])
     inputs, out = [tmp_path / "both" / "a.png"], tmp_path / "out"
     with pytest.raises(UserError, match="clip.pretrained=/nowhere/clip.pt: no such file"):
-        predicted(prompts_file, cluster, inputs, out, "ink", ModelOptions(pretrained="/nowhere/clip.pt"))
+        predicted(adapter_file, cluster, inputs, out, "ink", ModelOptions(pretrained="/nowhere/clip.pt"))
     damaged = tmp_path / "damaged.parquet"
     pq.write_table(pa.table({"image": [os.urandom(3000) for _ in range(100)]}), damaged)
     damaged.write_bytes(damaged.read_bytes()[:2000] + bytes(250_000) + damaged.read_bytes()[252_000:])
     with pytest.raises(UserError, match=r"damaged.parquet cannot be read to its end \(.*: copy it again"):
-        predicted(prompts_file, cluster, [damaged], out, "ink")
+        predicted(adapter_file, cluster, [damaged], out, "ink")
     assert not out.exists() and not list(tmp_path.glob("*.partial"))
     out.mkdir()
     (out / "theirs.txt").write_text("")
     with pytest.raises(UserError, match="is there already"):
-        predicted(prompts_file, cluster, inputs, out, "ink")
+        predicted(adapter_file, cluster, inputs, out, "ink")
 
 
 def test_progress_is_told_now_and_then(cluster):
     said: list[str] = []
-    on_rows = told_in_lines(said.append, every_s=3600)
+    on_rows = progress_lines(said.append, every_s=3600)
     for done in range(1, 5):
         on_rows(done, 4)
     assert len(said) == 1 and said[0].startswith("4 of 4 images, ") and said[0].endswith("2 CPUs on 1 machine")
@@ -185,16 +185,16 @@ def test_progress_is_told_now_and_then(cluster):
 def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_path):
     storage, _ = quick_run
     test_splits = (storage / "splits").glob("[!.]*/test")
-    finished = run_job("predict", *test_splits, "--prompts", the_run(storage), "--output", tmp_path / "out.parquet")
+    finished = run_job("predict", *test_splits, "--adapter", the_run(storage), "--output", tmp_path / "out.parquet")
     assert finished.status == 0, finished.output
     rows = {(row["task"], row["path"]): row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
     assert len(rows) == 6 * 140 and "840 of 840 images" in finished.output
-    model = load_prompts(the_run(storage) / "prompts" / "grouped.safetensors")
+    model = load_adapter(the_run(storage) / "adapters" / "grouped.safetensors")
     groups = [set(group) for group in model.groups]
     compared = 0
     for folder in (storage / "group_trainings").glob("[!.]*"):
-        made_from = pipeline_artefact(folder)
-        if made_from["method"] == "mmap" and set(made_from["group"]) in groups:
+        inputs = pipeline_artifact(folder)
+        if inputs["method"] == "mmap" and set(inputs["group"]) in groups:
             for expected in pq.read_table(folder / "predictions.parquet").to_pylist():
                 row = rows[expected["task"], expected["path"]]
                 compared += 1
@@ -203,7 +203,7 @@ def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_pa
     assert compared == 840
 
 
-def pipeline_artefact(folder: Path) -> dict:
+def pipeline_artifact(folder: Path) -> dict:
     from pipeline.files import read_json
 
-    return read_json(folder / "artefact.json")["made_from"]
+    return read_json(folder / "artifact.json")["inputs"]

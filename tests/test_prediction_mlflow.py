@@ -59,7 +59,7 @@ def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch,
     images = images_of(quick_run[0], "neon", 5)
     expected = pipeline.load(folder).predict(images, "neon")
     assert pipeline.load("models:/once@here").predict(images, "neon") == expected
-    logged = f"runs:/{parent.info.run_id}/prompts/grouped.safetensors"
+    logged = f"runs:/{parent.info.run_id}/adapters/grouped.safetensors"
     assert pipeline.load(logged).predict(images, "neon") == expected
     assert pipeline.load("models:/once/2").options.threshold == 0.5
     with pytest.raises(UserError, match="models:/nothing/1 cannot be fetched from MLflow"):

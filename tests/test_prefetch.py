@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pipelines import PATIENCE_S
 
-from pipeline.data.prefetch import draw_ahead, draw_in_thread
+from pipeline.data.prefetch import prefetch, prefetch_in_thread
 
-WAYS = [draw_ahead, draw_in_thread]
+WAYS = [prefetch, prefetch_in_thread]
 
 
-def counted(drawn: list[int], reached: threading.Event, last: int):
+def pluralize(drawn: list[int], reached: threading.Event, last: int):
     """0, 1, ...; sets `reached` when `last` is drawn."""
     for number in range(10):
         drawn.append(number)
@@ -35,7 +35,7 @@ def test_as_many_are_drawn_ahead_as_are_asked_for_and_no_more(draw, ahead):
     drawn: list[int] = []
     reached = threading.Event()
     before = set(threading.enumerate())
-    items = draw(counted(drawn, reached, 2 + ahead), ahead)
+    items = draw(pluralize(drawn, reached, 2 + ahead), ahead)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     assert reached.wait(PATIENCE_S)
     for thread in set(threading.enumerate()) - before:
@@ -62,7 +62,7 @@ def test_what_is_not_begun_when_the_consumer_ends_is_not_drawn(monkeypatch):
             yield number
 
     monkeypatch.setattr("pipeline.data.prefetch.ThreadPoolExecutor", Pool)
-    items = draw_in_thread(slow(), 3)
+    items = prefetch_in_thread(slow(), 3)
     assert next(items) == 0
     items.close()
     assert drawn in ([0], [0, 1])
@@ -74,7 +74,7 @@ def test_an_error_in_the_thread_is_raised_after_the_items_before_it():
         raise ValueError("the third")
 
     before = set(threading.enumerate())
-    items = draw_in_thread(broken(), 3)
+    items = prefetch_in_thread(broken(), 3)
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(ValueError, match="the third"):
         next(items)
@@ -85,5 +85,5 @@ def test_items_are_drawn_in_another_thread_or_in_this_one():
     def here():
         yield threading.get_ident()
 
-    assert list(draw_ahead(here(), 1)) == [threading.get_ident()]
-    assert list(draw_in_thread(here(), 1)) != [threading.get_ident()]
+    assert list(prefetch(here(), 1)) == [threading.get_ident()]
+    assert list(prefetch_in_thread(here(), 1)) != [threading.get_ident()]

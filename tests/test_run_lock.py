@@ -10,7 +10,7 @@ import pytest
 from servers import S3Server, free_ports
 
 from pipeline.runtime import run_lock
-from pipeline.runtime.run_lock import alone_at
+from pipeline.runtime.run_lock import exclusive_run
 from pipeline.runtime.storage import Storage
 
 
@@ -33,7 +33,7 @@ def folder_of(storage):
 
 
 def work(storage, log, name, seconds=0.7):
-    with alone_at(storage, folder_of(storage), lambda text: log.append(text), lambda: False):
+    with exclusive_run(storage, folder_of(storage), lambda text: log.append(text), lambda: False):
         log.append(f"{name} begins")
         time.sleep(seconds)
         log.append(f"{name} ends")
@@ -81,7 +81,7 @@ def test_a_lease_of_a_killed_job_is_taken_over(bucket, machine, at_once):
 
 def test_waiting_can_be_stopped(tmp_path):
     storage = Storage.of_folder(tmp_path)
-    with alone_at(storage, folder_of(storage), print, lambda: False):
+    with exclusive_run(storage, folder_of(storage), print, lambda: False):
         with pytest.raises(InterruptedError):
-            with alone_at(storage, folder_of(storage), print, lambda: True):
+            with exclusive_run(storage, folder_of(storage), print, lambda: True):
                 pytest.fail("both are at the run")

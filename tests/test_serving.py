@@ -40,14 +40,14 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, MmapConfig
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import METHODS
 from pipeline.prediction.options import ModelOptions
-from pipeline.runtime.cluster import WorkerNeeds
-from pipeline.serving.batches import Batches
+from pipeline.runtime.cluster import WorkerResources
+from pipeline.serving.dynamic_batcher import DynamicBatcher
 from pipeline.serving.http_api import Answer, HttpApi, Limits, NoReplica, ServedModel
 from pipeline.serving.ingress import Ingress
-from pipeline.serving.mixed_batch import Asked, predict_together
+from pipeline.serving.mixed_batch import PredictRequest, predict_batch
 from pipeline.serving.replica import ModelReplica
 from pipeline.serving.shared_clip import check_one_clip, load_models
 
@@ -59,23 +59,23 @@ MIXED = {
     "c": ("coop", [GROUP]),
     "d": ("clip_adapter", [{"ink": DIGITS}]),
     "e": ("maple", [GROUP]),
-    "f": ("full", [GROUP]),
+    "f": ("full_finetune", [GROUP]),
 }
 
 
-def trained(method: str, *groups: dict[str, list[str]]) -> TrainedPrompts:
+def trained(method: str, *groups: dict[str, list[str]]) -> TrainedAdapter:
     """Its numbers are away from where a training begins."""
     towers = load_clip(SMALL.clip)
     weights = weights_fingerprint(towers)
     states = (built(method, towers, group).state_dict() for group in groups)
-    return merge_prompts(
-        [TrainedPrompts(method, SMALL, weights, (group,), (state,)) for group, state in zip(groups, states)]
+    return merge_adapters(
+        [TrainedAdapter(method, SMALL, weights, (group,), (state,)) for group, state in zip(groups, states)]
     )
 
 
-def with_clip(prompts: TrainedPrompts, weights: str | None = None, **clip) -> TrainedPrompts:
+def with_clip(prompts: TrainedAdapter, weights: str | None = None, **clip) -> TrainedAdapter:
     config = prompts.config.model_copy(update={"clip": prompts.config.clip.model_copy(update=clip)})
-    return TrainedPrompts(prompts.method, config, weights or prompts.weights, prompts.groups, prompts.states)
+    return TrainedAdapter(prompts.method, config, weights or prompts.weights, prompts.groups, prompts.states)
 
 
 def weights_of(towers: ClipTowers) -> set[int]:
@@ -91,7 +91,7 @@ def test_all_methods_share_one_clip_and_predict_as_they_do_alone(tmp_path, preci
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     alone = {}
     for name, prompts in models.items():
-        save_prompts(tmp_path / "alone.safetensors", prompts)
+        save_adapter(tmp_path / "alone.safetensors", prompts)
         alone[name] = pipeline.load(tmp_path / "alone.safetensors", device="cpu").predict_pixels(pixels)
     for reverse in (False, True):
         load_clip.cache_clear()
@@ -116,13 +116,16 @@ def test_all_methods_share_one_clip_and_predict_as_they_do_alone(tmp_path, preci
 
 def test_models_of_different_clips_are_refused():
     one = trained("mmap", GROUP)
-    before_sos = one.config.model_copy(update={"mmap": MmapConfig(text_order="before_sos")})
+    before_sos = one.config.model_copy(update={"mmap": MmapConfig(text_prompt_position="before_sos")})
     for other, message in [
         (with_clip(one, weights="0" * 64), "their weights differ"),
         (with_clip(one, model="ViT-B-32", pretrained=None), "their clip.model differ"),
         (with_clip(one, quick_gelu=True), "their model configs differ"),
         (with_clip(one, precision="bfloat16"), "their clip.precision differ"),
-        (TrainedPrompts("mmap", before_sos, one.weights, one.groups, one.states), "their mmap.text_order differ"),
+        (
+            TrainedAdapter("mmap", before_sos, one.weights, one.groups, one.states),
+            "their mmap.text_prompt_position differ",
+        ),
         (with_clip(one, pretrained="/nowhere/clip.pt"), "no such file"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -144,11 +147,11 @@ def test_a_mixed_batch_predicts_as_each_request_alone_in_few_passes(monkeypatch,
         [(name, task) for name, model in models.items() for task in (*model.tasks, None, model.tasks[0])]
     ):
         pixels = torch.randint(0, 256, (1 + number % 3, 3, 32, 32), dtype=torch.uint8, generator=random)
-        asked.append(Asked(models[name], task, pixels))
+        asked.append(PredictRequest(models[name], task, pixels))
     passes = []
     encode = ClipTowers.encode_image
     monkeypatch.setattr(ClipTowers, "encode_image", lambda *a, **k: passes.append(len(a[1])) or encode(*a, **k))
-    together = predict_together(asked, at_once)
+    together = predict_batch(asked, at_once)
     # Frozen (c and d), MmAP's prompts (a and b), MaPLe's, and the fine-tuned towers of f.
     assert len(passes) == 4 or (at_once < 64 and max(passes) <= at_once)
     for one, found in zip(asked, together, strict=True):
@@ -173,7 +176,7 @@ def batches_of(calls: Sequence[tuple[float, int]], **options) -> tuple[list[list
         return [10 * size for size in sizes]
 
     async def all_calls() -> list:
-        batches = Batches(run, lambda size: size, **{"max_size": 8, "wait_s": 0.02, **options})
+        batches = DynamicBatcher(run, lambda size: size, **{"max_size": 8, "wait_s": 0.02, **options})
 
         async def call(after: float, size: int) -> int:
             await asyncio.sleep(after)
@@ -411,13 +414,13 @@ def test_a_large_request_is_asked_for_in_parts():
     before = Ingress(SimpleNamespace(predict=SimpleNamespace(remote=called)), SERVED, 224, Limits(2000, 64, 2, 5.0, 1))
     pixels = np.zeros((64, 3, 224, 224), np.uint8) + np.arange(64, dtype=np.uint8)[:, None, None, None]
     answer = asyncio.run(before._predict("digits", "ink", pixels))
-    assert [record["label"] for record in answer.records] == list(range(64)) and answer.images_together == 20
+    assert [record["label"] for record in answer.records] == list(range(64)) and answer.batch_size == 20
     assert len(sizes) == 4 and max(sizes) < 4 * 2**20  # which is what a gRPC server takes by default
 
 
 def test_a_replica_whose_model_fails_is_not_healthy(monkeypatch):
     monkeypatch.setattr("pipeline.serving.replica.ray", SimpleNamespace(get=lambda kept: kept))
-    replica = ModelReplica([{"m": (trained("mmap", GROUP), ModelOptions())}], WorkerNeeds(1, 0.0), 4, 0.01)
+    replica = ModelReplica([{"m": (trained("mmap", GROUP), ModelOptions())}], WorkerResources(1, 0.0), 4, 0.01)
     asyncio.run(replica.check_health())
 
     def fails(*arguments, **options):
@@ -436,7 +439,7 @@ def test_door_faults_end_with_status_2(tmp_path, monkeypatch, capsys):
         ("mmap", trained("mmap", GROUP)),
         ("other", with_clip(trained("mmap", GROUP), weights="0" * 64)),
     ]:
-        save_prompts(tmp_path / f"{name}.safetensors", prompts)
+        save_adapter(tmp_path / f"{name}.safetensors", prompts)
     good = ["--models", f"a={tmp_path}/mmap.safetensors"]
     (port,) = free_ports(1, first=8300)
     with socket.create_server(("127.0.0.1", port)):
@@ -478,7 +481,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     for name in ("a", "c", "f"):
         method, groups = MIXED[name]
         found[name] = folder / f"{name}.safetensors"
-        save_prompts(found[name], trained(method, *groups))
+        save_adapter(found[name], trained(method, *groups))
     return found
 
 
@@ -538,7 +541,7 @@ def test_models_and_health_are_told(service, places):
     assert sent(f"{service.url}/health") == (200, {"status": "ready"})
     status, told = sent(f"{service.url}/models")
     assert status == 200 and list(told["models"]) == list(places)
-    prompts = load_prompts(places["a"])
+    prompts = load_adapter(places["a"])
     assert told["models"]["a"] == {
         "method": "MmAP",
         "clip": BUILTIN_DIGITS,
@@ -603,10 +606,10 @@ def test_requests_of_all_models_run_in_batches_and_get_their_own_answers(service
         (expected,) = models[name].predict([images[at]], task)
         assert reply.status == 200 and reply.record["label"] == expected.label
         assert reply.record["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
-    assert max(reply.images_together for reply in replies) >= 4
+    assert max(reply.batch_size for reply in replies) >= 4
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_a_killed_replica_loses_no_request(service, places, images):
     before = {process.pid for process in service.processes("ModelReplica")}
     assert len(before) == 2
@@ -624,7 +627,7 @@ def test_a_killed_replica_loses_no_request(service, places, images):
         time.sleep(0.2)
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_on_a_cluster_it_is_the_only_service_and_leaves_the_address_free(places, images, tmp_path):
     cluster = RayCluster(tmp_path)
     try:
@@ -653,8 +656,8 @@ def test_on_a_cluster_it_is_the_only_service_and_leaves_the_address_free(places,
         config = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=4, source_rows=4)})
         towers = load_clip(SMALL.clip)
         states = (built("mmap", towers, GROUP, config).state_dict(),)
-        misfit = TrainedPrompts("mmap", SMALL, weights_fingerprint(towers), (GROUP,), states)
-        save_prompts(tmp_path / "misfit.safetensors", misfit)
+        misfit = TrainedAdapter("mmap", SMALL, weights_fingerprint(towers), (GROUP,), states)
+        save_adapter(tmp_path / "misfit.safetensors", misfit)
         status, told = job(tmp_path / "misfit.safetensors")
         assert status == 2 and "a replica cannot be started: the prompts of ink, neon do not fit MmAP" in told
     finally:

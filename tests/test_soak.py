@@ -16,7 +16,7 @@ from servers import RayCluster
 
 from pipeline.demo.digits import write_digits
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1500)]
 TASKS = ("chalk", "ink", "neon", "outline", "rotated")
 SEEDS = range(1, 4)
 TRAININGS = len(SEEDS) * (2 ** len(TASKS) - 1)
@@ -29,7 +29,7 @@ STUDY = ("jobs/grouping_study.py",)
 
 @dataclass(eq=False)  # a thread is known by itself
 class Killer(Thread):
-    """Kills a worker in the midst of its work for every few artefacts that are made, and looks at what the long-lived
+    """Kills a worker in the midst of its work for every few artifacts that are made, and looks at what the long-lived
     processes hold."""
 
     job: Job
@@ -45,7 +45,7 @@ class Killer(Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.3):
-            if len(list(self.storage.glob("*/[!.]*/artefact.json"))) < self.every * (self.killed + 1):
+            if len(list(self.storage.glob("*/[!.]*/artifact.json"))) < self.every * (self.killed + 1):
                 continue
             workers = [
                 process
@@ -124,7 +124,7 @@ def test_soak(run_job, few_digits, tmp_path, capsys):
     quiet = tmp_path / "quiet"
     assert run_job("grouping_study", "--storage", quiet, *options, "--seeds", "1").status == 0
     for folder in quiet.glob("group_trainings/[!.]*"):
-        for name in ("prompts.safetensors", "predictions.parquet", "history.parquet"):
+        for name in ("adapter.safetensors", "predictions.parquet", "history.parquet"):
             assert (folder / name).read_bytes() == same_training(storage, folder, name).read_bytes()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.config import Config, DataConfig, parse_config
-from pipeline.data.find import find_images
+from pipeline.data.index import index_dataset
 from pipeline.data.parquet import COLUMNS, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import sample_splits
 from pipeline.errors import UserError
@@ -66,9 +66,9 @@ def build(folder, shared_ray, monkeypatch):
     # A few images in each scan: several workers take part.
     monkeypatch.setattr(data_check, "IMAGES_PER_CHUNK", 5)
 
-    def build(storage: str, max_dropped_share: float = 0.0, **data: Any) -> tuple[SplitReader, str]:
+    def build(storage: str, max_broken_fraction: float = 0.0, **data: Any) -> tuple[SplitReader, str]:
         printed = io.StringIO()
-        config = config_of(folder, storage, {"max_dropped_share": max_dropped_share, **data})
+        config = config_of(folder, storage, {"max_broken_fraction": max_broken_fraction, **data})
         with open_run(config, Console(file=printed, width=300)) as (plan, session):
             return run_stages(plan, session, "splits")["splits"], printed.getvalue()
 
@@ -81,7 +81,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def test_broken_images_stop_the_run_with_their_paths_and_number(build, folder):
     with pytest.raises(UserError) as error:
-        build("strict", max_dropped_share=1 / NUM_IMAGES)
+        build("strict", max_broken_fraction=1 / NUM_IMAGES)
     message = str(error.value)
     assert f"2 of {NUM_IMAGES + 2} images are broken" in message
     (listed,) = (folder / "strict/runs").glob("*/broken_images.txt")
@@ -90,9 +90,9 @@ def test_broken_images_stop_the_run_with_their_paths_and_number(build, folder):
         assert f"{path}: no image of a known format" in message
         assert f"{path}: no image of a known format" in listed.read_text()
     # The share that it names is enough.
-    share = float(message.rsplit("--data.max_dropped_share ", 1)[1])
+    share = float(message.rsplit("--data.max_broken_fraction ", 1)[1])
     assert 2 / (NUM_IMAGES + 2) <= share < 3 / (NUM_IMAGES + 2)
-    assert not list((folder / "strict/splits").glob("*/artefact.json"))
+    assert not list((folder / "strict/splits").glob("*/artifact.json"))
 
 
 def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
@@ -129,7 +129,7 @@ def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
 
 def test_splits_are_those_of_reading_the_images_without_a_check(build, folder, tmp_path):
     reader, _ = build("one", 2 / (NUM_IMAGES + 2))
-    listing = find_images(DataConfig(), folder / "data")
+    listing = index_dataset(DataConfig(), folder / "data")
     scanned = [scan_image(listing.root, of.path, of.task, of.class_folder) for of in listing.images]
     splits = sample_splits([image for image in scanned if not image.error], listing.classes, SHOTS, seed=1)
     sizes = {image.path: image.size for image in scanned}
@@ -176,14 +176,14 @@ def test_given_splits_are_respected_and_told(build, folder):
         lines.append(f"{file.relative_to(folder / 'data')},{file.parts[-3]},{file.parts[-2]},{split}")
     (folder / "data/all.csv").write_text("\n".join(lines))
     expected = {"expected_images": {"art": 12, "real world": 99}}
-    reader, printed = build("given", root=str(folder / "data/all.csv"), given_splits=True, **expected)
+    reader, printed = build("given", root=str(folder / "data/all.csv"), use_official_splits=True, **expected)
     (folder / "data/all.csv").unlink()
     assert "real world has 12 images, 99 are published: is the copy complete?" in printed
     for split, numbers in (("train", {"0", "1", "2"}), ("test", {"3", "4"})):
         paths = {row["path"] for task in TASKS for row in reader.rows(split, task, ["path"])}
         assert len(paths) == 2 * len(TASKS) * len(CLASSES) and {Path(path).stem for path in paths} <= numbers
     values = json.loads((reader.folder / "splits.json").read_text())
-    assert values["given_splits"] == {"training_images_not_drawn": 4, "images_of_neither_split": 4}
+    assert values["use_official_splits"] == {"training_images_not_drawn": 4, "images_of_neither_split": 4}
     assert "4 training images not drawn, 4 images of neither split" in printed
 
 

@@ -1,4 +1,4 @@
-"""Artefacts: whole or not there, found by what they were made from; in a folder and in a bucket alike."""
+"""Artifacts: whole or not there, found by what they were made from; in a folder and in a bucket alike."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from servers import S3Server, free_ports
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.runtime.storage import Artefact, Making, Storage, send_part
+from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, send_part
 from pipeline.training.checkpoint import Checkpoints
 
 
-def make(artefact: Artefact, text: str = "content") -> None:
-    with artefact.making() as made:
+def make(artifact: Artifact, text: str = "content") -> None:
+    with artifact.writer() as made:
         (made.folder / "part").mkdir()
         (made.folder / "part" / "file.txt").write_text(text)
-        artefact.checkpoints.mkdir(exist_ok=True)
-        (artefact.checkpoints / "checkpoint.pt").write_text("scratch")
+        artifact.checkpoints.mkdir(exist_ok=True)
+        (artifact.checkpoints / "checkpoint.pt").write_text("scratch")
         (made.folder / "part" / "file.txt.partial").write_text("half of it")
 
 
@@ -45,63 +45,63 @@ def storage(request, tmp_path):
     return storage
 
 
-def test_an_artefact_appears_whole(storage):
-    artefact = Artefact(storage, "splits", {"seed": 1, "task": "Real World"})
-    assert not artefact.finished()
-    make(artefact)
-    assert artefact.finished() and not artefact.building.exists()
-    manifest = artefact.manifest()
+def test_an_artifact_appears_whole(storage):
+    artifact = Artifact(storage, "splits", {"seed": 1, "task": "Real World"})
+    assert not artifact.finished()
+    make(artifact)
+    assert artifact.finished() and not artifact.staging_dir.exists()
+    manifest = artifact.manifest()
     assert manifest["files"] == {"part/file.txt": 7}
-    assert manifest["seconds"] > 0 and manifest["made_from"] == {"seed": 1, "task": "Real World"}
-    assert not Artefact(storage, "splits", {"seed": 2, "task": "Real World"}).finished()
-    assert Artefact(storage, "splits", {"task": "Real World", "seed": 1}).key == artefact.key
-    assert (artefact.local() / "part" / "file.txt").read_text() == "content"
+    assert manifest["seconds"] > 0 and manifest["inputs"] == {"seed": 1, "task": "Real World"}
+    assert not Artifact(storage, "splits", {"seed": 2, "task": "Real World"}).finished()
+    assert Artifact(storage, "splits", {"task": "Real World", "seed": 1}).key == artifact.key
+    assert (artifact.local() / "part" / "file.txt").read_text() == "content"
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut"])
-def test_a_damaged_artefact_is_set_aside_and_told_of(storage, caplog, damage):
-    artefact = Artefact(storage, "splits", {"seed": 1})
-    make(artefact)
-    filesystem, place = storage.filesystem(artefact.folder / "part" / "file.txt")
+def test_a_damaged_artifact_is_set_aside_and_told_of(storage, caplog, damage):
+    artifact = Artifact(storage, "splits", {"seed": 1})
+    make(artifact)
+    filesystem, place = storage.filesystem(artifact.folder / "part" / "file.txt")
     filesystem.delete_file(place)
     if damage == "cut":
         with filesystem.open_output_stream(place) as stream:
             stream.write(b"cut")
-    assert not artefact.finished()
+    assert not artifact.finished()
     assert "part/file.txt" in caplog.text
     if not storage.is_bucket:
         assert len(list((storage.folder / "splits").glob(".damaged-*"))) == 1
-    make(artefact)
-    assert artefact.finished()
+    make(artifact)
+    assert artifact.finished()
 
 
 def test_the_slower_of_two_makers_gives_way(storage):
-    artefact = Artefact(storage, "splits", {"seed": 1})
-    with artefact.making() as slower:
-        make(artefact, "first")
+    artifact = Artifact(storage, "splits", {"seed": 1})
+    with artifact.writer() as slower:
+        make(artifact, "first")
         assert not slower.folder.exists()
         (slower.folder / "file.txt").write_text("cannot be written any more, which does not matter")
-    assert (artefact.folder / "part" / "file.txt").read_text() == "first"
-    assert not artefact.building.exists()
+    assert (artifact.folder / "part" / "file.txt").read_text() == "first"
+    assert not artifact.staging_dir.exists()
 
 
 def test_other_machines_get_what_lies_in_a_bucket(s3, tmp_path):
     here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
     here.mark()
-    there.check_here()
+    there.verify_access()
     with pytest.raises(UserError, match="does not see storage=s3://bucket/.*with credentials"):
-        in_bucket(s3, tmp_path / "elsewhere").check_here()
-    artefact, copy = Artefact(here, "splits", {"seed": 1}), Artefact(there, "splits", {"seed": 1})
+        in_bucket(s3, tmp_path / "elsewhere").verify_access()
+    artifact, copy = Artifact(here, "splits", {"seed": 1}), Artifact(there, "splits", {"seed": 1})
     assert not copy.finished()
-    with artefact.making() as made:
+    with artifact.writer() as made:
         (made.folder / "splits.json").write_text("{}")
-        part = Making(copy, copy.building / made.folder.name)  # of a worker on the other machine
+        part = ArtifactWriter(copy, copy.staging_dir / made.folder.name)  # of a worker on the other machine
         part.folder.mkdir(parents=True)
         (part.folder / "images.parquet").write_text("images")
         made.sent |= send_part(copy, part.folder, "images.parquet")
         assert not copy.finished()
     assert copy.finished() and set(copy.manifest()["files"]) == {"splits.json", "images.parquet"}
-    for machine in (artefact, copy):
+    for machine in (artifact, copy):
         assert (machine.local() / "images.parquet").read_text() == "images"
         assert (machine.local() / "splits.json").read_text() == "{}"
         assert machine.folder.is_relative_to(machine.storage.folder)
@@ -133,25 +133,25 @@ def test_a_folder_is_sent_while_others_write_in_it(s3, tmp_path):
 
 
 def test_checkpoints_of_a_machine_that_is_lost_are_in_the_bucket(s3, tmp_path):
-    artefacts = [Artefact(in_bucket(s3, tmp_path, machine), "training", {}) for machine in ("lost", "other")]
-    lost, other = [Checkpoints(artefact.checkpoints, artefact.storage.send) for artefact in artefacts]
+    artifacts = [Artifact(in_bucket(s3, tmp_path, machine), "training", {}) for machine in ("lost", "other")]
+    lost, other = [Checkpoints(artifact.checkpoints, artifact.storage.send) for artifact in artifacts]
     lost.save({"step": 1})
     lost.save({"step": 2})
-    artefacts[1].storage.fetch(artefacts[1].checkpoints)
+    artifacts[1].storage.fetch(artifacts[1].checkpoints)
     assert other.load() == {"step": 2}
-    (artefacts[1].checkpoints / "checkpoint.pt").unlink()
+    (artifacts[1].checkpoints / "checkpoint.pt").unlink()
     assert other.load() == {"step": 1}
-    with artefacts[1].making():
+    with artifacts[1].writer():
         pass
-    assert artefacts[0].finished()
-    filesystem, place = artefacts[0].storage.filesystem(artefacts[0].building)
+    assert artifacts[0].finished()
+    filesystem, place = artifacts[0].storage.filesystem(artifacts[0].staging_dir)
     assert filesystem.get_file_info(place).type == FileType.NotFound
 
 
 def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):
     here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
-    make(Artefact(here, "splits", {}))
-    copy = Artefact(there, "splits", {})
+    make(Artifact(here, "splits", {}))
+    copy = Artifact(there, "splits", {})
     filesystem, place = there.filesystem(copy.folder / "part" / "file.txt")
     with filesystem.open_output_stream(place) as stream:
         stream.write(b"CONTENT")
@@ -170,11 +170,11 @@ def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatc
             raise OSError("When reading information: AWS Error NETWORK_CONNECTION")
         return "here"
 
-    assert storage._persistently(away_twice) == "here"
+    assert storage._with_retries(away_twice) == "here"
     tries.clear()
     monkeypatch.setattr("pipeline.runtime.storage.PAUSES_S", (0.01,))
     with pytest.raises(UserError, match="cannot be reached: .*NETWORK.*; the same command goes on"):
-        storage._persistently(away_twice)
+        storage._with_retries(away_twice)
 
 
 @pytest.mark.parametrize(
@@ -193,20 +193,20 @@ def test_a_bucket_that_cannot_be_used_is_named(s3, tmp_path, uri, message):
 
 
 def test_what_fails_is_not_published(storage):
-    artefact = Artefact(storage, "splits", {"seed": 1})
+    artifact = Artifact(storage, "splits", {"seed": 1})
     with pytest.raises(ZeroDivisionError):
-        with artefact.making() as made:
+        with artifact.writer() as made:
             (made.folder / "file.txt").write_text("whole")
             raise ZeroDivisionError
-    assert not artefact.finished() and not made.folder.exists()
+    assert not artifact.finished() and not made.folder.exists()
 
 
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("IO Error: No space left on device (os error 28)")]
 )
 def test_a_full_disk_is_named(storage, error):
-    artefact = Artefact(storage, "splits", {"seed": 1})
+    artifact = Artifact(storage, "splits", {"seed": 1})
     with pytest.raises(UserError, match="cannot write .*free some space"):
-        with artefact.making():
+        with artifact.writer():
             raise error
-    assert not artefact.finished()
+    assert not artifact.finished()

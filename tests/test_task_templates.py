@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain_towers import plain_encode_text
+from reference_towers import plain_encode_text
 from safetensors import safe_open
 from small_clip import CLASS_WORDS, small_towers, tokenizer
 from small_methods import REFERENCES, SMALL, built
@@ -16,8 +16,8 @@ from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.config import Config, parse_config
 from pipeline.errors import UserError
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.classifier import Classifier
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import METHODS
 from pipeline.workflows.added_task import _check_same_prompts
 
@@ -34,18 +34,20 @@ def config_of(**task_templates: str) -> Config:
 OWN = config_of(sketch=TEMPLATES[1], shop=TEMPLATES[2])
 
 
-@pytest.mark.parametrize("carried", [False, True], ids=["replaced", "carried"])
-@pytest.mark.parametrize("text_order", ["after_sos", "before_sos"])
+@pytest.mark.parametrize("propagate", [False, True], ids=["replaced", "carried"])
+@pytest.mark.parametrize("text_prompt_position", ["after_sos", "before_sos"])
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("templates", [TEMPLATES, TEMPLATES[:2] + ["a photo of the {}."], TEMPLATES[1::-1]])
-def test_towers_equal_the_plain_definition_with_a_template_for_each_task(templates, prompted, text_order, carried):
+def test_towers_equal_the_plain_definition_with_a_template_for_each_task(
+    templates, prompted, text_prompt_position, propagate
+):
     words = list(WORDS.values())[: len(templates)]
-    towers, model = small_towers(text_order)
+    towers, model = small_towers(text_prompt_position)
     generator = torch.Generator().manual_seed(2)
     prompts = torch.randn(len(words), 2, 4, towers.text_width, generator=generator, dtype=torch.float64)
     prompts.requires_grad_()
     tokens = class_tokens(towers.tokenizer, templates, words)
-    ours = towers.encode_text(tokens, prompts if prompted else None, carried and prompted)
+    ours = towers.encode_text(tokens, prompts if prompted else None, propagate and prompted)
     plain = torch.cat(
         [
             plain_encode_text(
@@ -53,7 +55,7 @@ def test_towers_equal_the_plain_definition_with_a_template_for_each_task(templat
                 tokenizer()([template.format(name) for name in of_task]),
                 prompts[task] if prompted else None,
                 towers.prompts_before_sos,
-                carried and prompted,
+                propagate and prompted,
             )
             for task, (template, of_task) in enumerate(zip(templates, words))
         ]
@@ -132,9 +134,9 @@ def test_prompts_carry_the_templates_of_their_tasks(name, clip, tmp_path):
     towers, fingerprint = clip
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
     method = built(name, towers, words, config)
-    trained = TrainedPrompts(name, config, fingerprint, (words,), (method.state_dict(),))
-    save_prompts(tmp_path / "trained.safetensors", trained)
-    loaded = load_prompts(tmp_path / "trained.safetensors")
+    trained = TrainedAdapter(name, config, fingerprint, (words,), (method.state_dict(),))
+    save_adapter(tmp_path / "trained.safetensors", trained)
+    loaded = load_adapter(tmp_path / "trained.safetensors")
     assert loaded.config.clip.task_templates == {"neon": "a neon sign of a {}"}
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
@@ -144,25 +146,25 @@ def test_prompts_carry_the_templates_of_their_tasks(name, clip, tmp_path):
         assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
 
 
-def saved(tmp_path, clip, task: str, config: Config) -> TrainedPrompts:
+def saved(tmp_path, clip, task: str, config: Config) -> TrainedAdapter:
     towers, fingerprint = clip
     words = {task: ["one", "two"]}
     state = built("coop", towers, words, config).state_dict()
-    prompts = TrainedPrompts("coop", config, fingerprint, (words,), (state,))
-    save_prompts(tmp_path / f"{task}.safetensors", prompts)
-    return load_prompts(tmp_path / f"{task}.safetensors")
+    prompts = TrainedAdapter("coop", config, fingerprint, (words,), (state,))
+    save_adapter(tmp_path / f"{task}.safetensors", prompts)
+    return load_adapter(tmp_path / f"{task}.safetensors")
 
 
 def test_merged_prompts_have_the_templates_of_all(clip, tmp_path):
     others = config_of(neon="a neon {}", ink="not {} ink")
     parts = [saved(tmp_path, clip, "ink", SMALL), saved(tmp_path, clip, "neon", others)]
-    assert merge_prompts(parts).config.clip.task_templates == {"neon": "a neon {}"}
+    assert merge_adapters(parts).config.clip.task_templates == {"neon": "a neon {}"}
 
 
 def test_prompts_without_such_templates_are_saved_as_before(clip, tmp_path):
     saved(tmp_path, clip, "ink", SMALL)
     with safe_open(tmp_path / "ink.safetensors", "pt") as file:
-        assert "task_templates" not in json.loads(file.metadata()["prompts"])["config"]["clip"]
+        assert "task_templates" not in json.loads(file.metadata()["adapter"])["config"]["clip"]
 
 
 def test_an_added_task_may_have_its_own_template_and_changes_no_others(clip, tmp_path):

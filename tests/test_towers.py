@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from plain_towers import plain_encode_image, plain_encode_text
+from reference_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_open_clip, small_towers, tokenizer
 
 from pipeline.clip.class_tokens import class_tokens, counts_between
@@ -34,19 +34,19 @@ IMAGES_PER_TASK = [2, 1, 3]
 SMALLEST_CHUNKS = 1e-9  # GiB: one image, one class
 
 
-def both(towers, model, text_prompts, vision_prompts, carried):
+def both(towers, model, text_prompts, vision_prompts, propagate):
     """Image and text features of three tasks, ours and the plain ones."""
     images = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tokens = class_tokens(towers.tokenizer, TEMPLATE, WORDS_PER_TASK)
     ours = (
-        towers.encode_image(images, vision_prompts, IMAGES_PER_TASK, carried),
-        towers.encode_text(tokens, text_prompts, carried),
+        towers.encode_image(images, vision_prompts, IMAGES_PER_TASK, propagate),
+        towers.encode_text(tokens, text_prompts, propagate),
     )
     none = [None] * len(WORDS_PER_TASK)
     plain = (
         torch.cat(
             [
-                plain_encode_image(model, part, prompts, carried)
+                plain_encode_image(model, part, prompts, propagate)
                 for part, prompts in zip(
                     images.split(IMAGES_PER_TASK), none if vision_prompts is None else vision_prompts
                 )
@@ -54,7 +54,7 @@ def both(towers, model, text_prompts, vision_prompts, carried):
         ),
         torch.cat(
             [
-                plain_encode_text(model, full_ids(words), prompts, towers.prompts_before_sos, carried)
+                plain_encode_text(model, full_ids(words), prompts, towers.prompts_before_sos, propagate)
                 for words, prompts in zip(WORDS_PER_TASK, none if text_prompts is None else text_prompts)
             ]
         ),
@@ -75,10 +75,10 @@ def assert_same_features_and_gradients(ours, plain, parameters):
         torch.testing.assert_close(gradient, reference, **TOLERANCE)
 
 
-@pytest.mark.parametrize("activations_gib", [math.inf, SMALLEST_CHUNKS], ids=["whole", "chunks"])
-@pytest.mark.parametrize("carried", [False, True], ids=["replaced", "carried"])
+@pytest.mark.parametrize("activation_memory_gib", [math.inf, SMALLEST_CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("propagate", [False, True], ids=["replaced", "carried"])
 @pytest.mark.parametrize("depth", [1, 2, None])
-@pytest.mark.parametrize("text_order", ["after_sos", "before_sos"])
+@pytest.mark.parametrize("text_prompt_position", ["after_sos", "before_sos"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,23 +89,25 @@ def assert_same_features_and_gradients(ours, plain, parameters):
     ],
     ids=["deeper-vision", "deeper-text", "custom-text-layer-scale", "one-layer"],
 )
-def test_prompted_towers_equal_the_plain_definition(options, text_order, depth, carried, activations_gib):
-    towers, model = small_towers(text_order, **options)
-    towers.activations_gib = activations_gib
+def test_prompted_towers_equal_the_plain_definition(
+    options, text_prompt_position, depth, propagate, activation_memory_gib
+):
+    towers, model = small_towers(text_prompt_position, **options)
+    towers.activation_memory_gib = activation_memory_gib
     deepest = min(towers.text_depth, towers.vision_depth)
     depth = min(depth or deepest, deepest)
     text_prompts = random_prompts(3, depth, 4, towers.text_width, 2)
     vision_prompts = random_prompts(3, depth, 4, towers.vision_width, 3)
-    ours, plain = both(towers, model, text_prompts, vision_prompts, carried)
+    ours, plain = both(towers, model, text_prompts, vision_prompts, propagate)
     assert_same_features_and_gradients(ours, plain, [text_prompts, vision_prompts])
 
 
-@pytest.mark.parametrize("activations_gib", [math.inf, SMALLEST_CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("activation_memory_gib", [math.inf, SMALLEST_CHUNKS], ids=["whole", "chunks"])
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("options", [dict(), dict(custom_text=True, quick_gelu=False, layer_scale=0.5)])
-def test_trained_weights_get_the_plain_gradients(options, prompted, activations_gib):
+def test_trained_weights_get_the_plain_gradients(options, prompted, activation_memory_gib):
     towers, model = small_towers(**options)
-    towers.activations_gib = activations_gib
+    towers.activation_memory_gib = activation_memory_gib
     towers.requires_grad_(True).logit_scale.requires_grad_(False)
     text_prompts = random_prompts(3, 2, 4, towers.text_width, 2) if prompted else None
     vision_prompts = random_prompts(3, 2, 4, towers.vision_width, 3) if prompted else None
@@ -149,7 +151,7 @@ def wide_towers(trained, precision, quick_gelu=True):
     )
     towers.requires_grad_(trained == "weights")
     if precision == "bfloat16" and trained != "weights":
-        towers.hold_matrices_in_bfloat16()
+        towers.cast_weights_to_bfloat16()
     if trained == "low-rank updates":
         towers = ClipLora(Config(), towers, []).towers
     words = [[f"{first} {second}" for first in ("red", "green", "old") for second in CLASS_WORDS]] * 2
@@ -182,7 +184,7 @@ def test_the_activations_that_chunks_are_planned_by_are_those_that_are_kept(quic
     for encode, blocks, num_tokens, num_keys in by_tower.values():
         kept = kept_bytes_of_a_row(towers, encode)
         with autocast(towers.device, precision):
-            planned = towers._kept_bytes(blocks, num_tokens, num_keys)
+            planned = towers._activation_bytes(blocks, num_tokens, num_keys)
         assert kept <= planned * 1.01
         assert planned == pytest.approx(kept, rel=tolerance)
 
@@ -199,7 +201,7 @@ def test_chunks_keep_no_more_than_allowed_and_are_no_more_than_needed(trained, t
     last_norm.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     for share in (0.9, 0.4, 0.056, 0.001):
         allowed = NUM_ROWS * of_row * share
-        towers.activations_gib = allowed / 2**30
+        towers.activation_memory_gib = allowed / 2**30
         sizes.clear()
         kept_between_chunks = kept_bytes(towers, encode)
         num_chunks = len(sizes)
@@ -237,7 +239,7 @@ def test_class_tokens_refuse_what_the_model_cannot_tell_apart():
     with pytest.raises(UserError, match="takes 87 tokens.*reads 77"):
         class_tokens(clip_tokenizer, TEMPLATE, [["cat", "dog " * 80]])
     with pytest.raises(UserError, match="takes 8 tokens.* beside 70 prompts; the model reads 77"):
-        class_tokens(clip_tokenizer, TEMPLATE, [["cat"]], num_carried=70)
+        class_tokens(clip_tokenizer, TEMPLATE, [["cat"]], num_prompt_positions=70)
     with pytest.raises(UserError, match="'TV' and 'tv' are the same"):
         class_tokens(clip_tokenizer, TEMPLATE, [["TV", "tv"]])
 

@@ -16,7 +16,7 @@ from servers import free_ports, mlflow_server
 
 from pipeline.config import CONFIGS, TrackingConfig, load_yaml, parse_config
 from pipeline.errors import UserError
-from pipeline.runtime.cluster import WorkerNeeds
+from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.environment import run_environment
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage
@@ -507,7 +507,7 @@ def plan(demo_plan, tmp_path, uri):
 
 def working(plan: Plan) -> AbstractContextManager[Session]:
     """At work on it, not connected to Ray."""
-    return at_work(plan, WorkerNeeds(1, 0.0), Console(quiet=True))
+    return at_work(plan, WorkerResources(1, 0.0), Console(quiet=True))
 
 
 ENDS = [

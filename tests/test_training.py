@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_towers import plain_encode_image, plain_encode_text
+from reference_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_towers, tokenizer
 from small_problem import (
     CONFIG,
@@ -43,7 +43,7 @@ from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate, evaluate_features
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features
-from pipeline.training.snapshots import read_gradients, read_points, write_points, write_snapshots
+from pipeline.training.snapshots import read_gradients, read_trajectory, write_snapshots, write_trajectory
 from pipeline.training.trainer import OPTIMIZERS, Snapshot, StepRecord, Trainer, learning_rate
 
 
@@ -137,7 +137,7 @@ def test_matrices_held_in_bfloat16_are_autocasts(problem, custom_text):
         towers, _ = small_towers(dtype=torch.float32, custom_text=custom_text)
         before = sum(p.numel() * p.element_size() for p in towers.vision_blocks.parameters())
         if hold:
-            towers.hold_matrices_in_bfloat16()
+            towers.cast_weights_to_bfloat16()
             assert sum(p.numel() * p.element_size() for p in towers.vision_blocks.parameters()) < 0.6 * before
         prompts = group_prompts(towers).float()
         history = Trainer(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=5, precision="bfloat16").train()
@@ -298,7 +298,7 @@ def test_out_of_memory_says_what_to_change(problem, monkeypatch, needs):
     monkeypatch.setattr(towers, "encode_image", lambda *arguments: torch.empty(size))
     kind, message = (RuntimeError, "negative dimension")
     if size > 0:
-        kind, message = (UserError, "out of memory during training: lower clip.activations_gib=.*batch_size=3")
+        kind, message = (UserError, "out of memory during training: lower clip.activation_memory_gib=.*batch_size=3")
     with pytest.raises(kind, match=message):
         Trainer(towers, group_prompts(towers), sets, tokens, CONFIG, epochs=1, seed=5).train()
 
@@ -320,11 +320,11 @@ def test_snapshots_round_trip(tmp_path):
         read_gradients(file, ["ink", "neon"])
     with pytest.raises(UserError, match="no gradient snapshots"):
         read_gradients(tmp_path / "absent.parquet", TASKS)
-    write_points(tmp_path / "points.parquet", reversed(snapshots))
-    for taken, (step, epoch, point) in zip(snapshots, read_points(tmp_path / "points.parquet"), strict=True):
+    write_trajectory(tmp_path / "points.parquet", reversed(snapshots))
+    for taken, (step, epoch, point) in zip(snapshots, read_trajectory(tmp_path / "points.parquet"), strict=True):
         assert (step, epoch) == (taken.record.step, taken.record.epoch) and torch.equal(point, taken.point)
     with pytest.raises(UserError, match="cannot be read as gradient snapshots"):
-        read_points(file)
+        read_trajectory(file)
 
 
 @pytest.fixture

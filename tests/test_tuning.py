@@ -31,7 +31,7 @@ from pipeline.config import DEMO_CONFIG, Config, load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
 from pipeline.data.splits import ScannedImage, sample_splits
 from pipeline.errors import UserError
-from pipeline.runtime.storage import Artefact, Storage
+from pipeline.runtime.storage import Artifact, Storage
 from pipeline.stages.finished_run import read_finished_run
 from pipeline.stages.plan import make_plan
 from pipeline.training.checkpoint import Checkpoints
@@ -41,9 +41,9 @@ from pipeline.tuning.points import planned_points
 from pipeline.tuning.search_file import config_at, read_search
 from pipeline.tuning.trials import Trial, best_trial
 from pipeline.workflows import tuning
-from pipeline.workflows.held_out import sample_validation
 from pipeline.workflows.tuning_searchers import OptunaPoints, early_stopping
 from pipeline.workflows.tuning_trial import TrialSetup, measured_epochs, run_trial
+from pipeline.workflows.validation_split import sample_validation
 
 BASE = parse_config(load_yaml(DEMO_CONFIG))
 TUNE = ("jobs/tune.py",)
@@ -88,7 +88,9 @@ def test_a_search_file_says_what_each_field_may_be(tmp_path):
     assert (method, config.mmap.prompt_length, config.mmap.source_rows) == ("coop", 8, 4)
 
 
-@pytest.mark.parametrize("name, value", [("mmap.text_order", "before_sos"), ("clip.template", "art of a {}.")])
+@pytest.mark.parametrize(
+    "name, value", [("mmap.text_prompt_position", "before_sos"), ("clip.template", "art of a {}.")]
+)
 def test_what_affects_all_trainings_matters_to_every_method(tmp_path, name, value):
     search = search_of(tmp_path, method="joint_prompts_mt", fields={name: {"choice": [value]}})
     assert search.fields_of("joint_prompts_mt") == [name]
@@ -235,7 +237,7 @@ def test_optuna_goes_by_what_was_measured_also_when_it_was_saved(tmp_path):
 
 @pytest.mark.parametrize("rule, decision", [("asha", "STOP"), ("median", "STOP"), ("none", "CONTINUE")])
 def test_a_trial_below_the_others_ends_early(tmp_path, rule, decision):
-    scheduler = early_stopping(search_of(tmp_path, early_stopping=rule, fewest_epochs=2), BASE)
+    scheduler = early_stopping(search_of(tmp_path, early_stopping=rule, grace_period=2), BASE)
 
     class Trying:
         """A trial, of which the rules look at the id alone."""
@@ -354,7 +356,7 @@ def ended_in(output: str) -> set[int]:
 def search_arguments(folder: Path, searcher: str) -> tuple[str, ...]:
     """Optuna's second point is one whose loss is not finite after the first epoch, which warms up."""
     fields = {**SPACE, "training.learning_rate": {"choice": [0.003, 1e30]}}
-    file = search_file(folder, searcher=searcher, trials=TRIALS, fewest_epochs=2, fields=fields)
+    file = search_file(folder, searcher=searcher, trials=TRIALS, grace_period=2, fields=fields)
     epochs = ("--training.epochs", "2", "--clip_adapter.training.epochs", "2")
     return ("--search", str(file), *epochs, *TWO_TASKS)
 
@@ -409,7 +411,7 @@ def test_a_search_that_broke_off_goes_on(searched):
     assert any(trial["fault"] for trial in trials_of(folder.parent.parent).values())
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_a_killed_search_goes_on(tmp_path, run_job):
     storage, arguments = tmp_path / "storage", search_arguments(tmp_path, "random")
     job = Job(storage, *arguments, prefix=TUNE, env={"TUNE_GLOBAL_CHECKPOINT_S": "0.5"})
@@ -484,7 +486,7 @@ def test_trials_do_not_read_the_test_set(searched, run_job, tmp_path):
     folder, *_ = searched
     storage = folder.parent.parent
     all_splits = {
-        "validation_shots" in json.loads((splits / "artefact.json").read_text())["made_from"]: splits
+        "validation_shots" in json.loads((splits / "artifact.json").read_text())["inputs"]: splits
         for splits in (storage / "splits").glob("[!.]*")
     }
     held_out, splits = all_splits[True], all_splits[False]
@@ -516,8 +518,8 @@ def test_trials_do_not_read_the_test_set(searched, run_job, tmp_path):
         }
     )
     plan = make_plan(base, Console(quiet=True))
-    artefact = Artefact(plan.storage, "splits", json.loads((held_out / "artefact.json").read_text())["made_from"])
-    setups = [TrialSetup(replace(plan, splits=artefact), ("grouped",), storage / name) for name in ("one", "two")]
+    artifact = Artifact(plan.storage, "splits", json.loads((held_out / "artifact.json").read_text())["inputs"])
+    setups = [TrialSetup(replace(plan, splits=artifact), ("grouped",), storage / name) for name in ("one", "two")]
     whole = list(measured_epochs({}, setups[0], setups[0].checkpoints))
     first = list(islice(measured_epochs({}, setups[1], setups[1].checkpoints), 1))
     (storage / "one" / "0").rename(storage / "two" / "0x")

@@ -31,7 +31,7 @@ def test_all_code_of_the_tutorial_is_known_to_this_test():
     assert {block[1] for _, block in blocks()} == {"sh", "yaml"}
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_every_command_of_the_tutorial_works(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_WORKERS": "1"}

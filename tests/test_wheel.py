@@ -35,7 +35,7 @@ def test_the_wheel_has_code_jobs_and_configs_and_nothing_else(wheel):
     assert not [name for name in names if "test" in name or "__pycache__" in name]
 
 
-@pytest.mark.proof
+@pytest.mark.fault_injection
 def test_one_command_runs_the_demo_of_an_installed_wheel(wheel, tmp_path):
     there = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", there, wheel]

@@ -77,10 +77,10 @@ class ClassTokens:
 def class_tokens(
     tokenizer: Tokenizer,
     template: str | Sequence[str],
-    words_per_task: Sequence[Sequence[str]],
-    num_carried: int = 0,
+    class_names_per_task: Sequence[Sequence[str]],
+    num_prompt_positions: int = 0,
 ) -> ClassTokens:
-    """Tokens of templates filled with each class's words, for every task, that leave positions for `num_carried`
+    """Tokens of templates filled with each class's names, for every task; leave room for `num_prompt_positions`
     prompts.
 
     Args:
@@ -90,14 +90,14 @@ def class_tokens(
     Raises:
         UserError: a text is longer than the model's context, two names in a task read the same to the tokenizer.
     """
-    templates = [template] * len(words_per_task) if isinstance(template, str) else template
+    templates = [template] * len(class_names_per_task) if isinstance(template, str) else template
     texts: list[list[list[int]]] = []
-    for own_template, words in zip(templates, words_per_task, strict=True):
+    for own_template, class_names in zip(templates, class_names_per_task, strict=True):
         of_task: dict[tuple[int, ...], str] = {}
-        for name in (name for of_class in words for name in names_of(of_class)):
+        for name in (name for of_class in class_names for name in names_of(of_class)):
             ids = [tokenizer.sot_token_id, *tokenizer.encode(own_template.format(name)), tokenizer.eot_token_id]
-            if len(ids) + num_carried > tokenizer.context_length:
-                beside = f" beside {num_carried} prompts" if num_carried else ""
+            if len(ids) + num_prompt_positions > tokenizer.context_length:
+                beside = f" beside {num_prompt_positions} prompts" if num_prompt_positions else ""
                 raise UserError(
                     f"class {name!r} takes {len(ids)} tokens in the template {own_template!r}{beside}; the model reads "
                     f"{tokenizer.context_length}: shorten it with data.class_names"
@@ -121,8 +121,10 @@ def class_tokens(
         suffix=suffix,
         eot=torch.tensor([len(ids) - 1 for ids in rows]),
         rows_per_task=tuple(len(of_task) for of_task in texts),
-        classes_per_task=tuple(len(words) for words in words_per_task),
-        names_per_class=tuple(len(names_of(of_class)) for words in words_per_task for of_class in words),
+        classes_per_task=tuple(len(class_names) for class_names in class_names_per_task),
+        names_per_class=tuple(
+            len(names_of(of_class)) for class_names in class_names_per_task for of_class in class_names
+        ),
         name_at=tuple(at - shared for at in name_at),
     )
 

@@ -39,7 +39,7 @@ _BUILTIN_WEIGHTS = _DEMO / "digits_clip.safetensors"
 
 @dataclass(frozen=True)
 class ClipIdentity:
-    """What decides the numbers of a loaded CLIP; part of every artefact's name that was made with it."""
+    """What decides the numbers of a loaded CLIP; part of every artifact's name that was made with it."""
 
     model: str
     """open_clip's name; of a model-config file its own, wherever it lies."""
@@ -91,7 +91,7 @@ def towers_without_weights(config: ClipConfig) -> ClipTowers:
 
 @lru_cache(maxsize=1)  # a Ray worker that trains one group after another loads CLIP once
 def load_clip(
-    config: ClipConfig, text_order: str = "after_sos", device: str = "cpu", float32: bool = False
+    config: ClipConfig, text_prompt_position: str = "after_sos", device: str = "cpu", float32: bool = False
 ) -> ClipTowers:
     """The frozen towers on `device`; weights files are read without executing pickled code.
 
@@ -117,10 +117,10 @@ def load_clip(
             raise UserError(
                 f"clip.pretrained={config.pretrained!r} cannot be loaded into {config.model}: {error}"
             ) from None
-    towers = ClipTowers(model, load_tokenizer(config), text_order, config.activations_gib).to(device)
+    towers = ClipTowers(model, load_tokenizer(config), text_prompt_position, config.activation_memory_gib).to(device)
     if uses_bfloat16(towers.device, config.precision) and not float32:
         towers.fingerprint = weights_fingerprint(towers)
-        towers.hold_matrices_in_bfloat16()
+        towers.cast_weights_to_bfloat16()
     return towers
 
 

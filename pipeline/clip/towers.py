@@ -5,7 +5,7 @@ What a plain version would compute and throw away is not computed here:
 - text: tokens after EOT never matter; start token, carried prompts and shared words run once a task, and the classes
   attend to their keys and values;
 - in the last layer only the CLS or EOT row needs a query and an MLP;
-- what does not fit `activations_gib` runs in chunks of images or classes, and again in the backward pass.
+- what does not fit `activation_memory_gib` runs in chunks of images or classes, and again in the backward pass.
 
 Prompts come in two kinds. Replaced prompts (MmAP, VPT-deep) are new in each of the first K' layers and gone after
 them; words keep their positions. Carried prompts (CoOp: K' = 1; MaPLe: K' = 9) are tokens of the input: they take
@@ -94,13 +94,13 @@ class TextTower(Protocol):
 
 
 class ClipTowers(nn.Module):
-    """Towers of an open_clip model, frozen; a method that trains their weights takes a `copy_that_trains`.
+    """Towers of an open_clip model, frozen; a method that trains their weights takes a `trainable_copy`.
 
     Args:
         model: open_clip `CLIP` or `CustomTextCLIP` with plain ViT and causal text towers.
         tokenizer: the model's tokenizer.
-        text_order: whether text prompts stand after the start token, which then does not see them, or before it.
-        activations_gib: what each tower may keep for its backward pass, GiB.
+        text_prompt_position: text prompts stand after the start token, which then does not see them, or before it.
+        activation_memory_gib: what each tower may keep for its backward pass, GiB.
 
     Raises:
         UserError: the model has parts that prompts cannot be put into exactly.
@@ -111,7 +111,11 @@ class ClipTowers(nn.Module):
     pixel_std: torch.Tensor
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, text_order: str = "after_sos", activations_gib: float = math.inf
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        text_prompt_position: str = "after_sos",
+        activation_memory_gib: float = math.inf,
     ):
         super().__init__()
         _refuse_unsupported(model, getattr(model, "text", model))
@@ -124,8 +128,8 @@ class ClipTowers(nn.Module):
         self.text_projection = text.text_projection
         self.logit_scale = cast(torch.Tensor, model.logit_scale)
         self.tokenizer = tokenizer
-        self.prompts_before_sos = text_order == "before_sos"
-        self.activations_gib = activations_gib
+        self.prompts_before_sos = text_prompt_position == "before_sos"
+        self.activation_memory_gib = activation_memory_gib
         self.fingerprint: str | None = None
         """Of the weights before any were cast."""
         self.image_size = visual.image_size[0]
@@ -162,7 +166,7 @@ class ClipTowers(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
-    def hold_matrices_in_bfloat16(self) -> None:
+    def cast_weights_to_bfloat16(self) -> None:
         """For frozen towers under autocast, which does not keep its casts of frozen weights: the same numbers, without
         casting every matrix again in every step. LayerNorms and embeddings stay as they are."""
         for module in self.modules():
@@ -175,7 +179,7 @@ class ClipTowers(nn.Module):
             if isinstance(projection, nn.Parameter):
                 projection.data = projection.data.to(torch.bfloat16)
 
-    def copy_that_trains(self, trains: Callable[[str], bool] = lambda name: False) -> ClipTowers:
+    def trainable_copy(self, trains: Callable[[str], bool] = lambda name: False) -> ClipTowers:
         """Towers for a method to have as a module. The weights whose names `trains` takes are copied and are its
         parameters and state dict; the others are buffers, which share these towers' memory."""
         towers = copy.deepcopy(self, {id(kept): kept for kept in (*self.parameters(), self.tokenizer)})
@@ -191,7 +195,7 @@ class ClipTowers(nn.Module):
         return towers
 
     def normalize_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) in [0, 255], uint8 or float → standardised by the model's mean and deviation."""
+        """Pixels (B, 3, H, W) in [0, 255], uint8 or float → standardized by the model's mean and deviation."""
         return ((pixels - self.pixel_mean) / self.pixel_std).to(self.visual.conv1.weight.dtype)
 
     def encode_image(
@@ -199,49 +203,49 @@ class ClipTowers(nn.Module):
         images: torch.Tensor,
         prompts: torch.Tensor | None = None,
         images_per_task: Sequence[int] = (),
-        carried: bool = False,
+        propagate: bool = False,
     ) -> torch.Tensor:
-        """Features (B, E), not normalised.
+        """Features (B, E), not normalized.
 
         Args:
-            images: (B, 3, H, W), standardised, task by task.
+            images: (B, 3, H, W), standardized, task by task.
             prompts: (T, K', b, D) for the first K' layers; images of task t see prompts[t]. None: CLIP as it is.
             images_per_task: T counts, ΣB.
             carried: the prompts are tokens of the input, normed like patches, and those of layer K' go on after it.
         """
-        if prompts is not None and carried:
+        if prompts is not None and propagate:
             prompts = torch.cat([self.visual.ln_pre(prompts[:, :1]), prompts[:, 1:]], dim=1)
-        replaced = _replaced_prompts(self.vision_blocks, prompts, carried)
+        replaced = _deep_prompt_kv(self.vision_blocks, prompts, propagate)
         last_prompted = -1 if prompts is None else prompts.shape[1] - 1
 
         def encode(start: int, stop: int) -> torch.Tensor:
             counts = counts_between(images_per_task, start, stop)
             x = self.visual._embeds(images[start:stop])  # (B, L, D), CLS first
             for k, block in enumerate(self.vision_blocks):
-                if prompts is not None and carried and k == last_prompted:
-                    x = torch.cat([x, _for_rows(prompts[:, k], counts)], dim=1)
+                if prompts is not None and propagate and k == last_prompted:
+                    x = torch.cat([x, _repeat_per_row(prompts[:, k], counts)], dim=1)
                 h = block.ln_1(x)
                 keys_values = _keys_values(block, h)
                 if k < len(replaced):
-                    keys_values = _behind(replaced[k], counts, keys_values)
+                    keys_values = _prepend_task_kv(replaced[k], counts, keys_values)
                 if k == self.vision_depth - 1:
                     x, h = x[:, :1], h[:, :1]
                 x = _attend_and_mlp(block, x, h, keys_values)
             return self.visual.ln_post(x[:, 0]) @ self.visual.proj
 
         num_prompts = 0 if prompts is None else prompts.shape[2]
-        num_tokens = len(self.visual.positional_embedding) + (num_prompts if carried else 0)
-        bytes_per_image = self._kept_bytes(self.vision_blocks, num_tokens, num_tokens + num_prompts)
-        return self._in_chunks(encode, len(images), bytes_per_image)
+        num_tokens = len(self.visual.positional_embedding) + (num_prompts if propagate else 0)
+        bytes_per_image = self._activation_bytes(self.vision_blocks, num_tokens, num_tokens + num_prompts)
+        return self._checkpointed_chunks(encode, len(images), bytes_per_image)
 
     def encode_text(
         self,
         tokens: ClassTokens,
         prompts: torch.Tensor | None = None,
-        carried: bool = False,
+        propagate: bool = False,
         suffix_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Features (R, E) of all texts of all tasks' classes, task by task, not normalised.
+        """Features (R, E) of all texts of all tasks' classes, task by task, not normalized.
 
         Args:
             tokens: the classes of T tasks.
@@ -251,8 +255,8 @@ class ClipTowers(nn.Module):
         """
         if suffix_embeddings is None:
             suffix_embeddings = self.token_embedding(tokens.suffix)
-        shared = self._shared_keys_values(tokens, prompts, carried)
-        before = tokens.prefix.shape[1] + (prompts.shape[2] if prompts is not None and carried else 0)
+        shared = self._shared_keys_values(tokens, prompts, propagate)
+        before = tokens.prefix.shape[1] + (prompts.shape[2] if prompts is not None and propagate else 0)
         num_suffix = tokens.suffix.shape[1]
         positions = self.text_positions[before : before + num_suffix]
         causal = torch.ones(num_suffix, num_suffix, dtype=torch.bool, device=self.device).tril()
@@ -265,7 +269,7 @@ class ClipTowers(nn.Module):
             x = suffix_embeddings[start:stop] + positions  # (R, S, D)
             for k, block in enumerate(self.text_blocks):
                 h = block.ln_1(x)
-                keys_values = _behind(shared[k], counts, _keys_values(block, h))
+                keys_values = _prepend_task_kv(shared[k], counts, _keys_values(block, h))
                 mask = masks[num_shared[k]]
                 if k == self.text_depth - 1:
                     x, h, mask = x[rows, eot, None], h[rows, eot, None], mask[eot][:, None, None]
@@ -278,8 +282,8 @@ class ClipTowers(nn.Module):
                 return projected
             return z @ self.text_projection
 
-        bytes_per_class = self._kept_bytes(self.text_blocks, num_suffix, num_suffix + max(num_shared))
-        return self._in_chunks(encode, len(tokens.suffix), bytes_per_class)
+        bytes_per_class = self._activation_bytes(self.text_blocks, num_suffix, num_suffix + max(num_shared))
+        return self._checkpointed_chunks(encode, len(tokens.suffix), bytes_per_class)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Cosine similarities over CLIP's temperature (Eq. 5): (B, E), (C, E) → float32 or float64 (B, C)."""
@@ -289,24 +293,24 @@ class ClipTowers(nn.Module):
         return self.logit_scale.exp() * x @ z.T
 
     def _shared_keys_values(
-        self, tokens: ClassTokens, prompts: torch.Tensor | None, carried: bool
+        self, tokens: ClassTokens, prompts: torch.Tensor | None, propagate: bool
     ) -> list[torch.Tensor]:
         """Of each text layer: keys and values (T, L, 2 D) of what all classes of a task see: the start token, the
         shared words, and the prompts."""
         x = self.token_embedding(tokens.prefix)  # (T, P, D)
         at = 0 if self.prompts_before_sos else 1
-        if prompts is not None and carried:
+        if prompts is not None and propagate:
             behind = at + prompts.shape[2]
             positions = self.text_positions[: prompts.shape[2] + x.shape[1]]
             x = x + torch.cat([positions[:at], positions[behind:]])
             prompts = torch.cat([prompts[:, :1] + positions[at:behind], prompts[:, 1:]], dim=1)
         else:
             x = x + self.text_positions[: x.shape[1]]
-        replaced = _replaced_prompts(self.text_blocks, prompts, carried)
+        replaced = _deep_prompt_kv(self.text_blocks, prompts, propagate)
         last_prompted = -1 if prompts is None else prompts.shape[1] - 1
         shared = []
         for k, block in enumerate(self.text_blocks):
-            if prompts is not None and carried and k == last_prompted:
+            if prompts is not None and propagate and k == last_prompted:
                 x = torch.cat([x[:, :at], prompts[:, k], x[:, at:]], dim=1)
             h = block.ln_1(x)
             keys_values = _keys_values(block, h)
@@ -322,7 +326,7 @@ class ClipTowers(nn.Module):
                 x = _attend_and_mlp(block, x, h, keys_values, mask)
         return shared
 
-    def _kept_bytes(self, blocks: Sequence[Block], num_tokens: int, num_keys: int) -> int:
+    def _activation_bytes(self, blocks: Sequence[Block], num_tokens: int, num_keys: int) -> int:
         """Bytes that a row of `num_tokens` tokens, whose queries see `num_keys` keys, keeps for its backward pass, or
         where there is none, needs at once: less than two layers' worth."""
         width, hidden = blocks[0].attn.embed_dim, blocks[0].mlp.c_fc.out_features
@@ -336,9 +340,11 @@ class ClipTowers(nn.Module):
             rest += 2 * num_tokens * width  # its inputs
         return (norms + rest * itemsize) * (len(blocks) if torch.is_grad_enabled() else 2)
 
-    def _in_chunks(self, encode: Callable[[int, int], torch.Tensor], num_rows: int, bytes_per_row: int) -> torch.Tensor:
-        """encode(0, num_rows), in as few equal chunks as fit `activations_gib`, recomputed in the backward pass."""
-        rows_per_chunk = math.floor(min(num_rows, self.activations_gib * 2**30 / bytes_per_row))
+    def _checkpointed_chunks(
+        self, encode: Callable[[int, int], torch.Tensor], num_rows: int, bytes_per_row: int
+    ) -> torch.Tensor:
+        """encode(0, num_rows), in as few equal chunks as fit `activation_memory_gib`, recomputed backwards."""
+        rows_per_chunk = math.floor(min(num_rows, self.activation_memory_gib * 2**30 / bytes_per_row))
         num_chunks = math.ceil(num_rows / max(rows_per_chunk, 1))
         if num_chunks <= 1:
             return encode(0, num_rows)
@@ -352,11 +358,11 @@ class ClipTowers(nn.Module):
         )
 
 
-def _replaced_prompts(blocks: Sequence[Block], prompts: torch.Tensor | None, carried: bool) -> list[torch.Tensor]:
+def _deep_prompt_kv(blocks: Sequence[Block], prompts: torch.Tensor | None, propagate: bool) -> list[torch.Tensor]:
     """Keys and values (T, b, 2 D) of the prompts (T, K', b, D) in each layer whose successor replaces or drops them."""
     if prompts is None:
         return []
-    num_replaced = prompts.shape[1] - carried
+    num_replaced = prompts.shape[1] - propagate
     return [_keys_values(blocks[k], blocks[k].ln_1(prompts[:, k])) for k in range(num_replaced)]
 
 
@@ -374,9 +380,9 @@ def _project(attention: Attention, h: torch.Tensor, parts: slice) -> torch.Tenso
     return projected
 
 
-def _behind(per_task: torch.Tensor, rows_per_task: Sequence[int], own: torch.Tensor) -> torch.Tensor:
+def _prepend_task_kv(per_task: torch.Tensor, rows_per_task: Sequence[int], own: torch.Tensor) -> torch.Tensor:
     """Each row's own keys and values behind those of its task."""
-    return torch.cat([_for_rows(per_task, rows_per_task), own], dim=1)
+    return torch.cat([_repeat_per_row(per_task, rows_per_task), own], dim=1)
 
 
 def _attend_and_mlp(
@@ -404,7 +410,7 @@ def _mlp(mlp: Mlp, h: torch.Tensor) -> torch.Tensor:
     return mlp.c_proj(h)
 
 
-def _for_rows(per_task: torch.Tensor, rows_per_task: Sequence[int]) -> torch.Tensor:
+def _repeat_per_row(per_task: torch.Tensor, rows_per_task: Sequence[int]) -> torch.Tensor:
     """(T, ...) → (Σ rows, ...). Expanding, unlike indexing, has a backward pass that adds in a fixed order."""
     rows = [task.expand(count, *task.shape) for task, count in zip(per_task, rows_per_task, strict=True)]
     return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from pipeline.config.files import DEMO_CONFIG, given_or_shipped, load_yaml, parse_yaml
+from pipeline.config.files import DEMO_CONFIG, load_yaml, parse_yaml, resolve_config_path
 from pipeline.config.help_pages import Page, help_page
 from pipeline.config.schema import Config, fields, parse_config, validated
 from pipeline.errors import UserError, did_you_mean
@@ -58,8 +58,8 @@ class Given(Generic[Options]):
         """
         values: dict[str, Any] = {}
         for file in [*([base] if base else []), *self.files] or [DEMO_CONFIG]:
-            values = _over(values, load_yaml(given_or_shipped(file)))
-        return parse_config(_over(values, self.nested()))
+            values = _deep_merge(values, load_yaml(resolve_config_path(file)))
+        return parse_config(_deep_merge(values, self.nested()))
 
     def nested(self) -> dict[str, Any]:
         """`fields` as a YAML file has them."""
@@ -67,7 +67,7 @@ class Given(Generic[Options]):
         for name, value in self.fields.items():
             for part in reversed(name.split(".")):
                 value = {part: value}
-            values = _over(values, value)
+            values = _deep_merge(values, value)
         return values
 
 
@@ -200,9 +200,9 @@ def _scalar(option: str, kinds: Collection[Any], text: str) -> Any:
     return text if str in kinds and not isinstance(value, list | dict) and not is_null else value
 
 
-def _over(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _deep_merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(values)
     for name, value in changes.items():
         before = merged.get(name)
-        merged[name] = _over(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        merged[name] = _deep_merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return merged

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.errors import escaped
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -136,7 +136,7 @@ def values_affecting(section: Section, *effects: Effect) -> dict[str, Any]:
     return section.model_dump(mode="json", include=_affected_fields(type(section), effects))
 
 
-@cache  # a run asks hundreds of times, for the keys of all its artefacts
+@cache  # a run asks hundreds of times, for the keys of all its artifacts
 def _affected_fields(section: type[Section], effects: tuple[Effect, ...]) -> dict[str, Any]:
     """Field → True, or the same of a section's fields; no section of which nothing affects `effects`."""
     affected = dict[str, Any]()

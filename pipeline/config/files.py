@@ -102,7 +102,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values or {}
 
 
-def given_or_shipped(path: Path) -> Path:
+def resolve_config_path(path: Path) -> Path:
     """The path itself, or, where there is no such file and it begins with `configs`, the one that comes with this
     package."""
     shipped = CONFIGS.parent / path

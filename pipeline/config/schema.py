@@ -34,7 +34,7 @@ _S = TypeVar("_S", bound=Section)
 
 
 def _comparable(name: str) -> str:
-    valid = [variant for variant in _methods.VARIANTS if variant not in ("zero_shot", *_methods.ALWAYS)]
+    valid = [variant for variant in _methods.VARIANTS if variant not in ("zero_shot", *_methods.DEFAULT_VARIANTS)]
     if name not in valid:
         raise ValueError(f"no method that can be compared{did_you_mean(name, valid)} Valid: {', '.join(valid)}")
     return name
@@ -57,7 +57,7 @@ class Config(Section):
     """The frozen CLIP."""
     mmap: MmapConfig = MmapConfig()
     """Shape of the multi-modal alignment prompts."""
-    compare: Annotated[tuple[Annotated[str, AfterValidator(_comparable)], ...], affects("report")] = ()
+    baselines: Annotated[tuple[Annotated[str, AfterValidator(_comparable)], ...], affects("report")] = ()
     """Other methods to train and evaluate beside MmAP, each task for itself, or with `_mt` one for all tasks; and
     MmAP's own ablations (docs/methods.md)."""
     training: TrainingConfig = TrainingConfig()
@@ -99,10 +99,10 @@ def validated(model: type[Model], values: dict[str, Any]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(fault) for fault in error.errors())) from None
+        raise UserError("\n".join(_format_error(fault) for fault in error.errors())) from None
 
 
-def _explain(fault: Any) -> str:
+def _format_error(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
     name = ".".join(path)
     if fault["type"] == "extra_forbidden":

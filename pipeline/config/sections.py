@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.fields import NonNegative, NonNegativeInt, PositiveInt, Section, Share, Template, affects
+from pipeline.config.fields import Fraction, NonNegative, NonNegativeInt, PositiveInt, Section, Template, affects
 from pipeline.errors import UserError
 from pipeline.grouping.affinities import AFFINITIES
 from pipeline.grouping.objectives import OBJECTIVES
@@ -36,10 +36,10 @@ class DataConfig(Section, affects=("data",)):
     ] = "auto"
     """How the images lie under root: folders (task/class/image), split_folders (task/split/class/image or
     split/task/class/image), a manifest (table), or a data set as it is published (Office-Home's archive; folders with
-    the image lists of MiniDomainNet, DomainNet or PACS). auto: recognised by what is there."""
+    the image lists of MiniDomainNet, DomainNet or PACS). auto: recognized by what is there."""
     columns: dict[Literal["path", "task", "label", "split"], str] = {}
     """What a manifest calls its columns, where that is not path, task, label and split: {task: domain}."""
-    given_splits: bool = False
+    use_official_splits: bool = False
     """Whether the data's own splits are respected: only images that it calls train are drawn as training images, and
     the test set is what it calls test; validation images are left out. false: all images of a class are one pool, and
     those that are not drawn test, as in the paper."""
@@ -53,10 +53,10 @@ class DataConfig(Section, affects=("data",)):
     `|` between several names of a class. Or task → such a file, for tasks of different classes. null: all class
     folders, `_` read as a space."""
     shots: Annotated[PositiveInt, affects("splits")] = 6
-    """Training images of each class in each task; the rest is the test set (see given_splits)."""
-    max_dropped_share: Annotated[Share, affects("splits")] = 0.0
+    """Training images of each class in each task; the rest is the test set (see use_official_splits)."""
+    max_broken_fraction: Annotated[Fraction, affects("splits")] = 0.0
     """Share of broken images (0 to 1) that may be dropped, recorded with the split; above it the run stops."""
-    links_out_of_root: bool = False
+    follow_external_symlinks: bool = False
     """Whether links, and paths of a manifest, may lead out of root, for data sets that are linked together; else such
     a one stops the run, so that a folder of somebody else's cannot show other files of yours."""
 
@@ -78,7 +78,7 @@ class ClipConfig(Section, affects=("clip",)):
     ] = "auto"
     """Arithmetic of the frozen towers; auto: bfloat16 autocast on a GPU that has it, float32 elsewhere.
     Prompts and optimizer state are float32 always."""
-    activations_gib: Annotated[float, Field(gt=0), affects()] = 6.0
+    activation_memory_gib: Annotated[float, Field(gt=0), affects()] = 6.0
     """GiB that each tower may keep for its backward pass. Images and classes that need more are run in chunks, and
     again in the backward pass: a third more time, and memory that no longer grows with them."""
 
@@ -97,7 +97,7 @@ class MmapConfig(Section, affects=("method",)):
     """Layers, from the first, that get prompts; null: as many as the shallower tower has."""
     shared_source: bool = False
     """One source prompt for all layers instead of one each."""
-    text_order: Annotated[Literal["after_sos", "before_sos"], affects("training", "evaluation")] = "after_sos"
+    text_prompt_position: Annotated[Literal["after_sos", "before_sos"], affects("training", "evaluation")] = "after_sos"
     """Where text prompts stand, those of other methods too: after the start token (CoOp, MaPLe), or before it (Eq. 9
     to the letter)."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -114,7 +114,7 @@ class MmapConfig(Section, affects=("method",)):
 
 
 class AugmentationConfig(Section, affects=("training", "training_features")):
-    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Smallest and largest share of the image's area that a random resized crop keeps; (1, 1): no random crop."""
     crop_ratio: Annotated[float, Field(ge=1)] = 4 / 3
     """Widest aspect ratio of a crop; the narrowest is its inverse."""
@@ -143,8 +143,8 @@ class TrainingConfig(Section, affects=("training",)):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Of all trained parameters: SGD's L2 penalty, AdamW's decay."""
     warmup_epochs: NonNegativeInt = 1
-    """First epochs at warmup_rate; then a cosine by epoch, whose period is `epochs`."""
-    warmup_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """First epochs at warmup_learning_rate; then a cosine by epoch, whose period is `epochs`."""
+    warmup_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """Rate of the warm-up epochs."""
     augmentation: AugmentationConfig = AugmentationConfig()
     """Random changes of the training images."""
@@ -172,9 +172,9 @@ class GroupingConfig(Section, affects=("grouping",)):
     """Fewest tasks in a group."""
     max_size: PositiveInt | None = None
     """Most tasks in a group; null: no limit."""
-    together: tuple[tuple[str, ...], ...] = ()
+    must_link: tuple[tuple[str, ...], ...] = ()
     """Lists of tasks that must be in one group: [[photo, art], [sketch, clipart]]."""
-    apart: tuple[tuple[str, ...], ...] = ()
+    cannot_link: tuple[tuple[str, ...], ...] = ()
     """Lists of tasks no two of which may be in one group."""
     time_limit_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds for the search of more than 20 tasks; then the best partition found is taken, and called so."""
@@ -182,7 +182,9 @@ class GroupingConfig(Section, affects=("grouping",)):
     @property
     def constraints(self) -> dict[str, Any]:
         """As `best_partition` takes them."""
-        return {name: getattr(self, name) for name in ("num_groups", "min_size", "max_size", "together", "apart")}
+        return {
+            name: getattr(self, name) for name in ("num_groups", "min_size", "max_size", "must_link", "cannot_link")
+        }
 
 
 class ClusterConfig(Section, affects=()):

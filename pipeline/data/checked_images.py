@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.facts import ImageFacts, image_facts, thumbnail
-from pipeline.data.find import ImageFile
 from pipeline.data.findings import CheckedImage
+from pipeline.data.image_stats import ImageStats, image_stats, thumbnail
 from pipeline.data.images import decode_rgb
+from pipeline.data.index import ImageRecord
 from pipeline.data.parquet import scan_image
 from pipeline.data.splits import ScannedImage
 
@@ -50,7 +50,7 @@ COLUMNS = pa.schema(
 )
 
 
-def sample_paths(images: Sequence[ImageFile]) -> frozenset[str]:
+def sample_paths(images: Sequence[ImageRecord]) -> frozenset[str]:
     """Paths of samples of each class of each task, of equal numbers as far as MOST_SAMPLES reaches: those with the
     lowest SHA-256, so that they are the same every time, and known before any image is read."""
     of_class: dict[tuple[str, str], list[tuple[bytes, str]]] = defaultdict(list)
@@ -61,12 +61,12 @@ def sample_paths(images: Sequence[ImageFile]) -> frozenset[str]:
     return frozenset(path for _, _, path in sorted(chosen)[:MOST_SAMPLES])
 
 
-def check_images(root: Path, images: Iterable[ImageFile], samples: Collection[str]) -> pa.Table:
+def check_images(root: Path, images: Iterable[ImageRecord], samples: Collection[str]) -> pa.Table:
     """Reads and decodes each once, and makes thumbnails of the paths in `samples`; COLUMNS."""
     return pa.Table.from_pylist([_row(root, image, image.path in samples) for image in images], schema=COLUMNS)
 
 
-def read_checked(file: Path, images: Sequence[ImageFile]) -> list[CheckedImage]:
+def read_checked(file: Path, images: Sequence[ImageRecord]) -> list[CheckedImage]:
     """What `check_images` saw of a listing's images."""
     table = pq.read_table(file, columns=[name for name in COLUMNS.names if name != "thumbnail"])
     seen = zip(*(table[name].to_pylist() for name in ("path", "sha256", "error", "size")), strict=True)
@@ -75,9 +75,9 @@ def read_checked(file: Path, images: Sequence[ImageFile]) -> list[CheckedImage]:
         CheckedImage(
             # The listing's own texts, which are in memory already.
             ScannedImage(
-                of.path if of.path == path else path, of.task, of.class_folder, sha256, error, size, of.given_split
+                of.path if of.path == path else path, of.task, of.class_folder, sha256, error, size, of.official_split
             ),
-            ImageFacts(*of_image) if error is None else None,
+            ImageStats(*of_image) if error is None else None,
         )
         for of, (path, sha256, error, size), of_image in zip(images, seen, facts, strict=True)
     ]
@@ -93,12 +93,12 @@ def read_samples(file: Path) -> dict[tuple[str, str], list[bytes]]:
     return dict(samples)
 
 
-def _row(root: Path, image: ImageFile, is_sample: bool) -> dict[str, object]:
+def _row(root: Path, image: ImageRecord, is_sample: bool) -> dict[str, object]:
     found: dict[str, object] = {}
 
     def look(data: bytes) -> None:
         pixels = decode_rgb(data)
-        facts = image_facts(data, pixels)
+        facts = image_stats(data, pixels)
         found.update({name: getattr(facts, name) for name in _FACTS.names})
         if is_sample:
             found["thumbnail"] = thumbnail(pixels)

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from pipeline.data.facts import STORED_UPRIGHT, ImageFacts
+from pipeline.data.image_stats import STORED_UPRIGHT, ImageStats
 from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.names import names_of
-from pipeline.data.near_copies import MOST_BITS, alike
+from pipeline.data.near_duplicates import MOST_BITS, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
 
 Severity = Literal["error", "warning", "note"]
@@ -23,7 +23,7 @@ MANY_TIMES = 10
 SMALL_SIDE = 32
 LONG_RATIO = 5.0
 FLAT_CONTRAST = 2.0
-MANY_PIECES = 3
+MAX_SUBWORDS = 3
 """A word of a class name in this many pieces is one that CLIP has hardly read."""
 
 
@@ -32,7 +32,7 @@ class CheckedImage:
     """A file of the data set; `facts` is None for a broken one."""
 
     image: ScannedImage
-    facts: ImageFacts | None
+    facts: ImageStats | None
 
 
 @dataclass(frozen=True)
@@ -45,43 +45,43 @@ class Finding:
     """All of them, a line each."""
 
 
-def find_faults(
+def find_issues(
     images: Sequence[CheckedImage],
     classes: Mapping[str, Sequence[str]],
-    class_words: Mapping[str, str],
-    pieces: Mapping[str, Sequence[str]],
+    class_names: Mapping[str, str],
+    subwords: Mapping[str, Sequence[str]],
     shots: int,
     training_paths: Iterable[str] = (),
     no_splits: str | None = None,
-    max_dropped_share: float = 0.0,
+    max_broken_fraction: float = 0.0,
 ) -> list[Finding]:
     """Findings, errors first.
 
     Args:
         classes: task → class folders.
         class_words: class folder → words shown to CLIP.
-        pieces: word of a class → what CLIP's tokenizer cuts it into, as of `cut_words`.
+        pieces: word of a class → what CLIP's tokenizer cuts it into, as of `tokenize_words`.
         shots: training images of each class.
         training_paths: of the images that would train.
         no_splits: why there can be none.
-        max_dropped_share: of the images, 0 to 1, that may be broken.
+        max_broken_fraction: of the images, 0 to 1, that may be broken.
     """
     whole = [image for image in images if image.facts]
     found = [
-        *_broken(images, max_dropped_share),
+        *_broken(images, max_broken_fraction),
         *_cannot_split(whole, classes, shots, no_splits),
-        *_exact_copies(whole),
-        *_near_copies(whole, set(training_paths)),
+        *_exact_duplicates(whole),
+        *_near_duplicates(whole, set(training_paths)),
         *_odd_images(whole),
         *_classes_of_some_tasks(classes),
         *_imbalance(whole, classes),
-        *_class_names(classes, class_words, pieces),
+        *_class_names(classes, class_names, subwords),
     ]
     order = ("error", "warning", "note")
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
-def cut_words(
+def tokenize_words(
     words: Iterable[str], encode: Callable[[str], list[int]], decode: Callable[[int], str]
 ) -> dict[str, list[str]]:
     """Each word of the class names → its pieces.
@@ -104,12 +104,12 @@ def _broken(images: Sequence[CheckedImage], allowed: float) -> list[Finding]:
     share = len(broken) / max(len(images), 1)
     what = f"{{}} files are broken ({100 * share:.2g} %)"
     if share <= allowed:
-        return _finding("warning", what, broken, f"A run leaves them out: data.max_dropped_share is {allowed:g}.")
+        return _finding("warning", what, broken, f"A run leaves them out: data.max_broken_fraction is {allowed:g}.")
     return _finding(
         "error",
         what,
         broken,
-        "Mend or remove them, or let a run leave them out, which it records, with --data.max_dropped_share.",
+        "Mend or remove them, or let a run leave them out, which it records, with --data.max_broken_fraction.",
     )
 
 
@@ -137,7 +137,7 @@ def _cannot_split(
     )
 
 
-def _exact_copies(images: Sequence[CheckedImage]) -> list[Finding]:
+def _exact_duplicates(images: Sequence[CheckedImage]) -> list[Finding]:
     by_content: dict[str, list[ScannedImage]] = defaultdict(list)
     for of in images:
         by_content[of.image.sha256].append(of.image)
@@ -176,17 +176,20 @@ def _exact_copies(images: Sequence[CheckedImage]) -> list[Finding]:
     ]
 
 
-def _near_copies(images: Sequence[CheckedImage], training: set[str]) -> list[Finding]:
+def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list[Finding]:
     """Of images that are no exact copies of each other."""
     distinct = list({of.image.sha256: of for of in images}.values())
     distinct = [of for of in distinct if of.facts and of.facts.contrast > FLAT_CONTRAST]
-    groups = [[distinct[at].image for at in group] for group in alike([of.facts.looks for of in distinct if of.facts])]
+    groups = [
+        [distinct[at].image for at in group]
+        for group in near_duplicate_groups([of.facts.phash for of in distinct if of.facts])
+    ]
     leaking, mixed, rest = [], [], []
     for group in groups:
         trains = [image for image in group if image.path in training]
         if len({image.class_folder for image in group}) > 1:
             mixed.append(_paths(group))
-        elif trains and any(image.path not in training and image.given_split != "train" for image in group):
+        elif trains and any(image.path not in training and image.official_split != "train" for image in group):
             leaking.append(_paths([*trains, *(image for image in group if image.path not in training)]))
         else:
             rest.append(_paths(group))
@@ -228,7 +231,7 @@ def _odd_images(images: Sequence[CheckedImage]) -> list[Finding]:
         if facts.frames > 1:
             moving.append(f"{path}: {facts.frames} frames")
     return [
-        *_finding("warning", "{} images are of one colour", flat, "They show nothing: remove them."),
+        *_finding("warning", "{} images are of one color", flat, "They show nothing: remove them."),
         *_finding(
             "warning",
             f"{{}} images have a side of fewer than {SMALL_SIDE} pixels",
@@ -292,10 +295,10 @@ def _imbalance(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[st
 
 
 def _class_names(
-    classes: Mapping[str, Sequence[str]], class_words: Mapping[str, str], pieces: Mapping[str, Sequence[str]]
+    classes: Mapping[str, Sequence[str]], class_names: Mapping[str, str], subwords: Mapping[str, Sequence[str]]
 ) -> list[Finding]:
     odd: list[str] = []
-    for folder, text in sorted(class_words.items()):
+    for folder, text in sorted(class_names.items()):
         reasons = []
         is_number = bool(re.fullmatch(r"[a-z]{0,2}[\d\W_]+", text, re.IGNORECASE))
         if is_number:
@@ -304,15 +307,15 @@ def _class_names(
             if re.search(r"[a-z][A-Z]", word):
                 apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", word)
                 reasons.append(f"read as one word; is {apart!r} meant?")
-            elif len(pieces.get(word, ())) >= MANY_PIECES and not word.isdigit():
-                reasons.append(f"{word!r} is cut into {' · '.join(pieces[word])}")
+            elif len(subwords.get(word, ())) >= MAX_SUBWORDS and not word.isdigit():
+                reasons.append(f"{word!r} is cut into {' · '.join(subwords[word])}")
         if reasons:
             odd.append(f"{folder}: {'; '.join(reasons)}")
     same = []
     for task, names in classes.items():
         of_words: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            for own in names_of(class_words[name]):
+            for own in names_of(class_names[name]):
                 of_words[" ".join(own.casefold().split())].append(name)
         same += [f"{task}: {', '.join(of)} are all {text!r}" for text, of in of_words.items() if len(of) > 1]
     say = "Say them in plain words with --data.class_names FILE: a line is the folder, a tab, and the words."

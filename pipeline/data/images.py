@@ -1,9 +1,9 @@
 """One image file → pixels, the way CLIP's own preprocessing does it (RGB, bicubic with antialiasing).
 
-Choices that change pixels only where an image is not 8-bit RGB or grey:
+Choices that change pixels only where an image is not 8-bit RGB or gray:
 - it becomes RGB before it is resized, as in CoOp and its successors; resized first, a palette image would be
   cut to its nearest pixels;
-- alpha is dropped; 16-bit grey is scaled to 8 bits, where Pillow alone would clip nearly all of it to white.
+- alpha is dropped; 16-bit gray is scaled to 8 bits, where Pillow alone would clip nearly all of it to white.
 """
 
 from __future__ import annotations
@@ -93,20 +93,20 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 
 def evaluation_pixels(source: bytes | Image.Image, image_size: int) -> np.ndarray:
-    """Encoded or decoded image: shorter side resized to `image_size`, centre crop → uint8
+    """Encoded or decoded image: shorter side resized to `image_size`, center crop → uint8
     (3, image_size, image_size)."""
     image = _rgb(source) if isinstance(source, Image.Image) else decode_rgb(source)
     width, height = image.size
     short = min(width, height)
     if max(width, height) > MAX_RATIO * short:
         # Resized whole, a thread of 1 x 60,000 pixels would take gigabytes.
-        image = _centre(image, min(width, MAX_RATIO * short), min(height, MAX_RATIO * short))
+        image = _center(image, min(width, MAX_RATIO * short), min(height, MAX_RATIO * short))
         width, height = image.size
     if short != image_size:
         # torchvision's rule: the longer side is cut to an integer, not rounded.
         width, height = int(image_size * width / short), int(image_size * height / short)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _channels_first(_centre(image, image_size, image_size))
+    return _channels_first(_center(image, image_size, image_size))
 
 
 def training_pixels(data: bytes, image_size: int) -> np.ndarray:
@@ -123,12 +123,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BrokenImage("pixel values are fractions (mode F), whose range is not known")
     if image.mode.startswith("I"):
-        grey = np.asarray(image).clip(0, 65535)
-        return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(image).clip(0, 65535)
+        return Image.fromarray(np.round(gray / 257).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
-def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+def _center(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import read_text
-from pipeline.data.given_splits import Found, GivenSplit
-from pipeline.data.links import Links
-from pipeline.data.names import printable
+from pipeline.data.names import escape_for_terminal
+from pipeline.data.official_splits import Found, OfficialSplit
+from pipeline.data.symlinks import Links
 from pipeline.errors import UserError
 
 MAX_LINE_SHOWN = 1000
@@ -22,7 +22,7 @@ class ListLayout:
     """Where lists may lie below the root; the first folder that has some counts."""
     images: tuple[str, ...]
     """Where the paths in them may begin; the first folder that is there counts."""
-    splits: Mapping[str, GivenSplit]
+    splits: Mapping[str, OfficialSplit]
     """How a list's name ends → what it lists."""
 
     def files(self, root: Path) -> list[Path]:
@@ -36,12 +36,12 @@ class ListLayout:
     def images_root(self, root: Path) -> Path:
         return next((root / place for place in self.images if (root / place).is_dir()), root)
 
-    def split_of(self, file: Path) -> GivenSplit | None:
+    def split_of(self, file: Path) -> OfficialSplit | None:
         """None: the name is no list's."""
         return next((split for ending, split in self.splits.items() if file.stem.endswith(ending)), None)
 
 
-_TRAIN_AND_TEST: dict[str, GivenSplit] = {"_train": "train", "_test": "test"}
+_TRAIN_AND_TEST: dict[str, OfficialSplit] = {"_train": "train", "_test": "test"}
 LIST_LAYOUTS = {
     "mini_domainnet": ListLayout(("splits_mini",), ("",), _TRAIN_AND_TEST),
     "domainnet": ListLayout(("splits", ""), ("",), _TRAIN_AND_TEST),
@@ -70,9 +70,9 @@ def read_lists(layout: str, root: Path, links: Links) -> list[Found]:
             f"data.layout={layout} needs image lists ({endings}) in {places}; for all images of plain folders: "
             "--data.layout folders"
         )
-    splits: dict[str, GivenSplit] = {}
+    splits: dict[str, OfficialSplit] = {}
     for file in files:
-        if links.leads_out(file):
+        if links.escapes_root(file):
             links.refuse(root)
         split = of_layout.split_of(file)
         assert split
@@ -85,11 +85,11 @@ def read_lists(layout: str, root: Path, links: Links) -> list[Found]:
                 raise UserError(f"{file}:{number}: expected `task/class/image label`, got {line[:MAX_LINE_SHOWN]!r}")
             before = splits.get(path, "other")
             if "other" not in (before, split) and before != split:
-                raise UserError(f"{file}:{number}: {printable(path)} is in a list of {before} images too")
+                raise UserError(f"{file}:{number}: {escape_for_terminal(path)} is in a list of {before} images too")
             splits[path] = split if before == "other" else before
     images_root = of_layout.images_root(root)
     for folder in {path.rpartition("/")[0] for path in splits}:
-        links.leads_out(images_root / folder)
+        links.escapes_root(images_root / folder)
     found = []
     for path, split in sorted(splits.items()):
         task, class_folder = path.split("/")[:2]

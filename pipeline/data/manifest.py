@@ -27,9 +27,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import MAX_TEXT_BYTES, read_text
-from pipeline.data.given_splits import SPLIT_WORDS, Found, GivenSplit, TableRow
-from pipeline.data.links import Links
-from pipeline.data.names import name_fault, printable, some
+from pipeline.data.names import escape_for_terminal, invalid_name_reason, truncated_list
+from pipeline.data.official_splits import SPLIT_WORDS, Found, OfficialSplit, TableRow
+from pipeline.data.symlinks import Links
 from pipeline.data.table_images import ROW_PATH, image_column, row_path
 from pipeline.errors import UserError
 
@@ -40,11 +40,11 @@ MAX_TEXT = 1000
 MAX_PATH = 4096
 LEAST_IMAGE_BYTES = 32
 """No image takes less, however a table is packed."""
-MOST_UNFOLDING = 200
+MAX_COMPRESSION_RATIO = 200
 """No images become so many times larger by the compression of a table being undone, but for small ones."""
 SMALL_COLUMN = 16 << 20
-FAULTS_TOLD = 20
-MOST_FAULTS = 1000
+MAX_ERRORS_SHOWN = 20
+MAX_ERRORS = 1000
 """Then the rest is not looked at."""
 BATCH_ROWS = 4096
 
@@ -70,14 +70,14 @@ class _Rows:
             if self.tasks is not None and task not in self.tasks:
                 return
             label = _plain("label", values["label"])
-            split = _given_split(values["split"]) if "split" in values else None
+            split = _official_split(values["split"]) if "split" in values else None
             path = table[0] if table else self._path(values["path"])
             if before := self.first_row.get(path):
                 other = f", as {before[0]}/{before[1]}" if before[:2] != (task, label) else ""
-                raise ValueError(f"{printable(path)} is in {before[2]} too{other}")
+                raise ValueError(f"{escape_for_terminal(path)} is in {before[2]} too{other}")
         except ValueError as error:
             self.faults.append(f"{place}: {error}")
-            if len(self.faults) == MOST_FAULTS:
+            if len(self.faults) == MAX_ERRORS:
                 self.refuse()
             return
         self.first_row[path] = task, label, place
@@ -87,15 +87,17 @@ class _Rows:
         """Relative to the root. Raises: ValueError: no path of an image that may be used."""
         if not text:
             raise ValueError("the path is empty")
-        if len(text) > MAX_PATH or (fault := name_fault(text)):
-            raise ValueError(f"the path {fault if len(text) <= MAX_PATH else 'is too long'}: {printable(text[:200])}")
+        if len(text) > MAX_PATH or (fault := invalid_name_reason(text)):
+            raise ValueError(
+                f"the path {fault if len(text) <= MAX_PATH else 'is too long'}: {escape_for_terminal(text[:200])}"
+            )
         full = os.path.normpath(self.root / text)
         below = os.path.relpath(full, self.root)
         if below == ".." or below.startswith("../"):
             if not self.links.may_lead_out:
                 raise ValueError(
                     f"{text} leads out of {self.root}: move the manifest above all images, or allow it with "
-                    "--data.links_out_of_root true"
+                    "--data.follow_external_symlinks true"
                 )
             below = full
         if ROW_PATH.fullmatch(below):
@@ -105,9 +107,9 @@ class _Rows:
     def refuse(self) -> None:
         """Raises: UserError: there are faults."""
         if self.faults:
-            shown = "\n  ".join(self.faults[:FAULTS_TOLD])
-            hidden = len(self.faults) - FAULTS_TOLD
-            more = " or more" if len(self.faults) == MOST_FAULTS else ""
+            shown = "\n  ".join(self.faults[:MAX_ERRORS_SHOWN])
+            hidden = len(self.faults) - MAX_ERRORS_SHOWN
+            more = " or more" if len(self.faults) == MAX_ERRORS else ""
             rest = f"\n  and {hidden}{more} others" if hidden > 0 else ""
             raise UserError(f"rows of {self.manifest} cannot be used:\n  {shown}{rest}")
 
@@ -138,7 +140,7 @@ def read_manifest(
         raise UserError(f"data.root={manifest} holds no .parquet files")
     rows = _Rows(manifest, root, links, None if tasks is None else frozenset(tasks))
     for file in files:
-        if links.leads_out(file):
+        if links.escapes_root(file):
             links.refuse(root)
         match file.suffix.lower():
             case ".parquet":
@@ -149,7 +151,7 @@ def read_manifest(
                 raise UserError(f"data.root={file} is no folder and no manifest ({', '.join(SUFFIXES)})")
     rows.refuse()
     for folder in {os.path.dirname(found.path) for found in rows.found if not found.table}:
-        links.leads_out(root / folder)
+        links.escapes_root(root / folder)
     return rows.found, {path: place for path, (*_, place) in rows.first_row.items()}
 
 
@@ -159,17 +161,17 @@ def _plain(what: str, text: str | None) -> str:
         raise ValueError(f"the {what} is empty, or a number without a name")
     if len(text) > MAX_TEXT:
         raise ValueError(f"the {what} has more than {MAX_TEXT} characters")
-    if fault := name_fault(text) or ("begins or ends with a space" if text != text.strip() else None):
-        raise ValueError(f"the {what} '{printable(text)}' {fault}")
+    if fault := invalid_name_reason(text) or ("begins or ends with a space" if text != text.strip() else None):
+        raise ValueError(f"the {what} '{escape_for_terminal(text)}' {fault}")
     if what == "task" and "/" in text:
         raise ValueError(f"the task '{text}' holds a slash")
     return unicodedata.normalize("NFC", text)
 
 
-def _given_split(text: str | None) -> GivenSplit:
+def _official_split(text: str | None) -> OfficialSplit:
     word = (text or "").strip().lower()
     if word not in SPLIT_WORDS:
-        raise ValueError(f"the split '{printable(word[:40])}' is none of {', '.join(SPLIT_WORDS)}")
+        raise ValueError(f"the split '{escape_for_terminal(word[:40])}' is none of {', '.join(SPLIT_WORDS)}")
     return SPLIT_WORDS[word]
 
 
@@ -181,7 +183,8 @@ def _columns_of(file: Path, names: Sequence[str], wanted: Sequence[str], columns
             how = "no column" if name not in names else "more than one column"
             hint = f" Fields are parted by {_separator(file)!r} here." if len(names) == 1 else ""
             raise UserError(
-                f"{file} has {how} {name!r}; it has {some((repr(name)[:80] for name in names), 20)}.{hint} If another "
+                f"{file} has {how} {name!r}; it has {truncated_list((repr(name)[:80] for name in names), 20)}.{hint} "
+                "If another "
                 f"one is meant: --data.columns '{{{own}: <its name>}}'"
             )
     return {own: list(names).index(name) for own, name in called.items()}
@@ -240,8 +243,8 @@ def _read_text_table(
 def _read_parquet(
     file: Path, rows: _Rows, columns: Mapping[str, str], class_order: Sequence[str] | None, with_splits: bool
 ) -> None:
-    if fault := name_fault(file.name):
-        raise UserError(f"the file name '{printable(file.name)}' {fault}; rename it")
+    if fault := invalid_name_reason(file.name):
+        raise UserError(f"the file name '{escape_for_terminal(file.name)}' {fault}; rename it")
     split_of_file = re.split(r"[-_.]", file.name.lower())[0]
     try:
         status = file.stat()
@@ -259,7 +262,7 @@ def _read_parquet(
         # As a dictionary, a value that is long is not there once for each row.
         texts = [values.name for values in of_column.values() if values.is_text]
         with pq.ParquetFile(file, buffer_size=1 << 20, read_dictionary=texts) as table:
-            _check_unfolding(file, table.metadata, [values.name for values in of_column.values()], image)
+            _check_compression_ratio(file, table.metadata, [values.name for values in of_column.values()], image)
             for number, (group, row) in enumerate(_rows_of(table, of_column)):
                 if with_splits and "split" not in row:
                     row["split"] = split_of_file
@@ -328,7 +331,9 @@ def _hugging_face_names(schema: pa.Schema, column: str) -> Sequence[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _check_unfolding(file: Path, metadata: pq.FileMetaData, text_columns: Sequence[str], image: str | None) -> None:
+def _check_compression_ratio(
+    file: Path, metadata: pq.FileMetaData, text_columns: Sequence[str], image: str | None
+) -> None:
     """Raises: UserError: what a small file claims to unfold into."""
     size, rows = os.path.getsize(file), metadata.num_rows
     packed = rows > MAX_ROWS or (image is not None and rows * LEAST_IMAGE_BYTES > size)
@@ -338,7 +343,7 @@ def _check_unfolding(file: Path, metadata: pq.FileMetaData, text_columns: Sequen
             if column.path_in_schema in text_columns:
                 text_bytes += column.total_uncompressed_size
             elif column.path_in_schema == image:
-                allowed = max(MOST_UNFOLDING * column.total_compressed_size, SMALL_COLUMN)
+                allowed = max(MAX_COMPRESSION_RATIO * column.total_compressed_size, SMALL_COLUMN)
                 packed |= column.total_uncompressed_size > allowed
     if packed or text_bytes > MAX_TEXT_BYTES:
         raise UserError(f"{file} is no manifest: {rows:,} rows are packed into {size:,} bytes")

@@ -10,15 +10,15 @@ from functools import lru_cache
 from pipeline.errors import UserError, escaped
 
 
-def printable(path: str) -> str:
+def escape_for_terminal(path: str) -> str:
     """The path as one line of plain text, of which no two paths have the same: what is not plain is escaped, and
     backslashes are doubled."""
     return escaped(path.replace("\\", "\\\\"))
 
 
-def name_fault(path: str) -> str | None:
+def invalid_name_reason(path: str) -> str | None:
     """Why a name cannot be stored and told as it is, or None."""
-    if path == printable(path):
+    if path == escape_for_terminal(path):
         return None
     if path == path.encode("utf-8", "replace").decode():
         return "holds control characters or a backslash"
@@ -32,8 +32,8 @@ def plain_name(name: str, what: str = "folder name") -> str:
     Raises:
         UserError: a name that cannot be stored and told as it is; `what` is what it calls it.
     """
-    if fault := name_fault(name) or ("begins or ends with a space" if name != name.strip() else None):
-        raise UserError(f"the {what} '{printable(name)}' {fault}; rename it")
+    if fault := invalid_name_reason(name) or ("begins or ends with a space" if name != name.strip() else None):
+        raise UserError(f"the {what} '{escape_for_terminal(name)}' {fault}; rename it")
     return unicodedata.normalize("NFC", name)
 
 
@@ -42,11 +42,11 @@ def names_of(words: str) -> list[str]:
     return [name for part in words.split("|") if (name := part.strip())] or [words]
 
 
-def counted(number: int, word: str) -> str:
+def pluralize(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def some(names: Iterable[str], limit: int = 10) -> str:
+def truncated_list(names: Iterable[str], limit: int = 10) -> str:
     """The first of them, and how many more there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from pipeline.data.images import BrokenImage, decode_rgb
-from pipeline.data.names import name_fault, printable
+from pipeline.data.names import escape_for_terminal, invalid_name_reason
 from pipeline.data.splits import ScannedImage
 from pipeline.data.table_images import image_bytes
 from pipeline.errors import UserError, escaped
@@ -52,10 +52,10 @@ COLUMNS = pa.schema(
 @dataclass(frozen=True)
 class SplitDescription:
     """What the splits of a data set mean. `classes`: task → class folders, the position is the label;
-    `class_words`: class folder → words for CLIP; `counts`: split → task → images."""
+    `class_names`: class folder → words for CLIP; `counts`: split → task → images."""
 
     classes: dict[str, list[str]]
-    class_words: dict[str, str]
+    class_names: dict[str, str]
     shots: int
     seed: int
     source_fingerprint: str
@@ -71,9 +71,9 @@ class SplitDescription:
         """What decides which images are in the splits, wherever and whenever they were read."""
         return {"images": self.source_fingerprint, "shots": self.shots, "seed": self.seed}
 
-    def words(self, task: str) -> list[str]:
+    def class_names_for(self, task: str) -> list[str]:
         """Words of the task's classes, by label."""
-        return [self.class_words[folder] for folder in self.classes[task]]
+        return [self.class_names[folder] for folder in self.classes[task]]
 
     def to_json(self) -> str:
         return json.dumps(vars(self), ensure_ascii=False, sort_keys=True)  # asdict would copy it all, for every file
@@ -98,7 +98,7 @@ def scan_image(
     """
     data, error = b"", None
     try:
-        if fault := name_fault(path):
+        if fault := invalid_name_reason(path):
             error = f"the file name {fault}"
         else:
             data = image_bytes(root, path)
@@ -107,7 +107,9 @@ def scan_image(
         error = f"cannot be read: {fault.strerror}"
     except BrokenImage as fault:
         error = escaped(str(fault))
-    return ScannedImage(printable(path), task, class_folder, hashlib.sha256(data).hexdigest(), error, len(data))
+    return ScannedImage(
+        escape_for_terminal(path), task, class_folder, hashlib.sha256(data).hexdigest(), error, len(data)
+    )
 
 
 def plan_parts(images: Sequence[ScannedImage], split: Split, sizes: dict[str, int]) -> list[Part]:
@@ -160,7 +162,7 @@ def _write_rows(root: Path, part: Part, description: SplitDescription, target: P
                     "image": data,
                     "task": image.task,
                     "label": labels[image.task][image.class_folder],
-                    "class_name": description.class_words[image.class_folder],
+                    "class_name": description.class_names[image.class_folder],
                     "path": image.path,
                     "split": part.split,
                     "sha256": image.sha256,
@@ -259,7 +261,7 @@ class SplitReader:
         """Raises: ValueError: rows that are not as they were written, or that were never right."""
         if _digest(rows) != digest:
             raise ValueError("its rows are not those that were written")
-        words = self.description.words(task)
+        words = self.description.class_names_for(task)
         for row in rows:
             if "image" in row and hashlib.sha256(row["image"]).hexdigest() != row["sha256"]:
                 raise ValueError(f"the bytes of {row['path']} are not those that were written")
@@ -290,7 +292,7 @@ class SplitReader:
 def _check_whole(description: SplitDescription) -> None:
     """Raises: ValueError: classes without words, tasks without counts."""
     folders = {name for names in description.classes.values() for name in names}
-    if lacking := sorted(folders - description.class_words.keys()):
+    if lacking := sorted(folders - description.class_names.keys()):
         raise ValueError(f"class_words lacks {lacking[:10]}")
     for split in get_args(Split):
         if description.counts.get(split, {}).keys() != description.classes.keys():

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 Item = TypeVar("Item")
 
 
-def draw_ahead(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
+def prefetch(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
     """The items in order, each drawn `ahead` items before it is given out, so that what drawing it begins goes on
     meanwhile."""
     drawn: deque[Item] = deque()
@@ -23,13 +23,13 @@ def draw_ahead(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]
         yield drawn.popleft()
 
 
-def draw_in_thread(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
-    """As `draw_ahead`, in a thread of its own, which ends with the generator. An error of `items` is raised here, after
+def prefetch_in_thread(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
+    """As `prefetch`, in a thread of its own, which ends with the generator. An error of `items` is raised here, after
     the items before it."""
     items, end = iter(items), cast(Item, object())
     thread = ThreadPoolExecutor(1, "read")
     try:
-        for drawn in draw_ahead((thread.submit(next, items, end) for _ in repeat(None)), ahead):
+        for drawn in prefetch((thread.submit(next, items, end) for _ in repeat(None)), ahead):
             if (item := drawn.result()) is end:
                 return
             yield item

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.data.given_splits import GivenSplit
+from pipeline.data.official_splits import OfficialSplit
 from pipeline.errors import UserError
 
 
@@ -27,7 +27,7 @@ class ScannedImage:
     error: str | None = None
     size: int = 0
     """Bytes, where somebody needs them."""
-    given_split: GivenSplit | None = None
+    official_split: OfficialSplit | None = None
     """None: it may train or test."""
 
 
@@ -60,14 +60,14 @@ def sample_splits(
     train: dict[str, ScannedImage] = {}  # path → image
     training_path: dict[str, str] = {}  # content → path of a training image
     for (task, name), members in by_class.items():
-        may_train = [image for image in members if image.given_split in (None, "train")]
+        may_train = [image for image in members if image.official_split in (None, "train")]
         # Of copies, the first path stands for all.
         distinct = {image.sha256: image for image in reversed(may_train)}
-        one_tests = not any(image.given_split == "test" for image in members)
+        one_tests = not any(image.official_split == "test" for image in members)
         if len(distinct) < shots + one_tests:
             num_copies = len(may_train) - len(distinct)
             and_copies = f" and {num_copies} exact copies of them" if num_copies else ""
-            given = [image.given_split for image in members]
+            given = [image.official_split for image in members]
             of_splits = f", {given.count('train')} to train and {given.count('test')} to test" if any(given) else ""
             too_few.append(f"{task}/{name} has {len(distinct)} image(s){and_copies}{of_splits}")
             continue
@@ -84,7 +84,7 @@ def sample_splits(
     test: list[ScannedImage] = []
     copies: list[tuple[str, str]] = []
     for (task, name), members in by_class.items():
-        rest = [image for image in members if image.path not in train and image.given_split != "train"]
+        rest = [image for image in members if image.path not in train and image.official_split != "train"]
         of_class = [image for image in rest if image.sha256 not in training_path]
         if not of_class:
             only_copies.append(
@@ -107,7 +107,7 @@ def content_fingerprint(images: Iterable[ScannedImage]) -> str:
     may give the same files other tasks, labels or splits."""
     digest = hashlib.sha256()
     for image in sorted(images, key=lambda image: image.path):
-        values = (image.path, image.sha256, image.task, image.class_folder, image.given_split or "")
+        values = (image.path, image.sha256, image.task, image.class_folder, image.official_split or "")
         digest.update(("\0".join(values) + "\n").encode())
     return digest.hexdigest()
 

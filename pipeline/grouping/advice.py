@@ -34,7 +34,7 @@ def warnings_about(
         affinity: (T, T), the matrix the partition was found for.
         partition: what `best_partition` returned.
         task_names: T names.
-        objective: the name of the objective the partition maximises.
+        objective: the name of the objective the partition maximizes.
         kind: the affinity; with the objective it decides what is worth trying instead.
         per_layer: whether affinities are means of layers' own.
 
@@ -45,7 +45,7 @@ def warnings_about(
     if len(task_names) != len(affinity):
         raise UserError(f"{len(task_names)} task names for an affinity matrix of {len(affinity)} tasks")
     warnings = []
-    if not partition.proven:
+    if not partition.is_optimal:
         warnings.append(
             f"Best found, not proven best: the search ended at its time limit. The groups score {partition.score:.6g}, "
             f"and no partition scores more than {partition.bound:.6g}. A longer time_limit_s helps."

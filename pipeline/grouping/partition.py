@@ -1,4 +1,4 @@
-"""The partition of the tasks into disjoint groups that maximises the affinity inside groups.
+"""The partition of the tasks into disjoint groups that maximizes the affinity inside groups.
 
 What this module chose:
 - The user chooses no way to search. Tasks that no good group joins are searched apart; up to 20 units (tasks that must
@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.grouping.objectives import find_objective
 from pipeline.grouping.search.components import components
 from pipeline.grouping.search.constraints import check_constraints, count_partitions, task_numbers
-from pipeline.grouping.search.problem import Groups, Problem, UnitGroups
+from pipeline.grouping.search.problem import Groups, NodeGroups, Problem
 from pipeline.grouping.search.subsets import best_by_subsets
 
 MOST_SEARCHED_WHOLE = 12
@@ -43,15 +43,15 @@ class Partition:
     score: float
     """The objective's value, summed over groups."""
     num_candidates: int | None
-    """How many partitions satisfy the constraints: the number the search ranged over. None where `apart` makes it slow
-    to count."""
+    """How many partitions satisfy the constraints: the number the search ranged over. None where `cannot_link` makes it
+    slow to count."""
     method: str
     """The way it was found."""
     bound: float
     """No partition scores more; equal to `score` if this one is proven best."""
 
     @property
-    def proven(self) -> bool:
+    def is_optimal(self) -> bool:
         return self.bound == self.score
 
 
@@ -62,8 +62,8 @@ def best_partition(
     num_groups: int | None = None,
     min_size: int = 1,
     max_size: int | None = None,
-    together: Sequence[Sequence[Hashable]] = (),
-    apart: Sequence[Sequence[Hashable]] = (),
+    must_link: Sequence[Sequence[Hashable]] = (),
+    cannot_link: Sequence[Sequence[Hashable]] = (),
     tasks: Sequence[Hashable] | None = None,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> Partition:
@@ -77,7 +77,7 @@ def best_partition(
         max_size: the most tasks a group may have; None for no limit.
         together: lists of tasks that must be in one group.
         apart: lists of tasks no two of which may be in one group.
-        tasks: T names that `together` and `apart` use; without them they use indices.
+        tasks: T names that `must_link` and `cannot_link` use; without them they use indices.
         time_limit_s: seconds after which the integer program ends with the best partition found.
 
     Raises:
@@ -87,7 +87,7 @@ def best_partition(
     affinity = checked_affinity(affinity)
     tasks = range(len(affinity)) if tasks is None else tasks
     check_constraints(
-        tasks, num_groups=num_groups, min_size=min_size, max_size=max_size, together=together, apart=apart
+        tasks, num_groups=num_groups, min_size=min_size, max_size=max_size, must_link=must_link, cannot_link=cannot_link
     )
     problem = Problem.of(
         affinity,
@@ -95,25 +95,25 @@ def best_partition(
         num_groups=num_groups,
         min_size=min_size,
         max_size=max_size,
-        together=task_numbers(tasks, "together", together),
-        apart=task_numbers(tasks, "apart", apart),
+        must_link=task_numbers(tasks, "must_link", must_link),
+        cannot_link=task_numbers(tasks, "cannot_link", cannot_link),
     )
     groups, bound, method = _search(problem, time_limit_s)
     score = problem.score(groups)
     return Partition(problem.task_groups(groups), score, count_partitions(problem), method, float(max(bound, score)))
 
 
-def _search(problem: Problem, time_limit_s: float) -> tuple[UnitGroups, float, str]:
+def _search(problem: Problem, time_limit_s: float) -> tuple[NodeGroups, float, str]:
     """The best groups of units, the bound on the score, and the way's name."""
     deadline = time.monotonic() + time_limit_s
-    parts = components(problem) if problem.num_units > MOST_SEARCHED_WHOLE else []
+    parts = components(problem) if problem.num_nodes > MOST_SEARCHED_WHOLE else []
     if len(parts) <= 1:
         return _search_connected(problem, deadline)
-    groups: UnitGroups = []
+    groups: NodeGroups = []
     missing = 0.0
     methods: dict[str, None] = {}  # as a set that keeps their order
     for part in parts:
-        alone = problem.merged([[unit] for unit in part])
+        alone = problem.contract_must_links([[unit] for unit in part])
         of_part, bound, method = _search_connected(alone, deadline)
         groups += [tuple(part[unit] for unit in group) for group in of_part]
         missing += max(bound - alone.score(of_part), 0.0)  # exactly 0 where proven
@@ -123,21 +123,21 @@ def _search(problem: Problem, time_limit_s: float) -> tuple[UnitGroups, float, s
     return groups, problem.score(groups) + missing, f"{len(parts)} connected components{by}"
 
 
-def _search_connected(problem: Problem, deadline: float) -> tuple[UnitGroups, float, str]:
-    if problem.num_units <= MOST_BY_SUBSETS:
+def _search_connected(problem: Problem, deadline: float) -> tuple[NodeGroups, float, str]:
+    if problem.num_nodes <= MOST_BY_SUBSETS:
         groups = best_by_subsets(problem)
         return groups, problem.score(groups), "dynamic programming over subsets"
 
     from pipeline.grouping.search.integer_program import IntegerProgram  # scipy's solvers
-    from pipeline.grouping.search.local_search import better_partition, good_partition
+    from pipeline.grouping.search.local_search import heuristic_partition, improve_partition
 
     seconds = max(deadline - time.monotonic(), 0.0)
     program = IntegerProgram(problem)
     groups, bound = program.solve(
-        good_partition(problem, SHARE_OF_LOCAL_SEARCH * seconds), SHARE_OF_FIRST_TRY * seconds
+        heuristic_partition(problem, SHARE_OF_LOCAL_SEARCH * seconds), SHARE_OF_FIRST_TRY * seconds
     )
     if bound > problem.score(groups):
-        groups = better_partition(problem, groups, SHARE_OF_LOCAL_SEARCH * seconds)
+        groups = improve_partition(problem, groups, SHARE_OF_LOCAL_SEARCH * seconds)
         groups, bound = program.solve(groups, max(deadline - time.monotonic(), 0.1))
     return groups, bound, "integer program"
 

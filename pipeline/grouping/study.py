@@ -40,7 +40,7 @@ class CriterionOutcome:
     chosen: Groups
     accuracy: float
     """Of the partition with the best score."""
-    better_share: float
+    fraction_better: float
     """Share of all partitions that reach a higher accuracy."""
 
 
@@ -56,7 +56,7 @@ class GroupingStudy:
         return self._accuracy_with(1)
 
     @property
-    def each_alone(self) -> float:
+    def all_singletons(self) -> float:
         return self._accuracy_with(max(map(len, self.partitions)))
 
     @property

@@ -22,11 +22,11 @@ class Consistency:
     Features are of unit length; `logits` are the task's (B, C).
     """
 
-    of_images: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    image_loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """(features (B, E), frozen features, logits, frozen logits) → (B,)."""
-    of_texts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    text_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """(features (C, E), frozen features) → (C,)."""
-    of_parameters: torch.Tensor | None = None
+    parameter_loss: torch.Tensor | None = None
     """Once for all tasks."""
 
 
@@ -38,9 +38,9 @@ class Adaptation:
     """(T, K', b, d_l)."""
     vision_prompts: torch.Tensor | None = None
     """(T, K', b, d_v)."""
-    text_carried: bool = False
+    text_prompts_propagate: bool = False
     """Whether prompts are tokens of the input that go on through the layers, not replaced at each (see ClipTowers)."""
-    vision_carried: bool = False
+    vision_prompts_propagate: bool = False
     """Likewise in the image tower."""
     word_embeddings: Callable[[ClassTokens], torch.Tensor] | None = None
     """Class tokens → embeddings (R, S, d_l) of their suffix, in place of CLIP's own."""
@@ -53,27 +53,29 @@ class Adaptation:
     consistency: Consistency | None = None
 
     @property
-    def changes_images(self) -> bool:
+    def modifies_image_encoder(self) -> bool:
         """Whether the image tower gives other features than the frozen CLIP's."""
         return self.vision_prompts is not None or self.towers is not None
 
     @property
-    def changes_texts(self) -> bool:
+    def modifies_text_encoder(self) -> bool:
         """Whether the classes have other features than the frozen CLIP's."""
         changed = (self.text_prompts, self.word_embeddings, self.text_features, self.towers)
         return any(change is not None for change in changed)
 
     def encode_image(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
-        """Features (B, E) of images (B, 3, H, W), standardised, task by task."""
+        """Features (B, E) of images (B, 3, H, W), standardized, task by task."""
         return self.adapt(self.image_tower(towers, images, images_per_task))
 
     def image_tower(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
         """Likewise, before `adapt`."""
-        return (self.towers or towers).encode_image(images, self.vision_prompts, images_per_task, self.vision_carried)
+        return (self.towers or towers).encode_image(
+            images, self.vision_prompts, images_per_task, self.vision_prompts_propagate
+        )
 
-    def sees_images_as(self, other: Adaptation) -> bool:
+    def shares_image_features_with(self, other: Adaptation) -> bool:
         """Whether the image tower gives the same features with both."""
-        if self.towers is not other.towers or self.vision_carried != other.vision_carried:
+        if self.towers is not other.towers or self.vision_prompts_propagate != other.vision_prompts_propagate:
             return False
         own, others = self.vision_prompts, other.vision_prompts
         return own is others or (own is not None and others is not None and torch.equal(own, others))
@@ -87,13 +89,13 @@ class Adaptation:
         if self.text_features:
             return self.text_features(tokens)
         embeddings = self.word_embeddings(tokens) if self.word_embeddings else None
-        return (self.towers or towers).encode_text(tokens, self.text_prompts, self.text_carried, embeddings)
+        return (self.towers or towers).encode_text(tokens, self.text_prompts, self.text_prompts_propagate, embeddings)
 
     def logits(self, towers: ClipTowers, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """(B, C) of features (B, E), (C, E)."""
         return (self.towers or towers).logits(image_features, text_features)
 
-    def of_task(self, at: int) -> Adaptation:
+    def for_task(self, at: int) -> Adaptation:
         """For images of the task at position `at` alone."""
         text, vision = (p if p is None else p[at : at + 1] for p in (self.text_prompts, self.vision_prompts))
         return replace(self, text_prompts=text, vision_prompts=vision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.methods.method import MethodConfig, OwnTraining, WeightsMethod, method
+from pipeline.methods.method import MethodConfig, TrainingOverrides, WeightsMethod, method
 
 
 @method("bitfit")
@@ -12,7 +12,7 @@ class BitFit(WeightsMethod):
     class Options(MethodConfig):
         """BitFit: the biases of both towers."""
 
-        training: OwnTraining = OwnTraining(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
+        training: TrainingOverrides = TrainingOverrides(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
 
     @staticmethod
     def is_trained(name: str) -> bool:

@@ -32,16 +32,20 @@ class Classifier:
         self._of_task: dict[str, tuple[Adaptation, torch.Tensor]] = {}
         self._image_features_like: dict[str, str] = {}
         """Task → the first task whose images have the same features."""
-        for words, adaptation in groups:
-            templates = template if isinstance(template, str) else [template[task] for task in words]
-            tokens = class_tokens(towers.tokenizer, templates, list(words.values())).to(towers.device)
+        for class_names, adaptation in groups:
+            templates = template if isinstance(template, str) else [template[task] for task in class_names]
+            tokens = class_tokens(towers.tokenizer, templates, list(class_names.values())).to(towers.device)
             with autocast(towers.device, precision):
                 z = adaptation.encode_text(towers, tokens)
-            for at, (task, of_task) in enumerate(zip(words, tokens.pool_names_to_classes(z))):
-                self._of_task[task] = (own := adaptation.of_task(at), of_task)
+            for at, (task, for_task) in enumerate(zip(class_names, tokens.pool_names_to_classes(z))):
+                self._of_task[task] = (own := adaptation.for_task(at), for_task)
                 before = self._image_features_like.items()
                 self._image_features_like[task] = next(
-                    (first for first, same in before if first == same and own.sees_images_as(self._of_task[first][0])),
+                    (
+                        first
+                        for first, same in before
+                        if first == same and own.shares_image_features_with(self._of_task[first][0])
+                    ),
                     task,
                 )
 
@@ -58,7 +62,7 @@ class Classifier:
         features: dict[str, torch.Tensor] = {}
         logits = {}
         for task in tasks:
-            like = self.image_features_like(task)
+            like = self.shared_feature_key(task)
             if like not in features:
                 with autocast(self.towers.device, self.precision):
                     features[like] = self.adaptation(task).image_tower(self.towers, images, [len(images)])
@@ -69,7 +73,7 @@ class Classifier:
         """Of this task alone."""
         return self._of_task[task][0]
 
-    def image_features_like(self, task: str) -> str:
+    def shared_feature_key(self, task: str) -> str:
         """The first task for whose images the image tower gives the same features."""
         return self._image_features_like[task]
 
@@ -85,5 +89,5 @@ class Classifier:
     def probabilities_of_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
         """Class probabilities (B, C) of features (B, E) by the frozen image tower, where the method does not change
         it."""
-        assert not self.adaptation(task).changes_images
+        assert not self.adaptation(task).modifies_image_encoder
         return self.logits_of_tower(task, features.to(self.towers.device)).softmax(dim=1)

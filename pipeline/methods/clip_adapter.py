@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.config.fields import PositiveInt, Share
+from pipeline.config.fields import Fraction, PositiveInt
 from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 @method("clip_adapter")
 class ClipAdapter(Method):
     title = "CLIP-Adapter"
-    changes_images = False
+    modifies_image_encoder = False
 
     class Options(MethodConfig):
         """CLIP-Adapter: a bottleneck on image features."""
 
         reduction: PositiveInt = 4
         """How much narrower the bottleneck is than the image feature."""
-        ratio: Share = 0.2
+        ratio: Fraction = 0.2
         """Share of the bottleneck's output in the adapted feature."""
-        training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+        training: TrainingOverrides = TrainingOverrides(epochs=50, batch_size=32, learning_rate=0.002)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
         options, width = config.section(ClipAdapter.Options), towers.embed_dim
         self.ratio, hidden = options.ratio, width // options.reduction

@@ -13,7 +13,7 @@ from pydantic import Field
 from pipeline.config.fields import PositiveInt
 from pipeline.lazy_torch import Module, nn, torch
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ class ClipLora(Method):
         """Rank of the update of each query, key and value matrix."""
         alpha: Annotated[float, Field(gt=0)] = 1.0
         """The update is scaled by alpha over the rank's root."""
-        training: OwnTraining = OwnTraining(
+        training: TrainingOverrides = TrainingOverrides(
             epochs=250, batch_size=32, optimizer="adamw", learning_rate=2e-4, weight_decay=0.01
         )
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
         options = config.section(ClipLora.Options)
-        self.towers = towers.copy_that_trains()
+        self.towers = towers.trainable_copy()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "clip_lora"))
             for block in (*self.towers.vision_blocks, *self.towers.text_blocks):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.fields import PositiveInt
 from pipeline.lazy_torch import nn
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import normal
 
 if TYPE_CHECKING:
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 @method("coop")
 class Coop(Method):
     title = "CoOp"
-    changes_images = False
+    modifies_image_encoder = False
 
     class Options(MethodConfig):
         """CoOp: text context."""
 
         context_length: PositiveInt = 16
         """Context vectors, which take the place of the template's words before the class name."""
-        training: OwnTraining = OwnTraining(epochs=200, batch_size=32, learning_rate=0.002)
+        training: TrainingOverrides = TrainingOverrides(epochs=200, batch_size=32, learning_rate=0.002)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         shape = (config.section(Coop.Options).context_length, towers.text_width)
         self.context = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="coop"))  # (M, d_l)
 
     def forward(self) -> Adaptation:
-        return Adaptation(text_prompts=self.context.expand(len(self.tasks), 1, -1, -1), text_carried=True)
+        return Adaptation(text_prompts=self.context.expand(len(self.tasks), 1, -1, -1), text_prompts_propagate=True)
 
     @staticmethod
     def template(of_config: str) -> str:

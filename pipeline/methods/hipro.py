@@ -15,7 +15,7 @@ from pipeline.config.fields import PositiveInt
 from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.coop import Coop
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Variant, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, Variant, method
 from pipeline.seeds import normal
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @method("hipro")
 class HiPro(Method):
-    """Until `plant` is called, all affinities count as equal."""
+    """Until `build_tree` is called, all affinities count as equal."""
 
     title = "HiPro"
-    changes_images = False
+    modifies_image_encoder = False
     uses_affinities = True
     variants = {"hipro": Variant("HiPro", "hipro", "all tasks")}
 
@@ -39,21 +39,21 @@ class HiPro(Method):
 
         context_length: PositiveInt = 16
         """Context vectors of each node of the tree of tasks."""
-        training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+        training: TrainingOverrides = TrainingOverrides(epochs=50, batch_size=32, learning_rate=0.002)
 
     below: torch.Tensor
     """(N, T) bool: which tasks are at or below each node."""
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
         num_tasks = len(self.tasks)
         shape = (2 * num_tasks - 1, config.section(HiPro.Options).context_length, towers.text_width)
         self.contexts = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="hipro"))  # (N, M, d_l)
         self.register_buffer("below", torch.from_numpy(task_tree(torch.zeros(num_tasks, num_tasks).numpy())))
 
-    def plant(self, affinity: np.ndarray) -> None:
+    def build_tree(self, affinity: np.ndarray) -> None:
         """Makes the tree of the tasks' affinities (T, T)."""
         self.below.copy_(torch.from_numpy(task_tree(affinity)))
 
@@ -75,7 +75,7 @@ class HiPro(Method):
             name_at=tuple(tokens.name_at[task] for task, _ in pairs),
         )
         contexts = torch.stack([self.contexts[node] for _, node in pairs])[:, None]
-        z = F.normalize(towers.encode_text(of_pairs, contexts, carried=True), dim=-1)
+        z = F.normalize(towers.encode_text(of_pairs, contexts, propagate=True), dim=-1)
         counts = [len(nodes) * len(of_task) for nodes, of_task in zip(nodes_of_task, rows)]
         return torch.cat(
             [of_task.unflatten(0, (len(nodes), -1)).mean(0) for of_task, nodes in zip(z.split(counts), nodes_of_task)]

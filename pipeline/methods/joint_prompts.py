@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.fields import PositiveInt
 from pipeline.lazy_torch import nn
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, method
 from pipeline.seeds import normal
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ class JointPrompts(Method):
         prompt_length: PositiveInt = 8
         """Prompt vectors in each layer of each tower."""
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         length = config.section(JointPrompts.Options).prompt_length
         text, vision = (
             normal(depth, length, width, std=0.02, seed=config.seed, purpose=f"joint {tower}")

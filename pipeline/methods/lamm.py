@@ -14,7 +14,7 @@ from pipeline.config.fields import NonNegative
 from pipeline.data.names import names_of
 from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation, Consistency
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 
 if TYPE_CHECKING:
     from pipeline.clip.towers import ClipTowers
@@ -27,7 +27,7 @@ TEMPERATURE = 2.0
 @method("lamm")
 class Lamm(Method):
     title = "LAMM"
-    changes_images = False
+    modifies_image_encoder = False
     consistent = True
 
     class Options(MethodConfig):
@@ -39,16 +39,16 @@ class Lamm(Method):
         """Weight of the cosine distance from the frozen text features."""
         logits_weight: NonNegative = 0.05
         """Weight of the divergence from the frozen CLIP's logits."""
-        training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+        training: TrainingOverrides = TrainingOverrides(epochs=50, batch_size=32, learning_rate=0.002)
 
     start: torch.Tensor
     """CLIP's own `embeddings`."""
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
         self.options = config.section(Lamm.Options)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
-        names = [name for of_task in words.values() for of_class in of_task for name in names_of(of_class)]
+        names = [name for of_task in class_names.values() for of_class in of_task for name in names_of(of_class)]
         number = {name: at for at, name in enumerate(dict.fromkeys(names))}
         self.number_of_row = [number[name] for name in names]
         pieces = [towers.tokenizer.encode(name) for name in number]

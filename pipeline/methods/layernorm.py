@@ -6,7 +6,7 @@ None of their rates is for CLIP: AdamW at 0.001, as for BitFit.
 
 from __future__ import annotations
 
-from pipeline.methods.method import MethodConfig, OwnTraining, WeightsMethod, method
+from pipeline.methods.method import MethodConfig, TrainingOverrides, WeightsMethod, method
 
 
 @method("layernorm")
@@ -16,7 +16,7 @@ class LayerNorms(WeightsMethod):
     class Options(MethodConfig):
         """LN-tuning: the LayerNorms of both towers."""
 
-        training: OwnTraining = OwnTraining(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
+        training: TrainingOverrides = TrainingOverrides(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
 
     @staticmethod
     def is_trained(name: str) -> bool:

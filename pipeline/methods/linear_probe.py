@@ -13,7 +13,7 @@ from pipeline.clip.precision import autocast
 from pipeline.data.names import names_of
 from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 
 if TYPE_CHECKING:
     from pipeline.clip.towers import ClipTowers
@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 @method("linear_probe")
 class LinearProbe(Method):
     title = "linear probe"
-    changes_images = False
+    modifies_image_encoder = False
 
     class Options(MethodConfig):
         """Linear probe: a weight vector for each class."""
 
-        training: OwnTraining = OwnTraining(epochs=20, batch_size=32, optimizer="adamw", learning_rate=1e-3)
+        training: TrainingOverrides = TrainingOverrides(epochs=20, batch_size=32, optimizer="adamw", learning_rate=1e-3)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        text_of_class = [(config.clip.template_of(task), of_class) for task in words for of_class in words[task]]
+        text_of_class = [
+            (config.clip.template_of(task), of_class) for task in class_names for of_class in class_names[task]
+        ]
         number = {text: at for at, text in enumerate(dict.fromkeys(text_of_class))}
         self.weight_of_row = [number[text] for text in text_of_class for _ in names_of(text[1])]
         # As many tasks, since two of them may have one name in different classes.

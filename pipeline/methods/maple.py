@@ -12,7 +12,7 @@ from pipeline.config.fields import PositiveInt
 from pipeline.errors import UserError
 from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import derive_seed, normal
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class Maple(Method):
         """Text prompt vectors in a layer; those of the first layer start as the template's first words."""
         depth: PositiveInt = 9
         """Layers, from the first, that get new prompts."""
-        training: OwnTraining = OwnTraining(epochs=5, batch_size=4, learning_rate=0.0035)
+        training: TrainingOverrides = TrainingOverrides(epochs=5, batch_size=4, learning_rate=0.0035)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, words: ClassNames):
         super().__init__()
         self.tasks = tuple(words)
         options, width = config.section(Maple.Options), towers.text_width
@@ -54,7 +54,7 @@ class Maple(Method):
     def forward(self) -> Adaptation:
         vision = torch.stack([project(prompts) for project, prompts in zip(self.projections, self.text_prompts)])
         text, vision = (prompts.expand(len(self.tasks), -1, -1, -1) for prompts in (self.text_prompts, vision))
-        return Adaptation(text, vision, text_carried=True, vision_carried=True)
+        return Adaptation(text, vision, text_prompts_propagate=True, vision_prompts_propagate=True)
 
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:

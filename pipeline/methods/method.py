@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pipeline.clip.towers import ClipTowers
     from pipeline.config import Config
 
-Words = Mapping[str, Sequence[str]]
+ClassNames = Mapping[str, Sequence[str]]
 """Task → words of its classes by label."""
-Groups = Literal["each task", "all tasks", "found groups", "random groups"]
+TaskScope = Literal["each task", "all tasks", "found groups", "random groups"]
 REGISTERED: dict[str, type[Method]] = {}
 
 
@@ -28,7 +28,7 @@ class Variant:
 
     title: str
     method: str
-    groups: Groups
+    groups: TaskScope
     starts_from: str | None = None
     """Variant whose trained state each training goes on from."""
 
@@ -38,7 +38,7 @@ class Variant:
         return self.groups in ("found groups", "random groups") or REGISTERED[self.method].uses_affinities
 
 
-class OwnTraining(Section, affects=("method",)):
+class TrainingOverrides(Section, affects=("method",)):
     """Where a method's training differs from the section `training`; null: it does not."""
 
     epochs: PositiveInt | None = None
@@ -56,13 +56,13 @@ class OwnTraining(Section, affects=("method",)):
 class MethodConfig(Section, affects=("method",)):
     """A method's section of the config; the defaults are its authors'."""
 
-    training: OwnTraining = OwnTraining()
+    training: TrainingOverrides = TrainingOverrides()
     """Where its training differs from `training`: as its authors train it. configs/paper_protocol.yaml trains all
     methods alike."""
 
     @model_validator(mode="before")
     @classmethod
-    def _keep_other_defaults(cls, values: Any) -> Any:
+    def _merge_with_defaults(cls, values: Any) -> Any:
         """Giving one value of a method's training leaves its others as they are."""
         if isinstance(values, dict) and isinstance(values.get("training"), dict):
             defaults = cls.model_fields["training"].default.model_dump()
@@ -87,18 +87,18 @@ class Method(Module):
     """Whether there is anything to train."""
     trains_weights: ClassVar[bool] = False
     """Whether weights of the towers train, which are loaded in float32 then."""
-    changes_images: ClassVar[bool] = True
+    modifies_image_encoder: ClassVar[bool] = True
     """Whether the image tower gives other features than the frozen CLIP's; else those are computed once for all such
     methods."""
     consistent: ClassVar[bool] = False
     """Whether it is held to the frozen CLIP's features of the training images."""
     uses_affinities: ClassVar[bool] = False
-    """Whether its `plant(affinities)` wants to know how much the tasks' gradients agree."""
+    """Whether its `build_tree(affinities)` wants to know how much the tasks' gradients agree."""
 
     @classmethod
-    def build(cls, config: Config, towers: ClipTowers, words: Words) -> Self:
+    def build(cls, config: Config, towers: ClipTowers, class_names: ClassNames) -> Self:
         """The module as its training begins."""
-        return cls(config, towers, words)
+        return cls(config, towers, class_names)
 
     def forward(self) -> Adaptation:
         """What it adds to the frozen towers, made anew in every training step."""
@@ -129,9 +129,9 @@ class WeightsMethod(Method):
 
     trains_weights = True
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.towers = towers.copy_that_trains(self.is_trained)
+        self.towers = towers.trainable_copy(self.is_trained)
 
     @staticmethod
     def is_trained(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.fields import PositiveInt
 from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, method
 from pipeline.seeds import derive_seed, normal
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ class MlpPrompts(Method):
         source_width: PositiveInt = 256
         """Width of the source prompt that the linear layers map to both towers."""
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         depth = min(towers.text_depth, towers.vision_depth)
         options = config.section(MlpPrompts.Options)
         length, width = options.prompt_length, options.source_width

@@ -102,8 +102,8 @@ class SharedMmap(Method):
         self._copies: list[torch.Tensor] = []
 
     @classmethod
-    def build(cls, config: Config, towers: ClipTowers, words: Collection[str]) -> Self:
-        return cls(MmapShape.of(config.mmap, towers), words, config.seed, config.mmap.init_std)
+    def build(cls, config: Config, towers: ClipTowers, class_names: Collection[str]) -> Self:
+        return cls(MmapShape.of(config.mmap, towers), class_names, config.seed, config.mmap.init_std)
 
     def forward(self) -> Adaptation:
         self._copies = [p.expand(len(self.tasks), *p.shape[1:]) for p in self.mmap.parameters()]
@@ -149,8 +149,8 @@ class GroupMmap(Method):
         self.task = MmapStack(shape, [derive_seed(seed, "task", name) for name in tasks], init_std)
 
     @classmethod
-    def build(cls, config: Config, towers: ClipTowers, words: Collection[str]) -> Self:
-        return cls(MmapShape.of(config.mmap, towers), words, config.seed, config.mmap.init_std)
+    def build(cls, config: Config, towers: ClipTowers, class_names: Collection[str]) -> Self:
+        return cls(MmapShape.of(config.mmap, towers), class_names, config.seed, config.mmap.init_std)
 
     def join(self, state: Mapping[str, torch.Tensor]) -> None:
         """Takes the group prompt of a trained group's state dict, and leaves it as it is: a training then changes the

@@ -11,7 +11,7 @@ from pipeline.config.fields import PositiveInt
 from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.coop import Coop
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Variant, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, Variant, method
 from pipeline.seeds import derive_seed, normal
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class Mvlpt(Method):
         """Context vectors, and prompt vectors in each layer of the image tower."""
         mixer_width: PositiveInt = 128
         """Width of the transformer block that mixes the prompts."""
-        training: OwnTraining = OwnTraining(epochs=200, batch_size=32, learning_rate=0.002)
+        training: TrainingOverrides = TrainingOverrides(epochs=200, batch_size=32, learning_rate=0.002)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         options = config.section(Mvlpt.Options)
         length, width = options.prompt_length, options.mixer_width
         text_width, vision_width, depth = towers.text_width, towers.vision_width, towers.vision_depth
@@ -65,7 +65,7 @@ class Mvlpt(Method):
         mixed = self.mixer(prompts[None])[0]  # ((1 + K) b, width), as one sequence
         text, vision = self.text_out(mixed[:length]), self.vision_out(mixed[length:]).unflatten(0, (depth, length))
         text, vision = (of.expand(len(self.tasks), -1, -1, -1) for of in (text[None], vision))
-        return Adaptation(text, vision, text_carried=True)
+        return Adaptation(text, vision, text_prompts_propagate=True)
 
     template = staticmethod(Coop.template)
 

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation, Consistency
 from pipeline.methods.maple import Maple, first_words
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import normal
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ class PromptSrc(Method):
         """Weight of the mean absolute distance from the frozen text features."""
         logits_weight: NonNegative = 1.0
         """Weight of the divergence from the frozen CLIP's logits."""
-        training: OwnTraining = OwnTraining(epochs=50, batch_size=4, learning_rate=0.0025)
+        training: TrainingOverrides = TrainingOverrides(epochs=50, batch_size=4, learning_rate=0.0025)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         self.options = config.section(PromptSrc.Options)
         depth, length = self.options.depth, self.options.prompt_length
         text, vision = (
@@ -58,7 +58,9 @@ class PromptSrc(Method):
     def forward(self) -> Adaptation:
         text, vision = (p.expand(len(self.tasks), -1, -1, -1) for p in (self.text_prompts, self.vision_prompts))
         consistency = Consistency(self._of_images, self._of_texts)
-        return Adaptation(text, vision, text_carried=True, vision_carried=True, consistency=consistency)
+        return Adaptation(
+            text, vision, text_prompts_propagate=True, vision_prompts_propagate=True, consistency=consistency
+        )
 
     def _of_images(
         self, x: torch.Tensor, frozen_x: torch.Tensor, logits: torch.Tensor, frozen_logits: torch.Tensor

@@ -13,7 +13,7 @@ from pipeline.methods.method import REGISTERED, Method, Variant
 if TYPE_CHECKING:
     from pipeline.config import Config, TrainingConfig
 
-_IMPORT_TORCH = ("classifier", "prompt_file")
+_IMPORT_TORCH = ("classifier", "adapter_file")
 """The modules of the folder that are no methods, and import torch at once."""
 for _module in pkgutil.iter_modules(_FOLDER):
     if _module.name not in _IMPORT_TORCH:
@@ -21,7 +21,18 @@ for _module in pkgutil.iter_modules(_FOLDER):
 
 _ORDER = (
     *("zero_shot", "coop", "vpt", "maple", "clip_adapter", "joint_prompts", "mlp_prompts", "linear_probe", "lamm"),
-    *("promptsrc", "bitfit", "full", "clip_lora", "any other", "mvlpt", "softcpt", "hipro", "mmap_shared", "mmap"),
+    *(
+        "promptsrc",
+        "bitfit",
+        "full_finetune",
+        "clip_lora",
+        "any other",
+        "mvlpt",
+        "softcpt",
+        "hipro",
+        "mmap_shared",
+        "mmap",
+    ),
 )
 """Of methods in reports and lists. A method need not be here: all others are by their names."""
 METHODS: dict[str, type[Method]] = {
@@ -37,8 +48,8 @@ VARIANTS = {
     **_declared,
 }
 """The columns of a report, in its order."""
-ALWAYS = ("all_in_one", "grouped")
-"""What is trained beside the variants of config.compare."""
+DEFAULT_VARIANTS = ("all_in_one", "grouped")
+"""What is trained beside the variants of config.baselines."""
 
 
 def get_method(name: str) -> type[Method]:

@@ -15,7 +15,7 @@ from pipeline.config.fields import PositiveInt
 from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.coop import Coop
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Variant, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, Variant, method
 from pipeline.seeds import normal
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @method("softcpt")
 class SoftCpt(Method):
     title = "SoftCPT"
-    changes_images = False
+    modifies_image_encoder = False
     variants = {"softcpt": Variant("SoftCPT", "softcpt", "all tasks")}
 
     class Options(MethodConfig):
@@ -36,11 +36,11 @@ class SoftCpt(Method):
         """Context vectors that are made for each task."""
         meta_length: PositiveInt = 4
         """Trained vectors before the task's name."""
-        training: OwnTraining = OwnTraining(epochs=50, batch_size=32, learning_rate=0.002)
+        training: TrainingOverrides = TrainingOverrides(epochs=50, batch_size=32, learning_rate=0.002)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
         self._precision = config.clip.precision
         options, width = config.section(SoftCpt.Options), towers.text_width
@@ -49,16 +49,16 @@ class SoftCpt(Method):
         shape = (towers.embed_dim, options.context_length, width)
         self.projection = nn.Parameter(start(*shape, purpose="softcpt projection"))  # (E, M, d_l)
         self.names = class_tokens(
-            towers.tokenizer, "{}.", [[task.replace("_", " ")] for task in words], options.meta_length
+            towers.tokenizer, "{}.", [[task.replace("_", " ")] for task in class_names], options.meta_length
         )
 
     def forward(self) -> Adaptation:
         (towers,) = self._towers
         meta = self.meta_prompt.expand(len(self.tasks), 1, -1, -1)
         with autocast(towers.device, self._precision):  # also where a trained model is built, outside a training step
-            of_tasks = towers.encode_text(self.names.to(towers.device), meta, carried=True)  # (T, E)
+            of_tasks = towers.encode_text(self.names.to(towers.device), meta, propagate=True)  # (T, E)
         context = torch.einsum("te,emd->tmd", of_tasks.to(self.projection.dtype), self.projection)
-        return Adaptation(text_prompts=context[:, None], text_carried=True)
+        return Adaptation(text_prompts=context[:, None], text_prompts_propagate=True)
 
     template = staticmethod(Coop.template)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.fields import PositiveInt
 from pipeline.lazy_torch import nn
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, MethodConfig, OwnTraining, Words, method
+from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import normal
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ class Vpt(Method):
 
         prompt_length: PositiveInt = 8
         """Prompt vectors in each layer of the image tower."""
-        training: OwnTraining = OwnTraining(epochs=5, batch_size=4, learning_rate=0.0025)
+        training: TrainingOverrides = TrainingOverrides(epochs=5, batch_size=4, learning_rate=0.0025)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         shape = (towers.vision_depth, config.section(Vpt.Options).prompt_length, towers.vision_width)
         self.prompts = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="vpt"))  # (K, b, d_v)
 

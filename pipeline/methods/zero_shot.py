@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.methods.adaptation import Adaptation
-from pipeline.methods.method import Method, Variant, Words, method
+from pipeline.methods.method import ClassNames, Method, Variant, method
 
 if TYPE_CHECKING:
     from pipeline.clip.towers import ClipTowers
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class ZeroShot(Method):
     title = "zero-shot"
     trained = False
-    changes_images = False
+    modifies_image_encoder = False
     variants = {"zero_shot": Variant("zero-shot", "zero_shot", "all tasks")}
 
-    def __init__(self, config: Config, towers: ClipTowers, words: Words):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
 
     def forward(self) -> Adaptation:

@@ -24,14 +24,14 @@ import ray.data
 import torch
 from ray.exceptions import RayTaskError
 
-from pipeline.data.find import IMAGE_SUFFIXES
+from pipeline.data.index import IMAGE_SUFFIXES
 from pipeline.errors import UserError
 from pipeline.files import FREE_SPACE, replacing
-from pipeline.methods.prompt_file import TrainedPrompts
+from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.decoding import decoded
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import ModelOptions
-from pipeline.runtime.cluster import WorkerNeeds, described, places
+from pipeline.runtime.cluster import WorkerResources, described, places
 from pipeline.runtime.storage import is_uri, open_bucket
 
 DECODED_AT_ONCE = 64
@@ -89,12 +89,12 @@ def find_batch_input(inputs: Sequence[str]) -> BatchInput:
 
 
 def predict_batch(
-    prompts: TrainedPrompts,
+    prompts: TrainedAdapter,
     options: ModelOptions,
     task: str | None,
     found: BatchInput,
     output: str,
-    needs: WorkerNeeds,
+    needs: WorkerResources,
     image_size: int,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[int, int]:
@@ -120,7 +120,7 @@ def predict_batch(
     context.enable_progress_bars = False  # on_rows tells
     context.execution_options.preserve_order = True
     in_store = ray.put(prompts)  # once for all actors; the driver keeps it, for those that are started again
-    dataset = _dataset(found, task, prompts.words, image_size, needs)
+    dataset = _dataset(found, task, prompts.class_names, image_size, needs)
     dataset = dataset.map_batches(
         _Predictor,
         fn_constructor_args=([in_store], options, needs),
@@ -152,13 +152,13 @@ def predict_batch(
     return done, broken
 
 
-def _half(needs: WorkerNeeds) -> float:
+def _half(needs: WorkerResources) -> float:
     """CPUs that an actor asks for: the rest is for the tasks that decode, which would never run if actors took all."""
     return needs.cpus / 2
 
 
 def _dataset(
-    found: BatchInput, task: str | None, tasks: dict[str, list[str]], image_size: int, needs: WorkerNeeds
+    found: BatchInput, task: str | None, tasks: dict[str, list[str]], image_size: int, needs: WorkerResources
 ) -> ray.data.Dataset:
     """Rows of path, task, pixels, error."""
     if found.is_parquet:
@@ -188,7 +188,7 @@ def _dataset(
 class _Predictor:
     """An actor that holds the model."""
 
-    def __init__(self, prompts: list[ray.ObjectRef[Any]], options: ModelOptions, needs: WorkerNeeds):
+    def __init__(self, prompts: list[ray.ObjectRef[Any]], options: ModelOptions, needs: WorkerResources):
         if not needs.gpus:
             torch.set_num_threads(needs.cpus)
         self._model, self._fault = None, None
@@ -277,11 +277,11 @@ class _Writer:
             self._writer.close()
             self._writer = None
 
-    def _faults_named(self) -> _NamedFaults:
-        return _NamedFaults(self._output)
+    def _faults_named(self) -> _WriteErrors:
+        return _WriteErrors(self._output)
 
 
-class _NamedFaults:
+class _WriteErrors:
     def __init__(self, output: str):
         self._output = output
 
@@ -293,7 +293,7 @@ class _NamedFaults:
             raise UserError(f"cannot write --output {self._output}: {error}; {FREE_SPACE}") from None
 
 
-def told_in_lines(say: Callable[[str], None], every_s: float) -> Callable[[int, int], None]:
+def progress_lines(say: Callable[[str], None], every_s: float) -> Callable[[int, int], None]:
     """For `on_rows`: a line at most every few seconds, with the time that is left."""
     began = last = time.monotonic()
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read_image
-from pipeline.data.names import printable
+from pipeline.data.names import escape_for_terminal
 from pipeline.errors import escaped
 from pipeline.runtime.storage import open_bucket
 
@@ -37,11 +37,11 @@ def decoded(
         names = [os.fsdecode(file) for file in rows["file"].to_pylist()]
         filesystem = open_bucket(uri)[0] if uri else None
         sources: Sequence[Any] = [(lambda name=name: _file_bytes(name, filesystem)) for name in names]
-        paths: list[str | None] = [printable(name) for name in names]
+        paths: list[str | None] = [escape_for_terminal(name) for name in names]
     else:
         sources = [(lambda image=image: image) for image in rows["image"].to_pylist()]
         paths = rows["path"].to_pylist() if "path" in rows.column_names else [None] * count
-        paths = [None if path is None else printable(str(path)) for path in paths]
+        paths = [None if path is None else escape_for_terminal(str(path)) for path in paths]
         if "task" in rows.column_names:
             of_rows = [name or task for name in rows["task"].to_pylist()]
 

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter
 from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import GROUPED, ModelOptions, options_file, read_options
 from pipeline.runtime.storage import is_uri, open_bucket
 
-IN_MLFLOW_MODEL = "data/model/prompts.safetensors"
+IN_MLFLOW_MODEL = "data/model/adapter.safetensors"
 _MLFLOW = ("models:/", "runs:/", "mlflow-artifacts:/")
 
 
@@ -40,23 +40,23 @@ def read_model(
     pretrained: str | None = None,
     temperature: float | Mapping[str, float] | None = None,
     threshold: float | None = None,
-) -> tuple[TrainedPrompts, ModelOptions, Path | None]:
+) -> tuple[TrainedAdapter, ModelOptions, Path | None]:
     """The prompts, the options that were saved with them under those that are given, and, where they lie on this
     machine, their file. No CLIP is loaded."""
-    with prompts_file(place) as file:
-        prompts, saved = load_prompts(file), read_options(file)
+    with adapter_file(place) as file:
+        prompts, saved = load_adapter(file), read_options(file)
         is_local = not _is_remote(os.fspath(place))
     if isinstance(temperature, int | float):
-        temperature = dict.fromkeys(prompts.words, float(temperature))
+        temperature = dict.fromkeys(prompts.class_names, float(temperature))
     elif temperature is not None:
         temperature = {**saved.temperatures, **temperature}
     options = saved.changed(pretrained=pretrained, temperatures=temperature, threshold=threshold)
-    options.check(prompts.words)
+    options.check(prompts.class_names)
     return prompts, options, file if is_local else None
 
 
 @contextmanager
-def prompts_file(place: str | os.PathLike[str]) -> Iterator[Path]:
+def adapter_file(place: str | os.PathLike[str]) -> Iterator[Path]:
     """The prompts file of a place on this machine, for as long as the block; its options, if any, lie beside it.
 
     Raises:

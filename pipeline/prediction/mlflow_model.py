@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from pipeline.config import content_hash
-from pipeline.prediction.load import IN_MLFLOW_MODEL, load_model, prompts_file, read_model
+from pipeline.prediction.load import IN_MLFLOW_MODEL, adapter_file, load_model, read_model
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import write_options
 
@@ -53,7 +53,7 @@ def saved_mlflow_model(
     with tempfile.TemporaryDirectory(prefix="mlflow-model-") as temporary:
         data = Path(temporary) / "data" / Path(IN_MLFLOW_MODEL).parent.name / Path(IN_MLFLOW_MODEL).name
         data.parent.mkdir(parents=True)
-        with prompts_file(place) as file:
+        with adapter_file(place) as file:
             _, options, _ = read_model(file, pretrained, temperature, threshold)
             shutil.copyfile(file, data)
         write_options(data, options)

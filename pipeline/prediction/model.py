@@ -16,9 +16,9 @@ from PIL import Image
 
 from pipeline.clip.towers import ClipTowers
 from pipeline.data.images import BrokenImage, evaluation_pixels, read_image
-from pipeline.data.prefetch import draw_ahead
+from pipeline.data.prefetch import prefetch
 from pipeline.errors import UserError, escaped
-from pipeline.methods.prompt_file import TrainedPrompts
+from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.calibration import fit_temperature
 from pipeline.prediction.options import ModelOptions, write_options
 
@@ -69,7 +69,7 @@ class TrainedModel:
         device: torch's name of it; None: a GPU if there is one.
         threads: that decode images; None: as many as there are cores.
         file: where the prompts were read from, to save options beside it.
-        towers: the CLIP on the device, to be shared with other models (`TrainedPrompts.classifier`); None: it is loaded
+        towers: the CLIP on the device, to be shared with other models (`TrainedAdapter.classifier`); None: it is loaded
             here.
 
     Raises:
@@ -79,7 +79,7 @@ class TrainedModel:
 
     def __init__(
         self,
-        prompts: TrainedPrompts,
+        prompts: TrainedAdapter,
         options: ModelOptions | None = None,
         device: str | None = None,
         threads: int | None = None,
@@ -206,7 +206,7 @@ class TrainedModel:
                 pixels = torch.zeros(len(batch), 3, self.image_size, self.image_size, dtype=torch.uint8)
                 yield pixels, [self._decoding.submit(_decode, *pair) for pair in zip(batch, pixels.numpy())]
 
-        for pixels, decoding in draw_ahead(started(), AHEAD):
+        for pixels, decoding in prefetch(started(), AHEAD):
             yield pixels, [image.result() for image in decoding]
 
     def _predict(

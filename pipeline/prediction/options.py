@@ -51,24 +51,24 @@ class _File(ModelOptions):
     prompts_sha256: str
 
 
-def options_file(prompts_file: Path) -> Path:
-    return prompts_file.with_suffix(".options.json")
+def options_file(adapter_file: Path) -> Path:
+    return adapter_file.with_suffix(".options.json")
 
 
-def write_options(prompts_file: Path, options: ModelOptions) -> Path:
+def write_options(adapter_file: Path, options: ModelOptions) -> Path:
     """Returns the JSON file. Raises: UserError: it cannot be written."""
-    file = options_file(prompts_file)
-    write_json(file, _File(**options.model_dump(), prompts_sha256=_sha256(prompts_file)).model_dump())
+    file = options_file(adapter_file)
+    write_json(file, _File(**options.model_dump(), prompts_sha256=_sha256(adapter_file)).model_dump())
     return file
 
 
-def read_options(prompts_file: Path) -> ModelOptions:
+def read_options(adapter_file: Path) -> ModelOptions:
     """Those beside a prompts file, or the defaults where there are none.
 
     Raises:
         UserError: no such JSON, or that of other prompts.
     """
-    file = options_file(prompts_file)
+    file = options_file(adapter_file)
     if not file.exists():
         return ModelOptions()
     try:
@@ -78,8 +78,8 @@ def read_options(prompts_file: Path) -> ModelOptions:
     except (ValueError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"{file} is no options file of this project: {escaped(str(reason))}; remove it") from None
-    if found.prompts_sha256 != _sha256(prompts_file):
-        raise UserError(f"{file} belongs to other prompts than {prompts_file.name}: calibrate again, or remove it")
+    if found.prompts_sha256 != _sha256(adapter_file):
+        raise UserError(f"{file} belongs to other prompts than {adapter_file.name}: calibrate again, or remove it")
     return ModelOptions(**found.model_dump(exclude={"format", "prompts_sha256"}))
 
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.grouping.text import format_groups
-from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, Summary, end_of_report, markdown_table
+from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, Summary, markdown_table, report_footer
 
 AVERAGE_BEFORE_ROW, SECONDS_ROW = "average of the tasks before", "seconds"
 
@@ -86,7 +86,7 @@ def added_task_to_markdown(added: AddedTask) -> str:
         "",
         "The prompts of the tasks before are as they were, to the bit; their accuracies are those of the run before. "
         "The parameters of a column are those that it trained, its seconds the time of its stages.",
-        *end_of_report(added.stages),
+        *report_footer(added.stages),
     ]
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 What this module chose:
 - Figures are plain `matplotlib.figure.Figure` objects, without pyplot and its state.
-- Colours are those of Okabe and Ito, told apart by colour-blind readers too; lines also differ in their markers.
+- Colors are those of Okabe and Ito, told apart by color-blind readers too; lines also differ in their markers.
 - MmAP, grouped is always vermilion and drawn above the others.
 - Accuracies are in %, means over seeds; error bars are sample standard deviations.
 """
@@ -35,10 +35,10 @@ from pipeline.report.benchmark_tables import (
 from pipeline.report.paper_results import TRAINED_PARAMETERS, paper_results_for
 from pipeline.report.summary import AVERAGE_ROW
 
-VERMILION, GREY = "#d55e00", "#6f6f6f"
-LINE_COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#e69f00")
+VERMILION, GRAY = "#d55e00", "#6f6f6f"
+LINE_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#e69f00")
 MARKERS = "osDv^PX"
-SECTION_COLOURS = {ZERO_SHOT_SECTION: GREY, EACH_TASK: "#0072b2", ALL_TASKS: "#009e73", OTHERS: "#cc79a7"}
+SECTION_COLORS = {ZERO_SHOT_SECTION: GRAY, EACH_TASK: "#0072b2", ALL_TASKS: "#009e73", OTHERS: "#cc79a7"}
 
 
 # --- Figure 1 -------------------------------------------------------------------------------------------
@@ -93,14 +93,14 @@ def accuracy_parameters_figure(benchmark: Benchmark, shots: int) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
 
     for method, (x, y, area) in circles.items():
-        colour, above = _section_colour(method), 4 if method == OURS else 3
-        axes.scatter(x, y, area, color=colour, alpha=0.8, edgecolor="white", linewidth=1, zorder=above)
+        color, above = _section_color(method), 4 if method == OURS else 3
+        axes.scatter(x, y, area, color=color, alpha=0.8, edgecolor="white", linewidth=1, zorder=above)
         if method in paper_circles:
             paper_x, paper_y, paper_area = paper_circles[method]
-            axes.plot([x, paper_x], [y, paper_y], color=colour, linewidth=0.6, zorder=1)
-            axes.scatter(paper_x, paper_y, paper_area, facecolor="none", edgecolor=colour, linewidth=1, zorder=2)
-    sections = [section for section in SECTION_COLOURS if any(section_of(method) == section for method in points)]
-    handles = [_dot(section, color=SECTION_COLOURS[section]) for section in sections]
+            axes.plot([x, paper_x], [y, paper_y], color=color, linewidth=0.6, zorder=1)
+            axes.scatter(paper_x, paper_y, paper_area, facecolor="none", edgecolor=color, linewidth=1, zorder=2)
+    sections = [section for section in SECTION_COLORS if any(section_of(method) == section for method in points)]
+    handles = [_dot(section, color=SECTION_COLORS[section]) for section in sections]
     if OURS in points:
         handles.append(_dot(version_title(OURS), color=VERMILION))
     if paper_points:
@@ -127,19 +127,19 @@ def _label_points(
     point = figure.dpi / 72  # in pixels, like every length below; a box is left, bottom, right, top
     inside = axes.get_window_extent(renderer).extents
 
-    def centre_and_radius(circle: tuple[float, float, float]) -> tuple[np.ndarray, float]:
+    def center_and_radius(circle: tuple[float, float, float]) -> tuple[np.ndarray, float]:
         return axes.transData.transform(circle[:2]), point * (circle[2] / pi) ** 0.5
 
     taken = np.empty((0, 4))
     for circle in (*circles.values(), *paper_circles.values()):
-        centre, radius = centre_and_radius(circle)
-        around = radius + 3 * point  # so that no title seems to belong to a neighbour
-        taken = np.vstack([taken, np.hstack([centre - around, centre + around])])
+        center, radius = center_and_radius(circle)
+        around = radius + 3 * point  # so that no title seems to belong to a neighbor
+        taken = np.vstack([taken, np.hstack([center - around, center + around])])
     for method, circle in paper_circles.items():
-        taken = np.vstack([taken, _boxes_along(centre_and_radius(circles[method])[0], centre_and_radius(circle)[0])])
+        taken = np.vstack([taken, _boxes_along(center_and_radius(circles[method])[0], center_and_radius(circle)[0])])
     labels = np.empty((0, 4))
     for method in sorted(circles, key=lambda name: (name != OURS, -circles[name][1])):
-        centre, radius = centre_and_radius(circles[method])
+        center, radius = center_and_radius(circles[method])
         style: dict[str, Any] = {"color": "#222222"}
         if method == OURS:
             style = {"fontweight": "bold", "color": VERMILION}
@@ -152,7 +152,7 @@ def _label_points(
         fewest: float = inf
         for gap, angle in product(range(4, 300, 5), np.arange(0, 2 * pi, pi / 12)):
             direction = np.array([cos(angle), sin(angle)])
-            start = centre + direction * radius
+            start = center + direction * radius
             middle = start + direction * gap * point + np.clip(1.5 * direction, -1, 1) * half
             box = np.hstack([middle - half, middle + half])
             leader = _boxes_along(start, np.clip(start, box[:2], box[2:]))
@@ -163,7 +163,7 @@ def _label_points(
                 if hits == 0:
                     break
         middle, box, leader = best
-        label.set_position((middle - centre) / point)
+        label.set_position((middle - center) / point)
         if np.linalg.norm(leader[-1] - leader[0]) > 8 * point:
             ends = axes.transData.inverted().transform(leader[[0, -1], :2])
             axes.plot(*ends.T, color="#999999", linewidth=0.6, zorder=2)
@@ -187,8 +187,8 @@ def _area(parameters: float) -> float:
     return 25 + 146 * max(0.0, log10(max(parameters, 1)) - 3)
 
 
-def _section_colour(method: str) -> str:
-    return VERMILION if method == OURS else SECTION_COLOURS[section_of(method)]
+def _section_color(method: str) -> str:
+    return VERMILION if method == OURS else SECTION_COLORS[section_of(method)]
 
 
 def _dot(label: str, **style: Any) -> Line2D:
@@ -232,8 +232,8 @@ def shots_figure(benchmark: Benchmark, methods: Sequence[str]) -> Figure:
                 continue
             means, deviations = zip(*line.values())
             if method == ZERO_SHOT:
-                axes.plot([0, *line], [means[0], *means], color=GREY, linestyle="--", zorder=1)
-                axes.plot(0, means[0], color=GREY, marker="*", markersize=10, clip_on=False)
+                axes.plot([0, *line], [means[0], *means], color=GRAY, linestyle="--", zorder=1)
+                axes.plot(0, means[0], color=GRAY, marker="*", markersize=10, clip_on=False)
                 continue
             at = [shots + (number - (len(methods) - 1) / 2) * spread for shots in line]
             style = _line_style(method, trained)
@@ -246,7 +246,7 @@ def shots_figure(benchmark: Benchmark, methods: Sequence[str]) -> Figure:
     for axes in panels[len(columns) :]:
         axes.axis("off")
     handles = [
-        Line2D([], [], color=GREY, linestyle="--", marker="*", markersize=10, label=version_title(method))
+        Line2D([], [], color=GRAY, linestyle="--", marker="*", markersize=10, label=version_title(method))
         if method == ZERO_SHOT
         else Line2D([], [], markeredgecolor="white", label=version_title(method), **_line_style(method, trained))
         for method in methods
@@ -262,8 +262,8 @@ def _line_style(method: str, trained: Sequence[str]) -> dict[str, Any]:
     if method == OURS:
         return {"color": VERMILION, "marker": "o", "markersize": 7, "linewidth": 2.4, "zorder": 5}
     number = trained.index(method)
-    colour, marker = LINE_COLOURS[number % len(LINE_COLOURS)], MARKERS[number % len(MARKERS)]
-    return {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.2, "zorder": 3}
+    color, marker = LINE_COLORS[number % len(LINE_COLORS)], MARKERS[number % len(MARKERS)]
+    return {"color": color, "marker": marker, "markersize": 6, "linewidth": 1.2, "zorder": 3}
 
 
 def _spread(benchmark: Benchmark, method: str, shots: int, task: str | None) -> tuple[float, float] | None:
@@ -280,11 +280,11 @@ def prompt_ablation_figure(benchmark: Benchmark, shots: int, ours: str = OURS) -
 
     Raises: ValueError: none of the three was run with these shots.
     """
-    colours = {"joint_prompts_mt": "#56b4e9", "mlp_prompts_mt": "#0072b2", ours: VERMILION}
+    colors = {"joint_prompts_mt": "#56b4e9", "mlp_prompts_mt": "#0072b2", ours: VERMILION}
     columns = (*benchmark.tasks, None)
     bars = {
         method: {at: value for at, task in enumerate(columns) if (value := _spread(benchmark, method, shots, task))}
-        for method in colours
+        for method in colors
     }
     bars = {method: of_method for method, of_method in bars.items() if of_method}
     if not bars:
@@ -299,7 +299,7 @@ def prompt_ablation_figure(benchmark: Benchmark, shots: int, ours: str = OURS) -
         at = [column + (number - (len(bars) - 1) / 2) * width for column in of_method]
         means, deviations = zip(*of_method.values())
         heights = np.array(means) - bottom
-        axes.bar(at, heights, 0.94 * width, bottom, color=colours[method], label=version_title(method))
+        axes.bar(at, heights, 0.94 * width, bottom, color=colors[method], label=version_title(method))
         axes.errorbar(at, means, deviations, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=2)
         for place, mean, deviation in zip(at, means, deviations):
             above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}

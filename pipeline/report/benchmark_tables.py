@@ -21,7 +21,7 @@ from typing import Literal
 import rich.table
 from rich.text import Text
 
-from pipeline.data.names import counted
+from pipeline.data.names import pluralize
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.paper_results import TRAINED_PARAMETERS, PaperResults, Printed, paper_results_for
 from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, title
@@ -162,7 +162,7 @@ def _main_table(benchmark: Benchmark, shots: int, paper: PaperResults | None) ->
                 parameters = MISSING if millions is None else f"{millions:g} M"
                 rows.append(_row("paper", *map(_printed, figures), parameters, kind="paper"))
     return Table(
-        title=f"{benchmark.name}: test accuracy in %, {counted(shots, 'shot')} a class, {counted(num_seeds, 'seed')}",
+        title=f"{benchmark.name}: {shots}-shot test accuracy (%), {pluralize(num_seeds, 'seed')}",
         header=("method", *benchmark.tasks, AVERAGE_ROW, PARAMETERS_ROW),
         alignment="l" + "r" * (len(columns) + 1),
         rows=tuple(rows),
@@ -181,7 +181,7 @@ def framework_table(benchmark: Benchmark) -> Table | None:
     printed = {shots: paper.framework[shots] for shots in shots_shown if paper and shots in paper.framework}
     header = ["version", "task prompt", "group prompt", "groups"]
     for shots in shots_shown:
-        header += [counted(shots, "shot"), *(["paper"] if shots in printed else [])]
+        header += [pluralize(shots, "shot"), *(["paper"] if shots in printed else [])]
     rows = []
     for method in methods:
         variant = VARIANTS[method]
@@ -195,7 +195,7 @@ def framework_table(benchmark: Benchmark) -> Table | None:
             cells += [marked[shots][method], *([f"{printed[shots][method]:.2f}"] if shots in printed else [])]
         rows.append(_row(version_title(method), *cells))
     seeds = ", ".join(
-        f"{counted(len(benchmark.seeds(shots)), 'seed')} at {counted(shots, 'shot')}" for shots in shots_shown
+        f"{pluralize(len(benchmark.seeds(shots)), 'seed')} at {pluralize(shots, 'shot')}" for shots in shots_shown
     )
     return Table(
         title=f"{benchmark.name}: parts of MmAP, average test accuracy over tasks in %, {seeds}",
@@ -212,7 +212,7 @@ def comparison_table(benchmark: Benchmark) -> Table | None:
         return None
     rows: list[Row] = []
     for shots in benchmark.shots:
-        rows.append(_row(counted(shots, "shot"), "", "", "", "", kind="section"))
+        rows.append(_row(pluralize(shots, "shot"), "", "", "", "", kind="section"))
         ours = benchmark.by_seed(OURS, shots)
         for method in sorted(benchmark.methods, key=lambda method: SECTIONS.index(section_of(method))):
             if method != OURS:

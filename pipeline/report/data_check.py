@@ -22,7 +22,7 @@ SHOWN = 5
 SHOWN_ON_PAGE = 200
 LINE, LINE_ON_PAGE = 150, 1000
 """Characters of an example: a group of images that look alike may be thousands."""
-COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+COLORS = {"error": "red", "warning": "yellow", "note": "cyan"}
 PAGE_STYLE = (
     STYLE
     + """
@@ -77,7 +77,7 @@ def overviews(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str
 def one_line(findings: Sequence[Finding]) -> str:
     """How many there are of each severity."""
     counts = Counter[str](finding.severity for finding in findings)
-    told = [f"{counts[of]} {of}{'s' if counts[of] > 1 else ''}" for of in COLOURS if counts[of]]
+    told = [f"{counts[of]} {of}{'s' if counts[of] > 1 else ''}" for of in COLORS if counts[of]]
     return ", ".join(told) or "nothing stands out"
 
 
@@ -94,7 +94,7 @@ def check_tables(name: str, tasks: Sequence[TaskOverview], findings: Sequence[Fi
         lines += [f"[dim]{escape_markup(_shortened(line, LINE))}[/]" for line in finding.examples[:SHOWN]]
         if (more := len(finding.examples) - SHOWN) > 0:
             lines.append(f"[dim]and {more:,} more[/]")
-        told.add_row(f"[{COLOURS[finding.severity]}]{finding.severity}[/]", "\n".join(lines))
+        told.add_row(f"[{COLORS[finding.severity]}]{finding.severity}[/]", "\n".join(lines))
     return Group(table, told) if findings else Group(table)
 
 
@@ -103,7 +103,7 @@ def check_page(
     tasks: Sequence[TaskOverview],
     findings: Sequence[Finding],
     samples: Mapping[tuple[str, str], Sequence[bytes]],
-    class_words: Mapping[str, str],
+    class_names: Mapping[str, str],
 ) -> str:
     """
     Args:
@@ -119,7 +119,7 @@ def check_page(
         *(_finding(finding) for finding in findings),
         *([] if findings else ["<p>Nothing stands out.</p>"]),
         "<h2>Samples</h2>",
-        _samples([of.task for of in tasks], samples, class_words),
+        _samples([of.task for of in tasks], samples, class_names),
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}: data check</title>'
@@ -163,13 +163,13 @@ def _finding(finding: Finding) -> str:
 
 
 def _samples(
-    tasks: Sequence[str], samples: Mapping[tuple[str, str], Sequence[bytes]], class_words: Mapping[str, str]
+    tasks: Sequence[str], samples: Mapping[tuple[str, str], Sequence[bytes]], class_names: Mapping[str, str]
 ) -> str:
     header = "".join(f"<th>{escape(task)}</th>" for task in tasks)
     lines = []
     for folder in sorted({folder for _, folder in samples}):
         cells = ("".join(map(_thumbnail, samples.get((task, folder), ()))) for task in tasks)
-        lines.append(f"<tr><td>{escape(class_words[folder])}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        lines.append(f"<tr><td>{escape(class_names[folder])}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return f'<table class="samples"><tr><th></th>{header}</tr>{"".join(lines)}</table>'
 
 

@@ -4,8 +4,8 @@ What this module chose:
 - Figures are plain `matplotlib.figure.Figure` objects, without pyplot and its global state; `savefig` works
   anywhere, with no display.
 - Blue is positive and red is negative in both pictures, with zero in the middle of the scale.
-- The colour scale ignores the diagonal: under dot products it holds squared gradient norms, often far above
-  the rest, and would leave every other cell pale. Diagonal cells are grey.
+- The color scale ignores the diagonal: under dot products it holds squared gradient norms, often far above
+  the rest, and would leave every other cell pale. Diagonal cells are gray.
 - Positions in the graph are computed, not simulated: the same grouping always gives the same picture.
 """
 
@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from pipeline.data.names import counted
+from pipeline.data.names import pluralize
 
 MAX_TASKS_WITH_VALUES = 12
 """Up to this many tasks the heat map has room for the numbers."""
@@ -31,7 +31,7 @@ MAX_TASKS_WITH_VALUES = 12
 MAX_LEGEND_GROUPS = 12
 """Beyond this many groups the graph's legend leaves them out; the picture shows them anyway."""
 
-POSITIVE, NEGATIVE = "#2166ac", "#b2182b"  # the ends of the RdBu colour map
+POSITIVE, NEGATIVE = "#2166ac", "#b2182b"  # the ends of the RdBu color map
 
 
 def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
@@ -49,19 +49,19 @@ def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: S
     scale = f" (×10$^{{{exponent}}}$)" if exponent else ""
     figure = _matrix_map(matrix / 10.0**exponent, task_names, groups, "RdBu", (-limit, limit), f"affinity{scale}")
     axes = figure.axes[0]
-    title = f"Affinity of {counted(len(matrix), 'task')} in {counted(len(groups), 'group')}"
+    title = f"Affinity of {pluralize(len(matrix), 'task')} in {pluralize(len(groups), 'group')}"
     axes.set_title(title, fontsize=12)
-    axes.set_xlabel("grey: a task with itself, outside the colour scale", fontsize=8, color="#555555")
+    axes.set_xlabel("gray: a task with itself, outside the color scale", fontsize=8, color="#555555")
     return figure
 
 
-def together_map(together: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
+def co_assignment_map(co_assignment: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
     """How often two tasks are in one group when the snapshots are resampled, with tasks ordered by the groups found.
 
     Args:
-        together: (T, T), 0 to 1, as `Bootstrap.together`.
+        co_assignment: (T, T), 0 to 1, as `Bootstrap.co_assignment`.
     """
-    matrix = 100 * np.asarray(together, dtype=np.float64)
+    matrix = 100 * np.asarray(co_assignment, dtype=np.float64)
     figure = _matrix_map(matrix, task_names, groups, "Blues", (0, 100), "in one group, % of resamples")
     figure.axes[0].set_title("How sure each pair is", fontsize=12)
     return figure
@@ -71,11 +71,11 @@ def _matrix_map(
     matrix: np.ndarray,
     task_names: Sequence[str],
     groups: Sequence[Sequence[int]],
-    colour_map: str,
+    color_map: str,
     limits: tuple[float, float],
     label: str,
 ) -> Figure:
-    """A task x task matrix (T, T) with tasks ordered by group, every group outlined, and a grey diagonal."""
+    """A task x task matrix (T, T) with tasks ordered by group, every group outlined, and a gray diagonal."""
     order = [task for group in groups for task in group]
     num_tasks = len(order)
     matrix = matrix[np.ix_(order, order)]
@@ -88,9 +88,9 @@ def _matrix_map(
     below = widest * (0.75 if with_values else 1.0)
     figure = Figure(figsize=(side + widest + 2.2, side + below + 1.1), layout=_layout())
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps[colour_map].with_extremes(bad="#d9d9d9")
+    colors = matplotlib.colormaps[color_map].with_extremes(bad="#d9d9d9")
     cells = np.ma.masked_array(matrix, mask=np.eye(num_tasks, dtype=bool))
-    image = axes.imshow(cells, cmap=colours, vmin=limits[0], vmax=limits[1])
+    image = axes.imshow(cells, cmap=colors, vmin=limits[0], vmax=limits[1])
 
     axes.set_yticks(range(num_tasks), names, fontsize=font_size, parse_math=False)
     if with_values:
@@ -102,8 +102,8 @@ def _matrix_map(
     axes.spines[:].set_visible(False)
     if with_values:
         for (row, column), value in np.ndenumerate(matrix):
-            colour = "white" if row != column and abs(value) > 0.6 * limits[1] else "#222222"
-            axes.text(column, row, _short_number(value), ha="center", va="center", fontsize=8.5, color=colour)
+            color = "white" if row != column and abs(value) > 0.6 * limits[1] else "#222222"
+            axes.text(column, row, _short_number(value), ha="center", va="center", fontsize=8.5, color=color)
 
     sizes = np.array([len(group) for group in groups])
     starts = np.cumsum(sizes) - sizes - 0.5
@@ -123,9 +123,9 @@ def _matrix_map(
 
 
 def affinity_graph_picture(graph: nx.Graph) -> Figure:
-    """Tasks as nodes, coloured and placed by group; edges as wide as their affinity is strong.
+    """Tasks as nodes, colored and placed by group; edges as wide as their affinity is strong.
 
-    Edge colour and line style show the sign. Edges between groups are drawn faint, behind the others.
+    Edge color and line style show the sign. Edges between groups are drawn faint, behind the others.
 
     Args:
         graph: as `pipeline.grouping.graph.affinity_graph` makes it.
@@ -137,7 +137,7 @@ def affinity_graph_picture(graph: nx.Graph) -> Figure:
     members = dict(sorted(members.items()))
     crowded = num_tasks > MAX_TASKS_WITH_VALUES
     font_size, node_size = (8, 110) if crowded else (10, 260)  # points, square points
-    inches = 0.75 if crowded else 1.25 if num_tasks > 4 else 1.7  # between neighbours of a group
+    inches = 0.75 if crowded else 1.25 if num_tasks > 4 else 1.7  # between neighbors of a group
     label = _text_inches(max(map(_shortened, graph), key=len), font_size)
     positions, outwards = _positions(members, margin=0.4 + label / inches)
 
@@ -148,14 +148,14 @@ def affinity_graph_picture(graph: nx.Graph) -> Figure:
     axes = figure.add_subplot()
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     axes.axis("off")
-    title = f"Affinity graph of {counted(num_tasks, 'task')} in {counted(len(members), 'group')}"
+    title = f"Affinity graph of {pluralize(num_tasks, 'task')} in {pluralize(len(members), 'group')}"
     figure.suptitle(title, fontsize=12)
 
     _draw_edges(axes, graph, positions)
-    colours = _group_colours(len(members))
-    for colour, names in zip(colours, members.values(), strict=True):
+    colors = _group_colors(len(members))
+    for color, names in zip(colors, members.values(), strict=True):
         x, y = np.array([positions[name] for name in names]).T
-        axes.scatter(x, y, s=node_size, color=colour, edgecolor="white", zorder=4, clip_on=False)
+        axes.scatter(x, y, s=node_size, color=color, edgecolor="white", zorder=4, clip_on=False)
         # Level labels of a long ring would overlap at its top and bottom; along the radius they never do.
         on_ring = len(names) if len(names) > 1 else len(members)
         for name in names:
@@ -163,8 +163,8 @@ def affinity_graph_picture(graph: nx.Graph) -> Figure:
 
     if len(members) <= MAX_LEGEND_GROUPS:
         handles = [
-            Line2D([], [], linestyle="", marker="o", markersize=9, color=colour, label=f"group {group + 1}")
-            for colour, group in zip(colours, members, strict=True)
+            Line2D([], [], linestyle="", marker="o", markersize=9, color=color, label=f"group {group + 1}")
+            for color, group in zip(colors, members, strict=True)
         ]
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     handles = _edge_legend(graph)
@@ -182,7 +182,7 @@ def _label_node(
     node_size: float,
     radial: bool,
 ) -> None:
-    """A task's name beside its node, on the side away from the group's centre."""
+    """A task's name beside its node, on the side away from the group's center."""
     style: dict[str, Any] = {"fontsize": font_size, "parse_math": False, "zorder": 5}
     style["path_effects"] = [withStroke(linewidth=3, foreground="white")]
     horizontal = "center" if abs(outward[0]) < 0.35 else "left" if outward[0] > 0 else "right"
@@ -242,7 +242,7 @@ def _edge_legend(graph: nx.Graph) -> list[Line2D]:
 def _positions(members: dict[int, list[str]], margin: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Task positions, and the unit vectors that point away from each task's group.
 
-    Every group is a ring whose neighbours are 1 apart; the rings stand around a circle, with `margin` free
+    Every group is a ring whose neighbors are 1 apart; the rings stand around a circle, with `margin` free
     around each.
     """
     radii = np.array([0.5 / sin(pi / len(names)) if len(names) > 1 else 0.0 for names in members.values()])
@@ -266,9 +266,9 @@ def _positions(members: dict[int, list[str]], margin: float) -> tuple[dict[str, 
     return positions, outwards
 
 
-def _group_colours(num_groups: int) -> list[Any]:
+def _group_colors(num_groups: int) -> list[Any]:
     if num_groups <= 10:
-        return list(cast(Any, matplotlib.colormaps["tab10"]).colors[:num_groups])  # this map is a list of colours
+        return list(cast(Any, matplotlib.colormaps["tab10"]).colors[:num_groups])  # this map is a list of colors
     return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, num_groups)))
 
 

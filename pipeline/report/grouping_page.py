@@ -30,7 +30,7 @@ def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, 
         search: how the groups were found, in words.
         figures: title of a section → its picture.
     """
-    sure = result["trust"]
+    sure = result["stability"]
     agreeing = next((of["share"] for of in sure["resampled"] if of["groups"] == result["groups"]), 0.0)
     parts = [
         f"<h1>Groups of {len(result['tasks'])} tasks</h1>",

@@ -34,7 +34,7 @@ def study_to_markdown(name: str, tasks: Sequence[str], studies: Mapping[int, Gro
     ]
     for label, accuracies in {
         "all in one": [of.all_in_one for of in of_seeds],
-        "each alone": [of.each_alone for of in of_seeds],
+        "each alone": [of.all_singletons for of in of_seeds],
         "a random partition": [of.random for of in of_seeds],
         "best, known only afterwards": [max(of.accuracies) for of in of_seeds],
     }.items():
@@ -43,7 +43,7 @@ def study_to_markdown(name: str, tasks: Sequence[str], studies: Mapping[int, Gro
         outcomes = [of.criteria[number] for of in of_seeds]
         cells = [
             _gains([outcome.accuracy for outcome in outcomes], of_seeds),
-            f"{100 * fmean(outcome.better_share for outcome in outcomes):.0f} %",
+            f"{100 * fmean(outcome.fraction_better for outcome in outcomes):.0f} %",
         ]
         lines.append(f"| found by `{kind}`, `{objective}` | {' | '.join(cells)} |")
     lines += [

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.data.names import counted
+from pipeline.data.names import pluralize
 from pipeline.grouping.text import format_groups
 from pipeline.methods.registry import VARIANTS
 
@@ -54,8 +54,8 @@ def accuracy_table(summary: Summary) -> Table:
     for name, *cells in rows:
         best = max(cells, key=float) if name != PARAMETERS_ROW else None
         marked.append([escape(name), *(f"[bold]{cell}[/]" if cell == best else cell for cell in cells)])
-    header, *rows = _upright(summary, marked)
-    table = Table(title=f"{summary.name}: test accuracy in %, {counted(summary.shots, 'shot')} a class")
+    header, *rows = _transpose_if_wide(summary, marked)
+    table = Table(title=f"{summary.name}: test accuracy in %, {pluralize(summary.shots, 'shot')} a class")
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0, overflow="fold")
     for row in rows:
@@ -66,7 +66,7 @@ def accuracy_table(summary: Summary) -> Table:
 
 
 def to_markdown(summary: Summary) -> str:
-    header, *rows = _upright(summary, _cells(summary))
+    header, *rows = _transpose_if_wide(summary, _cells(summary))
     lines = [
         f"# {summary.name}",
         "",
@@ -79,7 +79,7 @@ def to_markdown(summary: Summary) -> str:
         *(["", *(f"Note: {warning}" for warning in summary.warnings)] if summary.warnings else []),
         "",
         "![accuracy](accuracy.png)",
-        *end_of_report(summary.stages),
+        *report_footer(summary.stages),
     ]
     return "\n".join(lines)
 
@@ -90,7 +90,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def end_of_report(stages: Mapping[str, float]) -> list[str]:
+def report_footer(stages: Mapping[str, float]) -> list[str]:
     """Lines: pictures of the grouping, and each stage's seconds."""
     return [
         "",
@@ -103,7 +103,7 @@ def end_of_report(stages: Mapping[str, float]) -> list[str]:
     ]
 
 
-def to_note(summary: Summary) -> str:
+def to_mlflow_description(summary: Summary) -> str:
     """For MLflow's page of the run: the same without pictures, which it does not show there."""
     lines = to_markdown(summary).replace("; [how sure they are](grouping.html)", "").splitlines()
     shown = [line for line in lines if not line.startswith("![")]
@@ -121,7 +121,7 @@ def _cells(summary: Summary) -> list[list[str]]:
     ]
 
 
-def _upright(summary: Summary, cells: list[list[str]]) -> list[list[str]]:
+def _transpose_if_wide(summary: Summary, cells: list[list[str]]) -> list[list[str]]:
     """With a row for each method where those are more than the tasks."""
     if len(summary.methods) <= len(summary.tasks):
         return cells

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from pipeline.report.summary import title
 
-COLOURS = {"zero_shot": "#b3b3b3", "all_in_one": "#7aa6c2", "grouped": "#1f5a85"}
-OTHERS: Sequence[Any] = cast(Any, colormaps["Set2"]).colors  # this map is a list of colours
+COLORS = {"zero_shot": "#b3b3b3", "all_in_one": "#7aa6c2", "grouped": "#1f5a85"}
+OTHERS: Sequence[Any] = cast(Any, colormaps["Set2"]).colors  # this map is a list of colors
 
 
 def accuracy_picture(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -23,7 +23,7 @@ def accuracy_picture(tasks: Sequence[str], methods: Mapping[str, Mapping[str, An
     for number, (name, method) in enumerate(methods.items()):
         values = [100 * method["accuracy"][task] for task in tasks] + [100 * method["average"]]
         at = [column + (number - (len(methods) - 1) / 2) * width for column in range(len(columns))]
-        bars = axes.bar(at, values, width, label=title(name), color=COLOURS.get(name, OTHERS[number % len(OTHERS)]))
+        bars = axes.bar(at, values, width, label=title(name), color=COLORS.get(name, OTHERS[number % len(OTHERS)]))
         if len(methods) <= 4:  # else there is no room
             axes.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=7, padding=1)
     axes.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 10 else 0)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATES = {"whole": "trained to the end", "stopped": "ended early", "running": "not ended", "failed": "failed"}
-_COLOURS = {"whole": "#1f5a85", "stopped": "#b3b3b3"}
+_COLORS = {"whole": "#1f5a85", "stopped": "#b3b3b3"}
 SHOWN = 20
 """Trials in the terminal; the CSV has all."""
 
@@ -77,7 +77,7 @@ def search_figure(search: Search, trials: Sequence[Trial]) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(names) :]:
         axes.set_axis_off()
-    measured = [trial for trial in trials if trial.epochs and trial.state in _COLOURS]
+    measured = [trial for trial in trials if trial.epochs and trial.state in _COLORS]
     for number, (name, axes) in enumerate(zip(names, grid.flat)):
         of = search.space[name]
         with_field = [trial for trial in measured if name in trial.point]
@@ -92,14 +92,14 @@ def search_figure(search: Search, trials: Sequence[Trial]) -> Figure:
             axes.set_xlim(-0.5, len(labels) - 0.5)
         elif of.kind == "loguniform":
             axes.set_xscale("log")
-        for state, colour in _COLOURS.items():
+        for state, color in _COLORS.items():
             of_state = [trial for trial in with_field if trial.state == state]
             axes.scatter(
                 [positions[trial.number] for trial in of_state],
                 [100 * trial.validation_accuracy for trial in of_state],
                 s=22,
                 alpha=0.8,
-                color=colour,
+                color=color,
                 label=STATES[state] if number == 0 else None,
             )
         axes.set_xlabel(name)

@@ -23,14 +23,14 @@ from pipeline.errors import UserError
 from pipeline.runtime.storage import Storage
 
 IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-LOOK_EVERY_S = 2
-FIRST_WORD_AFTER_S = 20
+POLL_INTERVAL_S = 2
+FIRST_MESSAGE_AFTER_S = 20
 """Of nothing running, until it is said what waits for what."""
-NEXT_WORD_AFTER_S = 60
+NEXT_MESSAGE_AFTER_S = 60
 
 
 @dataclass(frozen=True)
-class WorkerNeeds:
+class WorkerResources:
     """Of one worker of a training."""
 
     cpus: int
@@ -39,7 +39,7 @@ class WorkerNeeds:
     def __str__(self) -> str:
         return f"{self.gpus:g} GPU and {self.cpus} CPU" if self.gpus else f"{self.cpus} CPU"
 
-    def places_on(self, resources: dict[str, float]) -> int:
+    def slots_on(self, resources: dict[str, float]) -> int:
         """How many such workers a machine with these resources holds; a fraction is of one GPU."""
         places = int(resources.get("CPU", 0) // self.cpus)
         if self.gpus:
@@ -49,7 +49,7 @@ class WorkerNeeds:
 
 
 @contextmanager
-def joined(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> Iterator[WorkerNeeds]:
+def joined(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> Iterator[WorkerResources]:
     """`connect`; leaves the cluster at the end, unless this process had joined it before."""
     joined_before = ray.is_initialized()
     try:
@@ -59,7 +59,7 @@ def joined(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = 
             ray.shutdown()
 
 
-def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> WorkerNeeds:
+def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> WorkerResources:
     """Joins or starts Ray, or uses the Ray that this process has joined already (in a notebook, or for several runs
     one after another).
 
@@ -79,7 +79,7 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     gpus = config.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    needs, workers = WorkerNeeds(config.cpus_per_worker, gpus), config.workers_per_training
+    needs, workers = WorkerResources(config.cpus_per_worker, gpus), config.workers_per_training
     if workers > 1 and gpus % 1:
         raise UserError(
             f"cluster.workers_per_training={workers} takes whole GPUs, not cluster.gpus_per_worker={gpus:g}"
@@ -124,9 +124,9 @@ def _join_or_start(config: ClusterConfig, dashboard: bool) -> None:
         ) from None
 
 
-def places(needs: WorkerNeeds) -> int:
+def places(needs: WorkerResources) -> int:
     """How many such workers the cluster holds at once."""
-    return sum(needs.places_on(node["Resources"]) for node in _alive())
+    return sum(needs.slots_on(node["Resources"]) for node in _alive())
 
 
 def described() -> str:
@@ -150,7 +150,7 @@ def check_shared(storage: Storage, paths: Sequence[Path]) -> None:
     nodes = [node for node in _alive() if node["Resources"].get("CPU")]
     if len(nodes) < 2:
         return
-    look = ray.remote(_unseen)
+    look = ray.remote(_missing_paths)
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         try:
@@ -163,9 +163,9 @@ def check_shared(storage: Storage, paths: Sequence[Path]) -> None:
             raise UserError(f"machine {node['NodeManagerAddress']}: {unseen}")
 
 
-def _unseen(storage: Storage, paths: Sequence[Path]) -> str:
+def _missing_paths(storage: Storage, paths: Sequence[Path]) -> str:
     try:
-        storage.check_here()
+        storage.verify_access()
     except UserError as error:
         return str(error)
     if missing := [str(path) for path in paths if not path.exists()]:
@@ -176,14 +176,14 @@ def _unseen(storage: Storage, paths: Sequence[Path]) -> str:
     return ""
 
 
-def _wait_for_nodes(needs: WorkerNeeds, workers: int, seconds: float, say: Callable[[str], None]) -> None:
+def _wait_for_nodes(needs: WorkerResources, workers: int, seconds: float, say: Callable[[str], None]) -> None:
     say(f"waiting up to {seconds:g} s for machines with {needs} for each of {workers} workers; there are {described()}")
     bundle = {"CPU": needs.cpus} | ({"GPU": needs.gpus} if needs.gpus else {})
     request_resources(bundles=[bundle] * workers)
     end = time.monotonic() + seconds
     try:
         while places(needs) < workers and time.monotonic() < end:
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_INTERVAL_S)
     finally:
         request_resources(bundles=[])  # from here on the trainings themselves ask
 
@@ -192,7 +192,7 @@ def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-class Patience:
+class StallReporter:
     """Says what a stage waits for, when nothing of this process's runs is at work: not at once, and not too often."""
 
     _worked: ClassVar[float] = 0.0
@@ -200,27 +200,27 @@ class Patience:
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._looked = Patience._worked = time.monotonic()
-        self._next_word: float = FIRST_WORD_AFTER_S
+        self._looked = StallReporter._worked = time.monotonic()
+        self._next_word: float = FIRST_MESSAGE_AFTER_S
 
-    def look(self, waiting: Sequence[str], running_on: Sequence[str], needs: WorkerNeeds, workers: int) -> None:
+    def look(self, waiting: Sequence[str], running_on: Sequence[str], needs: WorkerResources, workers: int) -> None:
         """Args:
         waiting: labels of the work that is not finished.
         running_on: ids of the machines where some of it was last seen running.
         workers: of each piece of work.
         """
         now = time.monotonic()
-        if now - self._looked < LOOK_EVERY_S:
+        if now - self._looked < POLL_INTERVAL_S:
             return
         self._looked = now
         if any(map(is_alive, running_on)):
-            Patience._worked, self._next_word = now, FIRST_WORD_AFTER_S
-        elif now - Patience._worked >= self._next_word:
-            self._next_word = now - Patience._worked + NEXT_WORD_AFTER_S
+            StallReporter._worked, self._next_word = now, FIRST_MESSAGE_AFTER_S
+        elif now - StallReporter._worked >= self._next_word:
+            self._next_word = now - StallReporter._worked + NEXT_MESSAGE_AFTER_S
             self._say(self._word(waiting, needs, workers))
 
     @staticmethod
-    def _word(waiting: Sequence[str], needs: WorkerNeeds, workers: int) -> str:
+    def _word(waiting: Sequence[str], needs: WorkerResources, workers: int) -> str:
         many = f"{waiting[0]!r}" if len(waiting) == 1 else f"{waiting[0]!r} and {len(waiting) - 1} more"
         times = f" for each of {workers} workers" if workers > 1 else ""
         why = (

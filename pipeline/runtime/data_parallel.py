@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from pipeline.errors import UserError
-from pipeline.runtime.cluster import WorkerNeeds
+from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.storage import Storage
 
 
@@ -15,7 +15,7 @@ def train_on_workers(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     num_workers: tuple[int, int],
-    needs: WorkerNeeds,
+    needs: WorkerResources,
     name: str,
     storage: Storage,
 ) -> None:

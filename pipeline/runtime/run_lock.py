@@ -23,25 +23,27 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically, write_json
 from pipeline.runtime.storage import Storage
 
-LOOK_EVERY_S = 0.5
-RENEWED_EVERY_S = 10.0
-LOST_AFTER_S = 60.0
-SETTLED_AFTER_S = 3.0
+POLL_INTERVAL_S = 0.5
+LEASE_RENEWAL_S = 10.0
+LEASE_EXPIRY_S = 60.0
+LEASE_CONFIRM_S = 3.0
 """Until it is read again who holds a lease that was free: of two that took it at once, the last."""
 
 
 @contextmanager
-def alone_at(storage: Storage, folder: Path, say: Callable[[str], None], stopped: Callable[[], bool]) -> Iterator[None]:
+def exclusive_run(
+    storage: Storage, folder: Path, say: Callable[[str], None], stopped: Callable[[], bool]
+) -> Iterator[None]:
     """Waits until no other job is at the run in `folder`, and says so; `stopped` ends the waiting.
 
     Raises:
         InterruptedError: told to stop.
     """
-    told = _Told(say, stopped)
+    told = _WaitNotifier(say, stopped)
     lock, name = FileLock(folder / "lock"), folder / "at_work.txt"
     while not lock.is_locked:
         try:
-            lock.acquire(timeout=LOOK_EVERY_S)
+            lock.acquire(timeout=POLL_INTERVAL_S)
         except Timeout:
             told.waiting_for(name.read_text("utf-8") if name.is_file() else "another job")
     try:
@@ -55,7 +57,7 @@ def alone_at(storage: Storage, folder: Path, say: Callable[[str], None], stopped
         lock.release()
 
 
-class _Told:
+class _WaitNotifier:
     """Says once for whom this job waits."""
 
     def __init__(self, say: Callable[[str], None], stopped: Callable[[], bool]):
@@ -70,13 +72,13 @@ class _Told:
 
 
 @contextmanager
-def _lease(storage: Storage, file: Path, told: _Told) -> Iterator[None]:
+def _lease(storage: Storage, file: Path, told: _WaitNotifier) -> Iterator[None]:
     lease: dict[str, Any] = {"id": uuid.uuid4().hex, "copies": _id_of_copies(storage), "job": _this_job(), "renewed": 0}
     _take(storage, file, lease, told)
     ended = threading.Event()
 
     def renew() -> None:
-        while not ended.wait(RENEWED_EVERY_S):
+        while not ended.wait(LEASE_RENEWAL_S):
             lease["renewed"] += 1
             with suppress(UserError):  # a bucket that is away is for the run's own work to tell
                 _write(storage, file, lease)
@@ -92,21 +94,21 @@ def _lease(storage: Storage, file: Path, told: _Told) -> Iterator[None]:
             storage.remove(file)
 
 
-def _take(storage: Storage, file: Path, lease: dict[str, Any], told: _Told) -> None:
+def _take(storage: Storage, file: Path, lease: dict[str, Any], told: _WaitNotifier) -> None:
     seen, since = None, time.monotonic()
     while True:
         found = _read(storage, file)
         if found != seen:
             seen, since = found, time.monotonic()
         # Whoever had the same copies would still have their lock, which this job has.
-        if found is None or found["copies"] == lease["copies"] or time.monotonic() - since >= LOST_AFTER_S:
+        if found is None or found["copies"] == lease["copies"] or time.monotonic() - since >= LEASE_EXPIRY_S:
             _write(storage, file, lease)
-            time.sleep(SETTLED_AFTER_S)
+            time.sleep(LEASE_CONFIRM_S)
             if (_read(storage, file) or {}).get("id") == lease["id"]:
                 return
             continue
         told.waiting_for(found["job"])
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _read(storage: Storage, file: Path) -> dict[str, Any] | None:

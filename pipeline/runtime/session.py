@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from pipeline.config import ClusterConfig, TrackingConfig, content_hash
 from pipeline.errors import UserError
 from pipeline.files import make_folder
-from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerNeeds, check_shared, joined
+from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerResources, check_shared, joined
 from pipeline.runtime.progress import RunBoard, progress_board
-from pipeline.runtime.run_lock import alone_at
+from pipeline.runtime.run_lock import exclusive_run
 from pipeline.runtime.storage import Storage, is_uri
 from pipeline.runtime.tracking.journal import JOURNAL
 from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
@@ -39,7 +39,7 @@ class Session:
     folder: Path
     """Of the run."""
     cluster: ClusterConfig
-    needs: WorkerNeeds
+    needs: WorkerResources
     """Of a training's worker."""
     tracker: Tracker
     console: Console
@@ -56,7 +56,7 @@ class Session:
 @contextmanager
 def connected(
     cluster: ClusterConfig, storage: Storage, paths: Sequence[Path], console: Console, dashboard: bool = False
-) -> Iterator[WorkerNeeds]:
+) -> Iterator[WorkerResources]:
     """Joins the cluster, and leaves it at the end unless this process had joined it before.
 
     Args:
@@ -77,7 +77,7 @@ def open_session(
     folder: Path,
     key: str,
     cluster: ClusterConfig,
-    needs: WorkerNeeds,
+    needs: WorkerResources,
     tracking: TrackingConfig,
     console: Console,
     stop: threading.Event | None = None,
@@ -89,7 +89,7 @@ def open_session(
     def say(text: str) -> None:
         console.print(f"  {text}", markup=False, highlight=False)
 
-    with alone_at(storage, folder, say, stop.is_set):
+    with exclusive_run(storage, folder, say, stop.is_set):
         journal = folder / f"tracking-{key}"
         if storage.is_bucket:  # an earlier job, on another machine, may have recorded more than is known here
             (there,) = storage.sizes([file := journal / JOURNAL])

@@ -13,23 +13,23 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskErr
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from pipeline.runtime.cluster import Patience, WorkerNeeds, places
+from pipeline.runtime.cluster import StallReporter, WorkerResources, places
 from pipeline.runtime.data_parallel import train_on_workers
 from pipeline.runtime.progress import ProgressDisplay
 from pipeline.runtime.session import PARENT, Session
-from pipeline.runtime.storage import Artefact, Storage
+from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.tracker import end_status
 
 
 @dataclass(frozen=True)
 class Work:
-    """One Ray task, `function(*arguments, board)`, that makes `artefact` or a part of one."""
+    """One Ray task, `function(*arguments, board)`, that makes `artifact` or a part of one."""
 
     label: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    artefact: Artefact | None = None
-    takes_gpu: bool = False
+    artifact: Artifact | None = None
+    uses_gpu: bool = False
     """Takes the GPUs and cores of a training's worker; other work takes one core."""
     num_workers: int = 1
     """Above one: a data-parallel training, `function` runs on each worker."""
@@ -41,8 +41,8 @@ def _work(storage: Storage, item: Work, board: Any) -> Any:
     """On a worker."""
     board.begin(item.label, ray.get_runtime_context().get_node_id())
     if not storage.is_bucket:
-        storage.check_here()  # this machine may have joined after the run began
-    if item.artefact and item.artefact.finished():  # by an attempt whose worker died before it could say so
+        storage.verify_access()  # this machine may have joined after the run began
+    if item.artifact and item.artifact.finished():  # by an attempt whose worker died before it could say so
         return None
     return item.function(*item.arguments, board)
 
@@ -92,7 +92,7 @@ class Stage:
         Raises:
             UserError: what a task raised for the user, or a worker that died too often.
         """
-        todo = [item for item in work if not (item.artefact and item.artefact.finished())]
+        todo = [item for item in work if not (item.artifact and item.artifact.finished())]
         self.computed |= bool(todo)
         # A data-parallel training that waits for its workers holds processes of Ray Train: no more than have room.
         cluster = self.session.cluster
@@ -102,7 +102,7 @@ class Stage:
         item_of = {self._submit(item): item for item in todo if item not in queue}
         value_of: dict[str, Any] = {}
         waiting = list(item_of)
-        patience = Patience(
+        patience = StallReporter(
             lambda text: self.session.console.print(f"  {text}", style="yellow", markup=False, highlight=False)
         )
         try:
@@ -135,18 +135,18 @@ class Stage:
         from ray.train import TrainingFailedError  # takes a second to import, and most trainings do without
 
         fewest = cluster.min_workers_per_training or item.num_workers
-        assert item.artefact is not None  # a training makes one
-        name = f"{item.artefact.stage}-{item.artefact.key}"
+        assert item.artifact is not None  # a training makes one
+        name = f"{item.artifact.stage}-{item.artifact.key}"
         return (
             ray.remote(train_on_workers)
             .options(num_cpus=0, retry_exceptions=[TrainingFailedError], **options)
             .remote(_work, arguments, (fewest, item.num_workers), needs, name, session.storage)
         )
 
-    def _needs(self, item: Work) -> WorkerNeeds:
-        return self.session.needs if item.takes_gpu else WorkerNeeds(1, 0)
+    def _needs(self, item: Work) -> WorkerResources:
+        return self.session.needs if item.uses_gpu else WorkerResources(1, 0)
 
-    def _look(self, patience: Patience, waiting: Sequence[Work]) -> None:
+    def _look(self, patience: StallReporter, waiting: Sequence[Work]) -> None:
         begun = self.session.board.begun()
         running_on = [begun[item.label] for item in waiting if item.label in begun]
         largest = max(waiting, key=lambda item: item.num_workers)

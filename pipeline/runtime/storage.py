@@ -1,6 +1,6 @@
 """Everything a run makes, in folders named by the hash of what it was made from.
 
-    <storage>/<stage>/<key>/             finished artefacts of data_check, splits, global_prompt, task_gradients,
+    <storage>/<stage>/<key>/             finished artifacts of data_check, splits, global_prompt, task_gradients,
                                          grouping, image_features and group_trainings
     <storage>/<stage>/.building-<key>/   unfinished ones: the training's checkpoints, and a folder for each attempt
     <storage>/runs/<name>-<key>/         reports, by run
@@ -8,9 +8,9 @@
     <storage>/searches/<name>-<key>/     trials of a search, and the report on them
 
 The storage is a folder that all machines share, or a bucket (s3://, gs://, ...), of which each machine keeps copies of
-what it needs in the same layout. An artefact is made in a folder of its own and published whole: in a folder by
-renaming, in a bucket by writing artefact.json, which lists its files, last. A reader sees a whole artefact or none, and
-a stage whose artefact is there is not run again. Two that make the same artefact do not meet: the faster one publishes.
+what it needs in the same layout. An artifact is made in a folder of its own and published whole: in a folder by
+renaming, in a bucket by writing artifact.json, which lists its files, last. A reader sees a whole artifact or none, and
+a stage whose artifact is there is not run again. Two that make the same artifact do not meet: the faster one publishes.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from pipeline.files import (
 )
 
 log = logging.getLogger(__name__)
-_MANIFEST = "artefact.json"
+_MANIFEST = "artifact.json"
 _MARKER = ".mmap-storage"
 _CHECKPOINTS = "checkpoints"
-PAUSES_S = (1, 2, 4, 8, 15, 30, 30, 30)
+RETRY_DELAYS_S = (1, 2, 4, 8, 15, 30, 30, 30)
 """Between the attempts to reach a bucket while a run is at work."""
-SENT_AT_ONCE = 8
+UPLOAD_THREADS = 8
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A place for artefacts and reports; picklable. Paths are always those below `folder`."""
+    """A place for artifacts and reports; picklable. Paths are always those below `folder`."""
 
     uri: str
     """The folder, or where the bucket's part begins."""
@@ -83,7 +83,7 @@ class Storage:
         return f"{place.rstrip('/')}/{name}" + (f"?{options}" if options else "")
 
     def mark(self) -> None:
-        """Leaves what `check_here` looks for. Raises: UserError: the storage cannot be written or read."""
+        """Leaves what `verify_access` looks for. Raises: UserError: the storage cannot be written or read."""
         marker = make_folder(self.folder) / _MARKER
         if not self.is_bucket and marker.is_file():
             return
@@ -99,7 +99,7 @@ class Storage:
                     "?endpoint_override=), and the credentials, which come from the environment"
                 ) from None
 
-    def check_here(self) -> None:
+    def verify_access(self) -> None:
         """Raises: UserError: this machine does not see the storage."""
         filesystem, marker = self.filesystem(self.folder / _MARKER)
         try:
@@ -117,7 +117,7 @@ class Storage:
         """Bytes of the files at `paths` in the storage; None for one that is not there."""
         filesystem, _ = self.filesystem(self.folder)
         places = [self.filesystem(path)[1] for path in paths]
-        found = self._persistently(lambda: filesystem.get_file_info(places))
+        found = self._with_retries(lambda: filesystem.get_file_info(places))
         return [info.size if info.type == pafs.FileType.File else None for info in found]
 
     def read(self, path: Path) -> bytes:
@@ -131,7 +131,7 @@ class Storage:
             except FileNotFoundError:
                 return None
 
-        if (found := self._persistently(content)) is None:
+        if (found := self._with_retries(content)) is None:
             raise FileNotFoundError(self.shown(path))
         return found
 
@@ -143,30 +143,30 @@ class Storage:
 
         def send_file(file: Path) -> None:
             target = f"{place}/{file.relative_to(path).as_posix()}" if file != path else place
-            self._persistently(lambda: pafs.copy_files(str(file), target, pafs.LocalFileSystem(), filesystem))
+            self._with_retries(lambda: pafs.copy_files(str(file), target, pafs.LocalFileSystem(), filesystem))
 
         # Of a run's folder, others may just be writing files: those have passing names.
         found = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-        with ThreadPoolExecutor(SENT_AT_ONCE) as threads:
+        with ThreadPoolExecutor(UPLOAD_THREADS) as threads:
             list(threads.map(send_file, [file for file in found if file.suffix != PARTIAL]))
 
     def fetch(self, folder: Path, into: Path | None = None) -> None:
         """From the bucket: all files of a folder that may be there. A storage that is a folder has them already."""
         if self.is_bucket:
             filesystem, place = self.filesystem(folder)
-            if self._persistently(lambda: filesystem.get_file_info(place)).type == pafs.FileType.Directory:
+            if self._with_retries(lambda: filesystem.get_file_info(place)).type == pafs.FileType.Directory:
                 target = str(make_folder(into or folder))
-                self._persistently(lambda: pafs.copy_files(place, target, filesystem, pafs.LocalFileSystem()))
+                self._with_retries(lambda: pafs.copy_files(place, target, filesystem, pafs.LocalFileSystem()))
 
     def remove(self, path: Path) -> None:
         """From the bucket, a file or folder that may be there; here too."""
         if self.is_bucket:
             filesystem, place = self.filesystem(path)
-            kind = self._persistently(lambda: filesystem.get_file_info(place)).type
+            kind = self._with_retries(lambda: filesystem.get_file_info(place)).type
             if kind == pafs.FileType.File:
-                self._persistently(lambda: filesystem.delete_file(place))
+                self._with_retries(lambda: filesystem.delete_file(place))
             elif kind == pafs.FileType.Directory:
-                self._persistently(lambda: filesystem.delete_dir(place))
+                self._with_retries(lambda: filesystem.delete_dir(place))
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def filesystem(self, path: Path) -> tuple[pafs.FileSystem, str]:
@@ -175,9 +175,9 @@ class Storage:
         filesystem, base = open_bucket(self.uri) if self.is_bucket else (pafs.LocalFileSystem(), self.uri)
         return filesystem, base if name == "." else f"{base}/{name}"
 
-    def _persistently(self, action: Callable[[], T]) -> T:
+    def _with_retries(self, action: Callable[[], T]) -> T:
         """A bucket that is away for a minute or two ends nothing. Raises: UserError: for longer."""
-        pauses = iter(PAUSES_S)
+        pauses = iter(RETRY_DELAYS_S)
         while True:
             try:
                 return action()
@@ -216,16 +216,16 @@ def open_bucket(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A stage's output, finished or not; picklable, so that a worker can finish what the driver planned."""
 
     storage: Storage
     stage: str
-    made_from: dict[str, Any]
+    inputs: dict[str, Any]
 
     @property
     def key(self) -> str:
-        return content_hash(self.made_from)
+        return content_hash(self.inputs)
 
     @property
     def folder(self) -> Path:
@@ -233,17 +233,17 @@ class Artefact:
         return self.storage.folder / self.stage / self.key
 
     @property
-    def building(self) -> Path:
+    def staging_dir(self) -> Path:
         """Where files are made before that."""
         return self.storage.folder / self.stage / f".building-{self.key}"
 
     @property
     def checkpoints(self) -> Path:
         """Folder of what all attempts share, to go on from; removed on finishing."""
-        return self.building / _CHECKPOINTS
+        return self.staging_dir / _CHECKPOINTS
 
     def finished(self) -> bool:
-        """True if the artefact is there with all its files; one that lost files is set aside and told of."""
+        """True if the artifact is there with all its files; one that lost files is set aside and told of."""
         if self.storage.sizes([self.folder / _MANIFEST]) == [None]:
             return False
         files = self.manifest()["files"]
@@ -266,7 +266,7 @@ class Artefact:
         return manifest
 
     def local(self) -> Path:
-        """The finished artefact's folder on this machine, with its files.
+        """The finished artifact's folder on this machine, with its files.
 
         Raises:
             UserError: a file of the bucket is not what was written there.
@@ -286,9 +286,9 @@ class Artefact:
         return self.folder
 
     @contextmanager
-    def making(self, publish: bool = True) -> Iterator[Making]:
+    def writer(self, publish: bool = True) -> Iterator[ArtifactWriter]:
         """Gives a folder to make the files in, and publishes them at the end of the block. If another attempt publishes
-        the artefact in the meantime, a fault of this one does not matter.
+        the artifact in the meantime, a fault of this one does not matter.
 
         Args:
             publish: False for all but one of several workers at the same attempt.
@@ -297,7 +297,7 @@ class Artefact:
             UserError: the disk is full.
         """
         began = time.monotonic()
-        made = Making(self, make_folder(self.building / uuid.uuid4().hex))
+        made = ArtifactWriter(self, make_folder(self.staging_dir / uuid.uuid4().hex))
         try:
             yield made
             if publish:
@@ -314,17 +314,17 @@ class Artefact:
 
 
 @dataclass
-class Making:
-    """One attempt at an artefact."""
+class ArtifactWriter:
+    """One attempt at an artifact."""
 
-    artefact: Artefact
+    artifact: Artifact
     folder: Path
     sent: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Files that `send_part` has taken care of: name → bytes, SHA-256."""
 
     def publish(self, seconds: float) -> None:
         """Publishes the files of `folder`, which took `seconds` to make."""
-        artefact, storage = self.artefact, self.artefact.storage
+        artifact, storage = self.artifact, self.artifact.storage
         for partial in self.folder.rglob(f"*{PARTIAL}"):  # of a worker that was killed while writing
             partial.unlink(missing_ok=True)
         here = {
@@ -334,26 +334,26 @@ class Making:
             name: (path.stat().st_size, _sha256(path)) for name, path in here.items() if name not in self.sent
         }
         manifest = {
-            "stage": artefact.stage,
-            "made_from": artefact.made_from,
+            "stage": artifact.stage,
+            "made_from": artifact.inputs,
             "seconds": seconds,
             "files": {name: size for name, (size, _) in sorted(of_files.items())},
             "sha256": {name: digest for name, (_, digest) in sorted(of_files.items())},
         }
-        storage.send(self.folder, artefact.folder)
+        storage.send(self.folder, artifact.folder)
         write_json(self.folder / _MANIFEST, manifest)  # which is to be in the bucket when all else is
-        storage.send(self.folder / _MANIFEST, artefact.folder / _MANIFEST)
+        storage.send(self.folder / _MANIFEST, artifact.folder / _MANIFEST)
         if len(here) == len(of_files):  # else parts of it were made on other machines
-            _rename_folder(self.folder, artefact.folder)
-        storage.remove(artefact.building)
+            _rename_folder(self.folder, artifact.folder)
+        storage.remove(artifact.staging_dir)
 
 
-def send_part(artefact: Artefact, folder: Path, name: str) -> dict[str, tuple[int, str]]:
-    """For a worker that makes one file of an artefact, in the Making's `folder`: what belongs into its `sent`."""
-    path, storage = folder / name, artefact.storage
+def send_part(artifact: Artifact, folder: Path, name: str) -> dict[str, tuple[int, str]]:
+    """For a worker that makes one file of an artifact, in the Making's `folder`: what belongs into its `sent`."""
+    path, storage = folder / name, artifact.storage
     described = {name: (path.stat().st_size, _sha256(path))}
     if storage.is_bucket:
-        storage.send(path, artefact.folder / name)
+        storage.send(path, artifact.folder / name)
         path.unlink()
     return described
 

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.errors import escaped
 
-IMAGES_TOGETHER = "X-Images-Together"
+BATCH_SIZE_HEADER = "X-Batch-Size"
 """Header of an answer: how many images the model took together with this request's, these included."""
 RETRY_AFTER_S = 1
 _PATHS = "GET /health, GET /models, POST /models/<model>/predict"
@@ -59,7 +59,7 @@ class Answer:
 
     records: list[dict[str, Any]]
     """`ImagePrediction.record` of each."""
-    images_together: int
+    batch_size: int
 
 
 class NoReplica(Exception):
@@ -164,7 +164,7 @@ class HttpApi:
         answer = await self._ask(name, task, np.stack(pixels)) if pixels else Answer([], 0)
         in_order = iter(answer.records)
         records = [_broken(task, image) if isinstance(image, str) else next(in_order) for image in decoded]
-        headers = {IMAGES_TOGETHER: str(answer.images_together)}
+        headers = {BATCH_SIZE_HEADER: str(answer.batch_size)}
         if is_json:
             return JSONResponse({"predictions": records}, headers=headers)
         return JSONResponse(records[0], 422 if records[0]["error"] else 200, headers)

@@ -43,7 +43,7 @@ class Ingress:
         parts = [pixels[start : start + at_once] for start in range(0, len(pixels), at_once)]
         answers = await asyncio.gather(*(self._predict_part(model, task, part) for part in parts))
         records = [record for answer in answers for record in answer.records]
-        return Answer(records, max(answer.images_together for answer in answers))
+        return Answer(records, max(answer.batch_size for answer in answers))
 
     async def _predict_part(self, model: str, task: str | None, pixels: np.ndarray) -> Answer:
         for failed in range(TRIES):

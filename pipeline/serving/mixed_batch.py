@@ -16,7 +16,7 @@ from pipeline.prediction.model import ImagePrediction, TrainedModel
 
 
 @dataclass(frozen=True)
-class Asked:
+class PredictRequest:
     """Of B images."""
 
     model: TrainedModel
@@ -27,27 +27,27 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class _View:
+class _TowerInput:
     """The images of `asked[at]` as the image tower sees them with one task's prompts."""
 
     at: int
     task: str
     classifier: Classifier
 
-    def shares_a_pass_with(self) -> tuple[Any, ...]:
+    def forward_key(self) -> tuple[Any, ...]:
         """Views for which this is the same can run in one pass of the image tower."""
         adaptation = self.classifier.adaptation(self.task)
         prompts = adaptation.vision_prompts
         shape = None if prompts is None else prompts.shape
         towers = adaptation.towers or self.classifier.towers
-        return id(towers), shape, adaptation.vision_carried, self.classifier.precision
+        return id(towers), shape, adaptation.vision_prompts_propagate, self.classifier.precision
 
     def prompts_of(self) -> tuple[Classifier, str]:
         return self.classifier, self.task
 
 
 @torch.inference_mode()
-def predict_together(asked: Sequence[Asked], at_once: int) -> list[list[ImagePrediction]]:
+def predict_batch(asked: Sequence[PredictRequest], at_once: int) -> list[list[ImagePrediction]]:
     """The predictions of each, in order.
 
     Args:
@@ -56,12 +56,12 @@ def predict_together(asked: Sequence[Asked], at_once: int) -> list[list[ImagePre
     Raises:
         UserError: a task that its model does not have.
     """
-    passes: dict[tuple[Any, ...], dict[tuple[Classifier, str], list[_View]]] = {}
+    passes: dict[tuple[Any, ...], dict[tuple[Classifier, str], list[_TowerInput]]] = {}
     for at, one in enumerate(asked):
         classifier = one.model.classifier
-        for task in dict.fromkeys(map(classifier.image_features_like, one.model.asked_for(one.task))):
-            view = _View(at, task, classifier)
-            passes.setdefault(view.shares_a_pass_with(), {}).setdefault(view.prompts_of(), []).append(view)
+        for task in dict.fromkeys(map(classifier.shared_feature_key, one.model.asked_for(one.task))):
+            view = _TowerInput(at, task, classifier)
+            passes.setdefault(view.forward_key(), {}).setdefault(view.prompts_of(), []).append(view)
     features: dict[tuple[int, str], torch.Tensor] = {}
     for by_prompts in passes.values():
         views = [view for those in by_prompts.values() for view in those]
@@ -72,14 +72,16 @@ def predict_together(asked: Sequence[Asked], at_once: int) -> list[list[ImagePre
     for at, one in enumerate(asked):
         classifier = one.model.classifier
         logits = {
-            task: classifier.logits_of_tower(task, features[at, classifier.image_features_like(task)])
+            task: classifier.logits_of_tower(task, features[at, classifier.shared_feature_key(task)])
             for task in one.model.asked_for(one.task)
         }
         predictions.append(list(one.model.predictions(logits, one.task)))
     return predictions
 
 
-def _tower_pass(asked: Sequence[Asked], by_prompts: Sequence[Sequence[_View]], at_once: int) -> torch.Tensor:
+def _tower_pass(
+    asked: Sequence[PredictRequest], by_prompts: Sequence[Sequence[_TowerInput]], at_once: int
+) -> torch.Tensor:
     """Features (ΣB, E) of the images of all views, in their order."""
     first = by_prompts[0][0]
     adaptation = first.classifier.adaptation(first.task)
@@ -95,5 +97,5 @@ def _tower_pass(asked: Sequence[Asked], by_prompts: Sequence[Sequence[_View]], a
         images = towers.normalize_pixels(pixels[start:stop].to(towers.device))
         with autocast(towers.device, first.classifier.precision):
             of_these = counts_between(counts, start, stop)
-            features.append(towers.encode_image(images, prompts, of_these, adaptation.vision_carried))
+            features.append(towers.encode_image(images, prompts, of_these, adaptation.vision_prompts_propagate))
     return torch.cat(features)

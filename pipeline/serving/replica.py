@@ -9,10 +9,10 @@ import numpy as np
 import ray
 import torch
 
-from pipeline.runtime.cluster import WorkerNeeds
-from pipeline.serving.batches import Batches
+from pipeline.runtime.cluster import WorkerResources
+from pipeline.serving.dynamic_batcher import DynamicBatcher
 from pipeline.serving.http_api import Answer
-from pipeline.serving.mixed_batch import Asked, predict_together
+from pipeline.serving.mixed_batch import PredictRequest, predict_batch
 from pipeline.serving.shared_clip import Trained, load_models
 
 _Call = tuple[str, str | None, np.ndarray]
@@ -30,15 +30,17 @@ class ModelReplica:
         UserError: as `load_models`.
     """
 
-    def __init__(self, trained: list[ray.ObjectRef[Trained]], needs: WorkerNeeds, max_batch: int, batch_wait_s: float):
+    def __init__(
+        self, trained: list[ray.ObjectRef[Trained]], needs: WorkerResources, max_batch: int, batch_wait_s: float
+    ):
         if not needs.gpus:
             torch.set_num_threads(needs.cpus)
         self._models = load_models(ray.get(trained[0]), "cuda" if needs.gpus else "cpu")
         self._max_batch = max_batch
         self._model_thread = ThreadPoolExecutor(1, "model")
-        self._batches = Batches(self._predict_batch, lambda call: len(call[2]), max_batch, batch_wait_s)
+        self._batches = DynamicBatcher(self._predict_batch, lambda call: len(call[2]), max_batch, batch_wait_s)
         self._has_answered = False
-        self._try_out()  # what is slow the first time is done before the first request
+        self._warm_up()  # what is slow the first time is done before the first request
 
     async def predict(self, model: str, task: str | None, pixels: np.ndarray) -> Answer:
         """Of uint8 pixels (B, 3, S, S); such a model and task there must be."""
@@ -51,7 +53,7 @@ class ModelReplica:
         """Runs the models, unless they have answered since the last time. What they raise makes Serve replace the
         replica."""
         if not self._has_answered:
-            await asyncio.get_running_loop().run_in_executor(self._model_thread, self._try_out)
+            await asyncio.get_running_loop().run_in_executor(self._model_thread, self._warm_up)
         self._has_answered = False
 
     async def _predict_batch(self, asked: list[_Call]) -> list[Answer]:
@@ -60,12 +62,12 @@ class ModelReplica:
         return answers
 
     def _predict(self, asked: list[_Call]) -> list[Answer]:
-        batch = [Asked(self._models[name], task, torch.tensor(pixels)) for name, task, pixels in asked]
+        batch = [PredictRequest(self._models[name], task, torch.tensor(pixels)) for name, task, pixels in asked]
         num_images = sum(len(one.pixels) for one in batch)
-        found = predict_together(batch, self._max_batch)
+        found = predict_batch(batch, self._max_batch)
         return [Answer([prediction.record() for prediction in predictions], num_images) for predictions in found]
 
-    def _try_out(self) -> None:
+    def _warm_up(self) -> None:
         for model in self._models.values():
             size = model.image_size
             model.predict_pixels(torch.zeros(1, 3, size, size, dtype=torch.uint8), model.tasks[0])

@@ -26,10 +26,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.clip.load import towers_without_weights
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import TrainedPrompts
+from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.methods.registry import get_method
 from pipeline.prediction.options import ModelOptions
-from pipeline.runtime.cluster import WorkerNeeds, described, places
+from pipeline.runtime.cluster import WorkerResources, described, places
 from pipeline.serving.http_api import Limits, ServedModel
 from pipeline.serving.ingress import Ingress
 from pipeline.serving.replica import ModelReplica
@@ -37,7 +37,7 @@ from pipeline.serving.shared_clip import Trained
 
 INGRESS_APP, MODELS_APP = "mmap-clip-ingress", "mmap-clip-models"
 HEALTH_CHECK_EVERY_S = 5
-LOOK_EVERY_S = 5
+POLL_INTERVAL_S = 5
 LOADING_TRIES = 3
 """Of a replica that cannot load the models, until the service is given up."""
 MIN_IN_REPLICA = 32
@@ -54,7 +54,7 @@ class ServiceOptions:
     port: int
     replicas: int
     ingress_replicas: int
-    needs: WorkerNeeds
+    needs: WorkerResources
     """Of a replica."""
     max_batch: int
     batch_wait_s: float
@@ -116,7 +116,7 @@ def watch_service(options: ServiceOptions, say: Callable[[str], None]) -> None:
     """Tells when replicas go and come, until interrupted. Raises: UserError: someone else ended the service."""
     before = options.replicas
     while True:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_INTERVAL_S)
         try:
             applications = serve.status().applications
             states = applications[MODELS_APP].deployments[ModelReplica.__name__].replica_states
@@ -139,7 +139,7 @@ def _check_cluster(options: ServiceOptions) -> None:
             f"Ray Serve is at work on this cluster already (applications: {there}), and has one address for all: end "
             "it there with `serve shutdown`, or use another cluster"
         )
-    probe = ray.remote(port_fault)
+    probe = ray.remote(port_error)
     for node in ray.nodes():
         if node["Alive"]:
             on_node = probe.options(
@@ -149,7 +149,7 @@ def _check_cluster(options: ServiceOptions) -> None:
                 raise UserError(f"machine {node['NodeManagerAddress']}: {fault}")
 
 
-def port_fault(host: str, port: int) -> str:
+def port_error(host: str, port: int) -> str:
     """Why this machine cannot listen there; empty: it can."""
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
@@ -158,7 +158,7 @@ def port_fault(host: str, port: int) -> str:
         return f"cannot listen on --host {host} --port {port}: {error.strerror or error}; give others, or end what does"
 
 
-def _told(prompts: TrainedPrompts, options: ModelOptions) -> ServedModel:
+def _told(prompts: TrainedAdapter, options: ModelOptions) -> ServedModel:
     kind = get_method(prompts.method)
     return ServedModel(
         method=kind.title,

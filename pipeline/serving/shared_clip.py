@@ -12,12 +12,12 @@ from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import ClipConfig
 from pipeline.errors import UserError
-from pipeline.methods.prompt_file import TrainedPrompts
+from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.methods.registry import get_method
 from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import ModelOptions
 
-Trained = Mapping[str, tuple[TrainedPrompts, ModelOptions]]
+Trained = Mapping[str, tuple[TrainedAdapter, ModelOptions]]
 """Name of a model → what `pipeline.prediction.load.read_model` found."""
 
 
@@ -58,7 +58,7 @@ def load_models(trained: Trained, device: str) -> dict[str, TrainedModel]:
 
 
 def _clip_of(
-    prompts: TrainedPrompts, options: ModelOptions, model_config: Callable[[str, str | None, bool | None], str]
+    prompts: TrainedAdapter, options: ModelOptions, model_config: Callable[[str, str | None, bool | None], str]
 ) -> dict[str, str]:
     """What must be the same in models that share a CLIP."""
     clip = prompts.config.clip
@@ -67,5 +67,5 @@ def _clip_of(
         "clip.model": clip.model,
         "model configs": model_config(clip.model, options.pretrained or clip.pretrained, clip.quick_gelu),
         "clip.precision": clip.precision,
-        "mmap.text_order": prompts.config.mmap.text_order,
+        "mmap.text_prompt_position": prompts.config.mmap.text_prompt_position,
     }

@@ -17,16 +17,16 @@ from rich.markup import escape
 from pipeline.clip.load import load_tokenizer
 from pipeline.config import BUILTIN_DIGITS
 from pipeline.data.checked_images import COLUMNS, check_images, read_checked, read_samples, sample_paths
-from pipeline.data.find import ImageFile
-from pipeline.data.findings import CheckedImage, Finding, cut_words, find_faults
+from pipeline.data.findings import CheckedImage, Finding, find_issues, tokenize_words
+from pipeline.data.index import ImageRecord
 from pipeline.data.splits import sample_splits
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import make_folder, read_json, write_atomically, write_json
-from pipeline.report.data_check import COLOURS, TaskOverview, check_page, check_tables, one_line, overviews
+from pipeline.report.data_check import COLORS, TaskOverview, check_page, check_tables, one_line, overviews
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artefact
+from pipeline.runtime.storage import Artifact
 from pipeline.stages.flow import titled
 from pipeline.stages.plan import Plan
 
@@ -66,14 +66,14 @@ def check_data(plan: Plan, session: Session, in_full: bool = False) -> list[Find
     """
     folder = make_folder(plan.folder / NAME)
     with Stage(session, NAME, titled(NAME)) as stage:
-        artefact = _artefact(plan)
+        artifact = _artifact(plan)
         with _one_at_a_time:
-            if not artefact.finished():
+            if not artifact.finished():
                 stage.computed = True
-                with artefact.making() as made:
+                with artifact.writer() as made:
                     pq.write_table(_look(plan, stage), made.folder / IMAGES, compression="zstd")
         if not (found := _read(folder / FINDINGS)):
-            found = _find(plan, artefact.local() / IMAGES, folder)
+            found = _find(plan, artifact.local() / IMAGES, folder)
         findings, tasks = found
         _tell(plan, session, findings, tasks, folder, in_full)
     return findings
@@ -81,11 +81,11 @@ def check_data(plan: Plan, session: Session, in_full: bool = False) -> list[Find
 
 def checked_images(plan: Plan) -> list[CheckedImage]:
     """The listing's images, in its order, after `check_data`."""
-    return read_checked(_artefact(plan).local() / IMAGES, plan.listing.images)
+    return read_checked(_artifact(plan).local() / IMAGES, plan.listing.images)
 
 
-def _artefact(plan: Plan) -> Artefact:
-    return plan.artefact(NAME, {"format": FORMAT, "listing": plan.listing.fingerprint()})
+def _artifact(plan: Plan) -> Artifact:
+    return plan.artifact(NAME, {"format": FORMAT, "listing": plan.listing.fingerprint()})
 
 
 def _look(plan: Plan, stage: Stage) -> pa.Table:
@@ -99,13 +99,13 @@ def _look(plan: Plan, stage: Stage) -> pa.Table:
     return pa.concat_tables([COLUMNS.empty_table(), *stage.execute(work)]).unify_dictionaries()
 
 
-def _check_chunk(source: ImageSource, images: Sequence[ImageFile], samples: frozenset[str], board: Any) -> pa.Table:
+def _check_chunk(source: ImageSource, images: Sequence[ImageRecord], samples: frozenset[str], board: Any) -> pa.Table:
     table = check_images(source.here(), images, samples)
     board.advance(_READING, len(images), "images")
     return table
 
 
-def chunks(images: Sequence[ImageFile]) -> list[Sequence[ImageFile]]:
+def chunks(images: Sequence[ImageRecord]) -> list[Sequence[ImageRecord]]:
     """Of IMAGES_PER_CHUNK images; a row group of a table is in one of them, as its end is not read without the rest."""
     found, start = [], 0
     for at in range(1, len(images) + 1):
@@ -115,7 +115,7 @@ def chunks(images: Sequence[ImageFile]) -> list[Sequence[ImageFile]]:
     return found
 
 
-def _read_together(one: ImageFile, other: ImageFile) -> bool:
+def _read_together(one: ImageRecord, other: ImageRecord) -> bool:
     if one.row_group is None or one.row_group != other.row_group:
         return False
     return one.path.rpartition("#")[0] == other.path.rpartition("#")[0]
@@ -133,18 +133,18 @@ def _find(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[Tas
     except UserError as fault:
         no_splits = str(fault)
     tokenizer = load_tokenizer(plan.config.clip)
-    findings = find_faults(
+    findings = find_issues(
         images,
         listing.classes,
-        listing.class_words,
-        cut_words(listing.class_words.values(), tokenizer.encode, tokenizer.decoder.__getitem__),
+        listing.class_names,
+        tokenize_words(listing.class_names.values(), tokenizer.encode, tokenizer.decoder.__getitem__),
         data.shots,
         training,
         no_splits,
-        data.max_dropped_share,
+        data.max_broken_fraction,
     )
     tasks = overviews(images, listing.classes)
-    page = check_page(plan.config.name, tasks, findings, read_samples(file), listing.class_words)
+    page = check_page(plan.config.name, tasks, findings, read_samples(file), listing.class_names)
     write_atomically(folder / PAGE, page)
     values = {
         "format": FORMAT,
@@ -177,7 +177,7 @@ def _tell(
     in_full: bool,
 ) -> None:
     counts = Counter[str](finding.severity for finding in findings)
-    metrics = {f"findings/{severity}": float(counts[severity]) for severity in COLOURS}
+    metrics = {f"findings/{severity}": float(counts[severity]) for severity in COLORS}
     session.tracker.log_metrics(NAME, {**metrics, "images": sum(of.images for of in tasks)}, step=0)
     for name in (PAGE, FINDINGS):
         session.tracker.log_artifact(NAME, folder / name)
@@ -188,5 +188,5 @@ def _tell(
     for finding in [] if in_full else findings:
         if finding.severity != "note":
             session.console.print(
-                f"  [{COLOURS[finding.severity]}]{finding.severity}[/]: {escape(finding.title)}", highlight=False
+                f"  [{COLORS[finding.severity]}]{finding.severity}[/]: {escape(finding.title)}", highlight=False
             )

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.prediction.options import GROUPED
-from pipeline.runtime.storage import Artefact, Storage, is_uri
+from pipeline.runtime.storage import Artifact, Storage, is_uri
 
 if TYPE_CHECKING:
-    from pipeline.methods.prompt_file import TrainedPrompts
+    from pipeline.methods.adapter_file import TrainedAdapter
     from pipeline.stages.plan import Plan
 
 RUNS = "runs"
-RECORD = "artefacts.json"
+PROVENANCE = "artifacts.json"
 SUMMARY = "report/summary.json"
 
 
@@ -27,17 +27,17 @@ SUMMARY = "report/summary.json"
 class FinishedRun:
     storage: Storage
     folder: Path
-    snapshots: tuple[Artefact, ...]
+    snapshots: tuple[Artifact, ...]
     """The tasks' gradients on the global prompt: those of its training, then of each task that was added."""
     summary: dict[str, Any]
     """As summary.json."""
 
     @cached_property
-    def prompts(self) -> TrainedPrompts:
+    def prompts(self) -> TrainedAdapter:
         """Of grouped MmAP."""
-        from pipeline.methods.prompt_file import load_prompts  # torch, which a wrong option does not wait for
+        from pipeline.methods.adapter_file import load_adapter  # torch, which a wrong option does not wait for
 
-        return load_prompts(self.folder / GROUPED)
+        return load_adapter(self.folder / GROUPED)
 
     @property
     def config_file(self) -> Path:
@@ -54,10 +54,10 @@ class FinishedRun:
         return tasks
 
 
-def record_artefacts(plan: Plan, snapshots: Sequence[Artefact]) -> None:
+def write_provenance(plan: Plan, snapshots: Sequence[Artifact]) -> None:
     """Leaves in the run's folder what a later job needs to find its snapshots without its data."""
-    told = [{"stage": of.stage, "made_from": of.made_from} for of in snapshots]
-    write_json(plan.folder / RECORD, {"snapshots": told})
+    told = [{"stage": of.stage, "made_from": of.inputs} for of in snapshots]
+    write_json(plan.folder / PROVENANCE, {"snapshots": told})
 
 
 def read_finished_run(place: str, cache: str) -> FinishedRun:
@@ -71,17 +71,19 @@ def read_finished_run(place: str, cache: str) -> FinishedRun:
     """
     storage, folder = _located(place, cache)
     storage.fetch(folder)
-    for name in ("config.yaml", SUMMARY, GROUPED, RECORD):
+    for name in ("config.yaml", SUMMARY, GROUPED, PROVENANCE):
         if not (folder / name).is_file():
             raise UserError(
                 f"--run {place} is no folder of a finished run: it has no {name}. Give <storage>/{RUNS}/<run>, and run "
                 "the same command again that made it, if it did not come to its end or was made by an older version"
             )
-    snapshots = tuple(Artefact(storage, of["stage"], of["made_from"]) for of in read_json(folder / RECORD)["snapshots"])
-    for artefact in snapshots:
-        if not artefact.finished():
+    snapshots = tuple(
+        Artifact(storage, of["stage"], of["made_from"]) for of in read_json(folder / PROVENANCE)["snapshots"]
+    )
+    for artifact in snapshots:
+        if not artifact.finished():
             raise UserError(
-                f"{storage.shown(artefact.folder)} is gone, which the run {place} needs: run the command again that "
+                f"{storage.shown(artifact.folder)} is gone, which the run {place} needs: run the command again that "
                 "made it"
             )
     return FinishedRun(storage, folder, snapshots, read_json(folder / SUMMARY))

@@ -59,7 +59,7 @@ def titled(name: str, title: str | None = None) -> str:
     return f"{NAMES.index(name)} {title or FLOW[NAMES.index(name)].title}"
 
 
-def stages_in_words() -> str:
+def stage_summary() -> str:
     """A line for each stage."""
     return "\n".join(f"  {number} {stage.name:<16} {stage.gives}" for number, stage in enumerate(FLOW))
 

@@ -18,40 +18,40 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import Effect
 from pipeline.files import read_json, write_json
 from pipeline.grouping.text import format_groups
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, save_adapter
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import HiPro
-from pipeline.methods.method import Groups
+from pipeline.methods.method import TaskScope
 from pipeline.methods.mmap import GroupMmap
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, save_prompts
-from pipeline.methods.registry import ALWAYS, VARIANTS, get_method, training_of
+from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, get_method, training_of
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artefact
+from pipeline.runtime.storage import Artifact
 from pipeline.seeds import derive_seed
 from pipeline.stages.flow import titled
 from pipeline.stages.grouping import read_grouping
 from pipeline.stages.image_features import ImageFeatures, test_features, training_features
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_work import TrainingWork, track_history, training_made_from
+from pipeline.training.distributed import DistributedShard
 from pipeline.training.evaluate import Prediction, accuracy, write_predictions
-from pipeline.training.share import Share
 
 NAME = "group_trainings"
-PROMPTS = "prompts.safetensors"
+ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
-class MethodArtefacts:
-    """Where the results of one method lie: an artefact for each of its groups."""
+class MethodArtifacts:
+    """Where the results of one method lie: an artifact for each of its groups."""
 
     name: str
     groups: tuple[tuple[str, ...], ...]
-    artefacts: tuple[Artefact, ...]
+    artifacts: tuple[Artifact, ...]
 
     def results(self) -> list[dict[str, Any]]:
-        """Each artefact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
-        return [read_json(artefact.local() / "result.json") for artefact in self.artefacts]
+        """Each artifact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
+        return [read_json(artifact.local() / "result.json") for artifact in self.artifacts]
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Training:
 
     version: str
     item: TrainingWork
-    artefact: Artefact
+    artifact: Artifact
     features: tuple[ImageFeatures, ...]
     """What has to be there before."""
     start: Training | None
     """Whose trained state it goes on from."""
     affinities: list[list[float]] | None
     """For a method that uses them."""
-    joins: TrainedPrompts | None = None
+    joins: TrainedAdapter | None = None
     """MmAP of a group, whose group prompt it takes as it is: task prompts only are trained."""
 
     @property
@@ -77,40 +77,40 @@ class Training:
 
     @property
     def work(self) -> Work:
-        start = self.start.artefact if self.start else None
+        start = self.start.artifact if self.start else None
         workers, label = self.item.config.cluster.workers_per_training, self.item.label
-        arguments = (self.item, self.artefact, start, self.affinities, self.joins)
-        return Work(label, _train_group, arguments, self.artefact, True, workers, label)
+        arguments = (self.item, self.artifact, start, self.affinities, self.joins)
+        return Work(label, _train_group, arguments, self.artifact, True, workers, label)
 
 
 def train_groups(
-    plan: Plan, session: Session, grouping: Artefact | None = None, names: Sequence[str] | None = None
-) -> list[MethodArtefacts]:
+    plan: Plan, session: Session, grouping: Artifact | None = None, names: Sequence[str] | None = None
+) -> list[MethodArtifacts]:
     """Trains and evaluates what is missing of some of registry.VARIANTS, the largest groups first.
 
     Args:
         grouping: needed for versions of which `uses_grouping` is true.
-        names: None: zero-shot CLIP, config.compare, and MmAP with all tasks in one group and in the groups found.
+        names: None: zero-shot CLIP, config.baselines, and MmAP with all tasks in one group and in the groups found.
     """
-    names = tuple(names or ("zero_shot", *plan.config.compare, *ALWAYS))
+    names = tuple(names or ("zero_shot", *plan.config.baselines, *DEFAULT_VARIANTS))
     result = read_grouping(grouping) if grouping else None
     planned: dict[str, list[Training]] = {}
     for name in names:
         plan_trainings(plan, name, result, planned)
     _train_planned(session, planned)
-    return [_artefacts_of(name, planned[name]) for name in names]
+    return [_artifacts_of(name, planned[name]) for name in names]
 
 
-def train_every_group(plan: Plan, session: Session) -> MethodArtefacts:
+def train_every_group(plan: Plan, session: Session) -> MethodArtifacts:
     """MmAP as in grouped trainings, for every set of tasks that could be a group: 2^T - 1 trainings."""
     tasks, name = tuple(plan.tasks), "every group"
     groups = [group for size in range(1, len(tasks) + 1) for group in combinations(tasks, size)]
     planned = {name: [_training(plan, name, "mmap", group, f"group: {format_groups([group])}") for group in groups]}
     _train_planned(session, planned)
-    return _artefacts_of(name, planned[name])
+    return _artifacts_of(name, planned[name])
 
 
-def train_added_task(plan: Plan, session: Session, joins: TrainedPrompts | None) -> list[MethodArtefacts]:
+def train_added_task(plan: Plan, session: Session, joins: TrainedAdapter | None) -> list[MethodArtifacts]:
     """Zero-shot CLIP, and MmAP for the run's only task: with its own prompt in the group of `joins`, or, alone, with a
     group prompt too."""
     (task,) = plan.tasks
@@ -118,18 +118,18 @@ def train_added_task(plan: Plan, session: Session, joins: TrainedPrompts | None)
     plan_trainings(plan, "zero_shot", None, planned)
     planned["grouped"] = [_training(plan, "grouped", "mmap", (task,), f"task: {task}", joins=joins)]
     _train_planned(session, planned)
-    return [_artefacts_of(name, trainings) for name, trainings in planned.items()]
+    return [_artifacts_of(name, trainings) for name, trainings in planned.items()]
 
 
 def _train_planned(session: Session, planned: Mapping[str, Sequence[Training]]) -> None:
     trainings: dict[str, Training] = {}
     for training in chain.from_iterable(planned.values()):
-        trainings.setdefault(training.artefact.key, training)  # a grouping with one group is all in one
+        trainings.setdefault(training.artifact.key, training)  # a grouping with one group is all in one
     with Stage(session, NAME, titled(NAME)) as stage:
         for training in trainings.values():
             tags = {"level": "training", "method": training.version, "tasks": ", ".join(training.item.tasks)}
             session.tracker.start_run(training.item.label, parent=NAME, tags=tags)
-        features = {made.artefact.key: made.work for training in trainings.values() for made in training.features}
+        features = {made.artifact.key: made.work for training in trainings.values() for made in training.features}
         for wave in range(max(training.wave for training in trainings.values()) + 1):
             of_wave = [training for training in trainings.values() if training.wave == wave]
             of_wave.sort(key=lambda training: -len(training.item.tasks))
@@ -138,9 +138,9 @@ def _train_planned(session: Session, planned: Mapping[str, Sequence[Training]]) 
             _track(session, training)
 
 
-def _artefacts_of(name: str, trainings: Sequence[Training]) -> MethodArtefacts:
-    groups, artefacts = zip(*((training.item.tasks, training.artefact) for training in trainings))
-    return MethodArtefacts(name, groups, artefacts)
+def _artifacts_of(name: str, trainings: Sequence[Training]) -> MethodArtifacts:
+    groups, artifacts = zip(*((training.item.tasks, training.artifact) for training in trainings))
+    return MethodArtifacts(name, groups, artifacts)
 
 
 def plan_trainings(
@@ -175,30 +175,30 @@ def _training(
     label: str,
     start: Training | None = None,
     affinities: list[list[float]] | None = None,
-    joins: TrainedPrompts | None = None,
+    joins: TrainedAdapter | None = None,
 ) -> Training:
     kind = get_method(method)
     effects: tuple[Effect, ...] = ("training", "evaluation") if kind.trained else ("evaluation",)
-    made_from = {
+    inputs = {
         **training_made_from(plan, method, tasks, *effects),
         "group": list(tasks),
-        "start": start.artefact.key if start else None,
+        "start": start.artifact.key if start else None,
         "affinities": affinities,
         "joins": joins.digest if joins else None,
     }
     training: dict[str, ImageFeatures] = {}
     test: dict[str, ImageFeatures] = {}
-    if kind.trained and (kind.consistent or not kind.changes_images):
+    if kind.trained and (kind.consistent or not kind.modifies_image_encoder):
         training = {task: training_features(plan, task, method) for task in tasks}
-    if not kind.changes_images:
+    if not kind.modifies_image_encoder:
         test = {task: test_features(plan, task) for task in tasks}
-    made = ({task: of_task.artefact for task, of_task in of_tasks.items()} for of_tasks in (training, test))
+    made = ({task: of_task.artifact for task, of_task in of_tasks.items()} for of_tasks in (training, test))
     item = TrainingWork(plan.config, plan.splits, tasks, label, method, *made)
     features = (*training.values(), *test.values())
-    return Training(version, item, plan.artefact(NAME, made_from), features, start, affinities, joins)
+    return Training(version, item, plan.artifact(NAME, inputs), features, start, affinities, joins)
 
 
-def _groups(plan: Plan, kind: Groups, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
+def _groups(plan: Plan, kind: TaskScope, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
     tasks = tuple(plan.tasks)
     if kind == "each task":
         return [(task,) for task in tasks]
@@ -213,7 +213,7 @@ def _groups(plan: Plan, kind: Groups, grouping: dict[str, Any] | None) -> Sequen
 
 def _track(session: Session, training: Training) -> None:
     """Gives a finished training's results to its MLflow run."""
-    label, folder = training.item.label, training.artefact.local()
+    label, folder = training.item.label, training.artifact.local()
     result = read_json(folder / "result.json")
     session.tracker.log_metrics(
         label,
@@ -225,9 +225,9 @@ def _track(session: Session, training: Training) -> None:
         },
         step=0,
     )
-    if (folder / PROMPTS).exists():
-        track_history(session, label, training.artefact)
-        session.tracker.log_artifact(label, folder / PROMPTS)
+    if (folder / ADAPTER).exists():
+        track_history(session, label, training.artifact)
+        session.tracker.log_artifact(label, folder / ADAPTER)
     session.tracker.end_run(label)
 
 
@@ -240,32 +240,32 @@ def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tupl
 
 def _train_group(
     work: TrainingWork,
-    artefact: Artefact,
-    start: Artefact | None,
+    artifact: Artifact,
+    start: Artifact | None,
     affinities: list[list[float]] | None,
-    joins: TrainedPrompts | None,
+    joins: TrainedAdapter | None,
     board: Any,
 ) -> None:
     """`start`: the training whose numbers this one goes on from; None: the method's own start."""
-    began, share = time.monotonic(), Share.of_this_process()
+    began, share = time.monotonic(), DistributedShard.current()
     kind, reporter = get_method(work.method), Reporter(board, work.label)
-    config, towers, words = work.config, work.towers(kind.trains_weights), work.words()
+    config, towers, class_names = work.config, work.towers(kind.trains_weights), work.class_names()
     method = built_method(work, towers, start, affinities)
     if joins:
         cast(GroupMmap, method).join(joins.states[0])  # what joins is MmAP
-    with artefact.making(publish=share.first) as made:
+    with artifact.writer(publish=share.first) as made:
         if kind.trained:
             work.train(towers, method, training_of(work.method, config).epochs, made, reporter)
         fingerprint = weights_fingerprint(towers)
-        trained = TrainedPrompts(work.method, config, fingerprint, (words,), (dict(method.state_dict()),))
+        trained = TrainedAdapter(work.method, config, fingerprint, (class_names,), (dict(method.state_dict()),))
         with torch.no_grad():
-            templates = kind.templates(config, words)
-            classifier = Classifier(towers, templates, [(words, method())], config.clip.precision)
+            templates = kind.templates(config, class_names)
+            classifier = Classifier(towers, templates, [(class_names, method())], config.clip.precision)
         predictions = _predictions(work, classifier, reporter, share)
         frozen = [parameter for parameter in method.parameters() if not parameter.requires_grad]
         if share.first:
             if kind.trained:
-                save_prompts(made.folder / PROMPTS, trained)
+                save_adapter(made.folder / ADAPTER, trained)
             write_predictions(made.folder / "predictions.parquet", predictions)
             result = {
                 "accuracy": accuracy(predictions),
@@ -276,18 +276,20 @@ def _train_group(
 
 
 def built_method(
-    work: TrainingWork, towers: ClipTowers, start: Artefact | None, affinities: list[list[float]] | None
+    work: TrainingWork, towers: ClipTowers, start: Artifact | None, affinities: list[list[float]] | None
 ) -> nn.Module:
     """The method's module as its training begins; arguments as those of Training."""
-    method = get_method(work.method).build(work.config, towers, work.words()).to(towers.device)
+    method = get_method(work.method).build(work.config, towers, work.class_names()).to(towers.device)
     if affinities:
-        cast(HiPro, method).plant(np.array(affinities))  # the one that uses them
+        cast(HiPro, method).build_tree(np.array(affinities))  # the one that uses them
     if start:
-        method.load_state_dict(load_prompts(start.local() / PROMPTS).states[0])
+        method.load_state_dict(load_adapter(start.local() / ADAPTER).states[0])
     return method
 
 
-def _predictions(work: TrainingWork, classifier: Classifier, reporter: Reporter, share: Share) -> list[Prediction]:
+def _predictions(
+    work: TrainingWork, classifier: Classifier, reporter: Reporter, share: DistributedShard
+) -> list[Prediction]:
     reader, done = work.reader(), 0
     total = sum(reader.description.counts["test"][task] for task in work.tasks)
 

@@ -11,7 +11,7 @@ from pipeline.files import read_json
 from pipeline.grouping.text import format_groups
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.storage import Artefact
+from pipeline.runtime.storage import Artifact
 from pipeline.stages.flow import titled
 from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.plan import Plan
@@ -22,22 +22,22 @@ MORE_FIGURES = ("together_map.png", "affinity_over_training.png", "ranked_partit
 PAGE = "grouping.html"
 
 
-def solve_grouping(plan: Plan, session: Session, global_prompt: Artefact) -> Artefact:
+def solve_grouping(plan: Plan, session: Session, global_prompt: Artifact) -> Artifact:
     """Groups the tasks unless that was done for these snapshots and this config."""
-    artefact = grouping_artefact(plan, global_prompt)
+    artifact = grouping_artifact(plan, global_prompt)
     with Stage(session, NAME, titled(NAME)) as stage:
-        stage.computed = make_grouping(plan, global_prompt, artefact)
-        track_grouping(session, artefact, plan.config.grouping)
-    return artefact
+        stage.computed = make_grouping(plan, global_prompt, artifact)
+        track_grouping(session, artifact, plan.config.grouping)
+    return artifact
 
 
-def place_task(
+def assign_task(
     plan: Plan,
     session: Session,
-    snapshots: Mapping[tuple[str, ...], Artefact],
+    snapshots: Mapping[tuple[str, ...], Artifact],
     groups: Sequence[Sequence[str]],
     options: GroupingConfig,
-) -> Artefact:
+) -> Artifact:
     """Likewise, where the tasks that came before stay in their `groups`, and the run's only task joins one of them or
     is alone.
 
@@ -46,8 +46,8 @@ def place_task(
         options: of the grouping, without what `groups` ask for.
     """
     tasks = sorted(task for of_file in snapshots for task in of_file)
-    options = staying_together(options, groups)
-    artefact = plan.artefact(
+    options = with_fixed_groups(options, groups)
+    artifact = plan.artifact(
         NAME,
         {
             "snapshots": [of_file.key for of_file in snapshots.values()],
@@ -56,59 +56,59 @@ def place_task(
         },
     )
     with Stage(session, NAME, titled(NAME, "place among the groups")) as stage:
-        if not artefact.finished():
+        if not artifact.finished():
             from pipeline.stages.grouping_solution import write_grouping
 
             stage.computed = True
             files = {of_file.local() / SNAPSHOTS: names for names, of_file in snapshots.items()}
-            with artefact.making() as made:
+            with artifact.writer() as made:
                 write_grouping(tasks, files, options, made.folder)
-        track_grouping(session, artefact, options)
-    return artefact
+        track_grouping(session, artifact, options)
+    return artifact
 
 
-def staying_together(options: GroupingConfig, groups: Sequence[Sequence[str]]) -> GroupingConfig:
+def with_fixed_groups(options: GroupingConfig, groups: Sequence[Sequence[str]]) -> GroupingConfig:
     """With constraints that keep each of the groups whole, and apart from the others."""
-    together = [*options.together, *(tuple(group) for group in groups if len(group) > 1)]
-    apart = [*options.apart, *([tuple(group[0] for group in groups)] if len(groups) > 1 else [])]
-    return options.model_copy(update={"together": tuple(together), "apart": tuple(apart)})
+    must_link = [*options.must_link, *(tuple(group) for group in groups if len(group) > 1)]
+    cannot_link = [*options.cannot_link, *([tuple(group[0] for group in groups)] if len(groups) > 1 else [])]
+    return options.model_copy(update={"must_link": tuple(must_link), "cannot_link": tuple(cannot_link)})
 
 
-def track_grouping(session: Session, artefact: Artefact, of_run: GroupingConfig) -> None:
+def track_grouping(session: Session, artifact: Artifact, of_run: GroupingConfig) -> None:
     """Gives a grouping to the stage's MLflow run, and tells it; `of_run`: the options it was made with."""
     from rich.markup import escape
 
-    options, result = of_run.model_dump(mode="json"), read_grouping(artefact)
+    options, result = of_run.model_dump(mode="json"), read_grouping(artifact)
     session.tracker.log_params(NAME, {**options, "groups": format_groups(result["groups"])})
     session.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
     session.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
     for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
-        session.tracker.log_artifact(NAME, artefact.local() / name)
+        session.tracker.log_artifact(NAME, artifact.local() / name)
     for warning in result["warnings"]:
         session.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
     found = escape(f"{format_groups(result['groups'])} · {describe_search(result)}")
     session.console.print(f"  {found}", highlight=False)
 
 
-def grouping_artefact(plan: Plan, global_prompt: Artefact) -> Artefact:
+def grouping_artifact(plan: Plan, global_prompt: Artifact) -> Artifact:
     config = values_affecting(plan.config, "grouping")
-    return plan.artefact(NAME, {"snapshots": global_prompt.key, "tasks": plan.tasks, "config": config})
+    return plan.artifact(NAME, {"snapshots": global_prompt.key, "tasks": plan.tasks, "config": config})
 
 
-def make_grouping(plan: Plan, global_prompt: Artefact, artefact: Artefact) -> bool:
+def make_grouping(plan: Plan, global_prompt: Artifact, artifact: Artifact) -> bool:
     """Groups the tasks; False if that was done before."""
-    if artefact.finished():
+    if artifact.finished():
         return False
 
     from pipeline.stages.grouping_solution import write_grouping
 
-    with artefact.making() as made:
+    with artifact.writer() as made:
         write_grouping(plan.tasks, {global_prompt.local() / SNAPSHOTS: plan.tasks}, plan.config.grouping, made.folder)
     return True
 
 
-def read_grouping(artefact: Artefact) -> dict[str, Any]:
-    grouping: dict[str, Any] = read_json(artefact.local() / "grouping.json")
+def read_grouping(artifact: Artifact) -> dict[str, Any]:
+    grouping: dict[str, Any] = read_json(artifact.local() / "grouping.json")
     return grouping
 
 

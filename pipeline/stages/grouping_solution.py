@@ -19,16 +19,16 @@ from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.search.constraints import task_numbers
 from pipeline.grouping.search.problem import Groups
-from pipeline.grouping.trust import (
+from pipeline.grouping.stability import (
     bootstrap,
     groups_over_training,
     ranked_partitions,
     satisfies,
     snapshot_affinities,
 )
-from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map, together_map
+from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map, co_assignment_map
 from pipeline.report.grouping_page import grouping_page
-from pipeline.report.grouping_trust_figures import affinity_over_training, ranked_partitions_figure
+from pipeline.report.grouping_stability_figures import affinity_over_training, ranked_partitions_figure
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_search
 from pipeline.training.snapshots import read_gradients, read_steps
 
@@ -66,7 +66,7 @@ def write_grouping(
     def named(groups: Groups) -> list[list[str]]:
         return [[tasks[i] for i in group] for group in groups]
 
-    numbers = {name: task_numbers(tasks, name, options.constraints[name]) for name in ("together", "apart")}
+    numbers = {name: task_numbers(tasks, name, options.constraints[name]) for name in ("must_link", "cannot_link")}
     sure = bootstrap(affinities, search)
     ranked = ranked_partitions(
         affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **numbers})
@@ -76,7 +76,7 @@ def write_grouping(
         "groups": named(partition.groups),
         "score": partition.score,
         "bound": partition.bound,
-        "proven": partition.proven,
+        "proven": partition.is_optimal,
         "method": partition.method,
         "num_candidates": partition.num_candidates,
         "objective": options.objective,
@@ -87,9 +87,9 @@ def write_grouping(
         "num_snapshots": len(gradients),
         "affinity": affinity.tolist(),
         "warnings": warnings,
-        "trust": {
+        "stability": {
             "num_resamples": sure.num_resamples,
-            "together": sure.together.tolist(),
+            "co_assignment": sure.co_assignment.tolist(),
             "resampled": [
                 {"groups": named(groups), "share": share} for groups, share in list(sure.shares.items())[:SHOWN]
             ],
@@ -104,7 +104,7 @@ def write_grouping(
     figures = {
         "Affinities": affinity_heat_map(affinity, tasks, partition.groups),
         "Graph": affinity_graph_picture(affinity_graph(affinity, tasks, partition.groups)),
-        "How sure each pair is": together_map(sure.together, tasks, partition.groups),
+        "How sure each pair is": co_assignment_map(sure.co_assignment, tasks, partition.groups),
         "Over the training": affinity_over_training(affinities, steps, tasks, partition.groups),
         "What comes close": ranked_partitions_figure(ranked),
     }

@@ -12,7 +12,7 @@ from pipeline.config import TrainingConfig, values_affecting
 from pipeline.methods.registry import training_of
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.stage import Work
-from pipeline.runtime.storage import Artefact
+from pipeline.runtime.storage import Artifact
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_work import FEATURES, TrainingWork, images_made_from, training_values
 from pipeline.training.batches import load_training_sets
@@ -26,14 +26,14 @@ NAME = "image_features"
 class ImageFeatures:
     """Of one task: its test set, or the batches of all steps of a schedule; `work` makes them."""
 
-    artefact: Artefact
+    artifact: Artifact
     work: Work
 
 
 def test_features(plan: Plan, task: str) -> ImageFeatures:
     config = values_affecting(plan.config, "test_features")
-    artefact = plan.artefact(NAME, {**images_made_from(plan), "task": task, "split": "test", "config": config})
-    return _features(plan, artefact, f"image features: {task}", _encode_test_images, task)
+    artifact = plan.artifact(NAME, {**images_made_from(plan), "task": task, "split": "test", "config": config})
+    return _features(plan, artifact, f"image features: {task}", _encode_test_images, task)
 
 
 def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
@@ -42,22 +42,22 @@ def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
     counts = plan.split_description.counts["train"]
     num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in plan.tasks], training.batch_size)
     config = training_values(plan.config, method, [task], "training_features")
-    artefact = plan.artefact(NAME, {**images_made_from(plan), "task": task, "split": "train", "config": config})
+    artifact = plan.artifact(NAME, {**images_made_from(plan), "task": task, "split": "train", "config": config})
     label = f"image features: {task}, {num_steps} steps of {training.batch_size}"
-    return _features(plan, artefact, label, _encode_training_images, task, num_steps, training)
+    return _features(plan, artifact, label, _encode_training_images, task, num_steps, training)
 
 
 def _features(
-    plan: Plan, artefact: Artefact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
+    plan: Plan, artifact: Artifact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
 ) -> ImageFeatures:
     work = TrainingWork(plan.config, plan.splits, (task,), label)
-    return ImageFeatures(artefact, Work(label, _make, (work, artefact, encode, arguments), artefact, takes_gpu=True))
+    return ImageFeatures(artifact, Work(label, _make, (work, artifact, encode, arguments), artifact, uses_gpu=True))
 
 
 def _make(
-    work: TrainingWork, artefact: Artefact, encode: Callable[..., torch.Tensor], arguments: Sequence[Any], board: Any
+    work: TrainingWork, artifact: Artifact, encode: Callable[..., torch.Tensor], arguments: Sequence[Any], board: Any
 ) -> None:
-    with artefact.making() as made:
+    with artifact.writer() as made:
         save_features(made.folder / FEATURES, encode(work, Reporter(board, work.label), *arguments))
 
 

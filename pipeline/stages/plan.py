@@ -13,23 +13,23 @@ from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, RESULTS, Config, content_hash, to_yaml, values_affecting
-from pipeline.data.find import Listing, find_images, unexpected_counts
+from pipeline.data.index import DatasetIndex, index_dataset, unexpected_counts
 from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import make_folder, write_atomically
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
-from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, training_of
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_of
 from pipeline.runtime.session import open_storage
-from pipeline.runtime.storage import Artefact, Storage
+from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-NUMBERS_VERSION = 6
-"""To be raised by every change of the code that changes the numbers of a training or evaluation: artefacts and runs of
+RESULTS_VERSION = 6
+"""To be raised by every change of the code that changes the numbers of a training or evaluation: artifacts and runs of
 before are then not taken for today's."""
 
 
@@ -39,13 +39,13 @@ class Plan:
 
     config: Config
     storage: Storage
-    listing: Listing
+    listing: DatasetIndex
     clip: ClipIdentity
     mmap_shape: MmapShape
-    splits: Artefact
+    splits: Artifact
     place: str = "runs"
     """Folder of the storage in which the run's own is."""
-    decided_by: Mapping[str, Any] = field(default_factory=dict)
+    extra_key_inputs: Mapping[str, Any] = field(default_factory=dict)
     """What decides its results beside the config."""
 
     @cached_property
@@ -53,11 +53,11 @@ class Plan:
         """Hash of all that decides the run's results."""
         return content_hash(
             {
-                "version": NUMBERS_VERSION,
+                "version": RESULTS_VERSION,
                 "clip": asdict(self.clip),
                 "splits": self.splits.key,
                 "config": values_affecting(self.config, *RESULTS),
-                **self.decided_by,
+                **self.extra_key_inputs,
             }
         )
 
@@ -88,8 +88,8 @@ class Plan:
         of_data = [self.listing.root] if config.data.root != BUILTIN_DIGITS else []
         return [*of_data, *([weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else [])]
 
-    def artefact(self, stage: str, made_from: dict[str, Any]) -> Artefact:
-        return Artefact(self.storage, stage, made_from)
+    def artifact(self, stage: str, inputs: dict[str, Any]) -> Artifact:
+        return Artifact(self.storage, stage, inputs)
 
 
 def make_plan(
@@ -97,7 +97,7 @@ def make_plan(
     console: Console,
     like: Plan | None = None,
     place: str = "runs",
-    decided_by: Mapping[str, Any] | None = None,
+    extra_key_inputs: Mapping[str, Any] | None = None,
     other_tasks: Sequence[str] = (),
 ) -> Plan:
     """Checks the config against data, model, storage and tracking server, and makes the run's folder.
@@ -129,12 +129,12 @@ def make_plan(
         check_constraints([*other_tasks, *listing.classes], **config.grouping.constraints)
         check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
 
-    splits = Artefact(
+    splits = Artifact(
         storage,
         "splits",
         {"format": FORMAT, "listing": listing.fingerprint(), "config": values_affecting(config, "splits")},
     )
-    plan = Plan(config, storage, listing, clip, shape, splits, place, decided_by or {})
+    plan = Plan(config, storage, listing, clip, shape, splits, place, extra_key_inputs or {})
     write_atomically(make_folder(plan.folder) / "config.yaml", to_yaml(config))
     return plan
 
@@ -149,7 +149,7 @@ def _with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"clip": config.clip.model_copy(update=changes)})
 
 
-def _find_data(config: Config, storage: Storage) -> Listing:
+def _find_data(config: Config, storage: Storage) -> DatasetIndex:
     if config.data.root is None:
         raise UserError("data.root is not set: give the folder of your images, <root>/<task>/<class>/*, or a table")
     root = Path(config.data.root).expanduser()
@@ -159,29 +159,31 @@ def _find_data(config: Config, storage: Storage) -> Listing:
             write_digits(root)
         except OSError as error:
             raise UserError(f"the embedded digits cannot be written to {root}: {error}; remove that folder") from None
-    return find_images(config.data, root.absolute())
+    return index_dataset(config.data, root.absolute())
 
 
-def _check_model(config: Config, listing: Listing) -> tuple[ClipIdentity, MmapShape]:
+def _check_model(config: Config, listing: DatasetIndex) -> tuple[ClipIdentity, MmapShape]:
     identity = clip_identity(config.clip)
-    return identity, check_methods(config, listing, towers_without_weights(config.clip), (*ALWAYS, *config.compare))
+    return identity, check_methods(
+        config, listing, towers_without_weights(config.clip), (*DEFAULT_VARIANTS, *config.baselines)
+    )
 
 
-def check_methods(config: Config, listing: Listing, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
+def check_methods(config: Config, listing: DatasetIndex, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
     """Whether the options of some of registry.VARIANTS fit towers, of which only the shapes are looked at.
 
     Raises:
         UserError: the first that does not.
     """
     shape = MmapShape.of(config.mmap, towers)
-    words = [[listing.class_words[name] for name in names] for names in listing.classes.values()]
-    workers, num_classes = config.cluster.workers_per_training, min(map(len, words))
+    class_names = [[listing.class_names[name] for name in names] for names in listing.classes.values()]
+    workers, num_classes = config.cluster.workers_per_training, min(map(len, class_names))
     for name in names:
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_of(method, config).batch_size
         kind.check(config, towers)
         templates = kind.templates(config, listing.classes)
-        class_tokens(towers.tokenizer, list(templates.values()), words, kind.num_prompt_positions(config))
+        class_tokens(towers.tokenizer, list(templates.values()), class_names, kind.num_prompt_positions(config))
         if workers > min(batch, num_classes):
             raise UserError(
                 f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "

@@ -10,15 +10,15 @@ from typing import Any
 
 from pipeline.files import make_folder, write_atomically, write_json
 from pipeline.grouping.text import format_groups
-from pipeline.methods.prompt_file import load_prompts, merge_prompts, save_prompts
+from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_of
-from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_note
+from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_mlflow_description
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.storage import Artefact
-from pipeline.stages.finished_run import record_artefacts
+from pipeline.runtime.storage import Artifact
+from pipeline.stages.finished_run import write_provenance
 from pipeline.stages.flow import titled
-from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts
+from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, read_grouping
 from pipeline.stages.plan import Plan
 
@@ -26,9 +26,9 @@ NAME = "report"
 
 
 def make_report(
-    plan: Plan, session: Session, global_prompt: Artefact, grouping: Artefact, methods: Sequence[MethodArtefacts]
+    plan: Plan, session: Session, global_prompt: Artifact, grouping: Artifact, methods: Sequence[MethodArtifacts]
 ) -> Path:
-    """Writes <run folder>/report and <run folder>/prompts, and shows the table; returns the report's folder."""
+    """Writes <run folder>/report and <run folder>/adapters, and shows the table; returns the report's folder."""
     from pipeline.report.summary_figures import accuracy_picture  # matplotlib
 
     folder = make_folder(plan.folder / "report")
@@ -54,20 +54,20 @@ def make_report(
     write_atomically(folder / "report.md", to_markdown(summary))
 
     track_results(plan, session, results, {method.name: method.groups for method in methods})
-    session.tracker.set_tags(PARENT, {"mlflow.note.content": to_note(summary)})
+    session.tracker.set_tags(PARENT, {"mlflow.note.content": to_mlflow_description(summary)})
     session.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
     session.tracker.log_artifact(PARENT, folder)
     for file in prompts:
-        session.tracker.log_artifact(PARENT, file, "prompts")
+        session.tracker.log_artifact(PARENT, file, "adapters")
     register_model(plan, session, prompts[-1])
     session.console.print(accuracy_table(summary))
     where = plan.storage.shown
     session.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
-    record_artefacts(plan, [global_prompt])
+    write_provenance(plan, [global_prompt])
     return folder
 
 
-def copy_grouping_pages(grouping: Artefact, folder: Path) -> None:
+def copy_grouping_pages(grouping: Artifact, folder: Path) -> None:
     """Pictures and page of the grouping, for a report."""
     for name in (*FIGURES, *MORE_FIGURES, PAGE):
         shutil.copyfile(grouping.local() / name, folder / name)
@@ -139,13 +139,13 @@ def register_model(plan: Plan, session: Session, prompts: Path) -> None:
         session.tracker.register_model(PARENT, name, model.name)
 
 
-def _gather_prompts(plan: Plan, methods: Sequence[MethodArtefacts]) -> list[Path]:
+def _gather_prompts(plan: Plan, methods: Sequence[MethodArtifacts]) -> list[Path]:
     """One prompts file for each trained method, all its groups in it."""
-    folder = make_folder(plan.folder / "prompts")
+    folder = make_folder(plan.folder / "adapters")
     files = []
     for method in methods:
-        parts = [artefact.local() / PROMPTS for artefact in method.artefacts]
+        parts = [artifact.local() / ADAPTER for artifact in method.artifacts]
         if all(part.exists() for part in parts):
             files.append(folder / f"{method.name}.safetensors")
-            save_prompts(files[-1], merge_prompts([load_prompts(part) for part in parts]))
+            save_adapter(files[-1], merge_adapters([load_adapter(part) for part in parts]))
     return files

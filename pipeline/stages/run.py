@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
-from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS
-from pipeline.runtime.cluster import WorkerNeeds
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS
+from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.environment import run_environment
 from pipeline.runtime.session import PARENT, Session, connected, open_session
 from pipeline.stages.plan import Plan, make_plan
@@ -32,13 +32,15 @@ def open_run(config: Config, console: Console) -> Iterator[tuple[Plan, Session]]
         yield plan, session
 
 
-def cluster_of(plan: Plan, console: Console, dashboard: bool = False) -> AbstractContextManager[WorkerNeeds]:
+def cluster_of(plan: Plan, console: Console, dashboard: bool = False) -> AbstractContextManager[WorkerResources]:
     """`connected` for a plan, or for several of the same storage, data, CLIP and cluster."""
     return connected(plan.config.cluster, plan.storage, plan.shared_paths, console, dashboard)
 
 
 @contextmanager
-def at_work(plan: Plan, needs: WorkerNeeds, console: Console, stop: threading.Event | None = None) -> Iterator[Session]:
+def at_work(
+    plan: Plan, needs: WorkerResources, console: Console, stop: threading.Event | None = None
+) -> Iterator[Session]:
     """Opens a session for a plan, with its MLflow parent run; `stop` ends its work from another thread."""
     config = plan.config
     with open_session(
@@ -72,7 +74,7 @@ def _announce(plan: Plan, session: Session) -> None:
 
 def _sections_of_others(config: Config) -> set[str]:
     """Of methods that the run does not train, which would only fill MLflow's lists; config.yaml has them."""
-    own = {METHODS[VARIANTS[name].method].section for name in (*ALWAYS, *config.compare)}
+    own = {METHODS[VARIANTS[name].method].section for name in (*DEFAULT_VARIANTS, *config.baselines)}
     return {method.section for method in METHODS.values() if method.section and method.section not in own}
 
 

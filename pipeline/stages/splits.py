@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomically, write_json
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artefact, Making, send_part
+from pipeline.runtime.storage import Artifact, ArtifactWriter, send_part
 from pipeline.stages.data_check import ImageSource, checked_images
 from pipeline.stages.flow import titled
 from pipeline.stages.plan import Plan
@@ -29,25 +29,25 @@ def build_splits(plan: Plan, session: Session) -> SplitReader:
     """Makes the splits unless that is done; the data must be checked.
 
     Raises:
-        UserError: broken images above data.max_dropped_share, classes with too few images.
+        UserError: broken images above data.max_broken_fraction, classes with too few images.
     """
-    artefact = plan.splits
+    artifact = plan.splits
     with Stage(session, NAME, titled(NAME)) as stage:
-        if not artefact.finished():
+        if not artifact.finished():
             stage.computed = True
-            with artefact.making() as made:
+            with artifact.writer() as made:
                 _build(plan, stage, made)
-        reader = SplitReader(artefact.local())
+        reader = SplitReader(artifact.local())
         _report(plan, session, reader)
     return reader
 
 
-def _build(plan: Plan, stage: Stage, made: Making) -> None:
+def _build(plan: Plan, stage: Stage, made: ArtifactWriter) -> None:
     listing, data = plan.listing, plan.config.data
     scanned = [of.image for of in checked_images(plan)]
     broken = [image for image in scanned if image.error]
     if broken:
-        _judge_broken(broken, len(scanned), data.max_dropped_share, stage.session.folder / "broken_images.txt")
+        _judge_broken(broken, len(scanned), data.max_broken_fraction, stage.session.folder / "broken_images.txt")
     whole = [image for image in scanned if not image.error]
     splits, description = sampled(plan, whole)
     sizes = {image.path: image.size for image in whole}
@@ -58,12 +58,12 @@ def _build(plan: Plan, stage: Stage, made: Making) -> None:
             {"path": path, "copy_of": training_path} for path, training_path in splits.copies
         ],
         "ignored_files": list(listing.ignored),
-        "classes_left_out": list(listing.left_out_classes),
+        "classes_left_out": list(listing.excluded_classes),
     }
-    if data.given_splits:
-        more["given_splits"] = {
+    if data.use_official_splits:
+        more["use_official_splits"] = {
             "training_images_not_drawn": len(whole) - len(splits.train) - len(splits.test) - len(splits.copies),
-            "images_of_neither_split": sum(listing.in_neither_split.values()),
+            "images_of_neither_split": sum(listing.unused_images.values()),
         }
     write_splits(plan, stage, made, splits, description, sizes, more)
 
@@ -74,7 +74,7 @@ def sampled(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDe
     splits = sample_splits(images, listing.classes, shots, seed)
     return splits, SplitDescription(
         classes={task: list(names) for task, names in listing.classes.items()},
-        class_words=listing.class_words,
+        class_names=listing.class_names,
         shots=shots,
         seed=seed,
         source_fingerprint=content_fingerprint(images),
@@ -85,7 +85,7 @@ def sampled(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDe
 def write_splits(
     plan: Plan,
     stage: Stage,
-    made: Making,
+    made: ArtifactWriter,
     splits: Splits,
     description: SplitDescription,
     sizes: dict[str, int],
@@ -100,18 +100,18 @@ def write_splits(
     parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
     stage.session.board.expect(_WRITING, len(splits.train) + len(splits.test), "images")
     for sent in stage.execute(
-        [Work(f"write {part.file}", _write, (source, part, description, made.artefact, made.folder)) for part in parts]
+        [Work(f"write {part.file}", _write, (source, part, description, made.artifact, made.folder)) for part in parts]
     ):
         made.sent |= sent
     write_json(made.folder / "splits.json", {**vars(description), **more})
 
 
 def _write(
-    source: ImageSource, part: Part, description: SplitDescription, artefact: Artefact, folder: Path, board: Any
+    source: ImageSource, part: Part, description: SplitDescription, artifact: Artifact, folder: Path, board: Any
 ) -> dict[str, tuple[int, str]]:
     rows = write_part(source.here(), part, description, folder)
     board.advance(_WRITING, rows, "images")
-    return send_part(artefact, folder, part.file)
+    return send_part(artifact, folder, part.file)
 
 
 def _judge_broken(broken: Sequence[ScannedImage], total: int, allowed: float, listing: Path) -> None:
@@ -123,9 +123,9 @@ def _judge_broken(broken: Sequence[ScannedImage], total: int, allowed: float, li
     more = f"\n  and {len(lines) - BROKEN_SHOWN} more" if len(lines) > BROKEN_SHOWN else ""
     enough = math.ceil(1000 * len(broken) / total) / 1000
     raise UserError(
-        f"{len(broken)} of {total} images are broken, more than data.max_dropped_share={allowed:g} allows:"
+        f"{len(broken)} of {total} images are broken, more than data.max_broken_fraction={allowed:g} allows:"
         f"\n  {shown}{more}\nAll are listed in {listing}. "
-        f"Mend or remove them, or allow to drop them with --data.max_dropped_share {enough:g}"
+        f"Mend or remove them, or allow to drop them with --data.max_broken_fraction {enough:g}"
     )
 
 
@@ -148,7 +148,7 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
     session.tracker.log_artifact(NAME, file)
     train, test = (sum(description.counts[split].values()) for split in ("train", "test"))
     session.console.print(
-        f"  {train} training and {test} test images, {description.shots} shots a class, "
+        f"  {train} training and {test} test images, {description.shots} shots per class, "
         f"{max(map(len, description.classes.values()))} classes",
         highlight=False,
     )
@@ -159,9 +159,9 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
         "other files ignored": values["ignored_files"],
         "class folders left out": values["classes_left_out"],
     }
-    counted = {what: len(items) for what, items in left_out.items()}
-    counted |= {name.replace("_", " "): number for name, number in values.get("given_splits", {}).items()}
-    if told := [f"{number} {what}" for what, number in counted.items() if number]:
+    num_by_name = {what: len(items) for what, items in left_out.items()}
+    num_by_name |= {name.replace("_", " "): number for name, number in values.get("use_official_splits", {}).items()}
+    if told := [f"{number} {what}" for what, number in num_by_name.items() if number]:
         session.console.print(
             f"  [yellow]{', '.join(told)}[/]: listed in {escape(plan.storage.shown(file))}", highlight=False
         )

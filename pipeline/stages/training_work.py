@@ -26,13 +26,13 @@ from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import get_method, training_of
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
-from pipeline.runtime.storage import Artefact, Making, Storage
-from pipeline.stages.plan import NUMBERS_VERSION, Plan
+from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage
+from pipeline.stages.plan import RESULTS_VERSION, Plan
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.distributed import DistributedShard
 from pipeline.training.evaluate import Prediction, evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures
-from pipeline.training.share import Share
 from pipeline.training.trainer import Snapshot, StepRecord, Trainer
 
 log = logging.getLogger(__name__)
@@ -45,18 +45,18 @@ class TrainingWork:
     """A training or evaluation of some tasks, as it is sent to a worker."""
 
     config: Config
-    splits: Artefact
+    splits: Artifact
     tasks: tuple[str, ...]
     label: str
     method: str = "mmap"
-    training_features: Mapping[str, Artefact] = field(default_factory=dict)
+    training_features: Mapping[str, Artifact] = field(default_factory=dict)
     """Task → the frozen image features of its training steps, for methods that read them."""
-    test_features: Mapping[str, Artefact] = field(default_factory=dict)
+    test_features: Mapping[str, Artifact] = field(default_factory=dict)
     """Task → the frozen image features of its test set, for methods that do not change them."""
 
     def device(self) -> torch.device:
         """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
-        if Share.of_this_process().world > 1 and torch.cuda.is_available():
+        if DistributedShard.current().world > 1 and torch.cuda.is_available():
             from ray.train.torch import get_device
 
             return get_device()
@@ -70,40 +70,40 @@ class TrainingWork:
         return torch.device("cpu")
 
     def towers(self, float32: bool = False) -> ClipTowers:
-        return load_clip(self.config.clip, self.config.mmap.text_order, str(self.device()), float32)
+        return load_clip(self.config.clip, self.config.mmap.text_prompt_position, str(self.device()), float32)
 
     def reader(self) -> SplitReader:
         return SplitReader(self.splits.local())
 
-    def words(self) -> dict[str, list[str]]:
+    def class_names(self) -> dict[str, list[str]]:
         description = self.reader().description
-        return {task: description.words(task) for task in self.tasks}
+        return {task: description.class_names_for(task) for task in self.tasks}
 
     def train(
         self,
         towers: ClipTowers,
         method: nn.Module,
         epochs: int,
-        made: Making,
+        made: ArtifactWriter,
         reporter: Reporter,
         **snapshots: Any,
     ) -> list[Snapshot]:
-        """Trains `method` on the tasks, from the artefact's checkpoint if there is one, and writes history.parquet;
+        """Trains `method` on the tasks, from the artifact's checkpoint if there is one, and writes history.parquet;
         takes the trainer's options of snapshots, and returns these."""
         trainer = self.trainer(
             towers,
             method,
             epochs,
             self._training_sets(towers),
-            made.artefact.checkpoints,
-            made.artefact.storage,
+            made.artifact.checkpoints,
+            made.artifact.storage,
             on_step=lambda record, num_steps: reporter.update(
                 record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
             ),
             **snapshots,
         )
         history = trainer.train()
-        if Share.of_this_process().first:
+        if DistributedShard.current().first:
             write_history(made.folder / HISTORY, self.tasks, history)
         return trainer.snapshots
 
@@ -119,10 +119,10 @@ class TrainingWork:
     ) -> Trainer:
         """Of a method for the tasks' `sets`, from the newest checkpoint of a folder in the storage if there is one."""
         storage.fetch(checkpoints)
-        config, words, kind = self.config, list(self.words().values()), get_method(self.method)
+        config, class_names, kind = self.config, list(self.class_names().values()), get_method(self.method)
         frozen_templates = {task: config.clip.template_of(task) for task in self.tasks}
         tokens, frozen_tokens = (
-            class_tokens(towers.tokenizer, list(templates.values()), words).to(towers.device)
+            class_tokens(towers.tokenizer, list(templates.values()), class_names).to(towers.device)
             for templates in (kind.templates(config, self.tasks), frozen_templates)
         )
         return Trainer(
@@ -140,7 +140,7 @@ class TrainingWork:
         )
 
     def _training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
-        if get_method(self.method).changes_images:
+        if get_method(self.method).modifies_image_encoder:
             threads = self.config.cluster.cpus_per_worker
             sets = load_training_sets(self.reader(), self.tasks, towers.image_size, towers.device, threads)
         else:
@@ -164,19 +164,19 @@ class TrainingWork:
         return evaluate(classifier, self.reader(), self.tasks, self.config.cluster.cpus_per_worker, on_images)
 
 
-def _features(artefact: Artefact) -> StoredFeatures:
-    return StoredFeatures(artefact.local() / FEATURES)
+def _features(artifact: Artifact) -> StoredFeatures:
+    return StoredFeatures(artifact.local() / FEATURES)
 
 
 def images_made_from(plan: Plan) -> dict[str, Any]:
     """What the frozen CLIP's features of the splits' images rest on beside the config."""
-    return {"version": NUMBERS_VERSION, "clip": asdict(plan.clip), "splits": plan.split_description.content}
+    return {"version": RESULTS_VERSION, "clip": asdict(plan.clip), "splits": plan.split_description.content}
 
 
 def training_made_from(
     plan: Plan, method: str, tasks: Sequence[str], *effects: Effect, epochs: int | None = None
 ) -> dict[str, Any]:
-    """What a training of some tasks, or its evaluation, is made from, for the name of its artefact.
+    """What a training of some tasks, or its evaluation, is made from, for the name of its artifact.
 
     Args:
         effects: what of the config counts, as `values_affecting` takes it.
@@ -191,7 +191,7 @@ def training_made_from(
         **images_made_from(plan),
         "method": method,
         "options": options,
-        "words": {task: plan.split_description.words(task) for task in tasks},
+        "words": {task: plan.split_description.class_names_for(task) for task in tasks},
         "config": training_values(config, method, tasks, *effects),
     }
 
@@ -213,10 +213,10 @@ def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
     return metrics
 
 
-def track_history(session: Session, name: str, artefact: Artefact) -> None:
+def track_history(session: Session, name: str, artifact: Artifact) -> None:
     """Gives MLflow run `name` all steps of a finished training. Those that were reported while it went on are known
     to the tracker; this adds what died with a driver or worker, and trainings that another run made."""
-    columns = pq.read_table(artefact.local() / HISTORY).to_pydict()
+    columns = pq.read_table(artifact.local() / HISTORY).to_pydict()
     by_step: dict[int, dict[str, float]] = {}
     for step, task, loss, accuracy, rate in zip(
         *(columns[name] for name in ("step", "task", "loss", "accuracy", "learning_rate"))

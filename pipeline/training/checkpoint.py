@@ -26,10 +26,10 @@ NEWEST, BEFORE = "checkpoint.pt", "checkpoint.before.pt"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Of one training. `published`: told of each file that changed, for a copy of it elsewhere."""
+    """Of one training. `on_saved`: told of each file that changed, for a copy of it elsewhere."""
 
     folder: Path
-    published: Callable[[Path], None] = lambda path: None
+    on_saved: Callable[[Path], None] = lambda path: None
 
     def save(self, state: dict[str, Any]) -> None:
         """Raises: UserError: the disk is full or the folder cannot be written; the one before stays as it was."""
@@ -46,8 +46,8 @@ class Checkpoints:
             if newest.exists():
                 with suppress(FileNotFoundError):  # a worker that was given up for lost may do the same
                     put_in_place(newest, before)
-                self.published(before)
-        self.published(newest)
+                self.on_saved(before)
+        self.on_saved(newest)
 
     def load(self) -> dict[str, Any] | None:
         """The newest whole state, or None. A damaged newest file is told of, and the one before is used."""

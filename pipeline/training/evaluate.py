@@ -20,12 +20,12 @@ import torch
 
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.parquet import SplitReader
-from pipeline.data.prefetch import draw_ahead, draw_in_thread
+from pipeline.data.prefetch import prefetch, prefetch_in_thread
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.training.batches import Features
-from pipeline.training.memory import out_of_memory_explained
-from pipeline.training.share import Share
+from pipeline.training.distributed import DistributedShard
+from pipeline.training.memory import explain_out_of_memory
 
 BATCH_SIZE = 128
 FEATURES_AT_ONCE = 4096
@@ -34,7 +34,7 @@ AHEAD = 3
 
 Row = dict[str, Any]
 """Of a split file: column → value."""
-Best = Callable[[], tuple[list[float], list[int]]]
+Top1 = Callable[[], tuple[list[float], list[int]]]
 """Waits for a batch's largest probabilities and their labels."""
 
 
@@ -72,19 +72,20 @@ def evaluate(
         UserError: a split folder that is damaged, by file or image; out of memory.
     """
     batches: list[list[Prediction]] = []
-    towers, share = classifier.towers, Share.of_this_process()
-    memory = out_of_memory_explained(towers.device, "evaluation: run fewer at once (a larger cluster.gpus_per_worker)")
+    towers, share = classifier.towers, DistributedShard.current()
+    memory = explain_out_of_memory(towers.device, "evaluation: run fewer at once (a larger cluster.gpus_per_worker)")
     stream = decoded_batches(
         reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda", share=share
     )
     with closing(stream), memory:
         running = (
-            (task, rows, _fetched(classifier.probabilities(task, pixels).max(dim=1))) for task, rows, pixels in stream
+            (task, rows, _copy_to_host_async(classifier.probabilities(task, pixels).max(dim=1)))
+            for task, rows, pixels in stream
         )
-        for task, rows, best in draw_ahead(running, 1):
+        for task, rows, best in prefetch(running, 1):
             batches.append([Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *best())])
             on_images(len(rows))
-    return [prediction for batch in share.in_turn(batches) for prediction in batch]
+    return [prediction for batch in share.gather_interleaved(batches) for prediction in batch]
 
 
 def evaluate_decoded(
@@ -114,7 +115,7 @@ def evaluate_features(
     return predictions
 
 
-def _fetched(best: Sequence[torch.Tensor]) -> Best:
+def _copy_to_host_async(best: Sequence[torch.Tensor]) -> Top1:
     """Starts to copy tensors from their device at once, ahead of all work that is queued later; the function that
     is returned waits for that copy alone."""
     if best[0].device.type != "cuda":
@@ -142,7 +143,7 @@ def decoded_batches(
     threads: int,
     batch_size: int | None = None,
     pinned: bool = False,
-    share: Share | None = None,
+    share: DistributedShard | None = None,
 ) -> Generator[tuple[str, list[Row], torch.Tensor], None, None]:
     """The tasks' test sets in batches of one task: its name, rows (label, path), pixels uint8 (B, 3, S, S).
 
@@ -150,7 +151,7 @@ def decoded_batches(
     the tasks' bounds. `batch_size`: BATCH_SIZE if None. `pinned`: pixels lie in memory from which a GPU copies while
     the program goes on. Of several workers, each decodes the batches of its `share` alone.
     """
-    share = share or Share()
+    share = share or DistributedShard()
     batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), share.rank, None, share.world)
     decoding = ThreadPoolExecutor(threads, "decode")
 
@@ -160,7 +161,9 @@ def decoded_batches(
             yield task, rows, pixels, [decoding.submit(_decode, task, *pair) for pair in zip(rows, pixels.numpy())]
 
     try:
-        with closing(draw_in_thread(started(), AHEAD)) as drawn:  # ends first, since it hands images on to the other
+        with closing(
+            prefetch_in_thread(started(), AHEAD)
+        ) as drawn:  # ends first, since it hands images on to the other
             for task, rows, pixels, decoded in drawn:
                 for image in decoded:
                     image.result()

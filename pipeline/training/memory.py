@@ -9,7 +9,7 @@ import torch
 from pipeline.errors import UserError
 
 
-class out_of_memory_explained(AbstractContextManager[object]):
+class explain_out_of_memory(AbstractContextManager[object]):
     """Reusable context. Raises: UserError: the memory did not suffice for what is done in it; `remedy` says more."""
 
     def __init__(self, device: torch.device, remedy: str):

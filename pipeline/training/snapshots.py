@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         pa.field("layer_norms", pa.list_(pa.float32())),
     ]
 )
-POINTS_SCHEMA = pa.schema(
+TRAJECTORY_SCHEMA = pa.schema(
     [pa.field("step", pa.int64()), pa.field("epoch", pa.int64()), pa.field("point", pa.list_(pa.float32()))]
 )
 
@@ -58,21 +58,21 @@ def write_snapshots(
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def write_points(path: Path, snapshots: Iterable[Snapshot]) -> None:
+def write_trajectory(path: Path, snapshots: Iterable[Snapshot]) -> None:
     """Writes where the snapshots were taken."""
     rows = [
         {"step": taken.record.step, "epoch": taken.record.epoch, "point": taken.point.numpy()} for taken in snapshots
     ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=POINTS_SCHEMA), path, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=TRAJECTORY_SCHEMA), path, compression="zstd")
 
 
-def read_points(path: Path) -> list[tuple[int, int, torch.Tensor]]:
+def read_trajectory(path: Path) -> list[tuple[int, int, torch.Tensor]]:
     """(step, epoch, point (P,) float32) of each snapshot, by step.
 
     Raises:
         UserError: no such file, or one that is damaged.
     """
-    columns = _read(path, POINTS_SCHEMA.names, POINTS_SCHEMA).to_pydict()
+    columns = _read(path, TRAJECTORY_SCHEMA.names, TRAJECTORY_SCHEMA).to_pydict()
     return sorted(
         ((step, epoch, torch.tensor(point)) for step, epoch, point in zip(*columns.values())), key=lambda row: row[0]
     )

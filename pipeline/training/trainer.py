@@ -29,8 +29,8 @@ from pipeline.errors import UserError
 from pipeline.methods.adaptation import Adaptation, Consistency
 from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.memory import out_of_memory_explained
-from pipeline.training.share import Share
+from pipeline.training.distributed import DistributedShard
+from pipeline.training.memory import explain_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def num_steps_per_epoch(set_sizes: Iterable[int], batch_size: int) -> int:
 def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
     """Rate of an epoch (from 0), as Dassl: warm-up at a constant rate, then a cosine by epoch of period `epochs`."""
     if epoch < config.warmup_epochs:
-        return config.warmup_rate
+        return config.warmup_learning_rate
     return config.learning_rate * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / epochs)) / 2
 
 
@@ -120,12 +120,12 @@ class Trainer:
         self.snapshots: list[Snapshot] = []
         self.steps_per_epoch = num_steps_per_epoch((len(task.labels) for task in self.sets), config.batch_size)
         self.num_steps = self.epochs * self.steps_per_epoch
-        self._share = Share.of_this_process()
+        self._share = DistributedShard.current()
         self._own_sets = list(zip(self.sets, self._share.parts([config.batch_size] * len(self.sets))))
         self._own_tokens = self.tokens.rows(*self._share.rows(len(self.tokens.suffix)))
-        self._memory = out_of_memory_explained(
+        self._memory = explain_out_of_memory(
             towers.device,
-            f"training: lower clip.activations_gib={towers.activations_gib:g} or training.batch_size="
+            f"training: lower clip.activation_memory_gib={towers.activation_memory_gib:g} or training.batch_size="
             f"{config.batch_size}, or train fewer at once (a larger cluster.gpus_per_worker, or on CPUs "
             "cluster.cpus_per_worker)",
         )
@@ -171,7 +171,9 @@ class Trainer:
         measured = self.backward(step)
         taken = self.snapshot() if self.snapshot and step % self.snapshot_every == 0 else measured.new_empty(0)
         # A step depends on all parameters, so that each has a gradient.
-        self._share.add_up([*(cast(torch.Tensor, parameter.grad) for parameter in self.parameters), measured, taken])
+        self._share.all_reduce_sum(
+            [*(cast(torch.Tensor, parameter.grad) for parameter in self.parameters), measured, taken]
+        )
         record = StepRecord(step + 1, epoch + 1, rate, *map(tuple, measured.tolist()))
         self._check_finite(record)
         if len(taken):
@@ -229,9 +231,9 @@ class Trainer:
         """Of each task's images in a step: their features, those of the frozen CLIP if they are needed, labels."""
         size, towers = self.config.batch_size, self.towers
         frozen: Sequence[torch.Tensor] = ()
-        if adaptation.consistency or not adaptation.changes_images:
+        if adaptation.consistency or not adaptation.modifies_image_encoder:
             frozen, labels = zip(*(task.frozen_batch(step, size, self.seed, part) for task, part in self._own_sets))
-        if not adaptation.changes_images:
+        if not adaptation.modifies_image_encoder:
             return [adaptation.adapt(features) for features in frozen], frozen, labels
         augmented = towers.image_size, self.config.augmentation, self.seed
         pixels, labels = zip(*(task.batch(step, size, *augmented, part) for task, part in self._own_sets))
@@ -241,10 +243,10 @@ class Trainer:
 
     def _text_features(self, adaptation: Adaptation) -> tuple[torch.Tensor, ...]:
         """Of each task's classes (C, E)."""
-        if not adaptation.changes_texts:
+        if not adaptation.modifies_text_encoder:
             return self._frozen_texts
         own = adaptation.encode_text(self.towers, self._own_tokens)
-        return self.tokens.pool_names_to_classes(self._share.all_rows(own, len(self.tokens.suffix)))
+        return self.tokens.pool_names_to_classes(self._share.all_gather_rows(own, len(self.tokens.suffix)))
 
     @cached_property
     def _frozen_texts(self) -> tuple[torch.Tensor, ...]:
@@ -266,11 +268,11 @@ class Trainer:
         for *features, of_task in zip(x, frozen_x, z, self._frozen_texts, logits):
             frozen_logits = self.towers.logits(features[1], features[3])
             unit_x, unit_frozen_x, unit_z, unit_frozen_z = (F.normalize(f.to(of_task.dtype), dim=-1) for f in features)
-            alike = consistency.of_texts(unit_z, unit_frozen_z).mean()
-            if consistency.of_parameters is not None:
-                alike = alike + consistency.of_parameters / len(self.sets)
-            of_images = consistency.of_images(unit_x, unit_frozen_x, of_task, frozen_logits).sum()
-            losses.append(of_images / self.config.batch_size + alike / self._share.world)
+            alike = consistency.text_loss(unit_z, unit_frozen_z).mean()
+            if consistency.parameter_loss is not None:
+                alike = alike + consistency.parameter_loss / len(self.sets)
+            image_loss = consistency.image_loss(unit_x, unit_frozen_x, of_task, frozen_logits).sum()
+            losses.append(image_loss / self.config.batch_size + alike / self._share.world)
         return torch.stack(losses)
 
     def _check_finite(self, record: StepRecord) -> None:

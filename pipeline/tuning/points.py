@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.tuning.search_file import MAX_TRIALS, Range, Search
 
-DRAWS_FOR_A_POINT = 1000
+MAX_REJECTED_SAMPLES = 1000
 """In vain, before a space counts as having no more points."""
 Point = dict[str, Any]
 """Field → value."""
@@ -62,7 +62,7 @@ def planned_points(search: Search, check: Check) -> Points:
                 found[name], in_vain = point, 0
             except UserError as error:
                 refused, reason = refused + 1, str(error)
-        if len(found) == number or (in_vain == DRAWS_FOR_A_POINT and options.searcher != "grid"):
+        if len(found) == number or (in_vain == MAX_REJECTED_SAMPLES and options.searcher != "grid"):
             break
     if not found:
         raise UserError(f"no point of the search can be: {reason}")

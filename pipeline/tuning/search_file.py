@@ -27,14 +27,14 @@ METHOD = "method"
 """Name of the field that is not the config's: the version of registry.VARIANTS that a trial trains."""
 KINDS_OF_RANGE = ("choice", "uniform", "loguniform", "integer")
 MAX_TRIALS = 10_000
-FIXED = {
+NOT_SEARCHABLE = {
     "name": "it is a name",
     "seed": "the best seed is chance; compare seeds with jobs/benchmark.py",
     "storage": "all trials share it",
     "cache": "all trials share it",
     "data": "all trials share the splits",
     "clip": "all trials share the frozen CLIP (clip.template alone may be searched)",
-    "compare": f"search `{METHOD}` instead",
+    "baselines": f"search `{METHOD}` instead",
     "cluster": "it changes no result",
     "tracking": "it changes no result",
     "training.checkpoint_every": "it changes no result",
@@ -63,7 +63,7 @@ class SearchOptions(Section, affects=("search",)):
     early_stopping: Literal["asha", "median", "none"] = "asha"
     """Whether a trial ends early, by its validation accuracy after an epoch: unless it is in the best quarter of those
     that came so far (ASHA), or when it is below the median of the others' means."""
-    fewest_epochs: PositiveInt = 5
+    grace_period: PositiveInt = 5
     """Epochs before any trial is ended early."""
     validation_shots: PositiveInt = 2
     """Training images of each class and task that are held out to measure trials on."""
@@ -81,11 +81,11 @@ class SearchOptions(Section, affects=("search",)):
 
 @dataclass(frozen=True)
 class Search:
-    """`space`: dotted config field, or METHOD → what it may be; `matters`: field → the methods to which it matters."""
+    """`space`: dotted config field, or METHOD → what it may be; `applicable_methods`: field → methods."""
 
     options: SearchOptions
     space: Mapping[str, Range]
-    matters: Mapping[str, frozenset[str]]
+    applicable_methods: Mapping[str, frozenset[str]]
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class Search:
 
     def fields_of(self, method: str) -> list[str]:
         """What is searched for a method: points of different methods may have different fields."""
-        return [name for name in self.space if name == METHOD or method in self.matters[name]]
+        return [name for name in self.space if name == METHOD or method in self.applicable_methods[name]]
 
     def point(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Of `values` for all fields, those that matter to their method."""
@@ -198,8 +198,8 @@ def _check_name(name: str) -> None:
         return
     parts = name.split(".")
     prefixes = [".".join(parts[: at + 1]) for at in range(len(parts))]
-    if name != "clip.template" and (fixed := next((prefix for prefix in prefixes if prefix in FIXED), None)):
-        raise UserError(f"fields: {name} cannot be searched: {FIXED[fixed]}")
+    if name != "clip.template" and (fixed := next((prefix for prefix in prefixes if prefix in NOT_SEARCHABLE), None)):
+        raise UserError(f"fields: {name} cannot be searched: {NOT_SEARCHABLE[fixed]}")
     if name not in _FIELDS:
         hint = did_you_mean(name, [METHOD, *_FIELDS])
         raise UserError(f"fields: {name} is no config field{hint} Fields are dotted, as on the command line")
@@ -237,12 +237,14 @@ def _checked(options: SearchOptions, space: Mapping[str, Range], base: Config) -
             "fewer of those, or more shots"
         )
     names = [name for name in space if name != METHOD]
-    matters = {name: frozenset(method for method in methods if _matters(name, method, base)) for name in names}
-    for name, to_methods in matters.items():
+    applicable_methods = {
+        name: frozenset(method for method in methods if _matters(name, method, base)) for name in names
+    }
+    for name, to_methods in applicable_methods.items():
         if not to_methods:
             own = " (its own section has a value that goes before)" if name.startswith("training.") else ""
             raise UserError(f"fields: {name} does not matter to {', '.join(methods)}{own}: search another")
-    return Search(options, space, matters)
+    return Search(options, space, applicable_methods)
 
 
 def _matters(name: str, method: str, base: Config) -> bool:

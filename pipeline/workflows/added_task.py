@@ -16,29 +16,29 @@ from pipeline.errors import UserError
 from pipeline.files import make_folder, read_json, write_atomically, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.grouping.text import format_groups
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.mmap import SharedMmap
-from pipeline.methods.prompt_file import TrainedPrompts, load_prompts, merge_prompts, save_prompts
 from pipeline.methods.registry import training_of
 from pipeline.prediction.options import GROUPED, ModelOptions, read_options, write_options
 from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artefact
-from pipeline.stages.finished_run import SUMMARY, FinishedRun, record_artefacts
+from pipeline.runtime.storage import Artifact
+from pipeline.stages.finished_run import SUMMARY, FinishedRun, write_provenance
 from pipeline.stages.flow import run_stages, titled
 from pipeline.stages.global_prompt import NAME as GLOBAL_PROMPT
 from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
-from pipeline.stages.group_trainings import PROMPTS, MethodArtefacts, train_added_task
-from pipeline.stages.grouping import place_task, read_grouping, staying_together
+from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts, train_added_task
+from pipeline.stages.grouping import assign_task, read_grouping, with_fixed_groups
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.report import NAME as REPORT
 from pipeline.stages.report import copy_grouping_pages, register_model, track_results
 from pipeline.stages.run import at_work, cluster_of
 from pipeline.stages.training_work import TrainingWork, training_made_from
 from pipeline.training.batches import load_training_sets
-from pipeline.training.later_gradients import gradients_at_points
-from pipeline.training.snapshots import read_points, write_snapshots
+from pipeline.training.gradient_replay import replay_gradients
+from pipeline.training.snapshots import read_trajectory, write_snapshots
 
 NAME = "task_gradients"
 
@@ -78,21 +78,23 @@ def check_joining(finished: FinishedRun, config: Config, task: str, rerun: bool,
     """What needs no cluster."""
     if task in finished.tasks:
         raise UserError(f"--task {task}: the run has that task; its tasks are {', '.join(finished.tasks)}")
-    config = config.model_copy(update={"storage": finished.storage.uri, "compare": ()})
+    config = config.model_copy(update={"storage": finished.storage.uri, "baselines": ()})
     _check_same_prompts(config, finished.prompts)
     plan = make_plan(
         _for_tasks(config, [task]),
         console,
-        decided_by={"joins": finished.prompts.digest, "snapshots": [of.key for of in finished.snapshots]},
+        extra_key_inputs={"joins": finished.prompts.digest, "snapshots": [of.key for of in finished.snapshots]},
         other_tasks=finished.tasks,
     )
-    trained_on = finished.snapshots[0].made_from["clip"]
+    trained_on = finished.snapshots[0].inputs["clip"]
     if trained_on != vars(plan.clip):
         raise UserError(
             f"clip.model={config.clip.model}, clip.pretrained={config.clip.pretrained} is another CLIP than the run's: "
             "give the weights that it was trained with"
         )
-    check_constraints(sorted([*finished.tasks, task]), **staying_together(config.grouping, finished.groups).constraints)
+    check_constraints(
+        sorted([*finished.tasks, task]), **with_fixed_groups(config.grouping, finished.groups).constraints
+    )
     of_all = make_plan(_for_tasks(config, sorted([*finished.tasks, task])), console) if rerun else None
     return Joining(plan, finished, of_all)
 
@@ -101,13 +103,13 @@ def _for_tasks(config: Config, tasks: Sequence[str]) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"tasks": tuple(tasks)})})
 
 
-def _check_same_prompts(config: Config, prompts: TrainedPrompts) -> None:
+def _check_same_prompts(config: Config, prompts: TrainedAdapter) -> None:
     """Raises: UserError: options of which the run's prompts are others."""
     for name, own, others in (
         ("mmap", config.mmap, prompts.config.mmap),
         ("clip", config.clip, prompts.config.clip),
     ):
-        passing = {"pretrained", "precision", "activations_gib", "task_templates"}
+        passing = {"pretrained", "precision", "activation_memory_gib", "task_templates"}
         told, trained_with = (section.model_dump(exclude=passing) for section in (own, others))
         for field in told:
             if told[field] != trained_with[field]:
@@ -115,7 +117,7 @@ def _check_same_prompts(config: Config, prompts: TrainedPrompts) -> None:
                     f"{name}.{field}={told[field]}: the run's prompts were trained with {trained_with[field]}, and "
                     "the new task's must be like them; leave that option out"
                 )
-    for task in prompts.words:
+    for task in prompts.class_names:
         if (given := config.clip.template_of(task)) != (trained := prompts.config.clip.template_of(task)):
             raise UserError(
                 f"clip.task_templates: {task} has {given!r}, the run's prompts were trained with {trained!r}; name the "
@@ -128,8 +130,8 @@ def _add(joining: Joining, session: Session) -> None:
     session.tracker.set_tags(PARENT, {"added_task": joining.task, "joins_run": finished.folder.name})
     run_stages(plan, session, "splits")
     gradients = measure_gradients(plan, session, finished.snapshots[0])
-    snapshots = {tuple(of.made_from["tasks"]): of for of in (*finished.snapshots, gradients)}
-    grouping = place_task(plan, session, snapshots, finished.groups, plan.config.grouping)
+    snapshots = {tuple(of.inputs["tasks"]): of for of in (*finished.snapshots, gradients)}
+    grouping = assign_task(plan, session, snapshots, finished.groups, plan.config.grouping)
     groups = read_grouping(grouping)["groups"]
     others = next([name for name in group if name != joining.task] for group in groups if joining.task in group)
     trained = train_added_task(plan, session, finished.prompts.group_of(others[0]) if others else None)
@@ -140,31 +142,31 @@ def _add(joining: Joining, session: Session) -> None:
             run_stages(joining.rerun, of_all)
         beside = read_json(joining.rerun.folder / SUMMARY)
     _report(joining, session, grouping, trained, prompts, beside)
-    record_artefacts(plan, [*finished.snapshots, gradients])
+    write_provenance(plan, [*finished.snapshots, gradients])
 
 
-def measure_gradients(plan: Plan, session: Session, global_prompt: Artefact) -> Artefact:
+def measure_gradients(plan: Plan, session: Session, global_prompt: Artifact) -> Artifact:
     """The run's task's gradients at the points of a global prompt's snapshots."""
-    made_from = training_made_from(plan, "mmap", plan.tasks, "training")
-    artefact = plan.artefact(NAME, {**made_from, "tasks": plan.tasks, "at": global_prompt.key})
+    inputs = training_made_from(plan, "mmap", plan.tasks, "training")
+    artifact = plan.artifact(NAME, {**inputs, "tasks": plan.tasks, "at": global_prompt.key})
     work = TrainingWork(plan.config, plan.splits, tuple(plan.tasks), "gradients of the new task")
     with Stage(session, NAME, titled(GLOBAL_PROMPT, "gradients on the global prompt")) as stage:
-        arguments = (work, global_prompt, artefact)
-        stage.execute([Work(work.label, _measure, arguments, artefact, takes_gpu=True)])
-    return artefact
+        arguments = (work, global_prompt, artifact)
+        stage.execute([Work(work.label, _measure, arguments, artifact, uses_gpu=True)])
+    return artifact
 
 
-def _measure(work: TrainingWork, global_prompt: Artefact, artefact: Artefact, board: Any) -> None:
+def _measure(work: TrainingWork, global_prompt: Artifact, artifact: Artifact, board: Any) -> None:
     config, towers, reporter = work.config, work.towers(), Reporter(board, work.label)
     prompts = SharedMmap.build(config, towers, work.tasks).to(towers.device)
     templates = [config.clip.template_of(task) for task in work.tasks]
-    tokens = class_tokens(towers.tokenizer, templates, list(work.words().values())).to(towers.device)
-    points = read_points(global_prompt.local() / POINTS)
+    tokens = class_tokens(towers.tokenizer, templates, list(work.class_names().values())).to(towers.device)
+    points = read_trajectory(global_prompt.local() / POINTS)
     (images,) = load_training_sets(
         work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
     )
-    with artefact.making() as made:
-        snapshots = gradients_at_points(
+    with artifact.writer() as made:
+        snapshots = replay_gradients(
             towers,
             prompts,
             images,
@@ -178,13 +180,13 @@ def _measure(work: TrainingWork, global_prompt: Artefact, artefact: Artefact, bo
         write_snapshots(made.folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
 
 
-def _merged_prompts(plan: Plan, finished: FinishedRun, trained: Sequence[MethodArtefacts]) -> Path:
+def _merged_prompts(plan: Plan, finished: FinishedRun, trained: Sequence[MethodArtifacts]) -> Path:
     """The finished run's prompts as they are, and the new task's as a group of its own in the file, so that nothing of
     the others is computed otherwise than before."""
-    (of_task,) = (method.artefacts[0] for method in trained if method.name == "grouped")
+    (of_task,) = (method.artifacts[0] for method in trained if method.name == "grouped")
     file = plan.folder / GROUPED
     make_folder(file.parent)
-    save_prompts(file, merge_prompts([finished.prompts, load_prompts(of_task.local() / PROMPTS)]))
+    save_adapter(file, merge_adapters([finished.prompts, load_adapter(of_task.local() / ADAPTER)]))
     if (options := read_options(finished.folder / GROUPED)) != ModelOptions():
         write_options(file, options)  # temperatures of the tasks before; they are bound to the file
     return file
@@ -193,8 +195,8 @@ def _merged_prompts(plan: Plan, finished: FinishedRun, trained: Sequence[MethodA
 def _report(
     joining: Joining,
     session: Session,
-    grouping: Artefact,
-    trained: Sequence[MethodArtefacts],
+    grouping: Artifact,
+    trained: Sequence[MethodArtifacts],
     prompts: Path,
     beside: dict[str, Any] | None,
 ) -> None:
@@ -219,7 +221,7 @@ def _report(
     write_atomically(folder / "report.md", added_task_to_markdown(added))
     track_results(plan, session, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
     session.tracker.log_artifact(PARENT, folder)
-    session.tracker.log_artifact(PARENT, prompts, "prompts")
+    session.tracker.log_artifact(PARENT, prompts, "adapters")
     register_model(plan, session, prompts)
     session.console.print(added_task_table(added))
     where = plan.storage.shown

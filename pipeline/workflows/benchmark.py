@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.config import Config, content_hash
 from pipeline.files import make_folder, write_atomically
-from pipeline.methods.registry import ALWAYS, METHODS, VARIANTS, training_of
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_of
 from pipeline.report.benchmark_tables import (
     Benchmark,
     Result,
@@ -36,7 +36,7 @@ from pipeline.stages.group_trainings import train_groups
 from pipeline.stages.plan import Plan
 from pipeline.stages.report import track_results
 from pipeline.stages.run import cluster_of
-from pipeline.workflows.many_runs import configs_of, in_parallel, make_plans
+from pipeline.workflows.many_runs import configs_of, make_plans, map_concurrently
 
 CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
 """Of the paper's Figure 5."""
@@ -46,8 +46,8 @@ OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 def benchmark_configs(base: Config, methods: Sequence[str], shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
     """One config a run: the fewest shots first, all seeds of them."""
-    compared = tuple(name for name in methods if name != "zero_shot" and name not in ALWAYS)
-    return configs_of(base.model_copy(update={"compare": compared}), shots, seeds)
+    compared = tuple(name for name in methods if name != "zero_shot" and name not in DEFAULT_VARIANTS)
+    return configs_of(base.model_copy(update={"baselines": compared}), shots, seeds)
 
 
 def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Console) -> Path:
@@ -65,7 +65,7 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
     with cluster_of(plans[0], console) as needs, _tracked(name, configs, methods, folder) as tracker:
         failed: list[BaseException] = []
         results = []
-        for plan, found in in_parallel(plans, needs, partial(_carry_out, methods, folder.name)):
+        for plan, found in map_concurrently(plans, needs, partial(_carry_out, methods, folder.name)):
             if isinstance(found, BaseException):
                 failed.append(found)
                 continue

@@ -19,7 +19,7 @@ from pipeline.stages.group_trainings import train_every_group
 from pipeline.stages.plan import Plan
 from pipeline.stages.run import cluster_of
 from pipeline.training.snapshots import read_gradients
-from pipeline.workflows.many_runs import in_parallel, make_plans
+from pipeline.workflows.many_runs import make_plans, map_concurrently
 
 MAX_TASKS = 8
 """255 trainings a seed, and 4,140 partitions."""
@@ -42,7 +42,7 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
     folder = make_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
     with cluster_of(plans[0], console) as needs:
         studies = {}
-        for plan, outcome in in_parallel(plans, needs, _study):
+        for plan, outcome in map_concurrently(plans, needs, _study):
             if isinstance(outcome, BaseException):
                 raise outcome
             studies[plan.config.seed] = outcome

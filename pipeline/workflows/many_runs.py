@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.config import Config, parse_config
-from pipeline.runtime.cluster import WorkerNeeds
+from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.session import Session
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.run import at_work
@@ -39,8 +39,8 @@ def make_plans(configs: Sequence[Config], console: Console) -> list[Plan]:
     return [first, *(make_plan(config, _RunConsole(config), like=first) for config in configs[1:])]
 
 
-def in_parallel(
-    plans: Sequence[Plan], needs: WorkerNeeds, work: Callable[[Plan, Session], Any]
+def map_concurrently(
+    plans: Sequence[Plan], needs: WorkerResources, work: Callable[[Plan, Session], Any]
 ) -> Iterator[tuple[Plan, Any]]:
     """Each plan with what `work` gave, or the exception that ended it, in the order of the plans; all are at work from
     the start, each in a session of its own. What interrupts the caller ends them."""

@@ -22,11 +22,11 @@ from rich.markup import escape
 
 from pipeline.clip.load import towers_without_weights
 from pipeline.config import Config, content_hash, to_yaml
-from pipeline.data.find import Listing
+from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomically, write_json
 from pipeline.grouping.search.constraints import check_constraints
-from pipeline.methods.registry import ALWAYS, VARIANTS
+from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
 from pipeline.report.summary import title
 from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
 from pipeline.runtime.cluster import places
@@ -37,9 +37,9 @@ from pipeline.stages.run import at_work, cluster_of
 from pipeline.tuning.points import Check, Points, planned_points
 from pipeline.tuning.search_file import Search, config_at
 from pipeline.tuning.trials import Trial, best_trial
-from pipeline.workflows.held_out import hold_out
 from pipeline.workflows.tuning_searchers import Listener, OptunaPoints, early_stopping
 from pipeline.workflows.tuning_trial import METRIC, TrialSetup, run_trial
+from pipeline.workflows.validation_split import hold_out
 
 PLACE = "searches"
 RESULT = "search.json"
@@ -62,7 +62,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
             f"cluster.workers_per_training={base.cluster.workers_per_training}: a trial trains on one worker, and "
             "trials run beside each other: leave it at 1"
         )
-    plan = make_plan(base, console, place=PLACE, decided_by={"search": search.to_json()})
+    plan = make_plan(base, console, place=PLACE, extra_key_inputs={"search": search.to_json()})
     check = partial(_check_point, plan.config, replace(plan.listing, images=()), search.methods)
     points = planned_points(search, check)
     write_atomically(
@@ -92,7 +92,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
     return plan.folder
 
 
-def _check_point(config: Config, listing: Listing, methods: Sequence[str], point: Mapping[str, Any]) -> None:
+def _check_point(config: Config, listing: DatasetIndex, methods: Sequence[str], point: Mapping[str, Any]) -> None:
     """Raises UserError for values that do not go together, or not with the model or the tasks."""
     towers = _towers(config.clip)
     config, method = config_at(config, point, methods)
@@ -237,8 +237,8 @@ def _report(plan: Plan, session: Session, search: Search, trials: Sequence[Trial
 def _best_config(plan: Plan, search: Search, best: Trial) -> tuple[Config, str]:
     """What the pipeline takes, with the best trial's method in its report; and that method."""
     config, method = config_at(plan.config, best.point, search.methods)
-    if method not in (*ALWAYS, *config.compare):
-        config = config.model_copy(update={"compare": (*config.compare, method)})
+    if method not in (*DEFAULT_VARIANTS, *config.baselines):
+        config = config.model_copy(update={"baselines": (*config.baselines, method)})
     return config, method
 
 

@@ -21,13 +21,13 @@ from ray.tune.search.optuna import OptunaSearch
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods.registry import VARIANTS, training_of
-from pipeline.tuning.points import DRAWS_FOR_A_POINT, Check, Point, draws
+from pipeline.tuning.points import MAX_REJECTED_SAMPLES, Check, Point, draws
 from pipeline.tuning.search_file import METHOD, Range, Search
 from pipeline.tuning.trials import State, Trial
 from pipeline.workflows.tuning_trial import ACCURACY, EPOCH, FAULT, METRIC, PARAMETERS, WHOLE
 
 set_verbosity(WARNING)
-DRAWS_OF_OPTUNA = 100
+MAX_OPTUNA_SAMPLES = 100
 """For one point, until it is drawn at random: in a small space Optuna asks for the best point again and again."""
 
 
@@ -44,7 +44,7 @@ class OptunaPoints(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """{"trial": {"number", "point"}}; FINISHED when the space has no more points."""
-        for draw in range(DRAWS_OF_OPTUNA):
+        for draw in range(MAX_OPTUNA_SAMPLES):
             asked_as = f"{trial_id} {draw}"
             point = self._decoded(super().suggest(asked_as) or {})
             tried = json.dumps(point) in self._tried
@@ -54,7 +54,7 @@ class OptunaPoints(OptunaSearch):
             # To Optuna, what cannot be is pruned, which is bad; what was tried before is a fault, which says nothing.
             super().on_trial_complete(asked_as, error=tried)
         candidates = draws(self._search.space, self._search.options.seed + len(self._tried))
-        for values in islice(candidates, DRAWS_FOR_A_POINT):
+        for values in islice(candidates, MAX_REJECTED_SAMPLES):
             point = self._search.point(values)
             if json.dumps(point) not in self._tried and self._can_be(point):
                 return self._begun(point)
@@ -106,7 +106,7 @@ def early_stopping(search: Search, base: Config) -> TrialScheduler:
     options, lengths = search.options, [training_of(VARIANTS[method].method, base).epochs for method in search.methods]
     searched = [of.values for name, of in search.space.items() if name.endswith("training.epochs")]
     longest: int = max([*lengths, *(value for values in searched for value in values if value)])
-    fewest = min(options.fewest_epochs, longest)
+    fewest = min(options.grace_period, longest)
     if options.early_stopping == "asha":
         return ASHAScheduler(EPOCH, METRIC, "max", max_t=longest, grace_period=fewest)
     if options.early_stopping == "median":  # a trial that waits for the others to be measured would lose its place

@@ -22,7 +22,7 @@ from pipeline.methods.registry import VARIANTS, get_method, training_of
 from pipeline.runtime.stage import Work
 from pipeline.stages.global_prompt import global_prompt_work
 from pipeline.stages.group_trainings import Training, built_method, plan_trainings
-from pipeline.stages.grouping import grouping_artefact, make_grouping, read_grouping
+from pipeline.stages.grouping import grouping_artifact, make_grouping, read_grouping
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_work import TrainingWork
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
@@ -100,19 +100,19 @@ class _GroupTraining:
         work = training.item
         self._work, self._kind = work, get_method(work.method)
         self._towers = work.towers(self._kind.trains_weights)
-        start = training.start.artefact if training.start else None
+        start = training.start.artifact if training.start else None
         self._method = built_method(work, self._towers, start, training.affinities)
         self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
         sets = work.with_frozen_features([self._training_set(task) for task in work.tasks])
         epochs = training_of(work.method, work.config).epochs
-        storage = training.artefact.storage
+        storage = training.artifact.storage
         self.trainer = work.trainer(self._towers, self._method, epochs, sets, checkpoints, storage)
 
     def validation_accuracy(self) -> dict[str, float]:
         """Task → 0 to 1."""
         work, config = self._work, self._work.config
         with torch.no_grad():
-            groups = [(work.words(), self._method())]
+            groups = [(work.class_names(), self._method())]
             templates = self._kind.templates(config, work.tasks)
             classifier = Classifier(self._towers, templates, groups, config.clip.precision)
         if work.test_features:
@@ -125,7 +125,7 @@ class _GroupTraining:
     def _training_set(self, task: str) -> TrainingSet:
         size, threads = self._towers.image_size, self._work.config.cluster.cpus_per_worker
         folder = self._work.splits.local()
-        return _training_set(folder, task, size, self._towers.device, threads, self._kind.changes_images)
+        return _training_set(folder, task, size, self._towers.device, threads, self._kind.modifies_image_encoder)
 
 
 @cache  # one search's few-shot images; a worker goes from trial to trial
@@ -158,15 +158,15 @@ def _grouping(plan: Plan) -> dict[str, Any]:
     it."""
     global_prompt = global_prompt_work(plan)
     _make(global_prompt)
-    assert global_prompt.artefact is not None  # as _make checks
-    artefact = grouping_artefact(plan, global_prompt.artefact)
-    make_grouping(plan, global_prompt.artefact, artefact)
-    return read_grouping(artefact)
+    assert global_prompt.artifact is not None  # as _make checks
+    artifact = grouping_artifact(plan, global_prompt.artifact)
+    make_grouping(plan, global_prompt.artifact, artifact)
+    return read_grouping(artifact)
 
 
 def _make(work: Work) -> None:
     """In this process, unless it was made before."""
     board = SimpleNamespace(post=lambda report: None)
-    assert work.artefact is not None  # a trial's work makes one
-    if not work.artefact.finished():
+    assert work.artifact is not None  # a trial's work makes one
+    if not work.artifact.finished():
         work.function(*work.arguments, board)

@@ -1,4 +1,4 @@
-from plain_method import Option, Reference, full_ids, is_uniform
+from reference_method import Option, Reference, full_ids, is_uniform
 
 
 def features(method, model, images, config):
@@ -17,5 +17,5 @@ REFERENCE = Reference(
     },
     options={"reduction": Option(3, {"bottleneck.0.weight": (4, 12)}), "ratio": Option(0.35)},
     num_parameters=(({}, 131_712),),
-    changes_texts=False,
+    modifies_text_encoder=False,
 )

@@ -1,5 +1,5 @@
 import torch
-from plain_method import (
+from reference_method import (
     FROM_TEXT,
     FROM_VISION,
     Option,

@@ -1,5 +1,5 @@
-from plain_method import Option, Reference, full_ids, is_normal
-from plain_towers import plain_encode_text
+from reference_method import Option, Reference, full_ids, is_normal
+from reference_towers import plain_encode_text
 
 
 def features(method, model, images, config):

@@ -1,8 +1,8 @@
 """HiPro with one task, where the tree is one leaf; several tasks: test_methods.py."""
 
 import torch.nn.functional as F
-from plain_method import Option, Reference, full_ids, is_normal
-from plain_towers import plain_encode_text
+from reference_method import Option, Reference, full_ids, is_normal
+from reference_towers import plain_encode_text
 
 
 def features(method, model, images, config):

@@ -1,6 +1,6 @@
 import torch
-from plain_method import SKETCHED, Option, Reference, equals, full_ids, with_weights
-from plain_towers import plain_encode_text
+from reference_method import SKETCHED, Option, Reference, equals, full_ids, with_weights
+from reference_towers import plain_encode_text
 from small_clip import tokenizer
 
 

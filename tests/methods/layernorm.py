@@ -1,6 +1,6 @@
 import re
 
-from plain_method import Reference, features_of_trained_weights, starts_as_clip
+from reference_method import Reference, features_of_trained_weights, starts_as_clip
 from torch import nn
 
 

@@ -1,4 +1,4 @@
-from plain_method import SKETCHED, Reference, equals, full_ids
+from reference_method import SKETCHED, Reference, equals, full_ids
 
 
 def features(method, model, images, config):

@@ -1,6 +1,6 @@
 import torch
-from plain_method import FROM_TEXT, Option, Reference, begins_with_the_sketch, full_ids
-from plain_towers import plain_encode_image, plain_encode_text
+from reference_method import FROM_TEXT, Option, Reference, begins_with_the_sketch, full_ids
+from reference_towers import plain_encode_image, plain_encode_text
 
 
 def features(method, model, images, config):

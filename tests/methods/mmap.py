@@ -1,8 +1,8 @@
 """MmAP of a group: in every layer the group's prompts and the task's, each a Kronecker product."""
 
 import torch
-from plain_method import Option, Reference, full_ids, is_all, is_normal
-from plain_towers import plain_encode_image, plain_encode_text
+from reference_method import Option, Reference, full_ids, is_all, is_normal
+from reference_towers import plain_encode_image, plain_encode_text
 
 
 def features_of(stacks, model, images, config):
@@ -22,7 +22,7 @@ def features_of(stacks, model, images, config):
         )
         for scaling in ("text_scaling", "vision_scaling")
     )
-    before_sos = config.mmap.text_order == "before_sos"
+    before_sos = config.mmap.text_prompt_position == "before_sos"
     ids = full_ids(config.clip.template)
     return plain_encode_image(model, images, vision), plain_encode_text(model, ids, text, before_sos)
 
@@ -36,7 +36,7 @@ REFERENCE = Reference(
         "source_columns": Option(4, {"source": (1, 4, 2, 4), "vision_scaling": (1, 4, 3, 6)}),
         "depth": Option(3, {"source": (1, 3, 2, 8), "text_scaling": (1, 3, 3, 2)}),
         "shared_source": Option(True, {"source": (1, 1, 2, 8), "text_scaling": (1, 4, 3, 2)}),
-        "text_order": Option("before_sos"),
+        "text_prompt_position": Option("before_sos"),
         "init_std": Option(0.3),
     },
     small={"prompt_length": 2, "source_rows": 2},

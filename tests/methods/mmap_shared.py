@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from plain_method import is_all, is_normal
+from reference_method import is_all, is_normal
 
 from methods import mmap
 

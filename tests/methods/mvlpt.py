@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
-from plain_method import FROM_TEXT, FROM_VISION, Option, Reference, full_ids, is_all, is_normal, is_uniform
-from plain_towers import plain_encode_image, plain_encode_text
+from reference_method import FROM_TEXT, FROM_VISION, Option, Reference, full_ids, is_all, is_normal, is_uniform
+from reference_towers import plain_encode_image, plain_encode_text
 
 
 def features(method, model, images, config):

@@ -1,6 +1,6 @@
 import torch
-from plain_method import Option, Reference, full_ids, is_normal
-from plain_towers import plain_encode_text
+from reference_method import Option, Reference, full_ids, is_normal
+from reference_towers import plain_encode_text
 from small_clip import tokenizer
 
 

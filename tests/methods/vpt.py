@@ -1,5 +1,5 @@
-from plain_method import Option, Reference, full_ids, is_normal
-from plain_towers import plain_encode_image
+from reference_method import Option, Reference, full_ids, is_normal
+from reference_towers import plain_encode_image
 
 
 def features(method, model, images, config):
@@ -16,5 +16,5 @@ REFERENCE = Reference(
     small={"prompt_length": 2},
     for_starts={"prompt_length": 10},
     num_parameters=(({"prompt_length": 18}, 165_888),),
-    changes_texts=False,
+    modifies_text_encoder=False,
 )

@@ -1,3 +1,3 @@
-from plain_method import Reference
+from reference_method import Reference
 
-REFERENCE = Reference(starts=lambda towers, model: {}, changes_texts=False, random_start=False)
+REFERENCE = Reference(starts=lambda towers, model: {}, modifies_text_encoder=False, random_start=False)

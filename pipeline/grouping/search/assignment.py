@@ -9,7 +9,7 @@ from scipy.sparse import csr_array, hstack, kron
 from pipeline.grouping.search.problem import Problem
 
 
-class Impossible(Exception):
+class InfeasibleError(Exception):
     """No partition meets the constraints."""
 
 
@@ -19,26 +19,26 @@ def feasible_labels(problem: Problem, seconds: float) -> np.ndarray | None:
     Raises:
         Impossible: there is none, proven.
     """
-    num_units, num_tasks = problem.num_units, int(problem.sizes.sum())
-    num_groups = problem.num_groups or min(num_units, num_tasks // problem.min_size)
-    if num_groups > num_units:
-        raise Impossible
+    num_nodes, num_tasks = problem.num_nodes, int(problem.sizes.sum())
+    num_groups = problem.num_groups or min(num_nodes, num_tasks // problem.min_size)
+    if num_groups > num_nodes:
+        raise InfeasibleError
     # Variables: unit u is in group g (row by row), then: group g is used.
-    of_unit = csr_array(kron(np.eye(num_units), np.ones((1, num_groups))))
+    of_unit = csr_array(kron(np.eye(num_nodes), np.ones((1, num_groups))))
     of_group = csr_array(kron(problem.sizes[None, :], np.eye(num_groups)))
     used = csr_array(np.eye(num_groups))
-    unused = csr_array((num_units, num_groups))
-    one, other = np.nonzero(np.triu(problem.apart))
-    pairs = np.zeros((len(one), num_units))
+    unused = csr_array((num_nodes, num_groups))
+    one, other = np.nonzero(np.triu(problem.cannot_link))
+    pairs = np.zeros((len(one), num_nodes))
     pairs[np.arange(len(one)), one] = pairs[np.arange(len(one)), other] = 1
     both = csr_array(kron(pairs, np.eye(num_groups)))
     # Groups are alike: unit u needs none beyond number u.
-    needed = np.arange(num_groups) <= np.arange(num_units)[:, None]
+    needed = np.arange(num_groups) <= np.arange(num_nodes)[:, None]
     found = milp(
-        np.zeros(num_units * num_groups + num_groups),
-        integrality=np.ones(num_units * num_groups + num_groups),
+        np.zeros(num_nodes * num_groups + num_groups),
+        integrality=np.ones(num_nodes * num_groups + num_groups),
         bounds=Bounds(
-            np.append(np.zeros(num_units * num_groups), np.full(num_groups, problem.num_groups is not None)),
+            np.append(np.zeros(num_nodes * num_groups), np.full(num_groups, problem.num_groups is not None)),
             np.append(needed.ravel(), np.ones(num_groups)),
         ),
         constraints=[
@@ -50,5 +50,5 @@ def feasible_labels(problem: Problem, seconds: float) -> np.ndarray | None:
         options={"time_limit": seconds},
     )
     if found.status == 2:
-        raise Impossible
-    return None if found.x is None else found.x[: num_units * num_groups].reshape(num_units, -1).argmax(axis=1)
+        raise InfeasibleError
+    return None if found.x is None else found.x[: num_nodes * num_groups].reshape(num_nodes, -1).argmax(axis=1)

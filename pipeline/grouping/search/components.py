@@ -34,7 +34,7 @@ def components(problem: Problem) -> list[list[int]]:
     Of equal best partitions the union of the components' first ones is the first: where two unions differ first, the
     two groups have the same first member, and differ within one component.
     """
-    everything = [list(range(problem.num_units))]
+    everything = [list(range(problem.num_nodes))]
     if problem.num_groups is not None or problem.min_size > problem.sizes.min():
         return everything
     weights = problem.weights[1:]
@@ -45,5 +45,5 @@ def components(problem: Problem) -> list[list[int]]:
         return everything
     pairs = np.outer(problem.sizes, problem.sizes)
     clearly = 4 * problem.sizes.sum() * problem.tie * pairs
-    graph = nx.from_numpy_array((problem.affinity >= -clearly) & ~problem.apart)
+    graph = nx.from_numpy_array((problem.affinity >= -clearly) & ~problem.cannot_link)
     return sorted(sorted(part) for part in nx.connected_components(graph))

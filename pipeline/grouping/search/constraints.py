@@ -24,33 +24,41 @@ def check_constraints(
     num_groups: int | None = None,
     min_size: int = 1,
     max_size: int | None = None,
-    together: Sequence[Sequence[Hashable]] = (),
-    apart: Sequence[Sequence[Hashable]] = (),
+    must_link: Sequence[Sequence[Hashable]] = (),
+    cannot_link: Sequence[Sequence[Hashable]] = (),
 ) -> None:
     """UserError unless some partition of the tasks meets the constraints of `best_partition`; says what is possible."""
     _check_sizes(len(tasks), num_groups, min_size, max_size)
-    together, apart = task_numbers(tasks, "together", together), task_numbers(tasks, "apart", apart)
-    if not (together or apart):
+    must_link, cannot_link = (
+        task_numbers(tasks, "must_link", must_link),
+        task_numbers(tasks, "cannot_link", cannot_link),
+    )
+    if not (must_link or cannot_link):
         return
 
-    from pipeline.grouping.search.assignment import Impossible, feasible_labels  # scipy, which every run would import
+    from pipeline.grouping.search.assignment import (  # scipy, which every run would import
+        InfeasibleError,
+        feasible_labels,
+    )
 
-    problem = Problem.of(np.zeros((len(tasks), len(tasks))), Sum(), num_groups, min_size, max_size, together, apart)
-    for unit in problem.units:
-        for of_list in apart:
+    problem = Problem.of(
+        np.zeros((len(tasks), len(tasks))), Sum(), num_groups, min_size, max_size, must_link, cannot_link
+    )
+    for unit in problem.nodes:
+        for of_list in cannot_link:
             both = [tasks[task] for task in unit if task in of_list]
             if len(both) > 1:
-                raise UserError(f"{both[0]!r} and {both[1]!r} must be together (`together`) and apart (`apart`)")
+                raise UserError(f"{both[0]!r} and {both[1]!r} must be together (`must_link`) and apart (`cannot_link`)")
         if len(unit) > problem.max_size:
             names = ", ".join(repr(tasks[task]) for task in unit)
             raise UserError(
                 f"max_size={max_size}, but the {len(unit)} tasks {names} must be together; "
-                f"choose max_size={len(unit)} or more, or take tasks out of `together`"
+                f"choose max_size={len(unit)} or more, or take tasks out of `must_link`"
             )
     try:
         feasible_labels(problem, SECONDS_TO_FIND_ONE)
-    except Impossible:
-        every = {"num_groups": num_groups, "max_size": max_size, "together": together, "apart": apart}
+    except InfeasibleError:
+        every = {"num_groups": num_groups, "max_size": max_size, "must_link": must_link, "cannot_link": cannot_link}
         given: dict[str, Any] = {name: value for name, value in every.items() if value not in (None, ())}
         if min_size > 1:
             given["min_size"] = min_size
@@ -82,14 +90,14 @@ def task_numbers(
 def count_partitions(problem: Problem) -> int | None:
     """How many partitions meet the constraints; None where pairs apart make that slow to count."""
     sizes = Counter(problem.sizes.tolist())
-    if not problem.apart.any():
+    if not problem.cannot_link.any():
         kinds = sorted(sizes)
         left = tuple(sizes[kind] for kind in kinds)
         counts = _counts_by_number(left, tuple(kinds), problem.min_size, problem.max_size)
         return sum(count for k, count in counts.items() if problem.num_groups in (None, k))
-    if problem.num_units > MOST_UNITS_COUNTED_ONE_BY_ONE:
+    if problem.num_nodes > MOST_UNITS_COUNTED_ONE_BY_ONE:
         return None
-    allowed = np.isfinite(problem.mask_values())
+    allowed = np.isfinite(problem.subset_scores())
     of_set = [Counter({0: 1})]  # of every set of units: number of groups → number of its partitions
     for mask in range(1, len(allowed)):
         rest = mask ^ (1 << (mask.bit_length() - 1))
@@ -122,14 +130,14 @@ def _counts_by_number(left: tuple[int, ...], kinds: tuple[int, ...], min_size: i
 
 
 def _possible_without(name: str, num_tasks: int, given: dict[str, Any]) -> bool:
-    from pipeline.grouping.search.assignment import Impossible, feasible_labels
+    from pipeline.grouping.search.assignment import InfeasibleError, feasible_labels
 
     others = {other: value for other, value in given.items() if other != name}
     try:
         _check_sizes(num_tasks, others.get("num_groups"), others.get("min_size", 1), others.get("max_size"))
         problem = Problem.of(np.zeros((num_tasks, num_tasks)), Sum(), **others)
         return feasible_labels(problem, SECONDS_TO_FIND_ONE) is not None
-    except (UserError, Impossible):
+    except (UserError, InfeasibleError):
         return False
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array
 
-from pipeline.grouping.search.problem import Problem, UnitGroups
+from pipeline.grouping.search.problem import NodeGroups, Problem
 
 LARGEST_COST = 100.0
 """Costs are scaled so that the largest is this."""
@@ -46,21 +46,21 @@ class IntegerProgram:
 
     def __init__(self, problem: Problem):
         self.problem = problem
-        num_units, sizes = problem.num_units, problem.sizes
-        one, other = np.triu_indices(num_units, 1)
+        num_nodes, sizes = problem.num_nodes, problem.sizes
+        one, other = np.triu_indices(num_nodes, 1)
         self.classes = _size_classes(problem)
         smallest, largest, weights = np.array(self.classes).T[:, :, None]
         # Columns: w by class and pair, then z by class and unit, then f.
-        shape = (len(self.classes), num_units, num_units)
+        shape = (len(self.classes), num_nodes, num_nodes)
         self.pair_column = np.zeros(shape, dtype=np.int64)
         self.pair_column[:, one, other] = np.arange(len(self.classes) * len(one)).reshape(len(self.classes), -1)
         self.pair_column += self.pair_column.transpose(0, 2, 1)
-        self.unit_column = len(self.classes) * len(one) + np.arange(len(self.classes) * num_units).reshape(shape[:2])
+        self.unit_column = len(self.classes) * len(one) + np.arange(len(self.classes) * num_nodes).reshape(shape[:2])
         between, inside = problem.affinity[one, other], np.diag(problem.affinity)
         score = np.append(weights * between, weights * inside)
-        may_share = (largest >= sizes[one] + sizes[other]) & ~problem.apart[one, other]
+        may_share = (largest >= sizes[one] + sizes[other]) & ~problem.cannot_link[one, other]
         highest = np.append(may_share, largest >= sizes).astype(np.float64)
-        firsts = np.zeros(num_units if problem.num_groups is not None else 0)
+        firsts = np.zeros(num_nodes if problem.num_groups is not None else 0)
         self.first_column = len(score) + np.arange(len(firsts))
         self.scale = LARGEST_COST / (np.abs(score).max(initial=0) or 1.0)
         self.cost = np.append(-score * self.scale, firsts)
@@ -69,7 +69,7 @@ class IntegerProgram:
         self.cuts: list[Cut] = []
         self.always = self._constraints()
 
-    def solve(self, known: UnitGroups, seconds: float) -> tuple[UnitGroups, float]:
+    def solve(self, known: NodeGroups, seconds: float) -> tuple[NodeGroups, float]:
         """The best groups of units found, and a bound on every partition's score: their own where that is proven.
 
         Args:
@@ -196,8 +196,8 @@ class IntegerProgram:
     def _constraints(self) -> list[Cut]:
         """What is never left out."""
         sizes, cuts = self.problem.sizes, []
-        for unit in range(self.problem.num_units):
-            others = np.delete(np.arange(self.problem.num_units), unit)
+        for unit in range(self.problem.num_nodes):
+            others = np.delete(np.arange(self.problem.num_nodes), unit)
             has = self.unit_column[:, unit]
             cuts += [(has, sign * np.ones(len(has)), sign) for sign in (1, -1)]
             for at, (smallest, largest, _) in enumerate(self.classes):
@@ -226,7 +226,7 @@ def _size_classes(problem: Problem) -> list[tuple[int, int, float]]:
     largest = problem.max_size
     if problem.num_groups is not None:
         largest = min(largest, int(problem.sizes.sum()) - (problem.num_groups - 1) * problem.min_size)
-    elif problem.num_units == problem.sizes.sum():
+    elif problem.num_nodes == problem.sizes.sum():
         largest = min(largest, problem.objective.largest_needed_size(problem.min_size) or largest)
     weights = problem.weights
     same = [list(of) for _, of in groupby(range(problem.min_size, largest + 1), key=lambda size: weights[size])]

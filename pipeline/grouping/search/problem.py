@@ -23,7 +23,7 @@ from pipeline.grouping.objectives import Objective
 
 Groups = tuple[tuple[int, ...], ...]
 """Each group sorted, groups sorted by their first member."""
-UnitGroups = list[tuple[int, ...]]
+NodeGroups = list[tuple[int, ...]]
 """Likewise of units, in any order."""
 
 TIE_TOLERANCE = 1e-12
@@ -36,9 +36,9 @@ class Problem:
 
     affinity: np.ndarray
     """(U, U), symmetric: the summed affinities between the tasks of two units; on the diagonal of the pairs inside."""
-    units: Groups
+    nodes: Groups
     """The units' tasks."""
-    apart: np.ndarray
+    cannot_link: np.ndarray
     """(U, U), symmetric, bool: units that may not share a group."""
     objective: Objective
     num_groups: int | None
@@ -54,31 +54,31 @@ class Problem:
         num_groups: int | None = None,
         min_size: int = 1,
         max_size: int | None = None,
-        together: Sequence[Sequence[int]] = (),
-        apart: Sequence[Sequence[int]] = (),
+        must_link: Sequence[Sequence[int]] = (),
+        cannot_link: Sequence[Sequence[int]] = (),
     ) -> Problem:
         """Of affinities (T, T) and constraints as of `best_partition`, which can be met (`check_constraints`)."""
         num_tasks = len(affinity)
         barred = np.zeros((num_tasks, num_tasks), dtype=bool)
-        for tasks in apart:
+        for tasks in cannot_link:
             barred[np.ix_(tasks, tasks)] = True
         np.fill_diagonal(barred, False)
         affinity = affinity - np.diag(np.diag(affinity))
         return Problem(
             affinity=affinity,
-            units=tuple((task,) for task in range(num_tasks)),
-            apart=barred,
+            nodes=tuple((task,) for task in range(num_tasks)),
+            cannot_link=barred,
             objective=objective,
             num_groups=num_groups,
             min_size=min_size,
             max_size=num_tasks if max_size is None else min(max_size, num_tasks),
             tie=TIE_TOLERANCE * float(np.abs(np.triu(affinity, 1)).sum()) or 1.0,
-        ).merged(_joined(num_tasks, together))
+        ).contract_must_links(_joined(num_tasks, must_link))
 
-    def merged(self, parts: Sequence[Sequence[int]]) -> Problem:
+    def contract_must_links(self, parts: Sequence[Sequence[int]]) -> Problem:
         """The same with each of the given sets of units as one, and without the units that are in none; ties stay those
         of the whole."""
-        member = np.zeros((len(parts), self.num_units))
+        member = np.zeros((len(parts), self.num_nodes))
         for part, members in enumerate(parts):
             member[part, members] = 1
         inside = np.diag(self.affinity)
@@ -86,19 +86,19 @@ class Problem:
         between = (between + between.T) / 2
         # Each pair inside a part was counted from both sides.
         between[np.diag_indices(len(parts))] = np.diag(between) / 2 + member @ inside
-        apart = member @ self.apart @ member.T > 0
-        np.fill_diagonal(apart, False)
-        units = tuple(tuple(sorted(task for unit in part for task in self.units[unit])) for part in parts)
-        return replace(self, affinity=between, apart=apart, units=units)
+        cannot_link = member @ self.cannot_link @ member.T > 0
+        np.fill_diagonal(cannot_link, False)
+        nodes = tuple(tuple(sorted(task for unit in part for task in self.nodes[unit])) for part in parts)
+        return replace(self, affinity=between, cannot_link=cannot_link, nodes=nodes)
 
     @property
-    def num_units(self) -> int:
-        return len(self.units)
+    def num_nodes(self) -> int:
+        return len(self.nodes)
 
     @cached_property
     def sizes(self) -> np.ndarray:
         """(U,) tasks of each unit."""
-        return np.array([len(tasks) for tasks in self.units])
+        return np.array([len(tasks) for tasks in self.nodes])
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -115,43 +115,43 @@ class Problem:
         return total
 
     def task_groups(self, unit_groups: Sequence[Sequence[int]]) -> Groups:
-        groups = (tuple(sorted(task for unit in group for task in self.units[unit])) for group in unit_groups)
+        groups = (tuple(sorted(task for unit in group for task in self.nodes[unit])) for group in unit_groups)
         return tuple(sorted(groups))
 
-    def mask_values(self) -> np.ndarray:
+    def subset_scores(self) -> np.ndarray:
         """(2^U,) value of every set of units as a group, -inf where it is not allowed; 0 for the empty set."""
         sizes = _sums_of_subsets(self.sizes)
         values = _pair_sums_of_subsets(self.affinity) * self.weights[sizes] - self.tie
         allowed = (sizes >= self.min_size) & (sizes <= self.max_size)
-        if self.apart.any():
-            allowed &= _pair_sums_of_subsets(self.apart.astype(np.float64)) == 0
+        if self.cannot_link.any():
+            allowed &= _pair_sums_of_subsets(self.cannot_link.astype(np.float64)) == 0
         values = np.where(allowed, values, -np.inf)
         values[0] = 0
         return values
 
     def members(self, mask: int) -> tuple[int, ...]:
         """Units of a bit mask."""
-        return tuple(unit for unit in range(self.num_units) if mask >> (self.num_units - 1 - unit) & 1)
+        return tuple(unit for unit in range(self.num_nodes) if mask >> (self.num_nodes - 1 - unit) & 1)
 
     def order_of_masks(self, masks: np.ndarray) -> np.ndarray:
         """Numbers that sort sets of units as Python sorts their tuples of tasks."""
-        tasks = sorted(task for unit in self.units for task in unit)
-        unit_of = {task: unit for unit, of_unit in enumerate(self.units) for task in of_unit}
+        tasks = sorted(task for unit in self.nodes for task in unit)
+        unit_of = {task: unit for unit, of_unit in enumerate(self.nodes) for task in of_unit}
         # The place of a tuple among all: 1 for each member, and for each task left out below the last member all
         # tuples that go on with it.
         order = np.zeros(len(masks), dtype=np.int64 if len(tasks) < 62 else object)
         started = np.zeros(len(masks), dtype=bool)
         for later, task in enumerate(reversed(tasks)):
-            inside = (masks >> (self.num_units - 1 - unit_of[task]) & 1).astype(bool)
+            inside = (masks >> (self.num_nodes - 1 - unit_of[task]) & 1).astype(bool)
             started |= inside
             order = order + np.where(inside, 1, np.where(started, 2**later, 0))
         return order
 
 
-def _joined(num_tasks: int, together: Sequence[Sequence[int]]) -> Groups:
+def _joined(num_tasks: int, must_link: Sequence[Sequence[int]]) -> Groups:
     """Tasks as units: lists that share a task are one."""
     unit_of = list(range(num_tasks))
-    for tasks in together:
+    for tasks in must_link:
         joined = {unit_of[task] for task in tasks}
         unit_of = [min(joined) if unit in joined else unit for unit in unit_of]
     return tuple(tuple(task for task in range(num_tasks) if unit_of[task] == unit) for unit in sorted(set(unit_of)))

@@ -13,23 +13,23 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.grouping.search.problem import Problem, UnitGroups
+from pipeline.grouping.search.problem import NodeGroups, Problem
 
 LOW_BITS = 5
 """Sets that differ in the last units only are handled side by side: 3^5 = 243 pairs (group, rest)."""
 
 
-def best_by_subsets(problem: Problem) -> UnitGroups:
+def best_by_subsets(problem: Problem) -> NodeGroups:
     """Groups of units."""
-    values = problem.mask_values()
-    last = problem.num_units - 1
+    values = problem.subset_scores()
+    last = problem.num_nodes - 1
     if problem.num_groups is None:
         table = np.zeros(1)
         for bit in range(last):
             table = np.concatenate([table, _max_plus(values[1 << bit : 2 << bit], table)])
         tables = [table]
     else:
-        num_bits = problem.num_units - problem.num_groups
+        num_bits = problem.num_nodes - problem.num_groups
         tables = [np.full(1 << num_bits, -np.inf)]
         tables[0][0] = 0
         for bits in range(num_bits + 1, last + 1):
@@ -38,13 +38,13 @@ def best_by_subsets(problem: Problem) -> UnitGroups:
     return _first_reaching_best(problem, values, tables)
 
 
-def _first_reaching_best(problem: Problem, values: np.ndarray, tables: list[np.ndarray]) -> UnitGroups:
+def _first_reaching_best(problem: Problem, values: np.ndarray, tables: list[np.ndarray]) -> NodeGroups:
     """The first in tuple order of the partitions with the best value.
 
     Args:
         tables: the best value of every set; of a given number of groups, from 0 on, if there are several.
     """
-    remaining, taken, threshold = (1 << problem.num_units) - 1, 0.0, None
+    remaining, taken, threshold = (1 << problem.num_nodes) - 1, 0.0, None
     tables = list(tables)
     groups = []
     while remaining:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS, REFUSED = "delivery.json", "refused.jsonl"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
-GIVE_UP_AFTER = 10  # failures of one operation while the server answers other requests
+MAX_FAILURES = 10  # failures of one operation while the server answers other requests
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Delivery:
                 refused += self._send([op for op in batch if op.run == run])
         except Exception as error:
             self._failures = self._failures + 1 if self._server.answers() else 0
-            if self._failures < GIVE_UP_AFTER or len(batch) > 1:
+            if self._failures < MAX_FAILURES or len(batch) > 1:
                 raise
             refused = [(batch[0], error)]
         if not self._stopping:

@@ -193,7 +193,7 @@ def mlflow_client(uri: str) -> MlflowClient:
 def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server knows where its artefacts belong; a database file does not.
+        # A server knows where its artifacts belong; a database file does not.
         location = (_sqlite_folder(uri) / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
         try:
             return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How much of a device's arithmetic training and evaluation reach, in each precision, and how the precisions differ.
 
-    python benchmarks/utilisation.py                                  ViT-B/16, 64 images a step, 65 classes
-    python benchmarks/utilisation.py --model ViT-B-32 --images 16 --compile
+    python benchmarks/utilization.py                                  ViT-B/16, 64 images a step, 65 classes
+    python benchmarks/utilization.py --model ViT-B-32 --images 16 --compile
 
 The peak is measured first: the fastest large matrix product in that precision. Training is a step of 4 tasks (forward
 and backward to the prompts), evaluation the image tower with prompts on a batch and its class probabilities.
@@ -20,7 +20,7 @@ import torch
 from common import (
     TEMPLATE,
     autocast,
-    class_words,
+    class_names,
     default_device,
     fastest_in_turn,
     gflop,
@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     precisions = ["float32", "tf32", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
-    words = class_words(arguments.classes)
+    words = class_names(arguments.classes)
 
     rows, gradients_of = [], {}
     for precision in precisions:
@@ -111,7 +111,7 @@ def main() -> None:
         for row in rows
     ]
     print(table(columns, lines))
-    write_results(f"utilisation_{arguments.model}", device, {**vars(arguments), "rows": rows})
+    write_results(f"utilization_{arguments.model}", device, {**vars(arguments), "rows": rows})
 
 
 def matmul_tflops(device: torch.device, precision: str) -> float:

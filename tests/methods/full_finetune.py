@@ -1,4 +1,4 @@
-from plain_method import Reference, features_of_trained_weights, starts_as_clip
+from reference_method import Reference, features_of_trained_weights, starts_as_clip
 
 REFERENCE = Reference(
     features=features_of_trained_weights(lambda name: True),

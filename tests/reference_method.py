@@ -40,7 +40,7 @@ class Reference:
     """Options with which parameters are large enough to show their distribution."""
     num_parameters: tuple[tuple[Mapping[str, Any], int], ...] = ()
     """Options, and how many numbers train then of ViT-B/16 with two tasks of the same five classes."""
-    changes_texts: bool = True
+    modifies_text_encoder: bool = True
     """Whether classes have other features than the frozen CLIP's."""
     takes_words: Literal["none", "before the name", "all"] = "none"
     """The words of the template whose place its prompts take."""

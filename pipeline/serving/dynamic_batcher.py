@@ -24,7 +24,7 @@ class _Waiting(Generic[Call, Result]):
     since: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
 
-class Batches(Generic[Call, Result]):
+class DynamicBatcher(Generic[Call, Result]):
     """Of one event loop.
 
     Args:

@@ -1,7 +1,7 @@
 """How sure a grouping is: what other snapshots of the same training would have said, which other partitions come close,
 and whether the groups change while the prompt trains.
 
-Snapshots of neighbouring steps are alike, so the bootstrap draws blocks of neighbours, not single snapshots: single
+Snapshots of neighboring steps are alike, so the bootstrap draws blocks of neighbors, not single snapshots: single
 ones would make any grouping look sure.
 """
 
@@ -31,7 +31,7 @@ Search = Callable[[np.ndarray], Groups]
 
 @dataclass(frozen=True)
 class Bootstrap:
-    together: np.ndarray
+    co_assignment: np.ndarray
     """(T, T): share of the resamples in which two tasks are in one group; 1 on the diagonal."""
     shares: dict[Groups, float]
     """Share of the resamples that give a partition, the most frequent first."""
@@ -54,7 +54,7 @@ def snapshot_affinities(gradients: np.ndarray, kind: str, blocks: Sequence[np.nd
 def bootstrap(
     affinities: np.ndarray, search: Search, *, seed: int = 0, most_seconds: float = MOST_SECONDS
 ) -> Bootstrap:
-    """Searches the best groups again for means over resampled blocks of about √S neighbouring snapshots.
+    """Searches the best groups again for means over resampled blocks of about √S neighboring snapshots.
 
     Args:
         affinities: (S, T, T), by snapshot, in the order of the steps.
@@ -63,7 +63,7 @@ def bootstrap(
     num_snapshots, num_tasks, _ = affinities.shape
     length = max(1, round(math.sqrt(num_snapshots)))
     rng = np.random.default_rng(seed)
-    together = np.zeros((num_tasks, num_tasks))
+    co_assignment = np.zeros((num_tasks, num_tasks))
     counts: Counter[Groups] = Counter()
     began = time.monotonic()
     for _ in range(NUM_RESAMPLES):
@@ -72,11 +72,11 @@ def bootstrap(
         groups = search(affinities[drawn].mean(axis=0))
         counts[groups] += 1
         for group in groups:
-            together[np.ix_(group, group)] += 1
+            co_assignment[np.ix_(group, group)] += 1
         if time.monotonic() - began > most_seconds:
             break
     total = counts.total()
-    return Bootstrap(together / total, {groups: count / total for groups, count in counts.most_common()}, total)
+    return Bootstrap(co_assignment / total, {groups: count / total for groups, count in counts.most_common()}, total)
 
 
 def ranked_partitions(
@@ -104,16 +104,16 @@ def satisfies(
     num_groups: int | None,
     min_size: int,
     max_size: int | None,
-    together: Sequence[Sequence[int]],
-    apart: Sequence[Sequence[int]],
+    must_link: Sequence[Sequence[int]],
+    cannot_link: Sequence[Sequence[int]],
 ) -> bool:
     """Whether a partition keeps the constraints of `best_partition`, given by task numbers."""
     group_of = {task: number for number, group in enumerate(groups) for task in group}
     return (
         num_groups in (None, len(groups))
         and all(min_size <= len(group) <= (max_size or len(group_of)) for group in groups)
-        and all(len({group_of[task] for task in tasks}) == 1 for tasks in together)
-        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in apart)
+        and all(len({group_of[task] for task in tasks}) == 1 for tasks in must_link)
+        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in cannot_link)
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
-from pipeline.methods.prompt_file import TrainedPrompts, merge_prompts
+from pipeline.methods.adapter_file import TrainedAdapter, merge_adapters
 from pipeline.methods.registry import METHODS
 
 DIGITS = ["seven", "two", "nine", "zero", "four", "eight", "one", "six", "three", "five"]
 """In no alphabetical order, so that labels that something sorts are noticed."""
 
 
-def trained(method: str, *groups: dict[str, list[str]]) -> TrainedPrompts:
+def trained(method: str, *groups: dict[str, list[str]]) -> TrainedAdapter:
     """As a training begins them."""
     config = Config(
         clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS, template="a photo of the digit {}."),
@@ -21,5 +21,5 @@ def trained(method: str, *groups: dict[str, list[str]]) -> TrainedPrompts:
     parts = []
     for seed, group in enumerate(groups):
         module = METHODS[method].build(config.model_copy(update={"seed": seed}), towers, group)
-        parts.append(TrainedPrompts(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
-    return merge_prompts(parts)
+        parts.append(TrainedAdapter(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
+    return merge_adapters(parts)

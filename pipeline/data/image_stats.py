@@ -20,7 +20,7 @@ THUMBNAIL = 64
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
+class ImageStats:
     """Of an image that can be decoded."""
 
     width: int
@@ -33,12 +33,12 @@ class ImageFacts:
     orientation: int
     """EXIF's; STORED_UPRIGHT where there is none."""
     contrast: float
-    """Standard deviation of the grey values, 0 to 255; 0: one colour."""
-    looks: int
+    """Standard deviation of the gray values, 0 to 255; 0: one color."""
+    phash: int
     """Perceptual hash, 64 bits: images that look alike differ in few of them."""
 
 
-def image_facts(data: bytes, pixels: Image.Image | None = None) -> ImageFacts:
+def image_stats(data: bytes, pixels: Image.Image | None = None) -> ImageStats:
     """
     Args:
         pixels: `data` as RGB, if it is decoded already.
@@ -50,11 +50,11 @@ def image_facts(data: bytes, pixels: Image.Image | None = None) -> ImageFacts:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         mode, kind = image.mode, str(image.format)
         frames, orientation = _frames(image), _orientation(image)
-    grey = pixels.convert("L")
-    looks = np.packbits(imagehash.phash(grey).hash.ravel())
-    contrast = float(np.asarray(grey.resize((64, 64), Image.Resampling.BOX)).std())
-    return ImageFacts(
-        pixels.width, pixels.height, mode, kind, frames, orientation, contrast, int.from_bytes(looks.tobytes(), "big")
+    gray = pixels.convert("L")
+    phash = np.packbits(imagehash.phash(gray).hash.ravel())
+    contrast = float(np.asarray(gray.resize((64, 64), Image.Resampling.BOX)).std())
+    return ImageStats(
+        pixels.width, pixels.height, mode, kind, frames, orientation, contrast, int.from_bytes(phash.tobytes(), "big")
     )
 
 

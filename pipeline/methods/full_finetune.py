@@ -5,17 +5,17 @@ It wants a far smaller rate than prompts do: training.learning_rate of 1e-5 or s
 
 from __future__ import annotations
 
-from pipeline.methods.method import MethodConfig, OwnTraining, WeightsMethod, method
+from pipeline.methods.method import MethodConfig, TrainingOverrides, WeightsMethod, method
 
 
-@method("full")
+@method("full_finetune")
 class FullFineTuning(WeightsMethod):
     title = "full fine-tuning"
 
     class Options(MethodConfig):
         """Full fine-tuning."""
 
-        training: OwnTraining = OwnTraining(optimizer="adamw", learning_rate=1e-5, weight_decay=0.1)
+        training: TrainingOverrides = TrainingOverrides(optimizer="adamw", learning_rate=1e-5, weight_decay=0.1)
 
     @staticmethod
     def is_trained(name: str) -> bool:

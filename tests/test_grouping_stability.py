@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.partition import best_partition
-from pipeline.grouping.study import partition_score, set_partitions
-from pipeline.grouping.trust import (
+from pipeline.grouping.stability import (
     MAX_TASKS_RANKED_ALL,
     bootstrap,
     groups_over_training,
@@ -19,9 +18,10 @@ from pipeline.grouping.trust import (
     satisfies,
     snapshot_affinities,
 )
-from pipeline.report.grouping_figures import together_map
+from pipeline.grouping.study import partition_score, set_partitions
+from pipeline.report.grouping_figures import co_assignment_map
 from pipeline.report.grouping_page import grouping_page
-from pipeline.report.grouping_trust_figures import affinity_over_training, ranked_partitions_figure
+from pipeline.report.grouping_stability_figures import affinity_over_training, ranked_partitions_figure
 
 NAMES = ("ink", "neon", "chalk", "noise")
 
@@ -48,25 +48,25 @@ def test_snapshots_affinities_have_the_groupings_as_their_mean():
 def test_resamples_agree_where_all_snapshots_do_and_differ_where_they_do_not():
     sure = bootstrap(alternating(30, 30), search)
     assert sure.shares == {((0, 1), (2,), (3,)): 1.0} and sure.num_resamples == 200
-    assert sure.together[0, 1] == 1 and sure.together[0, 2] == 0 and (np.diag(sure.together) == 1).all()
+    assert sure.co_assignment[0, 1] == 1 and sure.co_assignment[0, 2] == 0 and (np.diag(sure.co_assignment) == 1).all()
     torn = bootstrap(alternating(30, 15), search)
-    assert 0.2 < torn.together[0, 1] < 0.8 and (torn.together == torn.together.T).all()
+    assert 0.2 < torn.co_assignment[0, 1] < 0.8 and (torn.co_assignment == torn.co_assignment.T).all()
     assert sum(torn.shares.values()) == pytest.approx(1) and len(torn.shares) > 1
     assert list(torn.shares.values()) == sorted(torn.shares.values(), reverse=True)
     again = bootstrap(alternating(30, 15), search)
-    assert again.shares == torn.shares and (again.together == torn.together).all()
+    assert again.shares == torn.shares and (again.co_assignment == torn.co_assignment).all()
     assert bootstrap(alternating(30, 15), search, seed=1).shares != torn.shares
     assert bootstrap(alternating(30, 15), search, most_seconds=0).num_resamples == 1
 
 
-def test_blocks_of_neighbours_are_drawn_not_single_snapshots():
+def test_blocks_of_neighbors_are_drawn_not_single_snapshots():
     """With a signal that changes slowly, single snapshots would look far surer than they are."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=8)
     drift = np.repeat((values - values.mean()) / values.std(), 8)  # eight values, held for eight snapshots each
     affinities = np.full((64, 2, 2), 0.0)
     affinities[:, 0, 1] = affinities[:, 1, 0] = drift + 0.25
-    share = bootstrap(affinities, search).together[0, 1]
+    share = bootstrap(affinities, search).co_assignment[0, 1]
     single = [np.mean(rng.choice(affinities[:, 0, 1], 64)) > 0 for _ in range(400)]
     assert abs(share - 0.5) < abs(np.mean(single) - 0.5) - 0.03
 
@@ -102,7 +102,7 @@ def test_of_many_tasks_those_next_to_the_best_are_ranked():
 
 def test_ranked_partitions_keep_the_constraints():
     affinity = np.ones((5, 5))
-    constraints = {"num_groups": 2, "min_size": 2, "max_size": 3, "together": [(0, 4)], "apart": [(1, 2)]}
+    constraints = {"num_groups": 2, "min_size": 2, "max_size": 3, "must_link": [(0, 4)], "cannot_link": [(1, 2)]}
     best = best_partition(affinity, objective="sum", **constraints).groups
     allowed = partial(satisfies, **constraints)
     ranked = ranked_partitions(affinity, best, "sum", "abcde", allowed, count=100)
@@ -123,7 +123,7 @@ def test_pictures_and_page():
     sure = bootstrap(affinities, search)
     ranked = ranked_partitions(affinities.mean(axis=0), groups, "sum", NAMES)
     figures = {
-        "How sure": together_map(sure.together, NAMES, groups),
+        "How sure": co_assignment_map(sure.co_assignment, NAMES, groups),
         "Over <training>": affinity_over_training(affinities, range(1, 31), NAMES, groups),
         "Next best": ranked_partitions_figure(ranked),
     }
@@ -136,7 +136,7 @@ def test_pictures_and_page():
         "affinity_kind": "dot",
         "num_snapshots": 30,
         "warnings": ["beware & think"],
-        "trust": {
+        "stability": {
             "num_resamples": 200,
             "resampled": [
                 {"groups": [["ink"], ["neon"]], "share": 0.5},

@@ -11,7 +11,7 @@ from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, samp
 from pipeline.errors import UserError
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.storage import Artefact
+from pipeline.runtime.storage import Artifact
 from pipeline.stages.flow import run_stages
 from pipeline.stages.plan import Plan
 from pipeline.stages.splits import write_splits
@@ -19,16 +19,16 @@ from pipeline.stages.splits import write_splits
 NAME = "held_out"
 
 
-def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artefact:
+def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artifact:
     """Splits whose training images are those of the run's splits but for the last `validation_shots` of each class and
     task, and whose test images are these. They stand in for the run's splits in a search, which opens no others.
 
     Raises:
         UserError: too few images.
     """
-    artefact = plan.artefact("splits", {**plan.splits.made_from, "validation_shots": validation_shots})
-    if artefact.finished():
-        return artefact
+    artifact = plan.artifact("splits", {**plan.splits.inputs, "validation_shots": validation_shots})
+    if artifact.finished():
+        return artifact
     reader = run_stages(plan, session, "splits")["splits"]
     shots, seed = plan.config.data.shots - validation_shots, plan.config.seed
     images, sizes = _training_images(reader)
@@ -36,7 +36,7 @@ def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artefact:
     of_splits: dict[Split, Sequence[ScannedImage]] = {"train": splits.train, "test": splits.test}
     description = SplitDescription(
         classes={task: list(names) for task, names in plan.listing.classes.items()},
-        class_words=plan.listing.class_words,
+        class_names=plan.listing.class_names,
         shots=shots,
         seed=seed,
         # Not that of any data set whose test images these are.
@@ -48,15 +48,15 @@ def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artefact:
     )
     with Stage(session, NAME, "validation images") as stage:
         stage.computed = True
-        with artefact.making() as made:
+        with artifact.writer() as made:
             write_splits(plan, stage, made, splits, description, sizes, {})
-        counted = {name: sum(of_split.values()) for name, of_split in description.counts.items()}
+        num_by_split = {name: sum(of_split.values()) for name, of_split in description.counts.items()}
         session.console.print(
-            f"  {counted['train']} images to train on, {counted['test']} to measure on: {shots} and {validation_shots} "
-            "a class",
+            f"  {num_by_split['train']} images to train on, {num_by_split['test']} validation images: {shots} and "
+            f"{validation_shots} per class",
             highlight=False,
         )
-    return artefact
+    return artifact
 
 
 def sample_validation(

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from pipelines import FEW_TASKS, Job, every_step_once, run, summary, title
 from servers import free_ports, mlflow_server
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1200)]
 
 
 def kill_a_worker(job: Job, label: str) -> None:

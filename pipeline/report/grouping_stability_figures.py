@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.grouping.search.problem import Groups
+from pipeline.grouping.stability import RankedPartition
 from pipeline.grouping.text import format_groups
-from pipeline.grouping.trust import RankedPartition
 from pipeline.report.grouping_figures import NEGATIVE, POSITIVE
 
 MAX_TASKS_WITH_LINES = 6
@@ -21,7 +21,7 @@ WITHIN, BETWEEN = "#0072b2", "#999999"
 def affinity_over_training(
     affinities: np.ndarray, steps: Sequence[int], task_names: Sequence[str], groups: Groups
 ) -> Figure:
-    """Affinities by step, smoothed over a tenth of the snapshots: pairs that the groups join in blue, others in grey;
+    """Affinities by step, smoothed over a tenth of the snapshots: pairs that the groups join in blue, others in gray;
     for many tasks the median of both kinds, with the middle 80 %.
 
     Args:
@@ -37,18 +37,18 @@ def affinity_over_training(
     figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
     kinds = ((False, BETWEEN, "in different groups"), (True, WITHIN, "in one group"))
-    for kind, colour, label in kinds:
+    for kind, color, label in kinds:
         of_kind = [number for number, together in enumerate(joined) if together == kind]
         if not of_kind:
             continue
         if len(task_names) <= MAX_TASKS_WITH_LINES:
             for number in of_kind:
                 once = label if number == of_kind[0] else None
-                axes.plot(at, lines[number], color=colour, linewidth=1.8 if kind else 1.0, label=once)
+                axes.plot(at, lines[number], color=color, linewidth=1.8 if kind else 1.0, label=once)
         else:
             low, middle, high = np.quantile(lines[of_kind], (0.1, 0.5, 0.9), axis=0)
-            axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(at, middle, color=colour, linewidth=2, label=label)
+            axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+            axes.plot(at, middle, color=color, linewidth=2, label=label)
     if len(task_names) <= MAX_TASKS_WITH_LINES:
         shown = [number for number, together in enumerate(joined) if together]
         shown.sort(key=lambda number: lines[number, -1])
@@ -78,8 +78,8 @@ def ranked_partitions_figure(ranked: Sequence[RankedPartition]) -> Figure:
     figure = Figure(figsize=(4.5 + 0.075 * max(map(len, names)), 0.36 * len(ranked) + 1.0), layout="constrained")
     axes = figure.add_subplot()
     scores = [of.score for of in ranked]
-    colours = [(POSITIVE if score >= 0 else NEGATIVE) for score in scores]
-    bars = axes.barh(range(len(ranked)), scores, color=colours, alpha=0.45)
+    colors = [(POSITIVE if score >= 0 else NEGATIVE) for score in scores]
+    bars = axes.barh(range(len(ranked)), scores, color=colors, alpha=0.45)
     bars[0].set_alpha(1.0)
     axes.set_yticks(range(len(ranked)), names, fontsize=9, parse_math=False)
     axes.get_yticklabels()[0].set_fontweight("bold")

@@ -20,18 +20,18 @@ from pipeline.clip.class_tokens import counts_between
 
 
 @dataclass(frozen=True)
-class Share:
+class DistributedShard:
     """Worker `rank` of `world` workers."""
 
     rank: int = 0
     world: int = 1
 
     @staticmethod
-    def of_this_process() -> Share:
+    def current() -> DistributedShard:
         """By torch.distributed's process group; the whole where there is none."""
         if not (dist.is_available() and dist.is_initialized()):
-            return Share()
-        return Share(dist.get_rank(), dist.get_world_size())
+            return DistributedShard()
+        return DistributedShard(dist.get_rank(), dist.get_world_size())
 
     @property
     def first(self) -> bool:
@@ -47,7 +47,7 @@ class Share:
         before, until = (counts_between(rows_per_task, 0, bound) for bound in self.rows(sum(rows_per_task)))
         return [slice(start, stop) for start, stop in zip(before, until)]
 
-    def all_rows(self, own: torch.Tensor, count: int) -> torch.Tensor:
+    def all_gather_rows(self, own: torch.Tensor, count: int) -> torch.Tensor:
         """All workers' rows (count, ...) from each one's own; a gradient goes back to the worker whose row it is."""
         if self.world == 1:
             return own
@@ -56,7 +56,7 @@ class Share:
         before, after = own.new_zeros(start, *own.shape[1:]), own.new_zeros(count - stop, *own.shape[1:])
         return _summed(torch.cat([before, own, after]))
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over the workers, in one exchange."""
         if self.world == 1:
             return
@@ -65,7 +65,7 @@ class Share:
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(total.view_as(tensor))
 
-    def in_turn(self, own: list[Any]) -> list[Any]:
+    def gather_interleaved(self, own: list[Any]) -> list[Any]:
         """All workers' items, where item i of worker r is the (i · world + r)-th."""
         if self.world == 1:
             return own

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-GivenSplit = Literal["train", "test", "other"]
+OfficialSplit = Literal["train", "test", "other"]
 """other: for validation, or for no split; such an image neither trains nor tests where given splits are respected."""
 
-SPLIT_WORDS: dict[str, GivenSplit] = {
+SPLIT_WORDS: dict[str, OfficialSplit] = {
     "train": "train",
     "training": "train",
     "test": "test",
@@ -35,6 +35,6 @@ class Found(NamedTuple):
     """Relative to the root, with forward slashes; absolute for one that a manifest has from elsewhere."""
     task: str
     class_folder: str
-    split: GivenSplit | None = None
+    split: OfficialSplit | None = None
     """None: the data does not say."""
     table: TableRow | None = None

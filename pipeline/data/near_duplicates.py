@@ -11,16 +11,16 @@ MOST_BITS = 4
 PAIRS_AT_ONCE = 1 << 22
 
 
-def alike(looks: Sequence[int], most_bits: int = MOST_BITS) -> list[list[int]]:
+def near_duplicate_groups(phash: Sequence[int], most_bits: int = MOST_BITS) -> list[list[int]]:
     """Groups of positions whose hashes differ in at most `most_bits` bits from that of another of the group; those of
     one alone are left out. Groups and positions are in ascending order.
 
     Two hashes that differ in d bits agree in at least one of d + 1 pieces of them, so only those that agree in a piece
     are compared.
     """
-    if not looks:
+    if not phash:
         return []
-    values, position = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
+    values, position = np.unique(np.array(phash, dtype=np.uint64), return_inverse=True)
     label = np.arange(len(values))
     waiting: list[np.ndarray] = []  # pairs that are alike and not yet under one label
     num_waiting = 0
@@ -32,10 +32,10 @@ def alike(looks: Sequence[int], most_bits: int = MOST_BITS) -> list[list[int]]:
         for of_piece in np.split(order, starts[1:]):
             rows = max(1, PAIRS_AT_ONCE // len(of_piece))
             for start in range(0, len(of_piece) if len(of_piece) > 1 else 0, rows):
-                some = of_piece[start : start + rows]
-                differing = np.bitwise_count(values[some, None] ^ values[None, of_piece])
+                block = of_piece[start : start + rows]
+                differing = np.bitwise_count(values[block, None] ^ values[None, of_piece])
                 at, to = np.nonzero(differing <= most_bits)
-                pairs = np.stack([some[at], of_piece[to]])
+                pairs = np.stack([block[at], of_piece[to]])
                 if not len(at := np.flatnonzero(label[pairs[0]] != label[pairs[1]])):
                     continue
                 waiting.append(pairs[:, at])

@@ -19,7 +19,7 @@ from pipeline.training.batches import TrainingSet
 from pipeline.training.trainer import Snapshot, StepRecord, Trainer
 
 
-def gradients_at_points(
+def replay_gradients(
     towers: ClipTowers,
     prompts: SharedMmap,
     of_task: TrainingSet,
@@ -36,7 +36,7 @@ def gradients_at_points(
     Args:
         prompts: of this task alone; its values are lost.
         tokens: class tokens of this task.
-        points: (step, epoch, values (P,)) of each snapshot, as of `read_points`.
+        points: (step, epoch, values (P,)) of each snapshot, as of `read_trajectory`.
         config: the step's batch size and augmentation are used.
         on_point: told how many are done.
 

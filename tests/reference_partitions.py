@@ -86,13 +86,13 @@ def all_scores(affinity: np.ndarray, objective: str) -> Iterator[tuple[float, Gr
         yield sum(map(of_group.__getitem__, groups), 0.0), groups
 
 
-def meets_constraints(groups: Groups, num_groups=None, min_size=1, max_size=None, together=(), apart=()) -> bool:
+def meets_constraints(groups: Groups, num_groups=None, min_size=1, max_size=None, must_link=(), cannot_link=()) -> bool:
     group_of = {task: group for group in groups for task in group}
     return (
         num_groups in (None, len(groups))
         and all(min_size <= len(group) <= (max_size or len(group_of)) for group in groups)
-        and all(len({group_of[task] for task in tasks}) == 1 for tasks in together)
-        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in apart)
+        and all(len({group_of[task] for task in tasks}) == 1 for tasks in must_link)
+        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in cannot_link)
     )
 
 

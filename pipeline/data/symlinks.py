@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from pipeline.data.names import printable, some
+from pipeline.data.names import escape_for_terminal, truncated_list
 from pipeline.errors import UserError
 
 
@@ -19,7 +19,7 @@ class Links:
         self._real = os.path.realpath(root)
         self._out: dict[str, str] = {}
 
-    def leads_out(self, path: str | Path, real: str | None = None) -> bool:
+    def escapes_root(self, path: str | Path, real: str | None = None) -> bool:
         """Whether it does, to be refused then; `real`: its real path, if that is known."""
         real = real or os.path.realpath(path)
         if self.may_lead_out or os.path.commonpath((self._real, real)) == self._real:
@@ -30,12 +30,12 @@ class Links:
     def refuse(self, root: Path, tasks: Collection[str] | None = None) -> None:
         """Raises: UserError: links that lead out, in the folders of `tasks` below `root`, and at `root` itself."""
         ways = [
-            f"{printable(os.path.relpath(path, self._root))} → {printable(real)}"
+            f"{escape_for_terminal(os.path.relpath(path, self._root))} → {escape_for_terminal(real)}"
             for path, real in sorted(self._out.items())
             if tasks is None or Path(path) == root or Path(path).relative_to(root).parts[0] in tasks
         ]
         if ways:
             raise UserError(
-                f"links lead out of data.root={self._root}: {some(ways)}; put in their places what they lead to, or "
-                "allow them all with --data.links_out_of_root true"
+                f"links lead out of data.root={self._root}: {truncated_list(ways)}; replace them by what they lead to, "
+                "or allow them all with --data.follow_external_symlinks true"
             )

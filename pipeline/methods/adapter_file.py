@@ -42,7 +42,7 @@ class _Header(BaseModel):
 
 
 @dataclass(frozen=True)
-class TrainedPrompts:
+class TrainedAdapter:
     """Of one or several groups. `config`: its CLIP and the method's section count; `weights`: fingerprint of the CLIP
     that they were trained on; `groups`: per group task → class words by label; `states`: each group's state dict."""
 
@@ -53,14 +53,16 @@ class TrainedPrompts:
     states: tuple[dict[str, torch.Tensor], ...]
 
     @property
-    def words(self) -> dict[str, list[str]]:
+    def class_names(self) -> dict[str, list[str]]:
         """Task → words of its classes, for the tasks of all groups."""
-        return {task: words for group in self.groups for task, words in group.items()}
+        return {task: class_names for group in self.groups for task, class_names in group.items()}
 
     @property
     def labels(self) -> dict[str, list[str]]:
         """Task → what its classes are called: the first name of each."""
-        return {task: [names_of(of_class)[0] for of_class in words] for task, words in self.words.items()}
+        return {
+            task: [names_of(of_class)[0] for of_class in class_names] for task, class_names in self.class_names.items()
+        }
 
     @property
     def num_parameters(self) -> int:
@@ -72,9 +74,9 @@ class TrainedPrompts:
         """SHA-256 of all that a file of it says."""
         return _digest(*_contents(self))
 
-    def group_of(self, task: str) -> TrainedPrompts:
+    def group_of(self, task: str) -> TrainedAdapter:
         """The group with this task alone."""
-        at = next(at for at, words in enumerate(self.groups) if task in words)
+        at = next(at for at, class_names in enumerate(self.groups) if task in class_names)
         return replace(self, groups=(self.groups[at],), states=(self.states[at],))
 
     def towers(self, device: str = "cpu", pretrained: str | None = None) -> ClipTowers:
@@ -88,7 +90,7 @@ class TrainedPrompts:
         """
         config, in_float32 = self.config, get_method(self.method).trains_weights
         clip = config.clip.model_copy(update={"pretrained": pretrained}) if pretrained else config.clip
-        towers = load_clip(clip, config.mmap.text_order, device, in_float32)
+        towers = load_clip(clip, config.mmap.text_prompt_position, device, in_float32)
         if weights_fingerprint(towers) != self.weights:
             raise UserError(
                 f"the weights of clip.pretrained={clip.pretrained!r} are not those that these prompts were "
@@ -112,36 +114,36 @@ class TrainedPrompts:
         config, kind = self.config, get_method(self.method)
         towers = towers or self.towers(device, pretrained)
         groups = []
-        for words, state in zip(self.groups, self.states):
+        for class_names, state in zip(self.groups, self.states):
             try:
-                method = kind.build(config, towers, words)
+                method = kind.build(config, towers, class_names)
                 method.load_state_dict(state)
                 if any(value.dtype != state[name].dtype for name, value in method.state_dict().items()):
                     raise RuntimeError("numbers of another type")
             except RuntimeError as error:
                 raise UserError(
-                    f"the prompts of {', '.join(words)} do not fit {kind.title} on {config.clip.model}: {error}; "
+                    f"the prompts of {', '.join(class_names)} do not fit {kind.title} on {config.clip.model}: {error}; "
                     "train them again"
                 ) from None
             with torch.no_grad():
-                groups.append((words, method.to(device)()))
-        return Classifier(towers, kind.templates(config, self.words), groups, config.clip.precision)
+                groups.append((class_names, method.to(device)()))
+        return Classifier(towers, kind.templates(config, self.class_names), groups, config.clip.precision)
 
 
-def save_prompts(path: Path, prompts: TrainedPrompts) -> None:
+def save_adapter(path: Path, prompts: TrainedAdapter) -> None:
     header, tensors = _contents(prompts)
     with written_atomically(path) as partial:
         # In one field: safetensors writes several in any order.
-        save_file(tensors, partial, metadata={"prompts": _canonical(header | {"sha256": _digest(header, tensors)})})
+        save_file(tensors, partial, metadata={"adapter": _canonical(header | {"sha256": _digest(header, tensors)})})
 
 
-def load_prompts(path: Path) -> TrainedPrompts:
-    """Raises: UserError: no such file, no safetensors, none that `save_prompts` wrote, or not as it wrote it."""
+def load_adapter(path: Path) -> TrainedAdapter:
+    """Raises: UserError: no such file, no safetensors, none that `save_adapter` wrote, or not as it wrote it."""
     if not path.is_file():
         raise UserError(f"prompts file {path} does not exist")
     try:
         with safe_open(path, "pt") as file:
-            values = json.loads((file.metadata() or {})["prompts"])
+            values = json.loads((file.metadata() or {})["adapter"])
             if values["format"] != FORMAT:
                 raise UserError(
                     f"prompts file {path} has format {values['format']!r:.80}; this version reads {FORMAT}: train the "
@@ -156,7 +158,7 @@ def load_prompts(path: Path) -> TrainedPrompts:
         for name, value in tensors.items():
             number, _, parameter = name.partition(".")
             states[number][parameter] = value
-        prompts = TrainedPrompts(header.method, config, header.weights, tuple(header.groups), tuple(states.values()))
+        prompts = TrainedAdapter(header.method, config, header.weights, tuple(header.groups), tuple(states.values()))
         _check(prompts)
         return prompts
     except UserError:
@@ -166,12 +168,12 @@ def load_prompts(path: Path) -> TrainedPrompts:
         raise UserError(f"{path} is no prompts file of this project: {type(error).__name__}: {reason}") from None
 
 
-def merge_prompts(parts: Sequence[TrainedPrompts]) -> TrainedPrompts:
+def merge_adapters(parts: Sequence[TrainedAdapter]) -> TrainedAdapter:
     """The groups of several files, trained on the same CLIP, as one."""
     first = parts[0]
     own = {task: text for part in parts for task, text in _own_templates(part).items()}
     clip = first.config.clip.model_copy(update={"task_templates": own})
-    return TrainedPrompts(
+    return TrainedAdapter(
         first.method,
         first.config.model_copy(update={"clip": clip}),
         first.weights,
@@ -180,12 +182,12 @@ def merge_prompts(parts: Sequence[TrainedPrompts]) -> TrainedPrompts:
     )
 
 
-def _own_templates(prompts: TrainedPrompts) -> dict[str, str]:
+def _own_templates(prompts: TrainedAdapter) -> dict[str, str]:
     """Of its tasks alone."""
-    return {task: text for task, text in prompts.config.clip.task_templates.items() if task in prompts.words}
+    return {task: text for task, text in prompts.config.clip.task_templates.items() if task in prompts.class_names}
 
 
-def _contents(prompts: TrainedPrompts) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _contents(prompts: TrainedAdapter) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The header and the numbers of a file."""
     header = {
         "format": FORMAT,
@@ -219,13 +221,13 @@ def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check(prompts: TrainedPrompts) -> None:
+def _check(prompts: TrainedAdapter) -> None:
     """Raises: ValueError: numbers that are none, options that ask for more than there are, odd names, a task twice."""
     trained, options = get_method(prompts.method).trained, options_of(prompts.method, prompts.config)
     sizes = [value for section in options.values() for value in section.values() if type(value) is int]
-    if len(prompts.words) != sum(map(len, prompts.groups)):
+    if len(prompts.class_names) != sum(map(len, prompts.groups)):
         raise ValueError("a task is in two groups")
-    if any(text != escaped(text) for task, words in prompts.words.items() for text in (task, *words)):
+    if any(text != escaped(text) for task, class_names in prompts.class_names.items() for text in (task, *class_names)):
         raise ValueError("a name holds control characters")
     for group, state in zip(prompts.groups, prompts.states):
         if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):

@@ -22,26 +22,26 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from pipeline.config import DataConfig, given_or_shipped, read_text
-from pipeline.data.given_splits import SPLIT_WORDS, Found, GivenSplit
+from pipeline.config import DataConfig, read_text, resolve_config_path
 from pipeline.data.images import SUFFIXES_OF_FORMAT
-from pipeline.data.links import Links
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import SUFFIXES, read_manifest
-from pipeline.data.names import names_of, plain_name, printable, some
+from pipeline.data.names import escape_for_terminal, names_of, plain_name, truncated_list
+from pipeline.data.official_splits import SPLIT_WORDS, Found, OfficialSplit
+from pipeline.data.symlinks import Links
 from pipeline.errors import UserError, escaped
 
 IMAGE_SUFFIXES = frozenset(chain.from_iterable(SUFFIXES_OF_FORMAT.values()))
 OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
 MINI_DOMAINNET_LISTS = LIST_LAYOUTS["mini_domainnet"].lists[0]
 OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")
-WHOLE_FOLDER = "full"
+UNSPLIT_FOLDER = "full"
 """Beside split folders, VLCS as Dassl has it keeps all images once more under this name."""
 MAX_CLASS_LINE = 1000
 
 
 @dataclass(frozen=True)
-class ImageFile:
+class ImageRecord:
     path: str
     """Relative to the root, with forward slashes; `<file>#<row>` for one in a Parquet file."""
     task: str
@@ -49,28 +49,28 @@ class ImageFile:
     size: int
     """Bytes of its file; 0 for a file that is not there, which is for the scan to report."""
     modified_ns: int
-    given_split: GivenSplit | None = None
+    official_split: OfficialSplit | None = None
     """Where given splits are respected: train or test."""
     row_group: int | None = None
     """Of an image in a Parquet file; those of one group are read together."""
 
 
 @dataclass(frozen=True)
-class Listing:
+class DatasetIndex:
     """What lies under a root. `images` is sorted by path; `ignored` are the files that are no images, and the
     links that lead back."""
 
     root: Path
     layout: str
-    images: tuple[ImageFile, ...]
+    images: tuple[ImageRecord, ...]
     classes: dict[str, tuple[str, ...]]
     """Task → its class folders, sorted; the position is the label."""
-    class_words: dict[str, str]
+    class_names: dict[str, str]
     """Class folder → the words shown to CLIP."""
     ignored: tuple[str, ...]
-    left_out_classes: tuple[str, ...]
+    excluded_classes: tuple[str, ...]
     """Class folders that data.class_names does not list, as task/class."""
-    in_neither_split: dict[str, int] = field(default_factory=dict)
+    unused_images: dict[str, int] = field(default_factory=dict)
     """Task → images for validation, or for no split, which are left out where given splits are respected."""
 
     def fingerprint(self) -> str:
@@ -80,14 +80,14 @@ class Listing:
             line = f"{image.path}\0{image.size}\0{image.modified_ns}\n"
             if self.layout == "manifest":  # elsewhere the path says both
                 line += f"{image.task}\0{image.class_folder}\n"
-            if image.given_split:
-                line += f"{image.given_split}\n"
+            if image.official_split:
+                line += f"{image.official_split}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
-        digest.update(repr((sorted(self.classes.items()), sorted(self.class_words.items()))).encode())
+        digest.update(repr((sorted(self.classes.items()), sorted(self.class_names.items()))).encode())
         return digest.hexdigest()
 
 
-def find_images(config: DataConfig, root: Path) -> Listing:
+def index_dataset(config: DataConfig, root: Path) -> DatasetIndex:
     """Listing of `root` by `config` (layout, tasks, class_names, given_splits).
 
     Raises:
@@ -98,9 +98,9 @@ def find_images(config: DataConfig, root: Path) -> Listing:
     if not root.is_dir() and not root.is_file():  # a pipe is neither
         raise UserError(f"data.root={root} is not a folder or file on this machine")
     manifest, root = root, root if root.is_dir() else root.parent
-    links = Links(root, config.links_out_of_root)
-    layout, root = _recognise(config.layout, manifest, root)
-    links.leads_out(root)
+    links = Links(root, config.follow_external_symlinks)
+    layout, root = _recognize(config.layout, manifest, root)
+    links.escapes_root(root)
     selected = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
     wanted = None if selected is None else {plain_name(task, "task") for task in selected}
     class_names = _ClassNames(config.class_names)
@@ -110,8 +110,8 @@ def find_images(config: DataConfig, root: Path) -> Listing:
     named = layout in ("manifest", "split_folders")  # tasks are not the folders just below the root
     links.refuse(root, None if named else selected)
     what = "names" if layout == "manifest" else "folders"
-    found, in_neither_split = _by_class(files, root, what, config.given_splits)
-    if config.given_splits and not any(file.split in ("train", "test") for file in files):
+    found, unused_images = _by_class(files, root, what, config.use_official_splits)
+    if config.use_official_splits and not any(file.split in ("train", "test") for file in files):
         raise UserError(
             f"data.given_splits=true, and {manifest} has no splits: image lists, a manifest with a column `split`, or "
             "folders <task>/train/<class> and <task>/test/<class> have; without them: --data.given_splits false"
@@ -121,22 +121,22 @@ def find_images(config: DataConfig, root: Path) -> Listing:
     tasks = _tasks_of(found, wanted, root)
     classes, left_out = _classes_of({task: found[task] for task in tasks}, class_names, root)
     images = [
-        _image_file(root, file, task, name, config.given_splits, links)
+        _image_file(root, file, task, name, config.use_official_splits, links)
         for task in tasks
         for name in classes[task]
         for file in found[task][name]
     ]
     links.refuse(root, None if named else tasks)
-    _refuse_missing(images, places, manifest, config.max_dropped_share)
-    return Listing(
+    _refuse_missing(images, places, manifest, config.max_broken_fraction)
+    return DatasetIndex(
         root,
         layout,
         tuple(sorted(images, key=lambda image: image.path)),
         classes,
         class_names.words(classes),
-        tuple(sorted(map(printable, ignored))),
+        tuple(sorted(map(escape_for_terminal, ignored))),
         left_out,
-        {task: in_neither_split[task] for task in tasks if in_neither_split[task]},
+        {task: unused_images[task] for task in tasks if unused_images[task]},
     )
 
 
@@ -152,7 +152,9 @@ def _files_of(
     """Images and class folders; files that are neither; of a manifest's images, path → line or row."""
     if layout == "manifest":
         columns = dict[str, str](config.columns.items())
-        files, places = read_manifest(manifest, root, columns, tasks, class_names.order, config.given_splits, links)
+        files, places = read_manifest(
+            manifest, root, columns, tasks, class_names.order, config.use_official_splits, links
+        )
         return files, [], places
     if layout in LIST_LAYOUTS:
         return read_lists(layout, root, links), [], {}
@@ -160,7 +162,7 @@ def _files_of(
 
 
 def _by_class(
-    files: Sequence[Found], root: Path, what: str, given_splits: bool
+    files: Sequence[Found], root: Path, what: str, use_official_splits: bool
 ) -> tuple[dict[str, dict[str, list[Found]]], Counter[str]]:
     """Task → class → images; task → images that are left out for being in neither split.
 
@@ -168,7 +170,7 @@ def _by_class(
         UserError: two names that not every file system tells apart; `what` is what it calls them.
     """
     found: dict[str, dict[str, list[Found]]] = {}
-    in_neither_split: Counter[str] = Counter()
+    unused_images: Counter[str] = Counter()
     folder_of: dict[tuple[str, ...], str] = {}
     for file in files:
         task, name = plain_name(file.task), plain_name(file.class_folder)
@@ -182,11 +184,11 @@ def _by_class(
         of_class = found.setdefault(task, {}).setdefault(name, [])
         if not file.path:
             continue
-        if given_splits and file.split not in ("train", "test"):
-            in_neither_split[task] += 1
+        if use_official_splits and file.split not in ("train", "test"):
+            unused_images[task] += 1
         else:
             of_class.append(file)
-    return found, in_neither_split
+    return found, unused_images
 
 
 def _tasks_of(found: Collection[str], wanted: set[str] | None, root: Path) -> list[str]:
@@ -195,7 +197,7 @@ def _tasks_of(found: Collection[str], wanted: set[str] | None, root: Path) -> li
     if missing := [task for task in tasks if task not in found]:
         raise UserError(
             f"data.tasks: {', '.join(missing)} not found under {root}; "
-            f"found: {some(sorted(found)) or 'no <task>/<class> folders'}"
+            f"found: {truncated_list(sorted(found)) or 'no <task>/<class> folders'}"
         )
     if not tasks:
         raise UserError(f"data.root={root} holds no <task>/<class>/<image> folders")
@@ -217,7 +219,7 @@ def _classes_of(
         if words_of is not None:
             if absent := [name for name in words_of if name not in of_task]:
                 raise UserError(
-                    f"{class_names.file_of(task)} lists classes that task {task!r} does not have: {some(absent)} "
+                    f"{class_names.file_of(task)} lists classes that task {task!r} lacks: {truncated_list(absent)} "
                     f"({root / task})"
                 )
             left_out += [f"{task}/{name}" for name in sorted(of_task) if name not in words_of]
@@ -229,14 +231,14 @@ def _classes_of(
     return classes, tuple(left_out)
 
 
-def _image_file(root: Path, file: Found, task: str, name: str, given_splits: bool, links: Links) -> ImageFile:
+def _image_file(root: Path, file: Found, task: str, name: str, use_official_splits: bool, links: Links) -> ImageRecord:
     size, modified_ns, row_group = file.table or (*_size_and_time(root, file.path, links), None)
-    return ImageFile(file.path, task, name, size, modified_ns, file.split if given_splits else None, row_group)
+    return ImageRecord(file.path, task, name, size, modified_ns, file.split if use_official_splits else None, row_group)
 
 
-def unexpected_counts(config: DataConfig, listing: Listing) -> list[str]:
+def unexpected_counts(config: DataConfig, listing: DatasetIndex) -> list[str]:
     """What of `config.expected_images` the listing's tasks do not have, a sentence each."""
-    counts = Counter(image.task for image in listing.images) + Counter(listing.in_neither_split)
+    counts = Counter(image.task for image in listing.images) + Counter(listing.unused_images)
     notes = []
     for name, expected in (config.expected_images or {}).items():
         tasks = name.split(" + ")
@@ -260,7 +262,7 @@ class _ClassNames:
             plain_name(task, "task"): file for task, file in (given if isinstance(given, dict) else {}).items()
         }
         files = {file for file in (self._file, *self._file_of_task.values()) if file is not None}
-        self._read = {file: read_class_names(given_or_shipped(Path(file).expanduser())) for file in sorted(files)}
+        self._read = {file: read_class_names(resolve_config_path(Path(file).expanduser())) for file in sorted(files)}
 
     @property
     def order(self) -> list[str] | None:
@@ -278,7 +280,9 @@ class _ClassNames:
     def refuse_others(self, tasks: Collection[str]) -> None:
         """Raises: UserError: a file for none of the tasks."""
         if others := sorted(self._file_of_task.keys() - tasks):
-            raise UserError(f"data.class_names: there is no task {', '.join(others)}; found: {some(sorted(tasks))}")
+            raise UserError(
+                f"data.class_names: there is no task {', '.join(others)}; found: {truncated_list(sorted(tasks))}"
+            )
 
     def words(self, classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
         """Class folder → words, for all classes of all tasks, sorted. Raises: UserError: two tasks differ in them."""
@@ -325,7 +329,7 @@ def read_class_names(path: Path) -> dict[str, str]:
     return words
 
 
-def _recognise(layout: str, given: Path, root: Path) -> tuple[str, Path]:
+def _recognize(layout: str, given: Path, root: Path) -> tuple[str, Path]:
     """The layout, and where its images or lists are.
 
     Args:
@@ -401,7 +405,7 @@ def _split_roles(root: Path, folders: Sequence[str]) -> Roles | None:
 
 
 def _are_splits(folders: Sequence[str]) -> bool:
-    words = {name.lower() for name in folders} - {WHOLE_FOLDER}
+    words = {name.lower() for name in folders} - {UNSPLIT_FOLDER}
     return words <= SPLIT_WORDS.keys() and "train" in {SPLIT_WORDS[word] for word in words}
 
 
@@ -425,9 +429,9 @@ def _walk(root: Path, links: Links, roles: Roles) -> tuple[list[Found], list[str
         for name in sorted(name for name in subfolders if not name.startswith(".")):
             path = os.path.join(folder, name)
             real_path = os.path.realpath(path)
-            if real_path in above or (len(parts) == split_at and name.lower() == WHOLE_FOLDER):
+            if real_path in above or (len(parts) == split_at and name.lower() == UNSPLIT_FOLDER):
                 ignored.append("/".join((*parts, name)))
-            elif not links.leads_out(path, real_path):
+            elif not links.escapes_root(path, real_path):
                 further.append(name)
                 lies_in[path] = above
         subfolders[:] = further
@@ -444,27 +448,28 @@ def _walk(root: Path, links: Links, roles: Roles) -> tuple[list[Found], list[str
 
 
 def _cannot_read(error: OSError) -> None:
-    raise UserError(f"cannot read {printable(str(error.filename))}: {error.strerror}")
+    raise UserError(f"cannot read {escape_for_terminal(str(error.filename))}: {error.strerror}")
 
 
 def _size_and_time(root: Path, path: str, links: Links) -> tuple[int, int]:
     try:
         status = os.lstat(root / path)
         if stat.S_ISLNK(status.st_mode):
-            links.leads_out(root / path)
+            links.escapes_root(root / path)
             status = os.stat(root / path)
     except OSError:
         return 0, 0
     return status.st_size, status.st_mtime_ns
 
 
-def _refuse_missing(images: Sequence[ImageFile], places: dict[str, str], manifest: Path, allowed: float) -> None:
+def _refuse_missing(images: Sequence[ImageRecord], places: dict[str, str], manifest: Path, allowed: float) -> None:
     """Raises: UserError: a manifest names more files that are not there than may be dropped."""
     missing = [image.path for image in images if not image.modified_ns and image.path in places]
     if len(missing) > allowed * len(images):
-        named = "\n  ".join(f"{places[path]}: {printable(path)}" for path in missing[:10])
+        named = "\n  ".join(f"{places[path]}: {escape_for_terminal(path)}" for path in missing[:10])
         more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise UserError(
             f"{len(missing)} of {len(images)} images of {manifest} are not there, more than "
-            f"data.max_dropped_share={allowed:g} allows:\n  {named}{more}\nPaths are relative to the manifest's folder"
+            f"data.max_broken_fraction={allowed:g} allows:\n  {named}{more}\nPaths are relative to the manifest's "
+            "folder"
         )
