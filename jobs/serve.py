@@ -95,7 +95,7 @@ def serve(given: Given[Options]) -> None:
             port=own.port,
             replicas=own.replicas,
             ingress_replicas=own.ingress_replicas,
-            needs=WorkerResources(cluster.cpus_per_worker, gpus),
+            worker_resources=WorkerResources(cluster.cpus_per_worker, gpus),
             max_batch=own.max_batch,
             batch_wait_s=own.batch_wait_ms / 1000,
             limits=Limits(
@@ -108,7 +108,7 @@ def serve(given: Given[Options]) -> None:
         )
         with running_service(trained, options, ends_with_ray=is_local):
             served = "; ".join(f"{name}: {', '.join(prompts.class_names)}" for name, (prompts, _) in trained.items())
-            say(f"ready: http://{own.host}:{own.port}, {options.replicas} x {options.needs}; {served}")
+            say(f"ready: http://{own.host}:{own.port}, {options.replicas} x {options.worker_resources}; {served}")
             try:
                 watch_service(options, say)
             except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.benchmark_tables import to_csv
 from pipeline.report.paper_results import PAPER_METHODS
-from pipeline.runtime.progress import Report, progress_board
+from pipeline.runtime.progress import Report, run_progress
 from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import plan_trainings
 from pipeline.stages.run import open_run
@@ -169,12 +169,12 @@ def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray,
         run_stages(plan, session, "splits")
         for name in both:
             ((single,), (multi,)) = (plan_trainings(plan, version, None, {}) for version in (name, f"{name}_mt"))
-            assert single.artifact.key == multi.artifact.key and single.item.tasks == multi.item.tasks == ("noise",)
+            assert single.artifact.key == multi.artifact.key and single.spec.tasks == multi.spec.tasks == ("noise",)
 
 
 def test_runs_share_one_progress_board_and_take_their_own_reports(shared_ray):
-    one, other = progress_board(), progress_board()
-    assert one.board is other.board  # each would be a process
+    one, other = run_progress(), run_progress()
+    assert one.actor is other.actor  # each would be a process
     one.begin("coop mt", "a machine")
     one.expect("coop mt", 3, "images")
     other.expect("coop mt", 5, "images")

@@ -13,7 +13,7 @@ from servers import RayCluster, free_ports, in_a_mount_namespace, mlflow_server,
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
-from pipeline.runtime.cluster import WorkerResources, check_shared, connect, described, places
+from pipeline.runtime.cluster import WorkerResources, check_shared, cluster_summary, connect, num_slots
 from pipeline.runtime.storage import Storage
 
 pytestmark = pytest.mark.fault_injection
@@ -34,16 +34,16 @@ def ray_head(tmp_path):
 
 def test_every_machine_must_see_storage_and_data(tmp_path):
     """And what a training needs must fit on some of them."""
-    storage = Storage.of_folder(tmp_path / "storage")
-    storage.mark()
+    storage = Storage.from_folder(tmp_path / "storage")
+    storage.write_marker()
     cluster = RayCluster(tmp_path, num_cpus=1)
     try:
         cluster.add_node(3, 1)
         config = ClusterConfig(address=cluster.gcs, cpus_per_worker=2)
-        needs = connect(config, print)
-        assert (needs.cpus, needs.gpus, places(needs)) == (2, 1.0, 1)
-        assert [places(WorkerResources(1, gpus)) for gpus in (0, 0.5, 0.4)] == [4, 2, 2]
-        assert described() == "1 GPUs and 4 CPUs on 2 machines"
+        worker_resources = connect(config, print)
+        assert (worker_resources.cpus, worker_resources.gpus, num_slots(worker_resources)) == (2, 1.0, 1)
+        assert [num_slots(WorkerResources(1, gpus)) for gpus in (0, 0.5, 0.4)] == [4, 2, 2]
+        assert cluster_summary() == "1 GPUs and 4 CPUs on 2 machines"
         check_shared(storage, [tmp_path])
         with pytest.raises(UserError, match="machine .* does not see /nowhere/data: data.root"):
             check_shared(storage, [Path("/nowhere/data")])

@@ -158,7 +158,7 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / SUMMARY).parent.mkdir()
     write_json(folder / SUMMARY, {"tasks": [*group], "groups": [[*group]]})
-    snapshots = Artifact(Storage.of_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
+    snapshots = Artifact(Storage.from_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
     with snapshots.writer():
         pass
     write_provenance(SimpleNamespace(folder=folder), [snapshots])

@@ -12,7 +12,7 @@ import pytest
 from pipelines import REPOSITORY
 
 from pipeline import command_line
-from pipeline.stages.flow import FLOW, NAMES, titled
+from pipeline.stages.flow import FLOW, NAMES, stage_title
 
 UNTIL = {
     "build_splits": "splits",
@@ -26,8 +26,8 @@ UNTIL = {
 def test_a_stage_has_a_module_and_takes_what_was_made_before_it(stage):
     module = import_module(f"pipeline.stages.{stage.name}")
     assert module.NAME == stage.name
-    assert set(stage.takes) <= set(NAMES[: NAMES.index(stage.name)])
-    inspect.signature(getattr(module, stage.function)).bind("plan", "session", *stage.takes)
+    assert set(stage.depends_on) <= set(NAMES[: NAMES.index(stage.name)])
+    inspect.signature(getattr(module, stage.function)).bind("plan", "session", *stage.depends_on)
 
 
 @pytest.mark.parametrize("job", UNTIL)
@@ -46,7 +46,7 @@ def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
             ["--until", "groupings"],
             ["--until groupings is no stage; did you mean grouping? Valid: data_check,"],
         ),
-        (["--help"], [f"  {titled(name, name)} " for name in NAMES]),
+        (["--help"], [f"  {stage_title(name, name)} " for name in NAMES]),
     ],
     ids=["unknown", "help"],
 )
@@ -60,4 +60,4 @@ def test_the_stages_are_told_to_who_asks_for_them(arguments, lines, monkeypatch,
 
 def test_the_page_of_the_pipeline_has_a_section_for_each_stage():
     headings = re.findall(r"^## (\d .*)$", (REPOSITORY / "docs" / "pipeline.md").read_text(), re.MULTILINE)
-    assert [heading.lower() for heading in headings] == list(map(titled, NAMES))
+    assert [heading.lower() for heading in headings] == list(map(stage_title, NAMES))

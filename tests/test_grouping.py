@@ -217,9 +217,9 @@ def made_snapshots(storage: Storage, tasks: list[str], gradients: np.ndarray) ->
     each = (1.0,) * len(tasks)
     records = [StepRecord(step, 1, 0.1, each, each) for step in range(1, len(gradients) + 1)]
     taken = zip(records, torch.tensor(gradients, dtype=torch.float32))
-    with artifact.writer() as made:
+    with artifact.writer() as writer:
         write_snapshots(
-            made.folder / SNAPSHOTS, tasks, [Snapshot(*of_step, torch.zeros(21)) for of_step in taken], LAYOUT
+            writer.folder / SNAPSHOTS, tasks, [Snapshot(*of_step, torch.zeros(21)) for of_step in taken], LAYOUT
         )
     return artifact
 
@@ -254,13 +254,13 @@ def make_grouping_of(tmp_path, undrawn, monkeypatch):
             target.touch()
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    storage = Storage.of_folder(tmp_path / "storage")
+    storage = Storage.from_folder(tmp_path / "storage")
 
     def make(tasks: list[str], gradients: np.ndarray, **options) -> MadeGrouping:
         plan, snapshots = small_plan(storage, tasks, **options), made_snapshots(storage, tasks, gradients)
         artifact = grouping_artifact(plan, snapshots)
         assert make_grouping(plan, snapshots, artifact)
-        page = (artifact.local() / "grouping.html").read_text()
+        page = (artifact.download() / "grouping.html").read_text()
         pictures = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)
         shown = {title: figures[int(base64.b64decode(token).split()[1])] for title, token in pictures}
         return MadeGrouping(read_grouping(artifact), page, shown, dict(by_file))

@@ -34,7 +34,7 @@ TRAINING_MODULES = [
     "pipeline.stages.group_trainings",
     "pipeline.stages.image_features",
     "pipeline.runtime.stage",
-    "pipeline.stages.training_work",
+    "pipeline.stages.training_spec",
     "pipeline.training.trainer",
 ]
 OTHER_WORKER_MODULES = [

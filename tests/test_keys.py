@@ -32,16 +32,16 @@ from pipeline.config.fields import affects
 from pipeline.data.checked_images import check_images
 from pipeline.data.parquet import SplitReader, plan_parts, scan_image, write_part
 from pipeline.methods.registry import METHODS, VARIANTS, get_method, training_of
-from pipeline.runtime.stage import Work
+from pipeline.runtime.stage import WorkItem
 from pipeline.runtime.storage import Artifact
-from pipeline.stages import data_check, training_work
+from pipeline.stages import data_check, training_spec
 from pipeline.stages import plan as plans
 from pipeline.stages import splits as splits_stage
-from pipeline.stages.global_prompt import global_prompt_work
+from pipeline.stages.global_prompt import global_prompt_work_item
 from pipeline.stages.group_trainings import plan_trainings
 from pipeline.stages.grouping import grouping_artifact, make_grouping
 from pipeline.stages.plan import Plan, make_plan
-from pipeline.stages.training_work import TrainingWork
+from pipeline.stages.training_spec import TrainingSpec
 
 TASKS, CLASSES, PER_CLASS = ("ink", "chalk", "neon"), ("one", "two"), 5
 BASE: dict[str, Any] = {
@@ -155,19 +155,19 @@ class Planned:
 def checked(config: Config) -> Plan:
     """With finished splits, which stage 1 would make on Ray."""
     plan = make_plan(config, Console(quiet=True))
-    if not plan.splits.finished():
-        root = plan.listing.root
+    if not plan.splits.is_complete():
+        root = plan.dataset_index.root
         images = [
             replace(scan_image(root, of.path, of.task, of.class_folder), official_split=of.official_split)
-            for of in plan.listing.images
+            for of in plan.dataset_index.images
         ]
         splits, description = splits_stage.sampled(plan, [image for image in images if not image.error])
         sizes = {image.path: image.size for image in images}
         parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
-        with plan.splits.writer() as made:
+        with plan.splits.writer() as writer:
             for part in parts:
-                write_part(root, part, description, made.folder)
-            (made.folder / "splits.json").write_text(json.dumps(asdict(description)))
+                write_part(root, part, description, writer.folder)
+            (writer.folder / "splits.json").write_text(json.dumps(asdict(description)))
     return plan
 
 
@@ -180,9 +180,9 @@ def grouping_of(plan: Plan, key: str) -> dict[str, Any]:
 def planned(config: Config) -> dict[str, Planned]:
     """All keys of a run, in the order of its work; what is found, and no key, in brackets."""
     plan = checked(config)
-    description = SplitReader(plan.splits.local()).description
+    description = SplitReader(plan.splits.download()).description
     found = {
-        "(images)": Planned(plan.listing.fingerprint()),
+        "(images)": Planned(plan.dataset_index.fingerprint()),
         "(clip)": Planned(asdict(plan.clip)),
         "(split images)": Planned(description.content),
         "(words)": Planned([description.class_names_for(task) for task in description.tasks]),
@@ -191,7 +191,7 @@ def planned(config: Config) -> dict[str, Planned]:
     found["run"] = Planned(plan.key, frozenset(RESULTS), ("(images)", "(clip)"))
     found["data check"] = Planned(data_check._artifact(plan).key, rests_on=("(images)",))
     found["splits"] = Planned(plan.splits.key, frozenset({"splits"}), ("(images)",))
-    global_prompt = global_prompt_work(plan).artifact
+    global_prompt = global_prompt_work_item(plan).artifact
     found["global prompt"] = Planned(
         global_prompt.key, frozenset({"training", "method", "global_prompt"}), trained_on, "mmap"
     )
@@ -202,18 +202,18 @@ def planned(config: Config) -> dict[str, Planned]:
         plan_trainings(plan, variant, grouping_of(plan, grouping.key), trainings)
     for variant, of_variant in trainings.items():
         for training in of_variant:
-            method, tasks = training.item.method, training.item.tasks
+            method, tasks = training.spec.method, training.spec.tasks
             for kind, features in (
-                ("test", training.item.test_features),
-                ("training", training.item.training_features),
+                ("test", training.spec.test_features),
+                ("training", training.spec.training_features),
             ):
                 for task, artifact in features.items():
                     name = f"{kind} features of {task}" + (f" for {method}" if kind == "training" else "")
                     of_method = method if kind == "training" else None
                     found[name] = Planned(artifact.key, frozenset({f"{kind}_features"}), encoded, of_method, (task,))
             rests_on = [*trained_on, *(["grouping"] if get_method(method).uses_affinities else [])]
-            if training.start:
-                rests_on.append(f"{training.start.version}: {training.start.item.tasks}")
+            if training.init_from:
+                rests_on.append(f"{training.init_from.variant}: {training.init_from.spec.tasks}")
             effects = {"method", "training", "evaluation"} if get_method(method).trained else {"evaluation"}
             name = f"{variant}: {tasks}"
             found[name] = Planned(training.artifact.key, frozenset(effects), tuple(rests_on), method, tasks)
@@ -301,8 +301,8 @@ def test_a_field_changes_the_keys_of_what_it_affects_and_no_others(name, folder,
 
 
 def test_other_code_changes_the_keys_of_all_numbers(folder, base, monkeypatch):
-    for module in (plans, training_work):
-        monkeypatch.setattr(module, "NUMBERS_VERSION", plans.RESULTS_VERSION + 1)
+    for module in (plans, training_spec):
+        monkeypatch.setattr(module, "RESULTS_VERSION", plans.RESULTS_VERSION + 1)
     config, before = base
     same = {name for name in before if name.startswith("(")} | {"data check", "splits"}
     assert changed_keys(before, planned(config)) == before.keys() - same
@@ -363,33 +363,33 @@ def work(folder):
     """Name → work and what has to be done before, its method, and the effects of what it may read."""
     changes = {"storage": "worked", "training.epochs": 1, "data.root": "broken.csv", "data.max_broken_fraction": 0.5}
     plan = checked(config_with(folder, *changes.items()))
-    global_prompt = global_prompt_work(plan)
+    global_prompt = global_prompt_work_item(plan)
     grouping = grouping_artifact(plan, global_prompt.artifact)
-    solve = Work("grouping", group, (plan, global_prompt, grouping), grouping)
+    solve = WorkItem("grouping", group, (plan, global_prompt, grouping), grouping)
     found = {
-        "splits": ([Work("splits", build_here, (plan, plan.splits), plan.splits)], "mmap", {"splits"}),
+        "splits": ([WorkItem("splits", build_here, (plan, plan.splits), plan.splits)], "mmap", {"splits"}),
         "global_prompt": ([global_prompt], "mmap", {"training", "global_prompt"}),
         "grouping": ([global_prompt, solve], "mmap", {"grouping"}),
     }
     trainings = {}
     for variant in VARIANTS:
         (training, *_) = plan_trainings(plan, variant, grouping_of(plan, "ff"), trainings)
-        before = [features.work for features in training.features]
-        if training.start:
-            before += [*(features.work for features in training.start.features), training.start.work]
-        method = training.item.method
+        before = [features.work_item for features in training.features]
+        if training.init_from:
+            before += [*(features.work_item for features in training.init_from.features), training.init_from.work_item]
+        method = training.spec.method
         effects = {"training", "evaluation"} if get_method(method).trained else {"evaluation"}
-        found[variant] = ([*before, training.work], method, effects)
+        found[variant] = ([*before, training.work_item], method, effects)
         for features in training.features:
             split = features.artifact.inputs["split"]
             effect = "test_features" if split == "test" else "training_features"
-            found.setdefault(effect, ([features.work], method, {effect}))
+            found.setdefault(effect, ([features.work_item], method, {effect}))
     return found
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_work_reads_only_fields_that_affect_it(name, work, monkeypatch):
-    monkeypatch.setattr(TrainingWork, "device", lambda work: torch.device("cpu"))  # which asks Ray
+    monkeypatch.setattr(TrainingSpec, "device", lambda work: torch.device("cpu"))  # which asks Ray
     todo, method, effects = work[name]
     for item in todo[:-1]:
         execute(item)
@@ -418,9 +418,9 @@ def test_work_reads_only_fields_that_affect_it(name, work, monkeypatch):
     assert read - said <= CHANGES_NO_NUMBER
 
 
-def execute(item: Work) -> None:
+def execute(item: WorkItem) -> None:
     """In this process."""
-    if not item.artifact.finished():
+    if not item.artifact.is_complete():
         item.function(*item.arguments, BOARD)
 
 
@@ -428,19 +428,19 @@ ignored = SimpleNamespace(remote=lambda *arguments: None)
 BOARD = SimpleNamespace(post=ignored, expect=ignored, advance=ignored)
 
 
-def build_here(plan: Plan, artifact: Artifact, board: Any) -> None:
+def build_here(plan: Plan, artifact: Artifact, progress: Any) -> None:
     """Stage 1, but for Ray."""
-    with data_check._artifact(plan).writer() as made:
-        table = check_images(plan.listing.root, plan.listing.images, samples=())
-        pq.write_table(table, made.folder / data_check.IMAGES)
+    with data_check._artifact(plan).writer() as writer:
+        table = check_images(plan.dataset_index.root, plan.dataset_index.images, samples=())
+        pq.write_table(table, writer.folder / data_check.IMAGES)
 
-    def execute_all(work: list[Work]) -> list[Any]:
-        return [item.function(*item.arguments, board) for item in work]
+    def execute_all(work: list[WorkItem]) -> list[Any]:
+        return [item.function(*item.arguments, progress) for item in work]
 
-    stage = SimpleNamespace(session=SimpleNamespace(board=board, folder=plan.storage.folder), execute=execute_all)
-    with artifact.writer() as made:
-        splits_stage._build(plan, stage, made)
+    stage = SimpleNamespace(session=SimpleNamespace(progress=progress, folder=plan.storage.folder), execute=execute_all)
+    with artifact.writer() as writer:
+        splits_stage._build(plan, stage, writer)
 
 
-def group(plan: Plan, global_prompt: Work, artifact: Artifact, board: Any) -> None:
+def group(plan: Plan, global_prompt: WorkItem, artifact: Artifact, progress: Any) -> None:
     make_grouping(plan, global_prompt.artifact, artifact)

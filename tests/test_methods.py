@@ -44,7 +44,7 @@ from pipeline.methods.hipro import task_tree
 from pipeline.methods.method import TrainingOverrides
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, get_method, training_of
 from pipeline.stages.group_trainings import random_groups
-from pipeline.stages.training_work import TrainingWork
+from pipeline.stages.training_spec import TrainingSpec
 from pipeline.training.evaluate import evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures, frozen_test_features, save_features
 from pipeline.training.trainer import Trainer
@@ -420,11 +420,11 @@ def test_a_loaded_model_has_text_prompts_where_it_was_trained_with_them(tmp_path
 
 
 def test_a_trainings_towers_are_as_the_config_says(monkeypatch):
-    monkeypatch.setattr(TrainingWork, "device", lambda work: torch.device("cpu"))  # which asks Ray
+    monkeypatch.setattr(TrainingSpec, "device", lambda work: torch.device("cpu"))  # which asks Ray
     for text_prompt_position, activation_memory_gib in (("after_sos", 6.0), ("before_sos", 0.5)):
         clip = {**SMALL.clip.model_dump(), "activation_memory_gib": activation_memory_gib}
         config = parse_config({"clip": clip, "mmap": {"text_prompt_position": text_prompt_position}})
-        towers = TrainingWork(config, None, TASKS, "training").towers()
+        towers = TrainingSpec(config, None, TASKS, "training").towers()
         assert towers.prompts_before_sos == (text_prompt_position == "before_sos")
         assert towers.activation_memory_gib == activation_memory_gib
 

@@ -18,7 +18,7 @@ from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, every_step_once, numb
 from pipeline import command_line
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
-from pipeline.runtime.cluster import joined
+from pipeline.runtime.cluster import ray_connection
 
 pytestmark = pytest.mark.slow
 TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
@@ -207,12 +207,12 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
 def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
     joined_at = ray.get_runtime_context().gcs_address
     for address in (None, "auto", joined_at):
-        with joined(ClusterConfig(address=address), print) as worker:
+        with ray_connection(ClusterConfig(address=address), print) as worker:
             assert worker.cpus == 1
         assert ray.is_initialized()
     message = f"has joined Ray at {joined_at} already, not at cluster.address=127.0.0.1:1: leave cluster.address out"
     with pytest.raises(UserError, match=re.escape(message)):
-        with joined(ClusterConfig(address="127.0.0.1:1"), print):
+        with ray_connection(ClusterConfig(address="127.0.0.1:1"), print):
             pytest.fail("another cluster")
     assert ray.is_initialized()
 

@@ -30,11 +30,13 @@ def cluster(shared_ray):
     return WorkerResources(1, 0.0)
 
 
-def predicted(prompts: Path, needs: WorkerResources, inputs, output, task=None, options=None, **more) -> tuple:
+def predicted(
+    prompts: Path, worker_resources: WorkerResources, inputs, output, task=None, options=None, **more
+) -> tuple:
     """(images, broken), and the rows."""
     found = find_batch_input([str(place) for place in inputs])
     options = options or ModelOptions()
-    counts = predict_batch(load_adapter(prompts), options, task, found, str(output), needs, 32, **more)
+    counts = predict_batch(load_adapter(prompts), options, task, found, str(output), worker_resources, 32, **more)
     return counts, pq.read_table(output, schema=OUTPUT).to_pylist()
 
 

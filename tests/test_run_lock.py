@@ -80,7 +80,7 @@ def test_a_lease_of_a_killed_job_is_taken_over(bucket, machine, at_once):
 
 
 def test_waiting_can_be_stopped(tmp_path):
-    storage = Storage.of_folder(tmp_path)
+    storage = Storage.from_folder(tmp_path)
     with exclusive_run(storage, folder_of(storage), print, lambda: False):
         with pytest.raises(InterruptedError):
             with exclusive_run(storage, folder_of(storage), print, lambda: True):

@@ -10,17 +10,17 @@ from servers import S3Server, free_ports
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, send_part
+from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, upload_part
 from pipeline.training.checkpoint import Checkpoints
 
 
 def make(artifact: Artifact, text: str = "content") -> None:
-    with artifact.writer() as made:
-        (made.folder / "part").mkdir()
-        (made.folder / "part" / "file.txt").write_text(text)
+    with artifact.writer() as writer:
+        (writer.folder / "part").mkdir()
+        (writer.folder / "part" / "file.txt").write_text(text)
         artifact.checkpoints.mkdir(exist_ok=True)
         (artifact.checkpoints / "checkpoint.pt").write_text("scratch")
-        (made.folder / "part" / "file.txt.partial").write_text("half of it")
+        (writer.folder / "part" / "file.txt.partial").write_text("half of it")
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +38,24 @@ def in_bucket(s3, tmp_path, machine="here"):
 @pytest.fixture(params=["folder", "bucket"])
 def storage(request, tmp_path):
     if request.param == "folder":
-        storage = Storage.of_folder(tmp_path / "storage")
+        storage = Storage.from_folder(tmp_path / "storage")
     else:
         storage = in_bucket(request.getfixturevalue("s3"), tmp_path)
-    storage.mark()
+    storage.write_marker()
     return storage
 
 
 def test_an_artifact_appears_whole(storage):
     artifact = Artifact(storage, "splits", {"seed": 1, "task": "Real World"})
-    assert not artifact.finished()
+    assert not artifact.is_complete()
     make(artifact)
-    assert artifact.finished() and not artifact.staging_dir.exists()
+    assert artifact.is_complete() and not artifact.staging_dir.exists()
     manifest = artifact.manifest()
     assert manifest["files"] == {"part/file.txt": 7}
     assert manifest["seconds"] > 0 and manifest["inputs"] == {"seed": 1, "task": "Real World"}
-    assert not Artifact(storage, "splits", {"seed": 2, "task": "Real World"}).finished()
+    assert not Artifact(storage, "splits", {"seed": 2, "task": "Real World"}).is_complete()
     assert Artifact(storage, "splits", {"task": "Real World", "seed": 1}).key == artifact.key
-    assert (artifact.local() / "part" / "file.txt").read_text() == "content"
+    assert (artifact.download() / "part" / "file.txt").read_text() == "content"
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut"])
@@ -67,12 +67,12 @@ def test_a_damaged_artifact_is_set_aside_and_told_of(storage, caplog, damage):
     if damage == "cut":
         with filesystem.open_output_stream(place) as stream:
             stream.write(b"cut")
-    assert not artifact.finished()
+    assert not artifact.is_complete()
     assert "part/file.txt" in caplog.text
     if not storage.is_bucket:
         assert len(list((storage.folder / "splits").glob(".damaged-*"))) == 1
     make(artifact)
-    assert artifact.finished()
+    assert artifact.is_complete()
 
 
 def test_the_slower_of_two_makers_gives_way(storage):
@@ -87,23 +87,23 @@ def test_the_slower_of_two_makers_gives_way(storage):
 
 def test_other_machines_get_what_lies_in_a_bucket(s3, tmp_path):
     here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
-    here.mark()
+    here.write_marker()
     there.verify_access()
     with pytest.raises(UserError, match="does not see storage=s3://bucket/.*with credentials"):
         in_bucket(s3, tmp_path / "elsewhere").verify_access()
     artifact, copy = Artifact(here, "splits", {"seed": 1}), Artifact(there, "splits", {"seed": 1})
-    assert not copy.finished()
-    with artifact.writer() as made:
-        (made.folder / "splits.json").write_text("{}")
-        part = ArtifactWriter(copy, copy.staging_dir / made.folder.name)  # of a worker on the other machine
+    assert not copy.is_complete()
+    with artifact.writer() as writer:
+        (writer.folder / "splits.json").write_text("{}")
+        part = ArtifactWriter(copy, copy.staging_dir / writer.folder.name)  # of a worker on the other machine
         part.folder.mkdir(parents=True)
         (part.folder / "images.parquet").write_text("images")
-        made.sent |= send_part(copy, part.folder, "images.parquet")
-        assert not copy.finished()
-    assert copy.finished() and set(copy.manifest()["files"]) == {"splits.json", "images.parquet"}
+        writer.uploaded |= upload_part(copy, part.folder, "images.parquet")
+        assert not copy.is_complete()
+    assert copy.is_complete() and set(copy.manifest()["files"]) == {"splits.json", "images.parquet"}
     for machine in (artifact, copy):
-        assert (machine.local() / "images.parquet").read_text() == "images"
-        assert (machine.local() / "splits.json").read_text() == "{}"
+        assert (machine.download() / "images.parquet").read_text() == "images"
+        assert (machine.download() / "splits.json").read_text() == "{}"
         assert machine.folder.is_relative_to(machine.storage.folder)
         assert not list((machine.storage.folder / "splits").glob(".[!b]*"))
 
@@ -134,16 +134,16 @@ def test_a_folder_is_sent_while_others_write_in_it(s3, tmp_path):
 
 def test_checkpoints_of_a_machine_that_is_lost_are_in_the_bucket(s3, tmp_path):
     artifacts = [Artifact(in_bucket(s3, tmp_path, machine), "training", {}) for machine in ("lost", "other")]
-    lost, other = [Checkpoints(artifact.checkpoints, artifact.storage.send) for artifact in artifacts]
+    lost, other = [Checkpoints(artifact.checkpoints, artifact.storage.upload) for artifact in artifacts]
     lost.save({"step": 1})
     lost.save({"step": 2})
-    artifacts[1].storage.fetch(artifacts[1].checkpoints)
+    artifacts[1].storage.download(artifacts[1].checkpoints)
     assert other.load() == {"step": 2}
     (artifacts[1].checkpoints / "checkpoint.pt").unlink()
     assert other.load() == {"step": 1}
     with artifacts[1].writer():
         pass
-    assert artifacts[0].finished()
+    assert artifacts[0].is_complete()
     filesystem, place = artifacts[0].storage.filesystem(artifacts[0].staging_dir)
     assert filesystem.get_file_info(place).type == FileType.NotFound
 
@@ -156,7 +156,7 @@ def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):
     with filesystem.open_output_stream(place) as stream:
         stream.write(b"CONTENT")
     with pytest.raises(UserError, match="part/file.txt is not what was written there: remove s3://bucket/"):
-        copy.local()
+        copy.download()
     assert not copy.folder.exists()
 
 
@@ -188,17 +188,17 @@ def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatc
 def test_a_bucket_that_cannot_be_used_is_named(s3, tmp_path, uri, message):
     options = s3.uri.partition("?")[2]
     with pytest.raises(UserError, match=message) as told:
-        Storage(f"{uri}?{options}", tmp_path).mark()
+        Storage(f"{uri}?{options}", tmp_path).write_marker()
     assert "secret@" not in str(told.value)
 
 
 def test_what_fails_is_not_published(storage):
     artifact = Artifact(storage, "splits", {"seed": 1})
     with pytest.raises(ZeroDivisionError):
-        with artifact.writer() as made:
-            (made.folder / "file.txt").write_text("whole")
+        with artifact.writer() as writer:
+            (writer.folder / "file.txt").write_text("whole")
             raise ZeroDivisionError
-    assert not artifact.finished() and not made.folder.exists()
+    assert not artifact.is_complete() and not writer.folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -209,4 +209,4 @@ def test_a_full_disk_is_named(storage, error):
     with pytest.raises(UserError, match="cannot write .*free some space"):
         with artifact.writer():
             raise error
-    assert not artifact.finished()
+    assert not artifact.is_complete()

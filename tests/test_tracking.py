@@ -27,7 +27,7 @@ from pipeline.runtime.tracking.journal import JOURNAL, Journal
 from pipeline.runtime.tracking.mlflow_adapter import Refused, check_reachable, mlflow_client, resolve_tracking_uri
 from pipeline.runtime.tracking.tracker import Tracker
 from pipeline.stages.plan import Plan, make_plan
-from pipeline.stages.run import at_work
+from pipeline.stages.run import run_session
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -500,14 +500,14 @@ def demo_plan(tmp_path_factory):
 def plan(demo_plan, tmp_path, uri):
     """A new run like that, with MLflow in an empty database."""
     config = demo_plan.config.model_copy(update={"tracking": TrackingConfig(uri=uri, experiment="demo")})
-    plan = replace(demo_plan, config=config, storage=Storage.of_folder(tmp_path / "storage"))
+    plan = replace(demo_plan, config=config, storage=Storage.from_folder(tmp_path / "storage"))
     shutil.copytree(demo_plan.folder, plan.folder)
     return plan
 
 
 def working(plan: Plan) -> AbstractContextManager[Session]:
     """At work on it, not connected to Ray."""
-    return at_work(plan, WorkerResources(1, 0.0), Console(quiet=True))
+    return run_session(plan, WorkerResources(1, 0.0), Console(quiet=True))
 
 
 ENDS = [

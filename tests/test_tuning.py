@@ -426,7 +426,7 @@ def test_a_killed_search_goes_on(tmp_path, run_job):
 
 
 def test_a_state_that_ray_tune_cannot_read_is_told_and_left_out(tmp_path):
-    storage, output = Storage.of_folder(tmp_path), io.StringIO()
+    storage, output = Storage.from_folder(tmp_path), io.StringIO()
     (tmp_path / "tune").mkdir()
     (tmp_path / "tune" / "tuner.pkl").write_bytes(b"of another version")
     plan, session = SimpleNamespace(storage=storage), SimpleNamespace(console=Console(file=output))

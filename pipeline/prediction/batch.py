@@ -31,7 +31,7 @@ from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.decoding import decoded
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import ModelOptions
-from pipeline.runtime.cluster import WorkerResources, described, places
+from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
 from pipeline.runtime.storage import is_uri, open_bucket
 
 DECODED_AT_ONCE = 64
@@ -94,7 +94,7 @@ def predict_batch(
     task: str | None,
     found: BatchInput,
     output: str,
-    needs: WorkerResources,
+    worker_resources: WorkerResources,
     image_size: int,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[int, int]:
@@ -120,16 +120,18 @@ def predict_batch(
     context.enable_progress_bars = False  # on_rows tells
     context.execution_options.preserve_order = True
     in_store = ray.put(prompts)  # once for all actors; the driver keeps it, for those that are started again
-    dataset = _dataset(found, task, prompts.class_names, image_size, needs)
+    dataset = _dataset(found, task, prompts.class_names, image_size, worker_resources)
     dataset = dataset.map_batches(
         _Predictor,
-        fn_constructor_args=([in_store], options, needs),
+        fn_constructor_args=([in_store], options, worker_resources),
         batch_size=PREDICTED_AT_ONCE,
         batch_format="numpy",
         # One that has not a batch for itself takes longer to start than the others to do its work.
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(places(needs), total // PREDICTED_AT_ONCE))),
-        num_cpus=_half(needs),
-        num_gpus=needs.gpus or None,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=max(1, min(num_slots(worker_resources), total // PREDICTED_AT_ONCE))
+        ),
+        num_cpus=_half(worker_resources),
+        num_gpus=worker_resources.gpus or None,
     )
     done = broken = 0
     table: pa.Table
@@ -152,13 +154,13 @@ def predict_batch(
     return done, broken
 
 
-def _half(needs: WorkerResources) -> float:
+def _half(worker_resources: WorkerResources) -> float:
     """CPUs that an actor asks for: the rest is for the tasks that decode, which would never run if actors took all."""
-    return needs.cpus / 2
+    return worker_resources.cpus / 2
 
 
 def _dataset(
-    found: BatchInput, task: str | None, tasks: dict[str, list[str]], image_size: int, needs: WorkerResources
+    found: BatchInput, task: str | None, tasks: dict[str, list[str]], image_size: int, worker_resources: WorkerResources
 ) -> ray.data.Dataset:
     """Rows of path, task, pixels, error."""
     if found.is_parquet:
@@ -188,12 +190,12 @@ def _dataset(
 class _Predictor:
     """An actor that holds the model."""
 
-    def __init__(self, prompts: list[ray.ObjectRef[Any]], options: ModelOptions, needs: WorkerResources):
-        if not needs.gpus:
-            torch.set_num_threads(needs.cpus)
+    def __init__(self, prompts: list[ray.ObjectRef[Any]], options: ModelOptions, worker_resources: WorkerResources):
+        if not worker_resources.gpus:
+            torch.set_num_threads(worker_resources.cpus)
         self._model, self._fault = None, None
         try:
-            self._model = TrainedModel(ray.get(prompts[0]), options, "cuda" if needs.gpus else "cpu")
+            self._model = TrainedModel(ray.get(prompts[0]), options, "cuda" if worker_resources.gpus else "cpu")
         except UserError as error:  # Ray would tell it as the death of an actor
             self._fault = f"{os.uname().nodename}: {error}"
 
@@ -303,7 +305,7 @@ def progress_lines(say: Callable[[str], None], every_s: float) -> Callable[[int,
         if now - last >= every_s or done == total:
             last, rate = now, done / max(now - began, 1e-9)
             left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-            say(f"{done:,} of {total:,} images, {rate:,.0f} a second on {described()}{left}")
+            say(f"{done:,} of {total:,} images, {rate:,.0f} a second on {cluster_summary()}{left}")
 
     return on_rows
 

@@ -41,21 +41,25 @@ class WorkerResources:
 
     def slots_on(self, resources: dict[str, float]) -> int:
         """How many such workers a machine with these resources holds; a fraction is of one GPU."""
-        places = int(resources.get("CPU", 0) // self.cpus)
+        num_slots = int(resources.get("CPU", 0) // self.cpus)
         if self.gpus:
             gpus = resources.get("GPU", 0)
-            places = min(places, int(gpus // self.gpus) if self.gpus >= 1 else int(gpus) * int(1 / self.gpus + 1e-6))
-        return places
+            num_slots = min(
+                num_slots, int(gpus // self.gpus) if self.gpus >= 1 else int(gpus) * int(1 / self.gpus + 1e-6)
+            )
+        return num_slots
 
 
 @contextmanager
-def joined(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> Iterator[WorkerResources]:
+def ray_connection(
+    config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False
+) -> Iterator[WorkerResources]:
     """`connect`; leaves the cluster at the end, unless this process had joined it before."""
-    joined_before = ray.is_initialized()
+    was_initialized = ray.is_initialized()
     try:
         yield connect(config, say, dashboard)
     finally:
-        if not joined_before:
+        if not was_initialized:
             ray.shutdown()
 
 
@@ -79,7 +83,7 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     gpus = config.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    needs, workers = WorkerResources(config.cpus_per_worker, gpus), config.workers_per_training
+    resources, workers = WorkerResources(config.cpus_per_worker, gpus), config.workers_per_training
     if workers > 1 and gpus % 1:
         raise UserError(
             f"cluster.workers_per_training={workers} takes whole GPUs, not cluster.gpus_per_worker={gpus:g}"
@@ -87,16 +91,16 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     fewest = config.min_workers_per_training or workers
     if fewest > workers:
         raise UserError(f"cluster.min_workers_per_training={fewest} is more than workers_per_training={workers}")
-    if places(needs) < fewest and config.wait_for_nodes_s:
-        _wait_for_nodes(needs, fewest, config.wait_for_nodes_s, say)
-    if places(needs) < fewest:
+    if num_slots(resources) < fewest and config.wait_for_nodes_s:
+        _wait_for_nodes(resources, fewest, config.wait_for_nodes_s, say)
+    if num_slots(resources) < fewest:
         times = f" for each of {fewest} workers (cluster.workers_per_training)" if workers > 1 else ""
         raise UserError(
-            f"a training takes {needs}{times}, but the cluster has {described()}: lower cluster.gpus_per_worker, "
-            "cpus_per_worker or workers_per_training, or start machines (cluster.wait_for_nodes_s waits for an "
-            "autoscaler's)"
+            f"a training takes {resources}{times}, but the cluster has {cluster_summary()}: lower "
+            "cluster.gpus_per_worker, cpus_per_worker or workers_per_training, or start machines "
+            "(cluster.wait_for_nodes_s waits for an autoscaler's)"
         )
-    return needs
+    return resources
 
 
 def local_ray_options(dashboard: bool) -> dict[str, Any]:
@@ -124,12 +128,12 @@ def _join_or_start(config: ClusterConfig, dashboard: bool) -> None:
         ) from None
 
 
-def places(needs: WorkerResources) -> int:
+def num_slots(resources: WorkerResources) -> int:
     """How many such workers the cluster holds at once."""
-    return sum(needs.slots_on(node["Resources"]) for node in _alive())
+    return sum(resources.slots_on(node["Resources"]) for node in _alive())
 
 
-def described() -> str:
+def cluster_summary() -> str:
     """What the cluster has: `2 GPUs and 8 CPUs on 2 machines`."""
     nodes = [node["Resources"] for node in _alive()]
     gpus, cpus = (sum(resources.get(name, 0) for resources in nodes) for name in ("GPU", "CPU"))
@@ -176,13 +180,15 @@ def _missing_paths(storage: Storage, paths: Sequence[Path]) -> str:
     return ""
 
 
-def _wait_for_nodes(needs: WorkerResources, workers: int, seconds: float, say: Callable[[str], None]) -> None:
-    say(f"waiting up to {seconds:g} s for machines with {needs} for each of {workers} workers; there are {described()}")
-    bundle = {"CPU": needs.cpus} | ({"GPU": needs.gpus} if needs.gpus else {})
+def _wait_for_nodes(resources: WorkerResources, workers: int, seconds: float, say: Callable[[str], None]) -> None:
+    say(
+        f"waiting up to {seconds:g} s for machines with room for {workers} x {resources}; there are {cluster_summary()}"
+    )
+    bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     request_resources(bundles=[bundle] * workers)
     end = time.monotonic() + seconds
     try:
-        while places(needs) < workers and time.monotonic() < end:
+        while num_slots(resources) < workers and time.monotonic() < end:
             time.sleep(POLL_INTERVAL_S)
     finally:
         request_resources(bundles=[])  # from here on the trainings themselves ask
@@ -203,7 +209,7 @@ class StallReporter:
         self._looked = StallReporter._worked = time.monotonic()
         self._next_word: float = FIRST_MESSAGE_AFTER_S
 
-    def look(self, waiting: Sequence[str], running_on: Sequence[str], needs: WorkerResources, workers: int) -> None:
+    def look(self, waiting: Sequence[str], running_on: Sequence[str], resources: WorkerResources, workers: int) -> None:
         """Args:
         waiting: labels of the work that is not finished.
         running_on: ids of the machines where some of it was last seen running.
@@ -217,19 +223,19 @@ class StallReporter:
             StallReporter._worked, self._next_word = now, FIRST_MESSAGE_AFTER_S
         elif now - StallReporter._worked >= self._next_word:
             self._next_word = now - StallReporter._worked + NEXT_MESSAGE_AFTER_S
-            self._say(self._word(waiting, needs, workers))
+            self._say(self._word(waiting, resources, workers))
 
     @staticmethod
-    def _word(waiting: Sequence[str], needs: WorkerResources, workers: int) -> str:
+    def _word(waiting: Sequence[str], resources: WorkerResources, workers: int) -> str:
         many = f"{waiting[0]!r}" if len(waiting) == 1 else f"{waiting[0]!r} and {len(waiting) - 1} more"
         times = f" for each of {workers} workers" if workers > 1 else ""
         why = (
             "other work holds them, or workers that start"
-            if places(needs) >= workers
+            if num_slots(resources) >= workers
             else "that is too little: they wait for machines to join; Ctrl-C and the same command with less go on too"
         )
         free = ray.available_resources()
         return (
-            f"waiting: {many} wait{'s' if len(waiting) == 1 else ''} for {needs}{times}; the cluster has "
-            f"{described()}, of which {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free: {why}"
+            f"waiting: {many} wait{'s' if len(waiting) == 1 else ''} for {resources}{times}; the cluster has "
+            f"{cluster_summary()}, of which {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free: {why}"
         )

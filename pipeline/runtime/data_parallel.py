@@ -15,7 +15,7 @@ def train_on_workers(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     num_workers: tuple[int, int],
-    needs: WorkerResources,
+    resources: WorkerResources,
     name: str,
     storage: Storage,
 ) -> None:
@@ -44,8 +44,8 @@ def train_on_workers(
         scaling_config=ScalingConfig(
             # A range is known to the class that Ray Train takes, not to the one whose types it shows.
             num_workers=most if fewest == most else cast(Any, num_workers),
-            use_gpu=needs.gpus > 0,
-            resources_per_worker={"CPU": needs.cpus, "GPU": needs.gpus},
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
         ),
         run_config=RunConfig(
             name=name,

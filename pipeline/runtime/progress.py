@@ -28,10 +28,10 @@ LONG_LOG_LINE_EVERY_S = 60
 """Between the lines of work that has run for longer than this."""
 
 
-def progress_board() -> RunBoard:
+def run_progress() -> RunProgress:
     """A board for one run."""
     context = ray.get_runtime_context()
-    return RunBoard(_board_of(context.get_node_id(), context.get_job_id()), uuid.uuid4().hex)
+    return RunProgress(_board_of(context.get_node_id(), context.get_job_id()), uuid.uuid4().hex)
 
 
 @lru_cache(maxsize=1)
@@ -39,44 +39,44 @@ def _board_of(node_id: str, job_id: str) -> Any:
     """A ProgressBoard on the driver's machine, so that no other machine's end takes it away. It is a process, which
     takes a second to start, so all runs of a driver share it: it ends as the driver leaves the cluster."""
     here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    board = cast(Any, ProgressBoard)  # Ray's types show the class as it was before the decorator
-    return board.options(scheduling_strategy=here).remote()
+    actor = cast(Any, ProgressActor)  # Ray's types show the class as it was before the decorator
+    return actor.options(scheduling_strategy=here).remote()
 
 
 @dataclass(frozen=True)
-class RunBoard:
+class RunProgress:
     """The part of the driver's ProgressBoard that is one run's; sent to its workers."""
 
-    board: Any
+    actor: Any
     run: str
 
     def begin(self, label: str, node_id: str) -> None:
         """Work has begun on a machine, perhaps again."""
-        self.board.begin.remote(self.run, label, node_id)
+        self.actor.begin.remote(self.run, label, node_id)
 
     def begun(self) -> dict[str, str]:
         """Label → id of the machine where that work began last."""
-        begun: dict[str, str] = ray.get(self.board.begun.remote(self.run))
+        begun: dict[str, str] = ray.get(self.actor.begun.remote(self.run))
         return begun
 
     def post(self, report: Report) -> None:
-        self.board.post.remote(self.run, report)
+        self.actor.post.remote(self.run, report)
 
     def expect(self, label: str, total: int, unit: str) -> None:
         """Begins a count to which several workers add."""
-        self.board.expect.remote(self.run, label, total, unit)
+        self.actor.expect.remote(self.run, label, total, unit)
 
     def advance(self, label: str, count: int, unit: str) -> None:
-        self.board.advance.remote(self.run, label, count, unit)
+        self.actor.advance.remote(self.run, label, count, unit)
 
     def take(self) -> list[Report]:
         """The reports since the last time."""
-        reports: list[Report] = ray.get(self.board.take.remote(self.run))
+        reports: list[Report] = ray.get(self.actor.take.remote(self.run))
         return reports
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class ProgressBoard:
+class ProgressActor:
     """Collects the workers' reports, by run, until the driver takes them. All that it holds may be lost."""
 
     def __init__(self) -> None:
@@ -120,8 +120,8 @@ class Report:
 class Reporter:
     """A worker's side: posts at most every REPORT_EVERY_S, and at the end of a phase; with how busy the machine is."""
 
-    def __init__(self, board: RunBoard, label: str):
-        self._board, self._label = board, label
+    def __init__(self, actor: RunProgress, label: str):
+        self._board, self._label = actor, label
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._last = 0.0
         self._system = SystemSampler()

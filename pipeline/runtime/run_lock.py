@@ -121,7 +121,7 @@ def _read(storage: Storage, file: Path) -> dict[str, Any] | None:
 
 def _write(storage: Storage, file: Path, lease: dict[str, Any]) -> None:
     write_json(file, lease)
-    storage.send(file)
+    storage.upload(file)
 
 
 def _id_of_copies(storage: Storage) -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from pipeline.config import ClusterConfig, TrackingConfig, content_hash
 from pipeline.errors import UserError
 from pipeline.files import make_folder
-from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerResources, check_shared, joined
-from pipeline.runtime.progress import RunBoard, progress_board
+from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerResources, check_shared, ray_connection
+from pipeline.runtime.progress import RunProgress, run_progress
 from pipeline.runtime.run_lock import exclusive_run
 from pipeline.runtime.storage import Storage, is_uri
 from pipeline.runtime.tracking.journal import JOURNAL
@@ -39,22 +39,22 @@ class Session:
     folder: Path
     """Of the run."""
     cluster: ClusterConfig
-    needs: WorkerResources
+    worker_resources: WorkerResources
     """Of a training's worker."""
     tracker: Tracker
     console: Console
-    stop: threading.Event
+    cancelled: threading.Event
     """Ends the run's work from another thread."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
-    def board(self) -> RunBoard:
+    def progress(self) -> RunProgress:
         """For the workers' reports."""
-        return progress_board()
+        return run_progress()
 
 
 @contextmanager
-def connected(
+def cluster_connection(
     cluster: ClusterConfig, storage: Storage, paths: Sequence[Path], console: Console, dashboard: bool = False
 ) -> Iterator[WorkerResources]:
     """Joins the cluster, and leaves it at the end unless this process had joined it before.
@@ -66,9 +66,11 @@ def connected(
     Raises:
         UserError: no cluster, or one that cannot hold a training.
     """
-    with joined(cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard) as needs:
+    with ray_connection(
+        cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard
+    ) as worker_resources:
         check_shared(storage, paths)
-        yield needs
+        yield worker_resources
 
 
 @contextmanager
@@ -77,27 +79,27 @@ def open_session(
     folder: Path,
     key: str,
     cluster: ClusterConfig,
-    needs: WorkerResources,
+    worker_resources: WorkerResources,
     tracking: TrackingConfig,
     console: Console,
-    stop: threading.Event | None = None,
+    cancelled: threading.Event | None = None,
 ) -> Iterator[Session]:
     """One job at a time is at the run in `folder`; its MLflow parent run, which the block begins, ends as the block
     does."""
-    stop = stop or threading.Event()
+    cancelled = cancelled or threading.Event()
 
     def say(text: str) -> None:
         console.print(f"  {text}", markup=False, highlight=False)
 
-    with exclusive_run(storage, folder, say, stop.is_set):
+    with exclusive_run(storage, folder, say, cancelled.is_set):
         journal = folder / f"tracking-{key}"
         if storage.is_bucket:  # an earlier job, on another machine, may have recorded more than is known here
             (there,) = storage.sizes([file := journal / JOURNAL])
             if (there or 0) > (file.stat().st_size if file.exists() else 0):
-                storage.fetch(folder)
+                storage.download(folder)
         tracker = Tracker(resolve_tracking_uri(tracking.uri, storage.folder), tracking.experiment, journal)
         try:
-            yield Session(storage, folder, cluster, needs, tracker, console, stop)
+            yield Session(storage, folder, cluster, worker_resources, tracker, console, cancelled)
         except BaseException as error:
             with suppress(UserError):  # the disk is full: that the error says
                 tracker.end_run(PARENT, end_status(error))
@@ -105,7 +107,7 @@ def open_session(
             raise
         tracker.end_run(PARENT)
         tracker.close(timeout_s=20)  # says what could not be sent
-        storage.send(folder)
+        storage.upload(folder)
 
 
 def open_storage(place: str, cache: str) -> Storage:
@@ -119,7 +121,7 @@ def open_storage(place: str, cache: str) -> Storage:
     here = Path(cache).expanduser().absolute()
     if is_uri(place):
         storage = Storage(place, here / content_hash(place))
-        storage.mark()
+        storage.write_marker()
         _check_space("cache", here)
         return storage
     path = Path(place).expanduser()
@@ -130,8 +132,8 @@ def open_storage(place: str, cache: str) -> Storage:
     if not os.access(path, os.W_OK):
         raise UserError(f"storage={path} cannot be written; change `storage`")
     _check_space("storage", path)
-    storage = Storage.of_folder(path.resolve())
-    storage.mark()
+    storage = Storage.from_folder(path.resolve())
+    storage.write_marker()
     return storage
 
 

@@ -13,7 +13,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskErr
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from pipeline.runtime.cluster import StallReporter, WorkerResources, places
+from pipeline.runtime.cluster import StallReporter, WorkerResources, num_slots
 from pipeline.runtime.data_parallel import train_on_workers
 from pipeline.runtime.progress import ProgressDisplay
 from pipeline.runtime.session import PARENT, Session
@@ -22,8 +22,8 @@ from pipeline.runtime.tracking.tracker import end_status
 
 
 @dataclass(frozen=True)
-class Work:
-    """One Ray task, `function(*arguments, board)`, that makes `artifact` or a part of one."""
+class WorkItem:
+    """One Ray task, `function(*arguments, progress)`, that makes `artifact` or a part of one."""
 
     label: str
     function: Callable[..., Any]
@@ -37,14 +37,14 @@ class Work:
     """MLflow run for the metrics that it reports."""
 
 
-def _work(storage: Storage, item: Work, board: Any) -> Any:
+def _work(storage: Storage, item: WorkItem, progress: Any) -> Any:
     """On a worker."""
-    board.begin(item.label, ray.get_runtime_context().get_node_id())
+    progress.begin(item.label, ray.get_runtime_context().get_node_id())
     if not storage.is_bucket:
         storage.verify_access()  # this machine may have joined after the run began
-    if item.artifact and item.artifact.finished():  # by an attempt whose worker died before it could say so
+    if item.artifact and item.artifact.is_complete():  # by an attempt whose worker died before it could say so
         return None
-    return item.function(*item.arguments, board)
+    return item.function(*item.arguments, progress)
 
 
 _remote_work = ray.remote(_work)  # once: each that is made is sent to the cluster by itself
@@ -83,21 +83,21 @@ class Stage:
         tracker.end_run(self.name)
         found = "" if self.computed else "found finished; took "
         self.session.console.print(f"  {found}{recorded[self.name]:.1f} s", highlight=False)
-        self.session.storage.send(self.session.folder)
+        self.session.storage.upload(self.session.folder)
 
-    def execute(self, work: Sequence[Work]) -> list[Any]:
+    def execute(self, work: Sequence[WorkItem]) -> list[Any]:
         """Runs unfinished work on the cluster, first come first served; returns the functions' values in order, None
         for what was finished before. A task whose worker dies is run again; a task that raises ends the others.
 
         Raises:
             UserError: what a task raised for the user, or a worker that died too often.
         """
-        todo = [item for item in work if not (item.artifact and item.artifact.finished())]
+        todo = [item for item in work if not (item.artifact and item.artifact.is_complete())]
         self.computed |= bool(todo)
         # A data-parallel training that waits for its workers holds processes of Ray Train: no more than have room.
         cluster = self.session.cluster
         shared = [item for item in todo if item.num_workers > 1]
-        room = max(1, places(self.session.needs) // cluster.workers_per_training)
+        room = max(1, num_slots(self.session.worker_resources) // cluster.workers_per_training)
         queue = shared[room:]
         item_of = {self._submit(item): item for item in todo if item not in queue}
         value_of: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class Stage:
         )
         try:
             while waiting:
-                if self.session.stop.is_set():
+                if self.session.cancelled.is_set():
                     raise InterruptedError(f"stage {self.name!r} was told to stop")
                 done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.3)
                 self._show_reports(todo)
@@ -125,12 +125,14 @@ class Stage:
         self._show_reports(todo)
         return [value_of.get(item.label) for item in work]
 
-    def _submit(self, item: Work) -> ray.ObjectRef[Any]:
+    def _submit(self, item: WorkItem) -> ray.ObjectRef[Any]:
         session, cluster = self.session, self.session.cluster
         options = {"name": item.label, "max_retries": cluster.max_retries}
-        needs, arguments = self._needs(item), (session.storage, item, session.board)
+        worker_resources, arguments = self._needs(item), (session.storage, item, session.progress)
         if item.num_workers == 1:
-            return _remote_work.options(num_cpus=needs.cpus, num_gpus=needs.gpus, **options).remote(*arguments)
+            return _remote_work.options(
+                num_cpus=worker_resources.cpus, num_gpus=worker_resources.gpus, **options
+            ).remote(*arguments)
 
         from ray.train import TrainingFailedError  # takes a second to import, and most trainings do without
 
@@ -140,14 +142,14 @@ class Stage:
         return (
             ray.remote(train_on_workers)
             .options(num_cpus=0, retry_exceptions=[TrainingFailedError], **options)
-            .remote(_work, arguments, (fewest, item.num_workers), needs, name, session.storage)
+            .remote(_work, arguments, (fewest, item.num_workers), worker_resources, name, session.storage)
         )
 
-    def _needs(self, item: Work) -> WorkerResources:
-        return self.session.needs if item.uses_gpu else WorkerResources(1, 0)
+    def _needs(self, item: WorkItem) -> WorkerResources:
+        return self.session.worker_resources if item.uses_gpu else WorkerResources(1, 0)
 
-    def _look(self, patience: StallReporter, waiting: Sequence[Work]) -> None:
-        begun = self.session.board.begun()
+    def _look(self, patience: StallReporter, waiting: Sequence[WorkItem]) -> None:
+        begun = self.session.progress.begun()
         running_on = [begun[item.label] for item in waiting if item.label in begun]
         largest = max(waiting, key=lambda item: item.num_workers)
         workers = 1
@@ -155,9 +157,9 @@ class Stage:
             workers = self.session.cluster.min_workers_per_training or largest.num_workers
         patience.look([item.label for item in waiting], running_on, self._needs(largest), workers)
 
-    def _show_reports(self, work: Sequence[Work]) -> None:
+    def _show_reports(self, work: Sequence[WorkItem]) -> None:
         tracked_as = {item.label: item.tracked_as for item in work}
-        for report in self.session.board.take():
+        for report in self.session.progress.take():
             self.display.show(report)
             if name := tracked_as.get(report.label):
                 for step, metrics in report.metrics:

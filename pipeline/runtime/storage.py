@@ -67,14 +67,14 @@ class Storage:
     """Here: that folder, or this machine's copies; the same path on all machines."""
 
     @staticmethod
-    def of_folder(folder: Path) -> Storage:
+    def from_folder(folder: Path) -> Storage:
         return Storage(str(folder), folder)
 
     @property
     def is_bucket(self) -> bool:
         return is_uri(self.uri)
 
-    def shown(self, path: Path) -> str:
+    def display_uri(self, path: Path) -> str:
         """Where a user finds what has this path."""
         if not self.is_bucket:
             return str(path)
@@ -82,7 +82,7 @@ class Storage:
         name = path.relative_to(self.folder).as_posix()
         return f"{place.rstrip('/')}/{name}" + (f"?{options}" if options else "")
 
-    def mark(self) -> None:
+    def write_marker(self) -> None:
         """Leaves what `verify_access` looks for. Raises: UserError: the storage cannot be written or read."""
         marker = make_folder(self.folder) / _MARKER
         if not self.is_bucket and marker.is_file():
@@ -132,25 +132,25 @@ class Storage:
                 return None
 
         if (found := self._with_retries(content)) is None:
-            raise FileNotFoundError(self.shown(path))
+            raise FileNotFoundError(self.display_uri(path))
         return found
 
-    def send(self, path: Path, to: Path | None = None) -> None:
+    def upload(self, path: Path, to: Path | None = None) -> None:
         """To the bucket: a file, or all files of a folder. A storage that is a folder has them already."""
         if not self.is_bucket:
             return
         filesystem, place = self.filesystem(to or path)
 
-        def send_file(file: Path) -> None:
+        def upload_file(file: Path) -> None:
             target = f"{place}/{file.relative_to(path).as_posix()}" if file != path else place
             self._with_retries(lambda: pafs.copy_files(str(file), target, pafs.LocalFileSystem(), filesystem))
 
         # Of a run's folder, others may just be writing files: those have passing names.
         found = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         with ThreadPoolExecutor(UPLOAD_THREADS) as threads:
-            list(threads.map(send_file, [file for file in found if file.suffix != PARTIAL]))
+            list(threads.map(upload_file, [file for file in found if file.suffix != PARTIAL]))
 
-    def fetch(self, folder: Path, into: Path | None = None) -> None:
+    def download(self, folder: Path, into: Path | None = None) -> None:
         """From the bucket: all files of a folder that may be there. A storage that is a folder has them already."""
         if self.is_bucket:
             filesystem, place = self.filesystem(folder)
@@ -242,7 +242,7 @@ class Artifact:
         """Folder of what all attempts share, to go on from; removed on finishing."""
         return self.staging_dir / _CHECKPOINTS
 
-    def finished(self) -> bool:
+    def is_complete(self) -> bool:
         """True if the artifact is there with all its files; one that lost files is set aside and told of."""
         if self.storage.sizes([self.folder / _MANIFEST]) == [None]:
             return False
@@ -251,7 +251,7 @@ class Artifact:
         damaged = [name for (name, size), there in zip(files.items(), found) if there != size]
         if not damaged:
             return True
-        place, told = self.storage.shown(self.folder), ", ".join(damaged)
+        place, told = self.storage.display_uri(self.folder), ", ".join(damaged)
         if self.storage.is_bucket:
             log.warning("%s lost or changed %s; made again", place, told)
             self.storage.remove(self.folder / _MANIFEST)
@@ -265,7 +265,7 @@ class Artifact:
         manifest: dict[str, Any] = json.loads(self.storage.read(self.folder / _MANIFEST))
         return manifest
 
-    def local(self) -> Path:
+    def download(self) -> Path:
         """The finished artifact's folder on this machine, with its files.
 
         Raises:
@@ -275,10 +275,10 @@ class Artifact:
             return self.folder
         arriving = make_folder(self.folder.with_name(f".arriving-{self.key}-{uuid.uuid4().hex[:8]}"))
         try:
-            self.storage.fetch(self.folder, into=arriving)
+            self.storage.download(self.folder, into=arriving)
             for name, digest in read_json(arriving / _MANIFEST)["sha256"].items():
                 if not (arriving / name).is_file() or _sha256(arriving / name) != digest:
-                    place = self.storage.shown(self.folder)
+                    place = self.storage.display_uri(self.folder)
                     raise UserError(f"{place}/{name} is not what was written there: remove {place} and run again")
             _rename_folder(arriving, self.folder)
         finally:
@@ -297,20 +297,20 @@ class Artifact:
             UserError: the disk is full.
         """
         began = time.monotonic()
-        made = ArtifactWriter(self, make_folder(self.staging_dir / uuid.uuid4().hex))
+        writer = ArtifactWriter(self, make_folder(self.staging_dir / uuid.uuid4().hex))
         try:
-            yield made
+            yield writer
             if publish:
-                made.publish(time.monotonic() - began)
+                writer.publish(time.monotonic() - began)
         except Exception as error:
-            if self.finished():
+            if self.is_complete():
                 log.info("%s was finished by another", self.folder)
             elif disk_is_full(error) and not isinstance(error, UserError):
                 raise UserError(f"cannot write {self.folder}: {error}; {FREE_SPACE}") from error
             else:
                 raise
         finally:
-            shutil.rmtree(made.folder, ignore_errors=True)
+            shutil.rmtree(writer.folder, ignore_errors=True)
 
 
 @dataclass
@@ -319,8 +319,8 @@ class ArtifactWriter:
 
     artifact: Artifact
     folder: Path
-    sent: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Files that `send_part` has taken care of: name → bytes, SHA-256."""
+    uploaded: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Files that `upload_part` has taken care of: name → bytes, SHA-256."""
 
     def publish(self, seconds: float) -> None:
         """Publishes the files of `folder`, which took `seconds` to make."""
@@ -330,30 +330,30 @@ class ArtifactWriter:
         here = {
             path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*")) if path.is_file()
         }
-        of_files = self.sent | {
-            name: (path.stat().st_size, _sha256(path)) for name, path in here.items() if name not in self.sent
+        of_files = self.uploaded | {
+            name: (path.stat().st_size, _sha256(path)) for name, path in here.items() if name not in self.uploaded
         }
         manifest = {
             "stage": artifact.stage,
-            "made_from": artifact.inputs,
+            "inputs": artifact.inputs,
             "seconds": seconds,
             "files": {name: size for name, (size, _) in sorted(of_files.items())},
             "sha256": {name: digest for name, (_, digest) in sorted(of_files.items())},
         }
-        storage.send(self.folder, artifact.folder)
+        storage.upload(self.folder, artifact.folder)
         write_json(self.folder / _MANIFEST, manifest)  # which is to be in the bucket when all else is
-        storage.send(self.folder / _MANIFEST, artifact.folder / _MANIFEST)
+        storage.upload(self.folder / _MANIFEST, artifact.folder / _MANIFEST)
         if len(here) == len(of_files):  # else parts of it were made on other machines
             _rename_folder(self.folder, artifact.folder)
         storage.remove(artifact.staging_dir)
 
 
-def send_part(artifact: Artifact, folder: Path, name: str) -> dict[str, tuple[int, str]]:
-    """For a worker that makes one file of an artifact, in the Making's `folder`: what belongs into its `sent`."""
+def upload_part(artifact: Artifact, folder: Path, name: str) -> dict[str, tuple[int, str]]:
+    """For a worker that makes one file of an artifact, in the Making's `folder`: what belongs into its `uploaded`."""
     path, storage = folder / name, artifact.storage
     described = {name: (path.stat().st_size, _sha256(path))}
     if storage.is_bucket:
-        storage.send(path, artifact.folder / name)
+        storage.upload(path, artifact.folder / name)
         path.unlink()
     return described
 

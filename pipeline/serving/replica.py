@@ -31,11 +31,15 @@ class ModelReplica:
     """
 
     def __init__(
-        self, trained: list[ray.ObjectRef[Trained]], needs: WorkerResources, max_batch: int, batch_wait_s: float
+        self,
+        trained: list[ray.ObjectRef[Trained]],
+        worker_resources: WorkerResources,
+        max_batch: int,
+        batch_wait_s: float,
     ):
-        if not needs.gpus:
-            torch.set_num_threads(needs.cpus)
-        self._models = load_models(ray.get(trained[0]), "cuda" if needs.gpus else "cpu")
+        if not worker_resources.gpus:
+            torch.set_num_threads(worker_resources.cpus)
+        self._models = load_models(ray.get(trained[0]), "cuda" if worker_resources.gpus else "cpu")
         self._max_batch = max_batch
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._batches = DynamicBatcher(self._predict_batch, lambda call: len(call[2]), max_batch, batch_wait_s)

@@ -29,7 +29,7 @@ from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.methods.registry import get_method
 from pipeline.prediction.options import ModelOptions
-from pipeline.runtime.cluster import WorkerResources, described, places
+from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
 from pipeline.serving.http_api import Limits, ServedModel
 from pipeline.serving.ingress import Ingress
 from pipeline.serving.replica import ModelReplica
@@ -54,7 +54,7 @@ class ServiceOptions:
     port: int
     replicas: int
     ingress_replicas: int
-    needs: WorkerResources
+    worker_resources: WorkerResources
     """Of a replica."""
     max_batch: int
     batch_wait_s: float
@@ -86,7 +86,7 @@ def running_service(trained: Trained, options: ServiceOptions, ends_with_ray: bo
     }
     replica = serve.deployment(
         num_replicas=options.replicas,
-        ray_actor_options={"num_cpus": options.needs.cpus, "num_gpus": options.needs.gpus},
+        ray_actor_options={"num_cpus": options.worker_resources.cpus, "num_gpus": options.worker_resources.gpus},
         max_ongoing_requests=max(2 * options.max_batch, MIN_IN_REPLICA),  # one batch runs, the next one fills
         max_constructor_retry_count=LOADING_TRIES,
         **for_both,
@@ -99,7 +99,7 @@ def running_service(trained: Trained, options: ServiceOptions, ends_with_ray: bo
     )(Ingress)
     serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
     try:
-        bound = replica.bind([in_store], options.needs, options.max_batch, options.batch_wait_s)
+        bound = replica.bind([in_store], options.worker_resources, options.max_batch, options.batch_wait_s)
         replicas = _run(bound, MODELS_APP, None)
         _run(ingress.bind(replicas, models, image_size, options.limits), INGRESS_APP, "/")
         yield
@@ -128,10 +128,10 @@ def watch_service(options: ServiceOptions, say: Callable[[str], None]) -> None:
 
 
 def _check_cluster(options: ServiceOptions) -> None:
-    if (found := places(options.needs)) < options.replicas:
+    if (found := num_slots(options.worker_resources)) < options.replicas:
         raise UserError(
-            f"--replicas {options.replicas} of {options.needs} each: the cluster has {described()}, room for {found}; "
-            "lower --replicas, --cluster.gpus_per_worker or cpus_per_worker, or start machines"
+            f"--replicas {options.replicas} of {options.worker_resources} each: the cluster has {cluster_summary()}, "
+            f"room for {found}; lower --replicas, --cluster.gpus_per_worker or cpus_per_worker, or start machines"
         )
     if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
         there = ", ".join(serve.status().applications) or "none"

@@ -25,9 +25,9 @@ from pipeline.errors import UserError
 from pipeline.files import make_folder, read_json, write_atomically, write_json
 from pipeline.report.data_check import COLORS, TaskOverview, check_page, check_tables, one_line, overviews
 from pipeline.runtime.session import Session
-from pipeline.runtime.stage import Stage, Work
+from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.runtime.storage import Artifact
-from pipeline.stages.flow import titled
+from pipeline.stages.flow import stage_title
 from pipeline.stages.plan import Plan
 
 NAME = "data_check"
@@ -50,7 +50,7 @@ class ImageSource:
 
     @staticmethod
     def of(plan: Plan) -> ImageSource:
-        return ImageSource(plan.listing.root, plan.config.data.root == BUILTIN_DIGITS)
+        return ImageSource(plan.dataset_index.root, plan.config.data.root == BUILTIN_DIGITS)
 
     def here(self) -> Path:
         if self.embedded:  # on a machine that shares no folder with the driver
@@ -65,15 +65,15 @@ def check_data(plan: Plan, session: Session, in_full: bool = False) -> list[Find
         in_full: as tables, not in one line.
     """
     folder = make_folder(plan.folder / NAME)
-    with Stage(session, NAME, titled(NAME)) as stage:
+    with Stage(session, NAME, stage_title(NAME)) as stage:
         artifact = _artifact(plan)
         with _one_at_a_time:
-            if not artifact.finished():
+            if not artifact.is_complete():
                 stage.computed = True
-                with artifact.writer() as made:
-                    pq.write_table(_look(plan, stage), made.folder / IMAGES, compression="zstd")
+                with artifact.writer() as writer:
+                    pq.write_table(_look(plan, stage), writer.folder / IMAGES, compression="zstd")
         if not (found := _read(folder / FINDINGS)):
-            found = _find(plan, artifact.local() / IMAGES, folder)
+            found = _find(plan, artifact.download() / IMAGES, folder)
         findings, tasks = found
         _tell(plan, session, findings, tasks, folder, in_full)
     return findings
@@ -81,27 +81,29 @@ def check_data(plan: Plan, session: Session, in_full: bool = False) -> list[Find
 
 def checked_images(plan: Plan) -> list[CheckedImage]:
     """The listing's images, in its order, after `check_data`."""
-    return read_checked(_artifact(plan).local() / IMAGES, plan.listing.images)
+    return read_checked(_artifact(plan).download() / IMAGES, plan.dataset_index.images)
 
 
 def _artifact(plan: Plan) -> Artifact:
-    return plan.artifact(NAME, {"format": FORMAT, "listing": plan.listing.fingerprint()})
+    return plan.artifact(NAME, {"format": FORMAT, "listing": plan.dataset_index.fingerprint()})
 
 
 def _look(plan: Plan, stage: Stage) -> pa.Table:
-    images = plan.listing.images
+    images = plan.dataset_index.images
     source, samples = ImageSource.of(plan), sample_paths(images)
-    stage.session.board.expect(_READING, len(images), "images")
+    stage.session.progress.expect(_READING, len(images), "images")
     work = [
-        Work(f"check {number}", _check_chunk, (source, chunk, samples & {image.path for image in chunk}))
+        WorkItem(f"check {number}", _check_chunk, (source, chunk, samples & {image.path for image in chunk}))
         for number, chunk in enumerate(chunks(images))
     ]
     return pa.concat_tables([COLUMNS.empty_table(), *stage.execute(work)]).unify_dictionaries()
 
 
-def _check_chunk(source: ImageSource, images: Sequence[ImageRecord], samples: frozenset[str], board: Any) -> pa.Table:
+def _check_chunk(
+    source: ImageSource, images: Sequence[ImageRecord], samples: frozenset[str], progress: Any
+) -> pa.Table:
     table = check_images(source.here(), images, samples)
-    board.advance(_READING, len(images), "images")
+    progress.advance(_READING, len(images), "images")
     return table
 
 
@@ -123,7 +125,7 @@ def _read_together(one: ImageRecord, other: ImageRecord) -> bool:
 
 def _find(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[TaskOverview]]:
     """Also writes them, for people and for the next time."""
-    listing, data = plan.listing, plan.config.data
+    listing, data = plan.dataset_index, plan.config.data
     images = read_checked(file, listing.images)
     training: list[str] = []
     no_splits = None
@@ -183,7 +185,7 @@ def _tell(
         session.tracker.log_artifact(NAME, folder / name)
     if in_full:
         session.console.print(check_tables(plan.config.name, tasks, findings))
-    where = escape(plan.storage.shown(folder / PAGE))
+    where = escape(plan.storage.display_uri(folder / PAGE))
     session.console.print(f"  {one_line(findings)}: {where}", highlight=False)
     for finding in [] if in_full else findings:
         if finding.severity != "note":

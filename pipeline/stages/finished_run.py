@@ -33,7 +33,7 @@ class FinishedRun:
     """As summary.json."""
 
     @cached_property
-    def prompts(self) -> TrainedAdapter:
+    def adapter(self) -> TrainedAdapter:
         """Of grouped MmAP."""
         from pipeline.methods.adapter_file import load_adapter  # torch, which a wrong option does not wait for
 
@@ -56,11 +56,11 @@ class FinishedRun:
 
 def write_provenance(plan: Plan, snapshots: Sequence[Artifact]) -> None:
     """Leaves in the run's folder what a later job needs to find its snapshots without its data."""
-    told = [{"stage": of.stage, "made_from": of.inputs} for of in snapshots]
+    told = [{"stage": of.stage, "inputs": of.inputs} for of in snapshots]
     write_json(plan.folder / PROVENANCE, {"snapshots": told})
 
 
-def read_finished_run(place: str, cache: str) -> FinishedRun:
+def read_finished_run(source: str, cache: str) -> FinishedRun:
     """
     Args:
         place: <storage>/runs/<run>, on this machine or in a bucket.
@@ -69,36 +69,38 @@ def read_finished_run(place: str, cache: str) -> FinishedRun:
     Raises:
         UserError: no such folder, or a run that is not finished.
     """
-    storage, folder = _located(place, cache)
-    storage.fetch(folder)
+    storage, folder = _located(source, cache)
+    storage.download(folder)
     for name in ("config.yaml", SUMMARY, GROUPED, PROVENANCE):
         if not (folder / name).is_file():
             raise UserError(
-                f"--run {place} is no folder of a finished run: it has no {name}. Give <storage>/{RUNS}/<run>, and run "
-                "the same command again that made it, if it did not come to its end or was made by an older version"
+                f"--run {source} is not a finished run ({name} is missing): give <storage>/{RUNS}/<run>, "
+                "or rerun the command that made it, if it did not finish or is of an older version"
             )
     snapshots = tuple(
-        Artifact(storage, of["stage"], of["made_from"]) for of in read_json(folder / PROVENANCE)["snapshots"]
+        Artifact(storage, of["stage"], of["inputs"]) for of in read_json(folder / PROVENANCE)["snapshots"]
     )
     for artifact in snapshots:
-        if not artifact.finished():
+        if not artifact.is_complete():
             raise UserError(
-                f"{storage.shown(artifact.folder)} is gone, which the run {place} needs: run the command again that "
-                "made it"
+                f"--run {source} needs {storage.display_uri(artifact.folder)}, which is missing: rerun the command "
+                "that made the run"
             )
     return FinishedRun(storage, folder, snapshots, read_json(folder / SUMMARY))
 
 
-def _located(place: str, cache: str) -> tuple[Storage, Path]:
+def _located(source: str, cache: str) -> tuple[Storage, Path]:
     """The storage, and the run's folder in it."""
-    path, _, options = place.partition("?") if is_uri(place) else (os.path.abspath(os.path.expanduser(place)), "", "")
+    path, _, options = (
+        source.partition("?") if is_uri(source) else (os.path.abspath(os.path.expanduser(source)), "", "")
+    )
     root, _, name = path.rstrip("/").rpartition(f"/{RUNS}/")
     if not root or "/" in name:
-        raise UserError(f"--run {place} is no folder of a run: give <storage>/{RUNS}/<run>")
-    if not is_uri(place):
+        raise UserError(f"--run {source} is not a run directory: give <storage>/{RUNS}/<run>")
+    if not is_uri(source):
         if not Path(path).is_dir():
-            raise UserError(f"--run {place} does not exist")
-        return Storage.of_folder(Path(root)), Path(path)
+            raise UserError(f"--run {source} does not exist")
+        return Storage.from_folder(Path(root)), Path(path)
 
     from pipeline.runtime.session import open_storage
 

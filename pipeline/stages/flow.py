@@ -21,11 +21,11 @@ class FlowStage:
     name: str
     """Also of its module here, of its folder in the storage, and of its MLflow run."""
     title: str
-    gives: str
+    output: str
     """For people."""
     function: str
-    """In the module: takes plan, session, and what the functions of the stages in `takes` returned."""
-    takes: tuple[str, ...] = ()
+    """In the module: takes plan, session, and what the functions of the stages in `depends_on` returned."""
+    depends_on: tuple[str, ...] = ()
 
 
 FLOW = (
@@ -45,23 +45,23 @@ FLOW = (
 NAMES = tuple(stage.name for stage in FLOW)
 
 
-def run_stages(plan: Plan, session: Session, until: str = NAMES[-1]) -> dict[str, Any]:
-    """Makes what is missing of all stages up to `until`; returns stage → what its function returned."""
+def run_stages(plan: Plan, session: Session, last_stage: str = NAMES[-1]) -> dict[str, Any]:
+    """Makes what is missing of all stages up to `last_stage`; returns stage → what its function returned."""
     results: dict[str, Any] = {}
-    for stage in FLOW[: NAMES.index(until) + 1]:
+    for stage in FLOW[: NAMES.index(last_stage) + 1]:
         function = getattr(import_module(f"pipeline.stages.{stage.name}"), stage.function)
-        results[stage.name] = function(plan, session, *(results[name] for name in stage.takes))
+        results[stage.name] = function(plan, session, *(results[name] for name in stage.depends_on))
     return results
 
 
-def titled(name: str, title: str | None = None) -> str:
+def stage_title(name: str, title: str | None = None) -> str:
     """A stage's number and title, or another title for what does its work elsewhere."""
     return f"{NAMES.index(name)} {title or FLOW[NAMES.index(name)].title}"
 
 
 def stage_summary() -> str:
     """A line for each stage."""
-    return "\n".join(f"  {number} {stage.name:<16} {stage.gives}" for number, stage in enumerate(FLOW))
+    return "\n".join(f"  {number} {stage.name:<16} {stage.output}" for number, stage in enumerate(FLOW))
 
 
 def check_stage(option: str, name: str) -> str:

@@ -8,11 +8,11 @@ from pipeline.config import Config
 from pipeline.methods.mmap import SharedMmap
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
-from pipeline.runtime.stage import Stage, Work
+from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.runtime.storage import Artifact
-from pipeline.stages.flow import titled
+from pipeline.stages.flow import stage_title
 from pipeline.stages.plan import Plan
-from pipeline.stages.training_work import TrainingWork, track_history, training_made_from
+from pipeline.stages.training_spec import TrainingSpec, track_history, training_inputs
 from pipeline.training.distributed import DistributedShard
 from pipeline.training.snapshots import write_snapshots, write_trajectory
 
@@ -24,43 +24,43 @@ FORMAT = 2
 
 def train_global_prompt(plan: Plan, session: Session) -> Artifact:
     """Trains the global prompt unless its snapshots are there; the splits must be finished."""
-    work = global_prompt_work(plan)
-    assert work.artifact is not None
-    with Stage(session, NAME, titled(NAME)) as stage:
-        stage.execute([work])
-        track_history(session, NAME, work.artifact)
+    work_item = global_prompt_work_item(plan)
+    assert work_item.artifact is not None
+    with Stage(session, NAME, stage_title(NAME)) as stage:
+        stage.execute([work_item])
+        track_history(session, NAME, work_item.artifact)
         parameters = plan.mmap_shape.num_parameters
         session.tracker.log_params(NAME, {"epochs": _epochs(plan.config), "trained_parameters": parameters})
-    return work.artifact
+    return work_item.artifact
 
 
-def global_prompt_work(plan: Plan) -> Work:
+def global_prompt_work_item(plan: Plan) -> WorkItem:
     """What makes the global prompt's artifact."""
     config, epochs = plan.config, _epochs(plan.config)
-    inputs = training_made_from(plan, "mmap", plan.tasks, "training", "global_prompt", epochs=epochs)
+    inputs = training_inputs(plan, "mmap", plan.tasks, "training", "global_prompt", epochs=epochs)
     artifact = plan.artifact(NAME, {**inputs, "tasks": plan.tasks, "format": FORMAT})
-    work = TrainingWork(config, plan.splits, tuple(plan.tasks), "global prompt")
+    spec = TrainingSpec(config, plan.splits, tuple(plan.tasks), "global prompt")
     workers = config.cluster.workers_per_training
-    return Work(work.label, _train, (work, epochs, artifact), artifact, True, workers, tracked_as=NAME)
+    return WorkItem(spec.label, _train, (spec, epochs, artifact), artifact, True, workers, tracked_as=NAME)
 
 
 def _epochs(config: Config) -> int:
     return config.global_prompt.epochs or config.training.epochs
 
 
-def _train(work: TrainingWork, epochs: int, artifact: Artifact, board: Any) -> None:
-    config, towers, first = work.config, work.towers(), DistributedShard.current().first
-    prompts = SharedMmap.build(config, towers, work.tasks).to(towers.device)
-    with artifact.writer(publish=first) as made:
-        snapshots = work.train(
+def _train(spec: TrainingSpec, epochs: int, artifact: Artifact, progress: Any) -> None:
+    config, towers, first = spec.config, spec.towers(), DistributedShard.current().first
+    prompts = SharedMmap.build(config, towers, spec.tasks).to(towers.device)
+    with artifact.writer(publish=first) as writer:
+        snapshots = spec.train(
             towers,
             prompts,
             epochs,
-            made,
-            Reporter(board, work.label),
+            writer,
+            Reporter(progress, spec.label),
             snapshot=prompts.task_gradients,
             snapshot_every=config.global_prompt.snapshot_every,
         )
         if first:
-            write_snapshots(made.folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
-            write_trajectory(made.folder / POINTS, snapshots)
+            write_snapshots(writer.folder / SNAPSHOTS, spec.tasks, snapshots, prompts.gradient_layout())
+            write_trajectory(writer.folder / POINTS, snapshots)

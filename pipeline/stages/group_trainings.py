@@ -26,14 +26,14 @@ from pipeline.methods.mmap import GroupMmap
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, get_method, training_of
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
-from pipeline.runtime.stage import Stage, Work
+from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.runtime.storage import Artifact
 from pipeline.seeds import derive_seed
-from pipeline.stages.flow import titled
+from pipeline.stages.flow import stage_title
 from pipeline.stages.grouping import read_grouping
 from pipeline.stages.image_features import ImageFeatures, test_features, training_features
 from pipeline.stages.plan import Plan
-from pipeline.stages.training_work import TrainingWork, track_history, training_made_from
+from pipeline.stages.training_spec import TrainingSpec, track_history, training_inputs
 from pipeline.training.distributed import DistributedShard
 from pipeline.training.evaluate import Prediction, accuracy, write_predictions
 
@@ -51,36 +51,36 @@ class MethodArtifacts:
 
     def results(self) -> list[dict[str, Any]]:
         """Each artifact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
-        return [read_json(artifact.local() / "result.json") for artifact in self.artifacts]
+        return [read_json(artifact.download() / "result.json") for artifact in self.artifacts]
 
 
 @dataclass(frozen=True)
 class Training:
     """One group's training and evaluation, planned."""
 
-    version: str
-    item: TrainingWork
+    variant: str
+    spec: TrainingSpec
     artifact: Artifact
     features: tuple[ImageFeatures, ...]
     """What has to be there before."""
-    start: Training | None
+    init_from: Training | None
     """Whose trained state it goes on from."""
     affinities: list[list[float]] | None
     """For a method that uses them."""
-    joins: TrainedAdapter | None = None
+    frozen_group_prompt: TrainedAdapter | None = None
     """MmAP of a group, whose group prompt it takes as it is: task prompts only are trained."""
 
     @property
-    def wave(self) -> int:
+    def depth(self) -> int:
         """How many waves of work come before: features are made in the first."""
-        return self.start.wave + 1 if self.start else int(bool(self.features))
+        return self.init_from.depth + 1 if self.init_from else int(bool(self.features))
 
     @property
-    def work(self) -> Work:
-        start = self.start.artifact if self.start else None
-        workers, label = self.item.config.cluster.workers_per_training, self.item.label
-        arguments = (self.item, self.artifact, start, self.affinities, self.joins)
-        return Work(label, _train_group, arguments, self.artifact, True, workers, label)
+    def work_item(self) -> WorkItem:
+        init_from = self.init_from.artifact if self.init_from else None
+        workers, label = self.spec.config.cluster.workers_per_training, self.spec.label
+        arguments = (self.spec, self.artifact, init_from, self.affinities, self.frozen_group_prompt)
+        return WorkItem(label, _train_group, arguments, self.artifact, True, workers, label)
 
 
 def train_groups(
@@ -110,13 +110,15 @@ def train_every_group(plan: Plan, session: Session) -> MethodArtifacts:
     return _artifacts_of(name, planned[name])
 
 
-def train_added_task(plan: Plan, session: Session, joins: TrainedAdapter | None) -> list[MethodArtifacts]:
-    """Zero-shot CLIP, and MmAP for the run's only task: with its own prompt in the group of `joins`, or, alone, with a
-    group prompt too."""
+def train_added_task(plan: Plan, session: Session, frozen_group_prompt: TrainedAdapter | None) -> list[MethodArtifacts]:
+    """Train MmAP for the only task of the run, beside zero-shot CLIP; its group prompt too unless `frozen_group_prompt`
+    is given."""
     (task,) = plan.tasks
     planned: dict[str, list[Training]] = {}
     plan_trainings(plan, "zero_shot", None, planned)
-    planned["grouped"] = [_training(plan, "grouped", "mmap", (task,), f"task: {task}", joins=joins)]
+    planned["grouped"] = [
+        _training(plan, "grouped", "mmap", (task,), f"task: {task}", frozen_group_prompt=frozen_group_prompt)
+    ]
     _train_planned(session, planned)
     return [_artifacts_of(name, trainings) for name, trainings in planned.items()]
 
@@ -125,21 +127,25 @@ def _train_planned(session: Session, planned: Mapping[str, Sequence[Training]]) 
     trainings: dict[str, Training] = {}
     for training in chain.from_iterable(planned.values()):
         trainings.setdefault(training.artifact.key, training)  # a grouping with one group is all in one
-    with Stage(session, NAME, titled(NAME)) as stage:
+    with Stage(session, NAME, stage_title(NAME)) as stage:
         for training in trainings.values():
-            tags = {"level": "training", "method": training.version, "tasks": ", ".join(training.item.tasks)}
-            session.tracker.start_run(training.item.label, parent=NAME, tags=tags)
-        features = {made.artifact.key: made.work for training in trainings.values() for made in training.features}
-        for wave in range(max(training.wave for training in trainings.values()) + 1):
-            of_wave = [training for training in trainings.values() if training.wave == wave]
-            of_wave.sort(key=lambda training: -len(training.item.tasks))
-            stage.execute([*(features.values() if wave == 0 else ()), *(training.work for training in of_wave)])
+            tags = {"level": "training", "method": training.variant, "tasks": ", ".join(training.spec.tasks)}
+            session.tracker.start_run(training.spec.label, parent=NAME, tags=tags)
+        features = {
+            features.artifact.key: features.work_item
+            for training in trainings.values()
+            for features in training.features
+        }
+        for depth in range(max(training.depth for training in trainings.values()) + 1):
+            runnable = [training for training in trainings.values() if training.depth == depth]
+            runnable.sort(key=lambda training: -len(training.spec.tasks))
+            stage.execute([*(features.values() if depth == 0 else ()), *(training.work_item for training in runnable)])
         for training in trainings.values():
             _track(session, training)
 
 
 def _artifacts_of(name: str, trainings: Sequence[Training]) -> MethodArtifacts:
-    groups, artifacts = zip(*((training.item.tasks, training.artifact) for training in trainings))
+    groups, artifacts = zip(*((training.spec.tasks, training.artifact) for training in trainings))
     return MethodArtifacts(name, groups, artifacts)
 
 
@@ -151,7 +157,7 @@ def plan_trainings(
     if name in planned:
         return planned[name]
     variant = VARIANTS[name]
-    starts = plan_trainings(plan, variant.starts_from, grouping, planned) if variant.starts_from else []
+    init_candidates = plan_trainings(plan, variant.starts_from, grouping, planned) if variant.starts_from else []
     affinities = None
     if get_method(variant.method).uses_affinities:
         assert grouping is not None  # Variant.uses_grouping
@@ -162,29 +168,29 @@ def plan_trainings(
         label = name.replace("_", " ")
         if name == "grouped" or len(groups) > 1:
             label = f"{'group' if name == 'grouped' else label}: {format_groups([tasks])}"
-        start = next((training for training in starts if set(tasks) <= set(training.item.tasks)), None)
-        planned[name].append(_training(plan, name, variant.method, tasks, label, start, affinities))
+        init_from = next((training for training in init_candidates if set(tasks) <= set(training.spec.tasks)), None)
+        planned[name].append(_training(plan, name, variant.method, tasks, label, init_from, affinities))
     return planned[name]
 
 
 def _training(
     plan: Plan,
-    version: str,
+    variant: str,
     method: str,
     tasks: tuple[str, ...],
     label: str,
-    start: Training | None = None,
+    init_from: Training | None = None,
     affinities: list[list[float]] | None = None,
-    joins: TrainedAdapter | None = None,
+    frozen_group_prompt: TrainedAdapter | None = None,
 ) -> Training:
     kind = get_method(method)
     effects: tuple[Effect, ...] = ("training", "evaluation") if kind.trained else ("evaluation",)
     inputs = {
-        **training_made_from(plan, method, tasks, *effects),
+        **training_inputs(plan, method, tasks, *effects),
         "group": list(tasks),
-        "start": start.artifact.key if start else None,
+        "start": init_from.artifact.key if init_from else None,
         "affinities": affinities,
-        "joins": joins.digest if joins else None,
+        "joins": frozen_group_prompt.digest if frozen_group_prompt else None,
     }
     training: dict[str, ImageFeatures] = {}
     test: dict[str, ImageFeatures] = {}
@@ -193,9 +199,9 @@ def _training(
     if not kind.modifies_image_encoder:
         test = {task: test_features(plan, task) for task in tasks}
     made = ({task: of_task.artifact for task, of_task in of_tasks.items()} for of_tasks in (training, test))
-    item = TrainingWork(plan.config, plan.splits, tasks, label, method, *made)
+    spec = TrainingSpec(plan.config, plan.splits, tasks, label, method, *made)
     features = (*training.values(), *test.values())
-    return Training(version, item, plan.artifact(NAME, inputs), features, start, affinities, joins)
+    return Training(variant, spec, plan.artifact(NAME, inputs), features, init_from, affinities, frozen_group_prompt)
 
 
 def _groups(plan: Plan, kind: TaskScope, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
@@ -213,7 +219,7 @@ def _groups(plan: Plan, kind: TaskScope, grouping: dict[str, Any] | None) -> Seq
 
 def _track(session: Session, training: Training) -> None:
     """Gives a finished training's results to its MLflow run."""
-    label, folder = training.item.label, training.artifact.local()
+    label, folder = training.spec.label, training.artifact.download()
     result = read_json(folder / "result.json")
     session.tracker.log_metrics(
         label,
@@ -239,59 +245,59 @@ def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tupl
 
 
 def _train_group(
-    work: TrainingWork,
+    spec: TrainingSpec,
     artifact: Artifact,
-    start: Artifact | None,
+    init_from: Artifact | None,
     affinities: list[list[float]] | None,
-    joins: TrainedAdapter | None,
-    board: Any,
+    frozen_group_prompt: TrainedAdapter | None,
+    progress: Any,
 ) -> None:
-    """`start`: the training whose numbers this one goes on from; None: the method's own start."""
+    """`init_from`: the training whose numbers this one goes on from; None: the method's own start."""
     began, share = time.monotonic(), DistributedShard.current()
-    kind, reporter = get_method(work.method), Reporter(board, work.label)
-    config, towers, class_names = work.config, work.towers(kind.trains_weights), work.class_names()
-    method = built_method(work, towers, start, affinities)
-    if joins:
-        cast(GroupMmap, method).join(joins.states[0])  # what joins is MmAP
-    with artifact.writer(publish=share.first) as made:
+    kind, reporter = get_method(spec.method), Reporter(progress, spec.label)
+    config, towers, class_names = spec.config, spec.towers(kind.trains_weights), spec.class_names()
+    method = build_method(spec, towers, init_from, affinities)
+    if frozen_group_prompt:
+        cast(GroupMmap, method).join(frozen_group_prompt.states[0])  # what joins is MmAP
+    with artifact.writer(publish=share.first) as writer:
         if kind.trained:
-            work.train(towers, method, training_of(work.method, config).epochs, made, reporter)
+            spec.train(towers, method, training_of(spec.method, config).epochs, writer, reporter)
         fingerprint = weights_fingerprint(towers)
-        trained = TrainedAdapter(work.method, config, fingerprint, (class_names,), (dict(method.state_dict()),))
+        trained = TrainedAdapter(spec.method, config, fingerprint, (class_names,), (dict(method.state_dict()),))
         with torch.no_grad():
             templates = kind.templates(config, class_names)
             classifier = Classifier(towers, templates, [(class_names, method())], config.clip.precision)
-        predictions = _predictions(work, classifier, reporter, share)
+        predictions = _predictions(spec, classifier, reporter, share)
         frozen = [parameter for parameter in method.parameters() if not parameter.requires_grad]
         if share.first:
             if kind.trained:
-                save_adapter(made.folder / ADAPTER, trained)
-            write_predictions(made.folder / "predictions.parquet", predictions)
+                save_adapter(writer.folder / ADAPTER, trained)
+            write_predictions(writer.folder / "predictions.parquet", predictions)
             result = {
                 "accuracy": accuracy(predictions),
                 "trained_parameters": trained.num_parameters - sum(p.numel() for p in frozen),
                 "seconds": time.monotonic() - began,
             }
-            write_json(made.folder / "result.json", result)
+            write_json(writer.folder / "result.json", result)
 
 
-def built_method(
-    work: TrainingWork, towers: ClipTowers, start: Artifact | None, affinities: list[list[float]] | None
+def build_method(
+    spec: TrainingSpec, towers: ClipTowers, init_from: Artifact | None, affinities: list[list[float]] | None
 ) -> nn.Module:
     """The method's module as its training begins; arguments as those of Training."""
-    method = get_method(work.method).build(work.config, towers, work.class_names()).to(towers.device)
+    method = get_method(spec.method).build(spec.config, towers, spec.class_names()).to(towers.device)
     if affinities:
         cast(HiPro, method).build_tree(np.array(affinities))  # the one that uses them
-    if start:
-        method.load_state_dict(load_adapter(start.local() / ADAPTER).states[0])
+    if init_from:
+        method.load_state_dict(load_adapter(init_from.download() / ADAPTER).states[0])
     return method
 
 
 def _predictions(
-    work: TrainingWork, classifier: Classifier, reporter: Reporter, share: DistributedShard
+    spec: TrainingSpec, classifier: Classifier, reporter: Reporter, share: DistributedShard
 ) -> list[Prediction]:
-    reader, done = work.reader(), 0
-    total = sum(reader.description.counts["test"][task] for task in work.tasks)
+    reader, done = spec.reader(), 0
+    total = sum(reader.description.counts["test"][task] for task in spec.tasks)
 
     def on_images(count: int) -> None:
         nonlocal done
@@ -299,4 +305,4 @@ def _predictions(
         if share.first:
             reporter.update(done, total, "test images")
 
-    return work.predictions(classifier, on_images)
+    return spec.predictions(classifier, on_images)

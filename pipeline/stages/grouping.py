@@ -12,7 +12,7 @@ from pipeline.grouping.text import format_groups
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artifact
-from pipeline.stages.flow import titled
+from pipeline.stages.flow import stage_title
 from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.plan import Plan
 
@@ -25,7 +25,7 @@ PAGE = "grouping.html"
 def solve_grouping(plan: Plan, session: Session, global_prompt: Artifact) -> Artifact:
     """Groups the tasks unless that was done for these snapshots and this config."""
     artifact = grouping_artifact(plan, global_prompt)
-    with Stage(session, NAME, titled(NAME)) as stage:
+    with Stage(session, NAME, stage_title(NAME)) as stage:
         stage.computed = make_grouping(plan, global_prompt, artifact)
         track_grouping(session, artifact, plan.config.grouping)
     return artifact
@@ -55,14 +55,14 @@ def assign_task(
             "config": values_affecting(plan.config.model_copy(update={"grouping": options}), "grouping"),
         },
     )
-    with Stage(session, NAME, titled(NAME, "place among the groups")) as stage:
-        if not artifact.finished():
+    with Stage(session, NAME, stage_title(NAME, "place among the groups")) as stage:
+        if not artifact.is_complete():
             from pipeline.stages.grouping_solution import write_grouping
 
             stage.computed = True
-            files = {of_file.local() / SNAPSHOTS: names for names, of_file in snapshots.items()}
-            with artifact.writer() as made:
-                write_grouping(tasks, files, options, made.folder)
+            files = {of_file.download() / SNAPSHOTS: names for names, of_file in snapshots.items()}
+            with artifact.writer() as writer:
+                write_grouping(tasks, files, options, writer.folder)
         track_grouping(session, artifact, options)
     return artifact
 
@@ -83,7 +83,7 @@ def track_grouping(session: Session, artifact: Artifact, of_run: GroupingConfig)
     session.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
     session.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
     for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
-        session.tracker.log_artifact(NAME, artifact.local() / name)
+        session.tracker.log_artifact(NAME, artifact.download() / name)
     for warning in result["warnings"]:
         session.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
     found = escape(f"{format_groups(result['groups'])} · {describe_search(result)}")
@@ -97,18 +97,20 @@ def grouping_artifact(plan: Plan, global_prompt: Artifact) -> Artifact:
 
 def make_grouping(plan: Plan, global_prompt: Artifact, artifact: Artifact) -> bool:
     """Groups the tasks; False if that was done before."""
-    if artifact.finished():
+    if artifact.is_complete():
         return False
 
     from pipeline.stages.grouping_solution import write_grouping
 
-    with artifact.writer() as made:
-        write_grouping(plan.tasks, {global_prompt.local() / SNAPSHOTS: plan.tasks}, plan.config.grouping, made.folder)
+    with artifact.writer() as writer:
+        write_grouping(
+            plan.tasks, {global_prompt.download() / SNAPSHOTS: plan.tasks}, plan.config.grouping, writer.folder
+        )
     return True
 
 
 def read_grouping(artifact: Artifact) -> dict[str, Any]:
-    grouping: dict[str, Any] = read_json(artifact.local() / "grouping.json")
+    grouping: dict[str, Any] = read_json(artifact.download() / "grouping.json")
     return grouping
 
 

@@ -11,10 +11,10 @@ import torch
 from pipeline.config import TrainingConfig, values_affecting
 from pipeline.methods.registry import training_of
 from pipeline.runtime.progress import Reporter
-from pipeline.runtime.stage import Work
+from pipeline.runtime.stage import WorkItem
 from pipeline.runtime.storage import Artifact
 from pipeline.stages.plan import Plan
-from pipeline.stages.training_work import FEATURES, TrainingWork, images_made_from, training_values
+from pipeline.stages.training_spec import FEATURES, TrainingSpec, feature_inputs, training_config_values
 from pipeline.training.batches import load_training_sets
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features, save_features
 from pipeline.training.trainer import num_steps_per_epoch
@@ -24,15 +24,15 @@ NAME = "image_features"
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Of one task: its test set, or the batches of all steps of a schedule; `work` makes them."""
+    """Of one task: its test set, or the batches of all steps of a schedule; `work_item` makes them."""
 
     artifact: Artifact
-    work: Work
+    work_item: WorkItem
 
 
 def test_features(plan: Plan, task: str) -> ImageFeatures:
     config = values_affecting(plan.config, "test_features")
-    artifact = plan.artifact(NAME, {**images_made_from(plan), "task": task, "split": "test", "config": config})
+    artifact = plan.artifact(NAME, {**feature_inputs(plan), "task": task, "split": "test", "config": config})
     return _features(plan, artifact, f"image features: {task}", _encode_test_images, task)
 
 
@@ -41,8 +41,8 @@ def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
     training = training_of(method, plan.config)
     counts = plan.split_description.counts["train"]
     num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in plan.tasks], training.batch_size)
-    config = training_values(plan.config, method, [task], "training_features")
-    artifact = plan.artifact(NAME, {**images_made_from(plan), "task": task, "split": "train", "config": config})
+    config = training_config_values(plan.config, method, [task], "training_features")
+    artifact = plan.artifact(NAME, {**feature_inputs(plan), "task": task, "split": "train", "config": config})
     label = f"image features: {task}, {num_steps} steps of {training.batch_size}"
     return _features(plan, artifact, label, _encode_training_images, task, num_steps, training)
 
@@ -50,22 +50,22 @@ def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
 def _features(
     plan: Plan, artifact: Artifact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
 ) -> ImageFeatures:
-    work = TrainingWork(plan.config, plan.splits, (task,), label)
-    return ImageFeatures(artifact, Work(label, _make, (work, artifact, encode, arguments), artifact, uses_gpu=True))
+    spec = TrainingSpec(plan.config, plan.splits, (task,), label)
+    return ImageFeatures(artifact, WorkItem(label, _make, (spec, artifact, encode, arguments), artifact, uses_gpu=True))
 
 
 def _make(
-    work: TrainingWork, artifact: Artifact, encode: Callable[..., torch.Tensor], arguments: Sequence[Any], board: Any
+    spec: TrainingSpec, artifact: Artifact, encode: Callable[..., torch.Tensor], arguments: Sequence[Any], progress: Any
 ) -> None:
-    with artifact.writer() as made:
-        save_features(made.folder / FEATURES, encode(work, Reporter(board, work.label), *arguments))
+    with artifact.writer() as writer:
+        save_features(writer.folder / FEATURES, encode(spec, Reporter(progress, spec.label), *arguments))
 
 
-def _encode_test_images(work: TrainingWork, reporter: Reporter) -> torch.Tensor:
-    (task,), reader, config = work.tasks, work.reader(), work.config
+def _encode_test_images(spec: TrainingSpec, reporter: Reporter) -> torch.Tensor:
+    (task,), reader, config = spec.tasks, spec.reader(), spec.config
     total = reader.description.counts["test"][task]
     return frozen_test_features(
-        work.towers(),
+        spec.towers(),
         reader,
         task,
         config.cluster.cpus_per_worker,
@@ -75,11 +75,11 @@ def _encode_test_images(work: TrainingWork, reporter: Reporter) -> torch.Tensor:
 
 
 def _encode_training_images(
-    work: TrainingWork, reporter: Reporter, num_steps: int, training: TrainingConfig
+    spec: TrainingSpec, reporter: Reporter, num_steps: int, training: TrainingConfig
 ) -> torch.Tensor:
-    config, towers = work.config, work.towers()
+    config, towers = spec.config, spec.towers()
     (training_set,) = load_training_sets(
-        work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
+        spec.reader(), spec.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
     )
     return frozen_training_features(
         towers,

@@ -39,11 +39,11 @@ class Plan:
 
     config: Config
     storage: Storage
-    listing: DatasetIndex
+    dataset_index: DatasetIndex
     clip: ClipIdentity
     mmap_shape: MmapShape
     splits: Artifact
-    place: str = "runs"
+    output_kind: str = "runs"
     """Folder of the storage in which the run's own is."""
     extra_key_inputs: Mapping[str, Any] = field(default_factory=dict)
     """What decides its results beside the config."""
@@ -64,16 +64,16 @@ class Plan:
     @cached_property
     def split_description(self) -> SplitDescription:
         """Of the splits, when they are made."""
-        return SplitReader(self.splits.local()).description
+        return SplitReader(self.splits.download()).description
 
     @property
     def folder(self) -> Path:
         """Of the run's reports."""
-        return self.storage.folder / self.place / f"{self.config.name}-{self.key}"
+        return self.storage.folder / self.output_kind / f"{self.config.name}-{self.key}"
 
     @property
     def tasks(self) -> list[str]:
-        return list(self.listing.classes)
+        return list(self.dataset_index.classes)
 
     @property
     def title(self) -> str:
@@ -85,7 +85,7 @@ class Plan:
     def shared_paths(self) -> list[Path]:
         """Data and weights of the user, which all machines must see."""
         config, weights = self.config, weights_file(self.config.clip)
-        of_data = [self.listing.root] if config.data.root != BUILTIN_DIGITS else []
+        of_data = [self.dataset_index.root] if config.data.root != BUILTIN_DIGITS else []
         return [*of_data, *([weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else [])]
 
     def artifact(self, stage: str, inputs: dict[str, Any]) -> Artifact:
@@ -95,8 +95,8 @@ class Plan:
 def make_plan(
     config: Config,
     console: Console,
-    like: Plan | None = None,
-    place: str = "runs",
+    reuse_checks_of: Plan | None = None,
+    output_kind: str = "runs",
     extra_key_inputs: Mapping[str, Any] | None = None,
     other_tasks: Sequence[str] = (),
 ) -> Plan:
@@ -111,30 +111,35 @@ def make_plan(
         UserError: the first thing that is wrong, with the remedy.
     """
     config = _with_absolute_paths(config)
-    if like:
-        storage, listing, clip, shape = like.storage, like.listing, like.clip, like.mmap_shape
+    if reuse_checks_of:
+        storage, dataset_index, clip, shape = (
+            reuse_checks_of.storage,
+            reuse_checks_of.dataset_index,
+            reuse_checks_of.clip,
+            reuse_checks_of.mmap_shape,
+        )
     else:
         storage = open_storage(config.storage, config.cache)
-        listing = _find_data(config, storage)
-        without_task = set(config.clip.task_templates) - {*listing.classes, *other_tasks}
+        dataset_index = _find_data(config, storage)
+        without_task = set(config.clip.task_templates) - {*dataset_index.classes, *other_tasks}
         notes = [f"clip.task_templates: there is no task {task!r}" for task in sorted(without_task)]
         if config.clip.model == BUILTIN_DIGITS != config.data.root:
             notes.append(
                 "clip.model=builtin:digits, the demo's tiny CLIP, knows handwritten digits alone: for other images "
                 "--clip.model ViT-B-16 --clip.pretrained openai, or a --config FILE that says so"
             )
-        for note in [*unexpected_counts(config.data, listing), *notes]:
+        for note in [*unexpected_counts(config.data, dataset_index), *notes]:
             console.print(f"  {note}", style="yellow", markup=False, highlight=False)
-        clip, shape = _check_model(config, listing)
-        check_constraints([*other_tasks, *listing.classes], **config.grouping.constraints)
+        clip, shape = _check_model(config, dataset_index)
+        check_constraints([*other_tasks, *dataset_index.classes], **config.grouping.constraints)
         check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
 
     splits = Artifact(
         storage,
         "splits",
-        {"format": FORMAT, "listing": listing.fingerprint(), "config": values_affecting(config, "splits")},
+        {"format": FORMAT, "listing": dataset_index.fingerprint(), "config": values_affecting(config, "splits")},
     )
-    plan = Plan(config, storage, listing, clip, shape, splits, place, extra_key_inputs or {})
+    plan = Plan(config, storage, dataset_index, clip, shape, splits, output_kind, extra_key_inputs or {})
     write_atomically(make_folder(plan.folder) / "config.yaml", to_yaml(config))
     return plan
 
@@ -162,27 +167,27 @@ def _find_data(config: Config, storage: Storage) -> DatasetIndex:
     return index_dataset(config.data, root.absolute())
 
 
-def _check_model(config: Config, listing: DatasetIndex) -> tuple[ClipIdentity, MmapShape]:
+def _check_model(config: Config, dataset_index: DatasetIndex) -> tuple[ClipIdentity, MmapShape]:
     identity = clip_identity(config.clip)
     return identity, check_methods(
-        config, listing, towers_without_weights(config.clip), (*DEFAULT_VARIANTS, *config.baselines)
+        config, dataset_index, towers_without_weights(config.clip), (*DEFAULT_VARIANTS, *config.baselines)
     )
 
 
-def check_methods(config: Config, listing: DatasetIndex, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
+def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
     """Whether the options of some of registry.VARIANTS fit towers, of which only the shapes are looked at.
 
     Raises:
         UserError: the first that does not.
     """
     shape = MmapShape.of(config.mmap, towers)
-    class_names = [[listing.class_names[name] for name in names] for names in listing.classes.values()]
+    class_names = [[dataset_index.class_names[name] for name in names] for names in dataset_index.classes.values()]
     workers, num_classes = config.cluster.workers_per_training, min(map(len, class_names))
     for name in names:
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_of(method, config).batch_size
         kind.check(config, towers)
-        templates = kind.templates(config, listing.classes)
+        templates = kind.templates(config, dataset_index.classes)
         class_tokens(towers.tokenizer, list(templates.values()), class_names, kind.num_prompt_positions(config))
         if workers > min(batch, num_classes):
             raise UserError(

@@ -17,7 +17,7 @@ from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artifact
 from pipeline.stages.finished_run import write_provenance
-from pipeline.stages.flow import titled
+from pipeline.stages.flow import stage_title
 from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts
 from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, read_grouping
 from pipeline.stages.plan import Plan
@@ -32,7 +32,7 @@ def make_report(
     from pipeline.report.summary_figures import accuracy_picture  # matplotlib
 
     folder = make_folder(plan.folder / "report")
-    with Stage(session, NAME, titled(NAME)) as stage:
+    with Stage(session, NAME, stage_title(NAME)) as stage:
         stage.computed = True
         result = read_grouping(grouping)
         prompts = _gather_prompts(plan, methods)
@@ -61,7 +61,7 @@ def make_report(
         session.tracker.log_artifact(PARENT, file, "adapters")
     register_model(plan, session, prompts[-1])
     session.console.print(accuracy_table(summary))
-    where = plan.storage.shown
+    where = plan.storage.display_uri
     session.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
     write_provenance(plan, [global_prompt])
     return folder
@@ -70,7 +70,7 @@ def make_report(
 def copy_grouping_pages(grouping: Artifact, folder: Path) -> None:
     """Pictures and page of the grouping, for a report."""
     for name in (*FIGURES, *MORE_FIGURES, PAGE):
-        shutil.copyfile(grouping.local() / name, folder / name)
+        shutil.copyfile(grouping.download() / name, folder / name)
 
 
 def track_results(
@@ -144,7 +144,7 @@ def _gather_prompts(plan: Plan, methods: Sequence[MethodArtifacts]) -> list[Path
     folder = make_folder(plan.folder / "adapters")
     files = []
     for method in methods:
-        parts = [artifact.local() / ADAPTER for artifact in method.artifacts]
+        parts = [artifact.download() / ADAPTER for artifact in method.artifacts]
         if all(part.exists() for part in parts):
             files.append(folder / f"{method.name}.safetensors")
             save_adapter(files[-1], merge_adapters([load_adapter(part) for part in parts]))

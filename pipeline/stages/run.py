@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.environment import run_environment
-from pipeline.runtime.session import PARENT, Session, connected, open_session
+from pipeline.runtime.session import PARENT, Session, cluster_connection, open_session
 from pipeline.stages.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -28,30 +28,30 @@ def open_run(config: Config, console: Console) -> Iterator[tuple[Plan, Session]]
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
     plan = make_plan(config, console)
-    with cluster_of(plan, console) as needs, at_work(plan, needs, console) as session:
+    with connect_cluster(plan, console) as worker_resources, run_session(plan, worker_resources, console) as session:
         yield plan, session
 
 
-def cluster_of(plan: Plan, console: Console, dashboard: bool = False) -> AbstractContextManager[WorkerResources]:
-    """`connected` for a plan, or for several of the same storage, data, CLIP and cluster."""
-    return connected(plan.config.cluster, plan.storage, plan.shared_paths, console, dashboard)
+def connect_cluster(plan: Plan, console: Console, dashboard: bool = False) -> AbstractContextManager[WorkerResources]:
+    """`cluster_connection` for a plan, or for several of the same storage, data, CLIP and cluster."""
+    return cluster_connection(plan.config.cluster, plan.storage, plan.shared_paths, console, dashboard)
 
 
 @contextmanager
-def at_work(
-    plan: Plan, needs: WorkerResources, console: Console, stop: threading.Event | None = None
+def run_session(
+    plan: Plan, worker_resources: WorkerResources, console: Console, cancelled: threading.Event | None = None
 ) -> Iterator[Session]:
-    """Opens a session for a plan, with its MLflow parent run; `stop` ends its work from another thread."""
+    """Opens a session for a plan, with its MLflow parent run; `cancelled` ends its work from another thread."""
     config = plan.config
     with open_session(
-        plan.storage, plan.folder, plan.key, config.cluster, needs, config.tracking, console, stop
+        plan.storage, plan.folder, plan.key, config.cluster, worker_resources, config.tracking, console, cancelled
     ) as session:
         _announce(plan, session)
         yield session
 
 
 def _announce(plan: Plan, session: Session) -> None:
-    config, where = plan.config, plan.storage.shown(plan.folder)
+    config, where = plan.config, plan.storage.display_uri(plan.folder)
     session.tracker.start_run(
         PARENT,
         tags={
@@ -65,7 +65,7 @@ def _announce(plan: Plan, session: Session) -> None:
     )
     session.tracker.log_artifact(PARENT, plan.folder / "config.yaml")
     session.console.print(
-        f"  {len(plan.tasks)} tasks, {len(plan.listing.images)} images · {config.clip.model} · "
+        f"  {len(plan.tasks)} tasks, {len(plan.dataset_index.images)} images · {config.clip.model} · "
         f"{plan.mmap_shape.num_parameters:,} parameters a MmAP · results in {where}",
         markup=False,
         highlight=False,

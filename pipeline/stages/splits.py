@@ -14,10 +14,10 @@ from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, samp
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomically, write_json
 from pipeline.runtime.session import PARENT, Session
-from pipeline.runtime.stage import Stage, Work
-from pipeline.runtime.storage import Artifact, ArtifactWriter, send_part
+from pipeline.runtime.stage import Stage, WorkItem
+from pipeline.runtime.storage import Artifact, ArtifactWriter, upload_part
 from pipeline.stages.data_check import ImageSource, checked_images
-from pipeline.stages.flow import titled
+from pipeline.stages.flow import stage_title
 from pipeline.stages.plan import Plan
 
 NAME = "splits"
@@ -32,18 +32,18 @@ def build_splits(plan: Plan, session: Session) -> SplitReader:
         UserError: broken images above data.max_broken_fraction, classes with too few images.
     """
     artifact = plan.splits
-    with Stage(session, NAME, titled(NAME)) as stage:
-        if not artifact.finished():
+    with Stage(session, NAME, stage_title(NAME)) as stage:
+        if not artifact.is_complete():
             stage.computed = True
-            with artifact.writer() as made:
-                _build(plan, stage, made)
-        reader = SplitReader(artifact.local())
+            with artifact.writer() as writer:
+                _build(plan, stage, writer)
+        reader = SplitReader(artifact.download())
         _report(plan, session, reader)
     return reader
 
 
-def _build(plan: Plan, stage: Stage, made: ArtifactWriter) -> None:
-    listing, data = plan.listing, plan.config.data
+def _build(plan: Plan, stage: Stage, writer: ArtifactWriter) -> None:
+    listing, data = plan.dataset_index, plan.config.data
     scanned = [of.image for of in checked_images(plan)]
     broken = [image for image in scanned if image.error]
     if broken:
@@ -65,12 +65,12 @@ def _build(plan: Plan, stage: Stage, made: ArtifactWriter) -> None:
             "training_images_not_drawn": len(whole) - len(splits.train) - len(splits.test) - len(splits.copies),
             "images_of_neither_split": sum(listing.unused_images.values()),
         }
-    write_splits(plan, stage, made, splits, description, sizes, more)
+    write_splits(plan, stage, writer, splits, description, sizes, more)
 
 
 def sampled(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDescription]:
     """Raises: UserError: classes with too few images."""
-    listing, shots, seed = plan.listing, plan.config.data.shots, plan.config.seed
+    listing, shots, seed = plan.dataset_index, plan.config.data.shots, plan.config.seed
     splits = sample_splits(images, listing.classes, shots, seed)
     return splits, SplitDescription(
         classes={task: list(names) for task, names in listing.classes.items()},
@@ -85,7 +85,7 @@ def sampled(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDe
 def write_splits(
     plan: Plan,
     stage: Stage,
-    made: ArtifactWriter,
+    writer: ArtifactWriter,
     splits: Splits,
     description: SplitDescription,
     sizes: dict[str, int],
@@ -98,20 +98,23 @@ def write_splits(
     """
     source = ImageSource.of(plan)
     parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
-    stage.session.board.expect(_WRITING, len(splits.train) + len(splits.test), "images")
-    for sent in stage.execute(
-        [Work(f"write {part.file}", _write, (source, part, description, made.artifact, made.folder)) for part in parts]
+    stage.session.progress.expect(_WRITING, len(splits.train) + len(splits.test), "images")
+    for uploaded in stage.execute(
+        [
+            WorkItem(f"write {part.file}", _write, (source, part, description, writer.artifact, writer.folder))
+            for part in parts
+        ]
     ):
-        made.sent |= sent
-    write_json(made.folder / "splits.json", {**vars(description), **more})
+        writer.uploaded |= uploaded
+    write_json(writer.folder / "splits.json", {**vars(description), **more})
 
 
 def _write(
-    source: ImageSource, part: Part, description: SplitDescription, artifact: Artifact, folder: Path, board: Any
+    source: ImageSource, part: Part, description: SplitDescription, artifact: Artifact, folder: Path, progress: Any
 ) -> dict[str, tuple[int, str]]:
     rows = write_part(source.here(), part, description, folder)
-    board.advance(_WRITING, rows, "images")
-    return send_part(artifact, folder, part.file)
+    progress.advance(_WRITING, rows, "images")
+    return upload_part(artifact, folder, part.file)
 
 
 def _judge_broken(broken: Sequence[ScannedImage], total: int, allowed: float, listing: Path) -> None:
@@ -139,9 +142,9 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
         session.tracker.log_params(NAME, {f"images.{split}": sum(counts.values())})
     session.tracker.log_dataset(
         PARENT,
-        dataset_name=plan.listing.root.name,
+        dataset_name=plan.dataset_index.root.name,
         digest=description.source_fingerprint[:32],
-        source=str(plan.listing.root),
+        source=str(plan.dataset_index.root),
         profile={"tasks": description.tasks, "counts": description.counts, "shots": description.shots},
     )
     file = reader.folder / "splits.json"
@@ -163,5 +166,5 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
     num_by_name |= {name.replace("_", " "): number for name, number in values.get("use_official_splits", {}).items()}
     if told := [f"{number} {what}" for what, number in num_by_name.items() if number]:
         session.console.print(
-            f"  [yellow]{', '.join(told)}[/]: listed in {escape(plan.storage.shown(file))}", highlight=False
+            f"  [yellow]{', '.join(told)}[/]: listed in {escape(plan.storage.display_uri(file))}", highlight=False
         )

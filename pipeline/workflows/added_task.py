@@ -23,10 +23,10 @@ from pipeline.prediction.options import GROUPED, ModelOptions, read_options, wri
 from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import PARENT, Session
-from pipeline.runtime.stage import Stage, Work
+from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.runtime.storage import Artifact
 from pipeline.stages.finished_run import SUMMARY, FinishedRun, write_provenance
-from pipeline.stages.flow import run_stages, titled
+from pipeline.stages.flow import run_stages, stage_title
 from pipeline.stages.global_prompt import NAME as GLOBAL_PROMPT
 from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
 from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts, train_added_task
@@ -34,8 +34,8 @@ from pipeline.stages.grouping import assign_task, read_grouping, with_fixed_grou
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.report import NAME as REPORT
 from pipeline.stages.report import copy_grouping_pages, register_model, track_results
-from pipeline.stages.run import at_work, cluster_of
-from pipeline.stages.training_work import TrainingWork, training_made_from
+from pipeline.stages.run import connect_cluster, run_session
+from pipeline.stages.training_spec import TrainingSpec, training_inputs
 from pipeline.training.batches import load_training_sets
 from pipeline.training.gradient_replay import replay_gradients
 from pipeline.training.snapshots import read_trajectory, write_snapshots
@@ -69,7 +69,10 @@ def add_task(finished: FinishedRun, config: Config, task: str, rerun: bool, cons
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
     joining = check_joining(finished, config, task, rerun, console)
-    with cluster_of(joining.plan, console) as needs, at_work(joining.plan, needs, console) as session:
+    with (
+        connect_cluster(joining.plan, console) as worker_resources,
+        run_session(joining.plan, worker_resources, console) as session,
+    ):
         _add(joining, session)
     return joining.plan.folder
 
@@ -79,11 +82,11 @@ def check_joining(finished: FinishedRun, config: Config, task: str, rerun: bool,
     if task in finished.tasks:
         raise UserError(f"--task {task}: the run has that task; its tasks are {', '.join(finished.tasks)}")
     config = config.model_copy(update={"storage": finished.storage.uri, "baselines": ()})
-    _check_same_prompts(config, finished.prompts)
+    _check_same_prompts(config, finished.adapter)
     plan = make_plan(
         _for_tasks(config, [task]),
         console,
-        extra_key_inputs={"joins": finished.prompts.digest, "snapshots": [of.key for of in finished.snapshots]},
+        extra_key_inputs={"joins": finished.adapter.digest, "snapshots": [of.key for of in finished.snapshots]},
         other_tasks=finished.tasks,
     )
     trained_on = finished.snapshots[0].inputs["clip"]
@@ -134,11 +137,11 @@ def _add(joining: Joining, session: Session) -> None:
     grouping = assign_task(plan, session, snapshots, finished.groups, plan.config.grouping)
     groups = read_grouping(grouping)["groups"]
     others = next([name for name in group if name != joining.task] for group in groups if joining.task in group)
-    trained = train_added_task(plan, session, finished.prompts.group_of(others[0]) if others else None)
+    trained = train_added_task(plan, session, finished.adapter.group_of(others[0]) if others else None)
     prompts = _merged_prompts(plan, finished, trained)
     beside = None
     if joining.rerun:
-        with at_work(joining.rerun, session.needs, session.console) as of_all:
+        with run_session(joining.rerun, session.worker_resources, session.console) as of_all:
             run_stages(joining.rerun, of_all)
         beside = read_json(joining.rerun.folder / SUMMARY)
     _report(joining, session, grouping, trained, prompts, beside)
@@ -147,37 +150,37 @@ def _add(joining: Joining, session: Session) -> None:
 
 def measure_gradients(plan: Plan, session: Session, global_prompt: Artifact) -> Artifact:
     """The run's task's gradients at the points of a global prompt's snapshots."""
-    inputs = training_made_from(plan, "mmap", plan.tasks, "training")
+    inputs = training_inputs(plan, "mmap", plan.tasks, "training")
     artifact = plan.artifact(NAME, {**inputs, "tasks": plan.tasks, "at": global_prompt.key})
-    work = TrainingWork(plan.config, plan.splits, tuple(plan.tasks), "gradients of the new task")
-    with Stage(session, NAME, titled(GLOBAL_PROMPT, "gradients on the global prompt")) as stage:
-        arguments = (work, global_prompt, artifact)
-        stage.execute([Work(work.label, _measure, arguments, artifact, uses_gpu=True)])
+    spec = TrainingSpec(plan.config, plan.splits, tuple(plan.tasks), "gradients of the new task")
+    with Stage(session, NAME, stage_title(GLOBAL_PROMPT, "gradients on the global prompt")) as stage:
+        arguments = (spec, global_prompt, artifact)
+        stage.execute([WorkItem(spec.label, _measure, arguments, artifact, uses_gpu=True)])
     return artifact
 
 
-def _measure(work: TrainingWork, global_prompt: Artifact, artifact: Artifact, board: Any) -> None:
-    config, towers, reporter = work.config, work.towers(), Reporter(board, work.label)
-    prompts = SharedMmap.build(config, towers, work.tasks).to(towers.device)
-    templates = [config.clip.template_of(task) for task in work.tasks]
-    tokens = class_tokens(towers.tokenizer, templates, list(work.class_names().values())).to(towers.device)
-    points = read_trajectory(global_prompt.local() / POINTS)
+def _measure(spec: TrainingSpec, global_prompt: Artifact, artifact: Artifact, progress: Any) -> None:
+    config, towers, reporter = spec.config, spec.towers(), Reporter(progress, spec.label)
+    prompts = SharedMmap.build(config, towers, spec.tasks).to(towers.device)
+    templates = [config.clip.template_of(task) for task in spec.tasks]
+    tokens = class_tokens(towers.tokenizer, templates, list(spec.class_names().values())).to(towers.device)
+    points = read_trajectory(global_prompt.download() / POINTS)
     (images,) = load_training_sets(
-        work.reader(), work.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
+        spec.reader(), spec.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
     )
-    with artifact.writer() as made:
+    with artifact.writer() as writer:
         snapshots = replay_gradients(
             towers,
             prompts,
             images,
             tokens,
             points,
-            training_of(work.method, config),
+            training_of(spec.method, config),
             config.seed,
             config.clip.precision,
             lambda done: reporter.update(done, len(points), "snapshots"),
         )
-        write_snapshots(made.folder / SNAPSHOTS, work.tasks, snapshots, prompts.gradient_layout())
+        write_snapshots(writer.folder / SNAPSHOTS, spec.tasks, snapshots, prompts.gradient_layout())
 
 
 def _merged_prompts(plan: Plan, finished: FinishedRun, trained: Sequence[MethodArtifacts]) -> Path:
@@ -186,7 +189,7 @@ def _merged_prompts(plan: Plan, finished: FinishedRun, trained: Sequence[MethodA
     (of_task,) = (method.artifacts[0] for method in trained if method.name == "grouped")
     file = plan.folder / GROUPED
     make_folder(file.parent)
-    save_adapter(file, merge_adapters([finished.prompts, load_adapter(of_task.local() / ADAPTER)]))
+    save_adapter(file, merge_adapters([finished.adapter, load_adapter(of_task.download() / ADAPTER)]))
     if (options := read_options(finished.folder / GROUPED)) != ModelOptions():
         write_options(file, options)  # temperatures of the tasks before; they are bound to the file
     return file
@@ -202,7 +205,7 @@ def _report(
 ) -> None:
     plan, before = joining.plan, joining.finished.summary
     folder = make_folder(plan.folder / "report")
-    with Stage(session, REPORT, titled(REPORT)) as stage:
+    with Stage(session, REPORT, stage_title(REPORT)) as stage:
         stage.computed = True
         copy_grouping_pages(grouping, folder)
     results = {method.name: method.results()[0] for method in trained}
@@ -224,7 +227,7 @@ def _report(
     session.tracker.log_artifact(PARENT, prompts, "adapters")
     register_model(plan, session, prompts)
     session.console.print(added_task_table(added))
-    where = plan.storage.shown
+    where = plan.storage.display_uri
     session.console.print(
         f"groups: {format_groups(added.groups)}\nreport: {where(folder)}\nprompts: {where(prompts)}",
         markup=False,

@@ -35,7 +35,7 @@ from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import train_groups
 from pipeline.stages.plan import Plan
 from pipeline.stages.report import track_results
-from pipeline.stages.run import cluster_of
+from pipeline.stages.run import connect_cluster
 from pipeline.workflows.many_runs import configs_of, make_plans, map_concurrently
 
 CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
@@ -62,10 +62,10 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
     storage = plans[0].storage
     key = content_hash({"runs": [plan.key for plan in plans], "methods": list(methods)})
     folder = make_folder(storage.folder / "benchmarks" / f"{name}-{key}")
-    with cluster_of(plans[0], console) as needs, _tracked(name, configs, methods, folder) as tracker:
+    with connect_cluster(plans[0], console) as worker_resources, _tracked(name, configs, methods, folder) as tracker:
         failed: list[BaseException] = []
         results = []
-        for plan, found in map_concurrently(plans, needs, partial(_carry_out, methods, folder.name)):
+        for plan, found in map_concurrently(plans, worker_resources, partial(_carry_out, methods, folder.name)):
             if isinstance(found, BaseException):
                 failed.append(found)
                 continue
@@ -78,8 +78,8 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
             benchmark = _benchmark(plans[0], methods, results)
             write_report(benchmark, folder, console)
             _track(tracker, benchmark, folder)
-            storage.send(folder)
-            console.print(f"report: {storage.shown(folder / 'benchmark.md')}", markup=False, highlight=False)
+            storage.upload(folder)
+            console.print(f"report: {storage.display_uri(folder / 'benchmark.md')}", markup=False, highlight=False)
         if failed:
             raise failed[0]
     return folder

@@ -17,7 +17,7 @@ from pipeline.stages.flow import run_stages
 from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.group_trainings import train_every_group
 from pipeline.stages.plan import Plan
-from pipeline.stages.run import cluster_of
+from pipeline.stages.run import connect_cluster
 from pipeline.training.snapshots import read_gradients
 from pipeline.workflows.many_runs import make_plans, map_concurrently
 
@@ -40,9 +40,9 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
         )
     key = content_hash([plan.key for plan in plans])
     folder = make_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
-    with cluster_of(plans[0], console) as needs:
+    with connect_cluster(plans[0], console) as worker_resources:
         studies = {}
-        for plan, outcome in map_concurrently(plans, needs, _study):
+        for plan, outcome in map_concurrently(plans, worker_resources, _study):
             if isinstance(outcome, BaseException):
                 raise outcome
             studies[plan.config.seed] = outcome
@@ -52,8 +52,8 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
     for kind in ("png", "svg"):
         study_figure(studies).savefig(folder / f"grouping_study.{kind}", dpi=150)
     console.print(markdown, markup=False, highlight=False)
-    storage.send(folder)
-    console.print(f"report: {storage.shown(folder / 'grouping_study.md')}", markup=False, highlight=False)
+    storage.upload(folder)
+    console.print(f"report: {storage.display_uri(folder / 'grouping_study.md')}", markup=False, highlight=False)
     return folder
 
 
@@ -65,7 +65,7 @@ def _study(plan: Plan, session: Session) -> GroupingStudy:
         tuple(number[task] for task in group): [result["accuracy"][task] for task in group]
         for group, result in zip(trained.groups, trained.results())
     }
-    gradients = read_gradients(global_prompt.local() / SNAPSHOTS, plan.tasks)
+    gradients = read_gradients(global_prompt.download() / SNAPSHOTS, plan.tasks)
     study = study_grouping(gradients, accuracy_of_group)
     session.tracker.log_metrics(
         PARENT,

@@ -19,7 +19,7 @@ from pipeline.config import Config, parse_config
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.session import Session
 from pipeline.stages.plan import Plan, make_plan
-from pipeline.stages.run import at_work
+from pipeline.stages.run import run_session
 
 
 def configs_of(base: Config, shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
@@ -36,18 +36,18 @@ def make_plans(configs: Sequence[Config], console: Console) -> list[Plan]:
     """Raises: UserError: the first thing that is wrong, before any work."""
     console.print(f"[bold]{configs[0].name}[/]: checking {len(configs)} runs", highlight=False)
     first = make_plan(configs[0], _RunConsole(configs[0]))
-    return [first, *(make_plan(config, _RunConsole(config), like=first) for config in configs[1:])]
+    return [first, *(make_plan(config, _RunConsole(config), reuse_checks_of=first) for config in configs[1:])]
 
 
 def map_concurrently(
-    plans: Sequence[Plan], needs: WorkerResources, work: Callable[[Plan, Session], Any]
+    plans: Sequence[Plan], worker_resources: WorkerResources, work: Callable[[Plan, Session], Any]
 ) -> Iterator[tuple[Plan, Any]]:
     """Each plan with what `work` gave, or the exception that ended it, in the order of the plans; all are at work from
     the start, each in a session of its own. What interrupts the caller ends them."""
-    stop = threading.Event()
+    cancelled = threading.Event()
 
     def carry_out(plan: Plan) -> Any:
-        with at_work(plan, needs, _RunConsole(plan.config), stop) as session:
+        with run_session(plan, worker_resources, _RunConsole(plan.config), cancelled) as session:
             return work(plan, session)
 
     with ThreadPoolExecutor(len(plans), "run") as threads:
@@ -59,7 +59,7 @@ def map_concurrently(
                     _RunConsole(plan.config).print(f"[bold red]failed:[/] {escape(str(error))}")
                 yield plan, error or future.result()
         except BaseException:
-            stop.set()
+            cancelled.set()
             raise
 
 

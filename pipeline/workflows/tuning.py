@@ -29,11 +29,11 @@ from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
 from pipeline.report.summary import title
 from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
-from pipeline.runtime.cluster import places
+from pipeline.runtime.cluster import num_slots
 from pipeline.runtime.session import PARENT, Session
 from pipeline.stages.flow import run_stages
 from pipeline.stages.plan import Plan, check_methods, make_plan
-from pipeline.stages.run import at_work, cluster_of
+from pipeline.stages.run import connect_cluster, run_session
 from pipeline.tuning.points import Check, Points, planned_points
 from pipeline.tuning.search_file import Search, config_at
 from pipeline.tuning.trials import Trial, best_trial
@@ -62,15 +62,15 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
             f"cluster.workers_per_training={base.cluster.workers_per_training}: a trial trains on one worker, and "
             "trials run beside each other: leave it at 1"
         )
-    plan = make_plan(base, console, place=PLACE, extra_key_inputs={"search": search.to_json()})
-    check = partial(_check_point, plan.config, replace(plan.listing, images=()), search.methods)
+    plan = make_plan(base, console, output_kind=PLACE, extra_key_inputs={"search": search.to_json()})
+    check = partial(_check_point, plan.config, replace(plan.dataset_index, images=()), search.methods)
     points = planned_points(search, check)
     write_atomically(
         plan.folder / "search.yaml", yaml.safe_dump(search.to_json(), sort_keys=False, default_flow_style=None)
     )
     # Tune asks the dashboard whether the placement groups of trials that it ended are still needed.
-    with cluster_of(plan, console, dashboard=True) as needs:
-        with at_work(plan, needs, console) as session:
+    with connect_cluster(plan, console, dashboard=True) as worker_resources:
+        with run_session(plan, worker_resources, console) as session:
             session.tracker.set_tags(PARENT, {"level": "search", "mlflow.runName": plan.folder.name})
             session.tracker.log_params(PARENT, {f"search.{key}": value for key, value in search.to_json().items()})
             session.tracker.log_artifact(PARENT, plan.folder / "search.yaml")
@@ -79,7 +79,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
             config, method = _best_config(plan, search, best)
             write_atomically(plan.folder / BEST, to_yaml(config))
             session.tracker.log_artifact(PARENT, plan.folder / BEST)
-            where = escape(plan.storage.shown(plan.folder / BEST))
+            where = escape(plan.storage.display_uri(plan.folder / BEST))
             console.print(f"best: trial {best.number}: {escape(described(best.point))}\n  {where}", highlight=False)
             if final_run:
                 accuracy = _run_pipeline(plan, session, config, method)
@@ -116,10 +116,11 @@ def _carry_out(plan: Plan, session: Session, search: Search, points: Points, che
         console.print(f"  {escape(told)}", highlight=False)
     splits = hold_out(plan, session, search.options.validation_shots)
     checkpoints = plan.folder / "checkpoints"
-    of_trials = replace(plan, listing=replace(plan.listing, images=()), splits=splits)
+    of_trials = replace(plan, dataset_index=replace(plan.dataset_index, images=()), splits=splits)
     setup = TrialSetup(of_trials, search.methods, checkpoints)
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, setup=setup), {"cpu": session.needs.cpus, "gpu": session.needs.gpus}
+        tune.with_parameters(run_trial, setup=setup),
+        {"cpu": session.worker_resources.cpus, "gpu": session.worker_resources.gpus},
     )
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # what they write is in MLflow
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which is not silent
@@ -174,7 +175,7 @@ def _new_tuner(
             search_alg=OptunaPoints(search, check) if by_optuna else None,
             scheduler=early_stopping(search, plan.config),
             # Else Optuna would be asked for many points before it knows of any.
-            max_concurrent_trials=max(1, places(session.needs)) if by_optuna else None,
+            max_concurrent_trials=max(1, num_slots(session.worker_resources)) if by_optuna else None,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -228,7 +229,7 @@ def _report(plan: Plan, session: Session, search: Search, trials: Sequence[Trial
         fault = next((trial.fault for trial in trials if trial.fault), "all were ended early")
         raise UserError(
             f"none of {len(trials)} trials trained to its end: {fault}. All are in "
-            f"{plan.storage.shown(folder / 'trials.csv')}"
+            f"{plan.storage.display_uri(folder / 'trials.csv')}"
         )
     session.tracker.log_metrics(PARENT, {f"{METRIC}/best": best.validation_accuracy}, step=0)
     return best
@@ -245,7 +246,7 @@ def _best_config(plan: Plan, search: Search, best: Trial) -> tuple[Config, str]:
 def _run_pipeline(search: Plan, session: Session, config: Config, method: str) -> float:
     """All stages with all training images; the method's test accuracy, the mean over the tasks, 0 to 1."""
     plan = make_plan(config, session.console)
-    with at_work(plan, session.needs, session.console) as of_run:
+    with run_session(plan, session.worker_resources, session.console) as of_run:
         of_run.tracker.set_tags(PARENT, {"search": search.folder.name})
         report = run_stages(plan, of_run)["report"]
     accuracy: float = read_json(report / "summary.json")["methods"][method]["average"]

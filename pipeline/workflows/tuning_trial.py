@@ -19,12 +19,12 @@ from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import VARIANTS, get_method, training_of
-from pipeline.runtime.stage import Work
-from pipeline.stages.global_prompt import global_prompt_work
-from pipeline.stages.group_trainings import Training, built_method, plan_trainings
+from pipeline.runtime.stage import WorkItem
+from pipeline.stages.global_prompt import global_prompt_work_item
+from pipeline.stages.group_trainings import Training, build_method, plan_trainings
 from pipeline.stages.grouping import grouping_artifact, make_grouping, read_grouping
 from pipeline.stages.plan import Plan
-from pipeline.stages.training_work import TrainingWork
+from pipeline.stages.training_spec import TrainingSpec
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.evaluate import accuracy, decoded_batches, evaluate_decoded
 from pipeline.tuning.search_file import config_at
@@ -70,11 +70,11 @@ def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path)
     trainings = plan_trainings(plan, method, grouping, {})
     for training in trainings:
         for features in training.features:
-            _make(features.work)
-        if training.start:
-            for features in training.start.features:
-                _make(features.work)
-            _make(training.start.work)
+            _make(features.work_item)
+        if training.init_from:
+            for features in training.init_from.features:
+                _make(features.work_item)
+            _make(training.init_from.work_item)
     groups = [_GroupTraining(training, checkpoints / str(number)) for number, training in enumerate(trainings)]
     parameters = sum(group.num_parameters for group in groups)
     begun, epochs = max(1, *(group.trainer.epoch for group in groups)), groups[0].trainer.epochs
@@ -97,11 +97,11 @@ class _GroupTraining:
     """One group's trainer, and its method on the validation images."""
 
     def __init__(self, training: Training, checkpoints: Path):
-        work = training.item
+        work = training.spec
         self._work, self._kind = work, get_method(work.method)
         self._towers = work.towers(self._kind.trains_weights)
-        start = training.start.artifact if training.start else None
-        self._method = built_method(work, self._towers, start, training.affinities)
+        start = training.init_from.artifact if training.init_from else None
+        self._method = build_method(work, self._towers, start, training.affinities)
         self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
         sets = work.with_frozen_features([self._training_set(task) for task in work.tasks])
         epochs = training_of(work.method, work.config).epochs
@@ -118,13 +118,13 @@ class _GroupTraining:
         if work.test_features:
             return accuracy(work.predictions(classifier, lambda count: None))
         size, threads = self._towers.image_size, config.cluster.cpus_per_worker
-        folder = work.splits.local()
+        folder = work.splits.download()
         batches = (batch for task in work.tasks for batch in _validation_batches(folder, task, size, threads))
         return accuracy(evaluate_decoded(classifier, batches))
 
     def _training_set(self, task: str) -> TrainingSet:
         size, threads = self._towers.image_size, self._work.config.cluster.cpus_per_worker
-        folder = self._work.splits.local()
+        folder = self._work.splits.download()
         return _training_set(folder, task, size, self._towers.device, threads, self._kind.modifies_image_encoder)
 
 
@@ -149,14 +149,14 @@ def _plan(point: dict[str, Any], setup: TrialSetup) -> tuple[Plan, str]:
     config, method = config_at(base.config, point, setup.methods)
     shots = base.split_description.shots
     config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
-    shape = MmapShape.of(config.mmap, TrainingWork(config, base.splits, (), "trial").towers())
+    shape = MmapShape.of(config.mmap, TrainingSpec(config, base.splits, (), "trial").towers())
     return replace(base, config=config, mmap_shape=shape), method
 
 
 def _grouping(plan: Plan) -> dict[str, Any]:
     """grouping.json of the run's global prompt, trained without the validation images; found if another trial made
     it."""
-    global_prompt = global_prompt_work(plan)
+    global_prompt = global_prompt_work_item(plan)
     _make(global_prompt)
     assert global_prompt.artifact is not None  # as _make checks
     artifact = grouping_artifact(plan, global_prompt.artifact)
@@ -164,9 +164,9 @@ def _grouping(plan: Plan) -> dict[str, Any]:
     return read_grouping(artifact)
 
 
-def _make(work: Work) -> None:
+def _make(work: WorkItem) -> None:
     """In this process, unless it was made before."""
-    board = SimpleNamespace(post=lambda report: None)
+    progress = SimpleNamespace(post=lambda report: None)
     assert work.artifact is not None  # a trial's work makes one
-    if not work.artifact.finished():
-        work.function(*work.arguments, board)
+    if not work.artifact.is_complete():
+        work.function(*work.arguments, progress)

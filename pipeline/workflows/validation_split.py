@@ -27,16 +27,16 @@ def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artifact:
         UserError: too few images.
     """
     artifact = plan.artifact("splits", {**plan.splits.inputs, "validation_shots": validation_shots})
-    if artifact.finished():
+    if artifact.is_complete():
         return artifact
     reader = run_stages(plan, session, "splits")["splits"]
     shots, seed = plan.config.data.shots - validation_shots, plan.config.seed
     images, sizes = _training_images(reader)
-    splits = sample_validation(images, plan.listing.classes, shots, seed)
+    splits = sample_validation(images, plan.dataset_index.classes, shots, seed)
     of_splits: dict[Split, Sequence[ScannedImage]] = {"train": splits.train, "test": splits.test}
     description = SplitDescription(
-        classes={task: list(names) for task, names in plan.listing.classes.items()},
-        class_names=plan.listing.class_names,
+        classes={task: list(names) for task, names in plan.dataset_index.classes.items()},
+        class_names=plan.dataset_index.class_names,
         shots=shots,
         seed=seed,
         # Not that of any data set whose test images these are.
@@ -48,8 +48,8 @@ def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artifact:
     )
     with Stage(session, NAME, "validation images") as stage:
         stage.computed = True
-        with artifact.writer() as made:
-            write_splits(plan, stage, made, splits, description, sizes, {})
+        with artifact.writer() as writer:
+            write_splits(plan, stage, writer, splits, description, sizes, {})
         num_by_split = {name: sum(of_split.values()) for name, of_split in description.counts.items()}
         session.console.print(
             f"  {num_by_split['train']} images to train on, {num_by_split['test']} validation images: {shots} and "

@@ -41,7 +41,7 @@ FEATURES = "features.safetensors"
 
 
 @dataclass(frozen=True)
-class TrainingWork:
+class TrainingSpec:
     """A training or evaluation of some tasks, as it is sent to a worker."""
 
     config: Config
@@ -73,7 +73,7 @@ class TrainingWork:
         return load_clip(self.config.clip, self.config.mmap.text_prompt_position, str(self.device()), float32)
 
     def reader(self) -> SplitReader:
-        return SplitReader(self.splits.local())
+        return SplitReader(self.splits.download())
 
     def class_names(self) -> dict[str, list[str]]:
         description = self.reader().description
@@ -84,7 +84,7 @@ class TrainingWork:
         towers: ClipTowers,
         method: nn.Module,
         epochs: int,
-        made: ArtifactWriter,
+        writer: ArtifactWriter,
         reporter: Reporter,
         **snapshots: Any,
     ) -> list[Snapshot]:
@@ -95,8 +95,8 @@ class TrainingWork:
             method,
             epochs,
             self._training_sets(towers),
-            made.artifact.checkpoints,
-            made.artifact.storage,
+            writer.artifact.checkpoints,
+            writer.artifact.storage,
             on_step=lambda record, num_steps: reporter.update(
                 record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
             ),
@@ -104,7 +104,7 @@ class TrainingWork:
         )
         history = trainer.train()
         if DistributedShard.current().first:
-            write_history(made.folder / HISTORY, self.tasks, history)
+            write_history(writer.folder / HISTORY, self.tasks, history)
         return trainer.snapshots
 
     def trainer(
@@ -118,7 +118,7 @@ class TrainingWork:
         **options: Any,
     ) -> Trainer:
         """Of a method for the tasks' `sets`, from the newest checkpoint of a folder in the storage if there is one."""
-        storage.fetch(checkpoints)
+        storage.download(checkpoints)
         config, class_names, kind = self.config, list(self.class_names().values()), get_method(self.method)
         frozen_templates = {task: config.clip.template_of(task) for task in self.tasks}
         tokens, frozen_tokens = (
@@ -134,7 +134,7 @@ class TrainingWork:
             epochs=epochs,
             seed=config.seed,
             precision=config.clip.precision,
-            checkpoints=Checkpoints(checkpoints, storage.send),
+            checkpoints=Checkpoints(checkpoints, storage.upload),
             frozen_tokens=frozen_tokens,
             **options,
         )
@@ -165,15 +165,15 @@ class TrainingWork:
 
 
 def _features(artifact: Artifact) -> StoredFeatures:
-    return StoredFeatures(artifact.local() / FEATURES)
+    return StoredFeatures(artifact.download() / FEATURES)
 
 
-def images_made_from(plan: Plan) -> dict[str, Any]:
+def feature_inputs(plan: Plan) -> dict[str, Any]:
     """What the frozen CLIP's features of the splits' images rest on beside the config."""
     return {"version": RESULTS_VERSION, "clip": asdict(plan.clip), "splits": plan.split_description.content}
 
 
-def training_made_from(
+def training_inputs(
     plan: Plan, method: str, tasks: Sequence[str], *effects: Effect, epochs: int | None = None
 ) -> dict[str, Any]:
     """What a training of some tasks, or its evaluation, is made from, for the name of its artifact.
@@ -186,17 +186,17 @@ def training_made_from(
     if epochs:
         config = config.model_copy(update={"training": config.training.model_copy(update={"epochs": epochs})})
     options = values_affecting(getattr(config, section), "method") if section else {}
-    options.pop("training", None)  # which `training_values` has
+    options.pop("training", None)  # which `training_config_values` has
     return {
-        **images_made_from(plan),
+        **feature_inputs(plan),
         "method": method,
         "options": options,
         "words": {task: plan.split_description.class_names_for(task) for task in tasks},
-        "config": training_values(config, method, tasks, *effects),
+        "config": training_config_values(config, method, tasks, *effects),
     }
 
 
-def training_values(config: Config, method: str, tasks: Sequence[str], *effects: Effect) -> dict[str, Any]:
+def training_config_values(config: Config, method: str, tasks: Sequence[str], *effects: Effect) -> dict[str, Any]:
     """`values_affecting` for a method and some tasks: no other tasks' templates, and of `training` what the method's
     own section has instead."""
     templates = {task: text for task, text in config.clip.task_templates.items() if task in tasks}
@@ -216,7 +216,7 @@ def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
 def track_history(session: Session, name: str, artifact: Artifact) -> None:
     """Gives MLflow run `name` all steps of a finished training. Those that were reported while it went on are known
     to the tracker; this adds what died with a driver or worker, and trainings that another run made."""
-    columns = pq.read_table(artifact.local() / HISTORY).to_pydict()
+    columns = pq.read_table(artifact.download() / HISTORY).to_pydict()
     by_step: dict[int, dict[str, float]] = {}
     for step, task, loss, accuracy, rate in zip(
         *(columns[name] for name in ("step", "task", "loss", "accuracy", "learning_rate"))
