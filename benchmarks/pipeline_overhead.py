@@ -154,7 +154,7 @@ def plain_pipeline(config: Config, folder: Path) -> None:
         return accuracy(evaluate(classifier, reader, group, 1))
 
     shared = SharedMmap(shape, tasks, config.seed, config.mmap.init_std)
-    snapshots = trained(shared, config.global_prompt.epochs, snapshot=shared.task_gradients)
+    snapshots = trained(shared, config.global_prompt.epochs, snapshot_fn=shared.task_gradients)
     gradients = torch.stack([taken.gradients for taken in snapshots]).double().numpy()
     affinity = affinity_matrix(gradients, config.grouping.affinity)
     partition = best_partition(affinity, objective=config.grouping.objective)

@@ -113,14 +113,14 @@ def predict_to_parquet(
     given: Given[Options], output: str, prompts: TrainedAdapter, options: ModelOptions, task: str | None
 ) -> tuple[int, int]:
     """Returns how many images there were, and how many of them broken."""
-    from pipeline.clip.load import towers_without_weights
+    from pipeline.clip.load import build_meta_towers
     from pipeline.prediction.batch import find_batch_input, predict_batch, progress_lines
     from pipeline.runtime.cluster import ray_connection
 
     found = find_batch_input(given.own.inputs)
     if not found.is_parquet or task is not None:
         check_task(given.own, prompts, task)
-    image_size = towers_without_weights(prompts.config.clip).image_size
+    image_size = build_meta_towers(prompts.config.clip).image_size
     with ray_connection(parse_config(given.nested()).cluster, say) as worker_resources:
         on_rows = progress_lines(say, LINE_EVERY_S)
         return predict_batch(prompts, options, task, found, output, worker_resources, image_size, on_rows)

@@ -29,7 +29,7 @@ def with_options(which: str, **values) -> Config:
 
 
 SMALL = with_options("small", clip={"model": BUILTIN_DIGITS, "pretrained": BUILTIN_DIGITS})
-TRAINED = [name for name in REFERENCES if METHODS[name].trained]
+TRAINED = [name for name in REFERENCES if METHODS[name].trainable]
 WORDS = dict.fromkeys(TASKS, CLASS_WORDS)
 
 

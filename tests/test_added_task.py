@@ -59,7 +59,7 @@ def test_later_gradients_are_those_of_a_training_with_the_task_in_it(problem):
     options = {"snapshot": shared.task_gradients, "snapshot_every": 3}
     trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, **options)
     trainer.train()
-    points = [(of.record.step, of.record.epoch, of.point) for of in trainer.snapshots]
+    points = [(of.record.step, of.record.epoch, of.parameters) for of in trainer.snapshots]
     own_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
     ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
     for number, of_task in enumerate(sets):
@@ -71,7 +71,7 @@ def test_later_gradients_are_those_of_a_training_with_the_task_in_it(problem):
             torch.testing.assert_close(of.gradients[0].float(), together.gradients[number], rtol=1e-5, atol=1e-5)
             assert of.record.losses[0] == pytest.approx(together.record.losses[number], rel=1e-5)
             assert of.record.accuracies[0] == pytest.approx(together.record.accuracies[number])
-            plain = plain_gradient(towers, model, ids, of_task, of.record.step, of.point)
+            plain = plain_gradient(towers, model, ids, of_task, of.record.step, of.parameters)
             assert plain.abs().max() > 1e-4
             torch.testing.assert_close(of.gradients[0], plain, **EXACT)
 
@@ -82,9 +82,9 @@ def test_later_gradients_in_bfloat16_are_those_of_the_training(problem):
     towers, _ = small_towers(dtype=torch.float32)
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3)
     options = {"seed": 5, "precision": "bfloat16"}
-    trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=1, snapshot=shared.task_gradients, **options)
+    trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=1, snapshot_fn=shared.task_gradients, **options)
     trainer.train()
-    points = [(of.record.step, of.record.epoch, of.point) for of in trainer.snapshots]
+    points = [(of.record.step, of.record.epoch, of.parameters) for of in trainer.snapshots]
     own_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
     for number, of_task in enumerate(sets):
         alone = SharedMmap(mmap_shape(towers), [of_task.task], seed=9)
@@ -116,7 +116,7 @@ def test_only_the_task_prompt_of_a_joined_group_is_trained(problem):
 
     def joined() -> GroupMmap:
         method = GroupMmap(mmap_shape(towers), ["neon"], seed=7, init_std=0.3).double()
-        method.join(group)
+        method.load_frozen_group_prompt(group)
         return method
 
     fast, slow = joined(), joined()

@@ -161,7 +161,7 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, run_job):
 
 def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray, tmp_path):
     """`coop` and `coop_mt` of one task are the same training, so they have the same key."""
-    both = [name for name in VARIANTS if f"{name}_mt" in VARIANTS and not VARIANTS[name].starts_from]
+    both = [name for name in VARIANTS if f"{name}_mt" in VARIANTS and not VARIANTS[name].init_from]
     assert len(both) > 10
     values = load_yaml(DEMO_CONFIG) | {"storage": str(tmp_path / "storage")}
     values["data"] |= {"tasks": ["noise"], "shots": 1}

@@ -262,10 +262,10 @@ def test_every_version_has_a_row_and_a_section():
         assert "—" not in texts(row_of(table, method))
     assert section_of("zero_shot") == "zero-shot" and section_of("a_method_to_come") == "others"
     for method, version in VARIANTS.items():
-        if method != "zero_shot" and version.starts_from is None:
-            assert section_of(method) == ("each task for itself" if version.groups == "each task" else "all tasks")
+        if method != "zero_shot" and version.init_from is None:
+            assert section_of(method) == ("each task for itself" if version.scope == "single-task" else "all tasks")
     # Trained for each task, from a training for all.
-    assert VARIANTS["mvlpt"].groups == "each task" and section_of("mvlpt") == "all tasks"
+    assert VARIANTS["mvlpt"].scope == "single-task" and section_of("mvlpt") == "all tasks"
 
 
 # --- beside the paper -----------------------------------------------------------------------------------
@@ -309,10 +309,10 @@ def test_framework_table_has_parts_and_paper_columns():
         *("1 shot", "6 shots", "paper", "12 shots", "paper"),
     )
     assert [texts(row)[1:4] for row in table.rows] == [
-        ["✓", "", "each task"],
+        ["✓", "", "single-task"],
         ["", "✓", "found groups"],
         ["✓", "✓", "random groups"],
-        ["✓", "✓", "all tasks"],
+        ["✓", "✓", "multi-task"],
         ["✓", "✓", "found groups"],
     ]
     for method, row in zip(MMAP_VERSIONS, table.rows, strict=True):
@@ -497,8 +497,8 @@ def test_csv_keeps_every_number():
     assert again == benchmark.results
     assert {(line["method"], line["title"], line["groups"]) for line in lines} == {
         ("zero_shot", "zero-shot", ""),
-        ("vpt", "VPT", "each task"),
-        ("clip_lora", "CLIP-LoRA", "each task"),
+        ("vpt", "VPT", "single-task"),
+        ("clip_lora", "CLIP-LoRA", "single-task"),
         ("grouped", "MmAP, grouped", "found groups"),
         ("a_method, to come", "a_method, to come", ""),
     }

@@ -40,7 +40,7 @@ def trained(folder=None):
     Trainer(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder and Checkpoints(folder)).train()
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
     trainer = Trainer(
-        towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot=shared.task_gradients, snapshot_every=3
+        towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot_fn=shared.task_gradients, snapshot_every=3
     )
     history = trainer.train()
     methods = {}
@@ -55,7 +55,7 @@ def trained(folder=None):
         "losses": [record.losses for record in history],
         "accuracies": [record.accuracies for record in history],
         "snapshots": [taken.gradients for taken in trainer.snapshots],
-        "points": [taken.point for taken in trainer.snapshots],
+        "points": [taken.parameters for taken in trainer.snapshots],
     }
 
 
@@ -66,10 +66,10 @@ def predicted(folder):
     return [astuple(prediction) for prediction in predictions]
 
 
-def work(rank: int, world: int, folder) -> None:
+def work(rank: int, world_size: int, folder) -> None:
     torch.set_num_threads(1)
     meeting, patience = f"file://{folder}/meeting", timedelta(minutes=15)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=patience)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=patience)
     try:
         torch.save(trained(folder / "checkpoints"), folder / f"rank{rank}.pt")
         torch.save(predicted(folder), folder / f"predicted{rank}.pt")
@@ -77,20 +77,20 @@ def work(rank: int, world: int, folder) -> None:
         dist.destroy_process_group()
 
 
-def work_beside_the_first(number: int, world: int, folder) -> None:
-    work(number + 1, world, folder)
+def work_beside_the_first(number: int, world_size: int, folder) -> None:
+    work(number + 1, world_size, folder)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.fault_injection)])
-def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.fault_injection)])
+def test_workers_that_share_a_training_get_the_numbers_of_one(world_size, tmp_path):
     write_test_splits(tmp_path)
     # The first rank is this process, which has imported everything.
-    others = spawn(work_beside_the_first, (world, tmp_path), nprocs=world - 1, join=False)
-    work(0, world, tmp_path)
+    others = spawn(work_beside_the_first, (world_size, tmp_path), nprocs=world_size - 1, join=False)
+    work(0, world_size, tmp_path)
     while not others.join():
         pass
     alone = trained()
-    for rank in range(world):
+    for rank in range(world_size):
         together = torch.load(tmp_path / f"rank{rank}.pt")
         for name in ("state", "methods", "losses", "snapshots", "points"):
             tolerance = 1e-5 if name in ("snapshots", "points") else 1e-9  # stored in float32
@@ -102,11 +102,11 @@ def test_workers_that_share_a_training_get_the_numbers_of_one(world, tmp_path):
 
 def test_shares_cover_every_row_once():
     rows_per_task = [3, 1, 0, 5]
-    for world in (1, 2, 4, 9):
+    for world_size in (1, 2, 4, 9):
         taken = []
-        for rank in range(world):
-            parts = DistributedShard(rank, world).parts(rows_per_task)
-            start, stop = DistributedShard(rank, world).rows(sum(rows_per_task))
+        for rank in range(world_size):
+            parts = DistributedShard(rank, world_size).shard_slices(rows_per_task)
+            start, stop = DistributedShard(rank, world_size).row_range(sum(rows_per_task))
             of_rank = [(task, row) for task, part in enumerate(parts) for row in range(part.start, part.stop)]
             assert len(of_rank) == stop - start >= 1
             taken += of_rank

@@ -21,7 +21,7 @@ from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.adapter_file import load_adapter
-from pipeline.methods.registry import METHODS, VARIANTS, training_of
+from pipeline.methods.registry import METHODS, VARIANTS, training_config
 from pipeline.stages.plan import RESULTS_VERSION
 from pipeline.training.batches import load_training_sets
 from pipeline.training.trainer import Trainer
@@ -188,13 +188,13 @@ def mvlpt_first_loss(all_methods, trained, task):
     config, towers = all_methods.config, trained.towers()
     words = {task: trained.words[task]}
     method = METHODS["mvlpt"].build(config, towers, words)
-    method.load_state_dict(trained.group_of(task).states[0])
+    method.load_state_dict(trained.select_group(task).states[0])
     reader = SplitReader(next(all_methods.storage.glob("splits/[!.]*")))
     sets = load_training_sets(reader, [task], towers.image_size, towers.device, threads=1)
     template = METHODS["mvlpt"].template(config.clip.template)
     tokens = class_tokens(towers.tokenizer, template, list(words.values()))
-    history = Trainer(towers, method, sets, tokens, training_of("mvlpt", config), epochs=1, seed=config.seed).train()
-    return history[0].losses[0]
+    training = training_config("mvlpt", config)
+    return Trainer(towers, method, sets, tokens, training, epochs=1, seed=config.seed).train()[0].losses[0]
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from pipelines import REPOSITORY
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline.clip.load import clip_identity, load_clip, towers_without_weights, weights_fingerprint
+from pipeline.clip.load import build_meta_towers, clip_identity, load_clip, weights_fingerprint
 from pipeline.config import (
     BUILTIN_DIGITS,
     ClipConfig,
@@ -683,10 +683,10 @@ def test_hostile_model_configs_are_refused_at_the_door(tmp_path, text):
     began = time.process_time()
     with pytest.raises(UserError, match="hostile_model.json"):
         clip_identity(ClipConfig(model=str(file), pretrained=None))
-        towers_without_weights(ClipConfig(model=str(file), pretrained=None))
+        build_meta_towers(ClipConfig(model=str(file), pretrained=None))
     assert time.process_time() - began < 10
     # One that was refused is in nobody else's way.
-    assert towers_without_weights(ClipConfig(model=BUILTIN_DIGITS, pretrained=None)).image_size == 32
+    assert build_meta_towers(ClipConfig(model=BUILTIN_DIGITS, pretrained=None)).image_size == 32
 
 
 @pytest.mark.parametrize("model", ["hf-hub:somebody/model", "local-dir:/tmp", "absent.json", "../../x", "builtin:x"])
@@ -760,7 +760,7 @@ def test_weights_that_are_more_than_tensors_are_refused_and_run_no_code(model_fi
     HOSTILE_WEIGHTS[name](tmp_path / name)
     config = ClipConfig(model=model_file, pretrained=str(tmp_path / name))
     for load in (clip_identity, load_clip):
-        with pytest.raises(UserError, match=f"{name}.*is refused.*Save the weights as safetensors") as error:
+        with pytest.raises(UserError, match=f"{name}.*not a plain file of tensors.*save the weights") as error:
             load(config)
         assert "weights_only" not in str(error.value)  # torch's advice how to run the code
     assert not (tmp_path / "made by the pickle").exists()
@@ -1176,7 +1176,7 @@ def test_prompts_name_a_clip_that_is_read_as_tensors_only(prompts, tmp_path, mon
     header, tensors = stored(prompts, file)
     header["config"]["clip"]["pretrained"] = str(tmp_path / "evil.pt")
     store(file, header, tensors)
-    with pytest.raises(UserError, match="evil.pt.*is refused"):
+    with pytest.raises(UserError, match="evil.pt.*is not a plain file of tensors"):
         load_adapter(file).classifier()
     header["config"]["clip"] |= {"model": "hf-hub:evil/clip", "pretrained": None}
     store(file, header, tensors)

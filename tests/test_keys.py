@@ -26,12 +26,12 @@ from PIL import Image
 from rich.console import Console
 from small_methods import SMALL
 
-from pipeline.clip.load import load_clip, towers_without_weights
+from pipeline.clip.load import build_meta_towers, load_clip
 from pipeline.config import BUILTIN_DIGITS, RESULTS, Config, Section, effects_of, fields, parse_config
 from pipeline.config.fields import affects
 from pipeline.data.checked_images import check_images
 from pipeline.data.parquet import SplitReader, plan_parts, scan_image, write_part
-from pipeline.methods.registry import METHODS, VARIANTS, get_method, training_of
+from pipeline.methods.registry import METHODS, VARIANTS, get_method, training_config
 from pipeline.runtime.stage import WorkItem
 from pipeline.runtime.storage import Artifact
 from pipeline.stages import data_check, training_spec
@@ -214,7 +214,7 @@ def planned(config: Config) -> dict[str, Planned]:
             rests_on = [*trained_on, *(["grouping"] if get_method(method).uses_affinities else [])]
             if training.init_from:
                 rests_on.append(f"{training.init_from.variant}: {training.init_from.spec.tasks}")
-            effects = {"method", "training", "evaluation"} if get_method(method).trained else {"evaluation"}
+            effects = {"method", "training", "evaluation"} if get_method(method).trainable else {"evaluation"}
             name = f"{variant}: {tasks}"
             found[name] = Planned(training.artifact.key, frozenset(effects), tuple(rests_on), method, tasks)
     return found
@@ -224,7 +224,7 @@ def planned(config: Config) -> dict[str, Planned]:
 def towers_once():
     """What takes long, and knows nothing but the model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "towers_without_weights", cache(towers_without_weights))
+        patch.setattr(plans, "build_meta_towers", cache(build_meta_towers))
         yield
 
 
@@ -269,7 +269,7 @@ def concerns(name: str, of: Planned, before: Config, after: Config) -> bool:
     if of.method is None:
         return True
     if ".training." in f".{name}":
-        return training_of(of.method, before) != training_of(of.method, after)
+        return training_config(of.method, before) != training_config(of.method, after)
     if effects_of(FIELDS[name]) == {"method"}:
         return name.partition(".")[0] == get_method(of.method).section
     return name != "clip.task_templates" or TASK_WITH_TEMPLATE in of.tasks
@@ -378,7 +378,7 @@ def work(folder):
         if training.init_from:
             before += [*(features.work_item for features in training.init_from.features), training.init_from.work_item]
         method = training.spec.method
-        effects = {"training", "evaluation"} if get_method(method).trained else {"evaluation"}
+        effects = {"training", "evaluation"} if get_method(method).trainable else {"evaluation"}
         found[variant] = ([*before, training.work_item], method, effects)
         for features in training.features:
             split = features.artifact.inputs["split"]

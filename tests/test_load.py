@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from small_clip import open_clip
 
-from pipeline.clip.load import clip_identity, load_clip, towers_without_weights, weights_fingerprint
+from pipeline.clip.load import build_meta_towers, clip_identity, load_clip, weights_fingerprint
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
@@ -45,7 +45,7 @@ def test_random_weights_are_always_the_same(model_file):
     assert weights_fingerprint(load_clip(config)) == first
     torch.random.set_rng_state(before)
     assert clip_identity(config).weights == "random:0"
-    assert (towers_without_weights(config).text_width, towers_without_weights(config).vision_width) == (16, 32)
+    assert (build_meta_towers(config).text_width, build_meta_towers(config).vision_width) == (16, 32)
 
 
 def test_two_loads_at_once_keep_back_open_clips_warnings_and_nobody_elses(model_file, monkeypatch, caplog):
@@ -62,7 +62,7 @@ def test_two_loads_at_once_keep_back_open_clips_warnings_and_nobody_elses(model_
 
     monkeypatch.setattr(open_clip, "create_model", create_in_turn)
     config = ClipConfig(model=model_file, pretrained=None)
-    first, second = (threading.Thread(target=towers_without_weights, args=[config], name=n) for n in ("first", "other"))
+    first, second = (threading.Thread(target=build_meta_towers, args=[config], name=n) for n in ("first", "other"))
     first.start(), second.start()
     first.join()
     logging.warning("a warning of ours")
@@ -82,7 +82,7 @@ def test_two_model_files_of_one_name_are_two_models(tmp_path):
         )
         configs[length, width] = ClipConfig(model=str(file), pretrained=None)
     for (length, width), config in [*configs.items(), *configs.items()]:
-        towers = towers_without_weights(config)
+        towers = build_meta_towers(config)
         assert (towers.tokenizer.context_length, towers.text_width) == (length, width)
         assert json.loads(clip_identity(config).model_config)["text_cfg"]["width"] == width
 
@@ -150,14 +150,14 @@ def test_quick_gelu_is_used(model_file):
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-H-14", "ViT-L-14-336"])
 def test_open_clips_vit_models_are_understood(name):
-    towers = towers_without_weights(ClipConfig(model=name, pretrained=None))
+    towers = build_meta_towers(ClipConfig(model=name, pretrained=None))
     assert MmapShape.of(MmapConfig(), towers).depth == min(towers.text_depth, towers.vision_depth)
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "convnext_base", "coca_ViT-B-32"])
 def test_other_models_are_refused_at_the_door(name):
     with pytest.raises(UserError, match="clip.model.*cannot take prompts|clip.model.*cannot be built"):
-        towers_without_weights(ClipConfig(model=name, pretrained=None))
+        build_meta_towers(ClipConfig(model=name, pretrained=None))
 
 
 # Prompts files

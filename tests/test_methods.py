@@ -27,7 +27,7 @@ from small_methods import (
 )
 from small_problem import CONFIG, TASKS, TEST_COUNTS, small_problem, write_test_splits
 
-from pipeline.clip.load import load_clip, towers_without_weights, weights_fingerprint
+from pipeline.clip.load import build_meta_towers, load_clip, weights_fingerprint
 from pipeline.config import (
     CONFIGS,
     ClipConfig,
@@ -42,7 +42,7 @@ from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, save_ada
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import task_tree
 from pipeline.methods.method import TrainingOverrides
-from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, get_method, training_of
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, get_method, training_config
 from pipeline.stages.group_trainings import random_groups
 from pipeline.stages.training_spec import TrainingSpec
 from pipeline.training.evaluate import evaluate, evaluate_features
@@ -133,7 +133,7 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     assert loaded.num_parameters == sum(p.numel() for p in method.parameters())
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, METHODS[name].templates(SMALL, words), [(words, method())])
+        original = Classifier(towers, METHODS[name].templates_by_task(SMALL, words), [(words, method())])
     again = loaded.classifier()
     for task in words:
         assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
@@ -188,7 +188,7 @@ def test_prompts_fewer_than_the_templates_words_start_as_the_first_of_them():
 )
 def test_parameter_counts_of_vit_b_16(name, options, expected):
     """Of one group of tasks."""
-    towers = towers_without_weights(ClipConfig())
+    towers = build_meta_towers(ClipConfig())
     towers.token_embedding.to_empty(device="cpu")
     method = METHODS[name].build(parse_config({METHODS[name].section: options}), towers, WORDS)
     assert sum(p.numel() for p in method.parameters()) == expected
@@ -196,14 +196,14 @@ def test_parameter_counts_of_vit_b_16(name, options, expected):
 
 def test_a_method_trains_as_its_authors_do_or_all_as_the_paper_compares():
     config = parse_config({"training": {"epochs": 7, "momentum": 0.8}, "coop": {"training": {"epochs": 3}}})
-    of_coop = training_of("coop", config)
+    of_coop = training_config("coop", config)
     assert (of_coop.epochs, of_coop.batch_size, of_coop.learning_rate, of_coop.momentum) == (3, 32, 0.002, 0.8)
-    assert training_of("mmap", config) == training_of("joint_prompts", config) == config.training
-    lora = training_of("clip_lora", config)
+    assert training_config("mmap", config) == training_config("joint_prompts", config) == config.training
+    lora = training_config("clip_lora", config)
     assert (lora.optimizer, lora.learning_rate, lora.weight_decay) == ("adamw", 2e-4, 0.01)
     alike = parse_config(load_yaml(CONFIGS / "paper_protocol.yaml"))
     for name in TRAINED:
-        own = training_of(name, alike) != alike.training
+        own = training_config(name, alike) != alike.training
         assert own == METHODS[name].trains_weights, name  # which the others' rate would destroy
 
 
@@ -261,7 +261,7 @@ def test_a_method_says_what_it_changes(name):
     towers, _ = small_towers()
     adaptation = built(name, towers)()
     assert adaptation.modifies_image_encoder == METHODS[name].modifies_image_encoder
-    assert (adaptation.consistency is not None) == METHODS[name].consistent
+    assert (adaptation.consistency is not None) == METHODS[name].uses_consistency
     assert adaptation.modifies_text_encoder == REFERENCES[name].modifies_text_encoder
     assert (adaptation.towers is not None) == (REFERENCES[name].trains_weight is not None)
 
@@ -303,7 +303,7 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
         assert len(stored[task]) == TEST_COUNTS[task]
     with torch.no_grad():
         method = built(name, towers, words)
-        classifier = Classifier(towers, METHODS[name].templates(SMALL, words), [(words, method())])
+        classifier = Classifier(towers, METHODS[name].templates_by_task(SMALL, words), [(words, method())])
     from_images = evaluate(classifier, reader, tuple(words), threads=2)
     from_features = evaluate_features(classifier, reader, stored)
     for ours, expected in zip(from_features, from_images, strict=True):
@@ -332,7 +332,7 @@ def first_losses(name, config, towers, model):
     return record.losses, plain
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINED if METHODS[name].consistent])
+@pytest.mark.parametrize("name", [name for name in TRAINED if METHODS[name].uses_consistency])
 def test_what_holds_a_method_to_the_frozen_clip_is_added_to_its_loss(name):
     losses, plain = first_losses(name, SMALL, *small_towers())
     assert losses == pytest.approx(plain, rel=1e-9)
@@ -375,7 +375,7 @@ def outcome_as_plainly_defined(name, config):
     for features, plain in zip((x, z), REFERENCES[name].features(method, model, images, config)):
         torch.testing.assert_close(features, plain, **TOLERANCE)
     losses: tuple[float, ...] = ()
-    if METHODS[name].consistent:
+    if METHODS[name].uses_consistency:
         losses, plain_losses = first_losses(name, config, towers, model)
         assert losses == pytest.approx(plain_losses, rel=1e-9)
     return method, adaptation, [*x.flatten().tolist(), *z.flatten().tolist(), *losses]
@@ -432,15 +432,15 @@ def test_a_trainings_towers_are_as_the_config_says(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in TRAINED if not name.startswith("mmap")])
 def test_each_field_of_a_methods_own_training_goes_before_the_common_one(name):
     own = {"epochs": 7, "batch_size": 6, "learning_rate": 0.5, "weight_decay": 0.25}
-    default = training_of(name, Config())
+    default = training_config(name, Config())
     own["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
     assert own.keys() == TrainingOverrides.model_fields.keys()
     section = METHODS[name].section
     for field, value in own.items():
-        changed = training_of(name, parse_config({section: {"training": {field: value}}}))
+        changed = training_config(name, parse_config({section: {"training": {field: value}}}))
         assert changed == default.model_copy(update={field: value})
         common = parse_config({"training": {**own, "momentum": 0.3}, section: {"training": {field: None}}})
-        assert getattr(training_of(name, common), field) == value and training_of(name, common).momentum == 0.3
+        assert getattr(training_config(name, common), field) == value and training_config(name, common).momentum == 0.3
 
 
 # The methods for several tasks
@@ -467,7 +467,7 @@ def test_hipro_averages_the_nodes_over_each_tasks_path():
     ink, neon, chalk, both, root = of_node
     expected = [(ink + both + root) / 3, ((neon + root) / 2)[:3], ((chalk + both + root) / 3)[1:]]
     torch.testing.assert_close(z, torch.cat(expected), **TOLERANCE)
-    part = method().encode_text(towers, tokens.rows(3, 10))  # a worker's share
+    part = method().encode_text(towers, tokens.slice_rows(3, 10))  # a worker's share
     torch.testing.assert_close(part, torch.cat(expected)[3:10], **TOLERANCE)
 
 
@@ -541,7 +541,7 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     save_adapter(tmp_path / "trained.safetensors", trained)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, METHODS[name].templates(config, words), [(words, method())], "bfloat16")
+        original = Classifier(towers, METHODS[name].templates_by_task(config, words), [(words, method())], "bfloat16")
     again = load_adapter(tmp_path / "trained.safetensors").classifier()
     assert torch.equal(again.probabilities("ink", pixels), original.probabilities("ink", pixels))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_clip import CLASS_WORDS, small_towers
 
 from pipeline.clip.class_tokens import class_tokens
-from pipeline.clip.load import towers_without_weights
+from pipeline.clip.load import build_meta_towers
 from pipeline.config import CONFIGS, ClipConfig, MmapConfig, load_yaml
 from pipeline.errors import UserError
 from pipeline.methods.mmap import GroupMmap, MmapShape, MmapStack, SharedMmap, kronecker
@@ -59,7 +59,7 @@ def test_prompts_start_with_the_asked_deviation():
 
 
 def test_parameter_counts_of_vit_b_16():
-    towers = towers_without_weights(ClipConfig())
+    towers = build_meta_towers(ClipConfig())
     assert towers.logit_scale.is_meta
     assert sum(p.numel() for p in towers.parameters()) == 149_620_737
 
@@ -76,7 +76,7 @@ def test_parameter_counts_of_vit_b_16():
 
 
 def test_shapes_that_do_not_fit_the_towers_are_refused():
-    towers = towers_without_weights(ClipConfig(model="ViT-L-14", pretrained=None))
+    towers = build_meta_towers(ClipConfig(model="ViT-L-14", pretrained=None))
     assert MmapShape.of(MmapConfig(), towers).depth == 12
     with pytest.raises(UserError, match=r"mmap\.depth=13.*24; valid: 1 to 12"):
         MmapShape.of(MmapConfig(depth=13), towers)

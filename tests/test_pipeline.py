@@ -222,7 +222,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
     [
         (["--data.root", "/nowhere"], "data.root=/nowhere is not a folder"),
         (["--data.tasks", "[ink, oil]"], "data.tasks: oil not found"),
-        (["--clip.model", "ViT-B-99"], "clip.model='ViT-B-99' is not known to open_clip"),
+        (["--clip.model", "ViT-B-99"], "clip.model='ViT-B-99' is not an open_clip model"),
         (["--clip.model", "ViT-B-32", "--clip.pretrained", "opennai"], "'opennai' is neither a file nor a tag"),
         (["--mmap.source_columns", "48"], "mmap.source_columns=48 must divide"),
         (["--grouping.num_groups", "7"], "num_groups=7 is impossible for 6 tasks"),

@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.methods.adapter_file import load_adapter, save_adapter
 from pipeline.prediction.calibration import fit_temperature, negative_log_likelihood
 from pipeline.prediction.mlflow_model import saved_mlflow_model
-from pipeline.prediction.model import AHEAD, BATCH_SIZE
+from pipeline.prediction.model import BATCH_SIZE, PREFETCH_BATCHES
 from pipeline.serving.mixed_batch import PredictRequest, predict_batch
 
 
@@ -81,7 +81,7 @@ def test_an_endless_stream_is_answered_from_as_few_images_as_are_decoded_ahead(a
     image, taken = next((digits / "ink").rglob("*.png")).read_bytes(), count()
     answers = pipeline.load(adapter_file).predict_stream((image for _ in taken), "ink")
     assert all(next(answers).label for _ in range(10))
-    assert next(taken) == 5 * (2 + AHEAD)
+    assert next(taken) == 5 * (2 + PREFETCH_BATCHES)
 
 
 def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_path, digits):

@@ -73,7 +73,7 @@ def test_words_that_all_tasks_share_run_once_a_task():
     tokens = class_tokens(tokenizer(), TEMPLATES[:2], [["cat", "dog"]] * 2)
     words_before = [len(tokenizer().encode(template.partition("{}")[0])) for template in TEMPLATES[:2]]
     assert tokens.prefix.shape == (2, 1 + min(words_before))
-    assert tokens.name_at == tuple(number - min(words_before) for number in words_before)
+    assert tokens.name_start == tuple(number - min(words_before) for number in words_before)
     for row, (template, name) in enumerate((t, n) for t in TEMPLATES[:2] for n in ("cat", "dog")):
         ids = tokens.prefix[row // 2].tolist() + tokens.suffix[row, : tokens.eot[row] + 1].tolist()
         assert ids == [49406, *tokenizer().encode(template.format(name)), 49407]
@@ -85,7 +85,7 @@ def test_a_method_on_several_tasks_is_itself_on_each(name):
     template, and is nothing for a task alone."""
     towers, _ = small_towers()
     method, kind = built(name, towers, WORDS, OWN), METHODS[name]
-    templates = kind.templates(OWN, WORDS)
+    templates = kind.templates_by_task(OWN, WORDS)
     with torch.no_grad():
         adaptation = method()
         together = adaptation.encode_text(
@@ -102,7 +102,7 @@ def test_a_method_on_several_tasks_is_itself_on_each(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_makes_of_a_template(name):
-    made = METHODS[name].templates(OWN, WORDS)
+    made = METHODS[name].templates_by_task(OWN, WORDS)
     expected = {
         "none": TEMPLATES,
         "before the name": ["{}.", "{}, drawn by hand", "{} in a shop."],
@@ -140,7 +140,7 @@ def test_prompts_carry_the_templates_of_their_tasks(name, clip, tmp_path):
     assert loaded.config.clip.task_templates == {"neon": "a neon sign of a {}"}
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, METHODS[name].templates(config, words), [(words, method())])
+        original = Classifier(towers, METHODS[name].templates_by_task(config, words), [(words, method())])
     again = loaded.classifier()
     for task in words:
         assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
@@ -182,5 +182,5 @@ def test_templates_without_a_place_for_the_name_are_named(template):
 
 
 def test_a_text_that_is_too_long_is_named_with_its_template():
-    with pytest.raises(UserError, match="class 'cat' takes .* tokens in the template 'so {} so "):
+    with pytest.raises(UserError, match="class 'cat' in the template 'so {} so .* tokens"):
         class_tokens(tokenizer(), [TEMPLATES[0], "so {}" + " so" * 90], [["cat"], ["cat"]])

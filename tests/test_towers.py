@@ -9,7 +9,7 @@ import torch
 from reference_towers import plain_encode_image, plain_encode_text
 from small_clip import CLASS_WORDS, small_open_clip, small_towers, tokenizer
 
-from pipeline.clip.class_tokens import class_tokens, counts_between
+from pipeline.clip.class_tokens import class_tokens, counts_in_range
 from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
@@ -162,11 +162,11 @@ def wide_towers(trained, precision, quick_gelu=True):
 
     def encode_text(count=NUM_ROWS):
         with autocast(towers.device, precision):
-            return towers.encode_text(tokens.rows(0, count), text_prompts)
+            return towers.encode_text(tokens.slice_rows(0, count), text_prompts)
 
     def encode_images(count=NUM_ROWS):
         with autocast(towers.device, precision):
-            return towers.encode_image(images[:count], vision_prompts, counts_between([15, 15], 0, count))
+            return towers.encode_image(images[:count], vision_prompts, counts_in_range([15, 15], 0, count))
 
     num_suffix = tokens.suffix.shape[1]
     return towers, {
@@ -236,11 +236,11 @@ def test_class_tokens_cut_at_the_shared_words_and_at_the_longest_name():
 
 def test_class_tokens_refuse_what_the_model_cannot_tell_apart():
     clip_tokenizer = tokenizer()
-    with pytest.raises(UserError, match="takes 87 tokens.*reads 77"):
+    with pytest.raises(UserError, match="has 87 tokens.*context length is 77"):
         class_tokens(clip_tokenizer, TEMPLATE, [["cat", "dog " * 80]])
-    with pytest.raises(UserError, match="takes 8 tokens.* beside 70 prompts; the model reads 77"):
+    with pytest.raises(UserError, match="has 8 tokens and 70 prompts; the model's context length is 77"):
         class_tokens(clip_tokenizer, TEMPLATE, [["cat"]], num_prompt_positions=70)
-    with pytest.raises(UserError, match="'TV' and 'tv' are the same"):
+    with pytest.raises(UserError, match="'TV' and 'tv' have the same tokens"):
         class_tokens(clip_tokenizer, TEMPLATE, [["TV", "tv"]])
 
 

@@ -41,7 +41,7 @@ from pipeline.training import evaluate as evaluation
 from pipeline.training import frozen_features
 from pipeline.training.batches import batch_indices
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.evaluate import AHEAD, accuracy, decoded_batches, evaluate, evaluate_features
+from pipeline.training.evaluate import PREFETCH_BATCHES, accuracy, decoded_batches, evaluate, evaluate_features
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features
 from pipeline.training.snapshots import read_gradients, read_trajectory, write_snapshots, write_trajectory
 from pipeline.training.trainer import OPTIMIZERS, Snapshot, StepRecord, Trainer, learning_rate
@@ -167,7 +167,7 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
             seed=5,
             checkpoints=folder and Checkpoints(folder),
             on_step=on_step,
-            snapshot=prompts.task_gradients,
+            snapshot_fn=prompts.task_gradients,
             snapshot_every=3,
         )
         return prompts.state_dict(), trainer.train(), trainer.snapshots
@@ -187,7 +187,7 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
     assert all(torch.equal(value, straight[0][name]) for name, value in resumed[0].items())
     assert [taken.record.step for taken in resumed[2]] == [1, 4, 7, 10, 13, 16]
     for before, after in zip(straight[2], resumed[2]):
-        assert torch.equal(before.gradients, after.gradients) and torch.equal(before.point, after.point)
+        assert torch.equal(before.gradients, after.gradients) and torch.equal(before.parameters, after.parameters)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -322,7 +322,7 @@ def test_snapshots_round_trip(tmp_path):
         read_gradients(tmp_path / "absent.parquet", TASKS)
     write_trajectory(tmp_path / "points.parquet", reversed(snapshots))
     for taken, (step, epoch, point) in zip(snapshots, read_trajectory(tmp_path / "points.parquet"), strict=True):
-        assert (step, epoch) == (taken.record.step, taken.record.epoch) and torch.equal(point, taken.point)
+        assert (step, epoch) == (taken.record.step, taken.record.epoch) and torch.equal(point, taken.parameters)
     with pytest.raises(UserError, match="cannot be read as gradient snapshots"):
         read_trajectory(file)
 
@@ -373,7 +373,7 @@ def zero_shot(towers) -> Classifier:
 def small_chunks(monkeypatch):
     """Of 5 images, or of as few steps as have no more."""
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
-    monkeypatch.setattr(evaluation, "FEATURES_AT_ONCE", 5)
+    monkeypatch.setattr(evaluation, "FEATURE_BATCH_SIZE", 5)
     monkeypatch.setattr(frozen_features, "BATCH_SIZE", 5)
 
 
@@ -443,14 +443,14 @@ def test_reading_ahead_is_bounded_and_ends_with_the_consumer(split_reader, monke
     batches = decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2, batch_size=2)
     next(batches)
     end = time.monotonic() + 10
-    while len(read) < 2 * (1 + AHEAD) and time.monotonic() < end:
+    while len(read) < 2 * (1 + PREFETCH_BATCHES) and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.1)  # a slow model
     assert len(set(threading.enumerate()) - before) == 3
-    assert len(read) == 2 * (1 + AHEAD)
+    assert len(read) == 2 * (1 + PREFETCH_BATCHES)
     batches.close()
     assert set(threading.enumerate()) <= before
-    assert len(read) == 2 * (1 + AHEAD)
+    assert len(read) == 2 * (1 + PREFETCH_BATCHES)
 
 
 def test_an_image_that_broke_after_the_splits_is_named(split_reader, monkeypatch):

@@ -1,4 +1,4 @@
-"""Which arithmetic the towers use: float32, or bfloat16 autocast; prompts and optimizer state are float32 always."""
+"""Precision of the towers: float32, or bfloat16 autocast; trained parameters and optimizer state are always float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.lazy_torch import torch
 
 
 def uses_bfloat16(device: torch.device, precision: str) -> bool:
-    """Whether bfloat16 is asked for, or `auto` finds a GPU that has it."""
+    """Return True if `precision` is bfloat16, or is auto on a GPU that supports it."""
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 

@@ -1,7 +1,7 @@
-"""Lets open_clip import where a CUDA build of torchvision stands beside a CPU build of torch.
+"""Import of open_clip with a CUDA build of torchvision next to a CPU build of torch.
 
 Such a torchvision fails on import because the operators of its C++ library are missing. open_clip and timm use only
-its Python parts, so it is enough to declare the missing operators. Where torchvision imports, this does nothing.
+its Python parts, so declaring the missing operators is enough. If torchvision imports, nothing is changed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_declared: list[torch.library.Library] = []  # a library that is collected takes its operators along
+_declared: list[torch.library.Library] = []  # a garbage-collected library removes its operators
 
 
 def ensure_torchvision() -> None:
-    """Imports torchvision, or declares its missing operators so that its Python parts import. Call it before
-    `import open_clip`."""
+    """Import torchvision, and declare the operators it lacks. Call before `import open_clip`."""
     while True:
         try:
             import torchvision  # noqa: F401

@@ -65,9 +65,9 @@ class Adaptation:
 
     def encode_image(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
         """Features (B, E) of images (B, 3, H, W), standardized, task by task."""
-        return self.adapt(self.image_tower(towers, images, images_per_task))
+        return self.adapt_image_features(self.tower_features(towers, images, images_per_task))
 
-    def image_tower(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
+    def tower_features(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
         """Likewise, before `adapt`."""
         return (self.towers or towers).encode_image(
             images, self.vision_prompts, images_per_task, self.vision_prompts_propagate
@@ -80,7 +80,7 @@ class Adaptation:
         own, others = self.vision_prompts, other.vision_prompts
         return own is others or (own is not None and others is not None and torch.equal(own, others))
 
-    def adapt(self, image_features: torch.Tensor) -> torch.Tensor:
+    def adapt_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         """(B, E) of the image tower → (B, E) that are compared with the classes."""
         return self.image_features(image_features) if self.image_features else image_features
 

@@ -26,7 +26,7 @@ from pipeline.data.names import names_of
 from pipeline.errors import UserError, escaped
 from pipeline.files import written_atomically
 from pipeline.methods.classifier import Classifier
-from pipeline.methods.registry import get_method, options_of
+from pipeline.methods.registry import get_method, method_options
 
 FORMAT = 3
 
@@ -74,7 +74,7 @@ class TrainedAdapter:
         """SHA-256 of all that a file of it says."""
         return _digest(*_contents(self))
 
-    def group_of(self, task: str) -> TrainedAdapter:
+    def select_group(self, task: str) -> TrainedAdapter:
         """The group with this task alone."""
         at = next(at for at, class_names in enumerate(self.groups) if task in class_names)
         return replace(self, groups=(self.groups[at],), states=(self.states[at],))
@@ -127,7 +127,7 @@ class TrainedAdapter:
                 ) from None
             with torch.no_grad():
                 groups.append((class_names, method.to(device)()))
-        return Classifier(towers, kind.templates(config, self.class_names), groups, config.clip.precision)
+        return Classifier(towers, kind.templates_by_task(config, self.class_names), groups, config.clip.precision)
 
 
 def save_adapter(path: Path, prompts: TrainedAdapter) -> None:
@@ -196,7 +196,7 @@ def _contents(prompts: TrainedAdapter) -> tuple[dict[str, Any], dict[str, torch.
             "clip": prompts.config.clip.model_dump(mode="json", exclude={"task_templates"})
             | ({"task_templates": own} if (own := _own_templates(prompts)) else {}),
             "mmap": prompts.config.mmap.model_dump(mode="json"),  # the place of text prompts
-            **options_of(prompts.method, prompts.config),
+            **method_options(prompts.method, prompts.config),
         },
         "weights": prompts.weights,
         "groups": prompts.groups,
@@ -223,7 +223,7 @@ def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 def _check(prompts: TrainedAdapter) -> None:
     """Raises: ValueError: numbers that are none, options that ask for more than there are, odd names, a task twice."""
-    trained, options = get_method(prompts.method).trained, options_of(prompts.method, prompts.config)
+    trained, options = get_method(prompts.method).trainable, method_options(prompts.method, prompts.config)
     sizes = [value for section in options.values() for value in section.values() if type(value) is int]
     if len(prompts.class_names) != sum(map(len, prompts.groups)):
         raise ValueError("a task is in two groups")

@@ -65,8 +65,8 @@ class Classifier:
             like = self.shared_feature_key(task)
             if like not in features:
                 with autocast(self.towers.device, self.precision):
-                    features[like] = self.adaptation(task).image_tower(self.towers, images, [len(images)])
-            logits[task] = self.logits_of_tower(task, features[like])
+                    features[like] = self.adaptation(task).tower_features(self.towers, images, [len(images)])
+            logits[task] = self.logits_from_features(task, features[like])
         return logits
 
     def adaptation(self, task: str) -> Adaptation:
@@ -78,16 +78,16 @@ class Classifier:
         return self._image_features_like[task]
 
     @torch.inference_mode()
-    def logits_of_tower(self, task: str, features: torch.Tensor) -> torch.Tensor:
+    def logits_from_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) of features (B, E) that the image tower gave for this task."""
         adaptation, text_features = self._of_task[task]
         with autocast(self.towers.device, self.precision):
-            x = adaptation.adapt(features)
+            x = adaptation.adapt_image_features(features)
         return adaptation.logits(self.towers, x, text_features)
 
     @torch.inference_mode()
-    def probabilities_of_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
+    def probabilities_from_frozen_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
         """Class probabilities (B, C) of features (B, E) by the frozen image tower, where the method does not change
         it."""
         assert not self.adaptation(task).modifies_image_encoder
-        return self.logits_of_tower(task, features.to(self.towers.device)).softmax(dim=1)
+        return self.logits_from_features(task, features.to(self.towers.device)).softmax(dim=1)

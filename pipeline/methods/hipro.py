@@ -32,7 +32,7 @@ class HiPro(Method):
     title = "HiPro"
     modifies_image_encoder = False
     uses_affinities = True
-    variants = {"hipro": Variant("HiPro", "hipro", "all tasks")}
+    variants = {"hipro": Variant("HiPro", "hipro", "multi-task")}
 
     class Options(MethodConfig):
         """HiPro: a tree of contexts."""
@@ -72,7 +72,7 @@ class HiPro(Method):
             suffix=tokens.suffix[repeated],
             eot=tokens.eot[repeated],
             rows_per_task=tuple(len(rows[task]) for task, _ in pairs),
-            name_at=tuple(tokens.name_at[task] for task, _ in pairs),
+            name_start=tuple(tokens.name_start[task] for task, _ in pairs),
         )
         contexts = torch.stack([self.contexts[node] for _, node in pairs])[:, None]
         z = F.normalize(towers.encode_text(of_pairs, contexts, propagate=True), dim=-1)

@@ -28,7 +28,7 @@ TEMPERATURE = 2.0
 class Lamm(Method):
     title = "LAMM"
     modifies_image_encoder = False
-    consistent = True
+    uses_consistency = True
 
     class Options(MethodConfig):
         """LAMM: trained class names."""
@@ -69,7 +69,7 @@ class Lamm(Method):
         (towers,) = self._towers
         suffix = towers.token_embedding(tokens.suffix)
         trained = self.embeddings[self.number_of_row[tokens.first_row :][: len(suffix)]]
-        texts = zip(suffix.split(tokens.rows_per_task), trained.split(tokens.rows_per_task), tokens.name_at)
+        texts = zip(suffix.split(tokens.rows_per_task), trained.split(tokens.rows_per_task), tokens.name_start)
         return torch.cat([_with_names(of_task, names.to(suffix.dtype), at) for of_task, names, at in texts])
 
     def _of_images(

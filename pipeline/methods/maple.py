@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-def first_words(template: str, towers: ClipTowers, prompts: torch.Tensor) -> torch.Tensor:
+def initialize_from_template(template: str, towers: ClipTowers, prompts: torch.Tensor) -> torch.Tensor:
     """Prompts (b, d_l), of which the first are replaced by the embeddings of the words before the class name."""
     ids = torch.tensor(towers.tokenizer.encode(template.partition("{}")[0].strip())[: len(prompts)], dtype=torch.int64)
     words = towers.token_embedding(ids.to(towers.device)).detach().to(prompts)
@@ -45,7 +45,7 @@ class Maple(Method):
         self.tasks = tuple(words)
         options, width = config.section(Maple.Options), towers.text_width
         prompts = normal(options.depth, options.prompt_length, width, std=0.02, seed=config.seed, purpose="maple")
-        prompts[0] = first_words(config.clip.template, towers, prompts[0])
+        prompts[0] = initialize_from_template(config.clip.template, towers, prompts[0])
         self.text_prompts = nn.Parameter(prompts)  # (K', b, d_l)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "maple projections"))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 ClassNames = Mapping[str, Sequence[str]]
 """Task → words of its classes by label."""
-TaskScope = Literal["each task", "all tasks", "found groups", "random groups"]
-REGISTERED: dict[str, type[Method]] = {}
+TaskScope = Literal["single-task", "multi-task", "found groups", "random groups"]
+REGISTRY: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Variant:
 
     title: str
     method: str
-    groups: TaskScope
-    starts_from: str | None = None
+    scope: TaskScope
+    init_from: str | None = None
     """Variant whose trained state each training goes on from."""
 
     @property
     def uses_grouping(self) -> bool:
         """Whether the tasks' affinities or groups have to be known first."""
-        return self.groups in ("found groups", "random groups") or REGISTERED[self.method].uses_affinities
+        return self.scope in ("found groups", "random groups") or REGISTRY[self.method].uses_affinities
 
 
 class TrainingOverrides(Section, affects=("method",)):
@@ -83,14 +83,14 @@ class Method(Module):
     """Name of that section: that of the method, unless a class says another one."""
     variants: ClassVar[Mapping[str, Variant] | None] = None
     """None: `<name>`, which trains for each task alone, and `<name>_mt`, once for all tasks."""
-    trained: ClassVar[bool] = True
+    trainable: ClassVar[bool] = True
     """Whether there is anything to train."""
     trains_weights: ClassVar[bool] = False
     """Whether weights of the towers train, which are loaded in float32 then."""
     modifies_image_encoder: ClassVar[bool] = True
     """Whether the image tower gives other features than the frozen CLIP's; else those are computed once for all such
     methods."""
-    consistent: ClassVar[bool] = False
+    uses_consistency: ClassVar[bool] = False
     """Whether it is held to the frozen CLIP's features of the training images."""
     uses_affinities: ClassVar[bool] = False
     """Whether its `build_tree(affinities)` wants to know how much the tasks' gradients agree."""
@@ -110,7 +110,7 @@ class Method(Module):
         return of_config
 
     @classmethod
-    def templates(cls, config: Config, tasks: Iterable[str]) -> dict[str, str]:
+    def templates_by_task(cls, config: Config, tasks: Iterable[str]) -> dict[str, str]:
         """Task → text of its classes, as the method takes it."""
         return {task: cls.template(config.clip.template_of(task)) for task in tasks}
 
@@ -149,9 +149,9 @@ def method(name: str) -> Callable[[type[M]], type[M]]:
     """Registers a subclass of Method."""
 
     def register(cls: type[M]) -> type[M]:
-        assert name not in REGISTERED, f"two methods are called {name}"
+        assert name not in REGISTRY, f"two methods are called {name}"
         cls.name, cls.section = name, cls.section or (name if cls.Options else None)
-        REGISTERED[name] = cls
+        REGISTRY[name] = cls
         return cls
 
     return register

@@ -91,7 +91,7 @@ class SharedMmap(Method):
     Options = MmapConfig
     section = "mmap"
     variants = {
-        "mmap_task_only": Variant("MmAP, task only", "mmap_shared", "each task"),
+        "mmap_task_only": Variant("MmAP, task only", "mmap_shared", "single-task"),
         "mmap_group_only": Variant("MmAP, group only", "mmap_shared", "found groups"),
     }
 
@@ -138,7 +138,7 @@ class GroupMmap(Method):
     Options = MmapConfig
     variants = {
         "mmap_random_groups": Variant("MmAP, random groups", "mmap", "random groups"),
-        "all_in_one": Variant("MmAP, all in one group", "mmap", "all tasks"),
+        "all_in_one": Variant("MmAP, all in one group", "mmap", "multi-task"),
         "grouped": Variant("MmAP, grouped", "mmap", "found groups"),
     }
 
@@ -152,7 +152,7 @@ class GroupMmap(Method):
     def build(cls, config: Config, towers: ClipTowers, class_names: Collection[str]) -> Self:
         return cls(MmapShape.of(config.mmap, towers), class_names, config.seed, config.mmap.init_std)
 
-    def join(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_frozen_group_prompt(self, state: Mapping[str, torch.Tensor]) -> None:
         """Takes the group prompt of a trained group's state dict, and leaves it as it is: a training then changes the
         tasks' prompts only."""
         self.group.load_state_dict(

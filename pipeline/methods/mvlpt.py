@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Mvlpt(Method):
     title = "MVLPT"
     variants = {
-        "mvlpt": Variant("MVLPT", "mvlpt", "each task", starts_from="mvlpt_mt"),
-        "mvlpt_mt": Variant("MVLPT, first stage", "mvlpt", "all tasks"),
+        "mvlpt": Variant("MVLPT", "mvlpt", "single-task", init_from="mvlpt_mt"),
+        "mvlpt_mt": Variant("MVLPT, first stage", "mvlpt", "multi-task"),
     }
 
     class Options(MethodConfig):

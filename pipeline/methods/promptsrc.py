@@ -13,7 +13,7 @@ from pipeline.config.fields import NonNegative, PositiveInt
 from pipeline.errors import UserError
 from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation, Consistency
-from pipeline.methods.maple import Maple, first_words
+from pipeline.methods.maple import Maple, initialize_from_template
 from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import normal
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @method("promptsrc")
 class PromptSrc(Method):
     title = "PromptSRC"
-    consistent = True
+    uses_consistency = True
 
     class Options(MethodConfig):
         """PromptSRC: prompts of both towers, held to the frozen CLIP."""
@@ -51,7 +51,7 @@ class PromptSrc(Method):
             normal(depth, length, width, std=0.02, seed=config.seed, purpose=f"promptsrc {tower}")
             for tower, width in (("text", towers.text_width), ("vision", towers.vision_width))
         )
-        text[0] = first_words(config.clip.template, towers, text[0])
+        text[0] = initialize_from_template(config.clip.template, towers, text[0])
         self.text_prompts = nn.Parameter(text)  # (K', b, d_l)
         self.vision_prompts = nn.Parameter(vision)  # (K', b, d_v)
 

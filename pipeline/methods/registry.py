@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.methods import __path__ as _FOLDER
-from pipeline.methods.method import REGISTERED, Method, Variant
+from pipeline.methods.method import REGISTRY, Method, Variant
 
 if TYPE_CHECKING:
     from pipeline.config import Config, TrainingConfig
@@ -36,15 +36,15 @@ _ORDER = (
 )
 """Of methods in reports and lists. A method need not be here: all others are by their names."""
 METHODS: dict[str, type[Method]] = {
-    name: REGISTERED[name]
-    for name in sorted(REGISTERED, key=lambda name: (_ORDER.index(name if name in _ORDER else "any other"), name))
+    name: REGISTRY[name]
+    for name in sorted(REGISTRY, key=lambda name: (_ORDER.index(name if name in _ORDER else "any other"), name))
 }
 _single_and_multi_task = {name: method.title for name, method in METHODS.items() if method.variants is None}
 _declared = {name: variant for method in METHODS.values() for name, variant in (method.variants or {}).items()}
 VARIANTS = {
     "zero_shot": _declared.pop("zero_shot"),
-    **{name: Variant(title, name, "each task") for name, title in _single_and_multi_task.items()},
-    **{f"{name}_mt": Variant(f"{title}-MT", name, "all tasks") for name, title in _single_and_multi_task.items()},
+    **{name: Variant(title, name, "single-task") for name, title in _single_and_multi_task.items()},
+    **{f"{name}_mt": Variant(f"{title}-MT", name, "multi-task") for name, title in _single_and_multi_task.items()},
     **_declared,
 }
 """The columns of a report, in its order."""
@@ -59,13 +59,13 @@ def get_method(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def options_of(method: str, config: Config) -> dict[str, Any]:
+def method_options(method: str, config: Config) -> dict[str, Any]:
     """The method's section of the config, by its name, without its training."""
     section = get_method(method).section
     return {} if section is None else {section: getattr(config, section).model_dump(mode="json", exclude={"training"})}
 
 
-def training_of(method: str, config: Config) -> TrainingConfig:
+def training_config(method: str, config: Config) -> TrainingConfig:
     """How a method is trained: config.training, with what its own section has instead."""
     own = getattr(getattr(config, get_method(method).section or "", None), "training", None)
     changes = own.model_dump(exclude_none=True) if own else {}

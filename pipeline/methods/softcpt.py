@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class SoftCpt(Method):
     title = "SoftCPT"
     modifies_image_encoder = False
-    variants = {"softcpt": Variant("SoftCPT", "softcpt", "all tasks")}
+    variants = {"softcpt": Variant("SoftCPT", "softcpt", "multi-task")}
 
     class Options(MethodConfig):
         """SoftCPT: contexts made from the tasks' names."""

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 @method("zero_shot")
 class ZeroShot(Method):
     title = "zero-shot"
-    trained = False
+    trainable = False
     modifies_image_encoder = False
-    variants = {"zero_shot": Variant("zero-shot", "zero_shot", "all tasks")}
+    variants = {"zero_shot": Variant("zero-shot", "zero_shot", "multi-task")}
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()

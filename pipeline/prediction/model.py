@@ -23,7 +23,7 @@ from pipeline.prediction.calibration import fit_temperature
 from pipeline.prediction.options import ModelOptions, write_options
 
 BATCH_SIZE = 64
-AHEAD = 2
+PREFETCH_BATCHES = 2
 """Batches that are decoded before they are asked for; they bound the memory."""
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -206,7 +206,7 @@ class TrainedModel:
                 pixels = torch.zeros(len(batch), 3, self.image_size, self.image_size, dtype=torch.uint8)
                 yield pixels, [self._decoding.submit(_decode, *pair) for pair in zip(batch, pixels.numpy())]
 
-        for pixels, decoding in prefetch(started(), AHEAD):
+        for pixels, decoding in prefetch(started(), PREFETCH_BATCHES):
             yield pixels, [image.result() for image in decoding]
 
     def _predict(

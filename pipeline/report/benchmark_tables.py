@@ -103,7 +103,7 @@ def section_of(method: str) -> str:
     if method not in VARIANTS:
         return OTHERS
     variant = VARIANTS[method]
-    return EACH_TASK if variant.groups == "each task" and variant.starts_from is None else ALL_TASKS
+    return EACH_TASK if variant.scope == "single-task" and variant.init_from is None else ALL_TASKS
 
 
 # --- tables ---------------------------------------------------------------------------------------------
@@ -185,11 +185,11 @@ def framework_table(benchmark: Benchmark) -> Table | None:
     rows = []
     for method in methods:
         variant = VARIANTS[method]
-        alone = variant.groups == "each task"
+        alone = variant.scope == "single-task"
         cells: list[str | Cell] = [
             "✓" if alone or variant.method == "mmap" else "",
             "" if alone else "✓",
-            variant.groups,
+            variant.scope,
         ]
         for shots in shots_shown:
             cells += [marked[shots][method], *([f"{printed[shots][method]:.2f}"] if shots in printed else [])]
@@ -390,7 +390,7 @@ def to_csv(benchmark: Benchmark) -> str:
         ("method", "title", "groups", "shots", "seed", "task", "accuracy", "trained_parameters", "paper_accuracy")
     )
     for run in benchmark.results:
-        groups = "" if section_of(run.method) in (ZERO_SHOT_SECTION, OTHERS) else VARIANTS[run.method].groups
+        groups = "" if section_of(run.method) in (ZERO_SHOT_SECTION, OTHERS) else VARIANTS[run.method].scope
         printed = paper.accuracy.get(run.shots, {}).get(run.method, {}) if paper else {}
         for task, accuracy in run.accuracy.items():
             of_paper = round(printed[task].mean / 100, 3) if task in printed else ""  # printed with one decimal, in %

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.clip.class_tokens import counts_between
+from pipeline.clip.class_tokens import counts_in_range
 from pipeline.clip.precision import autocast
 from pipeline.methods.classifier import Classifier
 from pipeline.prediction.model import ImagePrediction, TrainedModel
@@ -72,7 +72,7 @@ def predict_batch(asked: Sequence[PredictRequest], at_once: int) -> list[list[Im
     for at, one in enumerate(asked):
         classifier = one.model.classifier
         logits = {
-            task: classifier.logits_of_tower(task, features[at, classifier.shared_feature_key(task)])
+            task: classifier.logits_from_features(task, features[at, classifier.shared_feature_key(task)])
             for task in one.model.asked_for(one.task)
         }
         predictions.append(list(one.model.predictions(logits, one.task)))
@@ -96,6 +96,6 @@ def _tower_pass(
         stop = min(start + at_once, len(pixels))
         images = towers.normalize_pixels(pixels[start:stop].to(towers.device))
         with autocast(towers.device, first.classifier.precision):
-            of_these = counts_between(counts, start, stop)
+            of_these = counts_in_range(counts, start, stop)
             features.append(towers.encode_image(images, prompts, of_these, adaptation.vision_prompts_propagate))
     return torch.cat(features)

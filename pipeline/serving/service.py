@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.clip.load import towers_without_weights
+from pipeline.clip.load import build_meta_towers
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.methods.registry import get_method
@@ -78,7 +78,7 @@ def running_service(trained: Trained, options: ServiceOptions, ends_with_ray: bo
     in_store = ray.put(dict(trained))  # once for all replicas; the driver keeps it, for those that are started again
     models = {name: _told(*of_model) for name, of_model in trained.items()}
     prompts, _ = next(iter(trained.values()))
-    image_size = towers_without_weights(prompts.config.clip).image_size
+    image_size = build_meta_towers(prompts.config.clip).image_size
     for_both: dict[str, Any] = {
         "health_check_period_s": HEALTH_CHECK_EVERY_S,
         "graceful_shutdown_wait_loop_s": 0.5,

@@ -49,7 +49,7 @@ def _epochs(config: Config) -> int:
 
 
 def _train(spec: TrainingSpec, epochs: int, artifact: Artifact, progress: Any) -> None:
-    config, towers, first = spec.config, spec.towers(), DistributedShard.current().first
+    config, towers, first = spec.config, spec.towers(), DistributedShard.current().is_main_process
     prompts = SharedMmap.build(config, towers, spec.tasks).to(towers.device)
     with artifact.writer(publish=first) as writer:
         snapshots = spec.train(
@@ -58,7 +58,7 @@ def _train(spec: TrainingSpec, epochs: int, artifact: Artifact, progress: Any) -
             epochs,
             writer,
             Reporter(progress, spec.label),
-            snapshot=prompts.task_gradients,
+            snapshot_fn=prompts.task_gradients,
             snapshot_every=config.global_prompt.snapshot_every,
         )
         if first:

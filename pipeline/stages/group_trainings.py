@@ -23,7 +23,7 @@ from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import HiPro
 from pipeline.methods.method import TaskScope
 from pipeline.methods.mmap import GroupMmap
-from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, get_method, training_of
+from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, get_method, training_config
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, WorkItem
@@ -157,12 +157,12 @@ def plan_trainings(
     if name in planned:
         return planned[name]
     variant = VARIANTS[name]
-    init_candidates = plan_trainings(plan, variant.starts_from, grouping, planned) if variant.starts_from else []
+    init_candidates = plan_trainings(plan, variant.init_from, grouping, planned) if variant.init_from else []
     affinities = None
     if get_method(variant.method).uses_affinities:
         assert grouping is not None  # Variant.uses_grouping
         affinities = grouping["affinity"]
-    groups = _groups(plan, variant.groups, grouping)
+    groups = _groups(plan, variant.scope, grouping)
     planned[name] = []
     for tasks in groups:
         label = name.replace("_", " ")
@@ -184,7 +184,7 @@ def _training(
     frozen_group_prompt: TrainedAdapter | None = None,
 ) -> Training:
     kind = get_method(method)
-    effects: tuple[Effect, ...] = ("training", "evaluation") if kind.trained else ("evaluation",)
+    effects: tuple[Effect, ...] = ("training", "evaluation") if kind.trainable else ("evaluation",)
     inputs = {
         **training_inputs(plan, method, tasks, *effects),
         "group": list(tasks),
@@ -194,7 +194,7 @@ def _training(
     }
     training: dict[str, ImageFeatures] = {}
     test: dict[str, ImageFeatures] = {}
-    if kind.trained and (kind.consistent or not kind.modifies_image_encoder):
+    if kind.trainable and (kind.uses_consistency or not kind.modifies_image_encoder):
         training = {task: training_features(plan, task, method) for task in tasks}
     if not kind.modifies_image_encoder:
         test = {task: test_features(plan, task) for task in tasks}
@@ -206,9 +206,9 @@ def _training(
 
 def _groups(plan: Plan, kind: TaskScope, grouping: dict[str, Any] | None) -> Sequence[tuple[str, ...]]:
     tasks = tuple(plan.tasks)
-    if kind == "each task":
+    if kind == "single-task":
         return [(task,) for task in tasks]
-    if kind == "all tasks":
+    if kind == "multi-task":
         return [tasks]
     assert grouping is not None  # Variant.uses_grouping
     found = [tuple(group) for group in grouping["groups"]]
@@ -258,19 +258,19 @@ def _train_group(
     config, towers, class_names = spec.config, spec.towers(kind.trains_weights), spec.class_names()
     method = build_method(spec, towers, init_from, affinities)
     if frozen_group_prompt:
-        cast(GroupMmap, method).join(frozen_group_prompt.states[0])  # what joins is MmAP
-    with artifact.writer(publish=share.first) as writer:
-        if kind.trained:
-            spec.train(towers, method, training_of(spec.method, config).epochs, writer, reporter)
+        cast(GroupMmap, method).load_frozen_group_prompt(frozen_group_prompt.states[0])
+    with artifact.writer(publish=share.is_main_process) as writer:
+        if kind.trainable:
+            spec.train(towers, method, training_config(spec.method, config).epochs, writer, reporter)
         fingerprint = weights_fingerprint(towers)
         trained = TrainedAdapter(spec.method, config, fingerprint, (class_names,), (dict(method.state_dict()),))
         with torch.no_grad():
-            templates = kind.templates(config, class_names)
+            templates = kind.templates_by_task(config, class_names)
             classifier = Classifier(towers, templates, [(class_names, method())], config.clip.precision)
         predictions = _predictions(spec, classifier, reporter, share)
         frozen = [parameter for parameter in method.parameters() if not parameter.requires_grad]
-        if share.first:
-            if kind.trained:
+        if share.is_main_process:
+            if kind.trainable:
                 save_adapter(writer.folder / ADAPTER, trained)
             write_predictions(writer.folder / "predictions.parquet", predictions)
             result = {
@@ -301,8 +301,8 @@ def _predictions(
 
     def on_images(count: int) -> None:
         nonlocal done
-        done = min(done + count * share.world, total)
-        if share.first:
+        done = min(done + count * share.world_size, total)
+        if share.is_main_process:
             reporter.update(done, total, "test images")
 
     return spec.predictions(classifier, on_images)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.config import TrainingConfig, values_affecting
-from pipeline.methods.registry import training_of
+from pipeline.methods.registry import training_config
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.stage import WorkItem
 from pipeline.runtime.storage import Artifact
@@ -38,7 +38,7 @@ def test_features(plan: Plan, task: str) -> ImageFeatures:
 
 def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
     """For as many steps as a training with this task takes at most; one with smaller tasks only takes the first."""
-    training = training_of(method, plan.config)
+    training = training_config(method, plan.config)
     counts = plan.split_description.counts["train"]
     num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in plan.tasks], training.batch_size)
     config = training_config_values(plan.config, method, [task], "training_features")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.clip.class_tokens import class_tokens
-from pipeline.clip.load import ClipIdentity, clip_identity, towers_without_weights, weights_file
+from pipeline.clip.load import ClipIdentity, build_meta_towers, clip_identity, weights_file
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, RESULTS, Config, content_hash, to_yaml, values_affecting
 from pipeline.data.index import DatasetIndex, index_dataset, unexpected_counts
@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files import make_folder, write_atomically
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
-from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_of
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
 from pipeline.runtime.session import open_storage
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
@@ -170,7 +170,7 @@ def _find_data(config: Config, storage: Storage) -> DatasetIndex:
 def _check_model(config: Config, dataset_index: DatasetIndex) -> tuple[ClipIdentity, MmapShape]:
     identity = clip_identity(config.clip)
     return identity, check_methods(
-        config, dataset_index, towers_without_weights(config.clip), (*DEFAULT_VARIANTS, *config.baselines)
+        config, dataset_index, build_meta_towers(config.clip), (*DEFAULT_VARIANTS, *config.baselines)
     )
 
 
@@ -185,9 +185,9 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
     workers, num_classes = config.cluster.workers_per_training, min(map(len, class_names))
     for name in names:
         method = VARIANTS[name].method
-        kind, batch = METHODS[method], training_of(method, config).batch_size
+        kind, batch = METHODS[method], training_config(method, config).batch_size
         kind.check(config, towers)
-        templates = kind.templates(config, dataset_index.classes)
+        templates = kind.templates_by_task(config, dataset_index.classes)
         class_tokens(towers.tokenizer, list(templates.values()), class_names, kind.num_prompt_positions(config))
         if workers > min(batch, num_classes):
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.files import make_folder, write_atomically, write_json
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
-from pipeline.methods.registry import VARIANTS, get_method, training_of
+from pipeline.methods.registry import VARIANTS, get_method, training_config
 from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_mlflow_description
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
@@ -117,7 +117,7 @@ def track_results(
                 "objective": config.grouping.objective,
                 "affinity": config.grouping.affinity,
                 # MLflow's plots draw a run that lacks a parameter beyond all that have it.
-                "learning_rate": training_of(kind, config).learning_rate if get_method(kind).trained else 0,
+                "learning_rate": training_config(kind, config).learning_rate if get_method(kind).trainable else 0,
             },
         )
         session.tracker.log_metrics(

@@ -23,7 +23,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config, Effect, values_affecting
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.classifier import Classifier
-from pipeline.methods.registry import get_method, training_of
+from pipeline.methods.registry import get_method, training_config
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
 from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage
@@ -56,7 +56,7 @@ class TrainingSpec:
 
     def device(self) -> torch.device:
         """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
-        if DistributedShard.current().world > 1 and torch.cuda.is_available():
+        if DistributedShard.current().world_size > 1 and torch.cuda.is_available():
             from ray.train.torch import get_device
 
             return get_device()
@@ -103,7 +103,7 @@ class TrainingSpec:
             **snapshots,
         )
         history = trainer.train()
-        if DistributedShard.current().first:
+        if DistributedShard.current().is_main_process:
             write_history(writer.folder / HISTORY, self.tasks, history)
         return trainer.snapshots
 
@@ -123,14 +123,14 @@ class TrainingSpec:
         frozen_templates = {task: config.clip.template_of(task) for task in self.tasks}
         tokens, frozen_tokens = (
             class_tokens(towers.tokenizer, list(templates.values()), class_names).to(towers.device)
-            for templates in (kind.templates(config, self.tasks), frozen_templates)
+            for templates in (kind.templates_by_task(config, self.tasks), frozen_templates)
         )
         return Trainer(
             towers,
             method,
             sets,
             tokens,
-            training_of(self.method, config),
+            training_config(self.method, config),
             epochs=epochs,
             seed=config.seed,
             precision=config.clip.precision,
@@ -201,7 +201,7 @@ def training_config_values(config: Config, method: str, tasks: Sequence[str], *e
     own section has instead."""
     templates = {task: text for task, text in config.clip.task_templates.items() if task in tasks}
     clip = config.clip.model_copy(update={"task_templates": templates})
-    config = config.model_copy(update={"clip": clip, "training": training_of(method, config)})
+    config = config.model_copy(update={"clip": clip, "training": training_config(method, config)})
     return values_affecting(config, *effects)
 
 

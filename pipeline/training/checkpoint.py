@@ -21,7 +21,7 @@ from pipeline.files import put_in_place, sync, written_atomically
 
 log = logging.getLogger(__name__)
 DIGEST = hashlib.sha256().digest_size
-NEWEST, BEFORE = "checkpoint.pt", "checkpoint.before.pt"
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.before.pt"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        newest, before = self.folder / NEWEST, self.folder / BEFORE
+        newest, before = self.folder / NEWEST, self.folder / PREVIOUS
         with written_atomically(newest) as partial:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as stream:
@@ -51,7 +51,7 @@ class Checkpoints:
 
     def load(self) -> dict[str, Any] | None:
         """The newest whole state, or None. A damaged newest file is told of, and the one before is used."""
-        for path in (self.folder / NEWEST, self.folder / BEFORE):
+        for path in (self.folder / NEWEST, self.folder / PREVIOUS):
             if not path.exists():
                 continue
             content = memoryview(path.read_bytes())

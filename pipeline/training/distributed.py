@@ -1,4 +1,4 @@
-"""Data-parallel training: which images and classes of a step a worker takes, and how the workers' parts add up;
+"""Data-parallel training: which images and classes of a step a worker takes, and how the workers' shard_slices add up;
 which batches it evaluates.
 
 Every worker knows the whole step (all tasks' batches, all classes) and computes a share of its images and of its class
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.clip.class_tokens import counts_between
+from pipeline.clip.class_tokens import counts_in_range
 
 
 @dataclass(frozen=True)
 class DistributedShard:
-    """Worker `rank` of `world` workers."""
+    """Worker `rank` of `world_size` workers."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @staticmethod
     def current() -> DistributedShard:
@@ -34,31 +34,31 @@ class DistributedShard:
         return DistributedShard(dist.get_rank(), dist.get_world_size())
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this worker is the one that reports and writes files."""
         return self.rank == 0
 
-    def rows(self, count: int) -> tuple[int, int]:
+    def row_range(self, count: int) -> tuple[int, int]:
         """This worker's part of `count` rows: from, to."""
-        return count * self.rank // self.world, count * (self.rank + 1) // self.world
+        return count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
 
-    def parts(self, rows_per_task: Sequence[int]) -> list[slice]:
+    def shard_slices(self, rows_per_task: Sequence[int]) -> list[slice]:
         """Of each task's rows, those that are this worker's: all tasks' rows in a row are divided, not each task's."""
-        before, until = (counts_between(rows_per_task, 0, bound) for bound in self.rows(sum(rows_per_task)))
+        before, until = (counts_in_range(rows_per_task, 0, bound) for bound in self.row_range(sum(rows_per_task)))
         return [slice(start, stop) for start, stop in zip(before, until)]
 
     def all_gather_rows(self, own: torch.Tensor, count: int) -> torch.Tensor:
         """All workers' rows (count, ...) from each one's own; a gradient goes back to the worker whose row it is."""
-        if self.world == 1:
+        if self.world_size == 1:
             return own
-        start, stop = self.rows(count)
+        start, stop = self.row_range(count)
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         before, after = own.new_zeros(start, *own.shape[1:]), own.new_zeros(count - stop, *own.shape[1:])
         return _summed(torch.cat([before, own, after]))
 
     def all_reduce_sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over the workers, in one exchange."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
@@ -67,9 +67,9 @@ class DistributedShard:
 
     def gather_interleaved(self, own: list[Any]) -> list[Any]:
         """All workers' items, where item i of worker r is the (i · world + r)-th."""
-        if self.world == 1:
+        if self.world_size == 1:
             return own
-        of_all: list[Any] = [None] * self.world
+        of_all: list[Any] = [None] * self.world_size
         dist.all_gather_object(of_all, own)
         nothing = object()
         return [item for turn in zip_longest(*of_all, fillvalue=nothing) for item in turn if item is not nothing]

@@ -28,8 +28,8 @@ from pipeline.training.distributed import DistributedShard
 from pipeline.training.memory import explain_out_of_memory
 
 BATCH_SIZE = 128
-FEATURES_AT_ONCE = 4096
-AHEAD = 3
+FEATURE_BATCH_SIZE = 4096
+PREFETCH_BATCHES = 3
 """Batches that are read and decoded before they are asked for; they bound the memory."""
 
 Row = dict[str, Any]
@@ -107,9 +107,9 @@ def evaluate_features(
     predictions = []
     for task, of_task in features.items():
         rows = list(reader.rows("test", task, ("label", "path")))
-        for start in range(0, len(rows), FEATURES_AT_ONCE):
-            part = slice(start, min(start + FEATURES_AT_ONCE, len(rows)))
-            best = classifier.probabilities_of_features(task, of_task[part]).max(dim=1)
+        for start in range(0, len(rows), FEATURE_BATCH_SIZE):
+            part = slice(start, min(start + FEATURE_BATCH_SIZE, len(rows)))
+            best = classifier.probabilities_from_frozen_features(task, of_task[part]).max(dim=1)
             values = zip(rows[part], *(tensor.tolist() for tensor in best))
             predictions += [Prediction(task, row["path"], row["label"], q, p) for row, p, q in values]
     return predictions
@@ -152,7 +152,7 @@ def decoded_batches(
     the program goes on. Of several workers, each decodes the batches of its `share` alone.
     """
     share = share or DistributedShard()
-    batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), share.rank, None, share.world)
+    batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), share.rank, None, share.world_size)
     decoding = ThreadPoolExecutor(threads, "decode")
 
     def started() -> Iterator[tuple[str, list[Row], torch.Tensor, list[Future[None]]]]:
@@ -162,7 +162,7 @@ def decoded_batches(
 
     try:
         with closing(
-            prefetch_in_thread(started(), AHEAD)
+            prefetch_in_thread(started(), PREFETCH_BATCHES)
         ) as drawn:  # ends first, since it hands images on to the other
             for task, rows, pixels, decoded in drawn:
                 for image in decoded:

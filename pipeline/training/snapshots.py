@@ -60,9 +60,7 @@ def write_snapshots(
 
 def write_trajectory(path: Path, snapshots: Iterable[Snapshot]) -> None:
     """Writes where the snapshots were taken."""
-    rows = [
-        {"step": taken.record.step, "epoch": taken.record.epoch, "point": taken.point.numpy()} for taken in snapshots
-    ]
+    rows = [{"step": s.record.step, "epoch": s.record.epoch, "point": s.parameters.numpy()} for s in snapshots]
     pq.write_table(pa.Table.from_pylist(rows, schema=TRAJECTORY_SCHEMA), path, compression="zstd")
 
 

@@ -66,7 +66,7 @@ class Snapshot:
     record: StepRecord
     gradients: torch.Tensor
     """(T, P), float32."""
-    point: torch.Tensor
+    parameters: torch.Tensor
     """(P,), float32: the method's parameters of which these are the gradients, in their order."""
 
 
@@ -105,7 +105,7 @@ class Trainer:
     """For the whole state every config.checkpoint_every epochs."""
     on_step: Callable[[StepRecord, int], None] = lambda record, num_steps: None
     """Told each new step's record and the number of all steps."""
-    snapshot: Callable[[], torch.Tensor] | None = None
+    snapshot_fn: Callable[[], torch.Tensor] | None = None
     """Reads something off the backward pass of every `snapshot_every`-th step, from the first."""
     snapshot_every: int = 1
     frozen_tokens: ClassTokens | None = None
@@ -121,8 +121,8 @@ class Trainer:
         self.steps_per_epoch = num_steps_per_epoch((len(task.labels) for task in self.sets), config.batch_size)
         self.num_steps = self.epochs * self.steps_per_epoch
         self._share = DistributedShard.current()
-        self._own_sets = list(zip(self.sets, self._share.parts([config.batch_size] * len(self.sets))))
-        self._own_tokens = self.tokens.rows(*self._share.rows(len(self.tokens.suffix)))
+        self._own_sets = list(zip(self.sets, self._share.shard_slices([config.batch_size] * len(self.sets))))
+        self._own_tokens = self.tokens.slice_rows(*self._share.row_range(len(self.tokens.suffix)))
         self._memory = explain_out_of_memory(
             towers.device,
             f"training: lower clip.activation_memory_gib={towers.activation_memory_gib:g} or training.batch_size="
@@ -152,7 +152,7 @@ class Trainer:
         epoch = self.epoch + 1
         while self.epoch < epoch:
             record = self.step()
-            if self._share.first:
+            if self._share.is_main_process:
                 due = self.epoch == epoch < self.epochs and epoch % self.config.checkpoint_every == 0
                 if self.checkpoints and due:
                     self.checkpoints.save(self.state_dict())
@@ -169,7 +169,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         measured = self.backward(step)
-        taken = self.snapshot() if self.snapshot and step % self.snapshot_every == 0 else measured.new_empty(0)
+        taken = self.snapshot_fn() if self.snapshot_fn and step % self.snapshot_every == 0 else measured.new_empty(0)
         # A step depends on all parameters, so that each has a gradient.
         self._share.all_reduce_sum(
             [*(cast(torch.Tensor, parameter.grad) for parameter in self.parameters), measured, taken]
@@ -212,9 +212,9 @@ class Trainer:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": [tuple(vars(record).values()) for record in self.history],
-            "snapshot_at": [taken.record.step - 1 for taken in self.snapshots],
+            "snapshot_steps": [taken.record.step - 1 for taken in self.snapshots],
             "snapshots": [taken.gradients for taken in self.snapshots],
-            "points": [taken.point for taken in self.snapshots],
+            "points": [taken.parameters for taken in self.snapshots],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,7 +222,7 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = [StepRecord(*values) for values in state["history"]]
-        taken = zip(state["snapshot_at"], state["snapshots"], state["points"])
+        taken = zip(state["snapshot_steps"], state["snapshots"], state["points"])
         self.snapshots = [Snapshot(self.history[at], gradients, point) for at, gradients, point in taken]
 
     def _image_features(
@@ -234,7 +234,7 @@ class Trainer:
         if adaptation.consistency or not adaptation.modifies_image_encoder:
             frozen, labels = zip(*(task.frozen_batch(step, size, self.seed, part) for task, part in self._own_sets))
         if not adaptation.modifies_image_encoder:
-            return [adaptation.adapt(features) for features in frozen], frozen, labels
+            return [adaptation.adapt_image_features(features) for features in frozen], frozen, labels
         augmented = towers.image_size, self.config.augmentation, self.seed
         pixels, labels = zip(*(task.batch(step, size, *augmented, part) for task, part in self._own_sets))
         counts = [len(of_task) for of_task in pixels]
@@ -272,7 +272,7 @@ class Trainer:
             if consistency.parameter_loss is not None:
                 alike = alike + consistency.parameter_loss / len(self.sets)
             image_loss = consistency.image_loss(unit_x, unit_frozen_x, of_task, frozen_logits).sum()
-            losses.append(image_loss / self.config.batch_size + alike / self._share.world)
+            losses.append(image_loss / self.config.batch_size + alike / self._share.world_size)
         return torch.stack(losses)
 
     def _check_finite(self, record: StepRecord) -> None:

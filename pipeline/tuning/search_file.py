@@ -220,7 +220,7 @@ def _check_value(name: str, value: Any, why: str = "") -> None:
 
 
 def _check_version(name: Any) -> None:
-    valid = [name for name, variant in VARIANTS.items() if METHODS[variant.method].trained]
+    valid = [name for name, variant in VARIANTS.items() if METHODS[variant.method].trainable]
     if name not in valid:
         hint = did_you_mean(str(name), valid)
         raise UserError(f"method {name!r} is not one that can be searched{hint} Valid: {', '.join(valid)}")

@@ -18,7 +18,7 @@ from pipeline.grouping.search.constraints import check_constraints
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.mmap import SharedMmap
-from pipeline.methods.registry import training_of
+from pipeline.methods.registry import training_config
 from pipeline.prediction.options import GROUPED, ModelOptions, read_options, write_options
 from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
 from pipeline.runtime.progress import Reporter
@@ -137,7 +137,7 @@ def _add(joining: Joining, session: Session) -> None:
     grouping = assign_task(plan, session, snapshots, finished.groups, plan.config.grouping)
     groups = read_grouping(grouping)["groups"]
     others = next([name for name in group if name != joining.task] for group in groups if joining.task in group)
-    trained = train_added_task(plan, session, finished.adapter.group_of(others[0]) if others else None)
+    trained = train_added_task(plan, session, finished.adapter.select_group(others[0]) if others else None)
     prompts = _merged_prompts(plan, finished, trained)
     beside = None
     if joining.rerun:
@@ -175,7 +175,7 @@ def _measure(spec: TrainingSpec, global_prompt: Artifact, artifact: Artifact, pr
             images,
             tokens,
             points,
-            training_of(spec.method, config),
+            training_config(spec.method, config),
             config.seed,
             config.clip.precision,
             lambda done: reporter.update(done, len(points), "snapshots"),

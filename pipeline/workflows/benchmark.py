@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.config import Config, content_hash
 from pipeline.files import make_folder, write_atomically
-from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_of
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
 from pipeline.report.benchmark_tables import (
     Benchmark,
     Result,
@@ -145,8 +145,8 @@ def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
     titles: dict[str, list[str]] = {}
     for name in methods:
         kind = METHODS[VARIANTS[name].method]
-        if kind.trained:
-            training = training_of(VARIANTS[name].method, config)
+        if kind.trainable:
+            training = training_config(VARIANTS[name].method, config)
             how = (
                 f"{OPTIMIZERS[training.optimizer]}, rate {training.learning_rate:g}, {training.epochs} epochs, "
                 f"batches of {training.batch_size} images of each task"

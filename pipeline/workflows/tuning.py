@@ -20,7 +20,7 @@ from ray import tune
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.clip.load import towers_without_weights
+from pipeline.clip.load import build_meta_towers
 from pipeline.config import Config, content_hash, to_yaml
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
@@ -101,7 +101,7 @@ def _check_point(config: Config, listing: DatasetIndex, methods: Sequence[str], 
         check_constraints(list(listing.classes), **config.grouping.constraints)
 
 
-_towers = cache(towers_without_weights)  # which Ray Tune cannot pickle with the check
+_towers = cache(build_meta_towers)  # which Ray Tune cannot pickle with the check
 
 
 def _carry_out(plan: Plan, session: Session, search: Search, points: Points, check: Check) -> list[Trial]:

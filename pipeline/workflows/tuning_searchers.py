@@ -20,7 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.methods.registry import VARIANTS, training_of
+from pipeline.methods.registry import VARIANTS, training_config
 from pipeline.tuning.points import MAX_REJECTED_SAMPLES, Check, Point, draws
 from pipeline.tuning.search_file import METHOD, Range, Search
 from pipeline.tuning.trials import State, Trial
@@ -103,7 +103,7 @@ def _suggest(drawn: Any, name: str, of: Range) -> Any:
 
 
 def early_stopping(search: Search, base: Config) -> TrialScheduler:
-    options, lengths = search.options, [training_of(VARIANTS[method].method, base).epochs for method in search.methods]
+    options, lengths = search.options, [training_config(VARIANTS[name].method, base).epochs for name in search.methods]
     searched = [of.values for name, of in search.space.items() if name.endswith("training.epochs")]
     longest: int = max([*lengths, *(value for values in searched for value in values if value)])
     fewest = min(options.grace_period, longest)

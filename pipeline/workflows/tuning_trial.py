@@ -18,7 +18,7 @@ from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import MmapShape
-from pipeline.methods.registry import VARIANTS, get_method, training_of
+from pipeline.methods.registry import VARIANTS, get_method, training_config
 from pipeline.runtime.stage import WorkItem
 from pipeline.stages.global_prompt import global_prompt_work_item
 from pipeline.stages.group_trainings import Training, build_method, plan_trainings
@@ -104,7 +104,7 @@ class _GroupTraining:
         self._method = build_method(work, self._towers, start, training.affinities)
         self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
         sets = work.with_frozen_features([self._training_set(task) for task in work.tasks])
-        epochs = training_of(work.method, work.config).epochs
+        epochs = training_config(work.method, work.config).epochs
         storage = training.artifact.storage
         self.trainer = work.trainer(self._towers, self._method, epochs, sets, checkpoints, storage)
 
@@ -113,7 +113,7 @@ class _GroupTraining:
         work, config = self._work, self._work.config
         with torch.no_grad():
             groups = [(work.class_names(), self._method())]
-            templates = self._kind.templates(config, work.tasks)
+            templates = self._kind.templates_by_task(config, work.tasks)
             classifier = Classifier(self._towers, templates, groups, config.clip.precision)
         if work.test_features:
             return accuracy(work.predictions(classifier, lambda count: None))

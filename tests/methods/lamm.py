@@ -7,9 +7,9 @@ from small_clip import tokenizer
 def features(method, model, images, config):
     ids, z, with_name = full_ids(config.clip.template), [], with_weights(model, {})
     for number, (row, pieces) in enumerate(zip(ids, method.embeddings)):
-        name_at = 1 + len(tokenizer().encode("a photo of a"))
+        name_start = 1 + len(tokenizer().encode("a photo of a"))
         embedded = model.token_embedding(row)
-        embedded = torch.cat([embedded[:name_at], pieces, embedded[name_at + len(pieces) :]])
+        embedded = torch.cat([embedded[:name_start], pieces, embedded[name_start + len(pieces) :]])
         with_name.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
         z.append(plain_encode_text(with_name, ids[number : number + 1], None))
     return model.encode_image(images), torch.cat(z)
