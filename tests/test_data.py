@@ -548,7 +548,7 @@ def test_every_file_carries_the_description(tmp_path):
         metadata = json.loads(pq.read_schema(path).metadata[b"splits"])
         assert metadata == vars(description)
         assert metadata["seed"] == 1 and metadata["shots"] == 2 and len(metadata["source_fingerprint"]) == 64
-        assert metadata["class_words"] == WORDS
+        assert metadata["class_names"] == WORDS
 
 
 def test_row_groups_and_parts_are_bounded(tmp_path, monkeypatch):

@@ -294,7 +294,7 @@ def check_job(script: str, options: list[str]) -> None:
         patched.setattr(sys, "argv", [script, *options])
         for place in ("pipeline.runtime.cluster.connect", "pipeline.runtime.tracking.mlflow_adapter.find_run"):
             patched.setattr(place, stop)
-        patched.setattr("pipeline.serving.service.port_fault", lambda host, port: None)  # others may listen there
+        patched.setattr("pipeline.serving.service.port_error", lambda host, port: None)  # others may listen there
         try:
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
         except AtTheDoor:

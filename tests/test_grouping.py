@@ -189,7 +189,11 @@ def test_the_stage_heeds_its_options_and_records_them(undrawn, tmp_path):
     gradients[:, :, 12:] = np.array([3.0, -3.0, 3.0])[:, None]  # the scaling matrices: ink and neon
     found = solved(tmp_path, gradients)
     assert found["groups"] == [["ink", "neon"], ["chalk"]]
-    assert (found["method"], found["proven"], found["num_candidates"]) == ("dynamic programming over subsets", True, 5)
+    assert (found["method"], found["is_optimal"], found["num_candidates"]) == (
+        "dynamic programming over subsets",
+        True,
+        5,
+    )
     assert found["bound"] == found["score"] > 0
     found = solved(tmp_path, gradients, scaling_matrices=False, objective="density")
     assert found["groups"] == [["ink", "chalk"], ["neon"]]
@@ -374,7 +378,7 @@ def test_all_that_the_stage_tells_is_scored_and_constrained_as_configured(
     best = ranked[0]
 
     assert in_words(result["groups"]) == best
-    assert result["score"] == result["bound"] == pytest.approx(scores[best]) and result["proven"]
+    assert result["score"] == result["bound"] == pytest.approx(scores[best]) and result["is_optimal"]
     assert result["num_candidates"] == len(scores)
     assert (result["objective"], result["affinity_kind"]) == (objective, affinity["affinity"])
     assert {name: result["constraints"][name] for name in options} == options
@@ -412,9 +416,11 @@ def test_of_many_tasks_all_partitions_told_keep_the_constraints_and_have_their_s
 
 
 def test_how_a_search_is_told():
-    result = {"num_candidates": None, "proven": False, "method": "integer program"}
+    result = {"num_candidates": None, "is_optimal": False, "method": "integer program"}
     assert describe_search(result) == "best found · integer program"
-    assert describe_search(result | {"num_candidates": 10**20, "proven": True}).startswith("best of 1.0e+20 partitions")
+    assert describe_search(result | {"num_candidates": 10**20, "is_optimal": True}).startswith(
+        "best of 1.0e+20 partitions"
+    )
 
 
 def test_bad_snapshots_are_named(undrawn, tmp_path):

@@ -215,8 +215,8 @@ def test_bounds_of_searches_that_end_early_are_never_below_the_best(monkeypatch,
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_partition_without_proof_has_a_bound_above_the_best(monkeypatch, objective, constraints):
     """`best_partition` as for many tasks, on few, so that the best is known."""
-    monkeypatch.setattr(local_search, "good_partition", lambda problem, seconds: worst_start(problem))
-    monkeypatch.setattr(local_search, "better_partition", lambda problem, groups, seconds: groups)
+    monkeypatch.setattr(local_search, "heuristic_partition", lambda problem, seconds: worst_start(problem))
+    monkeypatch.setattr(local_search, "improve_partition", lambda problem, groups, seconds: groups)
     for seed in range(3):
         affinity = random_symmetric(9, seed)
         best = best_partition(affinity, objective=objective, **constraints).score

@@ -32,7 +32,7 @@ _FACTS = pa.schema(
         ("frames", pa.int32()),
         ("orientation", pa.int64()),
         ("contrast", pa.float64()),
-        ("looks", pa.uint64()),
+        ("phash", pa.uint64()),
     ]
 )
 """Null for broken images."""

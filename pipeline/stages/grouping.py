@@ -18,7 +18,7 @@ from pipeline.stages.plan import Plan
 
 NAME = "grouping"
 FIGURES = ("affinity_heat_map.png", "affinity_graph.png")
-MORE_FIGURES = ("together_map.png", "affinity_over_training.png", "ranked_partitions.png")
+MORE_FIGURES = ("co_assignment_map.png", "affinity_over_training.png", "ranked_partitions.png")
 PAGE = "grouping.html"
 
 
@@ -118,4 +118,4 @@ def describe_search(result: dict[str, Any]) -> str:
     """How the groups of a grouping.json were found."""
     count = result["num_candidates"]
     among = "" if count is None else f" of {count:,} partitions" if count < 10**15 else f" of {count:.1e} partitions"
-    return f"{'best' if result['proven'] else 'best found'}{among} · {result['method']}"
+    return f"{'best' if result['is_optimal'] else 'best found'}{among} · {result['method']}"

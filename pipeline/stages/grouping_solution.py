@@ -76,7 +76,7 @@ def write_grouping(
         "groups": named(partition.groups),
         "score": partition.score,
         "bound": partition.bound,
-        "proven": partition.is_optimal,
+        "is_optimal": partition.is_optimal,
         "method": partition.method,
         "num_candidates": partition.num_candidates,
         "objective": options.objective,
