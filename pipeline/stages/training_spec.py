@@ -191,13 +191,8 @@ def training_inputs(
         **feature_inputs(plan),
         "method": method,
         "options": options,
-<<<<<<< HEAD:pipeline/stages/training_spec.py
-        "words": {task: plan.split_description.class_names_for(task) for task in tasks},
-        "config": training_config_values(config, method, tasks, *effects),
-=======
         "class_names": {task: plan.split_description.class_names_for(task) for task in tasks},
-        "config": training_values(config, method, tasks, *effects),
->>>>>>> 489e3ed (Rename the strings that name renamed fields):pipeline/stages/training_work.py
+        "config": training_config_values(config, method, tasks, *effects),
     }
 
 
