@@ -44,7 +44,13 @@ def test_report(quick_run):
     report = (the_run(storage) / "report" / "report.md").read_text()
     assert "| average |" in report and "trained parameters" in report
     assert "trained parameters" in output and "found finished" not in output
-    for picture in ("accuracy.png", "affinity_heat_map.png", "affinity_graph.png", "together_map.png", "grouping.html"):
+    for picture in (
+        "accuracy.png",
+        "affinity_heat_map.png",
+        "affinity_graph.png",
+        "co_assignment_map.png",
+        "grouping.html",
+    ):
         assert (the_run(storage) / "report" / picture).stat().st_size > 5000
 
 

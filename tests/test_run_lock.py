@@ -18,9 +18,9 @@ from pipeline.runtime.storage import Storage
 def bucket(tmp_path, monkeypatch):
     """Gives a machine's view of one storage."""
     server = S3Server(tmp_path, *free_ports(1, first=9700))
-    for name, seconds in (("LOOK_EVERY_S", 0.05), ("RENEWED_EVERY_S", 0.1), ("SETTLED_AFTER_S", 0.3)):
+    for name, seconds in (("POLL_INTERVAL_S", 0.05), ("LEASE_RENEWAL_S", 0.1), ("LEASE_CONFIRM_S", 0.3)):
         monkeypatch.setattr(run_lock, name, seconds)
-    monkeypatch.setattr(run_lock, "LOST_AFTER_S", 1.5)
+    monkeypatch.setattr(run_lock, "LEASE_EXPIRY_S", 1.5)
     place, options = server.uri.split("?")
     yield lambda machine: Storage(f"{place}/storage?{options}", tmp_path / machine)
     server.kill()

@@ -161,7 +161,7 @@ def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):
 
 
 def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.runtime.storage.PAUSES_S", (0.01,) * 3)
+    monkeypatch.setattr("pipeline.runtime.storage.RETRY_DELAYS_S", (0.01,) * 3)
     storage, tries = in_bucket(s3, tmp_path), []
 
     def away_twice():
@@ -172,7 +172,7 @@ def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatc
 
     assert storage._with_retries(away_twice) == "here"
     tries.clear()
-    monkeypatch.setattr("pipeline.runtime.storage.PAUSES_S", (0.01,))
+    monkeypatch.setattr("pipeline.runtime.storage.RETRY_DELAYS_S", (0.01,))
     with pytest.raises(UserError, match="cannot be reached: .*NETWORK.*; the same command goes on"):
         storage._with_retries(away_twice)
 

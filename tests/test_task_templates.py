@@ -34,7 +34,7 @@ def config_of(**task_templates: str) -> Config:
 OWN = config_of(sketch=TEMPLATES[1], shop=TEMPLATES[2])
 
 
-@pytest.mark.parametrize("propagate", [False, True], ids=["replaced", "carried"])
+@pytest.mark.parametrize("propagate", [False, True], ids=["replaced", "propagate"])
 @pytest.mark.parametrize("text_prompt_position", ["after_sos", "before_sos"])
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("templates", [TEMPLATES, TEMPLATES[:2] + ["a photo of the {}."], TEMPLATES[1::-1]])

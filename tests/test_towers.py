@@ -76,7 +76,7 @@ def assert_same_features_and_gradients(ours, plain, parameters):
 
 
 @pytest.mark.parametrize("activation_memory_gib", [math.inf, SMALLEST_CHUNKS], ids=["whole", "chunks"])
-@pytest.mark.parametrize("propagate", [False, True], ids=["replaced", "carried"])
+@pytest.mark.parametrize("propagate", [False, True], ids=["replaced", "propagate"])
 @pytest.mark.parametrize("depth", [1, 2, None])
 @pytest.mark.parametrize("text_prompt_position", ["after_sos", "before_sos"])
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_what_always_fails_is_given_up_alone(folder, server):
 
 
 def test_values_of_a_run_that_is_refused_do_not_hold_up_the_rest(folder, server, monkeypatch):
-    monkeypatch.setattr(delivery, "GIVE_UP_AFTER", 1_000_000)
+    monkeypatch.setattr(delivery, "MAX_FAILURES", 1_000_000)
     journal = Journal(folder)
     record_metrics(journal, ["bad", "good"], 2)
     journal.record("start", "child", {"parent": "bad"})
