@@ -178,22 +178,22 @@ def splits(setting: Setting) -> list[Row]:
 
 def build_splits(setting: Setting, name: str) -> None:
     """What the stage splits does, with the pool in place of Ray."""
-    listing = index_dataset(DataConfig(), setting.root)
+    dataset = index_dataset(DataConfig(), setting.root)
     folder, pool = setting.folder / name, setting.pool
     shutil.rmtree(folder, ignore_errors=True)
-    named = [(image.path, image.task, image.class_folder) for image in listing.images]
-    images = list(pool.map(partial(scan_image, listing.root), *zip(*named), chunksize=32))
+    named = [(image.path, image.task, image.class_folder) for image in dataset.images]
+    images = list(pool.map(partial(scan_image, dataset.root), *zip(*named), chunksize=32))
     assert not any(image.error for image in images)
-    drawn = sample_splits(images, listing.classes, SHOTS, seed=1)
+    drawn = sample_splits(images, dataset.classes, SHOTS, seed=1)
     counts = {
-        split: {task: sum(image.task == task for image in getattr(drawn, split)) for task in listing.classes}
+        split: {task: sum(image.task == task for image in getattr(drawn, split)) for task in dataset.classes}
         for split in ("train", "test")
     }
-    classes = {task: list(names) for task, names in listing.classes.items()}
-    description = SplitDescription(classes, listing.class_names, SHOTS, 1, content_fingerprint(images), counts)
-    sizes = {image.path: image.size for image in listing.images}
+    classes = {task: list(names) for task, names in dataset.classes.items()}
+    description = SplitDescription(classes, dataset.class_names, SHOTS, 1, content_fingerprint(images), counts)
+    sizes = {image.path: image.size for image in dataset.images}
     parts = plan_parts(drawn.train, "train", sizes) + plan_parts(drawn.test, "test", sizes)
-    list(pool.map(partial(write_part, listing.root, description=description, folder=folder), parts))
+    list(pool.map(partial(write_part, dataset.root, description=description, folder=folder), parts))
     (folder / "splits.json").write_text(json.dumps(asdict(description)))
 
 

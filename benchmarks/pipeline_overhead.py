@@ -118,20 +118,20 @@ def plain_pipeline(config: Config, folder: Path) -> None:
 
     torch.set_num_threads(1)
     write_digits(folder / "digits")
-    listing = index_dataset(config.data, folder / "digits")
-    scanned = [scan_image(listing.root, image.path, image.task, image.class_folder) for image in listing.images]
-    splits = sample_splits(scanned, listing.classes, config.data.shots, config.seed)
-    tasks = list(listing.classes)
+    dataset = index_dataset(config.data, folder / "digits")
+    scanned = [scan_image(dataset.root, image.path, image.task, image.class_folder) for image in dataset.images]
+    splits = sample_splits(scanned, dataset.classes, config.data.shots, config.seed)
+    tasks = list(dataset.classes)
     counts = {
         name: {task: sum(image.task == task for image in split) for task in tasks}
         for name, split in (("train", splits.train), ("test", splits.test))
     }
-    classes = {task: list(names) for task, names in listing.classes.items()}
+    classes = {task: list(names) for task, names in dataset.classes.items()}
     fingerprint = content_fingerprint(scanned)
-    description = SplitDescription(classes, listing.class_names, config.data.shots, config.seed, fingerprint, counts)
-    sizes = {image.path: image.size for image in listing.images}
+    description = SplitDescription(classes, dataset.class_names, config.data.shots, config.seed, fingerprint, counts)
+    sizes = {image.path: image.size for image in dataset.images}
     for part in plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes):
-        write_part(listing.root, part, description, folder)
+        write_part(dataset.root, part, description, folder)
     (folder / "splits.json").write_text(description.to_json())
     reader = SplitReader(folder)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.demo import digits
-from pipeline.demo.digits import CLASSES, SIZE, allocate, strokes
+from pipeline.demo.digits import CLASSES, SIZE, split_base_digits, strokes
 
 ensure_torchvision()
 import open_clip  # noqa: E402 - needs torchvision importable first
@@ -97,7 +97,7 @@ def train() -> torch.nn.Module:
     model.train()
 
     base = load_digits()
-    indices = allocate(base.target)["clip"]
+    indices = split_base_digits(base.target)["clip"]
     stroke = torch.from_numpy(strokes(base.images[indices.ravel()])).float().unsqueeze(1)
     label = torch.arange(len(CLASSES)).repeat_interleave(indices.shape[1])
 

@@ -33,7 +33,7 @@ severities: set[str] = set()
 def main(plan: Plan, session: Session) -> None:
     from pipeline.stages.data_check import check_data
 
-    severities.update(finding.severity for finding in check_data(plan, session, in_full=True))
+    severities.update(finding.severity for finding in check_data(plan, session, verbose=True))
 
 
 if __name__ == "__main__":

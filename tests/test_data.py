@@ -219,22 +219,22 @@ def test_plain_folders(tmp_path):
     )
     write_tree(root, ["readme.md", "a/1.png", "a/z/notes.txt", "a/z/._1.png", ".cache/z/1.png"], b"")
     (root / "a" / "empty").mkdir()
-    listing = index_dataset(DataConfig(), root)
-    assert listing.layout == "folders"
-    assert listing.classes == {"a": ("empty", "only here", "z"), "b task": ("x_y", "z")}
-    assert listing.class_names["x_y"] == "x y"
-    assert [image.path for image in listing.images] == [
+    dataset = index_dataset(DataConfig(), root)
+    assert dataset.layout == "folders"
+    assert dataset.classes == {"a": ("empty", "only here", "z"), "b task": ("x_y", "z")}
+    assert dataset.class_names["x_y"] == "x y"
+    assert [image.path for image in dataset.images] == [
         "a/only here/1.gif",
         "a/z/1.webp",
         "b task/x_y/2.PNG",
         "b task/x_y/deep/er/1.jpg",
         "b task/z/1.jpeg",
     ]
-    assert listing.ignored == ("a/1.png", "a/z/._1.png", "a/z/notes.txt", "readme.md")
-    assert listing.images[0].size == (root / "a/only here/1.gif").stat().st_size
+    assert dataset.ignored == ("a/1.png", "a/z/._1.png", "a/z/notes.txt", "readme.md")
+    assert dataset.images[0].size == (root / "a/only here/1.gif").stat().st_size
     with pytest.raises(UserError, match=r"a/empty has 0 image\(s\)"):
-        images = [scan_image(root, image.path, image.task, image.class_folder) for image in listing.images]
-        sample_splits(images, listing.classes, shots=1, seed=1)
+        images = [scan_image(root, image.path, image.task, image.class_folder) for image in dataset.images]
+        sample_splits(images, dataset.classes, shots=1, seed=1)
 
 
 def test_fingerprint_changes_with_files_words_and_classes(tmp_path):
@@ -272,11 +272,11 @@ def test_office_home_archive(tmp_path, layout, top_folder):
     archive = tmp_path / top_folder
     write_tree(archive, [f"{task}/{name}/00001.jpg" for task in OFFICE_HOME_TASKS for name in ("Bed", "TV")])
     write_tree(archive, ["ImageInfo.csv", "imagelist.txt"], b"")
-    listing = index_dataset(DataConfig(layout=layout), tmp_path)
-    assert (listing.layout, listing.root) == ("office_home", archive)
-    assert tuple(listing.classes) == OFFICE_HOME_TASKS
-    assert len(listing.images) == 8
-    assert listing.ignored == ("ImageInfo.csv", "imagelist.txt")
+    dataset = index_dataset(DataConfig(layout=layout), tmp_path)
+    assert (dataset.layout, dataset.root) == ("office_home", archive)
+    assert tuple(dataset.classes) == OFFICE_HOME_TASKS
+    assert len(dataset.images) == 8
+    assert dataset.ignored == ("ImageInfo.csv", "imagelist.txt")
     one_task = index_dataset(DataConfig(layout=layout, tasks=["Real World"]), tmp_path)
     assert tuple(one_task.classes) == ("Real World",)
 
@@ -307,10 +307,10 @@ def test_mini_domainnet_lists(tmp_path, layout):
             for n, split in enumerate(("train", "test"))
         },
     )
-    listing = index_dataset(DataConfig(layout=layout), tmp_path)
-    assert listing.layout == "mini_domainnet"
-    assert listing.classes == {"clipart": ("ant", "see_saw"), "real": ("ant", "see_saw")}
-    assert [image.path for image in listing.images if image.task == "real"] == [
+    dataset = index_dataset(DataConfig(layout=layout), tmp_path)
+    assert dataset.layout == "mini_domainnet"
+    assert dataset.classes == {"clipart": ("ant", "see_saw"), "real": ("ant", "see_saw")}
+    assert [image.path for image in dataset.images if image.task == "real"] == [
         "real/ant/0.jpg",
         "real/ant/1.jpg",
         "real/see_saw/0.jpg",
@@ -345,9 +345,9 @@ def test_mini_domainnet_without_lists(tmp_path):
 
 def test_tasks_are_selected_once_each_or_named(tmp_path):
     root = write_tree(tmp_path, [f"{task}/{name}/1.png" for task in "abc" for name in "xy"])
-    listing = index_dataset(DataConfig(tasks=["c", "a", "c"]), root)
-    assert tuple(listing.classes) == ("a", "c")
-    assert [image.path for image in listing.images] == ["a/x/1.png", "a/y/1.png", "c/x/1.png", "c/y/1.png"]
+    dataset = index_dataset(DataConfig(tasks=["c", "a", "c"]), root)
+    assert tuple(dataset.classes) == ("a", "c")
+    assert [image.path for image in dataset.images] == ["a/x/1.png", "a/y/1.png", "c/x/1.png", "c/y/1.png"]
     with pytest.raises(UserError, match="data.tasks: d, e not found .* found: a, b, c"):
         index_dataset(DataConfig(tasks=["d", "e", "a"]), root)
 
@@ -368,11 +368,11 @@ def test_class_names_file(tmp_path):
     root = write_tree(tmp_path / "data", [f"{task}/{name}/1.png" for task in "ab" for name in names])
     file = tmp_path / "names.txt"
     file.write_bytes(b"\xef\xbb\xbf# a comment\r\nTV\r\n\r\nPost_it\tpost-it notes\r\n")
-    listing = index_dataset(DataConfig(class_names=str(file)), root)
-    assert listing.classes == {task: ("Post_it", "TV") for task in "ab"}
-    assert listing.class_names == {"Post_it": "post-it notes", "TV": "TV"}
-    assert listing.excluded_classes == ("a/Bed", "b/Bed")
-    assert len(listing.images) == 4
+    dataset = index_dataset(DataConfig(class_names=str(file)), root)
+    assert dataset.classes == {task: ("Post_it", "TV") for task in "ab"}
+    assert dataset.class_names == {"Post_it": "post-it notes", "TV": "TV"}
+    assert dataset.excluded_classes == ("a/Bed", "b/Bed")
+    assert len(dataset.images) == 4
     file.write_text("TV\tTV | television set\nBed\n")
     assert index_dataset(DataConfig(class_names=str(file)), root).class_names["TV"] == "TV | television set"
 
@@ -415,10 +415,10 @@ def test_file_name_that_is_not_utf8_is_a_broken_image(tmp_path):
     root = write_tree(tmp_path, ["a/x/1.png", "a/y/1.png"])
     write_bytes_path(root, b"a/x/caf\xe9.png")
     write_bytes_path(root, b"a/x/caf\xe9.txt")
-    listing = index_dataset(DataConfig(), root)
-    listing.fingerprint()
-    assert listing.ignored == (r"a/x/caf\udce9.txt",)
-    images = [scan_image(root, image.path, image.task, image.class_folder) for image in listing.images]
+    dataset = index_dataset(DataConfig(), root)
+    dataset.fingerprint()
+    assert dataset.ignored == (r"a/x/caf\udce9.txt",)
+    images = [scan_image(root, image.path, image.task, image.class_folder) for image in dataset.images]
     assert [(i.path, i.error) for i in images if i.error] == [(r"a/x/caf\udce9.png", "the file name is not UTF-8")]
 
 
@@ -446,15 +446,15 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (root / "a/y/to_everything").symlink_to("/")
     (elsewhere / "x/back").symlink_to(elsewhere)
     (root / "a/y/dangling.png").symlink_to(tmp_path / "nowhere.png")
-    listing = index_dataset(DataConfig(follow_external_symlinks=True), root)
-    assert [image.path for image in listing.images] == [
+    dataset = index_dataset(DataConfig(follow_external_symlinks=True), root)
+    assert [image.path for image in dataset.images] == [
         "a/x/1.png",
         "a/y/1.png",
         "a/y/dangling.png",
         "linked/x/1.png",
         "linked/y/1.png",
     ]
-    assert listing.ignored == ("a/x/to_data", "a/x/to_itself", "a/y/to_everything", "linked/x/back")
+    assert dataset.ignored == ("a/x/to_data", "a/x/to_itself", "a/y/to_everything", "linked/x/back")
     assert scan_image(root, "a/y/dangling.png", "a", "y").error == "no such file"
 
 
@@ -869,8 +869,8 @@ def test_the_office_home_preset_finds_office_home(tmp_path, monkeypatch):
     archive = tmp_path / OFFICE_HOME_FOLDER
     write_tree(archive, [f"{task}/{name}/00001.jpg" for task in OFFICE_HOME_TASKS for name in names], b"")
     config = parse_config(yaml.safe_load(Path("configs/office_home.yaml").read_text()))
-    listing = index_dataset(config.data, tmp_path)
-    assert {len(classes) for classes in listing.classes.values()} == {65}
-    assert listing.excluded_classes == ()
-    assert listing.class_names["Postit_Notes"] == "post-it notes"
-    assert listing.class_names["Alarm_Clock"] == "Alarm Clock"
+    dataset = index_dataset(config.data, tmp_path)
+    assert {len(classes) for classes in dataset.classes.values()} == {65}
+    assert dataset.excluded_classes == ()
+    assert dataset.class_names["Postit_Notes"] == "post-it notes"
+    assert dataset.class_names["Alarm_Clock"] == "Alarm Clock"

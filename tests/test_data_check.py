@@ -24,14 +24,14 @@ from small_clip import tokenizer
 
 from pipeline.config import DataConfig
 from pipeline.data import checked_images, near_duplicates
-from pipeline.data.checked_images import check_images, read_checked, read_samples, sample_paths
+from pipeline.data.checked_images import check_images, read_checked_images, read_samples, sample_paths
 from pipeline.data.findings import CheckedImage, find_issues, tokenize_words
 from pipeline.data.image_stats import THUMBNAIL, image_stats, thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.index import ImageRecord, index_dataset
-from pipeline.data.near_duplicates import MOST_BITS, near_duplicate_groups
+from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
-from pipeline.report.data_check import LINE_ON_PAGE, check_page, check_tables, one_line, overviews
+from pipeline.report.data_check import LINE_ON_PAGE, check_page, check_tables, summary_line, task_overviews
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
@@ -53,9 +53,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def test_facts_of_an_image():
     turned = Image.Exif()
     turned[0x0112] = 6
-    facts = image_stats(encoded(photo(1), "JPEG", exif=turned))
-    assert (facts.width, facts.height, facts.mode, facts.format) == (128, 96, "RGB", "JPEG")
-    assert (facts.orientation, facts.frames) == (6, 1) and facts.contrast > 20
+    stats = image_stats(encoded(photo(1), "JPEG", exif=turned))
+    assert (stats.width, stats.height, stats.mode, stats.format) == (128, 96, "RGB", "JPEG")
+    assert (stats.orientation, stats.frames) == (6, 1) and stats.contrast > 20
     gray = Image.fromarray(np.full((40, 50), 30_000, np.uint16))
     assert image_stats(encoded(gray)).mode == "I;16" and image_stats(encoded(gray)).contrast == 0
     moving = encoded(photo(1).convert("P"), "GIF", save_all=True, append_images=[photo(2).convert("P")])
@@ -96,32 +96,32 @@ def test_a_changed_copy_looks_alike_and_others_do_not(change):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), most_bits=st.integers(0, 6), pairs_at_once=st.sampled_from([1, 5, 1 << 22]))
-def test_groups_of_alike_are_those_of_comparing_all_pairs(data, most_bits, pairs_at_once):
+@given(data=st.data(), max_distance=st.integers(0, 6), pairs_at_once=st.sampled_from([1, 5, 1 << 22]))
+def test_groups_of_alike_are_those_of_comparing_all_pairs(data, max_distance, pairs_at_once):
     phash = data.draw(st.lists(st.integers(0, 2**64 - 1), max_size=12))
     for _ in range(data.draw(st.integers(0, 20)) if phash else 0):
         near = data.draw(st.sampled_from(phash))
-        for bit in data.draw(st.lists(st.integers(0, 63), max_size=most_bits + 1)):
+        for bit in data.draw(st.lists(st.integers(0, 63), max_size=max_distance + 1)):
             near ^= 1 << bit
         phash.append(near)
     group_of = list(range(len(phash)))
     for a, b in combinations(range(len(phash)), 2):
-        if (phash[a] ^ phash[b]).bit_count() <= most_bits and group_of[a] != group_of[b]:
+        if (phash[a] ^ phash[b]).bit_count() <= max_distance and group_of[a] != group_of[b]:
             old, new = group_of[b], group_of[a]
             group_of = [new if group == old else group for group in group_of]
     groups = [[at for at, of in enumerate(group_of) if of == group] for group in dict.fromkeys(group_of)]
-    with patch.object(near_duplicates, "PAIRS_AT_ONCE", pairs_at_once):
-        assert near_duplicate_groups(phash, most_bits) == [group for group in groups if len(group) > 1]
+    with patch.object(near_duplicates, "MAX_PAIRS_IN_MEMORY", pairs_at_once):
+        assert near_duplicate_groups(phash, max_distance) == [group for group in groups if len(group) > 1]
 
 
 def test_many_alike_are_compared_in_bounded_memory():
     phash = [0b1111 << at for at in range(60)] * 400
-    assert [len(group) for group in near_duplicate_groups(phash, MOST_BITS)] == [24_000]
+    assert [len(group) for group in near_duplicate_groups(phash, MAX_HAMMING_DISTANCE)] == [24_000]
     rng = np.random.default_rng(0)
-    assert near_duplicate_groups([int(value) for value in rng.integers(0, 2**63, 50_000)], MOST_BITS) == []
+    assert near_duplicate_groups([int(value) for value in rng.integers(0, 2**63, 50_000)], MAX_HAMMING_DISTANCE) == []
     # Nearly all pairs of these are alike, which are 36 million.
     near = [sum(1 << int(bit) for bit in rng.choice(16, 8, replace=False)) for _ in range(6_000)]
-    (group,) = near_duplicate_groups(near, MOST_BITS)
+    (group,) = near_duplicate_groups(near, MAX_HAMMING_DISTANCE)
     assert group == list(range(6_000))
 
 
@@ -134,10 +134,10 @@ WORDS = {"cat": "cat", "dog": "dog"}
 def checked(path: str, data: bytes, sha256: str | None = None) -> CheckedImage:
     task, folder, _ = path.split("/")
     try:
-        facts, error = image_stats(data), None
+        stats, error = image_stats(data), None
     except BrokenImage as fault:
-        facts, error = None, str(fault)
-    return CheckedImage(ScannedImage(path, task, folder, sha256 or f"sha of {path}", error), facts)
+        stats, error = None, str(fault)
+    return CheckedImage(ScannedImage(path, task, folder, sha256 or f"sha of {path}", error), stats)
 
 
 def clean_set() -> list[CheckedImage]:
@@ -247,7 +247,7 @@ def test_classes_that_are_too_small_lacking_or_odd():
 def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
     images = [*clean_set(), checked("art/cat/9.png", encoded(photo(7), "JPEG"))]
     findings = found(images)
-    tasks = overviews(images, CLASSES)
+    tasks = task_overviews(images, CLASSES)
     assert [(of.task, of.images, of.smallest_class, of.largest_class) for of in tasks] == [
         ("art", 9, 4, 5),
         ("photo", 8, 4, 4),
@@ -269,13 +269,13 @@ def test_long_groups_do_not_flood_the_page_nor_the_terminal():
     images = [replace(one, image=replace(one.image, path=f"art/cat/{number:04}.png")) for number in range(1000)]
     findings = [of for of in find_issues(images, {"art": ("cat",)}, WORDS, {}, 0) if "more than once" in of.title]
     assert len(only(findings).examples[0]) > 10_000
-    tasks = overviews(images, {"art": ("cat",)})
+    tasks = task_overviews(images, {"art": ("cat",)})
     page = check_page("demo", tasks, findings, {}, WORDS)
     assert len(re.search("<pre>(.*)</pre>", page, re.DOTALL)[1]) == LINE_ON_PAGE
     console = Console(record=True, width=120)
     console.print(check_tables("demo", tasks, findings))
     assert len(console.export_text()) < 3000
-    assert one_line(findings) == "1 note" and one_line([]) == "nothing stands out"
+    assert summary_line(findings) == "1 note" and summary_line([]) == "nothing stands out"
 
 
 # --- the stage and its job ------------------------------------------------------------------------------
@@ -306,28 +306,28 @@ def planted(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("batch_rows", [5, checked_images.BATCH_ROWS])
 def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeypatch, batch_rows):
     monkeypatch.setattr(checked_images, "BATCH_ROWS", batch_rows)
-    listing = index_dataset(DataConfig(), planted)
-    wanted = sample_paths(listing.images)
-    table = check_images(planted, listing.images, wanted)
+    dataset = index_dataset(DataConfig(), planted)
+    wanted = sample_paths(dataset.images)
+    table = check_images(planted, dataset.images, wanted)
     checked_images.pq.write_table(table, tmp_path / "images.parquet")
-    seen = read_checked(tmp_path / "images.parquet", listing.images)
-    assert [of.image.path for of in seen] == [of.path for of in listing.images]
+    seen = read_checked_images(tmp_path / "images.parquet", dataset.images)
+    assert [of.image.path for of in seen] == [of.path for of in dataset.images]
     for of in seen:
         data = (planted / of.image.path).read_bytes()
         try:
-            assert of.facts == image_stats(data) and of.image.error is None
+            assert of.stats == image_stats(data) and of.image.error is None
         except BrokenImage as fault:
-            assert of.facts is None and of.image.error == str(fault)
+            assert of.stats is None and of.image.error == str(fault)
         assert of.image.size == len(data)
     samples = read_samples(tmp_path / "images.parquet")
-    broken = {of.image.path for of in seen if not of.facts}
+    broken = {of.image.path for of in seen if not of.stats}
     for key in ((task, name) for task, names in CLASSES.items() for name in names):
-        of_class = [of.path for of in listing.images if of.path in wanted and (of.task, of.class_folder) == key]
+        of_class = [of.path for of in dataset.images if of.path in wanted and (of.task, of.class_folder) == key]
         assert len(of_class) == 3 and len(samples[key]) == len(set(of_class) - broken)
 
 
 def test_samples_are_few_where_classes_are_many(monkeypatch):
-    monkeypatch.setattr(checked_images, "MOST_SAMPLES", 50)
+    monkeypatch.setattr(checked_images, "MAX_SAMPLES", 50)
     files = [ImageRecord(f"a/{name}/{number}.png", "a", str(name), 1, 1) for name in range(40) for number in range(9)]
     samples = sample_paths(files)
     of_class = [sum(of.class_folder == str(name) and of.path in samples for of in files) for name in range(40)]

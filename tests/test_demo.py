@@ -14,7 +14,7 @@ from pipeline.demo.digits import (
     CLIP_IMAGES_PER_CLASS,
     DOMAINS,
     IMAGES_PER_CLASS,
-    allocate,
+    split_base_digits,
     write_digits,
 )
 
@@ -77,7 +77,7 @@ def test_base_digits_are_disjoint_and_of_their_class() -> None:
     from sklearn.datasets import load_digits  # as in the demo
 
     labels = load_digits().target
-    allocation = allocate(labels)
+    allocation = split_base_digits(labels)
     assert list(allocation) == ["clip", *DOMAINS]
     for name, indices in allocation.items():
         per_class = CLIP_IMAGES_PER_CLASS if name == "clip" else IMAGES_PER_CLASS

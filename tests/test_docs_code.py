@@ -202,8 +202,8 @@ def check_yaml(block: Block, tmp_path: Path) -> None:
 
 
 def check_manifest(block: Block, tmp_path: Path) -> None:
-    listing = index_dataset(DataConfig(use_official_splits=True), write_manifest(block.code, tmp_path))
-    assert len(listing.images) == len(block.code.splitlines()) - 1
+    dataset = index_dataset(DataConfig(use_official_splits=True), write_manifest(block.code, tmp_path))
+    assert len(dataset.images) == len(block.code.splitlines()) - 1
 
 
 def check_class_names(block: Block, tmp_path: Path) -> None:

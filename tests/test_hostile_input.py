@@ -290,8 +290,8 @@ def test_links_inside_the_root_and_a_root_that_is_a_link_are_followed(linked):
     (root / "a/z").symlink_to("../b/y")
     (root / "c").symlink_to("b")
     (linked / "link").symlink_to(root)
-    listing = index_dataset(DataConfig(), linked / "link")
-    assert {"a/x/2.png", "a/z/1.png", "c/x/1.png"} <= {image.path for image in listing.images}
+    dataset = index_dataset(DataConfig(), linked / "link")
+    assert {"a/x/2.png", "a/z/1.png", "c/x/1.png"} <= {image.path for image in dataset.images}
 
 
 def test_links_of_listed_images_are_refused_too(linked):
@@ -367,12 +367,12 @@ def test_odd_file_names_are_broken_images_of_one_line(linked):
     for name in ODD:
         shutil.copy(root / "a/x/1.png", root / "a/x" / name)
         (root / "a/x" / name.replace(".png", ".txt")).touch()
-    listing = index_dataset(DataConfig(), root)
-    scanned = [scan_image(root, image.path, image.task, image.class_folder) for image in listing.images]
+    dataset = index_dataset(DataConfig(), root)
+    scanned = [scan_image(root, image.path, image.task, image.class_folder) for image in dataset.images]
     broken = {image.path: image.error for image in scanned if image.error}
     assert set(broken.values()) == {"the file name holds control characters or a backslash"}
     assert broken.keys() == {escape_for_terminal(f"a/x/{name}") for name in ODD} and len(broken) == len(ODD)
-    for path in (*broken, *listing.ignored):
+    for path in (*broken, *dataset.ignored):
         assert not any(character < " " for character in path) and len(path.splitlines()) == 1
 
 
@@ -981,7 +981,7 @@ def test_footers_of_a_wrong_length_are_refused(splits, tmp_path, length):
         ({"counts": {"train": {"a b": 0, "c": 0}, "test": {"a b": 6, "c": -6}}}, "counts"),
         ({"counts": {"train": {"a b": 0, "c": 0}, "test": {"a b": 6, "c": 6}, "val": {}}}, "counts"),
         ({"source_fingerprint": None}, "source_fingerprint"),
-        ({"format": "2"}, "has format '2'"),
+        ({"format": "3"}, "has format '3'"),
         ({"format": [[[]]]}, "has format"),
     ],
 )
@@ -997,7 +997,7 @@ def test_descriptions_that_are_wrong_are_refused(splits, tmp_path, change, messa
 
 
 @pytest.mark.parametrize(
-    "data", [b"[" * 100_000, b'{"format": ' * 50_000, b"\xff\xfe", b"9" * 5000, b"null", b'{"format": 2}']
+    "data", [b"[" * 100_000, b'{"format": ' * 50_000, b"\xff\xfe", b"9" * 5000, b"null", b'{"format": 3}']
 )
 def test_descriptions_that_are_no_json_are_refused(splits, tmp_path, data):
     folder, _ = copied(splits, tmp_path / "copy")

@@ -32,13 +32,13 @@ from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels
 from pipeline.data.index import DatasetIndex, index_dataset, read_class_names, unexpected_counts
 from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
-from pipeline.data.table_images import image_bytes
+from pipeline.data.table_images import read_image_bytes
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.adapter_file import load_adapter
 from pipeline.report.grouping_stability_figures import affinity_over_training
-from pipeline.stages.data_check import chunks
+from pipeline.stages.data_check import split_into_chunks
 
 ensure_torchvision()
 
@@ -86,12 +86,12 @@ def write_csv(file: Path, rows: list[dict[str, str]], separator: str = ",", **na
     return file
 
 
-def listed(listing: DatasetIndex) -> list[tuple[str, str, str]]:
-    return [(image.path, image.task, image.class_folder) for image in listing.images]
+def listed(dataset: DatasetIndex) -> list[tuple[str, str, str]]:
+    return [(image.path, image.task, image.class_folder) for image in dataset.images]
 
 
-def scanned(listing: DatasetIndex) -> list[ScannedImage]:
-    return [scan_image(listing.root, *image) for image in listed(listing)]
+def scanned(dataset: DatasetIndex) -> list[ScannedImage]:
+    return [scan_image(dataset.root, *image) for image in listed(dataset)]
 
 
 def fault(file: Path, **options) -> str:
@@ -116,10 +116,10 @@ def test_a_text_table_is_the_folders(tree, name, separator):
 
 def test_labels_of_a_table_need_not_be_folders(tree):
     rows = [{**row, "task": "domain " + row["task"], "label": row["label"] + "?"} for row in rows_of(tree)]
-    listing = index_dataset(DataConfig(), write_csv(tree / "all.csv", rows))
-    assert listing.classes == {"domain art": ("bed?", "post_it?"), "domain real world": ("bed?", "post_it?")}
+    dataset = index_dataset(DataConfig(), write_csv(tree / "all.csv", rows))
+    assert dataset.classes == {"domain art": ("bed?", "post_it?"), "domain real world": ("bed?", "post_it?")}
     one = index_dataset(DataConfig(tasks=["domain art"]), tree / "all.csv")
-    assert {image.task for image in one.images} == {"domain art"} and len(one.images) == len(listing.images) / 2
+    assert {image.task for image in one.images} == {"domain art"} and len(one.images) == len(dataset.images) / 2
 
 
 def test_a_table_of_tasks_with_different_classes(tree):
@@ -207,8 +207,8 @@ def test_missing_files_of_a_table_are_named_by_line_unless_they_may_be_dropped(t
     rows[3]["path"] = "art/bed/gone.png"
     file = write_csv(tree / "all.csv", rows)
     assert "1 of 16 images" in fault(file) and "line 5: art/bed/gone.png" in fault(file)
-    listing = index_dataset(DataConfig(max_broken_fraction=1 / 16), file)
-    assert [image.error for image in scanned(listing) if image.error] == ["no such file"]
+    dataset = index_dataset(DataConfig(max_broken_fraction=1 / 16), file)
+    assert [image.error for image in scanned(dataset) if image.error] == ["no such file"]
 
 
 def test_numbers_as_labels_need_names(tree):
@@ -217,13 +217,13 @@ def test_numbers_as_labels_need_names(tree):
     assert "only numbers as labels" in fault(file) and "--data.class_names" in fault(file)
     names = tree / "names.txt"
     names.write_text("zebra\nhouse\tmy house\n")  # by place
-    listing = index_dataset(DataConfig(class_names=str(names)), file)
-    assert listing.classes["art"] == ("house", "zebra")
-    assert {image.class_folder for image in listing.images if "/bed/" in image.path} == {"zebra"}
+    dataset = index_dataset(DataConfig(class_names=str(names)), file)
+    assert dataset.classes["art"] == ("house", "zebra")
+    assert {image.class_folder for image in dataset.images if "/bed/" in image.path} == {"zebra"}
     names.write_text("1\tpost-it\n0\tbed\n")  # by name
-    listing = index_dataset(DataConfig(class_names=str(names)), file)
-    assert listing.class_names == {"0": "bed", "1": "post-it"}
-    assert {image.class_folder for image in listing.images if "/bed/" in image.path} == {"0"}
+    dataset = index_dataset(DataConfig(class_names=str(names)), file)
+    assert dataset.class_names == {"0": "bed", "1": "post-it"}
+    assert {image.class_folder for image in dataset.images if "/bed/" in image.path} == {"0"}
     names.write_text("zebra\n")
     assert "line 6: the label is empty, or a number without a name" in fault(file, class_names=str(names))
 
@@ -233,10 +233,10 @@ def test_paths_of_a_table_may_lead_out_where_links_may(tree, tmp_path):
     rows = [{**row, "path": os.path.join("../data", row["path"])} for row in rows_of(tree)]
     file = write_csv(tmp_path / "tables/all.csv", rows)
     assert "line 2: ../data/art/bed/0.png leads out of" in fault(file)
-    listing = index_dataset(DataConfig(follow_external_symlinks=True), file)
-    assert listing.images[0].path == str(tree / "art/bed/0.png")
+    dataset = index_dataset(DataConfig(follow_external_symlinks=True), file)
+    assert dataset.images[0].path == str(tree / "art/bed/0.png")
     folders = index_dataset(DataConfig(), tree)
-    assert [image.sha256 for image in scanned(listing)] == [image.sha256 for image in scanned(folders)]
+    assert [image.sha256 for image in scanned(dataset)] == [image.sha256 for image in scanned(folders)]
     below = write_csv(tree / "all.csv", [{**row, "path": str(tree / row["path"])} for row in rows_of(tree)])
     assert listed(index_dataset(DataConfig(), below)) == listed(folders)
 
@@ -454,11 +454,11 @@ def test_images_in_parquet_are_those_of_the_folders(tree, tmp_path, kind, as_fol
     write_images(tree, tables / "one.parquet", rows[::2], kind)
     write_images(tree, tables / "two.parquet", rows[1::2], kind)
     given = tables if as_folder else tables / "one.parquet"
-    listing = index_dataset(DataConfig(), given)
-    assert listing.layout == "manifest" and listing.classes == {task: CLASSES for task in TASKS}
-    assert len(listing.images) == (16 if as_folder else 8)
-    assert listing.images[7].path == "one.parquet#00000007" and listing.images[7].row_group == 2
-    found = scanned(listing)
+    dataset = index_dataset(DataConfig(), given)
+    assert dataset.layout == "manifest" and dataset.classes == {task: CLASSES for task in TASKS}
+    assert len(dataset.images) == (16 if as_folder else 8)
+    assert dataset.images[7].path == "one.parquet#00000007" and dataset.images[7].row_group == 2
+    found = scanned(dataset)
     expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row for row in rows}
     for image in found:
         row = expected[image.sha256]
@@ -474,10 +474,10 @@ def test_a_table_of_several_batches_is_the_folders(tree, tmp_path, monkeypatch):
     table = {name: [row[name] for row in rows] for name in ("task", "label")}
     table["image"] = [(tree / row["path"]).read_bytes() for row in rows]
     pq.write_table(pa.table(table), tmp_path / "all.parquet", row_group_size=13)  # batches of 5, 5, 3 and 3
-    listing = index_dataset(DataConfig(), tmp_path / "all.parquet")
+    dataset = index_dataset(DataConfig(), tmp_path / "all.parquet")
     given = {(row["task"], row["label"], (tree / row["path"]).read_bytes()) for row in rows}
-    assert len(listing.images) == len(rows)
-    assert {(of.task, of.class_folder, image_bytes(listing.root, of.path)) for of in listing.images} == given
+    assert len(dataset.images) == len(rows)
+    assert {(of.task, of.class_folder, read_image_bytes(dataset.root, of.path)) for of in dataset.images} == given
 
 
 def test_rows_are_read_in_any_order(tree):
@@ -486,12 +486,12 @@ def test_rows_are_read_in_any_order(tree):
     expected = pq.read_table(file)["image"].to_pylist()
     order = np.random.default_rng(0).permutation(16)
     for row in (*range(16), *range(15, -1, -1), *order):
-        assert image_bytes(tree, f"all.parquet#{row:08d}") == expected[row]
+        assert read_image_bytes(tree, f"all.parquet#{row:08d}") == expected[row]
     for path in ("all.parquet#00000016", "gone.parquet#00000000"):
         with pytest.raises(BrokenImage, match="no such"):
-            image_bytes(tree, path)
+            read_image_bytes(tree, path)
     write_images(tree, tree / "all.parquet", rows_of(tree)[::-1], "bytes")  # while the file is still open
-    assert image_bytes(tree, "all.parquet#00000000") == expected[15]
+    assert read_image_bytes(tree, "all.parquet#00000000") == expected[15]
 
 
 def test_a_pass_over_a_table_reads_each_row_group_once(tree, monkeypatch):
@@ -504,7 +504,7 @@ def test_a_pass_over_a_table_reads_each_row_group_once(tree, monkeypatch):
         lambda *args, **kwargs: begun.append(kwargs["row_groups"]) or real(*args, **kwargs),
     )
     for row in range(0, 16, 2):
-        image_bytes(tree, f"all.parquet#{row:08d}")
+        read_image_bytes(tree, f"all.parquet#{row:08d}")
     assert begun == [[0], [1], [2], [3]]
 
 
@@ -516,23 +516,23 @@ def test_workers_get_whole_row_groups(tree, monkeypatch):
         (tree / f"{name}.parquet").rename(tree / f"tables/{name}.parquet")
     images = index_dataset(DataConfig(), tree / "tables").images
     monkeypatch.setattr("pipeline.stages.data_check.IMAGES_PER_CHUNK", 6)
-    assert [len(chunk) for chunk in chunks(images)] == [10, 6, 4]
+    assert [len(chunk) for chunk in split_into_chunks(images)] == [10, 6, 4]
     folders = index_dataset(DataConfig(), tree).images
-    assert [len(chunk) for chunk in chunks(folders)] == [6, 6, 4]
-    assert [image for chunk in chunks(folders) for image in chunk] == list(folders)
+    assert [len(chunk) for chunk in split_into_chunks(folders)] == [6, 6, 4]
+    assert [image for chunk in split_into_chunks(folders) for image in chunk] == list(folders)
 
 
 def test_splits_of_a_table_hold_its_images(tree, tmp_path):
     file = write_images(tree, tmp_path / "all.parquet", rows_of(tree), "hugging face")
-    listing = index_dataset(DataConfig(), file)
-    images = scanned(listing)
-    splits = sample_splits(images, listing.classes, shots=2, seed=1)
+    dataset = index_dataset(DataConfig(), file)
+    images = scanned(dataset)
+    splits = sample_splits(images, dataset.classes, shots=2, seed=1)
     counts = {split: dict.fromkeys(TASKS, 4) for split in ("train", "test")}
-    description = SplitDescription({task: list(CLASSES) for task in TASKS}, listing.class_names, 2, 1, "", counts)
+    description = SplitDescription({task: list(CLASSES) for task in TASKS}, dataset.class_names, 2, 1, "", counts)
     sizes = {image.path: image.size for image in images}
     for split, of_split in (("train", splits.train), ("test", splits.test)):
         for part in plan_parts(of_split, split, sizes):
-            write_part(listing.root, part, description, tmp_path / "splits")
+            write_part(dataset.root, part, description, tmp_path / "splits")
     (tmp_path / "splits/splits.json").write_text(json.dumps(vars(description)))
     reader = SplitReader(tmp_path / "splits")
     there = pq.read_table(file)
@@ -545,7 +545,7 @@ def test_splits_of_a_table_hold_its_images(tree, tmp_path):
     victim = plan_parts(splits.test, "test", sizes)[0]
     write_images(tree, file, rows_of(tree)[::-1], "hugging face")
     with pytest.raises(UserError, match=r"all.parquet#\d{8} changed while"):
-        write_part(listing.root, victim, description, tmp_path / "other")
+        write_part(dataset.root, victim, description, tmp_path / "other")
 
 
 def test_parquet_may_name_files(tree):
@@ -600,8 +600,8 @@ def test_numbers_in_parquet_have_names_of_the_file_or_of_the_config(tmp_path):
         hugging_face(label=["a", "b", "c"], task=["sketch", "photo"])
     )
     pq.write_table(table, tmp_path / "t.parquet")
-    listing = index_dataset(DataConfig(), tmp_path / "t.parquet")
-    assert listing.classes == {"photo": ("a", "b"), "sketch": ("b", "c")}
+    dataset = index_dataset(DataConfig(), tmp_path / "t.parquet")
+    assert dataset.classes == {"photo": ("a", "b"), "sketch": ("b", "c")}
     pq.write_table(table.set_column(2, "label", pa.array([0, 1, -1, 3])), tmp_path / "t.parquet")
     assert "row 2: the label is empty, or a number without a name" in fault(tmp_path / "t.parquet")
     assert "row 3: the label is empty, or a number without a name" in fault(tmp_path / "t.parquet")
@@ -615,8 +615,8 @@ def test_metadata_that_is_none_gives_no_names(tmp_path, metadata):
 
 
 def test_rows_without_an_image_are_broken_images(tmp_path):
-    listing = index_dataset(DataConfig(), table_of(tmp_path, image=[png(0), None, b"text", png(1)]))
-    assert [image.error and image.error[:20] for image in scanned(listing)] == [
+    dataset = index_dataset(DataConfig(), table_of(tmp_path, image=[png(0), None, b"text", png(1)]))
+    assert [image.error and image.error[:20] for image in scanned(dataset)] == [
         None,
         "the row holds no byt",
         "no image of a known ",
@@ -629,11 +629,11 @@ def test_a_table_that_is_damaged_inside_has_broken_images(tmp_path):
     file = tmp_path / "t.parquet"
     table = pa.table({"image": images, "task": ["a"] * 40, "label": ["x", "y"] * 20})
     pq.write_table(table, file, row_group_size=20, compression="zstd", use_dictionary=False, data_page_size=5000)
-    listing = index_dataset(DataConfig(), file)
+    dataset = index_dataset(DataConfig(), file)
     at = pq.read_metadata(file).row_group(1).column(0).data_page_offset
     whole = file.read_bytes()
     file.write_bytes(whole[:at] + b"\xff" * 40 + whole[at + 40 :])
-    errors = [image.error for image in scanned(listing)]
+    errors = [image.error for image in scanned(dataset)]
     assert all("no image of a known format" in error for error in errors[:20])  # random bytes, but read
     assert all("the table cannot be read" in error for error in errors[20:])
 
@@ -683,11 +683,11 @@ def test_any_parquet_is_a_listing_or_refused(tmp_path_factory, data):
         whole[at] = data.draw(st.integers(0, 255))
     (folder / "t.parquet").write_bytes(whole)
     try:
-        listing = index_dataset(DataConfig(), folder / "t.parquet")
+        dataset = index_dataset(DataConfig(), folder / "t.parquet")
     except UserError as error:
         assert "t.parquet" in str(error)
     else:
-        assert all(image.error is None or len(image.error) < 400 for image in scanned(listing))
+        assert all(image.error is None or len(image.error) < 400 for image in scanned(dataset))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -717,8 +717,8 @@ def lists_of(tree: Path, splits: tuple[str, ...], first_label: int = 0) -> dict[
     return lists
 
 
-def splits_of(listing: DatasetIndex) -> dict[str, str | None]:
-    return {image.path: image.official_split for image in listing.images}
+def splits_of(dataset: DatasetIndex) -> dict[str, str | None]:
+    return {image.path: image.official_split for image in dataset.images}
 
 
 def dealt(tree: Path, *splits: str) -> dict[str, str]:
@@ -733,10 +733,10 @@ def test_domainnet_lists(tree, folder, layout):
     expected = dealt(tree, "train", "test")
     (tree / "readme.txt").write_text("no list")
     (tree / "art/bed/not listed.png").write_bytes(png(99))
-    listing = index_dataset(DataConfig(layout=layout), tree)
-    assert listing.layout == "domainnet" and len(listing.images) == 16 and set(splits_of(listing).values()) == {None}
-    listing = index_dataset(DataConfig(layout=layout, use_official_splits=True), tree)
-    assert splits_of(listing) == expected
+    dataset = index_dataset(DataConfig(layout=layout), tree)
+    assert dataset.layout == "domainnet" and len(dataset.images) == 16 and set(splits_of(dataset).values()) == {None}
+    dataset = index_dataset(DataConfig(layout=layout, use_official_splits=True), tree)
+    assert splits_of(dataset) == expected
 
 
 @pytest.mark.parametrize(("images", "lists"), [("", ""), ("images", "splits"), ("kfold", "")])
@@ -754,11 +754,11 @@ def test_pacs_lists(tree, tmp_path, images, lists):
     else:
         tree.rename(root)
     write_lists(root, lists, of_lists)
-    listing = index_dataset(DataConfig(), root)
-    assert listing.layout == "pacs" and listing.root == root / images and len(listing.images) == 16
-    assert all(image.size for image in listing.images)
-    listing = index_dataset(DataConfig(layout="pacs", use_official_splits=True), root)
-    assert splits_of(listing) == expected and listing.unused_images == {}
+    dataset = index_dataset(DataConfig(), root)
+    assert dataset.layout == "pacs" and dataset.root == root / images and len(dataset.images) == 16
+    assert all(image.size for image in dataset.images)
+    dataset = index_dataset(DataConfig(layout="pacs", use_official_splits=True), root)
+    assert splits_of(dataset) == expected and dataset.unused_images == {}
 
 
 def test_an_image_in_two_splits_is_named(tree):
@@ -792,10 +792,10 @@ def test_folders_of_splits(tree, tmp_path, order, layout):
     pool = index_dataset(DataConfig(layout=layout), root)
     assert pool.layout == "split_folders" and pool.classes == {task: CLASSES for task in TASKS}
     assert len(pool.images) == 16 and set(splits_of(pool).values()) == {None}
-    listing = index_dataset(DataConfig(layout=layout, use_official_splits=True), root)
-    found = [(split, int(Path(path).stem)) for path, split in splits_of(listing).items()]
+    dataset = index_dataset(DataConfig(layout=layout, use_official_splits=True), root)
+    found = [(split, int(Path(path).stem)) for path, split in splits_of(dataset).items()]
     assert sorted(found) == sorted([("train", 0), ("test", 1), ("train", 3)] * 4)
-    assert listing.unused_images == {"art": 2, "real world": 2}
+    assert dataset.unused_images == {"art": 2, "real world": 2}
     one = index_dataset(DataConfig(layout=layout, use_official_splits=True, tasks=["art"]), root)
     assert len(one.images) == 6 and one.unused_images == {"art": 2}
 
@@ -804,8 +804,8 @@ def test_the_folder_of_all_images_beside_splits_is_not_read_twice(tree, tmp_path
     """VLCS as Dassl has it."""
     root = in_splits(tree, tmp_path / "vlcs", "task/split/class", ("train", "crossval", "test", "train"))
     in_splits(tree, root, "task/split/class", ("full",))
-    listing = index_dataset(DataConfig(), root)
-    assert len(listing.images) == 16 and listing.ignored == ("art/full", "real world/full")
+    dataset = index_dataset(DataConfig(), root)
+    assert len(dataset.images) == 16 and dataset.ignored == ("art/full", "real world/full")
 
 
 def test_splits_without_a_task_are_named(tmp_path):
@@ -826,8 +826,8 @@ def test_classes_may_be_called_like_splits(tmp_path):
     for name in ("train", "test", "van"):
         (tmp_path / "photo" / name).mkdir(parents=True)
         (tmp_path / "photo" / name / "1.png").write_bytes(png(1))
-    listing = index_dataset(DataConfig(), tmp_path)
-    assert listing.layout == "folders" and listing.classes == {"photo": ("test", "train", "van")}
+    dataset = index_dataset(DataConfig(), tmp_path)
+    assert dataset.layout == "folders" and dataset.classes == {"photo": ("test", "train", "van")}
     assert "data.layout=split_folders needs" in fault(tmp_path, layout="split_folders")
 
 
@@ -846,16 +846,16 @@ def test_splits_of_a_table(tree, tmp_path, kind):
         for split in set(splits):
             write_images(tree, root / f"{split}-00000.parquet", [row for row in rows if row["split"] == split], "bytes")
     assert len(index_dataset(DataConfig(), root).images) == 16
-    listing = index_dataset(DataConfig(use_official_splits=True), root)
-    by_content = {image.sha256: image.official_split for image in scanned_with_splits(listing)}
+    dataset = index_dataset(DataConfig(use_official_splits=True), root)
+    by_content = {image.sha256: image.official_split for image in scanned_with_splits(dataset)}
     expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row["split"] for row in rows}
     assert by_content == {content: split for content, split in expected.items() if split != "validation"}
-    assert listing.unused_images == {"art": 2, "real world": 2}
-    assert listing.fingerprint() != index_dataset(DataConfig(), root).fingerprint()
+    assert dataset.unused_images == {"art": 2, "real world": 2}
+    assert dataset.fingerprint() != index_dataset(DataConfig(), root).fingerprint()
 
 
-def scanned_with_splits(listing: DatasetIndex) -> list[ScannedImage]:
-    return [replace(image, official_split=of.official_split) for image, of in zip(scanned(listing), listing.images)]
+def scanned_with_splits(dataset: DatasetIndex) -> list[ScannedImage]:
+    return [replace(image, official_split=of.official_split) for image, of in zip(scanned(dataset), dataset.images)]
 
 
 def test_splits_that_are_asked_for_must_be_there(tree):
@@ -991,16 +991,16 @@ def published_tree(root: Path, data: DataConfig, tasks: list[str], lists: str | 
 def test_presets_find_what_is_published_and_tell_what_is_missing(tmp_path, name, lists, layout):
     data = preset(name)
     root = published_tree(tmp_path, data, [*data.tasks, "another"], lists)
-    listing = index_dataset(data, root)
-    assert listing.layout == layout and set(listing.classes) == set(data.tasks)
-    assert {len(names) for names in listing.classes.values()} == {PUBLISHED[name][1]}
-    notes = unexpected_counts(data, listing)
+    dataset = index_dataset(data, root)
+    assert dataset.layout == layout and set(dataset.classes) == set(data.tasks)
+    assert {len(names) for names in dataset.classes.values()} == {PUBLISHED[name][1]}
+    notes = unexpected_counts(data, dataset)
     assert len(notes) == len(data.expected_images)
     task, expected = next(iter(data.expected_images.items()))
     assert notes[0].startswith(task) and f"{expected:,} are published" in notes[0]
     count = PUBLISHED[name][1] * len(task.split(" + "))
     complete = data.model_copy(update={"expected_images": {task: count, "not here": 3}})
-    assert unexpected_counts(complete, listing) == []
+    assert unexpected_counts(complete, dataset) == []
 
 
 def test_images_of_neither_split_count_as_there(tree, tmp_path):
@@ -1137,13 +1137,13 @@ def test_hundreds_of_tasks_are_checked_and_drawn_in_seconds(tmp_path):
                 (folder / f"{number}.png").write_bytes(content[number + 3 * (name == "no")] + f"{task}".encode())
                 rows.append({"path": f"{folder.name}/{number}.png", "task": folder.parent.name, "label": name})
     began = time.process_time()
-    listing = index_dataset(DataConfig(), tmp_path)
-    check_constraints(list(listing.classes))
-    images = scanned(listing)
-    splits = sample_splits(images, listing.classes, shots=2, seed=1)
+    dataset = index_dataset(DataConfig(), tmp_path)
+    check_constraints(list(dataset.classes))
+    images = scanned(dataset)
+    splits = sample_splits(images, dataset.classes, shots=2, seed=1)
     parts = plan_parts(splits.train, "train", {image.path: image.size for image in images})
     assert time.process_time() - began < 10
-    assert len(listing.classes) == num_tasks == len(parts) and not any(image.error for image in images)
+    assert len(dataset.classes) == num_tasks == len(parts) and not any(image.error for image in images)
     assert (len(splits.train), len(splits.test)) == (num_tasks * 4, num_tasks * 2)
     assert len({part.file for part in parts}) == num_tasks
 
@@ -1158,17 +1158,17 @@ def test_class_names_of_tasks_with_different_classes(tree):
     (tree / "real.txt").write_text("lamp\ndesk\n")
     (tree / "real world/post_it").rename(tree / "real world/desk")
     names = {"art": str(tree / "art.txt"), "real world": str(tree / "real.txt")}
-    listing = index_dataset(DataConfig(class_names=names), tree)
-    assert listing.classes == {"art": ("bed", "post_it"), "real world": ("desk", "lamp")}
-    assert listing.class_names["bed"] == "a large bed, with cushions" and listing.class_names["lamp"] == "lamp"
-    assert listing.excluded_classes == ("real world/bed",)
+    dataset = index_dataset(DataConfig(class_names=names), tree)
+    assert dataset.classes == {"art": ("bed", "post_it"), "real world": ("desk", "lamp")}
+    assert dataset.class_names["bed"] == "a large bed, with cushions" and dataset.class_names["lamp"] == "lamp"
+    assert dataset.excluded_classes == ("real world/bed",)
     # A task without a file has all its folders.
     message = fault(tree, class_names={"art": names["art"]})
     assert "the class 'bed' is 'a large bed, with cushions' in task 'art' and 'bed' in task 'real world'" in message
     (tree / "art.txt").write_text("bed\npost_it\tpost-it notes\n")
-    listing = index_dataset(DataConfig(class_names={"art": names["art"]}), tree)
-    assert listing.classes["real world"] == ("bed", "desk", "lamp")
-    assert listing.class_names == {"bed": "bed", "desk": "desk", "lamp": "lamp", "post_it": "post-it notes"}
+    dataset = index_dataset(DataConfig(class_names={"art": names["art"]}), tree)
+    assert dataset.classes["real world"] == ("bed", "desk", "lamp")
+    assert dataset.class_names == {"bed": "bed", "desk": "desk", "lamp": "lamp", "post_it": "post-it notes"}
     assert "data.class_names: there is no task oil; found: art, real world" in fault(
         tree, class_names={"oil": names["art"]}
     )

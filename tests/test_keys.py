@@ -161,7 +161,7 @@ def checked(config: Config) -> Plan:
             replace(scan_image(root, of.path, of.task, of.class_folder), official_split=of.official_split)
             for of in plan.dataset_index.images
         ]
-        splits, description = splits_stage.sampled(plan, [image for image in images if not image.error])
+        splits, description = splits_stage.draw_splits(plan, [image for image in images if not image.error])
         sizes = {image.path: image.size for image in images}
         parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
         with plan.splits.writer() as writer:

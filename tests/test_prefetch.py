@@ -13,7 +13,7 @@ from pipeline.data.prefetch import prefetch, prefetch_in_thread
 WAYS = [prefetch, prefetch_in_thread]
 
 
-def pluralize(drawn: list[int], reached: threading.Event, last: int):
+def count_to_ten(drawn: list[int], reached: threading.Event, last: int):
     """0, 1, ...; sets `reached` when `last` is drawn."""
     for number in range(10):
         drawn.append(number)
@@ -23,27 +23,27 @@ def pluralize(drawn: list[int], reached: threading.Event, last: int):
 
 
 @pytest.mark.parametrize("draw", WAYS)
-@pytest.mark.parametrize("ahead", [0, 1, 3, 10, 20])
-def test_items_keep_their_order(draw, ahead):
-    assert list(draw(range(10), ahead)) == list(range(10))
-    assert list(draw([], ahead)) == []
+@pytest.mark.parametrize("buffer_size", [0, 1, 3, 10, 20])
+def test_items_keep_their_order(draw, buffer_size):
+    assert list(draw(range(10), buffer_size)) == list(range(10))
+    assert list(draw([], buffer_size)) == []
 
 
 @pytest.mark.parametrize("draw", WAYS)
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_as_many_are_drawn_ahead_as_are_asked_for_and_no_more(draw, ahead):
+@pytest.mark.parametrize("buffer_size", [0, 1, 3])
+def test_as_many_are_drawn_ahead_as_are_asked_for_and_no_more(draw, buffer_size):
     drawn: list[int] = []
     reached = threading.Event()
     before = set(threading.enumerate())
-    items = draw(pluralize(drawn, reached, 2 + ahead), ahead)
+    items = draw(count_to_ten(drawn, reached, 2 + buffer_size), buffer_size)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     assert reached.wait(PATIENCE_S)
     for thread in set(threading.enumerate()) - before:
         thread.join(0.1)  # time to draw more
-    assert drawn == list(range(3 + ahead))
+    assert drawn == list(range(3 + buffer_size))
     items.close()
     assert set(threading.enumerate()) <= before
-    assert drawn == list(range(3 + ahead))
+    assert drawn == list(range(3 + buffer_size))
 
 
 def test_what_is_not_begun_when_the_consumer_ends_is_not_drawn(monkeypatch):

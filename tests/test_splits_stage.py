@@ -129,12 +129,12 @@ def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
 
 def test_splits_are_those_of_reading_the_images_without_a_check(build, folder, tmp_path):
     reader, _ = build("one", 2 / (NUM_IMAGES + 2))
-    listing = index_dataset(DataConfig(), folder / "data")
-    scanned = [scan_image(listing.root, of.path, of.task, of.class_folder) for of in listing.images]
-    splits = sample_splits([image for image in scanned if not image.error], listing.classes, SHOTS, seed=1)
+    dataset = index_dataset(DataConfig(), folder / "data")
+    scanned = [scan_image(dataset.root, of.path, of.task, of.class_folder) for of in dataset.images]
+    splits = sample_splits([image for image in scanned if not image.error], dataset.classes, SHOTS, seed=1)
     sizes = {image.path: image.size for image in scanned}
     for part in plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes):
-        write_part(listing.root, part, reader.description, tmp_path)
+        write_part(dataset.root, part, reader.description, tmp_path)
     assert bytes_of(tmp_path) == bytes_of(reader.folder)
 
 
@@ -208,7 +208,7 @@ def test_hundreds_of_tasks(build, folder, monkeypatch):
 def test_the_share_named_in_the_error_is_enough(tmp_path, broken, total):
     image = stage.ScannedImage("a/x/1.png", "a", "x", "", "broken")
     with pytest.raises(UserError) as error:
-        stage._judge_broken([image] * broken, total, 0.0, tmp_path / "broken.txt")
+        stage._check_broken_fraction([image] * broken, total, 0.0, tmp_path / "broken.txt")
     share = float(str(error.value).rsplit(" ", 1)[1])
-    stage._judge_broken([image] * broken, total, share, tmp_path / "broken.txt")
-    stage._judge_broken([image] * broken, total, broken / total, tmp_path / "broken.txt")
+    stage._check_broken_fraction([image] * broken, total, share, tmp_path / "broken.txt")
+    stage._check_broken_fraction([image] * broken, total, broken / total, tmp_path / "broken.txt")

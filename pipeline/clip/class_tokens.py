@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pipeline.data.names import names_of
+from pipeline.data.names import split_synonyms
 from pipeline.errors import UserError
 from pipeline.lazy_torch import F, torch
 
@@ -84,7 +84,7 @@ def class_tokens(
 
     Args:
         template: one template for all tasks, or one per task.
-        class_names_per_task: the text of each class, which `names_of` splits into one or several names.
+        class_names_per_task: the text of each class, which `split_synonyms` splits into one or several names.
         num_prompt_positions: context positions to leave free for prompts.
 
     Raises:
@@ -94,7 +94,7 @@ def class_tokens(
     texts: list[list[list[int]]] = []
     for task_template, class_names in zip(templates, class_names_per_task, strict=True):
         name_by_ids: dict[tuple[int, ...], str] = {}
-        for name in (name for class_name in class_names for name in names_of(class_name)):
+        for name in (name for class_name in class_names for name in split_synonyms(class_name)):
             ids = [tokenizer.sot_token_id, *tokenizer.encode(task_template.format(name)), tokenizer.eot_token_id]
             if len(ids) + num_prompt_positions > tokenizer.context_length:
                 prompts = f" and {num_prompt_positions} prompts" if num_prompt_positions else ""
@@ -123,7 +123,7 @@ def class_tokens(
         rows_per_task=tuple(len(task_texts) for task_texts in texts),
         classes_per_task=tuple(len(class_names) for class_names in class_names_per_task),
         names_per_class=tuple(
-            len(names_of(class_name)) for class_names in class_names_per_task for class_name in class_names
+            len(split_synonyms(class_name)) for class_names in class_names_per_task for class_name in class_names
         ),
         name_start=tuple(start - shared for start in name_starts),
     )

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 
 from pipeline.config import AugmentationConfig
 
-CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centerd crop
+CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centered crop
 
 
 def crop_boxes(
     heights: torch.Tensor, widths: torch.Tensor, config: AugmentationConfig, generator: torch.Generator
 ) -> torch.Tensor:
     """Boxes (B, 4) int64 of (top, left, height, width) for images of `heights`, `widths` (B,), as torchvision
-    draws them: area share uniform, aspect ratio log-uniform, position uniform; centerd when no attempt fits.
+    draws them: area share uniform, aspect ratio log-uniform, position uniform; centered when no attempt fits.
 
-    crop_scale (1, 1) gives the centerd square of the evaluation's preprocessing.
+    crop_scale (1, 1) gives the centered square of the evaluation's preprocessing.
     """
     count = len(heights)
     short = torch.minimum(heights, widths)

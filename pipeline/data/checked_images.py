@@ -18,12 +18,12 @@ from pipeline.data.index import ImageRecord
 from pipeline.data.parquet import scan_image
 from pipeline.data.splits import ScannedImage
 
-SAMPLES = 3
+SAMPLES_PER_CLASS = 3
 """Of a class of a task, at most."""
-MOST_SAMPLES = 3000
+MAX_SAMPLES = 3000
 """Of all, so that a page of them has no more than some 10 MB."""
 BATCH_ROWS = 1 << 16
-_FACTS = pa.schema(
+_STATS = pa.schema(
     [
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -44,7 +44,7 @@ COLUMNS = pa.schema(
         pa.field("sha256", pa.string(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
         pa.field("error", pa.string()),
-        *_FACTS,
+        *_STATS,
         pa.field("thumbnail", pa.binary()),
     ]
 )
@@ -57,8 +57,12 @@ def sample_paths(images: Sequence[ImageRecord]) -> frozenset[str]:
     for image in images:
         digest = hashlib.sha256(image.path.encode("utf-8", "surrogateescape")).digest()
         of_class[image.task, image.class_folder].append((digest, image.path))
-    chosen = [(rank, *of) for members in of_class.values() for rank, of in enumerate(heapq.nsmallest(SAMPLES, members))]
-    return frozenset(path for _, _, path in sorted(chosen)[:MOST_SAMPLES])
+    chosen = [
+        (rank, *of)
+        for members in of_class.values()
+        for rank, of in enumerate(heapq.nsmallest(SAMPLES_PER_CLASS, members))
+    ]
+    return frozenset(path for _, _, path in sorted(chosen)[:MAX_SAMPLES])
 
 
 def check_images(root: Path, images: Iterable[ImageRecord], samples: Collection[str]) -> pa.Table:
@@ -66,11 +70,11 @@ def check_images(root: Path, images: Iterable[ImageRecord], samples: Collection[
     return pa.Table.from_pylist([_row(root, image, image.path in samples) for image in images], schema=COLUMNS)
 
 
-def read_checked(file: Path, images: Sequence[ImageRecord]) -> list[CheckedImage]:
+def read_checked_images(file: Path, images: Sequence[ImageRecord]) -> list[CheckedImage]:
     """What `check_images` saw of a listing's images."""
     table = pq.read_table(file, columns=[name for name in COLUMNS.names if name != "thumbnail"])
     seen = zip(*(table[name].to_pylist() for name in ("path", "sha256", "error", "size")), strict=True)
-    facts = zip(*(table[name].to_pylist() for name in _FACTS.names), strict=True)
+    stats = zip(*(table[name].to_pylist() for name in _STATS.names), strict=True)
     return [
         CheckedImage(
             # The listing's own texts, which are in memory already.
@@ -79,7 +83,7 @@ def read_checked(file: Path, images: Sequence[ImageRecord]) -> list[CheckedImage
             ),
             ImageStats(*of_image) if error is None else None,
         )
-        for of, (path, sha256, error, size), of_image in zip(images, seen, facts, strict=True)
+        for of, (path, sha256, error, size), of_image in zip(images, seen, stats, strict=True)
     ]
 
 
@@ -98,8 +102,8 @@ def _row(root: Path, image: ImageRecord, is_sample: bool) -> dict[str, object]:
 
     def look(data: bytes) -> None:
         pixels = decode_rgb(data)
-        facts = image_stats(data, pixels)
-        found.update({name: getattr(facts, name) for name in _FACTS.names})
+        stats = image_stats(data, pixels)
+        found.update({name: getattr(stats, name) for name in _STATS.names})
         if is_sample:
             found["thumbnail"] = thumbnail(pixels)
 

@@ -12,13 +12,13 @@ from typing import Literal
 
 from pipeline.data.image_stats import STORED_UPRIGHT, ImageStats
 from pipeline.data.images import SUFFIXES_OF_FORMAT
-from pipeline.data.names import names_of
-from pipeline.data.near_duplicates import MOST_BITS, near_duplicate_groups
+from pipeline.data.names import split_synonyms
+from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
 
 Severity = Literal["error", "warning", "note"]
 """error: a run stops at it. warning: it makes results worse, or look better than they are. note: good to know."""
-MANY_TIMES = 10
+IMBALANCE_RATIO = 10
 """A class is told of that has this many times fewer images than the largest of its task."""
 SMALL_SIDE = 32
 LONG_RATIO = 5.0
@@ -29,10 +29,10 @@ MAX_SUBWORDS = 3
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage:
-    """A file of the data set; `facts` is None for a broken one."""
+    """A file of the data set; `stats` is None for a broken one."""
 
     image: ScannedImage
-    facts: ImageStats | None
+    stats: ImageStats | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def find_issues(
         no_splits: why there can be none.
         max_broken_fraction: of the images, 0 to 1, that may be broken.
     """
-    whole = [image for image in images if image.facts]
+    whole = [image for image in images if image.stats]
     found = [
         *_broken(images, max_broken_fraction),
         *_cannot_split(whole, classes, shots, no_splits),
@@ -179,10 +179,10 @@ def _exact_duplicates(images: Sequence[CheckedImage]) -> list[Finding]:
 def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list[Finding]:
     """Of images that are no exact copies of each other."""
     distinct = list({of.image.sha256: of for of in images}.values())
-    distinct = [of for of in distinct if of.facts and of.facts.contrast > FLAT_CONTRAST]
+    distinct = [of for of in distinct if of.stats and of.stats.contrast > FLAT_CONTRAST]
     groups = [
         [distinct[at].image for at in group]
-        for group in near_duplicate_groups([of.facts.phash for of in distinct if of.facts])
+        for group in near_duplicate_groups([of.stats.phash for of in distinct if of.stats])
     ]
     leaking, mixed, rest = [], [], []
     for group in groups:
@@ -193,7 +193,9 @@ def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list
             leaking.append(_paths([*trains, *(image for image in group if image.path not in training)]))
         else:
             rest.append(_paths(group))
-    how = f"Their perceptual hashes differ in {MOST_BITS} of 64 bits or fewer, so look at them: it can be by chance."
+    how = (
+        f"Their 64-bit perceptual hashes differ in at most {MAX_HAMMING_DISTANCE} bits; look at them: it may be chance."
+    )
     return [
         *_finding(
             "warning",
@@ -215,21 +217,21 @@ def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list
 def _odd_images(images: Sequence[CheckedImage]) -> list[Finding]:
     small, long, flat, misnamed, turned, moving = [], [], [], [], [], []
     for of in images:
-        facts, path = of.facts, of.image.path
-        assert facts
-        size = f"{facts.width} x {facts.height}"
-        if min(facts.width, facts.height) < SMALL_SIDE:
+        stats, path = of.stats, of.image.path
+        assert stats
+        size = f"{stats.width} x {stats.height}"
+        if min(stats.width, stats.height) < SMALL_SIDE:
             small.append(f"{path}: {size}")
-        if max(facts.width, facts.height) > LONG_RATIO * min(facts.width, facts.height):
+        if max(stats.width, stats.height) > LONG_RATIO * min(stats.width, stats.height):
             long.append(f"{path}: {size}")
-        if facts.contrast <= FLAT_CONTRAST:
+        if stats.contrast <= FLAT_CONTRAST:
             flat.append(path)
-        if Path(path).suffix.lower() not in SUFFIXES_OF_FORMAT.get(facts.format, (Path(path).suffix.lower(),)):
-            misnamed.append(f"{path}: {facts.format}")
-        if facts.orientation != STORED_UPRIGHT:
-            turned.append(f"{path}: orientation {facts.orientation}")
-        if facts.frames > 1:
-            moving.append(f"{path}: {facts.frames} frames")
+        if Path(path).suffix.lower() not in SUFFIXES_OF_FORMAT.get(stats.format, (Path(path).suffix.lower(),)):
+            misnamed.append(f"{path}: {stats.format}")
+        if stats.orientation != STORED_UPRIGHT:
+            turned.append(f"{path}: orientation {stats.orientation}")
+        if stats.frames > 1:
+            moving.append(f"{path}: {stats.frames} frames")
     return [
         *_finding("warning", "{} images are of one color", flat, "They show nothing: remove them."),
         *_finding(
@@ -283,11 +285,11 @@ def _imbalance(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[st
         rare += [
             f"{task}/{name}: {count:,} images, the largest class has {most:,}, the median is {middle:g}"
             for name, count in of_task.items()
-            if 0 < count * MANY_TIMES <= most
+            if 0 < count * IMBALANCE_RATIO <= most
         ]
     return _finding(
         "note",
-        f"{{}} classes have less than a {MANY_TIMES}th of the images of their task's largest",
+        f"{{}} classes have less than a {IMBALANCE_RATIO}th of the images of their task's largest",
         rare,
         "Training is not affected: each class has as many shots. The accuracy is over test images, so large classes "
         "count more.",
@@ -315,7 +317,7 @@ def _class_names(
     for task, names in classes.items():
         of_words: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            for own in names_of(class_names[name]):
+            for own in split_synonyms(class_names[name]):
                 of_words[" ".join(own.casefold().split())].append(name)
         same += [f"{task}: {', '.join(of)} are all {text!r}" for text, of in of_words.items() if len(of) > 1]
     say = "Say them in plain words with --data.class_names FILE: a line is the folder, a tab, and the words."

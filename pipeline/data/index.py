@@ -26,9 +26,9 @@ from pipeline.config import DataConfig, read_text, resolve_config_path
 from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import SUFFIXES, read_manifest
-from pipeline.data.names import escape_for_terminal, names_of, plain_name, truncated_list
-from pipeline.data.official_splits import SPLIT_WORDS, Found, OfficialSplit
-from pipeline.data.symlinks import Links
+from pipeline.data.names import escape_for_terminal, plain_name, split_synonyms, truncated_list
+from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit
+from pipeline.data.symlinks import SymlinkChecker
 from pipeline.errors import UserError, escaped
 
 IMAGE_SUFFIXES = frozenset(chain.from_iterable(SUFFIXES_OF_FORMAT.values()))
@@ -98,17 +98,17 @@ def index_dataset(config: DataConfig, root: Path) -> DatasetIndex:
     if not root.is_dir() and not root.is_file():  # a pipe is neither
         raise UserError(f"data.root={root} is not a folder or file on this machine")
     manifest, root = root, root if root.is_dir() else root.parent
-    links = Links(root, config.follow_external_symlinks)
+    symlinks = SymlinkChecker(root, config.follow_external_symlinks)
     layout, root = _recognize(config.layout, manifest, root)
-    links.escapes_root(root)
+    symlinks.escapes_root(root)
     selected = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
     wanted = None if selected is None else {plain_name(task, "task") for task in selected}
     class_names = _ClassNames(config.class_names)
-    files, ignored, places = _files_of(config, layout, manifest, root, wanted, class_names, links)
+    files, ignored, places = _files_of(config, layout, manifest, root, wanted, class_names, symlinks)
     if layout in LIST_LAYOUTS:
         root = LIST_LAYOUTS[layout].images_root(root)
     named = layout in ("manifest", "split_folders")  # tasks are not the folders just below the root
-    links.refuse(root, None if named else selected)
+    symlinks.refuse(root, None if named else selected)
     what = "names" if layout == "manifest" else "folders"
     found, unused_images = _by_class(files, root, what, config.use_official_splits)
     if config.use_official_splits and not any(file.split in ("train", "test") for file in files):
@@ -121,12 +121,12 @@ def index_dataset(config: DataConfig, root: Path) -> DatasetIndex:
     tasks = _tasks_of(found, wanted, root)
     classes, left_out = _classes_of({task: found[task] for task in tasks}, class_names, root)
     images = [
-        _image_file(root, file, task, name, config.use_official_splits, links)
+        _image_file(root, file, task, name, config.use_official_splits, symlinks)
         for task in tasks
         for name in classes[task]
         for file in found[task][name]
     ]
-    links.refuse(root, None if named else tasks)
+    symlinks.refuse(root, None if named else tasks)
     _refuse_missing(images, places, manifest, config.max_broken_fraction)
     return DatasetIndex(
         root,
@@ -147,29 +147,29 @@ def _files_of(
     root: Path,
     tasks: set[str] | None,
     class_names: _ClassNames,
-    links: Links,
-) -> tuple[list[Found], list[str], dict[str, str]]:
+    symlinks: SymlinkChecker,
+) -> tuple[list[DatasetEntry], list[str], dict[str, str]]:
     """Images and class folders; files that are neither; of a manifest's images, path → line or row."""
     if layout == "manifest":
         columns = dict[str, str](config.columns.items())
         files, places = read_manifest(
-            manifest, root, columns, tasks, class_names.order, config.use_official_splits, links
+            manifest, root, columns, tasks, class_names.order, config.use_official_splits, symlinks
         )
         return files, [], places
     if layout in LIST_LAYOUTS:
-        return read_lists(layout, root, links), [], {}
-    return *_walk(root, links, _folder_roles(layout, root)), {}
+        return read_lists(layout, root, symlinks), [], {}
+    return *_walk(root, symlinks, _folder_roles(layout, root)), {}
 
 
 def _by_class(
-    files: Sequence[Found], root: Path, what: str, use_official_splits: bool
-) -> tuple[dict[str, dict[str, list[Found]]], Counter[str]]:
+    files: Sequence[DatasetEntry], root: Path, what: str, use_official_splits: bool
+) -> tuple[dict[str, dict[str, list[DatasetEntry]]], Counter[str]]:
     """Task → class → images; task → images that are left out for being in neither split.
 
     Raises:
         UserError: two names that not every file system tells apart; `what` is what it calls them.
     """
-    found: dict[str, dict[str, list[Found]]] = {}
+    found: dict[str, dict[str, list[DatasetEntry]]] = {}
     unused_images: Counter[str] = Counter()
     folder_of: dict[tuple[str, ...], str] = {}
     for file in files:
@@ -205,7 +205,7 @@ def _tasks_of(found: Collection[str], wanted: set[str] | None, root: Path) -> li
 
 
 def _classes_of(
-    found: dict[str, dict[str, list[Found]]], class_names: _ClassNames, root: Path
+    found: dict[str, dict[str, list[DatasetEntry]]], class_names: _ClassNames, root: Path
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     """Task → its classes; those that data.class_names does not list, as task/class.
 
@@ -231,19 +231,21 @@ def _classes_of(
     return classes, tuple(left_out)
 
 
-def _image_file(root: Path, file: Found, task: str, name: str, use_official_splits: bool, links: Links) -> ImageRecord:
-    size, modified_ns, row_group = file.table or (*_size_and_time(root, file.path, links), None)
+def _image_file(
+    root: Path, file: DatasetEntry, task: str, name: str, use_official_splits: bool, symlinks: SymlinkChecker
+) -> ImageRecord:
+    size, modified_ns, row_group = file.table or (*_size_and_time(root, file.path, symlinks), None)
     return ImageRecord(file.path, task, name, size, modified_ns, file.split if use_official_splits else None, row_group)
 
 
-def unexpected_counts(config: DataConfig, listing: DatasetIndex) -> list[str]:
+def unexpected_counts(config: DataConfig, dataset: DatasetIndex) -> list[str]:
     """What of `config.expected_images` the listing's tasks do not have, a sentence each."""
-    counts = Counter(image.task for image in listing.images) + Counter(listing.unused_images)
+    counts = Counter(image.task for image in dataset.images) + Counter(dataset.unused_images)
     notes = []
     for name, expected in (config.expected_images or {}).items():
         tasks = name.split(" + ")
         count = sum(counts[task] for task in tasks)
-        if all(task in listing.classes for task in tasks) and count != expected:
+        if all(task in dataset.classes for task in tasks) and count != expected:
             has = "has" if len(tasks) == 1 else "have"
             notes.append(f"{name} {has} {count:,} images, {expected:,} are published: is the copy complete?")
     return notes
@@ -322,7 +324,7 @@ def read_class_names(path: Path) -> dict[str, str]:
         if folder in words:
             raise UserError(f"{path}:{number}: class {folder!r} is listed twice")
         words[folder] = text.strip() or folder.replace("_", " ")
-        if len({*names_of(words[folder])}) <= words[folder].count("|"):
+        if len({*split_synonyms(words[folder])}) <= words[folder].count("|"):
             raise UserError(f"{path}:{number}: {words[folder]!r}: a name beside | is empty, or there twice")
     if not words:
         raise UserError(f"data.class_names={path} lists no class")
@@ -379,7 +381,7 @@ def _folder_roles(layout: str, root: Path) -> Roles:
     if roles is None:
         raise UserError(
             f"data.layout=split_folders needs {root}/<task>/<split>/<class> or {root}/<split>/<task>/<class>, with "
-            f"train among the splits and nothing else beside them: {', '.join(SPLIT_WORDS)}"
+            f"train among the splits and nothing else beside them: {', '.join(SPLIT_NAMES)}"
         )
     return roles
 
@@ -391,7 +393,7 @@ def _split_roles(root: Path, folders: Sequence[str]) -> Roles | None:
         UserError: folders of splits without tasks.
     """
     if len(folders) > 1 and _are_splits(folders):
-        (train,) = [name for name in folders if SPLIT_WORDS.get(name.lower()) == "train"][:1]
+        (train,) = [name for name in folders if SPLIT_NAMES.get(name.lower()) == "train"][:1]
         if not any(_subfolders(root / train / name) for name in _subfolders(root / train)):
             raise UserError(
                 f"{root} has the folders {', '.join(folders)}: splits, but of which task? Put them into a folder with "
@@ -406,7 +408,7 @@ def _split_roles(root: Path, folders: Sequence[str]) -> Roles | None:
 
 def _are_splits(folders: Sequence[str]) -> bool:
     words = {name.lower() for name in folders} - {UNSPLIT_FOLDER}
-    return words <= SPLIT_WORDS.keys() and "train" in {SPLIT_WORDS[word] for word in words}
+    return words <= SPLIT_NAMES.keys() and "train" in {SPLIT_NAMES[word] for word in words}
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -414,9 +416,9 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def _walk(root: Path, links: Links, roles: Roles) -> tuple[list[Found], list[str]]:
+def _walk(root: Path, symlinks: SymlinkChecker, roles: Roles) -> tuple[list[DatasetEntry], list[str]]:
     """All images, and with an empty path the class folders themselves; other files."""
-    files: list[Found] = []
+    files: list[DatasetEntry] = []
     ignored: list[str] = []
     depth, task_at, class_at = len(roles), roles.index("task"), roles.index("class")
     split_at = roles.index("split") if "split" in roles else None
@@ -431,17 +433,17 @@ def _walk(root: Path, links: Links, roles: Roles) -> tuple[list[Found], list[str
             real_path = os.path.realpath(path)
             if real_path in above or (len(parts) == split_at and name.lower() == UNSPLIT_FOLDER):
                 ignored.append("/".join((*parts, name)))
-            elif not links.escapes_root(path, real_path):
+            elif not symlinks.escapes_root(path, real_path):
                 further.append(name)
                 lies_in[path] = above
         subfolders[:] = further
-        split = SPLIT_WORDS[parts[split_at].lower()] if split_at is not None and len(parts) > split_at else None
+        split = SPLIT_NAMES[parts[split_at].lower()] if split_at is not None and len(parts) > split_at else None
         if len(parts) == depth:
-            files.append(Found("", parts[task_at], parts[class_at]))
+            files.append(DatasetEntry("", parts[task_at], parts[class_at]))
         for name in sorted(names):
             path = "/".join((*parts, name))
             if len(parts) >= depth and Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                files.append(Found(path, parts[task_at], parts[class_at], split))
+                files.append(DatasetEntry(path, parts[task_at], parts[class_at], split))
             else:
                 ignored.append(path)
     return files, ignored
@@ -451,11 +453,11 @@ def _cannot_read(error: OSError) -> None:
     raise UserError(f"cannot read {escape_for_terminal(str(error.filename))}: {error.strerror}")
 
 
-def _size_and_time(root: Path, path: str, links: Links) -> tuple[int, int]:
+def _size_and_time(root: Path, path: str, symlinks: SymlinkChecker) -> tuple[int, int]:
     try:
         status = os.lstat(root / path)
         if stat.S_ISLNK(status.st_mode):
-            links.escapes_root(root / path)
+            symlinks.escapes_root(root / path)
             status = os.stat(root / path)
     except OSError:
         return 0, 0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.config import read_text
 from pipeline.data.names import escape_for_terminal
-from pipeline.data.official_splits import Found, OfficialSplit
-from pipeline.data.symlinks import Links
+from pipeline.data.official_splits import DatasetEntry, OfficialSplit
+from pipeline.data.symlinks import SymlinkChecker
 from pipeline.errors import UserError
 
 MAX_LINE_SHOWN = 1000
@@ -54,7 +54,7 @@ LIST_LAYOUTS = {
 }
 
 
-def read_lists(layout: str, root: Path, links: Links) -> list[Found]:
+def read_lists(layout: str, root: Path, symlinks: SymlinkChecker) -> list[DatasetEntry]:
     """The union of the lists of LIST_LAYOUTS[layout], sorted by path.
 
     Raises:
@@ -72,8 +72,8 @@ def read_lists(layout: str, root: Path, links: Links) -> list[Found]:
         )
     splits: dict[str, OfficialSplit] = {}
     for file in files:
-        if links.escapes_root(file):
-            links.refuse(root)
+        if symlinks.escapes_root(file):
+            symlinks.refuse(root)
         split = of_layout.split_of(file)
         assert split
         for number, line in enumerate(read_text(file, str(file), "surrogateescape").split("\n"), 1):
@@ -89,9 +89,9 @@ def read_lists(layout: str, root: Path, links: Links) -> list[Found]:
             splits[path] = split if before == "other" else before
     images_root = of_layout.images_root(root)
     for folder in {path.rpartition("/")[0] for path in splits}:
-        links.escapes_root(images_root / folder)
+        symlinks.escapes_root(images_root / folder)
     found = []
     for path, split in sorted(splits.items()):
         task, class_folder = path.split("/")[:2]
-        found.append(Found(path, task, class_folder, split))
+        found.append(DatasetEntry(path, task, class_folder, split))
     return found

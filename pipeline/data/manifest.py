@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config import MAX_TEXT_BYTES, read_text
 from pipeline.data.names import escape_for_terminal, invalid_name_reason, truncated_list
-from pipeline.data.official_splits import SPLIT_WORDS, Found, OfficialSplit, TableRow
-from pipeline.data.symlinks import Links
+from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit, TableRow
+from pipeline.data.symlinks import SymlinkChecker
 from pipeline.data.table_images import ROW_PATH, image_column, row_path
 from pipeline.errors import UserError
 
@@ -38,7 +38,7 @@ MAX_ROWS = 10_000_000
 MAX_TEXT = 1000
 """Characters of a task or label."""
 MAX_PATH = 4096
-LEAST_IMAGE_BYTES = 32
+MIN_IMAGE_BYTES = 32
 """No image takes less, however a table is packed."""
 MAX_COMPRESSION_RATIO = 200
 """No images become so many times larger by the compression of a table being undone, but for small ones."""
@@ -55,10 +55,10 @@ class _Rows:
 
     manifest: Path
     root: Path
-    links: Links
+    symlinks: SymlinkChecker
     tasks: frozenset[str] | None
     """Those to use; None: all. The others' rows may have what they want."""
-    found: list[Found] = field(default_factory=list)
+    found: list[DatasetEntry] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     first_row: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     """Path → task, label and place of its row."""
@@ -81,7 +81,7 @@ class _Rows:
                 self.refuse()
             return
         self.first_row[path] = task, label, place
-        self.found.append(Found(path, task, label, split, table and table[1]))
+        self.found.append(DatasetEntry(path, task, label, split, table and table[1]))
 
     def _path(self, text: str | None) -> str:
         """Relative to the root. Raises: ValueError: no path of an image that may be used."""
@@ -94,7 +94,7 @@ class _Rows:
         full = os.path.normpath(self.root / text)
         below = os.path.relpath(full, self.root)
         if below == ".." or below.startswith("../"):
-            if not self.links.may_lead_out:
+            if not self.symlinks.allow_external:
                 raise ValueError(
                     f"{text} leads out of {self.root}: move the manifest above all images, or allow it with "
                     "--data.follow_external_symlinks true"
@@ -121,8 +121,8 @@ def read_manifest(
     tasks: Collection[str] | None,
     class_order: Sequence[str] | None,
     with_splits: bool,
-    links: Links,
-) -> tuple[list[Found], dict[str, str]]:
+    symlinks: SymlinkChecker,
+) -> tuple[list[DatasetEntry], dict[str, str]]:
     """Images of a manifest, a file or a folder of Parquet files, with paths relative to `root`; and path → line or row.
 
     Args:
@@ -138,10 +138,10 @@ def read_manifest(
     files = sorted(manifest.glob("*.parquet")) if manifest.is_dir() else [manifest]
     if not files:
         raise UserError(f"data.root={manifest} holds no .parquet files")
-    rows = _Rows(manifest, root, links, None if tasks is None else frozenset(tasks))
+    rows = _Rows(manifest, root, symlinks, None if tasks is None else frozenset(tasks))
     for file in files:
-        if links.escapes_root(file):
-            links.refuse(root)
+        if symlinks.escapes_root(file):
+            symlinks.refuse(root)
         match file.suffix.lower():
             case ".parquet":
                 _read_parquet(file, rows, columns, class_order, with_splits)
@@ -151,7 +151,7 @@ def read_manifest(
                 raise UserError(f"data.root={file} is no folder and no manifest ({', '.join(SUFFIXES)})")
     rows.refuse()
     for folder in {os.path.dirname(found.path) for found in rows.found if not found.table}:
-        links.escapes_root(root / folder)
+        symlinks.escapes_root(root / folder)
     return rows.found, {path: place for path, (*_, place) in rows.first_row.items()}
 
 
@@ -170,9 +170,9 @@ def _plain(what: str, text: str | None) -> str:
 
 def _official_split(text: str | None) -> OfficialSplit:
     word = (text or "").strip().lower()
-    if word not in SPLIT_WORDS:
-        raise ValueError(f"the split '{escape_for_terminal(word[:40])}' is none of {', '.join(SPLIT_WORDS)}")
-    return SPLIT_WORDS[word]
+    if word not in SPLIT_NAMES:
+        raise ValueError(f"the split '{escape_for_terminal(word[:40])}' is none of {', '.join(SPLIT_NAMES)}")
+    return SPLIT_NAMES[word]
 
 
 def _columns_of(file: Path, names: Sequence[str], wanted: Sequence[str], columns: Mapping[str, str]) -> dict[str, int]:
@@ -252,7 +252,7 @@ def _read_parquet(
         image = image_column(schema)
         wanted = ["task", "label"] if image else ["path", "task", "label"]
         split_column = columns.get("split", "split")
-        if with_splits and (split_column in schema.names or split_of_file not in SPLIT_WORDS):
+        if with_splits and (split_column in schema.names or split_of_file not in SPLIT_NAMES):
             wanted.append("split")
         at = _columns_of(file, schema.names, wanted, columns)
         of_column = {
@@ -336,7 +336,7 @@ def _check_compression_ratio(
 ) -> None:
     """Raises: UserError: what a small file claims to unfold into."""
     size, rows = os.path.getsize(file), metadata.num_rows
-    packed = rows > MAX_ROWS or (image is not None and rows * LEAST_IMAGE_BYTES > size)
+    packed = rows > MAX_ROWS or (image is not None and rows * MIN_IMAGE_BYTES > size)
     text_bytes = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):

@@ -37,7 +37,7 @@ def plain_name(name: str, what: str = "folder name") -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def names_of(words: str) -> list[str]:
+def split_synonyms(words: str) -> list[str]:
     """The names in a class's words, which `|` keeps apart, as in "sofa | couch"; the first is its label."""
     return [name for part in words.split("|") if (name := part.strip())] or [words]
 

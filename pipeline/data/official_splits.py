@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 OfficialSplit = Literal["train", "test", "other"]
 """other: for validation, or for no split; such an image neither trains nor tests where given splits are respected."""
 
-SPLIT_WORDS: dict[str, OfficialSplit] = {
+SPLIT_NAMES: dict[str, OfficialSplit] = {
     "train": "train",
     "training": "train",
     "test": "test",
@@ -28,7 +28,7 @@ class TableRow(NamedTuple):
     row_group: int
 
 
-class Found(NamedTuple):
+class DatasetEntry(NamedTuple):
     """An image of a data root; with an empty path, a class folder itself."""
 
     path: str

@@ -22,17 +22,17 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.names import escape_for_terminal, invalid_name_reason
 from pipeline.data.splits import ScannedImage
-from pipeline.data.table_images import image_bytes
+from pipeline.data.table_images import read_image_bytes
 from pipeline.errors import UserError, escaped
 from pipeline.files import written_atomically
 
 ROW_GROUP_BYTES = 16 << 20
 PART_BYTES = 256 << 20
-LEAST_ROW_BYTES = 32
+MIN_ROW_BYTES = 32
 """A row's SHA-256 alone takes that much, however it is packed."""
 MAX_STEM = 150
 """Characters of a file's name for its task; 28 Chinese ones would fill all that file systems take."""
-FORMAT = 2
+FORMAT = 3
 """Counted up with every change of what is written, PART_BYTES included: it is part of the folder's name."""
 Split = Literal["train", "test"]
 
@@ -101,7 +101,7 @@ def scan_image(
         if fault := invalid_name_reason(path):
             error = f"the file name {fault}"
         else:
-            data = image_bytes(root, path)
+            data = read_image_bytes(root, path)
             decode(data)
     except OSError as fault:
         error = f"cannot be read: {fault.strerror}"
@@ -184,7 +184,7 @@ def _digest(rows: Sequence[dict[str, object]]) -> str:
 
 def _read_unchanged(root: Path, image: ScannedImage) -> bytes:
     try:
-        data = image_bytes(root, image.path)
+        data = read_image_bytes(root, image.path)
     except (OSError, BrokenImage) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{root / image.path} cannot be read any more: {reason}; run again") from None
@@ -284,7 +284,7 @@ class SplitReader:
         if (metadata.metadata or {}).get(b"splits") != self.description.to_json().encode():
             raise UserError(f"{path} belongs to other splits than {self.folder / 'splits.json'}")
         # A small file must not unfold into a large table: images are stored as they are, each for itself.
-        if packed or metadata.num_rows * LEAST_ROW_BYTES > size:
+        if packed or metadata.num_rows * MIN_ROW_BYTES > size:
             raise UserError(f"{path} is no split file: {metadata.num_rows} rows are packed into {size:,} bytes")
         return metadata
 

@@ -11,25 +11,25 @@ from typing import TypeVar, cast
 Item = TypeVar("Item")
 
 
-def prefetch(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
-    """The items in order, each drawn `ahead` items before it is given out, so that what drawing it begins goes on
+def prefetch(items: Iterable[Item], buffer_size: int) -> Generator[Item, None, None]:
+    """The items in order, each drawn `buffer_size` items before it is given out, so that what drawing it begins goes on
     meanwhile."""
     drawn: deque[Item] = deque()
     for item in items:
         drawn.append(item)
-        if len(drawn) > ahead:
+        if len(drawn) > buffer_size:
             yield drawn.popleft()
     while drawn:
         yield drawn.popleft()
 
 
-def prefetch_in_thread(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
+def prefetch_in_thread(items: Iterable[Item], buffer_size: int) -> Generator[Item, None, None]:
     """As `prefetch`, in a thread of its own, which ends with the generator. An error of `items` is raised here, after
     the items before it."""
     items, end = iter(items), cast(Item, object())
     thread = ThreadPoolExecutor(1, "read")
     try:
-        for drawn in prefetch((thread.submit(next, items, end) for _ in repeat(None)), ahead):
+        for drawn in prefetch((thread.submit(next, items, end) for _ in repeat(None)), buffer_size):
             if (item := drawn.result()) is end:
                 return
             yield item

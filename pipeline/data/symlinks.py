@@ -10,11 +10,11 @@ from pipeline.data.names import escape_for_terminal, truncated_list
 from pipeline.errors import UserError
 
 
-class Links:
+class SymlinkChecker:
     """Which of the paths under a root lead out of it by a link, unless they may."""
 
-    def __init__(self, root: Path, may_lead_out: bool):
-        self.may_lead_out = may_lead_out
+    def __init__(self, root: Path, allow_external: bool):
+        self.allow_external = allow_external
         self._root = root
         self._real = os.path.realpath(root)
         self._out: dict[str, str] = {}
@@ -22,7 +22,7 @@ class Links:
     def escapes_root(self, path: str | Path, real: str | None = None) -> bool:
         """Whether it does, to be refused then; `real`: its real path, if that is known."""
         real = real or os.path.realpath(path)
-        if self.may_lead_out or os.path.commonpath((self._real, real)) == self._real:
+        if self.allow_external or os.path.commonpath((self._real, real)) == self._real:
             return False
         self._out[str(path)] = real
         return True

@@ -43,7 +43,7 @@ def image_column(schema: pa.Schema) -> str | None:
     return found.get("image")
 
 
-def image_bytes(root: Path, path: str) -> bytes:
+def read_image_bytes(root: Path, path: str) -> bytes:
     """The bytes of an image of a listing.
 
     Raises:

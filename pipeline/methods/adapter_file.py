@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
-from pipeline.data.names import names_of
+from pipeline.data.names import split_synonyms
 from pipeline.errors import UserError, escaped
 from pipeline.files import written_atomically
 from pipeline.methods.classifier import Classifier
@@ -61,7 +61,8 @@ class TrainedAdapter:
     def labels(self) -> dict[str, list[str]]:
         """Task → what its classes are called: the first name of each."""
         return {
-            task: [names_of(of_class)[0] for of_class in class_names] for task, class_names in self.class_names.items()
+            task: [split_synonyms(of_class)[0] for of_class in class_names]
+            for task, class_names in self.class_names.items()
         }
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.clip.class_tokens import ClassTokens
 from pipeline.config.fields import NonNegative
-from pipeline.data.names import names_of
+from pipeline.data.names import split_synonyms
 from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation, Consistency
 from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
@@ -48,7 +48,7 @@ class Lamm(Method):
         super().__init__()
         self.options = config.section(Lamm.Options)
         self._towers = (towers,)  # in a tuple, so that it is not a part of this module
-        names = [name for of_task in class_names.values() for of_class in of_task for name in names_of(of_class)]
+        names = [name for of_task in class_names.values() for of_class in of_task for name in split_synonyms(of_class)]
         number = {name: at for at, name in enumerate(dict.fromkeys(names))}
         self.number_of_row = [number[name] for name in names]
         pieces = [towers.tokenizer.encode(name) for name in number]

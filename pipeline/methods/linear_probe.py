@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.clip.class_tokens import ClassTokens, class_tokens
 from pipeline.clip.precision import autocast
-from pipeline.data.names import names_of
+from pipeline.data.names import split_synonyms
 from pipeline.lazy_torch import nn, torch
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
@@ -36,7 +36,7 @@ class LinearProbe(Method):
             (config.clip.template_of(task), of_class) for task in class_names for of_class in class_names[task]
         ]
         number = {text: at for at, text in enumerate(dict.fromkeys(text_of_class))}
-        self.weight_of_row = [number[text] for text in text_of_class for _ in names_of(text[1])]
+        self.weight_of_row = [number[text] for text in text_of_class for _ in split_synonyms(text[1])]
         # As many tasks, since two of them may have one name in different classes.
         tokens = class_tokens(towers.tokenizer, [template for template, _ in number], [[own] for _, own in number])
         tokens = tokens.to(towers.device)

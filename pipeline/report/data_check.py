@@ -47,15 +47,15 @@ class TaskOverview:
     modes: str
 
 
-def overviews(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]]) -> list[TaskOverview]:
+def task_overviews(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]]) -> list[TaskOverview]:
     """One a task, in order."""
     of_task: dict[str, list[CheckedImage]] = defaultdict(list)
     for of in images:
-        if of.facts:
+        if of.stats:
             of_task[of.image.task].append(of)
     found = []
     for task, names in classes.items():
-        whole = [of.facts for of in of_task[task] if of.facts]
+        whole = [of.stats for of in of_task[task] if of.stats]
         counts = Counter(of.image.class_folder for of in of_task[task])
         of_classes = [counts[name] for name in names]
         size = f"{median(f.width for f in whole):.0f} x {median(f.height for f in whole):.0f}" if whole else ""
@@ -67,14 +67,14 @@ def overviews(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str
                 min(of_classes),
                 max(of_classes),
                 size,
-                _most_common(facts.format for facts in whole),
-                _most_common(facts.mode for facts in whole),
+                _most_common(stats.format for stats in whole),
+                _most_common(stats.mode for stats in whole),
             )
         )
     return found
 
 
-def one_line(findings: Sequence[Finding]) -> str:
+def summary_line(findings: Sequence[Finding]) -> str:
     """How many there are of each severity."""
     counts = Counter[str](finding.severity for finding in findings)
     told = [f"{counts[of]} {of}{'s' if counts[of] > 1 else ''}" for of in COLORS if counts[of]]

@@ -16,14 +16,14 @@ from rich.markup import escape
 
 from pipeline.clip.load import load_tokenizer
 from pipeline.config import BUILTIN_DIGITS
-from pipeline.data.checked_images import COLUMNS, check_images, read_checked, read_samples, sample_paths
+from pipeline.data.checked_images import COLUMNS, check_images, read_checked_images, read_samples, sample_paths
 from pipeline.data.findings import CheckedImage, Finding, find_issues, tokenize_words
 from pipeline.data.index import ImageRecord
 from pipeline.data.splits import sample_splits
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import make_folder, read_json, write_atomically, write_json
-from pipeline.report.data_check import COLORS, TaskOverview, check_page, check_tables, one_line, overviews
+from pipeline.report.data_check import COLORS, TaskOverview, check_page, check_tables, summary_line, task_overviews
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.runtime.storage import Artifact
@@ -33,7 +33,7 @@ from pipeline.stages.plan import Plan
 NAME = "data_check"
 IMAGES = "images.parquet"
 PAGE, FINDINGS = "check.html", "check.json"
-FORMAT = 1
+FORMAT = 2
 """To be raised by every change of what is kept of an image, or of what is found: checks of before are made again."""
 IMAGES_PER_CHUNK = 512
 _READING = "reading"
@@ -52,13 +52,13 @@ class ImageSource:
     def of(plan: Plan) -> ImageSource:
         return ImageSource(plan.dataset_index.root, plan.config.data.root == BUILTIN_DIGITS)
 
-    def here(self) -> Path:
+    def local_root(self) -> Path:
         if self.embedded:  # on a machine that shares no folder with the driver
             write_digits(self.root)
         return self.root
 
 
-def check_data(plan: Plan, session: Session, in_full: bool = False) -> list[Finding]:
+def check_data(plan: Plan, session: Session, verbose: bool = False) -> list[Finding]:
     """Tells what was found, as far as that is not known yet by looking at every image; raises nothing for it.
 
     Args:
@@ -75,13 +75,13 @@ def check_data(plan: Plan, session: Session, in_full: bool = False) -> list[Find
         if not (found := _read(folder / FINDINGS)):
             found = _find(plan, artifact.download() / IMAGES, folder)
         findings, tasks = found
-        _tell(plan, session, findings, tasks, folder, in_full)
+        _tell(plan, session, findings, tasks, folder, verbose)
     return findings
 
 
 def checked_images(plan: Plan) -> list[CheckedImage]:
     """The listing's images, in its order, after `check_data`."""
-    return read_checked(_artifact(plan).download() / IMAGES, plan.dataset_index.images)
+    return read_checked_images(_artifact(plan).download() / IMAGES, plan.dataset_index.images)
 
 
 def _artifact(plan: Plan) -> Artifact:
@@ -94,7 +94,7 @@ def _look(plan: Plan, stage: Stage) -> pa.Table:
     stage.session.progress.expect(_READING, len(images), "images")
     work = [
         WorkItem(f"check {number}", _check_chunk, (source, chunk, samples & {image.path for image in chunk}))
-        for number, chunk in enumerate(chunks(images))
+        for number, chunk in enumerate(split_into_chunks(images))
     ]
     return pa.concat_tables([COLUMNS.empty_table(), *stage.execute(work)]).unify_dictionaries()
 
@@ -102,12 +102,12 @@ def _look(plan: Plan, stage: Stage) -> pa.Table:
 def _check_chunk(
     source: ImageSource, images: Sequence[ImageRecord], samples: frozenset[str], progress: Any
 ) -> pa.Table:
-    table = check_images(source.here(), images, samples)
+    table = check_images(source.local_root(), images, samples)
     progress.advance(_READING, len(images), "images")
     return table
 
 
-def chunks(images: Sequence[ImageRecord]) -> list[Sequence[ImageRecord]]:
+def split_into_chunks(images: Sequence[ImageRecord]) -> list[Sequence[ImageRecord]]:
     """Of IMAGES_PER_CHUNK images; a row group of a table is in one of them, as its end is not read without the rest."""
     found, start = [], 0
     for at in range(1, len(images) + 1):
@@ -125,28 +125,30 @@ def _read_together(one: ImageRecord, other: ImageRecord) -> bool:
 
 def _find(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[TaskOverview]]:
     """Also writes them, for people and for the next time."""
-    listing, data = plan.dataset_index, plan.config.data
-    images = read_checked(file, listing.images)
+    dataset_index, data = plan.dataset_index, plan.config.data
+    images = read_checked_images(file, dataset_index.images)
     training: list[str] = []
     no_splits = None
     try:
-        whole = [of.image for of in images if of.facts]
-        training = [image.path for image in sample_splits(whole, listing.classes, data.shots, plan.config.seed).train]
+        whole = [of.image for of in images if of.stats]
+        training = [
+            image.path for image in sample_splits(whole, dataset_index.classes, data.shots, plan.config.seed).train
+        ]
     except UserError as fault:
         no_splits = str(fault)
     tokenizer = load_tokenizer(plan.config.clip)
     findings = find_issues(
         images,
-        listing.classes,
-        listing.class_names,
-        tokenize_words(listing.class_names.values(), tokenizer.encode, tokenizer.decoder.__getitem__),
+        dataset_index.classes,
+        dataset_index.class_names,
+        tokenize_words(dataset_index.class_names.values(), tokenizer.encode, tokenizer.decoder.__getitem__),
         data.shots,
         training,
         no_splits,
         data.max_broken_fraction,
     )
-    tasks = overviews(images, listing.classes)
-    page = check_page(plan.config.name, tasks, findings, read_samples(file), listing.class_names)
+    tasks = task_overviews(images, dataset_index.classes)
+    page = check_page(plan.config.name, tasks, findings, read_samples(file), dataset_index.class_names)
     write_atomically(folder / PAGE, page)
     values = {
         "format": FORMAT,
@@ -176,18 +178,18 @@ def _tell(
     findings: Sequence[Finding],
     tasks: Sequence[TaskOverview],
     folder: Path,
-    in_full: bool,
+    verbose: bool,
 ) -> None:
     counts = Counter[str](finding.severity for finding in findings)
     metrics = {f"findings/{severity}": float(counts[severity]) for severity in COLORS}
     session.tracker.log_metrics(NAME, {**metrics, "images": sum(of.images for of in tasks)}, step=0)
     for name in (PAGE, FINDINGS):
         session.tracker.log_artifact(NAME, folder / name)
-    if in_full:
+    if verbose:
         session.console.print(check_tables(plan.config.name, tasks, findings))
     where = escape(plan.storage.display_uri(folder / PAGE))
-    session.console.print(f"  {one_line(findings)}: {where}", highlight=False)
-    for finding in [] if in_full else findings:
+    session.console.print(f"  {summary_line(findings)}: {where}", highlight=False)
+    for finding in [] if verbose else findings:
         if finding.severity != "note":
             session.console.print(
                 f"  [{COLORS[finding.severity]}]{finding.severity}[/]: {escape(finding.title)}", highlight=False

@@ -43,38 +43,40 @@ def build_splits(plan: Plan, session: Session) -> SplitReader:
 
 
 def _build(plan: Plan, stage: Stage, writer: ArtifactWriter) -> None:
-    listing, data = plan.dataset_index, plan.config.data
+    dataset_index, data = plan.dataset_index, plan.config.data
     scanned = [of.image for of in checked_images(plan)]
     broken = [image for image in scanned if image.error]
     if broken:
-        _judge_broken(broken, len(scanned), data.max_broken_fraction, stage.session.folder / "broken_images.txt")
+        _check_broken_fraction(
+            broken, len(scanned), data.max_broken_fraction, stage.session.folder / "broken_images.txt"
+        )
     whole = [image for image in scanned if not image.error]
-    splits, description = sampled(plan, whole)
+    splits, description = draw_splits(plan, whole)
     sizes = {image.path: image.size for image in whole}
     more: dict[str, Any] = {
-        "layout": listing.layout,
+        "layout": dataset_index.layout,
         "dropped": [{"path": image.path, "error": image.error} for image in broken],
         "copies_of_training_images": [
             {"path": path, "copy_of": training_path} for path, training_path in splits.copies
         ],
-        "ignored_files": list(listing.ignored),
-        "classes_left_out": list(listing.excluded_classes),
+        "ignored_files": list(dataset_index.ignored),
+        "classes_left_out": list(dataset_index.excluded_classes),
     }
     if data.use_official_splits:
         more["use_official_splits"] = {
             "training_images_not_drawn": len(whole) - len(splits.train) - len(splits.test) - len(splits.copies),
-            "images_of_neither_split": sum(listing.unused_images.values()),
+            "images_of_neither_split": sum(dataset_index.unused_images.values()),
         }
     write_splits(plan, stage, writer, splits, description, sizes, more)
 
 
-def sampled(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDescription]:
+def draw_splits(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDescription]:
     """Raises: UserError: classes with too few images."""
-    listing, shots, seed = plan.dataset_index, plan.config.data.shots, plan.config.seed
-    splits = sample_splits(images, listing.classes, shots, seed)
+    dataset_index, shots, seed = plan.dataset_index, plan.config.data.shots, plan.config.seed
+    splits = sample_splits(images, dataset_index.classes, shots, seed)
     return splits, SplitDescription(
-        classes={task: list(names) for task, names in listing.classes.items()},
-        class_names=listing.class_names,
+        classes={task: list(names) for task, names in dataset_index.classes.items()},
+        class_names=dataset_index.class_names,
         shots=shots,
         seed=seed,
         source_fingerprint=content_fingerprint(images),
@@ -112,22 +114,22 @@ def write_splits(
 def _write(
     source: ImageSource, part: Part, description: SplitDescription, artifact: Artifact, folder: Path, progress: Any
 ) -> dict[str, tuple[int, str]]:
-    rows = write_part(source.here(), part, description, folder)
+    rows = write_part(source.local_root(), part, description, folder)
     progress.advance(_WRITING, rows, "images")
     return upload_part(artifact, folder, part.file)
 
 
-def _judge_broken(broken: Sequence[ScannedImage], total: int, allowed: float, listing: Path) -> None:
-    if len(broken) / total <= allowed:
+def _check_broken_fraction(broken: Sequence[ScannedImage], total: int, max_fraction: float, report_file: Path) -> None:
+    if len(broken) / total <= max_fraction:
         return
     lines = [f"{image.path}: {image.error}" for image in broken]
-    write_atomically(listing, "\n".join(lines) + "\n")
+    write_atomically(report_file, "\n".join(lines) + "\n")
     shown = "\n  ".join(lines[:BROKEN_SHOWN])
     more = f"\n  and {len(lines) - BROKEN_SHOWN} more" if len(lines) > BROKEN_SHOWN else ""
     enough = math.ceil(1000 * len(broken) / total) / 1000
     raise UserError(
-        f"{len(broken)} of {total} images are broken, more than data.max_broken_fraction={allowed:g} allows:"
-        f"\n  {shown}{more}\nAll are listed in {listing}. "
+        f"{len(broken)} of {total} images are broken, more than data.max_broken_fraction={max_fraction:g} allows:"
+        f"\n  {shown}{more}\nAll are listed in {report_file}. "
         f"Mend or remove them, or allow to drop them with --data.max_broken_fraction {enough:g}"
     )
 

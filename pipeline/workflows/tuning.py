@@ -92,13 +92,13 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
     return plan.folder
 
 
-def _check_point(config: Config, listing: DatasetIndex, methods: Sequence[str], point: Mapping[str, Any]) -> None:
+def _check_point(config: Config, dataset_index: DatasetIndex, methods: Sequence[str], point: Mapping[str, Any]) -> None:
     """Raises UserError for values that do not go together, or not with the model or the tasks."""
     towers = _towers(config.clip)
     config, method = config_at(config, point, methods)
-    check_methods(config, listing, towers, (method,))
+    check_methods(config, dataset_index, towers, (method,))
     if VARIANTS[method].uses_grouping:
-        check_constraints(list(listing.classes), **config.grouping.constraints)
+        check_constraints(list(dataset_index.classes), **config.grouping.constraints)
 
 
 _towers = cache(build_meta_towers)  # which Ray Tune cannot pickle with the check
