@@ -26,7 +26,7 @@ import torch
 from common import REPOSITORY, class_names, table, write_results
 from PIL import Image
 
-from pipeline.files import replacing
+from pipeline.files import atomic_replace
 
 TASKS = ("clipart", "painting", "real", "sketch")
 JOBS = {
@@ -66,7 +66,7 @@ def main() -> None:
 def make_images(root: Path, count: int, num_classes: int) -> None:
     words = class_names(num_classes)
     numbers = np.array_split(np.arange(count), 256)
-    with replacing(root) as staging_dir, ProcessPoolExecutor(os.cpu_count()) as workers:
+    with atomic_replace(root) as staging_dir, ProcessPoolExecutor(os.cpu_count()) as workers:
         list(workers.map(partial(_make_some, staging_dir, words), numbers))
 
 

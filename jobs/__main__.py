@@ -1,6 +1,6 @@
-"""The jobs by their names, for where this is installed without its folder of scripts.
+"""Command-line interface of an installed package: runs a job by its name.
 
-mmap-clip full_pipeline        the embedded demo
+mmap-clip full_pipeline        the built-in demo
 mmap-clip full_pipeline --config configs/office_home.yaml --data.root /data/OfficeHome
 mmap-clip predict --help
 """
@@ -15,14 +15,14 @@ def job_names() -> list[str]:
 
 
 def main() -> None:
-    names, given = job_names(), sys.argv[1:2]
-    if given in (["-h"], ["--help"]):
+    names, job = job_names(), "".join(sys.argv[1:2])
+    if job in ("-h", "--help"):
         print(f"usage: mmap-clip JOB [OPTIONS]\n\n{__doc__}\njobs: {', '.join(names)}")
-    elif given and given[0] in names:
-        sys.argv = [f"mmap-clip {given[0]}", *sys.argv[2:]]
-        runpy.run_module(f"jobs.{given[0]}", run_name="__main__")
+    elif job in names:
+        sys.argv = [f"mmap-clip {job}", *sys.argv[2:]]
+        runpy.run_module(f"jobs.{job}", run_name="__main__")
     else:
-        sys.exit(f"error: {given[0] if given else 'nothing'} is no job; jobs: {', '.join(names)}")
+        sys.exit(f"error: {f'unknown job {job}' if job else 'no job given'}; jobs: {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 0 and 1: folders of images -> what stands out in them, and few-shot splits in Parquet.
+"""Stages 0 and 1: checks the data and writes few-shot splits as Parquet files.
 
 python jobs/build_splits.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
 """

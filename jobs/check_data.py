@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""What should be known of a data set before training on it, and what to do about it. Trains nothing.
+"""Checks a data set before training: reports problems, each with examples and a suggested fix. Trains nothing.
 
     python jobs/check_data.py --data.root /data/shops
     python jobs/check_data.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
 
-Every image is read and decoded once, in parallel. Told, with examples and a remedy each:
+Every image is read and decoded once, in parallel. Severities of the findings:
   error    a run would stop: broken files, classes with too few images
-  warning  results get worse, or look better than they are: contradicting labels, images that look alike in training
-           and test, images of one color, tiny ones, classes with the same words
-  note     good to know: copies, images that are turned, moving or very long, classes that some tasks lack, imbalance,
-           class names that CLIP has hardly read
+  warning  results may be degraded or inflated: contradicting labels, near-duplicates in training and test images, blank
+           or tiny images, classes with the same name
+  note     duplicates, images with an EXIF orientation, animations, extreme aspect ratios, classes that some tasks lack,
+           class imbalance, rare class names (split into many tokens)
 
-The page check.html has all of that and samples of each class and task, check.json every example. Every run does this
-check first, and then does not read the images again. Exit status: 1 if there is an error, else 0; 2 if the check could
-not be made.
+The page check.html shows all findings and samples of each class and task, check.json has every example. Every run
+begins with this check, and does not read the images again. Exit status: 0, or 1 if there is an error; 2 if the check
+itself failed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Answers over HTTP what images show: one or several trained models on one CLIP, by Ray Serve, till Ctrl-C or SIGTERM.
+"""Serves trained models over HTTP with Ray Serve: one or several models on one CLIP. Ctrl-C or SIGTERM stops it.
 
     python jobs/serve.py --models digits=mmap-runs/runs/<run>
     python jobs/serve.py --models a=mmap-runs/runs/<run> b=models:/digits@champion --replicas 2 --port 8000
@@ -7,8 +7,8 @@
     curl localhost:8000/models
     curl 'localhost:8000/models/digits/predict?task=ink' -H 'Content-Type: image/png' --data-binary @photo.png
 
-The models must have been trained on the same CLIP, whose weights each replica holds once. All paths, answers and
-limits are in docs/serving.md. There is no password: who can reach the address can use it.
+The models must have been trained on the same CLIP, whose weights each replica loads once. docs/serving.md describes all
+endpoints, responses and limits. There is no authentication: anyone who can reach the address can use it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.command_line import report_user_errors, say
-from pipeline.config import Given, JobOptions, JobParser, parse_config
+from pipeline.command_line import print_status, report_user_errors
+from pipeline.config import JobArguments, JobOptions, JobParser, parse_config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,46 +33,48 @@ MIB = 2**20
 
 class Options(JobOptions):
     models: tuple[str, ...] = Field(
-        description="NAME=PLACE of each model: its name in the paths, and prompts/*.safetensors of a run, its folder, "
-        "either in a bucket, or models:/..., runs:/... of MLflow."
+        description="NAME=SOURCE of each model: its name in the URLs, and a .safetensors file, a run directory (either "
+        "local or s3://), or an MLflow URI (models:/..., runs:/...)."
     )
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all interfaces.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
-    max_request_mib: float = Field(10, gt=0, lt=4096, description="Largest body of a request, MiB.")
-    max_images: int = Field(64, ge=1, description="Most images of one request.")
-    max_waiting: int = Field(256, ge=1, description="Requests that an ingress holds; more are told to come again.")
-    timeout_s: float = Field(60, gt=0, description="Seconds for one request.")
-    replicas: int = Field(1, ge=1, description="Replicas, each of which holds all models.")
-    max_batch: int = Field(64, ge=1, description="Images that a replica takes at once.")
-    batch_wait_ms: float = Field(5, ge=0, description="How long a request waits for others to fill the batch.")
-    ingress_replicas: int = Field(1, ge=1, description="Ingresses, which read and decode images.")
+    max_request_mib: float = Field(10, gt=0, lt=4096, description="Maximum size of a request body in MiB.")
+    max_images: int = Field(64, ge=1, description="Maximum number of images per request.")
+    max_waiting: int = Field(
+        256, ge=1, description="Maximum in-flight requests per ingress; more get 503 with Retry-After."
+    )
+    timeout_s: float = Field(60, gt=0, description="Request timeout in seconds.")
+    replicas: int = Field(1, ge=1, description="Number of replicas, each with all models.")
+    max_batch: int = Field(64, ge=1, description="Maximum batch size of a replica.")
+    batch_wait_ms: float = Field(5, ge=0, description="Batch wait timeout in milliseconds.")
+    ingress_replicas: int = Field(1, ge=1, description="Number of ingresses, which decode the images.")
 
 
-TAKES = {
-    "clip.pretrained": "Tag or file of the CLIP weights; null: where they lay in training.",
+FIELD_HELP = {
+    "clip.pretrained": "Path or open_clip tag of the CLIP weights; null: as in training.",
     "cluster.address": "Ray cluster to join; null: RAY_ADDRESS, else a local Ray is started.",
-    "cluster.gpus_per_worker": "GPUs of a replica, or a fraction; null: 1 if there are any.",
-    "cluster.cpus_per_worker": "CPU cores of a replica, without GPUs also its threads; null: 1.",
+    "cluster.gpus_per_worker": "GPUs per replica, may be fractional; null: 1 if available, else 0.",
+    "cluster.cpus_per_worker": "CPU cores per replica; without GPUs also its threads; null: 1.",
 }
 
 
 def main() -> None:
     with report_user_errors():
-        serve(JobParser(__doc__, Options, TAKES).given())
+        serve(JobParser(__doc__, Options, FIELD_HELP).parse())
 
 
-def serve(given: Given[Options]) -> None:
-    own, cluster = given.own, parse_config(given.nested()).cluster
-    places = named_places(own.models)
+def serve(arguments: JobArguments[Options]) -> None:
+    job, cluster = arguments.options, parse_config(arguments.nested_fields()).cluster
+    sources = parse_models(job.models)
 
     from pipeline.prediction.load import read_model  # torch takes seconds to import
     from pipeline.serving.shared_clip import check_one_clip
 
-    pretrained = given.fields.get("clip.pretrained")
-    trained: Trained = {name: read_model(place, pretrained)[:2] for name, place in places.items()}
+    pretrained = arguments.fields.get("clip.pretrained")
+    trained: Trained = {name: read_model(source, pretrained)[:2] for name, source in sources.items()}
     check_one_clip(trained)
     is_local = (cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
-    if is_local:  # all of Serve's processes inherit it; half as many requests a second again as without
+    if is_local:  # inherited by all processes of Serve; 1.5 times the requests per second
         os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
 
     import ray
@@ -81,55 +83,57 @@ def serve(given: Given[Options]) -> None:
     from pipeline.serving.http_api import Limits
     from pipeline.serving.service import ServiceOptions, port_error, running_service, watch_service
 
-    if is_local and (fault := port_error(own.host, own.port)):
-        raise UserError(fault)
-    connect(cluster.model_copy(update={"cpus_per_worker": 1, "gpus_per_worker": 0}), say)
-    for ends in (signal.SIGINT, signal.SIGTERM):  # Ray has its own for SIGTERM
-        signal.signal(ends, signal.default_int_handler)
+    if is_local and (error := port_error(job.host, job.port)):
+        raise UserError(error)
+    connect(cluster.model_copy(update={"cpus_per_worker": 1, "gpus_per_worker": 0}), print_status)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray sets its own handler of SIGTERM
+        signal.signal(number, signal.default_int_handler)
     try:
         gpus = cluster.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         options = ServiceOptions(
-            host=own.host,
-            port=own.port,
-            replicas=own.replicas,
-            ingress_replicas=own.ingress_replicas,
+            host=job.host,
+            port=job.port,
+            replicas=job.replicas,
+            ingress_replicas=job.ingress_replicas,
             worker_resources=WorkerResources(cluster.cpus_per_worker, gpus),
-            max_batch=own.max_batch,
-            batch_wait_s=own.batch_wait_ms / 1000,
+            max_batch=job.max_batch,
+            batch_wait_s=job.batch_wait_ms / 1000,
             limits=Limits(
-                max_request_bytes=int(own.max_request_mib * MIB),
-                max_images=own.max_images,
-                max_waiting=own.max_waiting,
-                timeout_s=own.timeout_s,
+                max_request_bytes=int(job.max_request_mib * MIB),
+                max_images=job.max_images,
+                max_waiting=job.max_waiting,
+                timeout_s=job.timeout_s,
                 decoding_threads=len(os.sched_getaffinity(0)),
             ),
         )
         with running_service(trained, options, ends_with_ray=is_local):
-            served = "; ".join(f"{name}: {', '.join(prompts.class_names)}" for name, (prompts, _) in trained.items())
-            say(f"ready: http://{own.host}:{own.port}, {options.replicas} x {options.worker_resources}; {served}")
+            served = "; ".join(f"{name}: {', '.join(adapter.class_names)}" for name, (adapter, _) in trained.items())
+            print_status(
+                f"ready: http://{job.host}:{job.port}, {options.replicas} x {options.worker_resources}; {served}"
+            )
             try:
-                watch_service(options, say)
+                watch_service(options, print_status)
             except KeyboardInterrupt:
-                say("ending: requests that are waiting get their answers; once more ends at once")
+                print_status("stopping: pending requests are still answered; interrupt again to stop immediately")
     except KeyboardInterrupt:
-        raise UserError("ended before it was ready, or before all was answered") from None
+        raise UserError("interrupted before the server was ready, or before all requests were answered") from None
     finally:
         ray.shutdown()
 
 
-def named_places(given: Sequence[str]) -> dict[str, str]:
-    """Raises: UserError: no NAME=PLACE, a name twice."""
-    places: dict[str, str] = {}
-    for model in given:
-        name, _, place = model.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name) or not place:
-            raise UserError(f"--models {model}: give NAME=PLACE, with a name of letters, digits, `_`, `.`, `-`")
-        if name in places:
-            raise UserError(f"--models {model}: there is a model {name!r} already; give each its own name")
-        places[name] = place
-    return places
+def parse_models(models: Sequence[str]) -> dict[str, str]:
+    """Parse NAME=SOURCE of each model; UserError if one is malformed or a name occurs twice."""
+    sources: dict[str, str] = {}
+    for model in models:
+        name, _, source = model.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name) or not source:
+            raise UserError(f"--models {model}: expected NAME=SOURCE, with a name of letters, digits, `_`, `.`, `-`")
+        if name in sources:
+            raise UserError(f"--models {model}: duplicate name {name!r}")
+        sources[name] = source
+    return sources
 
 
 if __name__ == "__main__":

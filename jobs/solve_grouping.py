@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Stages 1-3: which tasks help each other, from gradient snapshots. Finished stages are not redone, so other objectives
-and constraints can be tried on an existing run in seconds.
+"""Stages 1-3: groups the tasks by the affinities of their gradient snapshots. Finished stages are cached, so other
+objectives and constraints can be tried on an existing run in seconds.
 
     python jobs/solve_grouping.py --config configs/demo.yaml --grouping.objective mean --grouping.max_size 3
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 1-2: the prompt shared by all tasks, with snapshots of each task's gradient. Finished stages are not redone.
+"""Stages 1-2: trains the global prompt and stores snapshots of the tasks' gradients. Finished stages are cached.
 
 python jobs/train_global_prompt.py --config configs/office_home.yaml --data.root /data/OfficeHome
 """

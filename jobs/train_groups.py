@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 1-4: the group trainings and their test accuracies, without the report. Finished stages are not redone.
+"""Stages 1-4: trains and evaluates the groups, without the report. Finished stages are cached.
 
 python jobs/train_groups.py --config configs/office_home.yaml --data.root /data/OfficeHome
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Searches for good values of config fields on held-out training images, then runs the pipeline with the best.
+"""Searches config fields for the best accuracy on held-out training images, then runs the pipeline with the best.
 
     python jobs/tune.py --search configs/searches/demo.yaml                 the demo
     python jobs/tune.py --search configs/searches/mmap.yaml \\
@@ -7,8 +7,8 @@
     ray job submit --working-dir . -- python jobs/tune.py --search configs/searches/mmap.yaml \\
         --cluster.gpus_per_worker 0.25 --storage /shared/runs
 
-The same command again does only what is missing. Table, picture, and the best config as YAML that full_pipeline.py
-takes are in <storage>/searches/ and in MLflow. docs/hyperparameter_search.md says what a search file holds.
+Rerun the same command to resume. The table, the figure, and the best config (a YAML file for full_pipeline.py) are in
+<storage>/searches/ and in MLflow. docs/hyperparameter_search.md describes the search file.
 """
 
 from pathlib import Path
@@ -20,22 +20,22 @@ from pipeline.config import JobOptions, JobParser, resolve_config_path
 
 
 class Options(JobOptions):
-    search: Path = Field(description="YAML file of what is searched, and how.")
-    final_run: bool = Field(True, description="Whether the pipeline is run with the best values at the end.")
+    search: Path = Field(description="YAML file with the search space and the searcher.")
+    final_run: bool = Field(True, description="Run the pipeline with the best values at the end.")
 
 
 def main() -> None:
     with report_user_errors() as console:
-        given = JobParser(__doc__, Options).given()
-        config = given.config()
+        arguments = JobParser(__doc__, Options).parse()
+        config = arguments.config()
 
         from pipeline.tuning.search_file import read_search
 
-        search = read_search(resolve_config_path(given.own.search), config)
+        search = read_search(resolve_config_path(arguments.options.search), config)
 
         from pipeline.workflows.tuning import run_search
 
-        run_search(config, search, console, final_run=given.own.final_run)
+        run_search(config, search, console, final_run=arguments.options.final_run)
 
 
 if __name__ == "__main__":

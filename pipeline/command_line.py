@@ -1,7 +1,7 @@
-"""What every job script does around its work: it reads the command line, and tells a user's errors.
+"""Entry points of the job scripts: parse the command line, report user errors.
 
-torch, Ray and MLflow take seconds to import, so --help and a wrong option are answered without them: nothing here
-imports them at the top, nor do the job scripts, which import their stages once the command line is known to be right.
+torch, Ray and MLflow take seconds to import, so --help and option errors are handled without them: this module imports
+none of them, and the job scripts import their stages only after the command line is validated.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LOG_WIDTH = 160
 
 
 def run_job(description: str | None, main: Callable[[Plan, Session], object]) -> None:
-    """The body of a job script of one run: command line, checks, `main(plan, session)`."""
+    """Run a job script that makes one run: parse the command line, check the run, call `main(plan, session)`."""
     with report_user_errors() as console:
-        config = JobParser(description).given().config()
+        config = JobParser(description).parse().config()
 
         from pipeline.stages.run import open_run
 
@@ -37,25 +37,27 @@ def run_job(description: str | None, main: Callable[[Plan, Session], object]) ->
 
 
 @contextmanager
-def report_user_errors(after_interrupt: str = "the same command goes on from here") -> Iterator[Console]:
-    """Gives a job its console; ends it with status 2 for a user's error, 130 when it is interrupted, and without a
-    traceback, on the standard error."""
+def report_user_errors(after_interrupt: str = "rerun the same command to resume") -> Iterator[Console]:
+    """Yield the job's console; report user errors and interrupts on stderr, without a traceback.
+
+    The exit status is 2 after a user error and 130 after an interrupt.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        # A log has room for the tables of many methods.
+        # A log is wider than most terminals: it has room for the tables of many methods.
         yield Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
     except UserError as error:
-        _tell(f"[bold red]error:[/] {escape(str(error))}")
+        _print_error(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
-        _tell(f"[yellow]interrupted:[/] {after_interrupt}")
+        _print_error(f"[yellow]interrupted:[/] {after_interrupt}")
         sys.exit(130)
 
 
-def say(text: str) -> None:
-    """On the standard error, for jobs whose output is data."""
+def print_status(text: str) -> None:
+    """Print to stderr, for jobs that write data to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
-def _tell(text: str) -> None:
+def _print_error(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(text, highlight=False)

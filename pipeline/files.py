@@ -14,47 +14,47 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-PARTIAL = ".partial"
+PARTIAL_SUFFIX = ".partial"
 """Suffix of what is being written."""
-FREE_SPACE = "free some space, or change `storage`; the same command goes on"
+FREE_SPACE_ADVICE = "free some disk space or change `storage`, then rerun the same command"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to make a file or folder at; if the block ends well, that takes the place of `path`.
 
     A file is synced, but not what is in a folder.
     """
     # Two may make the same: a worker that was given up for lost, and the one instead of it.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         yield partial
         if not partial.is_dir():
             sync(partial)
-        put_in_place(partial, path)
+        rename_durably(partial, path)
     finally:
         with suppress(OSError):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
-    """`replacing`, for what lies in the storage.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """`atomic_replace`, for what lies in the storage.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     try:
-        with replacing(path) as partial:
+        with atomic_replace(path) as partial:
             yield partial
     except Exception as error:
         if isinstance(error, OSError) or (disk_is_full(error) and not isinstance(error, UserError)):
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot write {path}: {reason}; {FREE_SPACE}") from error
+            raise UserError(f"cannot write {path}: {reason}; {FREE_SPACE_ADVICE}") from error
         raise
 
 
-def put_in_place(source: Path, target: Path) -> None:
+def rename_durably(source: Path, target: Path) -> None:
     """Renames a file or folder, lastingly: after a power cut it has the one name or the other."""
     os.replace(source, target)
     with suppress(OSError):  # not every network file system syncs folders
@@ -69,21 +69,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Raises: UserError: the disk is full or the folder cannot be written."""
-    with written_atomically(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def make_folder(path: Path) -> Path:
+def create_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

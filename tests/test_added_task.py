@@ -360,7 +360,7 @@ def test_faults_are_named_before_anything_starts(finished, tmp_path, monkeypatch
     assert "clip.pretrained=None is another CLIP than the run's" in fault(
         *place, "--task", "neon", "--clip.pretrained", "null"
     )
-    assert "--storage is no option of this job: use --run" in fault(*place, "--task", "neon", "--storage", "other")
+    assert "--storage is not an option of this job: use --run" in fault(*place, "--task", "neon", "--storage", "other")
     assert "does not exist" in fault("--run", str(tmp_path / "runs" / "none"), "--task", "neon")
     assert "give <storage>/runs/<run>" in fault("--run", str(tmp_path), "--task", "neon")
     assert len(summary_of(finished)["groups"]) > 1

@@ -16,7 +16,7 @@ from pipelines import Job
 from rich.console import Console
 
 from docs.mlflow_results import open_experiment, read_benchmark
-from jobs.benchmark import chosen_methods, main
+from jobs.benchmark import main, select_methods
 from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.benchmark_tables import to_csv
@@ -151,7 +151,7 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, run_job):
         job.process.send_signal(signal.SIGINT)
     finally:
         interrupted = job.finish()
-    assert interrupted.status == 130 and "the same command goes on from here" in interrupted.output
+    assert interrupted.status == 130 and "rerun the same command to resume" in interrupted.output
     before = trainings(storage)
     benchmark(run_job, storage, *arguments)
     after = trainings(storage)
@@ -186,18 +186,21 @@ def test_runs_share_one_progress_board_and_take_their_own_reports(shared_ray):
 
 
 def test_methods_are_chosen_by_name_or_as_a_set():
-    assert chosen_methods(["grouped", "zero_shot"]) == ("zero_shot", "grouped")
-    assert chosen_methods(["all"]) == tuple(VARIANTS)
-    assert set(chosen_methods(["paper", "clip_lora"])) == {*PAPER_METHODS, "clip_lora"}
+    assert select_methods(["grouped", "zero_shot"]) == ("zero_shot", "grouped")
+    assert select_methods(["all"]) == tuple(VARIANTS)
+    assert set(select_methods(["paper", "clip_lora"])) == {*PAPER_METHODS, "clip_lora"}
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--methods", "cooop"], "--methods cooop is not known; did you mean coop? Valid: all, paper, zero_shot, coop"),
+        (
+            ["--methods", "cooop"],
+            "--methods: unknown method cooop; did you mean coop? Valid: all, paper, zero_shot, coop",
+        ),
         (["--dataset", "imagenet"], "--dataset imagenet: there is no"),
-        (["--seed", "3"], "--seed is no option of this job: use --seeds"),
-        (["--data.shots", "3"], "--data.shots is no option of this job: use --shots"),
+        (["--seed", "3"], "--seed is not an option of this job: use --seeds"),
+        (["--data.shots", "3"], "--data.shots is not an option of this job: use --shots"),
         (["--shots", "0"], "data.shots=0"),
         (["--maple.depth", "9", "--methods", "maple"], "maple.depth=9: the shallower tower has 4 layers"),
     ],

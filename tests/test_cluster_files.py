@@ -302,7 +302,7 @@ def test_job_runs_a_script_of_the_image_on_that_cluster(raycluster):
     assert spec["clusterSelector"] == {"ray.io/cluster": raycluster["metadata"]["name"]}
     program, script, *options = shlex.split(spec["entrypoint"])
     assert program == "python" and (REPOSITORY / script).is_file()
-    config = JobParser("").given(options).config()
+    config = JobParser("").parse(options).config()
     assert (config.storage, config.cluster.gpus_per_worker) == ("/shared/runs", 1)
     assert config.cluster.wait_for_nodes_s > 0
 

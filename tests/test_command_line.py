@@ -1,4 +1,4 @@
-"""What all jobs have in common: one dialect of options, pages of help that can be read, and how they end."""
+"""Options, help pages and exit statuses that all jobs share."""
 
 from __future__ import annotations
 
@@ -12,73 +12,76 @@ from pydantic import Field
 
 from jobs.__main__ import job_names
 from pipeline.command_line import report_user_errors
-from pipeline.config import Config, JobOptions, JobParser, fields
-from pipeline.config.help_pages import is_of_a_method
-from pipeline.errors import UserError, did_you_mean
+from pipeline.config import Config, JobOptions, JobParser, did_you_mean, fields, parse_config
+from pipeline.config.help_pages import is_method_field
+from pipeline.config.suggestions import RENAMED
+from pipeline.errors import UserError
 
-INSTEAD = {
+REPLACED_FIELDS = {
     "add_task": {"storage", "data.tasks"},
     "benchmark": {"seed", "data.shots", "baselines"},
     "grouping_study": {"seed"},
 }
-WITH_FEW_FIELDS = {"predict", "register_model", "serve"}
-OF_RUNS = sorted({*job_names()} - WITH_FEW_FIELDS)
+JOBS_WITH_FEW_FIELDS = {"predict", "register_model", "serve"}
+RUN_JOBS = sorted({*job_names()} - JOBS_WITH_FEW_FIELDS)
 
 
 @pytest.fixture
-def answer(monkeypatch, capsys):
-    """`answer(job, *arguments)`: exit status, standard output and error of a job that ends at its command line."""
+def run_to_exit(monkeypatch, capsys):
+    """Run a job that ends at its command line: (job, *arguments) → exit status, stdout, stderr."""
 
     def run(job: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", "120")
         script = str(REPOSITORY / "jobs" / f"{job}.py")
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as exited:
             runpy.run_path(script, run_name="__main__")
-        return end.value.code, *capsys.readouterr()
+        return exited.value.code, *capsys.readouterr()
 
     return run
 
 
-def fields_shown(page: str) -> list[str]:
-    """The fields of the config that have an entry."""
+def listed_fields(page: str) -> list[str]:
+    """Config fields that have an entry on the page."""
     names = {name for name, *_ in fields()}
     return [option for option in re.findall(r"^  --(\S+)", page, re.MULTILINE) if option in names]
 
 
 @pytest.mark.parametrize("job", job_names())
-def test_help_fits_two_screens(job, answer):
-    status, page, _ = answer(job, "--help")
+def test_help_fits_two_screens(job, run_to_exit):
+    status, page, _ = run_to_exit(job, "--help")
     assert status == 0 and page.startswith(f"usage: {job}.py ")
     assert len(page.splitlines()) <= 100
     assert max(map(len, page.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("job", OF_RUNS)
-def test_every_field_is_on_one_page_of_help(job, answer):
-    short, methods = (fields_shown(answer(job, page)[1]) for page in ("--help", "--help-methods"))
-    assert sorted(short + methods) == sorted({name for name, *_ in fields()} - INSTEAD.get(job, set()))
-    assert not any(map(is_of_a_method, short)) and all(map(is_of_a_method, methods))
+@pytest.mark.parametrize("job", RUN_JOBS)
+def test_every_field_is_on_one_page_of_help(job, run_to_exit):
+    short, methods = (listed_fields(run_to_exit(job, page)[1]) for page in ("--help", "--help-methods"))
+    assert sorted(short + methods) == sorted({name for name, *_ in fields()} - REPLACED_FIELDS.get(job, set()))
+    assert not any(map(is_method_field, short)) and all(map(is_method_field, methods))
 
 
-def test_help_all_has_the_whole_help_of_every_field(answer):
-    page = " ".join(answer("full_pipeline", "--help-all")[1].split())
+def test_help_all_has_the_whole_help_of_every_field(run_to_exit):
+    page = " ".join(run_to_exit("full_pipeline", "--help-all")[1].split())
     for name, field, _ in fields():
         assert f"--{name} " in page and " ".join(field.description.split()) in page
 
 
 @pytest.mark.parametrize(("columns", "width"), [("20", 80), ("80", 80), ("300", 120)])
-def test_entries_are_as_wide_as_the_terminal(columns, width, monkeypatch):
+def test_entries_fill_the_width_of_the_terminal(columns, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     page = JobParser("").format_help()
     assert width - 5 < max(len(line) for line in page.splitlines() if line.startswith("  --")) <= width
 
 
 @pytest.mark.parametrize("job", job_names())
-def test_an_option_that_a_job_does_not_have_is_named_on_the_standard_error(job, answer):
-    required = re.findall(r"(--\w+|INPUTS) (?:VALUE|\.\.\.)", answer(job, "--help")[1].splitlines()[0].split(" [")[0])
-    given = [text for option in required for text in ([option, "x"] if option.startswith("--") else ["x"])]
-    status, output, error = answer(job, *given, "--clip.pretraned", "x")
+def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
+    required = re.findall(
+        r"(--\w+|INPUTS) (?:VALUE|\.\.\.)", run_to_exit(job, "--help")[1].splitlines()[0].split(" [")[0]
+    )
+    arguments = [text for option in required for text in ([option, "x"] if option.startswith("--") else ["x"])]
+    status, output, error = run_to_exit(job, *arguments, "--clip.pretraned", "x")
     assert (status, output) == (2, "")
     assert error.startswith("error: unknown option --clip.pretraned; did you mean --clip.pretrained? ")
 
@@ -88,8 +91,8 @@ def test_an_option_that_a_job_does_not_have_is_named_on_the_standard_error(job, 
     [
         ("serve", ["--models", "a=b", "--max-images", "3"], "unknown option --max-images; did you mean --max_images?"),
         ("full_pipeline", ["--epochs", "3"], "unknown option --epochs; did you mean --training.epochs?"),
-        ("full_pipeline", ["--nonsense=3"], "unknown option --nonsense. --help lists them"),
-        ("full_pipeline", ["nonsense"], "nonsense belongs to no option"),
+        ("full_pipeline", ["--nonsense=3"], "unknown option --nonsense. See --help"),
+        ("full_pipeline", ["nonsense"], "unexpected argument nonsense"),
         ("full_pipeline", ["--seed"], "--seed: expected one argument"),
         ("predict", ["x"], "required: --adapter"),
         ("predict", ["--adapter", "x"], "required: INPUTS"),
@@ -98,20 +101,20 @@ def test_an_option_that_a_job_does_not_have_is_named_on_the_standard_error(job, 
             ["x", "--adapter", "x", "--threshold", "2"],
             "threshold=2: Input should be less than",
         ),
-        ("predict", ["x", "--adapter", "x", "--cluster.address", "auto"], "--cluster.address means nothing for CSV"),
+        ("predict", ["x", "--adapter", "x", "--cluster.address", "auto"], "--cluster.address has no effect on CSV"),
         ("benchmark", ["--shots", "1", "x"], "shots.1='x': Input should be a valid integer"),
-        ("benchmark", ["--seed", "3"], "--seed is no option of this job: use --seeds"),
+        ("benchmark", ["--seed", "3"], "--seed is not an option of this job: use --seeds"),
     ],
 )
-def test_faults_of_a_command_line_are_named(job, arguments, message, answer):
-    status, _, error = answer(job, *arguments)
+def test_command_line_errors(job, arguments, message, run_to_exit):
+    status, _, error = run_to_exit(job, *arguments)
     assert status == 2 and message in " ".join(error.split())
 
 
 class Options(JobOptions):
     tasks: tuple[str, ...] = Field(("a",), description="Names.")
     number: int | None = Field(3, description="A number.")
-    again: bool = Field(False, description="Whether it is done again.")
+    dry_run: bool = Field(False, description="A flag.")
 
 
 @pytest.mark.parametrize(
@@ -122,12 +125,12 @@ class Options(JobOptions):
         (["--tasks", "[b, c d]"], {"tasks": ("b", "c d")}),
         (["--tasks", "1", "null"], {"tasks": ("1", "null")}),
         (["--number", "null"], {"number": None}),
-        (["--again"], {"again": True}),
-        (["--again", "false"], {"again": False}),
+        (["--dry_run"], {"dry_run": True}),
+        (["--dry_run", "false"], {"dry_run": False}),
     ],
 )
-def test_values_of_own_options(arguments, changed):
-    assert JobParser("", Options).given(arguments).own == Options(**changed)
+def test_values_of_job_options(arguments, changed):
+    assert JobParser("", Options).parse(arguments).options == Options(**changed)
 
 
 @pytest.mark.parametrize(
@@ -144,31 +147,31 @@ def test_values_of_own_options(arguments, changed):
         (["--data.root", "null"], {"root": None}),
     ],
 )
-def test_values_of_config_fields_are_written_in_the_same_way(arguments, changed):
-    data = JobParser("").given(arguments).config().data
+def test_values_of_config_fields(arguments, changed):
+    data = JobParser("").parse(arguments).config().data
     assert {name: getattr(data, name) for name in changed} == changed
 
 
 def test_lists_of_lists_and_of_numbers():
     options = ["--grouping.must_link", "[a, b]", "[c, d]", "--training.augmentation.crop_scale", "0.2", "1"]
-    config = JobParser("").given(options).config()
+    config = JobParser("").parse(options).config()
     assert config.grouping.must_link == (("a", "b"), ("c", "d"))
     assert config.training.augmentation.crop_scale == (0.2, 1)
-    nested = JobParser("").given(["--grouping.must_link", "[[a, b], [c, d]]"]).config()
+    nested = JobParser("").parse(["--grouping.must_link", "[[a, b], [c, d]]"]).config()
     assert nested.grouping.must_link == config.grouping.must_link
 
 
-def test_a_job_with_few_fields_takes_these_alone():
-    parser = JobParser("", takes={"cluster.address": "Ray to join."})
-    assert parser.given(["--cluster.address", "auto"]).nested() == {"cluster": {"address": "auto"}}
-    assert fields_shown(parser.format_help()) == ["cluster.address"]
+def test_a_job_with_few_fields_accepts_only_these():
+    parser = JobParser("", field_help={"cluster.address": "Ray to join."})
+    assert parser.parse(["--cluster.address", "auto"]).nested_fields() == {"cluster": {"address": "auto"}}
+    assert listed_fields(parser.format_help()) == ["cluster.address"]
     for arguments in (["--seed", "1"], ["--config", "x.yaml"], ["--help-all"]):
         with pytest.raises(UserError, match="unknown option"):
-            parser.given(arguments)
+            parser.parse(arguments)
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "suggestion"),
     [
         ("training.epoch", "training.epochs"),
         ("trainin.epochs", "training.epochs"),
@@ -177,25 +180,50 @@ def test_a_job_with_few_fields_takes_these_alone():
         ("nonsense", None),
     ],
 )
-def test_the_nearest_name_is_suggested(name, found):
-    hint = did_you_mean(name, [of for of, *_ in fields()])
-    assert hint == (f"; did you mean {found}?" if found else ".")
+def test_the_closest_name_is_suggested(name, suggestion):
+    hint = did_you_mean(name, [field for field, *_ in fields()])
+    assert hint == (f"; did you mean {suggestion}?" if suggestion else ".")
+
+
+def test_a_renamed_name_is_reported_with_the_new_one(tmp_path, run_to_exit):
+    names = {name for name, *_ in fields()}
+    for old, new in RENAMED.items():
+        if "." in old:
+            assert new in names and old not in names
+            with pytest.raises(UserError, match=rf"unknown option --{old}; it was renamed to --{new}\."):
+                JobParser("").parse([f"--{old}", "1"])
+            section, _, field = old.partition(".")
+            with pytest.raises(UserError, match=rf"unknown config field {old}; it was renamed to {new}\."):
+                parse_config({section: {field: 1}})
+    for old, new in (("compare", "baselines"), ("full", "full_finetune")):
+        with pytest.raises(UserError, match=rf"unknown config field {old}; it was renamed to {new}\."):
+            parse_config({old: {}})
+    with pytest.raises(
+        UserError, match=r"--full\.training\.epochs; it was renamed to --full_finetune\.training\.epochs"
+    ):
+        JobParser("").parse(["--full.training.epochs", "1"])
+    (tmp_path / "search.yaml").write_text("fewest_epochs: 3\nfields: {grouping.together: {choice: [[]]}}\n")
+    errors = run_to_exit("tune", "--search", str(tmp_path / "search.yaml"))[2]
+    for message in ("fewest_epochs; it was renamed to grace_period.", "it was renamed to grouping.must_link."):
+        assert message in errors
+    assert "it was renamed to --adapter." in run_to_exit("predict", "x", "--adapter", "x", "--prompts", "x")[2]
+    assert "it was renamed to full_finetune_mt." in run_to_exit("benchmark", "--methods", "full_mt")[2]
 
 
 @pytest.mark.parametrize(
-    ("fault", "status", "told"),
+    ("error", "status", "output"),
     [
         (UserError("no [red] images"), 2, "error: no [red] images\n"),
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from here\n"),
+        (KeyboardInterrupt(), 130, "interrupted: rerun the same command to resume\n"),
     ],
 )
-def test_a_job_ends_with_a_status_and_no_traceback(fault, status, told, capsys):
-    with pytest.raises(SystemExit) as end, report_user_errors():
-        raise fault
-    assert (end.value.code, *capsys.readouterr()) == (status, "", told)
+def test_a_job_exits_with_a_status_and_no_traceback(error, status, output, capsys):
+    with pytest.raises(SystemExit) as exited, report_user_errors():
+        raise error
+    assert (exited.value.code, *capsys.readouterr()) == (status, "", output)
 
 
-def test_the_own_options_of_no_job_hide_a_field(answer):
+def test_job_options_do_not_shadow_config_fields(run_to_exit):
     for job in job_names():
-        own = set(re.findall(r"^  --(\w+)(?: |$)", answer(job, "--help")[1].split("\nFields of the config")[0], re.M))
-        assert not own & set(Config.model_fields), job
+        options = set(re.findall(r"^  --(\w+)(?: |$)", run_to_exit(job, "--help")[1].split("\nConfig fields")[0], re.M))
+        assert not options & set(Config.model_fields), job

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 
 
 def from_command_line(*arguments: str) -> Config:
-    return JobParser("").given(arguments).config()
+    return JobParser("").parse(arguments).config()
 
 
 def test_without_arguments_the_demo():

@@ -515,7 +515,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 
 
 def from_command_line(*arguments: str) -> Config:
-    return JobParser("").given(arguments).config()
+    return JobParser("").parse(arguments).config()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from rich.console import Console
 from small_methods import SMALL
 
 from pipeline.clip.load import build_meta_towers, load_clip
-from pipeline.config import BUILTIN_DIGITS, RESULTS, Config, Section, effects_of, fields, parse_config
+from pipeline.config import BUILTIN_DIGITS, RESULT_EFFECTS, Config, Section, field_effects, fields, parse_config
 from pipeline.config.fields import affects
 from pipeline.data.checked_images import check_images
 from pipeline.data.parquet import SplitReader, plan_parts, scan_image, write_part
@@ -188,7 +188,7 @@ def planned(config: Config) -> dict[str, Planned]:
         "(words)": Planned([description.class_names_for(task) for task in description.tasks]),
     }
     encoded, trained_on = ("(clip)", "(split images)"), ("(clip)", "(split images)", "(words)")
-    found["run"] = Planned(plan.key, frozenset(RESULTS), ("(images)", "(clip)"))
+    found["run"] = Planned(plan.key, frozenset(RESULT_EFFECTS), ("(images)", "(clip)"))
     found["data check"] = Planned(data_check._artifact(plan).key, rests_on=("(images)",))
     found["splits"] = Planned(plan.splits.key, frozenset({"splits"}), ("(images)",))
     global_prompt = global_prompt_work_item(plan).artifact
@@ -270,7 +270,7 @@ def concerns(name: str, of: Planned, before: Config, after: Config) -> bool:
         return True
     if ".training." in f".{name}":
         return training_config(of.method, before) != training_config(of.method, after)
-    if effects_of(FIELDS[name]) == {"method"}:
+    if field_effects(FIELDS[name]) == {"method"}:
         return name.partition(".")[0] == get_method(of.method).section
     return name != "clip.task_templates" or TASK_WITH_TEMPLATE in of.tasks
 
@@ -286,9 +286,9 @@ def test_a_field_changes_the_keys_of_what_it_affects_and_no_others(name, folder,
     config, before = base
     changed = config_with(folder, (name, another_value(name, value_at(config, name))))
     assert value_at(changed, name) != value_at(config, name)
-    after, effects = planned(changed), effects_of(FIELDS[name])
+    after, effects = planned(changed), field_effects(FIELDS[name])
     if ".training." in name:  # what a method has instead affects the same
-        effects |= effects_of(FIELDS[name.partition(".")[2]])
+        effects |= field_effects(FIELDS[name.partition(".")[2]])
     expected = set()
     for of, key in after.items():
         found_another = of.startswith("(") and before[of].key != key.key
@@ -340,7 +340,7 @@ def test_a_field_that_does_not_say_what_it_affects_does_not_import():
     class Heir(Said):
         more: int = 1
 
-    effects = {name: effects_of(field) for name, field in Heir.model_fields.items()}
+    effects = {name: field_effects(field) for name, field in Heir.model_fields.items()}
     assert effects == {"value": {"training"}, "other": {"splits"}, "more": {"training"}}
     with pytest.raises(TypeError, match="'trainings' is nothing that a field affects"):
         affects("trainings")
@@ -411,8 +411,8 @@ def test_work_reads_only_fields_that_affect_it(name, work, monkeypatch):
         execute(todo[-1])
     assert len(read) >= 3
     own = {path for path in read if path.partition(".")[0] == get_method(method).section}
-    said = {path for path in read if effects_of(FIELDS[path]) & {*effects, "data", "clip"}}
-    said |= {path for path in own if "method" in effects_of(FIELDS[path])}
+    said = {path for path in read if field_effects(FIELDS[path]) & {*effects, "data", "clip"}}
+    said |= {path for path in own if "method" in field_effects(FIELDS[path])}
     if name.endswith("features"):
         said.add("mmap.text_prompt_position")  # of the text tower
     assert read - said <= CHANGES_NO_NUMBER

@@ -72,10 +72,10 @@ def test_options_of_the_other_output_are_refused(adapter_file, tmp_path, monkeyp
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     image = (tmp_path / "a.png", "--adapter", adapter_file, "--task", "ink")
     for options, message in [
-        (["--device", "cpu", "--output", tmp_path / "out.parquet"], "--device means nothing for Parquet output"),
-        (["--cluster.address", "auto"], "--cluster.address means nothing for CSV output"),
-        (["--cluster.gpus_per_worker", "0.5"], "--cluster.gpus_per_worker means nothing for CSV output"),
-        (["--output", tmp_path / "nowhere" / "out.csv"], "out.csv cannot be written"),
+        (["--device", "cpu", "--output", tmp_path / "out.parquet"], "--device has no effect on Parquet output"),
+        (["--cluster.address", "auto"], "--cluster.address has no effect on CSV output"),
+        (["--cluster.gpus_per_worker", "0.5"], "--cluster.gpus_per_worker has no effect on CSV output"),
+        (["--output", tmp_path / "nowhere" / "out.csv"], f"cannot write --output {tmp_path / 'nowhere' / 'out.csv'}"),
         (["--threshold", "2"], "threshold=2: Input"),
     ]:
         assert call(monkeypatch, *image, *options) == 2

@@ -69,15 +69,15 @@ def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch,
 def test_what_cannot_be_registered_is_named(quick_run, tmp_path, monkeypatch, capsys):
     folder, named = the_run(quick_run[0]), ("--tracking.registered_model", "x")
     for arguments, message in [
-        (["--run", folder], "give --tracking.registered_model"),
-        (["--run", tmp_path, *named], "is no folder of a run"),
+        (["--run", folder], "--tracking.registered_model is required"),
+        (["--run", tmp_path, *named], "is not a run directory"),
         (
             ["--run", folder, *named, "--tracking.uri", f"sqlite:///{tmp_path}/other.db"],
             "has no finished run of",
         ),
         (["--run", folder, *named, "--method", "coop"], "coop.safetensors does not exist"),
         (["--run", folder, *named, "--threshold", "7"], "threshold=7: Input"),
-        (["--run", folder, "--tracking.registered_model", "a/b"], "did not take the model 'a/b'"),
+        (["--run", folder, "--tracking.registered_model", "a/b"], "cannot register the model 'a/b'"),
     ]:
         status, said = register(monkeypatch, capsys, *arguments)
         assert status == 2 and message in said, said

@@ -444,9 +444,9 @@ def test_door_faults_end_with_status_2(tmp_path, monkeypatch, capsys):
     (port,) = free_ports(1, first=8300)
     with socket.create_server(("127.0.0.1", port)):
         for arguments, message in [
-            (["--models", f"{tmp_path}/mmap.safetensors"], "give NAME=PLACE"),
-            (["--models", "a/b=x"], "give NAME=PLACE, with a name of letters"),
-            (["--models", "a="], "give NAME=PLACE"),
+            (["--models", f"{tmp_path}/mmap.safetensors"], "expected NAME=SOURCE"),
+            (["--models", "a/b=x"], "expected NAME=SOURCE, with a name of letters"),
+            (["--models", "a="], "expected NAME=SOURCE"),
             (["--models", f"a={tmp_path}/absent.safetensors"], "does not exist"),
             ([*good, good[1]], "there is a model 'a' already"),
             ([*good, f"b={tmp_path}/other.safetensors"], "'a' and 'b' cannot share a CLIP: their weights"),

@@ -9,7 +9,7 @@ from pyarrow.fs import FileType
 from servers import S3Server, free_ports
 
 from pipeline.errors import UserError
-from pipeline.files import write_atomically
+from pipeline.files import write_file
 from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, upload_part
 from pipeline.training.checkpoint import Checkpoints
 
@@ -116,8 +116,8 @@ def test_a_folder_is_sent_while_others_write_in_it(s3, tmp_path):
 
     def write() -> None:
         while not ended.is_set():
-            write_atomically(folder / "tracking" / "state.json", "state")
-            write_atomically(folder / "tracking" / "more.json", "more")
+            write_file(folder / "tracking" / "state.json", "state")
+            write_file(folder / "tracking" / "more.json", "more")
 
     writing = threading.Thread(target=write)
     writing.start()

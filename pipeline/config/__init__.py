@@ -1,14 +1,14 @@
-"""Everything a run can be told: its fields and sections, YAML files, and the command line."""
+"""The configuration of a run: fields and sections, YAML files, and the command line."""
 
-from pipeline.config.arguments import Given, JobOptions, JobParser
+from pipeline.config.arguments import JobArguments, JobOptions, JobParser
 from pipeline.config.fields import (
-    RESULTS,
+    RESULT_EFFECTS,
     Effect,
     Fraction,
     PositiveInt,
     Section,
     content_hash,
-    effects_of,
+    field_effects,
     values_affecting,
 )
 from pipeline.config.files import (
@@ -40,6 +40,7 @@ from pipeline.config.sections import (
     TrainingConfig,
     source_columns,
 )
+from pipeline.config.suggestions import did_you_mean
 
 __all__ = [
     "AugmentationConfig",
@@ -56,17 +57,18 @@ __all__ = [
     "MAX_YAML_BYTES",
     "MmapConfig",
     "PositiveInt",
-    "RESULTS",
+    "RESULT_EFFECTS",
     "Section",
     "Fraction",
     "TrackingConfig",
     "TrainingConfig",
-    "Given",
+    "JobArguments",
     "JobOptions",
     "choices",
     "JobParser",
     "content_hash",
-    "effects_of",
+    "did_you_mean",
+    "field_effects",
     "fields",
     "resolve_config_path",
     "load_yaml",

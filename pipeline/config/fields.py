@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from pipeline.errors import escaped
+from pipeline.errors import escape_controls
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
@@ -63,7 +63,7 @@ Effect = Literal[
 - `report`: nothing but what a run reports.
 - `search`: the trials of jobs/tune.py.
 """
-RESULTS: tuple[Effect, ...] = tuple(of for of in typing.get_args(Effect) if of not in ("data", "clip"))
+RESULT_EFFECTS: tuple[Effect, ...] = tuple(of for of in typing.get_args(Effect) if of not in ("data", "clip"))
 """All that fields affect by their values."""
 
 
@@ -117,7 +117,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _plain_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and value != escaped(value):
+        if isinstance(value, str) and value != escape_controls(value):
             raise ValueError("holds control characters, or is not UTF-8")
         return value
 
@@ -126,7 +126,7 @@ def is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
-def effects_of(field: FieldInfo) -> frozenset[Effect]:
+def field_effects(field: FieldInfo) -> frozenset[Effect]:
     """What a field that is no section affects directly."""
     return next(of.effects for of in reversed(field.metadata) if isinstance(of, Affects))
 
@@ -144,7 +144,7 @@ def _affected_fields(section: type[Section], effects: tuple[Effect, ...]) -> dic
         if is_section(field):
             if fields := _affected_fields(cast(type[Section], field.annotation), effects):
                 affected[name] = fields
-        elif not effects_of(field).isdisjoint(effects):
+        elif not field_effects(field).isdisjoint(effects):
             affected[name] = True
     return affected
 

@@ -1,4 +1,4 @@
-"""What a job's --help shows. It fits two screens: a field has a line, the fields of methods a page of their own."""
+"""Help pages of the jobs. --help fits on two screens: one line per field, and a separate page for fields of methods."""
 
 from __future__ import annotations
 
@@ -23,106 +23,116 @@ TEXT_COLUMN = 45
 
 
 def help_page(
-    program: str, description: str, own: type[BaseModel], config_fields: Sequence[ConfigField], base: str, page: Page
+    program: str,
+    description: str,
+    options: type[BaseModel],
+    config_fields: Sequence[ConfigField],
+    base_help: str,
+    page: Page,
 ) -> str:
-    """
+    """Format a page of help.
+
     Args:
-        own: the job's own options.
-        base: words for what lies under the values of --config; empty: the job has none, and few fields.
-        page: `help`, the job and its config fields in short, without those of methods beside MmAP; `methods`, these;
-            `all`, everything as docs/configuration.md has it.
+        options: the job's own options.
+        base_help: the values that apply where --config gives none; empty: the job has no --config, and few fields.
+        page: `help`: the job, and its config fields in short, without those of the baselines; `methods`: those;
+            `all`: everything, with the full help of every field, as docs/configuration.md has it.
     """
-    of_methods = [field for field in config_fields if is_of_a_method(field[0])]
-    others = [field for field in config_fields if field not in of_methods]
+    method_fields = [field for field in config_fields if is_method_field(field[0])]
+    run_fields = [field for field in config_fields if field not in method_fields]
     if page == "methods":
-        head = f"Methods (docs/methods.md): {', '.join(VARIANTS)}. Their fields of the config, with their defaults:"
-        return "\n".join([*textwrap.wrap(head, _width()), *_sections(of_methods, in_full=False), ""])
-    lines = [_usage(program, own, base), "", *description.strip().splitlines(), ""]
-    for name, field in own.model_fields.items():
-        lines += _entry(_own_name(own, name), field, field.get_default(), in_full=True)
-    if not base:
+        head = f"Methods (docs/methods.md): {', '.join(VARIANTS)}. Their config fields, with defaults:"
+        return "\n".join([*textwrap.wrap(head, _width()), *_format_sections(method_fields, full=False), ""])
+    lines = [_usage(program, options, base_help), "", *description.strip().splitlines(), ""]
+    for name, field in options.model_fields.items():
+        lines += _format_entry(_option_name(options, name), field, field.get_default(), full=True)
+    if not base_help:
         for name, field, default in config_fields:
-            lines += _entry(f"--{name}", field, default, in_full=True)
+            lines += _format_entry(f"--{name}", field, default, full=True)
         return "\n".join([*lines, ""])
-    if own.model_fields:
+    if options.model_fields:
         lines.append("")
-    lines.append("Fields of the config, with their defaults. Values are written as in YAML, a list also as a b c:")
-    files = f"YAML files of fields, later ones over earlier ones, options over all (without: {base})"
-    lines += _wrapped("--config FILE ...", files)
-    lines += _sections(others, in_full=page == "all")
+    lines.append("Config fields, with defaults. Values are written as in YAML; a list may also be written a b c:")
+    files = f"YAML files of fields; later files override earlier ones, options override files (default: {base_help})"
+    lines += _wrap_entry("--config FILE ...", files)
+    lines += _format_sections(run_fields, full=page == "all")
     if page == "all":
-        return "\n".join([*lines, *_sections(of_methods, in_full=True), ""])
-    count = len(set(map(_top, of_methods)))
-    more = f"--help-methods shows the fields of {count} methods to compare with, --help-all all of every field's help."
-    return "\n".join([*lines, "", *textwrap.wrap(more, _width()), ""])
+        return "\n".join([*lines, *_format_sections(method_fields, full=True), ""])
+    num_methods = len(set(map(_section, method_fields)))
+    footer = (
+        f"--help-methods shows the fields of {num_methods} baseline methods, --help-all the full help of every field."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(footer, _width()), ""])
 
 
-def is_of_a_method(name: str) -> bool:
-    """Whether a field of the config belongs to a method beside MmAP."""
+def is_method_field(name: str) -> bool:
+    """Return whether a config field belongs to the section of a baseline."""
     return name.partition(".")[0] in METHOD_SECTIONS
 
 
-def _usage(program: str, own: type[BaseModel], base: str) -> str:
-    required = [_own_name(own, name) for name, field in own.model_fields.items() if field.is_required()]
+def _usage(program: str, options: type[BaseModel], base_help: str) -> str:
+    required = [_option_name(options, name) for name, field in options.model_fields.items() if field.is_required()]
     parts = [f"{name} VALUE" if name.startswith("-") else name for name in required]
-    return " ".join(["usage:", program, *parts, *(["[--config FILE ...]"] if base else []), "[--option VALUE ...]"])
+    return " ".join(
+        ["usage:", program, *parts, *(["[--config FILE ...]"] if base_help else []), "[--option VALUE ...]"]
+    )
 
 
-def _own_name(own: type[BaseModel], name: str) -> str:
-    return f"{name.upper()} ..." if name == getattr(own, "positional", "") else f"--{name}"
+def _option_name(options: type[BaseModel], name: str) -> str:
+    return f"{name.upper()} ..." if name == getattr(options, "positional", "") else f"--{name}"
 
 
-def _sections(config_fields: Sequence[ConfigField], in_full: bool) -> Iterator[str]:
+def _format_sections(config_fields: Sequence[ConfigField], full: bool) -> Iterator[str]:
     # The sort is stable, and puts the fields that are in no section first.
-    for top, of_section in groupby(sorted(config_fields, key=lambda field: bool(_top(field))), _top):
-        if top:
-            yield f"{top}: {section_description(top)}"
-        for name, field, default in of_section:
-            yield from _entry(f"--{name}", field, default, in_full)
+    for section, section_fields in groupby(sorted(config_fields, key=lambda field: bool(_section(field))), _section):
+        if section:
+            yield f"{section}: {section_description(section)}"
+        for name, field, default in section_fields:
+            yield from _format_entry(f"--{name}", field, default, full)
 
 
-def _top(field: ConfigField) -> str:
+def _section(field: ConfigField) -> str:
     return field[0].rpartition(".")[0].partition(".")[0]
 
 
-def _entry(option: str, field: FieldInfo, default: Any, in_full: bool) -> list[str]:
+def _format_entry(option: str, field: FieldInfo, default: Any, full: bool) -> list[str]:
     text = " ".join((field.description or "").split())
     if field.is_required():
         text = f"Required. {text}"
     elif option.startswith("-"):
-        option += f" {_written(default)}"
-    if not in_full:
-        return [_short(option, text)]
+        option += f" {_format_value(default)}"
+    if not full:
+        return [_shorten_entry(option, text)]
     if valid := choices(field):
         text += f" One of: {', '.join(map(str, valid))}."
-    return _wrapped(option, text)
+    return _wrap_entry(option, text)
 
 
-def _written(value: Any) -> str:
-    """As it is given on the command line."""
+def _format_value(value: Any) -> str:
+    """Format a value as on the command line."""
     if isinstance(value, tuple) and value:
-        return " ".join(map(_written, value))
+        return " ".join(map(_format_value, value))
     return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
-def _short(option: str, text: str) -> str:
-    """A line: as much of the first sentence as it has room for, if it can be to the end of a clause."""
-    left = f"  {option:{TEXT_COLUMN - 2}} "
-    room = _width() - len(left)
+def _shorten_entry(option: str, text: str) -> str:
+    """Return one line: the first sentence, cut at the end of a clause if it is too long."""
+    prefix = f"  {option:{TEXT_COLUMN - 2}} "
+    width = _width() - len(prefix)
     sentence = re.split(r"[.](?=\s+[A-Z`]|$)", text)[0]
-    if len(sentence) <= room:
-        return left + sentence
-    ends = [end.start() for end in re.finditer(r"[;,]\s|\s\(", sentence[: room - 3]) if end.start() > room / 3]
+    if len(sentence) <= width:
+        return prefix + sentence
+    ends = [match.start() for match in re.finditer(r"[;,]\s|\s\(", sentence[: width - 3]) if match.start() > width / 3]
     ends = [end for end in ends if not re.search(r"[(\[{][^)\]}]*$", sentence[:end])]
-    return left + (f"{sentence[: ends[-1]]} ..." if ends else textwrap.shorten(sentence, room, placeholder=" ..."))
+    return prefix + (f"{sentence[: ends[-1]]} ..." if ends else textwrap.shorten(sentence, width, placeholder=" ..."))
 
 
-def _wrapped(option: str, text: str) -> list[str]:
-    left = f"  {option}"
+def _wrap_entry(option: str, text: str) -> list[str]:
+    prefix = f"  {option}"
     lines = textwrap.wrap(text, _width() - TEXT_COLUMN - 1, break_on_hyphens=False)
-    if len(left) > TEXT_COLUMN:
-        return [left, *(" " * (TEXT_COLUMN + 1) + line for line in lines)]
-    return [f"{left:{TEXT_COLUMN}} {lines[0]}", *(" " * (TEXT_COLUMN + 1) + line for line in lines[1:])]
+    if len(prefix) > TEXT_COLUMN:
+        return [prefix, *(" " * (TEXT_COLUMN + 1) + line for line in lines)]
+    return [f"{prefix:{TEXT_COLUMN}} {lines[0]}", *(" " * (TEXT_COLUMN + 1) + line for line in lines[1:])]
 
 
 def _width() -> int:

@@ -26,7 +26,8 @@ from pipeline.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
-from pipeline.errors import UserError, did_you_mean
+from pipeline.config.suggestions import did_you_mean
+from pipeline.errors import UserError
 
 # By name, as plug-ins: the methods are built on this package, and bring it their sections and names.
 _methods: Any = import_module("pipeline.methods.registry")
@@ -91,10 +92,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def parse_config(values: dict[str, Any]) -> Config:
     """Config from nested plain values; every fault is named in one UserError."""
-    return validated(Config, values)
+    return validate(Config, values)
 
 
-def validated(model: type[Model], values: dict[str, Any]) -> Model:
+def validate(model: type[Model], values: dict[str, Any]) -> Model:
     """Raises: UserError: every fault, by field and value."""
     try:
         return model.model_validate(values)

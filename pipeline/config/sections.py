@@ -82,7 +82,7 @@ class ClipConfig(Section, affects=("clip",)):
     """GiB that each tower may keep for its backward pass. Images and classes that need more are run in chunks, and
     again in the backward pass: a third more time, and memory that no longer grows with them."""
 
-    def template_of(self, task: str) -> str:
+    def template_for(self, task: str) -> str:
         return self.task_templates.get(task, self.template)
 
 

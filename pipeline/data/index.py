@@ -29,7 +29,7 @@ from pipeline.data.manifest import SUFFIXES, read_manifest
 from pipeline.data.names import escape_for_terminal, plain_name, split_synonyms, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit
 from pipeline.data.symlinks import SymlinkChecker
-from pipeline.errors import UserError, escaped
+from pipeline.errors import UserError, escape_controls
 
 IMAGE_SUFFIXES = frozenset(chain.from_iterable(SUFFIXES_OF_FORMAT.values()))
 OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
@@ -315,7 +315,7 @@ def read_class_names(path: Path) -> dict[str, str]:
         line = line.removesuffix("\r")
         folder, _, text = line.partition("\t")
         folder = folder.strip()
-        if not folder or len(line) > MAX_CLASS_LINE or line != escaped(line, keep="\t") or "\t" in text.strip():
+        if not folder or len(line) > MAX_CLASS_LINE or line != escape_controls(line, keep="\t") or "\t" in text.strip():
             raise UserError(
                 f"{path}:{number}: expected `folder` or `folder<TAB>words` of up to {MAX_CLASS_LINE} plain "
                 f"characters, got {line[:MAX_CLASS_LINE]!r}"

@@ -7,13 +7,13 @@ import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
-from pipeline.errors import UserError, escaped
+from pipeline.errors import UserError, escape_controls
 
 
 def escape_for_terminal(path: str) -> str:
     """The path as one line of plain text, of which no two paths have the same: what is not plain is escaped, and
     backslashes are doubled."""
-    return escaped(path.replace("\\", "\\\\"))
+    return escape_controls(path.replace("\\", "\\\\"))
 
 
 def invalid_name_reason(path: str) -> str | None:

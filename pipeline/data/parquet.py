@@ -23,8 +23,8 @@ from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.names import escape_for_terminal, invalid_name_reason
 from pipeline.data.splits import ScannedImage
 from pipeline.data.table_images import read_image_bytes
-from pipeline.errors import UserError, escaped
-from pipeline.files import written_atomically
+from pipeline.errors import UserError, escape_controls
+from pipeline.files import atomic_write
 
 ROW_GROUP_BYTES = 16 << 20
 PART_BYTES = 256 << 20
@@ -106,7 +106,7 @@ def scan_image(
     except OSError as fault:
         error = f"cannot be read: {fault.strerror}"
     except BrokenImage as fault:
-        error = escaped(str(fault))
+        error = escape_controls(str(fault))
     return ScannedImage(
         escape_for_terminal(path), task, class_folder, hashlib.sha256(data).hexdigest(), error, len(data)
     )
@@ -139,7 +139,7 @@ def write_part(root: Path, part: Part, description: SplitDescription, folder: Pa
         UserError: a file changed since it was scanned, or `folder` cannot be written.
     """
     target = folder / part.file
-    with written_atomically(target) as partial:
+    with atomic_write(target) as partial:
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_rows(root, part, description, partial)
     return len(part.images)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.files import replacing
+from pipeline.files import atomic_replace
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 32
@@ -112,7 +112,7 @@ def write_digits(root: Path) -> None:
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with replacing(root) as partial:
+        with atomic_replace(root) as partial:
             _write(partial)
     except OSError:
         if not _complete(root):  # complete by now: another process wrote the same bytes first

@@ -23,8 +23,8 @@ from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.data.names import split_synonyms
-from pipeline.errors import UserError, escaped
-from pipeline.files import written_atomically
+from pipeline.errors import UserError, escape_controls
+from pipeline.files import atomic_write
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import get_method, method_options
 
@@ -133,7 +133,7 @@ class TrainedAdapter:
 
 def save_adapter(path: Path, prompts: TrainedAdapter) -> None:
     header, tensors = _contents(prompts)
-    with written_atomically(path) as partial:
+    with atomic_write(path) as partial:
         # In one field: safetensors writes several in any order.
         save_file(tensors, partial, metadata={"adapter": _canonical(header | {"sha256": _digest(header, tensors)})})
 
@@ -228,7 +228,11 @@ def _check(prompts: TrainedAdapter) -> None:
     sizes = [value for section in options.values() for value in section.values() if type(value) is int]
     if len(prompts.class_names) != sum(map(len, prompts.groups)):
         raise ValueError("a task is in two groups")
-    if any(text != escaped(text) for task, class_names in prompts.class_names.items() for text in (task, *class_names)):
+    if any(
+        text != escape_controls(text)
+        for task, class_names in prompts.class_names.items()
+        for text in (task, *class_names)
+    ):
         raise ValueError("a name holds control characters")
     for group, state in zip(prompts.groups, prompts.states):
         if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):

@@ -33,7 +33,7 @@ class LinearProbe(Method):
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
         text_of_class = [
-            (config.clip.template_of(task), of_class) for task in class_names for of_class in class_names[task]
+            (config.clip.template_for(task), of_class) for task in class_names for of_class in class_names[task]
         ]
         number = {text: at for at, text in enumerate(dict.fromkeys(text_of_class))}
         self.weight_of_row = [number[text] for text in text_of_class for _ in split_synonyms(text[1])]

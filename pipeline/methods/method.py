@@ -112,7 +112,7 @@ class Method(Module):
     @classmethod
     def templates_by_task(cls, config: Config, tasks: Iterable[str]) -> dict[str, str]:
         """Task → text of its classes, as the method takes it."""
-        return {task: cls.template(config.clip.template_of(task)) for task in tasks}
+        return {task: cls.template(config.clip.template_for(task)) for task in tasks}
 
     @staticmethod
     def num_prompt_positions(config: Config) -> int:

@@ -26,7 +26,7 @@ from ray.exceptions import RayTaskError
 
 from pipeline.data.index import IMAGE_SUFFIXES
 from pipeline.errors import UserError
-from pipeline.files import FREE_SPACE, replacing
+from pipeline.files import FREE_SPACE_ADVICE, atomic_replace
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.decoding import decoded
 from pipeline.prediction.model import ImagePrediction, TrainedModel
@@ -248,7 +248,7 @@ class _Writer:
             ).type == pafs.FileType.File or self._filesystem.get_file_info(selector):
                 raise UserError(f"--output {self._output} is there already: give another name, or remove it")
             if not is_uri(self._output):
-                self._building = str(self._publishing.enter_context(replacing(Path(self._folder))))
+                self._building = str(self._publishing.enter_context(atomic_replace(Path(self._folder))))
             self._filesystem.create_dir(self._building)
         return self
 
@@ -292,7 +292,7 @@ class _WriteErrors:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
-            raise UserError(f"cannot write --output {self._output}: {error}; {FREE_SPACE}") from None
+            raise UserError(f"cannot write --output {self._output}: {error}; {FREE_SPACE_ADVICE}") from None
 
 
 def progress_lines(say: Callable[[str], None], every_s: float) -> Callable[[int, int], None]:

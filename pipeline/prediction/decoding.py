@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 
 from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read_image
 from pipeline.data.names import escape_for_terminal
-from pipeline.errors import escaped
+from pipeline.errors import escape_controls
 from pipeline.runtime.storage import open_bucket
 
 READING_THREADS = 4
@@ -54,7 +54,7 @@ def decoded(
             pixels[at] = evaluation_pixels(data, image_size)
             return ""
         except (BrokenImage, OSError) as error:
-            return escaped(str(error)) or type(error).__name__
+            return escape_controls(str(error)) or type(error).__name__
 
     with ThreadPoolExecutor(READING_THREADS) as threads:
         errors = list(threads.map(decode, range(count)))

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.clip.towers import ClipTowers
 from pipeline.data.images import BrokenImage, evaluation_pixels, read_image
 from pipeline.data.prefetch import prefetch
-from pipeline.errors import UserError, escaped
+from pipeline.errors import UserError, escape_controls
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.calibration import fit_temperature
 from pipeline.prediction.options import ModelOptions, write_options
@@ -239,7 +239,7 @@ def _decode(image: ImageSource, slot: np.ndarray) -> str:
         slot[:] = evaluation_pixels(image, slot.shape[-1])
         return ""
     except (BrokenImage, OSError) as error:
-        return escaped(str(error)) or type(error).__name__
+        return escape_controls(str(error)) or type(error).__name__
 
 
 def _from_array(values: np.ndarray) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import MAX_YAML_BYTES, read_text
-from pipeline.errors import UserError, escaped
+from pipeline.errors import UserError, escape_controls
 from pipeline.files import write_json
 
 GROUPED = "prompts/grouped.safetensors"
@@ -77,7 +77,9 @@ def read_options(adapter_file: Path) -> ModelOptions:
         raise
     except (ValueError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{file} is no options file of this project: {escaped(str(reason))}; remove it") from None
+        raise UserError(
+            f"{file} is no options file of this project: {escape_controls(str(reason))}; remove it"
+        ) from None
     if found.prompts_sha256 != _sha256(adapter_file):
         raise UserError(f"{file} belongs to other prompts than {adapter_file.name}: calibrate again, or remove it")
     return ModelOptions(**found.model_dump(exclude={"format", "prompts_sha256"}))

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
-from pipeline.files import write_atomically, write_json
+from pipeline.files import write_file, write_json
 from pipeline.runtime.storage import Storage
 
 POLL_INTERVAL_S = 0.5
@@ -47,7 +47,7 @@ def exclusive_run(
         except Timeout:
             told.waiting_for(name.read_text("utf-8") if name.is_file() else "another job")
     try:
-        write_atomically(name, _this_job())
+        write_file(name, _this_job())
         if storage.is_bucket:
             with _lease(storage, folder / "lease.json", told):
                 yield
@@ -129,7 +129,7 @@ def _id_of_copies(storage: Storage) -> str:
     file = storage.folder / ".copies"
     with FileLock(storage.folder / ".copies.lock"):
         if not file.is_file():
-            write_atomically(file, uuid.uuid4().hex)
+            write_file(file, uuid.uuid4().hex)
         return file.read_text("utf-8")
 
 

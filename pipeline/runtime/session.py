@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig, TrackingConfig, content_hash
 from pipeline.errors import UserError
-from pipeline.files import make_folder
+from pipeline.files import create_folder
 from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerResources, check_shared, ray_connection
 from pipeline.runtime.progress import RunProgress, run_progress
 from pipeline.runtime.run_lock import exclusive_run
@@ -128,7 +128,7 @@ def open_storage(place: str, cache: str) -> Storage:
     if not path.is_absolute():
         # The working directory of a submitted job is a copy that Ray deletes.
         path = (Path.home() if IN_SUBMITTED_JOB else Path.cwd()) / path
-    make_folder(path)
+    create_folder(path)
     if not os.access(path, os.W_OK):
         raise UserError(f"storage={path} cannot be written; change `storage`")
     _check_space("storage", path)

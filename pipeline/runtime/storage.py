@@ -37,13 +37,13 @@ import pyarrow.fs as pafs
 from pipeline.config import content_hash
 from pipeline.errors import UserError
 from pipeline.files import (
-    FREE_SPACE,
-    PARTIAL,
+    FREE_SPACE_ADVICE,
+    PARTIAL_SUFFIX,
+    create_folder,
     disk_is_full,
-    make_folder,
-    put_in_place,
     read_json,
-    write_atomically,
+    rename_durably,
+    write_file,
     write_json,
 )
 
@@ -84,10 +84,10 @@ class Storage:
 
     def write_marker(self) -> None:
         """Leaves what `verify_access` looks for. Raises: UserError: the storage cannot be written or read."""
-        marker = make_folder(self.folder) / _MARKER
+        marker = create_folder(self.folder) / _MARKER
         if not self.is_bucket and marker.is_file():
             return
-        write_atomically(marker, "Storage of mmap-clip: every machine of a cluster must see this file.\n")
+        write_file(marker, "Storage of mmap-clip: every machine of a cluster must see this file.\n")
         if self.is_bucket:
             filesystem, path = self.filesystem(marker)
             try:
@@ -148,14 +148,14 @@ class Storage:
         # Of a run's folder, others may just be writing files: those have passing names.
         found = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         with ThreadPoolExecutor(UPLOAD_THREADS) as threads:
-            list(threads.map(upload_file, [file for file in found if file.suffix != PARTIAL]))
+            list(threads.map(upload_file, [file for file in found if file.suffix != PARTIAL_SUFFIX]))
 
     def download(self, folder: Path, into: Path | None = None) -> None:
         """From the bucket: all files of a folder that may be there. A storage that is a folder has them already."""
         if self.is_bucket:
             filesystem, place = self.filesystem(folder)
             if self._with_retries(lambda: filesystem.get_file_info(place)).type == pafs.FileType.Directory:
-                target = str(make_folder(into or folder))
+                target = str(create_folder(into or folder))
                 self._with_retries(lambda: pafs.copy_files(place, target, filesystem, pafs.LocalFileSystem()))
 
     def remove(self, path: Path) -> None:
@@ -258,7 +258,7 @@ class Artifact:
         else:
             aside = self.folder.with_name(f".damaged-{self.key}-{uuid.uuid4().hex[:8]}")
             log.warning("%s lost or changed %s; moved to %s, made again", place, told, aside)
-            put_in_place(self.folder, aside)
+            rename_durably(self.folder, aside)
         return False
 
     def manifest(self) -> dict[str, Any]:
@@ -273,7 +273,7 @@ class Artifact:
         """
         if not self.storage.is_bucket or (self.folder / _MANIFEST).is_file():
             return self.folder
-        arriving = make_folder(self.folder.with_name(f".arriving-{self.key}-{uuid.uuid4().hex[:8]}"))
+        arriving = create_folder(self.folder.with_name(f".arriving-{self.key}-{uuid.uuid4().hex[:8]}"))
         try:
             self.storage.download(self.folder, into=arriving)
             for name, digest in read_json(arriving / _MANIFEST)["sha256"].items():
@@ -297,7 +297,7 @@ class Artifact:
             UserError: the disk is full.
         """
         began = time.monotonic()
-        writer = ArtifactWriter(self, make_folder(self.staging_dir / uuid.uuid4().hex))
+        writer = ArtifactWriter(self, create_folder(self.staging_dir / uuid.uuid4().hex))
         try:
             yield writer
             if publish:
@@ -306,7 +306,7 @@ class Artifact:
             if self.is_complete():
                 log.info("%s was finished by another", self.folder)
             elif disk_is_full(error) and not isinstance(error, UserError):
-                raise UserError(f"cannot write {self.folder}: {error}; {FREE_SPACE}") from error
+                raise UserError(f"cannot write {self.folder}: {error}; {FREE_SPACE_ADVICE}") from error
             else:
                 raise
         finally:
@@ -325,7 +325,7 @@ class ArtifactWriter:
     def publish(self, seconds: float) -> None:
         """Publishes the files of `folder`, which took `seconds` to make."""
         artifact, storage = self.artifact, self.artifact.storage
-        for partial in self.folder.rglob(f"*{PARTIAL}"):  # of a worker that was killed while writing
+        for partial in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):  # of a worker that was killed while writing
             partial.unlink(missing_ok=True)
         here = {
             path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*")) if path.is_file()
@@ -360,7 +360,7 @@ def upload_part(artifact: Artifact, folder: Path, name: str) -> dict[str, tuple[
 
 def _rename_folder(source: Path, target: Path) -> None:
     try:
-        put_in_place(source, target)
+        rename_durably(source, target)
     except OSError:
         if not (target / _MANIFEST).is_file():  # else another was faster with the same content
             raise

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from pipeline.data.images import BrokenImage, evaluation_pixels
-from pipeline.errors import escaped
+from pipeline.errors import escape_controls
 
 BATCH_SIZE_HEADER = "X-Batch-Size"
 """Header of an answer: how many images the model took together with this request's, these included."""
@@ -69,7 +69,7 @@ class NoReplica(Exception):
 class Refused(Exception):
     def __init__(self, status: int, error: str, headers: Mapping[str, str] | None = None):
         super().__init__(error)
-        self.status, self.error, self.headers = status, escaped(error), headers
+        self.status, self.error, self.headers = status, escape_controls(error), headers
 
 
 class HttpApi:
@@ -225,7 +225,7 @@ class HttpApi:
                 raise BrokenImage("no bytes")
             return evaluation_pixels(image, self._image_size)
         except BrokenImage as error:
-            return escaped(str(error)) or type(error).__name__
+            return escape_controls(str(error)) or type(error).__name__
         except MemoryError:
             raise Refused(503, "no memory to decode the image now", _retry_after()) from None
 
@@ -250,7 +250,7 @@ def _from_base64(text: str) -> bytes | str:
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
-        return f"no base64: {escaped(str(error))}"
+        return f"no base64: {escape_controls(str(error))}"
 
 
 def _broken(task: str | None, error: str) -> dict[str, Any]:

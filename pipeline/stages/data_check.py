@@ -22,7 +22,7 @@ from pipeline.data.index import ImageRecord
 from pipeline.data.splits import sample_splits
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.files import make_folder, read_json, write_atomically, write_json
+from pipeline.files import create_folder, read_json, write_file, write_json
 from pipeline.report.data_check import COLORS, TaskOverview, check_page, check_tables, summary_line, task_overviews
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, WorkItem
@@ -64,7 +64,7 @@ def check_data(plan: Plan, session: Session, verbose: bool = False) -> list[Find
     Args:
         in_full: as tables, not in one line.
     """
-    folder = make_folder(plan.folder / NAME)
+    folder = create_folder(plan.folder / NAME)
     with Stage(session, NAME, stage_title(NAME)) as stage:
         artifact = _artifact(plan)
         with _one_at_a_time:
@@ -149,7 +149,7 @@ def _find(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[Tas
     )
     tasks = task_overviews(images, dataset_index.classes)
     page = check_page(plan.config.name, tasks, findings, read_samples(file), dataset_index.class_names)
-    write_atomically(folder / PAGE, page)
+    write_file(folder / PAGE, page)
     values = {
         "format": FORMAT,
         "shots": data.shots,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.config import did_you_mean
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.config import GroupingConfig
 from pipeline.errors import UserError
-from pipeline.files import write_atomically, write_json
+from pipeline.files import write_file, write_json
 from pipeline.grouping.advice import warnings_about
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.gradient_blocks import gradient_blocks, read_layout
@@ -112,7 +112,7 @@ def write_grouping(
         figure.savefig(folder / name, dpi=150)
     search_in_words = describe_search(result)
     page = grouping_page(result, search_in_words[0].upper() + search_in_words[1:], figures)
-    write_atomically(folder / PAGE, page)
+    write_file(folder / PAGE, page)
 
 
 def _snapshots(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, build_meta_towers, clip_identity, weights_file
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import BUILTIN_DIGITS, RESULTS, Config, content_hash, to_yaml, values_affecting
+from pipeline.config import BUILTIN_DIGITS, RESULT_EFFECTS, Config, content_hash, to_yaml, values_affecting
 from pipeline.data.index import DatasetIndex, index_dataset, unexpected_counts
 from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.files import make_folder, write_atomically
+from pipeline.files import create_folder, write_file
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
@@ -56,7 +56,7 @@ class Plan:
                 "version": RESULTS_VERSION,
                 "clip": asdict(self.clip),
                 "splits": self.splits.key,
-                "config": values_affecting(self.config, *RESULTS),
+                "config": values_affecting(self.config, *RESULT_EFFECTS),
                 **self.extra_key_inputs,
             }
         )
@@ -140,7 +140,7 @@ def make_plan(
         {"format": FORMAT, "listing": dataset_index.fingerprint(), "config": values_affecting(config, "splits")},
     )
     plan = Plan(config, storage, dataset_index, clip, shape, splits, output_kind, extra_key_inputs or {})
-    write_atomically(make_folder(plan.folder) / "config.yaml", to_yaml(config))
+    write_file(create_folder(plan.folder) / "config.yaml", to_yaml(config))
     return plan
 
 

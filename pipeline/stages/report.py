@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import make_folder, write_atomically, write_json
+from pipeline.files import create_folder, write_file, write_json
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_config
@@ -31,7 +31,7 @@ def make_report(
     """Writes <run folder>/report and <run folder>/adapters, and shows the table; returns the report's folder."""
     from pipeline.report.summary_figures import accuracy_picture  # matplotlib
 
-    folder = make_folder(plan.folder / "report")
+    folder = create_folder(plan.folder / "report")
     with Stage(session, NAME, stage_title(NAME)) as stage:
         stage.computed = True
         result = read_grouping(grouping)
@@ -51,7 +51,7 @@ def make_report(
         warnings=result["warnings"],
     )
     write_json(folder / "summary.json", vars(summary))
-    write_atomically(folder / "report.md", to_markdown(summary))
+    write_file(folder / "report.md", to_markdown(summary))
 
     track_results(plan, session, results, {method.name: method.groups for method in methods})
     session.tracker.set_tags(PARENT, {"mlflow.note.content": to_mlflow_description(summary)})
@@ -141,7 +141,7 @@ def register_model(plan: Plan, session: Session, prompts: Path) -> None:
 
 def _gather_prompts(plan: Plan, methods: Sequence[MethodArtifacts]) -> list[Path]:
     """One prompts file for each trained method, all its groups in it."""
-    folder = make_folder(plan.folder / "adapters")
+    folder = create_folder(plan.folder / "adapters")
     files = []
     for method in methods:
         parts = [artifact.download() / ADAPTER for artifact in method.artifacts]

@@ -12,7 +12,7 @@ from rich.markup import escape
 from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, write_part
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
 from pipeline.errors import UserError
-from pipeline.files import read_json, write_atomically, write_json
+from pipeline.files import read_json, write_file, write_json
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.runtime.storage import Artifact, ArtifactWriter, upload_part
@@ -123,7 +123,7 @@ def _check_broken_fraction(broken: Sequence[ScannedImage], total: int, max_fract
     if len(broken) / total <= max_fraction:
         return
     lines = [f"{image.path}: {image.error}" for image in broken]
-    write_atomically(report_file, "\n".join(lines) + "\n")
+    write_file(report_file, "\n".join(lines) + "\n")
     shown = "\n  ".join(lines[:BROKEN_SHOWN])
     more = f"\n  and {len(lines) - BROKEN_SHOWN} more" if len(lines) > BROKEN_SHOWN else ""
     enough = math.ceil(1000 * len(broken) / total) / 1000

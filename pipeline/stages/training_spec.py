@@ -120,7 +120,7 @@ class TrainingSpec:
         """Of a method for the tasks' `sets`, from the newest checkpoint of a folder in the storage if there is one."""
         storage.download(checkpoints)
         config, class_names, kind = self.config, list(self.class_names().values()), get_method(self.method)
-        frozen_templates = {task: config.clip.template_of(task) for task in self.tasks}
+        frozen_templates = {task: config.clip.template_for(task) for task in self.tasks}
         tokens, frozen_tokens = (
             class_tokens(towers.tokenizer, list(templates.values()), class_names).to(towers.device)
             for templates in (kind.templates_by_task(config, self.tasks), frozen_templates)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline.files import put_in_place, sync, written_atomically
+from pipeline.files import atomic_write, rename_durably, sync
 
 log = logging.getLogger(__name__)
 DIGEST = hashlib.sha256().digest_size
@@ -37,7 +37,7 @@ class Checkpoints:
         torch.save(state, buffer)
         content = buffer.getbuffer()
         newest, before = self.folder / NEWEST, self.folder / PREVIOUS
-        with written_atomically(newest) as partial:
+        with atomic_write(newest) as partial:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as stream:
                 stream.write(hashlib.sha256(content).digest())
@@ -45,7 +45,7 @@ class Checkpoints:
             sync(partial)  # before it moves the one before
             if newest.exists():
                 with suppress(FileNotFoundError):  # a worker that was given up for lost may do the same
-                    put_in_place(newest, before)
+                    rename_durably(newest, before)
                 self.on_saved(before)
         self.on_saved(newest)
 

@@ -19,8 +19,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from pipeline.config import Config, PositiveInt, Section, effects_of, fields, load_yaml, parse_config, values_affecting
-from pipeline.errors import UserError, did_you_mean
+from pipeline.config import (
+    Config,
+    PositiveInt,
+    Section,
+    did_you_mean,
+    field_effects,
+    fields,
+    load_yaml,
+    parse_config,
+    values_affecting,
+)
+from pipeline.errors import UserError
 from pipeline.methods.registry import METHODS, VARIANTS
 
 METHOD = "method"
@@ -251,7 +261,7 @@ def _matters(name: str, method: str, base: Config) -> bool:
     variant = VARIANTS[method]
     section, _, rest = name.partition(".")
     own = METHODS[variant.method].section
-    if section == own or (section != "training" and "training" in effects_of(_FIELDS[name])):
+    if section == own or (section != "training" and "training" in field_effects(_FIELDS[name])):
         return True
     if variant.uses_grouping and section in ("mmap", "global_prompt", "grouping", "training"):
         return True

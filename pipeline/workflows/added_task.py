@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.files import make_folder, read_json, write_atomically, write_json
+from pipeline.files import create_folder, read_json, write_file, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
@@ -121,7 +121,7 @@ def _check_same_prompts(config: Config, prompts: TrainedAdapter) -> None:
                     "the new task's must be like them; leave that option out"
                 )
     for task in prompts.class_names:
-        if (given := config.clip.template_of(task)) != (trained := prompts.config.clip.template_of(task)):
+        if (given := config.clip.template_for(task)) != (trained := prompts.config.clip.template_for(task)):
             raise UserError(
                 f"clip.task_templates: {task} has {given!r}, the run's prompts were trained with {trained!r}; name the "
                 "new task alone there"
@@ -162,7 +162,7 @@ def measure_gradients(plan: Plan, session: Session, global_prompt: Artifact) -> 
 def _measure(spec: TrainingSpec, global_prompt: Artifact, artifact: Artifact, progress: Any) -> None:
     config, towers, reporter = spec.config, spec.towers(), Reporter(progress, spec.label)
     prompts = SharedMmap.build(config, towers, spec.tasks).to(towers.device)
-    templates = [config.clip.template_of(task) for task in spec.tasks]
+    templates = [config.clip.template_for(task) for task in spec.tasks]
     tokens = class_tokens(towers.tokenizer, templates, list(spec.class_names().values())).to(towers.device)
     points = read_trajectory(global_prompt.download() / POINTS)
     (images,) = load_training_sets(
@@ -188,7 +188,7 @@ def _merged_prompts(plan: Plan, finished: FinishedRun, trained: Sequence[MethodA
     the others is computed otherwise than before."""
     (of_task,) = (method.artifacts[0] for method in trained if method.name == "grouped")
     file = plan.folder / GROUPED
-    make_folder(file.parent)
+    create_folder(file.parent)
     save_adapter(file, merge_adapters([finished.adapter, load_adapter(of_task.download() / ADAPTER)]))
     if (options := read_options(finished.folder / GROUPED)) != ModelOptions():
         write_options(file, options)  # temperatures of the tasks before; they are bound to the file
@@ -204,7 +204,7 @@ def _report(
     beside: dict[str, Any] | None,
 ) -> None:
     plan, before = joining.plan, joining.finished.summary
-    folder = make_folder(plan.folder / "report")
+    folder = create_folder(plan.folder / "report")
     with Stage(session, REPORT, stage_title(REPORT)) as stage:
         stage.computed = True
         copy_grouping_pages(grouping, folder)
@@ -221,7 +221,7 @@ def _report(
     )
     summary = added.summary()
     write_json(folder / "summary.json", vars(summary))
-    write_atomically(folder / "report.md", added_task_to_markdown(added))
+    write_file(folder / "report.md", added_task_to_markdown(added))
     track_results(plan, session, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
     session.tracker.log_artifact(PARENT, folder)
     session.tracker.log_artifact(PARENT, prompts, "adapters")

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config import Config, content_hash
-from pipeline.files import make_folder, write_atomically
+from pipeline.files import create_folder, write_file
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
 from pipeline.report.benchmark_tables import (
     Benchmark,
@@ -61,7 +61,7 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
     name, plans = configs[0].name, make_plans(configs, console)
     storage = plans[0].storage
     key = content_hash({"runs": [plan.key for plan in plans], "methods": list(methods)})
-    folder = make_folder(storage.folder / "benchmarks" / f"{name}-{key}")
+    folder = create_folder(storage.folder / "benchmarks" / f"{name}-{key}")
     with connect_cluster(plans[0], console) as worker_resources, _tracked(name, configs, methods, folder) as tracker:
         failed: list[BaseException] = []
         results = []
@@ -111,10 +111,10 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
             figure.savefig(folder / f"{name}.{kind}", dpi=150)
     markdown = [f"# {benchmark.name}", "\n".join(f"- {sentence}" for sentence in how), *map(to_markdown, tables)]
     markdown += [f"![{name}]({name}.png)" for name, _ in pictures]
-    write_atomically(folder / "benchmark.md", "\n\n".join(markdown) + "\n")
+    write_file(folder / "benchmark.md", "\n\n".join(markdown) + "\n")
     latex = ["\n".join(f"% {sentence}" for sentence in how), *map(to_latex, tables)]
-    write_atomically(folder / "benchmark.tex", "\n\n".join(latex) + "\n")
-    write_atomically(folder / "benchmark.csv", to_csv(benchmark))
+    write_file(folder / "benchmark.tex", "\n\n".join(latex) + "\n")
+    write_file(folder / "benchmark.csv", to_csv(benchmark))
 
 
 def _carry_out(methods: Sequence[str], benchmark: str, plan: Plan, session: Session) -> dict[str, dict[str, Any]]:

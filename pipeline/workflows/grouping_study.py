@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipeline.config import Config, content_hash
 from pipeline.errors import UserError
-from pipeline.files import make_folder, write_atomically
+from pipeline.files import create_folder, write_file
 from pipeline.grouping.study import GroupingStudy, study_grouping
 from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
 from pipeline.runtime.session import PARENT, Session
@@ -39,7 +39,7 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
             "tasks with data.tasks"
         )
     key = content_hash([plan.key for plan in plans])
-    folder = make_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
+    folder = create_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
     with connect_cluster(plans[0], console) as worker_resources:
         studies = {}
         for plan, outcome in map_concurrently(plans, worker_resources, _study):
@@ -47,8 +47,8 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
                 raise outcome
             studies[plan.config.seed] = outcome
     markdown = study_to_markdown(name, tasks, studies)
-    write_atomically(folder / "grouping_study.md", markdown)
-    write_atomically(folder / "grouping_study.csv", study_to_csv(tasks, studies))
+    write_file(folder / "grouping_study.md", markdown)
+    write_file(folder / "grouping_study.csv", study_to_csv(tasks, studies))
     for kind in ("png", "svg"):
         study_figure(studies).savefig(folder / f"grouping_study.{kind}", dpi=150)
     console.print(markdown, markup=False, highlight=False)

@@ -24,7 +24,7 @@ from pipeline.clip.load import build_meta_towers
 from pipeline.config import Config, content_hash, to_yaml
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
-from pipeline.files import read_json, write_atomically, write_json
+from pipeline.files import read_json, write_file, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
 from pipeline.report.summary import title
@@ -65,9 +65,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
     plan = make_plan(base, console, output_kind=PLACE, extra_key_inputs={"search": search.to_json()})
     check = partial(_check_point, plan.config, replace(plan.dataset_index, images=()), search.methods)
     points = planned_points(search, check)
-    write_atomically(
-        plan.folder / "search.yaml", yaml.safe_dump(search.to_json(), sort_keys=False, default_flow_style=None)
-    )
+    write_file(plan.folder / "search.yaml", yaml.safe_dump(search.to_json(), sort_keys=False, default_flow_style=None))
     # Tune asks the dashboard whether the placement groups of trials that it ended are still needed.
     with connect_cluster(plan, console, dashboard=True) as worker_resources:
         with run_session(plan, worker_resources, console) as session:
@@ -77,7 +75,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
             trials = _carry_out(plan, session, search, points, check)
             best = _report(plan, session, search, trials)
             config, method = _best_config(plan, search, best)
-            write_atomically(plan.folder / BEST, to_yaml(config))
+            write_file(plan.folder / BEST, to_yaml(config))
             session.tracker.log_artifact(PARENT, plan.folder / BEST)
             where = escape(plan.storage.display_uri(plan.folder / BEST))
             console.print(f"best: trial {best.number}: {escape(described(best.point))}\n  {where}", highlight=False)
@@ -220,7 +218,7 @@ def _report(plan: Plan, session: Session, search: Search, trials: Sequence[Trial
     session.console.print(
         trials_table(search, trials, f"{name}, {search.options.validation_shots} validation images a class")
     )
-    write_atomically(folder / "trials.csv", trials_to_csv(search, plan.tasks, trials))
+    write_file(folder / "trials.csv", trials_to_csv(search, plan.tasks, trials))
     search_figure(search, trials).savefig(folder / "trials.png", dpi=150)
     for file in ("trials.csv", "trials.png"):
         session.tracker.log_artifact(PARENT, folder / file)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from pipeline.errors import UserError
-from pipeline.files import FREE_SPACE, written_atomically
+from pipeline.files import FREE_SPACE_ADVICE, atomic_write
 
 JOURNAL = "journal.jsonl"
 Kind = Literal["start", "params", "tags", "metrics", "artifact", "dataset", "model", "status"]
@@ -82,7 +82,7 @@ class Journal:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         kept = self.folder / "files" / digest / file.name
         if not kept.exists():
-            with written_atomically(kept) as partial:
+            with atomic_write(kept) as partial:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, partial)
         return kept.relative_to(self.folder).as_posix()
@@ -114,4 +114,4 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(before)
-            raise UserError(f"cannot write {self._file.name}: {error.strerror}; {FREE_SPACE}") from error
+            raise UserError(f"cannot write {self._file.name}: {error.strerror}; {FREE_SPACE_ADVICE}") from error
