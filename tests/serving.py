@@ -50,7 +50,7 @@ class Reply:
     """0: the connection broke."""
     seconds: float
     record: dict
-    images_together: int
+    batch_size: int
 
 
 async def ask(session: aiohttp.ClientSession, url: str, image: bytes) -> Reply:
@@ -58,8 +58,8 @@ async def ask(session: aiohttp.ClientSession, url: str, image: bytes) -> Reply:
     try:
         async with session.post(url, data=image, headers={"Content-Type": "image/png"}) as response:
             record = await response.json() if response.content_type == "application/json" else {}
-            together = int(response.headers.get("X-Batch-Size", 0))
-            return Reply(response.status, time.perf_counter() - began, record, together)
+            batch_size = int(response.headers.get("X-Batch-Size", 0))
+            return Reply(response.status, time.perf_counter() - began, record, batch_size)
     except aiohttp.ClientError:
         return Reply(0, time.perf_counter() - began, {}, 0)
 

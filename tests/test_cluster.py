@@ -131,8 +131,8 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
         history = client.get_metric_history(training.info.run_id, "train_loss/ink")
         assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 5 * EPOCHS
         assert {file.path for file in client.list_artifacts(parent.info.run_id, "adapters")} == {
-            "prompts/all_in_one.safetensors",
-            "prompts/grouped.safetensors",
+            "adapters/all_in_one.safetensors",
+            "adapters/grouped.safetensors",
         }
     finally:
         server.kill()

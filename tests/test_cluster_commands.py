@@ -273,9 +273,9 @@ def test_a_submitted_job_ends_with_its_results_in_mlflow(composed, submitted):
     for method, values in summary(composed.folder / "shared" / "runs")["methods"].items():
         assert parent.data.metrics[f"accuracy/{method}/average"] == pytest.approx(values["average"])
     prompts = {file.path for file in client.list_artifacts(parent.info.run_id, "adapters")}
-    assert prompts == {"prompts/all_in_one.safetensors", "prompts/grouped.safetensors"}
+    assert prompts == {"adapters/all_in_one.safetensors", "adapters/grouped.safetensors"}
     # The server itself has them, not a folder that happens to be shared.
-    assert {path.name for path in (composed.folder / "artifacts").rglob("prompts/*")} == {
+    assert {path.name for path in (composed.folder / "artifacts").rglob("adapters/*")} == {
         "all_in_one.safetensors",
         "grouped.safetensors",
     }

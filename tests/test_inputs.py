@@ -1215,5 +1215,5 @@ def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, tmp_path):
     assert "the demo's tiny CLIP, knows handwritten digits alone: for other images --clip.model" in finished.output
     methods = summary(tmp_path / "storage")["methods"]
     assert all(set(of_method["accuracy"]) == {"neon"} for of_method in methods.values()) and "grouped" in methods
-    prompts = load_adapter(the_run(tmp_path / "storage") / "prompts/grouped.safetensors")
+    prompts = load_adapter(the_run(tmp_path / "storage") / "adapters/grouped.safetensors")
     assert prompts.config.clip.task_templates == {"neon": "a neon sign of the digit {}."}

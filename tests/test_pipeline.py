@@ -94,7 +94,7 @@ def test_mlflow_holds_the_run(quick_run):
     artifacts = {
         file.path for folder in ("report", "adapters") for file in client.list_artifacts(parent.info.run_id, folder)
     }
-    assert {"report/report.md", "report/affinity_graph.png", "prompts/grouped.safetensors"} <= artifacts
+    assert {"report/report.md", "report/affinity_graph.png", "adapters/grouped.safetensors"} <= artifacts
     assert every_step_once(storage)
 
 

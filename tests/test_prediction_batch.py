@@ -80,7 +80,7 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
     trained = load_adapter(adapter_file)
     probabilities, labels = trained.classifier().probabilities("ink", images).max(dim=1)
     assert [row["path"] for row in of_files] == paths
-    assert [row["label"] for row in of_files] == [trained.words["ink"][label] for label in labels]
+    assert [row["label"] for row in of_files] == [trained.class_names["ink"][label] for label in labels]
     assert [row["probability"] for row in of_files] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_pa
             for expected in pq.read_table(folder / "predictions.parquet").to_pylist():
                 row = rows[expected["task"], expected["path"]]
                 compared += 1
-                assert row["label"] == model.words[row["task"]][expected["predicted"]]
+                assert row["label"] == model.class_names[row["task"]][expected["predicted"]]
                 assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
     assert compared == 840
 

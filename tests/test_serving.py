@@ -295,11 +295,11 @@ def test_every_refusal_says_what_to_do():
 
 def test_answers_have_the_fields_of_mlflow_and_broken_images_their_error():
     status, record, headers, _ = answered(api(), query=b"task=ink")
-    assert status == 200 and record["label"] == "zero" and headers["x-images-together"] == "1"
+    assert status == 200 and record["label"] == "zero" and headers["x-batch-size"] == "1"
     assert list(record) == ["task", "label", "probability", "probabilities", "error", "by_task"]
     good, broken = base64.b64encode(PNG).decode(), base64.b64encode(b"no image").decode()
     status, told, headers, _ = answered(api(), **as_json(images=[broken, good, "no base64!"], task="ink"))
-    assert status == 200 and headers["x-images-together"] == "1"
+    assert status == 200 and headers["x-batch-size"] == "1"
     first, second, third = told["predictions"]
     assert second == record and "known format" in first["error"] and third["error"].startswith("no base64")
     assert list(first) == list(record) and first["label"] is None and first["task"] == "ink"
@@ -547,7 +547,7 @@ def test_models_and_health_are_told(service, places):
         "clip": BUILTIN_DIGITS,
         "weights": prompts.weights,
         "image_size": 32,
-        "tasks": prompts.words,
+        "tasks": prompts.class_names,
         "threshold": None,
         "temperatures": {},
     }

@@ -14,7 +14,7 @@ from pipeline.config import MAX_YAML_BYTES, read_text
 from pipeline.errors import UserError, escape_controls
 from pipeline.files import write_json
 
-GROUPED = "prompts/grouped.safetensors"
+GROUPED = "adapters/grouped.safetensors"
 """Prompts of grouped MmAP, in a run's folder."""
 
 Temperature = Annotated[float, Field(gt=0, le=1e6)]
