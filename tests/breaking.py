@@ -9,7 +9,7 @@ from servers import Server
 
 
 def checkpoints(storage: Path, stage: str, name: str = "checkpoint.pt") -> list[Path]:
-    return list((storage / stage).glob(f".building-*/checkpoints/{name}"))
+    return list((storage / stage).glob(f".staging-*/checkpoints/{name}"))
 
 
 def lost(server: Server, job: Job, when) -> Finished:

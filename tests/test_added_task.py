@@ -297,7 +297,7 @@ def test_a_task_is_added_and_nothing_of_the_others_changes(finished, added):
 def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished, added, run_job):
     _, once = added(finished, LATER[0])
     again, same = added(finished, LATER[0])
-    assert same == once and again.output.count("found finished") == 5  # all but the report
+    assert same == once and again.output.count("cached (computed in") == 5  # all but the report
     _, twice = added(once, LATER[1], "--rerun", "--grouping.num_groups", str(len(summary_of(once)["groups"])))
     report = summary_of(twice)
     assert report["tasks"] == sorted([*BEFORE, *LATER])
@@ -311,7 +311,7 @@ def test_tasks_are_added_one_after_another_and_beside_all_trained_again(finished
     storage = once.parent.parent
     num_groups = str(len(report["groups"]))
     plain = run_job("full_pipeline", "--storage", storage, *QUICK, "--grouping.num_groups", num_groups)
-    assert plain.status == 0 and plain.output.count("found finished") == 5
+    assert plain.status == 0 and plain.output.count("cached (computed in") == 5
     assert read_finished_run(str(twice), "").groups == report["groups"]
 
 

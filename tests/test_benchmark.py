@@ -180,9 +180,9 @@ def test_runs_share_one_progress_board_and_take_their_own_reports(shared_ray):
     other.expect("coop mt", 5, "images")
     other.advance("coop mt", 4, "images")
     one.post(Report("coop mt", 1, 2, "steps"))
-    assert one.begun() == {"coop mt": "a machine"} and other.begun() == {}
-    assert one.take() == [Report("coop mt", 0, 3, "images"), Report("coop mt", 1, 2, "steps")] and one.take() == []
-    assert other.take() == [Report("coop mt", 0, 5, "images"), Report("coop mt", 4, 5, "images")]
+    assert one.nodes() == {"coop mt": "a machine"} and other.nodes() == {}
+    assert one.drain() == [Report("coop mt", 0, 3, "images"), Report("coop mt", 1, 2, "steps")] and one.drain() == []
+    assert other.drain() == [Report("coop mt", 0, 5, "images"), Report("coop mt", 4, 5, "images")]
 
 
 def test_methods_are_chosen_by_name_or_as_a_set():

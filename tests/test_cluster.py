@@ -90,8 +90,8 @@ def test_who_waits_is_told_for_what(tmp_path):
             finished = job.finish()
         assert finished.status == 0, finished.output
         assert (
-            "waiting: 'global prompt' waits for 1 GPU and 1 CPU; the cluster has 1 GPUs and 2 CPUs on 1 machine, "
-            "of which 0 GPUs and 2 CPUs are free: other work holds them, or"
+            "waiting: 'global prompt' needs 1 GPU and 1 CPU; the cluster has 1 GPUs and 2 CPUs on 1 machine, "
+            "0 GPUs and 2 CPUs of them free: they are in use by other work or"
         ) in finished.output
     finally:
         ray.shutdown()
@@ -106,7 +106,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
     server = mlflow_server(tmp_path, port)
     job = submit(ray_head, "jobs/full_pipeline.py", *options)  # by its shebang
     try:
-        while not list(storage.glob("global_prompt/.building-*")):
+        while not list(storage.glob("global_prompt/.staging-*")):
             assert job.poll() is None, job.stdout.read()
             time.sleep(0.1)
     finally:
@@ -119,7 +119,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
     server = mlflow_server(tmp_path, port)
     try:
         again = run_job("full_pipeline", *options, "--cluster.gpus_per_worker", "0")  # elsewhere
-        assert again.status == 0 and again.output.count("found finished") == 5, again.output
+        assert again.status == 0 and again.output.count("cached (computed in") == 5, again.output
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("mmap-clip")
         runs = client.search_runs([experiment.experiment_id])

@@ -89,7 +89,7 @@ def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
     cluster.add_node(2, 1)
     finished = run(storage, *on(cluster))
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 4
+    assert finished.output.count("cached (computed in") == 4
     assert same(storage, undisturbed) and every_step_once(storage)
 
 

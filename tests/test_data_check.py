@@ -345,7 +345,7 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     check = partial(run_job, "check_data", "--storage", storage, "--data.root", planted, "--data.shots", "3")
 
     first = check()
-    assert first.status == 1 and "found finished" not in first.output
+    assert first.status == 1 and "cached (computed in" not in first.output
     told = " ".join(first.output.split())
     for text in (
         "demo: 36 images in 2 tasks",
@@ -368,7 +368,7 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     assert not list(storage.glob("splits/*"))
 
     again = check()
-    assert again.status == 1 and again.output.count("found finished") == 1
+    assert again.status == 1 and again.output.count("cached (computed in") == 1
     assert table_of(again.output) == table_of(first.output)
 
     # Where broken files may be left out, nothing stops a run; no image is read for that again.

@@ -71,7 +71,7 @@ def test_the_job_is_killed_in_each_stage(undisturbed, run_job, tmp_path):
         assert finished.status == -signal.SIGKILL, (point, finished.output)
     finished = run_job("full_pipeline", "--storage", storage, *FEW_TASKS)
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 5
+    assert finished.output.count("cached (computed in") == 5
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
@@ -98,12 +98,15 @@ def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
     try:
         first.wait_until(lambda: list((storage / "splits").glob("*")))
         second = Job(storage, *FEW_TASKS)
-        second.wait_until(lambda: "waiting: process" in second.output.read_text())
+        second.wait_until(lambda: "waiting for process" in second.output.read_text())
     finally:
         of_first, of_second = first.finish(), second.finish()
     assert of_first.status == of_second.status == 0, of_first.output + of_second.output
-    assert f"waiting: process {first.process.pid} on {os.uname().nodename} is at this run" in of_second.output
-    assert of_second.output.count("found finished") == 5
+    assert (
+        f"waiting for process {first.process.pid} on {os.uname().nodename}, which holds the run lock"
+        in of_second.output
+    )
+    assert of_second.output.count("cached (computed in") == 5
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
@@ -143,7 +146,7 @@ def test_the_disk_is_full(undisturbed, run_job, disk):
     """Once while splits are written, once while checkpoints are: a plain message, and the same command goes on."""
     storage = disk.folder / "storage"
     for begun in (
-        lambda: list(storage.glob("splits/.building-*")),
+        lambda: list(storage.glob("splits/.staging-*")),
         lambda: checkpoints(storage, "group_trainings"),
     ):
         job = Job(storage, *FEW_TASKS, logs=disk.folder.parent)

@@ -14,7 +14,7 @@ from pipelines import REPOSITORY
 from pipeline import command_line
 from pipeline.stages.flow import FLOW, NAMES, stage_title
 
-UNTIL = {
+LAST_STAGE = {
     "build_splits": "splits",
     "train_global_prompt": "global_prompt",
     "solve_grouping": "grouping",
@@ -30,13 +30,13 @@ def test_a_stage_has_a_module_and_takes_what_was_made_before_it(stage):
     inspect.signature(getattr(module, stage.function)).bind("plan", "session", *stage.depends_on)
 
 
-@pytest.mark.parametrize("job", UNTIL)
+@pytest.mark.parametrize("job", LAST_STAGE)
 def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
     ran = []
     monkeypatch.setattr(command_line, "run_job", lambda description, main: ran.append(main))
     runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"), run_name="__main__")
     (main,) = ran
-    assert main.func.__name__ == "run_stages" and main.keywords == {"until": UNTIL[job]}
+    assert main.func.__name__ == "run_stages" and main.keywords == {"last_stage": LAST_STAGE[job]}
 
 
 @pytest.mark.parametrize(

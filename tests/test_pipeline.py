@@ -43,7 +43,7 @@ def test_report(quick_run):
     assert methods["grouped"]["trained_parameters"] == (6 + len(result["groups"])) * one_mmap
     report = (the_run(storage) / "report" / "report.md").read_text()
     assert "| average |" in report and "trained parameters" in report
-    assert "trained parameters" in output and "found finished" not in output
+    assert "trained parameters" in output and "cached (computed in" not in output
     for picture in (
         "accuracy.png",
         "affinity_heat_map.png",
@@ -155,7 +155,7 @@ def test_again_does_nothing_and_says_so(quick_run, run_job):
     before = numbers(storage)
     finished = run_job("full_pipeline", "--storage", storage, *QUICK)
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 5
+    assert finished.output.count("cached (computed in") == 5
     assert numbers(storage) == before
 
 
@@ -166,7 +166,7 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
         "full_pipeline", "--until", "grouping", "--storage", storage, *QUICK, "--grouping.num_groups", "2"
     )
     assert finished.status == 0, finished.output
-    assert finished.output.count("found finished") == 3 and "4 group trainings" not in finished.output
+    assert finished.output.count("cached (computed in") == 3 and "4 group trainings" not in finished.output
     assert "best of 31 partitions" in finished.output
     groupings = [json.loads(file.read_text()) for file in storage.glob("grouping/[!.]*/grouping.json")]
     (of_two,) = [grouping for grouping in groupings if len(grouping["groups"]) == 2]
@@ -216,7 +216,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
         with ray_connection(ClusterConfig(address=address), print) as worker:
             assert worker.cpus == 1
         assert ray.is_initialized()
-    message = f"has joined Ray at {joined_at} already, not at cluster.address=127.0.0.1:1: leave cluster.address out"
+    message = f"already connected to Ray at {joined_at}, not to cluster.address=127.0.0.1:1: remove cluster.address"
     with pytest.raises(UserError, match=re.escape(message)):
         with ray_connection(ClusterConfig(address="127.0.0.1:1"), print):
             pytest.fail("another cluster")

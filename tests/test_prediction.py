@@ -251,7 +251,7 @@ def test_what_a_user_gets_wrong_is_named(adapter_file, tmp_path):
     for arguments, message in [
         ({"place": tmp_path / "absent.safetensors"}, "does not exist"),
         ({"place": tmp_path}, "holds no prompts"),
-        ({"place": "nowhere://bucket/x"}, "nowhere://bucket/x is no place like"),
+        ({"place": "nowhere://bucket/x"}, "nowhere://bucket/x is not a storage URI"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"threshold": math.nan}, "threshold=nan"),
         ({"temperature": 0}, "temperature"),

@@ -62,15 +62,15 @@ def test_who_comes_later_is_told_and_waits(bucket):
     first.join()
     assert [entry for entry in log if "waiting" not in entry][1:3] == ["first ends", "second begins"]
     (told,) = [entry for entry in log if "waiting" in entry]
-    assert told.startswith("waiting: process ") and told.endswith(" is at this run; then this job goes on")
+    assert told.startswith("waiting for process ") and told.endswith(", which holds the run lock")
 
 
 @pytest.mark.parametrize("machine, at_once", [("same", True), ("other", False)])
 def test_a_lease_of_a_killed_job_is_taken_over(bucket, machine, at_once):
     lost = bucket("same")
     file = folder_of(lost) / "lease.json"
-    file.write_text(json.dumps({"id": "lost", "copies": run_lock._id_of_copies(lost), "job": "it", "renewed": 3}))
-    lost.send(file)
+    file.write_text(json.dumps({"id": "lost", "local_copy": run_lock._local_copy_id(lost), "job": "it", "renewed": 3}))
+    lost.upload(file)
     log: list[str] = []
     work(bucket(machine), log, "next", 0)
     assert log[-2:] == ["next begins", "next ends"]

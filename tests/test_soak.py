@@ -107,7 +107,7 @@ def test_soak(run_job, few_digits, tmp_path, capsys):
         cluster.stop()
     made = list(storage.glob("group_trainings/[!.]*/result.json"))
     assert len(made) == TRAININGS
-    assert not list(storage.glob("*/.building-*"))
+    assert not list(storage.glob("*/.staging-*"))
 
     lines = [f"{TRAININGS} trainings in {seconds:.0f} s, {killer.killed} workers killed"]
     early, late = (typical(killer.samples, part) for part in (0.25, 0.85))

@@ -116,12 +116,12 @@ def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
     files = bytes_of(reader.folder)
     times = {file: (reader.folder / file).stat().st_mtime_ns for file in files}
     again, printed = build("one", share)
-    assert "found finished" in printed
+    assert "cached (computed in" in printed
     assert again.folder == reader.folder
     assert {file: (reader.folder / file).stat().st_mtime_ns for file in files} == times
 
     other, printed = build("two", share)
-    assert "found finished" not in printed
+    assert "cached (computed in" not in printed
     assert other.folder != reader.folder and other.folder.name == reader.folder.name
     assert bytes_of(other.folder) == files and len(files) == 2 * len(TASKS)
     assert (other.folder / "splits.json").read_bytes() == (reader.folder / "splits.json").read_bytes()

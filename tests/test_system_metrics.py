@@ -23,7 +23,7 @@ def test_looks_are_taken_every_ten_seconds_and_at_the_end(clock):
     sampler, steps = SystemSampler(), []
     for passed in range(0, 35):
         clock.value = 100 + passed
-        if found := sampler.look(last=passed == 34):
+        if found := sampler.sample(final=passed == 34):
             steps.append(found[0])
     assert steps == [10, 20, 30, 34] and EVERY_S == 10
     _, values = found
@@ -33,7 +33,7 @@ def test_looks_are_taken_every_ten_seconds_and_at_the_end(clock):
 
 
 def test_a_machine_without_a_gpu_driver_tells_the_rest():
-    _, values = SystemSampler().look(last=True)
+    _, values = SystemSampler().sample(final=True)
     assert not [name for name in values if "gpu" in name]
 
 
@@ -57,7 +57,7 @@ def test_gpus_are_those_that_the_process_may_use(monkeypatch, visible, expected)
         "nvmlDeviceGetPowerUsage": power,
     }.items():
         monkeypatch.setattr(pynvml, name, function)
-    _, values = SystemSampler().look(last=True)
+    _, values = SystemSampler().sample(final=True)
     assert asked == expected
     of_gpus = {name: value for name, value in values.items() if "gpu" in name}
     assert len(of_gpus) == 3 * len(expected)  # but not the power, which this card does not tell

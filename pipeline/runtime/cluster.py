@@ -1,4 +1,4 @@
-"""The Ray cluster: joining it, what it has room for, whether machines see the same files, what waits for what."""
+"""Ray cluster: connection, capacity, access of all machines to the same files, reports on stalls."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pipeline.runtime.storage import Storage
 IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 POLL_INTERVAL_S = 2
 FIRST_MESSAGE_AFTER_S = 20
-"""Of nothing running, until it is said what waits for what."""
+"""Time without any running work until the first message about it."""
 NEXT_MESSAGE_AFTER_S = 60
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """Of one worker of a training."""
+    """CPUs and GPUs of one training worker."""
 
     cpus: int
     gpus: float
@@ -40,7 +40,7 @@ class WorkerResources:
         return f"{self.gpus:g} GPU and {self.cpus} CPU" if self.gpus else f"{self.cpus} CPU"
 
     def slots_on(self, resources: dict[str, float]) -> int:
-        """How many such workers a machine with these resources holds; a fraction is of one GPU."""
+        """Return how many such workers fit on a node with these resources; a fraction of a GPU is of one GPU."""
         num_slots = int(resources.get("CPU", 0) // self.cpus)
         if self.gpus:
             gpus = resources.get("GPU", 0)
@@ -54,7 +54,7 @@ class WorkerResources:
 def ray_connection(
     config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False
 ) -> Iterator[WorkerResources]:
-    """`connect`; leaves the cluster at the end, unless this process had joined it before."""
+    """Connect as `connect` does; disconnect at the end, unless this process was connected before."""
     was_initialized = ray.is_initialized()
     try:
         yield connect(config, say, dashboard)
@@ -64,21 +64,21 @@ def ray_connection(
 
 
 def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool = False) -> WorkerResources:
-    """Joins or starts Ray, or uses the Ray that this process has joined already (in a notebook, or for several runs
-    one after another).
+    """Connect to Ray, start it, or use the connection that this process has (in a notebook, or for several runs in
+    sequence).
 
     Args:
-        dashboard: whether a Ray that is started needs one, whatever the config.
+        dashboard: start the dashboard with a local Ray, whatever the config.
 
     Raises:
-        UserError: no cluster, or one that cannot hold a training.
+        UserError: The cluster cannot be reached, or is too small for a training.
     """
     if not ray.is_initialized():
         _join_or_start(config, dashboard)
     elif config.address not in (None, "auto", gcs_address := ray.get_runtime_context().gcs_address):
         raise UserError(
-            f"this process has joined Ray at {gcs_address} already, not at cluster.address={config.address}: leave "
-            "cluster.address out, or call ray.shutdown() first"
+            f"this process is already connected to Ray at {gcs_address}, not to cluster.address={config.address}: "
+            "remove cluster.address, or call ray.shutdown() first"
         )
     gpus = config.gpus_per_worker
     if gpus is None:
@@ -86,17 +86,17 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     resources, workers = WorkerResources(config.cpus_per_worker, gpus), config.workers_per_training
     if workers > 1 and gpus % 1:
         raise UserError(
-            f"cluster.workers_per_training={workers} takes whole GPUs, not cluster.gpus_per_worker={gpus:g}"
+            f"cluster.workers_per_training={workers} requires whole GPUs, not cluster.gpus_per_worker={gpus:g}"
         )
-    fewest = config.min_workers_per_training or workers
-    if fewest > workers:
-        raise UserError(f"cluster.min_workers_per_training={fewest} is more than workers_per_training={workers}")
-    if num_slots(resources) < fewest and config.wait_for_nodes_s:
-        _wait_for_nodes(resources, fewest, config.wait_for_nodes_s, say)
-    if num_slots(resources) < fewest:
-        times = f" for each of {fewest} workers (cluster.workers_per_training)" if workers > 1 else ""
+    min_workers = config.min_workers_per_training or workers
+    if min_workers > workers:
+        raise UserError(f"cluster.min_workers_per_training={min_workers} is more than workers_per_training={workers}")
+    if num_slots(resources) < min_workers and config.wait_for_nodes_s:
+        _wait_for_nodes(resources, min_workers, config.wait_for_nodes_s, say)
+    if num_slots(resources) < min_workers:
+        per_worker = f" for each of {min_workers} workers (cluster.workers_per_training)" if workers > 1 else ""
         raise UserError(
-            f"a training takes {resources}{times}, but the cluster has {cluster_summary()}: lower "
+            f"a training takes {resources}{per_worker}, but the cluster has {cluster_summary()}: lower "
             "cluster.gpus_per_worker, cpus_per_worker or workers_per_training, or start machines "
             "(cluster.wait_for_nodes_s waits for an autoscaler's)"
         )
@@ -104,9 +104,9 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
 
 
 def local_ray_options(dashboard: bool) -> dict[str, Any]:
-    """Of ray.init, for a Ray on this machine alone."""
+    """Return options of ray.init for a local Ray."""
     options: dict[str, Any] = {"include_dashboard": dashboard}
-    if " " in sys.executable:  # Ray Tune's workers are started by a shell, to which Ray gives the path as it is
+    if " " in sys.executable:  # Ray Tune starts workers by a shell command in which the path is not quoted
         options["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
     return options
 
@@ -115,26 +115,26 @@ def _join_or_start(config: ClusterConfig, dashboard: bool) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
     if address == "local":
-        # Ray Train asks the dashboard whether its placement groups are still needed.
+        # Ray Train needs the dashboard to release placement groups.
         options = local_ray_options(dashboard or config.workers_per_training > 1)
-    elif not IN_SUBMITTED_JOB:  # whose working directory Ray already gives to all workers
+    elif not IN_SUBMITTED_JOB:  # Ray gives the working directory of a submitted job to all workers
         options["runtime_env"] = {"py_modules": [str(Path(__file__).parent.parent)]}  # the package
     try:
         ray.init(address=address, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
-            f"no Ray cluster can be joined at {address}: {error}; change cluster.address or RAY_ADDRESS, and where the "
-            "cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            f"cannot connect to a Ray cluster at {address}: {error}; change cluster.address or RAY_ADDRESS. If the "
+            "cluster requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
 
 
 def num_slots(resources: WorkerResources) -> int:
-    """How many such workers the cluster holds at once."""
+    """Return how many such workers fit on the cluster at once."""
     return sum(resources.slots_on(node["Resources"]) for node in _alive())
 
 
 def cluster_summary() -> str:
-    """What the cluster has: `2 GPUs and 8 CPUs on 2 machines`."""
+    """Return the cluster's size as text: `2 GPUs and 8 CPUs on 2 machines`."""
     nodes = [node["Resources"] for node in _alive()]
     gpus, cpus = (sum(resources.get(name, 0) for resources in nodes) for name in ("GPU", "CPU"))
     machines = sum(1 for resources in nodes if resources.get("CPU") or resources.get("GPU"))
@@ -146,25 +146,25 @@ def is_alive(node_id: str) -> bool:
 
 
 def check_shared(storage: Storage, paths: Sequence[Path]) -> None:
-    """On several machines, storage, data and weights must be the same files everywhere.
+    """Check that every machine sees the storage, the data and the weights.
 
     Raises:
-        UserError: a machine that does not see some of them.
+        UserError: A machine does not see some of them.
     """
     nodes = [node for node in _alive() if node["Resources"].get("CPU")]
     if len(nodes) < 2:
         return
-    look = ray.remote(_missing_paths)
+    remote_check = ray.remote(_missing_paths)
     for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         try:
-            unseen = ray.get(look.options(num_cpus=0, scheduling_strategy=there).remote(storage, paths))
+            problem = ray.get(remote_check.options(num_cpus=0, scheduling_strategy=strategy).remote(storage, paths))
         except RayError:
             if is_alive(node["NodeID"]):
                 raise
-            continue  # it has left the cluster meanwhile
-        if unseen:
-            raise UserError(f"machine {node['NodeManagerAddress']}: {unseen}")
+            continue  # the node has left the cluster
+        if problem:
+            raise UserError(f"machine {node['NodeManagerAddress']}: {problem}")
 
 
 def _missing_paths(storage: Storage, paths: Sequence[Path]) -> str:
@@ -174,8 +174,8 @@ def _missing_paths(storage: Storage, paths: Sequence[Path]) -> str:
         return str(error)
     if missing := [str(path) for path in paths if not path.exists()]:
         return (
-            f"does not see {', '.join(missing)}: data.root and weights files must lie on storage that all machines "
-            "share under the same path"
+            f"does not see {', '.join(missing)}: data.root and weights files must be on storage that all machines "
+            "mount at the same path"
         )
     return ""
 
@@ -191,7 +191,7 @@ def _wait_for_nodes(resources: WorkerResources, workers: int, seconds: float, sa
         while num_slots(resources) < workers and time.monotonic() < end:
             time.sleep(POLL_INTERVAL_S)
     finally:
-        request_resources(bundles=[])  # from here on the trainings themselves ask
+        request_resources(bundles=[])  # from now on the trainings themselves request resources
 
 
 def _alive() -> list[dict[str, Any]]:
@@ -199,43 +199,43 @@ def _alive() -> list[dict[str, Any]]:
 
 
 class StallReporter:
-    """Says what a stage waits for, when nothing of this process's runs is at work: not at once, and not too often."""
+    """Reports what a stage waits for while nothing of this process's runs is running, at increasing intervals."""
 
-    _worked: ClassVar[float] = 0.0
-    """When something of any run was last seen at work."""
+    _last_active: ClassVar[float] = 0.0
+    """Time at which work of any run was last seen running."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._looked = StallReporter._worked = time.monotonic()
-        self._next_word: float = FIRST_MESSAGE_AFTER_S
+        self._last_poll = StallReporter._last_active = time.monotonic()
+        self._next_message_s: float = FIRST_MESSAGE_AFTER_S
 
-    def look(self, waiting: Sequence[str], running_on: Sequence[str], resources: WorkerResources, workers: int) -> None:
+    def poll(self, waiting: Sequence[str], running_on: Sequence[str], resources: WorkerResources, workers: int) -> None:
         """Args:
-        waiting: labels of the work that is not finished.
-        running_on: ids of the machines where some of it was last seen running.
-        workers: of each piece of work.
+        waiting: labels of the unfinished work items.
+        running_on: ids of the nodes where some of them were last seen running.
+        workers: number of workers of each work item.
         """
-        now = time.monotonic()
-        if now - self._looked < POLL_INTERVAL_S:
+        time_now = time.monotonic()
+        if time_now - self._last_poll < POLL_INTERVAL_S:
             return
-        self._looked = now
+        self._last_poll = time_now
         if any(map(is_alive, running_on)):
-            StallReporter._worked, self._next_word = now, FIRST_MESSAGE_AFTER_S
-        elif now - StallReporter._worked >= self._next_word:
-            self._next_word = now - StallReporter._worked + NEXT_MESSAGE_AFTER_S
-            self._say(self._word(waiting, resources, workers))
+            StallReporter._last_active, self._next_message_s = time_now, FIRST_MESSAGE_AFTER_S
+        elif time_now - StallReporter._last_active >= self._next_message_s:
+            self._next_message_s = time_now - StallReporter._last_active + NEXT_MESSAGE_AFTER_S
+            self._say(self._message(waiting, resources, workers))
 
     @staticmethod
-    def _word(waiting: Sequence[str], resources: WorkerResources, workers: int) -> str:
-        many = f"{waiting[0]!r}" if len(waiting) == 1 else f"{waiting[0]!r} and {len(waiting) - 1} more"
-        times = f" for each of {workers} workers" if workers > 1 else ""
-        why = (
-            "other work holds them, or workers that start"
+    def _message(waiting: Sequence[str], resources: WorkerResources, workers: int) -> str:
+        labels = f"{waiting[0]!r}" if len(waiting) == 1 else f"{waiting[0]!r} and {len(waiting) - 1} more"
+        per_worker = f" for each of {workers} workers" if workers > 1 else ""
+        reason = (
+            "they are in use by other work or by starting workers"
             if num_slots(resources) >= workers
-            else "that is too little: they wait for machines to join; Ctrl-C and the same command with less go on too"
+            else "waiting for machines to join; or press Ctrl-C and rerun the command with fewer resources"
         )
         free = ray.available_resources()
         return (
-            f"waiting: {many} wait{'s' if len(waiting) == 1 else ''} for {resources}{times}; the cluster has "
-            f"{cluster_summary()}, of which {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free: {why}"
+            f"waiting: {labels} need{'s' if len(waiting) == 1 else ''} {resources}{per_worker}; the cluster has "
+            f"{cluster_summary()}, {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs of them free: {reason}"
         )

@@ -1,4 +1,4 @@
-"""What a result depends on beside the config: versions, machine, commit."""
+"""Environment of a run: package versions, machine, git commit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ GIT_COMMIT = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclud
 
 
 def run_environment() -> dict[str, str]:
-    """Name → value, of what can be found out."""
-    found = {
+    """Return name → value of what is known about the environment."""
+    environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": str(os.cpu_count()),
@@ -24,8 +24,8 @@ def run_environment() -> dict[str, str]:
     }
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+            environment[package] = importlib.metadata.version(package)
     with suppress(OSError, subprocess.SubprocessError):
         output = subprocess.check_output(GIT_COMMIT, text=True, stderr=subprocess.DEVNULL, timeout=10)
-        found["git_commit"] = output.strip()
-    return found
+        environment["git_commit"] = output.strip()
+    return environment

@@ -1,7 +1,7 @@
-"""What is being done, how far, how fast, and how long it will still take.
+"""Progress of work: completed steps, speed, remaining time.
 
-Workers report to one small Ray actor; the driver drains it and draws bars, or, where the output is no terminal (a Ray
-job's log), prints a line for each work at most every few seconds.
+Workers report to one small Ray actor. The driver drains it and draws progress bars or, if the output is not a terminal
+(a Ray job's log), prints a line per work item at most every few seconds.
 """
 
 from __future__ import annotations
@@ -25,70 +25,70 @@ if TYPE_CHECKING:
 REPORT_EVERY_S = 0.5
 LOG_LINE_EVERY_S = 10
 LONG_LOG_LINE_EVERY_S = 60
-"""Between the lines of work that has run for longer than this."""
+"""Interval between the lines of work that has run for longer than this."""
 
 
 def run_progress() -> RunProgress:
-    """A board for one run."""
+    """Return the progress of a new run."""
     context = ray.get_runtime_context()
-    return RunProgress(_board_of(context.get_node_id(), context.get_job_id()), uuid.uuid4().hex)
+    return RunProgress(_progress_actor(context.get_node_id(), context.get_job_id()), uuid.uuid4().hex)
 
 
 @lru_cache(maxsize=1)
-def _board_of(node_id: str, job_id: str) -> Any:
-    """A ProgressBoard on the driver's machine, so that no other machine's end takes it away. It is a process, which
-    takes a second to start, so all runs of a driver share it: it ends as the driver leaves the cluster."""
-    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    actor = cast(Any, ProgressActor)  # Ray's types show the class as it was before the decorator
-    return actor.options(scheduling_strategy=here).remote()
+def _progress_actor(node_id: str, job_id: str) -> Any:
+    """Start a ProgressActor on the driver's machine, where the loss of another machine cannot end it. A process takes a
+    second to start, so all runs of a driver share it; it ends when the driver disconnects."""
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    actor = cast(Any, ProgressActor)  # Ray's type hints show the undecorated class
+    return actor.options(scheduling_strategy=strategy).remote()
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """The part of the driver's ProgressBoard that is one run's; sent to its workers."""
+    """Handle of one run's part of the driver's ProgressActor; sent to its workers."""
 
     actor: Any
     run: str
 
     def begin(self, label: str, node_id: str) -> None:
-        """Work has begun on a machine, perhaps again."""
+        """Record that work has started on a node, perhaps again."""
         self.actor.begin.remote(self.run, label, node_id)
 
-    def begun(self) -> dict[str, str]:
-        """Label → id of the machine where that work began last."""
-        begun: dict[str, str] = ray.get(self.actor.begun.remote(self.run))
-        return begun
+    def nodes(self) -> dict[str, str]:
+        """Return label → id of the node where that work started last."""
+        nodes: dict[str, str] = ray.get(self.actor.nodes.remote(self.run))
+        return nodes
 
     def post(self, report: Report) -> None:
         self.actor.post.remote(self.run, report)
 
     def expect(self, label: str, total: int, unit: str) -> None:
-        """Begins a count to which several workers add."""
+        """Start a count to which several workers add."""
         self.actor.expect.remote(self.run, label, total, unit)
 
     def advance(self, label: str, count: int, unit: str) -> None:
         self.actor.advance.remote(self.run, label, count, unit)
 
-    def take(self) -> list[Report]:
-        """The reports since the last time."""
-        reports: list[Report] = ray.get(self.actor.take.remote(self.run))
+    def drain(self) -> list[Report]:
+        """Return the reports since the last call."""
+        reports: list[Report] = ray.get(self.actor.drain.remote(self.run))
         return reports
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class ProgressActor:
-    """Collects the workers' reports, by run, until the driver takes them. All that it holds may be lost."""
+    """Collects the workers' reports, by run, until the driver drains them. Losing them loses no results."""
 
     def __init__(self) -> None:
         self._reports: dict[str, list[Report]] = defaultdict(list)
         self._totals: dict[tuple[str, str, str], list[int]] = {}
-        self._begun: dict[str, dict[str, str]] = defaultdict(dict)
+        self._nodes: dict[str, dict[str, str]] = defaultdict(dict)
 
     def begin(self, run: str, label: str, node_id: str) -> None:
-        self._begun[run][label] = node_id
+        self._nodes[run][label] = node_id
 
-    def begun(self, run: str) -> dict[str, str]:
-        return self._begun[run]
+    def nodes(self, run: str) -> dict[str, str]:
+        return self._nodes[run]
 
     def post(self, run: str, report: Report) -> None:
         self._reports[run].append(report)
@@ -98,11 +98,11 @@ class ProgressActor:
         self.post(run, Report(label, 0, total, unit))
 
     def advance(self, run: str, label: str, count: int, unit: str) -> None:
-        of = self._totals.setdefault((run, label, unit), [0, count])
-        of[0] = min(of[0] + count, of[1])  # a task that is run again counts again
-        self.post(run, Report(label, of[0], of[1], unit))
+        counts = self._totals.setdefault((run, label, unit), [0, count])
+        counts[0] = min(counts[0] + count, counts[1])  # a retried task counts again
+        self.post(run, Report(label, counts[0], counts[1], unit))
 
-    def take(self, run: str) -> list[Report]:
+    def drain(self, run: str) -> list[Report]:
         return self._reports.pop(run, [])
 
 
@@ -118,12 +118,12 @@ class Report:
 
 
 class Reporter:
-    """A worker's side: posts at most every REPORT_EVERY_S, and at the end of a phase; with how busy the machine is."""
+    """Worker side: posts at most every REPORT_EVERY_S, and at the end of a phase, with system metrics."""
 
     def __init__(self, actor: RunProgress, label: str):
         self._board, self._label = actor, label
         self._metrics: list[tuple[int, dict[str, float]]] = []
-        self._last = 0.0
+        self._posted_at = 0.0
         self._system = SystemSampler()
 
     def update(
@@ -131,15 +131,15 @@ class Reporter:
     ) -> None:
         if metrics:
             self._metrics.append(metrics)
-        if system := self._system.look(last=completed >= total):
+        if system := self._system.sample(final=completed >= total):
             self._metrics.append(system)
-        if time.monotonic() - self._last >= REPORT_EVERY_S or completed >= total:
+        if time.monotonic() - self._posted_at >= REPORT_EVERY_S or completed >= total:
             self._board.post(Report(self._label, completed, total, unit, self._metrics))
-            self._metrics, self._last = [], time.monotonic()
+            self._metrics, self._posted_at = [], time.monotonic()
 
 
 class ProgressDisplay:
-    """The driver's side. A context manager for one stage."""
+    """Driver side: a context manager for one stage."""
 
     def __init__(self, console: Console, title: str):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -149,7 +149,7 @@ class ProgressDisplay:
             TextColumn("  {task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -157,7 +157,7 @@ class ProgressDisplay:
         )
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._started: dict[tuple[str, str], tuple[float, int]] = {}
-        self._last_line: dict[str, float] = {}
+        self._line_times: dict[str, float] = {}
 
     def __enter__(self) -> ProgressDisplay:
         self._console.print(f"[bold]{self._title}[/]")
@@ -171,20 +171,21 @@ class ProgressDisplay:
         from rich.markup import escape
 
         key = (report.label, report.unit)
-        now = time.monotonic()
-        began, before = self._started.setdefault(key, (now, report.completed))
-        # Reports that come at once, at the first look, tell no speed.
-        rate = (report.completed - before) / (now - began) if now - began >= REPORT_EVERY_S else 0.0
-        speed = f"{rate:,.{0 if rate >= 10 else 1}f} {report.unit}/s" if rate else report.unit
+        time_now = time.monotonic()
+        started, initial = self._started.setdefault(key, (time_now, report.completed))
+        # Reports that arrive together at the first poll have no speed.
+        elapsed = time_now - started
+        throughput = (report.completed - initial) / elapsed if elapsed >= REPORT_EVERY_S else 0.0
+        speed = f"{throughput:,.{0 if throughput >= 10 else 1}f} {report.unit}/s" if throughput else report.unit
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(escape(report.label), total=report.total, rate=speed)
-        self._bars.update(self._tasks[key], completed=report.completed, total=report.total, rate=speed)
-        pause = LOG_LINE_EVERY_S if now - began < LONG_LOG_LINE_EVERY_S else LONG_LOG_LINE_EVERY_S
-        if not self._console.is_terminal and now - self._last_line.get(report.label, began) >= pause:
-            self._last_line[report.label] = now
-            left = f", {(report.total - report.completed) / rate:.0f} s left" if rate else ""
+            self._tasks[key] = self._bars.add_task(escape(report.label), total=report.total, speed=speed)
+        self._bars.update(self._tasks[key], completed=report.completed, total=report.total, speed=speed)
+        interval = LOG_LINE_EVERY_S if elapsed < LONG_LOG_LINE_EVERY_S else LONG_LOG_LINE_EVERY_S
+        if not self._console.is_terminal and time_now - self._line_times.get(report.label, started) >= interval:
+            self._line_times[report.label] = time_now
+            remaining = f", {(report.total - report.completed) / throughput:.0f} s left" if throughput else ""
             self._console.print(
-                f"  {report.label}: {report.completed} of {report.total} {report.unit}, {speed}{left}",
+                f"  {report.label}: {report.completed} of {report.total} {report.unit}, {speed}{remaining}",
                 markup=False,
                 highlight=False,
             )

@@ -1,8 +1,8 @@
-"""One job at a time at a run.
+"""Lock on a run: one job at a time.
 
-On machines that share the run's folder it is a lock of the operating system, which a killed job gives back. With a
-bucket, each machine has such a lock in its own copies, and between machines there is a lease in the bucket: an object
-that its holder changes every few seconds. One that no longer changes, by the clock of whoever watches it, is free.
+Machines that share the run's folder use a lock of the operating system, which a killed job releases. With a bucket,
+each machine has such a lock in its local copy, and between machines there is a lease in the bucket: an object that its
+holder renews every few seconds. A lease that is no longer renewed, by the clock of the waiting job, has expired.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ POLL_INTERVAL_S = 0.5
 LEASE_RENEWAL_S = 10.0
 LEASE_EXPIRY_S = 60.0
 LEASE_CONFIRM_S = 3.0
-"""Until it is read again who holds a lease that was free: of two that took it at once, the last."""
+"""Delay before a new lease is read again: if two jobs took it at once, the last one holds it."""
 
 
 @contextmanager
 def exclusive_run(
-    storage: Storage, folder: Path, say: Callable[[str], None], stopped: Callable[[], bool]
+    storage: Storage, folder: Path, say: Callable[[str], None], cancelled: Callable[[], bool]
 ) -> Iterator[None]:
-    """Waits until no other job is at the run in `folder`, and says so; `stopped` ends the waiting.
+    """Wait until no other job holds the lock of the run in `folder`, and say so; `cancelled` ends the wait.
 
     Raises:
-        InterruptedError: told to stop.
+        InterruptedError: The wait was cancelled.
     """
-    told = _WaitNotifier(say, stopped)
-    lock, name = FileLock(folder / "lock"), folder / "at_work.txt"
+    notifier = _WaitNotifier(say, cancelled)
+    lock, holder_file = FileLock(folder / "lock"), folder / "holder.txt"
     while not lock.is_locked:
         try:
             lock.acquire(timeout=POLL_INTERVAL_S)
         except Timeout:
-            told.waiting_for(name.read_text("utf-8") if name.is_file() else "another job")
+            notifier.waiting_for(holder_file.read_text("utf-8") if holder_file.is_file() else "another job")
     try:
-        write_file(name, _this_job())
+        write_file(holder_file, _this_job())
         if storage.is_bucket:
-            with _lease(storage, folder / "lease.json", told):
+            with _lease(storage, folder / "lease.json", notifier):
                 yield
         else:
             yield
@@ -58,56 +58,62 @@ def exclusive_run(
 
 
 class _WaitNotifier:
-    """Says once for whom this job waits."""
+    """Says once which job this one waits for."""
 
-    def __init__(self, say: Callable[[str], None], stopped: Callable[[], bool]):
-        self._say, self._stopped, self._done = say, stopped, False
+    def __init__(self, say: Callable[[str], None], cancelled: Callable[[], bool]):
+        self._say, self._cancelled, self._notified = say, cancelled, False
 
-    def waiting_for(self, other: str) -> None:
-        if self._stopped():
-            raise InterruptedError("told to stop")
-        if not self._done:
-            self._say(f"waiting: {other} is at this run; then this job goes on")
-        self._done = True
+    def waiting_for(self, holder: str) -> None:
+        if self._cancelled():
+            raise InterruptedError("cancelled")
+        if not self._notified:
+            self._say(f"waiting for {holder}, which holds the run lock")
+        self._notified = True
 
 
 @contextmanager
-def _lease(storage: Storage, file: Path, told: _WaitNotifier) -> Iterator[None]:
-    lease: dict[str, Any] = {"id": uuid.uuid4().hex, "copies": _id_of_copies(storage), "job": _this_job(), "renewed": 0}
-    _take(storage, file, lease, told)
-    ended = threading.Event()
+def _lease(storage: Storage, file: Path, notifier: _WaitNotifier) -> Iterator[None]:
+    lease: dict[str, Any] = {
+        "id": uuid.uuid4().hex,
+        "local_copy": _local_copy_id(storage),
+        "job": _this_job(),
+        "renewed": 0,
+    }
+    _take(storage, file, lease, notifier)
+    released = threading.Event()
 
     def renew() -> None:
-        while not ended.wait(LEASE_RENEWAL_S):
+        while not released.wait(LEASE_RENEWAL_S):
             lease["renewed"] += 1
-            with suppress(UserError):  # a bucket that is away is for the run's own work to tell
+            with suppress(UserError):  # an unreachable bucket is reported by the run's own work
                 _write(storage, file, lease)
 
-    renewing = threading.Thread(target=renew, name="lease", daemon=True)
-    renewing.start()
+    renewer = threading.Thread(target=renew, name="lease", daemon=True)
+    renewer.start()
     try:
         yield
     finally:
-        ended.set()
-        renewing.join()
+        released.set()
+        renewer.join()
         with suppress(UserError):
             storage.remove(file)
 
 
-def _take(storage: Storage, file: Path, lease: dict[str, Any], told: _WaitNotifier) -> None:
-    seen, since = None, time.monotonic()
+def _take(storage: Storage, file: Path, lease: dict[str, Any], notifier: _WaitNotifier) -> None:
+    last_lease, changed_at = None, time.monotonic()
     while True:
-        found = _read(storage, file)
-        if found != seen:
-            seen, since = found, time.monotonic()
-        # Whoever had the same copies would still have their lock, which this job has.
-        if found is None or found["copies"] == lease["copies"] or time.monotonic() - since >= LEASE_EXPIRY_S:
+        current = _read(storage, file)
+        if current != last_lease:
+            last_lease, changed_at = current, time.monotonic()
+        # A job with the same local copy would still hold its lock, which this job holds.
+        same_copy = current is not None and current["local_copy"] == lease["local_copy"]
+        if current is None or same_copy or time.monotonic() - changed_at >= LEASE_EXPIRY_S:
             _write(storage, file, lease)
             time.sleep(LEASE_CONFIRM_S)
             if (_read(storage, file) or {}).get("id") == lease["id"]:
                 return
             continue
-        told.waiting_for(found["job"])
+        notifier.waiting_for(current["job"])
         time.sleep(POLL_INTERVAL_S)
 
 
@@ -124,10 +130,10 @@ def _write(storage: Storage, file: Path, lease: dict[str, Any]) -> None:
     storage.upload(file)
 
 
-def _id_of_copies(storage: Storage) -> str:
-    """Of this machine's copies of the bucket."""
-    file = storage.folder / ".copies"
-    with FileLock(storage.folder / ".copies.lock"):
+def _local_copy_id(storage: Storage) -> str:
+    """Return the id of this machine's local copy of the bucket."""
+    file = storage.folder / ".local-copy"
+    with FileLock(storage.folder / ".local-copy.lock"):
         if not file.is_file():
             write_file(file, uuid.uuid4().hex)
         return file.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""What a run works with on the driver: its folder, the cluster, MLflow, progress, the terminal."""
+"""Session of a run on the driver: its folder, the cluster, MLflow, progress, the terminal."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 PARENT = "pipeline"
 """Local name of the MLflow parent run."""
-LEAST_FREE_BYTES = 200 << 20
+MIN_FREE_BYTES = 200 << 20
 
 
 @dataclass(frozen=True)
 class Session:
-    """Of one run, for as long as a job is at it."""
+    """Resources of one run while a job works on it."""
 
     storage: Storage
     folder: Path
-    """Of the run."""
+    """The run's folder."""
     cluster: ClusterConfig
     worker_resources: WorkerResources
-    """Of a training's worker."""
+    """Resources of one training worker."""
     tracker: Tracker
     console: Console
     cancelled: threading.Event
-    """Ends the run's work from another thread."""
+    """Set by another thread to end the run's work."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def progress(self) -> RunProgress:
-        """For the workers' reports."""
+        """Collector of the workers' reports."""
         return run_progress()
 
 
@@ -57,14 +57,14 @@ class Session:
 def cluster_connection(
     cluster: ClusterConfig, storage: Storage, paths: Sequence[Path], console: Console, dashboard: bool = False
 ) -> Iterator[WorkerResources]:
-    """Joins the cluster, and leaves it at the end unless this process had joined it before.
+    """Connect to the cluster, and disconnect at the end unless this process was connected before.
 
     Args:
-        paths: what all machines must see beside the storage.
-        dashboard: as of `cluster.connect`.
+        paths: files and folders that all machines must see besides the storage.
+        dashboard: see `cluster.connect`.
 
     Raises:
-        UserError: no cluster, or one that cannot hold a training.
+        UserError: The cluster cannot be reached, or is too small for a training.
     """
     with ray_connection(
         cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard
@@ -84,8 +84,7 @@ def open_session(
     console: Console,
     cancelled: threading.Event | None = None,
 ) -> Iterator[Session]:
-    """One job at a time is at the run in `folder`; its MLflow parent run, which the block begins, ends as the block
-    does."""
+    """Hold the lock of the run in `folder`; the MLflow parent run, which the block starts, ends with the block."""
     cancelled = cancelled or threading.Event()
 
     def say(text: str) -> None:
@@ -93,44 +92,42 @@ def open_session(
 
     with exclusive_run(storage, folder, say, cancelled.is_set):
         journal = folder / f"tracking-{key}"
-        if storage.is_bucket:  # an earlier job, on another machine, may have recorded more than is known here
-            (there,) = storage.sizes([file := journal / JOURNAL])
-            if (there or 0) > (file.stat().st_size if file.exists() else 0):
+        if storage.is_bucket:  # an earlier job on another machine may have recorded more
+            (size,) = storage.sizes([file := journal / JOURNAL])
+            if (size or 0) > (file.stat().st_size if file.exists() else 0):
                 storage.download(folder)
         tracker = Tracker(resolve_tracking_uri(tracking.uri, storage.folder), tracking.experiment, journal)
         try:
             yield Session(storage, folder, cluster, worker_resources, tracker, console, cancelled)
         except BaseException as error:
-            with suppress(UserError):  # the disk is full: that the error says
+            with suppress(UserError):  # a full disk, which `error` reports
                 tracker.end_run(PARENT, end_status(error))
             tracker.close(timeout_s=10)
             raise
         tracker.end_run(PARENT)
-        tracker.close(timeout_s=20)  # says what could not be sent
+        tracker.close(timeout_s=20)  # reports what could not be sent
         storage.upload(folder)
 
 
-def open_storage(place: str, cache: str) -> Storage:
-    """
-    Args:
-        place, cache: as the config has them.
+def open_storage(location: str, cache: str) -> Storage:
+    """Open `config.storage`, with `config.cache` for the local copy of a bucket.
 
     Raises:
-        UserError: a folder or bucket that cannot be written, or a disk that is nearly full.
+        UserError: The folder or bucket cannot be written, or the disk is nearly full.
     """
-    here = Path(cache).expanduser().absolute()
-    if is_uri(place):
-        storage = Storage(place, here / content_hash(place))
+    cache_folder = Path(cache).expanduser().absolute()
+    if is_uri(location):
+        storage = Storage(location, cache_folder / content_hash(location))
         storage.write_marker()
-        _check_space("cache", here)
+        _check_space("cache", cache_folder)
         return storage
-    path = Path(place).expanduser()
+    path = Path(location).expanduser()
     if not path.is_absolute():
-        # The working directory of a submitted job is a copy that Ray deletes.
+        # The working directory of a submitted job is a temporary copy.
         path = (Path.home() if IN_SUBMITTED_JOB else Path.cwd()) / path
     create_folder(path)
     if not os.access(path, os.W_OK):
-        raise UserError(f"storage={path} cannot be written; change `storage`")
+        raise UserError(f"storage={path} is not writable: change `storage`")
     _check_space("storage", path)
     storage = Storage.from_folder(path.resolve())
     storage.write_marker()
@@ -139,5 +136,7 @@ def open_storage(place: str, cache: str) -> Storage:
 
 def _check_space(name: str, path: Path) -> None:
     free = shutil.disk_usage(path).free
-    if free < LEAST_FREE_BYTES:
-        raise UserError(f"{name}={path} has {free >> 20} MiB free, less than {LEAST_FREE_BYTES >> 20}; free some space")
+    if free < MIN_FREE_BYTES:
+        raise UserError(
+            f"{name}={path} has {free >> 20} MiB free, {MIN_FREE_BYTES >> 20} MiB required: free some space"
+        )

@@ -1,4 +1,4 @@
-"""How busy a worker's machine is, under the names by which MLflow's page shows system metrics."""
+"""System metrics of a worker's machine, under the names that MLflow's UI shows."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ MB = 1e6
 
 
 class SystemSampler:
-    """Of this process, its machine, and the GPUs that it may use.
+    """Samples this process, its machine and its visible GPUs.
 
-    A look takes a fraction of a millisecond, so it is taken between two steps, in no thread of its own.
+    A sample takes a fraction of a millisecond, so it is taken between two steps, without a thread.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._began = time.monotonic()
-        self._next = self._began + EVERY_S
+        self._started = time.monotonic()
+        self._next = self._started + EVERY_S
         self._gpus = _visible_gpus()
-        psutil.cpu_percent()  # from now on
+        psutil.cpu_percent()  # starts the measurement
 
-    def look(self, last: bool = False) -> tuple[int, dict[str, float]] | None:
-        """(seconds since the beginning, name → value), if the last look is EVERY_S ago, or this is to be the last."""
-        now = time.monotonic()
-        if now < self._next and not last:
+    def sample(self, final: bool = False) -> tuple[int, dict[str, float]] | None:
+        """Return (seconds since the start, name → value) if the last sample is EVERY_S old or this is the final one."""
+        time_now = time.monotonic()
+        if time_now < self._next and not final:
             return None
-        self._next = now + EVERY_S
+        self._next = time_now + EVERY_S
         memory = psutil.virtual_memory()
-        found = {
+        metrics = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_megabytes": memory.used / MB,
             "system_memory_usage_percentage": memory.percent,
             "process_memory_usage_megabytes": self._process.memory_info().rss / MB,
         }
         for number, gpu in enumerate(self._gpus):
-            found |= {f"gpu_{number}_{name}": value for name, value in _of_gpu(gpu).items()}
-        return round(now - self._began), {f"system/{name}": value for name, value in found.items()}
+            metrics |= {f"gpu_{number}_{name}": value for name, value in _gpu_metrics(gpu).items()}
+        return round(time_now - self._started), {f"system/{name}": value for name, value in metrics.items()}
 
 
 def _visible_gpus() -> list[Any]:
-    """NVML's handles of the GPUs that CUDA_VISIBLE_DEVICES leaves; none where there is no such driver."""
+    """Return NVML handles of the GPUs in CUDA_VISIBLE_DEVICES; none without an NVIDIA driver."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = asked.split(",") if asked is not None else [str(n) for n in range(pynvml.nvmlDeviceGetCount())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible is not None else [str(n) for n in range(pynvml.nvmlDeviceGetCount())]
         return [
             pynvml.nvmlDeviceGetHandleByIndex(int(name))
             if name.isdigit()
@@ -64,17 +64,17 @@ def _visible_gpus() -> list[Any]:
         return []
 
 
-def _of_gpu(gpu: Any) -> dict[str, float]:
-    """What the driver tells of it; some do not tell all."""
+def _gpu_metrics(gpu: Any) -> dict[str, float]:
+    """Return what the driver reports; some drivers lack a value."""
     import pynvml
 
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     with suppress(pynvml.NVMLError):
         memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-        found["memory_usage_megabytes"] = memory.used / MB
-        found["memory_usage_percentage"] = 100 * memory.used / memory.total
+        metrics["memory_usage_megabytes"] = memory.used / MB
+        metrics["memory_usage_percentage"] = 100 * memory.used / memory.total
     with suppress(pynvml.NVMLError):
-        found["utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+        metrics["utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
     with suppress(pynvml.NVMLError):
-        found["power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
-    return found
+        metrics["power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+    return metrics
