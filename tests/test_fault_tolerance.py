@@ -79,7 +79,7 @@ def test_checkpoints_are_damaged(undisturbed, tmp_path):
     """One is cut, one has a changed byte, one is empty: the one before is used, and told of."""
     storage = tmp_path / "storage"
     job = Job(storage, *FEW_TASKS)
-    kill_the_job(job, lambda: len(checkpoints(storage, "group_trainings", "checkpoint.before.pt")) > 1)
+    kill_the_job(job, lambda: len(checkpoints(storage, "group_trainings", "checkpoint.previous.pt")) > 1)
     damaged = checkpoints(storage, "group_trainings")
     for number, file in enumerate(damaged):
         content = bytearray(file.read_bytes())
@@ -88,7 +88,7 @@ def test_checkpoints_are_damaged(undisturbed, tmp_path):
     finished = run(storage, *FEW_TASKS)
     assert finished.status == 0, finished.output
     for file in damaged:
-        assert f"the checkpoint {file} is damaged; going back to the one before" in finished.output
+        assert f"checkpoint {file} is damaged; using the previous one" in finished.output
     assert same(storage, undisturbed)
 
 

@@ -1007,7 +1007,7 @@ def test_descriptions_that_are_no_json_are_refused(splits, tmp_path, data):
     assert len(str(error.value)) < 1000
 
 
-# --- prompts files ---------------------------------------------------------------------------------------------
+# --- adapter files ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1092,11 +1092,11 @@ def tensor(change):
         (at("format", "3"), "has format '3'; this version reads"),
         (at("format", 2), "has format 2; this version reads"),
         (at("format", None), "has format None"),
-        (at("method", "evil"), "method 'evil' is not known"),
+        (at("method", "evil"), "unknown method 'evil'"),
         (at("method", 3), "valid string"),
         (at("config.clip.precision", "int8"), "'auto', 'float32'"),
         (at("config.evil", 1), "Extra inputs"),
-        (at("config.mmap.prompt_length", 10**9), "more numbers than the"),
+        (at("config.mmap.prompt_length", 10**9), "needs more than"),
         (at("groups", []), "at least 1"),
         (at("groups", [{}]), "no task"),
         (at("groups", [{"ink": []}]), "no class"),
@@ -1145,7 +1145,7 @@ def test_numbers_that_do_not_fit_the_method_are_refused(prompts, tmp_path, chang
     header, tensors = stored(prompts, file)
     change(header, tensors)
     store(file, header, tensors)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         load_adapter(file).classifier()
 
 
@@ -1159,11 +1159,11 @@ def test_headers_that_are_bombs_are_refused_soon(prompts, tmp_path):
             load_adapter(file)
     header["groups"] = [{f"task {number}": ["one", "two"]} for number in range(100_000)]
     store(file, header, tensors)
-    with pytest.raises(UserError, match="more numbers than the 0 for"):
+    with pytest.raises(UserError, match="needs more than 0 parameters for"):
         load_adapter(file)
     for length in (2**63, 2**31, 100_000_001, 10**8):
         file.write_bytes(struct.pack("<Q", length) + b"{" * 100)
-        with pytest.raises(UserError, match="prompts.safetensors is no prompts file"):
+        with pytest.raises(UserError, match="adapter.safetensors is not an adapter file"):
             load_adapter(file)
     assert time.process_time() - began < 10
 
@@ -1204,7 +1204,7 @@ def test_files_of_features_that_are_none_are_named(tmp_path):
         with pytest.raises(UserError, match="features.safetensors.*remove"):
             StoredFeatures(file)
     save_features(file, torch.zeros(3))
-    with pytest.raises(UserError, match="no image features"):
+    with pytest.raises(UserError, match="not image features"):
         StoredFeatures(file)
     with pytest.raises(UserError, match="absent"):
         StoredFeatures(tmp_path / "absent.safetensors")

@@ -42,7 +42,10 @@ def test_the_glossary_is_short_and_each_term_is_used_where_it_says():
     for term, _, links, _ in ROWS:
         for page in re.findall(r"\]\((\w+\.md)\)", links):
             text = (GLOSSARY.parent / page).read_text().lower()
-            assert re.search(re.escape(term.lower()).replace("\\-", "[- _]").replace("\\ ", r"[\s_-]"), text), (term, page)
+            assert re.search(re.escape(term.lower()).replace("\\-", "[- _]").replace("\\ ", r"[\s_-]"), text), (
+                term,
+                page,
+            )
 
 
 @pytest.mark.parametrize("word", RETIRED)

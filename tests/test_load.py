@@ -1,4 +1,4 @@
-"""Loading CLIP: built-in model, config files, weights files without pickle, QuickGELU; prompts files."""
+"""Loading CLIP: built-in model, config files, weights files without pickle, QuickGELU; adapter files."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_prompts_round_trip_with_the_same_probabilities(trained, tmp_path):
 def test_prompts_refuse_another_clip(trained, tmp_path):
     _, (part, _) = trained
     other = TrainedAdapter("mmap", part.config, "0" * 64, part.groups, part.states)
-    with pytest.raises(UserError, match="not those that these prompts were trained on"):
+    with pytest.raises(UserError, match="not those that this adapter was trained on"):
         other.classifier()
 
 
@@ -210,8 +210,8 @@ def test_files_that_are_no_prompts_are_named(tmp_path):
         load_adapter(tmp_path / "absent.safetensors")
     foreign = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(1)}, foreign)
-    with pytest.raises(UserError, match="no prompts file of this project"):
+    with pytest.raises(UserError, match="not an adapter file of this project"):
         load_adapter(foreign)
     foreign.write_bytes(b"\xff" * 100)
-    with pytest.raises(UserError, match="no prompts file of this project"):
+    with pytest.raises(UserError, match="not an adapter file of this project"):
         load_adapter(foreign)

@@ -59,7 +59,7 @@ def test_every_method_has_a_reference_and_variants():
     assert REFERENCES.keys() == METHODS.keys()
     assert {variant.method for variant in VARIANTS.values()} == METHODS.keys()
     assert list(VARIANTS)[-2:] == list(DEFAULT_VARIANTS)
-    with pytest.raises(UserError, match="'lora' is not known; methods: zero_shot, coop, vpt"):
+    with pytest.raises(UserError, match="unknown method 'lora'; methods: zero_shot, coop, vpt"):
         get_method("lora")
 
 

@@ -659,7 +659,7 @@ def test_on_a_cluster_it_is_the_only_service_and_leaves_the_address_free(places,
         misfit = TrainedAdapter("mmap", SMALL, weights_fingerprint(towers), (GROUP,), states)
         save_adapter(tmp_path / "misfit.safetensors", misfit)
         status, told = job(tmp_path / "misfit.safetensors")
-        assert status == 2 and "a replica cannot be started: the prompts of ink, neon do not fit MmAP" in told
+        assert status == 2 and "a replica cannot be started: the adapter of ink, neon does not fit MmAP" in told
     finally:
         cluster.stop()
 

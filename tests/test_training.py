@@ -1,4 +1,4 @@
-"""The trainer, its schedule, batches and checkpoints; evaluation; prompts files."""
+"""The trainer, its schedule, batches and checkpoints; evaluation; adapter files."""
 
 from __future__ import annotations
 
@@ -237,8 +237,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, dama
     newest = tmp_path / "checkpoint.pt"
     newest.write_bytes(damage(newest.read_bytes()))
     assert checkpoints.load()["step"] == 1
-    assert "going back to the one before" in caplog.text
-    (tmp_path / "checkpoint.before.pt").write_bytes(b"also")
+    assert "using the previous one" in caplog.text
+    (tmp_path / "checkpoint.previous.pt").write_bytes(b"also")
     assert checkpoints.load() is None
 
 

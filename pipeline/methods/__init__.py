@@ -1,3 +1,3 @@
 """Parameter-efficient tuning methods, one file each."""
 
-import pipeline.config  # noqa: F401  # first, since its sections are those of the methods, which import its parts
+import pipeline.config  # noqa: F401  # before the methods, which it imports and which import its parts

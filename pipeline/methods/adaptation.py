@@ -1,5 +1,5 @@
-"""What a method adds to the frozen towers, made by its forward pass: prompts, a change of the image features or of the
-classes, towers of its own, and what holds it to the frozen CLIP."""
+"""The output of a method's forward pass: prompts, modified image features or classes, its own towers, and losses that
+regularize it towards the frozen CLIP."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Consistency:
-    """Losses between what a method makes and what the frozen CLIP makes of the same images and classes: to a task's
-    loss, a step adds their means over its images and over its classes.
+    """Losses between a method's and the frozen CLIP's features and logits. Their means over a task's images and classes
+    are added to its loss.
 
-    Features are of unit length; `logits` are the task's (B, C).
+    Features have unit length; `logits` are the task's (B, C).
     """
 
     image_loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -27,75 +27,75 @@ class Consistency:
     text_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """(features (C, E), frozen features) → (C,)."""
     parameter_loss: torch.Tensor | None = None
-    """Once for all tasks."""
+    """Added once for all tasks."""
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Of T tasks; made anew in every training step, once for an evaluation. All fields None: CLIP as it is."""
+    """Adaptation of the towers for T tasks, built in every step and once per evaluation. All None: frozen CLIP."""
 
     text_prompts: torch.Tensor | None = None
     """(T, K', b, d_l)."""
     vision_prompts: torch.Tensor | None = None
     """(T, K', b, d_v)."""
     text_prompts_propagate: bool = False
-    """Whether prompts are tokens of the input that go on through the layers, not replaced at each (see ClipTowers)."""
+    """Whether the prompts are input tokens that go on through the layers, not replaced in each (see ClipTowers)."""
     vision_prompts_propagate: bool = False
-    """Likewise in the image tower."""
+    """The same for the image tower."""
     word_embeddings: Callable[[ClassTokens], torch.Tensor] | None = None
-    """Class tokens → embeddings (R, S, d_l) of their suffix, in place of CLIP's own."""
+    """Class tokens → embeddings (R, S, d_l) of their suffix, instead of CLIP's."""
     text_features: Callable[[ClassTokens], torch.Tensor] | None = None
-    """Class tokens → features (R, E) of their texts, in place of the text tower's."""
+    """Class tokens → features (R, E) of their texts, instead of the text tower's."""
     image_features: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Image features (B, E) → (B, E), the same for all tasks."""
     towers: ClipTowers | None = None
-    """In place of the frozen ones."""
+    """Used instead of the frozen towers."""
     consistency: Consistency | None = None
 
     @property
     def modifies_image_encoder(self) -> bool:
-        """Whether the image tower gives other features than the frozen CLIP's."""
+        """True if the image tower's features differ from the frozen CLIP's."""
         return self.vision_prompts is not None or self.towers is not None
 
     @property
     def modifies_text_encoder(self) -> bool:
-        """Whether the classes have other features than the frozen CLIP's."""
-        changed = (self.text_prompts, self.word_embeddings, self.text_features, self.towers)
-        return any(change is not None for change in changed)
+        """True if the classes' features differ from the frozen CLIP's."""
+        changes = (self.text_prompts, self.word_embeddings, self.text_features, self.towers)
+        return any(change is not None for change in changes)
 
     def encode_image(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
-        """Features (B, E) of images (B, 3, H, W), standardized, task by task."""
+        """Return features (B, E) of standardized images (B, 3, H, W), task by task."""
         return self.adapt_image_features(self.tower_features(towers, images, images_per_task))
 
     def tower_features(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
-        """Likewise, before `adapt`."""
+        """Return the image tower's features (B, E), before `adapt_image_features`."""
         return (self.towers or towers).encode_image(
             images, self.vision_prompts, images_per_task, self.vision_prompts_propagate
         )
 
-    def shares_image_features_with(self, other: Adaptation) -> bool:
-        """Whether the image tower gives the same features with both."""
-        if self.towers is not other.towers or self.vision_prompts_propagate != other.vision_prompts_propagate:
+    def shares_image_features_with(self, adaptation: Adaptation) -> bool:
+        """Return True if the image tower gives the same features with both adaptations."""
+        if self.towers is not adaptation.towers or self.vision_prompts_propagate != adaptation.vision_prompts_propagate:
             return False
-        own, others = self.vision_prompts, other.vision_prompts
-        return own is others or (own is not None and others is not None and torch.equal(own, others))
+        a, b = self.vision_prompts, adaptation.vision_prompts
+        return a is b or (a is not None and b is not None and torch.equal(a, b))
 
     def adapt_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
-        """(B, E) of the image tower → (B, E) that are compared with the classes."""
+        """Map the image tower's features (B, E) to those compared with the classes (B, E)."""
         return self.image_features(image_features) if self.image_features else image_features
 
     def encode_text(self, towers: ClipTowers, tokens: ClassTokens) -> torch.Tensor:
-        """Features (R, E) of all texts of all tasks' classes, task by task."""
+        """Return features (R, E) of all tasks' class texts, task by task."""
         if self.text_features:
             return self.text_features(tokens)
         embeddings = self.word_embeddings(tokens) if self.word_embeddings else None
         return (self.towers or towers).encode_text(tokens, self.text_prompts, self.text_prompts_propagate, embeddings)
 
     def logits(self, towers: ClipTowers, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """(B, C) of features (B, E), (C, E)."""
+        """Return logits (B, C) of features (B, E) and (C, E)."""
         return (self.towers or towers).logits(image_features, text_features)
 
-    def for_task(self, at: int) -> Adaptation:
-        """For images of the task at position `at` alone."""
-        text, vision = (p if p is None else p[at : at + 1] for p in (self.text_prompts, self.vision_prompts))
+    def for_task(self, index: int) -> Adaptation:
+        """Return the adaptation for images of a single task."""
+        text, vision = (p if p is None else p[index : index + 1] for p in (self.text_prompts, self.vision_prompts))
         return replace(self, text_prompts=text, vision_prompts=vision)

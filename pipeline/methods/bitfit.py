@@ -1,4 +1,4 @@
-"""BitFit (Zaken et al., ACL 2022): all biases of both towers train, those of LayerNorms too, and nothing else."""
+"""BitFit (Zaken et al., ACL 2022): trains all biases of both towers, those of LayerNorms too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP with what a method trained, as a classifier of several tasks; its text features are computed once."""
+"""Adapted CLIP as a classifier of several tasks; its text features are computed once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipeline.methods.adaptation import Adaptation
 class Classifier:
     """
     Args:
-        template: text of a class, as the method takes it: in all tasks, or task → text.
-        groups: for each group of tasks, task → words of its classes by label, and the group's adaptation, whose tasks
-            have the same order; `Adaptation()` is zero-shot CLIP.
+        template: template of a class as the method uses it: one for all tasks, or task → template.
+        groups: for each group, task → names of its classes by label, and the adaptation, with the tasks in the same
+            order; `Adaptation()` is zero-shot CLIP.
     """
 
     @torch.inference_mode()
@@ -29,65 +29,64 @@ class Classifier:
         precision: str = "auto",
     ):
         self.towers, self.precision = towers, precision
-        self._of_task: dict[str, tuple[Adaptation, torch.Tensor]] = {}
-        self._image_features_like: dict[str, str] = {}
-        """Task → the first task whose images have the same features."""
+        self._head_by_task: dict[str, tuple[Adaptation, torch.Tensor]] = {}
+        self._shared_feature_keys: dict[str, str] = {}
+        """Task → the first task with the same image features."""
         for class_names, adaptation in groups:
             templates = template if isinstance(template, str) else [template[task] for task in class_names]
             tokens = class_tokens(towers.tokenizer, templates, list(class_names.values())).to(towers.device)
             with autocast(towers.device, precision):
                 z = adaptation.encode_text(towers, tokens)
-            for at, (task, for_task) in enumerate(zip(class_names, tokens.pool_names_to_classes(z))):
-                self._of_task[task] = (own := adaptation.for_task(at), for_task)
-                before = self._image_features_like.items()
-                self._image_features_like[task] = next(
+            for index, (task, class_features) in enumerate(zip(class_names, tokens.pool_names_to_classes(z))):
+                self._head_by_task[task] = (task_adaptation := adaptation.for_task(index), class_features)
+                self._shared_feature_keys[task] = next(
                     (
-                        first
-                        for first, same in before
-                        if first == same and own.shares_image_features_with(self._of_task[first][0])
+                        key
+                        for prior, key in self._shared_feature_keys.items()
+                        if prior == key and task_adaptation.shares_image_features_with(self._head_by_task[key][0])
                     ),
                     task,
                 )
 
     def probabilities(self, task: str, pixels: torch.Tensor) -> torch.Tensor:
-        """Class probabilities (B, C) of uint8 images (B, 3, S, S)."""
+        """Return class probabilities (B, C) of uint8 images (B, 3, S, S)."""
         return self.logits([task], pixels)[task].softmax(dim=1)
 
     @torch.inference_mode()
     def logits(self, tasks: Sequence[str], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Task → logits (B, C) of uint8 images (B, 3, S, S), whose softmax are the class probabilities. The image tower
-        runs once for all tasks that have it give the same features."""
+        """Return task → logits (B, C) of uint8 images (B, 3, S, S). The image tower runs once for tasks whose image
+        features are equal."""
         pixels = pixels.to(self.towers.device, non_blocking=pixels.is_pinned())
         images = self.towers.normalize_pixels(pixels)
         features: dict[str, torch.Tensor] = {}
         logits = {}
         for task in tasks:
-            like = self.shared_feature_key(task)
-            if like not in features:
+            key = self.shared_feature_key(task)
+            if key not in features:
                 with autocast(self.towers.device, self.precision):
-                    features[like] = self.adaptation(task).tower_features(self.towers, images, [len(images)])
-            logits[task] = self.logits_from_features(task, features[like])
+                    features[key] = self.adaptation(task).tower_features(self.towers, images, [len(images)])
+            logits[task] = self.logits_from_features(task, features[key])
         return logits
 
     def adaptation(self, task: str) -> Adaptation:
-        """Of this task alone."""
-        return self._of_task[task][0]
+        """Return the adaptation of this task."""
+        return self._head_by_task[task][0]
 
     def shared_feature_key(self, task: str) -> str:
-        """The first task for whose images the image tower gives the same features."""
-        return self._image_features_like[task]
+        """Return the first task with the same image features as this one."""
+        return self._shared_feature_keys[task]
 
     @torch.inference_mode()
     def logits_from_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C) of features (B, E) that the image tower gave for this task."""
-        adaptation, text_features = self._of_task[task]
+        """Return logits (B, C) of the image tower's features (B, E) for this task."""
+        adaptation, text_features = self._head_by_task[task]
         with autocast(self.towers.device, self.precision):
             x = adaptation.adapt_image_features(features)
         return adaptation.logits(self.towers, x, text_features)
 
     @torch.inference_mode()
     def probabilities_from_frozen_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
-        """Class probabilities (B, C) of features (B, E) by the frozen image tower, where the method does not change
+        """Return class probabilities (B, C) of the frozen image tower's features (B, E), if the method does not modify
         it."""
         assert not self.adaptation(task).modifies_image_encoder
         return self.logits_from_features(task, features.to(self.towers.device)).softmax(dim=1)

@@ -24,9 +24,9 @@ class ClipAdapter(Method):
         """CLIP-Adapter: a bottleneck on image features."""
 
         reduction: PositiveInt = 4
-        """How much narrower the bottleneck is than the image feature."""
+        """Reduction factor of the bottleneck's width."""
         ratio: Fraction = 0.2
-        """Share of the bottleneck's output in the adapted feature."""
+        """Weight of the bottleneck's output in the adapted feature."""
         training: TrainingOverrides = TrainingOverrides(epochs=50, batch_size=32, learning_rate=0.002)
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):

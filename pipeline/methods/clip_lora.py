@@ -1,7 +1,7 @@
 """CLIP-LoRA (Zanella & Ben Ayed, CVPR-W 2024): W + (α / √r) B A for query, key and value of every layer of both towers.
 
-Without dropout, where the authors drop a quarter of the inputs of A. They train with AdamW; SGD, which starts slowly
-from B = 0, wants a larger rate than prompts do.
+Without dropout (the authors': 0.25 on the input of A). The authors use AdamW; SGD starts slowly from B = 0 and needs a
+larger learning rate than for prompts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ClipLora(Method):
         rank: PositiveInt = 2
         """Rank of the update of each query, key and value matrix."""
         alpha: Annotated[float, Field(gt=0)] = 1.0
-        """The update is scaled by alpha over the rank's root."""
+        """The update is scaled by alpha / √rank."""
         training: TrainingOverrides = TrainingOverrides(
             epochs=250, batch_size=32, optimizer="adamw", learning_rate=2e-4, weight_decay=0.01
         )
@@ -50,13 +50,13 @@ class ClipLora(Method):
 
 
 class LowRank(Module):
-    """Of a layer's query, key and value. Not added up with the frozen matrices: in bfloat16 that would round small
-    updates away, and its backward pass makes a gradient as large as the matrices."""
+    """Low-rank update of a layer's query, key and value. Not merged into the frozen matrices: in bfloat16 that would
+    round small updates away, and its backward pass needs a gradient as large as the matrices."""
 
     def __init__(self, width: int, rank: int, alpha: float):
         super().__init__()
         self.scaling = alpha / rank**0.5
-        self.down = nn.Linear(width, 3 * rank, bias=False)  # A (3r, D); Linear's own start is LoRA's
+        self.down = nn.Linear(width, 3 * rank, bias=False)  # A (3r, D); Linear initializes as LoRA does
         self.up = nn.Parameter(torch.zeros(3, width, rank))  # B
 
     def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""CoOp (Zhou et al., IJCV 2022): context vectors in place of the template's words, the same for all classes.
+"""CoOp (Zhou et al., IJCV 2022): context vectors that replace the template's words, the same for all classes.
 
-The context stands after the start token, takes positions, and is carried through all layers; images are CLIP's own.
+The context follows the start token, takes positions, and propagates through all layers; image features are CLIP's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Coop(Method):
         """CoOp: text context."""
 
         context_length: PositiveInt = 16
-        """Context vectors, which take the place of the template's words before the class name."""
+        """Context vectors, which replace the template's words before the class name."""
         training: TrainingOverrides = TrainingOverrides(epochs=200, batch_size=32, learning_rate=0.002)
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
@@ -40,8 +40,8 @@ class Coop(Method):
         return Adaptation(text_prompts=self.context.expand(len(self.tasks), 1, -1, -1), text_prompts_propagate=True)
 
     @staticmethod
-    def template(of_config: str) -> str:
-        """The context stands for all words but the class name."""
+    def template(config_template: str) -> str:
+        """Keep only the class name: the context replaces all other words."""
         return "{}."
 
     @staticmethod

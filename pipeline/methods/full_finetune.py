@@ -1,6 +1,6 @@
-"""Full fine-tuning: all weights of both towers train, and the temperature of the logits.
+"""Full fine-tuning: trains all weights of both towers, and the temperature of the logits.
 
-It wants a far smaller rate than prompts do: training.learning_rate of 1e-5 or so.
+It needs a far smaller learning rate than prompts: about 1e-5.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""HiPro (Liu et al., CVPR 2023), as far as its abstract tells: a tree of CoOp contexts over the tasks.
+"""HiPro (Liu et al., CVPR 2023), reconstructed from its abstract: a tree of CoOp contexts over the tasks.
 
-Leaves belong to one task, inner nodes to the tasks below them. The tree joins the tasks whose gradients agree most
-first. A class's feature is the mean, over the nodes from leaf to root, of its unit-length features with each node's
-context.
+Leaves belong to one task, inner nodes to the tasks below them. Tasks whose gradients agree most are merged first. A
+class's feature is the mean, over the nodes from leaf to root, of its unit-length features with each node's context.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 @method("hipro")
 class HiPro(Method):
-    """Until `build_tree` is called, all affinities count as equal."""
+    """HiPro; until `build_tree` is called, all affinities are equal."""
 
     title = "HiPro"
     modifies_image_encoder = False
@@ -42,31 +41,31 @@ class HiPro(Method):
         training: TrainingOverrides = TrainingOverrides(epochs=50, batch_size=32, learning_rate=0.002)
 
     below: torch.Tensor
-    """(N, T) bool: which tasks are at or below each node."""
+    """(N, T) bool: the tasks at or below each node."""
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
         self.tasks = tuple(class_names)
-        self._towers = (towers,)  # in a tuple, so that it is not a part of this module
+        self._towers = (towers,)  # in a tuple, so that it is not a submodule
         num_tasks = len(self.tasks)
         shape = (2 * num_tasks - 1, config.section(HiPro.Options).context_length, towers.text_width)
         self.contexts = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="hipro"))  # (N, M, d_l)
         self.register_buffer("below", torch.from_numpy(task_tree(torch.zeros(num_tasks, num_tasks).numpy())))
 
     def build_tree(self, affinity: np.ndarray) -> None:
-        """Makes the tree of the tasks' affinities (T, T)."""
+        """Build the tree from the tasks' affinities (T, T)."""
         self.below.copy_(torch.from_numpy(task_tree(affinity)))
 
     def forward(self) -> Adaptation:
-        return Adaptation(text_features=self._over_paths)
+        return Adaptation(text_features=self._path_features)
 
-    def _over_paths(self, tokens: ClassTokens) -> torch.Tensor:
+    def _path_features(self, tokens: ClassTokens) -> torch.Tensor:
         (towers,) = self._towers
-        nodes_of_task = [of_task.nonzero()[:, 0].tolist() for of_task in self.below.T]
+        nodes_by_task = [column.nonzero()[:, 0].tolist() for column in self.below.T]
         rows = torch.arange(len(tokens.suffix), device=tokens.suffix.device).split(tokens.rows_per_task)
-        repeated = torch.cat([of_task for of_task, nodes in zip(rows, nodes_of_task) for _ in nodes])
-        pairs = [(task, node) for task, nodes in enumerate(nodes_of_task) for node in nodes]
-        of_pairs = replace(
+        repeated = torch.cat([task_rows for task_rows, nodes in zip(rows, nodes_by_task) for _ in nodes])
+        pairs = [(task, node) for task, nodes in enumerate(nodes_by_task) for node in nodes]
+        pair_tokens = replace(
             tokens,
             prefix=torch.stack([tokens.prefix[task] for task, _ in pairs]),
             suffix=tokens.suffix[repeated],
@@ -75,10 +74,10 @@ class HiPro(Method):
             name_start=tuple(tokens.name_start[task] for task, _ in pairs),
         )
         contexts = torch.stack([self.contexts[node] for _, node in pairs])[:, None]
-        z = F.normalize(towers.encode_text(of_pairs, contexts, propagate=True), dim=-1)
-        counts = [len(nodes) * len(of_task) for nodes, of_task in zip(nodes_of_task, rows)]
+        z = F.normalize(towers.encode_text(pair_tokens, contexts, propagate=True), dim=-1)
+        counts = [len(nodes) * len(task_rows) for nodes, task_rows in zip(nodes_by_task, rows)]
         return torch.cat(
-            [of_task.unflatten(0, (len(nodes), -1)).mean(0) for of_task, nodes in zip(z.split(counts), nodes_of_task)]
+            [part.unflatten(0, (len(nodes), -1)).mean(0) for part, nodes in zip(z.split(counts), nodes_by_task)]
         )
 
     template = staticmethod(Coop.template)
@@ -89,9 +88,9 @@ class HiPro(Method):
 
 
 def task_tree(affinity: np.ndarray) -> np.ndarray:
-    """Nodes (2T - 1, T) of the tasks' average-linkage tree by affinity (T, T): which tasks are at or below each; the
-    leaves in the order of the tasks, then the joins, the root last."""
-    import numpy as np  # here, since every `--help` and training imports this module
+    """Return the average-linkage tree of the tasks by affinity (T, T): the tasks at or below each node (2T - 1, T), the
+    leaves in the order of the tasks, then the merges, the root last."""
+    import numpy as np  # here, to keep `--help` fast
 
     num_tasks = len(affinity)
     nodes = list(np.eye(num_tasks, dtype=bool))
@@ -101,6 +100,6 @@ def task_tree(affinity: np.ndarray) -> np.ndarray:
 
         distance = affinity.max() - (affinity + affinity.T) / 2
         np.fill_diagonal(distance, 0)
-        for left, right, *_ in linkage(squareform(distance, checks=False), "average"):
-            nodes.append(nodes[int(left)] | nodes[int(right)])
+        for i, j, *_ in linkage(squareform(distance, checks=False), "average"):
+            nodes.append(nodes[int(i)] | nodes[int(j)])
     return np.stack(nodes)

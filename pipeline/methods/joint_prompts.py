@@ -1,4 +1,4 @@
-"""Text and image prompts, new in every layer, trained together with nothing in common (the paper's Figure 4)."""
+"""Text and image prompts, replaced in every layer, trained jointly without shared parameters (the paper's Figure 4)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class JointPrompts(Method):
     title = "joint prompts"
 
     class Options(MethodConfig):
-        """Prompts of both towers with nothing in common (ablation)."""
+        """Independent prompts of both towers (ablation)."""
 
         prompt_length: PositiveInt = 8
         """Prompt vectors in each layer of each tower."""

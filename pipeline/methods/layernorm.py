@@ -1,7 +1,7 @@
-"""LN-tuning (Qi et al., 2022; with few images Basu et al., AAAI 2024): weights and biases of all LayerNorms of both
-towers train, and nothing else.
+"""LN-tuning (Qi et al., 2022; with few images Basu et al., AAAI 2024): trains weights and biases of all
+LayerNorms of both towers.
 
-None of their rates is for CLIP: AdamW at 0.001, as for BitFit.
+No published learning rate is for CLIP: AdamW at 0.001, as for BitFit.
 """
 
 from __future__ import annotations

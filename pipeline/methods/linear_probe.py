@@ -1,7 +1,7 @@
-"""Linear probe: a weight vector for each class on the frozen image features, which starts as the class's text feature
-(as in Wortsman et al., CVPR 2022), compared by cosine like it.
+"""Linear probe: a weight vector per class on the frozen image features, initialized with the class's text feature (as
+in Wortsman et al., CVPR 2022) and compared by cosine.
 
-Classes with the same text share theirs, also across tasks.
+Classes with the same text share a vector, also across tasks.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ class LinearProbe(Method):
     modifies_image_encoder = False
 
     class Options(MethodConfig):
-        """Linear probe: a weight vector for each class."""
+        """Linear probe: a weight vector per class."""
 
         training: TrainingOverrides = TrainingOverrides(epochs=20, batch_size=32, optimizer="adamw", learning_rate=1e-3)
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        text_of_class = [
-            (config.clip.template_for(task), of_class) for task in class_names for of_class in class_names[task]
+        class_texts = [
+            (config.clip.template_for(task), class_name) for task in class_names for class_name in class_names[task]
         ]
-        number = {text: at for at, text in enumerate(dict.fromkeys(text_of_class))}
-        self.weight_of_row = [number[text] for text in text_of_class for _ in split_synonyms(text[1])]
-        # As many tasks, since two of them may have one name in different classes.
-        tokens = class_tokens(towers.tokenizer, [template for template, _ in number], [[own] for _, own in number])
+        index_by_text = {text: index for index, text in enumerate(dict.fromkeys(class_texts))}
+        self.weight_index_of_row = [index_by_text[text] for text in class_texts for _ in split_synonyms(text[1])]
+        # One task per text, since a name may occur in several of them.
+        templates, names = [template for template, _ in index_by_text], [[name] for _, name in index_by_text]
+        tokens = class_tokens(towers.tokenizer, templates, names)
         tokens = tokens.to(towers.device)
         with torch.no_grad(), autocast(towers.device, config.clip.precision):
             features = torch.cat(tokens.pool_names_to_classes(towers.encode_text(tokens)))
         self.weights = nn.Parameter(features.to(torch.promote_types(features.dtype, torch.float32)))  # (C, E)
 
     def forward(self) -> Adaptation:
-        return Adaptation(text_features=self._rows)
+        return Adaptation(text_features=self._text_features)
 
-    def _rows(self, tokens: ClassTokens) -> torch.Tensor:
-        return self.weights[self.weight_of_row[tokens.first_row :][: len(tokens.suffix)]]
+    def _text_features(self, tokens: ClassTokens) -> torch.Tensor:
+        return self.weights[self.weight_index_of_row[tokens.first_row :][: len(tokens.suffix)]]

@@ -1,7 +1,7 @@
 """MaPLe (Khattak et al., CVPR 2023): text prompts of the first layers, and a linear map of each into the image tower.
 
-The first layer's text prompts stand in place of the template's first words and start as their embeddings; those of the
-last prompted layer are carried on through the layers after it, in both towers.
+The first layer's text prompts replace the template's first words and are initialized with their embeddings; those of
+the last prompted layer propagate through the layers after it, in both towers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def initialize_from_template(template: str, towers: ClipTowers, prompts: torch.Tensor) -> torch.Tensor:
-    """Prompts (b, d_l), of which the first are replaced by the embeddings of the words before the class name."""
+    """Replace the first of the prompts (b, d_l) by the embeddings of the template's words before the class name."""
     ids = torch.tensor(towers.tokenizer.encode(template.partition("{}")[0].strip())[: len(prompts)], dtype=torch.int64)
     words = towers.token_embedding(ids.to(towers.device)).detach().to(prompts)
     return torch.cat([words, prompts[len(words) :]])
@@ -35,14 +35,14 @@ class Maple(Method):
         """MaPLe: text prompts mapped into the image tower."""
 
         prompt_length: PositiveInt = 2
-        """Text prompt vectors in a layer; those of the first layer start as the template's first words."""
+        """Text prompt vectors per layer; the first layer's are initialized with the template's first words."""
         depth: PositiveInt = 9
-        """Layers, from the first, that get new prompts."""
+        """Number of first layers with new prompts."""
         training: TrainingOverrides = TrainingOverrides(epochs=5, batch_size=4, learning_rate=0.0035)
 
-    def __init__(self, config: Config, towers: ClipTowers, words: ClassNames):
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
-        self.tasks = tuple(words)
+        self.tasks = tuple(class_names)
         options, width = config.section(Maple.Options), towers.text_width
         prompts = normal(options.depth, options.prompt_length, width, std=0.02, seed=config.seed, purpose="maple")
         prompts[0] = initialize_from_template(config.clip.template, towers, prompts[0])
@@ -58,15 +58,15 @@ class Maple(Method):
 
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:
-        """Raises: UserError: more prompted layers than the towers have."""
+        """Raises: UserError: depth exceeds the layers of a tower."""
         depth, deepest = config.section(Maple.Options).depth, min(towers.text_depth, towers.vision_depth)
         if depth > deepest:
-            raise UserError(f"maple.depth={depth}: the shallower tower has {deepest} layers")
+            raise UserError(f"maple.depth={depth}: the shallower tower has {deepest} layers; lower it")
 
     @staticmethod
-    def template(of_config: str) -> str:
-        """The prompts stand for the words before the class name."""
-        return "{}" + of_config.partition("{}")[2]
+    def template(config_template: str) -> str:
+        """Drop the words before the class name, which the prompts replace."""
+        return "{}" + config_template.partition("{}")[2]
 
     @staticmethod
     def num_prompt_positions(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""What a method is: a class in a file of its own (docs/methods.md#adding-a-method)."""
+"""Base classes of methods; each method is a class in its own file (docs/methods.md#adding-a-method)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 ClassNames = Mapping[str, Sequence[str]]
-"""Task → words of its classes by label."""
+"""Task → names of its classes by label."""
 TaskScope = Literal["single-task", "multi-task", "found groups", "random groups"]
 REGISTRY: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A column of the report: a method, trained for these groups of tasks."""
+    """A column of the report: a method, and for which groups of tasks it is trained."""
 
     title: str
     method: str
     scope: TaskScope
     init_from: str | None = None
-    """Variant whose trained state each training goes on from."""
+    """Variant from whose trained state each training starts."""
 
     @property
     def uses_grouping(self) -> bool:
-        """Whether the tasks' affinities or groups have to be known first."""
+        """True if the tasks' affinities or groups are needed before the training."""
         return self.scope in ("found groups", "random groups") or REGISTRY[self.method].uses_affinities
 
 
 class TrainingOverrides(Section, affects=("method",)):
-    """Where a method's training differs from the section `training`; null: it does not."""
+    """Training settings of a method that override the section `training`; null: not overridden."""
 
     epochs: PositiveInt | None = None
     """Instead of training.epochs."""
@@ -57,13 +57,13 @@ class MethodConfig(Section, affects=("method",)):
     """A method's section of the config; the defaults are its authors'."""
 
     training: TrainingOverrides = TrainingOverrides()
-    """Where its training differs from `training`: as its authors train it. configs/paper_protocol.yaml trains all
-    methods alike."""
+    """Overrides of `training`, by default the authors' settings. configs/paper_protocol.yaml trains all methods
+    alike."""
 
     @model_validator(mode="before")
     @classmethod
     def _merge_with_defaults(cls, values: Any) -> Any:
-        """Giving one value of a method's training leaves its others as they are."""
+        """Keep the default overrides that are not given."""
         if isinstance(values, dict) and isinstance(values.get("training"), dict):
             defaults = cls.model_fields["training"].default.model_dump()
             values = {**values, "training": {**defaults, **values["training"]}}
@@ -71,61 +71,60 @@ class MethodConfig(Section, affects=("method",)):
 
 
 class Method(Module):
-    """An object is the module that trains for one group of tasks."""
+    """A module that trains for one group of tasks."""
 
     name: ClassVar[str]
-    """As `@method` registers it."""
+    """Name given to `@method`."""
     title: ClassVar[str]
-    """In reports and messages."""
+    """Name in reports and messages."""
     Options: ClassVar[type[Section] | None] = None
-    """Its section of the config, if it has any; `config.section(Coop.Options)` gives the values."""
+    """Its section of the config, if any; `config.section(Coop.Options)` returns the values."""
     section: ClassVar[str | None] = None
-    """Name of that section: that of the method, unless a class says another one."""
+    """Name of that section, by default the method's."""
     variants: ClassVar[Mapping[str, Variant] | None] = None
-    """None: `<name>`, which trains for each task alone, and `<name>_mt`, once for all tasks."""
+    """None: `<name>` (single-task) and `<name>_mt` (multi-task)."""
     trainable: ClassVar[bool] = True
-    """Whether there is anything to train."""
+    """Whether it has parameters to train."""
     trains_weights: ClassVar[bool] = False
-    """Whether weights of the towers train, which are loaded in float32 then."""
+    """Whether it trains weights of the towers, which are then loaded in float32."""
     modifies_image_encoder: ClassVar[bool] = True
-    """Whether the image tower gives other features than the frozen CLIP's; else those are computed once for all such
-    methods."""
+    """Whether image features differ from the frozen CLIP's, which are otherwise computed once and shared."""
     uses_consistency: ClassVar[bool] = False
-    """Whether it is held to the frozen CLIP's features of the training images."""
+    """Whether its loss compares with the frozen CLIP's features of the training images."""
     uses_affinities: ClassVar[bool] = False
-    """Whether its `build_tree(affinities)` wants to know how much the tasks' gradients agree."""
+    """Whether it has a `build_tree(affinities)`, which takes the tasks' gradient affinities."""
 
     @classmethod
     def build(cls, config: Config, towers: ClipTowers, class_names: ClassNames) -> Self:
-        """The module as its training begins."""
+        """Build the module at the start of its training."""
         return cls(config, towers, class_names)
 
     def forward(self) -> Adaptation:
-        """What it adds to the frozen towers, made anew in every training step."""
+        """Return the adaptation of the frozen towers, in every training step."""
         raise NotImplementedError
 
     @staticmethod
-    def template(of_config: str) -> str:
-        """What the method makes of the text of a class."""
-        return of_config
+    def template(config_template: str) -> str:
+        """Return the template that the method uses instead of the config's."""
+        return config_template
 
     @classmethod
     def templates_by_task(cls, config: Config, tasks: Iterable[str]) -> dict[str, str]:
-        """Task → text of its classes, as the method takes it."""
+        """Return task → template of its classes, as the method uses it."""
         return {task: cls.template(config.clip.template_for(task)) for task in tasks}
 
     @staticmethod
     def num_prompt_positions(config: Config) -> int:
-        """Text prompts that take positions of the model's context."""
+        """Return the number of text prompts that take positions of the model's context."""
         return 0
 
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:
-        """Raises: UserError: the options do not fit the towers, of which only the shapes are looked at."""
+        """Raises: UserError: the options do not fit the towers, of which only the shapes are used."""
 
 
 class WeightsMethod(Method):
-    """Trains some weights of the towers, on a copy of its own, and adds nothing else."""
+    """A method that trains some weights of the towers, on its own copy, and adds nothing else."""
 
     trains_weights = True
 
@@ -135,7 +134,7 @@ class WeightsMethod(Method):
 
     @staticmethod
     def is_trained(name: str) -> bool:
-        """Whether the parameter of the towers of that name trains."""
+        """Return True if the towers' parameter of this name is trained."""
         raise NotImplementedError
 
     def forward(self) -> Adaptation:
@@ -146,7 +145,7 @@ M = TypeVar("M", bound=Method)
 
 
 def method(name: str) -> Callable[[type[M]], type[M]]:
-    """Registers a subclass of Method."""
+    """Register a subclass of Method under `name`."""
 
     def register(cls: type[M]) -> type[M]:
         assert name not in REGISTRY, f"two methods are called {name}"

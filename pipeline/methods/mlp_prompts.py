@@ -1,4 +1,4 @@
-"""Prompts of both towers that two linear layers make from a source prompt, in every layer (the paper's Figure 4)."""
+"""Prompts of both towers, mapped by two linear layers from a source prompt per layer (the paper's Figure 4)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MlpPrompts(Method):
         """Prompts of both towers made by linear layers (ablation)."""
 
         prompt_length: PositiveInt = 4
-        """Prompt vectors in each layer."""
+        """Prompt vectors per layer."""
         source_width: PositiveInt = 256
         """Width of the source prompt that the linear layers map to both towers."""
 

@@ -1,7 +1,7 @@
 """MmAP, the multi-modal alignment prompt (Xin et al., AAAI 2024): Eqs. 6-7, and its uses in Eqs. 8-12.
 
-A source prompt per layer makes both towers' prompts by a Kronecker product with two small scaling matrices:
-P_l = M_l ⊗ P_s, P_v = M_v ⊗ P_s. All modules here hold a stack of MmAPs, so that several tasks are one product.
+Both towers' prompts are Kronecker products of a source prompt per layer with two small scaling matrices:
+P_l = M_l ⊗ P_s, P_v = M_v ⊗ P_s. Modules hold a stack of MmAPs, so that one product serves several tasks.
 
 Dimensions: N MmAPs in the stack, T tasks, K layers, m × n source prompt, b prompts, d_l and d_v the towers' widths.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MmapShape:
-    """Sizes of one MmAP. `sources` is the number of source prompts: one a layer, or 1 shared by all."""
+    """Sizes of one MmAP. `sources`: number of source prompts, one per layer or 1 shared by all."""
 
     depth: int
     sources: int
@@ -38,7 +38,7 @@ class MmapShape:
 
     @staticmethod
     def of(config: MmapConfig, towers: ClipTowers) -> MmapShape:
-        """Raises: UserError: depth or source_columns do not fit the towers."""
+        """Return the shape for these towers. Raises: UserError: depth or source_columns do not fit them."""
         text_width, vision_width = towers.text_width, towers.vision_width
         n = source_columns(config, text_width, vision_width)
         deepest = min(towers.text_depth, towers.vision_depth)
@@ -53,13 +53,13 @@ class MmapShape:
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers of one MmAP."""
+        """Trained parameters of one MmAP."""
         scaling = (self.b // self.m) * (self.text_width // self.n + self.vision_width // self.n)
         return self.sources * self.m * self.n + self.depth * scaling
 
 
 class MmapStack(Module):
-    """`seeds` gives the number N of MmAPs and each one's start, which does not depend on the others'."""
+    """Stack of N MmAPs, each initialized by its own one of the N `seeds`."""
 
     def __init__(self, shape: MmapShape, seeds: Sequence[int], init_std: float = 0.02):
         super().__init__()
@@ -70,12 +70,12 @@ class MmapStack(Module):
         ]
         repeats = shape.b // shape.m
         self.source = nn.Parameter(torch.stack(sources))  # (N, K or 1, m, n)
-        # Ones keep the prompts' deviation at that of the source; the sources already tell layers and tasks apart.
+        # Ones keep the source's standard deviation; the sources already differ between layers and tasks.
         self.text_scaling = nn.Parameter(torch.ones(len(seeds), shape.depth, repeats, shape.text_width // shape.n))
         self.vision_scaling = nn.Parameter(torch.ones(len(seeds), shape.depth, repeats, shape.vision_width // shape.n))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text prompts (N, K, b, d_l) and vision prompts (N, K, b, d_v)."""
+        """Return text prompts (N, K, b, d_l) and vision prompts (N, K, b, d_v)."""
         return kronecker(self.text_scaling, self.source), kronecker(self.vision_scaling, self.source)
 
 
@@ -83,8 +83,8 @@ class MmapStack(Module):
 class SharedMmap(Method):
     """The global prompt: one MmAP for all T tasks, of which each task uses its own copy.
 
-    After a backward pass through the sum of the tasks' losses, a copy's gradient is its task's own gradient (Eq. 8),
-    and autograd has added them up for the update: no extra backward pass.
+    After one backward pass through the sum of the tasks' losses, each copy holds its task's gradient (Eq. 8), and
+    autograd has summed them for the update.
     """
 
     title = "MmAP"
@@ -114,7 +114,7 @@ class SharedMmap(Method):
         return Adaptation(kronecker(text_scaling, source), kronecker(vision_scaling, source))
 
     def task_gradients(self) -> torch.Tensor:
-        """(T, parameters): each task's gradient of the last backward pass, parameters in `gradient_layout` order."""
+        """Return each task's gradient of the last backward pass (T, parameters), in the order of `gradient_layout`."""
         gradients = []
         for copy in self._copies:
             assert copy.grad is not None
@@ -122,7 +122,7 @@ class SharedMmap(Method):
         return torch.cat(gradients, dim=1)
 
     def gradient_layout(self) -> dict[str, list[int]]:
-        """Name → shape of the parameters in a gradient vector, in order; axis 0 is the layer."""
+        """Return name → shape of the parameters in a gradient vector, in order; axis 0 is the layer."""
         return {name: list(p.shape[1:]) for name, p in self.mmap.named_parameters()}
 
 
@@ -130,8 +130,8 @@ class SharedMmap(Method):
 class GroupMmap(Method):
     """The prompts of a task group (Eqs. 9-12): one MmAP shared by the group and one for each of its T tasks.
 
-    Every layer sees [group prompts, task prompts]; gradients of the summed task losses update the shared one by all
-    tasks (Eq. 11) and each task's own by its task alone (Eq. 12).
+    Every layer sees [group prompts, task prompts]. The summed task losses update the group's MmAP by all tasks (Eq. 11)
+    and each task's by that task alone (Eq. 12).
     """
 
     title = "MmAP"
@@ -153,15 +153,15 @@ class GroupMmap(Method):
         return cls(MmapShape.of(config.mmap, towers), class_names, config.seed, config.mmap.init_std)
 
     def load_frozen_group_prompt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes the group prompt of a trained group's state dict, and leaves it as it is: a training then changes the
-        tasks' prompts only."""
+        """Load the group prompt from a trained group's state dict and freeze it, so that only the tasks' prompts
+        train."""
         self.group.load_state_dict(
             {name.removeprefix("group."): value for name, value in state.items() if name.startswith("group.")}
         )
         self.group.requires_grad_(False)
 
     def forward(self) -> Adaptation:
-        """2b prompts in every layer of both towers."""
+        """Return 2b prompts in every layer of both towers."""
         text, vision = (
             torch.cat([group.expand(len(self.tasks), -1, -1, -1), task], dim=2)
             for group, task in zip(self.group(), self.task())
@@ -170,6 +170,6 @@ class GroupMmap(Method):
 
 
 def kronecker(scaling: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Batched Kronecker product: (..., p, q) ⊗ (..., m, n) → (..., p·m, q·n), as torch.kron for each batch entry."""
+    """Batched torch.kron: (..., p, q) ⊗ (..., m, n) → (..., p·m, q·n)."""
     product = torch.einsum("...pq,...mn->...pmqn", scaling, source)
     return product.flatten(-2).flatten(-3, -2)

@@ -1,5 +1,5 @@
 """MVLPT with unified prompts (Shen et al., WACV 2024): CoOp's context and deep prompts of the image tower, mixed by one
-small transformer block; trained on all tasks first, then on each alone.
+small transformer block; trained on all tasks, then on each task alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Mvlpt(Method):
         """MVLPT: mixed prompts of both towers, trained on all tasks, then on each."""
 
         prompt_length: PositiveInt = 4
-        """Context vectors, and prompt vectors in each layer of the image tower."""
+        """Context vectors, and prompt vectors per layer of the image tower."""
         mixer_width: PositiveInt = 128
         """Width of the transformer block that mixes the prompts."""
         training: TrainingOverrides = TrainingOverrides(epochs=200, batch_size=32, learning_rate=0.002)
@@ -42,9 +42,9 @@ class Mvlpt(Method):
         options = config.section(Mvlpt.Options)
         length, width = options.prompt_length, options.mixer_width
         text_width, vision_width, depth = towers.text_width, towers.vision_width, towers.vision_depth
-        start = partial(normal, std=0.02, seed=config.seed)
-        self.context = nn.Parameter(start(length, text_width, purpose="mvlpt text"))
-        self.vision_prompts = nn.Parameter(start(depth, length, vision_width, purpose="mvlpt vision"))
+        init = partial(normal, std=0.02, seed=config.seed)
+        self.context = nn.Parameter(init(length, text_width, purpose="mvlpt text"))
+        self.vision_prompts = nn.Parameter(init(depth, length, vision_width, purpose="mvlpt vision"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "mvlpt mixer"))
             self.text_in, self.vision_in = nn.Linear(text_width, width), nn.Linear(vision_width, width)
@@ -64,7 +64,7 @@ class Mvlpt(Method):
         prompts = torch.cat([self.text_in(self.context), self.vision_in(self.vision_prompts.flatten(0, 1))])
         mixed = self.mixer(prompts[None])[0]  # ((1 + K) b, width), as one sequence
         text, vision = self.text_out(mixed[:length]), self.vision_out(mixed[length:]).unflatten(0, (depth, length))
-        text, vision = (of.expand(len(self.tasks), -1, -1, -1) for of in (text[None], vision))
+        text, vision = (prompts.expand(len(self.tasks), -1, -1, -1) for prompts in (text[None], vision))
         return Adaptation(text, vision, text_prompts_propagate=True)
 
     template = staticmethod(Coop.template)

@@ -1,8 +1,8 @@
-"""PromptSRC (Khattak et al., ICCV 2023): independent prompts of the first layers of both towers, held to the features
-and logits of the frozen CLIP.
+"""PromptSRC (Khattak et al., ICCV 2023): independent prompts of the first layers of both towers, regularized
+towards the features and logits of the frozen CLIP.
 
-Prompts are carried as MaPLe's; those of the first text layer start as the template's first words. Without the authors'
-average of the prompts over epochs; the frozen text features are those of the one template.
+Prompts propagate as MaPLe's; those of the first text layer are initialized with the template's first words. Without the
+authors' average of the prompts over epochs; the frozen text features are those of one template.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class PromptSrc(Method):
     uses_consistency = True
 
     class Options(MethodConfig):
-        """PromptSRC: prompts of both towers, held to the frozen CLIP."""
+        """PromptSRC: prompts of both towers, regularized towards the frozen CLIP."""
 
         prompt_length: PositiveInt = 4
-        """Prompt vectors in a layer of each tower; the first text layer's start as the template's first words."""
+        """Prompt vectors per layer; the first text layer's are initialized with the template's first words."""
         depth: PositiveInt = 9
-        """Layers, from the first, that get new prompts."""
+        """Number of first layers with new prompts."""
         image_weight: NonNegative = 10.0
         """Weight of the mean absolute distance from the frozen image features."""
         text_weight: NonNegative = 25.0
@@ -57,19 +57,19 @@ class PromptSrc(Method):
 
     def forward(self) -> Adaptation:
         text, vision = (p.expand(len(self.tasks), -1, -1, -1) for p in (self.text_prompts, self.vision_prompts))
-        consistency = Consistency(self._of_images, self._of_texts)
+        consistency = Consistency(self._image_loss, self._text_loss)
         return Adaptation(
             text, vision, text_prompts_propagate=True, vision_prompts_propagate=True, consistency=consistency
         )
 
-    def _of_images(
+    def _image_loss(
         self, x: torch.Tensor, frozen_x: torch.Tensor, logits: torch.Tensor, frozen_logits: torch.Tensor
     ) -> torch.Tensor:
-        own, frozen = (F.log_softmax(of, dim=1) for of in (logits, frozen_logits))
-        divergence = F.kl_div(own, frozen, reduction="none", log_target=True).mean(1)
+        log_p, frozen_log_p = (F.log_softmax(values, dim=1) for values in (logits, frozen_logits))
+        divergence = F.kl_div(log_p, frozen_log_p, reduction="none", log_target=True).mean(1)
         return self.options.image_weight * (x - frozen_x).abs().mean(1) + self.options.logits_weight * divergence
 
-    def _of_texts(self, z: torch.Tensor, frozen_z: torch.Tensor) -> torch.Tensor:
+    def _text_loss(self, z: torch.Tensor, frozen_z: torch.Tensor) -> torch.Tensor:
         return self.options.text_weight * (z - frozen_z).abs().mean(1)
 
     template = staticmethod(Maple.template)
@@ -80,7 +80,7 @@ class PromptSrc(Method):
 
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:
-        """Raises: UserError: more prompted layers than the towers have."""
+        """Raises: UserError: depth exceeds the layers of a tower."""
         depth, deepest = config.section(PromptSrc.Options).depth, min(towers.text_depth, towers.vision_depth)
         if depth > deepest:
-            raise UserError(f"promptsrc.depth={depth}: the shallower tower has {deepest} layers")
+            raise UserError(f"promptsrc.depth={depth}: the shallower tower has {deepest} layers; lower it")

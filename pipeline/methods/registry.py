@@ -1,4 +1,4 @@
-"""The methods and their variants by name: what the config, the pipeline, the report and saved files know of each."""
+"""Registry of all methods and their variants, by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipeline.methods.method import REGISTRY, Method, Variant
 if TYPE_CHECKING:
     from pipeline.config import Config, TrainingConfig
 
-_IMPORT_TORCH = ("classifier", "adapter_file")
-"""The modules of the folder that are no methods, and import torch at once."""
+_NOT_METHODS = ("classifier", "adapter_file")
+"""Modules of the folder that are not methods, and import torch immediately."""
 for _module in pkgutil.iter_modules(_FOLDER):
-    if _module.name not in _IMPORT_TORCH:
+    if _module.name not in _NOT_METHODS:
         import_module(f"pipeline.methods.{_module.name}")
 
 _ORDER = (
@@ -34,7 +34,7 @@ _ORDER = (
         "mmap",
     ),
 )
-"""Of methods in reports and lists. A method need not be here: all others are by their names."""
+"""Order of methods in reports and lists; methods not listed are sorted by name."""
 METHODS: dict[str, type[Method]] = {
     name: REGISTRY[name]
     for name in sorted(REGISTRY, key=lambda name: (_ORDER.index(name if name in _ORDER else "any other"), name))
@@ -47,26 +47,25 @@ VARIANTS = {
     **{f"{name}_mt": Variant(f"{title}-MT", name, "multi-task") for name, title in _single_and_multi_task.items()},
     **_declared,
 }
-"""The columns of a report, in its order."""
+"""Columns of a report, in its order."""
 DEFAULT_VARIANTS = ("all_in_one", "grouped")
-"""What is trained beside the variants of config.baselines."""
+"""Variants that are always trained, in addition to config.baselines."""
 
 
 def get_method(name: str) -> type[Method]:
-    """Raises: UserError: a saved file names a method that this version does not have."""
+    """Return the method of this name. Raises: UserError: this version has no such method."""
     if name not in METHODS:
-        raise UserError(f"method {name!r} is not known; methods: {', '.join(METHODS)}")
+        raise UserError(f"unknown method {name!r}; methods: {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def method_options(method: str, config: Config) -> dict[str, Any]:
-    """The method's section of the config, by its name, without its training."""
+    """Return {section name: options} of the method, without its training overrides."""
     section = get_method(method).section
     return {} if section is None else {section: getattr(config, section).model_dump(mode="json", exclude={"training"})}
 
 
 def training_config(method: str, config: Config) -> TrainingConfig:
-    """How a method is trained: config.training, with what its own section has instead."""
-    own = getattr(getattr(config, get_method(method).section or "", None), "training", None)
-    changes = own.model_dump(exclude_none=True) if own else {}
-    return config.training.model_copy(update=changes)
+    """Return config.training with the overrides of the method's section."""
+    overrides = getattr(getattr(config, get_method(method).section or "", None), "training", None)
+    return config.training.model_copy(update=overrides.model_dump(exclude_none=True) if overrides else {})

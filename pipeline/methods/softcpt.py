@@ -1,7 +1,7 @@
-"""SoftCPT (Ding et al., 2022): one linear map makes each task's CoOp context from the task's name.
+"""SoftCPT (Ding et al., 2022): a linear map from the feature of each task's name to its CoOp context.
 
-The name, behind a few trained vectors, goes through the frozen text tower; its feature is mapped to the context of the
-task's classes. Images are CLIP's own.
+The name, after a few trained vectors, goes through the frozen text tower; its feature is mapped to the context of the
+task's classes. Image features are CLIP's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SoftCpt(Method):
         """SoftCPT: contexts made from the tasks' names."""
 
         context_length: PositiveInt = 16
-        """Context vectors that are made for each task."""
+        """Context vectors per task."""
         meta_length: PositiveInt = 4
         """Trained vectors before the task's name."""
         training: TrainingOverrides = TrainingOverrides(epochs=50, batch_size=32, learning_rate=0.002)
@@ -41,23 +41,23 @@ class SoftCpt(Method):
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()
         self.tasks = tuple(class_names)
-        self._towers = (towers,)  # in a tuple, so that it is not a part of this module
+        self._towers = (towers,)  # in a tuple, so that it is not a submodule
         self._precision = config.clip.precision
         options, width = config.section(SoftCpt.Options), towers.text_width
-        start = partial(normal, std=0.02, seed=config.seed)
-        self.meta_prompt = nn.Parameter(start(options.meta_length, width, purpose="softcpt meta"))
+        init = partial(normal, std=0.02, seed=config.seed)
+        self.meta_prompt = nn.Parameter(init(options.meta_length, width, purpose="softcpt meta"))
         shape = (towers.embed_dim, options.context_length, width)
-        self.projection = nn.Parameter(start(*shape, purpose="softcpt projection"))  # (E, M, d_l)
-        self.names = class_tokens(
+        self.projection = nn.Parameter(init(*shape, purpose="softcpt projection"))  # (E, M, d_l)
+        self.task_tokens = class_tokens(
             towers.tokenizer, "{}.", [[task.replace("_", " ")] for task in class_names], options.meta_length
         )
 
     def forward(self) -> Adaptation:
         (towers,) = self._towers
         meta = self.meta_prompt.expand(len(self.tasks), 1, -1, -1)
-        with autocast(towers.device, self._precision):  # also where a trained model is built, outside a training step
-            of_tasks = towers.encode_text(self.names.to(towers.device), meta, propagate=True)  # (T, E)
-        context = torch.einsum("te,emd->tmd", of_tasks.to(self.projection.dtype), self.projection)
+        with autocast(towers.device, self._precision):  # also outside a training step
+            task_features = towers.encode_text(self.task_tokens.to(towers.device), meta, propagate=True)  # (T, E)
+        context = torch.einsum("te,emd->tmd", task_features.to(self.projection.dtype), self.projection)
         return Adaptation(text_prompts=context[:, None], text_prompts_propagate=True)
 
     template = staticmethod(Coop.template)

@@ -1,4 +1,4 @@
-"""VPT-deep (Jia et al., ECCV 2022): prompts of the image tower, new in every layer; texts are CLIP's own."""
+"""VPT-deep (Jia et al., ECCV 2022): prompts of the image tower, replaced in every layer; text features are CLIP's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Vpt(Method):
         """VPT: prompts of the image tower."""
 
         prompt_length: PositiveInt = 8
-        """Prompt vectors in each layer of the image tower."""
+        """Prompt vectors per layer of the image tower."""
         training: TrainingOverrides = TrainingOverrides(epochs=5, batch_size=4, learning_rate=0.0025)
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):

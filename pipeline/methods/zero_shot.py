@@ -1,4 +1,4 @@
-"""CLIP as it is (Radford et al., ICML 2021): nothing trains."""
+"""Zero-shot CLIP (Radford et al., ICML 2021): nothing is trained."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The one trainer of all methods, its batches, checkpoints and gradient snapshots; evaluation."""
+"""Trainer of all methods, its batches, checkpoints and gradient snapshots; evaluation."""

@@ -1,6 +1,6 @@
-"""Accuracy on test sets that are streamed from Parquet and decoded on all cores while the model runs.
+"""Evaluation on test sets that are streamed from Parquet and decoded on all cores while the model runs.
 
-So the time is that of the slower of decoding and model, not their sum.
+The time is that of the slower of decoding and model, not their sum.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pipeline.training.memory import explain_out_of_memory
 BATCH_SIZE = 128
 FEATURE_BATCH_SIZE = 4096
 PREFETCH_BATCHES = 3
-"""Batches that are read and decoded before they are asked for; they bound the memory."""
+"""Batches read and decoded in advance; they bound the memory."""
 
 Row = dict[str, Any]
-"""Of a split file: column → value."""
+"""Row of a split file: column → value."""
 Top1 = Callable[[], tuple[list[float], list[int]]]
-"""Waits for a batch's largest probabilities and their labels."""
+"""Waits for a batch's largest probabilities and their labels, and returns them."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one test image: `label` is the true class, `predicted` the most probable one, with its probability."""
+    """Prediction of one test image: true class `label`, most probable class `predicted` with its probability."""
 
     task: str
     path: str
@@ -50,11 +50,11 @@ class Prediction:
 
 
 def accuracy(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Task → share of its images that are classified correctly, 0 to 1."""
+    """Return task → fraction of its images that are classified correctly."""
     hits: dict[str, list[bool]] = {}
     for prediction in predictions:
         hits.setdefault(prediction.task, []).append(prediction.label == prediction.predicted)
-    return {task: sum(of_task) / len(of_task) for task, of_task in hits.items()}
+    return {task: sum(task_hits) / len(task_hits) for task, task_hits in hits.items()}
 
 
 def evaluate(
@@ -64,38 +64,40 @@ def evaluate(
     threads: int,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> list[Prediction]:
-    """Predictions for the tasks' whole test sets, in stored order; `on_images` is told how many more are done.
+    """Predict the tasks' test sets, in stored order; `on_images` is called with the number of images of each batch.
 
-    In a process group, workers take the batches in turn, and all get all predictions.
+    In a process group, workers take the batches in turn, and each gets all predictions.
 
     Raises:
-        UserError: a split folder that is damaged, by file or image; out of memory.
+        UserError: the split folder is damaged (with the file or image); out of memory.
     """
     batches: list[list[Prediction]] = []
-    towers, share = classifier.towers, DistributedShard.current()
-    memory = explain_out_of_memory(towers.device, "evaluation: run fewer at once (a larger cluster.gpus_per_worker)")
+    towers, shard = classifier.towers, DistributedShard.current()
+    memory = explain_out_of_memory(
+        towers.device, "evaluation: run fewer at a time with a larger cluster.gpus_per_worker"
+    )
     stream = decoded_batches(
-        reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda", share=share
+        reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda", shard=shard
     )
     with closing(stream), memory:
         running = (
             (task, rows, _copy_to_host_async(classifier.probabilities(task, pixels).max(dim=1)))
             for task, rows, pixels in stream
         )
-        for task, rows, best in prefetch(running, 1):
-            batches.append([Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *best())])
+        for task, rows, top1 in prefetch(running, 1):
+            batches.append([Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *top1())])
             on_images(len(rows))
-    return [prediction for batch in share.gather_interleaved(batches) for prediction in batch]
+    return [prediction for batch in shard.gather_interleaved(batches) for prediction in batch]
 
 
 def evaluate_decoded(
     classifier: Classifier, batches: Iterable[tuple[str, Sequence[Row], torch.Tensor]]
 ) -> list[Prediction]:
-    """As `evaluate`, from what `decoded_batches` gave, for images that are looked at again and again."""
+    """Evaluate on batches of `decoded_batches`, for images that are evaluated repeatedly."""
     predictions = []
     for task, rows, pixels in batches:
-        best = classifier.probabilities(task, pixels).max(dim=1)
-        values = zip(rows, *(tensor.tolist() for tensor in best))
+        top1 = classifier.probabilities(task, pixels).max(dim=1)
+        values = zip(rows, *(tensor.tolist() for tensor in top1))
         predictions += [Prediction(task, row["path"], row["label"], q, p) for row, p, q in values]
     return predictions
 
@@ -103,36 +105,36 @@ def evaluate_decoded(
 def evaluate_features(
     classifier: Classifier, reader: SplitReader, features: Mapping[str, Features]
 ) -> list[Prediction]:
-    """As `evaluate`, from features (N, E) of each task's test set by the frozen image tower, in stored order."""
+    """Evaluate on features (N, E) of each task's test set by the frozen image tower, in stored order."""
     predictions = []
-    for task, of_task in features.items():
+    for task, task_features in features.items():
         rows = list(reader.rows("test", task, ("label", "path")))
         for start in range(0, len(rows), FEATURE_BATCH_SIZE):
-            part = slice(start, min(start + FEATURE_BATCH_SIZE, len(rows)))
-            best = classifier.probabilities_from_frozen_features(task, of_task[part]).max(dim=1)
-            values = zip(rows[part], *(tensor.tolist() for tensor in best))
+            batch = slice(start, min(start + FEATURE_BATCH_SIZE, len(rows)))
+            top1 = classifier.probabilities_from_frozen_features(task, task_features[batch]).max(dim=1)
+            values = zip(rows[batch], *(tensor.tolist() for tensor in top1))
             predictions += [Prediction(task, row["path"], row["label"], q, p) for row, p, q in values]
     return predictions
 
 
-def _copy_to_host_async(best: Sequence[torch.Tensor]) -> Top1:
-    """Starts to copy tensors from their device at once, ahead of all work that is queued later; the function that
-    is returned waits for that copy alone."""
-    if best[0].device.type != "cuda":
-        return lambda: _lists(best)
-    copies = [values.to("cpu", non_blocking=True) for values in best]
+def _copy_to_host_async(top1: Sequence[torch.Tensor]) -> Top1:
+    """Start to copy tensors from their device, before work that is queued later; the returned function waits only for
+    that copy."""
+    if top1[0].device.type != "cuda":
+        return lambda: _to_lists(top1)
+    copies = [values.to("cpu", non_blocking=True) for values in top1]
     copied = torch.cuda.Event()
     copied.record()
 
     def wait() -> tuple[list[float], list[int]]:
         copied.synchronize()
-        return _lists(copies)
+        return _to_lists(copies)
 
     return wait
 
 
-def _lists(best: Sequence[torch.Tensor]) -> tuple[list[float], list[int]]:
-    probabilities, labels = best
+def _to_lists(top1: Sequence[torch.Tensor]) -> tuple[list[float], list[int]]:
+    probabilities, labels = top1
     return probabilities.tolist(), labels.tolist()
 
 
@@ -143,27 +145,27 @@ def decoded_batches(
     threads: int,
     batch_size: int | None = None,
     pinned: bool = False,
-    share: DistributedShard | None = None,
+    shard: DistributedShard | None = None,
 ) -> Generator[tuple[str, list[Row], torch.Tensor], None, None]:
-    """The tasks' test sets in batches of one task: its name, rows (label, path), pixels uint8 (B, 3, S, S).
+    """Yield the tasks' test sets in batches of one task: its name, rows (label, path), pixels uint8 (B, 3, S, S).
 
     One thread reads Parquet and `threads` decode (Pillow frees the GIL), AHEAD batches before the consumer, across
-    the tasks' bounds. `batch_size`: BATCH_SIZE if None. `pinned`: pixels lie in memory from which a GPU copies while
-    the program goes on. Of several workers, each decodes the batches of its `share` alone.
+    task boundaries. `batch_size`: BATCH_SIZE if None. `pinned`: pixels lie in pinned memory, for asynchronous copies to
+    a GPU. Of several workers, each decodes only the batches of its `shard`.
     """
-    share = share or DistributedShard()
-    batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), share.rank, None, share.world_size)
+    shard = shard or DistributedShard()
+    batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), shard.rank, None, shard.world_size)
     decoding = ThreadPoolExecutor(threads, "decode")
 
-    def started() -> Iterator[tuple[str, list[Row], torch.Tensor, list[Future[None]]]]:
+    def submitted() -> Iterator[tuple[str, list[Row], torch.Tensor, list[Future[None]]]]:
         for task, rows in batches:
             pixels = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8, pin_memory=pinned)
             yield task, rows, pixels, [decoding.submit(_decode, task, *pair) for pair in zip(rows, pixels.numpy())]
 
     try:
         with closing(
-            prefetch_in_thread(started(), PREFETCH_BATCHES)
-        ) as drawn:  # ends first, since it hands images on to the other
+            prefetch_in_thread(submitted(), PREFETCH_BATCHES)
+        ) as drawn:  # closed first, since it submits to the pool
             for task, rows, pixels, decoded in drawn:
                 for image in decoded:
                     image.result()
@@ -180,13 +182,13 @@ def _batches_of_rows(reader: SplitReader, tasks: Sequence[str], size: int) -> It
 
 
 def _decode(task: str, row: Row, slot: np.ndarray) -> None:
-    """Writes the row's pixels into `slot` (3, S, S) and drops its encoded image."""
+    """Write the row's pixels into `slot` (3, S, S) and drop its encoded image."""
     try:
         slot[:] = evaluation_pixels(row.pop("image"), slot.shape[-1])
     except BrokenImage as error:
         raise UserError(
-            f"the test image {row['path']} of task {task!r} cannot be decoded any more ({error}): the split folder "
-            "is damaged; remove it and build it again"
+            f"the test image {row['path']} of task {task!r} cannot be decoded ({error}): the split folder "
+            "is damaged; remove it and rebuild it"
         ) from None
 
 

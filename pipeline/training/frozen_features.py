@@ -1,8 +1,8 @@
-"""Image features of the frozen CLIP, computed once for all methods that leave the image tower as it is or are held to
-it.
+"""Image features of the frozen CLIP, computed once for all methods that do not modify the image tower or are
+regularized towards it.
 
 A step's batch and its augmentation are functions of seed, task and step, so all trainings with the same schedule see
-the same images, and the features of every step can be shared like those of the test set.
+the same images and share the features of every step, like those of the test set.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def frozen_training_features(
     precision: str,
     on_steps: Callable[[int], None] = lambda count: None,
 ) -> torch.Tensor:
-    """(steps, B, E) of the batches that a training of `num_steps` steps takes; `on_steps` is told how many are done."""
+    """Return features (steps, B, E) of the batches of `num_steps` steps; `on_steps` is called with the steps done."""
     features = []
-    at_once = max(1, BATCH_SIZE // config.batch_size)
-    for start in range(0, num_steps, at_once):
-        steps = range(start, min(start + at_once, num_steps))
+    steps_per_batch = max(1, BATCH_SIZE // config.batch_size)
+    for start in range(0, num_steps, steps_per_batch):
+        steps = range(start, min(start + steps_per_batch, num_steps))
         pixels = [
             training_set.batch(step, config.batch_size, towers.image_size, config.augmentation, seed)[0]
             for step in steps
@@ -60,14 +60,14 @@ def frozen_test_features(
     precision: str,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> torch.Tensor:
-    """(N, E) of a task's test set in stored order; `on_images` is told how many are done."""
-    features, done = [], 0
+    """Return features (N, E) of a task's test set in stored order; `on_images` is called with the images done."""
+    features, num_done = [], 0
     pinned = towers.device.type == "cuda"
     for _, rows, pixels in decoded_batches(reader, [task], towers.image_size, threads, pinned=pinned):
         with autocast(towers.device, precision):
             images = towers.normalize_pixels(pixels.to(towers.device, non_blocking=pinned))
             features.append(towers.encode_image(images).cpu())
-        on_images(done := done + len(rows))
+        on_images(num_done := num_done + len(rows))
     return torch.cat(features)
 
 
@@ -76,10 +76,10 @@ def save_features(path: Path, features: torch.Tensor) -> None:
 
 
 class StoredFeatures:
-    """Features of a file, of which only the rows asked for are read.
+    """Features in a file, of which only the indexed rows are read.
 
     Raises:
-        UserError: a file that is missing, damaged, or holds something else.
+        UserError: the file is missing, damaged, or not of image features.
     """
 
     def __init__(self, path: Path):
@@ -87,9 +87,9 @@ class StoredFeatures:
             self._slices = safe_open(path, "pt").get_slice(_NAME)
             shape, dtype = self._slices.get_shape(), self._slices.get_dtype()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read as image features: {error}; remove {path.parent}") from None
+            raise UserError(f"{path} cannot be read as image features ({error}): remove {path.parent}") from None
         if len(shape) not in (2, 3) or dtype not in ("F32", "F64", "BF16"):
-            raise UserError(f"{path} holds {dtype} of shape {shape}, no image features; remove {path.parent}")
+            raise UserError(f"{path} has {dtype} of shape {shape}, not image features: remove {path.parent}")
 
     def __len__(self) -> int:
         count: int = self._slices.get_shape()[0]

@@ -1,7 +1,7 @@
-"""Gradients of a task that comes after the global prompt was trained, taken at the prompt's values of then.
+"""Gradients of a new task at the parameters that the global prompt had in its snapshots.
 
-In that training each task's gradients depend on its own batches and on the prompt's values alone, so a task that was
-not there can be asked afterwards what it would have wanted, without the other tasks' images.
+In the global prompt's training, each task's gradients depend only on its own batches and on the prompt's parameters, so
+those of a new task can be computed afterwards, without the other tasks' images.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from pipeline.training.trainer import Snapshot, StepRecord, Trainer
 
 def replay_gradients(
     towers: ClipTowers,
-    prompts: SharedMmap,
-    of_task: TrainingSet,
+    method: SharedMmap,
+    training_set: TrainingSet,
     tokens: ClassTokens,
-    points: Iterable[tuple[int, int, torch.Tensor]],
+    trajectory: Iterable[tuple[int, int, torch.Tensor]],
     config: TrainingConfig,
     seed: int,
     precision: str = "auto",
-    on_point: Callable[[int], None] = lambda done: None,
+    on_snapshot: Callable[[int], None] = lambda num_done: None,
 ) -> list[Snapshot]:
-    """What the task's gradient would have been in each of the global prompt's snapshots (Eq. 8), had it trained along
-    with no say in the update.
+    """Compute a task's gradient at each of the global prompt's snapshots (Eq. 8), without contributing to the update.
 
     Args:
-        prompts: of this task alone; its values are lost.
+        method: global prompt for this task alone; its parameters are overwritten.
         tokens: class tokens of this task.
-        points: (step, epoch, values (P,)) of each snapshot, as of `read_trajectory`.
-        config: the step's batch size and augmentation are used.
-        on_point: told how many are done.
+        trajectory: (step, epoch, parameters (P,)) of each snapshot, as of `read_trajectory`.
+        config: only batch size and augmentation are used.
+        on_snapshot: called with the number of snapshots done.
 
     Returns:
         Snapshots with gradients (1, P).
@@ -46,12 +45,12 @@ def replay_gradients(
     Raises:
         UserError: out of memory.
     """
-    trainer = Trainer(towers, prompts, [of_task], tokens, config, epochs=1, seed=seed, precision=precision)
+    trainer = Trainer(towers, method, [training_set], tokens, config, epochs=1, seed=seed, precision=precision)
     snapshots = []
-    for step, epoch, point in points:
-        vector_to_parameters(point.to(trainer.parameters[0]), trainer.parameters)
+    for step, epoch, parameters in trajectory:
+        vector_to_parameters(parameters.to(trainer.parameters[0]), trainer.parameters)
         losses, accuracies = trainer.backward(step - 1).tolist()
         record = StepRecord(step, epoch, 0.0, tuple(losses), tuple(accuracies))
-        snapshots.append(Snapshot(record, prompts.task_gradients().cpu(), point))
-        on_point(len(snapshots))
+        snapshots.append(Snapshot(record, method.task_gradients().cpu(), parameters))
+        on_snapshot(len(snapshots))
     return snapshots

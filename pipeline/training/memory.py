@@ -1,4 +1,4 @@
-"""Out of memory, said with what to change."""
+"""Actionable out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 
 
 class explain_out_of_memory(AbstractContextManager[object]):
-    """Reusable context. Raises: UserError: the memory did not suffice for what is done in it; `remedy` says more."""
+    """Reusable context manager. Raises: UserError: out of memory; `remedy` says during what, and what to change."""
 
     def __init__(self, device: torch.device, remedy: str):
         self._device, self._remedy = device, remedy
@@ -19,8 +19,8 @@ class explain_out_of_memory(AbstractContextManager[object]):
         on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
             return
-        where = "this machine"
+        device = "this machine"
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
-            where = f"{torch.cuda.get_device_name(self._device)} ({total / 2**30:.0f} GiB, {free / 2**30:.1f} free)"
-        raise UserError(f"{where} is out of memory during {self._remedy}") from error
+            device = f"{torch.cuda.get_device_name(self._device)} ({total / 2**30:.0f} GiB, {free / 2**30:.1f} free)"
+        raise UserError(f"{device} is out of memory during {self._remedy}") from error

@@ -1,9 +1,9 @@
-"""Per-task gradients of the global prompt on disk: one Parquet row a (step, task); and where they were taken.
+"""Snapshots of the global prompt's training on disk: per-task gradients, and the trajectory of its parameters.
 
-Columns of gradients: step, epoch (from 1), task, loss, gradient (float32 vector), layer_norms (float32, the gradient's
-norm in each layer; one entry for a source prompt shared by all layers). The schema metadata `layout` holds the vector's
-parts: name → shape, in order. A file of points has a row a step: step, epoch, and the prompt's values (float32 vector
-of the same layout), at which a task that comes later can have its gradients taken.
+Columns of gradients, one Parquet row per step and task: step, epoch (from 1), task, loss, gradient (float32 vector),
+layer_norms (float32, the gradient's norm per layer; one entry for a source prompt shared by all layers). The schema
+metadata `layout` holds the vector's parts: name → shape, in order. Columns of the trajectory, one row per step: step,
+epoch, and point, the parameters (float32 vector of the same layout) at which gradients of new tasks are taken.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAJECTORY_SCHEMA = pa.schema(
 def write_snapshots(
     path: Path, tasks: Sequence[str], snapshots: Iterable[Snapshot], layout: dict[str, list[int]]
 ) -> None:
-    """Writes the tasks' gradients; `layout` as of `SharedMmap.gradient_layout`."""
+    """Write the tasks' gradients, with the layout of `SharedMmap.gradient_layout`."""
     schema = SCHEMA.with_metadata({"layout": json.dumps(layout), "tasks": json.dumps(list(tasks))})
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for snapshot in snapshots:
@@ -59,16 +59,16 @@ def write_snapshots(
 
 
 def write_trajectory(path: Path, snapshots: Iterable[Snapshot]) -> None:
-    """Writes where the snapshots were taken."""
+    """Write the parameters at which the snapshots were taken."""
     rows = [{"step": s.record.step, "epoch": s.record.epoch, "point": s.parameters.numpy()} for s in snapshots]
     pq.write_table(pa.Table.from_pylist(rows, schema=TRAJECTORY_SCHEMA), path, compression="zstd")
 
 
 def read_trajectory(path: Path) -> list[tuple[int, int, torch.Tensor]]:
-    """(step, epoch, point (P,) float32) of each snapshot, by step.
+    """Return (step, epoch, parameters (P,) float32) of each snapshot, sorted by step.
 
     Raises:
-        UserError: no such file, or one that is damaged.
+        UserError: the file is missing or damaged.
     """
     columns = _read(path, TRAJECTORY_SCHEMA.names, TRAJECTORY_SCHEMA).to_pydict()
     return sorted(
@@ -77,7 +77,7 @@ def read_trajectory(path: Path) -> list[tuple[int, int, torch.Tensor]]:
 
 
 def layer_norms(gradient: torch.Tensor, layout: dict[str, list[int]]) -> torch.Tensor:
-    """Norm (K,) of a gradient vector (P,) in each layer, over all parameters that have that many layers."""
+    """Return the norm (K,) of a gradient vector (P,) per layer, over all parameters that have K layers."""
     depth = max(shape[0] for shape in layout.values())
     squares = torch.zeros(depth, dtype=torch.float64)
     parts = gradient.double().split([math.prod(shape) for shape in layout.values()])
@@ -88,40 +88,42 @@ def layer_norms(gradient: torch.Tensor, layout: dict[str, list[int]]) -> torch.T
 
 
 def read_gradients(path: Path, tasks: Sequence[str]) -> np.ndarray:
-    """Gradients (S, T, P), float64, snapshots by step and tasks as given.
+    """Return gradients (S, T, P), float64, sorted by step, with the tasks in the given order.
 
     Raises:
-        UserError: no snapshot file, one that is damaged, or a step that lacks a task.
+        UserError: the file is missing or damaged, or a step lacks a task.
     """
     table = _read(path, ["step", "task", "gradient"])
-    by_step: dict[int, dict[str, np.ndarray]] = {}
+    gradients_by_step: dict[int, dict[str, np.ndarray]] = {}
     for step, task, gradient in zip(
         table["step"].to_pylist(), table["task"].to_pylist(), table["gradient"].to_numpy(zero_copy_only=False)
     ):
-        by_step.setdefault(step, {})[task] = gradient
-    for step, of_task in by_step.items():
-        if absent := [task for task in tasks if task not in of_task]:
-            raise UserError(f"{path}: the snapshot of step {step} lacks the tasks {', '.join(absent)}")
-    gradients = [[of_task[task] for task in tasks] for _, of_task in sorted(by_step.items())]
-    if len({gradient.shape for of_step in gradients for gradient in of_step}) > 1:
-        raise UserError(f"{path} holds gradients of several lengths; remove {path.parent} and train again")
+        gradients_by_step.setdefault(step, {})[task] = gradient
+    for step, task_gradients in gradients_by_step.items():
+        if missing := [task for task in tasks if task not in task_gradients]:
+            raise UserError(f"{path}: the snapshot of step {step} lacks the tasks {', '.join(missing)}")
+    gradients = [[task_gradients[task] for task in tasks] for _, task_gradients in sorted(gradients_by_step.items())]
+    if len({gradient.shape for step_gradients in gradients for gradient in step_gradients}) > 1:
+        raise UserError(f"{path} has gradients of several lengths: remove {path.parent} and train again")
     return np.stack(gradients).astype(np.float64)
 
 
 def read_steps(path: Path) -> list[int]:
-    """Steps (S,) of the snapshots, in the order of `read_gradients`."""
+    """Return the steps (S,) of the snapshots, in the order of `read_gradients`."""
     return sorted(set(_read(path, ["step"])["step"].to_pylist()))
 
 
-def _read(path: Path, columns: list[str], of: pa.Schema = SCHEMA) -> pa.Table:
+def _read(path: Path, columns: list[str], schema: pa.Schema = SCHEMA) -> pa.Table:
     if not path.is_file():
-        raise UserError(f"{path}: no gradient snapshots; train the global prompt first (jobs/train_global_prompt.py)")
+        raise UserError(
+            f"{path}: no gradient snapshots; train the global prompt first with jobs/train_global_prompt.py"
+        )
     try:
         table = pq.read_table(path, columns=columns)
-        if table.schema.equals(pa.schema([of.field(name) for name in columns])) and table.num_rows:
+        if table.schema.equals(pa.schema([schema.field(name) for name in columns])) and table.num_rows:
             if all(column.null_count == 0 for column in table.columns):
                 return table
         reason = f"{table.num_rows} rows of {', '.join(f'{f.name}: {f.type}' for f in table.schema)}"
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error)
-    raise UserError(f"{path} cannot be read as gradient snapshots ({reason}); remove {path.parent} and train again")
+    raise UserError(f"{path} cannot be read as gradient snapshots ({reason}): remove {path.parent} and train again")

@@ -1,11 +1,10 @@
-"""The trainer of all methods: one method for several tasks on frozen towers, all tasks in every step.
+"""The trainer of all methods: trains one method for several tasks on frozen towers, all tasks in every step.
 
 A step takes a batch of each task, runs one image forward for the mixed batch and one text forward for all tasks'
-classes, and sums the tasks' mean cross-entropies (Eq. 11). What a method leaves as the frozen CLIP has it is not
-computed in the step: text features are computed once, image features come with the training sets. Everything random is
-a function of seed and step, so a training that is interrupted goes on from its state with the same numbers as without
-the interruption. In a process group, each worker takes its share of every step's images and classes, and only the
-first one reports and writes.
+classes, and sums the tasks' mean cross-entropies (Eq. 11). Features that a method does not modify are not computed in
+the step: text features are computed once, image features come with the training sets. Everything random is a function
+of seed and step, so a resumed training gives identical results. In a process group, each worker takes its shard of
+every step's images and classes, and only the main process reports and writes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from pipeline.training.memory import explain_out_of_memory
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step measured; per task, in the order of the training sets."""
+    """Metrics of a step; per task, in the order of the training sets."""
 
     step: int
     """From 1."""
@@ -44,16 +43,16 @@ class StepRecord:
     learning_rate: float
     losses: tuple[float, ...]
     accuracies: tuple[float, ...]
-    """Share of the step's training images that were classified correctly."""
+    """Fraction of the step's training images that were classified correctly."""
 
 
 def num_steps_per_epoch(set_sizes: Iterable[int], batch_size: int) -> int:
-    """Steps in which the largest task sees each of its images at least once."""
+    """Return the number of steps in which the largest task sees each of its images."""
     return math.ceil(max(set_sizes) / batch_size)
 
 
 def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
-    """Rate of an epoch (from 0), as Dassl: warm-up at a constant rate, then a cosine by epoch of period `epochs`."""
+    """Return the learning rate of an epoch (from 0), as Dassl: constant warm-up, then a cosine of period `epochs`."""
     if epoch < config.warmup_epochs:
         return config.warmup_learning_rate
     return config.learning_rate * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / epochs)) / 2
@@ -61,13 +60,13 @@ def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the tasks' gradients were in a step."""
+    """The tasks' gradients in a step."""
 
     record: StepRecord
     gradients: torch.Tensor
     """(T, P), float32."""
     parameters: torch.Tensor
-    """(P,), float32: the method's parameters of which these are the gradients, in their order."""
+    """(P,), float32: the method's parameters at which the gradients were taken, in their order."""
 
 
 OPTIMIZERS: Mapping[str, Callable[[Sequence[nn.Parameter], TrainingConfig], torch.optim.Optimizer]] = {
@@ -78,22 +77,22 @@ OPTIMIZERS: Mapping[str, Callable[[Sequence[nn.Parameter], TrainingConfig], torc
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     ),
 }
-"""By the names of `training.optimizer`."""
+"""Optimizers by the value of `training.optimizer`."""
 
 
 @dataclass(eq=False)
 class Trainer:
-    """Trains `method` in place on the tasks' `sets`, from the newest of the `checkpoints` if there is one.
+    """Trainer of `method`, in place, on the tasks' `training_sets`; resumes from the newest checkpoint, if any.
 
-    Parameters that require no gradient stay as they are.
+    Parameters that require no gradient are not modified.
     """
 
     towers: ClipTowers
     method: nn.Module
-    """Gives, when called, the Adaptation of the same tasks."""
-    sets: Sequence[TrainingSet]
-    """With images for a method that changes the image tower's features, and with frozen features for one that does
-    not, or is held to them."""
+    """Module whose forward pass returns the Adaptation of the same tasks."""
+    training_sets: Sequence[TrainingSet]
+    """With images for a method that modifies the image encoder, with frozen features for one that does not, or that is
+    regularized towards them."""
     tokens: ClassTokens
     """Class tokens of the same tasks."""
     config: TrainingConfig
@@ -102,90 +101,91 @@ class Trainer:
     seed: int
     precision: str = "auto"
     checkpoints: Checkpoints | None = None
-    """For the whole state every config.checkpoint_every epochs."""
+    """Where to save the state every config.checkpoint_every epochs."""
     on_step: Callable[[StepRecord, int], None] = lambda record, num_steps: None
-    """Told each new step's record and the number of all steps."""
+    """Called with each step's record and the total number of steps."""
     snapshot_fn: Callable[[], torch.Tensor] | None = None
-    """Reads something off the backward pass of every `snapshot_every`-th step, from the first."""
+    """Called after the backward pass of every `snapshot_every`-th step; returns the tasks' gradients."""
     snapshot_every: int = 1
     frozen_tokens: ClassTokens | None = None
-    """The classes' texts to the frozen CLIP, where `tokens` have other words."""
+    """Class tokens for the frozen CLIP, if they differ from `tokens`."""
 
     def __post_init__(self) -> None:
         towers, config = self.towers, self.config
         self.parameters = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
         self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config)
         self.history: list[StepRecord] = []
-        """Of all steps that are done."""
+        """Records of all completed steps."""
         self.snapshots: list[Snapshot] = []
-        self.steps_per_epoch = num_steps_per_epoch((len(task.labels) for task in self.sets), config.batch_size)
+        self.steps_per_epoch = num_steps_per_epoch((len(task.labels) for task in self.training_sets), config.batch_size)
         self.num_steps = self.epochs * self.steps_per_epoch
-        self._share = DistributedShard.current()
-        self._own_sets = list(zip(self.sets, self._share.shard_slices([config.batch_size] * len(self.sets))))
-        self._own_tokens = self.tokens.slice_rows(*self._share.row_range(len(self.tokens.suffix)))
+        self._shard = DistributedShard.current()
+        slices = self._shard.shard_slices([config.batch_size] * len(self.training_sets))
+        self._shards = list(zip(self.training_sets, slices))
+        self._local_tokens = self.tokens.slice_rows(*self._shard.row_range(len(self.tokens.suffix)))
         self._memory = explain_out_of_memory(
             towers.device,
             f"training: lower clip.activation_memory_gib={towers.activation_memory_gib:g} or training.batch_size="
-            f"{config.batch_size}, or train fewer at once (a larger cluster.gpus_per_worker, or on CPUs "
-            "cluster.cpus_per_worker)",
+            f"{config.batch_size}, or run fewer trainings at a time with a larger cluster.gpus_per_worker, or on CPUs "
+            "cluster.cpus_per_worker",
         )
         if self.checkpoints and (state := self.checkpoints.load()):
             self.load_state_dict(state)
 
     @property
     def epoch(self) -> int:
-        """Number of epochs that are done."""
+        """Number of completed epochs."""
         return len(self.history) // self.steps_per_epoch
 
     def train(self) -> list[StepRecord]:
-        """Trains to the end; the records of all steps. Raises: UserError: as `run_epoch`."""
+        """Train to the end, and return the records of all steps. Raises: UserError: as `run_epoch`."""
         while self.epoch < self.epochs:
             self.run_epoch()
         return self.history
 
     def run_epoch(self) -> None:
-        """Trains to the end of the epoch that is begun, or of the next one, and saves a checkpoint if one is due.
+        """Train to the end of the current epoch, and save a checkpoint if one is due.
 
         Raises:
-            UserError: as `step`; a checkpoint that cannot be written.
+            UserError: as `step`; a checkpoint cannot be written.
         """
         epoch = self.epoch + 1
         while self.epoch < epoch:
             record = self.step()
-            if self._share.is_main_process:
-                due = self.epoch == epoch < self.epochs and epoch % self.config.checkpoint_every == 0
-                if self.checkpoints and due:
+            if self._shard.is_main_process:
+                is_due = self.epoch == epoch < self.epochs and epoch % self.config.checkpoint_every == 0
+                if self.checkpoints and is_due:
                     self.checkpoints.save(self.state_dict())
                 self.on_step(record, self.num_steps)
 
     def step(self) -> StepRecord:
-        """Updates the parameters once, by a batch of each task.
+        """Update the parameters once, with a batch of each task.
 
         Raises:
-            UserError: a loss that is not finite, naming task and step; out of memory.
+            UserError: a task's loss is not finite; out of memory.
         """
         step, epoch = len(self.history), self.epoch
-        rate = learning_rate(epoch, self.epochs, self.config)
+        lr = learning_rate(epoch, self.epochs, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        measured = self.backward(step)
-        taken = self.snapshot_fn() if self.snapshot_fn and step % self.snapshot_every == 0 else measured.new_empty(0)
-        # A step depends on all parameters, so that each has a gradient.
-        self._share.all_reduce_sum(
-            [*(cast(torch.Tensor, parameter.grad) for parameter in self.parameters), measured, taken]
+            group["lr"] = lr
+        metrics = self.backward(step)
+        gradients = self.snapshot_fn() if self.snapshot_fn and step % self.snapshot_every == 0 else metrics.new_empty(0)
+        # Each parameter has a gradient, since a step depends on all.
+        self._shard.all_reduce_sum(
+            [*(cast(torch.Tensor, parameter.grad) for parameter in self.parameters), metrics, gradients]
         )
-        record = StepRecord(step + 1, epoch + 1, rate, *map(tuple, measured.tolist()))
+        record = StepRecord(step + 1, epoch + 1, lr, *map(tuple, metrics.tolist()))
         self._check_finite(record)
-        if len(taken):
-            point = parameters_to_vector(self.parameters).detach()
-            self.snapshots.append(Snapshot(record, taken.float().cpu(), point.float().cpu()))
+        if len(gradients):
+            parameters = parameters_to_vector(self.parameters).detach()
+            self.snapshots.append(Snapshot(record, gradients.float().cpu(), parameters.float().cpu()))
         self.optimizer.step()
         self.history.append(record)
         return record
 
     def backward(self, step: int) -> torch.Tensor:
-        """Gives the parameters the gradients of a step (from 0) at their present values; the tasks' losses and
-        accuracies (2, T). Of a shared training, this worker's part of all these.
+        """Compute the gradients of a step (from 0), and return the tasks' losses and accuracies (2, T): this worker's
+        part of them.
 
         Raises:
             UserError: out of memory.
@@ -202,54 +202,54 @@ class Trainer:
                 losses = losses + self._consistency_losses(adaptation.consistency, x, frozen_x, z, logits)
             self.optimizer.zero_grad()
             losses.sum().backward()
-        hits = torch.stack([(of_task.argmax(1) == label).sum() for of_task, label in zip(logits, labels)])
+        hits = torch.stack([(scores.argmax(1) == label).sum() for scores, label in zip(logits, labels)])
         return torch.stack([losses.detach(), hits / size])
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a new trainer of the same arguments needs to go on; as in torch, its tensors change with the next
-        step."""
+        """Return the state from which a trainer with the same arguments resumes; as in torch, the next step changes its
+        tensors."""
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": [tuple(vars(record).values()) for record in self.history],
-            "snapshot_steps": [taken.record.step - 1 for taken in self.snapshots],
-            "snapshots": [taken.gradients for taken in self.snapshots],
-            "points": [taken.parameters for taken in self.snapshots],
+            "snapshot_steps": [snapshot.record.step - 1 for snapshot in self.snapshots],
+            "snapshots": [snapshot.gradients for snapshot in self.snapshots],
+            "points": [snapshot.parameters for snapshot in self.snapshots],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where another trainer's `state_dict` was taken."""
+        """Resume from another trainer's `state_dict`."""
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = [StepRecord(*values) for values in state["history"]]
-        taken = zip(state["snapshot_steps"], state["snapshots"], state["points"])
-        self.snapshots = [Snapshot(self.history[at], gradients, point) for at, gradients, point in taken]
+        snapshots = zip(state["snapshot_steps"], state["snapshots"], state["points"])
+        self.snapshots = [Snapshot(self.history[step], *tensors) for step, *tensors in snapshots]
 
     def _image_features(
         self, adaptation: Adaptation, step: int
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """Of each task's images in a step: their features, those of the frozen CLIP if they are needed, labels."""
+        """Return, for each task's images in a step: features, the frozen CLIP's if needed, labels."""
         size, towers = self.config.batch_size, self.towers
         frozen: Sequence[torch.Tensor] = ()
         if adaptation.consistency or not adaptation.modifies_image_encoder:
-            frozen, labels = zip(*(task.frozen_batch(step, size, self.seed, part) for task, part in self._own_sets))
+            frozen, labels = zip(*(task.frozen_batch(step, size, self.seed, rows) for task, rows in self._shards))
         if not adaptation.modifies_image_encoder:
             return [adaptation.adapt_image_features(features) for features in frozen], frozen, labels
-        augmented = towers.image_size, self.config.augmentation, self.seed
-        pixels, labels = zip(*(task.batch(step, size, *augmented, part) for task, part in self._own_sets))
-        counts = [len(of_task) for of_task in pixels]
+        options = towers.image_size, self.config.augmentation, self.seed
+        pixels, labels = zip(*(task.batch(step, size, *options, rows) for task, rows in self._shards))
+        counts = [len(task_pixels) for task_pixels in pixels]
         images = towers.normalize_pixels(torch.cat(pixels))
         return adaptation.encode_image(towers, images, counts).split(counts), frozen, labels
 
     def _text_features(self, adaptation: Adaptation) -> tuple[torch.Tensor, ...]:
-        """Of each task's classes (C, E)."""
+        """Return the features (C, E) of each task's classes."""
         if not adaptation.modifies_text_encoder:
-            return self._frozen_texts
-        own = adaptation.encode_text(self.towers, self._own_tokens)
-        return self.tokens.pool_names_to_classes(self._share.all_gather_rows(own, len(self.tokens.suffix)))
+            return self._frozen_text_features
+        local = adaptation.encode_text(self.towers, self._local_tokens)
+        return self.tokens.pool_names_to_classes(self._shard.all_gather_rows(local, len(self.tokens.suffix)))
 
     @cached_property
-    def _frozen_texts(self) -> tuple[torch.Tensor, ...]:
+    def _frozen_text_features(self) -> tuple[torch.Tensor, ...]:
         tokens = self.frozen_tokens or self.tokens
         with torch.no_grad(), autocast(self.towers.device, self.precision):
             z = self.towers.encode_text(tokens)
@@ -263,23 +263,23 @@ class Trainer:
         z: Sequence[torch.Tensor],
         logits: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Of each task: this worker's part of the mean over images, and its share of what all workers have alike."""
+        """Return, per task, this worker's part of the image loss, and its share of the losses all workers compute."""
         losses = []
-        for *features, of_task in zip(x, frozen_x, z, self._frozen_texts, logits):
+        for *features, scores in zip(x, frozen_x, z, self._frozen_text_features, logits):
             frozen_logits = self.towers.logits(features[1], features[3])
-            unit_x, unit_frozen_x, unit_z, unit_frozen_z = (F.normalize(f.to(of_task.dtype), dim=-1) for f in features)
-            alike = consistency.text_loss(unit_z, unit_frozen_z).mean()
+            unit_x, unit_frozen_x, unit_z, unit_frozen_z = (F.normalize(f.to(scores.dtype), dim=-1) for f in features)
+            shared_loss = consistency.text_loss(unit_z, unit_frozen_z).mean()
             if consistency.parameter_loss is not None:
-                alike = alike + consistency.parameter_loss / len(self.sets)
-            image_loss = consistency.image_loss(unit_x, unit_frozen_x, of_task, frozen_logits).sum()
-            losses.append(image_loss / self.config.batch_size + alike / self._share.world_size)
+                shared_loss = shared_loss + consistency.parameter_loss / len(self.training_sets)
+            image_loss = consistency.image_loss(unit_x, unit_frozen_x, scores, frozen_logits).sum()
+            losses.append(image_loss / self.config.batch_size + shared_loss / self._shard.world_size)
         return torch.stack(losses)
 
     def _check_finite(self, record: StepRecord) -> None:
-        for task, loss in zip(self.sets, record.losses):
+        for task, loss in zip(self.training_sets, record.losses):
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss of task {task.task!r} is {loss} at step {record.step}: lower the learning_rate "
-                    f"{self.config.learning_rate:g} (of the section training, or the method's own) or set "
+                    f"{self.config.learning_rate:g} (of the section training, or the method's section) or set "
                     "clip.precision=float32"
                 )
