@@ -1,4 +1,4 @@
-"""Adapts a frozen CLIP to several related image-classification tasks with grouped MmAP prompts."""
+"""Adaptation of a frozen CLIP to several related image-classification tasks with grouped MmAP prompts."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
 
 
 def load(
-    place: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     *,
     device: str | None = None,
     pretrained: str | None = None,
     temperature: float | Mapping[str, float] | None = None,
     threshold: float | None = None,
 ) -> TrainedModel:
-    """The model that a run made, to classify images with (docs/prediction.md). Only safetensors and JSON are read.
+    """Load a trained model to classify images with (docs/prediction.md). Only safetensors and JSON are read.
 
     Args:
-        place: a prompts file, a run's folder (its prompts/grouped.safetensors), either of these in a bucket
+        source: an adapter file, a run directory (its adapters/grouped.safetensors), either of them in a bucket
             (s3://...), or a model or file in MLflow (models:/name/version, models:/name@alias, runs:/id/...).
-        device: torch's name of it; None: a GPU if there is one.
-        pretrained: where the CLIP weights are here, if not where they were in training.
-        temperature: what logits are divided by, for all tasks, or by task; None: what was saved with the prompts by
+        device: torch device; None: a GPU if available, else the CPU.
+        pretrained: path or open_clip tag of the CLIP weights, if different from training.
+        temperature: softmax temperature for calibration, of all tasks or by task; None: as saved with the adapter by
             `TrainedModel.save_options`, else 1.
-        threshold: probability, 0 to 1, below which an image is none of the classes; None: what was saved, else 0.
+        threshold: confidence threshold, 0 to 1, below which the label is None; None: as saved, else 0.
 
     Raises:
-        UserError: no such place, no prompts of this project, another CLIP, a value out of range.
+        UserError: no such source, not an adapter file, another CLIP, or a value out of range.
     """
     from pipeline.prediction.load import load_model  # torch takes seconds to import
 
-    return load_model(place, device, pretrained, temperature, threshold)
+    return load_model(source, device, pretrained, temperature, threshold)

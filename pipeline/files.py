@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, synced, renamed."""
+"""Atomic writes of files and folders: to a temporary path, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 from pipeline.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
-"""Suffix of what is being written."""
+"""Suffix of temporary paths."""
 FREE_SPACE_ADVICE = "free some disk space or change `storage`, then rerun the same command"
 
 
 @contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to make a file or folder at; if the block ends well, that takes the place of `path`.
+    """Yield a temporary path for a new file or folder, which replaces `path` if the block succeeds.
 
-    A file is synced, but not what is in a folder.
+    A file is synced; the content of a folder is not.
     """
-    # Two may make the same: a worker that was given up for lost, and the one instead of it.
+    # Two workers may write the same file: one that was presumed dead, and its replacement.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         yield partial
@@ -39,10 +39,10 @@ def atomic_replace(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """`atomic_replace`, for what lies in the storage.
+    """Like `atomic_replace`, with user errors.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full or the folder is not writable.
     """
     try:
         with atomic_replace(path) as partial:
@@ -55,7 +55,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def rename_durably(source: Path, target: Path) -> None:
-    """Renames a file or folder, lastingly: after a power cut it has the one name or the other."""
+    """Rename a file or folder durably: after a power failure it has either the old or the new name."""
     os.replace(source, target)
     with suppress(OSError):  # not every network file system syncs folders
         sync(target.parent)
@@ -70,7 +70,7 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Raises: UserError: the disk is full or the folder cannot be written."""
+    """Write a file atomically; UserError if the disk is full or the folder is not writable."""
     with atomic_write(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -87,12 +87,12 @@ def create_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}; change `storage`") from error
+        raise UserError(f"cannot create the folder {path}: {error.strerror}; change `storage`") from error
     return path
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """By number, or, as torch and safetensors tell it, by text."""
+    """Check the error number or, for errors of torch and safetensors, the message."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
         text in str(error) for text in ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
     )

@@ -1,6 +1,6 @@
-"""torch, imported when it is first used.
+"""Lazy import of torch, on first use.
 
-The file of a method holds its section of the config, and `--help` must not wait the seconds that torch takes:
+The modules of methods define config sections, and `--help` must not wait the seconds that importing torch takes:
 
     from pipeline.lazy_torch import F, Module, nn, torch
 
@@ -33,12 +33,12 @@ else:
 
     @cache
     def _torch_module(cls):
-        """The class as a torch.nn.Module."""
+        """Return the class as a subclass of torch.nn.Module."""
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
         return cls if issubclass(cls, nn.Module) else type(cls.__name__, (cls, nn.Module), names)
 
     class Module:
-        """Base of classes whose objects are torch.nn.Modules; they become ones when the first object is made."""
+        """Base of classes that become subclasses of torch.nn.Module when their first object is created."""
 
         def __new__(cls, *args, **kwargs):
             return object.__new__(_torch_module(cls))

@@ -1,4 +1,4 @@
-"""Random numbers that are functions of a seed and a purpose, the same on every machine."""
+"""Random numbers as functions of a seed and a purpose, identical on every machine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pipeline.lazy_torch import torch
 
 
 def derive_seed(seed: int, *names: str) -> int:
-    """A seed for one purpose, independent of all other purposes'."""
+    """Derive a seed for one purpose, independent of all others."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")
 
 
 def normal(*shape: int, std: float, seed: int, purpose: str) -> torch.Tensor:
-    """float32 numbers ~ N(0, std²)."""
+    """Sample a float32 tensor from N(0, std²)."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(seed, purpose))) * std

@@ -389,7 +389,7 @@ def test_class_names_file(tmp_path):
         (b"TV\tset|TV | set\n", ":1: .*there twice"),
         (b"# nothing\n", "lists no class"),
         (b"TV\n\twords\n", ":2: expected"),
-        (b"caf\xe9\n", "is not UTF-8 text"),
+        (b"caf\xe9\n", "is not UTF-8"),
     ],
 )
 def test_bad_class_names_files(tmp_path, content, message):
@@ -397,7 +397,7 @@ def test_bad_class_names_files(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_class_names(file)
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         read_class_names(tmp_path)
 
 

@@ -194,7 +194,7 @@ def test_many_rows_that_cannot_be_used_are_counted(tree):
         ('path,task,label\n"art/bed/0.png,art,bed\nart/bed/1.png,art,bed\n', "line 3: unexpected end of data"),
         ('path,task,label\n"art"x,art,bed\n', "line 2: ',' expected after '\"'"),
         (f"path,task,label\n{'x' * 200_000},art,bed\n", "line 2: field larger than field limit"),
-        (b"path,task,label\ncaf\xe9.png,art,bed\n", "is not UTF-8 text: line 2"),
+        (b"path,task,label\ncaf\xe9.png,art,bed\n", "is not UTF-8: line 2"),
     ],
 )
 def test_text_that_is_no_table_is_named(tree, text, message):

@@ -67,7 +67,7 @@ def test_whatever_is_trained_for_the_asking_can_be_compared():
     names = [name for name in VARIANTS if name not in ("zero_shot", *DEFAULT_VARIANTS)]
     assert parse_config({"baselines": names}).baselines == tuple(names)
     for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", ".")):
-        message = f"baselines.0='{name}': no method that can be compared{hint} Valid: coop, vpt, "
+        message = f"baselines.0='{name}': not a baseline{hint} Valid: coop, vpt, "
         with pytest.raises(UserError, match=re.escape(message)):
             parse_config({"baselines": [name]})
 

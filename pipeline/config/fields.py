@@ -1,7 +1,7 @@
-"""What config sections are made of: types of values, and what each field affects.
+"""Building blocks of config sections: value types, and declarations of what each field affects.
 
-Keys of runs and artifacts are made from the fields that affect them (`values_affecting`), so every field says what it
-affects, by itself or with its section, and one that says nothing does not import:
+Keys of runs and artifacts are computed from the fields that affect them (`values_affecting`). So every field, or its
+section, declares what it affects; a field without a declaration raises an error at import:
 
     shots: Annotated[PositiveInt, affects("splits")] = 6
     class GroupingConfig(Section, affects=("grouping",)): ...
@@ -28,13 +28,13 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
-def _one_class_field(template: str) -> str:
+def _check_placeholder(template: str) -> str:
     if template.count("{}") != 1:
-        raise ValueError("must contain {} exactly once, where the class name goes")
+        raise ValueError("must contain {} exactly once, as the placeholder of the class name")
     return template
 
 
-Template = Annotated[str, AfterValidator(_one_class_field)]
+Template = Annotated[str, AfterValidator(_check_placeholder)]
 
 
 Effect = Literal[
@@ -51,40 +51,40 @@ Effect = Literal[
     "report",
     "search",
 ]
-"""What a field can affect directly; what rests on that follows by itself.
+"""Results that a field can affect directly; whatever depends on those follows automatically.
 
-- `data`, `clip`: which images and which CLIP are found. Keys hold what was found, not the field.
+- `data`, `clip`: which images and which CLIP are loaded. Keys contain their content, not the field.
 - `splits`: the few-shot splits.
-- `test_features`, `training_features`: image features of the frozen CLIP, and of which images and crops.
-- `training`: every training, of the global prompt, of groups and of added tasks.
+- `test_features`, `training_features`: image features of the frozen CLIP, and the choice of images and crops.
+- `training`: every training: of the global prompt, of groups and of added tasks.
 - `evaluation`: predictions on the test set.
-- `method`: trainings and evaluations of the method in whose section the field is.
-- `global_prompt`, `grouping`: these stages beside what affects all trainings.
-- `report`: nothing but what a run reports.
+- `method`: trainings and evaluations of the method whose section has the field.
+- `global_prompt`, `grouping`: only these stages.
+- `report`: only the report of a run.
 - `search`: the trials of jobs/tune.py.
 """
-RESULT_EFFECTS: tuple[Effect, ...] = tuple(of for of in typing.get_args(Effect) if of not in ("data", "clip"))
-"""All that fields affect by their values."""
+RESULT_EFFECTS: tuple[Effect, ...] = tuple(name for name in typing.get_args(Effect) if name not in ("data", "clip"))
+"""Effects by the value of the field itself."""
 
 
 @dataclass(frozen=True)
 class Affects:
-    """What a field affects, among its annotations."""
+    """Annotation of a field: the effects that it declares."""
 
     effects: frozenset[Effect]
 
     def __post_init__(self) -> None:
         if unknown := self.effects - set(typing.get_args(Effect)):
-            raise TypeError(f"{min(unknown)!r} is nothing that a field affects; valid: {typing.get_args(Effect)}")
+            raise TypeError(f"unknown effect {min(unknown)!r}; valid: {typing.get_args(Effect)}")
 
 
 def affects(*effects: Effect) -> Affects:
-    """Annotates a field with what it affects directly; `affects()`: no result, such as a name or a place."""
+    """Annotate a field with its direct effects; `affects()`: it changes no result, such as a name or a path."""
     return Affects(frozenset(effects))
 
 
 class Section(BaseModel):
-    """`class DataConfig(Section, affects=("data",))`: what its fields affect that say nothing themselves."""
+    """Base of config sections; `class DataConfig(Section, affects=("data",))` sets the effects of its fields."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -96,29 +96,29 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, affects: Collection[Effect] | None = None, **options: Any) -> None:
-        """Raises: TypeError: a field that does not say what it affects."""
+        """Check that every field declares its effects; TypeError if one does not."""
         super().__pydantic_init_subclass__(**options)
         if affects is not None:
             cls._affects = Affects(frozenset(affects))
         for name, field in cls.model_fields.items():
-            if is_section(field) or any(isinstance(of, Affects) for of in field.metadata):
+            if is_section(field) or any(isinstance(item, Affects) for item in field.metadata):
                 continue
             if cls._affects is None:
                 raise TypeError(
-                    f"{cls.__name__}.{name} does not say what it affects, and results would be reused that it changes: "
-                    f'annotate it, as `{name}: Annotated[..., affects("training")]`, or affects() if it changes no '
-                    "result, or its section (pipeline/config/fields.py)"
+                    f"{cls.__name__}.{name} does not declare what it affects, so stale results would be reused: "
+                    f'annotate it (`{name}: Annotated[..., affects("training")]`; affects() if it changes no result) or '
+                    "its section (pipeline/config/fields.py)"
                 )
             field.metadata.append(cls._affects)
 
     def __hash__(self) -> int:
-        return hash(content_hash(self))  # a mapping among the fields has none of its own
+        return hash(content_hash(self))  # a field may be a mapping, which is not hashable
 
     @field_validator("*")
     @classmethod
-    def _plain_text(cls, value: Any) -> Any:
+    def _check_plain_text(cls, value: Any) -> Any:
         if isinstance(value, str) and value != escape_controls(value):
-            raise ValueError("holds control characters, or is not UTF-8")
+            raise ValueError("contains control characters or is not UTF-8")
         return value
 
 
@@ -127,18 +127,18 @@ def is_section(field: FieldInfo) -> bool:
 
 
 def field_effects(field: FieldInfo) -> frozenset[Effect]:
-    """What a field that is no section affects directly."""
-    return next(of.effects for of in reversed(field.metadata) if isinstance(of, Affects))
+    """Return the direct effects of a field that is not a section."""
+    return next(item.effects for item in reversed(field.metadata) if isinstance(item, Affects))
 
 
 def values_affecting(section: Section, *effects: Effect) -> dict[str, Any]:
-    """The fields that affect any of `effects`, as JSON, nested as the section is: what keys are made from."""
+    """Return the fields that affect any of `effects`, nested, as JSON: the input of keys."""
     return section.model_dump(mode="json", include=_affected_fields(type(section), effects))
 
 
-@cache  # a run asks hundreds of times, for the keys of all its artifacts
+@cache  # called hundreds of times per run, for the keys of all artifacts
 def _affected_fields(section: type[Section], effects: tuple[Effect, ...]) -> dict[str, Any]:
-    """Field → True, or the same of a section's fields; no section of which nothing affects `effects`."""
+    """Map each affecting field to True, and each section with such fields to the same mapping of its fields."""
     affected = dict[str, Any]()
     for name, field in section.model_fields.items():
         if is_section(field):
@@ -150,7 +150,7 @@ def _affected_fields(section: type[Section], effects: tuple[Effect, ...]) -> dic
 
 
 def content_hash(value: Any) -> str:
-    """First 16 hex digits of the SHA-256 of a JSON-like value or config section; equal values hash equally."""
+    """Return the first 16 hex digits of the SHA-256 of a JSON-like value or config section."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""Text and YAML files of the user's, and the configs that come with this package."""
+"""Reading of text and YAML files, and the configs that ship with this package."""
 
 from __future__ import annotations
 
@@ -16,51 +16,53 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = next(
     (
         folder / "configs"
-        for folder in (_ROOT, *(place / "share" / "mmap-clip" for place in (_ROOT, Path(sys.prefix))))
+        for folder in (_ROOT, *(prefix / "share" / "mmap-clip" for prefix in (_ROOT, Path(sys.prefix))))
         if (folder / "configs" / "demo.yaml").is_file()
     ),
     _ROOT / "configs",
 )
-"""In a clone, or where a wheel puts it."""
+"""In a clone, or where a wheel installs it."""
 DEMO_CONFIG = CONFIGS / "demo.yaml"
 
 
 def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TEXT_BYTES) -> str:
-    """A text file of the user's; `name` is what faults call it.
+    """Read a text file; `name` is how error messages call it.
 
     Raises:
-        UserError: no file, larger than `limit` bytes, not UTF-8.
+        UserError: not a file, larger than `limit` bytes, or not UTF-8.
     """
     if not path.is_file():
-        raise UserError(f"{name} is no file")
+        raise UserError(f"{name} is not a file")
     try:
         if (size := path.stat().st_size) > limit:
-            raise UserError(f"{name} has {size:,} bytes, more than {limit:,}: it is no such text file")
+            raise UserError(f"{name} is too large ({size:,} bytes, limit {limit:,})")
         data = path.read_bytes()
         return data.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name} is not UTF-8 text: line {line}: {error.reason}; save it as UTF-8") from None
+        raise UserError(f"{name} is not UTF-8: line {line}: {error.reason}; save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
 
 
 class _PlainYaml(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types
-    """Plain values only. Neither tags that make Python objects, nor a name given twice, of which YAML takes the last,
-    nor aliases, by which a few lines make billions of values."""
+    """Loader of plain values: rejects tags that create Python objects, duplicate keys, and aliases, which let a few
+    lines expand to billions of values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
-            raise yaml.MarkedYAMLError(problem=f"*{alias.anchor}: write the value out", problem_mark=alias.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"alias *{alias.anchor}: write the value out", problem_mark=alias.start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[tuple[str, str]] = set()
+        keys: set[tuple[str, str]] = set()
         for name, _ in node.value:
-            if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"{name.value[:80]} is given twice", problem_mark=name.start_mark)
-            seen.add((name.tag, str(name.value)))
+            if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in keys:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {name.value[:80]}", problem_mark=name.start_mark)
+            keys.add((name.tag, str(name.value)))
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -70,26 +72,26 @@ class _PlainYaml(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no typ
             if isinstance(value, int) and value.bit_length() > 64:
                 raise ValueError
             return value
-        except (ValueError, LookupError, AttributeError):  # PyYAML's own on `!!int x`, 2024-13-45, 5000 digits
-            kind, value = node.tag.rpartition(":")[2], str(node.value)[:40]
-            raise yaml.MarkedYAMLError(problem=f"{value!r} is no {kind}", problem_mark=node.start_mark) from None
+        except (ValueError, LookupError, AttributeError):  # raised by PyYAML for `!!int x`, 2024-13-45, 5000 digits
+            tag, value = node.tag.rpartition(":")[2], str(node.value)[:40]
+            raise yaml.MarkedYAMLError(problem=f"invalid {tag} {value!r}", problem_mark=node.start_mark) from None
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Raises: yaml.YAMLError"""
+    """Parse YAML of plain values; yaml.YAMLError if it is invalid."""
     try:
         loader = _PlainYaml(text)
         loader.name = name
         return loader.get_single_data()
     except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Nested values of a YAML file.
+    """Read a YAML file of nested fields.
 
     Raises:
-        UserError: no file, more than MAX_YAML_BYTES, not UTF-8, not plain YAML (by its line), no fields and values.
+        UserError: no such file, larger than MAX_YAML_BYTES, not UTF-8, not plain YAML, or not a mapping.
     """
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
@@ -98,13 +100,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not plain YAML: {error}") from None
     if not isinstance(values, dict | None):
-        raise UserError(f"config file {path} must hold fields and values, not {type(values).__name__}")
+        raise UserError(f"config file {path} must be a mapping of fields to values, not {type(values).__name__}")
     return values or {}
 
 
 def resolve_config_path(path: Path) -> Path:
-    """The path itself, or, where there is no such file and it begins with `configs`, the one that comes with this
-    package."""
+    """Return the path, or that of the shipped config if the file does not exist and the path begins with `configs`."""
     shipped = CONFIGS.parent / path
     is_shipped = path.parts[:1] == (CONFIGS.name,) and not path.exists() and shipped.exists()
     return shipped if is_shipped else path

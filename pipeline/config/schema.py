@@ -1,7 +1,7 @@
-"""Everything a run can be told, as one frozen tree, validated.
+"""The config of a run: one frozen, validated tree of sections.
 
-The docstring under a field is its help text, on the command line and in docs/configuration.md. An unknown field or an
-impossible value is refused by name, with the valid ones, before anything starts.
+The docstring of a field is its help text, on the command line and in docs/configuration.md. Unknown fields and invalid
+values are rejected by name, with the valid ones, before a run starts.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from pipeline.config.sections import (
 from pipeline.config.suggestions import did_you_mean
 from pipeline.errors import UserError
 
-# By name, as plug-ins: the methods are built on this package, and bring it their sections and names.
+# Imported by name, as plug-ins: the methods depend on this package, and provide their sections and names.
 _methods: Any = import_module("pipeline.methods.registry")
 _S = TypeVar("_S", bound=Section)
 
 
-def _comparable(name: str) -> str:
+def _check_baseline(name: str) -> str:
     valid = [variant for variant in _methods.VARIANTS if variant not in ("zero_shot", *_methods.DEFAULT_VARIANTS)]
     if name not in valid:
-        raise ValueError(f"no method that can be compared{did_you_mean(name, valid)} Valid: {', '.join(valid)}")
+        raise ValueError(f"not a baseline{did_you_mean(name, valid)} Valid: {', '.join(valid)}")
     return name
 
 
@@ -45,35 +45,35 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80), affects()] = "mmap"
     """Name of the run in reports and MLflow."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), affects("splits", "training_features", "training")] = 1
-    """Seed of the few-shot sampling, the prompts' start, batches and augmentation."""
+    """Random seed of few-shot sampling, prompt initialization, batch order and augmentation."""
     storage: Annotated[str, affects()] = "mmap-runs"
-    """Where everything made goes: a folder, on a cluster one that all machines share, or a bucket (s3://bucket/folder;
-    credentials and AWS_ENDPOINT_URL come from the environment). A relative folder lies in the working directory, or in
-    the home directory for a submitted Ray job, whose working directory is a passing copy."""
+    """Root of all outputs: a folder (on a cluster, one shared by all machines) or a bucket (s3://bucket/folder, with
+    credentials and AWS_ENDPOINT_URL from the environment). A relative path starts at the working directory; in a
+    submitted Ray job, whose working directory is a temporary copy, at the home directory."""
     cache: Annotated[str, affects()] = "~/.cache/mmap-clip"
-    """Folder on every machine for copies of what lies in a bucket; may be emptied when no run is at work."""
+    """Folder on every machine for local copies of objects in a bucket; may be deleted when no run is active."""
     data: DataConfig = DataConfig()
     """Images and few-shot splits (stage 1)."""
     clip: ClipConfig = ClipConfig()
-    """The frozen CLIP."""
+    """Frozen CLIP model."""
     mmap: MmapConfig = MmapConfig()
-    """Shape of the multi-modal alignment prompts."""
-    baselines: Annotated[tuple[Annotated[str, AfterValidator(_comparable)], ...], affects("report")] = ()
-    """Other methods to train and evaluate beside MmAP, each task for itself, or with `_mt` one for all tasks; and
-    MmAP's own ablations (docs/methods.md)."""
+    """Multi-modal alignment prompts (MmAP)."""
+    baselines: Annotated[tuple[Annotated[str, AfterValidator(_check_baseline)], ...], affects("report")] = ()
+    """Methods to compare with MmAP: single-task, or multi-task with the suffix `_mt`; also ablations of MmAP
+    (docs/methods.md)."""
     training: TrainingConfig = TrainingConfig()
-    """How prompts are trained (stages 2 and 4)."""
+    """Training of prompts (stages 2 and 4)."""
     global_prompt: GlobalPromptConfig = GlobalPromptConfig()
-    """The prompt shared by all tasks and its gradient snapshots (stage 2)."""
+    """Global prompt, shared by all tasks, and its gradient snapshots (stage 2)."""
     grouping: GroupingConfig = GroupingConfig()
-    """How tasks are partitioned (stage 3)."""
+    """Partition of the tasks into groups (stage 3)."""
     cluster: ClusterConfig = ClusterConfig()
-    """Ray."""
+    """Ray cluster and resources."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow."""
+    """MLflow tracking and model registry."""
 
     def section(self, options: type[_S]) -> _S:
-        """The section of this type: `config.section(Coop.Options)`."""
+        """Return the section of this type: `config.section(Coop.Options)`."""
         return next(value for _, value in self if type(value) is options)
 
 
@@ -83,7 +83,7 @@ METHOD_SECTIONS: dict[str, Any] = {
     for name, method in _methods.METHODS.items()
     if method.section not in (None, *Config.model_fields)
 }
-if not TYPE_CHECKING:  # for which `section` knows the types of the methods' sections
+if not TYPE_CHECKING:  # mypy gets the types of the methods' sections from `section`
     Config = create_model("Config", __base__=Config, __module__=__name__, **METHOD_SECTIONS)
 
 _DEFAULTS = Config()
@@ -91,28 +91,28 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_config(values: dict[str, Any]) -> Config:
-    """Config from nested plain values; every fault is named in one UserError."""
+    """Build a config from nested plain values; one UserError reports all invalid fields."""
     return validate(Config, values)
 
 
 def validate(model: type[Model], values: dict[str, Any]) -> Model:
-    """Raises: UserError: every fault, by field and value."""
+    """Validate values; one UserError reports all invalid fields, with their values."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_format_error(fault) for fault in error.errors())) from None
+        raise UserError("\n".join(_format_error(details) for details in error.errors())) from None
 
 
-def _format_error(fault: Any) -> str:
-    path = [str(part) for part in fault["loc"]]
+def _format_error(details: Any) -> str:
+    path = [str(part) for part in details["loc"]]
     name = ".".join(path)
-    if fault["type"] == "extra_forbidden":
+    if details["type"] == "extra_forbidden":
         valid = section_at(path[:-1]).model_fields
-        hint = did_you_mean(name, (".".join([*path[:-1], of]) for of in valid))
+        hint = did_you_mean(name, (".".join([*path[:-1], field]) for field in valid))
         return f"unknown config field {name}{hint} Valid here: {', '.join(valid)}"
-    message: str = fault["msg"].removeprefix("Value error, ")
+    message: str = details["msg"].removeprefix("Value error, ")
     if name and not message.startswith(path[0] + "."):
-        value = repr(fault["input"])
+        value = repr(details["input"])
         return f"{name}={value if len(value) <= 200 else value[:200] + '...'}: {message}"
     return message
 
@@ -127,7 +127,7 @@ def section_at(path: Sequence[str]) -> type[Section]:
 
 
 def section_description(path: str) -> str:
-    """As its parent has it, or its own."""
+    """Return the description in the parent section, or else the docstring of the section itself."""
     *parents, name = path.split(".")
     field = section_at(parents).model_fields[name]
     return " ".join((field.description or field.annotation.__doc__ or "").split())
@@ -139,7 +139,7 @@ def to_yaml(config: Config) -> str:
 
 
 def fields(defaults: Section = _DEFAULTS, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
-    """All leaf fields as (dotted name, field, default), in order."""
+    """Yield all leaf fields as (dotted name, field, default), in order."""
     for name, field in type(defaults).model_fields.items():
         default = getattr(defaults, name)
         if isinstance(default, Section):
@@ -149,5 +149,5 @@ def fields(defaults: Section = _DEFAULTS, prefix: str = "") -> Iterator[tuple[st
 
 
 def choices(field: FieldInfo) -> tuple[Any, ...]:
-    """Values of a field that has only these."""
+    """Return the valid values of a Literal field, else ()."""
     return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()

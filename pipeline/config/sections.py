@@ -1,6 +1,6 @@
-"""The sections of the config: data, the frozen CLIP, MmAP, training, grouping, cluster, tracking.
+"""Sections of the config: data, CLIP, MmAP, training, grouping, cluster, tracking.
 
-Defaults are the paper's settings (MmAP, AAAI 2024); what the paper leaves open is taken from MaPLe/Dassl.
+Defaults are the settings of the paper (MmAP, AAAI 2024), or of MaPLe and Dassl where it gives none.
 """
 
 from __future__ import annotations
@@ -29,58 +29,57 @@ BUILTIN_DIGITS = "builtin:digits"
 
 class DataConfig(Section, affects=("data",)):
     root: str | None = None
-    """Folder of the images, <root>/<task>/<class>/*, or a table of them: a .csv, .tsv or .parquet file, or a folder of
-    .parquet files (docs/datasets.md). `builtin:digits` writes the embedded handwritten digits."""
+    """Image folder, <root>/<task>/<class>/*, or a manifest: a .csv, .tsv or .parquet file, or a folder of .parquet
+    files (docs/datasets.md). `builtin:digits`: the built-in handwritten digits."""
     layout: Literal[
         "auto", "folders", "split_folders", "manifest", "office_home", "mini_domainnet", "domainnet", "pacs"
     ] = "auto"
-    """How the images lie under root: folders (task/class/image), split_folders (task/split/class/image or
-    split/task/class/image), a manifest (table), or a data set as it is published (Office-Home's archive; folders with
-    the image lists of MiniDomainNet, DomainNet or PACS). auto: recognized by what is there."""
+    """Layout of the images under root; auto: detected. folders: task/class/image; split_folders: task/split/class/image
+    or split/task/class/image; manifest: a table; else a data set as published (the archive of Office-Home; folders
+    with the image lists of MiniDomainNet, DomainNet or PACS)."""
     columns: dict[Literal["path", "task", "label", "split"], str] = {}
-    """What a manifest calls its columns, where that is not path, task, label and split: {task: domain}."""
+    """Column names of a manifest, if different from path, task, label and split: {task: domain}."""
     use_official_splits: bool = False
-    """Whether the data's own splits are respected: only images that it calls train are drawn as training images, and
-    the test set is what it calls test; validation images are left out. false: all images of a class are one pool, and
-    those that are not drawn test, as in the paper."""
+    """Use the official splits of the data set: sample training images only from its train split, evaluate on its test
+    split, ignore its validation split. false: pool all images of a class and evaluate on those that are not sampled,
+    as in the paper."""
     tasks: tuple[str, ...] | None = None
-    """Names of the tasks to use (their folders); null: all that the layout has."""
+    """Names of the tasks to use (their folders); null: all."""
     expected_images: Annotated[dict[str, PositiveInt] | None, affects()] = None
-    """Task → number of images that its publishers count, or `a + b` → that of these tasks together. Another number is
-    told at the start."""
+    """Published number of images by task, or by `a + b` for the sum of tasks. A run reports deviations at its start."""
     class_names: str | dict[str, str] | None = None
-    """Text file of the classes to use, one a line: folder name, optionally a tab and the words to show to CLIP;
-    `|` between several names of a class. Or task → such a file, for tasks of different classes. null: all class
-    folders, `_` read as a space."""
+    """Text file of the classes to use, one per line: the folder name, optionally followed by a tab and the class name
+    for CLIP, or several names separated by `|`. Or a mapping from task to such a file, for tasks with different
+    classes. null: all class folders, with `_` replaced by a space."""
     shots: Annotated[PositiveInt, affects("splits")] = 6
-    """Training images of each class in each task; the rest is the test set (see use_official_splits)."""
+    """Training images per class and task; all others are test images (see use_official_splits)."""
     max_broken_fraction: Annotated[Fraction, affects("splits")] = 0.0
-    """Share of broken images (0 to 1) that may be dropped, recorded with the split; above it the run stops."""
+    """Maximum fraction of broken images (0 to 1), which are dropped and recorded; above it the run stops."""
     follow_external_symlinks: bool = False
-    """Whether links, and paths of a manifest, may lead out of root, for data sets that are linked together; else such
-    a one stops the run, so that a folder of somebody else's cannot show other files of yours."""
+    """Follow symbolic links, and paths of a manifest, that lead outside root. false: they stop the run, so that an
+    untrusted folder cannot expose other files."""
 
 
 class ClipConfig(Section, affects=("clip",)):
     model: str = "ViT-B-16-quickgelu"
-    """Name of an open_clip ViT model, path of a model-config JSON, or `builtin:digits`."""
+    """Name of an open_clip ViT model, path of a model config (JSON), or `builtin:digits`."""
     pretrained: str | None = "openai"
-    """open_clip tag, path of a weights file, `builtin:digits`, or null for random weights."""
+    """open_clip tag or path of the weights, or `builtin:digits`; null: random weights."""
     quick_gelu: bool | None = None
-    """Activation of the weights' training: null takes what open_clip knows of the tag or model."""
+    """Use the QuickGELU activation, as the weights were trained; null: as open_clip records for the tag or model."""
     template: Annotated[Template, affects("training", "evaluation")] = "a photo of a {}."
-    """Text of a class; {} is the class name."""
+    """Prompt template; {} is the placeholder of the class name."""
     task_templates: Annotated[dict[str, Template], affects("training", "evaluation")] = {}
-    """Task → text of its classes, where that is not `template`: {sketch: "a sketch of a {}."}."""
+    """Prompt templates by task, which override `template`: {sketch: "a sketch of a {}."}."""
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
         affects("test_features", "training_features", "training", "evaluation"),
     ] = "auto"
-    """Arithmetic of the frozen towers; auto: bfloat16 autocast on a GPU that has it, float32 elsewhere.
-    Prompts and optimizer state are float32 always."""
+    """Precision of the frozen towers; auto: bfloat16 autocast on GPUs that support it, else float32. Prompts and
+    optimizer state are always float32."""
     activation_memory_gib: Annotated[float, Field(gt=0), affects()] = 6.0
-    """GiB that each tower may keep for its backward pass. Images and classes that need more are run in chunks, and
-    again in the backward pass: a third more time, and memory that no longer grows with them."""
+    """Maximum memory in GiB for the activations of each tower. Larger batches use activation checkpointing in chunks: a
+    third more time, and memory that no longer grows with the batch."""
 
     def template_for(self, task: str) -> str:
         return self.task_templates.get(task, self.template)
@@ -88,20 +87,20 @@ class ClipConfig(Section, affects=("clip",)):
 
 class MmapConfig(Section, affects=("method",)):
     prompt_length: PositiveInt = 8
-    """Prompt vectors of one MmAP in a layer (b in Eqs. 6-7)."""
+    """Prompt vectors per layer (b in Eqs. 6-7)."""
     source_rows: PositiveInt = 8
-    """Rows of the source prompt (m); divides prompt_length."""
+    """Rows of the source prompt (m); must divide prompt_length."""
     source_columns: PositiveInt | None = None
-    """Columns of the source prompt (n); divides both towers' widths. null: their greatest common divisor."""
+    """Columns of the source prompt (n); must divide the widths of both towers. null: their greatest common divisor."""
     depth: PositiveInt | None = None
-    """Layers, from the first, that get prompts; null: as many as the shallower tower has."""
+    """Number of layers with prompts, from the first; null: as many as the shallower tower has."""
     shared_source: bool = False
-    """One source prompt for all layers instead of one each."""
+    """Share one source prompt between all layers."""
     text_prompt_position: Annotated[Literal["after_sos", "before_sos"], affects("training", "evaluation")] = "after_sos"
-    """Where text prompts stand, those of other methods too: after the start token (CoOp, MaPLe), or before it (Eq. 9
-    to the letter)."""
+    """Position of the text prompts of all methods: after the start token (CoOp, MaPLe), or before it (literally as in
+    Eq. 9)."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
-    """Standard deviation of the source prompt's Gaussian start; scaling matrices start at one."""
+    """Standard deviation of the normal initialization of source prompts; scaling matrices are initialized to ones."""
 
     @model_validator(mode="after")
     def _rows_divide_length(self) -> MmapConfig:
@@ -115,73 +114,73 @@ class MmapConfig(Section, affects=("method",)):
 
 class AugmentationConfig(Section, affects=("training", "training_features")):
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Smallest and largest share of the image's area that a random resized crop keeps; (1, 1): no random crop."""
+    """Minimum and maximum area of a random resized crop, as a fraction of the image; (1, 1): no random crop."""
     crop_ratio: Annotated[float, Field(ge=1)] = 4 / 3
-    """Widest aspect ratio of a crop; the narrowest is its inverse."""
+    """Maximum aspect ratio of a random resized crop; the minimum is its inverse."""
     flip: bool = True
-    """Mirror half of the images left to right."""
+    """Flip images horizontally with probability 0.5."""
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentationConfig:
         low, high = self.crop_scale
         if not 0 < low <= high:
-            raise ValueError(f"augmentation.crop_scale={list(self.crop_scale)} must rise, above 0")
+            raise ValueError(f"augmentation.crop_scale={list(self.crop_scale)} must be increasing and positive")
         return self
 
 
 class TrainingConfig(Section, affects=("training",)):
     epochs: Annotated[PositiveInt, affects("training", "training_features")] = 5
-    """Passes over the largest task's training images; smaller tasks repeat theirs."""
+    """Epochs over the training images of the largest task; smaller tasks repeat theirs."""
     batch_size: Annotated[PositiveInt, affects("training", "training_features")] = 16
-    """Images of each task in a step."""
+    """Images per task and step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW."""
+    """Optimizer: SGD with momentum, or AdamW."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.0035
-    """Peak rate of the optimizer."""
+    """Peak learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """Of all trained parameters: SGD's L2 penalty, AdamW's decay."""
+    """Weight decay of all trained parameters: L2 penalty in SGD, decoupled in AdamW."""
     warmup_epochs: NonNegativeInt = 1
-    """First epochs at warmup_learning_rate; then a cosine by epoch, whose period is `epochs`."""
+    """Epochs at warmup_learning_rate, followed by cosine annealing per epoch with period `epochs`."""
     warmup_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Rate of the warm-up epochs."""
+    """Learning rate of the warm-up epochs."""
     augmentation: AugmentationConfig = AugmentationConfig()
-    """Random changes of the training images."""
+    """Data augmentation of the training images."""
     checkpoint_every: Annotated[PositiveInt, affects()] = 1
-    """Epochs between checkpoints, from which a training whose worker died goes on."""
+    """Epochs between checkpoints, from which a training resumes after its worker died."""
 
 
 class GlobalPromptConfig(Section, affects=("global_prompt",)):
     epochs: PositiveInt | None = None
-    """Epochs of the prompt shared by all tasks; null: training.epochs."""
+    """Epochs of the global prompt's training; null: training.epochs."""
     snapshot_every: PositiveInt = 1
-    """Steps between two snapshots of the tasks' gradients (they cost no extra backward pass)."""
+    """Steps between snapshots of the tasks' gradients, which need no extra backward pass."""
 
 
 class GroupingConfig(Section, affects=("grouping",)):
     affinity: Annotated[AffinityName, Field(description=f"Affinity of two tasks: {_AFFINITIES}.")] = "dot"
     per_layer: bool = False
-    """Affinities of each layer's gradients by themselves, then their mean: under cosine every layer counts alike."""
+    """Compute affinities per layer and average them; with cosine, all layers then have equal weight."""
     scaling_matrices: bool = True
-    """Whether the gradients of the scaling matrices count beside those of the source prompt."""
-    objective: Annotated[ObjectiveName, Field(description=f"What the best partition maximizes. {_OBJECTIVES}.")] = "sum"
+    """Include the gradients of the scaling matrices, beside those of the source prompt."""
+    objective: Annotated[ObjectiveName, Field(description=f"Objective to maximize. {_OBJECTIVES}.")] = "sum"
     num_groups: PositiveInt | None = None
-    """Exact number of groups; null: whatever is best."""
+    """Exact number of groups; null: chosen by the objective."""
     min_size: PositiveInt = 1
-    """Fewest tasks in a group."""
+    """Minimum number of tasks per group."""
     max_size: PositiveInt | None = None
-    """Most tasks in a group; null: no limit."""
+    """Maximum number of tasks per group; null: no limit."""
     must_link: tuple[tuple[str, ...], ...] = ()
-    """Lists of tasks that must be in one group: [[photo, art], [sketch, clipart]]."""
+    """Lists of tasks that must be in the same group: [[photo, art], [sketch, clipart]]."""
     cannot_link: tuple[tuple[str, ...], ...] = ()
-    """Lists of tasks no two of which may be in one group."""
+    """Lists of tasks of which no two may be in the same group."""
     time_limit_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds for the search of more than 20 tasks; then the best partition found is taken, and called so."""
+    """Time limit in seconds of a search with more than 20 tasks; then its best partition is used, and reported so."""
 
     @property
     def constraints(self) -> dict[str, Any]:
-        """As `best_partition` takes them."""
+        """Constraints as keyword arguments of `best_partition`."""
         return {
             name: getattr(self, name) for name in ("num_groups", "min_size", "max_size", "must_link", "cannot_link")
         }
@@ -189,21 +188,21 @@ class GroupingConfig(Section, affects=("grouping",)):
 
 class ClusterConfig(Section, affects=()):
     address: str | None = None
-    """Ray cluster to join (`auto`, host:port); null: the one that the process has joined already (in a notebook), else
-    that of RAY_ADDRESS, else a local Ray is started."""
+    """Ray cluster to join (`auto`, host:port); null: the one that the process is connected to (in a notebook), else
+    RAY_ADDRESS, else a local Ray is started."""
     workers_per_training: PositiveInt = 1
-    """Workers that share each step of one training (data parallel, by Ray Train), with the numbers of one worker.
-    Worth it where a step is long; many trainings on one GPU each are faster than one after another on all."""
+    """Data-parallel workers per training (Ray Train), with the results of a single worker. Useful if a step is long;
+    several trainings on one GPU each are faster than one training on all."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of a worker that trains, predicts or serves, or a fraction; null: 1 where the cluster has GPUs, else 0."""
+    """GPUs per worker (training, prediction, serving), may be fractional; null: 1 if the cluster has GPUs, else 0."""
     cpus_per_worker: PositiveInt = 1
-    """CPU cores of a worker; on CPU also its threads."""
+    """CPU cores per worker; on CPU also its threads."""
     min_workers_per_training: PositiveInt | None = None
-    """Fewest workers with which a shared training goes on while machines are away; null: all of them."""
+    """Minimum number of workers with which a data-parallel training continues after a failure; null: all."""
     wait_for_nodes_s: NonNegative = 0
-    """How long to wait for machines that an autoscaler starts, before a cluster that is too small is refused."""
+    """Seconds to wait for nodes of an autoscaler before failing because the cluster is too small."""
     max_retries: NonNegativeInt = 3
-    """How often a task whose worker died is started again."""
+    """Maximum retries of a task whose worker died."""
 
 
 class TrackingConfig(Section, affects=()):
@@ -212,12 +211,12 @@ class TrackingConfig(Section, affects=()):
     experiment: str = "mmap-clip"
     """Name of the MLflow experiment."""
     registered_model: Annotated[str, Field(pattern=r"^[^\s/:'\"][^/:'\"]*$", max_length=200)] | None = None
-    """Name under which the run's last prompts (MmAP, grouped) become a version in MLflow's model registry; null: none
-    (`jobs/register_model.py` does it for any finished run)."""
+    """Name in the MLflow model registry under which the run registers its grouped MmAP; null: not registered
+    (`jobs/register_model.py` registers any finished run)."""
 
 
 def source_columns(config: MmapConfig, text_width: int, vision_width: int) -> int:
-    """n of Eqs. 6-7 for towers of these widths; a value that does not divide both is refused."""
+    """Return n of Eqs. 6-7 for towers of these widths; UserError if the config's value does not divide both."""
     common = math.gcd(text_width, vision_width)
     n = config.source_columns or common
     if common % n:
