@@ -105,9 +105,9 @@ class Section(BaseModel):
                 continue
             if cls._affects is None:
                 raise TypeError(
-                    f"{cls.__name__}.{name} does not declare what it affects, so stale results would be reused: "
-                    f'annotate it (`{name}: Annotated[..., affects("training")]`; affects() if it changes no result) or '
-                    "its section (pipeline/config/fields.py)"
+                    f"{cls.__name__}.{name} does not declare what it affects, so stale results are reused: annotate it "
+                    f'(`{name}: Annotated[..., affects("training")]`; affects() if it changes no result) or its '
+                    "section (pipeline/config/fields.py)"
                 )
             field.metadata.append(cls._affects)
 
