@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from common import fastest_in_turn, table, where, write_results
 
-from pipeline.grouping.objectives import OBJECTIVES, find_objective
+from pipeline.grouping.objectives import OBJECTIVES, get_objective
 from pipeline.grouping.partition import TIME_LIMIT_S, best_partition
 from pipeline.grouping.search.integer_program import IntegerProgram
 from pipeline.grouping.search.local_search import heuristic_partition
 from pipeline.grouping.search.problem import Problem
-from pipeline.grouping.search.subsets import best_by_subsets
+from pipeline.grouping.search.subsets import solve_subset_dp
 from pipeline.grouping.study import partition_score, set_partitions
 
 CPU = torch.device("cpu")
-MOST_PLAIN, MOST_TAG = 10, 16
+MAX_TASKS_PLAIN_PYTHON, MAX_TASKS_TAG = 10, 16
 """Tasks up to which a slow way is run."""
 
 
@@ -76,23 +76,23 @@ def affinities(kind: str, num_tasks: int) -> np.ndarray:
 def ways_row(num_tasks: int, repeats: int, limit: float) -> dict:
     """Seconds of each way for `sum`; None where it would take too long."""
     affinity = affinities("directions", num_tasks)
-    problem = Problem.of(affinity, find_objective("sum"))
+    problem = Problem.from_affinity(affinity, get_objective("sum"))
 
     def integer_program() -> list[tuple[int, ...]]:
         return IntegerProgram(problem).solve(heuristic_partition(problem, limit / 10), limit)[0]
 
     searches: dict[str, Callable] = {
         "plain Python": lambda: max(set_partitions(num_tasks), key=lambda of: partition_score(affinity, of, "sum")),
-        "subsets": lambda: best_by_subsets(problem),
+        "subsets": lambda: solve_subset_dp(problem),
         "integer program": integer_program,
         "best_partition": lambda: best_partition(affinity).groups,
     }
-    most = {"plain Python": MOST_PLAIN}
+    most = {"plain Python": MAX_TASKS_PLAIN_PYTHON}
     run = {name: search for name, search in searches.items() if num_tasks <= most.get(name, num_tasks)}
     scores = {name: problem.score(search()) for name, search in run.items()}  # warms up as well
     if np.ptp(list(scores.values())) > 1e-6:
         sys.exit(f"{num_tasks} tasks: the ways differ: {scores}")
-    if num_tasks <= MOST_TAG:
+    if num_tasks <= MAX_TASKS_TAG:
         run["TAG's scores"] = lambda: tag_scores(affinity.tolist())
     measured = fastest_in_turn(run, repeats, CPU)
     row = {"tasks": num_tasks, "seconds": {name: measured.get(name) for name in [*searches, "TAG's scores"]}}
@@ -104,10 +104,10 @@ def options_row(num_tasks: int, repeats: int) -> dict:
     affinity = affinities("random", num_tasks)
     options = {
         **{name: {"objective": objective} for name, objective in OBJECTIVES.items()},
-        "4 groups": {"objective": find_objective("sum"), "num_groups": 4},
-        "at most 5 tasks": {"objective": find_objective("sum"), "max_size": 5},
+        "4 groups": {"objective": get_objective("sum"), "num_groups": 4},
+        "at most 5 tasks": {"objective": get_objective("sum"), "max_size": 5},
     }
-    runs = {name: lambda of=of: best_by_subsets(Problem.of(affinity, **of)) for name, of in options.items()}
+    runs = {name: lambda of=of: solve_subset_dp(Problem.from_affinity(affinity, **of)) for name, of in options.items()}
     row = {"tasks": num_tasks, "seconds": fastest_in_turn(runs, repeats, CPU)}
     print(row, file=sys.stderr, flush=True)
     return row
@@ -118,7 +118,7 @@ def many_row(kind: str, num_tasks: int, objective: str, limit: float) -> dict:
     search = {"it": lambda: found.append(best_partition(affinity, objective=objective, time_limit_s=limit))}
     took = fastest_in_turn(search, 1, CPU)["it"]
     row = {"affinities": kind, "tasks": num_tasks, "objective": objective, "seconds": took, "way": found[0].method}
-    row |= {"score": found[0].score, "bound": found[0].bound}
+    row |= {"score": found[0].score, "upper_bound": found[0].upper_bound}
     print(row, file=sys.stderr, flush=True)
     return row
 
@@ -143,7 +143,7 @@ def seconds(value: float) -> str:
 
 def gap(row: dict) -> str:
     """Of the bound over the score; proven best: 0."""
-    return "0" if row["bound"] == row["score"] else f"{100 * (row['bound'] / row['score'] - 1):.1f} %"
+    return "0" if row["upper_bound"] == row["score"] else f"{100 * (row['upper_bound'] / row['score'] - 1):.1f} %"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Partitions, their scores and constraints by plain loops, which the product's own are held against.
+"""Reference implementations of partitions, scores and constraints by plain loops, for comparison in tests.
 
-`PLAIN_SCORES` and `PLAIN_AFFINITIES` define each objective and affinity that is registered: tests walk the registries.
+`REFERENCE_SCORES` and `REFERENCE_AFFINITIES` define every registered objective and affinity: tests iterate over the
+registries.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ KINDS = tuple(AFFINITIES)
 
 @cache
 def all_partitions(num_tasks: int) -> tuple[Groups, ...]:
-    """Every partition once, by enumerating restricted growth strings."""
+    """Enumerate every partition once, by restricted growth strings."""
 
     def extend(labels: list[int]) -> Iterator[list[int]]:
         if len(labels) == num_tasks:
@@ -42,15 +43,15 @@ def _sum(affinity: np.ndarray, group: tuple[int, ...]) -> float:
 
 
 def _mean(affinity: np.ndarray, group: tuple[int, ...]) -> float:
-    others = {i: [affinity[i, j] for j in group if j != i] for i in group}
-    return sum(sum(values) / len(values) for values in others.values() if values)
+    affinities_by_task = {i: [affinity[i, j] for j in group if j != i] for i in group}
+    return sum(sum(values) / len(values) for values in affinities_by_task.values() if values)
 
 
 def _density(affinity: np.ndarray, group: tuple[int, ...]) -> float:
     return _sum(affinity, group) / len(group)
 
 
-PLAIN_SCORES: dict[str, Callable[[np.ndarray, tuple[int, ...]], float]] = {
+REFERENCE_SCORES: dict[str, Callable[[np.ndarray, tuple[int, ...]], float]] = {
     "sum": _sum,
     "mean": _mean,
     "density": _density,
@@ -58,52 +59,52 @@ PLAIN_SCORES: dict[str, Callable[[np.ndarray, tuple[int, ...]], float]] = {
 """Objective → score of a group."""
 
 
-def _dot(one: Iterable[float], other: Iterable[float]) -> float:
-    return float(sum(x * y for x, y in zip(one, other)))
+def _dot(a: Iterable[float], b: Iterable[float]) -> float:
+    return float(sum(x * y for x, y in zip(a, b)))
 
 
-def _cosine(one: Iterable[float], other: Iterable[float]) -> float:
-    return _dot(one, other) / math.sqrt(_dot(one, one) * _dot(other, other))
+def _cosine(a: Iterable[float], b: Iterable[float]) -> float:
+    return _dot(a, b) / math.sqrt(_dot(a, a) * _dot(b, b))
 
 
-PLAIN_AFFINITIES: dict[str, Callable[[Iterable[float], Iterable[float]], float]] = {"dot": _dot, "cosine": _cosine}
-"""Affinity → that of two tasks' gradients, neither of which is zero."""
+REFERENCE_AFFINITIES: dict[str, Callable[[Iterable[float], Iterable[float]], float]] = {"dot": _dot, "cosine": _cosine}
+"""Affinity → its value for two tasks' gradients, neither of which is zero."""
 
 
-def plain_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
-    return sum((PLAIN_SCORES[objective](affinity, group) for group in groups), 0.0)
+def reference_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
+    return sum((REFERENCE_SCORES[objective](affinity, group) for group in groups), 0.0)
 
 
 def all_scores(affinity: np.ndarray, objective: str) -> Iterator[tuple[float, Groups]]:
-    """`plain_score` of every partition, each group's score computed once."""
+    """Yield `reference_score` of every partition; each group's score is computed once."""
     tasks = range(len(affinity))
-    of_group = {
-        group: PLAIN_SCORES[objective](affinity, group)
+    group_scores = {
+        group: REFERENCE_SCORES[objective](affinity, group)
         for size in range(1, len(affinity) + 1)
         for group in combinations(tasks, size)
     }
     for groups in all_partitions(len(affinity)):
-        yield sum(map(of_group.__getitem__, groups), 0.0), groups
+        yield sum(map(group_scores.__getitem__, groups), 0.0), groups
 
 
 def meets_constraints(groups: Groups, num_groups=None, min_size=1, max_size=None, must_link=(), cannot_link=()) -> bool:
-    group_of = {task: group for group in groups for task in group}
+    task_to_group = {task: group for group in groups for task in group}
     return (
         num_groups in (None, len(groups))
-        and all(min_size <= len(group) <= (max_size or len(group_of)) for group in groups)
-        and all(len({group_of[task] for task in tasks}) == 1 for tasks in must_link)
-        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in cannot_link)
+        and all(min_size <= len(group) <= (max_size or len(task_to_group)) for group in groups)
+        and all(len({task_to_group[task] for task in tasks}) == 1 for tasks in must_link)
+        and all(len({task_to_group[task] for task in tasks}) == len(tasks) for tasks in cannot_link)
     )
 
 
-def best_by_plain_enumeration(affinity: np.ndarray, objective: str, **constraints) -> tuple[Groups, float, int] | None:
-    """Groups, their score, and how many partitions meet the constraints."""
+def best_by_enumeration(affinity: np.ndarray, objective: str, **constraints) -> tuple[Groups, float, int] | None:
+    """Return the best groups, their score, and the number of feasible partitions; None if there is none."""
     num_tasks = len(affinity)
     allowed = [scored for scored in all_scores(affinity, objective) if meets_constraints(scored[1], **constraints)]
     if not allowed:
         return None
     scale = sum(abs(affinity[i, j]) for i in range(num_tasks) for j in range(i))
     best = max(score for score, _ in allowed)
-    equals = [(score, groups) for score, groups in allowed if score >= best - 1e-12 * scale]
-    score, groups = min(equals, key=lambda pair: (len(pair[1]), pair[1]))
+    ties = [(score, groups) for score, groups in allowed if score >= best - 1e-12 * scale]
+    score, groups = min(ties, key=lambda pair: (len(pair[1]), pair[1]))
     return groups, score, len(allowed)

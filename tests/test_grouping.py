@@ -19,12 +19,12 @@ from pipelines import REPOSITORY
 from reference_partitions import (
     KINDS,
     OBJECTIVES,
-    PLAIN_AFFINITIES,
-    PLAIN_SCORES,
+    REFERENCE_AFFINITIES,
+    REFERENCE_SCORES,
     all_partitions,
-    best_by_plain_enumeration,
+    best_by_enumeration,
     meets_constraints,
-    plain_score,
+    reference_score,
 )
 from small_clip import small_towers
 from small_problem import mmap_shape
@@ -33,20 +33,20 @@ from pipeline import command_line
 from pipeline.config import Config, GroupingConfig, choices
 from pipeline.errors import UserError
 from pipeline.grouping import stability
-from pipeline.grouping.advice import warnings_about
-from pipeline.grouping.affinities import find_affinity
+from pipeline.grouping.advice import grouping_warnings
+from pipeline.grouping.affinities import get_affinity
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.gradient_blocks import SOURCE, gradient_blocks, read_layout
 from pipeline.grouping.graph import affinity_graph
-from pipeline.grouping.objectives import find_objective
+from pipeline.grouping.objectives import get_objective
 from pipeline.grouping.partition import Partition, best_partition
 from pipeline.grouping.stability import ranked_partitions
 from pipeline.grouping.study import partition_score
 from pipeline.methods.mmap import SharedMmap
-from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map
+from pipeline.report.grouping_figures import affinity_graph_figure, affinity_heat_map
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.stages.global_prompt import SNAPSHOTS
-from pipeline.stages.grouping import describe_search, grouping_artifact, make_grouping, read_grouping
+from pipeline.stages.grouping import compute_grouping, describe_search, grouping_artifact, read_grouping
 from pipeline.stages.grouping_solution import write_grouping
 from pipeline.training.snapshots import write_snapshots
 from pipeline.training.trainer import Snapshot, StepRecord
@@ -68,7 +68,7 @@ def test_affinity_equals_explicit_loops(kind, dtype):
     for snapshot in gradients.astype(np.float64):
         for i in range(5):
             for j in range(5):
-                expected[i, j] += PLAIN_AFFINITIES[kind](snapshot[i], snapshot[j]) / len(gradients)
+                expected[i, j] += REFERENCE_AFFINITIES[kind](snapshot[i], snapshot[j]) / len(gradients)
     affinity = affinity_matrix(gradients, kind)
     assert affinity.dtype == np.float64
     np.testing.assert_allclose(affinity, expected, rtol=1e-12, atol=1e-12)
@@ -194,7 +194,7 @@ def test_the_stage_heeds_its_options_and_records_them(undrawn, tmp_path):
         True,
         5,
     )
-    assert found["bound"] == found["score"] > 0
+    assert found["upper_bound"] == found["score"] > 0
     found = solved(tmp_path, gradients, scaling_matrices=False, objective="density")
     assert found["groups"] == [["ink", "chalk"], ["neon"]]
     assert (found["scaling_matrices"], found["per_layer"], found["objective"]) == (False, False, "density")
@@ -263,7 +263,7 @@ def make_grouping_of(tmp_path, undrawn, monkeypatch):
     def make(tasks: list[str], gradients: np.ndarray, **options) -> MadeGrouping:
         plan, snapshots = small_plan(storage, tasks, **options), made_snapshots(storage, tasks, gradients)
         artifact = grouping_artifact(plan, snapshots)
-        assert make_grouping(plan, snapshots, artifact)
+        assert compute_grouping(plan, snapshots, artifact)
         page = (artifact.download() / "grouping.html").read_text()
         pictures = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)
         shown = {title: figures[int(base64.b64decode(token).split()[1])] for title, token in pictures}
@@ -272,7 +272,7 @@ def make_grouping_of(tmp_path, undrawn, monkeypatch):
     return make
 
 
-def plain_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, scaling_matrices: bool) -> np.ndarray:
+def reference_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, scaling_matrices: bool) -> np.ndarray:
     """Of gradients in the layout above, pair by pair."""
     source = [[4 * layer + at for at in range(4)] for layer in range(3)]
     scaling = [[12 + layer, 15 + 2 * layer, 16 + 2 * layer] for layer in range(3)]
@@ -286,7 +286,7 @@ def plain_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, scalin
             for snapshot in gradients.astype(np.float32).astype(np.float64):
                 for block in blocks:
                     pair = snapshot[i, block].tolist(), snapshot[j, block].tolist()
-                    products.append(PLAIN_AFFINITIES[affinity](*pair))
+                    products.append(REFERENCE_AFFINITIES[affinity](*pair))
             expected[i, j] = np.mean(products)
     return expected
 
@@ -328,7 +328,7 @@ OPTIONS = [
 
 
 def best_in_words(gradients: np.ndarray, objective: str, affinity: dict, **constraints) -> str:
-    groups, *_ = best_by_plain_enumeration(plain_affinity(gradients, **affinity), objective, **constraints)
+    groups, *_ = best_by_enumeration(reference_affinity(gradients, **affinity), objective, **constraints)
     return in_words(named(groups, MORE_TASKS))
 
 
@@ -367,10 +367,10 @@ def test_all_that_the_stage_tells_is_scored_and_constrained_as_configured(
     made = make_grouping_of(MORE_TASKS, gradients, objective=objective, **affinity, **options)
     result, sure = made.result, made.result["stability"]
 
-    expected = plain_affinity(gradients, **affinity)
+    expected = reference_affinity(gradients, **affinity)
     np.testing.assert_allclose(result["affinity"], expected, rtol=1e-6, atol=1e-9)
     scores = {
-        in_words(named(groups, MORE_TASKS)): plain_score(expected, groups, objective)
+        in_words(named(groups, MORE_TASKS)): reference_score(expected, groups, objective)
         for groups in all_partitions(5)
         if meets_constraints(groups, **by_number)
     }
@@ -378,7 +378,7 @@ def test_all_that_the_stage_tells_is_scored_and_constrained_as_configured(
     best = ranked[0]
 
     assert in_words(result["groups"]) == best
-    assert result["score"] == result["bound"] == pytest.approx(scores[best]) and result["is_optimal"]
+    assert result["score"] == result["upper_bound"] == pytest.approx(scores[best]) and result["is_optimal"]
     assert result["num_candidates"] == len(scores)
     assert (result["objective"], result["affinity_kind"]) == (objective, affinity["affinity"])
     assert {name: result["constraints"][name] for name in options} == options
@@ -402,7 +402,7 @@ def test_of_many_tasks_all_partitions_told_keep_the_constraints_and_have_their_s
     gradients = np.random.default_rng(3).normal(size=(6, 9, 21))
     constraints = {"num_groups": 3, "min_size": 2, "max_size": 4, "cannot_link": [["task0", "task4"]]}
     made = make_grouping_of(tasks, gradients, objective=objective, **constraints)
-    sure, affinity = made.result["stability"], plain_affinity(gradients, "dot", False, True)
+    sure, affinity = made.result["stability"], reference_affinity(gradients, "dot", False, True)
     told = [made.result, *sure["ranked"], *sure["resampled"], *sure["over_training"]]
     assert len(sure["ranked"]) > 3 and len(sure["resampled"]) > 1
 
@@ -410,7 +410,7 @@ def test_of_many_tasks_all_partitions_told_keep_the_constraints_and_have_their_s
         return tuple(tuple(tasks.index(task) for task in group) for group in groups)
 
     assert all(meets_constraints(numbers(of["groups"]), **constraints | {"cannot_link": [[0, 4]]}) for of in told)
-    scores = [plain_score(affinity, numbers(of["groups"]), objective) for of in sure["ranked"]]
+    scores = [reference_score(affinity, numbers(of["groups"]), objective) for of in sure["ranked"]]
     assert [of["score"] for of in sure["ranked"]] == pytest.approx(scores) and scores[0] == max(scores)
     assert list(made.bars(made.figures["What comes close"]).values()) == pytest.approx(scores)
 
@@ -442,7 +442,7 @@ def test_bad_snapshots_are_named(undrawn, tmp_path):
     ("value", "message"),
     [
         ("[[ink, oil]]", "cannot_link: [ink, oil]: 'oil' is not a task; tasks: "),
-        ("[[ink, chalk]]", "'chalk' and 'ink' must be together (`must_link`) and apart (`cannot_link`)"),
+        ("[[ink, chalk]]", "must_link puts 'chalk' and 'ink' in one group, cannot_link forbids it"),
     ],
 )
 def test_constraints_are_checked_at_the_door(tmp_path, monkeypatch, capsys, value, message):
@@ -460,7 +460,7 @@ def test_constraints_are_checked_at_the_door(tmp_path, monkeypatch, capsys, valu
 def warned(affinity, *, objective="sum", kind="dot", per_layer=False, **constraints) -> list[str]:
     names = [f"task{index}" for index in range(len(affinity))]
     partition = best_partition(affinity, objective=objective, **constraints)
-    return warnings_about(affinity, partition, names, objective=objective, kind=kind, per_layer=per_layer)
+    return grouping_warnings(affinity, partition, names, objective=objective, kind=kind, per_layer=per_layer)
 
 
 def test_collapse_into_one_group_says_what_to_do():
@@ -490,7 +490,7 @@ def test_every_objective_and_affinity_advises_what_splits_more(objective, kind):
     """Other objectives are advised if they part a triple that this one keeps: 0-1-2 with one strong pair."""
 
     def pair_share(name: str) -> float:
-        return PLAIN_SCORES[name](np.ones((3, 3)), (0, 1)) / PLAIN_SCORES[name](np.ones((3, 3)), (0, 1, 2))
+        return REFERENCE_SCORES[name](np.ones((3, 3)), (0, 1)) / REFERENCE_SCORES[name](np.ones((3, 3)), (0, 1, 2))
 
     (message,) = warned(np.ones((4, 4)), objective=objective, kind=kind)
     for other in OBJECTIVES:
@@ -501,13 +501,13 @@ def test_every_objective_and_affinity_advises_what_splits_more(objective, kind):
 
 
 def test_names_are_those_of_the_registries_everywhere():
-    assert set(PLAIN_SCORES) == set(OBJECTIVES) and set(PLAIN_AFFINITIES) == set(KINDS)
+    assert set(REFERENCE_SCORES) == set(OBJECTIVES) and set(REFERENCE_AFFINITIES) == set(KINDS)
     fields = GroupingConfig.model_fields
     assert choices(fields["objective"]) == OBJECTIVES and choices(fields["affinity"]) == KINDS
     for objective in OBJECTIVES:
-        assert find_objective(objective).summary in fields["objective"].description
+        assert get_objective(objective).summary in fields["objective"].description
     for kind in KINDS:
-        assert find_affinity(kind).summary in fields["affinity"].description
+        assert get_affinity(kind).summary in fields["affinity"].description
     table = (REPOSITORY / "docs" / "grouping.md").read_text()
     assert all(f"\n| `{name}` | $" in table for name in (*OBJECTIVES, *KINDS))
 
@@ -518,8 +518,8 @@ def test_an_unknown_name_cannot_be_scored():
         lambda: best_partition(np.ones((2, 2)), objective="most"),
         lambda: partition_score(np.ones((2, 2)), ((0, 1),), "most"),
         lambda: ranked_partitions(np.ones((2, 2)), ((0, 1),), "most", ["a", "b"]),
-        lambda: warnings_about(np.ones((2, 2)), partition, ["a", "b"], objective="most", kind="dot"),
-        lambda: warnings_about(np.ones((2, 2)), partition, ["a", "b"], objective="sum", kind="most"),
+        lambda: grouping_warnings(np.ones((2, 2)), partition, ["a", "b"], objective="most", kind="dot"),
+        lambda: grouping_warnings(np.ones((2, 2)), partition, ["a", "b"], objective="sum", kind="most"),
         lambda: affinity_matrix(np.ones((1, 2, 3)), "most"),
     ):
         with pytest.raises(UserError, match="'most' is unknown; choose from "):
@@ -529,7 +529,7 @@ def test_an_unknown_name_cannot_be_scored():
 def test_a_search_without_proof_says_so():
     partition = Partition(((0, 1), (2,)), 1.5, 5, "integer program", 2.25)
     affinity = np.array([[1, 1.5, -1], [1.5, 1, -1], [-1, -1, 1]])
-    (message,) = warnings_about(affinity, partition, ["a", "b", "c"], objective="sum", kind="dot")
+    (message,) = grouping_warnings(affinity, partition, ["a", "b", "c"], objective="sum", kind="dot")
     assert "not proven best" in message and "1.5" in message and "2.25" in message and "time_limit_s" in message
 
 
@@ -559,7 +559,7 @@ def test_dominant_and_missing_gradients_are_named():
 def test_warnings_check_the_number_of_names():
     partition = best_partition(np.eye(3))
     with pytest.raises(ValueError, match="2 task names for an affinity matrix of 3 tasks"):
-        warnings_about(np.eye(3), partition, ["a", "b"], objective="sum", kind="dot")
+        grouping_warnings(np.eye(3), partition, ["a", "b"], objective="sum", kind="dot")
 
 
 # --- graph and figures ----------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ def test_figures_render_without_warnings_and_without_pyplot_state(num_tasks, num
         warnings.simplefilter("error")
         for figure in (
             affinity_heat_map(affinity, names, groups),
-            affinity_graph_picture(affinity_graph(affinity, names, groups)),
+            affinity_graph_figure(affinity_graph(affinity, names, groups)),
         ):
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=40)
@@ -627,7 +627,7 @@ def test_no_label_is_cut_off(num_tasks):
     groups = [tuple(range(0, num_tasks, 2)), tuple(range(1, num_tasks, 2))]
     for figure in (
         affinity_heat_map(affinity, names, groups),
-        affinity_graph_picture(affinity_graph(affinity, names, groups)),
+        affinity_graph_figure(affinity_graph(affinity, names, groups)),
     ):
         figure.savefig(io.BytesIO())  # runs the layout
         whole = figure.bbox

@@ -1,4 +1,4 @@
-"""Every way to search partitions against plain enumeration, and what constraints are refused."""
+"""Every search algorithm against plain enumeration, and the messages of infeasible constraints."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference_partitions import OBJECTIVES, best_by_plain_enumeration, meets_constraints, plain_score
+from reference_partitions import OBJECTIVES, best_by_enumeration, meets_constraints, reference_score
 
 from pipeline.errors import UserError
 from pipeline.grouping import partition
 from pipeline.grouping.objectives import OBJECTIVES as REGISTERED
-from pipeline.grouping.objectives import find_objective
+from pipeline.grouping.objectives import get_objective
 from pipeline.grouping.partition import Partition, best_partition
 from pipeline.grouping.search import integer_program, local_search
 from pipeline.grouping.search.assignment import feasible_labels
-from pipeline.grouping.search.components import components
+from pipeline.grouping.search.components import connected_components
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.grouping.search.integer_program import IntegerProgram
 from pipeline.grouping.search.local_search import heuristic_partition, improve_partition
 from pipeline.grouping.search.problem import Problem
-from pipeline.grouping.search.subsets import best_by_subsets
+from pipeline.grouping.search.subsets import solve_subset_dp
 
 BELL_NUMBERS = [1, 1, 2, 5, 15, 52, 203, 877, 4140, 21147, 115975, 678570, 4213597]
 
@@ -43,9 +43,9 @@ def clustered(num_tasks: int, num_clusters: int, noise: float, seed: int) -> np.
 
 
 @st.composite
-def searches(draw, most_tasks: int = 7):
+def searches(draw, max_tasks: int = 7):
     """A symmetric matrix, generic or with few distinct values (ties), an objective, and constraints."""
-    num_tasks = draw(st.integers(1, most_tasks))
+    num_tasks = draw(st.integers(1, max_tasks))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (num_tasks, num_tasks)
     matrix = draw(
@@ -72,37 +72,37 @@ def searches(draw, most_tasks: int = 7):
     return np.triu(matrix) + np.triu(matrix, 1).T, draw(st.sampled_from(OBJECTIVES)), constraints
 
 
-def made_problem(affinity: np.ndarray, objective: str, **constraints) -> Problem:
-    return Problem.of(affinity, find_objective(objective), **constraints)
+def make_problem(affinity: np.ndarray, objective: str, **constraints) -> Problem:
+    return Problem.from_affinity(affinity, get_objective(objective), **constraints)
 
 
-# --- all ways agree -------------------------------------------------------------------------------------
+# --- all algorithms agree -------------------------------------------------------------------------------------
 
 
-def by_components(problem: Problem) -> list[tuple[int, ...]]:
+def solve_components(problem: Problem) -> list[tuple[int, ...]]:
     return [
-        tuple(part[unit] for unit in group)
-        for part in components(problem)
-        for group in best_by_subsets(problem.contract_must_links([[unit] for unit in part]))
+        tuple(part[node] for node in group)
+        for part in connected_components(problem)
+        for group in solve_subset_dp(problem.contract([[node] for node in part]))
     ]
 
 
 @settings(max_examples=400, deadline=None)
 @given(searches())
-def test_every_exact_way_gives_the_partition_of_plain_enumeration(search):
+def test_every_exact_algorithm_finds_the_partition_of_plain_enumeration(search):
     affinity, objective, constraints = search
-    expected = best_by_plain_enumeration(affinity, objective, **constraints)
+    expected = best_by_enumeration(affinity, objective, **constraints)
     if expected is None:
-        with pytest.raises(UserError, match=r"impossible|cannot be split|at once|must be together"):
+        with pytest.raises(UserError, match=r"impossible|cannot be split|at the same time|must_link puts"):
             best_partition(affinity, objective=objective, **constraints)
         return
     groups, score, num_candidates = expected
-    problem = made_problem(affinity, objective, **constraints)
-    for way in (best_by_subsets, by_components):
-        assert problem.task_groups(way(problem)) == groups, way
-    found = best_partition(affinity, objective=objective, **constraints)
-    assert (found.groups, found.num_candidates, found.is_optimal) == (groups, num_candidates, True)
-    assert found.score == pytest.approx(score, rel=0, abs=1e-11 * max(1.0, np.abs(affinity).sum()))
+    problem = make_problem(affinity, objective, **constraints)
+    for solve in (solve_subset_dp, solve_components):
+        assert problem.task_groups(solve(problem)) == groups, solve
+    result = best_partition(affinity, objective=objective, **constraints)
+    assert (result.groups, result.num_candidates, result.is_optimal) == (groups, num_candidates, True)
+    assert result.score == pytest.approx(score, rel=0, abs=1e-11 * max(1.0, np.abs(affinity).sum()))
 
 
 def worst_start(problem: Problem) -> list[tuple[int, ...]]:
@@ -114,45 +114,45 @@ def worst_start(problem: Problem) -> list[tuple[int, ...]]:
 @given(searches())
 def test_the_integer_program_reaches_the_best_score(search):
     affinity, objective, constraints = search
-    expected = best_by_plain_enumeration(affinity, objective, **constraints)
+    expected = best_by_enumeration(affinity, objective, **constraints)
     assume(expected is not None)
-    problem = made_problem(affinity, objective, **constraints)
+    problem = make_problem(affinity, objective, **constraints)
     assume(problem.num_nodes > 1)
-    groups, bound = IntegerProgram(problem).solve(worst_start(problem), 30)
+    groups, upper_bound = IntegerProgram(problem).solve(worst_start(problem), 30)
     assert meets_constraints(problem.task_groups(groups), **constraints)
     assert problem.score(groups) == pytest.approx(expected[1], rel=0, abs=2e-6 * max(1e-9, np.abs(affinity).max()))
-    assert bound == problem.score(groups)
+    assert upper_bound == problem.score(groups)
 
 
 @settings(max_examples=60, deadline=None)
-@given(searches(most_tasks=7), st.integers(4, 6))
-def test_a_local_search_meets_the_constraints_and_claims_no_more_than_it_has(search, most_parts):
-    """With a few parts a round, as for many tasks."""
+@given(searches(max_tasks=7), st.integers(4, 6))
+def test_a_local_search_meets_the_constraints_and_claims_no_more_than_it_has(search, max_parts):
+    """Rounds have few parts, as for many tasks."""
     affinity, objective, constraints = search
-    expected = best_by_plain_enumeration(affinity, objective, **constraints)
+    expected = best_by_enumeration(affinity, objective, **constraints)
     assume(expected is not None)
-    problem = made_problem(affinity, objective, **constraints)
+    problem = make_problem(affinity, objective, **constraints)
     assume(problem.num_nodes > 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local_search, "MOST_PARTS", most_parts)
+        patch.setattr(local_search, "MAX_PARTS", max_parts)
         patch.setattr(local_search, "NUM_ANNEALINGS", 1)
-        patch.setattr(local_search, "ROUNDS", 4)
-        first = heuristic_partition(problem, 5)
-        groups = improve_partition(problem, first, 5)
+        patch.setattr(local_search, "ROUNDS_PER_NODE", 4)
+        start = heuristic_partition(problem, 5)
+        groups = improve_partition(problem, start, 5)
     assert meets_constraints(problem.task_groups(groups), **constraints)
-    assert problem.score(groups) >= problem.score(first) - problem.tie * problem.num_nodes
+    assert problem.score(groups) >= problem.score(start) - problem.tie * problem.num_nodes
     assert problem.score(groups) <= expected[1] + 1e-11 * max(1.0, np.abs(affinity).sum())
 
 
 class CountingClock:
-    """Stands for the module `time`: every look at it is a second later, so that a search ends after so many looks."""
+    """Replaces the module `time`: the clock advances by a second per call, so a search ends after that many calls."""
 
     def __init__(self):
-        self.looks = 0
+        self.num_calls = 0
 
     def monotonic(self) -> float:
-        self.looks += 1
-        return float(self.looks)
+        self.num_calls += 1
+        return float(self.num_calls)
 
 
 LOCAL_SEARCHES = {
@@ -160,33 +160,33 @@ LOCAL_SEARCHES = {
     "number of groups": {"num_groups": 3},
     "sizes": {"min_size": 2, "max_size": 3},
     "equal sizes": {"min_size": 2, "max_size": 2},
-    "together and apart": {"must_link": [[0, 3], [1, 4]], "cannot_link": [[0, 1, 2]]},
+    "must_link and cannot_link": {"must_link": [[0, 3], [1, 4]], "cannot_link": [[0, 1, 2]]},
 }
 
 
 @pytest.mark.parametrize("name", LOCAL_SEARCHES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_local_search_solves_most_small_problems(monkeypatch, objective, name):
-    """In rounds of five parts, so that it has to go through partitions that are not the best."""
-    monkeypatch.setattr(local_search, "MOST_PARTS", 5)
+    """Rounds of five parts: the search has to pass through partitions that are not optimal."""
+    monkeypatch.setattr(local_search, "MAX_PARTS", 5)
     monkeypatch.setattr(local_search, "NUM_ANNEALINGS", 2)
-    monkeypatch.setattr(local_search, "ROUNDS", 8)
+    monkeypatch.setattr(local_search, "ROUNDS_PER_NODE", 8)
     solved = 0
     for seed in range(4):
-        problem = made_problem(random_symmetric(8, seed), objective, **LOCAL_SEARCHES[name])
+        problem = make_problem(random_symmetric(8, seed), objective, **LOCAL_SEARCHES[name])
         groups = improve_partition(problem, heuristic_partition(problem, 60), 60)
-        solved += problem.score(groups) >= problem.score(best_by_subsets(problem)) - 1e-9
+        solved += problem.score(groups) >= problem.score(solve_subset_dp(problem)) - 1e-9
     assert solved >= 3
 
 
 def test_annealing_gets_out_of_local_optima(monkeypatch):
-    monkeypatch.setattr(local_search, "MOST_PARTS", 7)
+    monkeypatch.setattr(local_search, "MAX_PARTS", 7)
     monkeypatch.setattr(local_search, "NUM_ANNEALINGS", 1)
     gains = []
     for seed in range(3):
-        problem = made_problem(random_symmetric(24, seed), "sum", num_groups=4)
-        first = heuristic_partition(problem, 60)
-        gains.append(problem.score(improve_partition(problem, first, 60)) - problem.score(first))
+        problem = make_problem(random_symmetric(24, seed), "sum", num_groups=4)
+        start = heuristic_partition(problem, 60)
+        gains.append(problem.score(improve_partition(problem, start, 60)) - problem.score(start))
     assert max(gains) > 0.1
 
 
@@ -194,51 +194,55 @@ def test_annealing_gets_out_of_local_optima(monkeypatch):
     "constraints", [{}, {"num_groups": 3}, {"max_size": 3, "must_link": [[0, 1]], "cannot_link": [[2, 3]]}]
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_bounds_of_searches_that_end_early_are_never_below_the_best(monkeypatch, objective, constraints):
+def test_upper_bounds_of_stopped_searches_are_never_below_the_optimum(monkeypatch, objective, constraints):
     """The integer program on small problems, stopped after any number of rounds."""
     gaps = []
     for seed in range(4):
-        problem = made_problem(random_symmetric(9, seed), objective, **constraints)
-        best = problem.score(best_by_subsets(problem))
+        problem = make_problem(random_symmetric(9, seed), objective, **constraints)
+        best = problem.score(solve_subset_dp(problem))
         positive = np.clip(np.triu(random_symmetric(9, seed), 1), 0, None).sum()
-        most = positive * REGISTERED[objective].pair_weight(2)  # if no pair that costs had to be joined
+        trivial_bound = positive * REGISTERED[objective].pair_weight(2)  # if no negative pair had to be joined
         for seconds in (1, 2, 3, 4, 6, 10, 100):
             monkeypatch.setattr(integer_program, "time", CountingClock())
-            groups, bound = IntegerProgram(problem).solve(worst_start(problem), seconds)
-            assert problem.score(groups) <= best + 1e-9 and bound >= best - 1e-6
-            assert bound <= most + 1e-6
-            gaps.append(bound - problem.score(groups))
+            groups, upper_bound = IntegerProgram(problem).solve(worst_start(problem), seconds)
+            assert problem.score(groups) <= best + 1e-9 and upper_bound >= best - 1e-6
+            assert upper_bound <= trivial_bound + 1e-6
+            gaps.append(upper_bound - problem.score(groups))
     assert min(gaps) == 0 and max(gaps) > 0  # with and without proof
 
 
 @pytest.mark.parametrize("constraints", [{}, {"num_groups": 3}, {"must_link": [[0, 1]], "cannot_link": [[2, 3]]}])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_partition_without_proof_has_a_bound_above_the_best(monkeypatch, objective, constraints):
-    """`best_partition` as for many tasks, on few, so that the best is known."""
+def test_a_partition_without_proof_has_an_upper_bound_above_the_optimum(monkeypatch, objective, constraints):
+    """`best_partition` takes the path for many tasks on few, whose optimum is known."""
     monkeypatch.setattr(local_search, "heuristic_partition", lambda problem, seconds: worst_start(problem))
     monkeypatch.setattr(local_search, "improve_partition", lambda problem, groups, seconds: groups)
     for seed in range(3):
         affinity = random_symmetric(9, seed)
         best = best_partition(affinity, objective=objective, **constraints).score
         with monkeypatch.context() as patch:
-            patch.setattr(partition, "MOST_BY_SUBSETS", 0)
+            patch.setattr(partition, "MAX_NODES_SUBSET_DP", 0)
             for seconds in (1, 4, 8, 100):
                 patch.setattr(integer_program, "time", CountingClock())
                 patch.setattr(partition, "time", CountingClock())
-                found = best_partition(affinity, objective=objective, time_limit_s=seconds, **constraints)
-                assert found.bound >= best - 1e-6 and found.score <= best + 1e-9 and np.isfinite(found.bound)
-                assert found.is_optimal == (found.bound == found.score)
-                if found.is_optimal:
-                    assert found.score == pytest.approx(best, abs=1e-5)
+                result = best_partition(affinity, objective=objective, time_limit_s=seconds, **constraints)
+                assert (
+                    result.upper_bound >= best - 1e-6
+                    and result.score <= best + 1e-9
+                    and np.isfinite(result.upper_bound)
+                )
+                assert result.is_optimal == (result.upper_bound == result.score)
+                if result.is_optimal:
+                    assert result.score == pytest.approx(best, abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_tasks_that_must_be_together_and_cost_may_be_better_off_with_others(objective):
-    """In a larger group a pair that costs may count less, so that components must not be searched apart."""
+def test_linked_tasks_with_negative_affinity_may_be_better_off_in_a_larger_group(objective):
+    """A negative pair may count less in a larger group: components must not be searched separately."""
     affinity = np.array([[0, -10.0, -0.1, 1.0], [-10.0, 0, -0.1, -0.1], [-0.1, -0.1, 0, -0.1], [1.0, -0.1, -0.1, 0]])
-    expected = best_by_plain_enumeration(affinity, objective, must_link=[[0, 1]])
-    problem = made_problem(affinity, objective, must_link=[[0, 1]])
-    assert problem.task_groups(by_components(problem)) == expected[0]
+    expected = best_by_enumeration(affinity, objective, must_link=[[0, 1]])
+    problem = make_problem(affinity, objective, must_link=[[0, 1]])
+    assert problem.task_groups(solve_components(problem)) == expected[0]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -247,10 +251,10 @@ def test_tasks_that_must_be_together_and_cost_may_be_better_off_with_others(obje
 )
 def test_nine_tasks(objective, constraints):
     affinity = random_symmetric(9, seed=3)
-    groups, score, num_candidates = best_by_plain_enumeration(affinity, objective, **constraints)
-    found = best_partition(affinity, objective=objective, **constraints)
-    assert (found.groups, found.num_candidates) == (groups, num_candidates)
-    assert found.score == pytest.approx(score, abs=1e-11)
+    groups, score, num_candidates = best_by_enumeration(affinity, objective, **constraints)
+    result = best_partition(affinity, objective=objective, **constraints)
+    assert (result.groups, result.num_candidates) == (groups, num_candidates)
+    assert result.score == pytest.approx(score, abs=1e-11)
 
 
 @settings(max_examples=100, deadline=None)
@@ -289,23 +293,23 @@ def test_under_mean_groups_of_four_are_never_needed():
 # --- ties and scores by hand ----------------------------------------------------------------------------
 
 
-WAY = "dynamic programming over subsets"
+METHOD = "dynamic programming over subsets"
 
 
 def test_objectives_on_a_case_worked_by_hand():
     affinity = np.array([[9.0, 2.0, -1.0], [2.0, 9.0, 0.5], [-1.0, 0.5, 9.0]])
     # {0,1,2}: sum 2 - 1 + 0.5 = 1.5; {0,1},{2}: sum 2, mean 2 + 2 + 0, density 2 / 2 + 0.
     pair = ((0, 1), (2,))
-    assert best_partition(affinity) == Partition(pair, 2.0, 5, WAY, 2.0)
-    assert best_partition(affinity, objective="mean") == Partition(pair, 4.0, 5, WAY, 4.0)
-    assert best_partition(affinity, objective="density") == Partition(pair, 1.0, 5, WAY, 1.0)
-    assert best_partition(affinity, num_groups=1) == Partition(((0, 1, 2),), 1.5, 1, WAY, 1.5)
+    assert best_partition(affinity) == Partition(pair, 2.0, 5, METHOD, 2.0)
+    assert best_partition(affinity, objective="mean") == Partition(pair, 4.0, 5, METHOD, 4.0)
+    assert best_partition(affinity, objective="density") == Partition(pair, 1.0, 5, METHOD, 1.0)
+    assert best_partition(affinity, num_groups=1) == Partition(((0, 1, 2),), 1.5, 1, METHOD, 1.5)
     assert best_partition(affinity, must_link=[[0, 2]]).groups == ((0, 1, 2),)
     assert best_partition(affinity, cannot_link=[[0, 1]]).groups == ((0,), (1, 2))
 
 
 def test_one_task_is_one_group():
-    assert best_partition(np.array([[3.0]])) == Partition(((0,),), 0.0, 1, WAY, 0.0)
+    assert best_partition(np.array([[3.0]])) == Partition(((0,),), 0.0, 1, METHOD, 0.0)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -314,7 +318,7 @@ def test_two_identical_tasks_are_one_group(objective):
     assert best_partition(np.full((2, 2), gradient @ gradient), objective=objective).groups == ((0, 1),)
 
 
-def test_identical_tasks_stay_together_among_others():
+def test_identical_tasks_share_a_group_among_other_tasks():
     for seed in range(40):
         gradients = np.random.default_rng(seed).normal(size=(7, 10))
         gradients[5] = gradients[1]
@@ -373,51 +377,51 @@ def test_rounding_asymmetry_is_accepted_and_the_diagonal_ignored():
 @pytest.mark.parametrize("constraints", [{}, {"num_groups": 4}])
 def test_twelve_tasks_by_subsets_and_by_the_integer_program(objective, constraints):
     affinity = random_symmetric(12, 8)
-    found = best_partition(affinity, objective=objective, **constraints)
-    problem = made_problem(affinity, objective, **constraints)
-    groups, bound = IntegerProgram(problem).solve(worst_start(problem), 60)
-    assert problem.score(groups) == pytest.approx(found.score, abs=1e-5)
-    assert bound == problem.score(groups)
+    result = best_partition(affinity, objective=objective, **constraints)
+    problem = make_problem(affinity, objective, **constraints)
+    groups, upper_bound = IntegerProgram(problem).solve(worst_start(problem), 60)
+    assert problem.score(groups) == pytest.approx(result.score, abs=1e-5)
+    assert upper_bound == problem.score(groups)
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
 def test_forty_tasks_with_proof(objective):
     affinity = clustered(40, 5, noise=2.0, seed=1)
-    found = best_partition(affinity, objective=objective)
-    assert found.is_optimal and found.method == "integer program"
+    result = best_partition(affinity, objective=objective)
+    assert result.is_optimal and result.method == "integer program"
     for seed in range(20):  # no neighbor scores more
-        moved = [list(group) for group in found.groups]
+        moved = [list(group) for group in result.groups]
         rng = np.random.default_rng(seed)
-        left, joined = rng.choice(len(moved), 2, replace=False)
-        moved[joined].append(moved[left].pop())
-        assert plain_score(affinity, [group for group in moved if group], objective) <= found.score + 1e-9
+        source, target = rng.choice(len(moved), 2, replace=False)
+        moved[target].append(moved[source].pop())
+        assert reference_score(affinity, [group for group in moved if group], objective) <= result.score + 1e-9
 
 
 def test_planted_groups_are_found_in_components():
     planted = np.arange(60) % 6
     affinity = np.where(planted[:, None] == planted[None, :], 1.0, -1.0) + 0.1 * random_symmetric(60, 5)
     for objective in ("sum", "density"):
-        found = best_partition(affinity, objective=objective)
-        assert found.groups == tuple(tuple(range(first, 60, 6)) for first in range(6))
-        assert found.is_optimal and found.method == "6 connected components, by dynamic programming over subsets"
+        result = best_partition(affinity, objective=objective)
+        assert result.groups == tuple(tuple(range(group, 60, 6)) for group in range(6))
+        assert result.is_optimal and result.method == "6 connected components, by dynamic programming over subsets"
 
 
 @pytest.mark.parametrize(
     "constraints", [{}, {"num_groups": 6, "max_size": 9, "must_link": [[0, 30]], "cannot_link": [[1, 2]]}]
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_out_of_time_is_said_and_bounded(objective, constraints):
+def test_a_search_at_the_time_limit_has_an_upper_bound(objective, constraints):
     affinity = random_symmetric(40, 2)
-    found = best_partition(affinity, objective=objective, time_limit_s=1, **constraints)
-    assert meets_constraints(found.groups, **constraints)
-    assert found.score == pytest.approx(plain_score(affinity, found.groups, objective))
-    assert found.bound >= found.score
+    result = best_partition(affinity, objective=objective, time_limit_s=1, **constraints)
+    assert meets_constraints(result.groups, **constraints)
+    assert result.score == pytest.approx(reference_score(affinity, result.groups, objective))
+    assert result.upper_bound >= result.score
     if objective != "mean" or constraints:  # without them groups of up to three are enough
-        assert not found.is_optimal
-    assert np.isfinite(found.bound)
+        assert not result.is_optimal
+    assert np.isfinite(result.upper_bound)
 
 
-# --- what is refused ------------------------------------------------------------------------------------
+# --- infeasible constraints ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -429,8 +433,8 @@ def test_out_of_time_is_said_and_bounded(objective, constraints):
         ({"min_size": 0}, "min_size=0 is impossible"),
         ({"max_size": 0}, "max_size=0 is impossible"),
         ({"min_size": 3, "max_size": 2}, "min_size=3 is larger than max_size=2"),
-        ({"min_size": 2, "max_size": 2}, "5 tasks cannot be split .* min_size=1 or max_size=3 would do"),
-        ({"min_size": 3, "max_size": 4}, "5 tasks cannot be split .* min_size=2 or max_size=5 would do"),
+        ({"min_size": 2, "max_size": 2}, "5 tasks cannot be split .* choose min_size=1 or max_size=3"),
+        ({"min_size": 3, "max_size": 4}, "5 tasks cannot be split .* choose min_size=2 or max_size=5"),
         ({"num_groups": 3, "min_size": 2}, "num_groups=3 is impossible .*min_size=2; possible: 1 to 2"),
         ({"num_groups": 2, "max_size": 2}, "num_groups=2 .*min_size=1 and max_size=2; possible: 3 to 5"),
         ({"num_groups": 1, "min_size": 2, "max_size": 3}, "possible: only 2"),
@@ -439,15 +443,18 @@ def test_out_of_time_is_said_and_bounded(objective, constraints):
         ({"cannot_link": [["a", "b", "a"]]}, r"cannot_link: \[a, b, a\] names a task twice"),
         (
             {"must_link": [["a", "b"], ["b", "c"]], "cannot_link": [["d", "c", "a"]]},
-            "'a' and 'c' must be together .* apart",
+            "must_link puts 'a' and 'c' in one group, cannot_link forbids it",
         ),
-        ({"must_link": [["a", "b", "c"]], "max_size": 2}, "max_size=2, but the 3 tasks 'a', 'b', 'c' must be together"),
+        (
+            {"must_link": [["a", "b", "c"]], "max_size": 2},
+            "max_size=2, but must_link puts the 3 tasks 'a', 'b', 'c' in",
+        ),
         (
             {"num_groups": 2, "cannot_link": [["a", "b", "c"]]},
-            "num_groups, apart at once; without num_groups or without apar",
+            "num_groups, cannot_link at the same time; remove num_groups or cannot_link",
         ),
-        ({"num_groups": 4, "must_link": [["a", "b", "c"]]}, "without num_groups or without must_link there are some"),
-        ({"min_size": 2, "cannot_link": [["a", "b", "c"]]}, "meets cannot_link, min_size at once"),
+        ({"num_groups": 4, "must_link": [["a", "b", "c"]]}, "at the same time; remove num_groups or must_link"),
+        ({"min_size": 2, "cannot_link": [["a", "b", "c"]]}, "meets cannot_link, min_size at the same time"),
     ],
 )
 def test_impossible_constraints(options, message):

@@ -47,16 +47,16 @@ def test_snapshots_affinities_have_the_groupings_as_their_mean():
 
 def test_resamples_agree_where_all_snapshots_do_and_differ_where_they_do_not():
     sure = bootstrap(alternating(30, 30), search)
-    assert sure.shares == {((0, 1), (2,), (3,)): 1.0} and sure.num_resamples == 200
+    assert sure.frequencies == {((0, 1), (2,), (3,)): 1.0} and sure.num_resamples == 200
     assert sure.co_assignment[0, 1] == 1 and sure.co_assignment[0, 2] == 0 and (np.diag(sure.co_assignment) == 1).all()
     torn = bootstrap(alternating(30, 15), search)
     assert 0.2 < torn.co_assignment[0, 1] < 0.8 and (torn.co_assignment == torn.co_assignment.T).all()
-    assert sum(torn.shares.values()) == pytest.approx(1) and len(torn.shares) > 1
-    assert list(torn.shares.values()) == sorted(torn.shares.values(), reverse=True)
+    assert sum(torn.frequencies.values()) == pytest.approx(1) and len(torn.frequencies) > 1
+    assert list(torn.frequencies.values()) == sorted(torn.frequencies.values(), reverse=True)
     again = bootstrap(alternating(30, 15), search)
-    assert again.shares == torn.shares and (again.co_assignment == torn.co_assignment).all()
-    assert bootstrap(alternating(30, 15), search, seed=1).shares != torn.shares
-    assert bootstrap(alternating(30, 15), search, most_seconds=0).num_resamples == 1
+    assert again.frequencies == torn.frequencies and (again.co_assignment == torn.co_assignment).all()
+    assert bootstrap(alternating(30, 15), search, seed=1).frequencies != torn.frequencies
+    assert bootstrap(alternating(30, 15), search, time_limit_s=0).num_resamples == 1
 
 
 def test_blocks_of_neighbors_are_drawn_not_single_snapshots():

@@ -12,7 +12,7 @@ import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import the_run
-from reference_partitions import KINDS, OBJECTIVES, PLAIN_AFFINITIES, all_partitions, plain_score
+from reference_partitions import KINDS, OBJECTIVES, REFERENCE_AFFINITIES, all_partitions, reference_score
 
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.partition import best_partition
@@ -47,12 +47,12 @@ def test_the_best_score_is_the_searchs(num_tasks, seed, objective):
 def test_each_objectives_score_is_its_plain_definition(objective):
     half = np.random.default_rng(7).normal(size=(5, 5))
     for groups in all_partitions(5):
-        expected = plain_score(half + half.T, groups, objective)
+        expected = reference_score(half + half.T, groups, objective)
         assert partition_score(half + half.T, groups, objective) == pytest.approx(expected, abs=1e-12)
 
 
-def plain_affinity(gradients: np.ndarray, kind: str) -> np.ndarray:
-    pair = PLAIN_AFFINITIES[kind]
+def reference_affinity(gradients: np.ndarray, kind: str) -> np.ndarray:
+    pair = REFERENCE_AFFINITIES[kind]
     tasks = range(gradients.shape[1])
     return np.mean([[[pair(snapshot[i], snapshot[j]) for j in tasks] for i in tasks] for snapshot in gradients], axis=0)
 
@@ -65,9 +65,9 @@ def test_each_criterion_is_scored_as_it_says():
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         gradients = rng.normal(size=(10, 4, 6)) * rng.uniform(0.2, 5, size=(10, 4, 1))
-        affinities = {kind: plain_affinity(gradients, kind) for kind in KINDS}
+        affinities = {kind: reference_affinity(gradients, kind) for kind in KINDS}
         scores = {
-            (kind, objective): [plain_score(affinities[kind], groups, objective) for groups in partitions]
+            (kind, objective): [reference_score(affinities[kind], groups, objective) for groups in partitions]
             for kind, objective in CRITERIA
         }
         chosen = {criterion: partitions[int(np.argmax(of_all))] for criterion, of_all in scores.items()}
@@ -75,10 +75,10 @@ def test_each_criterion_is_scored_as_it_says():
             break
     else:
         pytest.fail("no gradients tell the criteria apart")
-    accuracy_of_group = {group: rng.random(len(group)) for groups in partitions for group in groups}
-    accuracies = [sum(sum(accuracy_of_group[group]) for group in groups) / 4 for groups in partitions]
+    accuracies_by_group = {group: rng.random(len(group)) for groups in partitions for group in groups}
+    accuracies = [sum(sum(accuracies_by_group[group]) for group in groups) / 4 for groups in partitions]
 
-    study = study_grouping(gradients, accuracy_of_group)
+    study = study_grouping(gradients, accuracies_by_group)
     assert sorted(study.partitions) == sorted(partitions)
     place = [partitions.index(groups) for groups in study.partitions]
     assert study.accuracies == pytest.approx([accuracies[at] for at in place])
@@ -90,8 +90,8 @@ def test_each_criterion_is_scored_as_it_says():
         assert outcome.accuracy == pytest.approx(accuracies[partitions.index(outcome.chosen)])
         assert outcome.fraction_better == sum(accuracy > outcome.accuracy for accuracy in accuracies) / 15
         assert outcome.rank_correlation == pytest.approx(scipy.stats.spearmanr(scores[criterion], accuracies).statistic)
-        late = plain_affinity(gradients[2:], outcome.affinity)
-        late_scores = [plain_score(late, groups, outcome.objective) for groups in partitions]
+        late = reference_affinity(gradients[2:], outcome.affinity)
+        late_scores = [reference_score(late, groups, outcome.objective) for groups in partitions]
         assert outcome.late_correlation == pytest.approx(scipy.stats.spearmanr(late_scores, accuracies).statistic)
 
     names = {f"{kind} {objective}": (kind, objective) for kind, objective in CRITERIA}
@@ -115,7 +115,7 @@ def made_up_study(seed: int, noise: float):
     rng = np.random.default_rng(seed)
     gradients = rng.normal(size=(3, 4, 10))
     affinity = affinity_matrix(gradients, "dot")
-    accuracy_of_group = {
+    accuracies_by_group = {
         group: [
             0.5 + sum(affinity[task, other] for other in group if other != task) / 400 + noise * rng.normal()
             for task in group
@@ -123,25 +123,25 @@ def made_up_study(seed: int, noise: float):
         for groups in set_partitions(4)
         for group in groups
     }
-    return study_grouping(gradients, accuracy_of_group), accuracy_of_group
+    return study_grouping(gradients, accuracies_by_group), accuracies_by_group
 
 
 def test_a_criterion_that_is_right_is_found_to_be():
-    study, accuracy_of_group = made_up_study(1, noise=0)
+    study, accuracies_by_group = made_up_study(1, noise=0)
     dot_sum = study.criteria[CRITERIA.index(("dot", "sum"))]
-    assert dot_sum.rank_correlation == dot_sum.same_number_correlation == pytest.approx(1)
+    assert dot_sum.rank_correlation == dot_sum.same_num_groups_correlation == pytest.approx(1)
     assert dot_sum.late_correlation == pytest.approx(1)  # of three snapshots a fifth is none
     assert dot_sum.accuracy == max(study.accuracies) and dot_sum.fraction_better == 0
-    assert study.all_in_one == pytest.approx(sum(accuracy_of_group[0, 1, 2, 3]) / 4)
-    assert study.all_singletons == pytest.approx(sum(accuracy_of_group[task,][0] for task in range(4)) / 4)
+    assert study.single_group == pytest.approx(sum(accuracies_by_group[0, 1, 2, 3]) / 4)
+    assert study.all_singletons == pytest.approx(sum(accuracies_by_group[task,][0] for task in range(4)) / 4)
     assert study.random == pytest.approx(np.mean(study.accuracies))
 
 
 def test_correlations_of_equally_many_groups_and_of_later_snapshots():
     rng = np.random.default_rng(3)
     gradients = rng.normal(size=(10, 4, 6))
-    accuracy_of_group = {group: rng.random(len(group)) for groups in set_partitions(4) for group in groups}
-    study = study_grouping(gradients, accuracy_of_group)
+    accuracies_by_group = {group: rng.random(len(group)) for groups in set_partitions(4) for group in groups}
+    study = study_grouping(gradients, accuracies_by_group)
     late = affinity_matrix(gradients[2:], "cosine")
     outcome = study.criteria[CRITERIA.index(("cosine", "mean"))]
     scores = [partition_score(late, groups, "mean") for groups in study.partitions]
@@ -157,13 +157,13 @@ def test_correlations_of_equally_many_groups_and_of_later_snapshots():
             ]
         )
     ]
-    assert outcome.same_number_correlation == pytest.approx(np.mean(by_number))
+    assert outcome.same_num_groups_correlation == pytest.approx(np.mean(by_number))
 
 
 def test_report():
     studies = {seed: made_up_study(seed, noise=0.01)[0] for seed in (1, 2, 3)}
     text = study_to_markdown("demo", TASKS, studies)
-    gains = [100 * (study.criteria[0].accuracy - study.all_in_one) for study in studies.values()]
+    gains = [100 * (study.criteria[0].accuracy - study.single_group) for study in studies.values()]
     expected = f"{np.mean(gains):.2f} ± {np.std(gains, ddof=1) / 3**0.5:.2f}".replace("-", "−")
     (row,) = [line for line in text.splitlines() if line.startswith("| found by `dot`, `sum`")]
     assert row.split(" | ")[2] == expected

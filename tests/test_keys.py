@@ -39,7 +39,7 @@ from pipeline.stages import plan as plans
 from pipeline.stages import splits as splits_stage
 from pipeline.stages.global_prompt import global_prompt_work_item
 from pipeline.stages.group_trainings import plan_trainings
-from pipeline.stages.grouping import grouping_artifact, make_grouping
+from pipeline.stages.grouping import compute_grouping, grouping_artifact
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.training_spec import TrainingSpec
 
@@ -443,4 +443,4 @@ def build_here(plan: Plan, artifact: Artifact, progress: Any) -> None:
 
 
 def group(plan: Plan, global_prompt: WorkItem, artifact: Artifact, progress: Any) -> None:
-    make_grouping(plan, global_prompt.artifact, artifact)
+    compute_grouping(plan, global_prompt.artifact, artifact)

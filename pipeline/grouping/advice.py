@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.grouping.affinities import find_affinity
-from pipeline.grouping.objectives import find_objective
-from pipeline.grouping.partition import Partition, checked_affinity
+from pipeline.grouping.affinities import get_affinity
+from pipeline.grouping.objectives import get_objective
+from pipeline.grouping.partition import Partition, validate_affinity
 
 DOMINANT_NORM_RATIO = 3.0
 """A task is warned about when its gradients are this many times as long as the others' median."""
 
 
-def warnings_about(
+def grouping_warnings(
     affinity: np.ndarray,
     partition: Partition,
     task_names: Sequence[str],
@@ -41,14 +41,14 @@ def warnings_about(
     Raises:
         UserError: the matrix is not square, symmetric and finite; the number of names is not T.
     """
-    affinity = checked_affinity(affinity)
+    affinity = validate_affinity(affinity)
     if len(task_names) != len(affinity):
         raise UserError(f"{len(task_names)} task names for an affinity matrix of {len(affinity)} tasks")
     warnings = []
     if not partition.is_optimal:
         warnings.append(
             f"Best found, not proven best: the search ended at its time limit. The groups score {partition.score:.6g}, "
-            f"and no partition scores more than {partition.bound:.6g}. A longer time_limit_s helps."
+            f"and no partition scores more than {partition.upper_bound:.6g}. A longer time_limit_s helps."
         )
     warnings += _collapse(affinity, partition, objective, kind, per_layer)
     return warnings + _norms(affinity, task_names, kind)
@@ -62,7 +62,7 @@ def _collapse(affinity: np.ndarray, partition: Partition, objective: str, kind: 
     if not pairs.any():
         return ["All affinities between tasks are zero: the grouping says nothing about the tasks."]
     if len(partition.groups) == 1:
-        goal, compared = find_objective(objective), find_affinity(kind)
+        goal, compared = get_objective(objective), get_affinity(kind)
         if (pairs > 0).all():
             reason = "every pairwise affinity is positive" + (
                 f", so under objective {objective!r} no split can score higher" if goal.rewards_splitting == 1 else ""
@@ -98,7 +98,7 @@ def _norms(affinity: np.ndarray, task_names: Sequence[str], kind: str) -> list[s
     largest = int(np.argmax(norms))
     others = np.delete(norms, largest)
     others = others[others > 0]
-    remedy = find_affinity(kind).dominance_advice
+    remedy = get_affinity(kind).dominance_advice
     if remedy and others.size and norms[largest] >= DOMINANT_NORM_RATIO * np.median(others):
         warnings.append(
             f"Task {task_names[largest]!r} has by far the largest gradients (root mean square norm "

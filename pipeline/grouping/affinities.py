@@ -68,7 +68,7 @@ class Cosine(Affinity):
         return unit
 
 
-def find_affinity(name: str) -> Affinity:
+def get_affinity(name: str) -> Affinity:
     """The affinity of that name.
 
     Raises:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.grouping.affinities import find_affinity
+from pipeline.grouping.affinities import get_affinity
 
 
 def affinity_matrix(
@@ -45,7 +45,7 @@ def affinity_matrix(
             an infinity; the number of names is not T; the kind is unknown.
     """
     gradients = np.asarray(gradients)
-    scaled = find_affinity(kind).scaled
+    scaled = get_affinity(kind).scaled
     if gradients.ndim != 3:
         raise UserError(f"gradients have shape {gradients.shape}, expected (snapshots, tasks, parameters)")
     num_snapshots, num_tasks, num_parameters = gradients.shape

@@ -21,7 +21,7 @@ class Objective(ABC):
     """What it maximizes, for the config's help."""
     remark: ClassVar[str] = ""
     """Beside its name where it is advised."""
-    in_study: ClassVar[bool] = True
+    included_in_study: ClassVar[bool] = True
     """Whether the grouping study holds its scores against accuracies."""
 
     def __init_subclass__(cls) -> None:
@@ -83,13 +83,13 @@ class Density(Objective):
 
     name = "density"
     summary = "the affinities in a group over its number of tasks, in between"
-    in_study = False
+    included_in_study = False
 
     def pair_weight(self, size: int) -> float:
         return 1 / size
 
 
-def find_objective(name: str) -> Objective:
+def get_objective(name: str) -> Objective:
     """The objective of that name.
 
     Raises:

@@ -21,7 +21,7 @@ from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.grouping.text import format_groups
 
 NUM_RESAMPLES = 200
-MOST_SECONDS = 20.0
+BOOTSTRAP_TIME_LIMIT_S = 20.0
 """The bootstrap of a slow search ends with fewer resamples."""
 MAX_TASKS_RANKED_ALL = 8
 """Up to this many tasks (4,140 partitions) all partitions are ranked; above, those next to the best."""
@@ -33,7 +33,7 @@ Search = Callable[[np.ndarray], Groups]
 class Bootstrap:
     co_assignment: np.ndarray
     """(T, T): share of the resamples in which two tasks are in one group; 1 on the diagonal."""
-    shares: dict[Groups, float]
+    frequencies: dict[Groups, float]
     """Share of the resamples that give a partition, the most frequent first."""
     num_resamples: int
 
@@ -52,7 +52,7 @@ def snapshot_affinities(gradients: np.ndarray, kind: str, blocks: Sequence[np.nd
 
 
 def bootstrap(
-    affinities: np.ndarray, search: Search, *, seed: int = 0, most_seconds: float = MOST_SECONDS
+    affinities: np.ndarray, search: Search, *, seed: int = 0, time_limit_s: float = BOOTSTRAP_TIME_LIMIT_S
 ) -> Bootstrap:
     """Searches the best groups again for means over resampled blocks of about √S neighboring snapshots.
 
@@ -73,7 +73,7 @@ def bootstrap(
         counts[groups] += 1
         for group in groups:
             co_assignment[np.ix_(group, group)] += 1
-        if time.monotonic() - began > most_seconds:
+        if time.monotonic() - began > time_limit_s:
             break
     total = counts.total()
     return Bootstrap(co_assignment / total, {groups: count / total for groups, count in counts.most_common()}, total)
@@ -93,7 +93,7 @@ def ranked_partitions(
     if num_tasks <= MAX_TASKS_RANKED_ALL:
         titles = {groups: format_groups(groups, task_names) for groups in set_partitions(num_tasks)}
     else:
-        titles = {best: "as found", **_next_to(best, task_names)}
+        titles = {best: "as found", **_neighbors(best, task_names)}
     scores = {groups: partition_score(affinity, groups, objective) for groups in titles if allowed(groups)}
     others = sorted(scores.keys() - {best}, key=lambda groups: (-scores[groups], len(groups), groups))
     return [RankedPartition(groups, scores[groups], titles[groups]) for groups in (best, *others[: count - 1])]
@@ -128,7 +128,7 @@ def groups_over_training(
     ]
 
 
-def _next_to(groups: Groups, task_names: Sequence[str]) -> dict[Groups, str]:
+def _neighbors(groups: Groups, task_names: Sequence[str]) -> dict[Groups, str]:
     """Partitions one step away → the step."""
     near: dict[Groups, str] = {}
     for at, group in enumerate(groups):

@@ -15,11 +15,13 @@ import numpy as np
 
 from pipeline.grouping.affinities import AFFINITIES
 from pipeline.grouping.affinity import affinity_matrix
-from pipeline.grouping.objectives import OBJECTIVES, find_objective
+from pipeline.grouping.objectives import OBJECTIVES, get_objective
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.search.problem import Groups
 
-CRITERIA = tuple((kind, name) for kind in AFFINITIES for name, objective in OBJECTIVES.items() if objective.in_study)
+CRITERIA = tuple(
+    (kind, name) for kind in AFFINITIES for name, objective in OBJECTIVES.items() if objective.included_in_study
+)
 """Affinity and objective of each way to score partitions."""
 
 
@@ -33,7 +35,7 @@ class CriterionOutcome:
     """Of all partitions, in the study's order."""
     rank_correlation: float
     """Spearman's, of scores and accuracies over all partitions."""
-    same_number_correlation: float
+    same_num_groups_correlation: float
     """Likewise among the partitions with equally many groups: the mean over the numbers that leave a choice."""
     late_correlation: float
     """As rank_correlation, with the snapshots after the first fifth alone."""
@@ -52,7 +54,7 @@ class GroupingStudy:
     criteria: tuple[CriterionOutcome, ...]
 
     @property
-    def all_in_one(self) -> float:
+    def single_group(self) -> float:
         return self._accuracy_with(1)
 
     @property
@@ -84,7 +86,7 @@ def set_partitions(num_tasks: int) -> Iterator[Groups]:
 
 def partition_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
     """As `best_partition` defines it."""
-    weight, total = find_objective(objective).pair_weight, 0.0
+    weight, total = get_objective(objective).pair_weight, 0.0
     for group in groups:
         inside = affinity[np.ix_(group, group)]
         total += weight(len(group)) * (inside.sum() - np.trace(inside)) / 2
@@ -92,7 +94,7 @@ def partition_score(affinity: np.ndarray, groups: Groups, objective: str) -> flo
 
 
 def study_grouping(
-    gradients: np.ndarray, accuracy_of_group: Mapping[tuple[int, ...], Sequence[float]]
+    gradients: np.ndarray, accuracies_by_group: Mapping[tuple[int, ...], Sequence[float]]
 ) -> GroupingStudy:
     """
     Args:
@@ -102,7 +104,7 @@ def study_grouping(
     """
     num_tasks = gradients.shape[1]
     partitions = tuple(set_partitions(num_tasks))
-    accuracies = [sum(sum(accuracy_of_group[group]) for group in groups) / num_tasks for groups in partitions]
+    accuracies = [sum(sum(accuracies_by_group[group]) for group in groups) / num_tasks for groups in partitions]
     criteria = []
     for kind, objective in CRITERIA:
         affinity = affinity_matrix(gradients, kind)

@@ -79,7 +79,7 @@ def _matrix_map(
     order = [task for group in groups for task in group]
     num_tasks = len(order)
     matrix = matrix[np.ix_(order, order)]
-    names = [_shortened(task_names[task]) for task in order]
+    names = [_shorten(task_names[task]) for task in order]
     with_values = num_tasks <= MAX_TASKS_WITH_VALUES
     cell, smallest = (0.68, 2.0) if with_values else (0.21, 5.0)
     side = max(num_tasks * cell, smallest)  # of the map, in inches
@@ -103,7 +103,7 @@ def _matrix_map(
     if with_values:
         for (row, column), value in np.ndenumerate(matrix):
             color = "white" if row != column and abs(value) > 0.6 * limits[1] else "#222222"
-            axes.text(column, row, _short_number(value), ha="center", va="center", fontsize=8.5, color=color)
+            axes.text(column, row, _format_number(value), ha="center", va="center", fontsize=8.5, color=color)
 
     sizes = np.array([len(group) for group in groups])
     starts = np.cumsum(sizes) - sizes - 0.5
@@ -122,7 +122,7 @@ def _matrix_map(
     return figure
 
 
-def affinity_graph_picture(graph: nx.Graph) -> Figure:
+def affinity_graph_figure(graph: nx.Graph) -> Figure:
     """Tasks as nodes, colored and placed by group; edges as wide as their affinity is strong.
 
     Edge color and line style show the sign. Edges between groups are drawn faint, behind the others.
@@ -138,7 +138,7 @@ def affinity_graph_picture(graph: nx.Graph) -> Figure:
     crowded = num_tasks > MAX_TASKS_WITH_VALUES
     font_size, node_size = (8, 110) if crowded else (10, 260)  # points, square points
     inches = 0.75 if crowded else 1.25 if num_tasks > 4 else 1.7  # between neighbors of a group
-    label = _text_inches(max(map(_shortened, graph), key=len), font_size)
+    label = _text_inches(max(map(_shorten, graph), key=len), font_size)
     positions, outwards = _positions(members, margin=0.4 + label / inches)
 
     points = np.array(list(positions.values()))
@@ -194,9 +194,7 @@ def _label_node(
         horizontal, vertical = "right" if leftward else "left", "center"
     offset = outward * (node_size**0.5 / 2 + 4)
     place = (spot[0], spot[1])
-    axes.annotate(
-        _shortened(name), place, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style
-    )
+    axes.annotate(_shorten(name), place, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style)
 
 
 def _draw_edges(axes: Axes, graph: nx.Graph, positions: dict[str, np.ndarray]) -> None:
@@ -246,8 +244,8 @@ def _positions(members: dict[int, list[str]], margin: float) -> tuple[dict[str, 
     around each.
     """
     radii = np.array([0.5 / sin(pi / len(names)) if len(names) > 1 else 0.0 for names in members.values()])
-    all_alone = not radii.any()
-    rooms = radii + (0.5 if all_alone else margin)
+    all_singletons = not radii.any()
+    rooms = radii + (0.5 if all_singletons else margin)
     angles = 2 * pi * (np.cumsum(rooms) - rooms / 2 - rooms[0] / 2) / rooms.sum()
     # (G, 2): the first group on the left, then clockwise
     directions = np.stack([-np.cos(angles), np.sin(angles)], axis=1)
@@ -284,7 +282,7 @@ def _shared_exponent(values: np.ndarray) -> int:
     return floor(log10(largest))
 
 
-def _short_number(value: float) -> str:
+def _format_number(value: float) -> str:
     """At most about six characters, with a true minus sign."""
     digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
     text = f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.0e}"
@@ -296,5 +294,5 @@ def _text_inches(text: str, font_size: float) -> float:
     return 0.6 * font_size / 72 * len(text)
 
 
-def _shortened(name: str, length: int = 24) -> str:
+def _shorten(name: str, length: int = 24) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"

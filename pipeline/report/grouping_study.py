@@ -33,7 +33,7 @@ def study_to_markdown(name: str, tasks: Sequence[str], studies: Mapping[int, Gro
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for label, accuracies in {
-        "all in one": [of.all_in_one for of in of_seeds],
+        "all in one": [of.single_group for of in of_seeds],
         "each alone": [of.all_singletons for of in of_seeds],
         "a random partition": [of.random for of in of_seeds],
         "best, known only afterwards": [max(of.accuracies) for of in of_seeds],
@@ -58,7 +58,7 @@ def study_to_markdown(name: str, tasks: Sequence[str], studies: Mapping[int, Gro
         outcomes = [of.criteria[number] for of in of_seeds]
         cells = [
             _spread([getattr(outcome, name) for outcome in outcomes])
-            for name in ("rank_correlation", "same_number_correlation", "late_correlation")
+            for name in ("rank_correlation", "same_num_groups_correlation", "late_correlation")
         ]
         lines.append(f"| `{kind}`, `{objective}` | {' | '.join(cells)} |")
     lines += ["", "Found groups:", ""]
@@ -118,7 +118,7 @@ def study_figure(studies: Mapping[int, GroupingStudy]) -> Figure:
 
 
 def _gains(accuracies: Sequence[float], studies: Sequence[GroupingStudy]) -> str:
-    against = ([of.all_in_one for of in studies], [of.random for of in studies])
+    against = ([of.single_group for of in studies], [of.random for of in studies])
     gains = [[100 * (ours - theirs) for ours, theirs in zip(accuracies, of)] for of in against]
     return " | ".join([_spread([100 * accuracy for accuracy in accuracies]), *map(_spread, gains)])
 

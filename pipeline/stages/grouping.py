@@ -18,7 +18,7 @@ from pipeline.stages.plan import Plan
 
 NAME = "grouping"
 FIGURES = ("affinity_heat_map.png", "affinity_graph.png")
-MORE_FIGURES = ("co_assignment_map.png", "affinity_over_training.png", "ranked_partitions.png")
+STABILITY_FIGURES = ("co_assignment_map.png", "affinity_over_training.png", "ranked_partitions.png")
 PAGE = "grouping.html"
 
 
@@ -26,7 +26,7 @@ def solve_grouping(plan: Plan, session: Session, global_prompt: Artifact) -> Art
     """Groups the tasks unless that was done for these snapshots and this config."""
     artifact = grouping_artifact(plan, global_prompt)
     with Stage(session, NAME, stage_title(NAME)) as stage:
-        stage.computed = make_grouping(plan, global_prompt, artifact)
+        stage.computed = compute_grouping(plan, global_prompt, artifact)
         track_grouping(session, artifact, plan.config.grouping)
     return artifact
 
@@ -82,7 +82,7 @@ def track_grouping(session: Session, artifact: Artifact, of_run: GroupingConfig)
     session.tracker.log_params(NAME, {**options, "groups": format_groups(result["groups"])})
     session.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
     session.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
-    for name in ("grouping.json", PAGE, *FIGURES, *MORE_FIGURES):
+    for name in ("grouping.json", PAGE, *FIGURES, *STABILITY_FIGURES):
         session.tracker.log_artifact(NAME, artifact.download() / name)
     for warning in result["warnings"]:
         session.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
@@ -95,7 +95,7 @@ def grouping_artifact(plan: Plan, global_prompt: Artifact) -> Artifact:
     return plan.artifact(NAME, {"snapshots": global_prompt.key, "tasks": plan.tasks, "config": config})
 
 
-def make_grouping(plan: Plan, global_prompt: Artifact, artifact: Artifact) -> bool:
+def compute_grouping(plan: Plan, global_prompt: Artifact, artifact: Artifact) -> bool:
     """Groups the tasks; False if that was done before."""
     if artifact.is_complete():
         return False

@@ -12,12 +12,12 @@ import numpy as np
 from pipeline.config import GroupingConfig
 from pipeline.errors import UserError
 from pipeline.files import write_file, write_json
-from pipeline.grouping.advice import warnings_about
+from pipeline.grouping.advice import grouping_warnings
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.gradient_blocks import gradient_blocks, read_layout
 from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.partition import best_partition
-from pipeline.grouping.search.constraints import task_numbers
+from pipeline.grouping.search.constraints import task_indices
 from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.stability import (
     bootstrap,
@@ -26,15 +26,15 @@ from pipeline.grouping.stability import (
     satisfies,
     snapshot_affinities,
 )
-from pipeline.report.grouping_figures import affinity_graph_picture, affinity_heat_map, co_assignment_map
+from pipeline.report.grouping_figures import affinity_graph_figure, affinity_heat_map, co_assignment_map
 from pipeline.report.grouping_page import grouping_page
 from pipeline.report.grouping_stability_figures import affinity_over_training, ranked_partitions_figure
-from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, describe_search
+from pipeline.stages.grouping import FIGURES, PAGE, STABILITY_FIGURES, describe_search
 from pipeline.training.snapshots import read_gradients, read_steps
 
-SHOWN = 10
+MAX_RESAMPLED_PARTITIONS_SHOWN = 10
 """Partitions of the resamples, the most frequent."""
-SECONDS_OF_A_RESAMPLE = 2.0
+RESAMPLE_TIME_LIMIT_S = 2.0
 """At most, for a search that only tells how sure the groups are."""
 
 
@@ -52,13 +52,13 @@ def write_grouping(
         tasks=tasks,
         time_limit_s=options.time_limit_s,
     )
-    warnings = warnings_about(
+    warnings = grouping_warnings(
         affinity, partition, tasks, objective=options.objective, kind=options.affinity, per_layer=options.per_layer
     )
     affinities = snapshot_affinities(gradients, options.affinity, blocks)
 
     def search(matrix: np.ndarray) -> Groups:
-        seconds = min(options.time_limit_s, SECONDS_OF_A_RESAMPLE)
+        seconds = min(options.time_limit_s, RESAMPLE_TIME_LIMIT_S)
         return best_partition(
             matrix, objective=options.objective, **options.constraints, tasks=tasks, time_limit_s=seconds
         ).groups
@@ -66,7 +66,7 @@ def write_grouping(
     def named(groups: Groups) -> list[list[str]]:
         return [[tasks[i] for i in group] for group in groups]
 
-    numbers = {name: task_numbers(tasks, name, options.constraints[name]) for name in ("must_link", "cannot_link")}
+    numbers = {name: task_indices(tasks, name, options.constraints[name]) for name in ("must_link", "cannot_link")}
     sure = bootstrap(affinities, search)
     ranked = ranked_partitions(
         affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **numbers})
@@ -75,7 +75,7 @@ def write_grouping(
         "tasks": tasks,
         "groups": named(partition.groups),
         "score": partition.score,
-        "bound": partition.bound,
+        "upper_bound": partition.upper_bound,
         "is_optimal": partition.is_optimal,
         "method": partition.method,
         "num_candidates": partition.num_candidates,
@@ -91,7 +91,8 @@ def write_grouping(
             "num_resamples": sure.num_resamples,
             "co_assignment": sure.co_assignment.tolist(),
             "resampled": [
-                {"groups": named(groups), "share": share} for groups, share in list(sure.shares.items())[:SHOWN]
+                {"groups": named(groups), "share": share}
+                for groups, share in list(sure.frequencies.items())[:MAX_RESAMPLED_PARTITIONS_SHOWN]
             ],
             "ranked": [{"groups": named(of.groups), "score": float(of.score)} for of in ranked],
             "over_training": [
@@ -103,12 +104,12 @@ def write_grouping(
     write_json(folder / "grouping.json", result)
     figures = {
         "Affinities": affinity_heat_map(affinity, tasks, partition.groups),
-        "Graph": affinity_graph_picture(affinity_graph(affinity, tasks, partition.groups)),
+        "Graph": affinity_graph_figure(affinity_graph(affinity, tasks, partition.groups)),
         "How sure each pair is": co_assignment_map(sure.co_assignment, tasks, partition.groups),
         "Over the training": affinity_over_training(affinities, steps, tasks, partition.groups),
         "What comes close": ranked_partitions_figure(ranked),
     }
-    for figure, name in zip(figures.values(), (*FIGURES, *MORE_FIGURES), strict=True):
+    for figure, name in zip(figures.values(), (*FIGURES, *STABILITY_FIGURES), strict=True):
         figure.savefig(folder / name, dpi=150)
     search_in_words = describe_search(result)
     page = grouping_page(result, search_in_words[0].upper() + search_in_words[1:], figures)

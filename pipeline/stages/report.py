@@ -19,7 +19,7 @@ from pipeline.runtime.storage import Artifact
 from pipeline.stages.finished_run import write_provenance
 from pipeline.stages.flow import stage_title
 from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts
-from pipeline.stages.grouping import FIGURES, MORE_FIGURES, PAGE, read_grouping
+from pipeline.stages.grouping import FIGURES, PAGE, STABILITY_FIGURES, read_grouping
 from pipeline.stages.plan import Plan
 
 NAME = "report"
@@ -69,7 +69,7 @@ def make_report(
 
 def copy_grouping_pages(grouping: Artifact, folder: Path) -> None:
     """Pictures and page of the grouping, for a report."""
-    for name in (*FIGURES, *MORE_FIGURES, PAGE):
+    for name in (*FIGURES, *STABILITY_FIGURES, PAGE):
         shutil.copyfile(grouping.download() / name, folder / name)
 
 

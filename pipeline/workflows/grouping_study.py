@@ -61,12 +61,12 @@ def _study(plan: Plan, session: Session) -> GroupingStudy:
     global_prompt = run_stages(plan, session, "global_prompt")["global_prompt"]
     trained = train_every_group(plan, session)
     number = {task: at for at, task in enumerate(plan.tasks)}
-    accuracy_of_group = {
+    accuracies_by_group = {
         tuple(number[task] for task in group): [result["accuracy"][task] for task in group]
         for group, result in zip(trained.groups, trained.results())
     }
     gradients = read_gradients(global_prompt.download() / SNAPSHOTS, plan.tasks)
-    study = study_grouping(gradients, accuracy_of_group)
+    study = study_grouping(gradients, accuracies_by_group)
     session.tracker.log_metrics(
         PARENT,
         {f"rank_correlation/{of.affinity}_{of.objective}": of.rank_correlation for of in study.criteria},

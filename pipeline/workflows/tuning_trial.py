@@ -22,7 +22,7 @@ from pipeline.methods.registry import VARIANTS, get_method, training_config
 from pipeline.runtime.stage import WorkItem
 from pipeline.stages.global_prompt import global_prompt_work_item
 from pipeline.stages.group_trainings import Training, build_method, plan_trainings
-from pipeline.stages.grouping import grouping_artifact, make_grouping, read_grouping
+from pipeline.stages.grouping import compute_grouping, grouping_artifact, read_grouping
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_spec import TrainingSpec
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
@@ -160,7 +160,7 @@ def _grouping(plan: Plan) -> dict[str, Any]:
     _make(global_prompt)
     assert global_prompt.artifact is not None  # as _make checks
     artifact = grouping_artifact(plan, global_prompt.artifact)
-    make_grouping(plan, global_prompt.artifact, artifact)
+    compute_grouping(plan, global_prompt.artifact, artifact)
     return read_grouping(artifact)
 
 

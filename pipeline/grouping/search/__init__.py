@@ -1,1 +1,1 @@
-"""Ways to search the best partition; `pipeline.grouping.partition.best_partition` takes the fastest that is exact."""
+"""Search algorithms; `pipeline.grouping.partition.best_partition` chooses the fastest exact one."""
