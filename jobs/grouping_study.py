@@ -24,9 +24,9 @@ def main() -> None:
         config, seeds = arguments.config(), list(dict.fromkeys(arguments.options.seeds))
 
         from pipeline.workflows.grouping_study import run_grouping_study
-        from pipeline.workflows.many_runs import configs_of
+        from pipeline.workflows.many_runs import expand_configs
 
-        run_grouping_study(configs_of(config, [config.data.shots], seeds), console)
+        run_grouping_study(expand_configs(config, [config.data.shots], seeds), console)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables and figures of a benchmark against plain numpy; the paper's figures against each other and its text."""
+"""Tables and figures of a benchmark against numpy; the paper's results against each other and its text."""
 
 import csv
 import io
@@ -24,12 +24,12 @@ from pipeline.report.benchmark_tables import (
     comparison_table,
     framework_table,
     main_tables,
-    section_of,
     to_csv,
     to_latex,
     to_markdown,
     to_rich,
-    version_title,
+    variant_section,
+    variant_title,
 )
 from pipeline.report.paper_results import MINI_DOMAINNET, OFFICE_HOME, TRAINED_PARAMETERS, paper_results_for
 
@@ -37,40 +37,40 @@ OFFICE_TASKS = ("Art", "Clipart", "Product", "Real World")
 OTHER_TASKS = ("birds", "cars_100%", "R&D #1")
 MMAP_VERSIONS = ("mmap_task_only", "mmap_group_only", "mmap_random_groups", "all_in_one", "grouped")
 PAPER_METHODS = ("zero_shot", *TRAINED_PARAMETERS)
-ALL_METHODS = (*VARIANTS, "a_method_to_come", "another one")
+ALL_METHODS = (*VARIANTS, "unknown_method", "another one")
 
 
-def made_up(tasks=OTHER_TASKS, methods=("zero_shot", "coop", "coop_mt", "grouped"), shots=(6,), seeds=(1, 2, 3)):
-    """Random accuracies; zero-shot alone trains nothing."""
+def random_benchmark(
+    tasks=OTHER_TASKS, methods=("zero_shot", "coop", "coop_mt", "grouped"), shots=(6,), seeds=(1, 2, 3)
+):
+    """Benchmark with random accuracies; only zero-shot has no trained parameters."""
     rng = np.random.default_rng(0)
     results = []
-    for number_of_shots in shots:
+    for num_shots in shots:
         for method in methods:
             level = rng.uniform(0.75, 0.82)
             parameters = 0 if method == "zero_shot" else int(10 ** rng.uniform(4, 7))
             for seed in seeds:
-                accuracy = {
-                    task: float(level - 0.06 * place + rng.normal(0, 0.004)) for place, task in enumerate(tasks)
-                }
-                results.append(Result(method, number_of_shots, seed, accuracy, parameters))
+                accuracy = {task: float(level - 0.06 * i + rng.normal(0, 0.004)) for i, task in enumerate(tasks)}
+                results.append(Result(method, num_shots, seed, accuracy, parameters))
     return Benchmark("made up", tuple(tasks), tuple(results), "ViT-B-32", ("5 epochs.",))
 
 
-def constant(method, per_seed, shots=6, tasks=OTHER_TASKS):
-    """Runs with the same accuracy on every task."""
-    return [Result(method, shots, seed, dict.fromkeys(tasks, value), 10) for seed, value in per_seed.items()]
+def constant_runs(method, accuracy_by_seed, shots=6, tasks=OTHER_TASKS):
+    """Runs of a method with the same accuracy on every task."""
+    return [Result(method, shots, seed, dict.fromkeys(tasks, value), 10) for seed, value in accuracy_by_seed.items()]
 
 
-def benchmark_of(*results, tasks=OTHER_TASKS):
-    return Benchmark("made up", tasks, tuple(result for of_method in results for result in of_method), "ViT-B-32")
+def make_benchmark(*runs, tasks=OTHER_TASKS):
+    return Benchmark("made up", tasks, tuple(result for method_runs in runs for result in method_runs), "ViT-B-32")
 
 
-def without(benchmark, lost):
-    return replace(benchmark, results=tuple(result for result in benchmark.results if not lost(result)))
+def drop_results(benchmark, condition):
+    return replace(benchmark, results=tuple(result for result in benchmark.results if not condition(result)))
 
 
-def row_of(table: Table, method: str) -> Row:
-    (row,) = (row for row in table.rows if row.kind == "ours" and row.cells[0].text == version_title(method))
+def find_row(table: Table, method: str) -> Row:
+    (row,) = (row for row in table.rows if row.kind == "ours" and row.cells[0].text == variant_title(method))
     return row
 
 
@@ -78,7 +78,7 @@ def texts(row: Row) -> list[str]:
     return [cell.text for cell in row.cells]
 
 
-# --- the paper's figures --------------------------------------------------------------------------------
+# --- the paper's results --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("paper", [OFFICE_HOME, MINI_DOMAINNET], ids=lambda paper: paper.data_set)
@@ -93,33 +93,37 @@ def test_paper_tables_are_complete(paper):
                 assert method == "zero_shot" or 0 < printed.deviation < 2
 
 
-def test_printed_averages_are_the_means_of_their_rows_but_for_two():
-    disagreeing = {}
+def test_two_printed_averages_differ_from_the_means_of_their_rows():
+    inconsistent = {}
     for paper in (OFFICE_HOME, MINI_DOMAINNET):
         for shots, methods in paper.accuracy.items():
             for method, tasks in methods.items():
                 printed = paper.average[shots][method].mean
                 # In tenths, exactly: the printed average is off by at most half a tenth, and so is the mean of four.
-                excess = abs(4 * round(10 * printed) - sum(round(10 * figure.mean) for figure in tasks.values()))
+                excess = abs(4 * round(10 * printed) - sum(round(10 * cell.mean) for cell in tasks.values()))
                 if excess >= 4:
-                    disagreeing[paper.data_set, shots, method] = printed
-            found = {method for data_set, at, method in disagreeing if (data_set, at) == (paper.data_set, shots)}
-            assert set(paper.disagreeing_averages(shots)) == found
-    assert disagreeing == {("Office-Home", 12, "bitfit_mt"): 85.5, ("Office-Home", 12, "coop_mt"): 86.3}
-    assert OFFICE_HOME.disagreeing_averages(12)["bitfit_mt"] == (85.5, pytest.approx(81.3))
+                    inconsistent[paper.data_set, shots, method] = printed
+            expected = {
+                method
+                for data_set, num_shots, method in inconsistent
+                if (data_set, num_shots) == (paper.data_set, shots)
+            }
+            assert set(paper.inconsistent_averages(shots)) == expected
+    assert inconsistent == {("Office-Home", 12, "bitfit_mt"): 85.5, ("Office-Home", 12, "coop_mt"): 86.3}
+    assert OFFICE_HOME.inconsistent_averages(12)["bitfit_mt"] == (85.5, pytest.approx(81.3))
 
 
-def test_paper_figures_agree_with_what_its_text_says():
+def test_paper_results_agree_with_its_text():
     framework = OFFICE_HOME.framework
-    for other, differences in (("mmap_random_groups", (0.68, 0.85)), ("all_in_one", (0.39, 0.41))):
-        found = tuple(framework[shots]["grouped"] - framework[shots][other] for shots in (6, 12))
-        assert found == pytest.approx(differences, abs=1e-9)
+    for baseline, differences in (("mmap_random_groups", (0.68, 0.85)), ("all_in_one", (0.39, 0.41))):
+        measured = tuple(framework[shots]["grouped"] - framework[shots][baseline] for shots in (6, 12))
+        assert measured == pytest.approx(differences, abs=1e-9)
     for shots, values in framework.items():
-        assert values["grouped"] == pytest.approx(OFFICE_HOME.mean_of_tasks(shots, "grouped"), abs=0.05)
-    of_mini = MINI_DOMAINNET.average
-    assert (of_mini[3]["grouped"].mean, of_mini[6]["grouped"].mean) == (84.9, 86.1)
-    assert of_mini[6]["coop_mt"].mean - of_mini[6]["zero_shot"].mean == pytest.approx(0.9)
-    assert of_mini[6]["maple_mt"].mean - of_mini[6]["zero_shot"].mean == pytest.approx(1.1)
+        assert values["grouped"] == pytest.approx(OFFICE_HOME.task_mean(shots, "grouped"), abs=0.05)
+    mini_average = MINI_DOMAINNET.average
+    assert (mini_average[3]["grouped"].mean, mini_average[6]["grouped"].mean) == (84.9, 86.1)
+    assert mini_average[6]["coop_mt"].mean - mini_average[6]["zero_shot"].mean == pytest.approx(0.9)
+    assert mini_average[6]["maple_mt"].mean - mini_average[6]["zero_shot"].mean == pytest.approx(1.1)
     assert round(100 * TRAINED_PARAMETERS["grouped"] / TRAINED_PARAMETERS["full_finetune_mt"], 2) == 0.09
     for single in ("full_finetune", "coop", "vpt", "maple"):  # four tasks, each with its own
         assert TRAINED_PARAMETERS[single] == pytest.approx(4 * TRAINED_PARAMETERS[f"{single}_mt"])
@@ -141,15 +145,15 @@ def test_paper_figures_agree_with_what_its_text_says():
         ((), None),
     ],
 )
-def test_data_sets_are_known_by_their_tasks(tasks, data_set):
+def test_data_sets_are_recognized_by_their_tasks(tasks, data_set):
     paper = paper_results_for(tasks)
     assert (paper.data_set if paper else None) == data_set
     if paper:
         for methods in paper.accuracy.values():
-            assert all(set(of_tasks) == set(tasks) for of_tasks in methods.values())
+            assert all(set(by_task) == set(tasks) for by_task in methods.values())
 
 
-def test_paper_figures_come_under_the_names_given():
+def test_paper_results_use_the_given_task_names():
     paper = paper_results_for(("real_world", "product", "clipart", "art"))
     assert paper.accuracy[6]["grouped"]["real_world"] == (90.9, 0.9)
     assert paper.accuracy[12]["full_finetune_mt"]["clipart"] == (78.8, 1.0)
@@ -163,7 +167,7 @@ def test_paper_figures_come_under_the_names_given():
 
 
 def test_cells_equal_numpy():
-    benchmark = made_up(shots=(3, 6))
+    benchmark = random_benchmark(shots=(3, 6))
     tables = main_tables(benchmark)
     assert [re.search(r"(\d+)-shot test accuracy \(%\), (\d) seeds", table.title).groups() for table in tables] == [
         ("3", "3"),
@@ -177,105 +181,112 @@ def test_cells_equal_numpy():
             values = np.array([[100 * run.accuracy[task] for task in OTHER_TASKS] for run in runs])
             values = np.column_stack([values, values.mean(axis=1)])  # an average is that of a run
             expected = [f"{m:.1f} ± {s:.1f}" for m, s in zip(values.mean(axis=0), values.std(axis=0, ddof=1))]
-            expected = [version_title(method), *expected, f"{runs[0].trained_parameters:,}"]
-            assert texts(row_of(table, method)) == expected
+            expected = [variant_title(method), *expected, f"{runs[0].trained_parameters:,}"]
+            assert texts(find_row(table, method)) == expected
 
 
 def test_deviation_of_the_average_is_not_that_of_the_tasks():
     """One task up and the other down by as much: the average does not move."""
     runs = [Result("coop", 6, seed, {"a": 0.5 + 0.1 * seed, "b": 0.5 - 0.1 * seed}, 1) for seed in range(3)]
     (table,) = main_tables(Benchmark("x", ("a", "b"), tuple(runs), "none"))
-    assert texts(row_of(table, "coop"))[1:4] == ["60.0 ± 10.0", "40.0 ± 10.0", "50.0 ± 0.0"]
+    assert texts(find_row(table, "coop"))[1:4] == ["60.0 ± 10.0", "40.0 ± 10.0", "50.0 ± 0.0"]
 
 
 def test_one_seed_has_no_deviation():
-    (table,) = main_tables(made_up(seeds=(7,)))
+    (table,) = main_tables(random_benchmark(seeds=(7,)))
     assert table.title.endswith("1 seed")
     assert not any("±" in text for row in table.rows for text in texts(row))
     assert not any("±" in note for note in table.notes)
 
 
-def test_missing_runs_show_as_what_they_are():
-    benchmark = without(made_up(shots=(3, 6)), lambda run: run.method == "coop" and (run.shots, run.seed) == (6, 2))
-    benchmark = without(benchmark, lambda run: run.method == "coop_mt" and run.shots == 3)
-    of_three, of_six = main_tables(benchmark)
-    left = [run.accuracy["birds"] for run in benchmark.runs("coop", 6)]
-    assert len(left) == 2
-    assert texts(row_of(of_six, "coop"))[1] == f"{100 * np.mean(left):.1f} ± {100 * np.std(left, ddof=1):.1f} (2)"
-    assert any("only that many seeds" in note for note in of_six.notes)
-    assert texts(row_of(of_three, "coop_mt"))[1:] == ["—"] * 5
-    assert not any("only that many seeds" in note for note in of_three.notes)
-    assert not texts(row_of(of_six, "grouped"))[1].endswith(")")
+def test_missing_runs_are_marked():
+    benchmark = drop_results(
+        random_benchmark(shots=(3, 6)), lambda run: run.method == "coop" and (run.shots, run.seed) == (6, 2)
+    )
+    benchmark = drop_results(benchmark, lambda run: run.method == "coop_mt" and run.shots == 3)
+    table_3_shots, table_6_shots = main_tables(benchmark)
+    remaining = [run.accuracy["birds"] for run in benchmark.runs("coop", 6)]
+    assert len(remaining) == 2
+    assert (
+        texts(find_row(table_6_shots, "coop"))[1]
+        == f"{100 * np.mean(remaining):.1f} ± {100 * np.std(remaining, ddof=1):.1f} (2)"
+    )
+    assert any("the number of seeds" in note for note in table_6_shots.notes)
+    assert texts(find_row(table_3_shots, "coop_mt"))[1:] == ["—"] * 5
+    assert not any("the number of seeds" in note for note in table_3_shots.notes)
+    assert not texts(find_row(table_6_shots, "grouped"))[1].endswith(")")
 
 
 def test_run_that_lacks_a_task_has_no_average():
-    whole = {"a": 0.5, "b": 0.9}
-    runs = (Result("coop", 6, 1, whole, 1), Result("coop", 6, 2, {"a": 0.7}, 1), Result("vpt", 6, 1, {"b": 0.1}, 1))
+    complete = {"a": 0.5, "b": 0.9}
+    runs = (Result("coop", 6, 1, complete, 1), Result("coop", 6, 2, {"a": 0.7}, 1), Result("vpt", 6, 1, {"b": 0.1}, 1))
     benchmark = Benchmark("x", ("a", "b"), runs, "none")
     (table,) = main_tables(benchmark)
-    assert texts(row_of(table, "coop"))[1:4] == ["60.0 ± 14.1", "90.0 (1)", "70.0 (1)"]
-    assert texts(row_of(table, "vpt"))[1:4] == ["—", "10.0 (1)", "—"]
+    assert texts(find_row(table, "coop"))[1:4] == ["60.0 ± 14.1", "90.0 (1)", "70.0 (1)"]
+    assert texts(find_row(table, "vpt"))[1:4] == ["—", "10.0 (1)", "—"]
     assert [line["task"] for line in csv.DictReader(io.StringIO(to_csv(benchmark)))] == ["a", "b", "a", "b"]
 
 
 def test_best_and_second_are_marked_as_printed_and_only_with_every_seed():
-    benchmark = benchmark_of(
-        constant("coop", {1: 0.8001, 2: 0.8001}),
-        constant("vpt", {1: 0.8003, 2: 0.8003}),  # 80.0 as well
-        constant("maple", {1: 0.79, 2: 0.79}),
-        constant("full_finetune", {1: 0.78, 2: 0.78}),
-        constant("bitfit", {1: 0.95}),  # best, of one seed
+    benchmark = make_benchmark(
+        constant_runs("coop", {1: 0.8001, 2: 0.8001}),
+        constant_runs("vpt", {1: 0.8003, 2: 0.8003}),  # 80.0 as well
+        constant_runs("maple", {1: 0.79, 2: 0.79}),
+        constant_runs("full_finetune", {1: 0.78, 2: 0.78}),
+        constant_runs("bitfit", {1: 0.95}),  # the best, but with one seed
     )
     (table,) = main_tables(benchmark)
-    marks = {method: {cell.mark for cell in row_of(table, method).cells[1:-1]} for method in benchmark.methods}
+    marks = {method: {cell.mark for cell in find_row(table, method).cells[1:-1]} for method in benchmark.methods}
     assert marks == {"coop": {"best"}, "vpt": {"best"}, "maple": {"second"}, "full_finetune": {""}, "bitfit": {""}}
     assert all(row.cells[-1].mark == row.cells[0].mark == "" for row in table.rows)
 
 
 def test_parameters_that_differ_between_seeds_are_a_range():
-    """The groups that are found differ between seeds, and with them the number of group prompts."""
-    runs = [replace(run, trained_parameters=1000 * run.seed) for run in constant("grouped", {3: 0.5, 1: 0.6, 2: 0.7})]
-    (table,) = main_tables(benchmark_of(runs))
-    assert texts(row_of(table, "grouped"))[-1] == "1,000–3,000"
+    """The groups, and with them the number of group prompts, differ between seeds."""
+    runs = [
+        replace(run, trained_parameters=1000 * run.seed) for run in constant_runs("grouped", {3: 0.5, 1: 0.6, 2: 0.7})
+    ]
+    (table,) = main_tables(make_benchmark(runs))
+    assert texts(find_row(table, "grouped"))[-1] == "1,000–3,000"
 
 
 def test_rows_are_in_sections_in_the_order_given():
-    methods = ("a_method_to_come", "grouped", "vpt", "coop_mt", "zero_shot", "coop", "mmap_task_only")
-    (table,) = main_tables(made_up(methods=methods))
+    methods = ("unknown_method", "grouped", "vpt", "coop_mt", "zero_shot", "coop", "mmap_task_only")
+    (table,) = main_tables(random_benchmark(methods=methods))
     assert [(row.kind, row.cells[0].text) for row in table.rows] == [
         ("ours", "zero-shot"),
-        ("section", "each task for itself"),
+        ("section", "single-task"),
         ("ours", "VPT"),
         ("ours", "CoOp"),
         ("ours", "MmAP, task only"),
-        ("section", "all tasks"),
+        ("section", "multi-task"),
         ("ours", "MmAP, grouped"),
         ("ours", "CoOp-MT"),
         ("section", "others"),
-        ("ours", "a_method_to_come"),
+        ("ours", "unknown_method"),
     ]
 
 
 def test_every_version_has_a_row_and_a_section():
-    (table,) = main_tables(made_up(methods=ALL_METHODS))
+    (table,) = main_tables(random_benchmark(methods=ALL_METHODS))
     for method in ALL_METHODS:
-        assert "—" not in texts(row_of(table, method))
-    assert section_of("zero_shot") == "zero-shot" and section_of("a_method_to_come") == "others"
-    for method, version in VARIANTS.items():
-        if method != "zero_shot" and version.init_from is None:
-            assert section_of(method) == ("each task for itself" if version.scope == "single-task" else "all tasks")
-    # Trained for each task, from a training for all.
-    assert VARIANTS["mvlpt"].scope == "single-task" and section_of("mvlpt") == "all tasks"
+        assert "—" not in texts(find_row(table, method))
+    assert variant_section("zero_shot") == "zero-shot" and variant_section("unknown_method") == "others"
+    for method, variant in VARIANTS.items():
+        if method != "zero_shot" and variant.init_from is None:
+            assert variant_section(method) == ("single-task" if variant.scope == "single-task" else "multi-task")
+    # Single-task training, initialized by a multi-task training.
+    assert VARIANTS["mvlpt"].scope == "single-task" and variant_section("mvlpt") == "multi-task"
 
 
-# --- beside the paper -----------------------------------------------------------------------------------
+# --- next to the paper -----------------------------------------------------------------------------------
 
 
-def test_paper_rows_stand_under_ours():
+def test_paper_rows_are_below_ours():
     methods = ("zero_shot", "maple", "clip_lora", "bitfit_mt", "coop_mt", "grouped")
-    table, with_12_shots = main_tables(made_up(OFFICE_TASKS, methods, shots=(6, 12)))
-    under = {texts(above)[0]: texts(row) for above, row in zip(table.rows, table.rows[1:]) if row.kind == "paper"}
-    assert under == {
+    table, with_12_shots = main_tables(random_benchmark(OFFICE_TASKS, methods, shots=(6, 12)))
+    paper_rows = {texts(ours)[0]: texts(row) for ours, row in zip(table.rows, table.rows[1:]) if row.kind == "paper"}
+    assert paper_rows == {
         "zero-shot": ["paper", "82.9", "68.3", "89.3", "90.1", "82.6", "—"],
         "MaPLe": ["paper", "84.4 ± 0.5", "72.8 ± 0.6", "92.2 ± 0.1", "90.4 ± 0.4", "85.0 ± 0.4", "19.2 M"],
         "BitFit-MT": ["paper", "79.1 ± 0.1", "67.8 ± 1.4", "86.7 ± 1.5", "85.9 ± 0.5", "79.9 ± 0.9", "0.17 M"],
@@ -283,29 +294,29 @@ def test_paper_rows_stand_under_ours():
         "MmAP, grouped": ["paper", "85.7 ± 0.5", "76.3 ± 0.6", "92.9 ± 0.5", "90.9 ± 0.9", "86.5 ± 0.6", "0.13 M"],
     }
     assert not any(cell.mark for row in table.rows if row.kind == "paper" for cell in row.cells)
-    assert not any("do not fit" in note for note in table.notes)
-    (note,) = (note for note in with_12_shots.notes if "do not fit" in note)
+    assert not any("are inconsistent" in note for note in table.notes)
+    (note,) = (note for note in with_12_shots.notes if "are inconsistent" in note)
     assert "BitFit-MT 85.5 (mean of its tasks 81.3)" in note
 
 
 def test_paper_columns_follow_the_order_of_our_tasks():
-    (table,) = main_tables(made_up(("sketch", "real", "clipart", "painting"), ("grouped",), shots=(3,)))
+    (table,) = main_tables(random_benchmark(("sketch", "real", "clipart", "painting"), ("grouped",), shots=(3,)))
     assert texts(table.rows[-1])[:5] == ["paper", "79.8 ± 0.7", "92.2 ± 0.2", "83.9 ± 0.3", "83.5 ± 0.2"]
 
 
 @pytest.mark.parametrize(("tasks", "shots"), [(OFFICE_TASKS, 3), (OTHER_TASKS, 6)])
-def test_nothing_of_the_paper_where_it_has_nothing(tasks, shots):
-    benchmark = made_up(tasks, (*PAPER_METHODS, *MMAP_VERSIONS[:-1]), shots=(shots,))
+def test_no_paper_rows_without_paper_results(tasks, shots):
+    benchmark = random_benchmark(tasks, (*PAPER_METHODS, *MMAP_VERSIONS[:-1]), shots=(shots,))
     for table in (*main_tables(benchmark), framework_table(benchmark)):
         assert not any(row.kind == "paper" for row in table.rows)
         assert "paper" not in " ".join((*table.header, *table.notes))
 
 
 def test_framework_table_has_parts_and_paper_columns():
-    benchmark = made_up(OFFICE_TASKS, ("coop", *reversed(MMAP_VERSIONS)), shots=(1, 6, 12))
+    benchmark = random_benchmark(OFFICE_TASKS, ("coop", *reversed(MMAP_VERSIONS)), shots=(1, 6, 12))
     table = framework_table(benchmark)
     assert table.header == (
-        *("version", "task prompt", "group prompt", "groups"),
+        *("variant", "task prompt", "group prompt", "groups"),
         *("1 shot", "6 shots", "paper", "12 shots", "paper"),
     )
     assert [texts(row)[1:4] for row in table.rows] == [
@@ -322,88 +333,88 @@ def test_framework_table_has_parts_and_paper_columns():
     assert [texts(row)[8] for row in table.rows] == ["86.97", "87.29", "86.92", "87.36", "87.77"]
 
 
-def test_framework_table_shows_only_what_is_there():
-    table = framework_table(made_up(methods=("coop", "grouped", "all_in_one")))
+def test_framework_table_shows_only_existing_variants():
+    table = framework_table(random_benchmark(methods=("coop", "grouped", "all_in_one")))
     assert [texts(row)[0] for row in table.rows] == ["MmAP, all in one group", "MmAP, grouped"]
-    assert framework_table(made_up(methods=("coop", "zero_shot"))) is None
+    assert framework_table(random_benchmark(methods=("coop", "zero_shot"))) is None
 
 
 # --- paired differences ---------------------------------------------------------------------------------
 
 
 def test_paired_differences_equal_numpy():
-    benchmark = made_up(methods=("coop", "grouped"), seeds=range(5))
-    ours, theirs = (
+    benchmark = random_benchmark(methods=("coop", "grouped"), seeds=range(5))
+    ours, baseline = (
         np.array([np.mean(list(run.accuracy.values())) for run in benchmark.runs(method, 6)]) * 100
         for method in ("grouped", "coop")
     )
-    differences = ours - theirs
+    differences = ours - baseline
     error = differences.std(ddof=1) / np.sqrt(5)
-    shown, shown_error, better, finding = texts(row_of(comparison_table(benchmark), "coop"))[1:]
-    assert float(shown.replace("−", "-")) == pytest.approx(differences.mean(), abs=0.005)
-    assert float(shown_error) == pytest.approx(error, abs=0.005)
+    difference, standard_error, better, finding = texts(find_row(comparison_table(benchmark), "coop"))[1:]
+    assert float(difference.replace("−", "-")) == pytest.approx(differences.mean(), abs=0.005)
+    assert float(standard_error) == pytest.approx(error, abs=0.005)
     assert better == f"{(differences > 0).sum()} of 5"
-    assert (finding == "no difference seen") == (abs(differences.mean()) <= 2 * error)
+    assert (finding == "no difference") == (abs(differences.mean()) <= 2 * error)
 
 
-def test_findings_are_honest():
-    """`grouped` has 80 % with every seed; the others differ in the average, in their spread, and in their seeds."""
-    benchmark = benchmark_of(
-        constant("coop", {1: 0.78, 2: 0.79, 3: 0.785}),
-        constant("vpt", {1: 0.83, 2: 0.82, 3: 0.825}),
-        constant("maple", {1: 0.77, 2: 0.82, 3: 0.80}),
-        constant("full_finetune", {1: 0.80, 2: 0.80, 3: 0.80}),
-        constant("bitfit", {2: 0.70}),
-        constant("clip_lora", {9: 0.70}),
-        constant("clip_adapter", {3: 0.78, 9: 0.0, 1: 0.77}),
-        constant("grouped", {1: 0.80, 2: 0.80, 3: 0.80}),
+def test_findings_of_the_comparison():
+    """`grouped` has 80 % with every seed; the baselines differ in average, deviation and seeds."""
+    benchmark = make_benchmark(
+        constant_runs("coop", {1: 0.78, 2: 0.79, 3: 0.785}),
+        constant_runs("vpt", {1: 0.83, 2: 0.82, 3: 0.825}),
+        constant_runs("maple", {1: 0.77, 2: 0.82, 3: 0.80}),
+        constant_runs("full_finetune", {1: 0.80, 2: 0.80, 3: 0.80}),
+        constant_runs("bitfit", {2: 0.70}),
+        constant_runs("clip_lora", {9: 0.70}),
+        constant_runs("clip_adapter", {3: 0.78, 9: 0.0, 1: 0.77}),
+        constant_runs("grouped", {1: 0.80, 2: 0.80, 3: 0.80}),
     )
     table = comparison_table(benchmark)
     assert {texts(row)[0]: texts(row)[1:] for row in table.rows if row.kind == "ours"} == {
         "CoOp": ["+1.50", "0.29", "3 of 3", "better"],
         "VPT": ["−2.50", "0.29", "0 of 3", "worse"],
-        "MaPLe": ["+0.33", "1.45", "1 of 3", "no difference seen"],
-        "full fine-tuning": ["+0.00", "0.00", "0 of 3", "no difference seen"],
-        "BitFit": ["+10.00", "—", "1 of 1", "one seed: cannot be told"],
-        "CLIP-LoRA": ["—", "—", "—", "no seed in common"],
+        "MaPLe": ["+0.33", "1.45", "1 of 3", "no difference"],
+        "full fine-tuning": ["+0.00", "0.00", "0 of 3", "no difference"],
+        "BitFit": ["+10.00", "—", "1 of 1", "not testable (1 seed)"],
+        "CLIP-LoRA": ["—", "—", "—", "no common seed"],
         "CLIP-Adapter": ["+2.50", "0.50", "2 of 2", "better"],
     }
-    assert comparison_table(made_up(methods=("coop", "vpt"))) is None
+    assert comparison_table(random_benchmark(methods=("coop", "vpt"))) is None
 
 
 def test_differences_are_paired():
-    """Seeds that are hard for both: far apart from each other, always one point between the two."""
-    hard = {1: 0.5, 2: 0.7, 3: 0.9}
+    """Accuracies vary widely between seeds, but the two methods always differ by about one point."""
+    baseline = {1: 0.5, 2: 0.7, 3: 0.9}
     ours = {1: 0.511, 2: 0.71, 3: 0.909}
-    table = comparison_table(benchmark_of(constant("coop", hard), constant("grouped", ours)))
-    assert texts(row_of(table, "coop"))[1:] == ["+1.00", "0.06", "3 of 3", "better"]
+    table = comparison_table(make_benchmark(constant_runs("coop", baseline), constant_runs("grouped", ours)))
+    assert texts(find_row(table, "coop"))[1:] == ["+1.00", "0.06", "3 of 3", "better"]
 
 
-# --- what benchmarks may hold ---------------------------------------------------------------------------
+# --- validation of benchmarks ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        (constant("coop", {1: 0.5}) * 2, "2 results for coop with 6 shots and seed 1"),
+        (constant_runs("coop", {1: 0.5}) * 2, "2 results for coop with 6 shots and seed 1"),
         ([Result("coop", 6, 1, {"boats": 0.5}, 1)], "task 'boats' is not one of birds"),
-        (constant("coop", {1: 81.3}), "accuracy 81.3 is not between 0 and 1"),
-        (constant("coop", {1: float("nan")}), "accuracy nan is not between 0 and 1"),
+        (constant_runs("coop", {1: 81.3}), "accuracy 81.3 is not between 0 and 1"),
+        (constant_runs("coop", {1: float("nan")}), "accuracy nan is not between 0 and 1"),
     ],
 )
-def test_impossible_benchmarks(results, message):
+def test_invalid_benchmarks_are_rejected(results, message):
     with pytest.raises(ValueError, match=message):
-        benchmark_of(results)
+        make_benchmark(results)
 
 
-def test_nothing_measured():
-    benchmark = benchmark_of()
+def test_empty_benchmark():
+    benchmark = make_benchmark()
     assert main_tables(benchmark) == [] and framework_table(benchmark) is None and comparison_table(benchmark) is None
     assert to_csv(benchmark).count("\n") == 1
     for draw in (
         lambda: accuracy_parameters_figure(benchmark, 6),
         lambda: shots_figure(benchmark, ["grouped"]),
-        lambda: prompt_ablation_figure(made_up(methods=("coop",)), 6),
+        lambda: prompt_ablation_figure(random_benchmark(methods=("coop",)), 6),
     ):
         with pytest.raises(ValueError, match="made up has no"):
             draw()
@@ -412,14 +423,19 @@ def test_nothing_measured():
 # --- writers --------------------------------------------------------------------------------------------
 
 
-def many_tables() -> list[Table]:
-    benchmark = made_up(OFFICE_TASKS, ALL_METHODS, shots=(3, 6))
-    benchmark = without(benchmark, lambda run: run.method == "vpt" and run.seed == 1)
-    return [*main_tables(benchmark), framework_table(benchmark), comparison_table(benchmark), *main_tables(made_up())]
+def sample_tables() -> list[Table]:
+    benchmark = random_benchmark(OFFICE_TASKS, ALL_METHODS, shots=(3, 6))
+    benchmark = drop_results(benchmark, lambda run: run.method == "vpt" and run.seed == 1)
+    return [
+        *main_tables(benchmark),
+        framework_table(benchmark),
+        comparison_table(benchmark),
+        *main_tables(random_benchmark()),
+    ]
 
 
 def test_markdown_rows_have_every_column():
-    for table in many_tables():
+    for table in sample_tables():
         title, blank, *lines = to_markdown(table).splitlines()
         assert title == f"### {table.title}" and blank == ""
         assert len([line for line in lines if line.startswith("| ")]) == len(table.rows) + 2
@@ -427,8 +443,8 @@ def test_markdown_rows_have_every_column():
         assert [line for line in lines if line.startswith("- ")] == [f"- {note}" for note in table.notes]
 
 
-def test_latex_is_a_whole_tabular():
-    for table in many_tables():
+def test_latex_is_a_complete_tabular():
+    for table in sample_tables():
         text = "\n".join(line for line in to_latex(table).splitlines() if not line.startswith("%"))
         assert text.startswith(rf"\begin{{tabular}}{{{table.alignment}}}") and text.endswith(r"\end{tabular}")
         assert text.count(r"\toprule") == text.count(r"\bottomrule") == 1
@@ -444,9 +460,9 @@ def test_latex_is_a_whole_tabular():
 
 
 def test_marks_and_special_characters_in_latex_and_markdown():
-    benchmark = benchmark_of(
-        constant("a_method|with $ and *", {1: 0.9, 2: 0.8}),
-        constant("zero_shot", {1: 0.7, 2: 0.8}),
+    benchmark = make_benchmark(
+        constant_runs("a_method|with $ and *", {1: 0.9, 2: 0.8}),
+        constant_runs("zero_shot", {1: 0.7, 2: 0.8}),
     )
     (table,) = main_tables(benchmark)
     latex, markdown = to_latex(table), to_markdown(table)
@@ -458,24 +474,26 @@ def test_marks_and_special_characters_in_latex_and_markdown():
 
 
 def test_notes_of_several_lines_stay_latex_comments():
-    (table,) = main_tables(made_up())
+    (table,) = main_tables(random_benchmark())
     table = replace(table, notes=("first\nsecond",))
     assert "% first second\n" in to_latex(table)
 
 
-def test_terminal_shows_every_cell():
-    for table in [*many_tables(), *main_tables(made_up(methods=("[red]", "coop")))]:
+def test_terminal_table_has_every_cell():
+    for table in [*sample_tables(), *main_tables(random_benchmark(methods=("[red]", "coop")))]:
         console = Console(width=400, file=io.StringIO())
         console.print(to_rich(table))
-        shown = console.file.getvalue()
-        assert table.title in shown
+        output = console.file.getvalue()
+        assert table.title in output
         for row in table.rows:
-            assert any(all(text in line for text in texts(row)) for line in shown.splitlines())
+            assert any(all(text in line for text in texts(row)) for line in output.splitlines())
 
 
 def test_terminal_marks_best_and_second():
     (table,) = main_tables(
-        benchmark_of(constant("coop", {1: 0.9}), constant("vpt", {1: 0.8}), constant("full_finetune", {1: 0.7}))
+        make_benchmark(
+            constant_runs("coop", {1: 0.9}), constant_runs("vpt", {1: 0.8}), constant_runs("full_finetune", {1: 0.7})
+        )
     )
     cells = list(to_rich(table).columns[1].cells)
     assert [(str(cell), cell.style) for cell in cells] == [
@@ -486,25 +504,27 @@ def test_terminal_marks_best_and_second():
     ]
 
 
-def test_csv_keeps_every_number():
-    benchmark = made_up(OFFICE_TASKS, ("zero_shot", "vpt", "clip_lora", "grouped", "a_method, to come"), shots=(3, 6))
+def test_csv_has_every_number():
+    benchmark = random_benchmark(
+        OFFICE_TASKS, ("zero_shot", "vpt", "clip_lora", "grouped", "unknown, method"), shots=(3, 6)
+    )
     lines = list(csv.DictReader(io.StringIO(to_csv(benchmark))))
     read: dict[tuple, dict[str, float]] = {}
     for line in lines:
         run = (line["method"], int(line["shots"]), int(line["seed"]), int(line["trained_parameters"]))
         read.setdefault(run, {})[line["task"]] = float(line["accuracy"])
-    again = tuple(Result(method, shots, seed, tasks, size) for (method, shots, seed, size), tasks in read.items())
-    assert again == benchmark.results
+    results = tuple(Result(method, shots, seed, tasks, size) for (method, shots, seed, size), tasks in read.items())
+    assert results == benchmark.results
     assert {(line["method"], line["title"], line["groups"]) for line in lines} == {
         ("zero_shot", "zero-shot", ""),
         ("vpt", "VPT", "single-task"),
         ("clip_lora", "CLIP-LoRA", "single-task"),
         ("grouped", "MmAP, grouped", "found groups"),
-        ("a_method, to come", "a_method, to come", ""),
+        ("unknown, method", "unknown, method", ""),
     }
     for line in lines:
-        known = line["shots"] == "6" and line["method"] in ("zero_shot", "vpt", "grouped")
-        assert bool(line["paper_accuracy"]) == known
+        has_paper_result = line["shots"] == "6" and line["method"] in ("zero_shot", "vpt", "grouped")
+        assert bool(line["paper_accuracy"]) == has_paper_result
     assert {line["paper_accuracy"] for line in lines if (line["method"], line["task"]) == ("vpt", "Art")} == {
         "",
         "0.837",
@@ -517,51 +537,51 @@ def test_csv_keeps_every_number():
 LINES = ("zero_shot", "coop", "vpt", "coop_mt", "maple_mt", "full_finetune_mt", "clip_adapter", "grouped")
 
 
-def wide(num_methods: int = 30) -> Benchmark:
-    """Six tasks, one number of shots, made-up names where VARIANTS has too few."""
+def wide_benchmark(num_methods: int = 30) -> Benchmark:
+    """Benchmark with six tasks, one number of shots, and invented methods if VARIANTS has too few."""
     names = dict.fromkeys((*ALL_METHODS, *(f"method {number}" for number in range(num_methods))))
     methods = ["grouped", *(name for name in names if name != "grouped")][:num_methods]
-    return made_up(("clipart", "painting", "real", "sketch", "infograph", "quickdraw"), methods, shots=(16,))
+    return random_benchmark(("clipart", "painting", "real", "sketch", "infograph", "quickdraw"), methods, shots=(16,))
 
 
-def figures() -> dict[str, Figure]:
-    office = made_up(OFFICE_TASKS, (*PAPER_METHODS, "joint_prompts_mt", "mlp_prompts_mt"), shots=(1, 6, 12))
-    patchy = without(office, lambda run: run.method == "coop" and (run.shots == 6 or run.seed == 1))
+def sample_figures() -> dict[str, Figure]:
+    office = random_benchmark(OFFICE_TASKS, (*PAPER_METHODS, "joint_prompts_mt", "mlp_prompts_mt"), shots=(1, 6, 12))
+    patchy = drop_results(office, lambda run: run.method == "coop" and (run.shots == 6 or run.seed == 1))
     one_seed = replace(office, results=tuple(run for run in office.results if run.seed == 2))
-    long_names = made_up(
+    long_names = random_benchmark(
         [f"a $task_{number} with a long name" for number in range(6)], (*LINES, "joint_prompts_mt"), shots=(2, 4)
     )
-    drawn = {}
+    figures = {}
     for name, benchmark in (
         ("office", office),
         ("patchy", patchy),
         ("one seed", one_seed),
         ("long names", long_names),
-        ("wide", wide()),
+        ("wide", wide_benchmark()),
     ):
         shots = benchmark.shots[-1]
-        drawn[f"{name}: parameters"] = accuracy_parameters_figure(benchmark, shots)
-        drawn[f"{name}: shots"] = shots_figure(benchmark, LINES)
-        drawn[f"{name}: ablation"] = prompt_ablation_figure(benchmark, shots)
-    return drawn
+        figures[f"{name}: parameters"] = accuracy_parameters_figure(benchmark, shots)
+        figures[f"{name}: shots"] = shots_figure(benchmark, LINES)
+        figures[f"{name}: ablation"] = prompt_ablation_figure(benchmark, shots)
+    return figures
 
 
-def test_figures_save_whole_and_without_warnings_or_pyplot_state():
+def test_figures_are_saved_uncut_without_warnings_or_pyplot_state():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name, figure in figures().items():
-            for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        for name, figure in sample_figures().items():
+            for kind, signature in (("png", b"\x89PNG"), ("svg", b"<?xml")):
                 picture = io.BytesIO()
                 figure.savefig(picture, format=kind, dpi=60)
-                assert picture.getvalue().startswith(start) and len(picture.getvalue()) > 5_000, name
-            needed = figure.get_tightbbox().transformed(figure.dpi_scale_trans)
-            assert needed.x0 >= -1 and needed.y0 >= -1, name
-            assert needed.x1 <= figure.bbox.x1 + 1 and needed.y1 <= figure.bbox.y1 + 1, name
+                assert picture.getvalue().startswith(signature) and len(picture.getvalue()) > 5_000, name
+            extent = figure.get_tightbbox().transformed(figure.dpi_scale_trans)
+            assert extent.x0 >= -1 and extent.y0 >= -1, name
+            assert extent.x1 <= figure.bbox.x1 + 1 and extent.y1 <= figure.bbox.y1 + 1, name
     assert Gcf.get_all_fig_managers() == []
 
 
 def titles_and_circles(figure: Figure):
-    """Boxes in pixels: of the titles, by text; of the circles."""
+    """Return axes, the titles' boxes in pixels by text, and the circles' centers and radii in pixels."""
     figure.canvas.draw()
     (axes,) = figure.axes
     labels = {text.get_text(): text.get_window_extent() for text in axes.texts if isinstance(text, Annotation)}
@@ -575,45 +595,45 @@ def titles_and_circles(figure: Figure):
 
 @pytest.mark.parametrize("num_methods", [1, 12, 30])
 @pytest.mark.parametrize("with_paper", [False, True])
-def test_titles_of_circles_lie_inside_and_hide_nothing(num_methods, with_paper):
+def test_titles_of_circles_are_inside_and_overlap_nothing(num_methods, with_paper):
     if with_paper:
         methods = list(dict.fromkeys(("grouped", *PAPER_METHODS, *VARIANTS)))[:num_methods]
-        figure = accuracy_parameters_figure(made_up(OFFICE_TASKS, methods, shots=(12,)), 12)
+        figure = accuracy_parameters_figure(random_benchmark(OFFICE_TASKS, methods, shots=(12,)), 12)
     else:
-        methods = wide(num_methods).methods
-        figure = accuracy_parameters_figure(wide(num_methods), 16)
+        methods = wide_benchmark(num_methods).methods
+        figure = accuracy_parameters_figure(wide_benchmark(num_methods), 16)
     axes, labels, circles = titles_and_circles(figure)
-    num_of_paper = len([method for method in methods if method in PAPER_METHODS]) if with_paper else 0
-    assert len(labels) == len(methods) and len(circles) == len(methods) + num_of_paper
-    inside = axes.get_window_extent()
+    num_paper = len([method for method in methods if method in PAPER_METHODS]) if with_paper else 0
+    assert len(labels) == len(methods) and len(circles) == len(methods) + num_paper
+    bounds = axes.get_window_extent()
     boxes = list(labels.values())
     for number, box in enumerate(boxes):
-        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-        assert not any(box.overlaps(other) for other in boxes[number + 1 :])
+        assert bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0 and box.y1 <= bounds.y1
+        assert not any(box.overlaps(other_box) for other_box in boxes[number + 1 :])
         for x, y, radius in circles:
             assert np.hypot(x - np.clip(x, box.x0, box.x1), y - np.clip(y, box.y0, box.y1)) >= radius
 
 
-def test_circles_stand_where_the_numbers_are():
-    benchmark = benchmark_of(
-        constant("zero_shot", {1: 0.8, 2: 0.8}, 6, OFFICE_TASKS),
-        constant("bitfit_mt", {1: 0.82, 2: 0.84}, 12, OFFICE_TASKS),
-        constant("zero_shot", {1: 0.7, 2: 0.8}, 12, OFFICE_TASKS),
+def test_circles_are_at_their_values():
+    benchmark = make_benchmark(
+        constant_runs("zero_shot", {1: 0.8, 2: 0.8}, 6, OFFICE_TASKS),
+        constant_runs("bitfit_mt", {1: 0.82, 2: 0.84}, 12, OFFICE_TASKS),
+        constant_runs("zero_shot", {1: 0.7, 2: 0.8}, 12, OFFICE_TASKS),
         tasks=OFFICE_TASKS,
     )
     results = [replace(run, trained_parameters=171_008 * (run.method != "zero_shot")) for run in benchmark.results]
     (axes,) = accuracy_parameters_figure(replace(benchmark, results=tuple(results)), 12).axes
     zero = axes.get_xticks()[0]
     assert axes.get_xticklabels()[0].get_text() == "0"
-    places = [tuple(points.get_offsets()[0]) for points in axes.collections]
+    positions = [tuple(points.get_offsets()[0]) for points in axes.collections]
     expected = [(171_008, 83), (170_000, 81.3), (zero, 75), (zero, 83.25)]  # the paper's average of BitFit: its tasks'
-    assert sorted(places) == [pytest.approx(place) for place in sorted(expected)]
+    assert sorted(positions) == [pytest.approx(position) for position in sorted(expected)]
     sizes = {tuple(points.get_offsets()[0])[0]: points.get_sizes()[0] for points in axes.collections}
     assert sizes[zero] < sizes[170_000] < sizes[171_008]
 
 
-def test_lines_hold_the_means():
-    benchmark = made_up(OFFICE_TASKS, LINES, shots=(1, 6, 12))
+def test_lines_show_the_means():
+    benchmark = random_benchmark(OFFICE_TASKS, LINES, shots=(1, 6, 12))
     figure = shots_figure(benchmark, LINES)
     panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
     assert list(panels) == ["average", *OFFICE_TASKS]
@@ -622,36 +642,40 @@ def test_lines_hold_the_means():
         stars = [line for line in axes.lines if line.get_marker() == "*"]
         assert len(dashed) == len(stars) == 1 and list(dashed[0].get_xdata()) == [0, 1, 6, 12]
         assert stars[0].get_ydata()[0] == dashed[0].get_ydata()[0] == dashed[0].get_ydata()[1]
-        drawn = [container.lines[0].get_ydata() for container in axes.containers]
-        for method, means in zip(LINES, [dashed[0].get_ydata()[1:], *drawn], strict=True):
+        curves = [container.lines[0].get_ydata() for container in axes.containers]
+        for method, means in zip(LINES, [dashed[0].get_ydata()[1:], *curves], strict=True):
             task = None if name == "average" else name
-            expected = [100 * np.mean(list(benchmark.by_seed(method, shots, task).values())) for shots in (1, 6, 12)]
+            expected = [
+                100 * np.mean(list(benchmark.accuracy_by_seed(method, shots, task).values())) for shots in (1, 6, 12)
+            ]
             np.testing.assert_allclose(np.array(means, dtype=float), expected)
-    looks = {
+    styles = {
         (line.get_color(), line.get_marker())
         for line in panels["average"].get_figure().axes[-1].get_legend().get_lines()
     }
-    assert len(looks) == len(LINES)
+    assert len(styles) == len(LINES)
 
 
 def test_one_seed_has_no_error_bars():
     for seeds, lengths in (((1,), []), ((1, 2), [1.0, 1.0])):
-        runs = [constant("grouped", {seed: 0.5 + seed / 100 / 2**0.5 for seed in seeds}, shots) for shots in (1, 2)]
-        (container,) = shots_figure(benchmark_of(*runs), ["grouped"]).axes[0].containers
+        runs = [
+            constant_runs("grouped", {seed: 0.5 + seed / 100 / 2**0.5 for seed in seeds}, shots) for shots in (1, 2)
+        ]
+        (container,) = shots_figure(make_benchmark(*runs), ["grouped"]).axes[0].containers
         (bars,) = container.lines[2]
-        drawn = [np.ptp(bar[:, 1]) for bar in bars.get_segments() if np.isfinite(bar).all() and len(bar)]
-        np.testing.assert_allclose(drawn, lengths)
+        bar_lengths = [np.ptp(bar[:, 1]) for bar in bars.get_segments() if np.isfinite(bar).all() and len(bar)]
+        np.testing.assert_allclose(bar_lengths, lengths)
 
 
-def test_bars_hold_the_means_for_the_version_asked_for():
-    benchmark = made_up(OFFICE_TASKS, ("joint_prompts_mt", "mlp_prompts_mt", "all_in_one", "grouped"))
+def test_bars_show_the_means_of_the_given_variant():
+    benchmark = random_benchmark(OFFICE_TASKS, ("joint_prompts_mt", "mlp_prompts_mt", "all_in_one", "grouped"))
     figure = prompt_ablation_figure(benchmark, 6, "all_in_one")
     (axes,) = figure.axes
     bars = {bars.get_label(): bars for bars in axes.containers if isinstance(bars, BarContainer)}
     assert list(bars) == ["joint prompts-MT", "MLP prompts-MT", "MmAP, all in one group"]
     bottom = axes.get_ylim()[0]
-    for method, of_method in zip(("joint_prompts_mt", "mlp_prompts_mt", "all_in_one"), bars.values()):
-        for task, bar in zip((*OFFICE_TASKS, None), of_method.patches, strict=True):
-            mean = 100 * np.mean(list(benchmark.by_seed(method, 6, task).values()))
+    for method, method_bars in zip(("joint_prompts_mt", "mlp_prompts_mt", "all_in_one"), bars.values()):
+        for task, bar in zip((*OFFICE_TASKS, None), method_bars.patches, strict=True):
+            mean = 100 * np.mean(list(benchmark.accuracy_by_seed(method, 6, task).values()))
             assert bar.get_y() + bar.get_height() == pytest.approx(mean) and bar.get_y() == bottom
-    assert bottom > 0 and f"from {bottom:.0f}" in axes.get_ylabel()  # a cut axis says so
+    assert bottom > 0 and f"from {bottom:.0f}" in axes.get_ylabel()  # the label mentions a cut axis

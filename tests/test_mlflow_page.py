@@ -11,7 +11,7 @@ from pipelines import summary
 from playwright.sync_api import expect
 from servers import free_ports, mlflow_server
 
-from pipeline.report.summary import title
+from pipeline.report.summary import method_title
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
@@ -43,7 +43,9 @@ def test_the_experiment_lists_a_line_for_each_method(served, page):
     open_runs(page, address, experiment)
     page.get_by_text(f"{len(result['methods'])} matching runs").wait_for()
     for method in result["methods"]:
-        page.get_by_role("link", name=f"{title(method)} (8 shots, seed 1, ").wait_for()  # the page draws line by line
+        page.get_by_role(
+            "link", name=f"{method_title(method)} (8 shots, seed 1, "
+        ).wait_for()  # the page draws line by line
     open_runs(page, address, experiment, "tags.level = 'pipeline'")
     page.get_by_role("link", name="demo, 8 shots, seed 1").wait_for()
 
@@ -64,7 +66,7 @@ def test_comparison_shows_the_methods_metrics(served, page):
         page.get_by_text(plot).wait_for()
     body = page.locator("body")
     for method, values in result["methods"].items():
-        expect(body).to_contain_text(title(method), use_inner_text=True)
+        expect(body).to_contain_text(method_title(method), use_inner_text=True)
         expect(body).to_contain_text(f"{values['average']:.3f}"[:4], use_inner_text=True)  # the page rounds
 
 

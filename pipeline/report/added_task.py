@@ -1,4 +1,4 @@
-"""What adding a task to a finished run gave, beside training all tasks again."""
+"""Report of a task added to a finished run, compared with retraining all tasks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.data.names import pluralize
 from pipeline.grouping.text import format_groups
 from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, Summary, markdown_table, report_footer
 
-AVERAGE_BEFORE_ROW, SECONDS_ROW = "average of the tasks before", "seconds"
+EXISTING_AVERAGE_ROW, SECONDS_ROW = "average of existing tasks", "seconds"
 
 
 @dataclass(frozen=True)
 class AddedTask:
-    """`before`, `rerun`: summaries of the finished run, and of one with all tasks, as in summary.json; `groups`: with
-    the new task; accuracies 0 to 1; `trained_parameters`: of the new task."""
+    """`finished`, `rerun`: summary.json of the finished run and of a run with all tasks; `groups`: including the new
+    task; accuracies 0 to 1; `trained_parameters`: of the new task."""
 
-    before: dict[str, Any]
+    finished: dict[str, Any]
     task: str
     groups: list[list[str]]
     zero_shot: float
@@ -30,37 +31,37 @@ class AddedTask:
 
     @property
     def tasks(self) -> list[str]:
-        return sorted([*self.before["tasks"], self.task])
+        return sorted([*self.finished["tasks"], self.task])
 
     def summary(self) -> Summary:
-        """Of the run with the new task, as of one that had it from the start."""
-        before = self.before["methods"]
+        """Return the summary of the new run, with all tasks."""
+        finished = self.finished["methods"]
         new = {"zero_shot": (self.zero_shot, 0), "grouped": (self.accuracy, self.trained_parameters)}
         methods = {}
         for name, (accuracy, parameters) in new.items():
-            of_task = {**before[name]["accuracy"], self.task: accuracy}
+            by_task = {**finished[name]["accuracy"], self.task: accuracy}
             methods[name] = {
-                "accuracy": {task: of_task[task] for task in self.tasks},
-                "average": sum(of_task.values()) / len(of_task),
-                "trained_parameters": before[name]["trained_parameters"] + parameters,
+                "accuracy": {task: by_task[task] for task in self.tasks},
+                "average": sum(by_task.values()) / len(by_task),
+                "trained_parameters": finished[name]["trained_parameters"] + parameters,
             }
-        named = {name: self.before[name] for name in ("name", "shots", "seed", "clip")}
-        return Summary(**named, tasks=self.tasks, groups=self.groups, stages=self.stages, methods=methods, warnings=[])
+        shared = {name: self.finished[name] for name in ("name", "shots", "seed", "clip")}
+        return Summary(**shared, tasks=self.tasks, groups=self.groups, stages=self.stages, methods=methods, warnings=[])
 
     def placement(self) -> str:
-        """Where the new task is, in words."""
+        """Describe the group of the new task."""
         group = next(group for group in self.groups if self.task in group)
-        others = [name for name in group if name != self.task]
-        return f"{self.task} joined {format_groups([others])}" if others else f"{self.task} is a group of its own"
+        group_mates = [name for name in group if name != self.task]
+        return f"{self.task} joined {format_groups([group_mates])}" if group_mates else f"{self.task} forms a new group"
 
 
 def added_task_table(added: AddedTask) -> Table:
     header, *rows = _cells(added)
-    table = Table(title=f"{added.before['name']}: test accuracy in %; {escape(added.placement())}")
+    table = Table(title=f"{added.finished['name']}: test accuracy (%); {escape(added.placement())}")
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position == 0 else "right")
     for row in rows:
-        if row[0] in (AVERAGE_BEFORE_ROW, PARAMETERS_ROW):
+        if row[0] in (EXISTING_AVERAGE_ROW, PARAMETERS_ROW):
             table.add_section()
         cells = [escape(cell) for cell in row]
         table.add_row(*([f"[bold]{cell}[/]" for cell in cells] if row[0] == added.task else cells))
@@ -69,63 +70,62 @@ def added_task_table(added: AddedTask) -> Table:
 
 def added_task_to_markdown(added: AddedTask) -> str:
     header, *rows = _cells(added)
-    before = added.before
+    finished = added.finished
     lines = [
-        f"# {before['name']}, with {added.task} added",
+        f"# {finished['name']}, with {added.task} added",
         "",
-        f"Test accuracy in %; {before['shots']} training images a class and task; seed {before['seed']}; "
-        f"CLIP {before['clip']}.",
+        f"Test accuracy (%); {pluralize(finished['shots'], 'shot')} per class and task; seed {finished['seed']}; "
+        f"CLIP {finished['clip']}.",
         "",
         *markdown_table(header, rows),
         "",
-        f"{added.placement()}. Groups: {format_groups(added.groups)}; [how sure they are](grouping.html).",
+        f"{added.placement()}. Groups: {format_groups(added.groups)}; [stability of the groups](grouping.html).",
     ]
     if added.rerun:
-        lines += ["", f"Groups of all trained again: {format_groups(added.rerun['groups'])}."]
+        lines += ["", f"Groups when all are retrained: {format_groups(added.rerun['groups'])}."]
     lines += [
         "",
-        "The prompts of the tasks before are as they were, to the bit; their accuracies are those of the run before. "
-        "The parameters of a column are those that it trained, its seconds the time of its stages.",
+        "The prompts of the existing tasks are bit-identical; their accuracies are those of the finished run. "
+        "Parameters are those that a column trained, seconds the time of its stages.",
         *report_footer(added.stages),
     ]
     return "\n".join(lines)
 
 
 def _cells(added: AddedTask) -> list[list[str]]:
-    """Header and rows: a task, an average, parameters or seconds a row; columns zero-shot, before, added, and all tasks
-    trained again."""
-    with_task, before = added.summary(), added.before
+    """Return header and rows: a row per task, average, parameters and seconds; columns zero-shot, finished run, task
+    added, and all retrained."""
+    summary, finished = added.summary(), added.finished
     columns = [
-        ("zero-shot", with_task.methods["zero_shot"]["accuracy"], 0, None),
-        ("before", before["methods"]["grouped"]["accuracy"], *_cost(before)),
+        ("zero-shot", summary.methods["zero_shot"]["accuracy"], 0, None),
+        ("finished run", finished["methods"]["grouped"]["accuracy"], *_cost(finished)),
         (
             f"{added.task} added",
-            with_task.methods["grouped"]["accuracy"],
+            summary.methods["grouped"]["accuracy"],
             added.trained_parameters,
             sum(added.stages.values()),
         ),
     ]
     if added.rerun:
-        again = added.rerun
-        columns.append(("all trained again", again["methods"]["grouped"]["accuracy"], *_cost(again)))
+        columns.append(("all retrained", added.rerun["methods"]["grouped"]["accuracy"], *_cost(added.rerun)))
     titles, accuracies, parameters, seconds = zip(*columns)
     return [
         ["task", *titles],
-        *([task, *(_percent(of, [task]) for of in accuracies)] for task in added.tasks),
-        [AVERAGE_BEFORE_ROW, *(_percent(of, before["tasks"]) for of in accuracies)],
-        [AVERAGE_ROW, *(_percent(of, added.tasks) for of in accuracies)],
+        *([task, *(_percent(accuracy, [task]) for accuracy in accuracies)] for task in added.tasks),
+        [EXISTING_AVERAGE_ROW, *(_percent(accuracy, finished["tasks"]) for accuracy in accuracies)],
+        [AVERAGE_ROW, *(_percent(accuracy, added.tasks) for accuracy in accuracies)],
         [PARAMETERS_ROW, *(f"{count:,}" for count in parameters)],
         [SECONDS_ROW, *("" if value is None else f"{value:.0f}" for value in seconds)],
     ]
 
 
 def _cost(summary: dict[str, Any]) -> tuple[int, float]:
-    """Trained parameters, and seconds of all stages."""
+    """Return the trained parameters, and the seconds of all stages."""
     return summary["methods"]["grouped"]["trained_parameters"], sum(summary["stages"].values())
 
 
 def _percent(accuracy: dict[str, float], tasks: list[str]) -> str:
-    """Mean over tasks; empty where one of them is lacking."""
+    """Format the mean over tasks; empty if one of them is missing."""
     if not accuracy.keys() >= set(tasks):
         return ""
     return f"{100 * sum(accuracy[task] for task in tasks) / len(tasks):.1f}"

@@ -1,9 +1,9 @@
-"""Tables of a benchmark: several versions, numbers of shots and seeds on one data set, with the paper's beside them.
+"""Tables of a benchmark: several variants, numbers of shots and seeds on one data set, next to the paper's results.
 
-What this module chose:
-- A cell is the mean over seeds in %, ± the sample standard deviation where there are two seeds or more. An average is
-  taken over the tasks of one run first, and its mean and deviation then over the runs.
-- A cell that lacks seeds says how many it has, and is never marked as best. What was not run at all is a dash.
+Conventions:
+- A cell is the mean over seeds in %, ± the sample standard deviation for two or more seeds. Averages are taken over
+  the tasks of each run first; their mean and deviation are then over runs.
+- A cell with missing seeds gives their number in brackets, and is never marked as best. A dash means no run.
 - Numbers are compared as printed, so that equal cells are marked alike.
 """
 
@@ -24,19 +24,24 @@ from rich.text import Text
 from pipeline.data.names import pluralize
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.paper_results import TRAINED_PARAMETERS, PaperResults, Printed, paper_results_for
-from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, title
+from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, method_title
 
 ZERO_SHOT, OURS = "zero_shot", "grouped"
 FRAMEWORK = ("mmap_task_only", "mmap_group_only", "mmap_random_groups", "all_in_one", "grouped")
-SECTIONS = ZERO_SHOT_SECTION, EACH_TASK, ALL_TASKS, OTHERS = "zero-shot", "each task for itself", "all tasks", "others"
+SECTIONS = ZERO_SHOT_SECTION, SINGLE_TASK, MULTI_TASK, OTHER_SECTION = (
+    "zero-shot",
+    "single-task",
+    "multi-task",
+    "others",
+)
 MISSING = "—"
 
-# --- what is shown --------------------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run of a version. `accuracy`: task → 0 to 1; a task that is not in it was not measured."""
+    """Result of one run of a variant. `accuracy`: measured task → 0 to 1."""
 
     method: str
     shots: int
@@ -47,7 +52,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Versions stand in the order in which `results` first names them."""
+    """Results of a benchmark; variants keep the order in which they first occur in `results`."""
 
     name: str
     tasks: tuple[str, ...]
@@ -57,11 +62,11 @@ class Benchmark:
     """How the methods were trained, a sentence each."""
 
     def __post_init__(self) -> None:
-        """Raises: ValueError: two results for one run, an unknown task, or accuracies that are not from 0 to 1."""
+        """Raises: ValueError: two results for one run, an unknown task, or an accuracy outside 0 to 1."""
         runs = Counter((result.method, result.shots, result.seed) for result in self.results)
-        for (method, shots, seed), number in runs.items():
-            if number > 1:
-                raise ValueError(f"{number} results for {method} with {shots} shots and seed {seed}; give one")
+        for (method, shots, seed), count in runs.items():
+            if count > 1:
+                raise ValueError(f"{count} results for {method} with {shots} shots and seed {seed}; give one")
         for result in self.results:
             for task, value in result.accuracy.items():
                 if task not in self.tasks:
@@ -83,27 +88,27 @@ class Benchmark:
     def runs(self, method: str, shots: int) -> list[Result]:
         return [result for result in self.results if (result.method, result.shots) == (method, shots)]
 
-    def by_seed(self, method: str, shots: int, task: str | None = None) -> dict[int, float]:
-        """Seed → accuracy (0 to 1) of a task; without one, the plain mean over tasks of each run that has them all."""
+    def accuracy_by_seed(self, method: str, shots: int, task: str | None = None) -> dict[int, float]:
+        """Return seed → accuracy (0 to 1) of a task, or, without one, the plain mean of each run that has all tasks."""
         runs = self.runs(method, shots)
         if task is not None:
             return {run.seed: run.accuracy[task] for run in runs if task in run.accuracy}
         return {run.seed: fmean(run.accuracy.values()) for run in runs if len(run.accuracy) == len(self.tasks)}
 
 
-def version_title(method: str) -> str:
-    """`summary.title`, but a name that VARIANTS lacks stays as it is."""
-    return title(method) if method in VARIANTS else method
+def variant_title(method: str) -> str:
+    """Return `summary.method_title`, or the name itself if VARIANTS lacks it."""
+    return method_title(method) if method in VARIANTS else method
 
 
-def section_of(method: str) -> str:
-    """One of SECTIONS: whether a task's training has seen other tasks, be it in what it starts from."""
+def variant_section(method: str) -> str:
+    """Return one of SECTIONS; multi-task if other tasks influence a task's training, be it by its initialization."""
     if method == ZERO_SHOT:
         return ZERO_SHOT_SECTION
     if method not in VARIANTS:
-        return OTHERS
+        return OTHER_SECTION
     variant = VARIANTS[method]
-    return EACH_TASK if variant.scope == "single-task" and variant.init_from is None else ALL_TASKS
+    return SINGLE_TASK if variant.scope == "single-task" and variant.init_from is None else MULTI_TASK
 
 
 # --- tables ---------------------------------------------------------------------------------------------
@@ -120,7 +125,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """`kind`: of a "section", only the first cell is filled; "paper" belongs to the row above it."""
+    """A row of a table. `kind`: a "section" fills only the first cell; "paper" belongs to the row above."""
 
     cells: tuple[Cell, ...]
     kind: Literal["ours", "paper", "section"] = "ours"
@@ -128,7 +133,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """`alignment`: l, c or r for each column."""
+    """A table. `alignment`: l, c or r for each column."""
 
     title: str
     header: tuple[str, ...]
@@ -138,7 +143,7 @@ class Table:
 
 
 def main_tables(benchmark: Benchmark) -> list[Table]:
-    """The paper's Tables 1 and 2, one for each number of shots: a version a row, a task a column."""
+    """Return the paper's Tables 1 and 2 for each number of shots: a row per variant, a column per task."""
     paper = paper_results_for(benchmark.tasks)
     return [_main_table(benchmark, shots, paper) for shots in benchmark.shots]
 
@@ -146,21 +151,21 @@ def main_tables(benchmark: Benchmark) -> list[Table]:
 def _main_table(benchmark: Benchmark, shots: int, paper: PaperResults | None) -> Table:
     columns = (*benchmark.tasks, None)
     num_seeds = len(benchmark.seeds(shots))
-    marked = [_marked_column(benchmark, benchmark.methods, shots, task) for task in columns]
+    cells_by_column = [_marked_column(benchmark, benchmark.methods, shots, task) for task in columns]
     printed = paper.accuracy.get(shots, {}) if paper else {}
     rows: list[Row] = []
     for section in SECTIONS:
-        methods = [method for method in benchmark.methods if section_of(method) == section]
-        if methods and section != ZERO_SHOT_SECTION:  # its one row says the same
+        methods = [method for method in benchmark.methods if variant_section(method) == section]
+        if methods and section != ZERO_SHOT_SECTION:  # whose only row has the same name
             rows.append(_row(section, *[""] * (len(columns) + 1), kind="section"))
         for method in methods:
-            cells = [column[method] for column in marked]
-            rows.append(_row(version_title(method), *cells, _parameters(benchmark.runs(method, shots))))
+            cells = [column[method] for column in cells_by_column]
+            rows.append(_row(variant_title(method), *cells, _parameters(benchmark.runs(method, shots))))
             if paper and method in printed:
-                figures = [*(printed[method][task] for task in benchmark.tasks), paper.average[shots][method]]
+                reported = [*(printed[method][task] for task in benchmark.tasks), paper.average[shots][method]]
                 millions = TRAINED_PARAMETERS.get(method)
                 parameters = MISSING if millions is None else f"{millions:g} M"
-                rows.append(_row("paper", *map(_printed, figures), parameters, kind="paper"))
+                rows.append(_row("paper", *map(_format_printed, reported), parameters, kind="paper"))
     return Table(
         title=f"{benchmark.name}: {shots}-shot test accuracy (%), {pluralize(num_seeds, 'seed')}",
         header=("method", *benchmark.tasks, AVERAGE_ROW, PARAMETERS_ROW),
@@ -171,34 +176,34 @@ def _main_table(benchmark: Benchmark, shots: int, paper: PaperResults | None) ->
 
 
 def framework_table(benchmark: Benchmark) -> Table | None:
-    """The paper's Table 3: what each part of MmAP is worth, on average over tasks; None without an MmAP version."""
+    """Return the paper's Table 3, an ablation of MmAP on average over tasks; None without an MmAP variant."""
     methods = [method for method in FRAMEWORK if method in benchmark.methods]
-    shots_shown = [shots for shots in benchmark.shots if any(benchmark.runs(method, shots) for method in methods)]
+    table_shots = [shots for shots in benchmark.shots if any(benchmark.runs(method, shots) for method in methods)]
     if not methods:
         return None
     paper = paper_results_for(benchmark.tasks)
-    marked = {shots: _marked_column(benchmark, methods, shots, None) for shots in shots_shown}
-    printed = {shots: paper.framework[shots] for shots in shots_shown if paper and shots in paper.framework}
-    header = ["version", "task prompt", "group prompt", "groups"]
-    for shots in shots_shown:
+    marked = {shots: _marked_column(benchmark, methods, shots, None) for shots in table_shots}
+    printed = {shots: paper.framework[shots] for shots in table_shots if paper and shots in paper.framework}
+    header = ["variant", "task prompt", "group prompt", "groups"]
+    for shots in table_shots:
         header += [pluralize(shots, "shot"), *(["paper"] if shots in printed else [])]
     rows = []
     for method in methods:
         variant = VARIANTS[method]
-        alone = variant.scope == "single-task"
+        single_task = variant.scope == "single-task"
         cells: list[str | Cell] = [
-            "✓" if alone or variant.method == "mmap" else "",
-            "" if alone else "✓",
+            "✓" if single_task or variant.method == "mmap" else "",
+            "" if single_task else "✓",
             variant.scope,
         ]
-        for shots in shots_shown:
+        for shots in table_shots:
             cells += [marked[shots][method], *([f"{printed[shots][method]:.2f}"] if shots in printed else [])]
-        rows.append(_row(version_title(method), *cells))
+        rows.append(_row(variant_title(method), *cells))
     seeds = ", ".join(
-        f"{pluralize(len(benchmark.seeds(shots)), 'seed')} at {pluralize(shots, 'shot')}" for shots in shots_shown
+        f"{pluralize(len(benchmark.seeds(shots)), 'seed')} at {pluralize(shots, 'shot')}" for shots in table_shots
     )
     return Table(
-        title=f"{benchmark.name}: parts of MmAP, average test accuracy over tasks in %, {seeds}",
+        title=f"{benchmark.name}: ablation of MmAP, test accuracy (%) averaged over tasks, {seeds}",
         header=tuple(header),
         alignment="lccl" + "r" * (len(header) - 4),
         rows=tuple(rows),
@@ -207,100 +212,102 @@ def framework_table(benchmark: Benchmark) -> Table | None:
 
 
 def comparison_table(benchmark: Benchmark) -> Table | None:
-    """`grouped` minus every other version: average accuracy over tasks, paired by seed; None without `grouped`."""
+    """Return the average accuracy of `grouped` minus that of every other variant, paired by seed; None without it."""
     if OURS not in benchmark.methods:
         return None
     rows: list[Row] = []
     for shots in benchmark.shots:
         rows.append(_row(pluralize(shots, "shot"), "", "", "", "", kind="section"))
-        ours = benchmark.by_seed(OURS, shots)
-        for method in sorted(benchmark.methods, key=lambda method: SECTIONS.index(section_of(method))):
+        ours = benchmark.accuracy_by_seed(OURS, shots)
+        for method in sorted(benchmark.methods, key=lambda method: SECTIONS.index(variant_section(method))):
             if method != OURS:
-                theirs = benchmark.by_seed(method, shots)
-                differences = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
-                rows.append(_row(version_title(method), *_comparison(differences)))
+                baseline = benchmark.accuracy_by_seed(method, shots)
+                differences = [100 * (ours[seed] - baseline[seed]) for seed in ours if seed in baseline]
+                rows.append(_row(variant_title(method), *_comparison(differences)))
     return Table(
-        title=f"{benchmark.name}: {version_title(OURS)} minus each other version, average over tasks",
+        title=f"{benchmark.name}: {variant_title(OURS)} minus each other variant, average over tasks",
         header=("method", "difference", "standard error", "seeds better", "finding"),
         alignment="lrrrl",
         rows=tuple(rows),
         notes=(
-            "Differences in percentage points of accuracy, between runs of the same seed.",
-            "A difference is called one where it is more than two standard errors. With few seeds that is a weak test "
-            "(the 95 % quantile of Student's t is 4.3 for 3 seeds), and it is made once for each row.",
+            "Differences in percentage points of accuracy, between runs with the same seed.",
+            "A finding needs a difference of more than two standard errors. With few seeds this is a weak test (the "
+            "95 % quantile of Student's t is 4.3 for 3 seeds), not corrected for the number of rows.",
         ),
     )
 
 
 def _comparison(differences: Sequence[float]) -> tuple[str, str, str, str]:
-    """Mean, standard error, seeds better, finding."""
+    """Return mean, standard error, number of better seeds, and finding."""
     if not differences:
-        return MISSING, MISSING, MISSING, "no seed in common"
+        return MISSING, MISSING, MISSING, "no common seed"
     difference = fmean(differences)
     better = f"{sum(value > 0 for value in differences)} of {len(differences)}"
-    shown = f"{difference:+.2f}".replace("-", "−")
+    text = f"{difference:+.2f}".replace("-", "−")
     if len(differences) == 1:
-        return shown, MISSING, better, "one seed: cannot be told"
+        return text, MISSING, better, "not testable (1 seed)"
     error = stdev(differences) / sqrt(len(differences))
-    finding = "no difference seen" if abs(difference) <= 2 * error else "better" if difference > 0 else "worse"
-    return shown, f"{error:.2f}", better, finding
+    finding = "no difference" if abs(difference) <= 2 * error else "better" if difference > 0 else "worse"
+    return text, f"{error:.2f}", better, finding
 
 
 def _marked_column(benchmark: Benchmark, methods: Sequence[str], shots: int, task: str | None) -> dict[str, Cell]:
-    """Version → its cell; best and second-best among the versions that have every seed."""
+    """Return variant → cell, marking the best and second-best of the variants that have every seed."""
     num_seeds = len(benchmark.seeds(shots))
-    values = {method: list(benchmark.by_seed(method, shots, task).values()) for method in methods}
-    complete = {method: f"{100 * fmean(each):.1f}" for method, each in values.items() if len(each) == num_seeds > 0}
+    values = {method: list(benchmark.accuracy_by_seed(method, shots, task).values()) for method in methods}
+    complete = {method: f"{100 * fmean(seeds):.1f}" for method, seeds in values.items() if len(seeds) == num_seeds > 0}
     marks: tuple[Mark, ...] = ("best", "second")
-    places = dict(zip(sorted(set(complete.values()), key=float, reverse=True), marks))
+    mark_by_value = dict(zip(sorted(set(complete.values()), key=float, reverse=True), marks))
     cells = {}
-    for method, each in values.items():
-        text = _spread(each)
-        if 0 < len(each) < num_seeds:
-            text += f" ({len(each)})"
-        cells[method] = Cell(text, places.get(complete.get(method, ""), ""))
+    for method, seeds in values.items():
+        text = _mean_and_deviation(seeds)
+        if 0 < len(seeds) < num_seeds:
+            text += f" ({len(seeds)})"
+        cells[method] = Cell(text, mark_by_value.get(complete.get(method, ""), ""))
     return cells
 
 
-def _spread(values: Sequence[float]) -> str:
+def _mean_and_deviation(values: Sequence[float]) -> str:
     if not values:
         return MISSING
     return f"{100 * fmean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _printed(figure: Printed) -> str:
-    return f"{figure.mean:.1f}" + ("" if figure.deviation is None else f" ± {figure.deviation:.1f}")
+def _format_printed(printed: Printed) -> str:
+    return f"{printed.mean:.1f}" + ("" if printed.deviation is None else f" ± {printed.deviation:.1f}")
 
 
 def _parameters(runs: Sequence[Result]) -> str:
-    """A range where the seeds' groupings differ in their number of groups."""
-    numbers = {run.trained_parameters for run in runs}
-    return "–".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)})) if numbers else MISSING
+    """Format the number of trained parameters, a range if the seeds' groupings differ in their number of groups."""
+    counts = {run.trained_parameters for run in runs}
+    return "–".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else MISSING
 
 
-def _row(first: str, *others: str | Cell, kind: Literal["ours", "paper", "section"] = "ours") -> Row:
-    return Row(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in (first, *others)), kind)
+def _row(name: str, *values: str | Cell, kind: Literal["ours", "paper", "section"] = "ours") -> Row:
+    return Row(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in (name, *values)), kind)
 
 
 def _notes(rows: Iterable[Row]) -> tuple[str, ...]:
     texts = [cell.text for row in rows if row.kind == "ours" for cell in row.cells[1:]]
     notes = []
     if any("±" in text for text in texts):
-        notes.append("±: sample standard deviation over seeds; of an average, that of the runs' averages.")
+        notes.append("±: sample standard deviation over seeds; for averages, that of the runs' averages.")
     if any(text.endswith(")") for text in texts):
-        notes.append("In brackets: over only that many seeds, so not marked as best or second.")
+        notes.append(
+            "In brackets: the number of seeds if some are missing; such cells are not marked as best or second."
+        )
     return tuple(notes)
 
 
 def _paper_notes(paper: PaperResults, shots: int) -> tuple[str, ...]:
-    wrong = ", ".join(
-        f"{version_title(method)} {printed:.1f} (mean of its tasks {mean_of_tasks:.1f})"
-        for method, (printed, mean_of_tasks) in paper.disagreeing_averages(shots).items()
+    inconsistent = ", ".join(
+        f"{variant_title(method)} {printed:.1f} (mean of its tasks {task_mean:.1f})"
+        for method, (printed, task_mean) in paper.inconsistent_averages(shots).items()
     )
     return (
         f"paper: as printed in {paper.table} of MmAP (AAAI 2024), {paper.data_set}, CLIP ViT-B/16, 3 seeds; the ± of "
         "an average is about the mean of its tasks' ±.",
-        *([f"Averages of the paper that do not fit its own rows: {wrong}."] if wrong else []),
+        *([f"The paper's averages are inconsistent with its rows for: {inconsistent}."] if inconsistent else []),
     )
 
 
@@ -308,8 +315,8 @@ def _paper_notes(paper: PaperResults, shots: int) -> tuple[str, ...]:
 
 
 def to_markdown(table: Table) -> str:
-    """Best in bold, second-best in italics."""
-    around = {"": "{}", "best": "**{}**", "second": "*{}*"}
+    """Format as Markdown, best in bold, second-best in italics."""
+    templates = {"": "{}", "best": "**{}**", "second": "*{}*"}
     rules = {"l": "---", "c": ":---:", "r": "---:"}
 
     def line(cells: Iterable[str]) -> str:
@@ -317,8 +324,8 @@ def to_markdown(table: Table) -> str:
 
     lines = [line(map(_markdown, table.header)), line(rules[side] for side in table.alignment)]
     for row in table.rows:
-        first, *others = (around[cell.mark].format(_markdown(cell.text)) for cell in row.cells)
-        lines.append(line([f"**{first}**" if row.kind == "section" else first, *others]))
+        name, *values = (templates[cell.mark].format(_markdown(cell.text)) for cell in row.cells)
+        lines.append(line([f"**{name}**" if row.kind == "section" else name, *values]))
     notes = [f"- {_markdown(note)}" for note in table.notes]
     return "\n".join([f"### {_markdown(table.title)}", "", *lines, "", *notes, ""])
 
@@ -328,8 +335,8 @@ def _markdown(text: str) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A tabular environment for the packages booktabs and amssymb; title and notes are comments above it."""
-    around = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
+    """Format as a tabular for the packages booktabs and amssymb, with title and notes as comments above it."""
+    templates = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
     lines = [f"% {' '.join(text.split())}" for text in (table.title, *table.notes)]
     lines += [rf"\begin{{tabular}}{{{table.alignment}}}", r"\toprule", _latex_line(map(_latex, table.header))]
     if not table.rows or table.rows[0].kind != "section":
@@ -339,8 +346,8 @@ def to_latex(table: Table) -> str:
             text = _latex(row.cells[0].text)
             lines += [r"\midrule", rf"\multicolumn{{{len(table.header)}}}{{l}}{{\emph{{{text}}}}} \\"]
         else:
-            first, *others = (around[cell.mark].format(_latex(cell.text)) for cell in row.cells)
-            lines.append(_latex_line([rf"\quad {first}" if row.kind == "paper" else first, *others]))
+            name, *values = (templates[cell.mark].format(_latex(cell.text)) for cell in row.cells)
+            lines.append(_latex_line([rf"\quad {name}" if row.kind == "paper" else name, *values]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -365,24 +372,28 @@ def _latex(text: str) -> str:
 
 
 def to_rich(table: Table) -> rich.table.Table:
-    """For the terminal: best in bold, second-best underlined, the paper's rows dim."""
+    """Format for the terminal: best in bold, second-best underlined, the paper's rows dim."""
     styles = {"": "", "best": "bold", "second": "underline"}
-    shown = rich.table.Table(title=Text(table.title), caption=Text("\n".join(table.notes)), caption_justify="left")
+    terminal_table = rich.table.Table(
+        title=Text(table.title), caption=Text("\n".join(table.notes)), caption_justify="left"
+    )
     sides: dict[str, Literal["left", "center", "right"]] = {"l": "left", "c": "center", "r": "right"}
-    for number, (name, side) in enumerate(zip(table.header, table.alignment)):
-        shown.add_column(Text(name), justify=sides[side], no_wrap=number == 0)
+    for number, (header, side) in enumerate(zip(table.header, table.alignment)):
+        terminal_table.add_column(Text(header), justify=sides[side], no_wrap=number == 0)
     for row in table.rows:
         if row.kind == "section":
-            shown.add_section()
+            terminal_table.add_section()
         style = {"ours": "", "paper": "dim", "section": "italic"}[row.kind]
         indent = "  " if row.kind == "paper" else ""
-        first, *others = row.cells
-        shown.add_row(Text(indent + first.text), *(Text(cell.text, styles[cell.mark]) for cell in others), style=style)
-    return shown
+        name, *values = row.cells
+        terminal_table.add_row(
+            Text(indent + name.text), *(Text(cell.text, styles[cell.mark]) for cell in values), style=style
+        )
+    return terminal_table
 
 
 def to_csv(benchmark: Benchmark) -> str:
-    """A line for each run and task; accuracies from 0 to 1 in full precision, empty where the paper has none."""
+    """Return a line per run and task; accuracies are 0 to 1 in full precision, empty where the paper has none."""
     paper = paper_results_for(benchmark.tasks)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -390,12 +401,14 @@ def to_csv(benchmark: Benchmark) -> str:
         ("method", "title", "groups", "shots", "seed", "task", "accuracy", "trained_parameters", "paper_accuracy")
     )
     for run in benchmark.results:
-        groups = "" if section_of(run.method) in (ZERO_SHOT_SECTION, OTHERS) else VARIANTS[run.method].scope
+        groups = "" if variant_section(run.method) in (ZERO_SHOT_SECTION, OTHER_SECTION) else VARIANTS[run.method].scope
         printed = paper.accuracy.get(run.shots, {}).get(run.method, {}) if paper else {}
         for task, accuracy in run.accuracy.items():
-            of_paper = round(printed[task].mean / 100, 3) if task in printed else ""  # printed with one decimal, in %
+            paper_accuracy = (
+                round(printed[task].mean / 100, 3) if task in printed else ""
+            )  # printed with one decimal, in %
             writer.writerow(
-                (run.method, version_title(run.method), groups, run.shots, run.seed, task)
-                + (accuracy, run.trained_parameters, of_paper)
+                (run.method, variant_title(run.method), groups, run.shots, run.seed, task)
+                + (accuracy, run.trained_parameters, paper_accuracy)
             )
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""What the paper's tables print (paper_results.yaml), to stand beside what this library measures."""
+"""Reported results of the paper's tables (paper_results.yaml), for comparison with measured ones."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FILE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="u
 _AVERAGE = "Average"
 PAPER_METHODS: tuple[str, ...] = tuple(_FILE["methods"])
 TRAINED_PARAMETERS: dict[str, float] = _FILE["trained_parameters"]
-"""Version → millions."""
+"""Variant → millions."""
 
 
 class Printed(NamedTuple):
-    """In %. `deviation`: over 3 seeds, None for zero-shot; an average's is about the mean of its tasks'."""
+    """Accuracy in %. `deviation`: over 3 seeds, None for zero-shot; an average's is about the mean of its tasks'."""
 
     mean: float
     deviation: float | None
@@ -25,7 +25,7 @@ class Printed(NamedTuple):
 
 @dataclass(frozen=True)
 class PaperResults:
-    """One data set's results; every mapping begins with the number of shots.
+    """Results of one data set; the outer key of every mapping is the number of shots.
 
     The paper counts CLIP-Adapter among its multi-task methods, with one adapter a task: our `clip_adapter`.
     """
@@ -33,42 +33,42 @@ class PaperResults:
     data_set: str
     table: str
     accuracy: dict[int, dict[str, dict[str, Printed]]]
-    """Shots → version → task → printed."""
+    """Shots → variant → task → printed."""
     average: dict[int, dict[str, Printed]]
-    """Shots → version → printed, which need not be the mean of the tasks: `disagreeing_averages`."""
+    """Shots → variant → printed, which may differ from the mean of the tasks: `inconsistent_averages`."""
     framework: dict[int, dict[str, float]]
-    """Table 3: shots → version → average accuracy in %; empty for MiniDomainNet."""
+    """Table 3: shots → variant → average accuracy in %; empty for MiniDomainNet."""
 
-    def mean_of_tasks(self, shots: int, method: str) -> float:
+    def task_mean(self, shots: int, method: str) -> float:
         tasks = self.accuracy[shots][method].values()
         return sum(printed.mean for printed in tasks) / len(tasks)
 
-    def disagreeing_averages(self, shots: int) -> dict[str, tuple[float, float]]:
-        """Version → (printed average, mean of its printed tasks), where rounding cannot explain the difference.
+    def inconsistent_averages(self, shots: int) -> dict[str, tuple[float, float]]:
+        """Return variant → (printed average, mean of its printed tasks) where rounding cannot explain the difference.
 
-        Each of the two is off by less than 0.05 from what the paper's authors had.
+        Rounding changes each of the two by less than 0.05.
         """
         pairs = {
-            method: (printed.mean, self.mean_of_tasks(shots, method))
+            method: (printed.mean, self.task_mean(shots, method))
             for method, printed in self.average.get(shots, {}).items()
         }
         return {method: pair for method, pair in pairs.items() if abs(pair[0] - pair[1]) > 0.1 - 1e-9}
 
 
 def paper_results_for(tasks: Sequence[str]) -> PaperResults | None:
-    """What the paper has for a data set of these tasks, under the names given here; None for any other data set.
+    """Return the paper's results for a data set with these tasks, under these names; None for any other data set.
 
-    Known by the tasks' names alone, in any order, whatever their case, spaces and underscores: DomainNet with the
-    tasks of MiniDomainNet is taken for MiniDomainNet.
+    Recognized by the tasks' names alone, ignoring order, case, spaces and underscores: DomainNet with the tasks of
+    MiniDomainNet is taken for MiniDomainNet.
     """
-    names = {_plain(task): task for task in tasks}
+    names = {_normalize(task): task for task in tasks}
     for results in (OFFICE_HOME, MINI_DOMAINNET):
         printed_names = next(iter(next(iter(results.accuracy.values())).values()))
-        if len(names) == len(tasks) and set(names) == {_plain(task) for task in printed_names}:
+        if len(names) == len(tasks) and set(names) == {_normalize(task) for task in printed_names}:
             accuracy = {
                 shots: {
-                    method: {names[_plain(task)]: printed for task, printed in of_tasks.items()}
-                    for method, of_tasks in methods.items()
+                    method: {names[_normalize(task)]: printed for task, printed in by_task.items()}
+                    for method, by_task in methods.items()
                 }
                 for shots, methods in results.accuracy.items()
             }
@@ -76,9 +76,9 @@ def paper_results_for(tasks: Sequence[str]) -> PaperResults | None:
     return None
 
 
-def _plain(task: str) -> str:
-    plain = task.lower().replace(" ", "").replace("_", "")
-    return "real" if plain == "realworld" else plain
+def _normalize(task: str) -> str:
+    normalized = task.lower().replace(" ", "").replace("_", "")
+    return "real" if normalized == "realworld" else normalized
 
 
 def _read(data_set: Mapping[str, Any]) -> PaperResults:

@@ -1,4 +1,4 @@
-"""The summary of a run: its shape, and its tables for the terminal and Markdown."""
+"""Summary of a run, with tables for the terminal and Markdown."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.grouping.text import format_groups
 from pipeline.methods.registry import VARIANTS
 
 
-def title(method: str) -> str:
-    """Of a method's column."""
+def method_title(method: str) -> str:
+    """Return the title of a method's column."""
     return VARIANTS[method].title
 
 
@@ -38,7 +38,7 @@ class Summary:
 
 
 def method_result(tasks: Sequence[str], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One method's entry from its groups' results; accuracies in the order of `tasks`, their plain mean."""
+    """Return a method's entry from its groups' results: accuracies in the order of `tasks`, and their plain mean."""
     accuracy = {task: value for result in results for task, value in result["accuracy"].items()}
     return {
         "accuracy": {task: accuracy[task] for task in tasks},
@@ -48,14 +48,14 @@ def method_result(tasks: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
 
 
 def accuracy_table(summary: Summary) -> Table:
-    """The best method of each task in bold."""
+    """Return the table for the terminal, with the best method of each task in bold."""
     header, *rows = _cells(summary)
-    marked = [header]
+    highlighted = [header]
     for name, *cells in rows:
         best = max(cells, key=float) if name != PARAMETERS_ROW else None
-        marked.append([escape(name), *(f"[bold]{cell}[/]" if cell == best else cell for cell in cells)])
-    header, *rows = _transpose_if_wide(summary, marked)
-    table = Table(title=f"{summary.name}: test accuracy in %, {pluralize(summary.shots, 'shot')} a class")
+        highlighted.append([escape(name), *(f"[bold]{cell}[/]" if cell == best else cell for cell in cells)])
+    header, *rows = _transpose_if_wide(summary, highlighted)
+    table = Table(title=f"{summary.name}: {summary.shots}-shot test accuracy (%)")
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0, overflow="fold")
     for row in rows:
@@ -70,12 +70,12 @@ def to_markdown(summary: Summary) -> str:
     lines = [
         f"# {summary.name}",
         "",
-        f"Test accuracy in %; {summary.shots} training images a class and task; seed {summary.seed}; "
+        f"Test accuracy (%); {pluralize(summary.shots, 'shot')} per class and task; seed {summary.seed}; "
         f"CLIP {summary.clip}.",
         "",
         *markdown_table(header, rows),
         "",
-        f"Groups: {format_groups(summary.groups)}; [how sure they are](grouping.html).",
+        f"Groups: {format_groups(summary.groups)}; [stability of the groups](grouping.html).",
         *(["", *(f"Note: {warning}" for warning in summary.warnings)] if summary.warnings else []),
         "",
         "![accuracy](accuracy.png)",
@@ -85,13 +85,13 @@ def to_markdown(summary: Summary) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines; the first column left, the others right."""
+    """Return the lines of a table, its first column aligned left, the others right."""
     rule = f"| --- |{' ---: |' * (len(header) - 1)}"
     return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def report_footer(stages: Mapping[str, float]) -> list[str]:
-    """Lines: pictures of the grouping, and each stage's seconds."""
+    """Return the lines of the figures of the grouping and the seconds of each stage."""
     return [
         "",
         "![affinities](affinity_heat_map.png)",
@@ -104,17 +104,17 @@ def report_footer(stages: Mapping[str, float]) -> list[str]:
 
 
 def to_mlflow_description(summary: Summary) -> str:
-    """For MLflow's page of the run: the same without pictures, which it does not show there."""
-    lines = to_markdown(summary).replace("; [how sure they are](grouping.html)", "").splitlines()
-    shown = [line for line in lines if not line.startswith("![")]
-    return "\n".join([*shown, "", "Pictures, and how sure the groups are: under Artifacts, in `report`."])
+    """Return the Markdown without figures, which MLflow's run description cannot show."""
+    lines = to_markdown(summary).replace("; [stability of the groups](grouping.html)", "").splitlines()
+    text_lines = [line for line in lines if not line.startswith("![")]
+    return "\n".join([*text_lines, "", "Figures and the stability of the groups: under Artifacts, in `report`."])
 
 
 def _cells(summary: Summary) -> list[list[str]]:
-    """Header and rows: a task, the average, or the trained parameters a row; a method a column."""
+    """Return header and rows: a row per task, the average and the trained parameters; a column per method."""
     methods = summary.methods.values()
     return [
-        ["task", *(title(name) for name in summary.methods)],
+        ["task", *(method_title(name) for name in summary.methods)],
         *([task, *(f"{100 * method['accuracy'][task]:.1f}" for method in methods)] for task in summary.tasks),
         [AVERAGE_ROW, *(f"{100 * method['average']:.1f}" for method in methods)],
         [PARAMETERS_ROW, *(f"{method['trained_parameters']:,}" for method in methods)],
@@ -122,7 +122,7 @@ def _cells(summary: Summary) -> list[list[str]]:
 
 
 def _transpose_if_wide(summary: Summary, cells: list[list[str]]) -> list[list[str]]:
-    """With a row for each method where those are more than the tasks."""
+    """Return a row per method if there are more methods than tasks."""
     if len(summary.methods) <= len(summary.tasks):
         return cells
     (_, *titles), *rows = cells

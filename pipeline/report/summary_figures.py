@@ -1,4 +1,4 @@
-"""Pictures of a run's results."""
+"""Figures of a run's results."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from typing import Any, cast
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from pipeline.report.summary import title
+from pipeline.report.summary import method_title
 
 COLORS = {"zero_shot": "#b3b3b3", "all_in_one": "#7aa6c2", "grouped": "#1f5a85"}
-OTHERS: Sequence[Any] = cast(Any, colormaps["Set2"]).colors  # this map is a list of colors
+OTHER_COLORS: Sequence[Any] = cast(Any, colormaps["Set2"]).colors  # a list of colors
 
 
-def accuracy_picture(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Bars of every method's accuracy for each task and on average."""
+def accuracy_figure(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Plot bars of every method's accuracy for each task and on average."""
     columns = [*tasks, "average"]
     figure = Figure(figsize=(max(6.0, (0.5 + 0.2 * len(methods)) * len(columns) + 1.5), 4.0), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(methods)
     for number, (name, method) in enumerate(methods.items()):
         values = [100 * method["accuracy"][task] for task in tasks] + [100 * method["average"]]
-        at = [column + (number - (len(methods) - 1) / 2) * width for column in range(len(columns))]
-        bars = axes.bar(at, values, width, label=title(name), color=COLORS.get(name, OTHERS[number % len(OTHERS)]))
-        if len(methods) <= 4:  # else there is no room
+        positions = [column + (number - (len(methods) - 1) / 2) * width for column in range(len(columns))]
+        bars = axes.bar(
+            positions,
+            values,
+            width,
+            label=method_title(name),
+            color=COLORS.get(name, OTHER_COLORS[number % len(OTHER_COLORS)]),
+        )
+        if len(methods) <= 4:  # more do not fit
             axes.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=7, padding=1)
     axes.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 10 else 0)
     axes.axvline(len(tasks) - 0.5, color="#cccccc", linewidth=1)
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel("test accuracy (%)")
     axes.set_ylim(0, 108)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=min(len(methods), 4), frameon=False)

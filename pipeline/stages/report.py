@@ -12,7 +12,14 @@ from pipeline.files import create_folder, write_file, write_json
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_config
-from pipeline.report.summary import Summary, accuracy_table, method_result, title, to_markdown, to_mlflow_description
+from pipeline.report.summary import (
+    Summary,
+    accuracy_table,
+    method_result,
+    method_title,
+    to_markdown,
+    to_mlflow_description,
+)
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artifact
@@ -29,7 +36,7 @@ def make_report(
     plan: Plan, session: Session, global_prompt: Artifact, grouping: Artifact, methods: Sequence[MethodArtifacts]
 ) -> Path:
     """Writes <run folder>/report and <run folder>/adapters, and shows the table; returns the report's folder."""
-    from pipeline.report.summary_figures import accuracy_picture  # matplotlib
+    from pipeline.report.summary_figures import accuracy_figure  # matplotlib
 
     folder = create_folder(plan.folder / "report")
     with Stage(session, NAME, stage_title(NAME)) as stage:
@@ -38,7 +45,7 @@ def make_report(
         prompts = _gather_prompts(plan, methods)
         copy_grouping_pages(grouping, folder)
         results = {method.name: method_result(plan.tasks, method.results()) for method in methods}
-        accuracy_picture(plan.tasks, results).savefig(folder / "accuracy.png", dpi=150)
+        accuracy_figure(plan.tasks, results).savefig(folder / "accuracy.png", dpi=150)
     summary = Summary(
         name=plan.config.name,
         tasks=plan.tasks,
@@ -96,11 +103,12 @@ def track_results(
             | {f"trained_parameters/{method}": parameters},
             step=0,
         )
-        name, config, kind = f"method: {title(method)}", plan.config, VARIANTS[method].method
+        title, config, kind = method_title(method), plan.config, VARIANTS[method].method
+        name = f"method: {title}"
         session.tracker.start_run(
             name,
             tags={
-                "mlflow.runName": f"{title(method)} ({config.data.shots} shots, seed {config.seed}, {plan.key[:6]})",
+                "mlflow.runName": f"{title} ({config.data.shots} shots, seed {config.seed}, {plan.key[:6]})",
                 "mlflow.source.name": sys.argv[0],
                 "level": "method",
                 "method": method,
@@ -108,7 +116,7 @@ def track_results(
                 "run": plan.title,
             },
             params={
-                "method": title(method),
+                "method": title,
                 "data": config.name,
                 "shots": config.data.shots,
                 "seed": config.seed,

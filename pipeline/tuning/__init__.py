@@ -1,1 +1,1 @@
-"""Searches for good values of config fields: the search file, and the points of its space; knows no Ray."""
+"""Searches for good values of config fields: the search file and the trials it plans; independent of Ray."""

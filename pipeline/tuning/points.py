@@ -1,4 +1,4 @@
-"""Points of a search space: all of a grid, or draws. A point that cannot be is never tried."""
+"""Points of a search space: all of a grid, or samples. Invalid points are skipped."""
 
 from __future__ import annotations
 
@@ -14,74 +14,74 @@ from pipeline.errors import UserError
 from pipeline.tuning.search_file import MAX_TRIALS, Range, Search
 
 MAX_REJECTED_SAMPLES = 1000
-"""In vain, before a space counts as having no more points."""
-Point = dict[str, Any]
+"""Consecutive rejected samples after which a space counts as exhausted."""
+TrialParams = dict[str, Any]
 """Field → value."""
 Check = Callable[[Mapping[str, Any]], None]
-"""Raises UserError, which says why a point cannot be."""
+"""Raises UserError with the reason if the params are invalid."""
 
 
 @dataclass(frozen=True)
-class Points:
-    """`refused`: how many were left out since their values do not go together; `reason`: why one of them."""
+class PlannedTrials:
+    """`num_invalid`: points skipped because their values contradict each other; `reason`: of one of them."""
 
-    points: tuple[Point, ...]
-    refused: int
+    params: tuple[TrialParams, ...]
+    num_invalid: int
     reason: str
 
 
-def planned_points(search: Search, check: Check) -> Points:
-    """The points of a grid or random search, in the order in which they are tried; of a search that chooses its points
-    as it goes on, a first one that can be.
+def plan_trials(search: Search, check: Check) -> PlannedTrials:
+    """Return the trials of a grid or random search in the order in which they run; for Optuna, which chooses its own,
+    one valid point.
 
     Raises:
-        UserError: none can be; a grid has more than MAX_TRIALS.
+        UserError: no point is valid; a grid has more than MAX_TRIALS points.
     """
-    options, refused, reason = search.options, 0, ""
+    options, num_invalid, reason = search.options, 0, ""
     if options.searcher == "grid":
-        number = math.prod(len(of.values) for of in search.space.values())
-        if number > MAX_TRIALS:
+        num_trials = math.prod(len(value_range.values) for value_range in search.space.values())
+        if num_trials > MAX_TRIALS:
             raise UserError(
-                f"the grid has {number:,} points, more than {MAX_TRIALS:,}: fewer values, or searcher random"
+                f"the grid has {num_trials:,} points (limit {MAX_TRIALS:,}): use fewer values or searcher: random"
             )
-        grid = product(*(of.values for of in search.space.values()))
-        candidates: Iterator[Point] = (dict(zip(search.space, values)) for values in grid)
+        grid = product(*(value_range.values for value_range in search.space.values()))
+        candidates: Iterator[dict[str, Any]] = (dict(zip(search.space, values)) for values in grid)
     else:
-        number = options.trials or 1 if options.searcher == "random" else 1
-        candidates = draws(search.space, options.seed)
-    found: dict[str, Point] = {}
-    seen: set[str] = set()
-    in_vain = 0
-    for values in candidates:
-        point = search.point(values)
-        name, in_vain = json.dumps(point), in_vain + 1
-        if name not in seen:
-            seen.add(name)
+        num_trials = options.trials or 1 if options.searcher == "random" else 1
+        candidates = sample_points(search.space, options.seed)
+    valid_params: dict[str, TrialParams] = {}
+    visited: set[str] = set()
+    num_rejected = 0
+    for point in candidates:
+        params = search.trial_params(point)
+        name, num_rejected = json.dumps(params), num_rejected + 1
+        if name not in visited:
+            visited.add(name)
             try:
-                check(point)
-                found[name], in_vain = point, 0
+                check(params)
+                valid_params[name], num_rejected = params, 0
             except UserError as error:
-                refused, reason = refused + 1, str(error)
-        if len(found) == number or (in_vain == MAX_REJECTED_SAMPLES and options.searcher != "grid"):
+                num_invalid, reason = num_invalid + 1, str(error)
+        if len(valid_params) == num_trials or (num_rejected == MAX_REJECTED_SAMPLES and options.searcher != "grid"):
             break
-    if not found:
-        raise UserError(f"no point of the search can be: {reason}")
-    return Points(tuple(found.values()), refused, reason)
+    if not valid_params:
+        raise UserError(f"the search space has no valid configuration: {reason}")
+    return PlannedTrials(tuple(valid_params.values()), num_invalid, reason)
 
 
-def draws(space: Mapping[str, Range], seed: int) -> Iterator[Point]:
-    """Points without end, as the seed says; not all of them can be."""
+def sample_points(space: Mapping[str, Range], seed: int) -> Iterator[dict[str, Any]]:
+    """Yield random points without end, valid or not, determined by the seed."""
     generator = random.Random(seed)
     while True:
-        yield {name: _draw(of, generator) for name, of in space.items()}
+        yield {name: _sample(value_range, generator) for name, value_range in space.items()}
 
 
-def _draw(of: Range, generator: random.Random) -> Any:
-    if of.kind == "choice":
-        return of.values[generator.randrange(len(of.values))]
-    low, high = of.values
-    if of.kind == "integer":
+def _sample(value_range: Range, generator: random.Random) -> Any:
+    if value_range.kind == "choice":
+        return value_range.values[generator.randrange(len(value_range.values))]
+    low, high = value_range.values
+    if value_range.kind == "integer":
         return generator.randint(low, high)
-    if of.kind == "uniform":
+    if value_range.kind == "uniform":
         return generator.uniform(low, high)
     return min(max(math.exp(generator.uniform(math.log(low), math.log(high))), low), high)

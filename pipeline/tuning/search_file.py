@@ -1,4 +1,4 @@
-"""The search file: which config fields are searched, how, and what the trials are measured on.
+"""The search file: the searched config fields, the search algorithm and the validation images.
 
 method: grouped
 searcher: optuna
@@ -34,64 +34,64 @@ from pipeline.errors import UserError
 from pipeline.methods.registry import METHODS, VARIANTS
 
 METHOD = "method"
-"""Name of the field that is not the config's: the version of registry.VARIANTS that a trial trains."""
-KINDS_OF_RANGE = ("choice", "uniform", "loguniform", "integer")
+"""The one field outside the config: the variant in registry.VARIANTS that a trial trains."""
+RANGE_KINDS = ("choice", "uniform", "loguniform", "integer")
 MAX_TRIALS = 10_000
 NOT_SEARCHABLE = {
-    "name": "it is a name",
-    "seed": "the best seed is chance; compare seeds with jobs/benchmark.py",
+    "name": "it is only a name",
+    "seed": "the best seed is chance; use jobs/benchmark.py to compare seeds",
     "storage": "all trials share it",
     "cache": "all trials share it",
     "data": "all trials share the splits",
     "clip": "all trials share the frozen CLIP (clip.template alone may be searched)",
     "baselines": f"search `{METHOD}` instead",
-    "cluster": "it changes no result",
-    "tracking": "it changes no result",
-    "training.checkpoint_every": "it changes no result",
-    "grouping.time_limit_s": "it is a limit, not a choice",
+    "cluster": "it does not change results",
+    "tracking": "it does not change results",
+    "training.checkpoint_every": "it does not change results",
+    "grouping.time_limit_s": "it is a limit, not a hyperparameter",
 }
-"""Fields, or sections, that cannot be searched, and why."""
+"""Field or section that cannot be searched → reason."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a field may be: one of the `values` of a choice, or between two of them, both included."""
+    """Values that a field may take: the `values` of a choice, or the interval between two of them, ends included."""
 
     kind: Literal["choice", "uniform", "loguniform", "integer"]
     values: tuple[Any, ...]
 
 
 class SearchOptions(Section, affects=("search",)):
-    """A search file but for its `fields`."""
+    """A search file without its `fields`."""
 
     method: str = "grouped"
-    """What a trial trains: a version of MmAP or of another method (docs/methods.md), unless `fields` has `method`."""
+    """Variant of MmAP or another method (docs/methods.md) that trials train, unless `fields` has `method`."""
     searcher: Literal["random", "grid", "optuna"] = "optuna"
-    """How points are chosen: drawn, all of them, or by Optuna's TPE from what was measured before."""
+    """How trials are chosen: at random, all points of a grid, or by Optuna's TPE from the results so far."""
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
-    """How many points are tried; null for a grid, which tries all."""
+    """Number of trials; null for a grid, which runs all its points."""
     early_stopping: Literal["asha", "median", "none"] = "asha"
-    """Whether a trial ends early, by its validation accuracy after an epoch: unless it is in the best quarter of those
-    that came so far (ASHA), or when it is below the median of the others' means."""
+    """Rule that prunes trials by their validation accuracy after an epoch: those not in the best quarter of the trials
+    that reached it (ASHA), or below the median of the other trials' means."""
     grace_period: PositiveInt = 5
-    """Epochs before any trial is ended early."""
+    """Epochs before a trial may be pruned."""
     validation_shots: PositiveInt = 2
-    """Training images of each class and task that are held out to measure trials on."""
+    """Training images per class and task held out as validation images."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """Of the draws of points. The config's seed is that of all trainings."""
+    """Seed of the sampling of trials; all trainings use the config's seed."""
 
     @model_validator(mode="after")
-    def _trials_fit_searcher(self) -> SearchOptions:
+    def _check_num_trials(self) -> SearchOptions:
         if self.searcher == "grid" and self.trials is not None:
-            raise ValueError("searcher grid tries all points: leave out trials, or use searcher: random")
+            raise ValueError("searcher grid runs all points: remove trials, or set searcher: random")
         if self.searcher != "grid" and self.trials is None:
-            raise ValueError(f"trials is missing: how many points is searcher {self.searcher} to try?")
+            raise ValueError(f"trials is required for searcher {self.searcher}: set the number of trials")
         return self
 
 
 @dataclass(frozen=True)
 class Search:
-    """`space`: dotted config field, or METHOD → what it may be; `applicable_methods`: field → methods."""
+    """`space`: dotted config field, or METHOD → range; `applicable_methods`: field → methods that it affects."""
 
     options: SearchOptions
     space: Mapping[str, Range]
@@ -99,107 +99,107 @@ class Search:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """All that a trial may train."""
+        """Methods that trials may train."""
         return self.space[METHOD].values if METHOD in self.space else (self.options.method,)
 
-    def fields_of(self, method: str) -> list[str]:
-        """What is searched for a method: points of different methods may have different fields."""
+    def fields_for(self, method: str) -> list[str]:
+        """Return the searched fields that affect a method."""
         return [name for name in self.space if name == METHOD or method in self.applicable_methods[name]]
 
-    def point(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Of `values` for all fields, those that matter to their method."""
-        return {name: values[name] for name in self.fields_of(values.get(METHOD, self.methods[0]))}
+    def trial_params(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of `point` (for all fields) that affect its method."""
+        return {name: point[name] for name in self.fields_for(point.get(METHOD, self.methods[0]))}
 
     def to_json(self) -> dict[str, Any]:
-        """All that decides the search's results, in the form of the file."""
-        ranges = {name: {of.kind: list(of.values)} for name, of in self.space.items()}
+        """Return all that determines the search's results, laid out as the file."""
+        ranges = {name: {entry.kind: list(entry.values)} for name, entry in self.space.items()}
         return {**values_affecting(self.options, "search"), "fields": ranges}
 
 
 def read_search(path: Path, base: Config) -> Search:
-    """A search file for a search around `base`.
+    """Read a search file whose unsearched fields have the values of `base`.
 
     Raises:
-        UserError: what cannot be: every field, value and option of the file that is wrong alone, or the first that does
-            not fit the others.
+        UserError: all invalid fields, values and options of the file; if each is valid alone, the first
+            contradiction.
     """
     values = load_yaml(path)
     ranges = values.pop("fields", None)
-    space, faults = {}, []
+    space, errors = {}, []
     try:
         options = SearchOptions.model_validate(values)
     except ValidationError as error:
-        faults = [_explained(fault) for fault in error.errors()]
+        errors = [_format_error(details) for details in error.errors()]
     if not isinstance(ranges, dict) or not ranges:
         ranges = {}
-        faults.append(f"fields is missing: config fields and what each may be, such as {_EXAMPLE}")
+        errors.append(f"fields is required: give config fields and their values, such as {_EXAMPLE}")
     if METHOD in ranges and METHOD in values:
-        faults.append("method stands among the fields and beside them: leave one out")
-    for name, given in ranges.items():
+        errors.append("method is given twice, at the top level and under fields: remove one")
+    for name, specification in ranges.items():
         try:
-            space[str(name)] = _range(str(name), given, values.get("searcher"))
+            space[str(name)] = _parse_range(str(name), specification, values.get("searcher"))
         except UserError as error:
-            faults.append(str(error))
-    if not faults:
+            errors.append(str(error))
+    if not errors:
         try:
-            # The order in the file decides nothing.
-            return _checked(options, {name: space[name] for name in (METHOD, *_FIELDS) if name in space}, base)
+            # The order in the file does not matter.
+            return _checked_search(options, {name: space[name] for name in (METHOD, *_FIELDS) if name in space}, base)
         except UserError as error:
-            faults.append(str(error))
-    raise UserError("\n".join(f"{path}: {fault}" for fault in faults))
+            errors.append(str(error))
+    raise UserError("\n".join(f"{path}: {error}" for error in errors))
 
 
-def config_at(base: Config, point: Mapping[str, Any], methods: Sequence[str]) -> tuple[Config, str]:
-    """The base config with a point's values, and the method that the point is of; `methods` as of Search.
+def trial_config(base: Config, params: Mapping[str, Any], methods: Sequence[str]) -> tuple[Config, str]:
+    """Return the base config with a trial's params, and the trial's method; `methods` are those of the Search.
 
     Raises:
-        UserError: values that do not go together.
+        UserError: the values contradict each other.
     """
     nested = base.model_dump(mode="json")
-    for name, value in point.items():
+    for name, value in params.items():
         if name != METHOD:
-            *path, last = name.split(".")
+            *parents, key = name.split(".")
             section = nested
-            for part in path:
-                section = section[part]
-            section[last] = value
-    return parse_config(nested), point.get(METHOD, methods[0])
+            for parent in parents:
+                section = section[parent]
+            section[key] = value
+    return parse_config(nested), params.get(METHOD, methods[0])
 
 
 _EXAMPLE = "training.learning_rate: {loguniform: [0.0003, 0.03]}"
 _FIELDS = {name: field for name, field, _ in fields()}
 
 
-def _range(name: str, given: Any, searcher: Any) -> Range:
-    """Raises: UserError: what is wrong with a field of `fields`."""
+def _parse_range(name: str, specification: Any, searcher: Any) -> Range:
+    """Raises: UserError: an entry of `fields` is invalid."""
     _check_name(name)
-    if not isinstance(given, dict) or len(given) != 1:
-        raise UserError(f"fields: {name} takes one of {', '.join(KINDS_OF_RANGE)} and its values, such as {_EXAMPLE}")
-    ((kind, values),) = given.items()
-    if kind not in KINDS_OF_RANGE:
-        hint = did_you_mean(str(kind), KINDS_OF_RANGE)
-        raise UserError(f"fields: {name}: {kind} is not known{hint} Valid: {', '.join(KINDS_OF_RANGE)}")
+    if not isinstance(specification, dict) or len(specification) != 1:
+        raise UserError(f"fields: {name} takes one of {', '.join(RANGE_KINDS)} with its values, such as {_EXAMPLE}")
+    ((kind, values),) = specification.items()
+    if kind not in RANGE_KINDS:
+        hint = did_you_mean(str(kind), RANGE_KINDS)
+        raise UserError(f"fields: {name}: unknown range {kind}{hint} Valid: {', '.join(RANGE_KINDS)}")
     if kind != "choice" and (searcher == "grid" or name == METHOD):
-        why = "searcher grid tries all values" if searcher == "grid" else "it is no number"
-        raise UserError(f"fields: {name}: {why}: use choice, not {kind}")
+        reason = "searcher grid needs a list of values" if searcher == "grid" else "it is not a number"
+        raise UserError(f"fields: {name}: {reason}: use choice instead of {kind}")
     if not isinstance(values, list) or not values:
-        raise UserError(f"fields: {name}: {kind} takes a list")
+        raise UserError(f"fields: {name}: {kind} takes a list of values")
     for value in values:
         _check_value(name, value)
     if kind == "choice":
-        if repeated := [value for at, value in enumerate(values) if value in values[:at]]:
+        if repeated := [value for index, value in enumerate(values) if value in values[:index]]:
             raise UserError(f"fields: {name}: {repeated[0]!r} is given twice")
         return Range(kind, tuple(values))
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(values) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
-        raise UserError(f"fields: {name}: {kind} takes two numbers, the smaller first, not {values}")
+        raise UserError(f"fields: {name}: {kind} takes two numbers, the smaller first; got {values}")
     if kind != "integer":
-        between = sum(numbers) / 2 + 0.001 * (numbers[1] - numbers[0])
-        _check_value(name, between, f"{kind} draws fractions; use integer: ")
+        interior = sum(numbers) / 2 + 0.001 * (numbers[1] - numbers[0])
+        _check_value(name, interior, f"{kind} samples fractions; use integer: ")
     elif not all(isinstance(value, int) for value in values):
-        raise UserError(f"fields: {name}: integer takes two whole numbers, not {values}")
+        raise UserError(f"fields: {name}: integer takes two integers; got {values}")
     if kind == "loguniform" and values[0] <= 0:
-        raise UserError(f"fields: {name}: loguniform begins above 0, not at {values[0]}")
+        raise UserError(f"fields: {name}: loguniform needs a lower bound above 0; got {values[0]}")
     return Range(kind, tuple(values))
 
 
@@ -207,18 +207,18 @@ def _check_name(name: str) -> None:
     if name == METHOD:
         return
     parts = name.split(".")
-    prefixes = [".".join(parts[: at + 1]) for at in range(len(parts))]
-    if name != "clip.template" and (fixed := next((prefix for prefix in prefixes if prefix in NOT_SEARCHABLE), None)):
-        raise UserError(f"fields: {name} cannot be searched: {NOT_SEARCHABLE[fixed]}")
+    prefixes = [".".join(parts[: length + 1]) for length in range(len(parts))]
+    if name != "clip.template" and (prefix := next((prefix for prefix in prefixes if prefix in NOT_SEARCHABLE), None)):
+        raise UserError(f"fields: {name} cannot be searched: {NOT_SEARCHABLE[prefix]}")
     if name not in _FIELDS:
         hint = did_you_mean(name, [METHOD, *_FIELDS])
-        raise UserError(f"fields: {name} is no config field{hint} Fields are dotted, as on the command line")
+        raise UserError(f"fields: {name} is not a config field{hint} Fields are dotted, as on the command line")
 
 
-def _check_value(name: str, value: Any, why: str = "") -> None:
-    """By itself; what does not go together is found where points are made."""
+def _check_value(name: str, value: Any, prefix: str = "") -> None:
+    """Check a value alone; combinations are checked when trials are planned."""
     if name == METHOD:
-        _check_version(value)
+        _check_method(value)
         return
     field = _FIELDS[name]
     kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
@@ -226,56 +226,56 @@ def _check_value(name: str, value: Any, why: str = "") -> None:
         TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"fields: {why}{name}={value!r}: {message}") from None
+        raise UserError(f"fields: {prefix}{name}={value!r}: {message}") from None
 
 
-def _check_version(name: Any) -> None:
+def _check_method(name: Any) -> None:
     valid = [name for name, variant in VARIANTS.items() if METHODS[variant.method].trainable]
     if name not in valid:
         hint = did_you_mean(str(name), valid)
-        raise UserError(f"method {name!r} is not one that can be searched{hint} Valid: {', '.join(valid)}")
+        raise UserError(f"method {name!r} cannot be searched{hint} Valid: {', '.join(valid)}")
 
 
-def _checked(options: SearchOptions, space: Mapping[str, Range], base: Config) -> Search:
-    """Raises: UserError: a method that is not known, or a field that matters to none that a trial may train."""
+def _checked_search(options: SearchOptions, space: Mapping[str, Range], base: Config) -> Search:
+    """Raises: UserError: an unknown method, or a field that affects none of the methods."""
     methods = space[METHOD].values if METHOD in space else (options.method,)
     for method in methods:
-        _check_version(method)
+        _check_method(method)
     if options.validation_shots >= base.data.shots:
         raise UserError(
-            f"validation_shots={options.validation_shots} leaves nothing to train on of data.shots={base.data.shots}: "
-            "fewer of those, or more shots"
+            f"validation_shots={options.validation_shots} leaves no training images of data.shots={base.data.shots}: "
+            "lower validation_shots or raise data.shots"
         )
     names = [name for name in space if name != METHOD]
     applicable_methods = {
-        name: frozenset(method for method in methods if _matters(name, method, base)) for name in names
+        name: frozenset(method for method in methods if _affects(name, method, base)) for name in names
     }
-    for name, to_methods in applicable_methods.items():
-        if not to_methods:
-            own = " (its own section has a value that goes before)" if name.startswith("training.") else ""
-            raise UserError(f"fields: {name} does not matter to {', '.join(methods)}{own}: search another")
+    for name, affected in applicable_methods.items():
+        if not affected:
+            hint = " (its own section overrides this field)" if name.startswith("training.") else ""
+            raise UserError(f"fields: {name} has no effect on method {', '.join(methods)}{hint}: remove it")
     return Search(options, space, applicable_methods)
 
 
-def _matters(name: str, method: str, base: Config) -> bool:
+def _affects(name: str, method: str, base: Config) -> bool:
     variant = VARIANTS[method]
-    section, _, rest = name.partition(".")
-    own = METHODS[variant.method].section
-    if section == own or (section != "training" and "training" in field_effects(_FIELDS[name])):
+    section, _, field_name = name.partition(".")
+    method_section = METHODS[variant.method].section
+    if section == method_section or (section != "training" and "training" in field_effects(_FIELDS[name])):
         return True
     if variant.uses_grouping and section in ("mmap", "global_prompt", "grouping", "training"):
         return True
     if section != "training":
         return False
-    instead = getattr(getattr(base, own or "", None), "training", None)
-    return getattr(instead, rest, None) is None
+    overrides = getattr(getattr(base, method_section or "", None), "training", None)
+    return getattr(overrides, field_name, None) is None
 
 
-def _explained(fault: Any) -> str:
-    name = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
+def _format_error(details: Any) -> str:
+    name = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
         valid = [*SearchOptions.model_fields, "fields"]
-        hint = "; config fields stand under `fields`." if name in _FIELDS else did_you_mean(name, valid)
+        hint = "; config fields belong under `fields`." if name in _FIELDS else did_you_mean(name, valid)
         return f"unknown option {name}{hint} Valid here: {', '.join(valid)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{name}={fault['input']!r}: {message}" if name else message
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{name}={details['input']!r}: {message}" if name else message

@@ -1,5 +1,5 @@
-"""A task joins a finished run: its gradients on that run's global prompt tell which group is the best for it, or that
-it is better alone; then its own prompt is trained. Neither images nor prompts of the other tasks are touched."""
+"""Addition of a task to a finished run: its gradients on that run's global prompt decide which group it joins, or that
+it forms its own; then its task prompt is trained. Images and prompts of the existing tasks are not touched."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ NAME = "task_gradients"
 
 
 @dataclass(frozen=True)
-class Joining:
-    """The plan of the new task alone, the finished run that it joins, and, to compare, the plan of all of them."""
+class TaskAddition:
+    """Plan of the new task alone, the finished run, and, for comparison, the plan of a run with all tasks."""
 
     plan: Plan
     finished: FinishedRun
@@ -57,99 +57,102 @@ class Joining:
 
 
 def add_task(finished: FinishedRun, config: Config, task: str, rerun: bool, console: Console) -> Path:
-    """Returns the new run's folder.
+    """Add a task and return the new run's folder.
 
     Args:
-        config: the finished run's, with where the new task's images are.
-        task: its folder's name.
-        rerun: whether all tasks are trained again with it, to compare.
+        config: the finished run's config, with the location of the new task's images.
+        task: name of its folder.
+        rerun: whether to also retrain all tasks together, for comparison.
 
     Raises:
-        UserError: as a run; a task that is there already; options that the prompts were not trained with.
+        UserError: as a run; the run already has the task; options differ from those of the run's prompts.
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
-    joining = check_joining(finished, config, task, rerun, console)
+    addition = plan_addition(finished, config, task, rerun, console)
     with (
-        connect_cluster(joining.plan, console) as worker_resources,
-        run_session(joining.plan, worker_resources, console) as session,
+        connect_cluster(addition.plan, console) as resources,
+        run_session(addition.plan, resources, console) as session,
     ):
-        _add(joining, session)
-    return joining.plan.folder
+        _add(addition, session)
+    return addition.plan.folder
 
 
-def check_joining(finished: FinishedRun, config: Config, task: str, rerun: bool, console: Console) -> Joining:
-    """What needs no cluster."""
+def plan_addition(finished: FinishedRun, config: Config, task: str, rerun: bool, console: Console) -> TaskAddition:
+    """Plan the addition, without a cluster."""
     if task in finished.tasks:
-        raise UserError(f"--task {task}: the run has that task; its tasks are {', '.join(finished.tasks)}")
+        raise UserError(f"--task {task} is already in the run; its tasks are {', '.join(finished.tasks)}")
     config = config.model_copy(update={"storage": finished.storage.uri, "baselines": ()})
-    _check_same_prompts(config, finished.adapter)
+    _check_compatible(config, finished.adapter)
     plan = make_plan(
         _for_tasks(config, [task]),
         console,
-        extra_key_inputs={"joins": finished.adapter.digest, "snapshots": [of.key for of in finished.snapshots]},
+        extra_key_inputs={
+            "joins": finished.adapter.digest,
+            "snapshots": [artifact.key for artifact in finished.snapshots],
+        },
         other_tasks=finished.tasks,
     )
-    trained_on = finished.snapshots[0].inputs["clip"]
-    if trained_on != vars(plan.clip):
+    trained_clip = finished.snapshots[0].inputs["clip"]
+    if trained_clip != vars(plan.clip):
         raise UserError(
-            f"clip.model={config.clip.model}, clip.pretrained={config.clip.pretrained} is another CLIP than the run's: "
-            "give the weights that it was trained with"
+            f"clip.model={config.clip.model}, clip.pretrained={config.clip.pretrained} differs from the run's CLIP: "
+            "use the weights that the run was trained with"
         )
     check_constraints(
         sorted([*finished.tasks, task]), **with_fixed_groups(config.grouping, finished.groups).constraints
     )
-    of_all = make_plan(_for_tasks(config, sorted([*finished.tasks, task])), console) if rerun else None
-    return Joining(plan, finished, of_all)
+    rerun_plan = make_plan(_for_tasks(config, sorted([*finished.tasks, task])), console) if rerun else None
+    return TaskAddition(plan, finished, rerun_plan)
 
 
 def _for_tasks(config: Config, tasks: Sequence[str]) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"tasks": tuple(tasks)})})
 
 
-def _check_same_prompts(config: Config, prompts: TrainedAdapter) -> None:
-    """Raises: UserError: options of which the run's prompts are others."""
-    for name, own, others in (
-        ("mmap", config.mmap, prompts.config.mmap),
-        ("clip", config.clip, prompts.config.clip),
+def _check_compatible(config: Config, adapter: TrainedAdapter) -> None:
+    """Raises: UserError: an option differs from the value that the run's prompts were trained with."""
+    for name, section, trained_section in (
+        ("mmap", config.mmap, adapter.config.mmap),
+        ("clip", config.clip, adapter.config.clip),
     ):
-        passing = {"pretrained", "precision", "activation_memory_gib", "task_templates"}
-        told, trained_with = (section.model_dump(exclude=passing) for section in (own, others))
-        for field in told:
-            if told[field] != trained_with[field]:
+        ignored = {"pretrained", "precision", "activation_memory_gib", "task_templates"}
+        values, trained_values = (options.model_dump(exclude=ignored) for options in (section, trained_section))
+        for field in values:
+            if values[field] != trained_values[field]:
                 raise UserError(
-                    f"{name}.{field}={told[field]}: the run's prompts were trained with {trained_with[field]}, and "
-                    "the new task's must be like them; leave that option out"
+                    f"{name}.{field}={values[field]}: the run's prompts were trained with {trained_values[field]}, "
+                    "which the new task must use too; remove that option"
                 )
-    for task in prompts.class_names:
-        if (given := config.clip.template_for(task)) != (trained := prompts.config.clip.template_for(task)):
+    for task in adapter.class_names:
+        if (template := config.clip.template_for(task)) != (trained := adapter.config.clip.template_for(task)):
             raise UserError(
-                f"clip.task_templates: {task} has {given!r}, the run's prompts were trained with {trained!r}; name the "
-                "new task alone there"
+                f"clip.task_templates: {task} has {template!r}, but the run's prompts were trained with {trained!r}; "
+                "give only the new task's template"
             )
 
 
-def _add(joining: Joining, session: Session) -> None:
-    plan, finished = joining.plan, joining.finished
-    session.tracker.set_tags(PARENT, {"added_task": joining.task, "joins_run": finished.folder.name})
+def _add(addition: TaskAddition, session: Session) -> None:
+    plan, finished = addition.plan, addition.finished
+    session.tracker.set_tags(PARENT, {"added_task": addition.task, "joins_run": finished.folder.name})
     run_stages(plan, session, "splits")
     gradients = measure_gradients(plan, session, finished.snapshots[0])
-    snapshots = {tuple(of.inputs["tasks"]): of for of in (*finished.snapshots, gradients)}
+    snapshots = {tuple(artifact.inputs["tasks"]): artifact for artifact in (*finished.snapshots, gradients)}
     grouping = assign_task(plan, session, snapshots, finished.groups, plan.config.grouping)
     groups = read_grouping(grouping)["groups"]
-    others = next([name for name in group if name != joining.task] for group in groups if joining.task in group)
-    trained = train_added_task(plan, session, finished.adapter.select_group(others[0]) if others else None)
-    prompts = _merged_prompts(plan, finished, trained)
-    beside = None
-    if joining.rerun:
-        with run_session(joining.rerun, session.worker_resources, session.console) as of_all:
-            run_stages(joining.rerun, of_all)
-        beside = read_json(joining.rerun.folder / SUMMARY)
-    _report(joining, session, grouping, trained, prompts, beside)
+    group_mates = next([name for name in group if name != addition.task] for group in groups if addition.task in group)
+    trained = train_added_task(plan, session, finished.adapter.select_group(group_mates[0]) if group_mates else None)
+    adapter = _merge_adapters(plan, finished, trained)
+    rerun_summary = None
+    if addition.rerun:
+        with run_session(addition.rerun, session.worker_resources, session.console) as rerun_session:
+            run_stages(addition.rerun, rerun_session)
+        rerun_summary = read_json(addition.rerun.folder / SUMMARY)
+    _report(addition, session, grouping, trained, adapter, rerun_summary)
     write_provenance(plan, [*finished.snapshots, gradients])
 
 
 def measure_gradients(plan: Plan, session: Session, global_prompt: Artifact) -> Artifact:
-    """The run's task's gradients at the points of a global prompt's snapshots."""
+    """Compute the new task's gradients at each point of a global prompt's trajectory."""
     inputs = training_inputs(plan, "mmap", plan.tasks, "training")
     artifact = plan.artifact(NAME, {**inputs, "tasks": plan.tasks, "at": global_prompt.key})
     spec = TrainingSpec(plan.config, plan.splits, tuple(plan.tasks), "gradients of the new task")
@@ -183,53 +186,53 @@ def _measure(spec: TrainingSpec, global_prompt: Artifact, artifact: Artifact, pr
         write_snapshots(writer.folder / SNAPSHOTS, spec.tasks, snapshots, prompts.gradient_layout())
 
 
-def _merged_prompts(plan: Plan, finished: FinishedRun, trained: Sequence[MethodArtifacts]) -> Path:
-    """The finished run's prompts as they are, and the new task's as a group of its own in the file, so that nothing of
-    the others is computed otherwise than before."""
-    (of_task,) = (method.artifacts[0] for method in trained if method.name == "grouped")
+def _merge_adapters(plan: Plan, finished: FinishedRun, trained: Sequence[MethodArtifacts]) -> Path:
+    """Write an adapter with the finished run's groups unchanged and the new task as its own group in the file, so that
+    the computation for existing tasks does not change."""
+    (task_artifact,) = (method.artifacts[0] for method in trained if method.name == "grouped")
     file = plan.folder / GROUPED
     create_folder(file.parent)
-    save_adapter(file, merge_adapters([finished.adapter, load_adapter(of_task.download() / ADAPTER)]))
+    save_adapter(file, merge_adapters([finished.adapter, load_adapter(task_artifact.download() / ADAPTER)]))
     if (options := read_options(finished.folder / GROUPED)) != ModelOptions():
-        write_options(file, options)  # temperatures of the tasks before; they are bound to the file
+        write_options(file, options)  # temperatures of the existing tasks, which belong to the file
     return file
 
 
 def _report(
-    joining: Joining,
+    addition: TaskAddition,
     session: Session,
     grouping: Artifact,
     trained: Sequence[MethodArtifacts],
-    prompts: Path,
-    beside: dict[str, Any] | None,
+    adapter: Path,
+    rerun_summary: dict[str, Any] | None,
 ) -> None:
-    plan, before = joining.plan, joining.finished.summary
+    plan = addition.plan
     folder = create_folder(plan.folder / "report")
     with Stage(session, REPORT, stage_title(REPORT)) as stage:
         stage.computed = True
         copy_grouping_pages(grouping, folder)
     results = {method.name: method.results()[0] for method in trained}
     added = AddedTask(
-        before=before,
-        task=joining.task,
+        finished=addition.finished.summary,
+        task=addition.task,
         groups=read_grouping(grouping)["groups"],
-        zero_shot=results["zero_shot"]["accuracy"][joining.task],
-        accuracy=results["grouped"]["accuracy"][joining.task],
+        zero_shot=results["zero_shot"]["accuracy"][addition.task],
+        accuracy=results["grouped"]["accuracy"][addition.task],
         trained_parameters=results["grouped"]["trained_parameters"],
         stages=dict(session.stage_seconds),
-        rerun=beside,
+        rerun=rerun_summary,
     )
     summary = added.summary()
     write_json(folder / "summary.json", vars(summary))
     write_file(folder / "report.md", added_task_to_markdown(added))
     track_results(plan, session, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
     session.tracker.log_artifact(PARENT, folder)
-    session.tracker.log_artifact(PARENT, prompts, "adapters")
-    register_model(plan, session, prompts)
+    session.tracker.log_artifact(PARENT, adapter, "adapters")
+    register_model(plan, session, adapter)
     session.console.print(added_task_table(added))
-    where = plan.storage.display_uri
+    display_uri = plan.storage.display_uri
     session.console.print(
-        f"groups: {format_groups(added.groups)}\nreport: {where(folder)}\nprompts: {where(prompts)}",
+        f"groups: {format_groups(added.groups)}\nreport: {display_uri(folder)}\nadapter: {display_uri(adapter)}",
         markup=False,
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""Many methods on one data set, with every number of shots and every seed: the runs, their tables and figures."""
+"""Benchmark of methods on one data set, for several numbers of shots and seeds: runs, tables and figures."""
 
 from __future__ import annotations
 
@@ -36,57 +36,60 @@ from pipeline.stages.group_trainings import train_groups
 from pipeline.stages.plan import Plan
 from pipeline.stages.report import track_results
 from pipeline.stages.run import connect_cluster
-from pipeline.workflows.many_runs import configs_of, make_plans, map_concurrently
+from pipeline.workflows.many_runs import expand_configs, make_plans, map_concurrently
 
 CURVES = ("zero_shot", "coop_mt", "vpt_mt", "maple_mt", "grouped")
-"""Of the paper's Figure 5."""
+"""Methods of the paper's Figure 5."""
 FIGURE_FORMATS = ("png", "svg")
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
 def benchmark_configs(base: Config, methods: Sequence[str], shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
-    """One config a run: the fewest shots first, all seeds of them."""
-    compared = tuple(name for name in methods if name != "zero_shot" and name not in DEFAULT_VARIANTS)
-    return configs_of(base.model_copy(update={"baselines": compared}), shots, seeds)
+    """Return one config per run, ordered by shots, then seeds."""
+    baselines = tuple(name for name in methods if name != "zero_shot" and name not in DEFAULT_VARIANTS)
+    return expand_configs(base.model_copy(update={"baselines": baselines}), shots, seeds)
 
 
 def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Console) -> Path:
-    """Trains and evaluates what is missing of `methods` (names of registry.VARIANTS) in all runs, and writes the
-    report; returns its folder.
+    """Train and evaluate what is missing of `methods` (names of registry.VARIANTS) in all runs, write the report and
+    return its folder.
 
     Raises:
-        UserError: what is wrong with a config or the cluster, before any work; what ended a run, after the others
-            have ended and the report on them is written.
+        UserError: a config or the cluster is invalid (before any work); a run failed (after the others have ended and
+            are reported).
     """
     name, plans = configs[0].name, make_plans(configs, console)
     storage = plans[0].storage
     key = content_hash({"runs": [plan.key for plan in plans], "methods": list(methods)})
     folder = create_folder(storage.folder / "benchmarks" / f"{name}-{key}")
-    with connect_cluster(plans[0], console) as worker_resources, _tracked(name, configs, methods, folder) as tracker:
-        failed: list[BaseException] = []
+    with (
+        connect_cluster(plans[0], console) as resources,
+        _benchmark_tracker(name, configs, methods, folder) as tracker,
+    ):
+        errors: list[BaseException] = []
         results = []
-        for plan, found in map_concurrently(plans, worker_resources, partial(_carry_out, methods, folder.name)):
-            if isinstance(found, BaseException):
-                failed.append(found)
+        for plan, outcome in map_concurrently(plans, resources, partial(_run_methods, methods, folder.name)):
+            if isinstance(outcome, BaseException):
+                errors.append(outcome)
                 continue
             shots, seed = plan.config.data.shots, plan.config.seed
             results += [
-                Result(method, shots, seed, of_run["accuracy"], of_run["trained_parameters"])
-                for method, of_run in found.items()
+                Result(method, shots, seed, result["accuracy"], result["trained_parameters"])
+                for method, result in outcome.items()
             ]
         if results:
-            benchmark = _benchmark(plans[0], methods, results)
+            benchmark = _make_benchmark(plans[0], methods, results)
             write_report(benchmark, folder, console)
             _track(tracker, benchmark, folder)
             storage.upload(folder)
             console.print(f"report: {storage.display_uri(folder / 'benchmark.md')}", markup=False, highlight=False)
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
     return folder
 
 
 def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
-    """Tables as Markdown, LaTeX and CSV, and pictures as PNG and SVG."""
+    """Write tables as Markdown, LaTeX and CSV, and figures as PNG and SVG; print the tables."""
     from pipeline.report.benchmark_figures import (  # matplotlib
         accuracy_parameters_figure,
         prompt_ablation_figure,
@@ -95,41 +98,41 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
 
     tables = main_tables(benchmark)
     tables += [table for table in (framework_table(benchmark), comparison_table(benchmark)) if table]
-    how = [f"CLIP: {benchmark.clip}.", *benchmark.protocol]
+    settings = [f"CLIP: {benchmark.clip}.", *benchmark.protocol]
     for table in tables:
         console.print(to_rich(table))
-    console.print("\n".join(how), highlight=False)
-    pictures = []
+    console.print("\n".join(settings), highlight=False)
+    figures = []
     for shots in benchmark.shots:
-        pictures.append((f"accuracy_parameters_{shots}_shots", accuracy_parameters_figure(benchmark, shots)))
+        figures.append((f"accuracy_parameters_{shots}_shots", accuracy_parameters_figure(benchmark, shots)))
         if {"joint_prompts_mt", "mlp_prompts_mt"} & set(benchmark.methods):
-            pictures.append((f"prompt_ablation_{shots}_shots", prompt_ablation_figure(benchmark, shots)))
+            figures.append((f"prompt_ablation_{shots}_shots", prompt_ablation_figure(benchmark, shots)))
     if len(benchmark.shots) > 1 and set(CURVES) & set(benchmark.methods):
-        pictures.append(("shots", shots_figure(benchmark, CURVES)))
-    for name, figure in pictures:
+        figures.append(("shots", shots_figure(benchmark, CURVES)))
+    for name, figure in figures:
         for kind in FIGURE_FORMATS:
             figure.savefig(folder / f"{name}.{kind}", dpi=150)
-    markdown = [f"# {benchmark.name}", "\n".join(f"- {sentence}" for sentence in how), *map(to_markdown, tables)]
-    markdown += [f"![{name}]({name}.png)" for name, _ in pictures]
+    markdown = [f"# {benchmark.name}", "\n".join(f"- {sentence}" for sentence in settings), *map(to_markdown, tables)]
+    markdown += [f"![{name}]({name}.png)" for name, _ in figures]
     write_file(folder / "benchmark.md", "\n\n".join(markdown) + "\n")
-    latex = ["\n".join(f"% {sentence}" for sentence in how), *map(to_latex, tables)]
+    latex = ["\n".join(f"% {sentence}" for sentence in settings), *map(to_latex, tables)]
     write_file(folder / "benchmark.tex", "\n\n".join(latex) + "\n")
     write_file(folder / "benchmark.csv", to_csv(benchmark))
 
 
-def _carry_out(methods: Sequence[str], benchmark: str, plan: Plan, session: Session) -> dict[str, dict[str, Any]]:
+def _run_methods(methods: Sequence[str], benchmark: str, plan: Plan, session: Session) -> dict[str, dict[str, Any]]:
     session.tracker.set_tags(PARENT, {"benchmark": benchmark})
-    grouped = any(VARIANTS[name].uses_grouping for name in methods)
-    made = run_stages(plan, session, "grouping" if grouped else "splits")
-    of_methods = train_groups(plan, session, made.get("grouping"), methods)
-    found = {method.name: method_result(plan.tasks, method.results()) for method in of_methods}
-    track_results(plan, session, found, {method.name: method.groups for method in of_methods})
+    uses_grouping = any(VARIANTS[name].uses_grouping for name in methods)
+    outputs = run_stages(plan, session, "grouping" if uses_grouping else "splits")
+    artifacts = train_groups(plan, session, outputs.get("grouping"), methods)
+    results = {method.name: method_result(plan.tasks, method.results()) for method in artifacts}
+    track_results(plan, session, results, {method.name: method.groups for method in artifacts})
     session.console.print("done", highlight=False)
-    return found
+    return results
 
 
-def _benchmark(plan: Plan, methods: Sequence[str], results: Sequence[Result]) -> Benchmark:
-    order = {name: at for at, name in enumerate(methods)}
+def _make_benchmark(plan: Plan, methods: Sequence[str], results: Sequence[Result]) -> Benchmark:
+    order = {name: position for position, name in enumerate(methods)}
     clip = plan.config.clip
     return Benchmark(
         plan.config.name,
@@ -141,23 +144,23 @@ def _benchmark(plan: Plan, methods: Sequence[str], results: Sequence[Result]) ->
 
 
 def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
-    """How the methods were trained, a sentence for each training that some of them share."""
+    """Describe how the methods were trained, a sentence for each setting that some of them share."""
     titles: dict[str, list[str]] = {}
     for name in methods:
-        kind = METHODS[VARIANTS[name].method]
-        if kind.trainable:
+        spec = METHODS[VARIANTS[name].method]
+        if spec.trainable:
             training = training_config(VARIANTS[name].method, config)
-            how = (
-                f"{OPTIMIZERS[training.optimizer]}, rate {training.learning_rate:g}, {training.epochs} epochs, "
-                f"batches of {training.batch_size} images of each task"
+            setting = (
+                f"{OPTIMIZERS[training.optimizer]}, learning rate {training.learning_rate:g}, "
+                f"{training.epochs} epochs, batch size {training.batch_size} per task"
             )
-            titles.setdefault(how, []).append(kind.title)
-    return tuple(f"{', '.join(dict.fromkeys(of_how))}: {how}." for how, of_how in titles.items())
+            titles.setdefault(setting, []).append(spec.title)
+    return tuple(f"{', '.join(dict.fromkeys(names))}: {setting}." for setting, names in titles.items())
 
 
 @contextmanager
-def _tracked(name: str, configs: Sequence[Config], methods: Sequence[str], folder: Path) -> Iterator[Tracker]:
-    """The benchmark's own MLflow run; those of its runs have its name as their tag `benchmark`."""
+def _benchmark_tracker(name: str, configs: Sequence[Config], methods: Sequence[str], folder: Path) -> Iterator[Tracker]:
+    """Track the benchmark as an MLflow run; its pipeline runs have its name as their tag `benchmark`."""
     config = configs[0]
     uri = resolve_tracking_uri(config.tracking.uri, folder.parent.parent)
     tracker = Tracker(uri, config.tracking.experiment, folder / "tracking")
@@ -177,7 +180,7 @@ def _tracked(name: str, configs: Sequence[Config], methods: Sequence[str], folde
             "seeds": ", ".join(str(seed) for seed in dict.fromkeys(config.seed for config in configs)),
         },
     )
-    tracker.flush(30)  # a new database is made by one tracker, before those of the runs look for it
+    tracker.flush(30)  # one tracker creates a new database before those of the runs open it
     status = end_status(None)
     try:
         yield tracker
@@ -192,8 +195,8 @@ def _tracked(name: str, configs: Sequence[Config], methods: Sequence[str], folde
 def _track(tracker: Tracker, benchmark: Benchmark, folder: Path) -> None:
     for method in benchmark.methods:
         for shots in benchmark.shots:
-            if of_seeds := benchmark.by_seed(method, shots):
-                tracker.log_metrics(PARENT, {f"accuracy/{method}/average": fmean(of_seeds.values())}, step=shots)
+            if accuracies := benchmark.accuracy_by_seed(method, shots):
+                tracker.log_metrics(PARENT, {f"accuracy/{method}/average": fmean(accuracies.values())}, step=shots)
                 parameters = {run.trained_parameters for run in benchmark.runs(method, shots)}
                 tracker.log_metrics(PARENT, {f"trained_parameters/{method}": max(parameters)}, step=shots)
     for file in sorted(folder.iterdir()):

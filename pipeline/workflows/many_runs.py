@@ -1,8 +1,8 @@
-"""Runs that differ in shots and seed, at work on one cluster at once.
+"""Concurrent runs on one cluster that differ in shots and seed.
 
-Each plans its own stages in a thread of the driver, and Ray places all their work, several trainings to a device where
-cluster.gpus_per_worker lets them fit. What is finished is found by its hash, so the same runs again, or more of them,
-do only what is missing.
+Each run plans its stages in a thread of the driver, and Ray schedules the work of all, several trainings per device if
+cluster.gpus_per_worker allows it. Finished artifacts are cached by their hash, so repeated or additional runs do only
+what is missing.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.run import run_session
 
 
-def configs_of(base: Config, shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
-    """One a run: the fewest shots first, all seeds of them. Raises: UserError: a value that cannot be."""
+def expand_configs(base: Config, shots: Sequence[int], seeds: Sequence[int]) -> list[Config]:
+    """Return one config per run, ordered by shots, then seeds. Raises: UserError: an invalid value."""
     values = base.model_dump()
     return [
-        parse_config(values | {"seed": seed, "data": values["data"] | {"shots": of_run}})
-        for of_run in sorted(shots)
+        parse_config(values | {"seed": seed, "data": values["data"] | {"shots": num_shots}})
+        for num_shots in sorted(shots)
         for seed in seeds
     ]
 
 
 def make_plans(configs: Sequence[Config], console: Console) -> list[Plan]:
-    """Raises: UserError: the first thing that is wrong, before any work."""
+    """Raises: UserError: the first error, before any work."""
     console.print(f"[bold]{configs[0].name}[/]: checking {len(configs)} runs", highlight=False)
-    first = make_plan(configs[0], _RunConsole(configs[0]))
-    return [first, *(make_plan(config, _RunConsole(config), reuse_checks_of=first) for config in configs[1:])]
+    first_plan = make_plan(configs[0], _RunConsole(configs[0]))
+    return [first_plan, *(make_plan(config, _RunConsole(config), reuse_checks_of=first_plan) for config in configs[1:])]
 
 
 def map_concurrently(
-    plans: Sequence[Plan], worker_resources: WorkerResources, work: Callable[[Plan, Session], Any]
+    plans: Sequence[Plan], resources: WorkerResources, work: Callable[[Plan, Session], Any]
 ) -> Iterator[tuple[Plan, Any]]:
-    """Each plan with what `work` gave, or the exception that ended it, in the order of the plans; all are at work from
-    the start, each in a session of its own. What interrupts the caller ends them."""
+    """Yield each plan with the result of `work`, or the exception that ended it, in the order of the plans. All run
+    concurrently, each in its own session; an interruption of the caller cancels them."""
     cancelled = threading.Event()
 
-    def carry_out(plan: Plan) -> Any:
-        with run_session(plan, worker_resources, _RunConsole(plan.config), cancelled) as session:
+    def run(plan: Plan) -> Any:
+        with run_session(plan, resources, _RunConsole(plan.config), cancelled) as session:
             return work(plan, session)
 
     with ThreadPoolExecutor(len(plans), "run") as threads:
-        futures = [threads.submit(carry_out, plan) for plan in plans]
+        futures = [threads.submit(run, plan) for plan in plans]
         try:
             for plan, future in zip(plans, futures):
                 error = future.exception()
@@ -64,7 +64,7 @@ def map_concurrently(
 
 
 class _RunConsole(Console):
-    """Lines that say which run they are of."""
+    """Console whose lines begin with the name of the run."""
 
     def __init__(self, config: Config):
         super().__init__(soft_wrap=True, force_terminal=False, highlight=False)

@@ -1,8 +1,8 @@
-"""A search for good values of config fields, by Ray Tune: trials on held-out training images, their report, and one run
-of the pipeline with the best values.
+"""Hyperparameter search with Ray Tune: trials measured on held-out training images, their report, and one run of the
+pipeline with the best params.
 
-Ray Tune keeps the state of a search that is not finished, and restores it. The trainings have checkpoints of their own,
-a folder a point, so that a trial of which Tune knows nothing, or no more, still goes on from there.
+Ray Tune saves and restores the state of an unfinished search. Trainings have their own checkpoints, in a folder per
+params, so that a trial resumes from them even if Tune's state does not include it.
 """
 
 from __future__ import annotations
@@ -27,160 +27,162 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_file, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
-from pipeline.report.summary import title
-from pipeline.report.tuning import STATES, described, search_figure, trials_table, trials_to_csv
+from pipeline.report.summary import method_title
+from pipeline.report.tuning import format_params, search_figure, trials_table, trials_to_csv
 from pipeline.runtime.cluster import num_slots
 from pipeline.runtime.session import PARENT, Session
 from pipeline.stages.flow import run_stages
 from pipeline.stages.plan import Plan, check_methods, make_plan
 from pipeline.stages.run import connect_cluster, run_session
-from pipeline.tuning.points import Check, Points, planned_points
-from pipeline.tuning.search_file import Search, config_at
+from pipeline.tuning.points import Check, PlannedTrials, plan_trials
+from pipeline.tuning.search_file import Search, trial_config
 from pipeline.tuning.trials import Trial, best_trial
-from pipeline.workflows.tuning_searchers import Listener, OptunaPoints, early_stopping
+from pipeline.workflows.tuning_searchers import TrialListener, UniqueOptunaSearch, early_stopping
 from pipeline.workflows.tuning_trial import METRIC, TrialSetup, run_trial
-from pipeline.workflows.validation_split import hold_out
+from pipeline.workflows.validation_split import make_validation_split
 
-PLACE = "searches"
+SEARCHES = "searches"
 RESULT = "search.json"
 BEST = "best.yaml"
 
 
 def run_search(base: Config, search: Search, console: Console, final_run: bool = True) -> Path:
-    """Tries what is missing of a search's points, reports on all, and runs the pipeline with the best values; returns
-    the search's folder.
+    """Run the missing trials of a search, report on all, run the pipeline with the best params, and return the search's
+    folder.
 
     Args:
         final_run: whether to run the pipeline.
 
     Raises:
-        UserError: what is wrong with config, search or cluster, before any work; no trial that trained to its end.
+        UserError: config, search or cluster are invalid (before any work); no trial completed.
     """
     console.print(f"[bold]{base.name}[/]: checking data, model, storage, tracking, cluster and search", highlight=False)
     if base.cluster.workers_per_training > 1:
         raise UserError(
-            f"cluster.workers_per_training={base.cluster.workers_per_training}: a trial trains on one worker, and "
-            "trials run beside each other: leave it at 1"
+            f"cluster.workers_per_training={base.cluster.workers_per_training} is not supported: a trial trains on one "
+            "worker, and trials run concurrently. Set it to 1"
         )
-    plan = make_plan(base, console, output_kind=PLACE, extra_key_inputs={"search": search.to_json()})
-    check = partial(_check_point, plan.config, replace(plan.dataset_index, images=()), search.methods)
-    points = planned_points(search, check)
+    plan = make_plan(base, console, output_kind=SEARCHES, extra_key_inputs={"search": search.to_json()})
+    check = partial(_check_params, plan.config, replace(plan.dataset_index, images=()), search.methods)
+    planned = plan_trials(search, check)
     write_file(plan.folder / "search.yaml", yaml.safe_dump(search.to_json(), sort_keys=False, default_flow_style=None))
-    # Tune asks the dashboard whether the placement groups of trials that it ended are still needed.
-    with connect_cluster(plan, console, dashboard=True) as worker_resources:
-        with run_session(plan, worker_resources, console) as session:
+    # Tune asks the dashboard for the placement groups of ended trials.
+    with connect_cluster(plan, console, dashboard=True) as resources:
+        with run_session(plan, resources, console) as session:
             session.tracker.set_tags(PARENT, {"level": "search", "mlflow.runName": plan.folder.name})
             session.tracker.log_params(PARENT, {f"search.{key}": value for key, value in search.to_json().items()})
             session.tracker.log_artifact(PARENT, plan.folder / "search.yaml")
-            trials = _carry_out(plan, session, search, points, check)
+            trials = _run_trials(plan, session, search, planned, check)
             best = _report(plan, session, search, trials)
             config, method = _best_config(plan, search, best)
             write_file(plan.folder / BEST, to_yaml(config))
             session.tracker.log_artifact(PARENT, plan.folder / BEST)
-            where = escape(plan.storage.display_uri(plan.folder / BEST))
-            console.print(f"best: trial {best.number}: {escape(described(best.point))}\n  {where}", highlight=False)
+            best_uri, best_params = plan.storage.display_uri(plan.folder / BEST), format_params(best.params)
+            console.print(f"best: trial {best.number}: {escape(best_params)}\n  {escape(best_uri)}", highlight=False)
             if final_run:
                 accuracy = _run_pipeline(plan, session, config, method)
                 session.tracker.log_metrics(PARENT, {"test_accuracy/average": accuracy}, step=0)
                 console.print(
-                    f"{escape(title(method))}, best of {len(trials)} trials: {100 * best.validation_accuracy:.1f} % on "
-                    f"validation images, [bold]{100 * accuracy:.1f} % on the test set[/]",
+                    f"{escape(method_title(method))}, best of {len(trials)} trials: validation accuracy "
+                    f"{100 * best.validation_accuracy:.1f} %, [bold]test accuracy {100 * accuracy:.1f} %[/]",
                     highlight=False,
                 )
     return plan.folder
 
 
-def _check_point(config: Config, dataset_index: DatasetIndex, methods: Sequence[str], point: Mapping[str, Any]) -> None:
-    """Raises UserError for values that do not go together, or not with the model or the tasks."""
+def _check_params(
+    config: Config, dataset_index: DatasetIndex, methods: Sequence[str], params: Mapping[str, Any]
+) -> None:
+    """Raises: UserError: the values contradict each other, the model or the tasks."""
     towers = _towers(config.clip)
-    config, method = config_at(config, point, methods)
+    config, method = trial_config(config, params, methods)
     check_methods(config, dataset_index, towers, (method,))
     if VARIANTS[method].uses_grouping:
         check_constraints(list(dataset_index.classes), **config.grouping.constraints)
 
 
-_towers = cache(build_meta_towers)  # which Ray Tune cannot pickle with the check
+_towers = cache(build_meta_towers)  # not an argument of the check, which Ray Tune pickles
 
 
-def _carry_out(plan: Plan, session: Session, search: Search, points: Points, check: Check) -> list[Trial]:
-    """All trials of the search; those that ended are not done again."""
+def _run_trials(plan: Plan, session: Session, search: Search, planned: PlannedTrials, check: Check) -> list[Trial]:
+    """Run the trials that have not ended, and return all."""
     console, state = session.console, plan.folder / "tune"
     if (plan.folder / RESULT).exists():
         trials = [Trial(**trial) for trial in read_json(plan.folder / RESULT)["trials"]]
-        console.print(f"  found finished: {len(trials)} trials", highlight=False)
+        console.print(f"  cached: {len(trials)} trials", highlight=False)
         return trials
-    if points.refused and search.options.searcher != "optuna":
-        told = f"{points.refused} points are not tried, since their values do not go together, such as: {points.reason}"
-        console.print(f"  {escape(told)}", highlight=False)
-    splits = hold_out(plan, session, search.options.validation_shots)
+    if planned.num_invalid and search.options.searcher != "optuna":
+        message = f"skipped {planned.num_invalid} invalid configurations, such as: {planned.reason}"
+        console.print(f"  {escape(message)}", highlight=False)
+    splits = make_validation_split(plan, session, search.options.validation_shots)
     checkpoints = plan.folder / "checkpoints"
-    of_trials = replace(plan, dataset_index=replace(plan.dataset_index, images=()), splits=splits)
-    setup = TrialSetup(of_trials, search.methods, checkpoints)
+    trial_plan = replace(plan, dataset_index=replace(plan.dataset_index, images=()), splits=splits)
+    setup = TrialSetup(trial_plan, search.methods, checkpoints)
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup),
         {"cpu": session.worker_resources.cpus, "gpu": session.worker_resources.gpus},
     )
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # what they write is in MLflow
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which is not silent
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupt ends the job, as everywhere
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has their content
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output cannot be silenced
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupt ends the job
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    Listener.changed = partial(_track, session)
-    tuner = _restored(plan, session, search, state, trainable) or _new_tuner(
-        plan, session, search, points, check, state, trainable
+    TrialListener.on_change = partial(_track, session)
+    tuner = _restore_tuner(plan, session, search, state, trainable) or _new_tuner(
+        plan, session, search, planned, check, state, trainable
     )
     tuner.fit()
     write_json(
-        plan.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in Listener.trials]}
+        plan.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in TrialListener.trials]}
     )
     plan.storage.remove(checkpoints)
     plan.storage.remove(state)
-    return Listener.trials
+    return TrialListener.trials
 
 
-def _restored(plan: Plan, session: Session, search: Search, state: Path, trainable: Any) -> tune.Tuner | None:
-    """The search as it was when an earlier job was interrupted; None if none was."""
-    filesystem, place = plan.storage.filesystem(state)
-    if not tune.Tuner.can_restore(place, filesystem):
+def _restore_tuner(plan: Plan, session: Session, search: Search, state: Path, trainable: Any) -> tune.Tuner | None:
+    """Restore the state of an interrupted job; None if there is none."""
+    filesystem, path = plan.storage.filesystem(state)
+    if not tune.Tuner.can_restore(path, filesystem):
         return None
     try:
-        tuner = tune.Tuner.restore(place, trainable, storage_filesystem=filesystem)
-        before = tuner.get_results()
+        tuner = tune.Tuner.restore(path, trainable, storage_filesystem=filesystem)
+        results = tuner.get_results()
     except OSError:
         raise
-    except Exception as error:  # there is no state yet, or one of another version
-        told = f"Ray Tune cannot restore the search: {error}. It begins anew; its trials go on from their checkpoints"
-        session.console.print(f"  {told}", style="yellow", markup=False, highlight=False)
+    except Exception as error:  # incomplete, or of another version
+        message = f"Ray Tune cannot restore the search: {error}. It starts over; trials resume from their checkpoints"
+        session.console.print(f"  {message}", style="yellow", markup=False, highlight=False)
         plan.storage.remove(state)
         return None
-    told = f"{before.num_terminated + before.num_errors} trials were done before"
+    message = f"resumed: {results.num_terminated + results.num_errors} trials had ended"
     if search.options.early_stopping != "none":
-        told += "; early stopping does not know what they measured"
-    session.console.print(f"  {told}", highlight=False)
+        message += "; early stopping ignores their results"
+    session.console.print(f"  {message}", highlight=False)
     return tuner
 
 
 def _new_tuner(
-    plan: Plan, session: Session, search: Search, points: Points, check: Check, state: Path, trainable: Any
+    plan: Plan, session: Session, search: Search, planned: PlannedTrials, check: Check, state: Path, trainable: Any
 ) -> tune.Tuner:
-    options, by_optuna = search.options, search.options.searcher == "optuna"
-    numbered = [{"number": number, "point": point} for number, point in enumerate(points.points)]
-    filesystem, place = plan.storage.filesystem(state.parent)
+    options, is_optuna = search.options, search.options.searcher == "optuna"
+    numbered = [{"number": number, "params": params} for number, params in enumerate(planned.params)]
+    filesystem, path = plan.storage.filesystem(state.parent)
     return tune.Tuner(
         trainable,
-        param_space={} if by_optuna else {"trial": tune.grid_search(numbered)},
+        param_space={} if is_optuna else {"trial": tune.grid_search(numbered)},
         tune_config=tune.TuneConfig(
-            num_samples=(options.trials or 1) if by_optuna else 1,
-            search_alg=OptunaPoints(search, check) if by_optuna else None,
+            num_samples=(options.trials or 1) if is_optuna else 1,
+            search_alg=UniqueOptunaSearch(search, check) if is_optuna else None,
             scheduler=early_stopping(search, plan.config),
-            # Else Optuna would be asked for many points before it knows of any.
-            max_concurrent_trials=max(1, num_slots(session.worker_resources)) if by_optuna else None,
+            # Unlimited, Optuna would suggest many trials before it has any result.
+            max_concurrent_trials=max(1, num_slots(session.worker_resources)) if is_optuna else None,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=state.name,
-            storage_path=place,
+            storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[Listener()],
+            callbacks=[TrialListener()],
             failure_config=tune.FailureConfig(max_failures=plan.config.cluster.max_retries),
             verbose=0,
         ),
@@ -188,35 +190,35 @@ def _new_tuner(
 
 
 def _track(session: Session, trial: Trial) -> None:
-    """A change of a trial, to MLflow and, at its end, to the console."""
+    """Report a trial to MLflow and, when it has ended, to the console."""
     label = f"trial {trial.number}"
-    # Of trials that began just before an interruption Ray Tune may not know: the next may have such a one's number.
-    tracker, name = session.tracker, f"{label} {content_hash(trial.point)}"
+    # With the params: after an interruption, a number lost from Ray Tune's state may be used again.
+    tracker, name = session.tracker, f"{label} {content_hash(trial.params)}"
     tags = {"level": "trial", "trial": trial.number, "mlflow.runName": label}
-    tracker.start_run(name, parent=PARENT, tags=tags, params=trial.point)
+    tracker.start_run(name, parent=PARENT, tags=tags, params=trial.params)
     if trial.accuracy:
         metrics = {f"{METRIC}/{task}": value for task, value in trial.accuracy.items()}
         metrics |= {f"{METRIC}/average": trial.validation_accuracy, "trained_parameters": trial.trained_parameters}
         tracker.log_metrics(name, metrics, step=trial.epochs)
     if trial.state == "running":
         return
-    tracker.set_tags(name, {"state": STATES[trial.state], **({"fault": trial.fault} if trial.fault else {})})
+    tracker.set_tags(name, {"state": trial.state, **({"error": trial.error} if trial.error else {})})
     tracker.end_run(name, "FAILED" if trial.state == "failed" else "FINISHED")
-    told = f"failed: {trial.fault}"
+    message = f"failed: {trial.error}"
     if trial.state != "failed":
-        told = f"{100 * trial.validation_accuracy:.1f} % after {trial.epochs} epochs, {STATES[trial.state]}"
-    session.console.print(f"  {label}: {escape(told)} · {escape(described(trial.point))}", highlight=False)
+        message = f"{100 * trial.validation_accuracy:.1f} % after {trial.epochs} epochs, {trial.state}"
+    session.console.print(f"  {label}: {escape(message)} · {escape(format_params(trial.params))}", highlight=False)
 
 
 def _report(plan: Plan, session: Session, search: Search, trials: Sequence[Trial]) -> Trial:
-    """Writes and shows the trials; returns the best.
+    """Write and print the trials, and return the best.
 
     Raises:
-        UserError: none trained to its end.
+        UserError: no trial completed.
     """
     folder, name = plan.folder, f"{plan.config.name}: {len(trials)} trials"
     session.console.print(
-        trials_table(search, trials, f"{name}, {search.options.validation_shots} validation images a class")
+        trials_table(search, trials, f"{name}, {search.options.validation_shots} validation images per class")
     )
     write_file(folder / "trials.csv", trials_to_csv(search, plan.tasks, trials))
     search_figure(search, trials).savefig(folder / "trials.png", dpi=150)
@@ -224,28 +226,27 @@ def _report(plan: Plan, session: Session, search: Search, trials: Sequence[Trial
         session.tracker.log_artifact(PARENT, folder / file)
     best = best_trial(trials)
     if best is None:
-        fault = next((trial.fault for trial in trials if trial.fault), "all were ended early")
+        error = next((trial.error for trial in trials if trial.error), "all were pruned")
         raise UserError(
-            f"none of {len(trials)} trials trained to its end: {fault}. All are in "
-            f"{plan.storage.display_uri(folder / 'trials.csv')}"
+            f"none of {len(trials)} trials completed: {error}. See {plan.storage.display_uri(folder / 'trials.csv')}"
         )
     session.tracker.log_metrics(PARENT, {f"{METRIC}/best": best.validation_accuracy}, step=0)
     return best
 
 
 def _best_config(plan: Plan, search: Search, best: Trial) -> tuple[Config, str]:
-    """What the pipeline takes, with the best trial's method in its report; and that method."""
-    config, method = config_at(plan.config, best.point, search.methods)
+    """Return the pipeline's config with the best params, its report including the best method; and that method."""
+    config, method = trial_config(plan.config, best.params, search.methods)
     if method not in (*DEFAULT_VARIANTS, *config.baselines):
         config = config.model_copy(update={"baselines": (*config.baselines, method)})
     return config, method
 
 
 def _run_pipeline(search: Plan, session: Session, config: Config, method: str) -> float:
-    """All stages with all training images; the method's test accuracy, the mean over the tasks, 0 to 1."""
+    """Run all stages with all training images; return the method's mean test accuracy over tasks, 0 to 1."""
     plan = make_plan(config, session.console)
-    with run_session(plan, session.worker_resources, session.console) as of_run:
-        of_run.tracker.set_tags(PARENT, {"search": search.folder.name})
-        report = run_stages(plan, of_run)["report"]
+    with run_session(plan, session.worker_resources, session.console) as pipeline_session:
+        pipeline_session.tracker.set_tags(PARENT, {"search": search.folder.name})
+        report = run_stages(plan, pipeline_session)["report"]
     accuracy: float = read_json(report / "summary.json")["methods"][method]["average"]
     return accuracy

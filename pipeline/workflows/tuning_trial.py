@@ -1,4 +1,4 @@
-"""A trial on a worker of Ray Tune: the stages from the global prompt to the group trainings at one point of a search,
+"""A trial on a worker of Ray Tune: the stages from the global prompt to the group trainings with a trial's params,
 measured on the validation images after every epoch."""
 
 from __future__ import annotations
@@ -27,108 +27,110 @@ from pipeline.stages.plan import Plan
 from pipeline.stages.training_spec import TrainingSpec
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.evaluate import accuracy, decoded_batches, evaluate_decoded
-from pipeline.tuning.search_file import config_at
+from pipeline.tuning.search_file import trial_config
 
-METRIC, EPOCH, WHOLE, ACCURACY = "validation_accuracy", "epoch", "whole", "accuracy"
-PARAMETERS, FAULT = "trained_parameters", "fault"
-"""Names of what a trial reports: the mean over tasks (0 to 1), epochs done, whether these are all, task → accuracy,
-trained numbers, and, once and last, what ended it."""
+METRIC, EPOCH, COMPLETED, ACCURACY = "validation_accuracy", "epoch", "completed", "accuracy"
+PARAMETERS, ERROR = "trained_parameters", "error"
+"""Keys of a trial's reports: mean accuracy over tasks (0 to 1), epochs so far, whether these are all, task → accuracy,
+number of trained parameters, and, in the last report of a failed trial, its error."""
 
 
 @dataclass(frozen=True)
 class TrialSetup:
-    """What all trials of a search share, as it is sent to their workers."""
+    """Setup shared by all trials of a search, sent to their workers."""
 
     plan: Plan
-    """Of the search, without its images. The splits' test images are the validation images."""
+    """Plan of the search, without its images. The splits' test images are the validation images."""
     methods: tuple[str, ...]
     checkpoints: Path
-    """Folder in the storage, of which each point has a part: what is known of a trial's number may be lost."""
+    """Folder in the storage with a subfolder per params, not per trial: trial numbers may be lost on a crash."""
 
 
 def run_trial(config: dict[str, Any], setup: TrialSetup) -> None:
-    """Reports to Tune after every epoch. A fault that its values make, such as a loss that is not finite, ends the
-    trial and no other, with an accuracy of 0."""
-    point, epoch = config["trial"]["point"], 0
+    """Report to Tune after every epoch. An error caused by the params, such as a non-finite loss, ends only this trial,
+    with an accuracy of 0."""
+    params, epoch = config["trial"]["params"], 0
     try:
-        for measured in measured_epochs(point, setup, setup.checkpoints / content_hash(point)):
-            epoch = measured[EPOCH]
-            tune.report(measured)
+        for report in train_epochs(params, setup, setup.checkpoints / content_hash(params)):
+            epoch = report[EPOCH]
+            tune.report(report)
     except UserError as error:
-        tune.report({EPOCH: epoch, METRIC: 0.0, FAULT: str(error)})
+        tune.report({EPOCH: epoch, METRIC: 0.0, ERROR: str(error)})
 
 
-def measured_epochs(point: dict[str, Any], setup: TrialSetup, checkpoints: Path) -> Iterator[dict[str, Any]]:
-    """Trains at a point, all groups epoch by epoch together; what is reported after each epoch. From the newest
-    checkpoints, if the trial began before.
+def train_epochs(params: dict[str, Any], setup: TrialSetup, checkpoints: Path) -> Iterator[dict[str, Any]]:
+    """Train all groups of a trial in lockstep, epoch by epoch, and yield the report after each. Resumes from the newest
+    checkpoints, if any.
 
     Raises:
         UserError: as the pipeline's stages.
     """
-    plan, method = _plan(point, setup)
+    plan, method = _trial_plan(params, setup)
     grouping = _grouping(plan) if VARIANTS[method].uses_grouping else None
     trainings = plan_trainings(plan, method, grouping, {})
     for training in trainings:
         for features in training.features:
-            _make(features.work_item)
+            _run_unless_finished(features.work_item)
         if training.init_from:
             for features in training.init_from.features:
-                _make(features.work_item)
-            _make(training.init_from.work_item)
+                _run_unless_finished(features.work_item)
+            _run_unless_finished(training.init_from.work_item)
     groups = [_GroupTraining(training, checkpoints / str(number)) for number, training in enumerate(trainings)]
-    parameters = sum(group.num_parameters for group in groups)
-    begun, epochs = max(1, *(group.trainer.epoch for group in groups)), groups[0].trainer.epochs
-    for epoch in range(begun, epochs + 1):
+    num_parameters = sum(group.num_parameters for group in groups)
+    first_epoch, epochs = max(1, *(group.trainer.epoch for group in groups)), groups[0].trainer.epochs
+    for epoch in range(first_epoch, epochs + 1):
         for group in groups:
             while group.trainer.epoch < epoch:  # its checkpoint may be older than another group's
                 group.trainer.run_epoch()
-        of_task = {task: value for group in groups for task, value in group.validation_accuracy().items()}
-        of_task = {task: of_task[task] for task in plan.tasks}
+        by_task = {task: value for group in groups for task, value in group.validation_accuracy().items()}
+        accuracies = {task: by_task[task] for task in plan.tasks}
         yield {
             EPOCH: epoch,
-            WHOLE: epoch == epochs,
-            METRIC: sum(of_task.values()) / len(of_task),
-            ACCURACY: of_task,
-            PARAMETERS: parameters,
+            COMPLETED: epoch == epochs,
+            METRIC: sum(accuracies.values()) / len(accuracies),
+            ACCURACY: accuracies,
+            PARAMETERS: num_parameters,
         }
 
 
 class _GroupTraining:
-    """One group's trainer, and its method on the validation images."""
+    """Trainer of one group, with its method's accuracy on the validation images."""
 
     def __init__(self, training: Training, checkpoints: Path):
-        work = training.spec
-        self._work, self._kind = work, get_method(work.method)
-        self._towers = work.towers(self._kind.trains_weights)
-        start = training.init_from.artifact if training.init_from else None
-        self._method = build_method(work, self._towers, start, training.affinities)
+        spec = training.spec
+        self._spec, self._method_class = spec, get_method(spec.method)
+        self._towers = spec.towers(self._method_class.trains_weights)
+        init_artifact = training.init_from.artifact if training.init_from else None
+        self._method = build_method(spec, self._towers, init_artifact, training.affinities)
         self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
-        sets = work.with_frozen_features([self._training_set(task) for task in work.tasks])
-        epochs = training_config(work.method, work.config).epochs
+        sets = spec.with_frozen_features([self._training_set(task) for task in spec.tasks])
+        epochs = training_config(spec.method, spec.config).epochs
         storage = training.artifact.storage
-        self.trainer = work.trainer(self._towers, self._method, epochs, sets, checkpoints, storage)
+        self.trainer = spec.trainer(self._towers, self._method, epochs, sets, checkpoints, storage)
 
     def validation_accuracy(self) -> dict[str, float]:
-        """Task → 0 to 1."""
-        work, config = self._work, self._work.config
+        """Return the accuracy of each task, 0 to 1."""
+        spec, config = self._spec, self._spec.config
         with torch.no_grad():
-            groups = [(work.class_names(), self._method())]
-            templates = self._kind.templates_by_task(config, work.tasks)
+            groups = [(spec.class_names(), self._method())]
+            templates = self._method_class.templates_by_task(config, spec.tasks)
             classifier = Classifier(self._towers, templates, groups, config.clip.precision)
-        if work.test_features:
-            return accuracy(work.predictions(classifier, lambda count: None))
+        if spec.test_features:
+            return accuracy(spec.predictions(classifier, lambda count: None))
         size, threads = self._towers.image_size, config.cluster.cpus_per_worker
-        folder = work.splits.download()
-        batches = (batch for task in work.tasks for batch in _validation_batches(folder, task, size, threads))
+        folder = spec.splits.download()
+        batches = (batch for task in spec.tasks for batch in _validation_batches(folder, task, size, threads))
         return accuracy(evaluate_decoded(classifier, batches))
 
     def _training_set(self, task: str) -> TrainingSet:
-        size, threads = self._towers.image_size, self._work.config.cluster.cpus_per_worker
-        folder = self._work.splits.download()
-        return _training_set(folder, task, size, self._towers.device, threads, self._kind.modifies_image_encoder)
+        size, threads = self._towers.image_size, self._spec.config.cluster.cpus_per_worker
+        folder = self._spec.splits.download()
+        return _training_set(
+            folder, task, size, self._towers.device, threads, self._method_class.modifies_image_encoder
+        )
 
 
-@cache  # one search's few-shot images; a worker goes from trial to trial
+@cache  # shared by the trials that a worker runs
 def _training_set(
     folder: Path, task: str, image_size: int, device: torch.device, threads: int, images: bool
 ) -> TrainingSet:
@@ -138,15 +140,15 @@ def _training_set(
     return load_training_sets(reader, [task], image_size, device, threads)[0]
 
 
-@cache  # likewise
+@cache
 def _validation_batches(folder: Path, task: str, image_size: int, threads: int) -> tuple[Any, ...]:
     return tuple(decoded_batches(SplitReader(folder), [task], image_size, threads))
 
 
-def _plan(point: dict[str, Any], setup: TrialSetup) -> tuple[Plan, str]:
-    """Of a point, and the point's method."""
+def _trial_plan(params: dict[str, Any], setup: TrialSetup) -> tuple[Plan, str]:
+    """Return a trial's plan and method."""
     base = setup.plan
-    config, method = config_at(base.config, point, setup.methods)
+    config, method = trial_config(base.config, params, setup.methods)
     shots = base.split_description.shots
     config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
     shape = MmapShape.of(config.mmap, TrainingSpec(config, base.splits, (), "trial").towers())
@@ -154,19 +156,18 @@ def _plan(point: dict[str, Any], setup: TrialSetup) -> tuple[Plan, str]:
 
 
 def _grouping(plan: Plan) -> dict[str, Any]:
-    """grouping.json of the run's global prompt, trained without the validation images; found if another trial made
-    it."""
+    """Return grouping.json of the global prompt, trained without the validation images, or reuse another trial's."""
     global_prompt = global_prompt_work_item(plan)
-    _make(global_prompt)
-    assert global_prompt.artifact is not None  # as _make checks
+    _run_unless_finished(global_prompt)
+    assert global_prompt.artifact is not None  # checked above
     artifact = grouping_artifact(plan, global_prompt.artifact)
     compute_grouping(plan, global_prompt.artifact, artifact)
     return read_grouping(artifact)
 
 
-def _make(work: WorkItem) -> None:
-    """In this process, unless it was made before."""
+def _run_unless_finished(work: WorkItem) -> None:
+    """Run work in this process, unless its artifact exists."""
     progress = SimpleNamespace(post=lambda report: None)
-    assert work.artifact is not None  # a trial's work makes one
+    assert work.artifact is not None  # all work of a trial has one
     if not work.artifact.is_complete():
         work.function(*work.arguments, progress)

@@ -1,5 +1,4 @@
-"""Before a search: the training images, split once more. Trials train on some and are measured on the others; the test
-set is not among them."""
+"""Validation split of a search: part of the training images, on which trials are measured instead of the test set."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from pipeline.stages.flow import run_stages
 from pipeline.stages.plan import Plan
 from pipeline.stages.splits import write_splits
 
-NAME = "held_out"
+NAME = "validation_split"
 
 
-def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artifact:
-    """Splits whose training images are those of the run's splits but for the last `validation_shots` of each class and
-    task, and whose test images are these. They stand in for the run's splits in a search, which opens no others.
+def make_validation_split(plan: Plan, session: Session, validation_shots: int) -> Artifact:
+    """Return the splits that a search uses instead of the run's: the last `validation_shots` training images of each
+    class and task are its test images, the remaining ones its training images.
 
     Raises:
         UserError: too few images.
@@ -32,49 +31,49 @@ def hold_out(plan: Plan, session: Session, validation_shots: int) -> Artifact:
     reader = run_stages(plan, session, "splits")["splits"]
     shots, seed = plan.config.data.shots - validation_shots, plan.config.seed
     images, sizes = _training_images(reader)
-    splits = sample_validation(images, plan.dataset_index.classes, shots, seed)
-    of_splits: dict[Split, Sequence[ScannedImage]] = {"train": splits.train, "test": splits.test}
+    splits = split_train_validation(images, plan.dataset_index.classes, shots, seed)
+    images_by_split: dict[Split, Sequence[ScannedImage]] = {"train": splits.train, "test": splits.test}
     description = SplitDescription(
         classes={task: list(names) for task, names in plan.dataset_index.classes.items()},
         class_names=plan.dataset_index.class_names,
         shots=shots,
         seed=seed,
-        # Not that of any data set whose test images these are.
+        # Differs from that of any data set with these test images.
         source_fingerprint=content_hash(["held out", validation_shots, content_fingerprint(images)]),
         counts={
-            name: {task: sum(image.task == task for image in of_split) for task in plan.tasks}
-            for name, of_split in of_splits.items()
+            name: {task: sum(image.task == task for image in split) for task in plan.tasks}
+            for name, split in images_by_split.items()
         },
     )
-    with Stage(session, NAME, "validation images") as stage:
+    with Stage(session, NAME, "validation split") as stage:
         stage.computed = True
         with artifact.writer() as writer:
             write_splits(plan, stage, writer, splits, description, sizes, {})
-        num_by_split = {name: sum(of_split.values()) for name, of_split in description.counts.items()}
+        num_by_split = {name: sum(counts.values()) for name, counts in description.counts.items()}
         session.console.print(
-            f"  {num_by_split['train']} images to train on, {num_by_split['test']} validation images: {shots} and "
+            f"  {num_by_split['train']} training images, {num_by_split['test']} validation images: {shots} and "
             f"{validation_shots} per class",
             highlight=False,
         )
     return artifact
 
 
-def sample_validation(
+def split_train_validation(
     images: Sequence[ScannedImage], classes: Mapping[str, Sequence[str]], shots: int, seed: int
 ) -> Splits:
-    """Of training images: the first `shots` of each class by rank, as training images, the rest as test images.
+    """Split training images: the first `shots` of each class by rank are training images, the others test images.
 
     Raises:
-        UserError: a class whose rest has only copies of the other classes' or tasks' training images.
+        UserError: the test images of a class are all duplicates of training images of other classes or tasks.
     """
     try:
         return sample_splits(images, classes, shots, seed)
     except UserError as error:
-        raise UserError(f"validation images cannot be held out: {error}") from None
+        raise UserError(f"no validation split is possible: {error}") from None
 
 
 def _training_images(reader: SplitReader) -> tuple[list[ScannedImage], dict[str, int]]:
-    """And the bytes of each, by path."""
+    """Return the training images, and their sizes in bytes by path."""
     images, sizes = [], {}
     for task, names in reader.description.classes.items():
         for row in reader.rows("train", task, ("image", "label", "path", "sha256")):
