@@ -67,10 +67,10 @@ def measure(folders: Sequence[Path]) -> Measure:
 
 
 if __name__ == "__main__":
-    found = measure([Path(folder) for folder in sys.argv[1:] or ("pipeline", "jobs")])
-    print(f"{found.num_bindings} bindings, {found.per_thousand:.1f} of 1,000 are function words:", end=" ")
-    print(*(f"{name} {count}" for name, count in found.function_words.most_common()), sep=", ")
-    print(f"{found.prepositions.total()} bindings begin with a preposition:", end=" ")
-    print(*(f"{name} {count}" for name, count in found.prepositions.most_common()), sep=", ")
-    print(f"{len(found.fragments)} of {found.num_docstrings} docstrings begin as a fragment:")
-    print(*found.fragments, sep="\n")
+    measured = measure([Path(folder) for folder in sys.argv[1:] or ("pipeline", "jobs")])
+    print(f"{measured.num_bindings} bindings, {measured.per_thousand:.1f} of 1,000 are function words:", end=" ")
+    print(*(f"{name} {count}" for name, count in measured.function_words.most_common()), sep=", ")
+    print(f"{measured.prepositions.total()} bindings begin with a preposition:", end=" ")
+    print(*(f"{name} {count}" for name, count in measured.prepositions.most_common()), sep=", ")
+    print(f"{len(measured.fragments)} of {measured.num_docstrings} docstrings begin as a fragment:")
+    print(*measured.fragments, sep="\n")
