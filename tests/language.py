@@ -18,7 +18,7 @@ FUNCTION_WORDS = frozenset(
     they this those thus to together told too until up upon wanted was way ways what when where whether which while who
     whole whom whose why will with without yet""".split()
 )
-PREPOSITION = re.compile(r"_?(?:of|in|at|for|from|to|with)_\w+")
+PREPOSITION = re.compile(r"_?(?!in_proj_)(?:of|in|at|for|from|to|with)_\w+")  # in_proj_weight: torch's own
 FRAGMENT = re.compile(
     r"(?:Of|What|Likewise|How|Where|Which|That|As|For|In|On|At|With|By|When|If|Also|From|To|Only|Those|Whose|And|Its|"
     r"Their|Why|Who|Not|Before|After|Beside|Between|Until|Than|Without|Within|Through|Such|Same)\b"
