@@ -12,7 +12,7 @@ from torch import nn
 def plain_encode_image(
     model: nn.Module, images: torch.Tensor, prompts: torch.Tensor | None, propagate: bool = False
 ) -> torch.Tensor:
-    """images (B, 3, H, W), prompts (K', b, D) → (B, E). Eq. 10: [CLS, prompts, patches] at each layer; carried: the
+    """images (B, 3, H, W), prompts (K', b, D) → (B, E). Eq. 10: [CLS, prompts, patches] at each layer; propagate: the
     prompts of layer K' stay (VPT-shallow, MaPLe)."""
     x = model.visual._embeds(images)
     if propagate:
@@ -35,7 +35,7 @@ def plain_encode_text(
     before_sos: bool = False,
     propagate: bool = False,
 ) -> torch.Tensor:
-    """ids (C, 77), prompts (K', b, D) → (C, E). Eq. 9; [SOS, prompts, words], or with prompts before SOS; carried: the
+    """ids (C, 77), prompts (K', b, D) → (C, E). Eq. 9; [SOS, prompts, words], or with prompts before SOS; propagate: the
     prompts are inserted before positions are added, and those of layer K' stay (CoOp, MaPLe)."""
     text = getattr(model, "text", model)
     at, eot = 0 if before_sos else 1, ids.argmax(dim=-1)

@@ -94,7 +94,7 @@ def test_a_method_on_several_tasks_is_itself_on_each(name):
         first = 0
         for at, (task, words) in enumerate(WORDS.items()):
             alone = class_tokens(towers.tokenizer, templates[task], [words])
-            z = adaptation.of_task(at).encode_text(towers, replace(alone, first_row=first))
+            z = adaptation.for_task(at).encode_text(towers, replace(alone, first_row=first))
             torch.testing.assert_close(together[first : first + len(words)], z, **TOLERANCE)
             first += len(words)
     assert first == len(together)

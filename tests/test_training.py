@@ -197,7 +197,7 @@ def test_a_state_of_any_step_goes_on_with_the_same_numbers(problem, optimizer):
 
     def new_trainer() -> Trainer:
         prompts = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
-        snapshots = {"snapshot": prompts.task_gradients, "snapshot_every": 3}
+        snapshots = {"snapshot_fn": prompts.task_gradients, "snapshot_every": 3}
         return Trainer(towers, prompts, sets, tokens, config, epochs=2, seed=5, **snapshots)
 
     straight = new_trainer()

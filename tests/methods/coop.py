@@ -3,7 +3,7 @@ from reference_towers import plain_encode_text
 
 
 def features(method, model, images, config):
-    z = plain_encode_text(model, full_ids("{}."), method.context[None], carried=True)
+    z = plain_encode_text(model, full_ids("{}."), method.context[None], propagate=True)
     return model.encode_image(images), z
 
 

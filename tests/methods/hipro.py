@@ -6,7 +6,7 @@ from reference_towers import plain_encode_text
 
 
 def features(method, model, images, config):
-    z = plain_encode_text(model, full_ids("{}."), method.contexts, carried=True)
+    z = plain_encode_text(model, full_ids("{}."), method.contexts, propagate=True)
     return model.encode_image(images), F.normalize(z, dim=1)
 
 

@@ -16,7 +16,7 @@ def features(method, model, images, config):
 
 
 def added_loss(method, options, x, frozen_x, z, frozen_z, logits, frozen_logits):
-    distance = sum((new - old).square().sum() for new, old in zip(method.embeddings, method.start))
+    distance = sum((new - old).square().sum() for new, old in zip(method.embeddings, method.initial_embeddings))
     p, q = logits / 2, frozen_logits / 2
     divergence = (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
     return (

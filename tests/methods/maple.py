@@ -6,8 +6,8 @@ from reference_towers import plain_encode_image, plain_encode_text
 def features(method, model, images, config):
     vision = torch.stack([p @ f.weight.T + f.bias for f, p in zip(method.projections, method.text_prompts)])
     return (
-        plain_encode_image(model, images, vision, carried=True),
-        plain_encode_text(model, full_ids("{}."), method.text_prompts, carried=True),
+        plain_encode_image(model, images, vision, propagate=True),
+        plain_encode_text(model, full_ids("{}."), method.text_prompts, propagate=True),
     )
 
 

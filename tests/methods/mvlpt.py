@@ -24,7 +24,7 @@ def features(method, model, images, config):
     vision = vision.reshape(len(model.visual.transformer.resblocks), length, 24)
     return (
         plain_encode_image(model, images, vision),
-        plain_encode_text(model, full_ids("{}."), context[None], carried=True),
+        plain_encode_text(model, full_ids("{}."), context[None], propagate=True),
     )
 
 

@@ -4,8 +4,8 @@ from reference_towers import plain_encode_image, plain_encode_text
 
 def features(method, model, images, config):
     return (
-        plain_encode_image(model, images, method.vision_prompts, carried=True),
-        plain_encode_text(model, full_ids("{}."), method.text_prompts, carried=True),
+        plain_encode_image(model, images, method.vision_prompts, propagate=True),
+        plain_encode_text(model, full_ids("{}."), method.text_prompts, propagate=True),
     )
 
 

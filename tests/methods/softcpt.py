@@ -6,9 +6,9 @@ from small_clip import tokenizer
 
 def features(method, model, images, config):
     (task,) = method.tasks
-    of_task = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], carried=True)[0]
+    of_task = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], propagate=True)[0]
     context = torch.stack([of_task @ method.projection[:, at] for at in range(config.softcpt.context_length)])
-    return model.encode_image(images), plain_encode_text(model, full_ids("{}."), context[None], carried=True)
+    return model.encode_image(images), plain_encode_text(model, full_ids("{}."), context[None], propagate=True)
 
 
 REFERENCE = Reference(
