@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Training with features that a method leaves frozen: computed once and shared, or in every step.
+"""Training with frozen features, computed once and shared, or in every step.
 
     python benchmarks/frozen_features.py                        ViT-B/32, 16 images and 65 classes in a step
     python benchmarks/frozen_features.py --model ViT-B-16 --steps 8
 
-Both sides run pipeline.training.trainer on the same images, and must end with the same numbers. "In every step"
-runs both towers in every step, the frozen ones without a backward pass, as the authors' code does. The image features
-of a schedule are made once for all methods, tasks in groups and reruns: their seconds are in a row of their own.
+Both sides run pipeline.training.trainer on the same images, and must end with the same weights. "In every step" runs
+both towers in every step, frozen ones without a backward pass, as the authors' code does. Image features of a schedule
+are computed once for all methods, groups and reruns: their seconds are a separate row.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from pipeline.training.trainer import Trainer
 COMPARED = ("coop", "lamm", "clip_adapter", "linear_probe", "vpt")
 
 
-class InEveryStep(torch.nn.Module):
-    """A method whose frozen parts look as if they changed, so that every step computes them."""
+class RecomputedEveryStep(torch.nn.Module):
+    """A method whose frozen parts look modified, so that every step computes them."""
 
     def __init__(self, method: torch.nn.Module, towers: torch.nn.Module):
         super().__init__()
-        self.method, self.towers = method, (towers,)  # in a tuple, so that they are not a part of it
+        self.method, self.towers = method, (towers,)  # in a tuple, so that they are not submodules
 
     def forward(self):
         adaptation, (towers,) = self.method(), self.towers
-        if adaptation.text_features:  # in place of the text tower's: only the image tower is frozen
-            nothing = torch.zeros(1, 1, 0, towers.vision_width, device=towers.device)
-            return replace(adaptation, vision_prompts=nothing)
+        if adaptation.text_features:  # replace the text tower's; only the image tower is frozen
+            no_prompts = torch.zeros(1, 1, 0, towers.vision_width, device=towers.device)
+            return replace(adaptation, vision_prompts=no_prompts)
         return replace(adaptation, towers=towers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32", help="open_clip model name")
-    parser.add_argument("--images", type=int, default=16, help="of a step")
+    parser.add_argument("--images", type=int, default=16, help="images per step")
     parser.add_argument("--classes", type=int, default=65)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=2, help="of each; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each; the fastest counts")
     parser.add_argument("--methods", nargs="+", default=COMPARED)
     parser.add_argument("--device", default=default_device())
     arguments = parser.parse_args()
@@ -81,14 +81,14 @@ def main() -> None:
         frozen_tokens = class_tokens(towers.tokenizer, config.clip.template, list(words.values()))
         options = {"epochs": 1, "seed": 1, "precision": "float32", "frozen_tokens": frozen_tokens.to(device)}
         for _ in range(arguments.repeats):
-            for side, of_side in seconds.items():
+            for side, side_seconds in seconds.items():
                 method = kind.build(config, towers, words).to(device)
-                trained = method if side == "once" else InEveryStep(method, towers)
+                trained = method if side == "once" else RecomputedEveryStep(method, towers)
 
                 trainer = Trainer(towers, trained, [frozen], tokens, training, **options)
-                of_side.append(timed(trainer.train, device))
+                side_seconds.append(timed(trainer.train, device))
                 states[side] = list(method.state_dict().values())
-        row = {side: min(of_side) for side, of_side in seconds.items()}
+        row = {side: min(side_seconds) for side, side_seconds in seconds.items()}
         rows.append({"method": name, **row, "difference": largest_difference(*states.values())})
         print(rows[-1], flush=True)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""How the time and memory of our training step, and the length of a training, grow with tasks, classes and shots.
+"""Time and memory of our training step, and length of a training, by tasks, classes and shots.
 
     python benchmarks/growth.py                                     ViT-B/16, around 2 tasks x 4 images x 65 classes
-    python benchmarks/growth.py --cases 4x4x1000 --activations-gib 6
-    python benchmarks/growth.py --cases 4x4x1000 --activations-gib 1 2 6 inf      memory against time
+    python benchmarks/growth.py --cases 4x4x1000 --activation-memory-gib 6
+    python benchmarks/growth.py --cases 4x4x1000 --activation-memory-gib 1 2 6 inf      memory against time
 
-A case is tasks x images of a task x classes of a task. Shots change only how many steps an epoch has. The memory is
-what a step takes at most beyond the loaded model.
+A case is tasks x images per task x classes per task. Shots only change the number of steps of an epoch. Memory is the
+peak of a step beyond the loaded model.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="open_clip model name")
     parser.add_argument("--cases", nargs="+", default=CASES)
-    parser.add_argument("--activations-gib", nargs="+", type=float, default=[6.0], help="clip.activation_memory_gib")
+    parser.add_argument(
+        "--activation-memory-gib", nargs="+", type=float, default=[6.0], help="clip.activation_memory_gib"
+    )
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--name", default="growth", help="of the result file")
+    parser.add_argument("--name", default="growth", help="name of the result file")
     parser.add_argument("--device", default=default_device())
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -65,7 +67,7 @@ def main() -> None:
             print(row, file=sys.stderr, flush=True)
 
     print(f"{arguments.model}, {arguments.precision}, {where(device)}, torch {torch.__version__}\n")
-    columns = ["tasks x images x classes", "activation_memory_gib", "GFLOP", "s a step", "peak GiB"]
+    columns = ["tasks x images x classes", "activation_memory_gib", "GFLOP", "s per step", "peak GiB"]
     lines = [
         [
             row["case"].replace("x", " x "),

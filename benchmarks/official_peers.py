@@ -1,8 +1,8 @@
-"""One training step of the official MaPLe and CoOp code, from checkouts that the user made.
+"""One training step of the official MaPLe and CoOp code, from the user's checkouts.
 
-Nothing of theirs is copied here: their classes are imported from the checkout, with stubs for dassl, the training
-framework, of which a step needs nothing. Towers, prompts and settings are the authors'; only the precision is float32
-(theirs is float16, which is not for CPUs), and MaPLe still rounds its vision and deep prompts to float16.
+Their classes are imported from the checkout, with stubs for dassl, the training framework, which a step does not need.
+Towers, prompts and settings are the authors'; only the precision is float32 (theirs is float16, which does not suit
+CPUs), and MaPLe still rounds its vision and deep prompts to float16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 
 MAPLE_REPOSITORY = "https://github.com/muzairkhattak/multimodal-prompt-learning"
 COOP_REPOSITORY = "https://github.com/KaiyangZhou/CoOp"
-# The defaults of their train.py, but for the precision.
+# The defaults of their train.py, except the precision.
 MAPLE = {"N_CTX": 2, "CTX_INIT": "a photo of a", "PREC": "fp32", "PROMPT_DEPTH": 9}
 COOP = {"N_CTX": 16, "CTX_INIT": "", "CSC": False, "CLASS_TOKEN_POSITION": "end", "PREC": "fp32"}
 
@@ -44,9 +44,9 @@ def maple_step(
     labels: Tensor,
     device: torch.device | str,
 ) -> Callable[[], list[Tensor]]:
-    """A step of MaPLe on images (B, 3, S, S) and labels (B,); it returns the gradients of the trained parameters.
+    """Return a step of MaPLe on images (B, 3, S, S) and labels (B,), which returns the gradients of its parameters.
 
-    `model` is an open_clip ViT-B (MaPLe's code holds its widths as numbers); the peer gets a copy of its weights.
+    `model` is an open_clip ViT-B (MaPLe's code hard-codes its widths); the peer gets a copy of its weights.
     """
     clip, trainer = _peer_modules(checkout, "maple", ["trainers/maple.py", "clip/model.py"], MAPLE_REPOSITORY)
     depths = {"vision_depth": 0, "language_depth": 0, "vision_ctx": 0, "language_ctx": 0}
@@ -65,7 +65,7 @@ def coop_step(
     labels: Tensor,
     device: torch.device | str,
 ) -> Callable[[], list[Tensor]]:
-    """A step of CoOp on images (B, 3, S, S) and labels (B,); it returns the gradient of the context in a list."""
+    """Return a step of CoOp on images (B, 3, S, S) and labels (B,), which returns the context's gradient in a list."""
     # COOP.md tells CoOp's own checkout from MaPLe's, whose trainers/coop.py runs on the CLIP of MaPLe.
     clip, trainer = _peer_modules(checkout, "coop", ["trainers/coop.py", "clip/model.py", "COOP.md"], COOP_REPOSITORY)
     peer = _custom_clip(trainer, clip.build_model(model.state_dict()), "COOP", COOP, class_names, images, device)
@@ -74,10 +74,10 @@ def coop_step(
 
 
 def _peer_modules(checkout: Path, trainer: str, files: list[str], repository: str) -> tuple[ModuleType, ModuleType]:
-    """The checkout's own modules clip.model and trainers.<trainer>."""
+    """Import clip.model and trainers.<trainer> of the checkout."""
     for file in files:
         if not (checkout / file).is_file():
-            raise UserError(f"{checkout} has no {file}. Make the checkout with: git clone {repository}")
+            raise UserError(f"{checkout} has no {file}: run git clone {repository}")
     ensure_torchvision()
     with _only_from(checkout):
         return importlib.import_module("clip.model"), importlib.import_module(f"trainers.{trainer}")
@@ -85,8 +85,8 @@ def _peer_modules(checkout: Path, trainer: str, files: list[str], repository: st
 
 @contextlib.contextmanager
 def _only_from(checkout: Path) -> Iterator[None]:
-    """Imports `clip` and `trainers` from this checkout, and leaves no trace of them: all peers use these names."""
-    before = _take_modules()
+    """Import `clip` and `trainers` from this checkout, and remove them afterwards: all peers use these names."""
+    modules = _take_modules()
     for name, content in DASSL.items():
         sys.modules[name] = ModuleType(name)
         vars(sys.modules[name]).update(content)
@@ -97,7 +97,7 @@ def _only_from(checkout: Path) -> Iterator[None]:
     finally:
         sys.path.remove(path)
         _take_modules()
-        sys.modules.update(before)
+        sys.modules.update(modules)
 
 
 def _take_modules() -> dict[str, ModuleType]:
@@ -114,16 +114,16 @@ def _custom_clip(
     images: Tensor,
     device: torch.device | str,
 ) -> nn.Module:
-    """The trainer's CustomCLIP as its build_model makes it."""
+    """Build the trainer's CustomCLIP as its build_model does."""
     config = SimpleNamespace(
         TRAINER=SimpleNamespace(**{section: SimpleNamespace(**options)}),
         INPUT=SimpleNamespace(SIZE=tuple(images.shape[-2:])),
     )
-    with contextlib.redirect_stdout(sys.stderr):  # they report on stdout, where the benchmark's table goes
+    with contextlib.redirect_stdout(sys.stderr):  # they print to stdout, which is for the benchmark's table
         peer = trainer.CustomCLIP(config, class_names, towers.float())
     for name, parameter in peer.named_parameters():
         parameter.requires_grad_("prompt_learner" in name)
-    return peer.float().to(device).train()  # float once more: MaPLe makes one projection float16 whatever PREC says
+    return peer.float().to(device).train()  # float again: MaPLe makes one projection float16 for every PREC
 
 
 def _step(peer: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
@@ -132,7 +132,7 @@ def _step(peer: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], list[Tens
     def step() -> list[Tensor]:
         for parameter in trained:
             parameter.grad = None
-        loss().backward()  # torch's FLOP counter does not take autograd.grad here
+        loss().backward()  # torch's FLOP counter does not support autograd.grad here
         return [parameter.grad for parameter in trained]
 
     return step

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Time, or memory, of one training step (forward, backward to the prompts), ours against others, side by side.
+"""Time or memory of one training step (forward, backward to the prompts), ours and others'.
 
     python benchmarks/step_time.py                                        all cases on ViT-B/16
-    python benchmarks/step_time.py --model ViT-B-32 --cases 1x16x65       tasks x images of a task x classes
-    python benchmarks/step_time.py --memory                               its peak instead of its time
-    python benchmarks/step_time.py --maple ../multimodal-prompt-learning --coop ../CoOp     the authors' own code too
+    python benchmarks/step_time.py --model ViT-B-32 --cases 1x16x65       tasks x images per task x classes
+    python benchmarks/step_time.py --memory                               peak memory instead of time
+    python benchmarks/step_time.py --maple ../multimodal-prompt-learning --coop ../CoOp     also the authors' code
 
 The plain version (tests/reference_towers.py) runs every class at 77 tokens, concatenates the prompts at every layer and
-takes one task after the other; it trains the same group and task prompts as ours. MaPLe and CoOp train their own
-prompts, by their authors' code from checkouts of it, on one task. Images and weights are random: time depends on
-neither. All are timed in turn, and the fastest of the repeats counts. FLOPs are counted by torch's own counter.
+runs one task after the other; it trains the same group and task prompts as ours. MaPLe and CoOp train their own prompts
+on one task, with the authors' code from checkouts. Images and weights are random, which does not affect the time. All
+are timed alternately, and the fastest repeat counts. FLOPs are counted by torch.
 """
 
 from __future__ import annotations

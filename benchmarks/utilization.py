@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""How much of a device's arithmetic training and evaluation reach, in each precision, and how the precisions differ.
+"""Fraction of a device's peak that training and evaluation reach in each precision, and differences of the precisions.
 
-    python benchmarks/utilization.py                                  ViT-B/16, 64 images a step, 65 classes
+    python benchmarks/utilization.py                                  ViT-B/16, 64 images per step, 65 classes
     python benchmarks/utilization.py --model ViT-B-32 --images 16 --compile
 
 The peak is measured first: the fastest large matrix product in that precision. Training is a step of 4 tasks (forward
@@ -54,7 +54,7 @@ def main() -> None:
     precisions = ["float32", "tf32", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
     words = class_names(arguments.classes)
 
-    rows, gradients_of = [], {}
+    rows, gradients_by_precision = [], {}
     for precision in precisions:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         autocast_to = precision if precision == "bfloat16" else "float32"
@@ -69,16 +69,16 @@ def main() -> None:
         with torch.no_grad():
             groups = [(dict.fromkeys(prompts.tasks, words), prompts())]
         classifier = Classifier(towers, TEMPLATE, groups, autocast_to)
-        work = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
-        gradients_of[precision], of_training = gflop(train)
-        flops = {"training": of_training, "evaluation": gflop(work["evaluation"])[1]}
+        calls = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
+        gradients_by_precision[precision], training_gflop = gflop(train)
+        flops = {"training": training_gflop, "evaluation": gflop(calls["evaluation"])[1]}
         first_call = None
         if arguments.compile:
             compiled = torch.compile(train)
             first_call = timed(compiled, device)
-            work["compiled training"], flops["compiled training"] = compiled, flops["training"]
-        seconds = fastest_in_turn(work, arguments.repeats, device)
-        for name in work:
+            calls["compiled training"], flops["compiled training"] = compiled, flops["training"]
+        seconds = fastest_in_turn(calls, arguments.repeats, device)
+        for name in calls:
             row = {
                 "what": name,
                 "precision": precision,
@@ -87,7 +87,7 @@ def main() -> None:
                 "images_per_second": (arguments.images if "training" in name else arguments.evaluated) / seconds[name],
                 "peak_tflops": peak,
                 "fraction_of_peak": flops[name] / 1e3 / seconds[name] / peak,
-                "difference": largest_difference(gradients_of[precision], gradients_of["float32"]),
+                "difference": largest_difference(gradients_by_precision[precision], gradients_by_precision["float32"]),
                 "first_call_seconds": first_call if name == "compiled training" else None,
             }
             rows.append(row)
@@ -115,15 +115,15 @@ def main() -> None:
 
 
 def matmul_tflops(device: torch.device, precision: str) -> float:
-    """Of the fastest square matrix product among some sizes, in the precision that autocast gives."""
-    best = 0.0
+    """Return the TFLOP/s of the fastest square matrix product among some sizes, under autocast."""
+    fastest = 0.0
     for size in (4096, 8192) if device.type == "cuda" else (1024, 2048):
         a, b = torch.randn(2, size, size, device=device)
         with autocast(device, precision):
             a @ b
             for _ in range(10):
-                best = max(best, 2 * size**3 / 1e12 / timed(lambda a=a, b=b: a @ b, device))
-    return best
+                fastest = max(fastest, 2 * size**3 / 1e12 / timed(lambda a=a, b=b: a @ b, device))
+    return fastest
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the reference of a method says, and what several references are made of."""
+"""Reference implementations of methods, and their common parts."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ class Option(NamedTuple):
     value: object
     """Neither the default nor 1."""
     shapes: dict[str, tuple[int, ...]] = {}
-    """What it makes of the parameters with these names, in towers of 4 text layers and 5 vision layers."""
+    """Shapes of the parameters with these names, in towers of 4 text layers and 5 vision layers."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`model`: open_clip's, `towers`: made of it."""
+    """Reference of a method. `model` is open_clip's, `towers` are built from it."""
 
     starts: Callable[[Any, Any], Mapping[str, StartCheck]]
-    """(towers, model) → pattern of parameters' names → check of their start."""
+    """(towers, model) → pattern of parameters' names → check of their initial values."""
     features: Callable[[Any, Any, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]] | None = None
     """(method, model, images, config) → features (B, E), (C, E) of one task, by the plain towers; None: nothing
     trains."""
     added_loss: Callable[..., torch.Tensor] | None = None
-    """(method, options, x, frozen x, z, frozen z, logits, frozen logits) → what a task's loss has beside its cross
-    entropy, of one of two tasks; features are of unit length."""
+    """(method, options, x, frozen x, z, frozen z, logits, frozen logits) → the terms that one of two tasks adds to its
+    cross-entropy; features have unit length."""
     options: Mapping[str, Option] = field(default_factory=dict)
-    """Each option, beside the training's, away from its default."""
+    """Each option, except the training's, with another value than its default."""
     small: Mapping[str, Any] = field(default_factory=dict)
     """Options that fit the small towers."""
-    for_starts: Mapping[str, Any] = field(default_factory=dict)
+    start_options: Mapping[str, Any] = field(default_factory=dict)
     """Options with which parameters are large enough to show their distribution."""
     num_parameters: tuple[tuple[Mapping[str, Any], int], ...] = ()
-    """Options, and how many numbers train then of ViT-B/16 with two tasks of the same five classes."""
+    """Options → number of trained parameters on ViT-B/16, with two tasks of the same five classes."""
     modifies_text_encoder: bool = True
-    """Whether classes have other features than the frozen CLIP's."""
-    takes_words: Literal["none", "before the name", "all"] = "none"
-    """The words of the template whose place its prompts take."""
+    """Whether text features differ from the frozen CLIP's."""
+    replaced_words: Literal["none", "before the name", "all"] = "none"
+    """Words of the template that its prompts replace."""
     random_start: bool = True
-    """Whether it starts away from CLIP, by the seed."""
+    """Whether initial values depend on the seed."""
     trains_weight: Callable[[str], bool] | None = None
-    """Of methods with towers of their own: which of the towers' weights train."""
-    small_rate: bool = False
-    """Whether it wants a hundredth of the others' learning rate."""
+    """For methods with their own towers: whether the weight of this name is trained."""
+    needs_small_learning_rate: bool = False
+    """Whether it needs a hundredth of the usual learning rate."""
 
 
 def full_ids(template: str) -> torch.Tensor:
-    """Of all class words."""
+    """Tokenize the texts of all classes."""
     return tokenizer()([template.format(word) for word in CLASS_WORDS])
 
 
-# Methods with towers of their own
+# Methods with their own towers
 
 
-def with_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """A copy of open_clip's model with these tensors in place of its parameters."""
+def replace_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """Return a copy of open_clip's model with these tensors instead of its parameters."""
     model = copy.deepcopy(model)
     for name, tensor in weights.items():
         path, _, leaf = name.rpartition(".")
@@ -72,24 +72,24 @@ def with_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
 
 
 def trained_weights(method: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of its towers, by open_clip's names."""
+    """Return the parameters of its towers, by open_clip's names."""
     return {open_clips_name(name.removeprefix("towers.")): value for name, value in method.named_parameters()}
 
 
 def open_clips_name(name: str) -> str:
-    """Of a weight of ClipTowers."""
+    """Map the name of a weight of ClipTowers to open_clip's."""
     for ours, theirs in {"text_blocks": "transformer.resblocks", "text_positions": "positional_embedding"}.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def features_of_trained_weights(trains_weight: Callable[[str], bool]) -> Callable[..., Any]:
-    """`features` of a method that trains the weights of open_clip's model with these names, and no others."""
+    """Return `features` of a method that trains exactly the weights of open_clip's model with these names."""
 
     def features(method, model, images, config):
         trained = trained_weights(method)
         assert set(trained) == {name for name in model.state_dict() if trains_weight(name)}
-        model = with_weights(model, trained)
+        model = replace_weights(model, trained)
         return model.encode_image(images), model.encode_text(full_ids(config.clip.template))
 
     return features
@@ -99,7 +99,7 @@ def starts_as_clip(towers, model) -> dict[str, StartCheck]:
     return {f"towers.{name}": equals(value) for name, value in towers.state_dict().items()}
 
 
-# Checks of a parameter's start
+# Checks of a parameter's initial values
 
 
 def is_all(value: float) -> StartCheck:
@@ -112,14 +112,14 @@ def equals(expected: torch.Tensor) -> StartCheck:
 
 def is_normal(std: float) -> StartCheck:
     def check(start):
-        assert start.numel() >= 500  # so that the deviation is known within a tenth
+        assert start.numel() >= 500  # for a standard deviation within 10 %
         return abs(start.mean()) < 4 * std / start.numel() ** 0.5 and abs(start.std() / std - 1) < 0.1
 
     return check
 
 
 def is_uniform(bound: float) -> StartCheck:
-    """Over -bound to bound: the start of torch's linear layers, with a bound of one over the root of their inputs."""
+    """Check for uniform values within ±bound, as torch initializes linear layers with bound = 1 / √inputs."""
 
     def check(start):
         if not 0 < start.abs().max() <= bound:
@@ -132,16 +132,16 @@ def is_uniform(bound: float) -> StartCheck:
 FROM_TEXT, FROM_VISION = is_uniform(16**-0.5), is_uniform(24**-0.5)
 """Linear layers on the small towers' widths."""
 SKETCHED = "an old sketch of the {}, in ink."
-"""The template of starts."""
+"""Template for tests of initial values."""
 
 
 def begins_with_the_sketch(model: torch.nn.Module, std: float) -> StartCheck:
-    """The first layer's first prompts (K', b, d_l) are the embeddings of SKETCHED's first words, and all others are
-    random."""
+    """Check that the first layer's first prompts (K', b, d_l) are the embeddings of SKETCHED's first words, and all
+    others random."""
     words = model.token_embedding(torch.tensor(tokenizer().encode("an old sketch of the")))
 
     def check(start):
-        rest = torch.cat([start[0, len(words) :], start[1:].flatten(0, 1)])
-        return equals(words)(start[0, : len(words)]) and is_normal(std)(rest)
+        random_prompts = torch.cat([start[0, len(words) :], start[1:].flatten(0, 1)])
+        return equals(words)(start[0, : len(words)]) and is_normal(std)(random_prompts)
 
     return check

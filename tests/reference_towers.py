@@ -1,4 +1,4 @@
-"""The slow, obvious definition of prompted CLIP: concatenate the prompts at every layer, throw their outputs away.
+"""The slow, obvious definition of prompted CLIP: concatenate the prompts at every layer, discard their outputs.
 
 All classes at 77 tokens, one task at a time, open_clip's own blocks: the reference for pipeline/clip/towers.py.
 """
@@ -35,27 +35,27 @@ def plain_encode_text(
     before_sos: bool = False,
     propagate: bool = False,
 ) -> torch.Tensor:
-    """ids (C, 77), prompts (K', b, D) → (C, E). Eq. 9; [SOS, prompts, words], or with prompts before SOS; propagate: the
-    prompts are inserted before positions are added, and those of layer K' stay (CoOp, MaPLe)."""
+    """ids (C, 77), prompts (K', b, D) → (C, E). Eq. 9; [SOS, prompts, words], or prompts before SOS; propagate: prompts
+    are inserted before positions are added, and those of layer K' stay (CoOp, MaPLe)."""
     text = getattr(model, "text", model)
-    at, eot = 0 if before_sos else 1, ids.argmax(dim=-1)
+    start, eot = 0 if before_sos else 1, ids.argmax(dim=-1)
     x = text.token_embedding(ids)
     if propagate:
         b = prompts.shape[1]
-        x = torch.cat([x[:, :at], prompts[0].expand(len(x), -1, -1), x[:, at : x.shape[1] - b]], dim=1)
+        x = torch.cat([x[:, :start], prompts[0].expand(len(x), -1, -1), x[:, start : x.shape[1] - b]], dim=1)
         eot = eot + b
     x = x + text.positional_embedding
     for k, block in enumerate(text.transformer.resblocks):
         prompted = prompts is not None and k < len(prompts)
         if propagate and prompted and k > 0:
-            x = torch.cat([x[:, :at], prompts[k].expand(len(x), -1, -1), x[:, at + b :]], dim=1)
+            x = torch.cat([x[:, :start], prompts[k].expand(len(x), -1, -1), x[:, start + b :]], dim=1)
         elif prompted and not propagate:
             b = prompts.shape[1]
-            x = torch.cat([x[:, :at], prompts[k].expand(len(x), -1, -1), x[:, at:]], dim=1)
+            x = torch.cat([x[:, :start], prompts[k].expand(len(x), -1, -1), x[:, start:]], dim=1)
         length = x.shape[1]
         mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         x = block(x, attn_mask=mask)
         if prompted and not propagate:
-            x = torch.cat([x[:, :at], x[:, at + b :]], dim=1)
+            x = torch.cat([x[:, :start], x[:, start + b :]], dim=1)
     x = text.ln_final(x)[torch.arange(len(ids)), eot]
     return x @ text.text_projection if not isinstance(text.text_projection, nn.Linear) else text.text_projection(x)

@@ -1,4 +1,4 @@
-"""Prompts of the demo's tiny CLIP, untrained, for tests of prediction."""
+"""Untrained adapters of the demo's tiny CLIP, for tests of prediction."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pipeline.methods.adapter_file import TrainedAdapter, merge_adapters
 from pipeline.methods.registry import METHODS
 
 DIGITS = ["seven", "two", "nine", "zero", "four", "eight", "one", "six", "three", "five"]
-"""In no alphabetical order, so that labels that something sorts are noticed."""
+"""Not in alphabetical order, so that sorted labels are noticed."""
 
 
 def trained(method: str, *groups: dict[str, list[str]]) -> TrainedAdapter:
-    """As a training begins them."""
+    """Build an adapter with initial parameters."""
     config = Config(
         clip=ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS, template="a photo of the digit {}."),
         mmap=MmapConfig(prompt_length=2, source_rows=2),
     )
     towers = load_clip(config.clip)
-    parts = []
+    adapters = []
     for seed, group in enumerate(groups):
         module = METHODS[method].build(config.model_copy(update={"seed": seed}), towers, group)
-        parts.append(TrainedAdapter(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
-    return merge_adapters(parts)
+        adapters.append(TrainedAdapter(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
+    return merge_adapters(adapters)

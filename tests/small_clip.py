@@ -20,12 +20,12 @@ CLASS_WORDS = ["cat", "tricycle", "the great wall of china", "post-it notes", "a
 
 
 def small_open_clip(**options) -> torch.nn.Module:
-    """As `_drawn`; a model of its own for each caller, copied in a fraction of the time that drawing numbers takes."""
-    return copy.deepcopy(_drawn(**options))
+    """Return a copy of a random model, which is faster than drawing its weights again."""
+    return copy.deepcopy(_random_model(**options))
 
 
 @lru_cache(maxsize=8)
-def _drawn(
+def _random_model(
     vision_width: int = 24,
     text_width: int = 16,
     vision_layers: int = 3,
@@ -35,7 +35,7 @@ def _drawn(
     layer_scale: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.nn.Module:
-    """Towers of unequal widths and depths by default; all weights drawn away from their trivial starts."""
+    """Build towers, by default of unequal widths and depths, with random weights away from trivial initial values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = (CustomTextCLIP if custom_text else CLIP)(
@@ -68,7 +68,7 @@ def _drawn(
 
 @lru_cache
 def tokenizer():
-    """open_clip's own; it takes a quarter of a second to build."""
+    """Build open_clip's tokenizer once: it takes 0.25 s."""
     return open_clip.SimpleTokenizer()
 
 

@@ -22,13 +22,13 @@ REFERENCES = {
 }
 
 
-def with_options(which: str, **values) -> Config:
-    """A config with these options of every reference: `small` or `for_starts`."""
-    sections = {METHODS[name].section: getattr(reference, which) for name, reference in REFERENCES.items()}
+def config_of_references(field: str, **values) -> Config:
+    """Build a config with the options of every reference in this field: `small` or `start_options`."""
+    sections = {METHODS[name].section: getattr(reference, field) for name, reference in REFERENCES.items()}
     return parse_config({name: options for name, options in sections.items() if options} | values)
 
 
-SMALL = with_options("small", clip={"model": BUILTIN_DIGITS, "pretrained": BUILTIN_DIGITS})
+SMALL = config_of_references("small", clip={"model": BUILTIN_DIGITS, "pretrained": BUILTIN_DIGITS})
 TRAINED = [name for name in REFERENCES if METHODS[name].trainable]
 WORDS = dict.fromkeys(TASKS, CLASS_WORDS)
 
@@ -38,16 +38,15 @@ def built(name, towers, words=WORDS, config=SMALL):
         torch.manual_seed(7)
         method = METHODS[name].build(config, towers, words).to(next(towers.parameters()).dtype)
         with torch.no_grad():
-            for parameter in method.parameters():  # away from starts where a fault would not show
+            for parameter in method.parameters():  # away from initial values that would hide an error
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return method
 
 
-def with_frozen_features(towers, sets, config=CONFIG, seed=5):
-    num_steps = config.epochs * num_steps_per_epoch((len(of.labels) for of in sets), config.batch_size)
+def add_frozen_features(towers, sets, config=CONFIG, seed=5):
+    num_steps = config.epochs * num_steps_per_epoch((len(s.labels) for s in sets), config.batch_size)
     return [
-        replace(of, frozen_features=frozen_training_features(towers, of, num_steps, config, seed, "auto"))
-        for of in sets
+        replace(s, frozen_features=frozen_training_features(towers, s, num_steps, config, seed, "auto")) for s in sets
     ]
 
 

@@ -80,7 +80,7 @@ def write_test_splits(folder: Path) -> None:
 
 
 def prompted_classifier(device: str = "cpu") -> Classifier:
-    """Of the three tasks, with prompts."""
+    """Build a classifier of the three tasks, with prompts."""
     towers, _ = small_towers()
     prompts = GroupMmap(mmap_shape(towers), tuple(TEST_COUNTS), seed=1, init_std=0.3).double()
     with torch.no_grad():

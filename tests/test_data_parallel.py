@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from small_methods import TRAINED, WORDS, built, tokens_for, with_frozen_features
+from small_methods import TRAINED, WORDS, add_frozen_features, built, tokens_for
 from small_problem import (
     CONFIG,
     TASKS,
@@ -44,7 +44,7 @@ def trained(folder=None):
     )
     history = trainer.train()
     methods = {}
-    sets = with_frozen_features(towers, sets)
+    sets = add_frozen_features(towers, sets)
     for name in TRAINED:
         method = methods[name] = built(name, towers)
         tokens = tokens_for(name, towers, list(WORDS.values()))
@@ -54,8 +54,8 @@ def trained(folder=None):
         "methods": {name: method.state_dict() for name, method in methods.items()},
         "losses": [record.losses for record in history],
         "accuracies": [record.accuracies for record in history],
-        "snapshots": [taken.gradients for taken in trainer.snapshots],
-        "points": [taken.parameters for taken in trainer.snapshots],
+        "snapshots": [snapshot.gradients for snapshot in trainer.snapshots],
+        "points": [snapshot.parameters for snapshot in trainer.snapshots],
     }
 
 
@@ -66,7 +66,7 @@ def predicted(folder):
     return [astuple(prediction) for prediction in predictions]
 
 
-def work(rank: int, world_size: int, folder) -> None:
+def run_rank(rank: int, world_size: int, folder) -> None:
     torch.set_num_threads(1)
     meeting, patience = f"file://{folder}/meeting", timedelta(minutes=15)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=patience)
@@ -77,25 +77,25 @@ def work(rank: int, world_size: int, folder) -> None:
         dist.destroy_process_group()
 
 
-def work_beside_the_first(number: int, world_size: int, folder) -> None:
-    work(number + 1, world_size, folder)
+def run_later_rank(index: int, world_size: int, folder) -> None:
+    run_rank(index + 1, world_size, folder)
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.fault_injection)])
 def test_workers_that_share_a_training_get_the_numbers_of_one(world_size, tmp_path):
     write_test_splits(tmp_path)
     # The first rank is this process, which has imported everything.
-    others = spawn(work_beside_the_first, (world_size, tmp_path), nprocs=world_size - 1, join=False)
-    work(0, world_size, tmp_path)
-    while not others.join():
+    processes = spawn(run_later_rank, (world_size, tmp_path), nprocs=world_size - 1, join=False)
+    run_rank(0, world_size, tmp_path)
+    while not processes.join():
         pass
-    alone = trained()
+    expected = trained()
     for rank in range(world_size):
-        together = torch.load(tmp_path / f"rank{rank}.pt")
+        result = torch.load(tmp_path / f"rank{rank}.pt")
         for name in ("state", "methods", "losses", "snapshots", "points"):
             tolerance = 1e-5 if name in ("snapshots", "points") else 1e-9  # stored in float32
-            torch.testing.assert_close(together[name], alone[name], rtol=tolerance, atol=tolerance)
-        assert together["accuracies"] == alone["accuracies"]
+            torch.testing.assert_close(result[name], expected[name], rtol=tolerance, atol=tolerance)
+        assert result["accuracies"] == expected["accuracies"]
         assert torch.load(tmp_path / f"predicted{rank}.pt") == predicted(tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint.pt").is_file()
 
@@ -103,11 +103,11 @@ def test_workers_that_share_a_training_get_the_numbers_of_one(world_size, tmp_pa
 def test_shares_cover_every_row_once():
     rows_per_task = [3, 1, 0, 5]
     for world_size in (1, 2, 4, 9):
-        taken = []
+        covered = []
         for rank in range(world_size):
             parts = DistributedShard(rank, world_size).shard_slices(rows_per_task)
             start, stop = DistributedShard(rank, world_size).row_range(sum(rows_per_task))
-            of_rank = [(task, row) for task, part in enumerate(parts) for row in range(part.start, part.stop)]
-            assert len(of_rank) == stop - start >= 1
-            taken += of_rank
-        assert taken == [(task, row) for task, count in enumerate(rows_per_task) for row in range(count)]
+            rank_rows = [(task, row) for task, part in enumerate(parts) for row in range(part.start, part.stop)]
+            assert len(rank_rows) == stop - start >= 1
+            covered += rank_rows
+        assert covered == [(task, row) for task, count in enumerate(rows_per_task) for row in range(count)]

@@ -37,37 +37,37 @@ def model_file(tmp_path_factory):
 
 def test_random_weights_are_always_the_same(model_file):
     config = ClipConfig(model=model_file, pretrained=None)
-    before = torch.random.get_rng_state()
-    first = weights_fingerprint(load_clip(config))
-    assert weights_fingerprint(load_clip(config.model_copy(update={"precision": "bfloat16"}))) == first
+    rng_state = torch.random.get_rng_state()
+    fingerprint = weights_fingerprint(load_clip(config))
+    assert weights_fingerprint(load_clip(config.model_copy(update={"precision": "bfloat16"}))) == fingerprint
     load_clip.cache_clear()
     torch.manual_seed(123)
-    assert weights_fingerprint(load_clip(config)) == first
-    torch.random.set_rng_state(before)
+    assert weights_fingerprint(load_clip(config)) == fingerprint
+    torch.random.set_rng_state(rng_state)
     assert clip_identity(config).weights == "random:0"
     assert (build_meta_towers(config).text_width, build_meta_towers(config).vision_width) == (16, 32)
 
 
 def test_two_loads_at_once_keep_back_open_clips_warnings_and_nobody_elses(model_file, monkeypatch, caplog):
     """The first load ends while the second is at work, as those of a benchmark's runs do."""
-    create, at_work = open_clip.create_model, threading.Barrier(2)
-    first_ended = threading.Event()
+    create, barrier = open_clip.create_model, threading.Barrier(2)
+    earlier_ended = threading.Event()
 
     def create_in_turn(*arguments, **options):
-        at_work.wait()
-        if threading.current_thread().name != "first":
-            first_ended.wait()
+        barrier.wait()
+        if threading.current_thread().name != "earlier":
+            earlier_ended.wait()
         logging.warning("open_clip tells of a load")
         return create(*arguments, **options)
 
     monkeypatch.setattr(open_clip, "create_model", create_in_turn)
     config = ClipConfig(model=model_file, pretrained=None)
-    first, second = (threading.Thread(target=build_meta_towers, args=[config], name=n) for n in ("first", "other"))
-    first.start(), second.start()
-    first.join()
+    earlier, later = (threading.Thread(target=build_meta_towers, args=[config], name=n) for n in ("earlier", "later"))
+    earlier.start(), later.start()
+    earlier.join()
     logging.warning("a warning of ours")
-    first_ended.set()
-    second.join()
+    earlier_ended.set()
+    later.join()
     logging.warning("a later one")
     assert [record.message for record in caplog.records] == ["a warning of ours", "a later one"]
 
@@ -200,9 +200,9 @@ def test_prompts_round_trip_with_the_same_probabilities(trained, tmp_path):
 
 def test_prompts_refuse_another_clip(trained, tmp_path):
     _, (part, _) = trained
-    other = TrainedAdapter("mmap", part.config, "0" * 64, part.groups, part.states)
+    foreign_adapter = TrainedAdapter("mmap", part.config, "0" * 64, part.groups, part.states)
     with pytest.raises(UserError, match="not those that this adapter was trained on"):
-        other.classifier()
+        foreign_adapter.classifier()
 
 
 def test_files_that_are_no_prompts_are_named(tmp_path):

@@ -20,10 +20,10 @@ from small_methods import (
     SMALL,
     TRAINED,
     WORDS,
+    add_frozen_features,
     built,
+    config_of_references,
     tokens_for,
-    with_frozen_features,
-    with_options,
 )
 from small_problem import CONFIG, TASKS, TEST_COUNTS, small_problem, write_test_splits
 
@@ -106,20 +106,20 @@ def test_a_method_is_its_plain_definition(name, several_names):
 @pytest.mark.parametrize("name", TRAINED)
 def test_all_of_a_method_trains_and_nothing_else(name):
     towers, _, _, sets = small_problem()
-    sets = with_frozen_features(towers, sets)
+    sets = add_frozen_features(towers, sets)
     method = built(name, towers)
     frozen = {key: value.clone() for key, value in towers.state_dict().items()}
-    before = {key: value.clone() for key, value in method.state_dict().items()}
+    untrained = {key: value.clone() for key, value in method.state_dict().items()}
     tokens = tokens_for(name, towers, [CLASS_WORDS, CLASS_WORDS])
-    config = SLOW if REFERENCES[name].small_rate else CONFIG
+    config = SLOW if REFERENCES[name].needs_small_learning_rate else CONFIG
     history = Trainer(towers, method, sets, tokens, config, epochs=3, seed=5).train()
     assert all(torch.equal(value, frozen[key]) for key, value in towers.state_dict().items())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
     assert not any(
-        torch.equal(value, before[key]) for key, value in method.state_dict().items() if value.is_floating_point()
+        torch.equal(value, untrained[key]) for key, value in method.state_dict().items() if value.is_floating_point()
     )
-    first, last = (sum(sum(record.losses) for record in part) for part in (history[:4], history[-4:]))
-    assert last < first
+    initial, final = (sum(sum(record.losses) for record in part) for part in (history[:4], history[-4:]))
+    assert final < initial
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -134,34 +134,34 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         original = Classifier(towers, METHODS[name].templates_by_task(SMALL, words), [(words, method())])
-    again = loaded.classifier()
+    reloaded = loaded.classifier()
     for task in words:
-        assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
+        assert torch.equal(reloaded.probabilities(task, pixels), original.probabilities(task, pixels))
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_starts_do_not_depend_on_the_machine_or_the_tasks(name):
     towers, _ = small_towers()
     torch.manual_seed(1)
-    first = METHODS[name].build(SMALL, towers, INK).state_dict()
+    state = METHODS[name].build(SMALL, towers, INK).state_dict()
     torch.manual_seed(2)
-    again = METHODS[name].build(SMALL, towers, INK).state_dict()
-    other = METHODS[name].build(SMALL.model_copy(update={"seed": 2}), towers, INK).state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    same_seed = METHODS[name].build(SMALL, towers, INK).state_dict()
+    other_seed = METHODS[name].build(SMALL.model_copy(update={"seed": 2}), towers, INK).state_dict()
+    assert all(torch.equal(value, same_seed[key]) for key, value in state.items())
     if METHODS[name].trains_weights:  # start as CLIP's
-        own = towers.state_dict()
-        assert all(torch.equal(value, own[key.removeprefix("towers.")]) for key, value in first.items())
-    assert all(torch.equal(value, other[key]) for key, value in first.items()) != REFERENCES[name].random_start
+        weights = towers.state_dict()
+        assert all(torch.equal(value, weights[key.removeprefix("towers.")]) for key, value in state.items())
+    assert all(torch.equal(value, other_seed[key]) for key, value in state.items()) != REFERENCES[name].random_start
 
 
-FOR_STARTS = with_options("for_starts", clip={"template": SKETCHED})
+START_CONFIG = config_of_references("start_options", clip={"template": SKETCHED})
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_starts_as_the_method_says(name):
     towers, model = small_towers()
     expected = REFERENCES[name].starts(towers, model)
-    for parameter, start in METHODS[name].build(FOR_STARTS, towers, WORDS).named_parameters():
+    for parameter, start in METHODS[name].build(START_CONFIG, towers, WORDS).named_parameters():
         (check,) = (check for pattern, check in expected.items() if fnmatchcase(parameter, pattern))
         assert check(start.detach()), parameter
 
@@ -176,8 +176,8 @@ def test_a_class_of_several_names_starts_the_linear_probe_at_their_mean():
 def test_prompts_fewer_than_the_templates_words_start_as_the_first_of_them():
     towers, model = small_towers()
     an_old = model.token_embedding(torch.tensor(tokenizer().encode("an old")))
-    config = SMALL.model_copy(update={"clip": FOR_STARTS.clip})
-    for name in (name for name in METHODS if REFERENCES[name].takes_words == "before the name"):
+    config = SMALL.model_copy(update={"clip": START_CONFIG.clip})
+    for name in (name for name in METHODS if REFERENCES[name].replaced_words == "before the name"):
         start = METHODS[name].build(config, towers, WORDS).text_prompts.detach()
         assert equals(an_old)(start[0]) and start[1].std() < 0.03
 
@@ -187,7 +187,7 @@ def test_prompts_fewer_than_the_templates_words_start_as_the_first_of_them():
     [(name, *count) for name, reference in REFERENCES.items() for count in reference.num_parameters],
 )
 def test_parameter_counts_of_vit_b_16(name, options, expected):
-    """Of one group of tasks."""
+    """Counts for one group of tasks."""
     towers = build_meta_towers(ClipConfig())
     towers.token_embedding.to_empty(device="cpu")
     method = METHODS[name].build(parse_config({METHODS[name].section: options}), towers, WORDS)
@@ -196,15 +196,20 @@ def test_parameter_counts_of_vit_b_16(name, options, expected):
 
 def test_a_method_trains_as_its_authors_do_or_all_as_the_paper_compares():
     config = parse_config({"training": {"epochs": 7, "momentum": 0.8}, "coop": {"training": {"epochs": 3}}})
-    of_coop = training_config("coop", config)
-    assert (of_coop.epochs, of_coop.batch_size, of_coop.learning_rate, of_coop.momentum) == (3, 32, 0.002, 0.8)
+    coop_training = training_config("coop", config)
+    assert (coop_training.epochs, coop_training.batch_size, coop_training.learning_rate, coop_training.momentum) == (
+        3,
+        32,
+        0.002,
+        0.8,
+    )
     assert training_config("mmap", config) == training_config("joint_prompts", config) == config.training
     lora = training_config("clip_lora", config)
     assert (lora.optimizer, lora.learning_rate, lora.weight_decay) == ("adamw", 2e-4, 0.01)
     alike = parse_config(load_yaml(CONFIGS / "paper_protocol.yaml"))
     for name in TRAINED:
-        own = training_config(name, alike) != alike.training
-        assert own == METHODS[name].trains_weights, name  # which the others' rate would destroy
+        differs = training_config(name, alike) != alike.training
+        assert differs == METHODS[name].trains_weights, name  # which the learning rate of prompts would destroy
 
 
 def test_adamw_is_torchs_own():
@@ -216,7 +221,7 @@ def test_adamw_is_torchs_own():
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = record.learning_rate
         adaptation = plain()
-        batches = [of.batch(step, 3, 16, CONFIG.augmentation, 5) for of in sets]
+        batches = [task_set.batch(step, 3, 16, CONFIG.augmentation, 5) for task_set in sets]
         images = towers.normalize_pixels(torch.cat([pixels for pixels, _ in batches]))
         x = adaptation.encode_image(towers, images, [3, 3]).split(3)
         z = adaptation.encode_text(towers, tokens).split(5)
@@ -273,10 +278,10 @@ def test_a_method_says_what_it_changes(name):
 def test_frozen_features_do_not_change_the_training(name):
     towers, _, _, sets = small_problem()
     tokens = tokens_for(name, towers, list(WORDS.values()))
-    sets = with_frozen_features(towers, sets)
+    sets = add_frozen_features(towers, sets)
     cached, uncached = built(name, towers), built(name, towers)
-    of_cached, of_uncached = (
-        (replace(of, images=() if not METHODS[name].modifies_image_encoder else of.images) for of in sets),
+    cached_sets, uncached_sets = (
+        (replace(s, images=() if not METHODS[name].modifies_image_encoder else s.images) for s in sets),
         sets,
     )
     if uncached().text_features:  # which do not come from the towers
@@ -284,8 +289,8 @@ def test_frozen_features_do_not_change_the_training(name):
         reference.forward = lambda: replace(uncached(), vision_prompts=torch.zeros(2, 1, 0, 24, dtype=torch.float64))
     else:
         reference = Uncached(uncached, towers)
-    ours = Trainer(towers, cached, list(of_cached), tokens, SLOW, epochs=2, seed=5).train()
-    expected = Trainer(towers, reference, list(of_uncached), tokens, SLOW, epochs=2, seed=5).train()
+    ours = Trainer(towers, cached, list(cached_sets), tokens, SLOW, epochs=2, seed=5).train()
+    expected = Trainer(towers, reference, list(uncached_sets), tokens, SLOW, epochs=2, seed=5).train()
     assert [r.accuracies for r in ours] == [r.accuracies for r in expected]
     torch.testing.assert_close([r.losses for r in ours], [r.losses for r in expected], **TOLERANCE)
     torch.testing.assert_close(cached.state_dict(), uncached.state_dict(), **TOLERANCE)
@@ -304,30 +309,30 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
     with torch.no_grad():
         method = built(name, towers, words)
         classifier = Classifier(towers, METHODS[name].templates_by_task(SMALL, words), [(words, method())])
-    from_images = evaluate(classifier, reader, tuple(words), threads=2)
-    from_features = evaluate_features(classifier, reader, stored)
-    for ours, expected in zip(from_features, from_images, strict=True):
+    predictions_from_images = evaluate(classifier, reader, tuple(words), threads=2)
+    predictions_from_features = evaluate_features(classifier, reader, stored)
+    for ours, expected in zip(predictions_from_features, predictions_from_images, strict=True):
         assert astuple(ours)[:4] == astuple(expected)[:4]
         assert ours.probability == pytest.approx(expected.probability, rel=1e-9)
 
 
 def first_losses(name, config, towers, model):
     """Each task's loss in the first step, as trained and by the plain definition."""
-    sets = with_frozen_features(towers, small_problem()[3])
+    sets = add_frozen_features(towers, small_problem()[3])
     frozen_tokens = tokens_for("zero_shot", towers, list(WORDS.values()))
     frozen_z = F.normalize(model.encode_text(full_ids(config.clip.template)), dim=1)
     method = built(name, towers, config=config)
     tokens = tokens_for(name, towers, list(WORDS.values()), config)
-    before, options = copy.deepcopy(method), getattr(config, METHODS[name].section)
+    untrained, options = copy.deepcopy(method), getattr(config, METHODS[name].section)
     record = Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens).step()
     plain = []
-    for of_task in sets:
-        pixels, labels = of_task.batch(0, 3, 16, CONFIG.augmentation, 5)
+    for task_set in sets:
+        pixels, labels = task_set.batch(0, 3, 16, CONFIG.augmentation, 5)
         images = towers.normalize_pixels(pixels)
-        x, z = (F.normalize(f, dim=1) for f in REFERENCES[name].features(before, model, images, config))
+        x, z = (F.normalize(f, dim=1) for f in REFERENCES[name].features(untrained, model, images, config))
         frozen_x = F.normalize(model.encode_image(images), dim=1)
         p, q = ((model.logit_scale.exp() * a @ b.T) for a, b in ((x, z), (frozen_x, frozen_z)))
-        added = REFERENCES[name].added_loss(before, options, x, frozen_x, z, frozen_z, p, q)
+        added = REFERENCES[name].added_loss(untrained, options, x, frozen_x, z, frozen_z, p, q)
         plain.append((F.cross_entropy(p, labels) + added).item())
     return record.losses, plain
 
@@ -345,7 +350,7 @@ FOR_OPTIONS = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=6, sourc
 METHOD_OPTIONS = [(name, option) for name, reference in REFERENCES.items() for option in reference.options]
 
 
-def with_option(name, option):
+def config_with_option(name, option):
     section = METHODS[name].section
     changed = {**getattr(FOR_OPTIONS, section).model_dump(), option: REFERENCES[name].options[option].value}
     return parse_config({**FOR_OPTIONS.model_dump(), section: changed})
@@ -383,13 +388,13 @@ def outcome_as_plainly_defined(name, config):
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
 def test_an_option_away_from_its_default_is_the_plain_definition(name, option):
-    config = with_option(name, option)
-    *_, before = outcome_as_plainly_defined(name, FOR_OPTIONS)
+    config = config_with_option(name, option)
+    *_, default_outcome = outcome_as_plainly_defined(name, FOR_OPTIONS)
     method, adaptation, outcome = outcome_as_plainly_defined(name, config)
-    assert outcome != before
+    assert outcome != default_outcome
     parameters = {f".{key}": tuple(value.shape) for key, value in method.named_parameters()}
     for suffix, shape in REFERENCES[name].options[option].shapes.items():
-        shapes = {of for key, of in parameters.items() if key.endswith(f".{suffix}")}
+        shapes = {actual for key, actual in parameters.items() if key.endswith(f".{suffix}")}
         assert shapes == {shape}, suffix
     propagate = adaptation.text_prompts if adaptation.text_prompts_propagate else getattr(method, "contexts", None)
     assert METHODS[name].num_prompt_positions(config) == (0 if propagate is None else propagate.shape[-2])
@@ -397,12 +402,12 @@ def test_an_option_away_from_its_default_is_the_plain_definition(name, option):
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
 def test_a_file_keeps_an_option_away_from_its_default(name, option, tmp_path):
-    config = with_option(name, option)
+    config = config_with_option(name, option)
     state = {"numbers": torch.zeros(10_000)}
     trained = TrainedAdapter(name, config, "weights", (dict(INK),), (state,))
     save_adapter(tmp_path / "trained.safetensors", trained)
     loaded = load_adapter(tmp_path / "trained.safetensors").config
-    options = (getattr(of, METHODS[name].section).model_dump(exclude={"training"}) for of in (loaded, config))
+    options = (getattr(c, METHODS[name].section).model_dump(exclude={"training"}) for c in (loaded, config))
     assert next(options) == next(options)
 
 
@@ -431,15 +436,15 @@ def test_a_trainings_towers_are_as_the_config_says(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if not name.startswith("mmap")])
 def test_each_field_of_a_methods_own_training_goes_before_the_common_one(name):
-    own = {"epochs": 7, "batch_size": 6, "learning_rate": 0.5, "weight_decay": 0.25}
+    overrides = {"epochs": 7, "batch_size": 6, "learning_rate": 0.5, "weight_decay": 0.25}
     default = training_config(name, Config())
-    own["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
-    assert own.keys() == TrainingOverrides.model_fields.keys()
+    overrides["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
+    assert overrides.keys() == TrainingOverrides.model_fields.keys()
     section = METHODS[name].section
-    for field, value in own.items():
+    for field, value in overrides.items():
         changed = training_config(name, parse_config({section: {"training": {field: value}}}))
         assert changed == default.model_copy(update={field: value})
-        common = parse_config({"training": {**own, "momentum": 0.3}, section: {"training": {field: None}}})
+        common = parse_config({"training": {**overrides, "momentum": 0.3}, section: {"training": {field: None}}})
         assert getattr(training_config(name, common), field) == value and training_config(name, common).momentum == 0.3
 
 
@@ -460,14 +465,14 @@ def test_hipro_averages_the_nodes_over_each_tasks_path():
     method.build_tree(np.array([[1, 0.2, 0.7], [0.2, 1, 0.1], [0.7, 0.1, 1]]))
     tokens = tokens_for("hipro", towers, list(words.values()))
     z = method().encode_text(towers, tokens)
-    of_node = [
+    node_features = [
         F.normalize(plain_encode_text(model, full_ids("{}."), context[None], propagate=True), dim=1)
         for context in method.contexts
     ]
-    ink, neon, chalk, both, root = of_node
-    expected = [(ink + both + root) / 3, ((neon + root) / 2)[:3], ((chalk + both + root) / 3)[1:]]
+    ink, neon, chalk, ink_and_chalk, root = node_features
+    expected = [(ink + ink_and_chalk + root) / 3, ((neon + root) / 2)[:3], ((chalk + ink_and_chalk + root) / 3)[1:]]
     torch.testing.assert_close(z, torch.cat(expected), **TOLERANCE)
-    part = method().encode_text(towers, tokens.slice_rows(3, 10))  # a worker's share
+    part = method().encode_text(towers, tokens.slice_rows(3, 10))  # a worker's shard
     torch.testing.assert_close(part, torch.cat(expected)[3:10], **TOLERANCE)
 
 
@@ -475,8 +480,8 @@ def test_softcpt_makes_each_task_a_context_of_its_own():
     towers, model = small_towers()
     method = built("softcpt", towers, {"ink": CLASS_WORDS, "Real_World": CLASS_WORDS})
     contexts = method().text_prompts
-    alone = plain_encode_text(model, tokenizer()(["Real World."]), method.meta_prompt[None], propagate=True)[0]
-    expected = torch.stack([alone @ method.projection[:, at] for at in range(3)])
+    task_feature = plain_encode_text(model, tokenizer()(["Real World."]), method.meta_prompt[None], propagate=True)[0]
+    expected = torch.stack([task_feature @ method.projection[:, i] for i in range(3)])
     torch.testing.assert_close(contexts[1, 0], expected, **TOLERANCE)
     assert not torch.allclose(contexts[0], contexts[1])
 
@@ -510,16 +515,18 @@ OWN_TOWERS = {name: reference for name, reference in REFERENCES.items() if refer
 
 def test_own_towers_hold_in_memory_and_files_only_what_trains():
     towers = load_clip(SMALL.clip)
-    given = dict(towers.named_parameters())
+    frozen_weights = dict(towers.named_parameters())
     for name, reference in OWN_TOWERS.items():
         method = METHODS[name].build(SMALL, towers, WORDS)
-        own = method.towers.state_dict(keep_vars=True)
-        own = {key: value for key, value in own.items() if "in_proj_update" not in key}
-        assert own.keys() == {key for key in given if reference.trains_weight(key)}
-        assert all(value.requires_grad and value.data_ptr() != given[key].data_ptr() for key, value in own.items())
+        trained = method.towers.state_dict(keep_vars=True)
+        trained = {key: value for key, value in trained.items() if "in_proj_update" not in key}
+        assert trained.keys() == {key for key in frozen_weights if reference.trains_weight(key)}
+        assert all(
+            value.requires_grad and value.data_ptr() != frozen_weights[key].data_ptr() for key, value in trained.items()
+        )
         buffers = {key: value for key, value in method.towers.named_buffers() if not key.startswith("pixel_")}
-        assert buffers.keys() == given.keys() - own.keys()
-        assert all(value.data_ptr() == given[key].data_ptr() for key, value in buffers.items())
+        assert buffers.keys() == frozen_weights.keys() - trained.keys()
+        assert all(value.data_ptr() == frozen_weights[key].data_ptr() for key, value in buffers.items())
         method.double()
         assert {value.dtype for value in (*method.parameters(), *method.buffers())} == {torch.float64}
         assert {value.dtype for value in towers.parameters()} == {torch.float32}
@@ -542,8 +549,8 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         original = Classifier(towers, METHODS[name].templates_by_task(config, words), [(words, method())], "bfloat16")
-    again = load_adapter(tmp_path / "trained.safetensors").classifier()
-    assert torch.equal(again.probabilities("ink", pixels), original.probabilities("ink", pixels))
+    reloaded = load_adapter(tmp_path / "trained.safetensors").classifier()
+    assert torch.equal(reloaded.probabilities("ink", pixels), original.probabilities("ink", pixels))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -555,8 +562,8 @@ def test_in_bfloat16_a_trained_method_is_loaded_and_used(name, tmp_path):
         tmp_path / "trained.safetensors", TrainedAdapter(name, config, weights_fingerprint(towers), (WORDS,), (state,))
     )
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    found = load_adapter(tmp_path / "trained.safetensors").classifier().probabilities("ink", pixels)
-    assert found.isfinite().all() and torch.allclose(found.sum(1).float(), torch.ones(3), atol=1e-2)
+    probabilities = load_adapter(tmp_path / "trained.safetensors").classifier().probabilities("ink", pixels)
+    assert probabilities.isfinite().all() and torch.allclose(probabilities.sum(1).float(), torch.ones(3), atol=1e-2)
 
 
 def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_gradient():
@@ -568,11 +575,11 @@ def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_grad
     F.cross_entropy(adaptation.logits(towers, x, z), torch.tensor([0, 2, 4])).backward()
     ids = full_ids(SMALL.clip.template)
     lengths = (ids.argmax(dim=1) + 1).tolist()  # to the end-of-text token, which has the largest number
-    used = sorted({number for row, length in zip(ids.tolist(), lengths) for number in row[:length]})
+    used = sorted({token for row, length in zip(ids.tolist(), lengths) for token in row[:length]})
     gradients = {name.removeprefix("towers."): p.grad for name, p in method.named_parameters()}
-    for name, seen in (("token_embedding.weight", used), ("text_positions", range(max(lengths)))):
+    for name, used_rows in (("token_embedding.weight", used), ("text_positions", range(max(lengths)))):
         rows = (gradients.pop(name) != 0).sum(dim=1)
-        assert {at: rows[at].item() for at in rows.nonzero().flatten().tolist()} == dict.fromkeys(seen, 16)
+        assert {i: rows[i].item() for i in rows.nonzero().flatten().tolist()} == dict.fromkeys(used_rows, 16)
     for name, gradient in gradients.items():
         if name.endswith("in_proj_bias"):
             query, key, value = gradient.chunk(3)

@@ -86,7 +86,7 @@ def test_shapes_that_do_not_fit_the_towers_are_refused():
 
 @pytest.fixture(scope="module")
 def problem():
-    """Towers, tokens of three tasks (with different numbers of classes), images and labels, two images a task."""
+    """Towers, tokens of three tasks (with different numbers of classes), images and labels, two images per task."""
     towers, _ = small_towers()
     tokens = class_tokens(towers.tokenizer, "a photo of a {}.", [CLASS_WORDS, CLASS_WORDS[:3], CLASS_WORDS[1:]])
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def task_losses(problem, adaptation):
     towers, tokens, images, labels = problem
     x = adaptation.encode_image(towers, images, [2, 2, 2]).split(2)
     z = adaptation.encode_text(towers, tokens).split(tokens.classes_per_task)
-    return [F.cross_entropy(towers.logits(*pair), of_task) for *pair, of_task in zip(x, z, labels)]
+    return [F.cross_entropy(towers.logits(*pair), task_labels) for *pair, task_labels in zip(x, z, labels)]
 
 
 def mmap_shape(towers) -> MmapShape:
@@ -127,9 +127,9 @@ def test_snapshot_gradients_are_one_autograd_call_a_task(problem, shared_source)
     norms = layer_norms(gradients[0], prompts.gradient_layout())
     squares = [torch.zeros((), dtype=torch.float64) for _ in norms]
     for parameter, part in zip(parameters, gradients[0].split([p.numel() for p in parameters])):
-        of_layer = part.view(parameter.shape[1:])
-        if len(of_layer) == len(norms):
-            squares = [square + layer.square().sum() for square, layer in zip(squares, of_layer)]
+        layers = part.view(parameter.shape[1:])
+        if len(layers) == len(norms):
+            squares = [square + layer.square().sum() for square, layer in zip(squares, layers)]
     torch.testing.assert_close(norms, torch.stack(squares).sqrt().float())
 
 
@@ -137,26 +137,28 @@ def test_group_step_is_the_sum_of_the_tasks_own_steps(problem):
     """Eq. 11: the group prompt gets all tasks' gradients; Eq. 12: a task prompt only its own task's."""
     prompts = GroupMmap(mmap_shape(problem[0]), TASKS, seed=1, init_std=0.5).double()
     sum(task_losses(problem, prompts())).backward()
-    together = {name: p.grad.clone() for name, p in prompts.named_parameters()}
-    by_task = []
+    group_gradients = {name: p.grad.clone() for name, p in prompts.named_parameters()}
+    gradients_by_task = []
     for t in range(3):
         prompts.zero_grad()
         task_losses(problem, prompts())[t].backward()
-        by_task.append({name: p.grad.clone() for name, p in prompts.named_parameters()})
-    for name, gradient in together.items():
-        torch.testing.assert_close(gradient, sum(of_task[name] for of_task in by_task), **TOLERANCE)
+        gradients_by_task.append({name: p.grad.clone() for name, p in prompts.named_parameters()})
+    for name, gradient in group_gradients.items():
+        torch.testing.assert_close(
+            gradient, sum(task_gradients[name] for task_gradients in gradients_by_task), **TOLERANCE
+        )
         if name.startswith("task."):
-            for t, of_task in enumerate(by_task):
-                others = [i for i in range(3) if i != t]
-                assert of_task[name][t].abs().max() > 0
-                assert torch.count_nonzero(of_task[name][others]) == 0
+            for t, task_gradients in enumerate(gradients_by_task):
+                other_tasks = [i for i in range(3) if i != t]
+                assert task_gradients[name][t].abs().max() > 0
+                assert torch.count_nonzero(task_gradients[name][other_tasks]) == 0
 
 
 def test_layers_see_group_prompts_then_task_prompts(problem):
     prompts = GroupMmap(mmap_shape(problem[0]), TASKS, seed=1)
-    made = prompts()
-    text = made.text_prompts
-    assert text.shape[2] == made.vision_prompts.shape[2] == 8
+    adaptation = prompts()
+    text = adaptation.text_prompts
+    assert text.shape[2] == adaptation.vision_prompts.shape[2] == 8
     for t in range(3):
         assert torch.equal(text[t, :, :4], prompts.group()[0][0])
         assert torch.equal(text[t, :, 4:], prompts.task()[0][t])
@@ -164,10 +166,10 @@ def test_layers_see_group_prompts_then_task_prompts(problem):
 
 def test_a_tasks_start_does_not_depend_on_its_group(problem):
     shape = mmap_shape(problem[0])
-    together, alone = GroupMmap(shape, TASKS, seed=1), GroupMmap(shape, ["neon"], seed=1)
-    assert torch.equal(together.task.source[2], alone.task.source[0])
-    assert torch.equal(together.group.source, alone.group.source)
-    assert not torch.equal(together.task.source[0], together.task.source[1])
+    multi_task, single_task = GroupMmap(shape, TASKS, seed=1), GroupMmap(shape, ["neon"], seed=1)
+    assert torch.equal(multi_task.task.source[2], single_task.task.source[0])
+    assert torch.equal(multi_task.group.source, single_task.group.source)
+    assert not torch.equal(multi_task.task.source[0], multi_task.task.source[1])
     assert derive_seed(1, "ab", "c") != derive_seed(1, "a", "bc")
 
 
@@ -175,6 +177,6 @@ def test_kronecker_keeps_gradients_apart():
     scaling = torch.randn(2, 3, 1, 2, dtype=torch.float64, requires_grad=True)
     source = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(kronecker, (scaling, source))
-    kept = copy.deepcopy(source)
+    original = copy.deepcopy(source)
     kronecker(scaling, source)[0].sum().backward()
-    assert torch.count_nonzero(source.grad[1]) == 0 and torch.equal(kept, source)
+    assert torch.count_nonzero(source.grad[1]) == 0 and torch.equal(original, source)

@@ -1,4 +1,4 @@
-"""Texts of classes that are others in some tasks: exact in the towers and in every method, and saved with prompts."""
+"""Templates of single tasks: exact in the towers and in every method, and saved with the adapter."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ WORDS = {"photo": CLASS_WORDS, "sketch": CLASS_WORDS[:2], "shop": ["cat", "alarm
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 
 
-def config_of(**task_templates: str) -> Config:
+def config_with(**task_templates: str) -> Config:
     clip = SMALL.clip.model_copy(update={"task_templates": task_templates})
     return SMALL.model_copy(update={"clip": clip})
 
 
-OWN = config_of(sketch=TEMPLATES[1], shop=TEMPLATES[2])
+TASK_CONFIG = config_with(sketch=TEMPLATES[1], shop=TEMPLATES[2])
 
 
 @pytest.mark.parametrize("propagate", [False, True], ids=["replaced", "propagate"])
@@ -52,28 +52,28 @@ def test_towers_equal_the_plain_definition_with_a_template_for_each_task(
         [
             plain_encode_text(
                 model,
-                tokenizer()([template.format(name) for name in of_task]),
+                tokenizer()([template.format(name) for name in task_words]),
                 prompts[task] if prompted else None,
                 towers.prompts_before_sos,
                 propagate and prompted,
             )
-            for task, (template, of_task) in enumerate(zip(templates, words))
+            for task, (template, task_words) in enumerate(zip(templates, words))
         ]
     )
     torch.testing.assert_close(ours, plain, **TOLERANCE)
     if prompted:
         weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
-        of_ours, of_plain = (torch.autograd.grad((weights * z).sum(), prompts)[0] for z in (ours, plain))
-        assert of_plain.abs().max() > 1e-6
-        torch.testing.assert_close(of_ours, of_plain, **TOLERANCE)
+        gradients, plain_gradients = (torch.autograd.grad((weights * z).sum(), prompts)[0] for z in (ours, plain))
+        assert plain_gradients.abs().max() > 1e-6
+        torch.testing.assert_close(gradients, plain_gradients, **TOLERANCE)
 
 
 def test_words_that_all_tasks_share_run_once_a_task():
     """The shortest beginning is that of all; the rest is each class's own."""
     tokens = class_tokens(tokenizer(), TEMPLATES[:2], [["cat", "dog"]] * 2)
-    words_before = [len(tokenizer().encode(template.partition("{}")[0])) for template in TEMPLATES[:2]]
-    assert tokens.prefix.shape == (2, 1 + min(words_before))
-    assert tokens.name_start == tuple(number - min(words_before) for number in words_before)
+    num_words = [len(tokenizer().encode(template.partition("{}")[0])) for template in TEMPLATES[:2]]
+    assert tokens.prefix.shape == (2, 1 + min(num_words))
+    assert tokens.name_start == tuple(number - min(num_words) for number in num_words)
     for row, (template, name) in enumerate((t, n) for t in TEMPLATES[:2] for n in ("cat", "dog")):
         ids = tokens.prefix[row // 2].tolist() + tokens.suffix[row, : tokens.eot[row] + 1].tolist()
         assert ids == [49406, *tokenizer().encode(template.format(name)), 49407]
@@ -81,43 +81,43 @@ def test_words_that_all_tasks_share_run_once_a_task():
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "hipro"])
 def test_a_method_on_several_tasks_is_itself_on_each(name):
-    """With one template a method is held against the plain definition in test_methods.py. HiPro takes no words of a
-    template, and is nothing for a task alone."""
+    """test_methods.py compares one template with the reference. HiPro uses no words of a template, and has no context
+    of a single task."""
     towers, _ = small_towers()
-    method, kind = built(name, towers, WORDS, OWN), METHODS[name]
-    templates = kind.templates_by_task(OWN, WORDS)
+    method, kind = built(name, towers, WORDS, TASK_CONFIG), METHODS[name]
+    templates = kind.templates_by_task(TASK_CONFIG, WORDS)
     with torch.no_grad():
         adaptation = method()
-        together = adaptation.encode_text(
+        features = adaptation.encode_text(
             towers, class_tokens(towers.tokenizer, list(templates.values()), list(WORDS.values()))
         )
-        first = 0
-        for at, (task, words) in enumerate(WORDS.items()):
-            alone = class_tokens(towers.tokenizer, templates[task], [words])
-            z = adaptation.for_task(at).encode_text(towers, replace(alone, first_row=first))
-            torch.testing.assert_close(together[first : first + len(words)], z, **TOLERANCE)
-            first += len(words)
-    assert first == len(together)
+        row = 0
+        for index, (task, words) in enumerate(WORDS.items()):
+            task_tokens = class_tokens(towers.tokenizer, templates[task], [words])
+            z = adaptation.for_task(index).encode_text(towers, replace(task_tokens, first_row=row))
+            torch.testing.assert_close(features[row : row + len(words)], z, **TOLERANCE)
+            row += len(words)
+    assert row == len(features)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_makes_of_a_template(name):
-    made = METHODS[name].templates_by_task(OWN, WORDS)
+    templates = METHODS[name].templates_by_task(TASK_CONFIG, WORDS)
     expected = {
         "none": TEMPLATES,
         "before the name": ["{}.", "{}, drawn by hand", "{} in a shop."],
         "all": ["{}."] * len(TEMPLATES),
     }
-    assert list(made.values()) == expected[REFERENCES[name].takes_words]
+    assert list(templates.values()) == expected[REFERENCES[name].replaced_words]
 
 
 def test_a_linear_probe_starts_at_the_text_of_each_task():
     towers, _ = small_towers()
-    probe = METHODS["linear_probe"].build(OWN, towers, WORDS)
+    probe = METHODS["linear_probe"].build(TASK_CONFIG, towers, WORDS)
     tokens = class_tokens(towers.tokenizer, TEMPLATES, list(WORDS.values()))
     torch.testing.assert_close(probe().encode_text(towers, tokens), towers.encode_text(tokens), **TOLERANCE)
     assert len(probe.weights) == sum(map(len, WORDS.values()))
-    shared = METHODS["linear_probe"].build(config_of(shop=TEMPLATES[2]), towers, WORDS)
+    shared = METHODS["linear_probe"].build(config_with(shop=TEMPLATES[2]), towers, WORDS)
     assert len(shared.weights) == len(CLASS_WORDS) + len(WORDS["shop"])  # sketch has classes of photo, by its template
 
 
@@ -130,7 +130,7 @@ def clip():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_prompts_carry_the_templates_of_their_tasks(name, clip, tmp_path):
-    config = config_of(neon="a neon sign of a {}", other="not of {} these")
+    config = config_with(neon="a neon sign of a {}", other="not of {} these")
     towers, fingerprint = clip
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
     method = built(name, towers, words, config)
@@ -141,9 +141,9 @@ def test_prompts_carry_the_templates_of_their_tasks(name, clip, tmp_path):
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         original = Classifier(towers, METHODS[name].templates_by_task(config, words), [(words, method())])
-    again = loaded.classifier()
+    reloaded = loaded.classifier()
     for task in words:
-        assert torch.equal(again.probabilities(task, pixels), original.probabilities(task, pixels))
+        assert torch.equal(reloaded.probabilities(task, pixels), original.probabilities(task, pixels))
 
 
 def saved(tmp_path, clip, task: str, config: Config) -> TrainedAdapter:
@@ -156,8 +156,8 @@ def saved(tmp_path, clip, task: str, config: Config) -> TrainedAdapter:
 
 
 def test_merged_prompts_have_the_templates_of_all(clip, tmp_path):
-    others = config_of(neon="a neon {}", ink="not {} ink")
-    parts = [saved(tmp_path, clip, "ink", SMALL), saved(tmp_path, clip, "neon", others)]
+    other_config = config_with(neon="a neon {}", ink="not {} ink")
+    parts = [saved(tmp_path, clip, "ink", SMALL), saved(tmp_path, clip, "neon", other_config)]
     assert merge_adapters(parts).config.clip.task_templates == {"neon": "a neon {}"}
 
 
@@ -168,9 +168,9 @@ def test_prompts_without_such_templates_are_saved_as_before(clip, tmp_path):
 
 
 def test_an_added_task_may_have_its_own_template_and_changes_no_others(clip, tmp_path):
-    prompts = saved(tmp_path, clip, "ink", config_of(ink="an inked {}"))
-    _check_same_prompts(config_of(ink="an inked {}", neon="a neon {}"), prompts)
-    for config in (SMALL, config_of(ink="another {}")):
+    prompts = saved(tmp_path, clip, "ink", config_with(ink="an inked {}"))
+    _check_same_prompts(config_with(ink="an inked {}", neon="a neon {}"), prompts)
+    for config in (SMALL, config_with(ink="another {}")):
         with pytest.raises(UserError, match="clip.task_templates: ink has"):
             _check_same_prompts(config, prompts)
 

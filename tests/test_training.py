@@ -54,13 +54,13 @@ def problem():
 
 def test_learning_rates_are_dassls():
     config = TrainingConfig()  # 0.0035, one warm-up epoch at 1e-5, 5 epochs
-    rates = [learning_rate(epoch, 5, config) for epoch in range(5)]
-    assert rates == pytest.approx([1e-5, 0.0035, 0.00317, 0.00229, 0.00121], abs=5e-6)
+    learning_rates = [learning_rate(epoch, 5, config) for epoch in range(5)]
+    assert learning_rates == pytest.approx([1e-5, 0.0035, 0.00317, 0.00229, 0.00121], abs=5e-6)
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0035)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
     for epoch in range(1, 5):
-        assert rates[epoch] == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
+        assert learning_rates[epoch] == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         cosine.step()
 
@@ -77,7 +77,7 @@ def test_batches_show_each_image_equally_often():
 
 @pytest.mark.parametrize("momentum, weight_decay", [(0.9, 5e-4), (0.6, 0.02)])
 def test_the_loop_is_plain_sgd_on_the_summed_losses(problem, momentum, weight_decay):
-    """Against a slow reference: one task after the other, prompts concatenated at every layer, torch's own SGD."""
+    """Compare with a slow reference: one task after the other, prompts concatenated at every layer, torch's SGD."""
     towers, model, tokens, sets = problem
     fast = group_prompts(towers)
     config = CONFIG.model_copy(update={"momentum": momentum, "weight_decay": weight_decay})
@@ -91,11 +91,11 @@ def test_the_loop_is_plain_sgd_on_the_summed_losses(problem, momentum, weight_de
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
         losses = []
-        for t, of_task in enumerate(sets):
-            made = slow()
-            pixels, labels = of_task.batch(step, 3, towers.image_size, CONFIG.augmentation, 5)
-            x = plain_encode_image(model, towers.normalize_pixels(pixels), made.vision_prompts[t])
-            z = plain_encode_text(model, ids, made.text_prompts[t])
+        for t, task_set in enumerate(sets):
+            adaptation = slow()
+            pixels, labels = task_set.batch(step, 3, towers.image_size, CONFIG.augmentation, 5)
+            x = plain_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[t])
+            z = plain_encode_text(model, ids, adaptation.text_prompts[t])
             losses.append(F.cross_entropy(towers.logits(x, z), labels))
         optimizer.zero_grad()
         sum(losses).backward()
@@ -109,10 +109,10 @@ def test_nothing_frozen_moves_and_all_prompts_do(problem):
     towers, _, tokens, sets = problem
     frozen = {name: value.clone() for name, value in towers.state_dict().items()}
     prompts = group_prompts(towers)
-    before = {name: value.clone() for name, value in prompts.state_dict().items()}
+    untrained = {name: value.clone() for name, value in prompts.state_dict().items()}
     Trainer(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=1).train()
     assert all(torch.equal(value, frozen[name]) for name, value in towers.state_dict().items())
-    assert all((value != before[name]).all() for name, value in prompts.state_dict().items())
+    assert all((value != untrained[name]).all() for name, value in prompts.state_dict().items())
 
 
 def test_bfloat16_autocast_keeps_prompts_in_full_precision(problem):
@@ -130,15 +130,15 @@ def test_bfloat16_autocast_keeps_prompts_in_full_precision(problem):
 
 @pytest.mark.parametrize("custom_text", [False, True])
 def test_matrices_held_in_bfloat16_are_autocasts(problem, custom_text):
-    """The same numbers to the bit, with half the memory."""
+    """Bit-identical results, with half the memory."""
     _, _, tokens, sets = problem
     states = []
-    for hold in (False, True):
+    for cast in (False, True):
         towers, _ = small_towers(dtype=torch.float32, custom_text=custom_text)
-        before = sum(p.numel() * p.element_size() for p in towers.vision_blocks.parameters())
-        if hold:
+        float32_bytes = sum(p.numel() * p.element_size() for p in towers.vision_blocks.parameters())
+        if cast:
             towers.cast_weights_to_bfloat16()
-            assert sum(p.numel() * p.element_size() for p in towers.vision_blocks.parameters()) < 0.6 * before
+            assert sum(p.numel() * p.element_size() for p in towers.vision_blocks.parameters()) < 0.6 * float32_bytes
         prompts = group_prompts(towers).float()
         history = Trainer(towers, prompts, sets, tokens, CONFIG, epochs=1, seed=5, precision="bfloat16").train()
         states.append((prompts.state_dict(), [record.losses for record in history]))
@@ -177,17 +177,17 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
         if record.step == stop_at:
             raise Interrupted
 
-    straight = run(None)
+    uninterrupted = run(None)
     with pytest.raises(Interrupted):
         run(tmp_path, stop)
     new_steps = []
     resumed = run(tmp_path, lambda record, num_steps: new_steps.append(record.step))
-    assert new_steps == list(range(4 * (stop_at // 4) + 1, 17))  # from the last whole epoch
-    assert resumed[1] == straight[1]
-    assert all(torch.equal(value, straight[0][name]) for name, value in resumed[0].items())
-    assert [taken.record.step for taken in resumed[2]] == [1, 4, 7, 10, 13, 16]
-    for before, after in zip(straight[2], resumed[2]):
-        assert torch.equal(before.gradients, after.gradients) and torch.equal(before.parameters, after.parameters)
+    assert new_steps == list(range(4 * (stop_at // 4) + 1, 17))  # from the last complete epoch
+    assert resumed[1] == uninterrupted[1]
+    assert all(torch.equal(value, uninterrupted[0][name]) for name, value in resumed[0].items())
+    assert [snapshot.record.step for snapshot in resumed[2]] == [1, 4, 7, 10, 13, 16]
+    for ours, expected in zip(resumed[2], uninterrupted[2]):
+        assert torch.equal(ours.gradients, expected.gradients) and torch.equal(ours.parameters, expected.parameters)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -200,11 +200,11 @@ def test_a_state_of_any_step_goes_on_with_the_same_numbers(problem, optimizer):
         snapshots = {"snapshot_fn": prompts.task_gradients, "snapshot_every": 3}
         return Trainer(towers, prompts, sets, tokens, config, epochs=2, seed=5, **snapshots)
 
-    straight = new_trainer()
-    states = [copy.deepcopy(straight.state_dict())]
-    for _ in range(straight.num_steps):
-        straight.step()
-        states.append(copy.deepcopy(straight.state_dict()))
+    uninterrupted = new_trainer()
+    states = [copy.deepcopy(uninterrupted.state_dict())]
+    for _ in range(uninterrupted.num_steps):
+        uninterrupted.step()
+        states.append(copy.deepcopy(uninterrupted.state_dict()))
     for step, state in enumerate(states):
         resumed = new_trainer()
         resumed.load_state_dict(state)
@@ -217,9 +217,9 @@ def test_a_state_of_any_step_goes_on_with_the_same_numbers(problem, optimizer):
 def test_every_optimizer_of_the_config_can_be_made_and_no_other():
     assert tuple(OPTIMIZERS) == get_args(TrainingConfig.model_fields["optimizer"].annotation)
     parameters = [torch.nn.Parameter(torch.ones(2))]
-    made = [OPTIMIZERS[name](parameters, TrainingConfig(weight_decay=0.25)) for name in OPTIMIZERS]
-    assert [type(optimizer) for optimizer in made] == [torch.optim.SGD, torch.optim.AdamW]
-    assert [optimizer.param_groups[0]["weight_decay"] for optimizer in made] == [0.25, 0.25]
+    optimizers = [OPTIMIZERS[name](parameters, TrainingConfig(weight_decay=0.25)) for name in OPTIMIZERS]
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.SGD, torch.optim.AdamW]
+    assert [optimizer.param_groups[0]["weight_decay"] for optimizer in optimizers] == [0.25, 0.25]
 
 
 def change_a_number(content: bytes) -> bytes:
@@ -291,10 +291,10 @@ def test_a_checkpoint_is_saved_every_few_epochs_but_not_at_the_end(problem, tmp_
     assert (len(newest["history"]) / 4 if newest else None) == (epochs_saved[-1] if epochs_saved else None)
 
 
-@pytest.mark.parametrize("needs", ["an allocation that fails", "another fault"])
-def test_out_of_memory_says_what_to_change(problem, monkeypatch, needs):
+@pytest.mark.parametrize("cause", ["a failed allocation", "another error"])
+def test_out_of_memory_says_what_to_change(problem, monkeypatch, cause):
     towers, _, tokens, sets = problem
-    size = 2**55 if needs == "an allocation that fails" else -1
+    size = 2**55 if cause == "a failed allocation" else -1
     monkeypatch.setattr(towers, "encode_image", lambda *arguments: torch.empty(size))
     kind, message = (RuntimeError, "negative dimension")
     if size > 0:
@@ -308,7 +308,7 @@ def test_snapshots_round_trip(tmp_path):
     gradients = torch.randn(2, 2, 7)
     layout = {"mmap.source": [2, 3, 1], "mmap.text_scaling": [1, 1, 1]}
     file = tmp_path / "snapshots.parquet"
-    snapshots = [Snapshot(*taken) for taken in zip(records, gradients, torch.randn(2, 7))]
+    snapshots = [Snapshot(*snapshot) for snapshot in zip(records, gradients, torch.randn(2, 7))]
     write_snapshots(file, TASKS, snapshots, layout)
     np.testing.assert_array_equal(read_gradients(file, TASKS), gradients.double().numpy())
     np.testing.assert_array_equal(read_gradients(file, TASKS[::-1]), gradients.double().numpy()[:, ::-1])
@@ -321,8 +321,10 @@ def test_snapshots_round_trip(tmp_path):
     with pytest.raises(UserError, match="no gradient snapshots"):
         read_gradients(tmp_path / "absent.parquet", TASKS)
     write_trajectory(tmp_path / "points.parquet", reversed(snapshots))
-    for taken, (step, epoch, point) in zip(snapshots, read_trajectory(tmp_path / "points.parquet"), strict=True):
-        assert (step, epoch) == (taken.record.step, taken.record.epoch) and torch.equal(point, taken.parameters)
+    for snapshot, (step, epoch, point) in zip(snapshots, read_trajectory(tmp_path / "points.parquet"), strict=True):
+        assert (step, epoch) == (snapshot.record.step, snapshot.record.epoch) and torch.equal(
+            point, snapshot.parameters
+        )
     with pytest.raises(UserError, match="cannot be read as gradient snapshots"):
         read_trajectory(file)
 
@@ -337,7 +339,7 @@ def split_reader(tmp_path, monkeypatch):
 
 
 def watch_rows(monkeypatch, change: Callable[[dict], dict]) -> None:
-    """Lets every row that a reader gives pass through `change`."""
+    """Apply `change` to every row of a reader."""
     rows = SplitReader.rows
     monkeypatch.setattr(SplitReader, "rows", lambda *arguments: map(change, rows(*arguments)))
 
@@ -350,12 +352,12 @@ def test_predictions_are_those_of_a_plain_loop(split_reader, monkeypatch, device
     batches_of_4 = partial(decoded_batches, batch_size=4)
     monkeypatch.setattr("pipeline.training.evaluate.decoded_batches", batches_of_4)
     classifier = prompted_classifier(device)
-    done = []
+    counts = []
     tasks = ("neon", "chalk", "ink")
-    predictions = evaluate(classifier, split_reader, tasks, threads=3, on_images=done.append)
+    predictions = evaluate(classifier, split_reader, tasks, threads=3, on_images=counts.append)
 
     rows = [(task, row) for task in tasks for row in split_reader.rows("test", task, ("image", "label", "path"))]
-    assert sum(done) == len(predictions) == len(rows) == sum(TEST_COUNTS.values())
+    assert sum(counts) == len(predictions) == len(rows) == sum(TEST_COUNTS.values())
     for prediction, (task, row) in zip(predictions, rows):
         pixels = torch.from_numpy(evaluation_pixels(row["image"], classifier.towers.image_size))
         probabilities = classifier.probabilities(task, pixels[None])[0].tolist()
@@ -371,19 +373,19 @@ def zero_shot(towers) -> Classifier:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Of 5 images, or of as few steps as have no more."""
+    """Chunks of 5 images, or of as many steps as have no more."""
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
     monkeypatch.setattr(evaluation, "FEATURE_BATCH_SIZE", 5)
     monkeypatch.setattr(frozen_features, "BATCH_SIZE", 5)
 
 
-@pytest.mark.parametrize("from_features", [False, True], ids=["images", "features"])
-def test_evaluation_beyond_one_chunk_keeps_paths_and_labels(split_reader, small_chunks, from_features):
+@pytest.mark.parametrize("stored_features", [False, True], ids=["images", "features"])
+def test_evaluation_beyond_one_chunk_keeps_paths_and_labels(split_reader, small_chunks, stored_features):
     towers, _ = small_towers()
     classifier = zero_shot(towers)
     rows = [(task, row) for task in TEST_COUNTS for row in split_reader.rows("test", task, ("image", "label", "path"))]
     pixels = torch.stack([torch.from_numpy(evaluation_pixels(row["image"], towers.image_size)) for _, row in rows])
-    if from_features:
+    if stored_features:
         features = towers.encode_image(towers.normalize_pixels(pixels)).split(list(TEST_COUNTS.values()))
         predictions = evaluate_features(classifier, split_reader, dict(zip(TEST_COUNTS, features)))
     else:
@@ -396,24 +398,24 @@ def test_evaluation_beyond_one_chunk_keeps_paths_and_labels(split_reader, small_
         assert prediction.probability == pytest.approx(probability, rel=1e-9)
 
 
-@pytest.mark.parametrize("batch_size, done", [(2, [2, 4, 6, 7]), (3, [1, 2, 3, 4, 5, 6, 7])])
-def test_frozen_features_beyond_one_chunk_are_those_of_each_step(problem, small_chunks, batch_size, done):
+@pytest.mark.parametrize("batch_size, counts", [(2, [2, 4, 6, 7]), (3, [1, 2, 3, 4, 5, 6, 7])])
+def test_frozen_features_beyond_one_chunk_are_those_of_each_step(problem, small_chunks, batch_size, counts):
     towers, _, _, (training_set, _) = problem
     config = CONFIG.model_copy(update={"batch_size": batch_size})
-    told = []
-    features = frozen_training_features(towers, training_set, 7, config, 5, "float32", told.append)
-    assert told == done
-    for step, of_step in enumerate(features):
+    reported = []
+    features = frozen_training_features(towers, training_set, 7, config, 5, "float32", reported.append)
+    assert reported == counts
+    for step, step_features in enumerate(features):
         pixels, _ = training_set.batch(step, batch_size, towers.image_size, config.augmentation, 5)
-        torch.testing.assert_close(of_step, towers.encode_image(towers.normalize_pixels(pixels)))
+        torch.testing.assert_close(step_features, towers.encode_image(towers.normalize_pixels(pixels)))
     assert len(features) == 7
 
 
 def test_frozen_test_features_beyond_one_chunk_are_those_of_each_image(split_reader, small_chunks):
     towers, _ = small_towers()
-    told = []
-    features = frozen_test_features(towers, split_reader, "chalk", 2, "float32", told.append)
-    assert told == [5, 10, 15, 20, 23]
+    reported = []
+    features = frozen_test_features(towers, split_reader, "chalk", 2, "float32", reported.append)
+    assert reported == [5, 10, 15, 20, 23]
     pixels = [
         torch.from_numpy(evaluation_pixels(row["image"], towers.image_size))
         for row in split_reader.rows("test", "chalk", ("image",))
@@ -428,50 +430,50 @@ def test_batches_hold_the_stored_images_of_one_task(split_reader):
     )
     for task in TEST_COUNTS:
         rows = list(split_reader.rows("test", task, ("image", "label", "path")))
-        of_task = [batch for batch in batches if batch[0] == task]
-        assert [row for _, batch, _ in of_task for row in batch] == [
+        task_batches = [batch for batch in batches if batch[0] == task]
+        assert [row for _, batch, _ in task_batches for row in batch] == [
             {"label": row["label"], "path": row["path"]} for row in rows
         ]
         plain = [torch.from_numpy(evaluation_pixels(row["image"], 16)) for row in rows]
-        assert torch.equal(torch.cat([pixels for _, _, pixels in of_task]), torch.stack(plain))
+        assert torch.equal(torch.cat([pixels for _, _, pixels in task_batches]), torch.stack(plain))
 
 
 def test_reading_ahead_is_bounded_and_ends_with_the_consumer(split_reader, monkeypatch):
     read = []
     watch_rows(monkeypatch, lambda row: read.append(row["path"]) or row)
-    before = set(threading.enumerate())
+    threads = set(threading.enumerate())
     batches = decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2, batch_size=2)
     next(batches)
     end = time.monotonic() + 10
     while len(read) < 2 * (1 + PREFETCH_BATCHES) and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.1)  # a slow model
-    assert len(set(threading.enumerate()) - before) == 3
+    assert len(set(threading.enumerate()) - threads) == 3
     assert len(read) == 2 * (1 + PREFETCH_BATCHES)
     batches.close()
-    assert set(threading.enumerate()) <= before
+    assert set(threading.enumerate()) <= threads
     assert len(read) == 2 * (1 + PREFETCH_BATCHES)
 
 
 def test_an_image_that_broke_after_the_splits_is_named(split_reader, monkeypatch):
     watch_rows(monkeypatch, lambda row: row | {"image": b"half"} if row["path"] == "ink/1/1.png" else row)
-    before = set(threading.enumerate())
+    threads = set(threading.enumerate())
     towers, _ = small_towers()
     classifier = Classifier(towers, TEMPLATE, [({task: CLASS_WORDS for task in TEST_COUNTS}, Adaptation())])
-    done = []
+    counts = []
     with pytest.raises(UserError, match=r"test image ink/1/1\.png of task 'ink' cannot be decoded"):
-        evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2, on_images=done.append)
-    assert sum(done) <= TEST_COUNTS["chalk"]
-    assert set(threading.enumerate()) <= before
+        evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2, on_images=counts.append)
+    assert sum(counts) <= TEST_COUNTS["chalk"]
+    assert set(threading.enumerate()) <= threads
 
 
 def test_a_model_that_fails_leaves_no_threads(split_reader):
-    before = set(threading.enumerate())
+    threads = set(threading.enumerate())
     towers, _ = small_towers()
     classifier = Classifier(towers, TEMPLATE, [({"neon": CLASS_WORDS}, Adaptation())])
     with pytest.raises(KeyError, match="chalk"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
-    assert set(threading.enumerate()) <= before
+    assert set(threading.enumerate()) <= threads
 
 
 def test_a_test_set_file_that_is_missing_is_named(split_reader):

@@ -3,8 +3,8 @@ from reference_method import Option, Reference, full_ids, is_uniform
 
 def features(method, model, images, config):
     x = model.encode_image(images)
-    first, _, second, _ = method.bottleneck
-    adapted = (second.weight @ (first.weight @ x.T + first.bias[:, None]).clamp(min=0) + second.bias[:, None]).T
+    reduce, _, expand, _ = method.bottleneck
+    adapted = (expand.weight @ (reduce.weight @ x.T + reduce.bias[:, None]).clamp(min=0) + expand.bias[:, None]).T
     ratio = config.clip_adapter.ratio
     return ratio * adapted.clamp(min=0) + (1 - ratio) * x, model.encode_text(full_ids(config.clip.template))
 

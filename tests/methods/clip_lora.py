@@ -6,26 +6,26 @@ from reference_method import (
     Reference,
     full_ids,
     is_all,
+    replace_weights,
     trained_weights,
-    with_weights,
 )
 
 
 def features(method, model, images, config):
-    trained, own = trained_weights(method), model.state_dict()
-    blocks = [name.removesuffix(".in_proj_weight") for name in own if name.endswith("in_proj_weight")]
+    trained, weights = trained_weights(method), model.state_dict()
+    blocks = [name.removesuffix(".in_proj_weight") for name in weights if name.endswith("in_proj_weight")]
     assert len(trained) == 2 * len(blocks)
     alpha, rank = config.clip_lora.alpha, config.clip_lora.rank
     low_rank = {
         block: zip(trained[f"{block}.in_proj_update.up"], trained[f"{block}.in_proj_update.down.weight"].split(rank))
         for block in blocks
     }
-    weights = {
-        f"{block}.in_proj_weight": own[f"{block}.in_proj_weight"]
+    updated = {
+        f"{block}.in_proj_weight": weights[f"{block}.in_proj_weight"]
         + torch.cat([alpha / rank**0.5 * b @ a for b, a in low_rank[block]])
         for block in blocks
     }
-    model = with_weights(model, weights)
+    model = replace_weights(model, updated)
     return model.encode_image(images), model.encode_text(full_ids(config.clip.template))
 
 

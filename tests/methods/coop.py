@@ -12,7 +12,7 @@ REFERENCE = Reference(
     starts=lambda towers, model: {"context": is_normal(0.02)},
     options={"context_length": Option(5, {"context": (5, 16)})},
     small={"context_length": 3},
-    for_starts={"context_length": 50},
+    start_options={"context_length": 50},
     num_parameters=(({}, 16 * 512),),
-    takes_words="all",
+    replaced_words="all",
 )

@@ -15,7 +15,7 @@ REFERENCE = Reference(
     starts=lambda towers, model: {"contexts": is_normal(0.02)},
     options={"context_length": Option(5, {"contexts": (1, 5, 16)})},
     small={"context_length": 3},
-    for_starts={"context_length": 20},
+    start_options={"context_length": 20},
     num_parameters=(({}, 3 * 16 * 512),),
-    takes_words="all",
+    replaced_words="all",
 )

@@ -14,6 +14,6 @@ REFERENCE = Reference(
     starts=lambda towers, model: {"text_prompts": is_normal(0.02), "vision_prompts": is_normal(0.02)},
     options={"prompt_length": Option(5, {"text_prompts": (4, 5, 16), "vision_prompts": (5, 5, 24)})},
     small={"prompt_length": 2},
-    for_starts={"prompt_length": 20},
+    start_options={"prompt_length": 20},
     num_parameters=(({}, 12 * 8 * (512 + 768)),),
 )

@@ -1,17 +1,17 @@
 import torch
-from reference_method import SKETCHED, Option, Reference, equals, full_ids, with_weights
+from reference_method import SKETCHED, Option, Reference, equals, full_ids, replace_weights
 from reference_towers import plain_encode_text
 from small_clip import tokenizer
 
 
 def features(method, model, images, config):
-    ids, z, with_name = full_ids(config.clip.template), [], with_weights(model, {})
-    for number, (row, pieces) in enumerate(zip(ids, method.embeddings)):
+    ids, z, named_model = full_ids(config.clip.template), [], replace_weights(model, {})
+    for index, (row, subwords) in enumerate(zip(ids, method.embeddings)):
         name_start = 1 + len(tokenizer().encode("a photo of a"))
         embedded = model.token_embedding(row)
-        embedded = torch.cat([embedded[:name_start], pieces, embedded[name_start + len(pieces) :]])
-        with_name.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
-        z.append(plain_encode_text(with_name, ids[number : number + 1], None))
+        embedded = torch.cat([embedded[:name_start], subwords, embedded[name_start + len(subwords) :]])
+        named_model.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
+        z.append(plain_encode_text(named_model, ids[index : index + 1], None))
     return model.encode_image(images), torch.cat(z)
 
 
@@ -33,7 +33,7 @@ REFERENCE = Reference(
         "embeddings": equals(torch.stack([model.token_embedding(row)[6:7] for row in full_ids(SKETCHED)]))
     },
     options={"embedding_weight": Option(2.5), "text_weight": Option(3.5), "logits_weight": Option(0.4)},
-    num_parameters=(({}, 5 * 512),),  # one piece a name
+    num_parameters=(({}, 5 * 512),),  # one subword per name
     random_start=False,
-    small_rate=True,
+    needs_small_learning_rate=True,
 )

@@ -4,15 +4,15 @@ from reference_method import Reference, features_of_trained_weights, starts_as_c
 from torch import nn
 
 
-def is_of_a_norm(name):
+def is_layernorm(name):
     return re.fullmatch(r"(.+\.)?ln_(pre|1|2|post|final)\.(weight|bias)", name) is not None
 
 
 def features(method, model, images, config):
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(path, recurse=False):
-            assert is_of_a_norm(name) == isinstance(module, nn.LayerNorm)
-    return features_of_trained_weights(is_of_a_norm)(method, model, images, config)
+            assert is_layernorm(name) == isinstance(module, nn.LayerNorm)
+    return features_of_trained_weights(is_layernorm)(method, model, images, config)
 
 
 REFERENCE = Reference(
@@ -20,5 +20,5 @@ REFERENCE = Reference(
     starts=starts_as_clip,
     num_parameters=(({}, 26 * 2 * 768 + 25 * 2 * 512),),
     random_start=False,
-    trains_weight=is_of_a_norm,
+    trains_weight=is_layernorm,
 )

@@ -9,5 +9,5 @@ REFERENCE = Reference(
     features=features,
     starts=lambda towers, model: {"weights": equals(model.encode_text(full_ids(SKETCHED)))},
     random_start=False,
-    small_rate=True,
+    needs_small_learning_rate=True,
 )

@@ -22,7 +22,7 @@ REFERENCE = Reference(
         "depth": Option(3, {"text_prompts": (3, 2, 16)}),
     },
     small={"prompt_length": 2, "depth": 2},
-    for_starts={"prompt_length": 40, "depth": 2},
+    start_options={"prompt_length": 40, "depth": 2},
     num_parameters=(({}, 3_555_072), ({"depth": 12, "prompt_length": 12}, 4_801_536)),
-    takes_words="before the name",
+    replaced_words="before the name",
 )

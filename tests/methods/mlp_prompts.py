@@ -19,6 +19,6 @@ REFERENCE = Reference(
     starts=lambda towers, model: {"source": is_normal(0.02), "*_layers.*": FROM_TEXT},
     options={"prompt_length": Option(5, {"source": (4, 5, 4)}), "source_width": Option(6, {"source": (4, 2, 6)})},
     small={"prompt_length": 2, "source_width": 4},
-    for_starts={"prompt_length": 20, "source_width": 16},  # as wide as the text tower
+    start_options={"prompt_length": 20, "source_width": 16},  # as wide as the text tower
     num_parameters=(({}, 3_959_808),),
 )

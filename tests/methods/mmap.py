@@ -6,15 +6,17 @@ from reference_towers import plain_encode_image, plain_encode_text
 
 
 def features_of(stacks, model, images, config):
-    """Of MmAPs whose prompts stand one behind the other."""
+    """Compute the features for MmAPs whose prompts are concatenated."""
     num_layers = min(len(model.transformer.resblocks), len(model.visual.transformer.resblocks))
     text, vision = (
         torch.stack(
             [
                 torch.cat(
                     [
-                        torch.kron(getattr(of, scaling)[0, k], of.source[0, 0 if config.mmap.shared_source else k])
-                        for of in stacks
+                        torch.kron(
+                            getattr(stack, scaling)[0, k], stack.source[0, 0 if config.mmap.shared_source else k]
+                        )
+                        for stack in stacks
                     ]
                 )
                 for k in range(config.mmap.depth or num_layers)
@@ -28,7 +30,7 @@ def features_of(stacks, model, images, config):
 
 
 REFERENCE = Reference(
-    features=lambda method, *others: features_of((method.group, method.task), *others),
+    features=lambda method, *inputs: features_of((method.group, method.task), *inputs),
     starts=lambda towers, model: {"*.source": is_normal(0.07), "*_scaling": is_all(1)},
     options={
         "prompt_length": Option(4, {"text_scaling": (1, 4, 2, 2), "vision_scaling": (1, 4, 2, 3)}),
@@ -40,5 +42,5 @@ REFERENCE = Reference(
         "init_std": Option(0.3),
     },
     small={"prompt_length": 2, "source_rows": 2},
-    for_starts={"prompt_length": 40, "source_rows": 40, "init_std": 0.07},
+    start_options={"prompt_length": 40, "source_rows": 40, "init_std": 0.07},
 )

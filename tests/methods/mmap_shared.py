@@ -1,4 +1,4 @@
-"""MmAP shared by all tasks: its group's prompts alone."""
+"""MmAP shared by all tasks: only the group's prompts."""
 
 from dataclasses import replace
 
@@ -8,6 +8,6 @@ from methods import mmap
 
 REFERENCE = replace(
     mmap.REFERENCE,
-    features=lambda method, *others: mmap.features_of((method.mmap,), *others),
+    features=lambda method, *inputs: mmap.features_of((method.mmap,), *inputs),
     starts=lambda towers, model: {"mmap.source": is_normal(0.07), "mmap.*_scaling": is_all(1)},
 )

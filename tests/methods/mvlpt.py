@@ -54,7 +54,7 @@ REFERENCE = Reference(
         "mixer_width": Option(6, {"text_in.weight": (6, 16), "vision_out.weight": (24, 6)}),
     },
     small={"prompt_length": 2, "mixer_width": 4},
-    for_starts={"prompt_length": 40, "mixer_width": 20},
+    start_options={"prompt_length": 40, "mixer_width": 20},
     num_parameters=(({}, 566_400),),
-    takes_words="all",
+    replaced_words="all",
 )

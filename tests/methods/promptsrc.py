@@ -33,7 +33,7 @@ REFERENCE = Reference(
         "logits_weight": Option(2.5),
     },
     small={"prompt_length": 2, "depth": 2},
-    for_starts={"prompt_length": 40, "depth": 2},
+    start_options={"prompt_length": 40, "depth": 2},
     num_parameters=(({}, 9 * 4 * (512 + 768)),),
-    takes_words="before the name",
+    replaced_words="before the name",
 )

@@ -6,8 +6,8 @@ from small_clip import tokenizer
 
 def features(method, model, images, config):
     (task,) = method.tasks
-    of_task = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], propagate=True)[0]
-    context = torch.stack([of_task @ method.projection[:, at] for at in range(config.softcpt.context_length)])
+    task_feature = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], propagate=True)[0]
+    context = torch.stack([task_feature @ method.projection[:, i] for i in range(config.softcpt.context_length)])
     return model.encode_image(images), plain_encode_text(model, full_ids("{}."), context[None], propagate=True)
 
 
@@ -19,7 +19,7 @@ REFERENCE = Reference(
         "meta_length": Option(3, {"meta_prompt": (3, 16)}),
     },
     small={"context_length": 3, "meta_length": 2},
-    for_starts={"context_length": 10, "meta_length": 40},
+    start_options={"context_length": 10, "meta_length": 40},
     num_parameters=(({}, 512 * 16 * 512 + 4 * 512),),
-    takes_words="all",
+    replaced_words="all",
 )

@@ -14,7 +14,7 @@ REFERENCE = Reference(
     starts=lambda towers, model: {"prompts": is_normal(0.02)},
     options={"prompt_length": Option(5, {"prompts": (5, 5, 24)})},
     small={"prompt_length": 2},
-    for_starts={"prompt_length": 10},
+    start_options={"prompt_length": 10},
     num_parameters=(({"prompt_length": 18}, 165_888),),
     modifies_text_encoder=False,
 )
