@@ -186,7 +186,7 @@ def test_random_groups_have_the_found_sizes_and_are_others(all_methods):
 def mvlpt_first_loss(all_methods, trained, task):
     """Of a training of one task that goes on from these prompts."""
     config, towers = all_methods.config, trained.towers()
-    words = {task: trained.words[task]}
+    words = {task: trained.class_names[task]}
     method = METHODS["mvlpt"].build(config, towers, words)
     method.load_state_dict(trained.select_group(task).states[0])
     reader = SplitReader(next(all_methods.storage.glob("splits/[!.]*")))
