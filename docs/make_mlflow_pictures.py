@@ -1,9 +1,9 @@
-"""Takes the pictures of docs/mlflow.md from a running MLflow server: `python docs/make_mlflow_pictures.py URL`.
+"""Takes the screenshots of docs/mlflow.md from a running MLflow server: `python docs/make_mlflow_pictures.py URL`.
 
-Those that are committed are of the demo, made with
+The committed ones show the demo:
 
     jobs/benchmark.py --methods zero_shot coop_mt vpt_mt clip_adapter all_in_one grouped --shots 4 8 --seeds 1 2 3 \\
-        --training.epochs 12 --global_prompt.epochs 8            and once more with --grouping.objective sum
+        --training.epochs 12 --global_prompt.epochs 8            and again with --grouping.objective sum
 """
 
 import sys
@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from mlflow_page import METHODS, browser_page, open_comparison, open_run, open_runs  # noqa: E402
 
 PICTURES = Path(__file__).with_name("pictures")
-BESIDE_MENU = {"x": 190, "y": 0, "width": 1210, "height": 800}
-SETTLED_MS = 3000
-"""Charts move into place."""
+PAGE_WITHOUT_MENU = {"x": 190, "y": 0, "width": 1210, "height": 800}
+ANIMATION_MS = 3000
+"""Charts are animated."""
 
 
 def main(server: str) -> None:
@@ -29,9 +29,9 @@ def main(server: str) -> None:
     (pipeline, *_) = client.search_runs([experiment], "tags.level = 'pipeline'")
     with browser_page(1400, 800) as page:
 
-        def take(name: str) -> None:
-            page.wait_for_timeout(SETTLED_MS)
-            page.screenshot(path=PICTURES / f"mlflow_{name}.png", clip=BESIDE_MENU)
+        def take_screenshot(name: str) -> None:
+            page.wait_for_timeout(ANIMATION_MS)
+            page.screenshot(path=PICTURES / f"mlflow_{name}.png", clip=PAGE_WITHOUT_MENU)
 
         open_runs(page, server, experiment, eight_shots)
         page.get_by_test_id("column-selection-dropdown").first.click()
@@ -41,15 +41,15 @@ def main(server: str) -> None:
             )
             page.get_by_text(column, exact=True).last.click()
         page.keyboard.press("Escape")
-        take("methods")
+        take_screenshot("methods")
         open_runs(page, server, experiment, eight_shots, charts=True)
-        take("charts")
+        take_screenshot("charts")
         open_comparison(page, server, experiment, [run.info.run_id for run in methods])
-        take("comparison")
+        take_screenshot("comparison")
         open_run(page, server, experiment, training.info.run_id, "system-metrics")
-        take("system")
+        take_screenshot("system")
         open_run(page, server, experiment, pipeline.info.run_id, "artifacts/report/grouping.html")
-        take("artifacts")
+        take_screenshot("artifacts")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Reads the results of finished jobs from MLflow, for paper_figures.ipynb beside it.
+"""Results of finished jobs, read from MLflow for paper_figures.ipynb.
 
-Only MLflow is asked, no file of a storage, so it works on any machine that reaches the tracking server. A benchmark is
-read from the report that its job left among its run's artifacts: it has the tasks' own names, and never mixes runs of
-different options, as a search for runs of the same method could.
+Uses MLflow alone and no file of a storage, so it works on any machine that reaches the tracking server. A benchmark is
+read from the report in its run's artifacts, which has the original task names and, unlike a search for the runs of a
+method, never mixes runs with different options.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SQLITE = "sqlite:///"
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment of an MLflow store, to read from."""
+    """An experiment of an MLflow store, opened for reading."""
 
     client: MlflowClient
     name: str
     id: str
 
     def runs(self, search: str) -> list[Run]:
-        """The newest first."""
+        """Return the runs that match a search, newest first."""
         return list(self.client.search_runs([self.id], search, max_results=10_000))
 
     def files(self, run: Run, folder: str) -> set[str]:
@@ -51,9 +51,9 @@ class Experiment:
 
 
 def open_experiment(uri: str, name: str) -> Experiment:
-    """Args: uri: a relative database is looked for in the working folder and in those above it.
+    """Open an experiment; a relative database in `uri` is searched for in the working folder and its parents.
 
-    Raises: UserError: no such store or experiment, or it cannot be read.
+    Raises: UserError: the store or experiment does not exist or cannot be read.
     """
     if uri.startswith(SQLITE):
         uri = SQLITE + str(_database(uri))
@@ -62,20 +62,20 @@ def open_experiment(uri: str, name: str) -> Experiment:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         client = mlflow_client(uri)
-        found = client.get_experiment_by_name(name)
-        others = [experiment.name for experiment in client.search_experiments()]
+        experiment = client.get_experiment_by_name(name)
+        names = [known.name for known in client.search_experiments()]
     except Exception as error:
-        raise UserError(f"the MLflow store cannot be read: {_first_line(error)}. Give another address") from error
-    if found is None:
+        raise UserError(f"cannot read the MLflow store: {_first_line(error)}. Use another URI") from error
+    if experiment is None:
         raise UserError(
-            f"the MLflow store has no experiment {name!r}; it has: {', '.join(map(repr, others)) or 'none'}. Choose "
-            "one of them, or another store. A job makes the experiment: python jobs/benchmark.py --methods paper"
+            f"the MLflow store has no experiment {name!r}; it has: {', '.join(map(repr, names)) or 'none'}. Choose "
+            "one of them or another store, or create it with python jobs/benchmark.py --methods paper"
         )
-    return Experiment(client, name, found.experiment_id)
+    return Experiment(client, name, experiment.experiment_id)
 
 
 def benchmark_runs(experiment: Experiment) -> list[Run]:
-    """Those that have their report, the newest first; their params have data (`name`), shots, seeds and methods."""
+    """Return the benchmarks that have a report, newest first; their params are `name` (data), shots, seeds, methods."""
     runs = experiment.runs("tags.level = 'benchmark'")
     return [run for run in runs if "benchmark/benchmark.csv" in experiment.files(run, "benchmark")]
 
@@ -88,38 +88,38 @@ def read_benchmark(
     seeds: Collection[int] | None = None,
     methods: Collection[str] | None = None,
 ) -> Benchmark:
-    """What the newest benchmark of this name and data found, of these shots, seeds and methods; None: of any.
+    """Read the newest benchmark with this name and data, restricted to these shots, seeds and methods; None means any.
 
-    Raises: UserError: there is none.
+    Raises: UserError: no benchmark or result matches.
     """
     runs = benchmark_runs(experiment)
-    fits = [run for run in runs if name in (None, run.info.run_name) and data in (None, run.data.params["name"])]
-    if not fits:
-        there = ", ".join(f"{run.info.run_name} ({run.data.params['name']})" for run in runs) or "none"
+    matching = [run for run in runs if name in (None, run.info.run_name) and data in (None, run.data.params["name"])]
+    if not matching:
+        available = ", ".join(f"{run.info.run_name} ({run.data.params['name']})" for run in runs) or "none"
         raise UserError(
-            f"the experiment {experiment.name!r} has no benchmark{_asked(name=name, data=data)} with a report; it has: "
-            f"{there}. To make one: python jobs/benchmark.py --methods paper --shots 1 2 4 --seeds 1 2 3"
+            f"the experiment {experiment.name!r} has no benchmark{_filters(name=name, data=data)} with a report; it has: "
+            f"{available}. Create one: python jobs/benchmark.py --methods paper --shots 1 2 4 --seeds 1 2 3"
         )
-    run, params = fits[0], fits[0].data.params
-    benchmark = _benchmark(
+    run, params = matching[0], matching[0].data.params
+    benchmark = _parse_benchmark(
         params["name"],
         experiment.read(run, "benchmark/benchmark.csv"),
         experiment.read(run, "benchmark/benchmark.md"),
     )
-    chosen = [
+    selected = [
         result
         for result in benchmark.results
         if (shots is None or result.shots in shots)
         and (seeds is None or result.seed in seeds)
         and (methods is None or result.method in methods)
     ]
-    if not chosen:
+    if not selected:
         raise UserError(
-            f"the benchmark {run.info.run_name} has no result{_asked(shots=shots, seeds=seeds, methods=methods)}; it "
-            f"has shots {params['shots']}; seeds {params['seeds']}; methods {params['methods']}. Choose among these, "
-            "or run jobs/benchmark.py with more: it does only what is missing"
+            f"the benchmark {run.info.run_name} has no result{_filters(shots=shots, seeds=seeds, methods=methods)}; "
+            f"it has shots {params['shots']}; seeds {params['seeds']}; methods {params['methods']}. Choose among these, "
+            "or run jobs/benchmark.py with more: it runs only what is missing"
         )
-    return replace(benchmark, results=tuple(chosen))
+    return replace(benchmark, results=tuple(selected))
 
 
 def read_grouping(
@@ -128,9 +128,9 @@ def read_grouping(
     shots: Collection[int] | None = None,
     seeds: Collection[int] | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """The newest grouping of this data, of one of these shots and seeds: its pipeline run's name, and grouping.json.
+    """Return the pipeline run's name and grouping.json of the newest grouping with this data, shots and seeds.
 
-    Raises: UserError: there is none.
+    Raises: UserError: no grouping matches.
     """
     for stage in experiment.runs("tags.stage = 'grouping' AND attributes.status = 'FINISHED'"):
         parent = experiment.client.get_run(stage.data.tags["mlflow.parentRunId"])
@@ -141,14 +141,14 @@ def read_grouping(
             and (seeds is None or int(params["seed"]) in seeds)
         ):
             return parent.info.run_name, json.loads(experiment.read(stage, "grouping.json"))
-    asked = _asked(data=data, shots=shots, seeds=seeds)
+    filters = _filters(data=data, shots=shots, seeds=seeds)
     raise UserError(
-        f"the experiment {experiment.name!r} has no finished grouping{asked}. To make one: python jobs/full_pipeline.py"
+        f"the experiment {experiment.name!r} has no finished grouping{filters}. Create one: python jobs/full_pipeline.py"
     )
 
 
-def _benchmark(name: str, table: str, report: str) -> Benchmark:
-    """From `benchmark_tables.to_csv`, and the sentences at the head of benchmark.md."""
+def _parse_benchmark(name: str, table: str, report: str) -> Benchmark:
+    """Parse the output of `benchmark_tables.to_csv` and the sentences at the head of benchmark.md."""
     results: dict[tuple[str, int, int], Result] = {}
     for row in csv.DictReader(io.StringIO(table)):
         run = row["method"], int(row["shots"]), int(row["seed"])
@@ -161,25 +161,25 @@ def _benchmark(name: str, table: str, report: str) -> Benchmark:
     return Benchmark(name, tuple(tasks), tuple(results.values()), clip, tuple(protocol))
 
 
-def _asked(**wanted: str | Collection[int] | Collection[str] | None) -> str:
-    """What was asked for, for a message."""
-    given = [
-        f"{what} {value if isinstance(value, str) else ', '.join(map(str, value))}"
-        for what, value in wanted.items()
+def _filters(**filters: str | Collection[int] | Collection[str] | None) -> str:
+    """Describe filters for a message."""
+    descriptions = [
+        f"{name} {value if isinstance(value, str) else ', '.join(map(str, value))}"
+        for name, value in filters.items()
         if value is not None
     ]
-    return f" of {'; '.join(given)}" if given else ""
+    return f" with {'; '.join(descriptions)}" if descriptions else ""
 
 
 def _database(uri: str) -> Path:
-    """Raises: UserError: there is none. MLflow would make an empty one."""
+    """Find a SQLite database. Raises: UserError: it does not exist; MLflow would create an empty one."""
     file = Path(uri.removeprefix(SQLITE))
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / file).is_file():
             return folder / file
     raise UserError(
-        f"there is no MLflow database {file}: give the address of yours, sqlite:////folder/mlflow.db or "
-        "http://host:port, or make one with python jobs/benchmark.py --methods paper"
+        f"the MLflow database {file} does not exist: use the URI of yours, sqlite:////folder/mlflow.db or "
+        "http://host:port, or create one with python jobs/benchmark.py --methods paper"
     )
 
 
@@ -190,9 +190,9 @@ def _readable(run: Run) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(
-            f"the artifacts of the MLflow run {run.info.run_id} cannot be read: {_first_line(error)}. Where the server "
-            "does not hand them out itself, this machine needs the same access to their bucket or folder as those that "
-            "made them"
+            f"cannot read the artifacts of the MLflow run {run.info.run_id}: {_first_line(error)}. Unless the server "
+            "serves artifacts, this machine needs the same access to their bucket or folder as the machines that wrote "
+            "them"
         ) from error
 
 

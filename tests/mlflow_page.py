@@ -1,4 +1,4 @@
-"""MLflow's page in a real browser."""
+"""MLflow's page in a browser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import quote
 from playwright.sync_api import Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-TIMEOUT_MS = 300_000  # a busy machine draws slowly
+TIMEOUT_MS = 300_000  # rendering is slow on a busy machine
 METHODS = "tags.level = 'method'"
 
 
@@ -29,7 +29,7 @@ def browser_page(width: int = 1600, height: int = 900) -> Iterator[Page]:
 
 
 def open_runs(page: Page, server: str, experiment: str, search: str = METHODS, charts: bool = False) -> None:
-    """The experiment's list of runs, or its charts."""
+    """Open the experiment's list of runs, or its charts."""
     mode = "&compareRunsMode=CHART" if charts else ""
     page.goto(f"{server}/#/experiments/{experiment}/runs?searchFilter={quote(search)}{mode}")
     page.get_by_text("matching run").wait_for()
@@ -43,6 +43,6 @@ def open_comparison(page: Page, server: str, experiment: str, runs: Sequence[str
 
 
 def open_run(page: Page, server: str, experiment: str, run: str, tab: str) -> None:
-    """`tab`: as in the address, such as `system-metrics`, `artifacts/report/accuracy.png`."""
-    page.goto("about:blank")  # from one artifact to another, the page would stay
+    """Open a tab of a run, named as in the URL: `system-metrics`, `artifacts/report/accuracy.png`."""
+    page.goto("about:blank")  # else the page would stay at the previous artifact
     page.goto(f"{server}/#/experiments/{experiment}/runs/{run}/{tab}")

@@ -1,4 +1,4 @@
-"""docs/paper_figures.ipynb, executed, and what its cells show."""
+"""Execution of docs/paper_figures.ipynb, and readers of its outputs."""
 
 from __future__ import annotations
 
@@ -12,45 +12,44 @@ from pipelines import REPOSITORY
 NOTEBOOK = REPOSITORY / "docs" / "paper_figures.ipynb"
 
 
-def executed(uri: str, folder: Path, **settings: object) -> dict[str, list[dict]]:
-    """Cell → its outputs, of the committed notebook; an error in a cell is raised.
+def execute_notebook(uri: str, folder: Path, **settings: object) -> dict[str, list[dict]]:
+    """Execute the committed notebook and return cell → outputs; an error in a cell is raised.
 
     Args:
-        folder: for what Jupyter writes.
-        settings: of the notebook's first cell, in place of what stands there.
+        folder: folder for Jupyter's files.
+        settings: values that replace those of the notebook's first cell.
     """
-    (outputs,) = executed_in_turn(uri, folder, settings)
+    (outputs,) = execute_repeatedly(uri, folder, settings)
     return outputs
 
 
-def executed_in_turn(uri: str, folder: Path, *settings: dict[str, object]) -> list[dict[str, list[dict]]]:
-    """`executed` with each of these settings, one after another, as by somebody who changes them and runs all cells
-    again."""
+def execute_repeatedly(uri: str, folder: Path, *settings: dict[str, object]) -> list[dict[str, list[dict]]]:
+    """Execute the notebook with each of these settings in turn, in one kernel."""
     notebooks = [nbformat.read(NOTEBOOK, 4) for _ in settings]
-    for notebook, of_notebook in zip(notebooks, settings):
+    for notebook, values in zip(notebooks, settings):
         for cell in notebook.cells:
             if cell.id == "settings":
-                cell.source += "".join(f"\n{name} = {value!r}" for name, value in of_notebook.items())
+                cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
     cells = [cell for notebook in notebooks for cell in notebook.cells]
-    together = nbformat.from_dict({**notebooks[0], "cells": cells})
-    client = NotebookClient(together, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    combined = nbformat.from_dict({**notebooks[0], "cells": cells})
+    client = NotebookClient(combined, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     variables = {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(REPOSITORY), "IPYTHONDIR": str(folder)}
     client.execute(env=os.environ | variables)
-    each = len(cells) // len(settings)
+    num_cells = len(cells) // len(settings)
     return [
-        {cell.id: cell.outputs for cell in together.cells[at : at + each] if cell.cell_type == "code"}
-        for at in range(0, len(cells), each)
+        {cell.id: cell.outputs for cell in combined.cells[start : start + num_cells] if cell.cell_type == "code"}
+        for start in range(0, len(cells), num_cells)
     ]
 
 
-def printed(outputs: list[dict]) -> str:
+def printed_text(outputs: list[dict]) -> str:
     assert all(output.get("name") != "stderr" for output in outputs), outputs
     return "".join(output["text"] for output in outputs if output.output_type == "stream")
 
 
-def pictures(outputs: list[dict]) -> int:
+def num_images(outputs: list[dict]) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def tables(outputs: list[dict]) -> str:
+def markdown_tables(outputs: list[dict]) -> str:
     return "\n".join(output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {}))

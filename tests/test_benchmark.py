@@ -1,4 +1,4 @@
-"""jobs/benchmark.py on the demo: many runs at once, only what is missing, tables of what was measured."""
+"""jobs/benchmark.py on the demo: concurrent runs, only missing work, tables of the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from statistics import fmean
 
 import pytest
 from mlflow import MlflowClient
-from notebooks import executed_in_turn, pictures, printed, tables
+from notebooks import execute_repeatedly, markdown_tables, num_images, printed_text
 from pipelines import Job
 from rich.console import Console
 
@@ -30,24 +30,24 @@ BENCHMARK = ("jobs/benchmark.py",)
 QUICK = ("--training.epochs", "2", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon]")
 
 
-def benchmark(run_job, storage, *arguments):
+def run_benchmark(run_job, storage, *arguments):
     finished = run_job("benchmark", "--storage", storage, *QUICK, *arguments)
     assert finished.status == 0, finished.output
     return finished.output
 
 
 def trainings(storage):
-    """Method, group and shots of each finished training and evaluation → when it was made."""
-    found = {}
+    """Method, group, shots and seed of each finished training and evaluation → modification time."""
+    modified = {}
     for file in (storage / "group_trainings").glob("[!.]*/artifact.json"):
         inputs = json.loads(file.read_text())["inputs"]
         shots, seed = inputs["splits"]["shots"], inputs["splits"]["seed"]
-        found[inputs["method"], *inputs["group"], shots, seed] = file.stat().st_mtime_ns
-    return found
+        modified[inputs["method"], *inputs["group"], shots, seed] = file.stat().st_mtime_ns
+    return modified
 
 
 def rows(storage):
-    """The newest benchmark's CSV, by method, shots, seed and task."""
+    """Rows of the newest benchmark's CSV, by method, shots, seed and task."""
     file = max((storage / "benchmarks").glob("*/benchmark.csv"), key=lambda path: path.stat().st_mtime_ns)
     return {(row["method"], row["shots"], row["seed"], row["task"]): row for row in csv.DictReader(file.open())}
 
@@ -55,7 +55,7 @@ def rows(storage):
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory, run_job):
     storage = tmp_path_factory.mktemp("benchmark") / "storage"
-    benchmark(
+    run_benchmark(
         run_job, storage, "--methods", "zero_shot", "coop_mt", "grouped", "--shots", "2", "4", "--seeds", "1", "2"
     )
     return storage
@@ -64,12 +64,12 @@ def storage(tmp_path_factory, run_job):
 @pytest.mark.slow
 def test_every_run_is_in_the_tables_and_in_mlflow(storage):
     (folder,) = (storage / "benchmarks").iterdir()
-    found = rows(storage)
+    results = rows(storage)
     for shots in "24":
         for seed in "12":
             for method in ("zero_shot", "coop_mt", "grouped"):
                 for task in ("ink", "neon"):
-                    assert 0 <= float(found[method, shots, seed, task]["accuracy"]) <= 1
+                    assert 0 <= float(results[method, shots, seed, task]["accuracy"]) <= 1
     table = (folder / "benchmark.md").read_text()
     assert "4-shot test accuracy (%), 2 seeds" in table and "MmAP, grouped" in table
     assert r"\begin{tabular}" in (folder / "benchmark.tex").read_text()
@@ -78,71 +78,72 @@ def test_every_run_is_in_the_tables_and_in_mlflow(storage):
             assert (folder / f"{picture}.{kind}").stat().st_size > 5000
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    of_benchmark = client.search_runs(["1"], f"tags.benchmark = '{folder.name}'")
-    assert len(of_benchmark) == 1 + 4 and all(of.info.status == "FINISHED" for of in of_benchmark)
-    (own,) = [of for of in of_benchmark if of.data.tags["mlflow.runName"] == folder.name]
+    benchmark_runs = client.search_runs(["1"], f"tags.benchmark = '{folder.name}'")
+    assert len(benchmark_runs) == 1 + 4 and all(run.info.status == "FINISHED" for run in benchmark_runs)
+    (benchmark_run,) = [run for run in benchmark_runs if run.data.tags["mlflow.runName"] == folder.name]
     history = {
-        metric.step: metric.value for metric in client.get_metric_history(own.info.run_id, "accuracy/grouped/average")
+        metric.step: metric.value
+        for metric in client.get_metric_history(benchmark_run.info.run_id, "accuracy/grouped/average")
     }
     for shots, average in history.items():
         accuracies = [
-            float(found["grouped", str(shots), seed, task]["accuracy"]) for seed in "12" for task in ("ink", "neon")
+            float(results["grouped", str(shots), seed, task]["accuracy"]) for seed in "12" for task in ("ink", "neon")
         ]
         assert average == pytest.approx(fmean(accuracies))
     assert {"benchmark/benchmark.md", "benchmark/shots.png"} <= {
-        file.path for file in client.list_artifacts(own.info.run_id, "benchmark")
+        file.path for file in client.list_artifacts(benchmark_run.info.run_id, "benchmark")
     }
-    assert {of.data.params["seed"] for of in of_benchmark if "seed" in of.data.params} == {"1", "2"}
+    assert {run.data.params["seed"] for run in benchmark_runs if "seed" in run.data.params} == {"1", "2"}
 
 
 @pytest.mark.slow
 def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
     uri = f"sqlite:///{storage}/mlflow.db"
     (folder,) = (storage / "benchmarks").iterdir()
-    found = read_benchmark(open_experiment(uri, "mmap-clip"))
-    assert to_csv(found) == (folder / "benchmark.csv").read_text()
+    benchmark = read_benchmark(open_experiment(uri, "mmap-clip"))
+    assert to_csv(benchmark) == (folder / "benchmark.csv").read_text()
     report = (folder / "benchmark.md").read_text()
-    assert f"- CLIP: {found.clip}." in report and found.protocol
-    assert all(f"- {sentence}\n" in report for sentence in found.protocol)
+    assert f"- CLIP: {benchmark.clip}." in report and benchmark.protocol
+    assert all(f"- {sentence}\n" in report for sentence in benchmark.protocol)
 
-    other = {"DATA": "demo", "SHOTS": [2], "SEEDS": [1], "METHODS": ["grouped"], "SAVE_TO": str(tmp_path / "saved")}
-    outputs, chosen = executed_in_turn(uri, tmp_path, {}, other)
-    assert printed(outputs["read"]).startswith(f"{folder.name}: demo, shots 2, 4, seeds 1, 2, 3 methods\n")
-    shown = tables(outputs["tables"]) + tables(outputs["parts"])
-    assert {line for line in shown.splitlines() if line} <= set(report.splitlines())
-    assert "4-shot test accuracy (%), 2 seeds" in shown and "minus each other version" in shown
-    assert {cell: pictures(of_cell) for cell, of_cell in outputs.items() if pictures(of_cell)} == {
+    settings = {"DATA": "demo", "SHOTS": [2], "SEEDS": [1], "METHODS": ["grouped"], "SAVE_TO": str(tmp_path / "saved")}
+    outputs, filtered = execute_repeatedly(uri, tmp_path, {}, settings)
+    assert printed_text(outputs["read"]).startswith(f"{folder.name}: demo, shots 2, 4, seeds 1, 2, 3 methods\n")
+    text = markdown_tables(outputs["tables"]) + markdown_tables(outputs["parts"])
+    assert {line for line in text.splitlines() if line} <= set(report.splitlines())
+    assert "4-shot test accuracy (%), 2 seeds" in text and "minus each other variant" in text
+    assert {cell: num_images(cell_outputs) for cell, cell_outputs in outputs.items() if num_images(cell_outputs)} == {
         "figure-1": 1,
         "figure-5": 1,
         "groups": 3,
     }
-    assert "python jobs/benchmark.py --methods paper" in printed(outputs["figure-4"])
-    assert re.match(r"demo, [24] shots, seed [12] \(\w+\): ink", printed(outputs["groups"]))
+    assert "python jobs/benchmark.py --methods paper" in printed_text(outputs["figure-4"])
+    assert re.match(r"demo, [24] shots, seed [12] \(\w+\): ink", printed_text(outputs["groups"]))
 
-    assert "2-shot test accuracy (%), 1 seed\n" in (shown := tables(chosen["tables"])) and "CoOp" not in shown
-    assert "several numbers of shots" in printed(chosen["figure-5"])
-    assert printed(chosen["groups"]).startswith("demo, 2 shots, seed 1 (")
+    assert "2-shot test accuracy (%), 1 seed\n" in (text := markdown_tables(filtered["tables"])) and "CoOp" not in text
+    assert "several numbers of shots" in printed_text(filtered["figure-5"])
+    assert printed_text(filtered["groups"]).startswith("demo, 2 shots, seed 1 (")
     assert (tmp_path / "saved" / "accuracy_parameters_2_shots.pdf").stat().st_size > 5000
     assert r"\begin{tabular}" in (tmp_path / "saved" / "accuracy_2_shots.tex").read_text()
 
 
 @pytest.mark.slow
-def test_a_larger_benchmark_does_only_what_is_missing(storage, run_job):
-    before, found = trainings(storage), rows(storage)
+def test_a_larger_benchmark_runs_only_what_is_missing(storage, run_job):
+    previous, previous_rows = trainings(storage), rows(storage)
     larger = ("--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "4", "--seeds", "1", "2", "3")
-    benchmark(run_job, storage, *larger)
-    after = trainings(storage)
-    assert {key: after[key] for key in before} == before
-    new = {(method, seed) for method, *_, seed in after.keys() - before.keys()}
-    assert {seed for method, seed in new if method == "clip_adapter"} == {1, 2, 3}
-    assert {seed for method, seed in new if method != "clip_adapter"} == {3}
-    again = rows(storage)
+    run_benchmark(run_job, storage, *larger)
+    current = trainings(storage)
+    assert {key: current[key] for key in previous} == previous
+    added = {(method, seed) for method, *_, seed in current.keys() - previous.keys()}
+    assert {seed for method, seed in added if method == "clip_adapter"} == {1, 2, 3}
+    assert {seed for method, seed in added if method != "clip_adapter"} == {3}
+    current_rows = rows(storage)
     for key in (("grouped", "4", "1", "ink"), ("zero_shot", "4", "2", "neon")):
-        assert again[key] == found[key]
+        assert current_rows[key] == previous_rows[key]
 
 
 @pytest.mark.fault_injection
-def test_an_interrupted_benchmark_goes_on(tmp_path, run_job):
+def test_an_interrupted_benchmark_resumes(tmp_path, run_job):
     storage = tmp_path / "storage"
     arguments = ("--methods", "zero_shot", "clip_adapter_mt", "grouped", "--shots", "2", "--seeds", "1", "2")
     job = Job(storage, *QUICK, *arguments, prefix=BENCHMARK)
@@ -152,40 +153,43 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, run_job):
     finally:
         interrupted = job.finish()
     assert interrupted.status == 130 and "rerun the same command to resume" in interrupted.output
-    before = trainings(storage)
-    benchmark(run_job, storage, *arguments)
-    after = trainings(storage)
-    assert {key: after[key] for key in before} == before and after.keys() > before.keys()
-    assert {seed for *_, seed in after} == {1, 2} and len(rows(storage)) == 3 * 2 * 2
+    previous = trainings(storage)
+    run_benchmark(run_job, storage, *arguments)
+    current = trainings(storage)
+    assert {key: current[key] for key in previous} == previous and current.keys() > previous.keys()
+    assert {seed for *_, seed in current} == {1, 2} and len(rows(storage)) == 3 * 2 * 2
 
 
-def test_a_single_task_is_trained_once_for_both_versions_of_a_method(shared_ray, tmp_path):
+def test_a_single_task_is_trained_once_for_both_variants_of_a_method(shared_ray, tmp_path):
     """`coop` and `coop_mt` of one task are the same training, so they have the same key."""
-    both = [name for name in VARIANTS if f"{name}_mt" in VARIANTS and not VARIANTS[name].init_from]
-    assert len(both) > 10
+    names = [name for name in VARIANTS if f"{name}_mt" in VARIANTS and not VARIANTS[name].init_from]
+    assert len(names) > 10
     values = load_yaml(DEMO_CONFIG) | {"storage": str(tmp_path / "storage")}
     values["data"] |= {"tasks": ["noise"], "shots": 1}
     with open_run(parse_config(values), Console(quiet=True)) as (plan, session):
         run_stages(plan, session, "splits")
-        for name in both:
-            ((single,), (multi,)) = (plan_trainings(plan, version, None, {}) for version in (name, f"{name}_mt"))
+        for name in names:
+            ((single,), (multi,)) = (plan_trainings(plan, variant, None, {}) for variant in (name, f"{name}_mt"))
             assert single.artifact.key == multi.artifact.key and single.spec.tasks == multi.spec.tasks == ("noise",)
 
 
-def test_runs_share_one_progress_board_and_take_their_own_reports(shared_ray):
-    one, other = run_progress(), run_progress()
-    assert one.actor is other.actor  # each would be a process
-    one.begin("coop mt", "a machine")
-    one.expect("coop mt", 3, "images")
-    other.expect("coop mt", 5, "images")
-    other.advance("coop mt", 4, "images")
-    one.post(Report("coop mt", 1, 2, "steps"))
-    assert one.nodes() == {"coop mt": "a machine"} and other.nodes() == {}
-    assert one.drain() == [Report("coop mt", 0, 3, "images"), Report("coop mt", 1, 2, "steps")] and one.drain() == []
-    assert other.drain() == [Report("coop mt", 0, 5, "images"), Report("coop mt", 4, 5, "images")]
+def test_runs_share_one_progress_board_and_receive_their_own_reports(shared_ray):
+    first_run, second_run = run_progress(), run_progress()
+    assert first_run.actor is second_run.actor  # each would be a process
+    first_run.begin("coop mt", "a machine")
+    first_run.expect("coop mt", 3, "images")
+    second_run.expect("coop mt", 5, "images")
+    second_run.advance("coop mt", 4, "images")
+    first_run.post(Report("coop mt", 1, 2, "steps"))
+    assert first_run.nodes() == {"coop mt": "a machine"} and second_run.nodes() == {}
+    assert (
+        first_run.drain() == [Report("coop mt", 0, 3, "images"), Report("coop mt", 1, 2, "steps")]
+        and first_run.drain() == []
+    )
+    assert second_run.drain() == [Report("coop mt", 0, 5, "images"), Report("coop mt", 4, 5, "images")]
 
 
-def test_methods_are_chosen_by_name_or_as_a_set():
+def test_methods_are_selected_by_name_or_set():
     assert select_methods(["grouped", "zero_shot"]) == ("zero_shot", "grouped")
     assert select_methods(["all"]) == tuple(VARIANTS)
     assert set(select_methods(["paper", "clip_lora"])) == {*PAPER_METHODS, "clip_lora"}
@@ -206,10 +210,10 @@ def test_methods_are_chosen_by_name_or_as_a_set():
     ],
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
 )
-def test_faults_are_named_at_the_door(tmp_path, monkeypatch, capsys, arguments, message):
+def test_errors_are_reported_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--storage", str(tmp_path / "storage"), *arguments])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    assert end.value.code == 2
+    assert exit_info.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "storage" / "splits").exists()

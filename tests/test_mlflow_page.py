@@ -1,4 +1,4 @@
-"""MLflow's own page shows what docs/mlflow.md says: seen by a browser, on a finished run of the pipeline."""
+"""MLflow's page shows what docs/mlflow.md describes, in a browser, for a finished pipeline run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 
 @pytest.fixture(scope="module")
-def served(quick_run, tmp_path_factory):
-    """Address, experiment and client of a server on a copy of the run's database; its artifacts where they were."""
+def server_and_run(quick_run, tmp_path_factory):
+    """Address, experiment, client and summary, of a server with a copy of the run's database but its own artifacts."""
     storage, _ = quick_run
     folder = tmp_path_factory.mktemp("mlflow")
     shutil.copyfile(storage / "mlflow.db", folder / "server.db")
@@ -34,31 +34,29 @@ def served(quick_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page():
-    with browser_page(height=2400) as page:  # what is below the window is not drawn
+    with browser_page(height=2400) as page:  # only the visible part is drawn
         yield page
 
 
-def test_the_experiment_lists_a_line_for_each_method(served, page):
-    address, experiment, _, result = served
+def test_the_experiment_has_a_row_for_each_method(server_and_run, page):
+    address, experiment, _, result = server_and_run
     open_runs(page, address, experiment)
     page.get_by_text(f"{len(result['methods'])} matching runs").wait_for()
     for method in result["methods"]:
-        page.get_by_role(
-            "link", name=f"{method_title(method)} (8 shots, seed 1, "
-        ).wait_for()  # the page draws line by line
+        page.get_by_role("link", name=f"{method_title(method)} (8 shots, seed 1, ").wait_for()  # rows appear one by one
     open_runs(page, address, experiment, "tags.level = 'pipeline'")
     page.get_by_role("link", name="demo, 8 shots, seed 1").wait_for()
 
 
-def test_charts_show_each_metric_of_the_methods(served, page):
-    address, experiment, _, result = served
+def test_charts_show_each_metric_of_the_methods(server_and_run, page):
+    address, experiment, _, result = server_and_run
     open_runs(page, address, experiment, charts=True)
     for name in (*(f"accuracy/{task}" for task in (*result["tasks"], "average")), "trained_parameters"):
         page.get_by_text(name, exact=True).first.wait_for()
 
 
-def test_comparison_shows_the_methods_metrics(served, page):
-    address, experiment, client, result = served
+def test_comparison_shows_the_methods_metrics(server_and_run, page):
+    address, experiment, client, result = server_and_run
     runs = client.search_runs([experiment], METHODS)
     assert len(runs) == len(result["methods"])
     open_comparison(page, address, experiment, [run.info.run_id for run in runs])
@@ -70,8 +68,8 @@ def test_comparison_shows_the_methods_metrics(served, page):
         expect(body).to_contain_text(f"{values['average']:.3f}"[:4], use_inner_text=True)  # the page rounds
 
 
-def test_artifact_pictures_and_pages_open(served, page):
-    address, experiment, client, _ = served
+def test_artifact_pictures_and_pages_open(server_and_run, page):
+    address, experiment, client, _ = server_and_run
     (run,) = client.search_runs([experiment], "tags.level = 'pipeline'")
     open_run(page, address, experiment, run.info.run_id, "artifacts/report/accuracy.png")
     picture = page.locator("img[src^='blob:'], img[src*='get-artifact'], img[src^='data:image/png']").first
@@ -81,8 +79,8 @@ def test_artifact_pictures_and_pages_open(served, page):
     page.frame_locator("iframe").get_by_role("heading", name="Groups of 6 tasks").wait_for()
 
 
-def test_a_training_shows_system_metrics(served, page):
-    address, experiment, client, _ = served
+def test_a_training_shows_system_metrics(server_and_run, page):
+    address, experiment, client, _ = server_and_run
     (run,) = client.search_runs([experiment], "tags.level = 'training' and tags.method = 'all_in_one'")
     open_run(page, address, experiment, run.info.run_id, "system-metrics")
     page.get_by_text("process_memory_usage_megabytes", exact=True).first.wait_for()
