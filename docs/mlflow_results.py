@@ -97,8 +97,8 @@ def read_benchmark(
     if not matching:
         available = ", ".join(f"{run.info.run_name} ({run.data.params['name']})" for run in runs) or "none"
         raise UserError(
-            f"the experiment {experiment.name!r} has no benchmark{_filters(name=name, data=data)} with a report; it has: "
-            f"{available}. Create one: python jobs/benchmark.py --methods paper --shots 1 2 4 --seeds 1 2 3"
+            f"the experiment {experiment.name!r} has no benchmark{_filters(name=name, data=data)} with a report; it "
+            f"has: {available}. Create one with python jobs/benchmark.py --methods paper --shots 1 2 4 --seeds 1 2 3"
         )
     run, params = matching[0], matching[0].data.params
     benchmark = _parse_benchmark(
@@ -115,8 +115,8 @@ def read_benchmark(
     ]
     if not selected:
         raise UserError(
-            f"the benchmark {run.info.run_name} has no result{_filters(shots=shots, seeds=seeds, methods=methods)}; "
-            f"it has shots {params['shots']}; seeds {params['seeds']}; methods {params['methods']}. Choose among these, "
+            f"the benchmark {run.info.run_name} has no result{_filters(shots=shots, seeds=seeds, methods=methods)}; it "
+            f"has shots {params['shots']}; seeds {params['seeds']}; methods {params['methods']}. Choose among these, "
             "or run jobs/benchmark.py with more: it runs only what is missing"
         )
     return replace(benchmark, results=tuple(selected))
@@ -143,7 +143,8 @@ def read_grouping(
             return parent.info.run_name, json.loads(experiment.read(stage, "grouping.json"))
     filters = _filters(data=data, shots=shots, seeds=seeds)
     raise UserError(
-        f"the experiment {experiment.name!r} has no finished grouping{filters}. Create one: python jobs/full_pipeline.py"
+        f"the experiment {experiment.name!r} has no finished grouping{filters}. Create one with python "
+        "jobs/full_pipeline.py"
     )
 
 

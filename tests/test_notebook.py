@@ -46,9 +46,9 @@ def test_an_empty_experiment_gives_the_commands_to_run(tmp_path):
     outputs = execute_notebook(uri, tmp_path)
     message = printed_text(outputs.pop("read"))
     assert (
-        "has no benchmark with a report; it has: none. Create one: python jobs/benchmark.py --methods paper" in message
+        "a report; it has: none. Create one with python jobs/benchmark.py --methods paper" in message
     )
-    assert "has no finished grouping. Create one: python jobs/full_pipeline.py" in message
+    assert "has no finished grouping. Create one with python jobs/full_pipeline.py" in message
     assert not any(outputs.values())
 
 
