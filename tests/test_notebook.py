@@ -44,11 +44,11 @@ def test_an_empty_experiment_gives_the_commands_to_run(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     MlflowClient(uri).create_experiment("mmap-clip")
     outputs = execute_notebook(uri, tmp_path)
-    message = printed_text(outputs.pop("read"))
+    text = printed_text(outputs.pop("read"))
     assert (
-        "a report; it has: none. Create one with python jobs/benchmark.py --methods paper" in message
+        "has no benchmark with a report; it has: none. Create one with python jobs/benchmark.py --methods paper" in text
     )
-    assert "has no finished grouping. Create one with python jobs/full_pipeline.py" in message
+    assert "has no finished grouping. Create one with python jobs/full_pipeline.py" in text
     assert not any(outputs.values())
 
 
