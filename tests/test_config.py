@@ -1,4 +1,4 @@
-"""What users may write in YAML and on the command line, and what they are told when it is wrong."""
+"""Config from YAML files and the command line, and the messages for invalid values."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from pipeline.config import (
 from pipeline.errors import UserError
 
 
-def from_command_line(*arguments: str) -> Config:
+def parse_arguments(*arguments: str) -> Config:
     return JobParser("").parse(arguments).config()
 
 
-def test_without_arguments_the_demo():
-    assert from_command_line() == parse_config(load_yaml(DEMO_CONFIG))
-    assert from_command_line().data.root == "builtin:digits"
+def test_the_default_config_is_the_demo():
+    assert parse_arguments() == parse_config(load_yaml(DEMO_CONFIG))
+    assert parse_arguments().data.root == "builtin:digits"
 
 
 def test_files_and_command_line_override_in_order(tmp_path):
     (tmp_path / "a.yaml").write_text("training: {epochs: 3, batch_size: 2}\nseed: 7\n")
     (tmp_path / "b.yaml").write_text("training: {epochs: 4}\n")
     files = ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
-    config = from_command_line(
+    config = parse_arguments(
         *files, "--seed", "8", "--training.learning_rate", "1e-3", "--data.tasks", "[Art, Real World]"
     )
     assert (config.training.epochs, config.training.batch_size, config.seed) == (4, 2, 8)
     assert config.training.learning_rate == 0.001
     assert config.data.tasks == ("Art", "Real World")
-    assert from_command_line("--clip.pretrained", "null").clip.pretrained is None
+    assert parse_arguments("--clip.pretrained", "null").clip.pretrained is None
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -67,22 +67,22 @@ def test_every_field_has_help():
         ({"name": "../x"}, r"name='\.\./x'"),
     ],
 )
-def test_faults_are_named_with_what_is_valid(values, message):
+def test_errors_name_the_valid_values(values, message):
     with pytest.raises(UserError, match=message):
         parse_config(values)
 
 
-def test_unknown_options_are_named():
+def test_unknown_options_are_reported():
     with pytest.raises(UserError, match=r"unknown option --training\.epoch; did you mean --training\.epochs\?"):
-        from_command_line("--training.epoch", "3")
+        parse_arguments("--training.epoch", "3")
 
 
-def test_all_faults_are_told_at_once():
+def test_all_errors_are_reported_at_once():
     with pytest.raises(UserError, match=r"(?s)seed=.*training\.epochs="):
         parse_config({"seed": "x", "training": {"epochs": -1}})
 
 
-def test_yaml_cannot_make_objects(tmp_path):
+def test_yaml_cannot_create_objects(tmp_path):
     file = tmp_path / "evil.yaml"
     file.write_text("name: !!python/object/apply:os.system ['echo x']\n")
     with pytest.raises(UserError, match="not plain YAML"):
@@ -99,7 +99,7 @@ def test_source_columns_divide_both_widths():
 
 
 def test_round_trip_and_hash():
-    config = from_command_line("--seed", "5")
+    config = parse_arguments("--seed", "5")
     assert parse_config(yaml.safe_load(to_yaml(config))) == config
     assert content_hash(config) == content_hash(parse_config(yaml.safe_load(to_yaml(config))))
     assert content_hash(config) != content_hash(config.model_copy(update={"seed": 6}))

@@ -1,5 +1,5 @@
-"""Whole runs give the golden numbers again, and each method's place in the pipeline: what it trains, for which tasks,
-from which start (the paper's Table 3, and the methods of several stages)."""
+"""Whole runs reproduce the golden numbers; each method trains the right parameters, for the right tasks, from the right
+initialization (the paper's Table 3, and methods with several stages)."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from pipeline.training.trainer import Trainer
 
 TASKS = ["noise", "outline", "rotated"]
 ONE_MMAP = 4 * (4 * 64 + 1 + 2)
-"""Numbers of one MmAP: in each of 4 layers the source prompt, and the text's and the images' scaling."""
+"""Parameters of one MmAP: in each of 4 layers the source prompt, and the scaling matrices of text and images."""
 
 
 @pytest.fixture(scope="module")
 def all_methods(shared_ray, tmp_path_factory):
-    """A tiny run of all methods. Its storage is of a few hundred MB, mostly of full fine-tuning, so it is removed."""
+    """A small run of all methods. Its storage, a few hundred MB, mostly of full fine-tuning, is deleted afterwards."""
     storage = tmp_path_factory.mktemp("all methods") / "storage"
     run_pipeline(ALL_METHODS, storage)
-    prompts = {file.stem: load_adapter(file) for file in (the_run(storage) / "adapters").glob("*.safetensors")}
+    adapters = {file.stem: load_adapter(file) for file in (the_run(storage) / "adapters").glob("*.safetensors")}
     yield SimpleNamespace(
         storage=storage,
         config=parse_config(load_yaml(the_run(storage) / "config.yaml")),
         numbers=read_numbers(storage),
         trainings=training_folders(storage),
-        prompts=prompts,
-        prompts_folder=the_run(storage) / "adapters",
-        groups={name: [list(words) for words in of_method.groups] for name, of_method in prompts.items()},
+        adapters=adapters,
+        adapters_folder=the_run(storage) / "adapters",
+        groups={name: [list(tasks) for tasks in adapter.groups] for name, adapter in adapters.items()},
     )
     shutil.rmtree(storage)
 
 
 def losses(training_folder):
-    """Of each step."""
+    """Loss of each step."""
     return pq.read_table(training_folder / "history.parquet")["loss"].to_pylist()
 
 
@@ -59,19 +59,19 @@ def losses(training_folder):
 
 def check_golden(run, numbers):
     if lines := differences(run.stored(), numbers, run.tolerance):
-        advice = "numbers changed: if that is meant, raise NUMBERS_VERSION, and `make golden`"
+        advice = "numbers changed: if this is intended, raise RESULTS_VERSION and run `make golden`"
         pytest.fail("\n".join([advice, *lines]), pytrace=False)
 
 
 @pytest.mark.slow
-def test_every_method_gives_its_golden_numbers(all_methods):
+def test_every_method_reproduces_its_golden_numbers(all_methods):
     assert set(all_methods.numbers["methods"]) == set(VARIANTS)
     check_golden(ALL_METHODS, all_methods.numbers)
 
 
 @pytest.mark.fault_injection
-def test_the_demo_gives_its_golden_numbers_and_is_fair(shared_ray, tmp_path):
-    """`make demo`: zero-shot CLIP is good on the domain of its training and poor elsewhere; prompts help clearly."""
+def test_the_demo_reproduces_its_golden_numbers(shared_ray, tmp_path):
+    """Zero-shot CLIP is accurate on its training domain and poor on others; prompts clearly improve it."""
     run_pipeline(DEMO, tmp_path / "storage")
     numbers = read_numbers(tmp_path / "storage")
     check_golden(DEMO, numbers)
@@ -84,27 +84,27 @@ def test_the_demo_gives_its_golden_numbers_and_is_fair(shared_ray, tmp_path):
 
 def test_the_readme_shows_the_demos_golden_numbers():
     rows = re.findall(r"^│ (.+?) │$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
-    shown = {name: numbers for name, *numbers in ([cell.strip() for cell in row.split("│")] for row in rows)}
+    table = {name: numbers for name, *numbers in ([cell.strip() for cell in row.split("│")] for row in rows)}
     methods = list(DEMO.stored()["methods"].values())
     tasks = methods[0]["accuracy"]
-    expected = {task: [f"{100 * of['accuracy'][task]:.1f}" for of in methods] for task in tasks}
-    expected["average"] = [f"{100 * of['average']:.1f}" for of in methods]
-    expected["trained parameters"] = [f"{of['trained_parameters']:,}" for of in methods]
-    assert shown == expected
+    expected = {task: [f"{100 * method['accuracy'][task]:.1f}" for method in methods] for task in tasks}
+    expected["average"] = [f"{100 * method['average']:.1f}" for method in methods]
+    expected["trained parameters"] = [f"{method['trained_parameters']:,}" for method in methods]
+    assert table == expected
 
 
 def changed(path, value):
-    """The golden numbers of all methods with another value at a path."""
+    """Return the golden numbers of all methods with another value at a path."""
     numbers = ALL_METHODS.stored()
-    *parents, last = path
-    inner = numbers
+    *parents, name = path
+    parent = numbers
     for part in parents:
-        inner = inner[part]
-    inner[last] = value(inner[last]) if callable(value) else value
+        parent = parent[part]
+    parent[name] = value(parent[name]) if callable(value) else value
     return numbers
 
 
-def other_labels(count):
+def change_labels(count):
     return lambda labels: "".join(str((int(label) + 1) % 4) for label in labels[:count]) + labels[count:]
 
 
@@ -114,7 +114,7 @@ COOP = ("trainings", "coop: noise")
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        (("numbers_version",), RESULTS_VERSION + 1, "numbers_version: "),
+        (("results_version",), RESULTS_VERSION + 1, "results_version: "),
         (("splits", "test noise", "digest"), "0", "splits test noise: digest 02e4"),
         (("groups", 0), ["noise", "outline"], "groups 1: 2 rotated -> outline"),
         (("affinity", 0, 1), lambda value: value + 1, "affinity 1: 2 100.7322 -> 101.7322 (1)"),
@@ -124,23 +124,23 @@ COOP = ("trainings", "coop: noise")
         ((*COOP, "losses", 3, 0), math.nan, "trainings coop: noise: losses 4 1 0.499877 -> nan"),
         ((*COOP, "losses", 3), [], "trainings coop: noise: losses 4 1 0.499877 -> None"),
         ((*COOP, "learning_rate", 1), 2e-5, "trainings coop: noise: learning_rate 2 1e-05 -> 2e-05"),
-        ((*COOP, "predictions", "noise", "labels"), other_labels(2), "noise labels of 2 images"),
+        ((*COOP, "predictions", "noise", "labels"), change_labels(2), "noise labels of 2 images"),
         ((*COOP, "predictions", "noise", "mean_probability"), lambda value: value + 1e-3, "noise mean_probability 0.7"),
         (("trainings", "new: noise"), {"losses": [[1.0]]}, "trainings new: noise: new"),
     ],
 )
-def test_differences_from_the_golden_numbers_are_named(path, value, message):
+def test_differences_from_the_golden_numbers_are_reported(path, value, message):
     stored, fresh = ALL_METHODS.stored(), changed(path, value)
     (difference,) = differences(stored, fresh, ALL_METHODS.tolerance)
     assert message in difference
     assert not differences(stored, copy.deepcopy(stored))
 
 
-def test_a_test_image_on_the_fence_and_roundings_are_no_differences():
+def test_a_borderline_image_and_rounding_are_tolerated():
     stored = ALL_METHODS.stored()
     for path, value in (
         ((*COOP, "losses", 3, 0), lambda value: value + 1e-5),
-        ((*COOP, "predictions", "noise", "labels"), other_labels(1)),
+        ((*COOP, "predictions", "noise", "labels"), change_labels(1)),
         ((*COOP, "predictions", "noise", "accuracy"), lambda value: value + 1 / 80),
     ):
         assert differences(stored, changed(path, value)) and not differences(
@@ -149,112 +149,112 @@ def test_a_test_image_on_the_fence_and_roundings_are_no_differences():
 
 
 @pytest.mark.parametrize("run", golden.RUNS.values(), ids=golden.RUNS)
-def test_golden_numbers_are_stored_as_the_command_writes_them(run):
-    assert run.file.read_text() == golden.to_text(run.stored()) + "\n"
+def test_golden_files_are_formatted(run):
+    assert run.file.read_text() == golden.format_json(run.stored()) + "\n"
     assert run.file.stat().st_size < 100_000
 
 
-# Which prompts MmAP's ablations train, and for which tasks
+# Prompts and tasks of MmAP's ablations
 
 
 @pytest.mark.slow
-def test_task_only_trains_a_task_prompt_for_each_task_alone(all_methods):
+def test_task_only_trains_one_prompt_per_task(all_methods):
     assert sorted(all_methods.groups["mmap_task_only"]) == [[task] for task in TASKS]
     assert all_methods.numbers["methods"]["mmap_task_only"]["trained_parameters"] == 3 * ONE_MMAP
 
 
 @pytest.mark.slow
-def test_group_only_trains_one_prompt_for_each_found_group(all_methods):
-    found = all_methods.numbers["groups"]
-    assert all_methods.groups["mmap_group_only"] == found and len(found) == 2
+def test_group_only_trains_one_prompt_per_group(all_methods):
+    groups = all_methods.numbers["groups"]
+    assert all_methods.groups["mmap_group_only"] == groups and len(groups) == 2
     assert all_methods.numbers["methods"]["mmap_group_only"]["trained_parameters"] == 2 * ONE_MMAP
 
 
 @pytest.mark.slow
-def test_random_groups_have_the_found_sizes_and_are_others(all_methods):
-    found, drawn = all_methods.numbers["groups"], all_methods.groups["mmap_random_groups"]
-    assert sorted(map(len, drawn)) == sorted(map(len, found)) == [1, 2]
-    assert sorted(task for group in drawn for task in group) == TASKS
-    assert sorted(drawn) != sorted(found)
-    parameters = {name: of["trained_parameters"] for name, of in all_methods.numbers["methods"].items()}
+def test_random_groups_have_the_same_sizes(all_methods):
+    groups, random_groups = all_methods.numbers["groups"], all_methods.groups["mmap_random_groups"]
+    assert sorted(map(len, random_groups)) == sorted(map(len, groups)) == [1, 2]
+    assert sorted(task for group in random_groups for task in group) == TASKS
+    assert sorted(random_groups) != sorted(groups)
+    parameters = {name: method["trained_parameters"] for name, method in all_methods.numbers["methods"].items()}
     assert parameters["mmap_random_groups"] == parameters["grouped"] == (2 + 3) * ONE_MMAP
 
 
-# Methods of several stages, and those that share something between tasks
+# Methods with several stages, and methods that share parameters between tasks
 
 
-def mvlpt_first_loss(all_methods, trained, task):
-    """Of a training of one task that goes on from these prompts."""
-    config, towers = all_methods.config, trained.towers()
-    words = {task: trained.class_names[task]}
-    method = METHODS["mvlpt"].build(config, towers, words)
-    method.load_state_dict(trained.select_group(task).states[0])
+def mvlpt_first_loss(all_methods, adapter, task):
+    """Return the first loss of a training of one task that is initialized from this adapter."""
+    config, towers = all_methods.config, adapter.towers()
+    class_names = {task: adapter.class_names[task]}
+    method = METHODS["mvlpt"].build(config, towers, class_names)
+    method.load_state_dict(adapter.select_group(task).states[0])
     reader = SplitReader(next(all_methods.storage.glob("splits/[!.]*")))
     sets = load_training_sets(reader, [task], towers.image_size, towers.device, threads=1)
     template = METHODS["mvlpt"].template(config.clip.template)
-    tokens = class_tokens(towers.tokenizer, template, list(words.values()))
+    tokens = class_tokens(towers.tokenizer, template, list(class_names.values()))
     training = training_config("mvlpt", config)
     return Trainer(towers, method, sets, tokens, training, epochs=1, seed=config.seed).train()[0].losses[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_mvlpts_second_stage_goes_on_from_its_first(all_methods, task):
+def test_mvlpts_second_stage_is_initialized_from_its_first(all_methods, task):
     first_stage = all_methods.trainings[f"mvlpt: {' + '.join(TASKS)}"]
     second_stage_losses = losses(all_methods.trainings[f"mvlpt: {task}"])
-    expected = mvlpt_first_loss(all_methods, all_methods.prompts["mvlpt_mt"], task)
+    expected = mvlpt_first_loss(all_methods, all_methods.adapters["mvlpt_mt"], task)
     assert second_stage_losses[0] == pytest.approx(expected, rel=1e-5)
-    # A task has the same first batch in all its trainings, so this would be the loss at MVLPT's own start.
+    # The first batch of a task is the same in all trainings, so MVLPT's initialization would give this loss.
     assert abs(second_stage_losses[0] - losses(first_stage)[TASKS.index(task)]) > 0.01
 
 
-def joined_tasks(hipro):
-    """Tasks below the first join of HiPro's tree."""
+def first_merged_tasks(hipro):
+    """Return the tasks that HiPro's tree merges first."""
     (state,) = hipro.states
-    first_join = state["below"][len(TASKS)]
-    return [task for task, is_below in zip(TASKS, first_join) if is_below]
+    mask = state["below"][len(TASKS)]
+    return [task for task, is_merged in zip(TASKS, mask) if is_merged]
 
 
 @pytest.mark.slow
-def test_hipros_tree_first_joins_the_tasks_with_the_largest_affinity(all_methods, run_job):
-    """noise + rotated by inner products; outline + rotated by cosines, of the same gradients."""
+def test_hipros_tree_first_merges_the_tasks_with_the_largest_affinity(all_methods, run_job):
+    """The same gradients merge noise + rotated by dot products, outline + rotated by cosines."""
     affinity = all_methods.numbers["affinity"]
     assert affinity[0][2] == max(affinity[0][1], affinity[0][2], affinity[1][2])
     assert all_methods.groups["hipro"] == [TASKS]
-    assert joined_tasks(all_methods.prompts["hipro"]) == ["noise", "rotated"]
+    assert first_merged_tasks(all_methods.adapters["hipro"]) == ["noise", "rotated"]
 
-    before = set(all_methods.storage.glob("runs/*"))
+    previous_runs = set(all_methods.storage.glob("runs/*"))
     finished = run_job(
         "full_pipeline",
         *("--storage", all_methods.storage, *ALL_METHODS.options),
         *("--baselines", "[hipro]", "--grouping.affinity", "cosine"),
     )
     assert finished.status == 0, finished.output
-    (by_cosine,) = set(all_methods.storage.glob("runs/*")) - before
-    affinity = json.loads((by_cosine / "report" / "summary.json").read_text())["methods"]["hipro"]["accuracy"]
-    assert joined_tasks(load_adapter(by_cosine / "adapters" / "hipro.safetensors")) == ["outline", "rotated"]
+    (cosine_run,) = set(all_methods.storage.glob("runs/*")) - previous_runs
+    affinity = json.loads((cosine_run / "report" / "summary.json").read_text())["methods"]["hipro"]["accuracy"]
+    assert first_merged_tasks(load_adapter(cosine_run / "adapters" / "hipro.safetensors")) == ["outline", "rotated"]
     assert affinity != all_methods.numbers["methods"]["hipro"]["accuracy"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, alike", [("coop_mt", True), ("softcpt", False), ("hipro", False)])
-def test_one_training_of_all_tasks_gives_each_a_context_of_its_own(all_methods, name, alike):
-    """SoftCPT's is made from the task's name, HiPro's by its leaf; CoOp's is the same for all."""
+@pytest.mark.parametrize("name, is_shared", [("coop_mt", True), ("softcpt", False), ("hipro", False)])
+def test_contexts_of_multi_task_methods(all_methods, name, is_shared):
+    """SoftCPT generates a context per task from its name, HiPro has one per leaf; CoOp shares one."""
     assert all_methods.groups[name] == [TASKS]
-    model = pipeline.load(all_methods.prompts_folder / f"{name}.safetensors", device="cpu")
+    model = pipeline.load(all_methods.adapters_folder / f"{name}.safetensors", device="cpu")
     image = next(all_methods.storage.glob("datasets/digits/outline/two/*"))
     probabilities = [model.predict([image], task)[0].probabilities for task in TASKS]
-    for other in probabilities[1:]:
-        assert (other == pytest.approx(probabilities[0], abs=1e-5)) == alike
+    for task_probabilities in probabilities[1:]:
+        assert (task_probabilities == pytest.approx(probabilities[0], abs=1e-5)) == is_shared
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["mmap_task_only", "mmap_group_only", "mmap_random_groups", "mvlpt", "mvlpt_mt", "softcpt", "hipro"]
 )
-def test_saved_prompts_predict_as_the_run_did(all_methods, name):
-    model = pipeline.load(all_methods.prompts_folder / f"{name}.safetensors", device="cpu")
-    method = all_methods.prompts[name].method
+def test_saved_adapters_reproduce_the_predictions_of_the_run(all_methods, name):
+    model = pipeline.load(all_methods.adapters_folder / f"{name}.safetensors", device="cpu")
+    method = all_methods.adapters[name].method
     for group in all_methods.groups[name]:
         predictions = pq.read_table(all_methods.trainings[f"{method}: {' + '.join(group)}"] / "predictions.parquet")
         for task in group:

@@ -1,5 +1,5 @@
-"""What is imported when: a command line is answered, and a worker trains, without the libraries that take seconds; and
-which room imports which."""
+"""Imports: help and workers do without libraries that take seconds to import; packages depend on each other without
+cycles, as docs/pipeline.md shows."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ OTHER_WORKER_MODULES = [
 ]
 
 
-def output_of(code: str, *arguments: object) -> list[str]:
-    """The lines that a new process prints; `arguments` are in sys.argv[1] as JSON."""
+def run_code(code: str, *arguments: object) -> list[str]:
+    """Return the lines that a new process prints; it gets `arguments` in sys.argv[1] as JSON."""
     command = [sys.executable, "-c", code, json.dumps(arguments)]
     process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()
 
 
-ANSWER_COMMAND_LINES = """
+RUN_COMMAND_LINES = """
 import json, os, runpy, sys
 import pipeline.command_line
 print("shared", *sys.modules, flush=True)
@@ -70,49 +70,49 @@ for job, command_lines in json.loads(sys.argv[1])[0].items():
         sys.argv = [script, *arguments]
         try:
             runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            print("exit status:", end.code)
+        except SystemExit as exited:
+            print("exit status:", exited.code)
     print(*sys.modules, flush=True)
     os._exit(0)
 """
 
 
-def wrong_command_lines(job: str) -> list[list[str]]:
+def invalid_command_lines(job: str) -> list[list[str]]:
     required = REQUIRED.get(job, [])
-    wrong = [] if job == "__main__" else [[*required, "--no_such_option", "1"]]
-    # add_task reads the finished run, whose config it takes, before its values are checked.
+    command_lines = [] if job == "__main__" else [[*required, "--no_such_option", "1"]]
+    # add_task reads the config of the finished run before it validates values.
     if job not in ("__main__", "add_task", *WITHOUT_CONFIG_FIELDS):
-        wrong.append([*required, "--training.epochs", "-1"])
+        command_lines.append([*required, "--training.epochs", "-1"])
     if job == "full_pipeline":
-        wrong.append(["--until", "no_stage"])
-    return wrong
+        command_lines.append(["--until", "no_stage"])
+    return command_lines
 
 
 @pytest.fixture(scope="module")
-def answered() -> dict[str, list[str]]:
-    """Job → the lines that it prints to `--help` and wrong options, then all modules that it has imported.
+def output_by_job() -> dict[str, list[str]]:
+    """Job → the lines that it prints for `--help` and invalid options, followed by all modules that it imported.
 
-    Each job is a copy of one process that has imported what every job begins with, and nothing heavy.
+    Each job is forked from one process that has imported the modules shared by all jobs, and nothing heavy.
     """
-    lines = output_of(ANSWER_COMMAND_LINES, {job: [["--help"], *wrong_command_lines(job)] for job in JOBS})
-    answers = defaultdict[str, list[str]](list)
+    lines = run_code(RUN_COMMAND_LINES, {job: [["--help"], *invalid_command_lines(job)] for job in JOBS})
+    outputs = defaultdict[str, list[str]](list)
     job = ""
     for line in lines:
         if line.startswith("job "):
             job = line.removeprefix("job ")
         else:
-            answers[job].append(line)
-    (shared,) = answers.pop("")
+            outputs[job].append(line)
+    (shared,) = outputs.pop("")
     assert "pipeline.command_line" in shared.split() and not HEAVY & set(shared.split())
-    return answers
+    return outputs
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_help_and_wrong_options_of_a_job_import_nothing_heavy(answered, job):
-    *answers, modules = answered[job]
-    assert any(line.startswith("usage: ") for line in answers)
-    statuses = [line.removeprefix("exit status: ") for line in answers if line.startswith("exit status: ")]
-    assert statuses == ([] if job == "__main__" else ["0"]) + ["2"] * len(wrong_command_lines(job))
+def test_help_and_invalid_options_import_nothing_heavy(output_by_job, job):
+    *lines, modules = output_by_job[job]
+    assert any(line.startswith("usage: ") for line in lines)
+    statuses = [line.removeprefix("exit status: ") for line in lines if line.startswith("exit status: ")]
+    assert statuses == ([] if job == "__main__" else ["0"]) + ["2"] * len(invalid_command_lines(job))
     assert not HEAVY & set(modules.split())
 
 
@@ -126,77 +126,78 @@ for modules in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def imported() -> list[set[str]]:
-    """All modules of one process after it has imported the tracker, then what decodes images of a batch, then what
-    trains, then what else workers do."""
-    lines = output_of(MODULES_AFTER_IMPORTING, [TRACKER], [DECODING], TRAINING_MODULES, OTHER_WORKER_MODULES)
+    """All modules of one process after importing the tracker, then the decoding of batch images, then the training
+    modules, then the other modules of workers."""
+    lines = run_code(MODULES_AFTER_IMPORTING, [TRACKER], [DECODING], TRAINING_MODULES, OTHER_WORKER_MODULES)
     return [set(line.split()[1:]) for line in lines if line.startswith("imported ")]
 
 
-def test_a_training_worker_imports_only_what_it_trains_with(imported):
+def test_a_training_worker_imports_no_unused_libraries(imported):
     _, _, modules, _ = imported
     assert "torch" in modules
     unused = {"mlflow", "matplotlib", "pandas", "scipy", "sklearn", "networkx", "optuna", "rich", "ray.train"}
     assert not unused & modules
 
 
-def test_no_worker_imports_what_the_driver_tracks_and_draws_with(imported):
+def test_no_worker_imports_libraries_of_the_driver(imported):
     _, _, _, modules = imported
     assert {*TRAINING_MODULES, *OTHER_WORKER_MODULES} <= modules
     assert not {"mlflow", "matplotlib", "sklearn", "optuna"} & modules
 
 
-def test_what_decodes_images_of_a_batch_imports_no_torch(imported):
-    """Many processes do so, and each would take seconds more to start."""
+def test_decoding_of_batch_images_imports_no_torch(imported):
+    """It runs in many processes, and torch would add seconds to the start of each."""
     _, modules, _, _ = imported
     assert DECODING in modules
     assert not {"torch", "open_clip", "mlflow"} & modules
 
 
-def test_the_tracker_imports_mlflow_only_when_it_delivers(imported):
+def test_the_tracker_imports_mlflow_lazily(imported):
     modules, _, _, _ = imported
     assert TRACKER in modules
     assert not {"mlflow", "torch", "ray"} & modules
 
 
-# --- the rooms of docs/pipeline.md ---------------------------------------------------------------------------
+# --- packages, as in docs/pipeline.md --------------------------------------------------------------------------
 
 LIBRARIES = {"torch": "torch", "ray": "Ray", "mlflow": "MLflow"}
 
 
-def room_of(module: str) -> str:
-    """A folder or file of pipeline/; `pipeline` for what `import pipeline` gives; jobs, or another library."""
-    top, *below = module.split(".")
-    return below[0] if top == "pipeline" and below else top
+def package_name(module: str) -> str:
+    """Return the folder or file in pipeline/; `pipeline` for its __init__; jobs; or a library."""
+    top, *submodules = module.split(".")
+    return submodules[0] if top == "pipeline" and submodules else top
 
 
-def imports_of_rooms() -> dict[str, set[str]]:
-    """Room → rooms and libraries that any line of it imports, at the top or later."""
-    found = defaultdict[str, set[str]](set)
+def imports_by_package() -> dict[str, set[str]]:
+    """Package → packages and libraries that it imports anywhere, also inside functions."""
+    imports = defaultdict[str, set[str]](set)
     for file in [*REPOSITORY.glob("pipeline/**/*.py"), *REPOSITORY.glob("jobs/*.py")]:
         module = ".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
-                found[room_of(module)] |= {room_of(name.name) for name in node.names}
+                imports[package_name(module)] |= {package_name(name.name) for name in node.names}
             elif isinstance(node, ast.ImportFrom):
                 assert node.module and not node.level, file
                 names = [f"pipeline.{name.name}" for name in node.names] if node.module == "pipeline" else [node.module]
-                found[room_of(module)] |= set(map(room_of, names))
-        found[room_of(module)].discard(room_of(module))
-    return found
+                imports[package_name(module)] |= set(map(package_name, names))
+        imports[package_name(module)].discard(package_name(module))
+    return imports
 
 
-def test_the_picture_and_the_table_of_rooms_are_those_of_the_imports():
-    """An arrow is drawn where no way leads over others; what it leads to may be imported from all that lead to it."""
-    page, imports = (REPOSITORY / "docs" / "pipeline.md").read_text(), imports_of_rooms()
-    rooms = networkx.DiGraph([(room, other) for room in imports for other in imports[room] & imports.keys()])
-    assert networkx.is_directed_acyclic_graph(rooms), networkx.find_cycle(rooms)
-    picture = page.partition("flowchart TD\n")[2].partition("```")[0]
-    arrows = re.findall(r"^    (\w+) --> (\w+(?: & \w+)*)$", picture, re.MULTILINE)
-    drawn = {(room, other) for room, others in arrows for other in others.split(" & ")}
-    needed = set(networkx.transitive_reduction(rooms).edges)
-    assert drawn == needed, f"docs/pipeline.md lacks {sorted(needed - drawn)}, and has no use for {drawn - needed}"
-    for room, named in re.findall(r"^\| `(?:pipeline/)?(\w+)(?:/|\.py)` \|.*\|(?: (.*))? \|$", page, re.MULTILINE):
-        of_room = imports.pop(room)
-        used = [LIBRARIES[library] for library in LIBRARIES if library in of_room]
-        assert named == ", ".join(used), room
-    assert set(imports) == {"pipeline"}, "rooms that are not in the table"
+def test_the_diagram_and_the_table_of_packages_match_the_imports():
+    """The diagram shows the transitive reduction of the dependencies."""
+    page, imports = (REPOSITORY / "docs" / "pipeline.md").read_text(), imports_by_package()
+    graph = networkx.DiGraph([(user, used) for user in imports for used in imports[user] & imports.keys()])
+    assert networkx.is_directed_acyclic_graph(graph), networkx.find_cycle(graph)
+    diagram = page.partition("flowchart TD\n")[2].partition("```")[0]
+    arrows = re.findall(r"^    (\w+) --> (\w+(?: & \w+)*)$", diagram, re.MULTILINE)
+    drawn = {(user, used) for user, targets in arrows for used in targets.split(" & ")}
+    needed = set(networkx.transitive_reduction(graph).edges)
+    assert drawn == needed, f"docs/pipeline.md: missing {sorted(needed - drawn)}, superfluous {drawn - needed}"
+    for package, libraries in re.findall(
+        r"^\| `(?:pipeline/)?(\w+)(?:/|\.py)` \|.*\|(?: (.*))? \|$", page, re.MULTILINE
+    ):
+        modules = imports.pop(package)
+        assert libraries == ", ".join(name for library, name in LIBRARIES.items() if library in modules), package
+    assert set(imports) == {"pipeline"}, "packages that are not in the table"

@@ -1,7 +1,7 @@
-"""Keys of runs and artifacts change with all that results depend on, and with nothing else.
+"""Keys of runs and artifacts change with everything that results depend on, and with nothing else.
 
-Every field of the config is changed, and the keys that change are those of what it says that it affects, and of what
-rests on that. That fields say it rightly is seen where work is done: it reads no field that does not affect it.
+Every config field is changed; exactly the keys of what it declares to affect, and of their dependents, must change.
+The declarations are checked by running the work items: each reads only fields that are declared to affect it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BASE: dict[str, Any] = {
         for section in {method.section for method in METHODS.values()} - {None, "mmap"}
     },
 }
-OTHERS: dict[str, Any] = {
+ALTERNATIVE_VALUES: dict[str, Any] = {
     "name": "another",
     "storage": "elsewhere",
     "cache": "another cache",
@@ -82,19 +82,19 @@ OTHERS: dict[str, Any] = {
     "tracking.experiment": "another",
     "tracking.registered_model": "a_model",
 }
-"""Field → another valid value, where its type does not give one."""
+"""Field → a valid value other than the default, where its type does not imply one."""
 FIELDS = {name: field for name, field, _ in fields()}
 TASK_WITH_TEMPLATE = "neon"
-FOUND = {
+CONTENT_FIELDS = {
     *("data.root", "data.columns", "data.use_official_splits", "data.tasks", "data.class_names"),
     *("clip.pretrained", "clip.quick_gelu"),
 }
-"""Fields whose other value finds something else; the others' finds the same by another way."""
+"""Fields whose alternative value loads other content; with those of other fields the content stays the same."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images and tables of them."""
+    """A folder of images, and manifests of them."""
     folder, rng = tmp_path_factory.mktemp("keys"), np.random.default_rng(0)
     rows = []
     for task in TASKS:
@@ -132,34 +132,36 @@ def config_with(folder: Path, *changes: tuple[str, Any]) -> Config:
         if isinstance(value, str) and (name in ("storage", "cache") or (folder / value).exists()):
             value = str(folder / value)
         section = values
-        *path, last = name.split(".")
+        *path, field_name = name.split(".")
         for part in path:
             section = section.setdefault(part, {})
-        section[last] = value
+        section[field_name] = value
     return parse_config(values)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A key, and what it should change with."""
+class ExpectedKey:
+    """A key, and what it must change with."""
 
     key: Any
     effects: frozenset[str] = frozenset()
-    """Of the fields that enter it by their values."""
-    rests_on: tuple[str, ...] = ()
+    """Effects of the fields whose values are part of the key."""
+    depends_on: tuple[str, ...] = ()
     method: str | None = None
-    """Whose section and training enters."""
+    """Method whose section and training are part of the key."""
     tasks: tuple[str, ...] = TASKS
 
 
-def checked(config: Config) -> Plan:
-    """With finished splits, which stage 1 would make on Ray."""
+def prepare_plan(config: Config) -> Plan:
+    """Make a plan with complete splits, as stage 1 would on Ray."""
     plan = make_plan(config, Console(quiet=True))
     if not plan.splits.is_complete():
         root = plan.dataset_index.root
         images = [
-            replace(scan_image(root, of.path, of.task, of.class_folder), official_split=of.official_split)
-            for of in plan.dataset_index.images
+            replace(
+                scan_image(root, record.path, record.task, record.class_folder), official_split=record.official_split
+            )
+            for record in plan.dataset_index.images
         ]
         splits, description = splits_stage.draw_splits(plan, [image for image in images if not image.error])
         sizes = {image.path: image.size for image in images}
@@ -171,37 +173,37 @@ def checked(config: Config) -> Plan:
     return plan
 
 
-def grouping_of(plan: Plan, key: str) -> dict[str, Any]:
-    """What stage 3 could find: the same groups, and affinities that are others under another key."""
+def fake_grouping(plan: Plan, key: str) -> dict[str, Any]:
+    """Return a possible result of stage 3: fixed groups, and affinities that depend on the key."""
     affinity = np.full((len(plan.tasks), len(plan.tasks)), int(key, 16) / 2**64)
     return {"groups": [list(plan.tasks[:2]), list(plan.tasks[2:])], "affinity": affinity.tolist()}
 
 
-def planned(config: Config) -> dict[str, Planned]:
-    """All keys of a run, in the order of its work; what is found, and no key, in brackets."""
-    plan = checked(config)
+def compute_keys(config: Config) -> dict[str, ExpectedKey]:
+    """Return all keys of a run, in the order of its work items; names in parentheses are loaded content, not keys."""
+    plan = prepare_plan(config)
     description = SplitReader(plan.splits.download()).description
-    found = {
-        "(images)": Planned(plan.dataset_index.fingerprint()),
-        "(clip)": Planned(asdict(plan.clip)),
-        "(split images)": Planned(description.content),
-        "(words)": Planned([description.class_names_for(task) for task in description.tasks]),
+    keys = {
+        "(images)": ExpectedKey(plan.dataset_index.fingerprint()),
+        "(clip)": ExpectedKey(asdict(plan.clip)),
+        "(split images)": ExpectedKey(description.content),
+        "(class names)": ExpectedKey([description.class_names_for(task) for task in description.tasks]),
     }
-    encoded, trained_on = ("(clip)", "(split images)"), ("(clip)", "(split images)", "(words)")
-    found["run"] = Planned(plan.key, frozenset(RESULT_EFFECTS), ("(images)", "(clip)"))
-    found["data check"] = Planned(data_check._artifact(plan).key, rests_on=("(images)",))
-    found["splits"] = Planned(plan.splits.key, frozenset({"splits"}), ("(images)",))
+    feature_inputs, training_inputs = ("(clip)", "(split images)"), ("(clip)", "(split images)", "(class names)")
+    keys["run"] = ExpectedKey(plan.key, frozenset(RESULT_EFFECTS), ("(images)", "(clip)"))
+    keys["data check"] = ExpectedKey(data_check._artifact(plan).key, depends_on=("(images)",))
+    keys["splits"] = ExpectedKey(plan.splits.key, frozenset({"splits"}), ("(images)",))
     global_prompt = global_prompt_work_item(plan).artifact
-    found["global prompt"] = Planned(
-        global_prompt.key, frozenset({"training", "method", "global_prompt"}), trained_on, "mmap"
+    keys["global prompt"] = ExpectedKey(
+        global_prompt.key, frozenset({"training", "method", "global_prompt"}), training_inputs, "mmap"
     )
     grouping = grouping_artifact(plan, global_prompt)
-    found["grouping"] = Planned(grouping.key, frozenset({"grouping"}), ("global prompt",))
+    keys["grouping"] = ExpectedKey(grouping.key, frozenset({"grouping"}), ("global prompt",))
     trainings = {}
     for variant in VARIANTS:
-        plan_trainings(plan, variant, grouping_of(plan, grouping.key), trainings)
-    for variant, of_variant in trainings.items():
-        for training in of_variant:
+        plan_trainings(plan, variant, fake_grouping(plan, grouping.key), trainings)
+    for variant, variant_trainings in trainings.items():
+        for training in variant_trainings:
             method, tasks = training.spec.method, training.spec.tasks
             for kind, features in (
                 ("test", training.spec.test_features),
@@ -209,20 +211,22 @@ def planned(config: Config) -> dict[str, Planned]:
             ):
                 for task, artifact in features.items():
                     name = f"{kind} features of {task}" + (f" for {method}" if kind == "training" else "")
-                    of_method = method if kind == "training" else None
-                    found[name] = Planned(artifact.key, frozenset({f"{kind}_features"}), encoded, of_method, (task,))
-            rests_on = [*trained_on, *(["grouping"] if get_method(method).uses_affinities else [])]
+                    feature_method = method if kind == "training" else None
+                    keys[name] = ExpectedKey(
+                        artifact.key, frozenset({f"{kind}_features"}), feature_inputs, feature_method, (task,)
+                    )
+            depends_on = [*training_inputs, *(["grouping"] if get_method(method).uses_affinities else [])]
             if training.init_from:
-                rests_on.append(f"{training.init_from.variant}: {training.init_from.spec.tasks}")
+                depends_on.append(f"{training.init_from.variant}: {training.init_from.spec.tasks}")
             effects = {"method", "training", "evaluation"} if get_method(method).trainable else {"evaluation"}
             name = f"{variant}: {tasks}"
-            found[name] = Planned(training.artifact.key, frozenset(effects), tuple(rests_on), method, tasks)
-    return found
+            keys[name] = ExpectedKey(training.artifact.key, frozenset(effects), tuple(depends_on), method, tasks)
+    return keys
 
 
 @pytest.fixture(scope="module", autouse=True)
-def towers_once():
-    """What takes long, and knows nothing but the model."""
+def cached_towers():
+    """Cache the towers, which are slow to build and depend only on the model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "build_meta_towers", cache(build_meta_towers))
         yield
@@ -231,122 +235,122 @@ def towers_once():
 @pytest.fixture(scope="module")
 def base(folder):
     config = config_with(folder)
-    return config, planned(config)
+    return config, compute_keys(config)
 
 
-def another_value(name: str, value: Any) -> Any:
-    if name in OTHERS:
-        return OTHERS[name]
+def alternative_value(name: str, value: Any) -> Any:
+    if name in ALTERNATIVE_VALUES:
+        return ALTERNATIVE_VALUES[name]
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
         return value + 1
     if isinstance(value, float):
         return 0.75 * value or 0.125
-    for candidate in values_of(FIELDS[name].annotation):
+    for candidate in example_values(FIELDS[name].annotation):
         if candidate != value:
             return candidate
-    pytest.fail(f"{name}={value!r}: give another valid value in OTHERS")
+    pytest.fail(f"{name}={value!r}: add a valid value to ALTERNATIVE_VALUES")
 
 
-def values_of(annotation: Any) -> tuple[Any, ...]:
-    """Of an annotation that says them, or allows numbers."""
+def example_values(annotation: Any) -> tuple[Any, ...]:
+    """Return valid values of a Literal or numeric annotation."""
     if typing.get_origin(annotation) is typing.Literal:
         return typing.get_args(annotation)
     if annotation in (int, float):
         return (3,)
-    return tuple(value for of in typing.get_args(annotation) for value in values_of(of))
+    return tuple(value for argument in typing.get_args(annotation) for value in example_values(argument))
 
 
-def value_at(config: Config, name: str) -> Any:
+def field_value(config: Config, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
     return config
 
 
-def concerns(name: str, of: Planned, before: Config, after: Config) -> bool:
-    """Whether a key is of what a field is about: fields are about methods, tasks, or all."""
-    if of.method is None:
+def applies_to(name: str, key: ExpectedKey, old: Config, new: Config) -> bool:
+    """Return whether the key is one of the methods and tasks that the field applies to."""
+    if key.method is None:
         return True
     if ".training." in f".{name}":
-        return training_config(of.method, before) != training_config(of.method, after)
+        return training_config(key.method, old) != training_config(key.method, new)
     if field_effects(FIELDS[name]) == {"method"}:
-        return name.partition(".")[0] == get_method(of.method).section
-    return name != "clip.task_templates" or TASK_WITH_TEMPLATE in of.tasks
+        return name.partition(".")[0] == get_method(key.method).section
+    return name != "clip.task_templates" or TASK_WITH_TEMPLATE in key.tasks
 
 
-def changed_keys(before: dict[str, Planned], after: dict[str, Planned]) -> set[str]:
-    names = before.keys() | after.keys()
-    return {name for name in names if name not in before or name not in after or before[name].key != after[name].key}
+def changed_keys(old: dict[str, ExpectedKey], new: dict[str, ExpectedKey]) -> set[str]:
+    names = old.keys() | new.keys()
+    return {name for name in names if name not in old or name not in new or old[name].key != new[name].key}
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_field_changes_the_keys_of_what_it_affects_and_no_others(name, folder, base, monkeypatch):
     monkeypatch.chdir(folder)
-    config, before = base
-    changed = config_with(folder, (name, another_value(name, value_at(config, name))))
-    assert value_at(changed, name) != value_at(config, name)
-    after, effects = planned(changed), field_effects(FIELDS[name])
-    if ".training." in name:  # what a method has instead affects the same
+    config, old = base
+    changed = config_with(folder, (name, alternative_value(name, field_value(config, name))))
+    assert field_value(changed, name) != field_value(config, name)
+    new, effects = compute_keys(changed), field_effects(FIELDS[name])
+    if ".training." in name:  # a method's override affects the same
         effects |= field_effects(FIELDS[name.partition(".")[2]])
     expected = set()
-    for of, key in after.items():
-        found_another = of.startswith("(") and before[of].key != key.key
-        rests_on_changed = any(up in expected for up in key.rests_on)
-        if found_another or rests_on_changed or (effects & key.effects and concerns(name, key, config, changed)):
-            expected.add(of)
-    expected |= before.keys() - after.keys()
-    assert changed_keys(before, after) == expected
-    assert bool(expected) == bool(effects - {"data", "clip"} or name in FOUND)
+    for key_name, key in new.items():
+        content_changed = key_name.startswith("(") and old[key_name].key != key.key
+        dependency_changed = any(dependency in expected for dependency in key.depends_on)
+        if content_changed or dependency_changed or (effects & key.effects and applies_to(name, key, config, changed)):
+            expected.add(key_name)
+    expected |= old.keys() - new.keys()
+    assert changed_keys(old, new) == expected
+    assert bool(expected) == bool(effects - {"data", "clip"} or name in CONTENT_FIELDS)
 
 
-def test_other_code_changes_the_keys_of_all_numbers(folder, base, monkeypatch):
+def test_a_new_results_version_changes_the_keys_of_all_results(folder, base, monkeypatch):
     for module in (plans, training_spec):
         monkeypatch.setattr(module, "RESULTS_VERSION", plans.RESULTS_VERSION + 1)
-    config, before = base
-    same = {name for name in before if name.startswith("(")} | {"data check", "splits"}
-    assert changed_keys(before, planned(config)) == before.keys() - same
+    config, old = base
+    unchanged = {name for name in old if name.startswith("(")} | {"data check", "splits"}
+    assert changed_keys(old, compute_keys(config)) == old.keys() - unchanged
 
 
-def test_the_place_of_data_and_model_changes_no_key(folder, base, tmp_path):
+def test_paths_of_data_and_model_change_no_key(folder, base, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "another folder").mkdir()
     (copy / "digits_clip.json").rename(copy / "another folder" / "digits_clip.json")
-    here = planned(config_with(folder, ("clip.model", "digits_clip.json")))
-    there = planned(config_with(copy, ("clip.model", "another folder/digits_clip.json")))
-    assert changed_keys(here, there) == set()
+    original_keys = compute_keys(config_with(folder, ("clip.model", "digits_clip.json")))
+    copy_keys = compute_keys(config_with(copy, ("clip.model", "another folder/digits_clip.json")))
+    assert changed_keys(original_keys, copy_keys) == set()
 
 
-def test_times_of_files_change_nothing_that_takes_long(folder, base, tmp_path):
-    """They tell that an image may have changed, so that images are read again; what is then the same is found."""
+def test_modification_times_invalidate_only_the_scan_of_the_images(folder, base, tmp_path):
+    """Images that may have changed are read again; the results of unchanged content stay cached."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     os.utime(copy / "images/ink/one/0.png", (10**9, 10**9))
-    there = planned(config_with(copy))
-    assert changed_keys(base[1], there) == {"(images)", "data check", "splits", "run"}
+    copy_keys = compute_keys(config_with(copy))
+    assert changed_keys(base[1], copy_keys) == {"(images)", "data check", "splits", "run"}
 
 
-def test_a_field_that_does_not_say_what_it_affects_does_not_import():
-    with pytest.raises(TypeError, match=r"Silent\.value does not declare what it affects.*affects\("):
+def test_a_field_must_declare_what_it_affects():
+    with pytest.raises(TypeError, match=r"Undeclared\.value does not declare what it affects.*affects\("):
 
-        class Silent(Section):
+        class Undeclared(Section):
             value: int = 1
 
-    class Said(Section, affects=("training",)):
+    class Declared(Section, affects=("training",)):
         value: int = 1
-        other: Annotated[int, affects("splits")] = 1
+        shots: Annotated[int, affects("splits")] = 1
 
-    class Heir(Said):
-        more: int = 1
+    class Subclass(Declared):
+        extra: int = 1
 
-    effects = {name: field_effects(field) for name, field in Heir.model_fields.items()}
-    assert effects == {"value": {"training"}, "other": {"splits"}, "more": {"training"}}
+    effects = {name: field_effects(field) for name, field in Subclass.model_fields.items()}
+    assert effects == {"value": {"training"}, "shots": {"splits"}, "extra": {"training"}}
     with pytest.raises(TypeError, match="unknown effect 'trainings'"):
         affects("trainings")
 
 
-# What work reads
+# Fields that work items read
 
 CHANGES_NO_NUMBER = {
     "clip.activation_memory_gib",  # memory
@@ -354,93 +358,95 @@ CHANGES_NO_NUMBER = {
     "cluster.cpus_per_worker",  # threads
 }
 VALIDATORS = ("_rows_divide_length", "_ordered")
-"""Look at every config that is made, such as that of a prompts file."""
+"""Validators read fields of every config, such as that of an adapter file."""
 READERS = ("splits", "test_features", "training_features", "global_prompt", "grouping", *VARIANTS)
 
 
 @pytest.fixture(scope="module")
 def work(folder):
-    """Name → work and what has to be done before, its method, and the effects of what it may read."""
+    """Name → work items (the last one is tested), method, and effects of the fields that it may read."""
     changes = {"storage": "worked", "training.epochs": 1, "data.root": "broken.csv", "data.max_broken_fraction": 0.5}
-    plan = checked(config_with(folder, *changes.items()))
+    plan = prepare_plan(config_with(folder, *changes.items()))
     global_prompt = global_prompt_work_item(plan)
     grouping = grouping_artifact(plan, global_prompt.artifact)
-    solve = WorkItem("grouping", group, (plan, global_prompt, grouping), grouping)
-    found = {
-        "splits": ([WorkItem("splits", build_here, (plan, plan.splits), plan.splits)], "mmap", {"splits"}),
+    solve = WorkItem("grouping", solve_grouping, (plan, global_prompt, grouping), grouping)
+    work_by_name = {
+        "splits": ([WorkItem("splits", build_splits, (plan, plan.splits), plan.splits)], "mmap", {"splits"}),
         "global_prompt": ([global_prompt], "mmap", {"training", "global_prompt"}),
         "grouping": ([global_prompt, solve], "mmap", {"grouping"}),
     }
     trainings = {}
     for variant in VARIANTS:
-        (training, *_) = plan_trainings(plan, variant, grouping_of(plan, "ff"), trainings)
-        before = [features.work_item for features in training.features]
+        (training, *_) = plan_trainings(plan, variant, fake_grouping(plan, "ff"), trainings)
+        dependencies = [features.work_item for features in training.features]
         if training.init_from:
-            before += [*(features.work_item for features in training.init_from.features), training.init_from.work_item]
+            dependencies += [
+                *(features.work_item for features in training.init_from.features),
+                training.init_from.work_item,
+            ]
         method = training.spec.method
         effects = {"training", "evaluation"} if get_method(method).trainable else {"evaluation"}
-        found[variant] = ([*before, training.work_item], method, effects)
+        work_by_name[variant] = ([*dependencies, training.work_item], method, effects)
         for features in training.features:
             split = features.artifact.inputs["split"]
             effect = "test_features" if split == "test" else "training_features"
-            found.setdefault(effect, ([features.work_item], method, {effect}))
-    return found
+            work_by_name.setdefault(effect, ([features.work_item], method, {effect}))
+    return work_by_name
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_work_reads_only_fields_that_affect_it(name, work, monkeypatch):
-    monkeypatch.setattr(TrainingSpec, "device", lambda work: torch.device("cpu"))  # which asks Ray
-    todo, method, effects = work[name]
-    for item in todo[:-1]:
+    monkeypatch.setattr(TrainingSpec, "device", lambda spec: torch.device("cpu"))  # the original asks Ray
+    work_items, method, effects = work[name]
+    for item in work_items[:-1]:
         execute(item)
     names = {}
     for path, _, _ in fields():
-        *sections, last = path.split(".")
-        names[type(value_at(Config(), ".".join(sections))) if sections else Config, last] = path
-    read, get = set(), Section.__getattribute__
+        *sections, field_name = path.split(".")
+        names[type(field_value(Config(), ".".join(sections))) if sections else Config, field_name] = path
+    fields_read, get_attribute = set(), Section.__getattribute__
 
     def recording(section: Section, attribute: str) -> Any:
         if (type(section), attribute) in names and sys._getframe(1).f_code.co_name not in VALIDATORS:
-            read.add(names[type(section), attribute])
-        return get(section, attribute)
+            fields_read.add(names[type(section), attribute])
+        return get_attribute(section, attribute)
 
     load_clip.cache_clear()
-    shutil.rmtree(todo[-1].artifact.folder, ignore_errors=True)
+    shutil.rmtree(work_items[-1].artifact.folder, ignore_errors=True)
     with monkeypatch.context() as patch:
         patch.setattr(Section, "__getattribute__", recording, raising=False)
-        execute(todo[-1])
-    assert len(read) >= 3
-    own = {path for path in read if path.partition(".")[0] == get_method(method).section}
-    said = {path for path in read if field_effects(FIELDS[path]) & {*effects, "data", "clip"}}
-    said |= {path for path in own if "method" in field_effects(FIELDS[path])}
+        execute(work_items[-1])
+    assert len(fields_read) >= 3
+    method_fields = {path for path in fields_read if path.partition(".")[0] == get_method(method).section}
+    declared = {path for path in fields_read if field_effects(FIELDS[path]) & {*effects, "data", "clip"}}
+    declared |= {path for path in method_fields if "method" in field_effects(FIELDS[path])}
     if name.endswith("features"):
-        said.add("mmap.text_prompt_position")  # of the text tower
-    assert read - said <= CHANGES_NO_NUMBER
+        declared.add("mmap.text_prompt_position")  # read by the text tower
+    assert fields_read - declared <= CHANGES_NO_NUMBER
 
 
 def execute(item: WorkItem) -> None:
-    """In this process."""
+    """Run a work item in this process."""
     if not item.artifact.is_complete():
-        item.function(*item.arguments, BOARD)
+        item.function(*item.arguments, PROGRESS)
 
 
-ignored = SimpleNamespace(remote=lambda *arguments: None)
-BOARD = SimpleNamespace(post=ignored, expect=ignored, advance=ignored)
+PROGRESS = SimpleNamespace(**dict.fromkeys(("post", "expect", "advance"), lambda *arguments: None))
 
 
-def build_here(plan: Plan, artifact: Artifact, progress: Any) -> None:
-    """Stage 1, but for Ray."""
+def build_splits(plan: Plan, artifact: Artifact, progress: Any) -> None:
+    """Run stage 1 without Ray."""
     with data_check._artifact(plan).writer() as writer:
         table = check_images(plan.dataset_index.root, plan.dataset_index.images, samples=())
         pq.write_table(table, writer.folder / data_check.IMAGES)
 
-    def execute_all(work: list[WorkItem]) -> list[Any]:
-        return [item.function(*item.arguments, progress) for item in work]
+    def execute_all(work_items: list[WorkItem]) -> list[Any]:
+        return [item.function(*item.arguments, progress) for item in work_items]
 
     stage = SimpleNamespace(session=SimpleNamespace(progress=progress, folder=plan.storage.folder), execute=execute_all)
     with artifact.writer() as writer:
         splits_stage._build(plan, stage, writer)
 
 
-def group(plan: Plan, global_prompt: WorkItem, artifact: Artifact, progress: Any) -> None:
+def solve_grouping(plan: Plan, global_prompt: WorkItem, artifact: Artifact, progress: Any) -> None:
     compute_grouping(plan, global_prompt.artifact, artifact)
