@@ -122,8 +122,8 @@ def predict_to_parquet(
         check_task(arguments.options, adapter, task)
     image_size = build_meta_towers(adapter.config.clip).image_size
     with ray_connection(parse_config(arguments.nested_fields()).cluster, print_status) as worker_resources:
-        on_rows = progress_lines(print_status, PROGRESS_INTERVAL_S)
-        return predict_batch(adapter, options, task, batch_input, output, worker_resources, image_size, on_rows)
+        on_progress = progress_lines(print_status, PROGRESS_INTERVAL_S)
+        return predict_batch(adapter, options, task, batch_input, output, worker_resources, image_size, on_progress)
 
 
 def check_task(job: Options, adapter: TrainedAdapter, task: str | None) -> None:

@@ -26,7 +26,7 @@ from pipeline.config import JobArguments, JobOptions, JobParser, parse_config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.serving.shared_clip import Trained
+    from pipeline.serving.shared_clip import NamedAdapters
 
 MIB = 2**20
 
@@ -71,8 +71,8 @@ def serve(arguments: JobArguments[Options]) -> None:
     from pipeline.serving.shared_clip import check_one_clip
 
     pretrained = arguments.fields.get("clip.pretrained")
-    trained: Trained = {name: read_model(source, pretrained)[:2] for name, source in sources.items()}
-    check_one_clip(trained)
+    adapters: NamedAdapters = {name: read_model(source, pretrained)[:2] for name, source in sources.items()}
+    check_one_clip(adapters)
     is_local = (cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
     if is_local:  # inherited by all processes of Serve; 1.5 times the requests per second
         os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
@@ -108,8 +108,8 @@ def serve(arguments: JobArguments[Options]) -> None:
                 decoding_threads=len(os.sched_getaffinity(0)),
             ),
         )
-        with running_service(trained, options, ends_with_ray=is_local):
-            served = "; ".join(f"{name}: {', '.join(adapter.class_names)}" for name, (adapter, _) in trained.items())
+        with running_service(adapters, options, ends_with_ray=is_local):
+            served = "; ".join(f"{name}: {', '.join(adapter.class_names)}" for name, (adapter, _) in adapters.items())
             print_status(
                 f"ready: http://{job.host}:{job.port}, {options.replicas} x {options.worker_resources}; {served}"
             )

@@ -38,7 +38,7 @@ from pipeline.demo.digits import write_digits
 from pipeline.files import write_json
 from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.registry import METHODS
-from pipeline.prediction.options import GROUPED
+from pipeline.prediction.options import GROUPED_ADAPTER
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.stages.finished_run import SUMMARY, write_provenance
 from pipeline.tuning.search_file import read_search
@@ -153,8 +153,10 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     group, towers = {"Clipart": DIGITS, "ink": DIGITS}, load_clip(config.clip)
     state = METHODS["mmap"].build(config, towers, group).state_dict()
     folder = storage / "runs" / "finished"
-    (folder / GROUPED).parent.mkdir(parents=True)
-    save_adapter(folder / GROUPED, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (state,)))
+    (folder / GROUPED_ADAPTER).parent.mkdir(parents=True)
+    save_adapter(
+        folder / GROUPED_ADAPTER, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (state,))
+    )
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / SUMMARY).parent.mkdir()
     write_json(folder / SUMMARY, {"tasks": [*group], "groups": [[*group]]})

@@ -54,7 +54,7 @@ def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(adapte
             torch.tensor([list(p.probabilities.values()) for p in found]), expected, atol=1e-6, rtol=1e-5
         )
         assert [p.label for p in found] == [DIGITS[label] for label in expected.argmax(dim=1)]
-        assert all(p.probability == max(p.probabilities.values()) and not p.by_task for p in found)
+        assert all(p.probability == max(p.probabilities.values()) and not p.predictions_by_task for p in found)
     assert model.predict_pixels(pixels, "ink")[0].label == found[0].label
     assert model.predict([], "ink") == []
 
@@ -127,12 +127,12 @@ def test_without_a_task_every_task_answers(adapter_file, digits):
     model = pipeline.load(adapter_file)
     images = sorted((digits / "neon").rglob("*.png"))[:7]
     for found, *alone in zip(model.predict(images), *(model.predict(images, task) for task in model.tasks)):
-        assert list(found.by_task) == model.tasks
-        for guess, expected in zip(found.by_task.values(), alone):
+        assert list(found.predictions_by_task) == model.tasks
+        for guess, expected in zip(found.predictions_by_task.values(), alone):
             assert guess.label == expected.label
             assert guess.probability == pytest.approx(expected.probability, abs=1e-6)
-        assert found.probability == max(guess.probability for guess in found.by_task.values())
-        assert found.probabilities == found.by_task[found.task].probabilities
+        assert found.probability == max(guess.probability for guess in found.predictions_by_task.values())
+        assert found.probabilities == found.predictions_by_task[found.task].probabilities
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_tasks_that_see_images_alike_share_the_image_tower(tmp_path, monkeypatch
     assert len(calls) == passes
     for task, expected in alone.items():
         for found, before in zip(together, expected):
-            assert found.by_task[task].probabilities == pytest.approx(before.probabilities, abs=1e-6)
+            assert found.predictions_by_task[task].probabilities == pytest.approx(before.probabilities, abs=1e-6)
 
 
 def test_broken_images_get_an_error_and_the_others_their_answer(adapter_file, tmp_path):
@@ -203,7 +203,7 @@ def test_the_fitted_temperature_is_the_best_of_a_grid():
     assert losses[0] <= losses[1] + 1e-9 < losses[2]
     for scaled, message in (
         (torch.nn.functional.one_hot(labels, 5), "all of them are classified"),
-        (-logits, "no more probable"),
+        (-logits, "no more probable than other"),
     ):
         with pytest.raises(UserError, match=message):
             fit_temperature(scaled.float(), labels, "ink")
@@ -237,10 +237,10 @@ def test_calibration_is_saved_beside_the_prompts(adapter_file, digits, tmp_path)
 
     options = json.loads((tmp_path / "grouped.options.json").read_text())
     for change, message in [
-        ({"prompts_sha256": "0" * 64}, "belongs to other prompts"),
-        ({"temperatures": {"neon": 0}}, "no options file"),
+        ({"adapter_sha256": "0" * 64}, "belongs to another adapter"),
+        ({"temperatures": {"neon": 0}}, "is not a valid options file"),
         ({"temperatures": {"oil": 1}}, "'oil'"),
-        ({"more": 1}, "no options file"),
+        ({"more": 1}, "is not a valid options file"),
     ]:
         (tmp_path / "grouped.options.json").write_text(json.dumps(options | change))
         with pytest.raises(UserError, match=message):
@@ -249,31 +249,31 @@ def test_calibration_is_saved_beside_the_prompts(adapter_file, digits, tmp_path)
 
 def test_what_a_user_gets_wrong_is_named(adapter_file, tmp_path):
     for arguments, message in [
-        ({"place": tmp_path / "absent.safetensors"}, "does not exist"),
-        ({"place": tmp_path}, "holds no prompts"),
-        ({"place": "nowhere://bucket/x"}, "nowhere://bucket/x is not a storage URI"),
+        ({"source": tmp_path / "absent.safetensors"}, "does not exist"),
+        ({"source": tmp_path}, "no adapter in"),
+        ({"source": "nowhere://bucket/x"}, "nowhere://bucket/x is not a storage URI"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"threshold": math.nan}, "threshold=nan"),
         ({"temperature": 0}, "temperature"),
         ({"temperature": {"oil": 2.0}}, "'oil'"),
-        ({"device": "cuda:77"}, "device 'cuda:77' cannot be used"),
-        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"device": "cuda:77"}, "device 'cuda:77' is not available"),
+        ({"device": "abacus"}, "device 'abacus' is not available"),
         ({"pretrained": "/nowhere/clip.pt"}, "no such file"),
     ]:
         with pytest.raises(UserError, match=message):
-            pipeline.load(**{"place": adapter_file, **arguments})
+            pipeline.load(**{"source": adapter_file, **arguments})
     model = pipeline.load(adapter_file)
     image = Image.new("RGB", (8, 8))
-    with pytest.raises(UserError, match="task 'oil' is none of this model's: ink, neon, pairs"):
+    with pytest.raises(UserError, match="unknown task 'oil'; the model has the tasks ink, neon, pairs"):
         model.predict([image], "oil")
     with pytest.raises(TypeError, match="must be a list"):
         model.predict(image, "ink")
-    with pytest.raises(TypeError, match="int is no image"):
+    with pytest.raises(TypeError, match="unsupported image type int"):
         model.predict([3], "ink")
     for images, labels, message in [
-        ([image], [], "1 images with 0 labels"),
-        ([image], ["eleven"], "'eleven' is no class of task 'ink'"),
-        ([b"no image"], ["one"], "image 0 to calibrate with is broken"),
+        ([image], [], "1 images but 0 labels"),
+        ([image], ["eleven"], "unknown label 'eleven'; task 'ink' has the classes"),
+        ([b"no image"], ["one"], "calibration image 0 is broken"),
     ]:
         with pytest.raises(UserError, match=message):
             model.calibrate(images, labels, "ink")

@@ -43,7 +43,7 @@ def predicted(
 def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
     adapter_file, digits, cluster, tmp_path, monkeypatch
 ):
-    for name in ("DECODED_AT_ONCE", "PREDICTED_AT_ONCE", "MAX_FILES_PER_TASK", "ROWS_PER_FILE"):
+    for name in ("DECODE_BATCH_SIZE", "PREDICT_BATCH_SIZE", "MAX_FILES_PER_TASK", "ROWS_PER_FILE"):
         monkeypatch.setattr(batch, name, 5)
     folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
@@ -60,7 +60,7 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
     paths = list(map(str, sorted((digits / "ink").rglob("*.png"))[::10]))
     told = []
     counts, of_all = predicted(
-        adapter_file, cluster, [folder, *paths], tmp_path / "out", "ink", on_rows=lambda *now: told.append(now)
+        adapter_file, cluster, [folder, *paths], tmp_path / "out", "ink", on_progress=lambda *now: told.append(now)
     )
     total = len(good) + 6 + len(paths)
     assert counts == (total, 4) and told[-1] == (total, total) and len(paths) == 22
@@ -109,7 +109,7 @@ def test_parquet_with_tasks_in_a_column(adapter_file, digits, cluster, tmp_path)
         else:
             assert row["label"] == expected[number].label
             assert row["probability"] == pytest.approx(expected[number].probability, abs=1e-5)
-    assert "task 'oil' is none of the model's: ink, neon, pairs" in rows[4]["error"]
+    assert "unknown task 'oil'; the model has the tasks ink, neon, pairs" in rows[4]["error"]
 
 
 def test_no_images_make_an_empty_table(adapter_file, cluster, tmp_path):
@@ -135,7 +135,7 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
         expected = pipeline.load(adapter_file).predict(images, "ink")
         for name in ("runs/x", "runs/x/adapters/grouped.safetensors"):
             assert pipeline.load(f"{place}/{name}?{query}").predict(images, "ink") == expected
-        with pytest.raises(UserError, match="is neither a prompts file nor a run's folder"):
+        with pytest.raises(UserError, match="is neither an adapter file nor a run directory"):
             pipeline.load(f"{place}/photos?{query}")
         options = ("--adapter", f"{place}/runs/x?{query}", "--output", f"{place}/out?{query}")
         finished = run_job("predict", f"{place}/photos?{query}", "--task", "ink", *options)
@@ -153,11 +153,11 @@ def test_what_a_user_gets_wrong_is_named(adapter_file, digits, cluster, tmp_path
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "both" / "b.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
     for inputs, message in [
-        ([tmp_path / "nothing"], "no images and no .parquet files in"),
-        ([tmp_path / "both"], "hold images and .parquet files"),
-        ([tmp_path / "both" / "b.parquet"], "must have a column `image` of bytes: it has picture"),
-        ([tmp_path / "bad.parquet"], "cannot be read as Parquet"),
-        ([tmp_path, "s3://bucket/x"], "lie in several places"),
+        ([tmp_path / "nothing"], "no images or .parquet files in"),
+        ([tmp_path / "both"], "contain both images and .parquet files"),
+        ([tmp_path / "both" / "b.parquet"], "has no column `image` of bytes; its columns are picture"),
+        ([tmp_path / "bad.parquet"], "as Parquet: "),
+        ([tmp_path, "s3://bucket/x"], "are in several locations"),
     ]:
         with pytest.raises(UserError, match=message):
             find_batch_input([str(place) for place in inputs])
@@ -167,21 +167,21 @@ def test_what_a_user_gets_wrong_is_named(adapter_file, digits, cluster, tmp_path
     damaged = tmp_path / "damaged.parquet"
     pq.write_table(pa.table({"image": [os.urandom(3000) for _ in range(100)]}), damaged)
     damaged.write_bytes(damaged.read_bytes()[:2000] + bytes(250_000) + damaged.read_bytes()[252_000:])
-    with pytest.raises(UserError, match=r"damaged.parquet cannot be read to its end \(.*: copy it again"):
+    with pytest.raises(UserError, match=r"damaged.parquet is damaged \(.*; copy it again"):
         predicted(adapter_file, cluster, [damaged], out, "ink")
     assert not out.exists() and not list(tmp_path.glob("*.partial"))
     out.mkdir()
     (out / "theirs.txt").write_text("")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         predicted(adapter_file, cluster, inputs, out, "ink")
 
 
 def test_progress_is_told_now_and_then(cluster):
-    said: list[str] = []
-    on_rows = progress_lines(said.append, every_s=3600)
+    lines: list[str] = []
+    on_progress = progress_lines(lines.append, interval_s=3600)
     for done in range(1, 5):
-        on_rows(done, 4)
-    assert len(said) == 1 and said[0].startswith("4 of 4 images, ") and said[0].endswith("2 CPUs on 1 machine")
+        on_progress(done, 4)
+    assert len(lines) == 1 and lines[0].startswith("4 of 4 images, ") and lines[0].endswith("2 CPUs on 1 machine")
 
 
 def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_path):

@@ -62,7 +62,7 @@ def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch,
     logged = f"runs:/{parent.info.run_id}/adapters/grouped.safetensors"
     assert pipeline.load(logged).predict(images, "neon") == expected
     assert pipeline.load("models:/once/2").options.threshold == 0.5
-    with pytest.raises(UserError, match="models:/nothing/1 cannot be fetched from MLflow"):
+    with pytest.raises(UserError, match="cannot download models:/nothing/1 from MLflow"):
         pipeline.load("models:/nothing/1")
 
 
@@ -128,24 +128,26 @@ def test_the_served_model_answers_as_the_loaded_one(quick_run, tracking_uri, tmp
             assert (answer["task"], answer["label"], answer["error"]) == ("noise", expected.label, "")
             assert answer["probability"] == pytest.approx(expected.probability, abs=1e-6)
             assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
-            assert answer["by_task"] == []
+            assert answer["predictions_by_task"] == []
 
         for answer, expected in zip(ask(*({"image": encoded(i)} for i in images)), model.predict(images), strict=True):
             assert (answer["task"], answer["label"]) == (expected.task, expected.label)
-            assert {guess["task"]: guess["label"] for guess in answer["by_task"]} == {
-                task: guess.label for task, guess in expected.by_task.items()
+            assert {guess["task"]: guess["label"] for guess in answer["predictions_by_task"]} == {
+                task: guess.label for task, guess in expected.predictions_by_task.items()
             }
-            scores = {guess["task"]: guess["probability"] for guess in answer["by_task"]}
-            assert scores == pytest.approx({t: guess.probability for t, guess in expected.by_task.items()}, abs=1e-6)
+            scores = {guess["task"]: guess["probability"] for guess in answer["predictions_by_task"]}
+            assert scores == pytest.approx(
+                {t: guess.probability for t, guess in expected.predictions_by_task.items()}, abs=1e-6
+            )
 
         mixed = ask(
             {"image": encoded(images[0]), "task": "ink"}, {"image": encoded(b"no image")}, {"image": encoded(images[1])}
         )
-        assert mixed[0]["task"] == "ink" and mixed[0]["by_task"] == []
+        assert mixed[0]["task"] == "ink" and mixed[0]["predictions_by_task"] == []
         assert mixed[1]["label"] is None and mixed[1]["probability"] is None and "known format" in mixed[1]["error"]
-        assert len(mixed[2]["by_task"]) == 6
+        assert len(mixed[2]["predictions_by_task"]) == 6
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask({"image": encoded(images[0]), "task": "oil"})
-        assert refused.value.code in (400, 500) and "none of this model's" in refused.value.read().decode()
+        assert refused.value.code in (400, 500) and "unknown task" in refused.value.read().decode()
     finally:
         server.kill()

@@ -45,7 +45,7 @@ from pipeline.methods.registry import METHODS
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.serving.dynamic_batcher import DynamicBatcher
-from pipeline.serving.http_api import Answer, HttpApi, Limits, NoReplica, ServedModel
+from pipeline.serving.http_api import Answer, HttpApi, Limits, NoReplicaError, ServedModel
 from pipeline.serving.ingress import Ingress
 from pipeline.serving.mixed_batch import PredictRequest, predict_batch
 from pipeline.serving.replica import ModelReplica
@@ -158,9 +158,9 @@ def test_a_mixed_batch_predicts_as_each_request_alone_in_few_passes(monkeypatch,
         for prediction, alone in zip(found, one.model.predict_pixels(one.pixels, one.task), strict=True):
             assert (prediction.task, prediction.label) == (alone.task, alone.label)
             assert prediction.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
-            assert list(prediction.by_task) == list(alone.by_task)
-            for task, guess in prediction.by_task.items():
-                assert guess.probabilities == pytest.approx(alone.by_task[task].probabilities, abs=1e-5)
+            assert list(prediction.predictions_by_task) == list(alone.predictions_by_task)
+            for task, guess in prediction.predictions_by_task.items():
+                assert guess.probabilities == pytest.approx(alone.predictions_by_task[task].probabilities, abs=1e-5)
 
 
 def batches_of(calls: Sequence[tuple[float, int]], **options) -> tuple[list[list[int]], list]:
@@ -176,11 +176,11 @@ def batches_of(calls: Sequence[tuple[float, int]], **options) -> tuple[list[list
         return [10 * size for size in sizes]
 
     async def all_calls() -> list:
-        batches = DynamicBatcher(run, lambda size: size, **{"max_size": 8, "wait_s": 0.02, **options})
+        batcher = DynamicBatcher(run, lambda size: size, **{"max_size": 8, "wait_s": 0.02, **options})
 
         async def call(after: float, size: int) -> int:
             await asyncio.sleep(after)
-            return await asyncio.wait_for(batches.ask(size), 0.15 if size == 5 else 5)
+            return await asyncio.wait_for(batcher.submit(size), 0.15 if size == 5 else 5)
 
         return await asyncio.gather(*(call(*one) for one in calls), return_exceptions=True)
 
@@ -215,7 +215,14 @@ SERVED = {"digits": ServedModel("MmAP", "ViT", "0" * 64, GROUP, None, {})}
 def api(predict=None, ready: bool = True, **limits) -> HttpApi:
     async def first_class(model: str, task: str | None, pixels: np.ndarray) -> Answer:
         assert pixels.shape[1:] == (3, 32, 32) and pixels.dtype == np.uint8
-        record = {"task": task, "label": "zero", "probability": 1.0, "probabilities": {}, "error": "", "by_task": []}
+        record = {
+            "task": task,
+            "label": "zero",
+            "probability": 1.0,
+            "probabilities": {},
+            "error": "",
+            "predictions_by_task": [],
+        }
         return Answer([record] * len(pixels), len(pixels))
 
     async def is_ready() -> bool:
@@ -261,32 +268,36 @@ def as_json(**values) -> dict:
 def test_every_refusal_says_what_to_do():
     image = base64.b64encode(PNG).decode()
     for arguments, status, message in [
-        ({"path": "/"}, 404, "no such path; there are GET /health, GET /models, POST /models/<model>/predict"),
-        ({"path": "/models/digits/predict/"}, 404, "no such path"),
-        ({"path": "/models/letters/predict"}, 404, "no model 'letters'; there are digits"),
-        ({"method": "GET"}, 405, "GET is not possible here"),
-        ({"path": "/health"}, 405, "POST is not possible here"),
+        ({"path": "/"}, 404, "unknown path; the endpoints are GET /health, GET /models, POST /models/<model>/predict"),
+        ({"path": "/models/digits/predict/"}, 404, "unknown path"),
+        ({"path": "/models/letters/predict"}, 404, "unknown model 'letters'; the models are digits"),
+        ({"method": "GET"}, 405, "method GET not allowed"),
+        ({"path": "/health"}, 405, "method POST not allowed"),
         ({"kind": "application/x-www-form-urlencoded"}, 415, "send an image as image/*, or several as application/jso"),
-        ({"kind": None}, 415, "Content-Type ''"),
-        ({"query": b"task=oil"}, 422, "task 'oil' is none of model 'digits': ink, neon"),
-        ({"query": b"tsk=ink"}, 422, "query parameter 'tsk': there is task only"),
-        ({"query": b"task=ink&task=neon"}, 422, "several tasks"),
+        ({"kind": None}, 415, "unsupported Content-Type ''"),
+        ({"query": b"task=oil"}, 422, "unknown task 'oil'; model 'digits' has the tasks ink, neon"),
+        ({"query": b"tsk=ink"}, 422, "unknown query parameter 'tsk'; the only one is task"),
+        ({"query": b"task=ink&task=neon"}, 422, "task is given more than once"),
         ({"query": b"task=%00%1b[31m%ff"}, 422, "\\x00\\x1b[31m"),
         ({"body": b""}, 422, "no bytes"),
         ({"body": PNG[:40]}, 422, "known format"),
         ({"body": b"not an image"}, 422, "no image of a known format"),
-        ({"body": bytes(2001)}, 413, "more than 2,000 bytes"),
-        ({"body": b"{", "kind": "application/json"}, 400, "the body is no JSON"),
-        ({"body": b"[" * 1900, "kind": "application/json"}, 400, "the body is no JSON"),
-        ({"body": b"\xff\xfe\x00", "kind": "application/json"}, 400, "the body is no JSON"),
-        (as_json(images=image), 422, "images must be a list of base64 texts"),
+        ({"body": bytes(2001)}, 413, "exceeds 2,000 bytes"),
+        ({"body": b"{", "kind": "application/json"}, 400, "the body is not valid JSON"),
+        ({"body": b"[" * 1900, "kind": "application/json"}, 400, "the body is not valid JSON"),
+        ({"body": b"\xff\xfe\x00", "kind": "application/json"}, 400, "the body is not valid JSON"),
+        (as_json(images=image), 422, "images must be a list of base64 strings"),
         (as_json(images=[]), 422, "images must be a list"),
         (as_json(images=[image, 3]), 422, "images must be a list"),
-        (as_json(image=[image]), 422, 'the body must be {"images"'),
-        (as_json(images=[image], task=3), 422, "task must be a text"),
-        (as_json(images=[image] * 4), 413, "4 images are more than 3"),
-        (as_json(images=[image], task="oil"), 422, "task 'oil' is none"),
-        ({**as_json(images=[image], task="ink"), "query": b"task=neon"}, 422, "task 'ink' in the body, 'neon' in"),
+        (as_json(image=[image]), 422, 'invalid JSON body; expected {"images"'),
+        (as_json(images=[image], task=3), 422, "task must be a string"),
+        (as_json(images=[image] * 4), 413, "4 images exceed the limit of 3"),
+        (as_json(images=[image], task="oil"), 422, "unknown task 'oil'"),
+        (
+            {**as_json(images=[image], task="ink"), "query": b"task=neon"},
+            422,
+            "task is 'ink' in the body but 'neon' in",
+        ),
     ]:
         found, told, headers, _ = answered(api(), **arguments)
         assert found == status and message in told["error"], (arguments, found, told)
@@ -296,12 +307,12 @@ def test_every_refusal_says_what_to_do():
 def test_answers_have_the_fields_of_mlflow_and_broken_images_their_error():
     status, record, headers, _ = answered(api(), query=b"task=ink")
     assert status == 200 and record["label"] == "zero" and headers["x-batch-size"] == "1"
-    assert list(record) == ["task", "label", "probability", "probabilities", "error", "by_task"]
+    assert list(record) == ["task", "label", "probability", "probabilities", "error", "predictions_by_task"]
     good, broken = base64.b64encode(PNG).decode(), base64.b64encode(b"no image").decode()
     status, told, headers, _ = answered(api(), **as_json(images=[broken, good, "no base64!"], task="ink"))
     assert status == 200 and headers["x-batch-size"] == "1"
     first, second, third = told["predictions"]
-    assert second == record and "known format" in first["error"] and third["error"].startswith("no base64")
+    assert second == record and "known format" in first["error"] and third["error"].startswith("not base64")
     assert list(first) == list(record) and first["label"] is None and first["task"] == "ink"
     status, told, _, _ = answered(api(), **as_json(images=[broken]))  # the model is not asked
     assert status == 200 and told["predictions"][0]["error"]
@@ -328,7 +339,9 @@ def test_too_many_requests_are_told_to_come_again_before_they_are_read():
         held = [asyncio.create_task(call(served)) for _ in range(2)]
         await asyncio.sleep(0.2)
         status, told, headers, num_read = await call(served)
-        assert (status, headers["retry-after"], num_read) == (503, "1", 0) and "2 requests are waiting" in told["error"]
+        assert (status, headers["retry-after"], num_read) == (503, "1", 0) and "2 requests are in flight" in told[
+            "error"
+        ]
         free.set()
         assert [(await one)[0] for one in held] == [200, 200]
         assert (await call(served))[0] == 200  # their places are free again
@@ -341,10 +354,10 @@ def test_requests_that_take_too_long_and_replicas_that_are_gone():
         await asyncio.Event().wait()
 
     async def gone(model, task, pixels):
-        raise NoReplica("ActorDiedError")
+        raise NoReplicaError("ActorDiedError")
 
     status, told, _, _ = answered(api(never, timeout_s=0.2))
-    assert status == 504 and "no answer within 0.2 s" in told["error"]
+    assert status == 504 and "timeout after 0.2 s" in told["error"]
     status, told, headers, _ = answered(api(gone))
     assert status == 503 and "ActorDiedError" in told["error"] and headers["retry-after"] == "1"
     assert answered(api(), path="/health", method="GET")[:2] == (200, {"status": "ready"})
@@ -377,7 +390,7 @@ def test_whatever_is_sent_is_answered_as_the_clients_fault(body, kind, query, pa
 
 def ingress(monkeypatch, outcomes: Iterable) -> Ingress:
     """Before replicas whose calls end so, one after the other."""
-    monkeypatch.setattr("pipeline.serving.ingress.NEXT_TRY_AFTER_S", 0.01)
+    monkeypatch.setattr("pipeline.serving.ingress.RETRY_DELAY_S", 0.01)
     calls = iter(outcomes)
 
     async def called(*arguments):
@@ -448,7 +461,7 @@ def test_door_faults_end_with_status_2(tmp_path, monkeypatch, capsys):
             (["--models", "a/b=x"], "expected NAME=SOURCE, with a name of letters"),
             (["--models", "a="], "expected NAME=SOURCE"),
             (["--models", f"a={tmp_path}/absent.safetensors"], "does not exist"),
-            ([*good, good[1]], "there is a model 'a' already"),
+            ([*good, good[1]], "duplicate name 'a'"),
             ([*good, f"b={tmp_path}/other.safetensors"], "'a' and 'b' cannot share a CLIP: their weights"),
             ([*good, "--clip.pretrained", "/nowhere/clip.pt"], "clip.pretrained=/nowhere/clip.pt: no such file"),
             ([*good, "--port", str(port)], f"cannot listen on --host 127.0.0.1 --port {port}: Address already in use"),
@@ -531,7 +544,8 @@ def test_the_service_answers_as_pipeline_load_does(service, places, images):
                     assert found[field] == record[field]
                 assert found["probability"] == pytest.approx(record["probability"], abs=1e-5)
                 assert found["probabilities"] == pytest.approx(record["probabilities"], abs=1e-5)
-                assert [guess["label"] for guess in found["by_task"]] == [guess["label"] for guess in record["by_task"]]
+                labels = [guess["label"] for guess in found["predictions_by_task"]]
+                assert labels == [guess["label"] for guess in record["predictions_by_task"]]
             status, alone = sent(f"{service.url}/models/{name}/predict{query}", images[0])
             assert status == 200 and alone["label"] == told["predictions"][0]["label"]
 
@@ -652,14 +666,16 @@ def test_on_a_cluster_it_is_the_only_service_and_leaves_the_address_free(places,
         with socket.create_server(("127.0.0.1", port)):
             pass
         status, told = job(places["a"], "--replicas", "3")
-        assert status == 2 and "--replicas 3 of 1 CPU each: the cluster has" in told and "room for 2" in told
+        assert (
+            status == 2 and "--replicas 3 of 1 CPU each do not fit: the cluster has" in told and "enough for 2" in told
+        )
         config = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=4, source_rows=4)})
         towers = load_clip(SMALL.clip)
         states = (built("mmap", towers, GROUP, config).state_dict(),)
         misfit = TrainedAdapter("mmap", SMALL, weights_fingerprint(towers), (GROUP,), states)
         save_adapter(tmp_path / "misfit.safetensors", misfit)
         status, told = job(tmp_path / "misfit.safetensors")
-        assert status == 2 and "a replica cannot be started: the adapter of ink, neon does not fit MmAP" in told
+        assert status == 2 and "a replica failed to start: the adapter of ink, neon does not fit MmAP" in told
     finally:
         cluster.stop()
 

@@ -1,1 +1,1 @@
-"""Trained prompts in use: the model as an object, as an MLflow model, and on any number of images by Ray Data."""
+"""Inference with a trained adapter: a model object, an MLflow model, and batch prediction with Ray Data."""

@@ -1,5 +1,5 @@
-"""Classifies any number of images by Ray Data, on one machine or a cluster: tasks read and decode, actors that hold the
-model predict, the driver writes Parquet. At no time is more than a few batches in memory."""
+"""Batch prediction for any number of images with Ray Data, on one machine or a cluster: tasks read and decode, actors
+hold the model and predict, the driver writes Parquet. Only a few batches are in memory at any time."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from pipeline.data.index import IMAGE_SUFFIXES
 from pipeline.errors import UserError
 from pipeline.files import FREE_SPACE_ADVICE, atomic_replace
 from pipeline.methods.adapter_file import TrainedAdapter
-from pipeline.prediction.decoding import decoded
+from pipeline.prediction.decoding import decode_rows
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
 from pipeline.runtime.storage import is_uri, open_bucket
 
-DECODED_AT_ONCE = 64
-PREDICTED_AT_ONCE = 128
+DECODE_BATCH_SIZE = 64
+PREDICT_BATCH_SIZE = 128
 MAX_FILES_PER_TASK = 512
 ROWS_PER_FILE = 1_000_000
 OUTPUT = pa.schema(
@@ -45,18 +45,18 @@ OUTPUT = pa.schema(
 """`label` is null for a broken image and below the threshold; `probability` is that of the most probable class; `error`
 is null unless the image is broken."""
 
-_WITH_FAULT = OUTPUT.append(pa.field("fault", pa.string()))
-"""What an actor gives: `fault` ends it all."""
+_ACTOR_OUTPUT = OUTPUT.append(pa.field("fatal_error", pa.string()))
+"""Output of an actor; a `fatal_error` ends the job."""
 
 
 @dataclass(frozen=True)
 class BatchInput:
-    """Image files, or Parquet files with a column `image` of encoded images, and perhaps `path` and `task`."""
+    """Image files, or Parquet files with a column `image` of encoded images and optionally `path` and `task`."""
 
     files: tuple[str, ...]
     is_parquet: bool
     uri: str | None
-    """Of the bucket that the files are in; None: they are files of this machine's file system."""
+    """URI of the bucket of the files; None: local files."""
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -64,170 +64,173 @@ class BatchInput:
 
 
 def find_batch_input(inputs: Sequence[str]) -> BatchInput:
-    """What is in folders, at all depths, and files; in buckets too.
+    """Return the images or Parquet files among files and folders (recursive), local or in one bucket.
 
     Raises:
-        UserError: nothing, images and Parquet together, several buckets, Parquet without the column `image`.
+        UserError: no files, images mixed with Parquet, several buckets, Parquet without a column `image`.
     """
-    buckets = [place for place in inputs if is_uri(place)]
-    if buckets and (len(buckets) < len(inputs) or len({place.split("/")[2] for place in buckets}) > 1):
-        raise UserError(f"inputs {', '.join(inputs)} lie in several places: give one bucket, or files of this machine")
-    files = [file for place in inputs for file in (_in_bucket(place) if buckets else _in_folder(place))]
-    kinds = {file.lower().endswith(".parquet") for file in files}
+    uris = [source for source in inputs if is_uri(source)]
+    if uris and (len(uris) < len(inputs) or len({uri.split("/")[2] for uri in uris}) > 1):
+        raise UserError(f"inputs {', '.join(inputs)} are in several locations; use one bucket, or local files only")
+    files = [file for source in inputs for file in (_list_bucket(source) if uris else _list_folder(source))]
+    suffixes = {file.lower().endswith(".parquet") for file in files}
     if not files:
-        raise UserError(f"no images and no .parquet files in {', '.join(inputs)}")
-    if len(kinds) > 1:
-        raise UserError(f"{', '.join(inputs)} hold images and .parquet files: give one kind")
-    found = BatchInput(tuple(files), kinds == {True}, buckets[0] if buckets else None)
-    if found.is_parquet:
+        raise UserError(f"no images or .parquet files in {', '.join(inputs)}")
+    if len(suffixes) > 1:
+        raise UserError(f"{', '.join(inputs)} contain both images and .parquet files; use one kind")
+    batch_input = BatchInput(tuple(files), suffixes == {True}, uris[0] if uris else None)
+    if batch_input.is_parquet:
         for file in files:
-            columns = _parquet_schema(found, file)
-            kind = columns.field("image").type if "image" in columns.names else None
-            if kind not in (pa.binary(), pa.large_binary()):
-                raise UserError(f"{file} must have a column `image` of bytes: it has {', '.join(columns.names)}")
-    return found
+            schema = _parquet_schema(batch_input, file)
+            image_type = schema.field("image").type if "image" in schema.names else None
+            if image_type not in (pa.binary(), pa.large_binary()):
+                raise UserError(f"{file} has no column `image` of bytes; its columns are {', '.join(schema.names)}")
+    return batch_input
 
 
 def predict_batch(
-    prompts: TrainedAdapter,
+    adapter: TrainedAdapter,
     options: ModelOptions,
     task: str | None,
-    found: BatchInput,
+    batch_input: BatchInput,
     output: str,
     worker_resources: WorkerResources,
     image_size: int,
-    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> tuple[int, int]:
-    """Writes a new folder of Parquet files with the columns of OUTPUT, in the order of the input; the cluster must be
-    connected. In a folder they appear together, at the end; in a bucket one by one.
+    """Write a new folder of Parquet files with the columns of OUTPUT, in the order of the input; Ray must be connected.
+    A local folder appears when it is complete; in a bucket the files appear one by one.
 
     Args:
-        task: of images that have none in a column of their own.
-        needs: of each actor that holds the model.
-        on_rows: is told how many rows are done, and of how many.
+        task: task of images without one in their own column.
+        worker_resources: resources of each actor.
+        on_progress: called with the number of finished rows and the total.
 
     Returns:
-        How many images there were, and how many of them broken.
+        The numbers of images and of broken images.
 
     Raises:
-        UserError: the output is there or cannot be written, a worker has no CLIP weights, a damaged Parquet file.
+        UserError: the output exists or cannot be written, a worker has no CLIP weights, a damaged Parquet file.
     """
-    total = len(found.files)
-    if found.is_parquet:
-        total = sum(pq.read_metadata(file, filesystem=found.filesystem).num_rows for file in found.files)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells each step
+    total = len(batch_input.files)
+    if batch_input.is_parquet:
+        total = sum(pq.read_metadata(file, filesystem=batch_input.filesystem).num_rows for file in batch_input.files)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs each step
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # on_rows tells
+    context.enable_progress_bars = False  # on_progress reports
     context.execution_options.preserve_order = True
-    in_store = ray.put(prompts)  # once for all actors; the driver keeps it, for those that are started again
-    dataset = _dataset(found, task, prompts.class_names, image_size, worker_resources)
+    adapter_ref = ray.put(adapter)  # once for all actors; owned by the driver, for actors that restart
+    dataset = _decoded_dataset(batch_input, task, adapter.class_names, image_size, worker_resources)
     dataset = dataset.map_batches(
         _Predictor,
-        fn_constructor_args=([in_store], options, worker_resources),
-        batch_size=PREDICTED_AT_ONCE,
+        fn_constructor_args=([adapter_ref], options, worker_resources),
+        batch_size=PREDICT_BATCH_SIZE,
         batch_format="numpy",
-        # One that has not a batch for itself takes longer to start than the others to do its work.
+        # No actor without a full batch: its start would take longer than its share of the work.
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=max(1, min(num_slots(worker_resources), total // PREDICTED_AT_ONCE))
+            min_size=1, max_size=max(1, min(num_slots(worker_resources), total // PREDICT_BATCH_SIZE))
         ),
-        num_cpus=_half(worker_resources),
+        num_cpus=_actor_cpus(worker_resources),
         num_gpus=worker_resources.gpus or None,
     )
-    done = broken = 0
+    num_done = num_broken = 0
     table: pa.Table
     try:
-        with _Writer(output) as writer:
+        with _OutputWriter(output) as writer:
             for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow") if total else []:
-                if faults := pc.drop_null(table["fault"]).to_pylist():
-                    raise UserError(faults[0])
+                if fatal_errors := pc.drop_null(table["fatal_error"]).to_pylist():
+                    raise UserError(fatal_errors[0])
                 table = table.select(OUTPUT.names).cast(OUTPUT)
                 writer.write(table)
-                done += len(table)
-                broken += len(table) - table["error"].null_count
-                on_rows(done, total)
+                num_done += len(table)
+                num_broken += len(table) - table["error"].null_count
+                on_progress(num_done, total)
     except RayTaskError as error:
-        if damaged := re.search(r"(\w+: [^\n]*)\nFailed to read fragment (.+) after", str(error)):
-            raise UserError(
-                f"{damaged[2]} cannot be read to its end ({damaged[1]}): copy it again, or leave it out"
-            ) from None
+        if match := re.search(r"(\w+: [^\n]*)\nFailed to read fragment (.+) after", str(error)):
+            raise UserError(f"{match[2]} is damaged ({match[1]}); copy it again, or exclude it") from None
         raise
-    return done, broken
+    return num_done, num_broken
 
 
-def _half(worker_resources: WorkerResources) -> float:
-    """CPUs that an actor asks for: the rest is for the tasks that decode, which would never run if actors took all."""
+def _actor_cpus(worker_resources: WorkerResources) -> float:
+    """Return the CPUs of an actor: half, since decoding tasks would never run if the actors took all."""
     return worker_resources.cpus / 2
 
 
-def _dataset(
-    found: BatchInput, task: str | None, tasks: dict[str, list[str]], image_size: int, worker_resources: WorkerResources
+def _decoded_dataset(
+    batch_input: BatchInput,
+    task: str | None,
+    tasks: dict[str, list[str]],
+    image_size: int,
+    worker_resources: WorkerResources,
 ) -> ray.data.Dataset:
     """Rows of path, task, pixels, error."""
-    if found.is_parquet:
-        columns = set(_parquet_schema(found, found.files[0]).names)
+    if batch_input.is_parquet:
+        columns = set(_parquet_schema(batch_input, batch_input.files[0]).names)
         dataset = ray.data.read_parquet(
-            list(found.files),
-            filesystem=found.filesystem if found.uri else None,
+            list(batch_input.files),
+            filesystem=batch_input.filesystem if batch_input.uri else None,
             columns=[name for name in ("image", "path", "task") if name in columns],
             partitioning=None,
             num_cpus=0.5,
         )
     else:
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        size = min(max(len(found.files) // (4 * cpus), DECODED_AT_ONCE), MAX_FILES_PER_TASK)
-        names = [os.fsencode(file) for file in found.files]  # which need not be text
-        blocks = [pa.table({"file": names[at : at + size]}) for at in range(0, len(names), size)]
+        block_size = min(max(len(batch_input.files) // (4 * cpus), DECODE_BATCH_SIZE), MAX_FILES_PER_TASK)
+        names = [os.fsencode(file) for file in batch_input.files]  # need not be UTF-8
+        blocks = [pa.table({"file": names[i : i + block_size]}) for i in range(0, len(names), block_size)]
         dataset = ray.data.from_arrow(blocks)
     return dataset.map_batches(
-        cast(Any, decoded),  # Ray's types know functions without fn_args alone
-        fn_args=(found.uri, task, list(tasks), image_size),
-        batch_size=DECODED_AT_ONCE,
+        cast(Any, decode_rows),  # Ray's types do not know functions with fn_args
+        fn_args=(batch_input.uri, task, list(tasks), image_size),
+        batch_size=DECODE_BATCH_SIZE,
         batch_format="pyarrow",
         num_cpus=0.5,
     )
 
 
 class _Predictor:
-    """An actor that holds the model."""
+    """Actor that holds the model."""
 
-    def __init__(self, prompts: list[ray.ObjectRef[Any]], options: ModelOptions, worker_resources: WorkerResources):
+    def __init__(self, adapter_ref: list[ray.ObjectRef[Any]], options: ModelOptions, worker_resources: WorkerResources):
         if not worker_resources.gpus:
             torch.set_num_threads(worker_resources.cpus)
-        self._model, self._fault = None, None
+        self._model, self._fatal_error = None, None
         try:
-            self._model = TrainedModel(ray.get(prompts[0]), options, "cuda" if worker_resources.gpus else "cpu")
-        except UserError as error:  # Ray would tell it as the death of an actor
-            self._fault = f"{os.uname().nodename}: {error}"
+            self._model = TrainedModel(ray.get(adapter_ref[0]), options, "cuda" if worker_resources.gpus else "cpu")
+        except UserError as error:  # Ray would report it as a dead actor
+            self._fatal_error = f"{os.uname().nodename}: {error}"
 
     def __call__(self, rows: dict[str, np.ndarray]) -> pa.Table:
         if self._model is None:
-            return pa.table({"fault": [self._fault]} | {name: [None] for name in OUTPUT.names}, schema=_WITH_FAULT)
-        paths, tasks, errors = (_texts(rows[name]) for name in ("path", "task", "error"))
-        predictions: dict[int, ImagePrediction] = {}
+            empty = {name: [None] for name in OUTPUT.names}
+            return pa.table(empty | {"fatal_error": [self._fatal_error]}, schema=_ACTOR_OUTPUT)
+        paths, tasks, errors = (_strings(rows[name]) for name in ("path", "task", "error"))
+        prediction_by_row: dict[int, ImagePrediction] = {}
         for task in dict.fromkeys(tasks):
-            at = [row for row, name in enumerate(tasks) if name == task and not errors[row]]
-            if at:
-                pixels = torch.from_numpy(np.ascontiguousarray(rows["pixels"][at]))
-                predictions.update(zip(at, self._model.predict_pixels(pixels, task)))
-        found = [predictions.get(row) for row in range(len(tasks))]
+            task_rows = [row for row, name in enumerate(tasks) if name == task and not errors[row]]
+            if task_rows:
+                pixels = torch.from_numpy(np.ascontiguousarray(rows["pixels"][task_rows]))
+                prediction_by_row.update(zip(task_rows, self._model.predict_pixels(pixels, task)))
+        predictions = [prediction_by_row.get(row) for row in range(len(tasks))]
         columns = {
             "path": paths,
             "task": tasks,
-            "label": [prediction and prediction.label for prediction in found],
-            "probability": [prediction and prediction.probability for prediction in found],
+            "label": [prediction and prediction.label for prediction in predictions],
+            "probability": [prediction and prediction.probability for prediction in predictions],
             "error": [error or None for error in errors],
-            "fault": [None] * len(tasks),
+            "fatal_error": [None] * len(tasks),
         }
-        return pa.table(columns, schema=_WITH_FAULT)
+        return pa.table(columns, schema=_ACTOR_OUTPUT)
 
 
-def _texts(values: np.ndarray) -> list[str | None]:
-    """Of a column in which Ray Data may have made NaN of nulls."""
+def _strings(values: np.ndarray) -> list[str | None]:
+    """Return a column as strings; Ray Data may have turned nulls into NaN."""
     return [value if isinstance(value, str) else None for value in values.tolist()]
 
 
-class _Writer:
-    """A new folder of Parquet files, which appears under its name when the block ends well."""
+class _OutputWriter:
+    """Writer of a new folder of Parquet files; a local one appears under its name when the block succeeds."""
 
     def __init__(self, output: str):
         self._output = output
@@ -235,43 +238,43 @@ class _Writer:
             self._filesystem, self._folder = open_bucket(output)
         else:
             self._filesystem, self._folder = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(output))
-        self._building = self._folder
-        self._publishing = ExitStack()
+        self._staging_dir = self._folder
+        self._exit_stack = ExitStack()
         self._writer: pq.ParquetWriter | None = None
-        self._parts = self._rows = 0
+        self._num_parts = self._num_rows = 0
 
-    def __enter__(self) -> _Writer:
-        with self._faults_named():
+    def __enter__(self) -> _OutputWriter:
+        with self._write_errors():
             selector = pafs.FileSelector(self._folder, allow_not_found=True)
             if self._filesystem.get_file_info(
                 self._folder
             ).type == pafs.FileType.File or self._filesystem.get_file_info(selector):
-                raise UserError(f"--output {self._output} is there already: give another name, or remove it")
+                raise UserError(f"--output {self._output} already exists; use another name, or remove it")
             if not is_uri(self._output):
-                self._building = str(self._publishing.enter_context(atomic_replace(Path(self._folder))))
-            self._filesystem.create_dir(self._building)
+                self._staging_dir = str(self._exit_stack.enter_context(atomic_replace(Path(self._folder))))
+            self._filesystem.create_dir(self._staging_dir)
         return self
 
     def write(self, table: pa.Table) -> None:
-        with self._faults_named():
+        with self._write_errors():
             if self._writer is None:
-                name = f"{self._building}/part-{self._parts:05d}.parquet"
+                name = f"{self._staging_dir}/part-{self._num_parts:05d}.parquet"
                 self._writer = pq.ParquetWriter(name, OUTPUT, filesystem=self._filesystem, compression="zstd")
-                self._parts, self._rows = self._parts + 1, 0
+                self._num_parts, self._num_rows = self._num_parts + 1, 0
             self._writer.write_table(table)
-            self._rows += len(table)
-            if self._rows >= ROWS_PER_FILE:
+            self._num_rows += len(table)
+            if self._num_rows >= ROWS_PER_FILE:
                 self._close()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error:
-            self._publishing.__exit__(kind, error, trace)
+            self._exit_stack.__exit__(error_type, error, trace)
             return
-        with self._faults_named(), self._publishing:
-            if not self._parts:
-                self.write(OUTPUT.empty_table())  # so that there is something to read
+        with self._write_errors(), self._exit_stack:
+            if not self._num_parts:
+                self.write(OUTPUT.empty_table())  # readers need a schema
             self._close()
 
     def _close(self) -> None:
@@ -279,55 +282,57 @@ class _Writer:
             self._writer.close()
             self._writer = None
 
-    def _faults_named(self) -> _WriteErrors:
+    def _write_errors(self) -> _WriteErrors:
         return _WriteErrors(self._output)
 
 
 class _WriteErrors:
+    """Context manager that reports an OSError as a UserError about the output."""
+
     def __init__(self, output: str):
         self._output = output
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, error_type: type | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
             raise UserError(f"cannot write --output {self._output}: {error}; {FREE_SPACE_ADVICE}") from None
 
 
-def progress_lines(say: Callable[[str], None], every_s: float) -> Callable[[int, int], None]:
-    """For `on_rows`: a line at most every few seconds, with the time that is left."""
-    began = last = time.monotonic()
+def progress_lines(report: Callable[[str], None], interval_s: float) -> Callable[[int, int], None]:
+    """Return an `on_progress` that reports at most one line per interval, with the remaining time."""
+    start = last_report = time.monotonic()
 
-    def on_rows(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= every_s or done == total:
-            last, rate = now, done / max(now - began, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-            say(f"{done:,} of {total:,} images, {rate:,.0f} a second on {cluster_summary()}{left}")
+    def on_progress(num_done: int, total: int) -> None:
+        nonlocal last_report
+        time_s = time.monotonic()
+        if time_s - last_report >= interval_s or num_done == total:
+            last_report, throughput = time_s, num_done / max(time_s - start, 1e-9)
+            remaining = f", {(total - num_done) / throughput:.0f} s left" if num_done < total else ""
+            report(f"{num_done:,} of {total:,} images, {throughput:,.0f} images/s on {cluster_summary()}{remaining}")
 
-    return on_rows
+    return on_progress
 
 
-def _in_folder(place: str) -> Iterator[str]:
-    if os.path.isfile(place):
-        yield place
+def _list_folder(path: str) -> Iterator[str]:
+    if os.path.isfile(path):
+        yield path
         return
-    for parent, folders, names in os.walk(place):
+    for parent, folders, names in os.walk(path):
         folders.sort()
         yield from (os.path.join(parent, name) for name in sorted(names) if _is_input(name))
 
 
-def _in_bucket(uri: str) -> list[str]:
+def _list_bucket(uri: str) -> list[str]:
     filesystem, path = open_bucket(uri)
     try:
         if filesystem.get_file_info(path).type == pafs.FileType.File:
             return [path]
-        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+        infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{uri} cannot be listed: {error}. Check AWS_ENDPOINT_URL and the credentials") from None
-    return sorted(info.path for info in found if info.type == pafs.FileType.File and _is_input(info.path))
+        raise UserError(f"cannot list {uri}: {error}; check AWS_ENDPOINT_URL and the credentials") from None
+    return sorted(info.path for info in infos if info.type == pafs.FileType.File and _is_input(info.path))
 
 
 def _is_input(name: str) -> bool:
@@ -335,8 +340,8 @@ def _is_input(name: str) -> bool:
     return suffix == ".parquet" or suffix in IMAGE_SUFFIXES
 
 
-def _parquet_schema(found: BatchInput, file: str) -> pa.Schema:
+def _parquet_schema(batch_input: BatchInput, file: str) -> pa.Schema:
     try:
-        return pq.read_schema(file, filesystem=found.filesystem)
+        return pq.read_schema(file, filesystem=batch_input.filesystem)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read as Parquet: {error}") from None
+        raise UserError(f"cannot read {file} as Parquet: {error}") from None

@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo et al. 2017): logits are divided by what makes held-out labels most likely."""
+"""Temperature scaling (Guo et al. 2017): logits are divided by a temperature fitted to held-out labels."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ BOUNDS = (1e-3, 1e3)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, task: str) -> float:
-    """The temperature of the least mean negative log-likelihood of labels (N,) under logits (N, C) / temperature.
+    """Return the temperature that minimizes the mean NLL of labels (N,) under logits (N, C) / temperature.
 
     Raises:
-        UserError: there is none: every image's own class is the most probable (the colder, the better), or its logit
-            is on average no higher than the others' (the hotter, the better).
+        UserError: there is no minimum: every image is classified correctly (the lower, the better), or the logit of the
+            correct class is on average not above the mean logit (the higher, the better).
     """
     logits = logits.double()
-    own = logits.gather(1, labels[:, None])
-    why = None
-    if (own >= logits).all():
-        why = "all of them are classified correctly"
-    elif (own[:, 0] - logits.mean(dim=1)).mean() <= 0:
-        why = "their classes are no more probable than others"
-    if why:
+    label_logits = logits.gather(1, labels[:, None])
+    problem = None
+    if (label_logits >= logits).all():
+        problem = "all of them are classified correctly"
+    elif (label_logits[:, 0] - logits.mean(dim=1)).mean() <= 0:
+        problem = "their classes are no more probable than other classes"
+    if problem:
         raise UserError(
-            f"no temperature can be fitted to {len(labels)} images of task {task!r}: {why}; give more images that were "
-            "not trained on"
+            f"cannot fit the temperature of task {task!r} to {len(labels)} images: {problem}; use more images that are "
+            "not in the training set"
         )
 
-    from scipy.optimize import minimize_scalar  # every prediction imports this module, and few calibrate
+    from scipy.optimize import minimize_scalar  # imported late: every prediction imports this module
 
-    # Convex in 1 / temperature, so with one minimum in its logarithm too.
+    # Convex in 1 / temperature, hence unimodal in log(temperature).
     def loss(log_temperature: float) -> float:
         return negative_log_likelihood(logits, labels, math.exp(log_temperature))
 
@@ -42,5 +42,5 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, task: str) -> fl
 
 
 def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:
-    """Mean over the images, in nats."""
+    """Return the mean negative log-likelihood over the images, in nats."""
     return torch.nn.functional.cross_entropy(logits / temperature, labels).item()

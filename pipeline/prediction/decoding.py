@@ -1,4 +1,4 @@
-"""The half of batch prediction that reads and decodes images, without torch: its many processes start sooner."""
+"""Reading and decoding of images for batch prediction, without torch, so that its many processes start fast."""
 
 from __future__ import annotations
 
@@ -20,53 +20,53 @@ from pipeline.runtime.storage import open_bucket
 READING_THREADS = 4
 
 
-def decoded(
+def decode_rows(
     rows: pa.Table, uri: str | None, task: str | None, tasks: Sequence[str], image_size: int
 ) -> dict[str, np.ndarray]:
-    """Of rows with `file`, or with `image` and perhaps `path` and `task`: path, task, pixels, error.
+    """Return path, task, pixels, error of rows with `file`, or with `image` and optionally `path` and `task`.
 
     Args:
-        uri: of the bucket that the files are in, if they are in one.
-        task: of rows that have none of their own.
-        tasks: of the model.
+        uri: bucket of the files; None: local files.
+        task: task of rows without one.
+        tasks: tasks of the model.
     """
-    count = len(rows)
-    pixels = np.zeros((count, 3, image_size, image_size), np.uint8)
-    of_rows = [task] * count
+    num_rows = len(rows)
+    pixels = np.zeros((num_rows, 3, image_size, image_size), np.uint8)
+    row_tasks = [task] * num_rows
     if "file" in rows.column_names:
         names = [os.fsdecode(file) for file in rows["file"].to_pylist()]
         filesystem = open_bucket(uri)[0] if uri else None
-        sources: Sequence[Any] = [(lambda name=name: _file_bytes(name, filesystem)) for name in names]
+        readers: Sequence[Any] = [(lambda name=name: _read_file(name, filesystem)) for name in names]
         paths: list[str | None] = [escape_for_terminal(name) for name in names]
     else:
-        sources = [(lambda image=image: image) for image in rows["image"].to_pylist()]
-        paths = rows["path"].to_pylist() if "path" in rows.column_names else [None] * count
+        readers = [(lambda image=image: image) for image in rows["image"].to_pylist()]
+        paths = rows["path"].to_pylist() if "path" in rows.column_names else [None] * num_rows
         paths = [None if path is None else escape_for_terminal(str(path)) for path in paths]
         if "task" in rows.column_names:
-            of_rows = [name or task for name in rows["task"].to_pylist()]
+            row_tasks = [name or task for name in rows["task"].to_pylist()]
 
-    def decode(at: int) -> str:
-        if of_rows[at] not in tasks:
-            return f"task {of_rows[at]!r} is none of the model's: {', '.join(tasks)}"
+    def decode(row: int) -> str:
+        if row_tasks[row] not in tasks:
+            return f"unknown task {row_tasks[row]!r}; the model has the tasks {', '.join(tasks)}"
         try:
-            if not (data := sources[at]()):
+            if not (data := readers[row]()):
                 raise BrokenImage("no bytes")
-            pixels[at] = evaluation_pixels(data, image_size)
+            pixels[row] = evaluation_pixels(data, image_size)
             return ""
         except (BrokenImage, OSError) as error:
             return escape_controls(str(error)) or type(error).__name__
 
     with ThreadPoolExecutor(READING_THREADS) as threads:
-        errors = list(threads.map(decode, range(count)))
-    columns = {"path": paths, "task": of_rows, "error": errors}
+        errors = list(threads.map(decode, range(num_rows)))
+    columns = {"path": paths, "task": row_tasks, "error": errors}
     return {"pixels": pixels, **{name: np.array(values, dtype=object) for name, values in columns.items()}}
 
 
-def _file_bytes(name: str, filesystem: pafs.FileSystem | None) -> bytes:
+def _read_file(name: str, filesystem: pafs.FileSystem | None) -> bytes:
     if filesystem is None:
         return read_image(Path(name))
     with filesystem.open_input_file(name) as stream:
         if (size := stream.size()) > MAX_BYTES:
-            raise BrokenImage(f"{size:,} bytes are more than {MAX_BYTES:,}")
+            raise BrokenImage(f"{size:,} bytes exceed the limit of {MAX_BYTES:,}")
         data: bytes = stream.read()
         return data

@@ -1,8 +1,8 @@
-"""Trained prompts as an MLflow model (pyfunc): prompts and options as safetensors and JSON, this package as code.
+"""Trained adapter as an MLflow model (pyfunc): adapter and options as safetensors and JSON, this package as code.
 
-MLflow loads it by `_load_pyfunc` here; no object is pickled. A request is a table with the columns `image` (an encoded
-image, base64 in JSON) and, where a task is asked for, `task`. An answer has a row for each image: task, label,
-probability, probabilities by class, error, and without a task, the best guess of each task in `by_task`.
+MLflow loads it with `_load_pyfunc`; no object is pickled. The input is a table with the columns `image` (an encoded
+image, base64 in JSON) and optionally `task`. The output has a row for each image: task, label, probability,
+probabilities of the classes, error, and without a task the prediction of each task in `predictions_by_task`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from pipeline.config import content_hash
-from pipeline.prediction.load import IN_MLFLOW_MODEL, adapter_file, load_model, read_model
+from pipeline.prediction.load import MLFLOW_ADAPTER, load_model, local_adapter_file, read_model
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import write_options
 
@@ -29,42 +29,42 @@ if TYPE_CHECKING:
 
 PACKAGES: tuple[str, ...] = ("mlflow", "numpy", "open_clip_torch", "pandas", "pillow", "pyarrow", "pydantic")
 PACKAGES += ("pyyaml", "safetensors", "scipy", "torch", "torchvision")
-"""What loading and using the model imports."""
+"""Packages that loading and using the model imports."""
 
 
 @contextmanager
 def saved_mlflow_model(
-    place: str | Path,
+    source: str | Path,
     pretrained: str | None = None,
     temperature: float | Mapping[str, float] | None = None,
     threshold: float | None = None,
 ) -> Iterator[Path]:
-    """A folder with an MLflow model of the prompts at a place, for as long as the block, named by its content. Options
-    are those of `pipeline.load`. The CLIP weights stay where they are, and must be there, or where `pretrained` says,
-    on the machine that serves the model.
+    """Provide a temporary folder with an MLflow model of an adapter, named by its content hash. The arguments are those
+    of `pipeline.load`. The CLIP weights are not included: the serving machine needs them at the same path, or at
+    `pretrained`.
 
     Raises:
-        UserError: as `pipeline.load`, but for the CLIP, which is not loaded.
+        UserError: as `pipeline.load`, except for errors of the CLIP, which is not loaded.
     """
     import mlflow
 
     if pretrained and Path(pretrained).expanduser().is_file():
         pretrained = str(Path(pretrained).expanduser().absolute())
     with tempfile.TemporaryDirectory(prefix="mlflow-model-") as temporary:
-        data = Path(temporary) / "data" / Path(IN_MLFLOW_MODEL).parent.name / Path(IN_MLFLOW_MODEL).name
-        data.parent.mkdir(parents=True)
-        with adapter_file(place) as file:
+        adapter_copy = Path(temporary) / "data" / Path(MLFLOW_ADAPTER).parent.name / Path(MLFLOW_ADAPTER).name
+        adapter_copy.parent.mkdir(parents=True)
+        with local_adapter_file(source) as file:
             _, options, _ = read_model(file, pretrained, temperature, threshold)
-            shutil.copyfile(file, data)
-        write_options(data, options)
+            shutil.copyfile(file, adapter_copy)
+        write_options(adapter_copy, options)
         package = Path(__file__).resolve().parent.parent
         requirements = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES]
-        content = [_digests(data.parent, "*"), _digests(package, "**/*.py"), requirements]
+        content = [_digests(adapter_copy.parent, "*"), _digests(package, "**/*.py"), requirements]
         folder = Path(temporary) / f"model-{content_hash(content)}"
         mlflow.pyfunc.save_model(
             path=str(folder),
             loader_module=__name__,
-            data_path=str(data.parent),
+            data_path=str(adapter_copy.parent),
             code_paths=[str(package)],
             signature=_signature(),
             input_example=_input_example(),
@@ -83,8 +83,8 @@ def _signature() -> Any:
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array, Map, Object, Property
 
-    best = [Property(name, kind) for name, kind in (("task", DataType.string), ("probability", DataType.double))]
-    best.append(Property("label", DataType.string, required=False))
+    properties = [Property("task", DataType.string), Property("probability", DataType.double)]
+    properties.append(Property("label", DataType.string, required=False))
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "task", required=False)]),
         outputs=Schema(
@@ -94,7 +94,7 @@ def _signature() -> Any:
                 ColSpec(DataType.double, "probability", required=False),
                 ColSpec(Map(DataType.double), "probabilities"),
                 ColSpec(DataType.string, "error"),
-                ColSpec(Array(Object(best)), "by_task"),
+                ColSpec(Array(Object(properties)), "predictions_by_task"),
             ]
         ),
     )
@@ -109,7 +109,7 @@ def _input_example() -> pd.DataFrame:
 
 
 def _load_pyfunc(data_path: str) -> _Pyfunc:
-    return _Pyfunc(load_model(Path(data_path) / Path(IN_MLFLOW_MODEL).name))
+    return _Pyfunc(load_model(Path(data_path) / Path(MLFLOW_ADAPTER).name))
 
 
 class _Pyfunc:
@@ -117,23 +117,23 @@ class _Pyfunc:
         self._model = model
 
     def predict(self, table: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Raises: UserError: a task that the model does not have."""
+        """Return the predictions for a table of images. Raises: UserError: unknown task."""
         import pandas as pd
 
         tasks: list[str | None] = [None] * len(table)
         if "task" in table:
             tasks = [name if isinstance(name, str) and name else None for name in table["task"]]
-        predictions = predict_by_task(list(table["image"]), tasks, self._model.predict)
-        # As objects: a column of floats would make NaN, which JSON does not have, of what is None.
+        predictions = predict_mixed_tasks(list(table["image"]), tasks, self._model.predict)
+        # A float column would turn None into NaN, which JSON does not have.
         return pd.DataFrame([prediction.record() for prediction in predictions], dtype=object)
 
 
-def predict_by_task(
+def predict_mixed_tasks(
     images: list[Any], tasks: list[str | None], predict: Callable[[list[Any], str | None], list[ImagePrediction]]
 ) -> list[ImagePrediction]:
-    """Of images of different tasks, a task's together, in order."""
-    predictions: dict[int, ImagePrediction] = {}
+    """Return the predictions for images of several tasks, in order; each task is predicted in one call."""
+    prediction_by_row: dict[int, ImagePrediction] = {}
     for task in dict.fromkeys(tasks):
         rows = [row for row, name in enumerate(tasks) if name == task]
-        predictions.update(zip(rows, predict([images[row] for row in rows], task)))
-    return [predictions[row] for row in range(len(images))]
+        prediction_by_row.update(zip(rows, predict([images[row] for row in rows], task)))
+    return [prediction_by_row[row] for row in range(len(images))]

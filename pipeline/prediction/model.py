@@ -1,11 +1,11 @@
-"""A trained model that classifies images: paths, encoded or decoded images in, classes and probabilities out."""
+"""A trained model for image classification: from paths, encoded or decoded images to classes and probabilities."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,79 +24,79 @@ from pipeline.prediction.options import ModelOptions, write_options
 
 BATCH_SIZE = 64
 PREFETCH_BATCHES = 2
-"""Batches that are decoded before they are asked for; they bound the memory."""
+"""Batches that are decoded ahead of the model; they bound the memory."""
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""A path, an encoded image, or a decoded one: Pillow's, or uint8 (H, W), (H, W, 3) or (H, W, 4)."""
-_SOURCES = (str, os.PathLike, bytes, Image.Image, np.ndarray)
-"""The same for isinstance, which takes no os.PathLike[str]."""
+"""A path, an encoded image, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4)."""
+_IMAGE_TYPES = (str, os.PathLike, bytes, Image.Image, np.ndarray)
+"""The same for isinstance, which does not accept os.PathLike[str]."""
 
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """Of one image by one task's classes; of a broken image there is `error` alone."""
+    """Prediction for one image among the classes of one task; for a broken image only `error` is set."""
 
     task: str | None
     label: str | None
-    """The most probable class; None: its probability is below the model's threshold, or the image is broken."""
+    """The most probable class; None if its probability is below the threshold or the image is broken."""
     probability: float | None
-    """Of the most probable class, 0 to 1."""
+    """Probability of the most probable class, 0 to 1."""
     probabilities: dict[str, float]
-    """Of all classes of the task, in the order of `TrainedModel.labels`."""
+    """Class → probability, in the order of `TrainedModel.labels`."""
     error: str = ""
-    by_task: dict[str, ImagePrediction] = field(default_factory=dict)
-    """Where no task was asked for: that of each task, of which this is the most probable."""
+    predictions_by_task: dict[str, ImagePrediction] = field(default_factory=dict)
+    """Without a requested task: the prediction of each task, of which this is the most probable; else empty."""
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        found = self.by_task.values()
+        """Return the prediction as a JSON object."""
         return {
             "task": self.task,
             "label": self.label,
             "probability": self.probability,
             "probabilities": self.probabilities,
             "error": self.error,
-            "by_task": [{"task": p.task, "label": p.label, "probability": p.probability} for p in found],
+            "predictions_by_task": [
+                {"task": task, "label": prediction.label, "probability": prediction.probability}
+                for task, prediction in self.predictions_by_task.items()
+            ],
         }
 
 
 class TrainedModel:
-    """A frozen CLIP with trained prompts, whose text features are computed once, here.
+    """A frozen CLIP with a trained adapter; the text features are computed once, on construction.
 
     Args:
-        prompts: of one or several groups of tasks.
-        options: temperatures, threshold, and where the CLIP weights are.
-        device: torch's name of it; None: a GPU if there is one.
-        threads: that decode images; None: as many as there are cores.
-        file: where the prompts were read from, to save options beside it.
-        towers: the CLIP on the device, to be shared with other models (`TrainedAdapter.classifier`); None: it is loaded
-            here.
+        adapter: of one or several groups of tasks.
+        options: temperatures, threshold, and source of the CLIP weights.
+        device: torch device; None: cuda if available, else cpu.
+        threads: number of decoding threads; None: number of cores.
+        file: file of the adapter, next to which `save_options` writes.
+        towers: CLIP on the device, shared with other models (`TrainedAdapter.classifier`); None: loaded here.
 
     Raises:
-        UserError: no such device, CLIP weights that are not there or not those of the training, options that do not fit
-            the tasks.
+        UserError: unavailable device, missing CLIP weights or other ones than in training, options of unknown tasks.
     """
 
     def __init__(
         self,
-        prompts: TrainedAdapter,
+        adapter: TrainedAdapter,
         options: ModelOptions | None = None,
         device: str | None = None,
         threads: int | None = None,
         file: Path | None = None,
         towers: ClipTowers | None = None,
     ):
-        self._labels = prompts.labels
+        self._labels = adapter.labels
         self.options = options or ModelOptions()
-        self.options.check(self._labels)
+        self.options.check_tasks(self._labels)
         self._file = file
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-        self.classifier = prompts.classifier(device, self.options.pretrained, towers)
-        self._decoding = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "decode")
+            raise UserError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+        self.classifier = adapter.classifier(device, self.options.pretrained, towers)
+        self._threads = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "decode")
 
     @property
     def tasks(self) -> list[str]:
@@ -104,116 +104,127 @@ class TrainedModel:
 
     @property
     def image_size(self) -> int:
-        """Side of the pixels that `predict_pixels` takes."""
+        """Side length of the images that `predict_pixels` takes, in pixels."""
         return self.classifier.towers.image_size
 
     def labels(self, task: str) -> list[str]:
-        """What a task's classes are called: the first name of each. Raises: UserError: no such task."""
-        return list(self._labels[self._known(task)])
+        """Return the labels of a task's classes: the first name of each. Raises: UserError: unknown task."""
+        self._check_task(task)
+        return list(self._labels[task])
 
     def temperature(self, task: str) -> float:
-        """What the task's logits are divided by."""
+        """Return the softmax temperature of the task."""
         return self.options.temperatures.get(task, 1.0)
 
     def predict(self, images: Sequence[ImageSource], task: str | None = None) -> list[ImagePrediction]:
-        """A prediction for each image, in order.
+        """Return a prediction for each image, in order.
 
         Args:
-            task: whose classes; None: the only task's, or all tasks', of which the most probable is the answer. That
-                costs a pass of the image tower for each task with image prompts of its own.
+            task: task whose classes are predicted; None: all tasks, of which the most probable prediction is returned.
+                That takes one forward pass of the image tower for each task with its own image prompts.
 
         Raises:
-            UserError: no such task.
-            TypeError: what is no image in any form.
+            UserError: unknown task.
+            TypeError: an image of an unsupported type.
         """
-        if isinstance(images, _SOURCES):
-            raise TypeError("images must be a list, also of one image")
+        if isinstance(images, _IMAGE_TYPES):
+            raise TypeError("images must be a list, even for one image")
         return list(self.predict_stream(images, task))
 
     def predict_stream(self, images: Iterable[ImageSource], task: str | None = None) -> Iterator[ImagePrediction]:
-        """As `predict`, of any number of images, which are decoded in threads while the model runs."""
-        tasks = self.asked_for(task)
-        for pixels, errors in self._decoded(images):
-            good = [at for at, error in enumerate(errors) if not error]
-            predicted = self._predict(pixels if len(good) == len(errors) else pixels[good], tasks, task)
+        """Yield the predictions of `predict` for any number of images, decoded in threads while the model runs."""
+        tasks = self.resolve_tasks(task)
+        for pixels, errors in self._decode_batches(images):
+            valid_rows = [row for row, error in enumerate(errors) if not error]
+            predictions = self._predict(pixels if len(valid_rows) == len(errors) else pixels[valid_rows], tasks, task)
             for error in errors:
-                yield ImagePrediction(task, None, None, {}, error) if error else next(predicted)
+                yield ImagePrediction(task, None, None, {}, error) if error else next(predictions)
 
     def predict_pixels(self, pixels: torch.Tensor, task: str | None = None) -> list[ImagePrediction]:
-        """As `predict`, of uint8 (B, 3, S, S) with S = `image_size`, as `pipeline.data.images.evaluation_pixels` makes
-        them."""
-        return list(self._predict(pixels, self.asked_for(task), task))
+        """Return the predictions of `predict` for uint8 pixels (B, 3, S, S), S = `image_size`, from
+        `pipeline.data.images.evaluation_pixels`."""
+        return list(self._predict(pixels, self.resolve_tasks(task), task))
 
-    def asked_for(self, task: str | None) -> list[str]:
-        """The tasks whose logits answer `task`. Raises: UserError: no such task."""
-        return self.tasks if task is None else [self._known(task)]
+    def resolve_tasks(self, task: str | None) -> list[str]:
+        """Return [task], or all tasks for None. Raises: UserError: unknown task."""
+        if task is None:
+            return self.tasks
+        self._check_task(task)
+        return [task]
 
-    def predictions(self, logits: Mapping[str, torch.Tensor], task: str | None) -> Iterator[ImagePrediction]:
-        """Of B images, by the classifier's logits (B, C) of each task of `asked_for(task)`."""
-        of_tasks = {}
-        for name, values in logits.items():
-            of_tasks[name] = (values / self.temperature(name)).softmax(dim=1).cpu().numpy()
-        for rows in zip(*of_tasks.values()):
-            found = {name: self._prediction(name, row) for name, row in zip(of_tasks, rows)}
-            best = max(found.values(), key=lambda prediction: prediction.probability or 0.0)
+    def predictions_from_logits(
+        self, logits_by_task: Mapping[str, torch.Tensor], task: str | None
+    ) -> Iterator[ImagePrediction]:
+        """Yield the predictions for B images, from logits (B, C) for each task of `resolve_tasks(task)`."""
+        probabilities = {}
+        for name, logits in logits_by_task.items():
+            probabilities[name] = (logits / self.temperature(name)).softmax(dim=1).cpu().numpy()
+        for rows in zip(*probabilities.values()):
+            predictions = {name: self._prediction(name, row) for name, row in zip(probabilities, rows)}
+            best = max(predictions.values(), key=lambda prediction: prediction.probability or 0.0)
             if task is None and len(self._labels) > 1:
-                best = ImagePrediction(best.task, best.label, best.probability, best.probabilities, by_task=found)
+                best = replace(best, predictions_by_task=predictions)
             yield best
 
     def calibrate(self, images: Sequence[ImageSource], labels: Sequence[str], task: str) -> float:
-        """Fits the task's temperature to images with known classes that were not trained on, uses it from now on, and
-        returns it.
+        """Fit the task's temperature to labeled images that are not in the training set, set it, and return it.
 
         Args:
-            labels: class of each image, as `labels(task)` spells it.
+            labels: class of each image, one of `labels(task)`.
 
         Raises:
-            UserError: no such task or class, a broken image, or images on which no temperature can be fitted.
+            UserError: unknown task or class, a broken image, or images to which no temperature can be fitted.
         """
-        known = self.labels(task)
+        task_labels = self.labels(task)
         if len(images) != len(labels) or not images:
-            raise UserError(f"{len(images)} images with {len(labels)} labels: give a label for each of some images")
-        if unknown := [label for label in labels if label not in known]:
-            raise UserError(f"label {unknown[0]!r} is no class of task {task!r}: {', '.join(known)}")
+            raise UserError(
+                f"{len(images)} images but {len(labels)} labels; expected one label per image, and at least one"
+            )
+        if unknown := [label for label in labels if label not in task_labels]:
+            raise UserError(f"unknown label {unknown[0]!r}; task {task!r} has the classes {', '.join(task_labels)}")
         logits = []
-        for number, (pixels, errors) in enumerate(self._decoded(images)):
-            for at, error in enumerate(errors, number * BATCH_SIZE):
+        for batch_index, (pixels, errors) in enumerate(self._decode_batches(images)):
+            for image_index, error in enumerate(errors, batch_index * BATCH_SIZE):
                 if error:
-                    raise UserError(f"image {at} to calibrate with is broken: {error}")
+                    raise UserError(f"calibration image {image_index} is broken: {error}")
             logits.append(self.classifier.logits([task], pixels)[task].cpu())
-        temperature = fit_temperature(torch.cat(logits), torch.tensor([known.index(label) for label in labels]), task)
+        targets = torch.tensor([task_labels.index(label) for label in labels])
+        temperature = fit_temperature(torch.cat(logits), targets, task)
         temperatures = {**self.options.temperatures, task: temperature}
         self.options = self.options.model_copy(update={"temperatures": temperatures})
         return temperature
 
     def save_options(self) -> Path:
-        """Writes temperatures, threshold, and place of the CLIP weights beside the prompts file, where `pipeline.load`
-        finds them; returns the JSON file.
+        """Save temperatures, threshold and source of the CLIP weights next to the adapter file, for `pipeline.load`;
+        return the path of the JSON file.
 
         Raises:
-            UserError: the prompts do not lie in a folder of this machine, or it cannot be written.
+            UserError: the adapter was not loaded from a local file, or the JSON file cannot be written.
         """
         if self._file is None:
-            raise UserError("these prompts were not read from a file of this machine: load a copy, and save there")
+            raise UserError("cannot save options: the adapter was not loaded from a local file; load a local copy")
         return write_options(self._file, self.options)
 
-    def _decoded(self, images: Iterable[ImageSource]) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        """Batches of pixels uint8 (B, 3, S, S), and what is wrong with each image, decoded AHEAD batches before."""
+    def _decode_batches(self, images: Iterable[ImageSource]) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """Yield batches of uint8 pixels (B, 3, S, S) and the error of each image, PREFETCH_BATCHES ahead."""
         images = iter(images)
 
-        def started() -> Iterator[tuple[torch.Tensor, list[Future[str]]]]:
+        def start_decoding() -> Iterator[tuple[torch.Tensor, list[Future[str]]]]:
             while batch := list(islice(images, BATCH_SIZE)):
                 pixels = torch.zeros(len(batch), 3, self.image_size, self.image_size, dtype=torch.uint8)
-                yield pixels, [self._decoding.submit(_decode, *pair) for pair in zip(batch, pixels.numpy())]
+                yield (
+                    pixels,
+                    [self._threads.submit(_decode_into, *pair) for pair in zip(batch, pixels.numpy())],
+                )
 
-        for pixels, decoding in prefetch(started(), PREFETCH_BATCHES):
-            yield pixels, [image.result() for image in decoding]
+        for pixels, errors in prefetch(start_decoding(), PREFETCH_BATCHES):
+            yield pixels, [error.result() for error in errors]
 
     def _predict(
         self, pixels: torch.Tensor, tasks: Sequence[str], task: str | None = None
     ) -> Iterator[ImagePrediction]:
         if len(pixels):
-            yield from self.predictions(self.classifier.logits(tasks, pixels), task)
+            yield from self.predictions_from_logits(self.classifier.logits(tasks, pixels), task)
 
     def _prediction(self, task: str, probabilities: np.ndarray) -> ImagePrediction:
         labels, values = self._labels[task], probabilities.tolist()
@@ -221,29 +232,30 @@ class TrainedModel:
         label = labels[best] if values[best] >= (self.options.threshold or 0) else None
         return ImagePrediction(task, label, values[best], dict(zip(labels, values)))
 
-    def _known(self, task: str) -> str:
+    def _check_task(self, task: str) -> None:
         if task not in self._labels:
-            raise UserError(f"task {task!r} is none of this model's: {', '.join(self._labels)}")
-        return task
+            raise UserError(f"unknown task {task!r}; the model has the tasks {', '.join(self._labels)}")
 
 
-def _decode(image: ImageSource, slot: np.ndarray) -> str:
-    """Writes the image's pixels into `slot` (3, S, S); returns what is wrong with it."""
-    if not isinstance(image, _SOURCES):
-        raise TypeError(f"{type(image).__name__} is no image: give a path, bytes, a Pillow image or a uint8 array")
+def _decode_into(image: ImageSource, pixels: np.ndarray) -> str:
+    """Decode the image into `pixels` (3, S, S); return the error, or "" on success."""
+    if not isinstance(image, _IMAGE_TYPES):
+        raise TypeError(
+            f"unsupported image type {type(image).__name__}; use a path, bytes, a Pillow image or a uint8 array"
+        )
     try:
         if isinstance(image, str | os.PathLike):
             image = read_image(Path(image))
         elif isinstance(image, np.ndarray):
-            image = _from_array(image)
-        slot[:] = evaluation_pixels(image, slot.shape[-1])
+            image = _array_to_image(image)
+        pixels[:] = evaluation_pixels(image, pixels.shape[-1])
         return ""
     except (BrokenImage, OSError) as error:
         return escape_controls(str(error)) or type(error).__name__
 
 
-def _from_array(values: np.ndarray) -> Image.Image:
-    shaped = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
-    if values.dtype != np.uint8 or not shaped or not values.size:
-        raise BrokenImage(f"an array of {values.dtype} {values.shape} is none of uint8 (H, W), (H, W, 3), (H, W, 4)")
-    return Image.fromarray(values)
+def _array_to_image(array: np.ndarray) -> Image.Image:
+    has_image_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not has_image_shape or not array.size:
+        raise BrokenImage(f"array of {array.dtype} {array.shape}; expected uint8 (H, W), (H, W, 3) or (H, W, 4)")
+    return Image.fromarray(array)

@@ -1,4 +1,4 @@
-"""How trained prompts are to be used, as a JSON file beside them: <prompts>.options.json for <prompts>.safetensors."""
+"""Inference options of an adapter, as JSON in the same folder: <name>.options.json for <name>.safetensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.config import MAX_YAML_BYTES, read_text
 from pipeline.errors import UserError, escape_controls
 from pipeline.files import write_json
 
-GROUPED = "adapters/grouped.safetensors"
-"""Prompts of grouped MmAP, in a run's folder."""
+GROUPED_ADAPTER = "adapters/grouped.safetensors"
+"""The adapter of grouped MmAP in a run directory."""
 
 Temperature = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -24,31 +24,31 @@ class ModelOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperatures: dict[str, Temperature] = {}
-    """Task → what its logits are divided by; 1 for tasks that are not here."""
+    """Task → softmax temperature; 1 for tasks that are absent."""
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Probability below which an image is none of the classes; None: never."""
+    """Confidence threshold; below it the label is None. None: no threshold."""
     pretrained: str | None = None
-    """Where the CLIP weights are; None: where they were in training."""
+    """Path or open_clip tag of the CLIP weights; None: as in training."""
 
-    def check(self, tasks: Iterable[str]) -> None:
-        """Raises: UserError: a temperature for a task that there is not."""
+    def check_tasks(self, tasks: Iterable[str]) -> None:
+        """Raises: UserError: a temperature of an unknown task."""
         if unknown := [task for task in self.temperatures if task not in set(tasks)]:
-            raise UserError(f"temperature of task {unknown[0]!r}: the model has the tasks {', '.join(tasks)}")
+            raise UserError(f"temperature of unknown task {unknown[0]!r}; the model has the tasks {', '.join(tasks)}")
 
-    def changed(self, **values: object) -> ModelOptions:
-        """With those values that are not None. Raises: UserError: one out of range."""
-        given = {name: value for name, value in values.items() if value is not None}
+    def updated(self, **values: object) -> ModelOptions:
+        """Return the options with the values that are not None. Raises: UserError: a value out of range."""
+        values = {name: value for name, value in values.items() if value is not None}
         try:
-            return ModelOptions.model_validate({**self.model_dump(), **given})
+            return ModelOptions.model_validate({**self.model_dump(), **values})
         except ValidationError as error:
-            fault = error.errors()[0]
-            name = ".".join(map(str, fault["loc"])).replace("temperatures", "temperature")
-            raise UserError(f"{name}={fault['input']!r}: {fault['msg']}") from None
+            details = error.errors()[0]
+            name = ".".join(map(str, details["loc"])).replace("temperatures", "temperature")
+            raise UserError(f"{name}={details['input']!r}: {details['msg']}") from None
 
 
 class _File(ModelOptions):
     format: Literal[1] = 1
-    prompts_sha256: str
+    adapter_sha256: str
 
 
 def options_file(adapter_file: Path) -> Path:
@@ -56,33 +56,31 @@ def options_file(adapter_file: Path) -> Path:
 
 
 def write_options(adapter_file: Path, options: ModelOptions) -> Path:
-    """Returns the JSON file. Raises: UserError: it cannot be written."""
+    """Write the JSON file and return its path. Raises: UserError: it cannot be written."""
     file = options_file(adapter_file)
-    write_json(file, _File(**options.model_dump(), prompts_sha256=_sha256(adapter_file)).model_dump())
+    write_json(file, _File(**options.model_dump(), adapter_sha256=_sha256(adapter_file)).model_dump())
     return file
 
 
 def read_options(adapter_file: Path) -> ModelOptions:
-    """Those beside a prompts file, or the defaults where there are none.
+    """Return the options saved with an adapter file, or the defaults if there are none.
 
     Raises:
-        UserError: no such JSON, or that of other prompts.
+        UserError: invalid JSON, or the options of another adapter.
     """
     file = options_file(adapter_file)
     if not file.exists():
         return ModelOptions()
     try:
-        found = _File.model_validate(json.loads(read_text(file, f"options file {file}", limit=MAX_YAML_BYTES)))
+        content = _File.model_validate(json.loads(read_text(file, f"options file {file}", limit=MAX_YAML_BYTES)))
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(
-            f"{file} is no options file of this project: {escape_controls(str(reason))}; remove it"
-        ) from None
-    if found.prompts_sha256 != _sha256(adapter_file):
-        raise UserError(f"{file} belongs to other prompts than {adapter_file.name}: calibrate again, or remove it")
-    return ModelOptions(**found.model_dump(exclude={"format", "prompts_sha256"}))
+        raise UserError(f"{file} is not a valid options file: {escape_controls(str(reason))}; remove it") from None
+    if content.adapter_sha256 != _sha256(adapter_file):
+        raise UserError(f"{file} belongs to another adapter than {adapter_file.name}; calibrate again, or remove it")
+    return ModelOptions(**content.model_dump(exclude={"format", "adapter_sha256"}))
 
 
 def _sha256(path: Path) -> str:

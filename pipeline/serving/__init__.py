@@ -1,1 +1,1 @@
-"""Trained prompts as a service over HTTP: several models on one CLIP, in batches, by Ray Serve."""
+"""Inference over HTTP with Ray Serve: several models on one CLIP, with dynamic batching."""

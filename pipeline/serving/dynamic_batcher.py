@@ -1,7 +1,7 @@
-"""Runs what is asked for in batches: while one runs, the next one fills.
+"""Dynamic batching: while a batch runs, the next one fills.
 
-Ray Serve's own `serve.batch` closes a batch after its wait also while another one runs, so that under load many small
-ones queue up.
+Ray Serve's own `serve.batch` closes a batch after its wait timeout even while another one runs, so that many small
+batches queue up under load.
 """
 
 from __future__ import annotations
@@ -17,80 +17,80 @@ Result = TypeVar("Result")
 
 
 @dataclass
-class _Waiting(Generic[Call, Result]):
+class _PendingCall(Generic[Call, Result]):
     call: Call
     size: int
     result: asyncio.Future[Result]
-    since: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    arrival_time: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
 
 class DynamicBatcher(Generic[Call, Result]):
-    """Of one event loop.
+    """Batcher for the calls of one event loop.
 
     Args:
-        run: some calls → their results, in order; runs once at a time.
-        size_of: of a call.
-        max_size: of a batch; a larger call is one by itself.
-        wait_s: how long a call waits for others to fill the batch.
+        run: maps calls to their results, in order; runs one batch at a time.
+        get_size: returns the size of a call.
+        max_size: maximum size of a batch; a larger call is a batch by itself.
+        wait_s: batch wait timeout.
     """
 
     def __init__(
         self,
         run: Callable[[list[Call]], Awaitable[list[Result]]],
-        size_of: Callable[[Call], int],
+        get_size: Callable[[Call], int],
         max_size: int,
         wait_s: float,
     ):
-        self._run, self._size_of, self._max_size, self._wait_s = run, size_of, max_size, wait_s
-        self._waiting: deque[_Waiting[Call, Result]] = deque()
-        self._came = asyncio.Event()
-        self._at_work: asyncio.Task[None] | None = None
+        self._run, self._get_size, self._max_size, self._wait_s = run, get_size, max_size, wait_s
+        self._queue: deque[_PendingCall[Call, Result]] = deque()
+        self._arrived = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
 
-    async def ask(self, call: Call) -> Result:
-        """Raises: what the batch raised that the call was in."""
+    async def submit(self, call: Call) -> Result:
+        """Return the result of a call. Raises: the exception of its batch."""
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(call, self._size_of(call), result))
-        self._came.set()
-        if self._at_work is None:
-            self._at_work = asyncio.create_task(self._work())
+        self._queue.append(_PendingCall(call, self._get_size(call), result))
+        self._arrived.set()
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._run_batches())
         return await result
 
-    async def _work(self) -> None:
+    async def _run_batches(self) -> None:
         try:
-            while self._waiting:
-                await self._fill(self._waiting[0].since + self._wait_s)
+            while self._queue:
+                await self._wait_for_batch(self._queue[0].arrival_time + self._wait_s)
                 if batch := self._next_batch():
-                    await self._answer(batch)
+                    await self._run_batch(batch)
         finally:
-            self._at_work = None
+            self._worker = None
 
-    async def _fill(self, until: float) -> None:
-        while sum(one.size for one in self._waiting) < self._max_size:
-            self._came.clear()
+    async def _wait_for_batch(self, deadline: float) -> None:
+        while sum(pending.size for pending in self._queue) < self._max_size:
+            self._arrived.clear()
             try:
-                async with asyncio.timeout_at(until):
-                    await self._came.wait()
+                async with asyncio.timeout_at(deadline):
+                    await self._arrived.wait()
             except TimeoutError:
                 return
 
-    def _next_batch(self) -> list[_Waiting[Call, Result]]:
-        batch: list[_Waiting[Call, Result]] = []
-        room = self._max_size
-        while self._waiting and (not batch or self._waiting[0].size <= room):
-            one = self._waiting.popleft()
-            if not one.result.cancelled():  # whoever asked has gone
-                batch.append(one)
-                room -= one.size
+    def _next_batch(self) -> list[_PendingCall[Call, Result]]:
+        batch: list[_PendingCall[Call, Result]] = []
+        capacity = self._max_size
+        while self._queue and (not batch or self._queue[0].size <= capacity):
+            pending = self._queue.popleft()
+            if not pending.result.cancelled():  # the caller gave up
+                batch.append(pending)
+                capacity -= pending.size
         return batch
 
-    async def _answer(self, batch: list[_Waiting[Call, Result]]) -> None:
+    async def _run_batch(self, batch: list[_PendingCall[Call, Result]]) -> None:
         try:
-            results = await self._run([one.call for one in batch])
-        except Exception as error:  # it belongs to those who asked
-            for one in batch:
-                if not one.result.done():
-                    one.result.set_exception(error)
+            results = await self._run([pending.call for pending in batch])
+        except Exception as error:  # raised in the callers
+            for pending in batch:
+                if not pending.result.done():
+                    pending.result.set_exception(error)
         else:
-            for one, result in zip(batch, results, strict=True):
-                if not one.result.done():
-                    one.result.set_result(result)
+            for pending, result in zip(batch, results, strict=True):
+                if not pending.result.done():
+                    pending.result.set_result(result)

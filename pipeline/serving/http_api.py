@@ -1,7 +1,7 @@
-"""What the service answers over HTTP, as Starlette requests and responses; it knows neither Ray nor torch.
+"""The HTTP API, as Starlette requests and responses, without Ray or torch.
 
-A request is refused as early as possible: too many at once before its body is read, too large a body before it is read
-to its end. Every refusal is JSON with `error`, which says what to do instead.
+Requests are rejected as early as possible: too many in flight before the body is read, a too large body before it is
+read to the end. Every error response is JSON with `error`, which says what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.errors import escape_controls
 
 BATCH_SIZE_HEADER = "X-Batch-Size"
-"""Header of an answer: how many images the model took together with this request's, these included."""
+"""Response header: size of the batch in which the model predicted these images."""
 RETRY_AFTER_S = 1
-_PATHS = "GET /health, GET /models, POST /models/<model>/predict"
+_ENDPOINTS = "GET /health, GET /models, POST /models/<model>/predict"
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What is told of a model."""
+    """Description of a served model."""
 
     method: str
     clip: str
     weights: str
-    """Fingerprint of the CLIP."""
+    """Fingerprint of the CLIP weights."""
     labels: dict[str, list[str]]
-    """Task → what its classes are called."""
+    """Task → labels of its classes."""
     threshold: float | None
     temperatures: dict[str, float]
 
@@ -45,40 +45,40 @@ class ServedModel:
 class Limits:
     max_request_bytes: int
     max_images: int
-    """Of one request."""
+    """Images per request."""
     max_waiting: int
-    """Requests that are held at once, from their first byte to their answer."""
+    """In-flight requests, from first byte to response."""
     timeout_s: float
-    """For one request, from its first byte to its answer."""
+    """Time for one request, from first byte to response."""
     decoding_threads: int
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of some images, in order."""
+    """Predictions for the images of a request, in order."""
 
     records: list[dict[str, Any]]
-    """`ImagePrediction.record` of each."""
+    """`ImagePrediction.record()` of each image."""
     batch_size: int
 
 
-class NoReplica(Exception):
+class NoReplicaError(Exception):
     """No replica could answer."""
 
 
-class Refused(Exception):
-    def __init__(self, status: int, error: str, headers: Mapping[str, str] | None = None):
-        super().__init__(error)
-        self.status, self.error, self.headers = status, escape_controls(error), headers
+class HttpError(Exception):
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.headers = status, escape_controls(message), headers
 
 
 class HttpApi:
     """
     Args:
-        models: by the name that the paths have.
-        image_size: side of the pixels that the models take.
-        predict: (model, task or None, uint8 pixels (B, 3, S, S)) → their answer; raises NoReplica.
-        ready: whether a replica can answer now.
+        models: by their name in the URLs.
+        image_size: side length of the models' input.
+        predict: maps (model, task or None, uint8 pixels (B, 3, S, S)) to an Answer; raises NoReplicaError.
+        ready: True if a replica can answer now.
     """
 
     def __init__(
@@ -90,32 +90,32 @@ class HttpApi:
         ready: Callable[[], Awaitable[bool]],
     ):
         self._models, self._image_size, self._limits = models, image_size, limits
-        self._ask, self._ready = predict, ready
-        self._decoding = ThreadPoolExecutor(limits.decoding_threads, "decode")
-        self._held = 0
+        self._predict_pixels, self._ready = predict, ready
+        self._decoding_threads = ThreadPoolExecutor(limits.decoding_threads, "decode")
+        self._num_in_flight = 0
 
     async def __call__(self, request: Request) -> Response:
         try:
             match request.scope["path"].split("/")[1:]:
                 case ["health"]:
-                    _allow(request, "GET", "HEAD")
+                    _check_method(request, "GET", "HEAD")
                     return await self._health()
                 case ["models"]:
-                    _allow(request, "GET", "HEAD")
-                    return JSONResponse({"models": {name: self._described(name) for name in self._models}})
+                    _check_method(request, "GET", "HEAD")
+                    return JSONResponse({"models": {name: self._describe_model(name) for name in self._models}})
                 case ["models", name, "predict"]:
-                    _allow(request, "POST")
+                    _check_method(request, "POST")
                     return await self._predict(request, name)
-            raise Refused(404, f"no such path; there are {_PATHS}")
-        except Refused as refused:
-            return JSONResponse({"error": refused.error}, refused.status, refused.headers)
+            raise HttpError(404, f"unknown path; the endpoints are {_ENDPOINTS}")
+        except HttpError as error:
+            return JSONResponse({"error": error.message}, error.status, error.headers)
 
     async def _health(self) -> Response:
         if await self._ready():
             return JSONResponse({"status": "ready"})
-        raise Refused(503, "no replica holds the models now", _retry_after())
+        raise HttpError(503, "no replica is ready", _retry_after())
 
-    def _described(self, name: str) -> dict[str, Any]:
+    def _describe_model(self, name: str) -> dict[str, Any]:
         model = self._models[name]
         return {
             "method": model.method,
@@ -129,95 +129,98 @@ class HttpApi:
 
     async def _predict(self, request: Request, name: str) -> Response:
         if name not in self._models:
-            raise Refused(404, f"no model {name!r}; there are {', '.join(self._models)}")
-        if self._held >= self._limits.max_waiting:
-            raise Refused(503, f"{self._held} requests are waiting already: try again later", _retry_after())
-        self._held += 1
+            raise HttpError(404, f"unknown model {name!r}; the models are {', '.join(self._models)}")
+        if self._num_in_flight >= self._limits.max_waiting:
+            raise HttpError(503, f"{self._num_in_flight} requests are in flight; retry later", _retry_after())
+        self._num_in_flight += 1
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                return await self._predict_in_time(request, name)
+                return await self._handle_predict(request, name)
         except TimeoutError:
-            raise Refused(504, f"no answer within {self._limits.timeout_s:g} s: send less, or try later") from None
-        except NoReplica as error:
-            raise Refused(503, f"no replica could answer: {error}", _retry_after()) from None
+            raise HttpError(
+                504, f"timeout after {self._limits.timeout_s:g} s; send fewer images, or retry later"
+            ) from None
+        except NoReplicaError as error:
+            raise HttpError(503, f"no replica could answer: {error}", _retry_after()) from None
         except ClientDisconnect:
-            raise Refused(400, "the client went away before its request was whole") from None
+            raise HttpError(400, "the client disconnected before the request was complete") from None
         finally:
-            self._held -= 1
+            self._num_in_flight -= 1
 
-    async def _predict_in_time(self, request: Request, name: str) -> Response:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        is_json = kind == "application/json"
-        if not (is_json or kind.startswith("image/") or kind == "application/octet-stream"):
-            raise Refused(
-                415, f"Content-Type {kind!r}: send an image as image/*, or several as application/json", _accepted()
+    async def _handle_predict(self, request: Request, name: str) -> Response:
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_json = content_type == "application/json"
+        if not (is_json or content_type.startswith("image/") or content_type == "application/octet-stream"):
+            message = (
+                f"unsupported Content-Type {content_type!r}; send an image as image/*, or several as application/json"
             )
-        task = self._task_of_query(request)
-        body = await self._body(request)
+            raise HttpError(415, message, {"Accept-Post": "image/*, application/json"})
+        task = self._query_task(request)
+        body = await self._read_body(request)
         if is_json:
-            images, task = await self._in_thread(self._read_json, body, task)
+            images, task = await self._run_in_thread(self._parse_json, body, task)
         else:
             images = [body]
         self._check_task(name, task)
-        decoded = await asyncio.gather(*(self._in_thread(self._decode, image) for image in images))
+        decoded = await asyncio.gather(*(self._run_in_thread(self._decode, image) for image in images))
         pixels = [image for image in decoded if not isinstance(image, str)]
-        answer = await self._ask(name, task, np.stack(pixels)) if pixels else Answer([], 0)
-        in_order = iter(answer.records)
-        records = [_broken(task, image) if isinstance(image, str) else next(in_order) for image in decoded]
+        answer = await self._predict_pixels(name, task, np.stack(pixels)) if pixels else Answer([], 0)
+        predicted = iter(answer.records)
+        records = [_error_record(task, image) if isinstance(image, str) else next(predicted) for image in decoded]
         headers = {BATCH_SIZE_HEADER: str(answer.batch_size)}
         if is_json:
             return JSONResponse({"predictions": records}, headers=headers)
         return JSONResponse(records[0], 422 if records[0]["error"] else 200, headers)
 
-    def _task_of_query(self, request: Request) -> str | None:
-        found = request.query_params.multi_items()
-        if unknown := [name for name, _ in found if name != "task"]:
-            raise Refused(422, f"query parameter {unknown[0]!r}: there is task only")
-        if len(found) > 1:
-            raise Refused(422, "several tasks: give one, or none for all tasks")
-        return found[0][1] or None if found else None
+    def _query_task(self, request: Request) -> str | None:
+        parameters = request.query_params.multi_items()
+        if unknown := [name for name, _ in parameters if name != "task"]:
+            raise HttpError(422, f"unknown query parameter {unknown[0]!r}; the only one is task")
+        if len(parameters) > 1:
+            raise HttpError(422, "task is given more than once; give one, or none for all tasks")
+        return parameters[0][1] or None if parameters else None
 
-    async def _body(self, request: Request) -> bytes:
-        most = self._limits.max_request_bytes
-        too_large = Refused(413, f"the request's body is more than {most:,} bytes: send fewer or smaller images")
-        if int(request.headers.get("content-length", 0)) > most:
+    async def _read_body(self, request: Request) -> bytes:
+        limit = self._limits.max_request_bytes
+        too_large = HttpError(413, f"the request body exceeds {limit:,} bytes; send fewer or smaller images")
+        if int(request.headers.get("content-length", 0)) > limit:
             raise too_large
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            if len(body) > most:
+            if len(body) > limit:
                 raise too_large
         return bytes(body)
 
-    def _read_json(self, body: bytes, task: str | None) -> tuple[list[bytes | str], str | None]:
-        """The images, or for those that are no base64, what is wrong; and the task."""
+    def _parse_json(self, body: bytes, task: str | None) -> tuple[list[bytes | str], str | None]:
+        """Return the images, each as bytes or, if it is not base64, as its error; and the task."""
         try:
             values = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the body is no JSON: {error}") from None
-        form = '{"images": ["<base64>", ...], "task": "<task>"}'
+            raise HttpError(400, f"the body is not valid JSON: {error}") from None
+        schema = '{"images": ["<base64>", ...], "task": "<task>"}'
         if not isinstance(values, dict) or not values.keys() <= {"images", "task"}:
-            raise Refused(422, f"the body must be {form}, with task or without")
-        images, own_task = values.get("images"), values.get("task")
+            raise HttpError(422, f"invalid JSON body; expected {schema}, task optional")
+        images, body_task = values.get("images"), values.get("task")
         if not isinstance(images, list) or not images or not all(isinstance(image, str) for image in images):
-            raise Refused(422, f"images must be a list of base64 texts: {form}")
+            raise HttpError(422, f"images must be a list of base64 strings; expected {schema}")
         if len(images) > self._limits.max_images:
-            raise Refused(
-                413, f"{len(images):,} images are more than {self._limits.max_images:,}: send several requests"
+            raise HttpError(
+                413, f"{len(images):,} images exceed the limit of {self._limits.max_images:,}; send several requests"
             )
-        if not (own_task is None or isinstance(own_task, str)):
-            raise Refused(422, f"task must be a text: {form}")
-        if own_task and task and own_task != task:
-            raise Refused(422, f"task {own_task!r} in the body, {task!r} in the query: give one")
-        return [_from_base64(image) for image in images], own_task or task
+        if not (body_task is None or isinstance(body_task, str)):
+            raise HttpError(422, f"task must be a string; expected {schema}")
+        if body_task and task and body_task != task:
+            raise HttpError(422, f"task is {body_task!r} in the body but {task!r} in the query; give one")
+        return [_decode_base64(image) for image in images], body_task or task
 
     def _check_task(self, name: str, task: str | None) -> None:
         tasks = self._models[name].labels
         if task is not None and task not in tasks:
-            raise Refused(422, f"task {task!r} is none of model {name!r}: {', '.join(tasks)}")
+            raise HttpError(422, f"unknown task {task!r}; model {name!r} has the tasks {', '.join(tasks)}")
 
     def _decode(self, image: bytes | str) -> np.ndarray | str:
-        """Pixels (3, S, S), or what is wrong with the image."""
+        """Return the pixels (3, S, S), or the error of a broken image."""
         if isinstance(image, str):
             return image
         try:
@@ -227,39 +230,37 @@ class HttpApi:
         except BrokenImage as error:
             return escape_controls(str(error)) or type(error).__name__
         except MemoryError:
-            raise Refused(503, "no memory to decode the image now", _retry_after()) from None
+            raise HttpError(503, "out of memory while decoding the image; retry later", _retry_after()) from None
 
-    async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._decoding, work, *arguments)
+    async def _run_in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._decoding_threads, function, *arguments)
 
 
-def _allow(request: Request, *methods: str) -> None:
+def _check_method(request: Request, *methods: str) -> None:
     if request.method not in methods:
-        raise Refused(405, f"{request.method} is not possible here; there are {_PATHS}", {"Allow": ", ".join(methods)})
+        raise HttpError(
+            405, f"method {request.method} not allowed; the endpoints are {_ENDPOINTS}", {"Allow": ", ".join(methods)}
+        )
 
 
 def _retry_after() -> dict[str, str]:
     return {"Retry-After": str(RETRY_AFTER_S)}
 
 
-def _accepted() -> dict[str, str]:
-    return {"Accept-Post": "image/*, application/json"}
-
-
-def _from_base64(text: str) -> bytes | str:
+def _decode_base64(text: str) -> bytes | str:
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
-        return f"no base64: {escape_controls(str(error))}"
+        return f"not base64: {escape_controls(str(error))}"
 
 
-def _broken(task: str | None, error: str) -> dict[str, Any]:
-    """As `ImagePrediction.record` of a broken image."""
+def _error_record(task: str | None, error: str) -> dict[str, Any]:
+    """Return `ImagePrediction.record()` of a broken image."""
     return {
         "task": task,
         "label": None,
         "probability": None,
         "probabilities": {},
         "error": error,
-        "by_task": [],
+        "predictions_by_task": [],
     }

@@ -1,4 +1,4 @@
-"""Before the replicas: reads and decodes requests, and asks again when a replica dies. Its process needs no torch."""
+"""Ingress of the service: reads and decodes requests, and retries when a replica dies. Its process needs no torch."""
 
 from __future__ import annotations
 
@@ -13,57 +13,56 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pipeline.serving.http_api import Answer, HttpApi, Limits, NoReplica, ServedModel
+from pipeline.serving.http_api import Answer, HttpApi, Limits, NoReplicaError, ServedModel
 
-TRIES = 4
-"""Of a call, on one replica after another."""
-NEXT_TRY_AFTER_S = 0.2
-CALL_BYTES = 3 * 2**20
-"""Of pixels in one call, of which Serve's gRPC takes 4 MiB: a larger request becomes several, for several replicas."""
-READY_WITHIN_S = 5
-"""A replica that answered so recently, or does so now, is ready."""
+MAX_ATTEMPTS = 4
+"""Attempts per call, each on any replica."""
+RETRY_DELAY_S = 0.2
+MAX_CALL_BYTES = 3 * 2**20
+"""Pixels per call: Serve's gRPC takes 4 MiB. A larger request becomes several calls, for several replicas."""
+READY_TIMEOUT_S = 5
+"""A replica that has answered within this time, or does so now, is ready."""
 
 
 class Ingress:
-    """Predictions are asked for again, for they change nothing. Images are not decoded again: one that breaks a decoder
-    does so once."""
+    """Ingress that retries predictions, but not decoding, so that an image that crashes a decoder does so once."""
 
     def __init__(
         self, replicas: DeploymentHandle[Any], models: dict[str, ServedModel], image_size: int, limits: Limits
     ):
         self._replicas = replicas
-        self._last_answer = -float("inf")
+        self._last_answer_time = -float("inf")
         self._api = HttpApi(models, image_size, limits, self._predict, self._ready)
 
     async def __call__(self, request: Request) -> Response:
         return await self._api(request)
 
     async def _predict(self, model: str, task: str | None, pixels: np.ndarray) -> Answer:
-        at_once = max(1, CALL_BYTES // pixels[0].nbytes)
-        parts = [pixels[start : start + at_once] for start in range(0, len(pixels), at_once)]
-        answers = await asyncio.gather(*(self._predict_part(model, task, part) for part in parts))
+        chunk_size = max(1, MAX_CALL_BYTES // pixels[0].nbytes)
+        chunks = [pixels[start : start + chunk_size] for start in range(0, len(pixels), chunk_size)]
+        answers = await asyncio.gather(*(self._predict_chunk(model, task, chunk) for chunk in chunks))
         records = [record for answer in answers for record in answer.records]
         return Answer(records, max(answer.batch_size for answer in answers))
 
-    async def _predict_part(self, model: str, task: str | None, pixels: np.ndarray) -> Answer:
-        for failed in range(TRIES):
-            await asyncio.sleep(failed * NEXT_TRY_AFTER_S)
+    async def _predict_chunk(self, model: str, task: str | None, pixels: np.ndarray) -> Answer:
+        for attempt in range(MAX_ATTEMPTS):
+            await asyncio.sleep(attempt * RETRY_DELAY_S)
             try:
                 answer: Answer = await self._replicas.predict.remote(model, task, pixels)
             except (RayError, RayServeException) as error:
-                fault = error
+                failure = error
             else:
-                self._last_answer = time.monotonic()
+                self._last_answer_time = time.monotonic()
                 return answer
-        if isinstance(fault, RayTaskError):
-            raise fault  # of the model itself: Serve logs it, and answers 500
-        raise NoReplica(type(fault).__name__)
+        if isinstance(failure, RayTaskError):
+            raise failure  # the model's own error: Serve logs it and answers 500
+        raise NoReplicaError(type(failure).__name__)
 
     async def _ready(self) -> bool:
-        if time.monotonic() - self._last_answer < READY_WITHIN_S:
+        if time.monotonic() - self._last_answer_time < READY_TIMEOUT_S:
             return True
         try:
-            async with asyncio.timeout(READY_WITHIN_S):
+            async with asyncio.timeout(READY_TIMEOUT_S):
                 return bool(await self._replicas.ready.remote())
         except (RayError, RayServeException, TimeoutError):
             return False

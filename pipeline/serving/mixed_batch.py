@@ -1,5 +1,5 @@
-"""Predictions of images of different models and tasks together: one pass of the image tower, in which each image sees
-its own task's prompts. What an image is predicted to be does not depend on the others."""
+"""Predictions for images of several models and tasks in one forward pass of the image tower, in which each image gets
+the prompts of its own task. The prediction of an image does not depend on the others in its batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.prediction.model import ImagePrediction, TrainedModel
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """Of B images."""
+    """Images for one model and task."""
 
     model: TrainedModel
     task: str | None
@@ -28,74 +28,77 @@ class PredictRequest:
 
 @dataclass(frozen=True)
 class _TowerInput:
-    """The images of `asked[at]` as the image tower sees them with one task's prompts."""
+    """The images of a request with the image prompts of one task."""
 
-    at: int
+    request_index: int
     task: str
     classifier: Classifier
 
     def forward_key(self) -> tuple[Any, ...]:
-        """Views for which this is the same can run in one pass of the image tower."""
+        """Inputs with equal keys can share a forward pass of the image tower."""
         adaptation = self.classifier.adaptation(self.task)
         prompts = adaptation.vision_prompts
         shape = None if prompts is None else prompts.shape
         towers = adaptation.towers or self.classifier.towers
         return id(towers), shape, adaptation.vision_prompts_propagate, self.classifier.precision
 
-    def prompts_of(self) -> tuple[Classifier, str]:
+    def prompt_key(self) -> tuple[Classifier, str]:
+        """Inputs with equal keys have the same prompts."""
         return self.classifier, self.task
 
 
 @torch.inference_mode()
-def predict_batch(asked: Sequence[PredictRequest], at_once: int) -> list[list[ImagePrediction]]:
-    """The predictions of each, in order.
+def predict_batch(requests: Sequence[PredictRequest], max_batch: int) -> list[list[ImagePrediction]]:
+    """Return the predictions for each request, in order.
 
     Args:
-        at_once: images that the tower takes at most.
+        max_batch: maximum batch size of the image tower.
 
     Raises:
-        UserError: a task that its model does not have.
+        UserError: unknown task.
     """
     passes: dict[tuple[Any, ...], dict[tuple[Classifier, str], list[_TowerInput]]] = {}
-    for at, one in enumerate(asked):
-        classifier = one.model.classifier
-        for task in dict.fromkeys(map(classifier.shared_feature_key, one.model.asked_for(one.task))):
-            view = _TowerInput(at, task, classifier)
-            passes.setdefault(view.forward_key(), {}).setdefault(view.prompts_of(), []).append(view)
+    for index, request in enumerate(requests):
+        classifier = request.model.classifier
+        for task in dict.fromkeys(map(classifier.shared_feature_key, request.model.resolve_tasks(request.task))):
+            tower_input = _TowerInput(index, task, classifier)
+            inputs_by_prompt = passes.setdefault(tower_input.forward_key(), {})
+            inputs_by_prompt.setdefault(tower_input.prompt_key(), []).append(tower_input)
     features: dict[tuple[int, str], torch.Tensor] = {}
-    for by_prompts in passes.values():
-        views = [view for those in by_prompts.values() for view in those]
-        sizes = [len(asked[view.at].pixels) for view in views]
-        found = _tower_pass(asked, list(by_prompts.values()), at_once).split(sizes)
-        features.update(((view.at, view.task), of_view) for view, of_view in zip(views, found))
+    for inputs_by_prompt in passes.values():
+        pass_features = _encode_images(requests, list(inputs_by_prompt.values()), max_batch)
+        tower_inputs = [tower_input for group in inputs_by_prompt.values() for tower_input in group]
+        sizes = [len(requests[tower_input.request_index].pixels) for tower_input in tower_inputs]
+        for tower_input, input_features in zip(tower_inputs, pass_features.split(sizes)):
+            features[tower_input.request_index, tower_input.task] = input_features
     predictions = []
-    for at, one in enumerate(asked):
-        classifier = one.model.classifier
+    for index, request in enumerate(requests):
+        classifier = request.model.classifier
         logits = {
-            task: classifier.logits_from_features(task, features[at, classifier.shared_feature_key(task)])
-            for task in one.model.asked_for(one.task)
+            task: classifier.logits_from_features(task, features[index, classifier.shared_feature_key(task)])
+            for task in request.model.resolve_tasks(request.task)
         }
-        predictions.append(list(one.model.predictions(logits, one.task)))
+        predictions.append(list(request.model.predictions_from_logits(logits, request.task)))
     return predictions
 
 
-def _tower_pass(
-    asked: Sequence[PredictRequest], by_prompts: Sequence[Sequence[_TowerInput]], at_once: int
+def _encode_images(
+    requests: Sequence[PredictRequest], prompt_groups: Sequence[Sequence[_TowerInput]], max_batch: int
 ) -> torch.Tensor:
-    """Features (ΣB, E) of the images of all views, in their order."""
-    first = by_prompts[0][0]
-    adaptation = first.classifier.adaptation(first.task)
-    towers = adaptation.towers or first.classifier.towers
-    pixels = torch.cat([asked[view.at].pixels for views in by_prompts for view in views])
-    counts = [sum(len(asked[view.at].pixels) for view in views) for views in by_prompts]
-    of_views = [views[0].classifier.adaptation(views[0].task).vision_prompts for views in by_prompts]
-    with_prompts = [prompts for prompts in of_views if prompts is not None]  # all or none
-    prompts = torch.cat(with_prompts) if with_prompts else None  # (T, K', b, D)
+    """Return the features (ΣB, E) of the images of all inputs, which share a `forward_key`, in order."""
+    classifier = prompt_groups[0][0].classifier
+    adaptations = [inputs[0].classifier.adaptation(inputs[0].task) for inputs in prompt_groups]
+    towers = adaptations[0].towers or classifier.towers
+    propagate = adaptations[0].vision_prompts_propagate
+    pixels = torch.cat([requests[item.request_index].pixels for inputs in prompt_groups for item in inputs])
+    counts = [sum(len(requests[item.request_index].pixels) for item in inputs) for inputs in prompt_groups]
+    vision_prompts = [a.vision_prompts for a in adaptations if a.vision_prompts is not None]  # all or none
+    prompts = torch.cat(vision_prompts) if vision_prompts else None  # (T, K', b, D)
     features = []
-    for start in range(0, len(pixels), at_once):
-        stop = min(start + at_once, len(pixels))
+    for start in range(0, len(pixels), max_batch):
+        stop = min(start + max_batch, len(pixels))
         images = towers.normalize_pixels(pixels[start:stop].to(towers.device))
-        with autocast(towers.device, first.classifier.precision):
-            of_these = counts_in_range(counts, start, stop)
-            features.append(towers.encode_image(images, prompts, of_these, adaptation.vision_prompts_propagate))
+        with autocast(towers.device, classifier.precision):
+            chunk_counts = counts_in_range(counts, start, stop)
+            features.append(towers.encode_image(images, prompts, chunk_counts, propagate))
     return torch.cat(features)

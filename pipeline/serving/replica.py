@@ -1,4 +1,4 @@
-"""A replica of the service: holds all models, and runs what is asked of them in batches."""
+"""A replica of the service: holds all models and predicts in batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.runtime.cluster import WorkerResources
 from pipeline.serving.dynamic_batcher import DynamicBatcher
 from pipeline.serving.http_api import Answer
 from pipeline.serving.mixed_batch import PredictRequest, predict_batch
-from pipeline.serving.shared_clip import Trained, load_models
+from pipeline.serving.shared_clip import NamedAdapters, load_models
 
 _Call = tuple[str, str | None, np.ndarray]
 """Arguments of `ModelReplica.predict`."""
@@ -22,9 +22,10 @@ _Call = tuple[str, str | None, np.ndarray]
 class ModelReplica:
     """
     Args:
-        trained: reference in Ray's store to what `load_models` takes; in a list, for Ray would resolve it.
-        max_batch: images that the model takes at once.
-        batch_wait_s: how long a request waits for others to fill the batch.
+        adapters_ref: reference in Ray's object store to the argument of `load_models`; in a list, since Ray would
+            resolve a bare one.
+        max_batch: maximum batch size.
+        batch_wait_s: batch wait timeout.
 
     Raises:
         UserError: as `load_models`.
@@ -32,44 +33,43 @@ class ModelReplica:
 
     def __init__(
         self,
-        trained: list[ray.ObjectRef[Trained]],
+        adapters_ref: list[ray.ObjectRef[NamedAdapters]],
         worker_resources: WorkerResources,
         max_batch: int,
         batch_wait_s: float,
     ):
         if not worker_resources.gpus:
             torch.set_num_threads(worker_resources.cpus)
-        self._models = load_models(ray.get(trained[0]), "cuda" if worker_resources.gpus else "cpu")
+        self._models = load_models(ray.get(adapters_ref[0]), "cuda" if worker_resources.gpus else "cpu")
         self._max_batch = max_batch
         self._model_thread = ThreadPoolExecutor(1, "model")
-        self._batches = DynamicBatcher(self._predict_batch, lambda call: len(call[2]), max_batch, batch_wait_s)
+        self._batcher = DynamicBatcher(self._predict_batch, lambda call: len(call[2]), max_batch, batch_wait_s)
         self._has_answered = False
-        self._warm_up()  # what is slow the first time is done before the first request
+        self._warm_up()
 
     async def predict(self, model: str, task: str | None, pixels: np.ndarray) -> Answer:
-        """Of uint8 pixels (B, 3, S, S); such a model and task there must be."""
-        return await self._batches.ask((model, task, pixels))
+        """Predict uint8 pixels (B, 3, S, S); model and task must exist."""
+        return await self._batcher.submit((model, task, pixels))
 
     async def ready(self) -> bool:
         return True
 
     async def check_health(self) -> None:
-        """Runs the models, unless they have answered since the last time. What they raise makes Serve replace the
-        replica."""
+        """Run the models unless they have answered since the last check. If they raise, Serve replaces the replica."""
         if not self._has_answered:
             await asyncio.get_running_loop().run_in_executor(self._model_thread, self._warm_up)
         self._has_answered = False
 
-    async def _predict_batch(self, asked: list[_Call]) -> list[Answer]:
-        answers = await asyncio.get_running_loop().run_in_executor(self._model_thread, self._predict, asked)
+    async def _predict_batch(self, calls: list[_Call]) -> list[Answer]:
+        answers = await asyncio.get_running_loop().run_in_executor(self._model_thread, self._predict, calls)
         self._has_answered = True
         return answers
 
-    def _predict(self, asked: list[_Call]) -> list[Answer]:
-        batch = [PredictRequest(self._models[name], task, torch.tensor(pixels)) for name, task, pixels in asked]
-        num_images = sum(len(one.pixels) for one in batch)
-        found = predict_batch(batch, self._max_batch)
-        return [Answer([prediction.record() for prediction in predictions], num_images) for predictions in found]
+    def _predict(self, calls: list[_Call]) -> list[Answer]:
+        requests = [PredictRequest(self._models[name], task, torch.tensor(pixels)) for name, task, pixels in calls]
+        batch_size = sum(len(request.pixels) for request in requests)
+        batch_predictions = predict_batch(requests, self._max_batch)
+        return [Answer([prediction.record() for prediction in items], batch_size) for items in batch_predictions]
 
     def _warm_up(self) -> None:
         for model in self._models.values():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from pipeline.prediction.options import GROUPED
+from pipeline.prediction.options import GROUPED_ADAPTER
 from pipeline.runtime.storage import Artifact, Storage, is_uri
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class FinishedRun:
         """Of grouped MmAP."""
         from pipeline.methods.adapter_file import load_adapter  # torch, which a wrong option does not wait for
 
-        return load_adapter(self.folder / GROUPED)
+        return load_adapter(self.folder / GROUPED_ADAPTER)
 
     @property
     def config_file(self) -> Path:
@@ -71,7 +71,7 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
     """
     storage, folder = _located(source, cache)
     storage.download(folder)
-    for name in ("config.yaml", SUMMARY, GROUPED, PROVENANCE):
+    for name in ("config.yaml", SUMMARY, GROUPED_ADAPTER, PROVENANCE):
         if not (folder / name).is_file():
             raise UserError(
                 f"--run {source} is not a finished run ({name} is missing): give <storage>/{RUNS}/<run>, "

@@ -19,7 +19,7 @@ from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.mmap import SharedMmap
 from pipeline.methods.registry import training_config
-from pipeline.prediction.options import GROUPED, ModelOptions, read_options, write_options
+from pipeline.prediction.options import GROUPED_ADAPTER, ModelOptions, read_options, write_options
 from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import PARENT, Session
@@ -190,10 +190,10 @@ def _merge_adapters(plan: Plan, finished: FinishedRun, trained: Sequence[MethodA
     """Write an adapter with the finished run's groups unchanged and the new task as its own group in the file, so that
     the computation for existing tasks does not change."""
     (task_artifact,) = (method.artifacts[0] for method in trained if method.name == "grouped")
-    file = plan.folder / GROUPED
+    file = plan.folder / GROUPED_ADAPTER
     create_folder(file.parent)
     save_adapter(file, merge_adapters([finished.adapter, load_adapter(task_artifact.download() / ADAPTER)]))
-    if (options := read_options(finished.folder / GROUPED)) != ModelOptions():
+    if (options := read_options(finished.folder / GROUPED_ADAPTER)) != ModelOptions():
         write_options(file, options)  # temperatures of the existing tasks, which belong to the file
     return file
 
