@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, steps of ours and of the plain version, clocks, FLOPs, memory, result files."""
+"""Shared code of the benchmarks: models, steps of ours and of the reference, timing, FLOPs, memory, result files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipeline.methods.mmap import GroupMmap, MmapShape  # noqa: E402
 
 TEMPLATE = "a photo of a {}."
 Step = Callable[[], list[torch.Tensor]]
-"""One forward and backward pass; returns the gradients of what is trained."""
+"""Runs a forward and backward pass and returns the gradients of the trained parameters."""
 
 
 def default_device() -> str:
@@ -40,7 +40,7 @@ def default_device() -> str:
 
 
 def load(name: str, device: torch.device, precision: str = "float32") -> tuple[torch.nn.Module, ClipTowers]:
-    """open_clip's model with random weights (no time depends on weights), and our towers of it, as load_clip does."""
+    """Load open_clip's model with random weights (times do not depend on them), and our towers, like load_clip."""
     ensure_torchvision()
     import open_clip
 
@@ -53,11 +53,11 @@ def load(name: str, device: torch.device, precision: str = "float32") -> tuple[t
 
 
 def class_names(count: int) -> list[str]:
-    """Office-Home's 65 names, MiniDomainNet's 126, or as many as asked for by numbering those."""
+    """Return Office-Home's 65 class names, MiniDomainNet's 126, or another number by numbering those."""
     folder = REPOSITORY / "configs" / "class_names"
     file = {65: "office_home", 126: "mini_domainnet"}.get(count, "mini_domainnet")
-    words = list(read_class_names(folder / f"{file}.txt").values())
-    return [words[i % len(words)] + (f" {i // len(words)}" if i >= len(words) else "") for i in range(count)]
+    names = list(read_class_names(folder / f"{file}.txt").values())
+    return [names[i % len(names)] + (f" {i // len(names)}" if i >= len(names) else "") for i in range(count)]
 
 
 def random_batch(towers: ClipTowers, num_images: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,15 +69,15 @@ def random_batch(towers: ClipTowers, num_images: int, num_classes: int) -> tuple
 def our_step(
     towers: ClipTowers,
     prompts: GroupMmap,
-    words: Sequence[str],
+    class_names: Sequence[str],
     images: torch.Tensor,
     labels: torch.Tensor,
     precision: str = "float32",
 ) -> Step:
-    """All tasks at once; images and labels task by task, equally many of each."""
-    num_tasks, num_classes = len(prompts.tasks), len(words)
+    """Return a step of all tasks at once; images and labels are ordered by task, equally many of each."""
+    num_tasks, num_classes = len(prompts.tasks), len(class_names)
     batch = len(images) // num_tasks
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, [words] * num_tasks).to(towers.device)
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [class_names] * num_tasks).to(towers.device)
     parameters = list(prompts.parameters())
 
     def step() -> list[torch.Tensor]:
@@ -91,27 +91,27 @@ def our_step(
     return step
 
 
-def plain_step(
+def reference_step(
     model: torch.nn.Module,
     towers: ClipTowers,
     prompts: GroupMmap,
-    words: Sequence[str],
+    class_names: Sequence[str],
     images: torch.Tensor,
     labels: torch.Tensor,
     precision: str = "float32",
 ) -> Step:
-    """One task after the other, every class at 77 tokens, prompts concatenated at every layer."""
+    """Return a step of one task after another, every class at 77 tokens, prompts concatenated at every layer."""
     batch = len(images) // len(prompts.tasks)
-    ids = towers.tokenizer([TEMPLATE.format(name) for name in words]).to(towers.device)
+    ids = towers.tokenizer([TEMPLATE.format(name) for name in class_names]).to(towers.device)
     parameters = list(prompts.parameters())
 
     def step() -> list[torch.Tensor]:
         total = [torch.zeros_like(parameter) for parameter in parameters]
-        for t, (of_task, label) in enumerate(zip(images.split(batch), labels.split(batch))):
+        for t, (task_images, label) in enumerate(zip(images.split(batch), labels.split(batch))):
             with autocast(towers.device, precision):
-                made = prompts()
-                x = plain_encode_image(model, of_task, made.vision_prompts[t])
-                z = plain_encode_text(model, ids, made.text_prompts[t])
+                adaptation = prompts()
+                x = plain_encode_image(model, task_images, adaptation.vision_prompts[t])
+                z = plain_encode_text(model, ids, adaptation.text_prompts[t])
             loss = F.cross_entropy(towers.logits(x, z), label)
             total = [a + b for a, b in zip(total, torch.autograd.grad(loss, parameters))]
         return total
@@ -125,71 +125,71 @@ def group_prompts(towers: ClipTowers, num_tasks: int) -> GroupMmap:
 
 
 def largest_difference(ours: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
-    """Largest difference of two lists of tensors, relative to the largest entry."""
+    """Return the largest difference of two lists of tensors, relative to the largest entry."""
     scale = max(tensor.abs().max() for tensor in reference)
     return max(((a - b).abs().max() / scale).item() for a, b in zip(ours, reference))
 
 
-def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Seconds."""
+def measure_seconds(step: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of a step."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def fastest_in_turn(steps: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Fastest seconds of each, measured in turn, so that a busy machine slows all alike; warm them up before."""
+def fastest_seconds(steps: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Return the fastest seconds of each step, interleaved so that load on the machine affects all; needs a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            seconds[name].append(timed(step, device))
+            seconds[name].append(measure_seconds(step, device))
     return {name: min(values) for name, values in seconds.items()}
 
 
-def gflop(step: Callable[[], Any]) -> tuple[Any, float]:
-    """A step's result and its GFLOP by torch's own counter: matrix products, convolutions, attention."""
+def count_gflop(step: Callable[[], Any]) -> tuple[Any, float]:
+    """Return a step's result and its GFLOP by torch's counter: matrix products, convolutions, attention."""
     with FlopCounterMode(display=False) as counter:
         result = step()
     return result, counter.get_total_flops() / 1e9
 
 
-def peak_gib(step: Callable[[], Any], device: torch.device) -> float:
-    """GiB that a step takes at most, beyond what was taken before; not under the FLOP counter, which keeps tensors."""
+def measure_peak_gib(step: Callable[[], Any], device: torch.device) -> float:
+    """Return the peak GiB of a step beyond what was allocated; the FLOP counter, which keeps tensors, must be off."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) / 2**30
+        allocated = torch.cuda.memory_allocated(device) / 2**30
         step()
-        return torch.cuda.max_memory_allocated(device) / 2**30 - before
+        return torch.cuda.max_memory_allocated(device) / 2**30 - allocated
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
-    before = _status_gib("VmRSS")
+    resident = _status_gib("VmRSS")
     step()
-    return _status_gib("VmHWM") - before
+    return _status_gib("VmHWM") - resident
 
 
 def _status_gib(name: str) -> float:
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
-def where(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
 def write_results(name: str, device: torch.device, values: dict[str, Any]) -> None:
-    """benchmarks/results/<name>_<device>.json, with the machine's kind."""
-    kind = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name())
-    file = REPOSITORY / "benchmarks" / "results" / f"{name}_{kind}.json"
+    """Write benchmarks/results/<name>_<device>.json, with a description of the machine."""
+    suffix = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name())
+    file = REPOSITORY / "benchmarks" / "results" / f"{name}_{suffix}.json"
     file.parent.mkdir(exist_ok=True)
-    machine = {"device": where(device), "torch": torch.__version__, "processor": platform.machine()}
+    machine = {"device": device_name(device), "torch": torch.__version__, "processor": platform.machine()}
     file.write_text(json.dumps({**values, **machine}, indent=1) + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown; the first column left, the others right."""
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Format a Markdown table, its first column aligned left, the others right."""
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])

@@ -15,7 +15,16 @@ import argparse
 from dataclasses import replace
 
 import torch
-from common import class_names, default_device, largest_difference, load, table, timed, where, write_results
+from common import (
+    class_names,
+    default_device,
+    device_name,
+    largest_difference,
+    load,
+    markdown_table,
+    measure_seconds,
+    write_results,
+)
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import Config
@@ -65,7 +74,7 @@ def main() -> None:
 
     features = []
     writer = min(
-        timed(
+        measure_seconds(
             lambda: features.append(frozen_training_features(towers, pixels, arguments.steps, training, 1, "float32")),
             device,
         )
@@ -86,20 +95,20 @@ def main() -> None:
                 trained = method if side == "once" else RecomputedEveryStep(method, towers)
 
                 trainer = Trainer(towers, trained, [frozen], tokens, training, **options)
-                side_seconds.append(timed(trainer.train, device))
+                side_seconds.append(measure_seconds(trainer.train, device))
                 states[side] = list(method.state_dict().values())
         row = {side: min(side_seconds) for side, side_seconds in seconds.items()}
         rows.append({"method": name, **row, "difference": largest_difference(*states.values())})
         print(rows[-1], flush=True)
 
     print(f"\n{arguments.model}, {arguments.steps} steps of {arguments.images} images, {arguments.classes} classes")
-    print(f"{where(device)}, torch {torch.__version__}\n")
+    print(f"{device_name(device)}, torch {torch.__version__}\n")
     lines = [
         [row["method"], f"{row['once']:.2f}"]
         + ([f"{row['every step']:.2f}", f"{row['every step'] / row['once']:.1f}"] if "every step" in row else ["", ""])
         for row in rows
     ]
-    print(table(["training", "frozen part once, s", "in every step, s", "ratio"], lines))
+    print(markdown_table(["training", "frozen part once, s", "in every step, s", "ratio"], lines))
     setting = {name: getattr(arguments, name) for name in ("model", "images", "classes", "steps")}
     write_results(f"frozen_features_{arguments.model}", device, {**setting, "rows": rows})
 

@@ -19,7 +19,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from common import fastest_in_turn, table, where, write_results
+from common import device_name, fastest_seconds, markdown_table, write_results
 
 from pipeline.grouping.objectives import OBJECTIVES, get_objective
 from pipeline.grouping.partition import TIME_LIMIT_S, best_partition
@@ -52,13 +52,23 @@ def main() -> None:
         for objective in OBJECTIVES
     ]
 
-    print(f"Seconds on {where(CPU)}, fastest of {arguments.repeats}; `sum`, affinities around five directions\n")
-    print(table(["tasks", *list(ways[0]["seconds"])], [[row["tasks"], *shown(row["seconds"])] for row in ways]))
+    print(f"Seconds on {device_name(CPU)}, fastest of {arguments.repeats}; `sum`, affinities around five directions\n")
+    print(
+        markdown_table(["tasks", *list(ways[0]["seconds"])], [[row["tasks"], *shown(row["seconds"])] for row in ways])
+    )
     print("\nDynamic programming over subsets, random affinities\n")
-    print(table(["tasks", *list(options[0]["seconds"])], [[row["tasks"], *shown(row["seconds"])] for row in options]))
+    print(
+        markdown_table(
+            ["tasks", *list(options[0]["seconds"])], [[row["tasks"], *shown(row["seconds"])] for row in options]
+        )
+    )
     print(f"\n`best_partition`, one run, at most {limit:g} s\n")
     columns = ["affinities", "tasks", "objective", "s", "gap", "way"]
-    print(table(columns, [[*list(row.values())[:3], seconds(row["seconds"]), gap(row), row["way"]] for row in many]))
+    print(
+        markdown_table(
+            columns, [[*list(row.values())[:3], seconds(row["seconds"]), gap(row), row["way"]] for row in many]
+        )
+    )
     values = {"time_limit_s": limit, "repeats": arguments.repeats, "ways": ways, "options": options, "many": many}
     write_results("grouping_search", CPU, values)
 
@@ -94,7 +104,7 @@ def ways_row(num_tasks: int, repeats: int, limit: float) -> dict:
         sys.exit(f"{num_tasks} tasks: the ways differ: {scores}")
     if num_tasks <= MAX_TASKS_TAG:
         run["TAG's scores"] = lambda: tag_scores(affinity.tolist())
-    measured = fastest_in_turn(run, repeats, CPU)
+    measured = fastest_seconds(run, repeats, CPU)
     row = {"tasks": num_tasks, "seconds": {name: measured.get(name) for name in [*searches, "TAG's scores"]}}
     print(row, file=sys.stderr, flush=True)
     return row
@@ -108,7 +118,7 @@ def options_row(num_tasks: int, repeats: int) -> dict:
         "at most 5 tasks": {"objective": get_objective("sum"), "max_size": 5},
     }
     runs = {name: lambda of=of: solve_subset_dp(Problem.from_affinity(affinity, **of)) for name, of in options.items()}
-    row = {"tasks": num_tasks, "seconds": fastest_in_turn(runs, repeats, CPU)}
+    row = {"tasks": num_tasks, "seconds": fastest_seconds(runs, repeats, CPU)}
     print(row, file=sys.stderr, flush=True)
     return row
 
@@ -116,7 +126,7 @@ def options_row(num_tasks: int, repeats: int) -> dict:
 def many_row(kind: str, num_tasks: int, objective: str, limit: float) -> dict:
     affinity, found = affinities(kind, num_tasks), []
     search = {"it": lambda: found.append(best_partition(affinity, objective=objective, time_limit_s=limit))}
-    took = fastest_in_turn(search, 1, CPU)["it"]
+    took = fastest_seconds(search, 1, CPU)["it"]
     row = {"affinities": kind, "tasks": num_tasks, "objective": objective, "seconds": took, "way": found[0].method}
     row |= {"score": found[0].score, "upper_bound": found[0].upper_bound}
     print(row, file=sys.stderr, flush=True)

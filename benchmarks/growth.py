@@ -17,16 +17,16 @@ import sys
 import torch
 from common import (
     class_names,
+    count_gflop,
     default_device,
-    fastest_in_turn,
-    gflop,
+    device_name,
+    fastest_seconds,
     group_prompts,
     load,
+    markdown_table,
+    measure_peak_gib,
     our_step,
-    peak_gib,
     random_batch,
-    table,
-    where,
     write_results,
 )
 
@@ -59,14 +59,14 @@ def main() -> None:
             row = {
                 "case": case,
                 "activation_memory_gib": str(limit),
-                "gib": peak_gib(step, device),
-                "gflop": gflop(step)[1],
+                "gib": measure_peak_gib(step, device),
+                "gflop": count_gflop(step)[1],
             }
-            row["seconds"] = fastest_in_turn({"step": step}, arguments.repeats, device)["step"]
+            row["seconds"] = fastest_seconds({"step": step}, arguments.repeats, device)["step"]
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
 
-    print(f"{arguments.model}, {arguments.precision}, {where(device)}, torch {torch.__version__}\n")
+    print(f"{arguments.model}, {arguments.precision}, {device_name(device)}, torch {torch.__version__}\n")
     columns = ["tasks x images x classes", "activation_memory_gib", "GFLOP", "s per step", "peak GiB"]
     lines = [
         [
@@ -78,7 +78,7 @@ def main() -> None:
         ]
         for row in rows
     ]
-    print(table(columns, lines))
+    print(markdown_table(columns, lines))
     values = {"model": arguments.model, "precision": arguments.precision, "rows": rows}
     write_results(f"{arguments.name}_{arguments.model}_{arguments.precision}", device, values)
 

@@ -1,23 +1,23 @@
 #!/usr/bin/env python
-"""Images per second of all that happens to images, ours against plain loops, side by side.
+"""Images per second of each step of the input pipeline, ours against simple loops.
 
     python benchmarks/input_speed.py                                      all cases, on generated JPEGs
     python benchmarks/input_speed.py --cases decoding evaluation --images 20000 --threads 16
 
 Cases:
-- splits: image folders -> few-shot splits, checked and in Parquet, by a pool of worker processes (in place of Ray's
-  tasks), against a loop that opens each image with PIL and copies the files into train and test folders;
+- splits: image folders -> checked few-shot splits in Parquet, by a pool of worker processes (instead of Ray tasks),
+  against a loop that opens each image with PIL and copies the files into train and test folders;
 - decoding: test images -> pixels, by the evaluation's stream with one thread and with all, against a loop of PIL and
   torchvision's transforms;
 - training: decoded once and augmented batch by batch, against a loop that opens and augments each image in every
   step with torchvision's RandomResizedCrop, over `--epochs` epochs;
-- evaluation: test set -> predictions with the model at work while images are decoded, against decoding all and then
+- evaluation: test set -> predictions with the model running while images are decoded, against decoding all and then
   running the model;
-- overlap: the same with a stand-in for a model on a GPU, which leaves the cores alone and is as slow as decoding.
+- overlap: the same with a fake GPU model, which uses no CPU cores and is as slow as decoding.
 
-Files were just written, so they are read from memory. On a CPU the model and decoding share the cores, so running
-both at once can gain little there. Versions take turns, and the fastest run of each counts. Prints Markdown tables
-and writes benchmarks/results/input_speed_<device>.json.
+Files were just written, so they are read from the page cache. On a CPU the model and decoding share the cores, so
+overlapping them gains little there. Versions are interleaved, and the fastest run of each counts. Prints Markdown
+tables and writes benchmarks/results/input_speed_<device>.json.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL
 import torch
-from common import default_device, fastest_in_turn, load, table, where, write_results
+from common import default_device, device_name, fastest_seconds, load, markdown_table, write_results
 from PIL import Image
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
@@ -66,7 +66,7 @@ Row = dict[str, object]
 @dataclass(frozen=True)
 class Setting:
     folder: Path
-    """Scratch; the images lie in `folder`/images."""
+    """Temporary folder; the images are in `folder`/images."""
     images: int
     threads: int
     repeats: int
@@ -83,16 +83,16 @@ class Setting:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--images", type=int, default=400, help="images of all tasks together")
+    parser.add_argument("--images", type=int, default=400, help="number of images, sum over tasks")
     parser.add_argument("--size", default="500x400", help="width x height of the JPEGs")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decoding threads, worker processes")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each version; the fastest counts")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs of the case training")
-    parser.add_argument("--model", default="ViT-B-32", help="open_clip model name of the case evaluation")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of the training case")
+    parser.add_argument("--model", default="ViT-B-32", help="open_clip model name of the evaluation case")
     parser.add_argument("--device", default=default_device())
     arguments = parser.parse_args()
     if arguments.images < len(TASKS) * len(CLASSES) * (SHOTS + 1):
-        parser.error(f"--images: {SHOTS} train and one tests of each of {len(CLASSES)} classes in {len(TASKS)} tasks")
+        parser.error(f"--images: needs {SHOTS + 1} images for each of {len(CLASSES)} classes in {len(TASKS)} tasks")
     ensure_torchvision()
     device = torch.device(arguments.device)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -115,26 +115,26 @@ def main() -> None:
         rows = {case: CASES[case](setting) for case in arguments.cases}
 
     print(
-        f"{where(device)}, {os.cpu_count()} cores, {arguments.threads} threads, Pillow {PIL.__version__}, "
+        f"{device_name(device)}, {os.cpu_count()} cores, {arguments.threads} threads, Pillow {PIL.__version__}, "
         f"{arguments.images} JPEGs of {arguments.size} ({bytes_per_image / 1024:.0f} KiB), "
         f"fastest of {arguments.repeats}\n"
     )
-    for case, of_case in rows.items():
+    for case, case_rows in rows.items():
         columns = [case, "images", "s", "images/s", "ratio"]
         lines = [
             [row["version"], row["images"], f"{row['s']:.2f}", f"{row['images/s']:.0f}", f"{row['ratio']:.2f}"]
-            for row in of_case
+            for row in case_rows
         ]
-        print(table(columns, lines), end="\n\n")
-    machine = {"cores": os.cpu_count(), "Pillow": PIL.__version__, "bytes of an image": round(bytes_per_image)}
+        print(markdown_table(columns, lines), end="\n\n")
+    machine = {"cores": os.cpu_count(), "Pillow": PIL.__version__, "bytes per image": round(bytes_per_image)}
     write_results("input_speed", device, {**machine, **vars(arguments), "rows": rows})
 
 
-def rows_of(seconds: dict[str, float], images: int) -> list[Row]:
-    """Rows of a table; ratios of speed to the first version's."""
-    first = next(iter(seconds.values()))
+def make_rows(seconds: dict[str, float], images: int) -> list[Row]:
+    """Return the rows of a table, with ratios of speed to the first version."""
+    baseline = next(iter(seconds.values()))
     return [
-        {"version": name, "images": images, "s": value, "images/s": images / value, "ratio": first / value}
+        {"version": name, "images": images, "s": value, "images/s": images / value, "ratio": baseline / value}
         for name, value in seconds.items()
     ]
 
@@ -143,7 +143,7 @@ def rows_of(seconds: dict[str, float], images: int) -> list[Row]:
 
 
 def write_photos(setting: Setting, width: int, height: int) -> float:
-    """Writes the images in the layout <task>/<class>/<number>.jpg; returns their mean bytes."""
+    """Write the images as <task>/<class>/<number>.jpg, and return their mean size in bytes."""
     folders = [setting.root / task / name for task in TASKS for name in CLASSES]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -153,12 +153,12 @@ def write_photos(setting: Setting, width: int, height: int) -> float:
 
 
 def write_photo(path: Path, seed: int, width: int, height: int) -> int:
-    """A JPEG of smooth colors, coarse and finer ones, with a sensor's noise; returns its bytes."""
+    """Write a JPEG of smooth colors at two scales with sensor noise, and return its size in bytes."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3))
-    for cells, share in ((6, 0.6), (40, 0.4)):
+    for cells, weight in ((6, 0.6), (40, 0.4)):
         field = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        pixels += share * np.asarray(field.resize((width, height), Image.Resampling.BICUBIC))
+        pixels += weight * np.asarray(field.resize((width, height), Image.Resampling.BICUBIC))
     pixels += rng.normal(0, 6, pixels.shape)
     stream = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
@@ -170,61 +170,61 @@ def write_photo(path: Path, seed: int, width: int, height: int) -> int:
 
 def splits(setting: Setting) -> list[Row]:
     versions = {
-        "PIL loop that copies files": lambda: plain_splits(setting),
-        f"ours, {setting.threads} processes": lambda: build_splits(setting, "again"),
+        "PIL loop that copies files": lambda: split_by_copying(setting),
+        f"ours, {setting.threads} processes": lambda: build_splits(setting, "timed_splits"),
     }
-    return rows_of(fastest_in_turn(versions, setting.repeats, setting.device), setting.images)
+    return make_rows(fastest_seconds(versions, setting.repeats, setting.device), setting.images)
 
 
 def build_splits(setting: Setting, name: str) -> None:
-    """What the stage splits does, with the pool in place of Ray."""
+    """Build splits as the pipeline's stage, with the pool instead of Ray."""
     dataset = index_dataset(DataConfig(), setting.root)
     folder, pool = setting.folder / name, setting.pool
     shutil.rmtree(folder, ignore_errors=True)
-    named = [(image.path, image.task, image.class_folder) for image in dataset.images]
-    images = list(pool.map(partial(scan_image, dataset.root), *zip(*named), chunksize=32))
+    arguments = [(image.path, image.task, image.class_folder) for image in dataset.images]
+    images = list(pool.map(partial(scan_image, dataset.root), *zip(*arguments), chunksize=32))
     assert not any(image.error for image in images)
-    drawn = sample_splits(images, dataset.classes, SHOTS, seed=1)
+    sampled = sample_splits(images, dataset.classes, SHOTS, seed=1)
     counts = {
-        split: {task: sum(image.task == task for image in getattr(drawn, split)) for task in dataset.classes}
+        split: {task: sum(image.task == task for image in getattr(sampled, split)) for task in dataset.classes}
         for split in ("train", "test")
     }
     classes = {task: list(names) for task, names in dataset.classes.items()}
     description = SplitDescription(classes, dataset.class_names, SHOTS, 1, content_fingerprint(images), counts)
     sizes = {image.path: image.size for image in dataset.images}
-    parts = plan_parts(drawn.train, "train", sizes) + plan_parts(drawn.test, "test", sizes)
+    parts = plan_parts(sampled.train, "train", sizes) + plan_parts(sampled.test, "test", sizes)
     list(pool.map(partial(write_part, dataset.root, description=description, folder=folder), parts))
     (folder / "splits.json").write_text(json.dumps(asdict(description)))
 
 
-def plain_splits(setting: Setting) -> None:
+def split_by_copying(setting: Setting) -> None:
     target = setting.folder / "copies"
     shutil.rmtree(target, ignore_errors=True)
     rng = random.Random(1)
     for task in sorted(os.listdir(setting.root)):
         for name in sorted(os.listdir(setting.root / task)):
             source = setting.root / task / name
-            whole = []
+            files = []
             for file in sorted(os.listdir(source)):
                 with Image.open(source / file) as image:
                     image.convert("RGB")
-                whole.append(file)
-            train = set(rng.sample(whole, SHOTS))
+                files.append(file)
+            train = set(rng.sample(files, SHOTS))
             for split in ("train", "test"):
                 (target / split / task / name).mkdir(parents=True)
-            for file in whole:
+            for file in files:
                 shutil.copyfile(source / file, target / ("train" if file in train else "test") / task / name / file)
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def reader_of(setting: Setting) -> SplitReader:
+def open_reader(setting: Setting) -> SplitReader:
     return SplitReader(setting.folder / "splits")
 
 
-def paths_of(setting: Setting, split: str, task: str) -> list[Path]:
-    return [setting.root / row["path"] for row in reader_of(setting).rows(split, task, ("path",))]
+def image_paths(setting: Setting, split: str, task: str) -> list[Path]:
+    return [setting.root / row["path"] for row in open_reader(setting).rows(split, task, ("path",))]
 
 
 def decoding(setting: Setting) -> list[Row]:
@@ -237,10 +237,10 @@ def decoding(setting: Setting) -> list[Row]:
             transforms.ToTensor(),
         ]
     )
-    reader = reader_of(setting)
-    paths = [path for task in TASKS for path in paths_of(setting, "test", task)]
+    reader = open_reader(setting)
+    paths = [path for task in TASKS for path in image_paths(setting, "test", task)]
 
-    def plain() -> None:
+    def reference() -> None:
         for path in paths:
             with Image.open(path) as image:
                 steps(image.convert("RGB"))
@@ -249,10 +249,10 @@ def decoding(setting: Setting) -> list[Row]:
         for _ in decoded_batches(reader, TASKS, IMAGE_SIZE, threads):
             pass
 
-    versions = {"PIL and torchvision loop": plain}
+    versions = {"PIL and torchvision loop": reference}
     for threads in sorted({1, setting.threads}):
         versions[f"ours, {threads} thread{'s' * (threads > 1)}"] = partial(ours, threads)
-    return rows_of(fastest_in_turn(versions, setting.repeats, setting.device), len(paths))
+    return make_rows(fastest_seconds(versions, setting.repeats, setting.device), len(paths))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def decoding(setting: Setting) -> list[Row]:
 def training(setting: Setting) -> list[Row]:
     from torchvision import transforms
 
-    config, device, reader = AugmentationConfig(), setting.device, reader_of(setting)
+    config, device, reader = AugmentationConfig(), setting.device, open_reader(setting)
     steps = transforms.Compose(
         [
             transforms.RandomResizedCrop(
@@ -274,7 +274,7 @@ def training(setting: Setting) -> list[Row]:
             transforms.ToTensor(),
         ]
     )
-    paths = {task: paths_of(setting, "train", task) for task in TASKS}
+    paths = {task: image_paths(setting, "train", task) for task in TASKS}
 
     def sets():
         return load_training_sets(reader, TASKS, IMAGE_SIZE, device, setting.threads)
@@ -287,7 +287,7 @@ def training(setting: Setting) -> list[Row]:
             for task in loaded:
                 task.batch(step, BATCH_SIZE, IMAGE_SIZE, config, seed=1)
 
-    def plain() -> None:
+    def reference() -> None:
         for step in range(num_steps):
             for task in TASKS:
                 pixels = []
@@ -296,8 +296,8 @@ def training(setting: Setting) -> list[Row]:
                         pixels.append(steps(image.convert("RGB")))
                 torch.stack(pixels).to(device)
 
-    versions = {"PIL and torchvision loop": plain, f"ours, decoded once for {setting.epochs} epochs": ours}
-    return rows_of(fastest_in_turn(versions, setting.repeats, setting.device), num_steps * len(TASKS) * BATCH_SIZE)
+    versions = {"PIL and torchvision loop": reference, f"ours, decoded once for {setting.epochs} epochs": ours}
+    return make_rows(fastest_seconds(versions, setting.repeats, setting.device), num_steps * len(TASKS) * BATCH_SIZE)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def training(setting: Setting) -> list[Row]:
 def evaluation(setting: Setting) -> list[Row]:
     _, towers = load(setting.model, setting.device)
     classifier = Classifier(towers, "a photo of a {}.", [(dict.fromkeys(TASKS, CLASSES), Adaptation())])
-    reader = reader_of(setting)
+    reader = open_reader(setting)
     batches: list[tuple] = []
 
     def decode() -> None:
@@ -322,17 +322,17 @@ def evaluation(setting: Setting) -> list[Row]:
         "model alone": run_model,
         "overlapped": lambda: evaluate(classifier, reader, TASKS, setting.threads),
     }
-    seconds = fastest_in_turn(versions, setting.repeats, setting.device)
-    one_after_the_other = seconds["decoding alone"] + seconds["model alone"]
+    seconds = fastest_seconds(versions, setting.repeats, setting.device)
+    sequential = seconds["decoding alone"] + seconds["model alone"]
     images = sum(len(rows) for _, rows, _ in batches)
-    return rows_of({"decoding, then the model (sum)": one_after_the_other, **seconds}, images)
+    return make_rows({"decoding, then the model (sum)": sequential, **seconds}, images)
 
 
 # --- overlap ---------------------------------------------------------------------------------------------------------
 
 
-class ModelElsewhere:
-    """Stands for a model on a GPU: it leaves the cores alone and takes a given time an image."""
+class FakeGpuModel:
+    """Stand-in for a model on a GPU: uses no CPU cores and takes a given time per image."""
 
     def __init__(self, seconds_per_image: float):
         self.seconds_per_image = seconds_per_image
@@ -344,22 +344,22 @@ class ModelElsewhere:
 
 
 def overlap(setting: Setting) -> list[Row]:
-    reader, tasks = reader_of(setting), TASKS * OVERLAP_PASSES
+    reader, tasks = open_reader(setting), TASKS * OVERLAP_PASSES
 
     def decode() -> int:
         return sum(len(rows) for _, rows, _ in decoded_batches(reader, tasks, IMAGE_SIZE, setting.threads))
 
-    images, began = decode(), time.perf_counter()
+    images, start = decode(), time.perf_counter()
     decode()
-    model = ModelElsewhere((time.perf_counter() - began) / images)  # as slow as decoding, where overlap helps most
+    model = FakeGpuModel((time.perf_counter() - start) / images)  # as slow as decoding, where overlap helps most
     versions = {
         "decoding alone": decode,
         "model alone": lambda: time.sleep(images * model.seconds_per_image),
         "overlapped": lambda: evaluate(model, reader, tasks, setting.threads),
     }
-    seconds = fastest_in_turn(versions, setting.repeats, setting.device)
-    both = sum(seconds[name] for name in list(seconds)[:2])
-    return rows_of({"decoding, then the model (sum)": both, **seconds}, images)
+    seconds = fastest_seconds(versions, setting.repeats, setting.device)
+    sequential = sum(seconds[name] for name in list(seconds)[:2])
+    return make_rows({"decoding, then the model (sum)": sequential, **seconds}, images)
 
 
 CASES = {

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""What Ray, MLflow and storage cost: the pipeline on a running Ray beside the same computing in one plain process.
+"""Overhead of Ray, MLflow and storage: the pipeline on a running Ray against the same computation in one process.
 
     python benchmarks/pipeline_overhead.py                         the demo
     python benchmarks/pipeline_overhead.py --repeats 3
 
-Three clocks, in turn: the pipeline's wall time, from the command to its exit, on a Ray that was started before; the
-sum of its stages' own seconds; and one process without Ray and MLflow that builds the splits, trains the global
-prompt, groups, trains the same groups and evaluates, one after another, from its start to its exit. Both must end
-with the same accuracies. The pipeline runs two trainings at a time on two cores, the plain process one.
+Measures, interleaved: the pipeline's wall time from start to exit, on a running Ray; the sum of its stages' seconds;
+and the wall time of one process without Ray and MLflow that builds the splits, trains the global prompt, groups, trains
+the same groups and evaluates, sequentially. Both must have the same accuracies. On two cores the pipeline runs two
+trainings at a time, the single process one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import REPOSITORY, table, write_results
+from common import REPOSITORY, markdown_table, write_results
 
 from pipeline.config import DEMO_CONFIG, Config, load_yaml, parse_config
 
@@ -31,51 +31,51 @@ from pipeline.config import DEMO_CONFIG, Config, load_yaml, parse_config
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2, help="the fastest counts")
-    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # the plain process: its storage
+    parser.add_argument("--single-process", type=Path, help=argparse.SUPPRESS)  # storage of the single process
     arguments = parser.parse_args()
-    if arguments.plain:
-        plain_pipeline(parse_config(load_yaml(DEMO_CONFIG)), arguments.plain)
+    if arguments.single_process:
+        run_in_one_process(parse_config(load_yaml(DEMO_CONFIG)), arguments.single_process)
         return
-    pipeline_walls, stage_sums, plain_walls = [], [], []
+    pipeline_walls, stage_sums, single_walls = [], [], []
     for _ in range(arguments.repeats):
         with tempfile.TemporaryDirectory(prefix="ray-") as folder:
             address, ray = start_ray(folder)
             try:
                 storage = Path(folder) / "storage"
                 job = [sys.executable, "jobs/full_pipeline.py", "--storage", str(storage), "--cluster.address", address]
-                pipeline_walls.append(wall(job))
+                pipeline_walls.append(wall_seconds(job))
             finally:
                 ray.terminate()
                 ray.wait()
             (run,) = (storage / "runs").iterdir()
             stage_sums.append(sum(json.loads((run / "stage_seconds.json").read_text()).values()))
-            plain = Path(folder) / "plain"
-            plain_walls.append(wall([sys.executable, __file__, "--plain", str(plain)]))
+            single_folder = Path(folder) / "single_process"
+            single_walls.append(wall_seconds([sys.executable, __file__, "--single-process", str(single_folder)]))
             ours = json.loads((run / "report" / "summary.json").read_text())["methods"]
-            expected = json.loads((plain / "accuracy.json").read_text())
-            found = {name: ours[name]["accuracy"] for name in expected}
-            if found != expected:
-                sys.exit(f"the two do not compute the same: {found} and {expected}")
+            expected = json.loads((single_folder / "accuracy.json").read_text())
+            accuracies = {name: ours[name]["accuracy"] for name in expected}
+            if accuracies != expected:
+                sys.exit(f"the accuracies differ: {accuracies} and {expected}")
 
-    walls = {"pipeline": min(pipeline_walls), "its stages": min(stage_sums), "plain process": min(plain_walls)}
+    walls = {"pipeline": min(pipeline_walls), "its stages": min(stage_sums), "single process": min(single_walls)}
     print(f"demo, {os.cpu_count()} CPU cores, torch {torch.__version__}, fastest of {arguments.repeats}\n")
     print(
-        table(
-            ["", "s", "pipeline's wall time over it"],
+        markdown_table(
+            ["", "s", "pipeline / this"],
             [[k, f"{v:.1f}", f"{walls['pipeline'] / v:.2f}"] for k, v in walls.items()],
         )
     )
     write_results("pipeline_overhead", torch.device("cpu"), {"seconds": walls, "repeats": arguments.repeats})
 
 
-def wall(command: list[str]) -> float:
-    began = time.perf_counter()
+def wall_seconds(command: list[str]) -> float:
+    start = time.perf_counter()
     finished = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if finished.returncode:
         sys.exit(finished.stdout.decode())
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def environment() -> dict[str, str]:
@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
 
 
 def start_ray(folder: str) -> tuple[str, subprocess.Popen]:
-    """A head with this machine's cores, on a free port, that is ready to work."""
+    """Start a Ray head with this machine's cores on a free port, and wait until it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -99,8 +99,8 @@ def start_ray(folder: str) -> tuple[str, subprocess.Popen]:
     return address, head
 
 
-def plain_pipeline(config: Config, folder: Path) -> None:
-    """The stages' computing as one reads it in the paper."""
+def run_in_one_process(config: Config, folder: Path) -> None:
+    """Run the computation of all stages, as in the paper."""
     from pipeline.clip.class_tokens import class_tokens
     from pipeline.clip.load import load_clip
     from pipeline.data.index import index_dataset
@@ -137,34 +137,34 @@ def plain_pipeline(config: Config, folder: Path) -> None:
 
     towers = load_clip(config.clip, config.mmap.text_prompt_position)
     shape = MmapShape.of(config.mmap, towers)
-    words = {task: description.class_names_for(task) for task in tasks}
+    class_names = {task: description.class_names_for(task) for task in tasks}
 
-    def trained(prompts, epochs, **snapshots):
+    def train(prompts, epochs, **snapshots):
         sets = load_training_sets(reader, prompts.tasks, towers.image_size, towers.device, 1)
-        tokens = class_tokens(towers.tokenizer, config.clip.template, [words[task] for task in prompts.tasks])
+        tokens = class_tokens(towers.tokenizer, config.clip.template, [class_names[task] for task in prompts.tasks])
         options = {"epochs": epochs, "seed": config.seed, **snapshots}
         trainer = Trainer(towers, prompts, sets, tokens, config.training, **options)
         trainer.train()
         return trainer.snapshots
 
     @torch.no_grad()
-    def tested(group, adaptation):
-        groups = [({task: words[task] for task in group}, adaptation)]
+    def test_accuracy(group, adaptation):
+        groups = [({task: class_names[task] for task in group}, adaptation)]
         classifier = Classifier(towers, config.clip.template, groups)
         return accuracy(evaluate(classifier, reader, group, 1))
 
     shared = SharedMmap(shape, tasks, config.seed, config.mmap.init_std)
-    snapshots = trained(shared, config.global_prompt.epochs, snapshot_fn=shared.task_gradients)
+    snapshots = train(shared, config.global_prompt.epochs, snapshot_fn=shared.task_gradients)
     gradients = torch.stack([taken.gradients for taken in snapshots]).double().numpy()
     affinity = affinity_matrix(gradients, config.grouping.affinity)
     partition = best_partition(affinity, objective=config.grouping.objective)
-    found = {"zero_shot": tested(tasks, Adaptation()), "all_in_one": {}, "grouped": {}}
+    accuracies = {"zero_shot": test_accuracy(tasks, Adaptation()), "all_in_one": {}, "grouped": {}}
     groups = [[tasks[i] for i in group] for group in partition.groups]
     for method, group in [("all_in_one", tasks), *(("grouped", group) for group in groups)]:
         prompts = GroupMmap(shape, group, config.seed, config.mmap.init_std)
-        trained(prompts, config.training.epochs)
-        found[method] |= tested(group, prompts())
-    (folder / "accuracy.json").write_text(json.dumps(found))
+        train(prompts, config.training.epochs)
+        accuracies[method] |= test_accuracy(group, prompts())
+    (folder / "accuracy.json").write_text(json.dumps(accuracies))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import class_names, default_device, fastest_in_turn, table, where, write_results
+from common import class_names, default_device, device_name, fastest_seconds, markdown_table, write_results
 from PIL import Image
 
 from pipeline.clip.load import load_clip, weights_fingerprint
@@ -67,12 +67,16 @@ def main() -> None:
     }
     for step in steps.values():
         step()
-    seconds = fastest_in_turn(steps, arguments.repeats, device)
+    seconds = fastest_seconds(steps, arguments.repeats, device)
     alone = seconds["open_clip encode_image"]
 
     print(f"{arguments.model}, {arguments.images} images, {arguments.classes} classes, {arguments.tasks} tasks")
-    print(f"{arguments.precision}, {where(device)}, torch {torch.__version__}\n")
-    print(table(["", "s", "of open_clip"], [[name, f"{s:.3f}", f"{s / alone:.2f}x"] for name, s in seconds.items()]))
+    print(f"{arguments.precision}, {device_name(device)}, torch {torch.__version__}\n")
+    print(
+        markdown_table(
+            ["", "s", "of open_clip"], [[name, f"{s:.3f}", f"{s / alone:.2f}x"] for name, s in seconds.items()]
+        )
+    )
     values = {name: getattr(arguments, name) for name in ("model", "images", "classes", "tasks", "side", "precision")}
     write_results(f"prediction_speed_{arguments.model}", device, {**values, "seconds": seconds})
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Does the pipeline's memory stay bounded on a data set of MiniDomainNet's size? Makes one, and runs it through.
+"""Peak memory and throughput of the pipeline on a generated data set of MiniDomainNet's size.
 
     python benchmarks/scale.py /data/scratch                        140,000 images, 126 classes, 4 tasks
     python benchmarks/scale.py /data/scratch --images 2000 --classes 10
 
-The images are smooth random colors as JPEG, all different, a shorter side of 96 to 160 pixels; the model is the demo's
-tiny CLIP. For each job: seconds, images a second, and the largest proportional set size of the driver and all that it
-started, Ray's object store included, looked at twice a second.
+The images are distinct JPEGs of smooth random colors with sides of 96 to 160 pixels; the model is the demo's tiny CLIP.
+Reports for each job the seconds, images per second, and peak proportional set size of the driver and its child
+processes, including Ray's object store, sampled twice per second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from common import REPOSITORY, class_names, table, write_results
+from common import REPOSITORY, class_names, markdown_table, write_results
 from PIL import Image
 
 from pipeline.files import atomic_replace
@@ -34,13 +34,13 @@ JOBS = {
     "few-shot splits": ("jobs/build_splits.py", "--data.shots"),
     "zero-shot evaluation": ("jobs/benchmark.py", "--methods", "zero_shot", "--seeds", "1", "--shots"),
 }
-"""Each begins with what the one before it left."""
+"""Each job uses the artifacts of the previous one."""
 POLL_INTERVAL_S = 0.5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for the images and the storage; some gigabytes")
+    parser.add_argument("folder", type=Path, help="folder for the images and the storage; needs several GB")
     parser.add_argument("--images", type=int, default=140_000)
     parser.add_argument("--classes", type=int, default=126)
     parser.add_argument("--shots", type=int, default=3)
@@ -54,7 +54,7 @@ def main() -> None:
         seconds, peak = run_measured([sys.executable, *command])
         rows.append((name, f"{seconds:.0f}", f"{arguments.images / seconds:.0f}", f"{peak / 2**30:.2f}"))
     columns = ("job", "s", "images/s", "peak, GiB")
-    print(table(columns, rows))
+    print(markdown_table(columns, rows))
     values = {
         "images": arguments.images,
         "classes": arguments.classes,
@@ -64,16 +64,16 @@ def main() -> None:
 
 
 def make_images(root: Path, count: int, num_classes: int) -> None:
-    words = class_names(num_classes)
+    names = class_names(num_classes)
     numbers = np.array_split(np.arange(count), 256)
     with atomic_replace(root) as staging_dir, ProcessPoolExecutor(os.cpu_count()) as workers:
-        list(workers.map(partial(_make_some, staging_dir, words), numbers))
+        list(workers.map(partial(_write_images, staging_dir, names), numbers))
 
 
-def _make_some(root: Path, words: list[str], numbers: np.ndarray) -> None:
+def _write_images(root: Path, names: list[str], numbers: np.ndarray) -> None:
     for number in numbers.tolist():
         rng = np.random.default_rng(number)
-        folder = root / TASKS[number % len(TASKS)] / words[number // len(TASKS) % len(words)].replace(" ", "_")
+        folder = root / TASKS[number % len(TASKS)] / names[number // len(TASKS) % len(names)].replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         size = rng.integers(96, 161, 2).tolist()
@@ -81,16 +81,16 @@ def _make_some(root: Path, words: list[str], numbers: np.ndarray) -> None:
 
 
 def run_measured(command: list[str]) -> tuple[float, int]:
-    """Seconds, and the largest memory in bytes. Raises: SystemExit: the job failed."""
-    began, peak = time.monotonic(), 0
+    """Run a job and return its seconds and peak memory in bytes. Raises: SystemExit: the job failed."""
+    start, peak = time.monotonic(), 0
     process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     root = psutil.Process(process.pid)
     while process.poll() is None:
         peak = max(peak, sum(map(_proportional_size, [root, *_children(root)])))
         time.sleep(POLL_INTERVAL_S)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return time.monotonic() - began, peak
+        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
+    return time.monotonic() - start, peak
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -103,7 +103,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 def _proportional_size(process: psutil.Process) -> int:
     try:
         return process.memory_full_info().pss
-    except psutil.Error:  # it has ended
+    except psutil.Error:  # it has exited
         return 0
 
 

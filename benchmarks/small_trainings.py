@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Several small trainings on one device: one after another, at once in one process, or in processes of their own.
+"""Several small trainings on one device: sequential, concurrent in one process, or in separate processes.
 
     python benchmarks/small_trainings.py                                       4 trainings of 1 task x 4 images
     python benchmarks/small_trainings.py --model ViT-B-16 --trainings 8 --classes 126
 
-- in turn: one process, one training after another;
-- threads: one process that holds CLIP once, a thread for each training (on a GPU: a stream for each);
-- one step: one process, the trainings' tasks side by side in every step, each with its own prompts: exact, since
-  tasks meet only in prompts that they share;
-- processes: one for each training, each with its own CLIP (what fractional cluster.gpus_per_worker gives).
-Each mode trains the same prompts for the same steps, and all must end with the same numbers. Loading is not timed.
+- sequential: one process, one training after another;
+- threads: one process with one CLIP, a thread per training (on a GPU: a stream each);
+- batched: one process, the trainings' tasks batched in every step, each with its own prompts: exact, since tasks
+  interact only through shared prompts;
+- processes: one per training, each with its own CLIP (as with fractional cluster.gpus_per_worker).
+Each mode trains the same prompts for the same steps, and all must give the same result. Loading is not timed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from common import (
     autocast,
     class_names,
     default_device,
+    device_name,
     load,
+    markdown_table,
     random_batch,
-    table,
-    where,
     write_results,
 )
 from torch import multiprocessing
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32", help="open_clip model name")
     parser.add_argument("--trainings", type=int, default=4)
-    parser.add_argument("--images", type=int, default=4, help="of a step of one training, which has one task")
+    parser.add_argument("--images", type=int, default=4, help="batch size of a training, which has one task")
     parser.add_argument("--classes", type=int, default=65)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2)
@@ -62,46 +62,48 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     states: dict[str, list[torch.Tensor]] = {}
     for _ in range(arguments.repeats):
-        for mode, train in (
-            ("in turn", lambda: [trained(towers, arguments, [number])[0] for number in numbers]),
-            ("threads", lambda: in_threads(towers, arguments, numbers)),
-            ("one step", lambda: trained(towers, arguments, numbers)),
-            ("processes", lambda: in_processes(workers)),
+        for mode, run in (
+            ("sequential", lambda: [train(towers, arguments, [number])[0] for number in numbers]),
+            ("threads", lambda: train_in_threads(towers, arguments, numbers)),
+            ("batched", lambda: train(towers, arguments, numbers)),
+            ("processes", lambda: train_in_processes(workers)),
         ):
-            began = time.perf_counter()
-            states[mode] = train()
-            seconds.setdefault(mode, []).append(time.perf_counter() - began)
+            start = time.perf_counter()
+            states[mode] = run()
+            seconds.setdefault(mode, []).append(time.perf_counter() - start)
     for worker in workers:
         worker.stop()
 
     rows = []
-    for mode, of_mode in states.items():
-        difference = max((a - b).abs().max().item() for a, b in zip(of_mode, states["in turn"]))
+    for mode, prompts in states.items():
+        difference = max((a - b).abs().max().item() for a, b in zip(prompts, states["sequential"]))
         rows.append({"mode": mode, "seconds": min(seconds[mode]), "difference": difference})
-    kind = f"{arguments.trainings} trainings of 1 task x {arguments.images} images x {arguments.classes} classes"
-    print(f"{arguments.model}, {kind}, {arguments.steps} steps, {where(device)}, torch {torch.__version__}\n")
+    setting = f"{arguments.trainings} trainings of 1 task x {arguments.images} images x {arguments.classes} classes"
+    print(f"{arguments.model}, {setting}, {arguments.steps} steps, {device_name(device)}, torch {torch.__version__}\n")
     lines = [
         [row["mode"], f"{row['seconds']:.2f}", f"{rows[0]['seconds'] / row['seconds']:.2f}", f"{row['difference']:.0e}"]
         for row in rows
     ]
-    print(table(["", "s", "times as fast as in turn", "largest difference"], lines))
+    print(markdown_table(["", "s", "speedup over sequential", "largest difference"], lines))
     write_results(f"small_trainings_{arguments.model}", device, {**vars(arguments), "rows": rows})
 
 
 def seeded_towers(arguments: argparse.Namespace) -> ClipTowers:
-    """The same random weights in every process."""
+    """Load towers with the same random weights in every process."""
     torch.manual_seed(0)
     return load(arguments.model, torch.device(arguments.device))[1]
 
 
-def trained(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence[int]) -> list[torch.Tensor]:
-    """Source prompts of the group of each training after all steps, which go on side by side."""
+def train(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence[int]) -> list[torch.Tensor]:
+    """Run all steps of these trainings, batched, and return the source prompt of each one's group."""
     device, batch = towers.device, arguments.images
     shape = MmapShape.of(MmapConfig(), towers)
     prompts = [GroupMmap(shape, [f"task {number}"], seed=number).to(device) for number in numbers]
-    optimizer = torch.optim.SGD([p for of in prompts for p in of.parameters()], lr=0.0035, momentum=0.9)
-    words = class_names(arguments.classes)
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, [words] * len(numbers)).to(device)
+    optimizer = torch.optim.SGD(
+        [parameter for mmap in prompts for parameter in mmap.parameters()], lr=0.0035, momentum=0.9
+    )
+    names = class_names(arguments.classes)
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [names] * len(numbers)).to(device)
     batches = []
     for number in numbers:
         with torch.random.fork_rng(devices=[]):
@@ -110,9 +112,9 @@ def trained(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence
     images, labels = (torch.cat(parts) for parts in zip(*batches))
     for _ in range(arguments.steps):
         with autocast(device, arguments.precision):
-            made = [of() for of in prompts]
-            text = torch.cat([adaptation.text_prompts for adaptation in made])
-            vision = torch.cat([adaptation.vision_prompts for adaptation in made])
+            adaptations = [mmap() for mmap in prompts]
+            text = torch.cat([adaptation.text_prompts for adaptation in adaptations])
+            vision = torch.cat([adaptation.vision_prompts for adaptation in adaptations])
             x = towers.encode_image(images, vision, [batch] * len(numbers)).split(batch)
             z = towers.encode_text(tokens, text).split(arguments.classes)
         losses = [F.cross_entropy(towers.logits(*pair), label) for *pair, label in zip(x, z, labels.split(batch))]
@@ -121,18 +123,18 @@ def trained(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence
         optimizer.step()
     if device.type == "cuda":
         torch.cuda.current_stream().synchronize()
-    return [of.group.source.detach().cpu() for of in prompts]
+    return [mmap.group.source.detach().cpu() for mmap in prompts]
 
 
-def in_threads(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence[int]) -> list[torch.Tensor]:
+def train_in_threads(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence[int]) -> list[torch.Tensor]:
     results: dict[int, torch.Tensor] = {}
 
-    def work(number: int) -> None:
-        cuda = towers.device.type == "cuda"
-        with torch.cuda.stream(torch.cuda.Stream()) if cuda else nullcontext():
-            results[number] = trained(towers, arguments, [number])[0]
+    def run(number: int) -> None:
+        is_cuda = towers.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if is_cuda else nullcontext():
+            results[number] = train(towers, arguments, [number])[0]
 
-    threads = [Thread(target=work, args=(number,)) for number in numbers]
+    threads = [Thread(target=run, args=(number,)) for number in numbers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -141,12 +143,12 @@ def in_threads(towers: ClipTowers, arguments: argparse.Namespace, numbers: Seque
 
 
 class Worker:
-    """A process with its own CLIP that trains when it is told to."""
+    """A process with its own CLIP that trains on request."""
 
     def __init__(self, arguments: argparse.Namespace, number: int, num_threads: int):
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, arguments, number, num_threads))
+        self.pipe, worker_pipe = context.Pipe()
+        self.process = context.Process(target=_serve, args=(worker_pipe, arguments, number, num_threads))
         self.process.start()
         self.pipe.recv()
 
@@ -160,10 +162,10 @@ def _serve(pipe, arguments: argparse.Namespace, number: int, num_threads: int) -
     towers = seeded_towers(arguments)
     pipe.send("ready")
     while pipe.recv():
-        pipe.send(trained(towers, arguments, [number])[0].numpy())
+        pipe.send(train(towers, arguments, [number])[0].numpy())
 
 
-def in_processes(workers: Sequence[Worker]) -> list[torch.Tensor]:
+def train_in_processes(workers: Sequence[Worker]) -> list[torch.Tensor]:
     for worker in workers:
         worker.pipe.send(True)
     return [torch.from_numpy(worker.pipe.recv()) for worker in workers]

@@ -22,18 +22,18 @@ import torch
 from common import (
     Step,
     class_names,
+    count_gflop,
     default_device,
-    fastest_in_turn,
-    gflop,
+    device_name,
+    fastest_seconds,
     group_prompts,
     largest_difference,
     load,
+    markdown_table,
+    measure_peak_gib,
     our_step,
-    peak_gib,
-    plain_step,
     random_batch,
-    table,
-    where,
+    reference_step,
     write_results,
 )
 from official_peers import coop_step, maple_step
@@ -61,17 +61,17 @@ def main() -> None:
         prompts = group_prompts(towers, num_tasks)
         steps: dict[str, Step] = {
             "ours": our_step(towers, prompts, words, images, labels, arguments.precision),
-            "plain": plain_step(model, towers, prompts, words, images, labels, arguments.precision),
+            "plain": reference_step(model, towers, prompts, words, images, labels, arguments.precision),
         }
         for name, checkout, make in (("MaPLe", arguments.maple, maple_step), ("CoOp", arguments.coop, coop_step)):
             if checkout and num_tasks == 1:
                 steps[name] = make(checkout, model, words, images, labels, device)
         if arguments.memory:
-            rows.append({"case": case, "gib": {name: peak_gib(step, device) for name, step in steps.items()}})
+            rows.append({"case": case, "gib": {name: measure_peak_gib(step, device) for name, step in steps.items()}})
         else:
-            results, gflops = zip(*map(gflop, steps.values()))
+            results, gflops = zip(*map(count_gflop, steps.values()))
             row = {"case": case, "difference": largest_difference(*results[:2]), "gflop": dict(zip(steps, gflops))}
-            rows.append({**row, "seconds": fastest_in_turn(steps, arguments.repeats, device)})
+            rows.append({**row, "seconds": fastest_seconds(steps, arguments.repeats, device)})
         print(rows[-1], file=sys.stderr, flush=True)
 
     quantities = {"gib": "GiB"} if arguments.memory else {"gflop": "GFLOP", "seconds": "s"}
@@ -90,8 +90,8 @@ def main() -> None:
         for name in names[1:]:
             line += [f"{row[key][name] / row[key]['ours']:.1f}" if name in row[key] else "" for key in quantities]
         lines.append(line)
-    print(f"{arguments.model}, {arguments.precision}, {where(device)}, torch {torch.__version__}\n")
-    print(table(columns, lines))
+    print(f"{arguments.model}, {arguments.precision}, {device_name(device)}, torch {torch.__version__}\n")
+    print(markdown_table(columns, lines))
     name = f"step_{'memory' if arguments.memory else 'time'}_{arguments.model}_{arguments.precision}"
     write_results(name, device, {"model": arguments.model, "precision": arguments.precision, "rows": rows})
 

@@ -21,17 +21,17 @@ from common import (
     TEMPLATE,
     autocast,
     class_names,
+    count_gflop,
     default_device,
-    fastest_in_turn,
-    gflop,
+    device_name,
+    fastest_seconds,
     group_prompts,
     largest_difference,
     load,
+    markdown_table,
+    measure_seconds,
     our_step,
     random_batch,
-    table,
-    timed,
-    where,
     write_results,
 )
 
@@ -70,14 +70,14 @@ def main() -> None:
             groups = [(dict.fromkeys(prompts.tasks, words), prompts())]
         classifier = Classifier(towers, TEMPLATE, groups, autocast_to)
         calls = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
-        gradients_by_precision[precision], training_gflop = gflop(train)
-        flops = {"training": training_gflop, "evaluation": gflop(calls["evaluation"])[1]}
+        gradients_by_precision[precision], training_gflop = count_gflop(train)
+        flops = {"training": training_gflop, "evaluation": count_gflop(calls["evaluation"])[1]}
         first_call = None
         if arguments.compile:
             compiled = torch.compile(train)
-            first_call = timed(compiled, device)
+            first_call = measure_seconds(compiled, device)
             calls["compiled training"], flops["compiled training"] = compiled, flops["training"]
-        seconds = fastest_in_turn(calls, arguments.repeats, device)
+        seconds = fastest_seconds(calls, arguments.repeats, device)
         for name in calls:
             row = {
                 "what": name,
@@ -93,8 +93,10 @@ def main() -> None:
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
 
-    print(f"{arguments.model}, {where(device)}, torch {torch.__version__}; {arguments.images} images a training step ")
-    print(f"of {NUM_TASKS} tasks with {arguments.classes} classes, {arguments.evaluated} an evaluation batch\n")
+    print(
+        f"{arguments.model}, {device_name(device)}, torch {torch.__version__}; {arguments.images} images per training"
+    )
+    print(f"step of {NUM_TASKS} tasks with {arguments.classes} classes, {arguments.evaluated} per evaluation batch\n")
     columns = ["", "precision", "s", "images/s", "TFLOP/s", "peak TFLOP/s", "fraction", "difference", "first call s"]
     lines = [
         [
@@ -110,7 +112,7 @@ def main() -> None:
         ]
         for row in rows
     ]
-    print(table(columns, lines))
+    print(markdown_table(columns, lines))
     write_results(f"utilization_{arguments.model}", device, {**vars(arguments), "rows": rows})
 
 
@@ -122,7 +124,7 @@ def matmul_tflops(device: torch.device, precision: str) -> float:
         with autocast(device, precision):
             a @ b
             for _ in range(10):
-                fastest = max(fastest, 2 * size**3 / 1e12 / timed(lambda a=a, b=b: a @ b, device))
+                fastest = max(fastest, 2 * size**3 / 1e12 / measure_seconds(lambda a=a, b=b: a @ b, device))
     return fastest
 
 

@@ -374,4 +374,4 @@ def test_errors_are_reported_before_any_work(finished, tmp_path, monkeypatch, ca
     unfinished = tmp_path / "runs" / "demo-0"
     unfinished.mkdir(parents=True)
     (unfinished / "config.yaml").write_text("name: demo\n")
-    assert "it has no report/summary.json" in error("--run", str(unfinished), "--task", "neon")
+    assert "(report/summary.json is missing)" in error("--run", str(unfinished), "--task", "neon")
