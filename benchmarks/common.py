@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-from reference_towers import plain_encode_image, plain_encode_text  # noqa: E402
+from reference_towers import reference_encode_image, reference_encode_text  # noqa: E402
 
 from pipeline.clip.class_tokens import class_tokens  # noqa: E402
 from pipeline.clip.precision import autocast  # noqa: E402
@@ -110,8 +110,8 @@ def reference_step(
         for t, (task_images, label) in enumerate(zip(images.split(batch), labels.split(batch))):
             with autocast(towers.device, precision):
                 adaptation = prompts()
-                x = plain_encode_image(model, task_images, adaptation.vision_prompts[t])
-                z = plain_encode_text(model, ids, adaptation.text_prompts[t])
+                x = reference_encode_image(model, task_images, adaptation.vision_prompts[t])
+                z = reference_encode_text(model, ids, adaptation.text_prompts[t])
             loss = F.cross_entropy(towers.logits(x, z), label)
             total = [a + b for a, b in zip(total, torch.autograd.grad(loss, parameters))]
         return total

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from small_clip import CLASS_WORDS, tokenizer
+from small_clip import CLASS_NAMES, tokenizer
 
 StartCheck = Callable[[torch.Tensor], bool]
 
@@ -54,7 +54,7 @@ class Reference:
 
 def full_ids(template: str) -> torch.Tensor:
     """Tokenize the texts of all classes."""
-    return tokenizer()([template.format(word) for word in CLASS_WORDS])
+    return tokenizer()([template.format(word) for word in CLASS_NAMES])
 
 
 # Methods with their own towers

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def plain_encode_image(
+def reference_encode_image(
     model: nn.Module, images: torch.Tensor, prompts: torch.Tensor | None, propagate: bool = False
 ) -> torch.Tensor:
     """images (B, 3, H, W), prompts (K', b, D) → (B, E). Eq. 10: [CLS, prompts, patches] at each layer; propagate: the
@@ -28,7 +28,7 @@ def plain_encode_image(
     return model.visual.ln_post(x)[:, 0] @ model.visual.proj
 
 
-def plain_encode_text(
+def reference_encode_text(
     model: nn.Module,
     ids: torch.Tensor,
     prompts: torch.Tensor | None,

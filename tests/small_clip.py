@@ -16,7 +16,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, se
 
 from pipeline.clip.towers import ClipTowers  # noqa: E402
 
-CLASS_WORDS = ["cat", "tricycle", "the great wall of china", "post-it notes", "alarm clock"]
+CLASS_NAMES = ["cat", "tricycle", "the great wall of china", "post-it notes", "alarm clock"]
 
 
 def small_open_clip(**options) -> torch.nn.Module:

@@ -8,7 +8,7 @@ from pkgutil import iter_modules
 
 import methods
 import torch
-from small_clip import CLASS_WORDS
+from small_clip import CLASS_NAMES
 from small_problem import CONFIG, TASKS
 
 from pipeline.clip.class_tokens import class_tokens
@@ -30,10 +30,10 @@ def config_of_references(field: str, **values) -> Config:
 
 SMALL = config_of_references("small", clip={"model": BUILTIN_DIGITS, "pretrained": BUILTIN_DIGITS})
 TRAINED = [name for name in REFERENCES if METHODS[name].trainable]
-WORDS = dict.fromkeys(TASKS, CLASS_WORDS)
+WORDS = dict.fromkeys(TASKS, CLASS_NAMES)
 
 
-def built(name, towers, words=WORDS, config=SMALL):
+def build_method(name, towers, words=WORDS, config=SMALL):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         method = METHODS[name].build(config, towers, words).to(next(towers.parameters()).dtype)
@@ -50,7 +50,7 @@ def add_frozen_features(towers, sets, config=CONFIG, seed=5):
     ]
 
 
-def tokens_for(name, towers, class_names_per_task, config=SMALL):
+def method_tokens(name, towers, class_names_per_task, config=SMALL):
     kind = METHODS[name]
     template = kind.template(config.clip.template)
     return class_tokens(towers.tokenizer, template, class_names_per_task, kind.num_prompt_positions(config))

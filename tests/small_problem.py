@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from small_clip import CLASS_WORDS, small_towers
+from small_clip import CLASS_NAMES, small_towers
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import AugmentationConfig, MmapConfig, TrainingConfig
@@ -33,13 +33,13 @@ CONFIG = TrainingConfig(
 def small_problem():
     """Towers and open_clip's model in float64, class tokens, training sets of 10 and 5 images."""
     towers, model = small_towers()
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS, CLASS_WORDS])
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES, CLASS_NAMES])
     generator = torch.Generator().manual_seed(0)
     sets = [
         TrainingSet(
             task,
             tuple(torch.randint(0, 256, (3, 20, 18), generator=generator, dtype=torch.uint8) for _ in range(count)),
-            torch.arange(count) % len(CLASS_WORDS),
+            torch.arange(count) % len(CLASS_NAMES),
         )
         for task, count in zip(TASKS, (10, 5))
     ]
@@ -55,7 +55,7 @@ def group_prompts(towers) -> GroupMmap:
 
 
 TEST_COUNTS = {"chalk": 23, "ink": 3, "neon": 8}
-NUM_CLASSES = len(CLASS_WORDS)
+NUM_CLASSES = len(CLASS_NAMES)
 
 
 def write_test_splits(folder: Path) -> None:
@@ -73,7 +73,7 @@ def write_test_splits(folder: Path) -> None:
     names = [str(label) for label in range(NUM_CLASSES)]
     classes = {task: names for task in TEST_COUNTS}
     counts = {"train": dict.fromkeys(TEST_COUNTS, 0), "test": TEST_COUNTS}
-    description = SplitDescription(classes, dict(zip(names, CLASS_WORDS)), 1, 1, "", counts)
+    description = SplitDescription(classes, dict(zip(names, CLASS_NAMES)), 1, 1, "", counts)
     for part in plan_parts(images, "test", sizes):
         write_part(folder / "data", part, description, folder / "splits")
     (folder / "splits" / "splits.json").write_text(json.dumps(asdict(description)))
@@ -84,5 +84,5 @@ def prompted_classifier(device: str = "cpu") -> Classifier:
     towers, _ = small_towers()
     prompts = GroupMmap(mmap_shape(towers), tuple(TEST_COUNTS), seed=1, init_std=0.3).double()
     with torch.no_grad():
-        groups = [({task: CLASS_WORDS for task in TEST_COUNTS}, prompts.to(device)())]
+        groups = [({task: CLASS_NAMES for task in TEST_COUNTS}, prompts.to(device)())]
     return Classifier(towers.to(device), TEMPLATE, groups, "float32")

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from pipelines import the_run
 from reference_partitions import OBJECTIVES
-from reference_towers import plain_encode_image, plain_encode_text
+from reference_towers import reference_encode_image, reference_encode_text
 from safetensors.torch import load_file
 from servers import S3Server, free_ports
-from small_clip import CLASS_WORDS, small_towers, tokenizer
+from small_clip import CLASS_NAMES, small_towers, tokenizer
 from small_problem import CONFIG, TASKS, TEMPLATE, group_prompts, mmap_shape, small_problem
 
 import pipeline
@@ -60,8 +60,8 @@ def test_replayed_gradients_equal_those_of_a_training_with_the_task(problem):
     trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, **options)
     trainer.train()
     points = [(taken.record.step, taken.record.epoch, taken.parameters) for taken in trainer.snapshots]
-    task_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
-    ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
+    task_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES])
+    ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_NAMES])
     for number, task_set in enumerate(sets):
         single_task = SharedMmap(mmap_shape(towers), [task_set.task], seed=9, init_std=0.3).double()
         replayed = replay_gradients(towers, single_task, task_set, task_tokens, points, CONFIG, seed=5)
@@ -85,7 +85,7 @@ def test_replayed_gradients_in_bfloat16_equal_those_of_the_training(problem):
     trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=1, snapshot_fn=shared.task_gradients, **options)
     trainer.train()
     points = [(taken.record.step, taken.record.epoch, taken.parameters) for taken in trainer.snapshots]
-    task_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
+    task_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES])
     for number, task_set in enumerate(sets):
         single_task = SharedMmap(mmap_shape(towers), [task_set.task], seed=9)
         replayed = replay_gradients(towers, single_task, task_set, task_tokens, points, CONFIG, **options)
@@ -99,8 +99,8 @@ def reference_gradient(towers, model, ids, task_set, step, point):
     torch.nn.utils.vector_to_parameters(point.double(), shared.parameters())
     adaptation = shared()
     pixels, labels = task_set.batch(step - 1, CONFIG.batch_size, towers.image_size, CONFIG.augmentation, 5)
-    x = plain_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[0])
-    z = plain_encode_text(model, ids, adaptation.text_prompts[0])
+    x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[0])
+    z = reference_encode_text(model, ids, adaptation.text_prompts[0])
     gradients = torch.autograd.grad(F.cross_entropy(towers.logits(x, z), labels), list(shared.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -111,7 +111,7 @@ def reference_gradient(towers, model, ids, task_set, step, point):
 def test_only_the_task_prompt_of_a_joined_group_is_trained(problem):
     """Compared with SGD on the task prompt alone, with the reference towers."""
     towers, model, _, sets = problem
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES])
     group = group_prompts(towers).state_dict()
 
     def joined_mmap() -> GroupMmap:
@@ -121,14 +121,14 @@ def test_only_the_task_prompt_of_a_joined_group_is_trained(problem):
 
     trained, reference = joined_mmap(), joined_mmap()
     Trainer(towers, trained, sets[:1], tokens, CONFIG, epochs=2, seed=5).train()
-    ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
+    ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_NAMES])
     optimizer = torch.optim.SGD(reference.task.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
     for step in range(8):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
         adaptation = reference()
         pixels, labels = sets[0].batch(step, 3, towers.image_size, CONFIG.augmentation, 5)
-        x = plain_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[0])
-        z = plain_encode_text(model, ids, adaptation.text_prompts[0])
+        x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[0])
+        z = reference_encode_text(model, ids, adaptation.text_prompts[0])
         optimizer.zero_grad()
         F.cross_entropy(towers.logits(x, z), labels).backward()
         optimizer.step()

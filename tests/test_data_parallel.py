@@ -1,4 +1,4 @@
-"""Several workers that share each step train the same numbers as one."""
+"""Data-parallel training equals training with one worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from small_methods import TRAINED, WORDS, add_frozen_features, built, tokens_for
+from small_methods import TRAINED, WORDS, add_frozen_features, build_method, method_tokens
 from small_problem import (
     CONFIG,
     TASKS,
@@ -33,8 +33,8 @@ from pipeline.training.trainer import Trainer
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 
 
-def trained(folder=None):
-    """Prompts of a group after training, history and snapshots of a global prompt, and every other method."""
+def train_all(folder=None):
+    """Return a group's trained prompts, a global prompt's history and snapshots, and every other trained method."""
     towers, _, tokens, sets = small_problem()
     group = group_prompts(towers)
     Trainer(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder and Checkpoints(folder)).train()
@@ -46,8 +46,8 @@ def trained(folder=None):
     methods = {}
     sets = add_frozen_features(towers, sets)
     for name in TRAINED:
-        method = methods[name] = built(name, towers)
-        tokens = tokens_for(name, towers, list(WORDS.values()))
+        method = methods[name] = build_method(name, towers)
+        tokens = method_tokens(name, towers, list(WORDS.values()))
         Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5).train()
     return {
         "state": group.state_dict(),
@@ -59,8 +59,8 @@ def trained(folder=None):
     }
 
 
-def predicted(folder):
-    """Predictions of test sets of 6 + 1 + 2 batches, as plain values."""
+def predict_all(folder):
+    """Return predictions of test sets of 6 + 1 + 2 batches, as tuples."""
     with patch("pipeline.training.evaluate.decoded_batches", partial(decoded_batches, batch_size=4)):
         predictions = evaluate(prompted_classifier(), SplitReader(folder / "splits"), tuple(TEST_COUNTS), threads=1)
     return [astuple(prediction) for prediction in predictions]
@@ -71,8 +71,8 @@ def run_rank(rank: int, world_size: int, folder) -> None:
     meeting, patience = f"file://{folder}/meeting", timedelta(minutes=15)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=patience)
     try:
-        torch.save(trained(folder / "checkpoints"), folder / f"rank{rank}.pt")
-        torch.save(predicted(folder), folder / f"predicted{rank}.pt")
+        torch.save(train_all(folder / "checkpoints"), folder / f"rank{rank}.pt")
+        torch.save(predict_all(folder), folder / f"predicted{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -82,25 +82,25 @@ def run_later_rank(index: int, world_size: int, folder) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.fault_injection)])
-def test_workers_that_share_a_training_get_the_numbers_of_one(world_size, tmp_path):
+def test_data_parallel_workers_give_the_results_of_one(world_size, tmp_path):
     write_test_splits(tmp_path)
     # The first rank is this process, which has imported everything.
     processes = spawn(run_later_rank, (world_size, tmp_path), nprocs=world_size - 1, join=False)
     run_rank(0, world_size, tmp_path)
     while not processes.join():
         pass
-    expected = trained()
+    expected = train_all()
     for rank in range(world_size):
         result = torch.load(tmp_path / f"rank{rank}.pt")
         for name in ("state", "methods", "losses", "snapshots", "points"):
             tolerance = 1e-5 if name in ("snapshots", "points") else 1e-9  # stored in float32
             torch.testing.assert_close(result[name], expected[name], rtol=tolerance, atol=tolerance)
         assert result["accuracies"] == expected["accuracies"]
-        assert torch.load(tmp_path / f"predicted{rank}.pt") == predicted(tmp_path)
+        assert torch.load(tmp_path / f"predicted{rank}.pt") == predict_all(tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint.pt").is_file()
 
 
-def test_shares_cover_every_row_once():
+def test_shards_cover_every_row_once():
     rows_per_task = [3, 1, 0, 5]
     for world_size in (1, 2, 4, 9):
         covered = []

@@ -48,7 +48,7 @@ def test_random_weights_are_always_the_same(model_file):
     assert (build_meta_towers(config).text_width, build_meta_towers(config).vision_width) == (16, 32)
 
 
-def test_two_loads_at_once_keep_back_open_clips_warnings_and_nobody_elses(model_file, monkeypatch, caplog):
+def test_concurrent_loads_suppress_only_open_clips_warnings(model_file, monkeypatch, caplog):
     """The first load ends while the second is at work, as those of a benchmark's runs do."""
     create, barrier = open_clip.create_model, threading.Barrier(2)
     earlier_ended = threading.Event()
@@ -118,7 +118,7 @@ def test_a_pickle_with_code_is_refused(model_file, tmp_path, monkeypatch):
     assert not (tmp_path / "made by the pickle").exists()
 
 
-def test_weights_of_another_model_are_named(model_file, tmp_path):
+def test_weights_of_another_model_are_reported(model_file, tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file({"visual.proj": torch.zeros(3, 3)}, file)
     with pytest.raises(UserError, match="cannot be loaded into"):
@@ -149,13 +149,13 @@ def test_quick_gelu_is_used(model_file):
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-H-14", "ViT-L-14-336"])
-def test_open_clips_vit_models_are_understood(name):
+def test_open_clips_vit_models_are_supported(name):
     towers = build_meta_towers(ClipConfig(model=name, pretrained=None))
     assert MmapShape.of(MmapConfig(), towers).depth == min(towers.text_depth, towers.vision_depth)
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "convnext_base", "coca_ViT-B-32"])
-def test_other_models_are_refused_at_the_door(name):
+def test_other_models_are_rejected(name):
     with pytest.raises(UserError, match="clip.model.*cannot take prompts|clip.model.*cannot be built"):
         build_meta_towers(ClipConfig(model=name, pretrained=None))
 
@@ -179,7 +179,7 @@ def trained():
     return towers, parts
 
 
-def test_prompts_round_trip_with_the_same_probabilities(trained, tmp_path):
+def test_adapters_round_trip_with_identical_probabilities(trained, tmp_path):
     towers, parts = trained
     file = tmp_path / "adapter.safetensors"
     save_adapter(file, merge_adapters(parts))
@@ -198,14 +198,14 @@ def test_prompts_round_trip_with_the_same_probabilities(trained, tmp_path):
             torch.testing.assert_close(classifier.probabilities(task, pixels), original.probabilities(task, pixels))
 
 
-def test_prompts_refuse_another_clip(trained, tmp_path):
+def test_adapters_reject_another_clip(trained, tmp_path):
     _, (part, _) = trained
     foreign_adapter = TrainedAdapter("mmap", part.config, "0" * 64, part.groups, part.states)
     with pytest.raises(UserError, match="not those that this adapter was trained on"):
         foreign_adapter.classifier()
 
 
-def test_files_that_are_no_prompts_are_named(tmp_path):
+def test_files_that_are_not_adapters_are_rejected(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_adapter(tmp_path / "absent.safetensors")
     foreign = tmp_path / "foreign.safetensors"

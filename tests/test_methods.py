@@ -1,4 +1,4 @@
-"""One matrix over all methods: what trains, what it computes, how it is saved."""
+"""Tests of all methods: trained parameters, features, saving."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference_method import SKETCHED, equals, full_ids
-from reference_towers import plain_encode_text
-from small_clip import CLASS_WORDS, small_towers, tokenizer
+from reference_towers import reference_encode_text
+from small_clip import CLASS_NAMES, small_towers, tokenizer
 from small_methods import (
     REFERENCES,
     SMALL,
     TRAINED,
     WORDS,
     add_frozen_features,
-    built,
+    build_method,
     config_of_references,
-    tokens_for,
+    method_tokens,
 )
 from small_problem import CONFIG, TASKS, TEST_COUNTS, small_problem, write_test_splits
 
@@ -51,8 +51,8 @@ from pipeline.training.trainer import Trainer
 
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
-INK = {"ink": CLASS_WORDS}
-SEVERAL_NAMES = [" | ".join(CLASS_WORDS[:2]), CLASS_WORDS[2], " | ".join(CLASS_WORDS[3:])]
+INK = {"ink": CLASS_NAMES}
+SEVERAL_NAMES = [" | ".join(CLASS_NAMES[:2]), CLASS_NAMES[2], " | ".join(CLASS_NAMES[3:])]
 
 
 def test_every_method_has_a_reference_and_variants():
@@ -63,7 +63,7 @@ def test_every_method_has_a_reference_and_variants():
         get_method("lora")
 
 
-def test_whatever_is_trained_for_the_asking_can_be_compared():
+def test_all_optional_variants_are_valid_baselines():
     names = [name for name in VARIANTS if name not in ("zero_shot", *DEFAULT_VARIANTS)]
     assert parse_config({"baselines": names}).baselines == tuple(names)
     for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", ".")):
@@ -74,14 +74,14 @@ def test_whatever_is_trained_for_the_asking_can_be_compared():
 
 @pytest.mark.parametrize("several_names", [False, True], ids=["a name each", "several names"])
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_method_is_its_plain_definition(name, several_names):
+def test_a_method_equals_its_reference(name, several_names):
     towers, model = small_towers()
-    words = SEVERAL_NAMES if several_names else CLASS_WORDS
-    method = built(name, towers, {"ink": words})
+    words = SEVERAL_NAMES if several_names else CLASS_NAMES
+    method = build_method(name, towers, {"ink": words})
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     adaptation = method()
     x = adaptation.encode_image(towers, images, [3])
-    tokens = tokens_for(name, towers, [words])
+    tokens = method_tokens(name, towers, [words])
     (z,) = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
     plain = REFERENCES[name].features(method, model, images, SMALL)
     if several_names:
@@ -104,13 +104,13 @@ def test_a_method_is_its_plain_definition(name, several_names):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_all_of_a_method_trains_and_nothing_else(name):
+def test_all_parameters_of_a_method_train_and_no_others(name):
     towers, _, _, sets = small_problem()
     sets = add_frozen_features(towers, sets)
-    method = built(name, towers)
+    method = build_method(name, towers)
     frozen = {key: value.clone() for key, value in towers.state_dict().items()}
     untrained = {key: value.clone() for key, value in method.state_dict().items()}
-    tokens = tokens_for(name, towers, [CLASS_WORDS, CLASS_WORDS])
+    tokens = method_tokens(name, towers, [CLASS_NAMES, CLASS_NAMES])
     config = SLOW if REFERENCES[name].needs_small_learning_rate else CONFIG
     history = Trainer(towers, method, sets, tokens, config, epochs=3, seed=5).train()
     assert all(torch.equal(value, frozen[key]) for key, value in towers.state_dict().items())
@@ -126,7 +126,7 @@ def test_all_of_a_method_trains_and_nothing_else(name):
 def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     towers = load_clip(SMALL.clip)
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
-    method = built(name, towers, words)
+    method = build_method(name, towers, words)
     trained = TrainedAdapter(name, SMALL, weights_fingerprint(towers), (words,), (method.state_dict(),))
     save_adapter(tmp_path / "trained.safetensors", trained)
     loaded = load_adapter(tmp_path / "trained.safetensors")
@@ -140,7 +140,7 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_starts_do_not_depend_on_the_machine_or_the_tasks(name):
+def test_initial_parameters_depend_only_on_the_seed(name):
     towers, _ = small_towers()
     torch.manual_seed(1)
     state = METHODS[name].build(SMALL, towers, INK).state_dict()
@@ -158,7 +158,7 @@ START_CONFIG = config_of_references("start_options", clip={"template": SKETCHED}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_parameter_starts_as_the_method_says(name):
+def test_every_parameter_is_initialized_as_in_the_reference(name):
     towers, model = small_towers()
     expected = REFERENCES[name].starts(towers, model)
     for parameter, start in METHODS[name].build(START_CONFIG, towers, WORDS).named_parameters():
@@ -166,14 +166,14 @@ def test_every_parameter_starts_as_the_method_says(name):
         assert check(start.detach()), parameter
 
 
-def test_a_class_of_several_names_starts_the_linear_probe_at_their_mean():
+def test_a_linear_probe_is_initialized_with_the_mean_of_a_classs_names():
     towers, model = small_towers()
     start = METHODS["linear_probe"].build(SMALL, towers, {"ink": SEVERAL_NAMES}).weights
     names = F.normalize(model.encode_text(full_ids(SMALL.clip.template)), dim=1)
     torch.testing.assert_close(start.detach(), torch.stack([names[:2].mean(0), names[2], names[3:].mean(0)]))
 
 
-def test_prompts_fewer_than_the_templates_words_start_as_the_first_of_them():
+def test_short_prompts_are_initialized_with_the_templates_first_words():
     towers, model = small_towers()
     an_old = model.token_embedding(torch.tensor(tokenizer().encode("an old")))
     config = SMALL.model_copy(update={"clip": START_CONFIG.clip})
@@ -194,7 +194,7 @@ def test_parameter_counts_of_vit_b_16(name, options, expected):
     assert sum(p.numel() for p in method.parameters()) == expected
 
 
-def test_a_method_trains_as_its_authors_do_or_all_as_the_paper_compares():
+def test_a_method_trains_with_its_authors_or_the_papers_settings():
     config = parse_config({"training": {"epochs": 7, "momentum": 0.8}, "coop": {"training": {"epochs": 3}}})
     coop_training = training_config("coop", config)
     assert (coop_training.epochs, coop_training.batch_size, coop_training.learning_rate, coop_training.momentum) == (
@@ -212,9 +212,9 @@ def test_a_method_trains_as_its_authors_do_or_all_as_the_paper_compares():
         assert differs == METHODS[name].trains_weights, name  # which the learning rate of prompts would destroy
 
 
-def test_adamw_is_torchs_own():
+def test_adamw_equals_torchs():
     towers, _, tokens, sets = small_problem()
-    ours, plain = built("vpt", towers), built("vpt", towers)
+    ours, plain = build_method("vpt", towers), build_method("vpt", towers)
     config = SLOW.model_copy(update={"optimizer": "adamw", "weight_decay": 0.1})
     history = Trainer(towers, ours, sets, tokens, config, epochs=2, seed=5).train()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=0.1)
@@ -238,7 +238,7 @@ def test_a_maple_deeper_than_the_towers_is_refused():
         METHODS["maple"].check(Config(), towers)
 
 
-def test_random_groups_have_the_sizes_asked_for_and_depend_on_the_seed_alone():
+def test_random_groups_have_the_given_sizes_and_depend_only_on_the_seed():
     tasks = [f"task {number}" for number in range(9)]
     drawn = [random_groups(tasks, [4, 3, 2], seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -247,11 +247,11 @@ def test_random_groups_have_the_sizes_asked_for_and_depend_on_the_seed_alone():
         assert sorted(task for group in groups for task in group) == tasks
 
 
-# What a method leaves as the frozen CLIP has it is computed once
+# Shared frozen features
 
 
 class Uncached(torch.nn.Module):
-    """A method whose towers look changed, so that every step runs both."""
+    """A method whose towers look modified, so that every step runs both."""
 
     def __init__(self, method, towers):
         super().__init__()
@@ -262,9 +262,9 @@ class Uncached(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_says_what_it_changes(name):
+def test_a_method_declares_what_it_modifies(name):
     towers, _ = small_towers()
-    adaptation = built(name, towers)()
+    adaptation = build_method(name, towers)()
     assert adaptation.modifies_image_encoder == METHODS[name].modifies_image_encoder
     assert (adaptation.consistency is not None) == METHODS[name].uses_consistency
     assert adaptation.modifies_text_encoder == REFERENCES[name].modifies_text_encoder
@@ -277,9 +277,9 @@ def test_a_method_says_what_it_changes(name):
 )
 def test_frozen_features_do_not_change_the_training(name):
     towers, _, _, sets = small_problem()
-    tokens = tokens_for(name, towers, list(WORDS.values()))
+    tokens = method_tokens(name, towers, list(WORDS.values()))
     sets = add_frozen_features(towers, sets)
-    cached, uncached = built(name, towers), built(name, towers)
+    cached, uncached = build_method(name, towers), build_method(name, towers)
     cached_sets, uncached_sets = (
         (replace(s, images=() if not METHODS[name].modifies_image_encoder else s.images) for s in sets),
         sets,
@@ -300,14 +300,14 @@ def test_frozen_features_do_not_change_the_training(name):
 def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
     write_test_splits(tmp_path)
     towers, _ = small_towers()
-    reader, words = SplitReader(tmp_path / "splits"), dict.fromkeys(TEST_COUNTS, CLASS_WORDS)
+    reader, words = SplitReader(tmp_path / "splits"), dict.fromkeys(TEST_COUNTS, CLASS_NAMES)
     stored = {}
     for task in words:
         save_features(tmp_path / task, frozen_test_features(towers, reader, task, 2, "auto"))
         stored[task] = StoredFeatures(tmp_path / task)
         assert len(stored[task]) == TEST_COUNTS[task]
     with torch.no_grad():
-        method = built(name, towers, words)
+        method = build_method(name, towers, words)
         classifier = Classifier(towers, METHODS[name].templates_by_task(SMALL, words), [(words, method())])
     predictions_from_images = evaluate(classifier, reader, tuple(words), threads=2)
     predictions_from_features = evaluate_features(classifier, reader, stored)
@@ -317,12 +317,12 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
 
 
 def first_losses(name, config, towers, model):
-    """Each task's loss in the first step, as trained and by the plain definition."""
+    """Return each task's loss in the first step, of the trainer and of the reference."""
     sets = add_frozen_features(towers, small_problem()[3])
-    frozen_tokens = tokens_for("zero_shot", towers, list(WORDS.values()))
+    frozen_tokens = method_tokens("zero_shot", towers, list(WORDS.values()))
     frozen_z = F.normalize(model.encode_text(full_ids(config.clip.template)), dim=1)
-    method = built(name, towers, config=config)
-    tokens = tokens_for(name, towers, list(WORDS.values()), config)
+    method = build_method(name, towers, config=config)
+    tokens = method_tokens(name, towers, list(WORDS.values()), config)
     untrained, options = copy.deepcopy(method), getattr(config, METHODS[name].section)
     record = Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens).step()
     plain = []
@@ -338,7 +338,7 @@ def first_losses(name, config, towers, model):
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if METHODS[name].uses_consistency])
-def test_what_holds_a_method_to_the_frozen_clip_is_added_to_its_loss(name):
+def test_consistency_losses_equal_the_references(name):
     losses, plain = first_losses(name, SMALL, *small_towers())
     assert losses == pytest.approx(plain, rel=1e-9)
 
@@ -346,14 +346,14 @@ def test_what_holds_a_method_to_the_frozen_clip_is_added_to_its_loss(name):
 # Options
 
 
-FOR_OPTIONS = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=6, source_rows=2)})
+OPTIONS_CONFIG = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=6, source_rows=2)})
 METHOD_OPTIONS = [(name, option) for name, reference in REFERENCES.items() for option in reference.options]
 
 
 def config_with_option(name, option):
     section = METHODS[name].section
-    changed = {**getattr(FOR_OPTIONS, section).model_dump(), option: REFERENCES[name].options[option].value}
-    return parse_config({**FOR_OPTIONS.model_dump(), section: changed})
+    changed = {**getattr(OPTIONS_CONFIG, section).model_dump(), option: REFERENCES[name].options[option].value}
+    return parse_config({**OPTIONS_CONFIG.model_dump(), section: changed})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -363,18 +363,18 @@ def test_a_reference_has_every_option(name):
     options = REFERENCES[name].options
     assert options.keys() == defaults.keys() - {"training"}
     for option, (value, _) in options.items():
-        assert value not in (defaults[option], getattr(getattr(FOR_OPTIONS, section), option))
+        assert value not in (defaults[option], getattr(getattr(OPTIONS_CONFIG, section), option))
         assert value is True or value != 1
 
 
 @cache
-def outcome_as_plainly_defined(name, config):
+def check_against_reference(name, config):
     """Method, Adaptation, and all features and losses as one list."""
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     towers, model = small_towers(config.mmap.text_prompt_position, text_layers=4, vision_layers=5)
-    method = built(name, towers, INK, config)
+    method = build_method(name, towers, INK, config)
     adaptation = method()
-    tokens = tokens_for(name, towers, [CLASS_WORDS], config)
+    tokens = method_tokens(name, towers, [CLASS_NAMES], config)
     x = adaptation.encode_image(towers, images, [3])
     (z,) = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
     for features, plain in zip((x, z), REFERENCES[name].features(method, model, images, config)):
@@ -387,10 +387,10 @@ def outcome_as_plainly_defined(name, config):
 
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
-def test_an_option_away_from_its_default_is_the_plain_definition(name, option):
+def test_a_changed_option_equals_the_reference(name, option):
     config = config_with_option(name, option)
-    *_, default_outcome = outcome_as_plainly_defined(name, FOR_OPTIONS)
-    method, adaptation, outcome = outcome_as_plainly_defined(name, config)
+    *_, default_outcome = check_against_reference(name, OPTIONS_CONFIG)
+    method, adaptation, outcome = check_against_reference(name, config)
     assert outcome != default_outcome
     parameters = {f".{key}": tuple(value.shape) for key, value in method.named_parameters()}
     for suffix, shape in REFERENCES[name].options[option].shapes.items():
@@ -401,7 +401,7 @@ def test_an_option_away_from_its_default_is_the_plain_definition(name, option):
 
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
-def test_a_file_keeps_an_option_away_from_its_default(name, option, tmp_path):
+def test_a_file_keeps_a_changed_option(name, option, tmp_path):
     config = config_with_option(name, option)
     state = {"numbers": torch.zeros(10_000)}
     trained = TrainedAdapter(name, config, "weights", (dict(INK),), (state,))
@@ -411,20 +411,20 @@ def test_a_file_keeps_an_option_away_from_its_default(name, option, tmp_path):
     assert next(options) == next(options)
 
 
-def test_a_loaded_model_has_text_prompts_where_it_was_trained_with_them(tmp_path):
+def test_a_loaded_model_keeps_its_text_prompt_position(tmp_path):
     for text_prompt_position in ("after_sos", "before_sos"):
         config = SMALL.model_copy(
             update={"mmap": MmapConfig(prompt_length=2, source_rows=2, text_prompt_position=text_prompt_position)}
         )
         towers = load_clip(config.clip, text_prompt_position)
-        state = built("mmap", towers, INK, config).state_dict()
+        state = build_method("mmap", towers, INK, config).state_dict()
         trained = TrainedAdapter("mmap", config, weights_fingerprint(towers), (dict(INK),), (state,))
         save_adapter(tmp_path / "trained.safetensors", trained)
         loaded = load_adapter(tmp_path / "trained.safetensors").classifier()
         assert loaded.towers.prompts_before_sos == (text_prompt_position == "before_sos")
 
 
-def test_a_trainings_towers_are_as_the_config_says(monkeypatch):
+def test_a_trainings_towers_follow_the_config(monkeypatch):
     monkeypatch.setattr(TrainingSpec, "device", lambda work: torch.device("cpu"))  # which asks Ray
     for text_prompt_position, activation_memory_gib in (("after_sos", 6.0), ("before_sos", 0.5)):
         clip = {**SMALL.clip.model_dump(), "activation_memory_gib": activation_memory_gib}
@@ -435,7 +435,7 @@ def test_a_trainings_towers_are_as_the_config_says(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if not name.startswith("mmap")])
-def test_each_field_of_a_methods_own_training_goes_before_the_common_one(name):
+def test_a_methods_training_overrides_the_common_one(name):
     overrides = {"epochs": 7, "batch_size": 6, "learning_rate": 0.5, "weight_decay": 0.25}
     default = training_config(name, Config())
     overrides["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
@@ -448,10 +448,10 @@ def test_each_field_of_a_methods_own_training_goes_before_the_common_one(name):
         assert getattr(training_config(name, common), field) == value and training_config(name, common).momentum == 0.3
 
 
-# The methods for several tasks
+# Multi-task methods
 
 
-def test_a_tree_joins_the_tasks_whose_gradients_agree_most_first():
+def test_a_task_tree_merges_tasks_of_highest_affinity_first():
     affinity = np.array([[9, 0.1, 0.8, 0.0], [0.1, 9, 0.2, 0.6], [0.8, 0.2, 9, 0.1], [0.0, 0.6, 0.1, 9]])
     nodes = task_tree(affinity)
     assert [np.flatnonzero(node).tolist() for node in nodes] == [[0], [1], [2], [3], [0, 2], [1, 3], [0, 1, 2, 3]]
@@ -460,13 +460,13 @@ def test_a_tree_joins_the_tasks_whose_gradients_agree_most_first():
 
 def test_hipro_averages_the_nodes_over_each_tasks_path():
     towers, model = small_towers()
-    words = {"ink": CLASS_WORDS, "neon": CLASS_WORDS[:3], "chalk": CLASS_WORDS[1:]}
-    method = built("hipro", towers, words)
+    words = {"ink": CLASS_NAMES, "neon": CLASS_NAMES[:3], "chalk": CLASS_NAMES[1:]}
+    method = build_method("hipro", towers, words)
     method.build_tree(np.array([[1, 0.2, 0.7], [0.2, 1, 0.1], [0.7, 0.1, 1]]))
-    tokens = tokens_for("hipro", towers, list(words.values()))
+    tokens = method_tokens("hipro", towers, list(words.values()))
     z = method().encode_text(towers, tokens)
     node_features = [
-        F.normalize(plain_encode_text(model, full_ids("{}."), context[None], propagate=True), dim=1)
+        F.normalize(reference_encode_text(model, full_ids("{}."), context[None], propagate=True), dim=1)
         for context in method.contexts
     ]
     ink, neon, chalk, ink_and_chalk, root = node_features
@@ -476,44 +476,45 @@ def test_hipro_averages_the_nodes_over_each_tasks_path():
     torch.testing.assert_close(part, torch.cat(expected)[3:10], **TOLERANCE)
 
 
-def test_softcpt_makes_each_task_a_context_of_its_own():
+def test_softcpt_gives_each_task_its_own_context():
     towers, model = small_towers()
-    method = built("softcpt", towers, {"ink": CLASS_WORDS, "Real_World": CLASS_WORDS})
+    method = build_method("softcpt", towers, {"ink": CLASS_NAMES, "Real_World": CLASS_NAMES})
     contexts = method().text_prompts
-    task_feature = plain_encode_text(model, tokenizer()(["Real World."]), method.meta_prompt[None], propagate=True)[0]
+    ids = tokenizer()(["Real World."])
+    (task_feature,) = reference_encode_text(model, ids, method.meta_prompt[None], propagate=True)
     expected = torch.stack([task_feature @ method.projection[:, i] for i in range(3)])
     torch.testing.assert_close(contexts[1, 0], expected, **TOLERANCE)
     assert not torch.allclose(contexts[0], contexts[1])
 
 
 @pytest.mark.parametrize("name", ["linear_probe", "lamm"])
-def test_classes_with_the_same_words_are_one_class(name):
+def test_classes_with_equal_names_share_parameters(name):
     towers, _ = small_towers()
-    words = {"ink": CLASS_WORDS, "neon": CLASS_WORDS[::-1], "chalk": ["dog", CLASS_WORDS[0]]}
-    method = built(name, towers, words)
-    assert next(method.parameters()).shape == (len(CLASS_WORDS) + 1, *{"linear_probe": [12], "lamm": [1, 16]}[name])
-    z = method().encode_text(towers, tokens_for(name, towers, list(words.values())))
+    words = {"ink": CLASS_NAMES, "neon": CLASS_NAMES[::-1], "chalk": ["dog", CLASS_NAMES[0]]}
+    method = build_method(name, towers, words)
+    assert next(method.parameters()).shape == (len(CLASS_NAMES) + 1, *{"linear_probe": [12], "lamm": [1, 16]}[name])
+    z = method().encode_text(towers, method_tokens(name, towers, list(words.values())))
     torch.testing.assert_close(z[:5], z[5:10].flip(0), **TOLERANCE)
     torch.testing.assert_close(z[0], z[11], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_name_may_be_in_another_class_of_another_task(name):
+def test_a_name_may_occur_in_different_classes_of_two_tasks(name):
     towers, _ = small_towers()
-    words = {"ink": CLASS_WORDS, "neon": [f"{CLASS_WORDS[0].upper()} | tiger", "dog"]}
-    method = built(name, towers, words)
-    tokens = tokens_for(name, towers, list(words.values()))
+    words = {"ink": CLASS_NAMES, "neon": [f"{CLASS_NAMES[0].upper()} | tiger", "dog"]}
+    method = build_method(name, towers, words)
+    tokens = method_tokens(name, towers, list(words.values()))
     ink, neon = tokens.pool_names_to_classes(method().encode_text(towers, tokens))
     assert (len(ink), len(neon)) == (5, 2) and neon.isfinite().all()
 
 
-# Methods with towers of their own
+# Methods with their own towers
 
 
 OWN_TOWERS = {name: reference for name, reference in REFERENCES.items() if reference.trains_weight}
 
 
-def test_own_towers_hold_in_memory_and_files_only_what_trains():
+def test_trainable_towers_copy_and_save_only_what_trains():
     towers = load_clip(SMALL.clip)
     frozen_weights = dict(towers.named_parameters())
     for name, reference in OWN_TOWERS.items():
@@ -533,14 +534,14 @@ def test_own_towers_hold_in_memory_and_files_only_what_trains():
 
 
 @pytest.mark.parametrize("name", OWN_TOWERS)
-def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
+def test_trained_weights_are_float32_under_bfloat16(name, tmp_path):
     config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
     towers = load_clip(config.clip, float32=METHODS[name].trains_weights)
     assert (towers.visual.proj.dtype == torch.float32) == METHODS[name].trains_weights
-    words = {"ink": CLASS_WORDS, "chalk": CLASS_WORDS}
+    words = {"ink": CLASS_NAMES, "chalk": CLASS_NAMES}
     method = METHODS[name].build(config, towers, words)
     _, _, _, sets = small_problem()
-    tokens = tokens_for(name, towers, list(words.values()))
+    tokens = method_tokens(name, towers, list(words.values()))
     history = Trainer(towers, method, sets, tokens, SLOW, epochs=3, seed=5, precision="bfloat16").train()
     assert sum(history[-1].losses) < sum(history[0].losses)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in method.parameters())
@@ -554,7 +555,7 @@ def test_in_bfloat16_what_trains_is_float32(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_in_bfloat16_a_trained_method_is_loaded_and_used(name, tmp_path):
+def test_a_trained_method_is_loaded_under_bfloat16(name, tmp_path):
     config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
     towers = load_clip(config.clip, float32=METHODS[name].trains_weights)
     state = METHODS[name].build(config, towers, WORDS).state_dict()
@@ -566,12 +567,12 @@ def test_in_bfloat16_a_trained_method_is_loaded_and_used(name, tmp_path):
     assert probabilities.isfinite().all() and torch.allclose(probabilities.sum(1).float(), torch.ones(3), atol=1e-2)
 
 
-def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_gradient():
+def test_full_finetune_leaves_only_unused_tokens_and_key_biases_without_gradient():
     towers, _ = small_towers()
-    method = built("full_finetune", towers, INK)
+    method = build_method("full_finetune", towers, INK)
     adaptation = method()
     x = adaptation.encode_image(towers, torch.randn(3, 3, 16, 16, dtype=torch.float64), [3])
-    z = adaptation.encode_text(towers, tokens_for("full_finetune", towers, [CLASS_WORDS]))
+    z = adaptation.encode_text(towers, method_tokens("full_finetune", towers, [CLASS_NAMES]))
     F.cross_entropy(adaptation.logits(towers, x, z), torch.tensor([0, 2, 4])).backward()
     ids = full_ids(SMALL.clip.template)
     lengths = (ids.argmax(dim=1) + 1).tolist()  # to the end-of-text token, which has the largest number
@@ -588,7 +589,7 @@ def test_in_full_fine_tuning_only_what_the_texts_lack_and_key_biases_get_no_grad
         assert (gradient != 0).all(), name
 
 
-def test_low_rank_updates_start_at_zero_and_their_first_factor_waits_for_the_second():
+def test_low_rank_updates_are_zero_initially_with_a_gradient_of_the_second_factor():
     towers, _ = small_towers()
     method = METHODS["clip_lora"].build(SMALL, towers, WORDS).double()
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)

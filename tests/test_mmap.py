@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_clip import CLASS_WORDS, small_towers
+from small_clip import CLASS_NAMES, small_towers
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import build_meta_towers
@@ -51,7 +51,7 @@ def test_one_source_for_all_layers():
     assert shape.num_parameters == sum(p.numel() for p in stack.parameters())
 
 
-def test_prompts_start_with_the_asked_deviation():
+def test_initial_prompts_have_the_given_standard_deviation():
     shape = MmapShape(depth=12, sources=12, b=8, m=8, n=256, text_width=512, vision_width=768)
     text, vision = MmapStack(shape, seeds=[3], init_std=0.02)()
     assert text.std().item() == pytest.approx(0.02, rel=0.03)
@@ -88,7 +88,7 @@ def test_shapes_that_do_not_fit_the_towers_are_refused():
 def problem():
     """Towers, tokens of three tasks (with different numbers of classes), images and labels, two images per task."""
     towers, _ = small_towers()
-    tokens = class_tokens(towers.tokenizer, "a photo of a {}.", [CLASS_WORDS, CLASS_WORDS[:3], CLASS_WORDS[1:]])
+    tokens = class_tokens(towers.tokenizer, "a photo of a {}.", [CLASS_NAMES, CLASS_NAMES[:3], CLASS_NAMES[1:]])
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=generator)
     labels = [torch.tensor([0, 4]), torch.tensor([2, 0]), torch.tensor([3, 1])]
@@ -107,7 +107,7 @@ def mmap_shape(towers) -> MmapShape:
 
 
 @pytest.mark.parametrize("shared_source", [False, True])
-def test_snapshot_gradients_are_one_autograd_call_a_task(problem, shared_source):
+def test_snapshot_gradients_equal_one_autograd_call_per_task(problem, shared_source):
     towers = problem[0]
     shape = MmapShape.of(MmapConfig(prompt_length=4, source_rows=2, shared_source=shared_source), towers)
     prompts = SharedMmap(shape, TASKS, seed=1, init_std=0.5).double()
@@ -133,7 +133,7 @@ def test_snapshot_gradients_are_one_autograd_call_a_task(problem, shared_source)
     torch.testing.assert_close(norms, torch.stack(squares).sqrt().float())
 
 
-def test_group_step_is_the_sum_of_the_tasks_own_steps(problem):
+def test_a_group_step_is_the_sum_of_the_tasks_steps(problem):
     """Eq. 11: the group prompt gets all tasks' gradients; Eq. 12: a task prompt only its own task's."""
     prompts = GroupMmap(mmap_shape(problem[0]), TASKS, seed=1, init_std=0.5).double()
     sum(task_losses(problem, prompts())).backward()
@@ -164,7 +164,7 @@ def test_layers_see_group_prompts_then_task_prompts(problem):
         assert torch.equal(text[t, :, 4:], prompts.task()[0][t])
 
 
-def test_a_tasks_start_does_not_depend_on_its_group(problem):
+def test_initial_task_prompts_do_not_depend_on_the_group(problem):
     shape = mmap_shape(problem[0])
     multi_task, single_task = GroupMmap(shape, TASKS, seed=1), GroupMmap(shape, ["neon"], seed=1)
     assert torch.equal(multi_task.task.source[2], single_task.task.source[0])
@@ -173,7 +173,7 @@ def test_a_tasks_start_does_not_depend_on_its_group(problem):
     assert derive_seed(1, "ab", "c") != derive_seed(1, "a", "bc")
 
 
-def test_kronecker_keeps_gradients_apart():
+def test_kronecker_gradients_do_not_mix_batch_entries():
     scaling = torch.randn(2, 3, 1, 2, dtype=torch.float64, requires_grad=True)
     source = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(kronecker, (scaling, source))

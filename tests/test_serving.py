@@ -30,7 +30,7 @@ from pipelines import PATIENCE_S, REPOSITORY
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from servers import RayCluster, free_ports
 from serving import Service, ask, closed_loop, kill_at_work
-from small_methods import REFERENCES, SMALL, built
+from small_methods import REFERENCES, SMALL, build_method
 from starlette.requests import Request
 
 import pipeline
@@ -67,7 +67,7 @@ def trained(method: str, *groups: dict[str, list[str]]) -> TrainedAdapter:
     """Its numbers are away from where a training begins."""
     towers = load_clip(SMALL.clip)
     weights = weights_fingerprint(towers)
-    states = (built(method, towers, group).state_dict() for group in groups)
+    states = (build_method(method, towers, group).state_dict() for group in groups)
     return merge_adapters(
         [TrainedAdapter(method, SMALL, weights, (group,), (state,)) for group, state in zip(groups, states)]
     )
@@ -671,7 +671,7 @@ def test_on_a_cluster_it_is_the_only_service_and_leaves_the_address_free(places,
         )
         config = SMALL.model_copy(update={"mmap": MmapConfig(prompt_length=4, source_rows=4)})
         towers = load_clip(SMALL.clip)
-        states = (built("mmap", towers, GROUP, config).state_dict(),)
+        states = (build_method("mmap", towers, GROUP, config).state_dict(),)
         misfit = TrainedAdapter("mmap", SMALL, weights_fingerprint(towers), (GROUP,), states)
         save_adapter(tmp_path / "misfit.safetensors", misfit)
         status, told = job(tmp_path / "misfit.safetensors")

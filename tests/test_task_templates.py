@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference_towers import plain_encode_text
+from reference_towers import reference_encode_text
 from safetensors import safe_open
-from small_clip import CLASS_WORDS, small_towers, tokenizer
-from small_methods import REFERENCES, SMALL, built
+from small_clip import CLASS_NAMES, small_towers, tokenizer
+from small_methods import REFERENCES, SMALL, build_method
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import load_clip, weights_fingerprint
@@ -19,10 +19,10 @@ from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import METHODS
-from pipeline.workflows.added_task import _check_same_prompts
+from pipeline.workflows.added_task import _check_compatible
 
 TEMPLATES = ["a photo of a {}.", "a rough sketch that shows the {}, drawn by hand", "{} in a shop."]
-WORDS = {"photo": CLASS_WORDS, "sketch": CLASS_WORDS[:2], "shop": ["cat", "alarm clock"]}
+WORDS = {"photo": CLASS_NAMES, "sketch": CLASS_NAMES[:2], "shop": ["cat", "alarm clock"]}
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 
 
@@ -38,9 +38,7 @@ TASK_CONFIG = config_with(sketch=TEMPLATES[1], shop=TEMPLATES[2])
 @pytest.mark.parametrize("text_prompt_position", ["after_sos", "before_sos"])
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("templates", [TEMPLATES, TEMPLATES[:2] + ["a photo of the {}."], TEMPLATES[1::-1]])
-def test_towers_equal_the_plain_definition_with_a_template_for_each_task(
-    templates, prompted, text_prompt_position, propagate
-):
+def test_towers_equal_the_reference_with_a_template_per_task(templates, prompted, text_prompt_position, propagate):
     words = list(WORDS.values())[: len(templates)]
     towers, model = small_towers(text_prompt_position)
     generator = torch.Generator().manual_seed(2)
@@ -50,7 +48,7 @@ def test_towers_equal_the_plain_definition_with_a_template_for_each_task(
     ours = towers.encode_text(tokens, prompts if prompted else None, propagate and prompted)
     plain = torch.cat(
         [
-            plain_encode_text(
+            reference_encode_text(
                 model,
                 tokenizer()([template.format(name) for name in task_words]),
                 prompts[task] if prompted else None,
@@ -68,7 +66,7 @@ def test_towers_equal_the_plain_definition_with_a_template_for_each_task(
         torch.testing.assert_close(gradients, plain_gradients, **TOLERANCE)
 
 
-def test_words_that_all_tasks_share_run_once_a_task():
+def test_the_prefix_is_the_shortest_of_all_templates():
     """The shortest beginning is that of all; the rest is each class's own."""
     tokens = class_tokens(tokenizer(), TEMPLATES[:2], [["cat", "dog"]] * 2)
     num_words = [len(tokenizer().encode(template.partition("{}")[0])) for template in TEMPLATES[:2]]
@@ -80,11 +78,11 @@ def test_words_that_all_tasks_share_run_once_a_task():
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "hipro"])
-def test_a_method_on_several_tasks_is_itself_on_each(name):
+def test_a_method_on_several_tasks_equals_each_task_by_itself(name):
     """test_methods.py compares one template with the reference. HiPro uses no words of a template, and has no context
     of a single task."""
     towers, _ = small_towers()
-    method, kind = built(name, towers, WORDS, TASK_CONFIG), METHODS[name]
+    method, kind = build_method(name, towers, WORDS, TASK_CONFIG), METHODS[name]
     templates = kind.templates_by_task(TASK_CONFIG, WORDS)
     with torch.no_grad():
         adaptation = method()
@@ -101,7 +99,7 @@ def test_a_method_on_several_tasks_is_itself_on_each(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_a_method_makes_of_a_template(name):
+def test_templates_of_a_method(name):
     templates = METHODS[name].templates_by_task(TASK_CONFIG, WORDS)
     expected = {
         "none": TEMPLATES,
@@ -111,14 +109,14 @@ def test_what_a_method_makes_of_a_template(name):
     assert list(templates.values()) == expected[REFERENCES[name].replaced_words]
 
 
-def test_a_linear_probe_starts_at_the_text_of_each_task():
+def test_a_linear_probe_is_initialized_with_each_tasks_texts():
     towers, _ = small_towers()
     probe = METHODS["linear_probe"].build(TASK_CONFIG, towers, WORDS)
     tokens = class_tokens(towers.tokenizer, TEMPLATES, list(WORDS.values()))
     torch.testing.assert_close(probe().encode_text(towers, tokens), towers.encode_text(tokens), **TOLERANCE)
     assert len(probe.weights) == sum(map(len, WORDS.values()))
     shared = METHODS["linear_probe"].build(config_with(shop=TEMPLATES[2]), towers, WORDS)
-    assert len(shared.weights) == len(CLASS_WORDS) + len(WORDS["shop"])  # sketch has classes of photo, by its template
+    assert len(shared.weights) == len(CLASS_NAMES) + len(WORDS["shop"])  # sketch has classes of photo, by its template
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +127,11 @@ def clip():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_prompts_carry_the_templates_of_their_tasks(name, clip, tmp_path):
+def test_adapters_store_the_templates_of_their_tasks(name, clip, tmp_path):
     config = config_with(neon="a neon sign of a {}", other="not of {} these")
     towers, fingerprint = clip
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
-    method = built(name, towers, words, config)
+    method = build_method(name, towers, words, config)
     trained = TrainedAdapter(name, config, fingerprint, (words,), (method.state_dict(),))
     save_adapter(tmp_path / "trained.safetensors", trained)
     loaded = load_adapter(tmp_path / "trained.safetensors")
@@ -149,38 +147,38 @@ def test_prompts_carry_the_templates_of_their_tasks(name, clip, tmp_path):
 def saved(tmp_path, clip, task: str, config: Config) -> TrainedAdapter:
     towers, fingerprint = clip
     words = {task: ["one", "two"]}
-    state = built("coop", towers, words, config).state_dict()
+    state = build_method("coop", towers, words, config).state_dict()
     prompts = TrainedAdapter("coop", config, fingerprint, (words,), (state,))
     save_adapter(tmp_path / f"{task}.safetensors", prompts)
     return load_adapter(tmp_path / f"{task}.safetensors")
 
 
-def test_merged_prompts_have_the_templates_of_all(clip, tmp_path):
+def test_merged_adapters_have_all_templates(clip, tmp_path):
     other_config = config_with(neon="a neon {}", ink="not {} ink")
     parts = [saved(tmp_path, clip, "ink", SMALL), saved(tmp_path, clip, "neon", other_config)]
     assert merge_adapters(parts).config.clip.task_templates == {"neon": "a neon {}"}
 
 
-def test_prompts_without_such_templates_are_saved_as_before(clip, tmp_path):
+def test_adapters_without_task_templates_omit_them(clip, tmp_path):
     saved(tmp_path, clip, "ink", SMALL)
     with safe_open(tmp_path / "ink.safetensors", "pt") as file:
         assert "task_templates" not in json.loads(file.metadata()["adapter"])["config"]["clip"]
 
 
-def test_an_added_task_may_have_its_own_template_and_changes_no_others(clip, tmp_path):
+def test_an_added_task_may_have_its_own_template(clip, tmp_path):
     prompts = saved(tmp_path, clip, "ink", config_with(ink="an inked {}"))
-    _check_same_prompts(config_with(ink="an inked {}", neon="a neon {}"), prompts)
+    _check_compatible(config_with(ink="an inked {}", neon="a neon {}"), prompts)
     for config in (SMALL, config_with(ink="another {}")):
         with pytest.raises(UserError, match="clip.task_templates: ink has"):
-            _check_same_prompts(config, prompts)
+            _check_compatible(config, prompts)
 
 
 @pytest.mark.parametrize("template", ["a sketch", "{} and {}", "", 3])
-def test_templates_without_a_place_for_the_name_are_named(template):
+def test_templates_without_a_placeholder_are_rejected(template):
     with pytest.raises(UserError, match="clip.task_templates.sketch"):
         parse_config({"clip": {"task_templates": {"sketch": template}}})
 
 
-def test_a_text_that_is_too_long_is_named_with_its_template():
+def test_a_long_text_is_reported_with_its_template():
     with pytest.raises(UserError, match="class 'cat' in the template 'so {} so .* tokens"):
         class_tokens(tokenizer(), [TEMPLATES[0], "so {}" + " so" * 90], [["cat"], ["cat"]])

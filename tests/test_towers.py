@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from reference_towers import plain_encode_image, plain_encode_text
-from small_clip import CLASS_WORDS, small_open_clip, small_towers, tokenizer
+from reference_towers import reference_encode_image, reference_encode_text
+from small_clip import CLASS_NAMES, small_open_clip, small_towers, tokenizer
 
 from pipeline.clip.class_tokens import class_tokens, counts_in_range
 from pipeline.clip.precision import autocast
@@ -18,7 +18,7 @@ from pipeline.methods.clip_lora import ClipLora
 
 TEMPLATE = "a photo of a {}."
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
-WORDS_PER_TASK = [CLASS_WORDS, CLASS_WORDS[:2], ["cat"]]
+CLASS_NAMES_PER_TASK = [CLASS_NAMES, CLASS_NAMES[:2], ["cat"]]
 
 
 def full_ids(words):
@@ -37,16 +37,16 @@ SMALLEST_CHUNKS = 1e-9  # GiB: one image, one class
 def ours_and_plain(towers, model, text_prompts, vision_prompts, propagate):
     """Return image and text features of three tasks, ours and the reference's."""
     images = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, WORDS_PER_TASK)
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, CLASS_NAMES_PER_TASK)
     ours = (
         towers.encode_image(images, vision_prompts, IMAGES_PER_TASK, propagate),
         towers.encode_text(tokens, text_prompts, propagate),
     )
-    no_prompts = [None] * len(WORDS_PER_TASK)
+    no_prompts = [None] * len(CLASS_NAMES_PER_TASK)
     plain = (
         torch.cat(
             [
-                plain_encode_image(model, part, prompts, propagate)
+                reference_encode_image(model, part, prompts, propagate)
                 for part, prompts in zip(
                     images.split(IMAGES_PER_TASK), no_prompts if vision_prompts is None else vision_prompts
                 )
@@ -54,8 +54,8 @@ def ours_and_plain(towers, model, text_prompts, vision_prompts, propagate):
         ),
         torch.cat(
             [
-                plain_encode_text(model, full_ids(words), prompts, towers.prompts_before_sos, propagate)
-                for words, prompts in zip(WORDS_PER_TASK, no_prompts if text_prompts is None else text_prompts)
+                reference_encode_text(model, full_ids(words), prompts, towers.prompts_before_sos, propagate)
+                for words, prompts in zip(CLASS_NAMES_PER_TASK, no_prompts if text_prompts is None else text_prompts)
             ]
         ),
     )
@@ -89,9 +89,7 @@ def assert_same_features_and_gradients(ours, plain, parameters):
     ],
     ids=["deeper-vision", "deeper-text", "custom-text-layer-scale", "one-layer"],
 )
-def test_prompted_towers_equal_the_plain_definition(
-    options, text_prompt_position, depth, propagate, activation_memory_gib
-):
+def test_prompted_towers_equal_the_reference(options, text_prompt_position, depth, propagate, activation_memory_gib):
     towers, model = small_towers(text_prompt_position, **options)
     towers.activation_memory_gib = activation_memory_gib
     deepest = min(towers.text_depth, towers.vision_depth)
@@ -105,7 +103,7 @@ def test_prompted_towers_equal_the_plain_definition(
 @pytest.mark.parametrize("activation_memory_gib", [math.inf, SMALLEST_CHUNKS], ids=["total_bytes", "chunks"])
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("options", [dict(), dict(custom_text=True, quick_gelu=False, layer_scale=0.5)])
-def test_trained_weights_get_the_plain_gradients(options, prompted, activation_memory_gib):
+def test_gradients_of_trained_weights_equal_the_reference(options, prompted, activation_memory_gib):
     towers, model = small_towers(**options)
     towers.activation_memory_gib = activation_memory_gib
     towers.requires_grad_(True).logit_scale.requires_grad_(False)
@@ -154,7 +152,7 @@ def wide_towers(trained, precision, quick_gelu=True):
         towers.cast_weights_to_bfloat16()
     if trained == "low-rank updates":
         towers = ClipLora(Config(), towers, []).towers
-    words = [[f"{color} {name}" for color in ("red", "green", "old") for name in CLASS_WORDS]] * 2
+    words = [[f"{color} {name}" for color in ("red", "green", "old") for name in CLASS_NAMES]] * 2
     tokens = class_tokens(towers.tokenizer, TEMPLATE, words)
     text_prompts = random_prompts(2, 6, 4, 64, 1).float()
     vision_prompts = random_prompts(2, 6, 4, 64, 2).float()
@@ -178,7 +176,7 @@ def wide_towers(trained, precision, quick_gelu=True):
 @pytest.mark.parametrize("precision, tolerance", [("float32", 0.2), ("bfloat16", 0.35)])
 @pytest.mark.parametrize("trained", ["prompts", "weights", "low-rank updates"])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_the_activations_that_chunks_are_planned_by_are_those_that_are_kept(quick_gelu, trained, precision, tolerance):
+def test_planned_activation_bytes_match_what_autograd_saves(quick_gelu, trained, precision, tolerance):
     """A tower's plan is within 20 % of what autograd saves per row, somewhat more under autocast."""
     towers, rows_by_tower = wide_towers(trained, precision, quick_gelu)
     for encode, blocks, num_tokens, num_keys in rows_by_tower.values():
@@ -192,7 +190,7 @@ def test_the_activations_that_chunks_are_planned_by_are_those_that_are_kept(quic
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tower", ["text", "vision"])
 @pytest.mark.parametrize("trained", ["prompts", "low-rank updates"])
-def test_chunks_keep_no_more_than_allowed_and_are_no_more_than_needed(trained, tower, precision):
+def test_chunks_meet_the_memory_limit_and_are_as_few_as_possible(trained, tower, precision):
     towers, rows_by_tower = wide_towers(trained, precision)
     encode, *_ = rows_by_tower[tower]
     row_bytes, total_bytes = saved_bytes_per_row(towers, encode), saved_bytes(towers, encode)
@@ -213,28 +211,28 @@ def test_chunks_keep_no_more_than_allowed_and_are_no_more_than_needed(trained, t
 
 
 @pytest.mark.parametrize("options", [dict(), dict(custom_text=True, quick_gelu=False)])
-def test_without_prompts_the_towers_are_open_clips(options):
+def test_towers_without_prompts_equal_open_clip(options):
     towers, model = small_towers(**options)
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_WORDS])
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES])
     torch.testing.assert_close(towers.encode_image(images), model.encode_image(images), **TOLERANCE)
-    torch.testing.assert_close(towers.encode_text(tokens), model.encode_text(full_ids(CLASS_WORDS)), **TOLERANCE)
+    torch.testing.assert_close(towers.encode_text(tokens), model.encode_text(full_ids(CLASS_NAMES)), **TOLERANCE)
     x, z = towers.encode_image(images), towers.encode_text(tokens)
-    torch.testing.assert_close(towers.logits(x, z), model.get_logits(images, full_ids(CLASS_WORDS))[0], **TOLERANCE)
+    torch.testing.assert_close(towers.logits(x, z), model.get_logits(images, full_ids(CLASS_NAMES))[0], **TOLERANCE)
 
 
-def test_class_tokens_cut_at_the_shared_words_and_at_the_longest_name():
-    tokens = class_tokens(tokenizer(), TEMPLATE, [CLASS_WORDS, ["cat", "dog"]])
+def test_class_tokens_split_after_the_shared_words():
+    tokens = class_tokens(tokenizer(), TEMPLATE, [CLASS_NAMES, ["cat", "dog"]])
     assert tokens.prefix.shape == (2, 5)  # SOS a photo of a
     assert tokens.classes_per_task == (5, 2)
     assert tokens.suffix.shape == (7, 7)  # the great wall of china . EOT
-    full = full_ids(CLASS_WORDS)
+    full = full_ids(CLASS_NAMES)
     for row, eot, ids in zip(tokens.suffix, tokens.eot, full):
         assert torch.equal(row[: eot + 1], ids[5 : 5 + eot + 1])
         assert row[eot] == ids.max()
 
 
-def test_class_tokens_refuse_what_the_model_cannot_tell_apart():
+def test_class_tokens_reject_long_and_equal_texts():
     clip_tokenizer = tokenizer()
     with pytest.raises(UserError, match="has 87 tokens.*context length is 77"):
         class_tokens(clip_tokenizer, TEMPLATE, [["cat", "dog " * 80]])

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_towers import plain_encode_image, plain_encode_text
-from small_clip import CLASS_WORDS, small_towers, tokenizer
+from reference_towers import reference_encode_image, reference_encode_text
+from small_clip import CLASS_NAMES, small_towers, tokenizer
 from small_problem import (
     CONFIG,
     TASKS,
@@ -76,7 +76,7 @@ def test_batches_show_each_image_equally_often():
 
 
 @pytest.mark.parametrize("momentum, weight_decay", [(0.9, 5e-4), (0.6, 0.02)])
-def test_the_loop_is_plain_sgd_on_the_summed_losses(problem, momentum, weight_decay):
+def test_the_trainer_equals_sgd_on_the_summed_losses(problem, momentum, weight_decay):
     """Compare with a slow reference: one task after the other, prompts concatenated at every layer, torch's SGD."""
     towers, model, tokens, sets = problem
     fast = group_prompts(towers)
@@ -87,15 +87,15 @@ def test_the_loop_is_plain_sgd_on_the_summed_losses(problem, momentum, weight_de
 
     slow = group_prompts(towers)
     optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay)
-    ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_WORDS])
+    ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_NAMES])
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
         losses = []
         for t, task_set in enumerate(sets):
             adaptation = slow()
             pixels, labels = task_set.batch(step, 3, towers.image_size, CONFIG.augmentation, 5)
-            x = plain_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[t])
-            z = plain_encode_text(model, ids, adaptation.text_prompts[t])
+            x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[t])
+            z = reference_encode_text(model, ids, adaptation.text_prompts[t])
             losses.append(F.cross_entropy(towers.logits(x, z), labels))
         optimizer.zero_grad()
         sum(losses).backward()
@@ -105,7 +105,7 @@ def test_the_loop_is_plain_sgd_on_the_summed_losses(problem, momentum, weight_de
         torch.testing.assert_close(value, slow.state_dict()[name], rtol=1e-9, atol=1e-9)
 
 
-def test_nothing_frozen_moves_and_all_prompts_do(problem):
+def test_all_prompts_train_and_no_frozen_weight(problem):
     towers, _, tokens, sets = problem
     frozen = {name: value.clone() for name, value in towers.state_dict().items()}
     prompts = group_prompts(towers)
@@ -129,7 +129,7 @@ def test_bfloat16_autocast_keeps_prompts_in_full_precision(problem):
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
-def test_matrices_held_in_bfloat16_are_autocasts(problem, custom_text):
+def test_matrices_cast_to_bfloat16_equal_autocast(problem, custom_text):
     """Bit-identical results, with half the memory."""
     _, _, tokens, sets = problem
     states = []
@@ -150,7 +150,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("stop_at, optimizer", [(2, "sgd"), (4, "sgd"), (9, "sgd"), (15, "sgd"), (9, "adamw")])
-def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, stop_at, optimizer):
+def test_an_interrupted_training_ends_with_identical_results(problem, tmp_path, stop_at, optimizer):
     towers, _, tokens, sets = problem
     config = CONFIG.model_copy(update={"optimizer": optimizer})
 
@@ -191,7 +191,7 @@ def test_an_interrupted_training_ends_with_the_same_numbers(problem, tmp_path, s
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_state_of_any_step_goes_on_with_the_same_numbers(problem, optimizer):
+def test_a_training_resumes_identically_from_any_step(problem, optimizer):
     towers, _, tokens, sets = problem
     config = CONFIG.model_copy(update={"optimizer": optimizer})
 
@@ -214,7 +214,7 @@ def test_a_state_of_any_step_goes_on_with_the_same_numbers(problem, optimizer):
         torch.testing.assert_close(resumed.state_dict(), states[-1], rtol=0, atol=0)
 
 
-def test_every_optimizer_of_the_config_can_be_made_and_no_other():
+def test_optimizers_are_those_of_the_config():
     assert tuple(OPTIMIZERS) == get_args(TrainingConfig.model_fields["optimizer"].annotation)
     parameters = [torch.nn.Parameter(torch.ones(2))]
     optimizers = [OPTIMIZERS[name](parameters, TrainingConfig(weight_decay=0.25)) for name in OPTIMIZERS]
@@ -228,7 +228,7 @@ def change_a_number(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:5000], lambda content: b"", change_a_number])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, caplog, damage):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.load() is None
     checkpoints.save({"step": 1})
@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, dama
     assert checkpoints.load() is None
 
 
-def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, monkeypatch):
     Checkpoints(tmp_path).save({"step": 1})
 
     def full(*_):
@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(problem):
         Trainer(towers, group_prompts(towers), sets, tokens, config, epochs=4, seed=1).train()
 
 
-def test_a_loss_of_any_task_that_is_not_finite_stops_with_its_name(problem):
+def test_a_loss_that_is_not_finite_is_reported_for_any_task(problem):
     towers, _, tokens, sets = problem
     for number, task in enumerate(TASKS):
         prompts = group_prompts(towers)
@@ -348,7 +348,7 @@ def watch_rows(monkeypatch, change: Callable[[dict], dict]) -> None:
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
-def test_predictions_are_those_of_a_plain_loop(split_reader, monkeypatch, device):
+def test_predictions_equal_a_simple_loop(split_reader, monkeypatch, device):
     batches_of_4 = partial(decoded_batches, batch_size=4)
     monkeypatch.setattr("pipeline.training.evaluate.decoded_batches", batches_of_4)
     classifier = prompted_classifier(device)
@@ -368,7 +368,7 @@ def test_predictions_are_those_of_a_plain_loop(split_reader, monkeypatch, device
 
 
 def zero_shot(towers) -> Classifier:
-    return Classifier(towers, TEMPLATE, [(dict.fromkeys(TEST_COUNTS, CLASS_WORDS), Adaptation())])
+    return Classifier(towers, TEMPLATE, [(dict.fromkeys(TEST_COUNTS, CLASS_NAMES), Adaptation())])
 
 
 @pytest.fixture
@@ -455,11 +455,11 @@ def test_reading_ahead_is_bounded_and_ends_with_the_consumer(split_reader, monke
     assert len(read) == 2 * (1 + PREFETCH_BATCHES)
 
 
-def test_an_image_that_broke_after_the_splits_is_named(split_reader, monkeypatch):
+def test_a_damaged_test_image_is_reported(split_reader, monkeypatch):
     watch_rows(monkeypatch, lambda row: row | {"image": b"half"} if row["path"] == "ink/1/1.png" else row)
     threads = set(threading.enumerate())
     towers, _ = small_towers()
-    classifier = Classifier(towers, TEMPLATE, [({task: CLASS_WORDS for task in TEST_COUNTS}, Adaptation())])
+    classifier = Classifier(towers, TEMPLATE, [({task: CLASS_NAMES for task in TEST_COUNTS}, Adaptation())])
     counts = []
     with pytest.raises(UserError, match=r"test image ink/1/1\.png of task 'ink' cannot be decoded"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2, on_images=counts.append)
@@ -470,13 +470,13 @@ def test_an_image_that_broke_after_the_splits_is_named(split_reader, monkeypatch
 def test_a_model_that_fails_leaves_no_threads(split_reader):
     threads = set(threading.enumerate())
     towers, _ = small_towers()
-    classifier = Classifier(towers, TEMPLATE, [({"neon": CLASS_WORDS}, Adaptation())])
+    classifier = Classifier(towers, TEMPLATE, [({"neon": CLASS_NAMES}, Adaptation())])
     with pytest.raises(KeyError, match="chalk"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
     assert set(threading.enumerate()) <= threads
 
 
-def test_a_test_set_file_that_is_missing_is_named(split_reader):
+def test_a_missing_test_set_file_is_reported(split_reader):
     next((split_reader.folder / "test").glob("ink-*.parquet")).unlink()
     with pytest.raises(UserError, match="images of task 'ink', splits.json says 3"):
         list(decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2))

@@ -39,7 +39,7 @@ _BUILTIN_WEIGHTS = _DEMO / "digits_clip.safetensors"
 
 @dataclass(frozen=True)
 class ClipIdentity:
-    """What determines the outputs of a loaded CLIP; part of the key of every artifact computed with it."""
+    """Identity of a loaded CLIP, which determines its outputs; part of the key of every artifact computed with it."""
 
     model: str
     """open_clip's name; for a model-config file, its stem."""

@@ -1,9 +1,9 @@
 from reference_method import Option, Reference, full_ids, is_normal
-from reference_towers import plain_encode_text
+from reference_towers import reference_encode_text
 
 
 def features(method, model, images, config):
-    z = plain_encode_text(model, full_ids("{}."), method.context[None], propagate=True)
+    z = reference_encode_text(model, full_ids("{}."), method.context[None], propagate=True)
     return model.encode_image(images), z
 
 

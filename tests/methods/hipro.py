@@ -2,11 +2,11 @@
 
 import torch.nn.functional as F
 from reference_method import Option, Reference, full_ids, is_normal
-from reference_towers import plain_encode_text
+from reference_towers import reference_encode_text
 
 
 def features(method, model, images, config):
-    z = plain_encode_text(model, full_ids("{}."), method.contexts, propagate=True)
+    z = reference_encode_text(model, full_ids("{}."), method.contexts, propagate=True)
     return model.encode_image(images), F.normalize(z, dim=1)
 
 

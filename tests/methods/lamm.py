@@ -1,6 +1,6 @@
 import torch
 from reference_method import SKETCHED, Option, Reference, equals, full_ids, replace_weights
-from reference_towers import plain_encode_text
+from reference_towers import reference_encode_text
 from small_clip import tokenizer
 
 
@@ -11,7 +11,7 @@ def features(method, model, images, config):
         embedded = model.token_embedding(row)
         embedded = torch.cat([embedded[:name_start], subwords, embedded[name_start + len(subwords) :]])
         named_model.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
-        z.append(plain_encode_text(named_model, ids[index : index + 1], None))
+        z.append(reference_encode_text(named_model, ids[index : index + 1], None))
     return model.encode_image(images), torch.cat(z)
 
 

@@ -1,13 +1,13 @@
 import torch
 from reference_method import FROM_TEXT, Option, Reference, begins_with_the_sketch, full_ids
-from reference_towers import plain_encode_image, plain_encode_text
+from reference_towers import reference_encode_image, reference_encode_text
 
 
 def features(method, model, images, config):
     vision = torch.stack([p @ f.weight.T + f.bias for f, p in zip(method.projections, method.text_prompts)])
     return (
-        plain_encode_image(model, images, vision, propagate=True),
-        plain_encode_text(model, full_ids("{}."), method.text_prompts, propagate=True),
+        reference_encode_image(model, images, vision, propagate=True),
+        reference_encode_text(model, full_ids("{}."), method.text_prompts, propagate=True),
     )
 
 

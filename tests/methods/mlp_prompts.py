@@ -1,6 +1,6 @@
 import torch
 from reference_method import FROM_TEXT, Option, Reference, full_ids, is_normal
-from reference_towers import plain_encode_image, plain_encode_text
+from reference_towers import reference_encode_image, reference_encode_text
 
 
 def features(method, model, images, config):
@@ -9,8 +9,8 @@ def features(method, model, images, config):
         for layers in (method.text_layers, method.vision_layers)
     )
     return (
-        plain_encode_image(model, images, vision),
-        plain_encode_text(model, full_ids(config.clip.template), text),
+        reference_encode_image(model, images, vision),
+        reference_encode_text(model, full_ids(config.clip.template), text),
     )
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from reference_method import Option, Reference, full_ids, is_all, is_normal
-from reference_towers import plain_encode_image, plain_encode_text
+from reference_towers import reference_encode_image, reference_encode_text
 
 
 def features_of(stacks, model, images, config):
@@ -26,7 +26,7 @@ def features_of(stacks, model, images, config):
     )
     before_sos = config.mmap.text_prompt_position == "before_sos"
     ids = full_ids(config.clip.template)
-    return plain_encode_image(model, images, vision), plain_encode_text(model, ids, text, before_sos)
+    return reference_encode_image(model, images, vision), reference_encode_text(model, ids, text, before_sos)
 
 
 REFERENCE = Reference(

@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 from reference_method import FROM_TEXT, FROM_VISION, Option, Reference, full_ids, is_all, is_normal, is_uniform
-from reference_towers import plain_encode_image, plain_encode_text
+from reference_towers import reference_encode_image, reference_encode_text
 
 
 def features(method, model, images, config):
@@ -23,8 +23,8 @@ def features(method, model, images, config):
     vision = prompts[length:] @ method.vision_out.weight.T + method.vision_out.bias
     vision = vision.reshape(len(model.visual.transformer.resblocks), length, 24)
     return (
-        plain_encode_image(model, images, vision),
-        plain_encode_text(model, full_ids("{}."), context[None], propagate=True),
+        reference_encode_image(model, images, vision),
+        reference_encode_text(model, full_ids("{}."), context[None], propagate=True),
     )
 
 

@@ -1,11 +1,11 @@
 from reference_method import Option, Reference, begins_with_the_sketch, full_ids, is_normal
-from reference_towers import plain_encode_image, plain_encode_text
+from reference_towers import reference_encode_image, reference_encode_text
 
 
 def features(method, model, images, config):
     return (
-        plain_encode_image(model, images, method.vision_prompts, propagate=True),
-        plain_encode_text(model, full_ids("{}."), method.text_prompts, propagate=True),
+        reference_encode_image(model, images, method.vision_prompts, propagate=True),
+        reference_encode_text(model, full_ids("{}."), method.text_prompts, propagate=True),
     )
 
 

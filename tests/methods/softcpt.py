@@ -1,14 +1,14 @@
 import torch
 from reference_method import Option, Reference, full_ids, is_normal
-from reference_towers import plain_encode_text
+from reference_towers import reference_encode_text
 from small_clip import tokenizer
 
 
 def features(method, model, images, config):
     (task,) = method.tasks
-    task_feature = plain_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], propagate=True)[0]
+    task_feature = reference_encode_text(model, tokenizer()([f"{task}."]), method.meta_prompt[None], propagate=True)[0]
     context = torch.stack([task_feature @ method.projection[:, i] for i in range(config.softcpt.context_length)])
-    return model.encode_image(images), plain_encode_text(model, full_ids("{}."), context[None], propagate=True)
+    return model.encode_image(images), reference_encode_text(model, full_ids("{}."), context[None], propagate=True)
 
 
 REFERENCE = Reference(

@@ -1,10 +1,10 @@
 from reference_method import Option, Reference, full_ids, is_normal
-from reference_towers import plain_encode_image
+from reference_towers import reference_encode_image
 
 
 def features(method, model, images, config):
     return (
-        plain_encode_image(model, images, method.prompts),
+        reference_encode_image(model, images, method.prompts),
         model.encode_text(full_ids(config.clip.template)),
     )
 
