@@ -1,4 +1,4 @@
-"""Affinities against explicit loops, the grouping stage on made-up snapshots, its advice and its pictures."""
+"""Affinities against explicit loops, the grouping stage on synthetic snapshots, its warnings and its figures."""
 
 import base64
 import io
@@ -118,8 +118,8 @@ def test_affinity_of_blocks_is_the_mean_of_their_own(kind):
     blocks = [np.array([0, 1, 2]), np.array([5, 9]), np.array([3, 4])]
     expected = np.mean([affinity_matrix(gradients[:, :, block], kind) for block in blocks], axis=0)
     np.testing.assert_allclose(affinity_matrix(gradients, kind, blocks=blocks), expected, atol=1e-14)
-    whole = affinity_matrix(gradients, kind, blocks=[np.arange(10)])
-    np.testing.assert_array_equal(whole, affinity_matrix(gradients, kind))
+    full = affinity_matrix(gradients, kind, blocks=[np.arange(10)])
+    np.testing.assert_array_equal(full, affinity_matrix(gradients, kind))
 
 
 def test_the_global_prompts_layout_has_the_source():
@@ -131,8 +131,8 @@ LAYOUT = {"source": [3, 2, 2], "text_scaling": [3, 1, 1], "vision_scaling": [3, 
 
 
 def test_gradient_blocks_follow_the_layout():
-    (whole,) = gradient_blocks(LAYOUT)
-    np.testing.assert_array_equal(whole, np.arange(21))
+    (full,) = gradient_blocks(LAYOUT)
+    np.testing.assert_array_equal(full, np.arange(21))
     (source,) = gradient_blocks(LAYOUT, scaling_matrices=False)
     np.testing.assert_array_equal(source, np.arange(12))
     layers = gradient_blocks(LAYOUT, per_layer=True)
@@ -154,9 +154,9 @@ def test_a_source_shared_by_all_layers_is_a_block_of_its_own():
 
 def test_per_layer_dot_products_group_as_the_whole_ones():
     gradients = np.random.default_rng(4).normal(size=(5, 4, 21))
-    whole = affinity_matrix(gradients, "dot")
+    full = affinity_matrix(gradients, "dot")
     np.testing.assert_allclose(
-        affinity_matrix(gradients, "dot", blocks=gradient_blocks(LAYOUT, per_layer=True)), whole / 3
+        affinity_matrix(gradients, "dot", blocks=gradient_blocks(LAYOUT, per_layer=True)), full / 3
     )
 
 
@@ -166,48 +166,48 @@ TASKS = ["ink", "chalk", "neon"]
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """The stage draws no pictures and takes few resamples: both take seconds, and every run of a pipeline has them."""
+def no_figures(monkeypatch):
+    """The stage saves no figures and takes few resamples: both take seconds, and pipeline tests cover them."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, target, **options: None)
     monkeypatch.setattr(stability, "NUM_RESAMPLES", 12)
 
 
-def solved(tmp_path, gradients: np.ndarray, **options) -> dict:
-    """grouping.json of the stage, given snapshots (S, T, 21)."""
+def solve(tmp_path, gradients: np.ndarray, **options) -> dict:
+    """Return grouping.json of the stage for gradients (S, T, 21)."""
     file = tmp_path / "snapshots.parquet"
     records = [StepRecord(step, 1, 0.1, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5)) for step in range(1, len(gradients) + 1)]
     values = torch.tensor(gradients, dtype=torch.float32)
-    write_snapshots(file, TASKS, [Snapshot(*taken, torch.zeros(21)) for taken in zip(records, values)], LAYOUT)
+    write_snapshots(file, TASKS, [Snapshot(*pair, torch.zeros(21)) for pair in zip(records, values)], LAYOUT)
     write_grouping(TASKS, {file: TASKS}, GroupingConfig(**options), tmp_path)
     return json.loads((tmp_path / "grouping.json").read_text())
 
 
-def test_the_stage_heeds_its_options_and_records_them(undrawn, tmp_path):
+def test_the_stage_applies_its_options_and_records_them(no_figures, tmp_path):
     gradients = np.zeros((2, 3, 21))
     gradients[:, :, :4] = np.array([1.0, 1.0, -1.0])[:, None]  # layer 1 of the source: ink and chalk
     gradients[:, :, 4:12] = np.array([0.1, -0.1, -0.1])[:, None]  # its other layers: chalk and neon, but short
     gradients[:, :, 12:] = np.array([3.0, -3.0, 3.0])[:, None]  # the scaling matrices: ink and neon
-    found = solved(tmp_path, gradients)
-    assert found["groups"] == [["ink", "neon"], ["chalk"]]
-    assert (found["method"], found["is_optimal"], found["num_candidates"]) == (
+    result = solve(tmp_path, gradients)
+    assert result["groups"] == [["ink", "neon"], ["chalk"]]
+    assert (result["method"], result["is_optimal"], result["num_candidates"]) == (
         "dynamic programming over subsets",
         True,
         5,
     )
-    assert found["upper_bound"] == found["score"] > 0
-    found = solved(tmp_path, gradients, scaling_matrices=False, objective="density")
-    assert found["groups"] == [["ink", "chalk"], ["neon"]]
-    assert (found["scaling_matrices"], found["per_layer"], found["objective"]) == (False, False, "density")
-    found = solved(tmp_path, gradients, scaling_matrices=False, per_layer=True, affinity="cosine")
-    assert found["groups"] == [["ink"], ["chalk", "neon"]]
-    found = solved(tmp_path, gradients, must_link=[["ink", "chalk"]], cannot_link=[["neon", "ink"]])
-    assert found["groups"] == [["ink", "chalk"], ["neon"]]
-    assert found["constraints"]["must_link"] == [["ink", "chalk"]] and found["num_candidates"] == 1
-    assert describe_search(found) == "best of 1 partitions · dynamic programming over subsets"
+    assert result["upper_bound"] == result["score"] > 0
+    result = solve(tmp_path, gradients, scaling_matrices=False, objective="density")
+    assert result["groups"] == [["ink", "chalk"], ["neon"]]
+    assert (result["scaling_matrices"], result["per_layer"], result["objective"]) == (False, False, "density")
+    result = solve(tmp_path, gradients, scaling_matrices=False, per_layer=True, affinity="cosine")
+    assert result["groups"] == [["ink"], ["chalk", "neon"]]
+    result = solve(tmp_path, gradients, must_link=[["ink", "chalk"]], cannot_link=[["neon", "ink"]])
+    assert result["groups"] == [["ink", "chalk"], ["neon"]]
+    assert result["constraints"]["must_link"] == [["ink", "chalk"]] and result["num_candidates"] == 1
+    assert describe_search(result) == "optimal among 1 partitions · dynamic programming over subsets"
 
 
 def small_plan(storage: Storage, tasks: list[str], **options) -> SimpleNamespace:
-    """What the grouping takes of a plan."""
+    """The part of a plan that the grouping uses."""
 
     def artifact(stage: str, inputs: dict) -> Artifact:
         return Artifact(storage, stage, inputs)
@@ -215,27 +215,25 @@ def small_plan(storage: Storage, tasks: list[str], **options) -> SimpleNamespace
     return SimpleNamespace(tasks=tasks, config=Config(grouping=GroupingConfig(**options)), artifact=artifact)
 
 
-def made_snapshots(storage: Storage, tasks: list[str], gradients: np.ndarray) -> Artifact:
-    """A finished global prompt with gradients (S, T, 21)."""
+def write_gradients(storage: Storage, tasks: list[str], gradients: np.ndarray) -> Artifact:
+    """Return a complete global prompt artifact with gradients (S, T, 21)."""
     artifact = Artifact(storage, "global_prompt", {"gradients": gradients.tolist()})
-    each = (1.0,) * len(tasks)
-    records = [StepRecord(step, 1, 0.1, each, each) for step in range(1, len(gradients) + 1)]
-    taken = zip(records, torch.tensor(gradients, dtype=torch.float32))
+    losses = (1.0,) * len(tasks)
+    records = [StepRecord(step, 1, 0.1, losses, losses) for step in range(1, len(gradients) + 1)]
+    pairs = zip(records, torch.tensor(gradients, dtype=torch.float32))
     with artifact.writer() as writer:
-        write_snapshots(
-            writer.folder / SNAPSHOTS, tasks, [Snapshot(*of_step, torch.zeros(21)) for of_step in taken], LAYOUT
-        )
+        write_snapshots(writer.folder / SNAPSHOTS, tasks, [Snapshot(*pair, torch.zeros(21)) for pair in pairs], LAYOUT)
     return artifact
 
 
 @dataclass
-class MadeGrouping:
+class GroupingResult:
     result: dict
-    """grouping.json."""
+    """Contents of grouping.json."""
     page: str
     figures: dict[str, Figure]
-    """Title on the page → the figure that was drawn into it."""
-    by_file: dict[str, Figure]
+    """Title on the page → figure."""
+    figures_by_file: dict[str, Figure]
 
     def bars(self, figure: Figure) -> dict[str, float]:
         axes = figure.axes[0]
@@ -244,39 +242,39 @@ class MadeGrouping:
 
 
 @pytest.fixture
-def make_grouping_of(tmp_path, undrawn, monkeypatch):
-    """The stage on given gradients. Figures are kept instead of drawn."""
+def run_grouping(tmp_path, no_figures, monkeypatch):
+    """Run the stage on gradients; figures are stored instead of rendered."""
     figures: list[Figure] = []
-    by_file: dict[str, Figure] = {}
+    figures_by_file: dict[str, Figure] = {}
 
-    def keep(figure: Figure, target, **options):
+    def store(figure: Figure, target, **options):
         if isinstance(target, io.BytesIO):
             target.write(f"figure {len(figures)}".encode())
             figures.append(figure)
         else:
-            by_file[target.name] = figure
+            figures_by_file[target.name] = figure
             target.touch()
 
-    monkeypatch.setattr(Figure, "savefig", keep)
+    monkeypatch.setattr(Figure, "savefig", store)
     storage = Storage.from_folder(tmp_path / "storage")
 
-    def make(tasks: list[str], gradients: np.ndarray, **options) -> MadeGrouping:
-        plan, snapshots = small_plan(storage, tasks, **options), made_snapshots(storage, tasks, gradients)
+    def run(tasks: list[str], gradients: np.ndarray, **options) -> GroupingResult:
+        plan, snapshots = small_plan(storage, tasks, **options), write_gradients(storage, tasks, gradients)
         artifact = grouping_artifact(plan, snapshots)
         assert compute_grouping(plan, snapshots, artifact)
         page = (artifact.download() / "grouping.html").read_text()
-        pictures = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)
-        shown = {title: figures[int(base64.b64decode(token).split()[1])] for title, token in pictures}
-        return MadeGrouping(read_grouping(artifact), page, shown, dict(by_file))
+        images = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)
+        page_figures = {title: figures[int(base64.b64decode(token).split()[1])] for title, token in images}
+        return GroupingResult(read_grouping(artifact), page, page_figures, dict(figures_by_file))
 
-    return make
+    return run
 
 
 def reference_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, scaling_matrices: bool) -> np.ndarray:
-    """Of gradients in the layout above, pair by pair."""
-    source = [[4 * layer + at for at in range(4)] for layer in range(3)]
+    """Affinities of gradients with the layout above, pair by pair."""
+    source = [[4 * layer + offset for offset in range(4)] for layer in range(3)]
     scaling = [[12 + layer, 15 + 2 * layer, 16 + 2 * layer] for layer in range(3)]
-    layers = [one + other if scaling_matrices else one for one, other in zip(source, scaling)]
+    layers = [indices + extra if scaling_matrices else indices for indices, extra in zip(source, scaling)]
     blocks = layers if per_layer else [sum(layers, [])]
     num_tasks = gradients.shape[1]
     expected = np.zeros((num_tasks, num_tasks))
@@ -291,11 +289,11 @@ def reference_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, sc
     return expected
 
 
-def named(groups, tasks) -> list[list[str]]:
+def to_names(groups, tasks) -> list[list[str]]:
     return [[tasks[task] for task in group] for group in groups]
 
 
-def in_words(groups: list[list[str]]) -> str:
+def to_text(groups: list[list[str]]) -> str:
     return " | ".join(" + ".join(group) for group in groups)
 
 
@@ -327,112 +325,123 @@ OPTIONS = [
 ]
 
 
-def best_in_words(gradients: np.ndarray, objective: str, affinity: dict, **constraints) -> str:
+def best_groups_text(gradients: np.ndarray, objective: str, affinity: dict, **constraints) -> str:
     groups, *_ = best_by_enumeration(reference_affinity(gradients, **affinity), objective, **constraints)
-    return in_words(named(groups, MORE_TASKS))
+    return to_text(to_names(groups, MORE_TASKS))
 
 
-def telling_gradients(objective: str, affinity: dict, constraints: dict) -> np.ndarray:
-    """(1, 5, 21) whose groups would be others without the constraints, or, where there are none, by another objective
-    or affinity: the test could not see a part of the stage that goes by these."""
+def discriminating_gradients(objective: str, affinity: dict, constraints: dict) -> np.ndarray:
+    """Return gradients (1, 5, 21) whose groups differ without the constraints or, if there are none, with another
+    objective or affinity: otherwise the test could miss a part of the stage that ignores the options."""
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         gradients = rng.normal(size=(1, 5, 21)) * rng.uniform(0.2, 3, size=21)
-        best = best_in_words(gradients, objective, affinity, **constraints)
-        others = [(objective, affinity)]
+        best = best_groups_text(gradients, objective, affinity, **constraints)
+        alternatives = [(objective, affinity)]
         if not constraints:
-            others = [(other, affinity) for other in OBJECTIVES if other != objective]
-            if affinity["affinity"] != "dot":  # under which layers by themselves change nothing
-                others += [(objective, affinity | {"per_layer": not affinity["per_layer"]})]
-                others += [(objective, affinity | {"affinity": "dot"})]
-            others += [(objective, affinity | {"scaling_matrices": not affinity["scaling_matrices"]})]
-        if all(best != best_in_words(gradients, *other) for other in others):
+            alternatives = [(name, affinity) for name in OBJECTIVES if name != objective]
+            if affinity["affinity"] != "dot":  # with which per_layer changes nothing
+                alternatives += [(objective, affinity | {"per_layer": not affinity["per_layer"]})]
+                alternatives += [(objective, affinity | {"affinity": "dot"})]
+            alternatives += [(objective, affinity | {"scaling_matrices": not affinity["scaling_matrices"]})]
+        if all(best != best_groups_text(gradients, *alternative) for alternative in alternatives):
             return gradients
     raise AssertionError("no such gradients")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("affinity", "constraints"), OPTIONS, ids=str)
-def test_all_that_the_stage_tells_is_scored_and_constrained_as_configured(
-    make_grouping_of, objective, affinity, constraints
+def test_all_outputs_of_the_stage_follow_the_configured_score_and_constraints(
+    run_grouping, objective, affinity, constraints
 ):
-    """Snapshots that differ in length alone: whatever part or resample of them is looked at, one partition is best."""
+    """Snapshots differ only in length: the same partition is optimal for every part or resample of them."""
     options = CONSTRAINTS[constraints]
-    by_number = {
+    index_options = {
         name: [[MORE_TASKS.index(task) for task in tasks] for tasks in value] if isinstance(value, list) else value
         for name, value in options.items()
     }
     lengths = np.random.default_rng(0).uniform(0.5, 2, size=(9, 1, 1))
-    gradients = lengths * telling_gradients(objective, affinity, by_number)
-    made = make_grouping_of(MORE_TASKS, gradients, objective=objective, **affinity, **options)
-    result, sure = made.result, made.result["stability"]
+    gradients = lengths * discriminating_gradients(objective, affinity, index_options)
+    run = run_grouping(MORE_TASKS, gradients, objective=objective, **affinity, **options)
+    result, stability_result = run.result, run.result["stability"]
 
     expected = reference_affinity(gradients, **affinity)
     np.testing.assert_allclose(result["affinity"], expected, rtol=1e-6, atol=1e-9)
     scores = {
-        in_words(named(groups, MORE_TASKS)): reference_score(expected, groups, objective)
+        to_text(to_names(groups, MORE_TASKS)): reference_score(expected, groups, objective)
         for groups in all_partitions(5)
-        if meets_constraints(groups, **by_number)
+        if meets_constraints(groups, **index_options)
     }
     ranked = sorted(scores, key=lambda groups: -scores[groups])
     best = ranked[0]
 
-    assert in_words(result["groups"]) == best
+    assert to_text(result["groups"]) == best
     assert result["score"] == result["upper_bound"] == pytest.approx(scores[best]) and result["is_optimal"]
     assert result["num_candidates"] == len(scores)
     assert (result["objective"], result["affinity_kind"]) == (objective, affinity["affinity"])
     assert {name: result["constraints"][name] for name in options} == options
-    assert [(in_words(of["groups"]), of["share"]) for of in sure["resampled"]] == [(best, 1.0)]
-    assert {in_words(of["groups"]) for of in sure["over_training"]} == {best}
-    group_of = {task: group for group in best.split(" | ") for task in group.split(" + ")}
-    assert sure["co_assignment"] == [[float(group_of[i] == group_of[j]) for j in MORE_TASKS] for i in MORE_TASKS]
-    assert [in_words(of["groups"]) for of in sure["ranked"]] == ranked[:10]
-    assert [of["score"] for of in sure["ranked"]] == pytest.approx([scores[groups] for groups in ranked[:10]])
+    assert [(to_text(row["groups"]), row["frequency"]) for row in stability_result["resampled"]] == [(best, 1.0)]
+    assert {to_text(row["groups"]) for row in stability_result["over_training"]} == {best}
+    task_to_group = {task: group for group in best.split(" | ") for task in group.split(" + ")}
+    assert stability_result["co_assignment"] == [
+        [float(task_to_group[i] == task_to_group[j]) for j in MORE_TASKS] for i in MORE_TASKS
+    ]
+    assert [to_text(row["groups"]) for row in stability_result["ranked"]] == ranked[:10]
+    assert [row["score"] for row in stability_result["ranked"]] == pytest.approx(
+        [scores[groups] for groups in ranked[:10]]
+    )
 
-    assert f"Objective <code>{objective}</code> of <code>{affinity['affinity']}</code> affinities" in made.page
-    assert "gives these groups 100 % of the time" in made.page
-    bars = made.bars(made.figures["What comes close"])
+    assert f"Objective <code>{objective}</code> of <code>{affinity['affinity']}</code> affinities" in run.page
+    assert "100 % of 12 bootstrap resamples of the snapshots give the same groups" in run.page
+    bars = run.bars(run.figures["Partitions with the highest scores"])
     assert list(bars) == ranked[:10] and bars == pytest.approx({groups: scores[groups] for groups in ranked[:10]})
-    assert made.by_file["ranked_partitions.png"] is made.figures["What comes close"]
+    assert run.figures_by_file["ranked_partitions.png"] is run.figures["Partitions with the highest scores"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_of_many_tasks_all_partitions_told_keep_the_constraints_and_have_their_scores(make_grouping_of, objective):
-    tasks = [f"task{number}" for number in range(9)]  # more than all partitions are ranked of
+def test_all_reported_partitions_of_many_tasks_meet_the_constraints_and_have_their_scores(run_grouping, objective):
+    tasks = [f"task{number}" for number in range(9)]  # too many to rank all partitions
     gradients = np.random.default_rng(3).normal(size=(6, 9, 21))
     constraints = {"num_groups": 3, "min_size": 2, "max_size": 4, "cannot_link": [["task0", "task4"]]}
-    made = make_grouping_of(tasks, gradients, objective=objective, **constraints)
-    sure, affinity = made.result["stability"], reference_affinity(gradients, "dot", False, True)
-    told = [made.result, *sure["ranked"], *sure["resampled"], *sure["over_training"]]
-    assert len(sure["ranked"]) > 3 and len(sure["resampled"]) > 1
+    run = run_grouping(tasks, gradients, objective=objective, **constraints)
+    stability_result, affinity = run.result["stability"], reference_affinity(gradients, "dot", False, True)
+    reported = [
+        run.result,
+        *stability_result["ranked"],
+        *stability_result["resampled"],
+        *stability_result["over_training"],
+    ]
+    assert len(stability_result["ranked"]) > 3 and len(stability_result["resampled"]) > 1
 
-    def numbers(groups: list[list[str]]) -> tuple[tuple[int, ...], ...]:
+    def to_indices(groups: list[list[str]]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(tasks.index(task) for task in group) for group in groups)
 
-    assert all(meets_constraints(numbers(of["groups"]), **constraints | {"cannot_link": [[0, 4]]}) for of in told)
-    scores = [reference_score(affinity, numbers(of["groups"]), objective) for of in sure["ranked"]]
-    assert [of["score"] for of in sure["ranked"]] == pytest.approx(scores) and scores[0] == max(scores)
-    assert list(made.bars(made.figures["What comes close"]).values()) == pytest.approx(scores)
+    assert all(
+        meets_constraints(to_indices(row["groups"]), **constraints | {"cannot_link": [[0, 4]]}) for row in reported
+    )
+    scores = [reference_score(affinity, to_indices(row["groups"]), objective) for row in stability_result["ranked"]]
+    assert [row["score"] for row in stability_result["ranked"]] == pytest.approx(scores) and scores[0] == max(scores)
+    assert list(run.bars(run.figures["Partitions with the highest scores"]).values()) == pytest.approx(scores)
 
 
-def test_how_a_search_is_told():
+def test_description_of_a_search():
     result = {"num_candidates": None, "is_optimal": False, "method": "integer program"}
-    assert describe_search(result) == "best found · integer program"
+    assert describe_search(result) == "not proven optimal · integer program"
     assert describe_search(result | {"num_candidates": 10**20, "is_optimal": True}).startswith(
-        "best of 1.0e+20 partitions"
+        "optimal among 1.0e+20 partitions"
     )
 
 
-def test_bad_snapshots_are_named(undrawn, tmp_path):
+def test_bad_snapshots_are_named(no_figures, tmp_path):
     gradients = np.ones((3, 3, 21))
     gradients[1, 2, 5] = np.nan
     with pytest.raises(UserError, match=r"snapshot 1, task 2 \('neon'\): 1 of 21 .* lower training.learning_rate"):
-        solved(tmp_path, gradients)
-    with pytest.raises(UserError, match="holds no snapshot; .* with a smaller global_prompt.snapshot_every"):
-        solved(tmp_path, np.ones((0, 3, 21)))
+        solve(tmp_path, gradients)
+    with pytest.raises(UserError, match="has no snapshots; .* with a smaller global_prompt.snapshot_every"):
+        solve(tmp_path, np.ones((0, 3, 21)))
     with pytest.raises(UserError, match="no gradient snapshots; train the global prompt again"):
         read_layout(tmp_path / "nowhere.parquet")
-    solved(tmp_path, np.ones((3, 3, 21)))
+    solve(tmp_path, np.ones((3, 3, 21)))
     tasks = [*TASKS, "oil"]
     with pytest.raises(UserError, match="step 1 lacks the tasks oil"):
         write_grouping(tasks, {tmp_path / "snapshots.parquet": tasks}, GroupingConfig(), tmp_path)
@@ -445,7 +454,7 @@ def test_bad_snapshots_are_named(undrawn, tmp_path):
         ("[[ink, chalk]]", "must_link puts 'chalk' and 'ink' in one group, cannot_link forbids it"),
     ],
 )
-def test_constraints_are_checked_at_the_door(tmp_path, monkeypatch, capsys, value, message):
+def test_constraints_are_checked_before_the_job_starts(tmp_path, monkeypatch, capsys, value, message):
     options = ["--grouping.must_link", "[[chalk, ink]]", "--grouping.cannot_link", value]
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *options])
     with pytest.raises(SystemExit) as end:
@@ -457,7 +466,7 @@ def test_constraints_are_checked_at_the_door(tmp_path, monkeypatch, capsys, valu
 # --- warnings -------------------------------------------------------------------------------------------
 
 
-def warned(affinity, *, objective="sum", kind="dot", per_layer=False, **constraints) -> list[str]:
+def get_warnings(affinity, *, objective="sum", kind="dot", per_layer=False, **constraints) -> list[str]:
     names = [f"task{index}" for index in range(len(affinity))]
     partition = best_partition(affinity, objective=objective, **constraints)
     return grouping_warnings(affinity, partition, names, objective=objective, kind=kind, per_layer=per_layer)
@@ -465,39 +474,39 @@ def warned(affinity, *, objective="sum", kind="dot", per_layer=False, **constrai
 
 def test_collapse_into_one_group_says_what_to_do():
     affinity = np.ones((4, 4))
-    (message,) = warned(affinity)
+    (message,) = get_warnings(affinity)
     assert "All 4 tasks are in one group: every pairwise affinity is positive" in message
     assert "'mean'" in message and "'density'" in message and "num_groups=2" in message and "'cosine'" in message
-    (message,) = warned(affinity, objective="mean", kind="cosine")
+    (message,) = get_warnings(affinity, objective="mean", kind="cosine")
     assert "'mean'" not in message and "'cosine'" not in message and "num_groups=2" in message
     assert "per_layer=true" in message
-    (message,) = warned(affinity, objective="density", kind="cosine", per_layer=True)
+    (message,) = get_warnings(affinity, objective="density", kind="cosine", per_layer=True)
     assert "'mean'" in message and "'density'" not in message and "per_layer" not in message
-    assert warned(affinity, num_groups=1) == []  # asked for: no warning
-    assert warned(affinity, must_link=[[0, 1, 2, 3]]) == []
+    assert get_warnings(affinity, num_groups=1) == []  # requested: no warning
+    assert get_warnings(affinity, must_link=[[0, 1, 2, 3]]) == []
     mixed = affinity.copy()
     mixed[0, 1] = mixed[1, 0] = -0.1
-    (message,) = warned(mixed)
+    (message,) = get_warnings(mixed)
     assert "outweigh the negative" in message
     mixed[0, 1] = mixed[1, 0] = 0
-    (message,) = warned(mixed)
+    (message,) = get_warnings(mixed)
     assert "no pairwise affinity is negative" in message
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_and_affinity_advises_what_splits_more(objective, kind):
-    """Other objectives are advised if they part a triple that this one keeps: 0-1-2 with one strong pair."""
+    """An objective is advised if it splits a triple that this one keeps: 0-1-2 with one strong pair."""
 
     def pair_share(name: str) -> float:
         return REFERENCE_SCORES[name](np.ones((3, 3)), (0, 1)) / REFERENCE_SCORES[name](np.ones((3, 3)), (0, 1, 2))
 
-    (message,) = warned(np.ones((4, 4)), objective=objective, kind=kind)
-    for other in OBJECTIVES:
-        advised = f"'{other}'" in message.partition("To split it, try ")[2]
-        assert advised == (pair_share(other) > pair_share(objective) + 1e-9), other
+    (message,) = get_warnings(np.ones((4, 4)), objective=objective, kind=kind)
+    for name in OBJECTIVES:
+        advised = f"'{name}'" in message.partition("To split it, try ")[2]
+        assert advised == (pair_share(name) > pair_share(objective) + 1e-9), name
     assert f"'{kind}'" not in message.partition("To split it, try ")[2]
-    assert message.count("; ") == 1  # what the affinity has to say
+    assert message.count("; ") == 1  # the advice of the affinity
 
 
 def test_names_are_those_of_the_registries_everywhere():
@@ -508,7 +517,7 @@ def test_names_are_those_of_the_registries_everywhere():
         assert get_objective(objective).summary in fields["objective"].description
     for kind in KINDS:
         assert get_affinity(kind).summary in fields["affinity"].description
-    table = (REPOSITORY / "docs" / "grouping.md").read_text()
+    table = (REPOSITORY / "docs" / "task_grouping.md").read_text()
     assert all(f"\n| `{name}` | $" in table for name in (*OBJECTIVES, *KINDS))
 
 
@@ -526,23 +535,23 @@ def test_an_unknown_name_cannot_be_scored():
             use()
 
 
-def test_a_search_without_proof_says_so():
+def test_warning_about_a_search_without_proof():
     partition = Partition(((0, 1), (2,)), 1.5, 5, "integer program", 2.25)
     affinity = np.array([[1, 1.5, -1], [1.5, 1, -1], [-1, -1, 1]])
     (message,) = grouping_warnings(affinity, partition, ["a", "b", "c"], objective="sum", kind="dot")
-    assert "not proven best" in message and "1.5" in message and "2.25" in message and "time_limit_s" in message
+    assert "Not proven optimal" in message and "1.5" in message and "2.25" in message and "time_limit_s" in message
 
 
 def test_all_alone_all_zero_and_unremarkable():
     negative = 2 * np.eye(3) - 1
-    (message,) = warned(negative)
-    assert "Every task is alone: no pairwise affinity is positive" in message
-    assert warned(negative, max_size=1) == []
-    assert warned(negative, cannot_link=[[0, 1, 2]]) == []
-    (message,) = warned(np.eye(3))
+    (message,) = get_warnings(negative)
+    assert "Every group has a single task: no pairwise affinity is positive" in message
+    assert get_warnings(negative, max_size=1) == []
+    assert get_warnings(negative, cannot_link=[[0, 1, 2]]) == []
+    (message,) = get_warnings(np.eye(3))
     assert "All affinities between tasks are zero" in message
     blocks = np.kron(np.eye(2), np.ones((2, 2))) * 2 - 1
-    assert warned(blocks) == []
+    assert get_warnings(blocks) == []
 
 
 def test_dominant_and_missing_gradients_are_named():
@@ -550,10 +559,10 @@ def test_dominant_and_missing_gradients_are_named():
     gradients = rng.normal(size=(2, 4, 50))
     gradients[:, 1] *= 5
     gradients[:, 3] = 0
-    messages = "\n".join(warned(affinity_matrix(gradients, "dot")))
+    messages = "\n".join(get_warnings(affinity_matrix(gradients, "dot")))
     assert "Task 'task1' has by far the largest gradients" in messages
-    assert "zero in every snapshot: 'task3'" in messages
-    assert "largest gradients" not in "\n".join(warned(affinity_matrix(gradients, "cosine"), kind="cosine"))
+    assert "zero in every snapshot for: 'task3'" in messages
+    assert "largest gradients" not in "\n".join(get_warnings(affinity_matrix(gradients, "cosine"), kind="cosine"))
 
 
 def test_warnings_check_the_number_of_names():
@@ -603,9 +612,9 @@ def test_figures_render_without_warnings_and_without_pyplot_state(num_tasks, num
             affinity_heat_map(affinity, names, groups),
             affinity_graph_figure(affinity_graph(affinity, names, groups)),
         ):
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=40)
-            assert picture.getvalue().startswith(b"\x89PNG")
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=40)
+            assert image.getvalue().startswith(b"\x89PNG")
     assert Gcf.get_all_fig_managers() == []
 
 
@@ -630,7 +639,7 @@ def test_no_label_is_cut_off(num_tasks):
         affinity_graph_figure(affinity_graph(affinity, names, groups)),
     ):
         figure.savefig(io.BytesIO())  # runs the layout
-        whole = figure.bbox
-        needed = figure.get_tightbbox().transformed(figure.dpi_scale_trans)
-        assert needed.x0 >= -1 and needed.y0 >= -1
-        assert needed.x1 <= whole.x1 + 1 and needed.y1 <= whole.y1 + 1
+        canvas = figure.bbox
+        extent = figure.get_tightbbox().transformed(figure.dpi_scale_trans)
+        assert extent.x0 >= -1 and extent.y0 >= -1
+        assert extent.x1 <= canvas.x1 + 1 and extent.y1 <= canvas.y1 + 1

@@ -1,4 +1,4 @@
-"""How sure a grouping is: resampled snapshots, the next best partitions, parts of the training; the page of it."""
+"""Stability of a grouping: the bootstrap, the next best partitions, phases of the training; the HTML page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def alternating(num_snapshots: int, turn: int):
     return affinities
 
 
-def test_snapshots_affinities_have_the_groupings_as_their_mean():
+def test_mean_of_the_snapshot_affinities_is_the_affinity_matrix():
     gradients = np.random.default_rng(0).normal(size=(5, 4, 7))
     for kind in ("dot", "cosine"):
         affinities = snapshot_affinities(gradients, kind)
@@ -46,24 +46,28 @@ def test_snapshots_affinities_have_the_groupings_as_their_mean():
 
 
 def test_resamples_agree_where_all_snapshots_do_and_differ_where_they_do_not():
-    sure = bootstrap(alternating(30, 30), search)
-    assert sure.frequencies == {((0, 1), (2,), (3,)): 1.0} and sure.num_resamples == 200
-    assert sure.co_assignment[0, 1] == 1 and sure.co_assignment[0, 2] == 0 and (np.diag(sure.co_assignment) == 1).all()
-    torn = bootstrap(alternating(30, 15), search)
-    assert 0.2 < torn.co_assignment[0, 1] < 0.8 and (torn.co_assignment == torn.co_assignment.T).all()
-    assert sum(torn.frequencies.values()) == pytest.approx(1) and len(torn.frequencies) > 1
-    assert list(torn.frequencies.values()) == sorted(torn.frequencies.values(), reverse=True)
-    again = bootstrap(alternating(30, 15), search)
-    assert again.frequencies == torn.frequencies and (again.co_assignment == torn.co_assignment).all()
-    assert bootstrap(alternating(30, 15), search, seed=1).frequencies != torn.frequencies
+    stable = bootstrap(alternating(30, 30), search)
+    assert stable.frequencies == {((0, 1), (2,), (3,)): 1.0} and stable.num_resamples == 200
+    assert (
+        stable.co_assignment[0, 1] == 1
+        and stable.co_assignment[0, 2] == 0
+        and (np.diag(stable.co_assignment) == 1).all()
+    )
+    unstable = bootstrap(alternating(30, 15), search)
+    assert 0.2 < unstable.co_assignment[0, 1] < 0.8 and (unstable.co_assignment == unstable.co_assignment.T).all()
+    assert sum(unstable.frequencies.values()) == pytest.approx(1) and len(unstable.frequencies) > 1
+    assert list(unstable.frequencies.values()) == sorted(unstable.frequencies.values(), reverse=True)
+    repeated = bootstrap(alternating(30, 15), search)
+    assert repeated.frequencies == unstable.frequencies and (repeated.co_assignment == unstable.co_assignment).all()
+    assert bootstrap(alternating(30, 15), search, seed=1).frequencies != unstable.frequencies
     assert bootstrap(alternating(30, 15), search, time_limit_s=0).num_resamples == 1
 
 
-def test_blocks_of_neighbors_are_drawn_not_single_snapshots():
-    """With a signal that changes slowly, single snapshots would look far surer than they are."""
+def test_the_bootstrap_draws_blocks_of_neighbors():
+    """With a signal that changes slowly, single snapshots would give a far too confident result."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=8)
-    drift = np.repeat((values - values.mean()) / values.std(), 8)  # eight values, held for eight snapshots each
+    drift = np.repeat((values - values.mean()) / values.std(), 8)  # eight values, constant for eight snapshots each
     affinities = np.full((64, 2, 2), 0.0)
     affinities[:, 0, 1] = affinities[:, 1, 0] = drift + 0.25
     share = bootstrap(affinities, search).co_assignment[0, 1]
@@ -78,25 +82,25 @@ def test_all_partitions_of_few_tasks_are_ranked():
     best = search(affinity)
     ranked = ranked_partitions(affinity, best, "sum", NAMES, count=100)
     assert len(ranked) == 15 and ranked[0].groups == best
-    assert {of.groups for of in ranked} == set(set_partitions(4))
-    assert [of.score for of in ranked] == sorted((of.score for of in ranked), reverse=True)
-    assert all(of.score == partition_score(affinity, of.groups, "sum") for of in ranked)
+    assert {item.groups for item in ranked} == set(set_partitions(4))
+    assert [item.score for item in ranked] == sorted((item.score for item in ranked), reverse=True)
+    assert all(item.score == partition_score(affinity, item.groups, "sum") for item in ranked)
     assert ranked[0].title == " | ".join(" + ".join(NAMES[task] for task in group) for group in best)
 
 
-def test_of_many_tasks_those_next_to_the_best_are_ranked():
+def test_neighbors_of_the_best_partition_of_many_tasks_are_ranked():
     num_tasks = MAX_TASKS_RANKED_ALL + 2
     best = (tuple(range(4)), tuple(range(4, num_tasks - 1)), (num_tasks - 1,))
     affinity = np.random.default_rng(2).normal(size=(num_tasks, num_tasks))
     affinity += affinity.T
     names = [f"t{task}" for task in range(num_tasks)]
     ranked = ranked_partitions(affinity, best, "mean", names, count=1000)
-    titles = {of.title: of.groups for of in ranked}
-    assert ranked[0].title == "as found"
+    titles = {item.title: item.groups for item in ranked}
+    assert ranked[0].title == "best partition"
     assert titles["t0 in group 3"] == ((0, num_tasks - 1), (1, 2, 3), best[1])
-    assert titles["t5 alone"] == ((0, 1, 2, 3), (4, 6, 7, 8), (5,), (num_tasks - 1,))
-    assert titles["groups 1 and 2 as one"] == (tuple(range(num_tasks - 1)), (num_tasks - 1,))
-    # moves of 9 tasks to 2 other groups and alone, of the last to 2, 3 joins, less the 2 moves that are joins
+    assert titles["t5 by itself"] == ((0, 1, 2, 3), (4, 6, 7, 8), (5,), (num_tasks - 1,))
+    assert titles["groups 1 and 2 merged"] == (tuple(range(num_tasks - 1)), (num_tasks - 1,))
+    # 9 tasks move to 2 other groups or by themselves, the last one to 2; 3 merges, 2 of which equal a move
     assert len(ranked) == 1 + 9 * 3 + 3
 
 
@@ -106,28 +110,34 @@ def test_ranked_partitions_keep_the_constraints():
     best = best_partition(affinity, objective="sum", **constraints).groups
     allowed = partial(satisfies, **constraints)
     ranked = ranked_partitions(affinity, best, "sum", "abcde", allowed, count=100)
-    assert {of.groups for of in ranked} == {((0, 1, 4), (2, 3)), ((0, 2, 4), (1, 3))}
+    assert {item.groups for item in ranked} == {((0, 1, 4), (2, 3)), ((0, 2, 4), (1, 3))}
     assert len([groups for groups in set_partitions(5) if allowed(groups)]) == 2
 
 
-def test_parts_of_the_training_alone():
+def test_groups_by_phase_of_the_training():
     parts = groups_over_training(alternating(30, 12), list(range(1, 91, 3)), search, num_windows=5)
-    assert [(first, last) for first, last, _ in parts] == [(1, 16), (19, 34), (37, 52), (55, 70), (73, 88)]
+    assert [(first_step, last_step) for first_step, last_step, _ in parts] == [
+        (1, 16),
+        (19, 34),
+        (37, 52),
+        (55, 70),
+        (73, 88),
+    ]
     assert [groups for *_, groups in parts] == [((0, 1), (2,), (3,))] * 2 + [((0, 2), (1,), (3,))] * 3
     assert len(groups_over_training(alternating(2, 1), [1, 2], search)) == 2
 
 
-def test_pictures_and_page():
+def test_figures_and_page():
     affinities = alternating(30, 12)
     groups = search(affinities.mean(axis=0))
-    sure = bootstrap(affinities, search)
+    stable = bootstrap(affinities, search)
     ranked = ranked_partitions(affinities.mean(axis=0), groups, "sum", NAMES)
     figures = {
-        "How sure": co_assignment_map(sure.co_assignment, NAMES, groups),
-        "Over <training>": affinity_over_training(affinities, range(1, 31), NAMES, groups),
+        "Co-assignment": co_assignment_map(stable.co_assignment, NAMES, groups),
+        "During <training>": affinity_over_training(affinities, range(1, 31), NAMES, groups),
         "Next best": ranked_partitions_figure(ranked),
     }
-    assert "ink + chalk" in [text.get_text() for text in figures["Over <training>"].axes[0].texts]
+    assert "ink + chalk" in [text.get_text() for text in figures["During <training>"].axes[0].texts]
     assert figures["Next best"].axes[0].get_yticklabels()[0].get_text() == ranked[0].title
     result = {
         "tasks": list(NAMES),
@@ -139,15 +149,17 @@ def test_pictures_and_page():
         "stability": {
             "num_resamples": 200,
             "resampled": [
-                {"groups": [["ink"], ["neon"]], "share": 0.5},
-                {"groups": [["ink", "chalk"], ["neon"], ["<b>noise"]], "share": 0.25},
+                {"groups": [["ink"], ["neon"]], "frequency": 0.5},
+                {"groups": [["ink", "chalk"], ["neon"], ["<b>noise"]], "frequency": 0.25},
             ],
             "over_training": [{"first_step": 1, "last_step": 9, "groups": [["ink", "neon"]]}],
         },
     }
-    page = grouping_page(result, "Best of 15 partitions", figures)
-    assert "Best of 15 partitions." in page
-    assert "gives these groups 25 % of the time" in page and "beware &amp; think" in page
-    assert "&lt;b&gt;noise" in page and "<b>noise" not in page and "Over &lt;training&gt;" in page
+    page = grouping_page(result, "Optimal among 15 partitions", figures)
+    assert "Optimal among 15 partitions." in page
+    assert (
+        "25 % of 200 bootstrap resamples of the snapshots give the same groups" in page and "beware &amp; think" in page
+    )
+    assert "&lt;b&gt;noise" in page and "<b>noise" not in page and "During &lt;training&gt;" in page
     assert len(re.findall("data:image/png;base64,[A-Za-z0-9+/=]{5000,}", page)) == 3
     assert "<td>1 to 9</td><td>ink + neon</td>" in page

@@ -167,12 +167,12 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
     )
     assert finished.status == 0, finished.output
     assert finished.output.count("cached (computed in") == 3 and "4 group trainings" not in finished.output
-    assert "best of 31 partitions" in finished.output
+    assert "optimal among 31 partitions" in finished.output
     groupings = [json.loads(file.read_text()) for file in storage.glob("grouping/[!.]*/grouping.json")]
     (of_two,) = [grouping for grouping in groupings if len(grouping["groups"]) == 2]
     assert of_two["stability"]["ranked"][0]["groups"] == of_two["groups"]
     assert all(len(ranked["groups"]) == 2 for ranked in of_two["stability"]["ranked"])
-    assert sum(resampled["share"] for resampled in of_two["stability"]["resampled"]) == pytest.approx(1, abs=0.2)
+    assert sum(resampled["frequency"] for resampled in of_two["stability"]["resampled"]) == pytest.approx(1, abs=0.2)
     num_steps = 5 * GLOBAL_PROMPT_EPOCHS
     assert [part["first_step"] for part in of_two["stability"]["over_training"]] == list(
         range(1, num_steps + 1, num_steps // 5)

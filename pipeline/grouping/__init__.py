@@ -1,1 +1,1 @@
-"""From per-task gradients of a shared prompt to groups of tasks that are trained together."""
+"""Task grouping: per-task gradients of a shared prompt → affinities → groups of tasks that share a prompt."""

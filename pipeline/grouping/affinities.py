@@ -1,6 +1,6 @@
-"""How two tasks' gradients are compared: each affinity is one class here, known to all by its name.
+"""Affinities between two tasks' gradients: a registry with one class for each.
 
-The config takes its names and help from here, and imports no numpy.
+The config takes names and help texts from here, without importing numpy.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ AFFINITIES: dict[str, Affinity] = {}
 class Affinity(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
-    """What it is of two tasks, for the config's help."""
+    """Definition for two tasks, in the config's help."""
     one_group_advice: ClassVar[str]
-    """What splits tasks that all are in one group, beside constraints and another objective."""
+    """How to split a single group, beside constraints and another objective."""
     per_layer_helps: ClassVar[bool] = False
-    """Whether that is affinities of each layer's own gradients."""
+    """Whether affinities per layer help with that."""
     dominance_advice: ClassVar[str | None] = None
-    """What a task with far longer gradients than the others does to the grouping, and the remedy; None: nothing."""
+    """Effect of a task with much larger gradients on the grouping, and the remedy; None if there is no effect."""
 
     def __init_subclass__(cls) -> None:
         AFFINITIES[cls.name] = cls()
 
     @abstractmethod
-    def scaled(self, gradients: np.ndarray) -> np.ndarray:
-        """The tasks' gradients (T, P), float64, as vectors whose inner products are the affinities."""
+    def normalize(self, gradients: np.ndarray) -> np.ndarray:
+        """Return the tasks' gradients (T, P), float64, as vectors whose inner products are the affinities."""
 
 
 class Dot(Affinity):
@@ -41,26 +41,26 @@ class Dot(Affinity):
 
     name = "dot"
     summary = "the dot product of their gradients (Eq. 8)"
-    one_group_advice = "affinity 'cosine' helps if a few snapshots with large gradients decide the signs"
+    one_group_advice = "affinity 'cosine' helps if a few snapshots with large gradients determine the signs"
     dominance_advice = "its dot products dominate the grouping. Affinity 'cosine' gives every task the same weight"
 
-    def scaled(self, gradients: np.ndarray) -> np.ndarray:
+    def normalize(self, gradients: np.ndarray) -> np.ndarray:
         return gradients
 
 
 class Cosine(Affinity):
     """Inner products of gradients of unit length, so that a task with large gradients (a high loss, many classes)
-    counts no more than the others. A gradient of zeros has no direction, and stays zero."""
+    has the same weight as other tasks. A zero gradient has no direction, and stays zero."""
 
     name = "cosine"
     summary = "their cosine"
-    one_group_advice = "per_layer=true helps if one layer's large gradients decide the cosines"
+    one_group_advice = "per_layer=true helps if one layer's large gradients determine the cosines"
     per_layer_helps = True
 
-    def scaled(self, gradients: np.ndarray) -> np.ndarray:
+    def normalize(self, gradients: np.ndarray) -> np.ndarray:
         import numpy as np
 
-        # The largest value goes first: squares of very small or very large gradients leave float64's range.
+        # Divide by the largest value first: squares of very small or very large gradients leave float64's range.
         largest = np.abs(gradients).max(axis=1, keepdims=True)
         gradients = gradients / np.where(largest == 0, 1.0, largest)
         length = np.linalg.norm(gradients, axis=1, keepdims=True)
@@ -69,10 +69,10 @@ class Cosine(Affinity):
 
 
 def get_affinity(name: str) -> Affinity:
-    """The affinity of that name.
+    """Return the affinity of a name.
 
     Raises:
-        UserError: there is none.
+        UserError: the name is unknown.
     """
     if name not in AFFINITIES:
         raise UserError(f"affinity kind {name!r} is unknown; choose from {', '.join(AFFINITIES)}")

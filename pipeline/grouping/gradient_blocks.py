@@ -1,4 +1,4 @@
-"""Which of a snapshot's gradient values an affinity is computed from."""
+"""Selection of the gradient values that an affinity is computed from."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 
 SOURCE = "source"
-"""The source prompt's name in a layout; the others are scaling matrices."""
+"""Name of the source prompt in a layout; all other entries are scaling matrices."""
 
 
 def read_layout(path: Path) -> dict[str, list[int]]:
-    """Name → shape of the parts of a snapshot file's gradient vectors, in order; axis 0 is the layer.
+    """Return name → shape of the parts of a snapshot file's gradient vectors, in order; axis 0 is the layer.
 
     Raises:
-        UserError: no file, or one without snapshots.
+        UserError: the file is missing, damaged or without snapshots.
     """
-    again = "train the global prompt again (jobs/train_global_prompt.py)"
+    remedy = "train the global prompt again (jobs/train_global_prompt.py)"
     if not path.is_file():
-        raise UserError(f"{path}: no gradient snapshots; {again}")
+        raise UserError(f"{path}: no gradient snapshots; {remedy}")
     try:
         num_rows, schema = pq.read_metadata(path).num_rows, pq.read_schema(path)
         layout: dict[str, list[int]] = json.loads((schema.metadata or {})[b"layout"])
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        raise UserError(f"{path} cannot be read as gradient snapshots ({error!r}); remove it and {again}") from None
+        raise UserError(f"{path} cannot be read as gradient snapshots ({error!r}); remove it and {remedy}") from None
     if num_rows == 0:
-        raise UserError(f"{path} holds no snapshot; {again} with a smaller global_prompt.snapshot_every")
+        raise UserError(f"{path} has no snapshots; {remedy} with a smaller global_prompt.snapshot_every")
     return layout
 
 
 def gradient_blocks(
     layout: Mapping[str, Sequence[int]], *, per_layer: bool = False, scaling_matrices: bool = True
 ) -> list[np.ndarray]:
-    """Indices into a gradient vector (P,): one array, or one for each layer.
+    """Return indices into a gradient vector (P,): one array, or one for each layer.
 
     Args:
-        layout: as of `read_layout`.
-        per_layer: a block for each layer; a source prompt shared by all layers is a block of its own.
-        scaling_matrices: whether they count beside the source prompt.
+        layout: from `read_layout`.
+        per_layer: a block for each layer; a source prompt shared by all layers is a separate block.
+        scaling_matrices: whether to include them beside the source prompt.
     """
     ends = np.cumsum([math.prod(shape) for shape in layout.values()])
     parts = {

@@ -1,7 +1,7 @@
-"""What a partition is worth: each objective is one class here, known to all by its name.
+"""Objectives that score a partition: a registry with one class for each.
 
-A group scores the summed affinities of its pairs times a weight that depends on its number of tasks: that is what the
-searches rest on. The config takes its names and help from here, and imports no numpy.
+A group scores the summed affinities of its pairs times a weight that depends on its number of tasks: all searches rely
+on that. The config takes names and help texts from here, without importing numpy.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ OBJECTIVES: dict[str, Objective] = {}
 class Objective(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
-    """What it maximizes, for the config's help."""
+    """The maximized quantity, in the config's help."""
     remark: ClassVar[str] = ""
-    """Beside its name where it is advised."""
+    """Appended to its name in advice."""
     included_in_study: ClassVar[bool] = True
-    """Whether the grouping study holds its scores against accuracies."""
+    """Whether the grouping study compares its scores with accuracies."""
 
     def __init_subclass__(cls) -> None:
         OBJECTIVES[cls.name] = cls()
 
     @abstractmethod
     def pair_weight(self, size: int) -> float:
-        """The factor of each pair's affinity in a group of `size` tasks, above 0."""
+        """Return the factor of each pair's affinity in a group of `size` tasks, above 0."""
 
     def largest_needed_size(self, min_size: int) -> int | None:
-        """Tasks in a group above which some split into groups of at least `min_size` scores no less; None: no limit."""
+        """Return the size above which some split into groups of at least `min_size` scores no less; None: no limit."""
         return None
 
     @property
-    def rewards_splitting(self) -> float:
-        """How much more a pair counts in a group of two than in a group of three; 1 where the size plays no part."""
+    def split_reward(self) -> float:
+        """Weight of a pair in a group of two relative to a group of three; 1 if the size does not matter."""
         return self.pair_weight(2) / self.pair_weight(3)
 
-    def finer(self) -> list[Objective]:
-        """The objectives that make smaller groups, the one of the smallest first."""
-        others = (other for other in OBJECTIVES.values() if other.rewards_splitting > self.rewards_splitting)
-        return sorted(others, key=lambda other: -other.rewards_splitting)
+    def finer_objectives(self) -> list[Objective]:
+        """Return the objectives that make smaller groups, smallest groups first."""
+        finer = (objective for objective in OBJECTIVES.values() if objective.split_reward > self.split_reward)
+        return sorted(finer, key=lambda objective: -objective.split_reward)
 
 
 class Sum(Objective):
-    """The affinities of all pairs inside a group, each pair once (the MmAP paper)."""
+    """Sum of the affinities inside a group, each pair once (the MmAP paper)."""
 
     name = "sum"
     summary = "the pairwise affinities inside groups (the paper)"
@@ -57,10 +57,9 @@ class Sum(Objective):
 
 
 class Mean(Objective):
-    """For every task its mean affinity to the other members of its group, summed over tasks (as TAG scores a group;
-    Fifty et al. 2021).
+    """Sum over tasks of the mean affinity to the other members of the group (TAG's score; Fifty et al. 2021).
 
-    Groups of four or more single tasks are never needed. A group's score is its number of tasks times the mean of its
+    Groups of four or more tasks are never needed. A group's score is its number of tasks times the mean of its
     pairs' affinities; averaged over all ways to split it into two parts of given sizes, both at least 2, the parts'
     scores add up to the same, so that some split scores no less. With a smallest size m ≥ 2 the same holds from 2 m
     tasks on.
@@ -78,11 +77,11 @@ class Mean(Objective):
 
 
 class Density(Objective):
-    """The affinities of all pairs inside a group over the group's number of tasks (Principled-Task-Grouping's sum over
-    groups of (1/|G|) sum S)."""
+    """Sum of the affinities inside a group divided by its number of tasks (Principled-Task-Grouping: sum over groups of
+    (1/|G|) sum S)."""
 
     name = "density"
-    summary = "the affinities in a group over its number of tasks, in between"
+    summary = "the affinities in a group divided by its number of tasks, in between"
     included_in_study = False
 
     def pair_weight(self, size: int) -> float:
@@ -90,10 +89,10 @@ class Density(Objective):
 
 
 def get_objective(name: str) -> Objective:
-    """The objective of that name.
+    """Return the objective of a name.
 
     Raises:
-        UserError: there is none.
+        UserError: the name is unknown.
     """
     if name not in OBJECTIVES:
         raise UserError(f"objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")

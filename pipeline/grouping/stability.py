@@ -1,8 +1,7 @@
-"""How sure a grouping is: what other snapshots of the same training would have said, which other partitions come close,
-and whether the groups change while the prompt trains.
+"""Stability of a grouping: bootstrap over gradient snapshots, next best partitions, groups by phase of the training.
 
-Snapshots of neighboring steps are alike, so the bootstrap draws blocks of neighbors, not single snapshots: single
-ones would make any grouping look sure.
+Snapshots of neighboring steps are correlated, so this is a block bootstrap: resampling single snapshots would make any
+grouping look stable.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NUM_RESAMPLES = 200
 BOOTSTRAP_TIME_LIMIT_S = 20.0
 """The bootstrap of a slow search ends with fewer resamples."""
 MAX_TASKS_RANKED_ALL = 8
-"""Up to this many tasks (4,140 partitions) all partitions are ranked; above, those next to the best."""
+"""Up to this many tasks (4,140 partitions) all partitions are ranked; above, the neighbors of the best one."""
 Search = Callable[[np.ndarray], Groups]
 """Affinities (T, T) → the best groups."""
 
@@ -32,9 +31,9 @@ Search = Callable[[np.ndarray], Groups]
 @dataclass(frozen=True)
 class Bootstrap:
     co_assignment: np.ndarray
-    """(T, T): share of the resamples in which two tasks are in one group; 1 on the diagonal."""
+    """(T, T): fraction of the resamples in which two tasks are in one group; 1 on the diagonal."""
     frequencies: dict[Groups, float]
-    """Share of the resamples that give a partition, the most frequent first."""
+    """Partition → fraction of the resamples that give it, the most frequent first."""
     num_resamples: int
 
 
@@ -43,37 +42,37 @@ class RankedPartition:
     groups: Groups
     score: float
     title: str
-    """Its groups in words, or how it differs from the best."""
+    """Its groups as text, or how it differs from the best partition."""
 
 
 def snapshot_affinities(gradients: np.ndarray, kind: str, blocks: Sequence[np.ndarray] | None = None) -> np.ndarray:
-    """(S, T, T) of gradients (S, T, P): each snapshot's own affinities, whose mean is `affinity_matrix`."""
+    """Return the affinities of each snapshot (S, T, T) of gradients (S, T, P); their mean is `affinity_matrix`."""
     return np.stack([affinity_matrix(snapshot[None], kind, blocks=blocks) for snapshot in gradients])
 
 
 def bootstrap(
     affinities: np.ndarray, search: Search, *, seed: int = 0, time_limit_s: float = BOOTSTRAP_TIME_LIMIT_S
 ) -> Bootstrap:
-    """Searches the best groups again for means over resampled blocks of about √S neighboring snapshots.
+    """Repeat the search on means over resampled blocks of about √S neighboring snapshots.
 
     Args:
         affinities: (S, T, T), by snapshot, in the order of the steps.
-        search: as the grouping itself was found.
+        search: the search that found the grouping.
     """
     num_snapshots, num_tasks, _ = affinities.shape
     length = max(1, round(math.sqrt(num_snapshots)))
     rng = np.random.default_rng(seed)
     co_assignment = np.zeros((num_tasks, num_tasks))
     counts: Counter[Groups] = Counter()
-    began = time.monotonic()
+    started = time.monotonic()
     for _ in range(NUM_RESAMPLES):
         starts = rng.integers(0, num_snapshots, math.ceil(num_snapshots / length))
-        drawn = (starts[:, None] + np.arange(length)).ravel()[:num_snapshots] % num_snapshots  # around the end
-        groups = search(affinities[drawn].mean(axis=0))
+        indices = (starts[:, None] + np.arange(length)).ravel()[:num_snapshots] % num_snapshots  # wraps around the end
+        groups = search(affinities[indices].mean(axis=0))
         counts[groups] += 1
         for group in groups:
             co_assignment[np.ix_(group, group)] += 1
-        if time.monotonic() - began > time_limit_s:
+        if time.monotonic() - started > time_limit_s:
             break
     total = counts.total()
     return Bootstrap(co_assignment / total, {groups: count / total for groups, count in counts.most_common()}, total)
@@ -84,19 +83,22 @@ def ranked_partitions(
     best: Groups,
     objective: str,
     task_names: Sequence[str],
-    allowed: Callable[[Groups], bool] = lambda groups: True,
+    is_allowed: Callable[[Groups], bool] = lambda groups: True,
     count: int = 10,
 ) -> list[RankedPartition]:
-    """The `count` best-scored partitions among those `allowed`, `best` first: of all up to MAX_TASKS_RANKED_ALL tasks,
-    above of those that differ from `best` by one task moved, two groups joined, or one task left alone."""
+    """Return the `count` allowed partitions with the highest scores, `best` first.
+
+    Candidates are all partitions of up to MAX_TASKS_RANKED_ALL tasks, above that those that differ from `best` by one
+    task moved, two groups merged, or one task split off.
+    """
     num_tasks = len(affinity)
     if num_tasks <= MAX_TASKS_RANKED_ALL:
         titles = {groups: format_groups(groups, task_names) for groups in set_partitions(num_tasks)}
     else:
-        titles = {best: "as found", **_neighbors(best, task_names)}
-    scores = {groups: partition_score(affinity, groups, objective) for groups in titles if allowed(groups)}
-    others = sorted(scores.keys() - {best}, key=lambda groups: (-scores[groups], len(groups), groups))
-    return [RankedPartition(groups, scores[groups], titles[groups]) for groups in (best, *others[: count - 1])]
+        titles = {best: "best partition", **_neighbors(best, task_names)}
+    scores = {groups: partition_score(affinity, groups, objective) for groups in titles if is_allowed(groups)}
+    runners_up = sorted(scores.keys() - {best}, key=lambda groups: (-scores[groups], len(groups), groups))
+    return [RankedPartition(groups, scores[groups], titles[groups]) for groups in (best, *runners_up[: count - 1])]
 
 
 def satisfies(
@@ -107,20 +109,20 @@ def satisfies(
     must_link: Sequence[Sequence[int]],
     cannot_link: Sequence[Sequence[int]],
 ) -> bool:
-    """Whether a partition keeps the constraints of `best_partition`, given by task numbers."""
-    group_of = {task: number for number, group in enumerate(groups) for task in group}
+    """Return whether a partition meets the constraints of `best_partition`, given by task indices."""
+    task_to_group = {task: number for number, group in enumerate(groups) for task in group}
     return (
         num_groups in (None, len(groups))
-        and all(min_size <= len(group) <= (max_size or len(group_of)) for group in groups)
-        and all(len({group_of[task] for task in tasks}) == 1 for tasks in must_link)
-        and all(len({group_of[task] for task in tasks}) == len(tasks) for tasks in cannot_link)
+        and all(min_size <= len(group) <= (max_size or len(task_to_group)) for group in groups)
+        and all(len({task_to_group[task] for task in tasks}) == 1 for tasks in must_link)
+        and all(len({task_to_group[task] for task in tasks}) == len(tasks) for tasks in cannot_link)
     )
 
 
 def groups_over_training(
     affinities: np.ndarray, steps: Sequence[int], search: Search, num_windows: int = 5
 ) -> list[tuple[int, int, Groups]]:
-    """(first step, last step, groups) of each of about `num_windows` equal parts of the training alone."""
+    """Return (first step, last step, groups) of each of about `num_windows` equal parts of the training by itself."""
     bounds = np.linspace(0, len(affinities), min(num_windows, len(affinities)) + 1).astype(int)
     return [
         (steps[start], steps[stop - 1], search(affinities[start:stop].mean(axis=0)))
@@ -129,22 +131,24 @@ def groups_over_training(
 
 
 def _neighbors(groups: Groups, task_names: Sequence[str]) -> dict[Groups, str]:
-    """Partitions one step away → the step."""
-    near: dict[Groups, str] = {}
-    for at, group in enumerate(groups):
+    """Return partition → description of the single change that leads to it."""
+    neighbors: dict[Groups, str] = {}
+    for source, group in enumerate(groups):
         for task in group:
-            kept = [*groups[:at], *groups[at + 1 :], *([tuple(other for other in group if other != task)])]
-            kept = [other for other in kept if other]
-            near[_sorted([*kept, (task,)])] = f"{task_names[task]} alone"
-            for to, other in enumerate(groups):
-                if to != at:
-                    moved = [of for of in kept if of != other]
-                    near[_sorted([*moved, tuple(sorted((*other, task)))])] = f"{task_names[task]} in group {to + 1}"
-        for to in range(at + 1, len(groups)):
-            rest = [of for number, of in enumerate(groups) if number not in (at, to)]
-            near[_sorted([*rest, tuple(sorted(group + groups[to]))])] = f"groups {at + 1} and {to + 1} as one"
-    near.pop(groups, None)
-    return near
+            reduced = [*groups[:source], *groups[source + 1 :], tuple(member for member in group if member != task)]
+            reduced = [members for members in reduced if members]
+            neighbors[_sorted([*reduced, (task,)])] = f"{task_names[task]} by itself"
+            for target, members in enumerate(groups):
+                if target != source:
+                    unchanged = [peers for peers in reduced if peers != members]
+                    moved = _sorted([*unchanged, tuple(sorted((*members, task)))])
+                    neighbors[moved] = f"{task_names[task]} in group {target + 1}"
+        for target in range(source + 1, len(groups)):
+            unchanged = [members for number, members in enumerate(groups) if number not in (source, target)]
+            merged = _sorted([*unchanged, tuple(sorted(group + groups[target]))])
+            neighbors[merged] = f"groups {source + 1} and {target + 1} merged"
+    neighbors.pop(groups, None)
+    return neighbors
 
 
 def _sorted(groups: Sequence[tuple[int, ...]]) -> Groups:

@@ -1,7 +1,7 @@
-"""Does a better score mean better tasks? Scores of all partitions against the accuracies that they reach when trained.
+"""Comparison of scores and accuracies: the scores of all partitions against their accuracies after training.
 
-A partition's accuracy follows from its groups' trainings, so 2^T - 1 trainings tell that of every partition (203 for
-six tasks, from 63 trainings).
+A partition's accuracy follows from the trainings of its groups, so 2^T - 1 trainings give that of every partition (203
+for six tasks, from 63 trainings).
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from pipeline.grouping.search.problem import Groups
 CRITERIA = tuple(
     (kind, name) for kind in AFFINITIES for name, objective in OBJECTIVES.items() if objective.included_in_study
 )
-"""Affinity and objective of each way to score partitions."""
+"""Pairs of affinity and objective that score partitions."""
 
 
 @dataclass(frozen=True)
 class CriterionOutcome:
-    """What one way to score partitions is worth. Accuracies are means over tasks, 0 to 1."""
+    """Quality of one criterion's scores. Accuracies are means over tasks, 0 to 1."""
 
     affinity: str
     objective: str
     scores: tuple[float, ...]
-    """Of all partitions, in the study's order."""
+    """Scores of all partitions, in the study's order."""
     rank_correlation: float
-    """Spearman's, of scores and accuracies over all partitions."""
+    """Spearman's, between scores and accuracies over all partitions."""
     same_num_groups_correlation: float
-    """Likewise among the partitions with equally many groups: the mean over the numbers that leave a choice."""
+    """The same among partitions with equally many groups: mean over the numbers of groups with several partitions."""
     late_correlation: float
-    """As rank_correlation, with the snapshots after the first fifth alone."""
+    """The same as rank_correlation, without the first fifth of the snapshots."""
     chosen: Groups
     accuracy: float
-    """Of the partition with the best score."""
+    """Accuracy of the partition with the highest score."""
     fraction_better: float
-    """Share of all partitions that reach a higher accuracy."""
+    """Fraction of all partitions with a higher accuracy."""
 
 
 @dataclass(frozen=True)
 class GroupingStudy:
     partitions: tuple[Groups, ...]
     accuracies: tuple[float, ...]
-    """Of the partitions, means over tasks."""
+    """Accuracy of each partition, mean over tasks."""
     criteria: tuple[CriterionOutcome, ...]
 
     @property
@@ -63,29 +63,30 @@ class GroupingStudy:
 
     @property
     def random(self) -> float:
-        """Expected of a partition drawn among all."""
+        """Expected accuracy of a partition drawn uniformly."""
         return fmean(self.accuracies)
 
     def _accuracy_with(self, num_groups: int) -> float:
-        return next(of for groups, of in zip(self.partitions, self.accuracies) if len(groups) == num_groups)
+        pairs = zip(self.partitions, self.accuracies)
+        return next(accuracy for groups, accuracy in pairs if len(groups) == num_groups)
 
 
 def set_partitions(num_tasks: int) -> Iterator[Groups]:
-    """All ways to part tasks 0 … T - 1 into groups, by restricted growth: task by task, into a group or a new one."""
+    """Enumerate all partitions of tasks 0 … T - 1 by restricted growth: each task joins a group or starts one."""
 
-    def extended(groups: Groups, task: int) -> Iterator[Groups]:
+    def extend(groups: Groups, task: int) -> Iterator[Groups]:
         if task == num_tasks:
             yield groups
             return
-        for at, group in enumerate(groups):
-            yield from extended((*groups[:at], (*group, task), *groups[at + 1 :]), task + 1)
-        yield from extended((*groups, (task,)), task + 1)
+        for index, group in enumerate(groups):
+            yield from extend((*groups[:index], (*group, task), *groups[index + 1 :]), task + 1)
+        yield from extend((*groups, (task,)), task + 1)
 
-    return extended((), 0)
+    return extend((), 0)
 
 
 def partition_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:
-    """As `best_partition` defines it."""
+    """Return the score as `best_partition` defines it."""
     weight, total = get_objective(objective).pair_weight, 0.0
     for group in groups:
         inside = affinity[np.ix_(group, group)]
@@ -96,11 +97,11 @@ def partition_score(affinity: np.ndarray, groups: Groups, objective: str) -> flo
 def study_grouping(
     gradients: np.ndarray, accuracies_by_group: Mapping[tuple[int, ...], Sequence[float]]
 ) -> GroupingStudy:
-    """
+    """Compare the scores of all partitions with their accuracies, for every criterion.
+
     Args:
-        gradients: (S, T, P), snapshots as of `read_gradients`.
-        accuracy_of_group: for every non-empty, sorted set of tasks its tasks' test accuracies after training them
-            together.
+        gradients: (S, T, P), snapshots from `read_gradients`.
+        accuracies_by_group: for every non-empty, sorted set of tasks their test accuracies after a joint training.
     """
     num_tasks = gradients.shape[1]
     partitions = tuple(set_partitions(num_tasks))
@@ -111,31 +112,31 @@ def study_grouping(
         scores = [partition_score(affinity, groups, objective) for groups in partitions]
         chosen = best_partition(affinity, objective=objective).groups
         accuracy = accuracies[partitions.index(chosen)]
-        better = fmean(other > accuracy for other in accuracies)
-        late = affinity_matrix(gradients[len(gradients) // 5 :], kind)
-        late_scores = [partition_score(late, groups, objective) for groups in partitions]
-        of_number: dict[int, list[tuple[float, float]]] = {}
+        fraction_better = fmean(candidate > accuracy for candidate in accuracies)
+        late_affinity = affinity_matrix(gradients[len(gradients) // 5 :], kind)
+        late_scores = [partition_score(late_affinity, groups, objective) for groups in partitions]
+        pairs_by_num_groups: dict[int, list[tuple[float, float]]] = {}
         for groups, *pair in zip(partitions, scores, accuracies):
-            of_number.setdefault(len(groups), []).append(tuple(pair))
-        same_number = [_correlation(*zip(*pairs)) for pairs in of_number.values() if len(pairs) > 2]
+            pairs_by_num_groups.setdefault(len(groups), []).append(tuple(pair))
+        same_num_groups = [_correlation(*zip(*pairs)) for pairs in pairs_by_num_groups.values() if len(pairs) > 2]
         criteria.append(
             CriterionOutcome(
                 kind,
                 objective,
                 tuple(scores),
                 _correlation(scores, accuracies),
-                fmean(same_number) if same_number else nan,
+                fmean(same_num_groups) if same_num_groups else nan,
                 _correlation(late_scores, accuracies),
                 chosen,
                 accuracy,
-                better,
+                fraction_better,
             )
         )
     return GroupingStudy(partitions, tuple(accuracies), tuple(criteria))
 
 
 def _correlation(scores: Sequence[float], accuracies: Sequence[float]) -> float:
-    """Nan where all of either are equal."""
+    """Return Spearman's rank correlation; NaN if all scores or all accuracies are equal."""
     if len(set(scores)) == 1 or len(set(accuracies)) == 1:
         return nan
 

@@ -7,5 +7,5 @@ from typing import Any
 
 
 def format_groups(groups: Iterable[Iterable[Any]], task_names: Sequence[str] | None = None) -> str:
-    """`a + b | c`, of tasks by name, or by their number in `task_names`."""
+    """Return `a + b | c`; tasks are names, or indices into `task_names`."""
     return " | ".join(" + ".join(task_names[task] if task_names else task for task in group) for group in groups)

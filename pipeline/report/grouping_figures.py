@@ -1,12 +1,12 @@
-"""Pictures of a task grouping: the affinity matrix as a heat map, and the tasks as a graph.
+"""Figures of a task grouping: affinity and co-assignment matrices as heat maps, and the tasks as a graph.
 
-What this module chose:
+Design choices:
 - Figures are plain `matplotlib.figure.Figure` objects, without pyplot and its global state; `savefig` works
   anywhere, with no display.
-- Blue is positive and red is negative in both pictures, with zero in the middle of the scale.
+- Blue is positive and red is negative, with zero in the middle of the scale.
 - The color scale ignores the diagonal: under dot products it holds squared gradient norms, often far above
-  the rest, and would leave every other cell pale. Diagonal cells are gray.
-- Positions in the graph are computed, not simulated: the same grouping always gives the same picture.
+  all other values, and would leave their cells pale. Diagonal cells are gray.
+- Positions in the graph are computed, not simulated: the same grouping always gives the same figure.
 """
 
 from collections.abc import Sequence
@@ -26,21 +26,21 @@ from matplotlib.patheffects import withStroke
 from pipeline.data.names import pluralize
 
 MAX_TASKS_WITH_VALUES = 12
-"""Up to this many tasks the heat map has room for the numbers."""
+"""Maximum number of tasks for which the heat map shows the numbers."""
 
 MAX_LEGEND_GROUPS = 12
-"""Beyond this many groups the graph's legend leaves them out; the picture shows them anyway."""
+"""Above this number of groups the graph has no legend for them."""
 
 POSITIVE, NEGATIVE = "#2166ac", "#b2182b"  # the ends of the RdBu color map
 
 
 def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
-    """The affinity matrix with tasks ordered by group and every group outlined.
+    """Plot the affinity matrix with tasks ordered by group and every group outlined.
 
     Args:
         affinity: (T, T), finite.
-        task_names: T names; long ones are shortened in the picture.
-        groups: disjoint groups of task indices that cover all tasks, as `Partition.groups`.
+        task_names: T names; long ones are shortened.
+        groups: disjoint groups of task indices that cover all tasks, as in `Partition.groups`.
     """
     matrix = np.array(affinity, dtype=np.float64)
     between_tasks = matrix[~np.eye(len(matrix), dtype=bool)]
@@ -51,19 +51,19 @@ def affinity_heat_map(affinity: np.ndarray, task_names: Sequence[str], groups: S
     axes = figure.axes[0]
     title = f"Affinity of {pluralize(len(matrix), 'task')} in {pluralize(len(groups), 'group')}"
     axes.set_title(title, fontsize=12)
-    axes.set_xlabel("gray: a task with itself, outside the color scale", fontsize=8, color="#555555")
+    axes.set_xlabel("diagonal (gray) excluded from the color scale", fontsize=8, color="#555555")
     return figure
 
 
 def co_assignment_map(co_assignment: np.ndarray, task_names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
-    """How often two tasks are in one group when the snapshots are resampled, with tasks ordered by the groups found.
+    """Plot the co-assignment frequencies over bootstrap resamples, with tasks ordered by group.
 
     Args:
-        co_assignment: (T, T), 0 to 1, as `Bootstrap.co_assignment`.
+        co_assignment: (T, T), 0 to 1, as in `Bootstrap.co_assignment`.
     """
     matrix = 100 * np.asarray(co_assignment, dtype=np.float64)
-    figure = _matrix_map(matrix, task_names, groups, "Blues", (0, 100), "in one group, % of resamples")
-    figure.axes[0].set_title("How sure each pair is", fontsize=12)
+    figure = _matrix_map(matrix, task_names, groups, "Blues", (0, 100), "co-assignment frequency (%)")
+    figure.axes[0].set_title("Co-assignment frequency over bootstrap resamples", fontsize=12)
     return figure
 
 
@@ -75,32 +75,32 @@ def _matrix_map(
     limits: tuple[float, float],
     label: str,
 ) -> Figure:
-    """A task x task matrix (T, T) with tasks ordered by group, every group outlined, and a gray diagonal."""
+    """Plot a matrix (T, T) with tasks ordered by group, every group outlined, and a gray diagonal."""
     order = [task for group in groups for task in group]
     num_tasks = len(order)
     matrix = matrix[np.ix_(order, order)]
     names = [_shorten(task_names[task]) for task in order]
-    with_values = num_tasks <= MAX_TASKS_WITH_VALUES
-    cell, smallest = (0.68, 2.0) if with_values else (0.21, 5.0)
-    side = max(num_tasks * cell, smallest)  # of the map, in inches
-    font_size = 10 if with_values else min(9.0, 0.8 * 72 * side / num_tasks)
-    widest = _text_inches(max(names, key=len), font_size)
-    below = widest * (0.75 if with_values else 1.0)
-    figure = Figure(figsize=(side + widest + 2.2, side + below + 1.1), layout=_layout())
+    show_values = num_tasks <= MAX_TASKS_WITH_VALUES
+    cell, min_side = (0.68, 2.0) if show_values else (0.21, 5.0)
+    side = max(num_tasks * cell, min_side)  # of the map, in inches
+    font_size = 10 if show_values else min(9.0, 0.8 * 72 * side / num_tasks)
+    name_width = _text_inches(max(names, key=len), font_size)
+    bottom = name_width * (0.75 if show_values else 1.0)
+    figure = Figure(figsize=(side + name_width + 2.2, side + bottom + 1.1), layout=_layout())
     axes = figure.add_subplot()
     colors = matplotlib.colormaps[color_map].with_extremes(bad="#d9d9d9")
     cells = np.ma.masked_array(matrix, mask=np.eye(num_tasks, dtype=bool))
     image = axes.imshow(cells, cmap=colors, vmin=limits[0], vmax=limits[1])
 
     axes.set_yticks(range(num_tasks), names, fontsize=font_size, parse_math=False)
-    if with_values:
+    if show_values:
         slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(range(num_tasks), names, fontsize=font_size, parse_math=False, **slanted)
     else:
         axes.set_xticks(range(num_tasks), names, fontsize=font_size, parse_math=False, rotation=90)
     axes.tick_params(length=2)
     axes.spines[:].set_visible(False)
-    if with_values:
+    if show_values:
         for (row, column), value in np.ndenumerate(matrix):
             color = "white" if row != column and abs(value) > 0.6 * limits[1] else "#222222"
             axes.text(column, row, _format_number(value), ha="center", va="center", fontsize=8.5, color=color)
@@ -123,12 +123,12 @@ def _matrix_map(
 
 
 def affinity_graph_figure(graph: nx.Graph) -> Figure:
-    """Tasks as nodes, colored and placed by group; edges as wide as their affinity is strong.
+    """Plot tasks as nodes, colored and placed by group, with edges as wide as their affinity is strong.
 
-    Edge color and line style show the sign. Edges between groups are drawn faint, behind the others.
+    Edge color and line style show the sign. Edges between groups are faint, behind the edges within groups.
 
     Args:
-        graph: as `pipeline.grouping.graph.affinity_graph` makes it.
+        graph: from `pipeline.grouping.graph.affinity_graph`.
     """
     num_tasks = graph.number_of_nodes()
     members: dict[int, list[str]] = {}
@@ -156,10 +156,10 @@ def affinity_graph_figure(graph: nx.Graph) -> Figure:
     for color, names in zip(colors, members.values(), strict=True):
         x, y = np.array([positions[name] for name in names]).T
         axes.scatter(x, y, s=node_size, color=color, edgecolor="white", zorder=4, clip_on=False)
-        # Level labels of a long ring would overlap at its top and bottom; along the radius they never do.
-        on_ring = len(names) if len(names) > 1 else len(members)
+        # Horizontal labels of a large ring overlap at its top and bottom; radial ones never do.
+        ring_size = len(names) if len(names) > 1 else len(members)
         for name in names:
-            _label_node(axes, name, positions[name], outwards[name], font_size, node_size, on_ring > 12)
+            _label_node(axes, name, positions[name], outwards[name], font_size, node_size, ring_size > 12)
 
     if len(members) <= MAX_LEGEND_GROUPS:
         handles = [
@@ -176,13 +176,13 @@ def affinity_graph_figure(graph: nx.Graph) -> Figure:
 def _label_node(
     axes: Axes,
     name: str,
-    spot: np.ndarray,
+    position: np.ndarray,
     outward: np.ndarray,
     font_size: float,
     node_size: float,
     radial: bool,
 ) -> None:
-    """A task's name beside its node, on the side away from the group's center."""
+    """Write a task's name beside its node, on the side away from the group's center."""
     style: dict[str, Any] = {"fontsize": font_size, "parse_math": False, "zorder": 5}
     style["path_effects"] = [withStroke(linewidth=3, foreground="white")]
     horizontal = "center" if abs(outward[0]) < 0.35 else "left" if outward[0] > 0 else "right"
@@ -193,25 +193,25 @@ def _label_node(
         style |= {"rotation": angle + 180 * leftward, "rotation_mode": "anchor"}
         horizontal, vertical = "right" if leftward else "left", "center"
     offset = outward * (node_size**0.5 / 2 + 4)
-    place = (spot[0], spot[1])
-    axes.annotate(_shorten(name), place, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style)
+    point = (position[0], position[1])
+    axes.annotate(_shorten(name), point, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style)
 
 
 def _draw_edges(axes: Axes, graph: nx.Graph, positions: dict[str, np.ndarray]) -> None:
-    """Lines between tasks, strong ones last; zero affinity draws nothing."""
+    """Draw lines between tasks, strong ones on top; zero affinities have no line."""
     strongest = max((abs(weight) for _, _, weight in graph.edges(data="weight")), default=0) or 1.0
     crowded = graph.number_of_nodes() > MAX_TASKS_WITH_VALUES
     edges = sorted(graph.edges(data=True), key=lambda edge: (edge[2]["within_group"], abs(edge[2]["weight"])))
-    for order, (one, other, edge) in enumerate(edges):
+    for order, (source, target, edge) in enumerate(edges):
         strength = abs(edge["weight"]) / strongest
         if strength == 0:
             continue
         opacity = 0.95 if edge["within_group"] else 0.3
         axes.plot(
-            *zip(positions[one], positions[other], strict=True),
+            *zip(positions[source], positions[target], strict=True),
             **_edge_style(edge["weight"]),
             linewidth=(0.2 + 2.3 * strength) if crowded else (0.6 + 5.4 * strength),
-            # Hundreds of weak edges would cover the strong ones.
+            # Otherwise hundreds of weak edges hide the strong ones.
             alpha=opacity * (0.2 + 0.8 * strength if crowded else 0.35 + 0.65 * strength),
             clip_on=False,
             zorder=2 + order / len(edges),
@@ -225,39 +225,39 @@ def _edge_style(weight: float) -> dict[str, Any]:
 
 
 def _edge_legend(graph: nx.Graph) -> list[Line2D]:
-    """One entry for each kind of edge that the picture holds."""
+    """Return one legend entry for each kind of edge in the graph."""
     handles = []
     edges = [(edge["within_group"], edge["weight"]) for _, _, edge in graph.edges(data=True)]
-    for within, place in ((True, "within a group"), (False, "between groups")):
-        for sign, word in ((1, "positive"), (-1, "negative")):
+    for within, scope in ((True, "within a group"), (False, "between groups")):
+        for sign, sign_name in ((1, "positive"), (-1, "negative")):
             if any(edge_within == within and weight * sign > 0 for edge_within, weight in edges):
                 style = _edge_style(sign)
                 alpha = 0.95 if within else 0.35
-                handles.append(Line2D([], [], **style, linewidth=2.5, alpha=alpha, label=f"{word}, {place}"))
+                handles.append(Line2D([], [], **style, linewidth=2.5, alpha=alpha, label=f"{sign_name}, {scope}"))
     return handles
 
 
 def _positions(members: dict[int, list[str]], margin: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Task positions, and the unit vectors that point away from each task's group.
+    """Return task positions, and unit vectors that point away from the center of each task's group.
 
-    Every group is a ring whose neighbors are 1 apart; the rings stand around a circle, with `margin` free
+    Every group is a ring with a distance of 1 between neighbors; the rings lie on a circle, with `margin` free
     around each.
     """
     radii = np.array([0.5 / sin(pi / len(names)) if len(names) > 1 else 0.0 for names in members.values()])
     all_singletons = not radii.any()
-    rooms = radii + (0.5 if all_singletons else margin)
-    angles = 2 * pi * (np.cumsum(rooms) - rooms / 2 - rooms[0] / 2) / rooms.sum()
-    # (G, 2): the first group on the left, then clockwise
+    extents = radii + (0.5 if all_singletons else margin)
+    angles = 2 * pi * (np.cumsum(extents) - extents / 2 - extents[0] / 2) / extents.sum()
+    # (G, 2): clockwise, from the first group on the left
     directions = np.stack([-np.cos(angles), np.sin(angles)], axis=1)
-    needed = rooms[:, None] + rooms[None, :]
-    np.fill_diagonal(needed, 0)
-    gaps = np.linalg.norm(directions[:, None] - directions[None, :], axis=2)
-    circle = 0.0 if len(members) == 1 else (needed / np.where(gaps == 0, 1, gaps)).max()
+    min_distances = extents[:, None] + extents[None, :]
+    np.fill_diagonal(min_distances, 0)
+    chords = np.linalg.norm(directions[:, None] - directions[None, :], axis=2)
+    circle = 0.0 if len(members) == 1 else (min_distances / np.where(chords == 0, 1, chords)).max()
 
     positions, outwards = {}, {}
     for direction, radius, names in zip(directions, radii, members.values(), strict=True):
-        for place, name in enumerate(names):
-            angle = pi / 2 - 2 * pi * place / len(names)
+        for index, name in enumerate(names):
+            angle = pi / 2 - 2 * pi * index / len(names)
             outward = np.array([cos(angle), sin(angle)])
             positions[name] = circle * direction + radius * outward
             outwards[name] = outward if len(names) > 1 else direction
@@ -275,7 +275,7 @@ def _layout() -> ConstrainedLayoutEngine:
 
 
 def _shared_exponent(values: np.ndarray) -> int:
-    """The power of ten to divide by, so that values can be written in a few digits; 0 if they can already."""
+    """Return the power of ten by which values are divided so that few digits suffice; 0 if not needed."""
     largest = np.abs(values).max(initial=0)
     if largest == 0 or 0.05 <= largest < 1000:
         return 0
@@ -283,14 +283,14 @@ def _shared_exponent(values: np.ndarray) -> int:
 
 
 def _format_number(value: float) -> str:
-    """At most about six characters, with a true minus sign."""
+    """Format a number in at most about six characters, with a true minus sign."""
     digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
     text = f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.0e}"
     return text.replace("-", "−") if float(text) else "0"
 
 
 def _text_inches(text: str, font_size: float) -> float:
-    """About how wide a text is; a letter takes 0.6 of the font size."""
+    """Estimate the width of a text: 0.6 of the font size per letter."""
     return 0.6 * font_size / 72 * len(text)
 
 

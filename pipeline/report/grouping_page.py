@@ -1,4 +1,4 @@
-"""The grouping as one HTML page with its pictures inside: what was found, how sure it is, what comes close."""
+"""The grouping as one HTML page with embedded figures: the groups, their stability, and the next best partitions."""
 
 from __future__ import annotations
 
@@ -24,37 +24,41 @@ img { max-width: 100%; } .note { background: #fff4d6; padding: .6rem .9rem; marg
 
 
 def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, Figure]) -> str:
-    """
+    """Return the page as HTML.
+
     Args:
-        result: as in grouping.json.
-        search: how the groups were found, in words.
-        figures: title of a section → its picture.
+        result: contents of grouping.json.
+        search: text of `describe_search`.
+        figures: title of a section → its figure.
     """
-    sure = result["stability"]
-    agreeing = next((of["share"] for of in sure["resampled"] if of["groups"] == result["groups"]), 0.0)
+    stability = result["stability"]
+    frequency = next((row["frequency"] for row in stability["resampled"] if row["groups"] == result["groups"]), 0.0)
     parts = [
         f"<h1>Groups of {len(result['tasks'])} tasks</h1>",
         "<p>"
         + "".join(f'<span class="group">{escape(format_groups([group]))}</span>' for group in result["groups"])
         + "</p>",
         f"<p>{escape(search)}. Objective <code>{escape(result['objective'])}</code> of "
-        f"<code>{escape(result['affinity_kind'])}</code> affinities, the mean of {result['num_snapshots']} gradient "
-        f"snapshots. Searching again on {sure['num_resamples']} resamples of the snapshots gives these groups "
-        f"{100 * agreeing:.0f} % of the time.</p>",
+        f"<code>{escape(result['affinity_kind'])}</code> affinities, averaged over {result['num_snapshots']} gradient "
+        f"snapshots. {100 * frequency:.0f} % of {stability['num_resamples']} bootstrap resamples of the snapshots "
+        "give the same groups.</p>",
         *(f'<p class="note">{escape(warning)}</p>' for warning in result["warnings"]),
     ]
     for title, figure in figures.items():
         parts.append(f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="data:image/png;base64,{_png(figure)}">')
     parts += [
-        "<h2>What resampled snapshots find</h2>",
+        "<h2>Partitions over bootstrap resamples</h2>",
         _table(
-            ("groups", "share"),
-            [(format_groups(of["groups"]), f"{100 * of['share']:.0f} %") for of in sure["resampled"]],
+            ("groups", "frequency"),
+            [(format_groups(row["groups"]), f"{100 * row['frequency']:.0f} %") for row in stability["resampled"]],
         ),
-        "<h2>What each part of the training alone would find</h2>",
+        "<h2>Partition by phase of the training</h2>",
         _table(
             ("steps", "groups"),
-            [(f"{of['first_step']} to {of['last_step']}", format_groups(of["groups"])) for of in sure["over_training"]],
+            [
+                (f"{row['first_step']} to {row['last_step']}", format_groups(row["groups"]))
+                for row in stability["over_training"]
+            ],
         ),
     ]
     body = "\n".join(parts)

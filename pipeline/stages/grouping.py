@@ -1,5 +1,4 @@
-"""Stage 3: gradient snapshots → affinities → the best partition of the tasks and how sure it is, as JSON, pictures and
-a page."""
+"""Stage 3: gradient snapshots → affinities → the best partition and its stability (JSON, figures, HTML)."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ PAGE = "grouping.html"
 
 
 def solve_grouping(plan: Plan, session: Session, global_prompt: Artifact) -> Artifact:
-    """Groups the tasks unless that was done for these snapshots and this config."""
+    """Group the tasks, unless a grouping of these snapshots with this config is cached."""
     artifact = grouping_artifact(plan, global_prompt)
     with Stage(session, NAME, stage_title(NAME)) as stage:
         stage.computed = compute_grouping(plan, global_prompt, artifact)
@@ -38,29 +37,28 @@ def assign_task(
     groups: Sequence[Sequence[str]],
     options: GroupingConfig,
 ) -> Artifact:
-    """Likewise, where the tasks that came before stay in their `groups`, and the run's only task joins one of them or
-    is alone.
+    """Assign the run's only task to one of the fixed `groups` of the existing tasks, or to a group by itself.
 
     Args:
-        snapshots: tasks → whose gradients are in it, at the same steps; the new one's too.
-        options: of the grouping, without what `groups` ask for.
+        snapshots: tasks → artifact with their gradients, at the same steps; including the new task.
+        options: options of the grouping, without the constraints from `groups`.
     """
-    tasks = sorted(task for of_file in snapshots for task in of_file)
+    tasks = sorted(task for names in snapshots for task in names)
     options = with_fixed_groups(options, groups)
     artifact = plan.artifact(
         NAME,
         {
-            "snapshots": [of_file.key for of_file in snapshots.values()],
+            "snapshots": [snapshot.key for snapshot in snapshots.values()],
             "tasks": tasks,
             "config": values_affecting(plan.config.model_copy(update={"grouping": options}), "grouping"),
         },
     )
-    with Stage(session, NAME, stage_title(NAME, "place among the groups")) as stage:
+    with Stage(session, NAME, stage_title(NAME, "group assignment")) as stage:
         if not artifact.is_complete():
             from pipeline.stages.grouping_solution import write_grouping
 
             stage.computed = True
-            files = {of_file.download() / SNAPSHOTS: names for names, of_file in snapshots.items()}
+            files = {snapshot.download() / SNAPSHOTS: names for names, snapshot in snapshots.items()}
             with artifact.writer() as writer:
                 write_grouping(tasks, files, options, writer.folder)
         track_grouping(session, artifact, options)
@@ -68,26 +66,26 @@ def assign_task(
 
 
 def with_fixed_groups(options: GroupingConfig, groups: Sequence[Sequence[str]]) -> GroupingConfig:
-    """With constraints that keep each of the groups whole, and apart from the others."""
+    """Return options with constraints that keep each of the groups intact and separate."""
     must_link = [*options.must_link, *(tuple(group) for group in groups if len(group) > 1)]
     cannot_link = [*options.cannot_link, *([tuple(group[0] for group in groups)] if len(groups) > 1 else [])]
     return options.model_copy(update={"must_link": tuple(must_link), "cannot_link": tuple(cannot_link)})
 
 
-def track_grouping(session: Session, artifact: Artifact, of_run: GroupingConfig) -> None:
-    """Gives a grouping to the stage's MLflow run, and tells it; `of_run`: the options it was made with."""
+def track_grouping(session: Session, artifact: Artifact, config: GroupingConfig) -> None:
+    """Log a grouping and its options to the stage's MLflow run, and print it."""
     from rich.markup import escape
 
-    options, result = of_run.model_dump(mode="json"), read_grouping(artifact)
+    options, result = config.model_dump(mode="json"), read_grouping(artifact)
     session.tracker.log_params(NAME, {**options, "groups": format_groups(result["groups"])})
     session.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
     session.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
     for name in ("grouping.json", PAGE, *FIGURES, *STABILITY_FIGURES):
         session.tracker.log_artifact(NAME, artifact.download() / name)
     for warning in result["warnings"]:
-        session.console.print(f"  [yellow]note:[/] {escape(warning)}", highlight=False)
-    found = escape(f"{format_groups(result['groups'])} · {describe_search(result)}")
-    session.console.print(f"  {found}", highlight=False)
+        session.console.print(f"  [yellow]warning:[/] {escape(warning)}", highlight=False)
+    summary = escape(f"{format_groups(result['groups'])} · {describe_search(result)}")
+    session.console.print(f"  {summary}", highlight=False)
 
 
 def grouping_artifact(plan: Plan, global_prompt: Artifact) -> Artifact:
@@ -96,7 +94,7 @@ def grouping_artifact(plan: Plan, global_prompt: Artifact) -> Artifact:
 
 
 def compute_grouping(plan: Plan, global_prompt: Artifact, artifact: Artifact) -> bool:
-    """Groups the tasks; False if that was done before."""
+    """Group the tasks; return False if the result was cached."""
     if artifact.is_complete():
         return False
 
@@ -115,7 +113,9 @@ def read_grouping(artifact: Artifact) -> dict[str, Any]:
 
 
 def describe_search(result: dict[str, Any]) -> str:
-    """How the groups of a grouping.json were found."""
+    """Return a sentence part about optimality and algorithm, from the contents of grouping.json."""
     count = result["num_candidates"]
-    among = "" if count is None else f" of {count:,} partitions" if count < 10**15 else f" of {count:.1e} partitions"
-    return f"{'best' if result['is_optimal'] else 'best found'}{among} · {result['method']}"
+    among = (
+        "" if count is None else f" among {count:,} partitions" if count < 10**15 else f" among {count:.1e} partitions"
+    )
+    return f"{'optimal' if result['is_optimal'] else 'not proven optimal'}{among} · {result['method']}"

@@ -1,5 +1,4 @@
-"""What stage 3 computes: gradient snapshots → affinities → the best partition and how sure it is, as JSON, pictures and
-a page. Apart from the stage, for it imports scipy and matplotlib, which the trainings do without."""
+"""Computation of stage 3; a separate module because it imports scipy and matplotlib, which trainings do not need."""
 
 from __future__ import annotations
 
@@ -33,16 +32,16 @@ from pipeline.stages.grouping import FIGURES, PAGE, STABILITY_FIGURES, describe_
 from pipeline.training.snapshots import read_gradients, read_steps
 
 MAX_RESAMPLED_PARTITIONS_SHOWN = 10
-"""Partitions of the resamples, the most frequent."""
+"""The most frequent ones."""
 RESAMPLE_TIME_LIMIT_S = 2.0
-"""At most, for a search that only tells how sure the groups are."""
+"""Per search on a bootstrap resample."""
 
 
 def write_grouping(
     tasks: Sequence[str], files: Mapping[Path, Sequence[str]], options: GroupingConfig, folder: Path
 ) -> None:
-    """`files`: snapshots → the tasks whose gradients are taken from it."""
-    layout, steps, gradients = _snapshots(tasks, files)
+    """Write grouping.json, the figures and the page; `files`: snapshot file → the tasks whose gradients it provides."""
+    layout, steps, gradients = _read_snapshots(tasks, files)
     blocks = gradient_blocks(layout, per_layer=options.per_layer, scaling_matrices=options.scaling_matrices)
     affinity = affinity_matrix(gradients, options.affinity, tasks=tasks, blocks=blocks)
     partition = best_partition(
@@ -63,17 +62,17 @@ def write_grouping(
             matrix, objective=options.objective, **options.constraints, tasks=tasks, time_limit_s=seconds
         ).groups
 
-    def named(groups: Groups) -> list[list[str]]:
+    def to_names(groups: Groups) -> list[list[str]]:
         return [[tasks[i] for i in group] for group in groups]
 
-    numbers = {name: task_indices(tasks, name, options.constraints[name]) for name in ("must_link", "cannot_link")}
-    sure = bootstrap(affinities, search)
+    links = {name: task_indices(tasks, name, options.constraints[name]) for name in ("must_link", "cannot_link")}
+    stability = bootstrap(affinities, search)
     ranked = ranked_partitions(
-        affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **numbers})
+        affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **links})
     )
     result = {
         "tasks": tasks,
-        "groups": named(partition.groups),
+        "groups": to_names(partition.groups),
         "score": partition.score,
         "upper_bound": partition.upper_bound,
         "is_optimal": partition.is_optimal,
@@ -88,48 +87,52 @@ def write_grouping(
         "affinity": affinity.tolist(),
         "warnings": warnings,
         "stability": {
-            "num_resamples": sure.num_resamples,
-            "co_assignment": sure.co_assignment.tolist(),
+            "num_resamples": stability.num_resamples,
+            "co_assignment": stability.co_assignment.tolist(),
             "resampled": [
-                {"groups": named(groups), "share": share}
-                for groups, share in list(sure.frequencies.items())[:MAX_RESAMPLED_PARTITIONS_SHOWN]
+                {"groups": to_names(groups), "frequency": frequency}
+                for groups, frequency in list(stability.frequencies.items())[:MAX_RESAMPLED_PARTITIONS_SHOWN]
             ],
-            "ranked": [{"groups": named(of.groups), "score": float(of.score)} for of in ranked],
+            "ranked": [{"groups": to_names(item.groups), "score": float(item.score)} for item in ranked],
             "over_training": [
-                {"first_step": first, "last_step": last, "groups": named(groups)}
-                for first, last, groups in groups_over_training(affinities, steps, search)
+                {"first_step": first_step, "last_step": last_step, "groups": to_names(groups)}
+                for first_step, last_step, groups in groups_over_training(affinities, steps, search)
             ],
         },
     }
     write_json(folder / "grouping.json", result)
     figures = {
-        "Affinities": affinity_heat_map(affinity, tasks, partition.groups),
-        "Graph": affinity_graph_figure(affinity_graph(affinity, tasks, partition.groups)),
-        "How sure each pair is": co_assignment_map(sure.co_assignment, tasks, partition.groups),
-        "Over the training": affinity_over_training(affinities, steps, tasks, partition.groups),
-        "What comes close": ranked_partitions_figure(ranked),
+        "Affinity matrix": affinity_heat_map(affinity, tasks, partition.groups),
+        "Affinity graph": affinity_graph_figure(affinity_graph(affinity, tasks, partition.groups)),
+        "Co-assignment frequency over bootstrap resamples": co_assignment_map(
+            stability.co_assignment, tasks, partition.groups
+        ),
+        "Affinity during training": affinity_over_training(affinities, steps, tasks, partition.groups),
+        "Partitions with the highest scores": ranked_partitions_figure(ranked),
     }
     for figure, name in zip(figures.values(), (*FIGURES, *STABILITY_FIGURES), strict=True):
         figure.savefig(folder / name, dpi=150)
-    search_in_words = describe_search(result)
-    page = grouping_page(result, search_in_words[0].upper() + search_in_words[1:], figures)
+    summary = describe_search(result)
+    page = grouping_page(result, summary[0].upper() + summary[1:], figures)
     write_file(folder / PAGE, page)
 
 
-def _snapshots(
+def _read_snapshots(
     tasks: Sequence[str], files: Mapping[Path, Sequence[str]]
 ) -> tuple[dict[str, list[int]], list[int], np.ndarray]:
-    """Layout, steps (S,), and gradients (S, T, P) of the tasks, in their order.
+    """Return layout, steps (S,), and gradients (S, T, P) of the tasks, in their order.
 
     Raises:
-        UserError: a file that is damaged, or whose snapshots are others than the first one's.
+        UserError: a file is damaged, or its layout or steps differ from the first file's.
     """
-    of_task: dict[str, np.ndarray] = {}
+    gradients_by_task: dict[str, np.ndarray] = {}
     layouts, steps = [], []
-    for file, of_file in files.items():
+    for file, file_tasks in files.items():
         layouts.append(read_layout(file))
         steps.append(read_steps(file))
-        of_task |= zip(of_file, read_gradients(file, of_file).swapaxes(0, 1))
+        gradients_by_task |= zip(file_tasks, read_gradients(file, file_tasks).swapaxes(0, 1))
         if (layouts[-1], steps[-1]) != (layouts[0], steps[0]):
-            raise UserError(f"{file} holds other snapshots than {next(iter(files))}: remove its folder and run again")
-    return layouts[0], steps[0], np.stack([of_task[task] for task in tasks], axis=1)
+            raise UserError(
+                f"{file} has other steps or layers than {next(iter(files))}; remove its folder and run again"
+            )
+    return layouts[0], steps[0], np.stack([gradients_by_task[task] for task in tasks], axis=1)

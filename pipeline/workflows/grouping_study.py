@@ -1,4 +1,4 @@
-"""Trains every group that the tasks could form, and holds the partitions' scores against what they reach."""
+"""Grouping study: train every possible group, and compare the partitions' scores with their accuracies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.config import Config, content_hash
+from pipeline.data.names import pluralize
 from pipeline.errors import UserError
 from pipeline.files import create_folder, write_file
 from pipeline.grouping.study import GroupingStudy, study_grouping
@@ -22,21 +23,21 @@ from pipeline.training.snapshots import read_gradients
 from pipeline.workflows.many_runs import make_plans, map_concurrently
 
 MAX_TASKS = 8
-"""255 trainings a seed, and 4,140 partitions."""
+"""255 trainings per seed, and 4,140 partitions."""
 
 
 def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
-    """Writes the study of all seeds; returns its folder.
+    """Write the study of all seeds; return its folder.
 
     Raises:
-        UserError: one task, or more than MAX_TASKS; and as the pipeline.
+        UserError: a single task, or more than MAX_TASKS; and the errors of the pipeline.
     """
     name, plans = configs[0].name, make_plans(configs, console)
     tasks, storage = plans[0].tasks, plans[0].storage
     if not 2 <= len(tasks) <= MAX_TASKS:
         raise UserError(
-            f"a study of {len(tasks)} tasks would take {2 ** len(tasks) - 1} trainings a seed: choose 2 to {MAX_TASKS} "
-            "tasks with data.tasks"
+            f"a study of {pluralize(len(tasks), 'task')} takes {pluralize(2 ** len(tasks) - 1, 'training')} per seed; "
+            f"choose 2 to {MAX_TASKS} tasks with data.tasks"
         )
     key = content_hash([plan.key for plan in plans])
     folder = create_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
@@ -60,16 +61,16 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
 def _study(plan: Plan, session: Session) -> GroupingStudy:
     global_prompt = run_stages(plan, session, "global_prompt")["global_prompt"]
     trained = train_every_group(plan, session)
-    number = {task: at for at, task in enumerate(plan.tasks)}
+    task_to_index = {task: index for index, task in enumerate(plan.tasks)}
     accuracies_by_group = {
-        tuple(number[task] for task in group): [result["accuracy"][task] for task in group]
+        tuple(task_to_index[task] for task in group): [result["accuracy"][task] for task in group]
         for group, result in zip(trained.groups, trained.results())
     }
     gradients = read_gradients(global_prompt.download() / SNAPSHOTS, plan.tasks)
     study = study_grouping(gradients, accuracies_by_group)
     session.tracker.log_metrics(
         PARENT,
-        {f"rank_correlation/{of.affinity}_{of.objective}": of.rank_correlation for of in study.criteria},
+        {f"rank_correlation/{item.affinity}_{item.objective}": item.rank_correlation for item in study.criteria},
         step=0,
     )
     return study

@@ -132,15 +132,15 @@ class IntegerProgram:
         """Violated constraints that turn pairs into groups; an integral solution without any is a partition."""
         violated: list[ViolatedCut] = []
         for pair, node in zip(self.pair_columns, self.node_columns):
-            shared, in_class = solution[pair], solution[node]
+            shared, z = solution[pair], solution[node]
             np.fill_diagonal(shared, 0)
-            excess = shared - in_class[:, None]
+            excess = shared - z[:, None]
             violated += [
                 (excess[u, v], ([pair[u, v], node[u]], [1, -1], 0))
                 for u, v in np.argwhere(excess > INTEGRALITY_TOLERANCE)
             ]
-            for v in range(len(in_class)):
-                excess = shared[v][:, None] + shared[v] - shared - in_class[v]
+            for v in range(len(z)):
+                excess = shared[v][:, None] + shared[v] - shared - z[v]
                 excess[v] = excess[:, v] = 0
                 u, w = np.nonzero(np.triu(excess, 1) > INTEGRALITY_TOLERANCE)
                 columns = np.stack([pair[u, v], pair[v, w], pair[u, w], np.broadcast_to(node[v], len(u))], axis=1)
@@ -154,11 +154,11 @@ class IntegerProgram:
         """Violated 2-partition inequalities: for each class and node, W grows greedily from each possible member."""
         violations = {}
         for size_class, (pair, node) in enumerate(zip(self.pair_columns, self.node_columns)):
-            shared, in_class = solution[pair], solution[node]
+            shared, z = solution[pair], solution[node]
             np.fill_diagonal(shared, 0)
-            fractional = (shared > INTEGRALITY_TOLERANCE) & (shared < in_class[:, None] - INTEGRALITY_TOLERANCE)
+            fractional = (shared > INTEGRALITY_TOLERANCE) & (shared < z[:, None] - INTEGRALITY_TOLERANCE)
             for u, seed_node in np.argwhere(fractional).tolist():
-                members, excess = [seed_node], shared[u, seed_node] - in_class[u]
+                members, excess = [seed_node], shared[u, seed_node] - z[u]
                 gains = np.where(fractional[u], shared[u] - shared[seed_node], -1.0)
                 gains[seed_node] = -1
                 while gains[best := int(np.argmax(gains))] > 1e-9:
@@ -224,8 +224,8 @@ class IntegerProgram:
             earlier = self.pair_columns[:, node, :node].T  # (nodes, classes)
             constraints.append((np.append(earlier, first_column), np.full(earlier.size + 1, -1.0), -1))
             constraints += [(np.append(pair, first_column), np.ones(len(pair) + 1), 1) for pair in earlier]
-        ones = np.ones(len(self.first_columns))
-        return [*constraints, (self.first_columns, ones, num_groups), (self.first_columns, -ones, -num_groups)]
+        num_firsts = np.ones(len(self.first_columns))
+        return [*constraints, *((self.first_columns, sign * num_firsts, sign * num_groups) for sign in (1, -1))]
 
 
 def _size_classes(problem: Problem) -> list[tuple[int, int, float]]:
