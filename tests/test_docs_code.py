@@ -168,11 +168,11 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
 
 def names_of(page: str, world: Path) -> dict[str, object]:
     """What a page's Python takes as given."""
-    if page == "grouping.md":
+    if page == "task_grouping.md":
         steps = np.array([[[2, 0], [-1, 2], [2, 1], [-1, 3]]] * 4)
         return {"names": ["photo", "sketch", "art", "clipart"], "gradients": steps}
     noisy = sorted((world / "mmap-runs" / "datasets" / "digits" / "noise").glob("*/*.png"))[::5]
-    return {"images": noisy, "labels": [path.parent.name for path in noisy], "place": "mmap-runs/runs/finished"}
+    return {"images": noisy, "labels": [path.parent.name for path in noisy], "source": "mmap-runs/runs/finished"}
 
 
 # The languages
