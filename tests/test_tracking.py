@@ -99,11 +99,11 @@ def test_a_full_disk_is_named_and_leaves_the_journal_whole(folder, figure, monke
     before, count = (folder / JOURNAL).read_bytes(), len(journal.operations)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfile", full)
-        with pytest.raises(UserError, match="cannot write .*affinity.svg: No space left on device; free some space"):
+        with pytest.raises(UserError, match="cannot write .*affinity.svg: No space left on device; free some disk space"):
             journal.keep(figure)
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(UserError, match="cannot write .*No space left on device; free some space"):
+        with pytest.raises(UserError, match="cannot write .*No space left on device; free some disk space"):
             journal.record("tags", "pipeline", {"state": "a"})
     assert (folder / JOURNAL).read_bytes() == before and len(journal.operations) == count
     kept = journal.keep(figure)

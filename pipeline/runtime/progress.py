@@ -120,8 +120,8 @@ class Report:
 class Reporter:
     """Worker side: posts at most every REPORT_EVERY_S, and at the end of a phase, with system metrics."""
 
-    def __init__(self, actor: RunProgress, label: str):
-        self._board, self._label = actor, label
+    def __init__(self, progress: RunProgress, label: str):
+        self._progress, self._label = progress, label
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._posted_at = 0.0
         self._system = SystemSampler()
@@ -134,7 +134,7 @@ class Reporter:
         if system := self._system.sample(final=completed >= total):
             self._metrics.append(system)
         if time.monotonic() - self._posted_at >= REPORT_EVERY_S or completed >= total:
-            self._board.post(Report(self._label, completed, total, unit, self._metrics))
+            self._progress.post(Report(self._label, completed, total, unit, self._metrics))
             self._metrics, self._posted_at = [], time.monotonic()
 
 
