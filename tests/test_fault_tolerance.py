@@ -176,7 +176,7 @@ def test_the_tracking_server_is_away_for_a_while(undisturbed, tmp_path):
         server = mlflow_server(tmp_path, port)
         finished = job.finish()
         assert finished.status == 0, finished.output
-        assert "takes operations again" in finished.output
+        assert "is reachable again" in finished.output
         assert same(storage, undisturbed) and every_step_once(storage, uri)
         client = MlflowClient(uri)
         runs = client.search_runs([client.get_experiment_by_name("mmap-clip").experiment_id])

@@ -44,7 +44,7 @@ def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
     [
         (
             ["--until", "groupings"],
-            ["--until groupings is no stage; did you mean grouping? Valid: data_check,"],
+            ["--until groupings is not a stage; did you mean grouping? Valid: data_check,"],
         ),
         (["--help"], [f"  {stage_title(name, name)} " for name in NAMES]),
     ],

@@ -59,7 +59,7 @@ def test_an_empty_experiment_gives_the_commands_to_run(tmp_path):
         ("sqlite:///{folder}/text.db", "cannot read the MLflow store: .* file is not a database"),
         ("sqlite:///{folder}/mlflow.db", "has no experiment 'mine'; it has: 'theirs', 'Default'. Choose one of them"),
         ("http://127.0.0.1:9", "MLflow at http://127.0.0.1:9 cannot be used: .*Start the server"),
-        ("/folder", "Tracking URI '/folder' is neither sqlite"),
+        ("/folder", "the tracking URI '/folder' is neither sqlite"),
     ],
     ids=["missing", "text", "experiment", "server", "folder"],
 )

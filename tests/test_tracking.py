@@ -99,7 +99,9 @@ def test_a_full_disk_is_named_and_leaves_the_journal_whole(folder, figure, monke
     before, count = (folder / JOURNAL).read_bytes(), len(journal.operations)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfile", full)
-        with pytest.raises(UserError, match="cannot write .*affinity.svg: No space left on device; free some disk space"):
+        with pytest.raises(
+            UserError, match="cannot write .*affinity.svg: No space left on device; free some disk space"
+        ):
             journal.keep(figure)
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
@@ -152,8 +154,8 @@ class MadeUpServer:
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(delivery, "MIN_RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr(delivery, "MAX_RETRY_DELAY_S", 0.01)
 
 
 @pytest.fixture
@@ -249,9 +251,9 @@ def test_a_server_that_is_away_gets_each_value_once_when_it_is_back(folder, serv
     for run_id in server.runs.values():
         assert [value for of, _, value in server.sent if of == run_id] == [0, 1, 2, 3, 4]
     assert len(server.runs) == 2 and len(server.sent) == 10
-    away, back = [message for message in caplog.messages if "again" in message]
-    assert "(ConnectionError: away). They are kept in " in away and "the same command run again sends them" in away
-    assert back == f"MLflow at {server.address} takes operations again."
+    away, back = [message for message in caplog.messages if server.address in message]
+    assert "(ConnectionError: away). They are kept in " in away and "rerun the same command to send them" in away
+    assert back == f"MLflow at {server.address} is reachable again."
 
 
 # --- MLflow -------------------------------------------------------------------------------------------------

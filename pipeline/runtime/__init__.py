@@ -1,1 +1,1 @@
-"""What executes and stores: Ray work and its cluster, artifacts, the lock on a run, progress, MLflow."""
+"""Execution and storage: Ray cluster and work items, artifacts, the run lock, progress, MLflow."""

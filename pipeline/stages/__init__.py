@@ -1,1 +1,1 @@
-"""The flow and its stages, in order: data check, splits, global prompt, grouping, group trainings, report."""
+"""Stages of the pipeline, in order: data check, splits, global prompt, grouping, group trainings, report."""

@@ -1,4 +1,4 @@
-"""A run that has come to its end, as a later job finds it: what it was told, what it trained, what it reached."""
+"""Finished run, as read by a later job: config, trained adapter, results."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class FinishedRun:
     storage: Storage
     folder: Path
     snapshots: tuple[Artifact, ...]
-    """The tasks' gradients on the global prompt: those of its training, then of each task that was added."""
+    """Gradients of the tasks on the global prompt: from its training, then of each added task."""
     summary: dict[str, Any]
-    """As summary.json."""
+    """Content of summary.json."""
 
     @cached_property
     def adapter(self) -> TrainedAdapter:
-        """Of grouped MmAP."""
-        from pipeline.methods.adapter_file import load_adapter  # torch, which a wrong option does not wait for
+        """Adapter of grouped MmAP."""
+        from pipeline.methods.adapter_file import load_adapter  # imports torch, which the check of options avoids
 
         return load_adapter(self.folder / GROUPED_ADAPTER)
 
@@ -55,21 +55,18 @@ class FinishedRun:
 
 
 def write_provenance(plan: Plan, snapshots: Sequence[Artifact]) -> None:
-    """Leaves in the run's folder what a later job needs to find its snapshots without its data."""
-    told = [{"stage": of.stage, "inputs": of.inputs} for of in snapshots]
-    write_json(plan.folder / PROVENANCE, {"snapshots": told})
+    """Write to the run's folder the inputs of its snapshots, by which a later job finds them without the data."""
+    records = [{"stage": artifact.stage, "inputs": artifact.inputs} for artifact in snapshots]
+    write_json(plan.folder / PROVENANCE, {"snapshots": records})
 
 
 def read_finished_run(source: str, cache: str) -> FinishedRun:
-    """
-    Args:
-        place: <storage>/runs/<run>, on this machine or in a bucket.
-        cache: of the machine, for what lies in a bucket.
+    """Read a finished run from `source`, <storage>/runs/<run> as a path or URI, with `cache` for a bucket's files.
 
     Raises:
-        UserError: no such folder, or a run that is not finished.
+        UserError: The folder does not exist, or the run is not finished.
     """
-    storage, folder = _located(source, cache)
+    storage, folder = _resolve(source, cache)
     storage.download(folder)
     for name in ("config.yaml", SUMMARY, GROUPED_ADAPTER, PROVENANCE):
         if not (folder / name).is_file():
@@ -78,7 +75,7 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
                 "or rerun the command that made it, if it did not finish or is of an older version"
             )
     snapshots = tuple(
-        Artifact(storage, of["stage"], of["inputs"]) for of in read_json(folder / PROVENANCE)["snapshots"]
+        Artifact(storage, record["stage"], record["inputs"]) for record in read_json(folder / PROVENANCE)["snapshots"]
     )
     for artifact in snapshots:
         if not artifact.is_complete():
@@ -89,8 +86,8 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
     return FinishedRun(storage, folder, snapshots, read_json(folder / SUMMARY))
 
 
-def _located(source: str, cache: str) -> tuple[Storage, Path]:
-    """The storage, and the run's folder in it."""
+def _resolve(source: str, cache: str) -> tuple[Storage, Path]:
+    """Return the storage, and the run's folder in it."""
     path, _, options = (
         source.partition("?") if is_uri(source) else (os.path.abspath(os.path.expanduser(source)), "", "")
     )

@@ -1,6 +1,6 @@
-"""The flow: the stages in their order. Whatever runs stages walks this list, and says how far.
+"""The stages of the pipeline, in order.
 
-Names and titles are known without torch, Ray and MLflow: a stage's module is imported when its turn comes.
+Names and titles need no torch, Ray or MLflow: the module of a stage is imported when the stage runs.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FlowStage:
     name: str
-    """Also of its module here, of its folder in the storage, and of its MLflow run."""
+    """Also the name of its module here, of its folder in the storage, and of its MLflow run."""
     title: str
     output: str
-    """For people."""
+    """Description for the user."""
     function: str
-    """In the module: takes plan, session, and what the functions of the stages in `depends_on` returned."""
+    """Function of the module; its arguments are plan, session, and the results of the stages in `depends_on`."""
     depends_on: tuple[str, ...] = ()
 
 
 FLOW = (
-    FlowStage("data_check", "data check", "what stands out in the images", "check_data"),
+    FlowStage("data_check", "data check", "issues of the images", "check_data"),
     FlowStage("splits", "few-shot splits", "training and test images in Parquet", "build_splits"),
-    FlowStage("global_prompt", "global prompt", "snapshots of each task's gradient", "train_global_prompt"),
+    FlowStage("global_prompt", "global prompt", "snapshots of the gradient of each task", "train_global_prompt"),
     FlowStage("grouping", "grouping", "the best partition of the tasks", "solve_grouping", ("global_prompt",)),
-    FlowStage("group_trainings", "group trainings", "prompts and test accuracies", "train_groups", ("grouping",)),
+    FlowStage("group_trainings", "group trainings", "adapters and test accuracies", "train_groups", ("grouping",)),
     FlowStage(
         "report",
         "report",
-        "tables, pictures, one prompts file a method",
+        "tables, figures, one adapter file per method",
         "make_report",
         ("global_prompt", "grouping", "group_trainings"),
     ),
@@ -47,7 +47,7 @@ NAMES = tuple(stage.name for stage in FLOW)
 
 
 def run_stages(plan: Plan, session: Session, last_stage: str = NAMES[-1]) -> dict[str, Any]:
-    """Makes what is missing of all stages up to `last_stage`; returns stage → what its function returned."""
+    """Run all stages up to `last_stage`, using cached artifacts; return stage → result of its function."""
     results: dict[str, Any] = {}
     for stage in FLOW[: NAMES.index(last_stage) + 1]:
         function = getattr(import_module(f"pipeline.stages.{stage.name}"), stage.function)
@@ -56,17 +56,17 @@ def run_stages(plan: Plan, session: Session, last_stage: str = NAMES[-1]) -> dic
 
 
 def stage_title(name: str, title: str | None = None) -> str:
-    """A stage's number and title, or another title for what does its work elsewhere."""
+    """Return a stage's number and title, or another title for a variant of the stage."""
     return f"{NAMES.index(name)} {title or FLOW[NAMES.index(name)].title}"
 
 
 def stage_summary() -> str:
-    """A line for each stage."""
+    """Return a line for each stage."""
     return "\n".join(f"  {number} {stage.name:<16} {stage.output}" for number, stage in enumerate(FLOW))
 
 
 def check_stage(option: str, name: str) -> str:
-    """Raises: UserError: there is no stage of this name."""
+    """Return the name of a stage. Raises: UserError: There is no such stage."""
     if name not in NAMES:
-        raise UserError(f"{option} {name} is no stage{did_you_mean(name, NAMES)} Valid: {', '.join(NAMES)}")
+        raise UserError(f"{option} {name} is not a stage{did_you_mean(name, NAMES)} Valid: {', '.join(NAMES)}")
     return name

@@ -1,4 +1,4 @@
-"""Stage 2: one MmAP shared by all tasks, and snapshots of what each task's gradient wants of it (Eq. 8)."""
+"""Stage 2: training of one MmAP shared by all tasks, with snapshots of the gradient of each task (Eq. 8)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pipeline.training.snapshots import write_snapshots, write_trajectory
 NAME = "global_prompt"
 SNAPSHOTS, POINTS = "snapshots.parquet", "points.parquet"
 FORMAT = 2
-"""Of those files."""
+"""Version of the format of those files."""
 
 
 def train_global_prompt(plan: Plan, session: Session) -> Artifact:
-    """Trains the global prompt unless its snapshots are there; the splits must be finished."""
+    """Train the global prompt unless its artifact is complete; the splits must be complete."""
     work_item = global_prompt_work_item(plan)
     assert work_item.artifact is not None
     with Stage(session, NAME, stage_title(NAME)) as stage:
@@ -35,7 +35,7 @@ def train_global_prompt(plan: Plan, session: Session) -> Artifact:
 
 
 def global_prompt_work_item(plan: Plan) -> WorkItem:
-    """What makes the global prompt's artifact."""
+    """Return the work item that writes the artifact of the global prompt."""
     config, epochs = plan.config, _epochs(plan.config)
     inputs = training_inputs(plan, "mmap", plan.tasks, "training", "global_prompt", epochs=epochs)
     artifact = plan.artifact(NAME, {**inputs, "tasks": plan.tasks, "format": FORMAT})
@@ -49,9 +49,9 @@ def _epochs(config: Config) -> int:
 
 
 def _train(spec: TrainingSpec, epochs: int, artifact: Artifact, progress: Any) -> None:
-    config, towers, first = spec.config, spec.towers(), DistributedShard.current().is_main_process
+    config, towers, is_main = spec.config, spec.towers(), DistributedShard.current().is_main_process
     prompts = SharedMmap.build(config, towers, spec.tasks).to(towers.device)
-    with artifact.writer(publish=first) as writer:
+    with artifact.writer(publish=is_main) as writer:
         snapshots = spec.train(
             towers,
             prompts,
@@ -61,6 +61,6 @@ def _train(spec: TrainingSpec, epochs: int, artifact: Artifact, progress: Any) -
             snapshot_fn=prompts.task_gradients,
             snapshot_every=config.global_prompt.snapshot_every,
         )
-        if first:
+        if is_main:
             write_snapshots(writer.folder / SNAPSHOTS, spec.tasks, snapshots, prompts.gradient_layout())
             write_trajectory(writer.folder / POINTS, snapshots)

@@ -1,4 +1,4 @@
-"""Stage 4: one training a group, in parallel (Eqs. 9-12), beside all tasks in one group, other methods, and
+"""Stage 4: one training per group, in parallel (Eqs. 9-12), with baselines: all tasks in one group, other methods, and
 zero-shot CLIP."""
 
 from __future__ import annotations
@@ -43,36 +43,36 @@ ADAPTER = "adapter.safetensors"
 
 @dataclass(frozen=True)
 class MethodArtifacts:
-    """Where the results of one method lie: an artifact for each of its groups."""
+    """Results of one method: an artifact per group."""
 
     name: str
     groups: tuple[tuple[str, ...], ...]
     artifacts: tuple[Artifact, ...]
 
     def results(self) -> list[dict[str, Any]]:
-        """Each artifact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
+        """Return each artifact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
         return [read_json(artifact.download() / "result.json") for artifact in self.artifacts]
 
 
 @dataclass(frozen=True)
 class Training:
-    """One group's training and evaluation, planned."""
+    """Planned training and evaluation of one group."""
 
     variant: str
     spec: TrainingSpec
     artifact: Artifact
     features: tuple[ImageFeatures, ...]
-    """What has to be there before."""
+    """Image features that it reads."""
     init_from: Training | None
-    """Whose trained state it goes on from."""
+    """Training from whose final state it starts."""
     affinities: list[list[float]] | None
-    """For a method that uses them."""
+    """Affinities of the tasks, for a method that uses them."""
     frozen_group_prompt: TrainedAdapter | None = None
-    """MmAP of a group, whose group prompt it takes as it is: task prompts only are trained."""
+    """MmAP of a group whose group prompt is frozen: only task prompts are trained."""
 
     @property
     def depth(self) -> int:
-        """How many waves of work come before: features are made in the first."""
+        """Length of the chain of work that it depends on; features have depth 0."""
         return self.init_from.depth + 1 if self.init_from else int(bool(self.features))
 
     @property
@@ -86,11 +86,11 @@ class Training:
 def train_groups(
     plan: Plan, session: Session, grouping: Artifact | None = None, names: Sequence[str] | None = None
 ) -> list[MethodArtifacts]:
-    """Trains and evaluates what is missing of some of registry.VARIANTS, the largest groups first.
+    """Train and evaluate some of registry.VARIANTS, the largest groups first, using cached artifacts.
 
     Args:
-        grouping: needed for versions of which `uses_grouping` is true.
-        names: None: zero-shot CLIP, config.baselines, and MmAP with all tasks in one group and in the groups found.
+        grouping: required for variants with `uses_grouping`.
+        names: None: zero-shot CLIP, config.baselines, and MmAP with all tasks in one group and with the found groups.
     """
     names = tuple(names or ("zero_shot", *plan.config.baselines, *DEFAULT_VARIANTS))
     result = read_grouping(grouping) if grouping else None
@@ -98,16 +98,16 @@ def train_groups(
     for name in names:
         plan_trainings(plan, name, result, planned)
     _train_planned(session, planned)
-    return [_artifacts_of(name, planned[name]) for name in names]
+    return [_method_artifacts(name, planned[name]) for name in names]
 
 
 def train_every_group(plan: Plan, session: Session) -> MethodArtifacts:
-    """MmAP as in grouped trainings, for every set of tasks that could be a group: 2^T - 1 trainings."""
+    """Train MmAP for every non-empty subset of the tasks: 2^T - 1 trainings."""
     tasks, name = tuple(plan.tasks), "every group"
     groups = [group for size in range(1, len(tasks) + 1) for group in combinations(tasks, size)]
     planned = {name: [_training(plan, name, "mmap", group, f"group: {format_groups([group])}") for group in groups]}
     _train_planned(session, planned)
-    return _artifacts_of(name, planned[name])
+    return _method_artifacts(name, planned[name])
 
 
 def train_added_task(plan: Plan, session: Session, frozen_group_prompt: TrainedAdapter | None) -> list[MethodArtifacts]:
@@ -120,13 +120,13 @@ def train_added_task(plan: Plan, session: Session, frozen_group_prompt: TrainedA
         _training(plan, "grouped", "mmap", (task,), f"task: {task}", frozen_group_prompt=frozen_group_prompt)
     ]
     _train_planned(session, planned)
-    return [_artifacts_of(name, trainings) for name, trainings in planned.items()]
+    return [_method_artifacts(name, trainings) for name, trainings in planned.items()]
 
 
 def _train_planned(session: Session, planned: Mapping[str, Sequence[Training]]) -> None:
     trainings: dict[str, Training] = {}
     for training in chain.from_iterable(planned.values()):
-        trainings.setdefault(training.artifact.key, training)  # a grouping with one group is all in one
+        trainings.setdefault(training.artifact.key, training)  # with a single group, `grouped` equals `all_in_one`
     with Stage(session, NAME, stage_title(NAME)) as stage:
         for training in trainings.values():
             tags = {"level": "training", "method": training.variant, "tasks": ", ".join(training.spec.tasks)}
@@ -144,7 +144,7 @@ def _train_planned(session: Session, planned: Mapping[str, Sequence[Training]]) 
             _track(session, training)
 
 
-def _artifacts_of(name: str, trainings: Sequence[Training]) -> MethodArtifacts:
+def _method_artifacts(name: str, trainings: Sequence[Training]) -> MethodArtifacts:
     groups, artifacts = zip(*((training.spec.tasks, training.artifact) for training in trainings))
     return MethodArtifacts(name, groups, artifacts)
 
@@ -152,7 +152,7 @@ def _artifacts_of(name: str, trainings: Sequence[Training]) -> MethodArtifacts:
 def plan_trainings(
     plan: Plan, name: str, grouping: dict[str, Any] | None, planned: dict[str, list[Training]]
 ) -> list[Training]:
-    """Adds a version's trainings to `planned`, and those of the version that it starts from; `grouping` as in
+    """Add a variant's trainings to `planned`, and those of the variant that it starts from; `grouping` as in
     grouping.json."""
     if name in planned:
         return planned[name]
@@ -198,8 +198,8 @@ def _training(
         training = {task: training_features(plan, task, method) for task in tasks}
     if not kind.modifies_image_encoder:
         test = {task: test_features(plan, task) for task in tasks}
-    made = ({task: of_task.artifact for task, of_task in of_tasks.items()} for of_tasks in (training, test))
-    spec = TrainingSpec(plan.config, plan.splits, tasks, label, method, *made)
+    artifacts = ({task: part.artifact for task, part in parts.items()} for parts in (training, test))
+    spec = TrainingSpec(plan.config, plan.splits, tasks, label, method, *artifacts)
     features = (*training.values(), *test.values())
     return Training(variant, spec, plan.artifact(NAME, inputs), features, init_from, affinities, frozen_group_prompt)
 
@@ -211,14 +211,14 @@ def _groups(plan: Plan, kind: TaskScope, grouping: dict[str, Any] | None) -> Seq
     if kind == "multi-task":
         return [tasks]
     assert grouping is not None  # Variant.uses_grouping
-    found = [tuple(group) for group in grouping["groups"]]
+    groups = [tuple(group) for group in grouping["groups"]]
     if kind == "found groups":
-        return found
-    return random_groups(tasks, [len(group) for group in found], plan.config.seed)
+        return groups
+    return random_groups(tasks, [len(group) for group in groups], plan.config.seed)
 
 
 def _track(session: Session, training: Training) -> None:
-    """Gives a finished training's results to its MLflow run."""
+    """Log a finished training's results to its MLflow run."""
     label, folder = training.spec.label, training.artifact.download()
     result = read_json(folder / "result.json")
     session.tracker.log_metrics(
@@ -238,10 +238,10 @@ def _track(session: Session, training: Training) -> None:
 
 
 def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tuple[tuple[str, ...], ...]:
-    """A partition into groups of these sizes, which depends on the seed alone; tasks keep their order in a group."""
+    """Return a random partition into groups of these sizes; tasks keep their order within a group."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "random groups"))
-    drawn = torch.randperm(len(tasks), generator=generator).split(list(sizes))
-    return tuple(tuple(tasks[at] for at in sorted(group.tolist())) for group in drawn)
+    sampled = torch.randperm(len(tasks), generator=generator).split(list(sizes))
+    return tuple(tuple(tasks[index] for index in sorted(group.tolist())) for group in sampled)
 
 
 def _train_group(
@@ -252,14 +252,14 @@ def _train_group(
     frozen_group_prompt: TrainedAdapter | None,
     progress: Any,
 ) -> None:
-    """`init_from`: the training whose numbers this one goes on from; None: the method's own start."""
-    began, share = time.monotonic(), DistributedShard.current()
+    """Train and evaluate one group; `init_from`: training to start from, None: the method's initialization."""
+    started, shard = time.monotonic(), DistributedShard.current()
     kind, reporter = get_method(spec.method), Reporter(progress, spec.label)
     config, towers, class_names = spec.config, spec.towers(kind.trains_weights), spec.class_names()
     method = build_method(spec, towers, init_from, affinities)
     if frozen_group_prompt:
         cast(GroupMmap, method).load_frozen_group_prompt(frozen_group_prompt.states[0])
-    with artifact.writer(publish=share.is_main_process) as writer:
+    with artifact.writer(publish=shard.is_main_process) as writer:
         if kind.trainable:
             spec.train(towers, method, training_config(spec.method, config).epochs, writer, reporter)
         fingerprint = weights_fingerprint(towers)
@@ -267,16 +267,16 @@ def _train_group(
         with torch.no_grad():
             templates = kind.templates_by_task(config, class_names)
             classifier = Classifier(towers, templates, [(class_names, method())], config.clip.precision)
-        predictions = _predictions(spec, classifier, reporter, share)
+        predictions = _predictions(spec, classifier, reporter, shard)
         frozen = [parameter for parameter in method.parameters() if not parameter.requires_grad]
-        if share.is_main_process:
+        if shard.is_main_process:
             if kind.trainable:
                 save_adapter(writer.folder / ADAPTER, trained)
             write_predictions(writer.folder / "predictions.parquet", predictions)
             result = {
                 "accuracy": accuracy(predictions),
                 "trained_parameters": trained.num_parameters - sum(p.numel() for p in frozen),
-                "seconds": time.monotonic() - began,
+                "seconds": time.monotonic() - started,
             }
             write_json(writer.folder / "result.json", result)
 
@@ -284,25 +284,25 @@ def _train_group(
 def build_method(
     spec: TrainingSpec, towers: ClipTowers, init_from: Artifact | None, affinities: list[list[float]] | None
 ) -> nn.Module:
-    """The method's module as its training begins; arguments as those of Training."""
+    """Build the method's module in its initial state; arguments as of Training."""
     method = get_method(spec.method).build(spec.config, towers, spec.class_names()).to(towers.device)
     if affinities:
-        cast(HiPro, method).build_tree(np.array(affinities))  # the one that uses them
+        cast(HiPro, method).build_tree(np.array(affinities))  # the only method with affinities
     if init_from:
         method.load_state_dict(load_adapter(init_from.download() / ADAPTER).states[0])
     return method
 
 
 def _predictions(
-    spec: TrainingSpec, classifier: Classifier, reporter: Reporter, share: DistributedShard
+    spec: TrainingSpec, classifier: Classifier, reporter: Reporter, shard: DistributedShard
 ) -> list[Prediction]:
-    reader, done = spec.reader(), 0
+    reader, completed = spec.reader(), 0
     total = sum(reader.description.counts["test"][task] for task in spec.tasks)
 
     def on_images(count: int) -> None:
-        nonlocal done
-        done = min(done + count * share.world_size, total)
-        if share.is_main_process:
-            reporter.update(done, total, "test images")
+        nonlocal completed
+        completed = min(completed + count * shard.world_size, total)
+        if shard.is_main_process:
+            reporter.update(completed, total, "test images")
 
     return spec.predictions(classifier, on_images)

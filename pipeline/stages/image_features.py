@@ -1,4 +1,4 @@
-"""Before the group trainings: image features of the frozen CLIP, once for all methods that read them."""
+"""Image features of the frozen CLIP, computed once for all methods that use them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = "image_features"
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Of one task: its test set, or the batches of all steps of a schedule; `work_item` makes them."""
+    """Features of one task's test set, or of the batches of all steps of a schedule; `work_item` computes them."""
 
     artifact: Artifact
     work_item: WorkItem
@@ -37,7 +37,7 @@ def test_features(plan: Plan, task: str) -> ImageFeatures:
 
 
 def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
-    """For as many steps as a training with this task takes at most; one with smaller tasks only takes the first."""
+    """Plan features for the largest number of steps of a training with this task; shorter trainings use a prefix."""
     training = training_config(method, plan.config)
     counts = plan.split_description.counts["train"]
     num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in plan.tasks], training.batch_size)
@@ -51,10 +51,12 @@ def _features(
     plan: Plan, artifact: Artifact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
 ) -> ImageFeatures:
     spec = TrainingSpec(plan.config, plan.splits, (task,), label)
-    return ImageFeatures(artifact, WorkItem(label, _make, (spec, artifact, encode, arguments), artifact, uses_gpu=True))
+    return ImageFeatures(
+        artifact, WorkItem(label, _write_features, (spec, artifact, encode, arguments), artifact, uses_gpu=True)
+    )
 
 
-def _make(
+def _write_features(
     spec: TrainingSpec, artifact: Artifact, encode: Callable[..., torch.Tensor], arguments: Sequence[Any], progress: Any
 ) -> None:
     with artifact.writer() as writer:
@@ -70,7 +72,7 @@ def _encode_test_images(spec: TrainingSpec, reporter: Reporter) -> torch.Tensor:
         task,
         config.cluster.cpus_per_worker,
         config.clip.precision,
-        lambda done: reporter.update(done, total, "test images"),
+        lambda count: reporter.update(count, total, "test images"),
     )
 
 
@@ -88,5 +90,5 @@ def _encode_training_images(
         training,
         config.seed,
         config.clip.precision,
-        lambda done: reporter.update(done, num_steps, "steps"),
+        lambda count: reporter.update(count, num_steps, "steps"),
     )

@@ -1,5 +1,4 @@
-"""The plan of a run: all that is decided before its work. What the user can get wrong is checked here, before any
-worker starts."""
+"""Plan of a run: everything that is decided, and validated, before any worker starts."""
 
 from __future__ import annotations
 
@@ -29,13 +28,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RESULTS_VERSION = 6
-"""To be raised by every change of the code that changes the numbers of a training or evaluation: artifacts and runs of
-before are then not taken for today's."""
+"""Part of all keys; increased with every change of the code that changes results of a training or evaluation, so that
+earlier artifacts and runs are not reused."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as it was checked; `dataclasses.replace` gives the plan of another config, or of other splits."""
+    """Validated run; `dataclasses.replace` makes the plan of another config or of other splits."""
 
     config: Config
     storage: Storage
@@ -44,13 +43,13 @@ class Plan:
     mmap_shape: MmapShape
     splits: Artifact
     output_kind: str = "runs"
-    """Folder of the storage in which the run's own is."""
+    """Folder of the storage that contains the run's folder."""
     extra_key_inputs: Mapping[str, Any] = field(default_factory=dict)
-    """What decides its results beside the config."""
+    """Inputs of the key besides the config."""
 
     @cached_property
     def key(self) -> str:
-        """Hash of all that decides the run's results."""
+        """Hash of everything that determines the run's results."""
         return content_hash(
             {
                 "version": RESULTS_VERSION,
@@ -63,12 +62,12 @@ class Plan:
 
     @cached_property
     def split_description(self) -> SplitDescription:
-        """Of the splits, when they are made."""
+        """Description of the splits, which must be complete."""
         return SplitReader(self.splits.download()).description
 
     @property
     def folder(self) -> Path:
-        """Of the run's reports."""
+        """Folder of the run's reports."""
         return self.storage.folder / self.output_kind / f"{self.config.name}-{self.key}"
 
     @property
@@ -77,16 +76,16 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """For people; the end tells runs apart that differ in other options."""
+        """Title for the user; it ends with a part of the key, as runs may differ in other options."""
         config = self.config
         return f"{config.name}, {config.data.shots} shots, seed {config.seed} ({self.key[:6]})"
 
     @property
     def shared_paths(self) -> list[Path]:
-        """Data and weights of the user, which all machines must see."""
+        """The user's data and weights, which all machines must see."""
         config, weights = self.config, weights_file(self.config.clip)
-        of_data = [self.dataset_index.root] if config.data.root != BUILTIN_DIGITS else []
-        return [*of_data, *([weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else [])]
+        data = [self.dataset_index.root] if config.data.root != BUILTIN_DIGITS else []
+        return [*data, *([weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else [])]
 
     def artifact(self, stage: str, inputs: dict[str, Any]) -> Artifact:
         return Artifact(self.storage, stage, inputs)
@@ -100,15 +99,15 @@ def make_plan(
     extra_key_inputs: Mapping[str, Any] | None = None,
     other_tasks: Sequence[str] = (),
 ) -> Plan:
-    """Checks the config against data, model, storage and tracking server, and makes the run's folder.
+    """Check the config against data, model, storage and tracking server, and create the run's folder.
 
     Args:
-        like: the plan of a config that differs in shots and seed only: what it has checked is not checked again.
-        place, decided_by: as of Plan.
-        other_tasks: whose groups the run's tasks join; the grouping's constraints are on all of them.
+        reuse_checks_of: plan of a config that differs only in shots and seed, whose checks are not repeated.
+        output_kind, extra_key_inputs: see Plan.
+        other_tasks: tasks whose groups the run's tasks join; the grouping's constraints cover all of them.
 
     Raises:
-        UserError: the first thing that is wrong, with the remedy.
+        UserError: The first problem found, with a remedy.
     """
     config = _with_absolute_paths(config)
     if reuse_checks_of:
@@ -121,12 +120,12 @@ def make_plan(
     else:
         storage = open_storage(config.storage, config.cache)
         dataset_index = _find_data(config, storage)
-        without_task = set(config.clip.task_templates) - {*dataset_index.classes, *other_tasks}
-        notes = [f"clip.task_templates: there is no task {task!r}" for task in sorted(without_task)]
+        unknown_tasks = set(config.clip.task_templates) - {*dataset_index.classes, *other_tasks}
+        notes = [f"clip.task_templates: unknown task {task!r}" for task in sorted(unknown_tasks)]
         if config.clip.model == BUILTIN_DIGITS != config.data.root:
             notes.append(
-                "clip.model=builtin:digits, the demo's tiny CLIP, knows handwritten digits alone: for other images "
-                "--clip.model ViT-B-16 --clip.pretrained openai, or a --config FILE that says so"
+                "clip.model=builtin:digits, the tiny CLIP of the demo, only knows handwritten digits: for other images "
+                "use --clip.model ViT-B-16 --clip.pretrained openai, or a --config FILE with these"
             )
         for note in [*unexpected_counts(config.data, dataset_index), *notes]:
             console.print(f"  {note}", style="yellow", markup=False, highlight=False)
@@ -145,7 +144,7 @@ def make_plan(
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Workers may run in other folders than the driver."""
+    """Make the paths of model and weights absolute, as workers may have other working directories."""
     changes: dict[str, str] = {}
     if config.clip.model.endswith(".json"):
         changes["model"] = str(Path(config.clip.model).expanduser().absolute())
@@ -156,14 +155,14 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _find_data(config: Config, storage: Storage) -> DatasetIndex:
     if config.data.root is None:
-        raise UserError("data.root is not set: give the folder of your images, <root>/<task>/<class>/*, or a table")
+        raise UserError("data.root is not set: give a folder of images, <root>/<task>/<class>/*, or a table")
     root = Path(config.data.root).expanduser()
     if config.data.root == BUILTIN_DIGITS:
         root = storage.folder / "datasets" / "digits"
         try:
             write_digits(root)
         except OSError as error:
-            raise UserError(f"the embedded digits cannot be written to {root}: {error}; remove that folder") from None
+            raise UserError(f"the embedded digits cannot be written to {root}: {error}; remove this folder") from None
     return index_dataset(config.data, root.absolute())
 
 
@@ -175,10 +174,10 @@ def _check_model(config: Config, dataset_index: DatasetIndex) -> tuple[ClipIdent
 
 
 def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
-    """Whether the options of some of registry.VARIANTS fit towers, of which only the shapes are looked at.
+    """Check that the options of some of registry.VARIANTS fit the shapes of towers; return those of MmAP.
 
     Raises:
-        UserError: the first that does not.
+        UserError: The first that does not fit.
     """
     shape = MmapShape.of(config.mmap, towers)
     class_names = [[dataset_index.class_names[name] for name in names] for names in dataset_index.classes.values()]
@@ -191,7 +190,7 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
         class_tokens(towers.tokenizer, list(templates.values()), class_names, kind.num_prompt_positions(config))
         if workers > min(batch, num_classes):
             raise UserError(
-                f"cluster.workers_per_training={workers} share a step's images and classes, of which a task has "
-                f"{batch} (batch_size of {kind.title}) and {num_classes}: use no more workers than those"
+                f"cluster.workers_per_training={workers} is more than a step's images per task ({batch}, batch_size of "
+                f"{kind.title}) or the classes of a task ({num_classes}): use fewer workers"
             )
     return shape

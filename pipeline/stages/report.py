@@ -1,4 +1,4 @@
-"""The report: methods side by side, in the terminal, as JSON and Markdown, and in MLflow."""
+"""Stage 5: the report, which compares the methods in the terminal, as JSON and Markdown, and in MLflow."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ NAME = "report"
 def make_report(
     plan: Plan, session: Session, global_prompt: Artifact, grouping: Artifact, methods: Sequence[MethodArtifacts]
 ) -> Path:
-    """Writes <run folder>/report and <run folder>/adapters, and shows the table; returns the report's folder."""
+    """Write <run folder>/report and <run folder>/adapters, and print the table; return the folder of the report."""
     from pipeline.report.summary_figures import accuracy_figure  # matplotlib
 
     folder = create_folder(plan.folder / "report")
     with Stage(session, NAME, stage_title(NAME)) as stage:
         stage.computed = True
         result = read_grouping(grouping)
-        prompts = _gather_prompts(plan, methods)
+        adapter_files = _merge_adapters(plan, methods)
         copy_grouping_pages(grouping, folder)
         results = {method.name: method_result(plan.tasks, method.results()) for method in methods}
         accuracy_figure(plan.tasks, results).savefig(folder / "accuracy.png", dpi=150)
@@ -64,18 +64,20 @@ def make_report(
     session.tracker.set_tags(PARENT, {"mlflow.note.content": to_mlflow_description(summary)})
     session.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
     session.tracker.log_artifact(PARENT, folder)
-    for file in prompts:
+    for file in adapter_files:
         session.tracker.log_artifact(PARENT, file, "adapters")
-    register_model(plan, session, prompts[-1])
+    register_model(plan, session, adapter_files[-1])
     session.console.print(accuracy_table(summary))
-    where = plan.storage.display_uri
-    session.console.print(f"report: {where(folder)}\nprompts: {where(prompts[-1])}", markup=False, highlight=False)
+    display_uri = plan.storage.display_uri
+    session.console.print(
+        f"report: {display_uri(folder)}\nadapter: {display_uri(adapter_files[-1])}", markup=False, highlight=False
+    )
     write_provenance(plan, [global_prompt])
     return folder
 
 
 def copy_grouping_pages(grouping: Artifact, folder: Path) -> None:
-    """Pictures and page of the grouping, for a report."""
+    """Copy figures and page of the grouping to a report."""
     for name in (*FIGURES, *STABILITY_FIGURES, PAGE):
         shutil.copyfile(grouping.download() / name, folder / name)
 
@@ -86,17 +88,17 @@ def track_results(
     results: Mapping[str, Mapping[str, Any]],
     groups: Mapping[str, Sequence[Sequence[str]]],
 ) -> None:
-    """Gives the methods' results to MLflow: each one's to a run of its own, whose metrics have the same names for all
-    methods, so that the page can draw a point or a line for each; and to the parent run, by name. The page folds nested
-    runs away, so these are not.
+    """Log the methods' results to MLflow: to one run per method, whose metrics have the same names for all methods, so
+    that the UI can plot each as a point or a line; and to the parent run, by name. They are top-level runs, as the UI
+    folds nested ones.
 
     Args:
         results: method → accuracy (task → 0-1), average, trained_parameters.
         groups: method → the tasks that trained together.
     """
-    for method, of_method in results.items():
-        accuracies = {**of_method["accuracy"], "average": of_method["average"]}
-        parameters = of_method["trained_parameters"]
+    for method, result in results.items():
+        accuracies = {**result["accuracy"], "average": result["average"]}
+        parameters = result["trained_parameters"]
         session.tracker.log_metrics(
             PARENT,
             {f"accuracy/{method}/{task}": value for task, value in accuracies.items()}
@@ -124,7 +126,7 @@ def track_results(
                 "num_groups": len(groups[method]),
                 "objective": config.grouping.objective,
                 "affinity": config.grouping.affinity,
-                # MLflow's plots draw a run that lacks a parameter beyond all that have it.
+                # MLflow's plots draw a run without a parameter beyond all that have it.
                 "learning_rate": training_config(kind, config).learning_rate if get_method(kind).trainable else 0,
             },
         )
@@ -136,19 +138,19 @@ def track_results(
         session.tracker.end_run(name)
 
 
-def register_model(plan: Plan, session: Session, prompts: Path) -> None:
-    """Makes a prompts file a version of tracking.registered_model, if that is set."""
+def register_model(plan: Plan, session: Session, adapter_file: Path) -> None:
+    """Register an adapter file as a version of tracking.registered_model, if that is set."""
     if not (name := plan.config.tracking.registered_model):
         return
     from pipeline.prediction.mlflow_model import saved_mlflow_model  # mlflow takes seconds to import
 
-    with saved_mlflow_model(prompts) as model:
+    with saved_mlflow_model(adapter_file) as model:
         session.tracker.log_artifact(PARENT, model)
         session.tracker.register_model(PARENT, name, model.name)
 
 
-def _gather_prompts(plan: Plan, methods: Sequence[MethodArtifacts]) -> list[Path]:
-    """One prompts file for each trained method, all its groups in it."""
+def _merge_adapters(plan: Plan, methods: Sequence[MethodArtifacts]) -> list[Path]:
+    """Write one adapter file per trained method, with all its groups."""
     folder = create_folder(plan.folder / "adapters")
     files = []
     for method in methods:

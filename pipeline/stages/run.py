@@ -1,4 +1,4 @@
-"""A run at work: its plan, and the session that its stages work with."""
+"""Opening of a run: its plan, and the session of its stages."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_run(config: Config, console: Console) -> Iterator[tuple[Plan, Session]]:
-    """Checks the config against data, model, storage, tracking server and cluster; connects to them.
+    """Check the config against data, model, storage, tracking server and cluster, and connect to them.
 
     Raises:
-        UserError: the first thing that is wrong, with the remedy.
+        UserError: The first problem found, with a remedy.
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
     plan = make_plan(config, console)
@@ -33,7 +33,7 @@ def open_run(config: Config, console: Console) -> Iterator[tuple[Plan, Session]]
 
 
 def connect_cluster(plan: Plan, console: Console, dashboard: bool = False) -> AbstractContextManager[WorkerResources]:
-    """`cluster_connection` for a plan, or for several of the same storage, data, CLIP and cluster."""
+    """Connect to the cluster of a plan, or of several with the same storage, data, CLIP and cluster."""
     return cluster_connection(plan.config.cluster, plan.storage, plan.shared_paths, console, dashboard)
 
 
@@ -41,41 +41,41 @@ def connect_cluster(plan: Plan, console: Console, dashboard: bool = False) -> Ab
 def run_session(
     plan: Plan, worker_resources: WorkerResources, console: Console, cancelled: threading.Event | None = None
 ) -> Iterator[Session]:
-    """Opens a session for a plan, with its MLflow parent run; `cancelled` ends its work from another thread."""
+    """Open a session for a plan, with its MLflow parent run; `cancelled` ends its work from another thread."""
     config = plan.config
     with open_session(
         plan.storage, plan.folder, plan.key, config.cluster, worker_resources, config.tracking, console, cancelled
     ) as session:
-        _announce(plan, session)
+        _log_run_header(plan, session)
         yield session
 
 
-def _announce(plan: Plan, session: Session) -> None:
-    config, where = plan.config, plan.storage.display_uri(plan.folder)
+def _log_run_header(plan: Plan, session: Session) -> None:
+    config, run_uri = plan.config, plan.storage.display_uri(plan.folder)
     session.tracker.start_run(
         PARENT,
         tags={
             "mlflow.runName": plan.title,
             "mlflow.source.name": sys.argv[0],
             "level": "pipeline",
-            "run_folder": where,
+            "run_folder": run_uri,
             **{f"env.{name}": value for name, value in run_environment().items()},
         },
-        params=_flat(config.model_dump(mode="json", exclude=_sections_of_others(config))),
+        params=_flat(config.model_dump(mode="json", exclude=_unused_method_sections(config))),
     )
     session.tracker.log_artifact(PARENT, plan.folder / "config.yaml")
     session.console.print(
         f"  {len(plan.tasks)} tasks, {len(plan.dataset_index.images)} images · {config.clip.model} · "
-        f"{plan.mmap_shape.num_parameters:,} parameters a MmAP · results in {where}",
+        f"{plan.mmap_shape.num_parameters:,} parameters per MmAP · results in {run_uri}",
         markup=False,
         highlight=False,
     )
 
 
-def _sections_of_others(config: Config) -> set[str]:
-    """Of methods that the run does not train, which would only fill MLflow's lists; config.yaml has them."""
-    own = {METHODS[VARIANTS[name].method].section for name in (*DEFAULT_VARIANTS, *config.baselines)}
-    return {method.section for method in METHODS.values() if method.section and method.section not in own}
+def _unused_method_sections(config: Config) -> set[str]:
+    """Return sections of methods that the run does not train, omitted from the MLflow parameters."""
+    used = {METHODS[VARIANTS[name].method].section for name in (*DEFAULT_VARIANTS, *config.baselines)}
+    return {method.section for method in METHODS.values() if method.section and method.section not in used}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

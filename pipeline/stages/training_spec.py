@@ -1,6 +1,6 @@
-"""What the workers of stages 2 and 4 have in common: a picklable description of a training, and the way to its tensors.
+"""Training spec: the picklable description of a training in stages 2 and 4, from which a worker builds its tensors.
 
-An open_clip model is never sent to a worker: it gets names and paths and loads the model itself.
+An open_clip model is never sent to a worker, which gets names and paths and loads the model itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FEATURES = "features.safetensors"
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """A training or evaluation of some tasks, as it is sent to a worker."""
+    """Training or evaluation of some tasks, as sent to a worker."""
 
     config: Config
     splits: Artifact
@@ -50,12 +50,12 @@ class TrainingSpec:
     label: str
     method: str = "mmap"
     training_features: Mapping[str, Artifact] = field(default_factory=dict)
-    """Task → the frozen image features of its training steps, for methods that read them."""
+    """Task → frozen image features of its training steps, for methods that use them."""
     test_features: Mapping[str, Artifact] = field(default_factory=dict)
-    """Task → the frozen image features of its test set, for methods that do not change them."""
+    """Task → frozen image features of its test set, for methods that do not modify them."""
 
     def device(self) -> torch.device:
-        """The GPU that Ray gave this worker, or the CPU with as many threads as the training may use."""
+        """Return the GPU that Ray assigned to this worker, or the CPU, with as many threads as the training may use."""
         if DistributedShard.current().world_size > 1 and torch.cuda.is_available():
             from ray.train.torch import get_device
 
@@ -64,7 +64,7 @@ class TrainingSpec:
             if torch.cuda.is_available():
                 return torch.device("cuda")
             log.warning(
-                "Ray gave %r a GPU that torch %s cannot use; training on the CPU", self.label, torch.__version__
+                "Ray assigned a GPU to %r that torch %s cannot use; training on the CPU", self.label, torch.__version__
             )
         torch.set_num_threads(self.config.cluster.cpus_per_worker)
         return torch.device("cpu")
@@ -88,8 +88,8 @@ class TrainingSpec:
         reporter: Reporter,
         **snapshots: Any,
     ) -> list[Snapshot]:
-        """Trains `method` on the tasks, from the artifact's checkpoint if there is one, and writes history.parquet;
-        takes the trainer's options of snapshots, and returns these."""
+        """Train `method` on the tasks, from the artifact's checkpoint if it exists, and write history.parquet; return
+        the snapshots, which have the trainer's options."""
         trainer = self.trainer(
             towers,
             method,
@@ -117,7 +117,7 @@ class TrainingSpec:
         storage: Storage,
         **options: Any,
     ) -> Trainer:
-        """Of a method for the tasks' `sets`, from the newest checkpoint of a folder in the storage if there is one."""
+        """Build the trainer of a method for the tasks' `sets`, from the newest checkpoint in a folder if it exists."""
         storage.download(checkpoints)
         config, class_names, kind = self.config, list(self.class_names().values()), get_method(self.method)
         frozen_templates = {task: config.clip.template_for(task) for task in self.tasks}
@@ -148,16 +148,16 @@ class TrainingSpec:
         return self.with_frozen_features(sets)
 
     def with_frozen_features(self, sets: Sequence[TrainingSet]) -> list[TrainingSet]:
-        """The sets with the frozen image features of their tasks, where the work has those."""
+        """Return the sets with the frozen image features of their tasks, where the spec has those."""
         return [
-            replace(of_task, frozen_features=_features(self.training_features[of_task.task]))
-            if of_task.task in self.training_features
-            else of_task
-            for of_task in sets
+            replace(task_set, frozen_features=_features(self.training_features[task_set.task]))
+            if task_set.task in self.training_features
+            else task_set
+            for task_set in sets
         ]
 
     def predictions(self, classifier: Classifier, on_images: Callable[[int], None]) -> list[Prediction]:
-        """Of the tasks' whole test sets; from their frozen features where the work has those."""
+        """Predict the tasks' complete test sets, from their frozen features where the spec has those."""
         if self.test_features:
             features = {task: _features(self.test_features[task]) for task in self.tasks}
             return evaluate_features(classifier, self.reader(), features)
@@ -169,24 +169,24 @@ def _features(artifact: Artifact) -> StoredFeatures:
 
 
 def feature_inputs(plan: Plan) -> dict[str, Any]:
-    """What the frozen CLIP's features of the splits' images rest on beside the config."""
+    """Return the artifact inputs of frozen image features of the splits, besides the config."""
     return {"version": RESULTS_VERSION, "clip": asdict(plan.clip), "splits": plan.split_description.content}
 
 
 def training_inputs(
     plan: Plan, method: str, tasks: Sequence[str], *effects: Effect, epochs: int | None = None
 ) -> dict[str, Any]:
-    """What a training of some tasks, or its evaluation, is made from, for the name of its artifact.
+    """Return the artifact inputs of a training of some tasks, or of its evaluation.
 
     Args:
-        effects: what of the config counts, as `values_affecting` takes it.
-        epochs: instead of the method's own.
+        effects: effects of the config fields that count, see `values_affecting`.
+        epochs: overrides those of the method.
     """
     config, section = plan.config, get_method(method).section
     if epochs:
         config = config.model_copy(update={"training": config.training.model_copy(update={"epochs": epochs})})
     options = values_affecting(getattr(config, section), "method") if section else {}
-    options.pop("training", None)  # which `training_config_values` has
+    options.pop("training", None)  # part of `training_config_values`
     return {
         **feature_inputs(plan),
         "method": method,
@@ -197,8 +197,8 @@ def training_inputs(
 
 
 def training_config_values(config: Config, method: str, tasks: Sequence[str], *effects: Effect) -> dict[str, Any]:
-    """`values_affecting` for a method and some tasks: no other tasks' templates, and of `training` what the method's
-    own section has instead."""
+    """Return `values_affecting` for a method and some tasks: without other tasks' templates, and with the training
+    options of the method's own section."""
     templates = {task: text for task, text in config.clip.task_templates.items() if task in tasks}
     clip = config.clip.model_copy(update={"task_templates": templates})
     config = config.model_copy(update={"clip": clip, "training": training_config(method, config)})
@@ -206,7 +206,7 @@ def training_config_values(config: Config, method: str, tasks: Sequence[str], *e
 
 
 def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
-    """A step as MLflow metrics."""
+    """Return a step as MLflow metrics."""
     metrics = {"learning_rate": record.learning_rate}
     for task, loss, accuracy in zip(tasks, record.losses, record.accuracies):
         metrics |= {f"train_loss/{task}": loss, f"train_accuracy/{task}": accuracy}
@@ -214,21 +214,21 @@ def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
 
 
 def track_history(session: Session, name: str, artifact: Artifact) -> None:
-    """Gives MLflow run `name` all steps of a finished training. Those that were reported while it went on are known
-    to the tracker; this adds what died with a driver or worker, and trainings that another run made."""
+    """Log all steps of a finished training to MLflow run `name`. The tracker skips those reported during the training;
+    this adds steps lost with a driver or worker, and trainings cached from another run."""
     columns = pq.read_table(artifact.download() / HISTORY).to_pydict()
-    by_step: dict[int, dict[str, float]] = {}
-    for step, task, loss, accuracy, rate in zip(
+    metrics_by_step: dict[int, dict[str, float]] = {}
+    for step, task, loss, accuracy, learning_rate in zip(
         *(columns[name] for name in ("step", "task", "loss", "accuracy", "learning_rate"))
     ):
-        record = StepRecord(step, 0, rate, (loss,), (accuracy,))
-        by_step.setdefault(step, {}).update(step_metrics([task], record))
-    for step, metrics in by_step.items():
+        record = StepRecord(step, 0, learning_rate, (loss,), (accuracy,))
+        metrics_by_step.setdefault(step, {}).update(step_metrics([task], record))
+    for step, metrics in metrics_by_step.items():
         session.tracker.log_metrics(name, metrics, step)
 
 
 def write_history(path: Path, tasks: Sequence[str], history: Sequence[StepRecord]) -> None:
-    """One row a (step, task): step, epoch, task, loss, accuracy on the batch, learning_rate."""
+    """Write one row per (step, task): step, epoch, task, loss, accuracy on the batch, learning_rate."""
     rows = [
         {
             "step": record.step,

@@ -1,4 +1,4 @@
-"""Sends what a journal holds, in order; tries again while the server is away; says what could not be sent."""
+"""Delivery of a journal to MLflow: in order, with retries during an outage, and a report on what was not sent."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pipeline.runtime.tracking.mlflow_adapter import BATCH_LIMITS, MlflowServer,
 log = logging.getLogger(__name__)
 
 PROGRESS, REFUSED = "delivery.json", "refused.jsonl"
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
+MIN_RETRY_DELAY_S, MAX_RETRY_DELAY_S = 0.5, 15.0
 MAX_FAILURES = 10  # failures of one operation while the server answers other requests
 
 
 @dataclass(frozen=True)
 class DeliveryReport:
-    """How many operations of the journal MLflow has, and a sentence about the rest."""
+    """Numbers of operations delivered, waiting and refused, and a message about them."""
 
     delivered: int
     waiting: int
@@ -33,7 +33,7 @@ class DeliveryReport:
 
 @dataclass
 class _Progress:
-    """How far the journal was sent, as on disk."""
+    """Position up to which the journal was sent, as on disk."""
 
     position: int = 0
     refused: int = 0
@@ -47,16 +47,16 @@ class Delivery:
         self._journal, self._server = journal, server
         self._progress = self._read_progress()
         self._changed = journal.changed
-        self._connected = self._hurry = self._stopping = False
+        self._connected = self._flush_requested = self._stopping = False
         self._error: Exception | None = None
         self._failures = 0
         self._thread = threading.Thread(target=self._deliver, name="mlflow-delivery", daemon=True)
         self._thread.start()
 
     def flush(self, timeout_s: float) -> DeliveryReport:
-        """Wait until all is sent, or nothing was for `timeout_s`, and say how far it came."""
+        """Wait until all is sent, or nothing was sent for `timeout_s`; return a report."""
         with self._changed:
-            self._hurry = True
+            self._flush_requested = True
             self._changed.notify_all()
             while (self._num_waiting() or not self._connected) and self._changed.wait(timeout_s):
                 pass
@@ -66,12 +66,12 @@ class Delivery:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join(2)  # a request that hangs is left to the daemon thread, which then sends no more
+        self._thread.join(2)  # a hanging request is left to the daemon thread, which then sends no more
 
     # The thread
 
     def _deliver(self) -> None:
-        pause = FIRST_PAUSE_S
+        delay = MIN_RETRY_DELAY_S
         while not self._stopping:
             try:
                 if not self._connected:
@@ -80,33 +80,33 @@ class Delivery:
                     self._deliver_next()
                 with self._changed:
                     if self._error:
-                        log.warning("MLflow at %s takes operations again.", self._server.address)
-                    self._error, self._failures, pause = None, 0, FIRST_PAUSE_S
+                        log.warning("MLflow at %s is reachable again.", self._server.address)
+                    self._error, self._failures, delay = None, 0, MIN_RETRY_DELAY_S
                     self._changed.notify_all()
                     self._changed.wait_for(lambda: self._num_waiting() or self._stopping)
             except Exception as error:
                 with self._changed:
-                    told, self._error = self._error, error
-                    if not told:
-                        log.warning("%s Training goes on.", self._report().message)
-                    self._changed.wait_for(lambda: self._hurry or self._stopping, pause)
-                    self._hurry = False
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+                    previous_error, self._error = self._error, error
+                    if not previous_error:
+                        log.warning("%s Training continues.", self._report().message)
+                    self._changed.wait_for(lambda: self._flush_requested or self._stopping, delay)
+                    self._flush_requested = False
+                delay = min(2 * delay, MAX_RETRY_DELAY_S)
 
     def _connect(self) -> None:
         self._server.connect()
         run, run_id = next(iter(self._progress.run_ids.items()), (None, None))
         if run is None or self._server.find_run(self._journal.run_key(run)) != run_id:
-            self._progress = _Progress()  # another server, or one that was emptied since: the journal has everything
+            self._progress = _Progress()  # another server, or an emptied one: send the whole journal
         self._connected = True
 
     def _deliver_next(self) -> None:
         """Send the operations at the journal's position that fit into one request of each run."""
         position = self._progress.position
         kind = self._journal.operations[position].kind
-        # After a failure ever fewer, to find the one that fails.
-        most = max(1, BATCH_LIMITS.get(kind, 1) >> self._failures)
-        batch = list(takewhile(lambda op: op.kind == kind, self._journal.operations[position : position + most]))
+        # After each failure the batch is halved, to find the operation that fails.
+        max_batch = max(1, BATCH_LIMITS.get(kind, 1) >> self._failures)
+        batch = list(takewhile(lambda op: op.kind == kind, self._journal.operations[position : position + max_batch]))
         refused: list[tuple[Operation, Exception]] = []
         try:
             for run in dict.fromkeys(op.run for op in batch):
@@ -124,9 +124,9 @@ class Delivery:
                 write_json(self._journal.folder / PROGRESS, asdict(self._progress))
 
     def _send(self, operations: Sequence[Operation]) -> list[tuple[Operation, Exception]]:
-        """Send operations of one kind and run; those among which one is refused are halved. Returns what is refused."""
+        """Send operations of one kind and run, bisecting a refused batch; return the refused operations."""
         try:
-            self._tell(operations)
+            self._send_batch(operations)
             return []
         except Refused as error:
             if len(operations) == 1:
@@ -134,7 +134,7 @@ class Delivery:
             half = len(operations) // 2
             return self._send(operations[:half]) + self._send(operations[half:])
 
-    def _tell(self, operations: Sequence[Operation]) -> None:
+    def _send_batch(self, operations: Sequence[Operation]) -> None:
         op = operations[0]
         if op.kind == "start":
             parent_id = self._run_id(op.value) if op.value else None
@@ -148,7 +148,7 @@ class Delivery:
             raise Refused(f"its run {run!r} was refused")
         return self._progress.run_ids[run]
 
-    # Beside the journal
+    # Helpers
 
     def _note_refused(self, op: Operation, error: Exception) -> None:
         file = self._journal.folder / REFUSED
@@ -156,12 +156,12 @@ class Delivery:
         with file.open("a") as stream:
             stream.write(json.dumps(asdict(op) | reason) + "\n")
         if not self._progress.refused:
-            what = f"{op.key} of run {op.run!r}"
-            log.warning("MLflow refused %s: %s. More go to %s without a word.", what, shortened(error), file)
+            name = f"{op.key} of run {op.run!r}"
+            log.warning("MLflow refused %s: %s. Further refusals are only logged to %s.", name, shortened(error), file)
         self._progress.refused += 1
 
     def _read_progress(self) -> _Progress:
-        """Nothing, where this file or the journal was lost: sending again is harmless."""
+        """Return the progress on disk; position 0 if it or the journal was lost, as sending is idempotent."""
         with suppress(FileNotFoundError, json.JSONDecodeError):
             progress = _Progress(**read_json(self._journal.folder / PROGRESS))
             if progress.position <= len(self._journal.operations):
@@ -176,10 +176,10 @@ class Delivery:
         total, waiting, refused = len(self._journal.operations), self._num_waiting(), self._progress.refused
         message = f"MLflow at {address} has all {total} tracking operations."
         if waiting:
-            why = f" ({shortened(self._error)})" if self._error else ""
+            reason = f" ({shortened(self._error)})" if self._error else ""
             message = (
-                f"MLflow at {address} lacks {waiting} of {total} tracking operations{why}. "
-                f"They are kept in {folder / JOURNAL}; the same command run again sends them."
+                f"MLflow at {address} lacks {waiting} of {total} tracking operations{reason}. "
+                f"They are kept in {folder / JOURNAL}; rerun the same command to send them."
             )
         if refused:
             message += f" It refused {refused}: see {folder / REFUSED}."

@@ -1,4 +1,4 @@
-"""What is asked of MLflow, and what its answers mean."""
+"""MLflow client calls, and the meaning of their errors."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ choose for which question: docs/mlflow.md of mmap-clip.
 """,
 }
 BATCH_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits for one request
-REFUSALS = (400, 404, 413, 422)  # sending the same again cannot help
+REFUSALS = (400, 404, 413, 422)  # HTTP status codes for which a retry cannot help
 CLIENT_DEFAULTS = {
-    # The outbox tries again by itself, so MLflow's own retries (minutes of them) would only hide an outage.
+    # The outbox retries by itself; MLflow's own retries (for minutes) would only hide an outage.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -43,11 +43,11 @@ CLIENT_DEFAULTS = {
 
 
 class Refused(Exception):
-    """The server took a request and said no, rather than being away."""
+    """Request rejected by a server that is reachable."""
 
 
 class MlflowServer:
-    """An experiment of an MLflow server or database, made where it is missing; `files` has what artifacts name."""
+    """Experiment of an MLflow server or database, created if missing; `files` is the folder of artifact files."""
 
     def __init__(self, uri: str, experiment: str, files: Path):
         self._uri, self._files = uri, files
@@ -65,30 +65,30 @@ class MlflowServer:
             return False
 
     def find_run(self, run_key: str) -> str | None:
-        """The id of the run that has this key."""
-        found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'")
-        return found[0].info.run_id if found else None
+        """Return the id of the run with this key."""
+        runs = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'")
+        return runs[0].info.run_id if runs else None
 
     def start_run(self, run_key: str, name: str, parent_id: str | None, time: int) -> str:
-        """The id of the run that has this key; made where it is missing. Raises: Refused."""
+        """Return the id of the run with this key, created if missing. Raises: Refused."""
         tags = {RUN_KEY: run_key} | ({"mlflow.parentRunId": parent_id} if parent_id else {})
         with _refusals():
-            found = self.find_run(run_key)
-            return found or self._client.create_run(self._experiment_id, time, tags, run_name=name).info.run_id
+            run_id = self.find_run(run_key)
+            return run_id or self._client.create_run(self._experiment_id, time, tags, run_name=name).info.run_id
 
     def send(self, run_id: str, operations: Sequence[Operation]) -> None:
-        """Send operations of one kind: as many as BATCH_LIMITS says, else one. Raises: Refused: one of them."""
+        """Send operations of one kind: at most BATCH_LIMITS, else one. Raises: Refused: One of them was rejected."""
         client, op = self._client, operations[0]
         with _refusals():
             if op.kind in BATCH_LIMITS:
-                entities: list[Any] = list(map(_entity, operations))  # all of this kind
+                entities: list[Any] = list(map(_entity, operations))  # all of one kind
                 client.log_batch(run_id, **{str(op.kind): entities}, synchronous=True)
             elif op.kind == "artifact":
                 client.log_artifact(run_id, str(self._files / op.value), posixpath.dirname(op.key) or None)
             elif op.kind == "dataset":
                 try:
                     client.log_inputs(run_id, datasets=[_dataset(op)])
-                except Exception:  # such as when another run stores the same data set at this moment; then it is there
+                except Exception:  # another run may be storing the same data set at this moment; then a retry finds it
                     client.log_inputs(run_id, datasets=[_dataset(op)])
             elif op.kind == "model":
                 register_version(client, run_id, op.key, op.value)
@@ -99,14 +99,14 @@ class MlflowServer:
 
 
 def resolve_tracking_uri(configured: str | None, storage: Path) -> str:
-    """The config's URI, else MLFLOW_TRACKING_URI, else a SQLite file in `storage`."""
+    """Return the configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in `storage`."""
     default = f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
 def check_reachable(uri: str, timeout_s: float = 10) -> None:
-    """Raise UserError unless `uri` can be used: the check at the door, before any compute."""
-    remedy = "change tracking.uri in the config, or set or unset MLFLOW_TRACKING_URI"
+    """Check that `uri` can be used, before any compute. Raises: UserError: It cannot."""
+    remedy = "change tracking.uri, or set or unset MLFLOW_TRACKING_URI"
     if uri.startswith("sqlite:"):
         try:
             folder = _sqlite_folder(uri)
@@ -114,56 +114,56 @@ def check_reachable(uri: str, timeout_s: float = 10) -> None:
             with tempfile.TemporaryFile(dir=folder):
                 return
         except (OSError, ValueError) as error:
-            raise UserError(f"Tracking database {uri}: {error}. To go on, {remedy}.") from error
+            raise UserError(f"the tracking database {uri} cannot be used: {error}; {remedy}") from error
     if not re.match(r"https?://[^/]", uri):
         raise UserError(
-            f"Tracking URI {without_password(uri)!r} is neither sqlite:////folder/mlflow.db nor "
-            f"http(s)://host:port (a folder of files is no longer a store in MLflow 3). To go on, {remedy}."
+            f"the tracking URI {without_password(uri)!r} is neither sqlite:////folder/mlflow.db nor "
+            f"http(s)://host:port (MLflow 3 no longer supports file stores): {remedy}"
         )
     client = mlflow_client(uri)
     errors: list[Exception] = [TimeoutError(f"no answer within {timeout_s:g} s")]
 
-    def ask() -> None:
+    def list_experiments() -> None:
         try:
             client.search_experiments(max_results=1)
             errors.clear()
         except Exception as error:
             errors[:] = [error]
 
-    # In a thread of its own: MLflow's time-out is per attempt, and the user may have set another one.
-    thread = threading.Thread(target=ask, daemon=True)
+    # In a thread: MLflow's timeout is per attempt, and the user may have set another one.
+    thread = threading.Thread(target=list_experiments, daemon=True)
     thread.start()
     thread.join(timeout_s)
     if errors:
         raise UserError(
-            f"MLflow at {without_password(uri)} cannot be used: a list of its experiments was asked for, "
-            f"and got: {shortened(errors[0])}. Start the server (mlflow server --port ...), or {remedy}."
+            f"MLflow at {without_password(uri)} cannot be used: listing its experiments failed with "
+            f"{shortened(errors[0])}. Start the server (mlflow server --port ...), or {remedy}"
         )
 
 
 def find_run(uri: str, run_folder: str) -> tuple[MlflowClient, str]:
-    """MlflowClient, and the id of the newest finished run whose results are in `run_folder`, as its report says.
+    """Return a client, and the id of the newest finished run with the tag `run_folder`.
 
-    Raises: UserError: there is none, or MLflow cannot be used.
+    Raises: UserError: There is none, or MLflow cannot be used.
     """
     check_reachable(uri)
     client = mlflow_client(uri)
     quote_mark = '"' if "'" in run_folder else "'"
-    found = client.search_runs(
+    runs = client.search_runs(
         [experiment.experiment_id for experiment in client.search_experiments()],
         f"tags.run_folder = {quote_mark}{run_folder}{quote_mark} AND attributes.status = 'FINISHED'",
         max_results=1,
     )
-    if not found:
+    if not runs:
         raise UserError(
             f"MLflow at {without_password(uri)} has no finished run of {run_folder}: give the folder as the run's "
-            "report shows it, the server that the run was sent to, or run it to its end"
+            "report shows it and the server that the run was sent to, or finish the run"
         )
-    return client, found[0].info.run_id
+    return client, runs[0].info.run_id
 
 
 def register_version(client: MlflowClient, run_id: str, registered_model: str, artifact_path: str) -> str:
-    """The version of a registered model that is the run's model under `artifact_path`; made unless it is there."""
+    """Return the version of a registered model for the run's model under `artifact_path`, created if missing."""
     from mlflow.exceptions import MlflowException
 
     source = f"runs:/{run_id}/{artifact_path}"
@@ -173,17 +173,17 @@ def register_version(client: MlflowClient, run_id: str, registered_model: str, a
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     versions = client.search_model_versions(f"name = '{registered_model}' AND run_id = '{run_id}'")
-    there = [version.version for version in versions if version.source == source]
-    return str(there[0] if there else client.create_model_version(registered_model, source, run_id).version)
+    existing = [version.version for version in versions if version.source == source]
+    return str(existing[0] if existing else client.create_model_version(registered_model, source, run_id).version)
 
 
 def mlflow_client(uri: str) -> MlflowClient:
-    """A client that does not wait for a server that is away, and logs no more than warnings."""
+    """Return a client that does not wait for an unreachable server, and logs only warnings."""
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import mlflow
 
-    # One line an outage is the outbox's to say; the schema's migrations and each failed attempt are noise.
+    # The outbox logs one line per outage; schema migrations and failed attempts are noise.
     quiet = {"mlflow": logging.WARNING, "alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
     for name, level in quiet.items():
         logging.getLogger(name).setLevel(level)
@@ -193,12 +193,12 @@ def mlflow_client(uri: str) -> MlflowClient:
 def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server knows where its artifacts belong; a database file does not.
+        # A server knows its artifact location; a database file does not.
         location = (_sqlite_folder(uri) / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
         try:
             return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except Exception:
-            if (experiment := client.get_experiment_by_name(name)) is None:  # else another pipeline was first
+            if (experiment := client.get_experiment_by_name(name)) is None:  # else another pipeline created it first
                 raise
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
@@ -207,14 +207,14 @@ def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Raise as Refused what the server answers when sending the same again cannot help."""
+    """Raise Refused for errors of the server for which a retry cannot help."""
     try:
         yield
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        # A 404 without a message of MLflow's comes from a proxy whose server is away.
+        # A 404 without MLflow's error code comes from a proxy whose server is down.
         if status is None and getattr(error, "error_code", "ENDPOINT_NOT_FOUND") != "ENDPOINT_NOT_FOUND":
-            # Only MLflow's own exceptions, whose methods have no types, have an error_code.
+            # Only MLflow's own exceptions, whose methods are untyped, have an error_code.
             status = cast(Any, error).get_http_status_code()
         if status not in REFUSALS:
             raise
@@ -243,7 +243,7 @@ def without_password(text: str) -> str:
 
 
 def shortened(error: Exception) -> str:
-    """One line of at most 200 characters."""
+    """Return the error as one line of at most 200 characters."""
     text = " ".join(without_password(f"{type(error).__name__}: {error}").split())
     return text if len(text) <= 200 else text[:200] + " ..."
 

@@ -1,4 +1,4 @@
-"""What the pipeline calls to record its runs."""
+"""Tracker: the interface by which the pipeline records its runs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ LENGTH_LIMITS = {"params": 6000, "tags": 8000}  # MLflow's, in characters
 
 
 def end_status(error: BaseException | None) -> str:
-    """MLflow's status of a run that ended with this error, or without one."""
+    """Return the MLflow status of a run that ended with this error, or without one."""
     if error is None:
         return "FINISHED"
     return "KILLED" if isinstance(error, KeyboardInterrupt | InterruptedError) else "FAILED"
 
 
 class Tracker:
-    """Records runs in `folder`, which belongs to one pipeline run (and one driver at a time), and sends them.
+    """Records runs in `folder`, which belongs to one pipeline run and one driver at a time, and sends them.
 
-    Runs are addressed by local names. No method waits for the server or raises because of it; a full disk
-    is a UserError.
+    Runs have local names. No method waits for the server or raises its errors; a full disk is a UserError.
     """
 
     def __init__(self, uri: str, experiment: str, folder: Path):
@@ -39,9 +38,9 @@ class Tracker:
     def start_run(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, Any] = {}, params: Mapping[str, Any] = {}
     ) -> None:
-        """Begin the run `name`, or take it up again where an earlier process left it."""
+        """Start the run `name`, or resume it where an earlier process left it."""
         if parent is not None and parent not in self._journal.status:
-            raise ValueError(f"start_run({name!r}): its parent {parent!r} was not started")
+            raise ValueError(f"start_run({name!r}): the parent {parent!r} was not started")
         self._journal.record("start", name, {"parent": parent})
         if self._journal.status[name] in ("FAILED", "KILLED"):
             self._journal.record("status", name, {"status": "RUNNING"})
@@ -49,39 +48,39 @@ class Tracker:
         self.log_params(name, params)
 
     def log_params(self, name: str, params: Mapping[str, Any]) -> None:
-        """Values that do not change; MLflow refuses a second value for a key."""
+        """Log values that do not change; MLflow refuses a second value for a key."""
         self._journal.record("params", name, {_key(key): _text("params", value) for key, value in params.items()})
 
     def set_tags(self, name: str, tags: Mapping[str, Any]) -> None:
         self._journal.record("tags", name, {_key(key): _text("tags", value) for key, value in tags.items()})
 
     def log_metrics(self, name: str, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers at `step`; the first value for a key and step stays."""
+        """Log numbers at `step`; the first value for a key and step is kept."""
         self._journal.record("metrics", name, {_key(key): float(value) for key, value in metrics.items()}, int(step))
 
     def log_artifact(self, name: str, path: Path, artifact_path: str | None = None) -> None:
-        """A file, or a folder with all that is in it, kept as it is now."""
+        """Log a file, or a folder with its content, in its current state."""
         path = Path(path)
-        inside = posixpath.join(artifact_path or "", path.name)
+        target = posixpath.join(artifact_path or "", path.name)
         if path.is_dir():
             for child in sorted(path.iterdir()):
-                self.log_artifact(name, child, inside)
+                self.log_artifact(name, child, target)
         else:
-            self._journal.record("artifact", name, {inside: self._journal.keep(path)})
+            self._journal.record("artifact", name, {target: self._journal.keep(path)})
 
     def log_dataset(
         self, name: str, *, dataset_name: str, digest: str, source: str, profile: Mapping[str, Any] = {}
     ) -> None:
-        """The data set the run used, as the UI's "Dataset" column shows it."""
+        """Log the data set of the run, for the UI's "Dataset" column."""
         value = {"digest": digest, "source": str(source), "profile": dict(profile)}
         self._journal.record("dataset", name, {dataset_name: value})
 
     def register_model(self, name: str, registered_model: str, artifact_path: str) -> None:
-        """The MLflow model that was logged under `artifact_path` as a version of a registered model."""
+        """Register the model logged under `artifact_path` as a version of a registered model."""
         self._journal.record("model", name, {registered_model: artifact_path})
 
     def end_run(self, name: str, status: str = "FINISHED") -> None:
-        """A run that did not finish takes along those nested in it that are still at work."""
+        """End a run; with another status than FINISHED, also those of its nested runs that are still running."""
         if status not in ("FINISHED", "FAILED", "KILLED"):
             raise ValueError(f"end_run({name!r}): status {status!r} is not FINISHED, FAILED or KILLED")
         journal = self._journal
@@ -93,11 +92,11 @@ class Tracker:
             self._journal.record("status", name, {"status": status})
 
     def flush(self, timeout_s: float = 60) -> DeliveryReport:
-        """Wait until all is sent, or nothing was for `timeout_s`, and say how far it came."""
+        """Wait until all is sent, or nothing was sent for `timeout_s`; return a report."""
         return self._delivery.flush(timeout_s)
 
     def close(self, timeout_s: float = 60) -> DeliveryReport:
-        """Flush, tell the user what is missing, and stop sending."""
+        """Flush, log what was not sent, and stop sending."""
         report = self.flush(timeout_s)
         self._delivery.stop()
         self._journal.close()
@@ -112,7 +111,7 @@ class Tracker:
 
 
 def _key(key: str) -> str:
-    """A name that MLflow takes: "ink+chalk" becomes "ink_chalk"."""
+    """Return a valid MLflow key: "ink+chalk" becomes "ink_chalk"."""
     return re.sub(r"[^\w\-. :/]", "_", str(key))
 
 
