@@ -1,4 +1,4 @@
-"""Command-line interface of an installed package: runs a job by its name.
+"""Run a job by its name: the command-line interface of an installed package.
 
 mmap-clip full_pipeline        the built-in demo
 mmap-clip full_pipeline --config configs/office_home.yaml --data.root /data/OfficeHome

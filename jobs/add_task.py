@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Adds a task to a finished run: the new domain gets its own prompt; the prompts of existing tasks are unchanged.
+"""Add a task to a finished run: the new domain gets its own prompt; the prompts of existing tasks are unchanged.
 
     python jobs/add_task.py --run mmap-runs/runs/<run> --task sketch
     python jobs/add_task.py --run mmap-runs/runs/<run> --task sketch --data.root /data/new --rerun

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains many methods with several seeds and numbers of shots, and compares them in tables and figures.
+"""Train many methods with several seeds and numbers of shots, and compare them in tables and figures.
 
     python jobs/benchmark.py                                             all methods on the demo, seeds 1, 2, 3
     python jobs/benchmark.py --methods coop_mt vpt_mt maple_mt grouped --shots 1 3 6 12

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 0 and 1: checks the data and writes few-shot splits as Parquet files.
+"""Stages 0 and 1: check the data and write few-shot splits as Parquet files.
 
 python jobs/build_splits.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checks a data set before training: reports problems, each with examples and a suggested fix. Trains nothing.
+"""Check a data set before training, and report issues with examples and suggested fixes. Trains nothing.
 
     python jobs/check_data.py --data.root /data/shops
     python jobs/check_data.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The whole pipeline: from image folders to grouped multi-task prompts and a report.
+"""Run the whole pipeline: from image folders to grouped multi-task prompts and a report.
 
     python jobs/full_pipeline.py                                       the built-in demo, on a local Ray
     python jobs/full_pipeline.py --config configs/office_home.yaml --data.root /data/OfficeHome

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Measures whether grouping helps: trains MmAP for every possible group of the tasks (63 trainings for six tasks) and
-compares the accuracy of every partition with its score, with a single group, and with random partitions.
+"""Measure whether grouping helps: train MmAP for every possible group of the tasks (63 trainings for six tasks) and
+compare the accuracy of every partition with its score, with a single group, and with random partitions.
 
     python jobs/grouping_study.py                                          the demo, seeds 1, 2, 3
     python jobs/grouping_study.py --config configs/office_home.yaml --data.root /data/OfficeHome --seeds 1 2

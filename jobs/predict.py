@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Classifies images with a trained adapter; needs its file and the CLIP weights.
+"""Classify images with a trained adapter; needs its file and the CLIP weights.
 
     python jobs/predict.py --adapter mmap-runs/runs/<run>/adapters/grouped.safetensors --task ink photos/
     python jobs/predict.py --adapter s3://bucket/runs/<run> --task ink /data/photos --output predictions.parquet

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Logs the model of a finished run to its MLflow run, and registers it in MLflow's model registry.
+"""Log the model of a finished run to its MLflow run, and register it in MLflow's model registry.
 
     python jobs/register_model.py --run mmap-runs/runs/<run> --tracking.registered_model digits
     mlflow models serve -m models:/digits/1 --env-manager local

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Serves trained models over HTTP with Ray Serve: one or several models on one CLIP. Ctrl-C or SIGTERM stops it.
+"""Serve trained models over HTTP with Ray Serve: one or several models on one CLIP. Ctrl-C or SIGTERM stops it.
 
     python jobs/serve.py --models digits=mmap-runs/runs/<run>
     python jobs/serve.py --models a=mmap-runs/runs/<run> b=models:/digits@champion --replicas 2 --port 8000

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 1-3: groups the tasks by the affinities of their gradient snapshots. Finished stages are cached, so other
+"""Stages 1-3: group the tasks by the affinities of their gradient snapshots. Finished stages are cached, so other
 objectives and constraints can be tried on an existing run in seconds.
 
     python jobs/solve_grouping.py --config configs/demo.yaml --grouping.objective mean --grouping.max_size 3

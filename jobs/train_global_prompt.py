@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 1-2: trains the global prompt and stores snapshots of the tasks' gradients. Finished stages are cached.
+"""Stages 1-2: train the global prompt and store snapshots of the tasks' gradients. Finished stages are cached.
 
 python jobs/train_global_prompt.py --config configs/office_home.yaml --data.root /data/OfficeHome
 """

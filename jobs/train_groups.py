@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 1-4: trains and evaluates the groups, without the report. Finished stages are cached.
+"""Stages 1-4: train and evaluate the groups, without the report. Finished stages are cached.
 
 python jobs/train_groups.py --config configs/office_home.yaml --data.root /data/OfficeHome
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Searches config fields for the best accuracy on held-out training images, then runs the pipeline with the best.
+"""Search config fields for the best accuracy on held-out training images, then run the pipeline with the best.
 
     python jobs/tune.py --search configs/searches/demo.yaml                 the demo
     python jobs/tune.py --search configs/searches/mmap.yaml \\
