@@ -130,7 +130,7 @@ def largest_difference(ours: Sequence[torch.Tensor], reference: Sequence[torch.T
     return max(((a - b).abs().max() / scale).item() for a, b in zip(ours, reference))
 
 
-def measure_seconds(step: Callable[[], Any], device: torch.device) -> float:
+def time_call(step: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of a step."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -146,18 +146,18 @@ def fastest_seconds(steps: dict[str, Callable[[], Any]], repeats: int, device: t
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            seconds[name].append(measure_seconds(step, device))
+            seconds[name].append(time_call(step, device))
     return {name: min(values) for name, values in seconds.items()}
 
 
-def count_gflop(step: Callable[[], Any]) -> tuple[Any, float]:
+def gflop(step: Callable[[], Any]) -> tuple[Any, float]:
     """Return a step's result and its GFLOP by torch's counter: matrix products, convolutions, attention."""
     with FlopCounterMode(display=False) as counter:
         result = step()
     return result, counter.get_total_flops() / 1e9
 
 
-def measure_peak_gib(step: Callable[[], Any], device: torch.device) -> float:
+def peak_gib(step: Callable[[], Any], device: torch.device) -> float:
     """Return the peak GiB of a step beyond what was allocated; the FLOP counter, which keeps tensors, must be off."""
     gc.collect()
     if device.type == "cuda":
@@ -189,7 +189,7 @@ def write_results(name: str, device: torch.device, values: dict[str, Any]) -> No
     file.write_text(json.dumps({**values, **machine}, indent=1) + "\n")
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Format a Markdown table, its first column aligned left, the others right."""
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])

@@ -15,16 +15,7 @@ import argparse
 from dataclasses import replace
 
 import torch
-from common import (
-    class_names,
-    default_device,
-    device_name,
-    largest_difference,
-    load,
-    markdown_table,
-    measure_seconds,
-    write_results,
-)
+from common import class_names, default_device, device_name, largest_difference, load, table, time_call, write_results
 
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import Config
@@ -74,7 +65,7 @@ def main() -> None:
 
     features = []
     writer = min(
-        measure_seconds(
+        time_call(
             lambda: features.append(frozen_training_features(towers, pixels, arguments.steps, training, 1, "float32")),
             device,
         )
@@ -95,7 +86,7 @@ def main() -> None:
                 trained = method if side == "once" else RecomputedEveryStep(method, towers)
 
                 trainer = Trainer(towers, trained, [frozen], tokens, training, **options)
-                side_seconds.append(measure_seconds(trainer.train, device))
+                side_seconds.append(time_call(trainer.train, device))
                 states[side] = list(method.state_dict().values())
         row = {side: min(side_seconds) for side, side_seconds in seconds.items()}
         rows.append({"method": name, **row, "difference": largest_difference(*states.values())})
@@ -108,7 +99,7 @@ def main() -> None:
         + ([f"{row['every step']:.2f}", f"{row['every step'] / row['once']:.1f}"] if "every step" in row else ["", ""])
         for row in rows
     ]
-    print(markdown_table(["training", "frozen part once, s", "in every step, s", "ratio"], lines))
+    print(table(["training", "frozen part once, s", "in every step, s", "ratio"], lines))
     setting = {name: getattr(arguments, name) for name in ("model", "images", "classes", "steps")}
     write_results(f"frozen_features_{arguments.model}", device, {**setting, "rows": rows})
 

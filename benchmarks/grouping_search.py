@@ -19,7 +19,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from common import device_name, fastest_seconds, markdown_table, write_results
+from common import device_name, fastest_seconds, table, write_results
 
 from pipeline.grouping.objectives import OBJECTIVES, get_objective
 from pipeline.grouping.partition import TIME_LIMIT_S, best_partition
@@ -53,22 +53,12 @@ def main() -> None:
     ]
 
     print(f"Seconds on {device_name(CPU)}, fastest of {arguments.repeats}; `sum`, affinities around five directions\n")
-    print(
-        markdown_table(["tasks", *list(ways[0]["seconds"])], [[row["tasks"], *shown(row["seconds"])] for row in ways])
-    )
+    print(table(["tasks", *list(ways[0]["seconds"])], [[row["tasks"], *shown(row["seconds"])] for row in ways]))
     print("\nDynamic programming over subsets, random affinities\n")
-    print(
-        markdown_table(
-            ["tasks", *list(options[0]["seconds"])], [[row["tasks"], *shown(row["seconds"])] for row in options]
-        )
-    )
+    print(table(["tasks", *list(options[0]["seconds"])], [[row["tasks"], *shown(row["seconds"])] for row in options]))
     print(f"\n`best_partition`, one run, at most {limit:g} s\n")
     columns = ["affinities", "tasks", "objective", "s", "gap", "way"]
-    print(
-        markdown_table(
-            columns, [[*list(row.values())[:3], seconds(row["seconds"]), gap(row), row["way"]] for row in many]
-        )
-    )
+    print(table(columns, [[*list(row.values())[:3], seconds(row["seconds"]), gap(row), row["way"]] for row in many]))
     values = {"time_limit_s": limit, "repeats": arguments.repeats, "ways": ways, "options": options, "many": many}
     write_results("grouping_search", CPU, values)
 

@@ -17,16 +17,16 @@ import sys
 import torch
 from common import (
     class_names,
-    count_gflop,
     default_device,
     device_name,
     fastest_seconds,
+    gflop,
     group_prompts,
     load,
-    markdown_table,
-    measure_peak_gib,
     our_step,
+    peak_gib,
     random_batch,
+    table,
     write_results,
 )
 
@@ -59,8 +59,8 @@ def main() -> None:
             row = {
                 "case": case,
                 "activation_memory_gib": str(limit),
-                "gib": measure_peak_gib(step, device),
-                "gflop": count_gflop(step)[1],
+                "gib": peak_gib(step, device),
+                "gflop": gflop(step)[1],
             }
             row["seconds"] = fastest_seconds({"step": step}, arguments.repeats, device)["step"]
             rows.append(row)
@@ -78,7 +78,7 @@ def main() -> None:
         ]
         for row in rows
     ]
-    print(markdown_table(columns, lines))
+    print(table(columns, lines))
     values = {"model": arguments.model, "precision": arguments.precision, "rows": rows}
     write_results(f"{arguments.name}_{arguments.model}_{arguments.precision}", device, values)
 

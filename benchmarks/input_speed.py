@@ -40,7 +40,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL
 import torch
-from common import default_device, device_name, fastest_seconds, load, markdown_table, write_results
+from common import default_device, device_name, fastest_seconds, load, table, write_results
 from PIL import Image
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
@@ -125,7 +125,7 @@ def main() -> None:
             [row["version"], row["images"], f"{row['s']:.2f}", f"{row['images/s']:.0f}", f"{row['ratio']:.2f}"]
             for row in case_rows
         ]
-        print(markdown_table(columns, lines), end="\n\n")
+        print(table(columns, lines), end="\n\n")
     machine = {"cores": os.cpu_count(), "Pillow": PIL.__version__, "bytes per image": round(bytes_per_image)}
     write_results("input_speed", device, {**machine, **vars(arguments), "rows": rows})
 

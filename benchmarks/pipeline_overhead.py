@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import REPOSITORY, markdown_table, write_results
+from common import REPOSITORY, table, write_results
 
 from pipeline.config import DEMO_CONFIG, Config, load_yaml, parse_config
 
@@ -60,7 +60,7 @@ def main() -> None:
     walls = {"pipeline": min(pipeline_walls), "its stages": min(stage_sums), "single process": min(single_walls)}
     print(f"demo, {os.cpu_count()} CPU cores, torch {torch.__version__}, fastest of {arguments.repeats}\n")
     print(
-        markdown_table(
+        table(
             ["", "s", "pipeline / this"],
             [[k, f"{v:.1f}", f"{walls['pipeline'] / v:.2f}"] for k, v in walls.items()],
         )

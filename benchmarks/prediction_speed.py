@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import class_names, default_device, device_name, fastest_seconds, markdown_table, write_results
+from common import class_names, default_device, device_name, fastest_seconds, table, write_results
 from PIL import Image
 
 from pipeline.clip.load import load_clip, weights_fingerprint
@@ -72,11 +72,7 @@ def main() -> None:
 
     print(f"{arguments.model}, {arguments.images} images, {arguments.classes} classes, {arguments.tasks} tasks")
     print(f"{arguments.precision}, {device_name(device)}, torch {torch.__version__}\n")
-    print(
-        markdown_table(
-            ["", "s", "of open_clip"], [[name, f"{s:.3f}", f"{s / alone:.2f}x"] for name, s in seconds.items()]
-        )
-    )
+    print(table(["", "s", "of open_clip"], [[name, f"{s:.3f}", f"{s / alone:.2f}x"] for name, s in seconds.items()]))
     values = {name: getattr(arguments, name) for name in ("model", "images", "classes", "tasks", "side", "precision")}
     write_results(f"prediction_speed_{arguments.model}", device, {**values, "seconds": seconds})
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from common import REPOSITORY, class_names, markdown_table, write_results
+from common import REPOSITORY, class_names, table, write_results
 from PIL import Image
 
 from pipeline.files import atomic_replace
@@ -54,7 +54,7 @@ def main() -> None:
         seconds, peak = run_measured([sys.executable, *command])
         rows.append((name, f"{seconds:.0f}", f"{arguments.images / seconds:.0f}", f"{peak / 2**30:.2f}"))
     columns = ("job", "s", "images/s", "peak, GiB")
-    print(markdown_table(columns, rows))
+    print(table(columns, rows))
     values = {
         "images": arguments.images,
         "classes": arguments.classes,

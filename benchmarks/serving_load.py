@@ -18,7 +18,7 @@ from pathlib import Path
 
 import aiohttp
 import torch
-from common import markdown_table, write_results
+from common import table, write_results
 from prediction_speed import adapter_file, jpegs
 from servers import free_ports
 from serving import Reply, Service, ask, closed_loop, kill_at_work
@@ -103,7 +103,7 @@ def main() -> None:
 
     columns = ["", "a second", "p50, ms", "p90, ms", "p99, ms", "images a batch", "lost"]
     print(f"\n{arguments.clip}, {arguments.replicas} x {arguments.cpus_per_replica} CPU, torch {torch.__version__}\n")
-    print(markdown_table(columns, rows))
+    print(table(columns, rows))
     values = {name: getattr(arguments, name) for name in ("clip", "side", "replicas", "cpus_per_replica", "seconds")}
     name = "digits" if arguments.clip == BUILTIN_DIGITS else arguments.clip
     write_results(f"serving_load_{name}", torch.device("cpu"), {**values, "columns": columns, "rows": rows})

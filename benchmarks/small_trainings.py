@@ -29,8 +29,8 @@ from common import (
     default_device,
     device_name,
     load,
-    markdown_table,
     random_batch,
+    table,
     write_results,
 )
 from torch import multiprocessing
@@ -84,7 +84,7 @@ def main() -> None:
         [row["mode"], f"{row['seconds']:.2f}", f"{rows[0]['seconds'] / row['seconds']:.2f}", f"{row['difference']:.0e}"]
         for row in rows
     ]
-    print(markdown_table(["", "s", "speedup over sequential", "largest difference"], lines))
+    print(table(["", "s", "speedup over sequential", "largest difference"], lines))
     write_results(f"small_trainings_{arguments.model}", device, {**vars(arguments), "rows": rows})
 
 
@@ -99,9 +99,7 @@ def train(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence[i
     device, batch = towers.device, arguments.images
     shape = MmapShape.of(MmapConfig(), towers)
     prompts = [GroupMmap(shape, [f"task {number}"], seed=number).to(device) for number in numbers]
-    optimizer = torch.optim.SGD(
-        [parameter for mmap in prompts for parameter in mmap.parameters()], lr=0.0035, momentum=0.9
-    )
+    optimizer = torch.optim.SGD([p for mmap in prompts for p in mmap.parameters()], lr=0.0035, momentum=0.9)
     names = class_names(arguments.classes)
     tokens = class_tokens(towers.tokenizer, TEMPLATE, [names] * len(numbers)).to(device)
     batches = []

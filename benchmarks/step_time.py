@@ -22,18 +22,18 @@ import torch
 from common import (
     Step,
     class_names,
-    count_gflop,
     default_device,
     device_name,
     fastest_seconds,
+    gflop,
     group_prompts,
     largest_difference,
     load,
-    markdown_table,
-    measure_peak_gib,
     our_step,
+    peak_gib,
     random_batch,
     reference_step,
+    table,
     write_results,
 )
 from official_peers import coop_step, maple_step
@@ -67,9 +67,9 @@ def main() -> None:
             if checkout and num_tasks == 1:
                 steps[name] = make(checkout, model, words, images, labels, device)
         if arguments.memory:
-            rows.append({"case": case, "gib": {name: measure_peak_gib(step, device) for name, step in steps.items()}})
+            rows.append({"case": case, "gib": {name: peak_gib(step, device) for name, step in steps.items()}})
         else:
-            results, gflops = zip(*map(count_gflop, steps.values()))
+            results, gflops = zip(*map(gflop, steps.values()))
             row = {"case": case, "difference": largest_difference(*results[:2]), "gflop": dict(zip(steps, gflops))}
             rows.append({**row, "seconds": fastest_seconds(steps, arguments.repeats, device)})
         print(rows[-1], file=sys.stderr, flush=True)
@@ -91,7 +91,7 @@ def main() -> None:
             line += [f"{row[key][name] / row[key]['ours']:.1f}" if name in row[key] else "" for key in quantities]
         lines.append(line)
     print(f"{arguments.model}, {arguments.precision}, {device_name(device)}, torch {torch.__version__}\n")
-    print(markdown_table(columns, lines))
+    print(table(columns, lines))
     name = f"step_{'memory' if arguments.memory else 'time'}_{arguments.model}_{arguments.precision}"
     write_results(name, device, {"model": arguments.model, "precision": arguments.precision, "rows": rows})
 

@@ -21,17 +21,17 @@ from common import (
     TEMPLATE,
     autocast,
     class_names,
-    count_gflop,
     default_device,
     device_name,
     fastest_seconds,
+    gflop,
     group_prompts,
     largest_difference,
     load,
-    markdown_table,
-    measure_seconds,
     our_step,
     random_batch,
+    table,
+    time_call,
     write_results,
 )
 
@@ -70,12 +70,12 @@ def main() -> None:
             groups = [(dict.fromkeys(prompts.tasks, words), prompts())]
         classifier = Classifier(towers, TEMPLATE, groups, autocast_to)
         calls = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
-        gradients_by_precision[precision], training_gflop = count_gflop(train)
-        flops = {"training": training_gflop, "evaluation": count_gflop(calls["evaluation"])[1]}
+        gradients_by_precision[precision], training_gflop = gflop(train)
+        flops = {"training": training_gflop, "evaluation": gflop(calls["evaluation"])[1]}
         first_call = None
         if arguments.compile:
             compiled = torch.compile(train)
-            first_call = measure_seconds(compiled, device)
+            first_call = time_call(compiled, device)
             calls["compiled training"], flops["compiled training"] = compiled, flops["training"]
         seconds = fastest_seconds(calls, arguments.repeats, device)
         for name in calls:
@@ -112,7 +112,7 @@ def main() -> None:
         ]
         for row in rows
     ]
-    print(markdown_table(columns, lines))
+    print(table(columns, lines))
     write_results(f"utilization_{arguments.model}", device, {**vars(arguments), "rows": rows})
 
 
@@ -124,7 +124,7 @@ def matmul_tflops(device: torch.device, precision: str) -> float:
         with autocast(device, precision):
             a @ b
             for _ in range(10):
-                fastest = max(fastest, 2 * size**3 / 1e12 / measure_seconds(lambda a=a, b=b: a @ b, device))
+                fastest = max(fastest, 2 * size**3 / 1e12 / time_call(lambda a=a, b=b: a @ b, device))
     return fastest
 
 

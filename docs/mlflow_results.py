@@ -98,7 +98,7 @@ def read_benchmark(
         available = ", ".join(f"{run.info.run_name} ({run.data.params['name']})" for run in runs) or "none"
         raise UserError(
             f"the experiment {experiment.name!r} has no benchmark{_filters(name=name, data=data)} with a report; it "
-            f"has: {available}. Create one with python jobs/benchmark.py --methods paper --shots 1 2 4 --seeds 1 2 3"
+            f"has: {available}. Create one: python jobs/benchmark.py --methods paper --shots 1 2 4 --seeds 1 2 3"
         )
     run, params = matching[0], matching[0].data.params
     benchmark = _parse_benchmark(
@@ -143,7 +143,7 @@ def read_grouping(
             return parent.info.run_name, json.loads(experiment.read(stage, "grouping.json"))
     filters = _filters(data=data, shots=shots, seeds=seeds)
     raise UserError(
-        f"the experiment {experiment.name!r} has no finished grouping{filters}. Create one with python "
+        f"the experiment {experiment.name!r} has no finished grouping{filters}. Create one: python "
         "jobs/full_pipeline.py"
     )
 

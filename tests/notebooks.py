@@ -42,7 +42,7 @@ def execute_repeatedly(uri: str, folder: Path, *settings: dict[str, object]) -> 
     ]
 
 
-def printed_text(outputs: list[dict]) -> str:
+def stdout(outputs: list[dict]) -> str:
     assert all(output.get("name") != "stderr" for output in outputs), outputs
     return "".join(output["text"] for output in outputs if output.output_type == "stream")
 
@@ -51,5 +51,5 @@ def num_images(outputs: list[dict]) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def markdown_tables(outputs: list[dict]) -> str:
+def tables(outputs: list[dict]) -> str:
     return "\n".join(output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {}))

@@ -11,7 +11,7 @@ from statistics import fmean
 
 import pytest
 from mlflow import MlflowClient
-from notebooks import execute_repeatedly, markdown_tables, num_images, printed_text
+from notebooks import execute_repeatedly, num_images, stdout, tables
 from pipelines import Job
 from rich.console import Console
 
@@ -108,8 +108,8 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
 
     settings = {"DATA": "demo", "SHOTS": [2], "SEEDS": [1], "METHODS": ["grouped"], "SAVE_TO": str(tmp_path / "saved")}
     outputs, filtered = execute_repeatedly(uri, tmp_path, {}, settings)
-    assert printed_text(outputs["read"]).startswith(f"{folder.name}: demo, shots 2, 4, seeds 1, 2, 3 methods\n")
-    text = markdown_tables(outputs["tables"]) + markdown_tables(outputs["parts"])
+    assert stdout(outputs["read"]).startswith(f"{folder.name}: demo, shots 2, 4, seeds 1, 2, 3 methods\n")
+    text = tables(outputs["tables"]) + tables(outputs["parts"])
     assert {line for line in text.splitlines() if line} <= set(report.splitlines())
     assert "4-shot test accuracy (%), 2 seeds" in text and "minus each other variant" in text
     assert {cell: num_images(cell_outputs) for cell, cell_outputs in outputs.items() if num_images(cell_outputs)} == {
@@ -117,12 +117,12 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
         "figure-5": 1,
         "groups": 3,
     }
-    assert "python jobs/benchmark.py --methods paper" in printed_text(outputs["figure-4"])
-    assert re.match(r"demo, [24] shots, seed [12] \(\w+\): ink", printed_text(outputs["groups"]))
+    assert "python jobs/benchmark.py --methods paper" in stdout(outputs["figure-4"])
+    assert re.match(r"demo, [24] shots, seed [12] \(\w+\): ink", stdout(outputs["groups"]))
 
-    assert "2-shot test accuracy (%), 1 seed\n" in (text := markdown_tables(filtered["tables"])) and "CoOp" not in text
-    assert "several numbers of shots" in printed_text(filtered["figure-5"])
-    assert printed_text(filtered["groups"]).startswith("demo, 2 shots, seed 1 (")
+    assert "2-shot test accuracy (%), 1 seed\n" in (text := tables(filtered["tables"])) and "CoOp" not in text
+    assert "several numbers of shots" in stdout(filtered["figure-5"])
+    assert stdout(filtered["groups"]).startswith("demo, 2 shots, seed 1 (")
     assert (tmp_path / "saved" / "accuracy_parameters_2_shots.pdf").stat().st_size > 5000
     assert r"\begin{tabular}" in (tmp_path / "saved" / "accuracy_2_shots.tex").read_text()
 

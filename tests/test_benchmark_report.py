@@ -40,9 +40,7 @@ PAPER_METHODS = ("zero_shot", *TRAINED_PARAMETERS)
 ALL_METHODS = (*VARIANTS, "unknown_method", "another one")
 
 
-def random_benchmark(
-    tasks=OTHER_TASKS, methods=("zero_shot", "coop", "coop_mt", "grouped"), shots=(6,), seeds=(1, 2, 3)
-):
+def simulate(tasks=OTHER_TASKS, methods=("zero_shot", "coop", "coop_mt", "grouped"), shots=(6,), seeds=(1, 2, 3)):
     """Benchmark with random accuracies; only zero-shot has no trained parameters."""
     rng = np.random.default_rng(0)
     results = []
@@ -56,7 +54,7 @@ def random_benchmark(
     return Benchmark("made up", tuple(tasks), tuple(results), "ViT-B-32", ("5 epochs.",))
 
 
-def constant_runs(method, accuracy_by_seed, shots=6, tasks=OTHER_TASKS):
+def constant(method, accuracy_by_seed, shots=6, tasks=OTHER_TASKS):
     """Runs of a method with the same accuracy on every task."""
     return [Result(method, shots, seed, dict.fromkeys(tasks, value), 10) for seed, value in accuracy_by_seed.items()]
 
@@ -65,7 +63,7 @@ def make_benchmark(*runs, tasks=OTHER_TASKS):
     return Benchmark("made up", tasks, tuple(result for method_runs in runs for result in method_runs), "ViT-B-32")
 
 
-def drop_results(benchmark, condition):
+def drop(benchmark, condition):
     return replace(benchmark, results=tuple(result for result in benchmark.results if not condition(result)))
 
 
@@ -167,7 +165,7 @@ def test_paper_results_use_the_given_task_names():
 
 
 def test_cells_equal_numpy():
-    benchmark = random_benchmark(shots=(3, 6))
+    benchmark = simulate(shots=(3, 6))
     tables = main_tables(benchmark)
     assert [re.search(r"(\d+)-shot test accuracy \(%\), (\d) seeds", table.title).groups() for table in tables] == [
         ("3", "3"),
@@ -193,17 +191,15 @@ def test_deviation_of_the_average_is_not_that_of_the_tasks():
 
 
 def test_one_seed_has_no_deviation():
-    (table,) = main_tables(random_benchmark(seeds=(7,)))
+    (table,) = main_tables(simulate(seeds=(7,)))
     assert table.title.endswith("1 seed")
     assert not any("±" in text for row in table.rows for text in texts(row))
     assert not any("±" in note for note in table.notes)
 
 
 def test_missing_runs_are_marked():
-    benchmark = drop_results(
-        random_benchmark(shots=(3, 6)), lambda run: run.method == "coop" and (run.shots, run.seed) == (6, 2)
-    )
-    benchmark = drop_results(benchmark, lambda run: run.method == "coop_mt" and run.shots == 3)
+    benchmark = drop(simulate(shots=(3, 6)), lambda run: run.method == "coop" and (run.shots, run.seed) == (6, 2))
+    benchmark = drop(benchmark, lambda run: run.method == "coop_mt" and run.shots == 3)
     table_3_shots, table_6_shots = main_tables(benchmark)
     remaining = [run.accuracy["birds"] for run in benchmark.runs("coop", 6)]
     assert len(remaining) == 2
@@ -229,11 +225,11 @@ def test_run_that_lacks_a_task_has_no_average():
 
 def test_best_and_second_are_marked_as_printed_and_only_with_every_seed():
     benchmark = make_benchmark(
-        constant_runs("coop", {1: 0.8001, 2: 0.8001}),
-        constant_runs("vpt", {1: 0.8003, 2: 0.8003}),  # 80.0 as well
-        constant_runs("maple", {1: 0.79, 2: 0.79}),
-        constant_runs("full_finetune", {1: 0.78, 2: 0.78}),
-        constant_runs("bitfit", {1: 0.95}),  # the best, but with one seed
+        constant("coop", {1: 0.8001, 2: 0.8001}),
+        constant("vpt", {1: 0.8003, 2: 0.8003}),  # 80.0 as well
+        constant("maple", {1: 0.79, 2: 0.79}),
+        constant("full_finetune", {1: 0.78, 2: 0.78}),
+        constant("bitfit", {1: 0.95}),  # the best, but with one seed
     )
     (table,) = main_tables(benchmark)
     marks = {method: {cell.mark for cell in find_row(table, method).cells[1:-1]} for method in benchmark.methods}
@@ -243,16 +239,14 @@ def test_best_and_second_are_marked_as_printed_and_only_with_every_seed():
 
 def test_parameters_that_differ_between_seeds_are_a_range():
     """The groups, and with them the number of group prompts, differ between seeds."""
-    runs = [
-        replace(run, trained_parameters=1000 * run.seed) for run in constant_runs("grouped", {3: 0.5, 1: 0.6, 2: 0.7})
-    ]
+    runs = [replace(run, trained_parameters=1000 * run.seed) for run in constant("grouped", {3: 0.5, 1: 0.6, 2: 0.7})]
     (table,) = main_tables(make_benchmark(runs))
     assert texts(find_row(table, "grouped"))[-1] == "1,000–3,000"
 
 
 def test_rows_are_in_sections_in_the_order_given():
     methods = ("unknown_method", "grouped", "vpt", "coop_mt", "zero_shot", "coop", "mmap_task_only")
-    (table,) = main_tables(random_benchmark(methods=methods))
+    (table,) = main_tables(simulate(methods=methods))
     assert [(row.kind, row.cells[0].text) for row in table.rows] == [
         ("ours", "zero-shot"),
         ("section", "single-task"),
@@ -268,7 +262,7 @@ def test_rows_are_in_sections_in_the_order_given():
 
 
 def test_every_version_has_a_row_and_a_section():
-    (table,) = main_tables(random_benchmark(methods=ALL_METHODS))
+    (table,) = main_tables(simulate(methods=ALL_METHODS))
     for method in ALL_METHODS:
         assert "—" not in texts(find_row(table, method))
     assert variant_section("zero_shot") == "zero-shot" and variant_section("unknown_method") == "others"
@@ -284,7 +278,7 @@ def test_every_version_has_a_row_and_a_section():
 
 def test_paper_rows_are_below_ours():
     methods = ("zero_shot", "maple", "clip_lora", "bitfit_mt", "coop_mt", "grouped")
-    table, with_12_shots = main_tables(random_benchmark(OFFICE_TASKS, methods, shots=(6, 12)))
+    table, with_12_shots = main_tables(simulate(OFFICE_TASKS, methods, shots=(6, 12)))
     paper_rows = {texts(ours)[0]: texts(row) for ours, row in zip(table.rows, table.rows[1:]) if row.kind == "paper"}
     assert paper_rows == {
         "zero-shot": ["paper", "82.9", "68.3", "89.3", "90.1", "82.6", "—"],
@@ -300,20 +294,20 @@ def test_paper_rows_are_below_ours():
 
 
 def test_paper_columns_follow_the_order_of_our_tasks():
-    (table,) = main_tables(random_benchmark(("sketch", "real", "clipart", "painting"), ("grouped",), shots=(3,)))
+    (table,) = main_tables(simulate(("sketch", "real", "clipart", "painting"), ("grouped",), shots=(3,)))
     assert texts(table.rows[-1])[:5] == ["paper", "79.8 ± 0.7", "92.2 ± 0.2", "83.9 ± 0.3", "83.5 ± 0.2"]
 
 
 @pytest.mark.parametrize(("tasks", "shots"), [(OFFICE_TASKS, 3), (OTHER_TASKS, 6)])
 def test_no_paper_rows_without_paper_results(tasks, shots):
-    benchmark = random_benchmark(tasks, (*PAPER_METHODS, *MMAP_VERSIONS[:-1]), shots=(shots,))
+    benchmark = simulate(tasks, (*PAPER_METHODS, *MMAP_VERSIONS[:-1]), shots=(shots,))
     for table in (*main_tables(benchmark), framework_table(benchmark)):
         assert not any(row.kind == "paper" for row in table.rows)
         assert "paper" not in " ".join((*table.header, *table.notes))
 
 
 def test_framework_table_has_parts_and_paper_columns():
-    benchmark = random_benchmark(OFFICE_TASKS, ("coop", *reversed(MMAP_VERSIONS)), shots=(1, 6, 12))
+    benchmark = simulate(OFFICE_TASKS, ("coop", *reversed(MMAP_VERSIONS)), shots=(1, 6, 12))
     table = framework_table(benchmark)
     assert table.header == (
         *("variant", "task prompt", "group prompt", "groups"),
@@ -334,16 +328,16 @@ def test_framework_table_has_parts_and_paper_columns():
 
 
 def test_framework_table_shows_only_existing_variants():
-    table = framework_table(random_benchmark(methods=("coop", "grouped", "all_in_one")))
+    table = framework_table(simulate(methods=("coop", "grouped", "all_in_one")))
     assert [texts(row)[0] for row in table.rows] == ["MmAP, all in one group", "MmAP, grouped"]
-    assert framework_table(random_benchmark(methods=("coop", "zero_shot"))) is None
+    assert framework_table(simulate(methods=("coop", "zero_shot"))) is None
 
 
 # --- paired differences ---------------------------------------------------------------------------------
 
 
 def test_paired_differences_equal_numpy():
-    benchmark = random_benchmark(methods=("coop", "grouped"), seeds=range(5))
+    benchmark = simulate(methods=("coop", "grouped"), seeds=range(5))
     ours, baseline = (
         np.array([np.mean(list(run.accuracy.values())) for run in benchmark.runs(method, 6)]) * 100
         for method in ("grouped", "coop")
@@ -360,14 +354,14 @@ def test_paired_differences_equal_numpy():
 def test_findings_of_the_comparison():
     """`grouped` has 80 % with every seed; the baselines differ in average, deviation and seeds."""
     benchmark = make_benchmark(
-        constant_runs("coop", {1: 0.78, 2: 0.79, 3: 0.785}),
-        constant_runs("vpt", {1: 0.83, 2: 0.82, 3: 0.825}),
-        constant_runs("maple", {1: 0.77, 2: 0.82, 3: 0.80}),
-        constant_runs("full_finetune", {1: 0.80, 2: 0.80, 3: 0.80}),
-        constant_runs("bitfit", {2: 0.70}),
-        constant_runs("clip_lora", {9: 0.70}),
-        constant_runs("clip_adapter", {3: 0.78, 9: 0.0, 1: 0.77}),
-        constant_runs("grouped", {1: 0.80, 2: 0.80, 3: 0.80}),
+        constant("coop", {1: 0.78, 2: 0.79, 3: 0.785}),
+        constant("vpt", {1: 0.83, 2: 0.82, 3: 0.825}),
+        constant("maple", {1: 0.77, 2: 0.82, 3: 0.80}),
+        constant("full_finetune", {1: 0.80, 2: 0.80, 3: 0.80}),
+        constant("bitfit", {2: 0.70}),
+        constant("clip_lora", {9: 0.70}),
+        constant("clip_adapter", {3: 0.78, 9: 0.0, 1: 0.77}),
+        constant("grouped", {1: 0.80, 2: 0.80, 3: 0.80}),
     )
     table = comparison_table(benchmark)
     assert {texts(row)[0]: texts(row)[1:] for row in table.rows if row.kind == "ours"} == {
@@ -379,14 +373,14 @@ def test_findings_of_the_comparison():
         "CLIP-LoRA": ["—", "—", "—", "no common seed"],
         "CLIP-Adapter": ["+2.50", "0.50", "2 of 2", "better"],
     }
-    assert comparison_table(random_benchmark(methods=("coop", "vpt"))) is None
+    assert comparison_table(simulate(methods=("coop", "vpt"))) is None
 
 
 def test_differences_are_paired():
     """Accuracies vary widely between seeds, but the two methods always differ by about one point."""
     baseline = {1: 0.5, 2: 0.7, 3: 0.9}
     ours = {1: 0.511, 2: 0.71, 3: 0.909}
-    table = comparison_table(make_benchmark(constant_runs("coop", baseline), constant_runs("grouped", ours)))
+    table = comparison_table(make_benchmark(constant("coop", baseline), constant("grouped", ours)))
     assert texts(find_row(table, "coop"))[1:] == ["+1.00", "0.06", "3 of 3", "better"]
 
 
@@ -396,10 +390,10 @@ def test_differences_are_paired():
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        (constant_runs("coop", {1: 0.5}) * 2, "2 results for coop with 6 shots and seed 1"),
+        (constant("coop", {1: 0.5}) * 2, "2 results for coop with 6 shots and seed 1"),
         ([Result("coop", 6, 1, {"boats": 0.5}, 1)], "task 'boats' is not one of birds"),
-        (constant_runs("coop", {1: 81.3}), "accuracy 81.3 is not between 0 and 1"),
-        (constant_runs("coop", {1: float("nan")}), "accuracy nan is not between 0 and 1"),
+        (constant("coop", {1: 81.3}), "accuracy 81.3 is not between 0 and 1"),
+        (constant("coop", {1: float("nan")}), "accuracy nan is not between 0 and 1"),
     ],
 )
 def test_invalid_benchmarks_are_rejected(results, message):
@@ -414,7 +408,7 @@ def test_empty_benchmark():
     for draw in (
         lambda: accuracy_parameters_figure(benchmark, 6),
         lambda: shots_figure(benchmark, ["grouped"]),
-        lambda: prompt_ablation_figure(random_benchmark(methods=("coop",)), 6),
+        lambda: prompt_ablation_figure(simulate(methods=("coop",)), 6),
     ):
         with pytest.raises(ValueError, match="made up has no"):
             draw()
@@ -424,14 +418,9 @@ def test_empty_benchmark():
 
 
 def sample_tables() -> list[Table]:
-    benchmark = random_benchmark(OFFICE_TASKS, ALL_METHODS, shots=(3, 6))
-    benchmark = drop_results(benchmark, lambda run: run.method == "vpt" and run.seed == 1)
-    return [
-        *main_tables(benchmark),
-        framework_table(benchmark),
-        comparison_table(benchmark),
-        *main_tables(random_benchmark()),
-    ]
+    benchmark = simulate(OFFICE_TASKS, ALL_METHODS, shots=(3, 6))
+    benchmark = drop(benchmark, lambda run: run.method == "vpt" and run.seed == 1)
+    return [*main_tables(benchmark), framework_table(benchmark), comparison_table(benchmark), *main_tables(simulate())]
 
 
 def test_markdown_rows_have_every_column():
@@ -461,8 +450,8 @@ def test_latex_is_a_complete_tabular():
 
 def test_marks_and_special_characters_in_latex_and_markdown():
     benchmark = make_benchmark(
-        constant_runs("a_method|with $ and *", {1: 0.9, 2: 0.8}),
-        constant_runs("zero_shot", {1: 0.7, 2: 0.8}),
+        constant("a_method|with $ and *", {1: 0.9, 2: 0.8}),
+        constant("zero_shot", {1: 0.7, 2: 0.8}),
     )
     (table,) = main_tables(benchmark)
     latex, markdown = to_latex(table), to_markdown(table)
@@ -474,13 +463,13 @@ def test_marks_and_special_characters_in_latex_and_markdown():
 
 
 def test_notes_of_several_lines_stay_latex_comments():
-    (table,) = main_tables(random_benchmark())
+    (table,) = main_tables(simulate())
     table = replace(table, notes=("first\nsecond",))
     assert "% first second\n" in to_latex(table)
 
 
 def test_terminal_table_has_every_cell():
-    for table in [*sample_tables(), *main_tables(random_benchmark(methods=("[red]", "coop")))]:
+    for table in [*sample_tables(), *main_tables(simulate(methods=("[red]", "coop")))]:
         console = Console(width=400, file=io.StringIO())
         console.print(to_rich(table))
         output = console.file.getvalue()
@@ -491,9 +480,7 @@ def test_terminal_table_has_every_cell():
 
 def test_terminal_marks_best_and_second():
     (table,) = main_tables(
-        make_benchmark(
-            constant_runs("coop", {1: 0.9}), constant_runs("vpt", {1: 0.8}), constant_runs("full_finetune", {1: 0.7})
-        )
+        make_benchmark(constant("coop", {1: 0.9}), constant("vpt", {1: 0.8}), constant("full_finetune", {1: 0.7}))
     )
     cells = list(to_rich(table).columns[1].cells)
     assert [(str(cell), cell.style) for cell in cells] == [
@@ -505,9 +492,7 @@ def test_terminal_marks_best_and_second():
 
 
 def test_csv_has_every_number():
-    benchmark = random_benchmark(
-        OFFICE_TASKS, ("zero_shot", "vpt", "clip_lora", "grouped", "unknown, method"), shots=(3, 6)
-    )
+    benchmark = simulate(OFFICE_TASKS, ("zero_shot", "vpt", "clip_lora", "grouped", "unknown, method"), shots=(3, 6))
     lines = list(csv.DictReader(io.StringIO(to_csv(benchmark))))
     read: dict[tuple, dict[str, float]] = {}
     for line in lines:
@@ -541,14 +526,14 @@ def wide_benchmark(num_methods: int = 30) -> Benchmark:
     """Benchmark with six tasks, one number of shots, and invented methods if VARIANTS has too few."""
     names = dict.fromkeys((*ALL_METHODS, *(f"method {number}" for number in range(num_methods))))
     methods = ["grouped", *(name for name in names if name != "grouped")][:num_methods]
-    return random_benchmark(("clipart", "painting", "real", "sketch", "infograph", "quickdraw"), methods, shots=(16,))
+    return simulate(("clipart", "painting", "real", "sketch", "infograph", "quickdraw"), methods, shots=(16,))
 
 
 def sample_figures() -> dict[str, Figure]:
-    office = random_benchmark(OFFICE_TASKS, (*PAPER_METHODS, "joint_prompts_mt", "mlp_prompts_mt"), shots=(1, 6, 12))
-    patchy = drop_results(office, lambda run: run.method == "coop" and (run.shots == 6 or run.seed == 1))
+    office = simulate(OFFICE_TASKS, (*PAPER_METHODS, "joint_prompts_mt", "mlp_prompts_mt"), shots=(1, 6, 12))
+    patchy = drop(office, lambda run: run.method == "coop" and (run.shots == 6 or run.seed == 1))
     one_seed = replace(office, results=tuple(run for run in office.results if run.seed == 2))
-    long_names = random_benchmark(
+    long_names = simulate(
         [f"a $task_{number} with a long name" for number in range(6)], (*LINES, "joint_prompts_mt"), shots=(2, 4)
     )
     figures = {}
@@ -598,7 +583,7 @@ def titles_and_circles(figure: Figure):
 def test_titles_of_circles_are_inside_and_overlap_nothing(num_methods, with_paper):
     if with_paper:
         methods = list(dict.fromkeys(("grouped", *PAPER_METHODS, *VARIANTS)))[:num_methods]
-        figure = accuracy_parameters_figure(random_benchmark(OFFICE_TASKS, methods, shots=(12,)), 12)
+        figure = accuracy_parameters_figure(simulate(OFFICE_TASKS, methods, shots=(12,)), 12)
     else:
         methods = wide_benchmark(num_methods).methods
         figure = accuracy_parameters_figure(wide_benchmark(num_methods), 16)
@@ -616,9 +601,9 @@ def test_titles_of_circles_are_inside_and_overlap_nothing(num_methods, with_pape
 
 def test_circles_are_at_their_values():
     benchmark = make_benchmark(
-        constant_runs("zero_shot", {1: 0.8, 2: 0.8}, 6, OFFICE_TASKS),
-        constant_runs("bitfit_mt", {1: 0.82, 2: 0.84}, 12, OFFICE_TASKS),
-        constant_runs("zero_shot", {1: 0.7, 2: 0.8}, 12, OFFICE_TASKS),
+        constant("zero_shot", {1: 0.8, 2: 0.8}, 6, OFFICE_TASKS),
+        constant("bitfit_mt", {1: 0.82, 2: 0.84}, 12, OFFICE_TASKS),
+        constant("zero_shot", {1: 0.7, 2: 0.8}, 12, OFFICE_TASKS),
         tasks=OFFICE_TASKS,
     )
     results = [replace(run, trained_parameters=171_008 * (run.method != "zero_shot")) for run in benchmark.results]
@@ -633,7 +618,7 @@ def test_circles_are_at_their_values():
 
 
 def test_lines_show_the_means():
-    benchmark = random_benchmark(OFFICE_TASKS, LINES, shots=(1, 6, 12))
+    benchmark = simulate(OFFICE_TASKS, LINES, shots=(1, 6, 12))
     figure = shots_figure(benchmark, LINES)
     panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
     assert list(panels) == ["average", *OFFICE_TASKS]
@@ -658,9 +643,7 @@ def test_lines_show_the_means():
 
 def test_one_seed_has_no_error_bars():
     for seeds, lengths in (((1,), []), ((1, 2), [1.0, 1.0])):
-        runs = [
-            constant_runs("grouped", {seed: 0.5 + seed / 100 / 2**0.5 for seed in seeds}, shots) for shots in (1, 2)
-        ]
+        runs = [constant("grouped", {seed: 0.5 + seed / 100 / 2**0.5 for seed in seeds}, shots) for shots in (1, 2)]
         (container,) = shots_figure(make_benchmark(*runs), ["grouped"]).axes[0].containers
         (bars,) = container.lines[2]
         bar_lengths = [np.ptp(bar[:, 1]) for bar in bars.get_segments() if np.isfinite(bar).all() and len(bar)]
@@ -668,7 +651,7 @@ def test_one_seed_has_no_error_bars():
 
 
 def test_bars_show_the_means_of_the_given_variant():
-    benchmark = random_benchmark(OFFICE_TASKS, ("joint_prompts_mt", "mlp_prompts_mt", "all_in_one", "grouped"))
+    benchmark = simulate(OFFICE_TASKS, ("joint_prompts_mt", "mlp_prompts_mt", "all_in_one", "grouped"))
     figure = prompt_ablation_figure(benchmark, 6, "all_in_one")
     (axes,) = figure.axes
     bars = {bars.get_label(): bars for bars in axes.containers if isinstance(bars, BarContainer)}

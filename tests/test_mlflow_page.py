@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 @pytest.fixture(scope="module")
 def server_and_run(quick_run, tmp_path_factory):
-    """Address, experiment, client and summary, of a server with a copy of the run's database but its own artifacts."""
+    """Address, experiment, client and summary, of a server with a copy of the run's database and its artifacts."""
     storage, _ = quick_run
     folder = tmp_path_factory.mktemp("mlflow")
     shutil.copyfile(storage / "mlflow.db", folder / "server.db")

@@ -12,7 +12,7 @@ import sys
 import nbformat
 import pytest
 from mlflow import MlflowClient
-from notebooks import NOTEBOOK, execute_notebook, markdown_tables, num_images, printed_text
+from notebooks import NOTEBOOK, execute_notebook, num_images, stdout, tables
 from pipelines import REPOSITORY
 
 from docs.mlflow_results import open_experiment
@@ -23,13 +23,9 @@ def test_the_committed_notebook_was_executed_and_has_no_local_paths():
     cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
-    assert (
-        num_images(outputs) == 6
-        and "MmAP, grouped" in markdown_tables(outputs)
-        and "demo, 8 shots" in printed_text(outputs)
-    )
+    assert num_images(outputs) == 6 and "MmAP, grouped" in tables(outputs) and "demo, 8 shots" in stdout(outputs)
     assert {output.output_type for output in outputs} == {"stream", "display_data"}
-    text = printed_text(outputs) + markdown_tables(outputs) + "".join(cell.source for cell in cells)
+    text = stdout(outputs) + tables(outputs) + "".join(cell.source for cell in cells)
     assert not re.findall(r"(?<![\w:/])/(?:home|root|tmp|work|Users|mnt|data)/\S*", text)
     assert NOTEBOOK.stat().st_size < 600_000
 
@@ -44,11 +40,9 @@ def test_an_empty_experiment_gives_the_commands_to_run(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     MlflowClient(uri).create_experiment("mmap-clip")
     outputs = execute_notebook(uri, tmp_path)
-    text = printed_text(outputs.pop("read"))
-    assert (
-        "has no benchmark with a report; it has: none. Create one with python jobs/benchmark.py --methods paper" in text
-    )
-    assert "has no finished grouping. Create one with python jobs/full_pipeline.py" in text
+    text = stdout(outputs.pop("read"))
+    assert "has no benchmark with a report; it has: none. Create one: python jobs/benchmark.py --methods paper" in text
+    assert "has no finished grouping. Create one: python jobs/full_pipeline.py" in text
     assert not any(outputs.values())
 
 

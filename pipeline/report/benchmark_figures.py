@@ -231,7 +231,7 @@ def shots_figure(benchmark: Benchmark, methods: Sequence[str]) -> Figure:
     offset = 0.008 * max(benchmark.shots)  # keeps error bars apart
     for axes, task in zip(panels, columns):
         for number, method in enumerate(methods):
-            line = {shots: _mean_and_deviation(benchmark, method, shots, task) for shots in benchmark.shots}
+            line = {shots: _mean_std(benchmark, method, shots, task) for shots in benchmark.shots}
             line = {shots: value for shots, value in line.items() if value is not None}
             if not line:
                 continue
@@ -271,7 +271,7 @@ def _line_style(method: str, trained: Sequence[str]) -> dict[str, Any]:
     return {"color": color, "marker": marker, "markersize": 6, "linewidth": 1.2, "zorder": 3}
 
 
-def _mean_and_deviation(benchmark: Benchmark, method: str, shots: int, task: str | None) -> tuple[float, float] | None:
+def _mean_std(benchmark: Benchmark, method: str, shots: int, task: str | None) -> tuple[float, float] | None:
     """Return mean and deviation over seeds in %; nan, which draws no error bar, for one seed; None without a run."""
     values = [100 * value for value in benchmark.accuracy_by_seed(method, shots, task).values()]
     return (fmean(values), stdev(values) if len(values) > 1 else nan) if values else None
@@ -289,9 +289,7 @@ def prompt_ablation_figure(benchmark: Benchmark, shots: int, ours: str = OURS) -
     columns = (*benchmark.tasks, None)
     bars = {
         method: {
-            column: value
-            for column, task in enumerate(columns)
-            if (value := _mean_and_deviation(benchmark, method, shots, task))
+            column: value for column, task in enumerate(columns) if (value := _mean_std(benchmark, method, shots, task))
         }
         for method in colors
     }

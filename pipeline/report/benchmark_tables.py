@@ -260,14 +260,14 @@ def _marked_column(benchmark: Benchmark, methods: Sequence[str], shots: int, tas
     mark_by_value = dict(zip(sorted(set(complete.values()), key=float, reverse=True), marks))
     cells = {}
     for method, seeds in values.items():
-        text = _mean_and_deviation(seeds)
+        text = _mean_std(seeds)
         if 0 < len(seeds) < num_seeds:
             text += f" ({len(seeds)})"
         cells[method] = Cell(text, mark_by_value.get(complete.get(method, ""), ""))
     return cells
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
+def _mean_std(values: Sequence[float]) -> str:
     if not values:
         return MISSING
     return f"{100 * fmean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")

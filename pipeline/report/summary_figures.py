@@ -23,13 +23,8 @@ def accuracy_figure(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any
     for number, (name, method) in enumerate(methods.items()):
         values = [100 * method["accuracy"][task] for task in tasks] + [100 * method["average"]]
         positions = [column + (number - (len(methods) - 1) / 2) * width for column in range(len(columns))]
-        bars = axes.bar(
-            positions,
-            values,
-            width,
-            label=method_title(name),
-            color=COLORS.get(name, OTHER_COLORS[number % len(OTHER_COLORS)]),
-        )
+        color = COLORS.get(name, OTHER_COLORS[number % len(OTHER_COLORS)])
+        bars = axes.bar(positions, values, width, label=method_title(name), color=color)
         if len(methods) <= 4:  # more do not fit
             axes.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=7, padding=1)
     axes.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 10 else 0)

@@ -41,10 +41,5 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
     # Rounded, since means of the same hits may differ by the order of summation.
     return sorted(
         trials,
-        key=lambda trial: (
-            order[trial.state],
-            -round(trial.validation_accuracy, 9),
-            trial.trained_parameters,
-            trial.number,
-        ),
+        key=lambda t: (order[t.state], -round(t.validation_accuracy, 9), t.trained_parameters, t.number),
     )

@@ -1,1 +1,1 @@
-"""What uses the whole flow: benchmark, grouping study, search of config values, adding a task to a finished run."""
+"""Workflows of several runs: benchmark, grouping study, hyperparameter search, adding a task to a finished run."""

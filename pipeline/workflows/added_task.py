@@ -181,7 +181,7 @@ def _measure(spec: TrainingSpec, global_prompt: Artifact, artifact: Artifact, pr
             training_config(spec.method, config),
             config.seed,
             config.clip.precision,
-            lambda done: reporter.update(done, len(points), "snapshots"),
+            lambda count: reporter.update(count, len(points), "snapshots"),
         )
         write_snapshots(writer.folder / SNAPSHOTS, spec.tasks, snapshots, prompts.gradient_layout())
 
