@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""What predicting a batch costs beside open_clip's own image encoder on the same preprocessed images, the same weights
-and threads; and with decoding, as JPEG bytes.
+"""Time to predict a batch, compared with open_clip's image encoder on the same preprocessed images, weights and
+threads; also with JPEG decoding.
 
     python benchmarks/prediction_speed.py                        ViT-B/32, 64 images, 65 classes, float32
     python benchmarks/prediction_speed.py --device cuda --model ViT-B-16
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--classes", type=int, default=65)
     parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--side", type=int, default=500, help="of the JPEGs, pixels")
+    parser.add_argument("--side", type=int, default=500, help="width of the JPEGs in pixels")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default=default_device())
@@ -47,7 +47,7 @@ def main() -> None:
     config = Config(clip=ClipConfig(model=arguments.model, pretrained=None, precision=arguments.precision))
     words = class_names(arguments.classes)
     group = {f"task {number}": words for number in range(arguments.tasks)}
-    model = load_model(adapter_file(config, group), arguments.device)
+    model = load_model(make_adapter_file(config, group), arguments.device)
 
     encoded = jpegs(arguments.images, arguments.side)
     size = model.image_size
@@ -68,27 +68,28 @@ def main() -> None:
     for step in steps.values():
         step()
     seconds = fastest_seconds(steps, arguments.repeats, device)
-    alone = seconds["open_clip encode_image"]
+    baseline = seconds["open_clip encode_image"]
 
     print(f"{arguments.model}, {arguments.images} images, {arguments.classes} classes, {arguments.tasks} tasks")
     print(f"{arguments.precision}, {device_name(device)}, torch {torch.__version__}\n")
-    print(table(["", "s", "of open_clip"], [[name, f"{s:.3f}", f"{s / alone:.2f}x"] for name, s in seconds.items()]))
+    rows = [[name, f"{s:.3f}", f"{s / baseline:.2f}x"] for name, s in seconds.items()]
+    print(table(["", "s", "relative to open_clip"], rows))
     values = {name: getattr(arguments, name) for name in ("model", "images", "classes", "tasks", "side", "precision")}
     write_results(f"prediction_speed_{arguments.model}", device, {**values, "seconds": seconds})
 
 
-def adapter_file(config: Config, group: dict[str, list[str]]) -> Path:
-    """Of MmAP with group and task prompts as they begin; no time depends on their numbers."""
+def make_adapter_file(config: Config, group: dict[str, list[str]]) -> Path:
+    """Write an adapter of MmAP with initial group and task prompts; their values do not affect the time."""
     towers = load_clip(config.clip)
-    prompts = GroupMmap(MmapShape.of(MmapConfig(), towers), tuple(group), seed=1)
+    module = GroupMmap(MmapShape.of(MmapConfig(), towers), tuple(group), seed=1)
     file = Path(tempfile.mkdtemp()) / "adapter.safetensors"
-    save_adapter(file, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+    save_adapter(file, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
     load_clip.cache_clear()
     return file
 
 
 def jpegs(count: int, side: int) -> list[bytes]:
-    """Smooth noise, which is compressed about as much as photographs are."""
+    """Return JPEGs of smooth noise, which compresses about as well as photographs."""
     random, encoded = np.random.default_rng(0), []
     for _ in range(count):
         coarse = Image.fromarray(random.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))

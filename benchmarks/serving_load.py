@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Load on the service (jobs/serve.py) from clients on the same machine: requests a second, latencies, batches, and what
-is lost when a replica is killed; beside the same model called directly, and the service without batching.
+"""Load test of jobs/serve.py with clients on one machine: requests per second, latencies, batch sizes, and requests
+lost when a replica is killed; compared with direct calls of the model, and with the service without batching.
 
     python benchmarks/serving_load.py                              the demo's tiny CLIP, 2 replicas of 1 CPU core
     python benchmarks/serving_load.py --clip ViT-B-32 --replicas 1 --cpus-per-replica 2 --side 500
@@ -19,9 +19,9 @@ from pathlib import Path
 import aiohttp
 import torch
 from common import table, write_results
-from prediction_speed import adapter_file, jpegs
+from prediction_speed import jpegs, make_adapter_file
 from servers import free_ports
-from serving import Reply, Service, ask, closed_loop, kill_at_work
+from serving import Reply, Service, kill_under_load, run_closed_loop, send_request
 
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.prediction.load import load_model
@@ -34,10 +34,10 @@ WARM_UP_S = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", default=BUILTIN_DIGITS, help="open_clip model name, with random weights")
-    parser.add_argument("--side", type=int, default=64, help="of the JPEGs, pixels")
+    parser.add_argument("--side", type=int, default=64, help="width of the JPEGs in pixels")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--cpus-per-replica", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=8, help="of each load")
+    parser.add_argument("--seconds", type=float, default=8, help="duration of each load")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument(
         "--parts", nargs="+", default=["direct", "batches", "no-batches", "kill"], help="what to measure"
@@ -48,44 +48,44 @@ def main() -> None:
     config = Config(
         clip=ClipConfig(model=arguments.clip, pretrained=pretrained), mmap=MmapConfig(prompt_length=8, source_rows=8)
     )
-    file = adapter_file(config, dict.fromkeys(TASKS, CLASSES))
+    file = make_adapter_file(config, dict.fromkeys(TASKS, CLASSES))
     images = jpegs(64, arguments.side)
     rows: list[tuple[str, ...]] = []
 
-    def serve(*more: str) -> Service:
+    def serve(*extra_arguments: str) -> Service:
         (port,) = free_ports(1, first=8600)
         cpus = ["--cluster.cpus_per_worker", str(arguments.cpus_per_replica)]
         replicas = ["--replicas", str(arguments.replicas), *cpus]
-        service = Service(folder, port, "--models", f"m={file}", *replicas, *more)
-        closed_loop(predict_url(service), images, 4, WARM_UP_S)
+        service = Service(folder, port, "--models", f"m={file}", *replicas, *extra_arguments)
+        run_closed_loop(predict_url(service), images, 4, WARM_UP_S)
         return service
 
-    def told(*of_row: str) -> None:
-        rows.append(of_row)
-        print(" | ".join(of_row), flush=True)
+    def add_row(*row_cells: str) -> None:
+        rows.append(row_cells)
+        print(" | ".join(row_cells), flush=True)
 
     if "direct" in arguments.parts:
         torch.set_num_threads(arguments.cpus_per_replica)
-        rate, of_batch = direct(file, images, arguments.seconds)
-        told("`predict` itself, batches of 64", f"{rate:.0f}", f"{of_batch * 1e3:.0f}", "", "", "64", "")
+        rate, batch_seconds = measure_direct(file, images, arguments.seconds)
+        add_row("`predict` itself, batches of 64", f"{rate:.0f}", f"{batch_seconds * 1e3:.0f}", "", "", "64", "")
     if "batches" in arguments.parts:
         service = serve()
         try:
             for clients in arguments.clients:
-                told(*row(clients_named(clients), *load(service, images, clients, arguments.seconds)))
-            half = max(float(of_row[1]) for of_row in rows[-len(arguments.clients) :]) / 2
-            found = open_loop(predict_url(service), images, half, arguments.seconds)
-            told(*row(f"a steady {half:.0f} a second", *found))
-            rate = together(service, images[:32], arguments.seconds)
-            told("images, 32 in a request (JSON), 4 clients", f"{rate:.0f}", "", "", "", "", "0")
+                add_row(*make_row(client_count_label(clients), *run_load(service, images, clients, arguments.seconds)))
+            half = max(float(row_cells[1]) for row_cells in rows[-len(arguments.clients) :]) / 2
+            results = run_open_loop(predict_url(service), images, half, arguments.seconds)
+            add_row(*make_row(f"constant {half:.0f} requests/s", *results))
+            rate = measure_multi_image_requests(service, images[:32], arguments.seconds)
+            add_row("images, 32 per request (JSON), 4 clients", f"{rate:.0f}", "", "", "", "", "0")
         finally:
             service.end()
     if "no-batches" in arguments.parts:
         service = serve("--max_batch", "1")
         try:
             for clients in (arguments.clients[0], arguments.clients[-1]):
-                found = load(service, images, clients, arguments.seconds)
-                told(*row(f"{clients_named(clients)}, `--max_batch 1`", *found))
+                results = run_load(service, images, clients, arguments.seconds)
+                add_row(*make_row(f"{client_count_label(clients)}, `--max_batch 1`", *results))
         finally:
             service.end()
     if "kill" in arguments.parts:
@@ -93,15 +93,15 @@ def main() -> None:
             service = serve()
 
             def kill_one(service: Service = service, deployment: str = deployment) -> None:
-                kill_at_work(service.processes(deployment)[0])
+                kill_under_load(service.processes(deployment)[0])
 
             try:
-                found = load(service, images, 32, 2 * arguments.seconds, kill_one)
-                told(*row(f"32 clients, {deployment} killed", *found))
+                results = run_load(service, images, 32, 2 * arguments.seconds, kill_one)
+                add_row(*make_row(f"32 clients, {deployment} killed", *results))
             finally:
                 service.end()
 
-    columns = ["", "a second", "p50, ms", "p90, ms", "p99, ms", "images a batch", "lost"]
+    columns = ["", "per second", "p50, ms", "p90, ms", "p99, ms", "images per batch", "lost"]
     print(f"\n{arguments.clip}, {arguments.replicas} x {arguments.cpus_per_replica} CPU, torch {torch.__version__}\n")
     print(table(columns, rows))
     values = {name: getattr(arguments, name) for name in ("clip", "side", "replicas", "cpus_per_replica", "seconds")}
@@ -109,7 +109,7 @@ def main() -> None:
     write_results(f"serving_load_{name}", torch.device("cpu"), {**values, "columns": columns, "rows": rows})
 
 
-def clients_named(count: int) -> str:
+def client_count_label(count: int) -> str:
     return "1 client" if count == 1 else f"{count} clients"
 
 
@@ -117,39 +117,38 @@ def predict_url(service: Service) -> str:
     return f"{service.url}/models/m/predict?task=ink"
 
 
-def load(
+def run_load(
     service: Service,
     images: Sequence[bytes],
     clients: int,
     seconds: float,
-    meanwhile: Callable[[], None] = lambda: None,
+    disturb: Callable[[], None] = lambda: None,
 ) -> tuple[list[Reply], float]:
-    replies, took = closed_loop(predict_url(service), images, clients, seconds, meanwhile)
-    return [reply for _, reply in replies], took
+    replies, elapsed = run_closed_loop(predict_url(service), images, clients, seconds, disturb)
+    return [reply for _, reply in replies], elapsed
 
 
-def open_loop(url: str, images: Sequence[bytes], rate: float, seconds: float) -> tuple[list[Reply], float]:
-    """Requests that are sent at a steady rate, whether others have their answers or not; a latency counts from when the
-    request was due."""
+def run_open_loop(url: str, images: Sequence[bytes], rate: float, seconds: float) -> tuple[list[Reply], float]:
+    """Send requests at a constant rate, regardless of responses; latencies count from when a request was due."""
 
     async def run() -> list[Reply]:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             began = time.perf_counter()
 
-            async def one(number: int) -> Reply:
+            async def send(number: int) -> Reply:
                 await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
                 late = time.perf_counter() - (began + number / rate)
-                reply = await ask(session, url, images[number % len(images)])
+                reply = await send_request(session, url, images[number % len(images)])
                 return Reply(reply.status, late + reply.seconds, reply.record, reply.batch_size)
 
-            return await asyncio.gather(*(one(number) for number in range(int(rate * seconds))))
+            return await asyncio.gather(*(send(number) for number in range(int(rate * seconds))))
 
     began = time.perf_counter()
     return asyncio.run(run()), time.perf_counter() - began
 
 
-def together(service: Service, images: Sequence[bytes], seconds: float) -> float:
-    """Images a second of clients that send several in a request."""
+def measure_multi_image_requests(service: Service, images: Sequence[bytes], seconds: float) -> float:
+    """Return the images per second of clients that send several images per request."""
     body = {"images": [base64.b64encode(image).decode() for image in images], "task": "ink"}
 
     async def run() -> float:
@@ -169,25 +168,25 @@ def together(service: Service, images: Sequence[bytes], seconds: float) -> float
     return asyncio.run(run())
 
 
-def direct(file: Path, images: Sequence[bytes], seconds: float) -> tuple[float, float]:
-    """Images a second, and seconds of a batch, of the same model in this process, with a replica's threads."""
+def measure_direct(file: Path, images: Sequence[bytes], seconds: float) -> tuple[float, float]:
+    """Return images per second and seconds per batch of the same model in this process, with a replica's threads."""
     model = load_model(file)
     model.predict(images, "ink")
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         model.predict(images, "ink")
         count += 1
-    took = time.perf_counter() - began
-    return count * len(images) / took, took / count
+    elapsed = time.perf_counter() - began
+    return count * len(images) / elapsed, elapsed / count
 
 
-def row(what: str, replies: Sequence[Reply], seconds: float) -> tuple[str, ...]:
+def make_row(label: str, replies: Sequence[Reply], seconds: float) -> tuple[str, ...]:
     good = [reply for reply in replies if reply.status == 200]
     latencies = sorted(reply.seconds * 1e3 for reply in good)
     p50, p90, p99 = (f"{latencies[int(share * len(latencies))]:.0f}" for share in (0.5, 0.9, 0.99))
     batches = sum(1 / reply.batch_size for reply in good)
     lost = str(len(replies) - len(good))
-    return what, f"{len(good) / seconds:.0f}", p50, p90, p99, f"{len(good) / batches:.1f}", lost
+    return label, f"{len(good) / seconds:.0f}", p50, p90, p99, f"{len(good) / batches:.1f}", lost
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The service as a user starts it, and clients for it."""
+"""The service as a user starts it, and clients for load."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Service(Server):
         )
 
     def processes(self, deployment: str) -> list[psutil.Process]:
-        """Of replicas of `ModelReplica` or `Ingress`."""
+        """Return the processes of the replicas of `ModelReplica` or `Ingress`."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         return [process for process in family if f":{deployment}" in title(process)]
 
     def end(self) -> int:
-        """As an operator does; returns the exit status when no process is left."""
+        """Send SIGTERM, wait until no process is left, and return the exit status."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         status = self.process.wait(PATIENCE_S)
@@ -47,58 +47,58 @@ class Service(Server):
 @dataclass(frozen=True)
 class Reply:
     status: int
-    """0: the connection broke."""
+    """0: connection error."""
     seconds: float
     record: dict
     batch_size: int
 
 
-async def ask(session: aiohttp.ClientSession, url: str, image: bytes) -> Reply:
-    began = time.perf_counter()
+async def send_request(session: aiohttp.ClientSession, url: str, image: bytes) -> Reply:
+    start = time.perf_counter()
     try:
         async with session.post(url, data=image, headers={"Content-Type": "image/png"}) as response:
             record = await response.json() if response.content_type == "application/json" else {}
             batch_size = int(response.headers.get("X-Batch-Size", 0))
-            return Reply(response.status, time.perf_counter() - began, record, batch_size)
+            return Reply(response.status, time.perf_counter() - start, record, batch_size)
     except aiohttp.ClientError:
-        return Reply(0, time.perf_counter() - began, {}, 0)
+        return Reply(0, time.perf_counter() - start, {}, 0)
 
 
-def closed_loop(
-    url: str, images: Sequence[bytes], clients: int, seconds: float, meanwhile: Callable[[], None] = lambda: None
+def run_closed_loop(
+    url: str, images: Sequence[bytes], clients: int, seconds: float, disturb: Callable[[], None] = lambda: None
 ) -> tuple[list[tuple[int, Reply]], float]:
-    """Clients that each ask again when they have their answer.
+    """Run clients that each send the next request after a response.
 
     Args:
-        meanwhile: called in a thread after a third of the time.
+        disturb: called in a thread after a third of the time.
 
     Returns:
-        (number of the image, reply) of all requests, and the seconds that they took.
+        (image index, reply) of all requests, and the elapsed seconds.
     """
 
     async def run() -> tuple[list[tuple[int, Reply]], float]:
         replies: list[tuple[int, Reply]] = []
-        began = time.perf_counter()
+        start = time.perf_counter()
 
         async def client(number: int, session: aiohttp.ClientSession) -> None:
-            at = number
-            while time.perf_counter() - began < seconds:
-                replies.append((at % len(images), await ask(session, url, images[at % len(images)])))
-                at += clients
+            index = number
+            while time.perf_counter() - start < seconds:
+                replies.append((index % len(images), await send_request(session, url, images[index % len(images)])))
+                index += clients
 
-        async def disturb() -> None:
+        async def run_disturbance() -> None:
             await asyncio.sleep(seconds / 3)
-            await asyncio.to_thread(meanwhile)
+            await asyncio.to_thread(disturb)
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            await asyncio.gather(disturb(), *(client(number, session) for number in range(clients)))
-        return replies, time.perf_counter() - began
+            await asyncio.gather(run_disturbance(), *(client(number, session) for number in range(clients)))
+        return replies, time.perf_counter() - start
 
     return asyncio.run(run())
 
 
-def kill_at_work(process: psutil.Process) -> None:
-    """Stopped first, so that it surely has requests when it dies."""
+def kill_under_load(process: psutil.Process) -> None:
+    """Suspend the process before killing it, so that it has pending requests when it dies."""
     process.suspend()
     time.sleep(0.5)
     process.kill()

@@ -20,27 +20,27 @@ DECISIONS = [page for page in DOCS if page.parent.name == "decisions"]
 FOR_CONTRIBUTORS = [REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "SECURITY.md"]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *FOR_CONTRIBUTORS, *DOCS]
 WORKFLOW = REPOSITORY / ".github" / "workflows" / "ci.yml"
-HOLE = "\0"
+PLACEHOLDER = "\0"
 
 
-def texts_of_the_code() -> list[str]:
-    """All text literals; what an f-string fills in is a HOLE."""
-    found = []
+def string_literals() -> list[str]:
+    """Return all string literals, with PLACEHOLDER for the expressions of f-strings."""
+    literals = []
     for file in sorted((REPOSITORY / "pipeline").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(v.value if isinstance(v, ast.Constant) else HOLE for v in node.values))
+                literals.append("".join(v.value if isinstance(v, ast.Constant) else PLACEHOLDER for v in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+                literals.append(node.value)
+    return literals
 
 
 def test_every_message_of_the_troubleshooting_page_is_one_of_the_code():
-    texts = texts_of_the_code()
+    texts = string_literals()
     messages = re.findall(r"^#### `(.+)`$", (REPOSITORY / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
     assert len(messages) > 20
     for message in messages:
-        # What the code fills in may be words of the message too.
+        # A placeholder may contain words of the message.
         pieces = [re.escape(piece.strip()) for piece in message.split("…") if piece.strip()]
         assert any(re.search(".*".join(pieces), text, re.DOTALL) for text in texts), message
 
@@ -50,11 +50,11 @@ def test_the_page_of_config_fields_is_that_of_the_code():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_link_targets_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text()):
-        place = "".join(target).partition("#")[0]
-        if place and "://" not in place:
-            assert (page.parent / place).exists(), f"{page.name}: {place}"
+        path = "".join(target).partition("#")[0]
+        if path and "://" not in path:
+            assert (page.parent / path).exists(), f"{page.name}: {path}"
 
 
 @pytest.mark.parametrize("page", [*FOR_CONTRIBUTORS, *DECISIONS], ids=lambda page: page.name)
@@ -94,7 +94,7 @@ def test_pre_commit_lints_and_types_as_make_does_and_takes_the_largest_file():
     hooks = {hook["id"]: hook for repository in repositories for hook in repository["hooks"]}
     assert {"make lint", "make types"} <= {hook.get("entry") for hook in hooks.values()}
     pinned = dict(re.findall(r"^(\S+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
-    for repository in repositories:  # a hook with a linter of its own has the version of everybody else
+    for repository in repositories:  # hooks with their own linter use the pinned version
         for tool in ("ruff", "mypy"):
             assert tool not in repository["repo"] or repository["rev"] == f"v{pinned[tool]}"
     (limit,) = hooks["check-added-large-files"]["args"]

@@ -1,7 +1,7 @@
-"""Every code block of README.md, CONTRIBUTING.md and docs/, checked by what it is: Python is executed, configs and
-tables are read, each command of a shell block is parsed by its own program, and a job does all that it does before Ray.
+"""Every code block of README.md, CONTRIBUTING.md and docs/, checked by its language: Python is executed, configs and
+tables are read, each shell command is parsed by its own program, and jobs run until they start Ray.
 
-docs/tutorial.md has a test of its own. Output that is shown (`text`) and pictures (`mermaid`) are labeled, no more.
+docs/tutorial.md has its own test. Output (`text`) and diagrams (`mermaid`) are only labeled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pipeline.tuning.search_file import read_search
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES.remove(REPOSITORY / "docs" / "tutorial.md")
 FENCED = re.compile(r"^( *)```(.*?)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-IN_REPOSITORY = re.compile(r"(\.ci|benchmarks|cluster|configs|docs|jobs|tests)/")
+REPOSITORY_PATH = re.compile(r"(\.ci|benchmarks|cluster|configs|docs|jobs|tests)/")
 PUBLISHED = {"OfficeHome": "office_home", "domainnet": "mini_domainnet", "PACS": "pacs", "VLCS": "vlcs"}
 DIGITS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
 
@@ -62,8 +62,8 @@ class Block:
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
     blocks = [
-        Block(page, text.count("\n", 0, found.start()) + 1, found[2], textwrap.dedent(found[3]))
-        for found in FENCED.finditer(text)
+        Block(page, text.count("\n", 0, match.start()) + 1, match[2], textwrap.dedent(match[3]))
+        for match in FENCED.finditer(text)
     ]
     assert text.count("```") == 2 * len(blocks), f"{page.name}: a block that is not closed"
     return blocks
@@ -72,12 +72,12 @@ def blocks_of(page: Path) -> list[Block]:
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
-# What the pages presuppose
+# Files that the pages presuppose
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A working directory with photos and a finished run, and under it the folders that pages name from the root."""
+    """Create a working directory with photos, a finished run, and the folders with absolute paths on the pages."""
     folder = tmp_path_factory.mktemp("world")
     digits = folder / "mmap-runs" / "datasets" / "digits"
     write_digits(digits)
@@ -85,17 +85,17 @@ def world(tmp_path_factory) -> Path:
     write_finished_run(folder / "mmap-runs", data_root=folder / "data" / "new")
     (folder / "mmap-runs" / "images").symlink_to(digits / "ink")
     (folder / "bucket").symlink_to(folder / "mmap-runs")
-    for place in ("photos", "data/photos"):
-        (folder / place).symlink_to(digits / "ink")
+    for path in ("photos", "data/photos"):
+        (folder / path).symlink_to(digits / "ink")
     for name in ("a.png", "b.jpg"):
         (folder / name).symlink_to(digits / "ink" / "one" / "0000.png")
     (folder / "shops.yaml").write_text("name: shops\n")
     return folder
 
 
-def as_here(code: str, world: Path) -> str:
-    """What a reader fills in is filled in, and what lies elsewhere lies in `world`."""
-    for written, here in {
+def fill_placeholders(code: str, world: Path) -> str:
+    """Replace the placeholders that a reader replaces, and absolute paths by those in `world`."""
+    for placeholder, value in {
         "models:/other@champion": "mmap-runs/runs/<run>",
         "<run>": "finished",
         "<head>": "head.example",
@@ -104,12 +104,12 @@ def as_here(code: str, world: Path) -> str:
         "/data/": f"{world}/data/",
         "/shared/": f"{world}/shared/",
     }.items():
-        code = code.replace(written, here)
+        code = code.replace(placeholder, value)
     return code
 
 
 def write_data_sets(root: Path) -> None:
-    """Published ones and the pages' own, with an empty image a class: a job lists images before Ray, and opens none."""
+    """Write the datasets of the pages with one empty image per class: before Ray, a job lists images and opens none."""
     for name, preset in PUBLISHED.items():
         config = parse_config(load_yaml(CONFIGS / f"{preset}.yaml")).data
         touch(root / name, config.tasks or OFFICE_HOME_TASKS, classes_of(preset))
@@ -147,7 +147,7 @@ def touch(root: Path, tasks, classes) -> None:
 
 
 def write_finished_run(storage: Path, data_root: Path) -> None:
-    """As a run of the demo's CLIP on two tasks leaves it; the prompts are as a training begins them."""
+    """Write the files of a finished run of the demo's CLIP on two tasks, with initial prompts."""
     values = load_yaml(DEMO_CONFIG)
     config = parse_config(values | {"data": values["data"] | {"root": str(data_root)}})
     group, towers = {"Clipart": DIGITS, "ink": DIGITS}, load_clip(config.clip)
@@ -167,7 +167,7 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
 
 
 def names_of(page: str, world: Path) -> dict[str, object]:
-    """What a page's Python takes as given."""
+    """Return the variables that the Python code of a page presupposes."""
     if page == "task_grouping.md":
         steps = np.array([[[2, 0], [-1, 2], [2, 1], [-1, 3]]] * 4)
         return {"names": ["photo", "sketch", "art", "clipart"], "gradients": steps}
@@ -179,19 +179,19 @@ def names_of(page: str, world: Path) -> dict[str, object]:
 
 
 def check_python(block: Block, world: Path) -> None:
-    """Executed behind the blocks before it on the page. A value that a comment shows is the line's."""
+    """Execute the block after the previous ones of its page, and compare values with those in comments."""
     names = names_of(block.page.name, world)
     for earlier in BLOCKS:
         if (earlier.page, earlier.language) == (block.page, "python") and earlier.line <= block.line:
-            code = "\n" * earlier.line + as_here(earlier.code, world)  # for the lines of a traceback
+            code = "\n" * earlier.line + fill_placeholders(earlier.code, world)  # for the lines of a traceback
             exec(compile(code, str(block.page), "exec"), names)
     for line in block.code.splitlines():
-        expression, _, told = line.partition("  # ")
+        expression, _, comment = line.partition("  # ")
         try:
-            shown = ast.literal_eval(told.split(": ")[0])
-        except (SyntaxError, ValueError):  # words
+            expected = ast.literal_eval(comment.split(": ")[0])
+        except (SyntaxError, ValueError):  # prose
             continue
-        assert eval(expression, names) == shown, line
+        assert eval(expression, names) == expected, line
 
 
 def check_yaml(block: Block, tmp_path: Path) -> None:
@@ -214,14 +214,14 @@ def check_class_names(block: Block, tmp_path: Path) -> None:
 
 
 def check_sh(block: Block, world: Path) -> None:
-    code = as_here(block.code, world)
+    code = fill_placeholders(block.code, world)
     subprocess.run(["bash", "-n"], input=code, text=True, check=True)
     for words in commands(code):
         check_command(words)
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """The words of each command, without variables set before it and redirections behind it."""
+    """Yield the words of each command, without variable assignments and redirections."""
     for line in code.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
         lexer.whitespace_split = True
@@ -239,7 +239,7 @@ def commands(code: str) -> Iterator[list[str]]:
 
 def check_command(words: list[str]) -> None:
     for word in words:
-        assert not IN_REPOSITORY.match(word) or (REPOSITORY / word).exists(), f"{word} does not exist"
+        assert not REPOSITORY_PATH.match(word) or (REPOSITORY / word).exists(), f"{word} does not exist"
     match words:
         case ["python" | ".venv/bin/python", script, *options] if script.startswith("jobs/"):
             check_job(script, options)
@@ -248,10 +248,10 @@ def check_command(words: list[str]) -> None:
         case ["ray", *arguments]:
             from ray.scripts.scripts import cli as ray_program  # as MLflow's: every process imports this module
 
-            given = parsed(ray_program, arguments)
-            if "entrypoint" in given:  # of `ray job submit`
-                check_command([*given["entrypoint"]])
-            for inner in commands(given.get("cmd") or ""):  # of `ray exec`
+            parameters = parsed(ray_program, arguments)
+            if "entrypoint" in parameters:  # `ray job submit`
+                check_command([*parameters["entrypoint"]])
+            for inner in commands(parameters.get("cmd") or ""):  # `ray exec`
                 check_command(inner)
         case ["mlflow" | ".venv/bin/mlflow", *arguments]:
             from mlflow.cli import cli as mlflow_program
@@ -269,11 +269,11 @@ def check_command(words: list[str]) -> None:
         case ["bash", ".ci/run"] | ["set" | "." | "docker" | "kubectl" | "pg_dump" | "tar", *_]:
             pass
         case _:
-            pytest.fail(f"this test does not know how to check: {shlex.join(words)}")
+            pytest.fail(f"no check for the command: {shlex.join(words)}")
 
 
 def parsed(program: click.Command, arguments: list[str]) -> dict[str, object]:
-    """Options and arguments of the subcommand, as click itself reads them before it runs it."""
+    """Return the options and arguments of the subcommand, as parsed by click."""
     while isinstance(program, click.Group):
         name, *arguments = arguments
         subcommand = program.get_command(click.Context(program), name)
@@ -282,24 +282,24 @@ def parsed(program: click.Command, arguments: list[str]) -> dict[str, object]:
     return program.make_context(program.name, arguments).params
 
 
-class AtTheDoor(Exception):
-    """The job has checked all that it can by itself."""
+class StartsRay(Exception):
+    """Raised when a job connects to Ray or MLflow."""
 
 
 def check_job(script: str, options: list[str]) -> None:
-    """Runs it until it asks for Ray, or MLflow for the run that it is to register a model of; or to its end."""
+    """Run the job until it connects to Ray or looks up a run in MLflow, or to its end."""
 
     def stop(*arguments, **options):
-        raise AtTheDoor
+        raise StartsRay
 
     with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", [script, *options])
-        for place in ("pipeline.runtime.cluster.connect", "pipeline.runtime.tracking.mlflow_adapter.find_run"):
-            patched.setattr(place, stop)
-        patched.setattr("pipeline.serving.service.port_error", lambda host, port: None)  # others may listen there
+        for function in ("pipeline.runtime.cluster.connect", "pipeline.runtime.tracking.mlflow_adapter.find_run"):
+            patched.setattr(function, stop)
+        patched.setattr("pipeline.serving.service.port_error", lambda host, port: None)  # it may be in use
         try:
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
-        except AtTheDoor:
+        except StartsRay:
             pass
         except SystemExit as end:
             assert not end.code, f"{shlex.join([script, *options])} ends with status {end.code}"

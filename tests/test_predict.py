@@ -1,4 +1,4 @@
-"""jobs/predict.py on folders of images, good and broken, with the demo's CLIP."""
+"""jobs/predict.py on folders of valid and broken images, with the demo's CLIP."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def adapter_file(tmp_path):
     )
     towers = load_clip(config.clip)
     group = {"ink": ["one", "two"], "neon": ["one", "two"]}
-    prompts = GroupMmap(MmapShape.of(config.mmap, towers), tuple(group), seed=1)
+    module = GroupMmap(MmapShape.of(config.mmap, towers), tuple(group), seed=1)
     file = tmp_path / "adapter.safetensors"
-    save_adapter(file, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (prompts.state_dict(),)))
+    save_adapter(file, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
     return file
 
 
@@ -43,7 +43,7 @@ def test_every_image_gets_a_row_and_broken_ones_an_error(adapter_file, tmp_path,
     Image.new("RGB", (40, 60), "white").save(folder / "a.png")
     Image.new("L", (10, 10)).save(folder / "b.jpg")
     (folder / "c.jpg").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("not looked at")
+    (folder / "notes.txt").write_text("ignored")
     output = tmp_path / "out.csv"
     status = call(monkeypatch, tmp_path / "images", "--adapter", adapter_file, "--task", "ink", "--output", output)
     rows = list(csv.DictReader(output.open()))
@@ -57,7 +57,7 @@ def test_every_image_gets_a_row_and_broken_ones_an_error(adapter_file, tmp_path,
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_faults_are_named(adapter_file, tmp_path, monkeypatch, capsys):
+def test_errors_are_reported(adapter_file, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, tmp_path, "--adapter", adapter_file) == 2
     assert "has the tasks ink, neon" in capsys.readouterr().err
     empty = tmp_path / "empty"
@@ -68,7 +68,7 @@ def test_faults_are_named(adapter_file, tmp_path, monkeypatch, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_options_of_the_other_output_are_refused(adapter_file, tmp_path, monkeypatch, capsys):
+def test_options_of_the_other_output_are_rejected(adapter_file, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     image = (tmp_path / "a.png", "--adapter", adapter_file, "--task", "ink")
     for options, message in [
@@ -82,7 +82,7 @@ def test_options_of_the_other_output_are_refused(adapter_file, tmp_path, monkeyp
         assert message in capsys.readouterr().err
 
 
-def test_none_of_these_and_temperature(adapter_file, tmp_path, monkeypatch, capsys):
+def test_threshold_and_temperature(adapter_file, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     image = (tmp_path / "a.png", "--adapter", adapter_file, "--task", "ink")
     rows = []

@@ -1,4 +1,4 @@
-"""The trained model as an object: what it takes, what it answers, temperature, threshold, and what it refuses."""
+"""The trained model as an object: inputs, predictions, temperature, threshold, and errors."""
 
 from __future__ import annotations
 
@@ -49,13 +49,16 @@ def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(adapte
         decoded,
         [np.asarray(image) for image in decoded],
     ):
-        found = model.predict(images, "ink")
+        predictions = model.predict(images, "ink")
         torch.testing.assert_close(
-            torch.tensor([list(p.probabilities.values()) for p in found]), expected, atol=1e-6, rtol=1e-5
+            torch.tensor([list(p.probabilities.values()) for p in predictions]),
+            expected,
+            atol=1e-6,
+            rtol=1e-5,
         )
-        assert [p.label for p in found] == [DIGITS[label] for label in expected.argmax(dim=1)]
-        assert all(p.probability == max(p.probabilities.values()) and not p.predictions_by_task for p in found)
-    assert model.predict_pixels(pixels, "ink")[0].label == found[0].label
+        assert [p.label for p in predictions] == [DIGITS[label] for label in expected.argmax(dim=1)]
+        assert all(p.probability == max(p.probabilities.values()) and not p.predictions_by_task for p in predictions)
+    assert model.predict_pixels(pixels, "ink")[0].label == predictions[0].label
     assert model.predict([], "ink") == []
 
 
@@ -63,9 +66,9 @@ def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(adapter_f
     images = [path.read_bytes() for path in sorted((digits / "ink").rglob("*.png"))[::17]]
     images[7:7] = [b"no image"]
     labels = [DIGITS[number % 10] for number in range(len(images))]
-    given = {"images": [*images[:7], *images[8:]], "labels": [*labels[:7], *labels[8:]], "task": "neon"}
-    whole = pipeline.load(adapter_file)
-    expected, temperature = whole.predict(images, "ink"), whole.calibrate(**given)
+    calibration = {"images": [*images[:7], *images[8:]], "labels": [*labels[:7], *labels[8:]], "task": "neon"}
+    reference_model = pipeline.load(adapter_file)
+    expected, temperature = reference_model.predict(images, "ink"), reference_model.calibrate(**calibration)
     monkeypatch.setattr("pipeline.prediction.model.BATCH_SIZE", 5)
     model = pipeline.load(adapter_file)
     predictions = model.predict(images, "ink")
@@ -73,7 +76,7 @@ def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(adapter_f
     for prediction, reference in zip(predictions, expected):
         assert (prediction.label, prediction.error) == (reference.label, reference.error)
         assert prediction.probabilities == pytest.approx(reference.probabilities, abs=1e-6)
-    assert model.calibrate(**given) == pytest.approx(temperature, rel=1e-4)
+    assert model.calibrate(**calibration) == pytest.approx(temperature, rel=1e-4)
 
 
 def test_an_endless_stream_is_answered_from_as_few_images_as_are_decoded_ahead(adapter_file, digits, monkeypatch):
@@ -85,7 +88,7 @@ def test_an_endless_stream_is_answered_from_as_few_images_as_are_decoded_ahead(a
 
 
 def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_path, digits):
-    """Of a task whose classes lie in alphabetical order, and one of the same classes that do not."""
+    """Compare a task whose classes are in alphabetical order with one of the same classes in another order."""
     paths = [path for name in DIGITS for path in sorted((digits / "ink" / name).iterdir())[:2]]
     images, names = [path.read_bytes() for path in paths], [path.parent.name for path in paths]
     models = {}
@@ -99,15 +102,15 @@ def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_pat
         table = mlflow.pyfunc.load_model(str(folder)).predict(pd.DataFrame({"image": images, "task": "ink"}))
     pixels = torch.stack([torch.from_numpy(evaluation_pixels(image, 32)) for image in images])
     (served,) = predict_batch([PredictRequest(models["given"], "ink", pixels)], 7)
-    of_each_way = {
+    records_by_interface = {
         "object": [prediction.record() for prediction in models["given"].predict(images, "ink")],
         "MLflow": table.to_dict("records"),
         "service": [prediction.record() for prediction in served],
     }
-    for way, records in of_each_way.items():
+    for interface, records in records_by_interface.items():
         for record, reference in zip(records, expected, strict=True):
-            assert list(record["probabilities"]) == DIGITS, way
-            assert record["probabilities"] == pytest.approx(reference.probabilities, abs=1e-6), way
+            assert list(record["probabilities"]) == DIGITS, interface
+            assert record["probabilities"] == pytest.approx(reference.probabilities, abs=1e-6), interface
             assert (record["label"], record["probability"]) == (reference.label, pytest.approx(reference.probability))
     temperatures = [model.calibrate(images, [*names[:-1], "one"], "ink") for model in models.values()]
     assert temperatures[0] == pytest.approx(temperatures[1], rel=1e-3)
@@ -123,16 +126,16 @@ def test_images_that_are_not_8_bit_rgb_are_read_as_their_files_are(adapter_file)
         assert decoded.probabilities == pytest.approx(encoded.probabilities, abs=1e-6)
 
 
-def test_without_a_task_every_task_answers(adapter_file, digits):
+def test_without_a_task_all_tasks_are_predicted(adapter_file, digits):
     model = pipeline.load(adapter_file)
     images = sorted((digits / "neon").rglob("*.png"))[:7]
-    for found, *alone in zip(model.predict(images), *(model.predict(images, task) for task in model.tasks)):
-        assert list(found.predictions_by_task) == model.tasks
-        for guess, expected in zip(found.predictions_by_task.values(), alone):
+    for prediction, *single_task in zip(model.predict(images), *(model.predict(images, task) for task in model.tasks)):
+        assert list(prediction.predictions_by_task) == model.tasks
+        for guess, expected in zip(prediction.predictions_by_task.values(), single_task):
             assert guess.label == expected.label
             assert guess.probability == pytest.approx(expected.probability, abs=1e-6)
-        assert found.probability == max(guess.probability for guess in found.predictions_by_task.values())
-        assert found.probabilities == found.predictions_by_task[found.task].probabilities
+        assert prediction.probability == max(guess.probability for guess in prediction.predictions_by_task.values())
+        assert prediction.probabilities == prediction.predictions_by_task[prediction.task].probabilities
 
 
 @pytest.mark.parametrize(
@@ -145,50 +148,56 @@ def test_without_a_task_every_task_answers(adapter_file, digits):
         ("full_finetune", [{"a": ["x", "y"], "b": ["x", "z"]}, {"c": ["x", "y"]}], 2),
     ],
 )
-def test_tasks_that_see_images_alike_share_the_image_tower(tmp_path, monkeypatch, method, groups, passes):
+def test_tasks_with_the_same_image_features_share_the_image_tower(tmp_path, monkeypatch, method, groups, passes):
     save_adapter(tmp_path / "x.safetensors", trained(method, *groups))
     model = pipeline.load(tmp_path / "x.safetensors")
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    alone = {task: model.predict_pixels(pixels, task) for task in model.tasks}
+    expected_by_task = {task: model.predict_pixels(pixels, task) for task in model.tasks}
     calls = []
     encode = ClipTowers.encode_image
     monkeypatch.setattr(ClipTowers, "encode_image", lambda *a, **k: calls.append(1) or encode(*a, **k))
-    together = model.predict_pixels(pixels)
+    predictions = model.predict_pixels(pixels)
     assert len(calls) == passes
-    for task, expected in alone.items():
-        for found, before in zip(together, expected):
-            assert found.predictions_by_task[task].probabilities == pytest.approx(before.probabilities, abs=1e-6)
+    for task, expected in expected_by_task.items():
+        for prediction, reference in zip(predictions, expected):
+            assert prediction.predictions_by_task[task].probabilities == pytest.approx(
+                reference.probabilities, abs=1e-6
+            )
 
 
-def test_broken_images_get_an_error_and_the_others_their_answer(adapter_file, tmp_path):
+def test_broken_images_get_an_error_and_the_others_a_prediction(adapter_file, tmp_path):
     model = pipeline.load(adapter_file)
-    good = Image.new("RGB", (40, 30), "white")
-    images = [good, b"no image", tmp_path / "absent.png", good, np.zeros((4, 4)), np.zeros((0, 3, 3), np.uint8)]
-    found = model.predict(images, "ink")
-    assert [bool(p.error) for p in found] == [False, True, True, False, True, True]
-    assert found[0].probabilities == pytest.approx(found[3].probabilities) and found[3].label
-    assert "known format" in found[1].error and found[2].error == "no such file" and "float64 (4, 4)" in found[4].error
-    assert all(p.label is None and p.probability is None and p.probabilities == {} for p in found if p.error)
+    valid = Image.new("RGB", (40, 30), "white")
+    images = [valid, b"no image", tmp_path / "absent.png", valid, np.zeros((4, 4)), np.zeros((0, 3, 3), np.uint8)]
+    predictions = model.predict(images, "ink")
+    assert [bool(p.error) for p in predictions] == [False, True, True, False, True, True]
+    assert predictions[0].probabilities == pytest.approx(predictions[3].probabilities) and predictions[3].label
+    assert (
+        "known format" in predictions[1].error
+        and predictions[2].error == "no such file"
+        and "float64 (4, 4)" in predictions[4].error
+    )
+    assert all(p.label is None and p.probability is None and p.probabilities == {} for p in predictions if p.error)
     assert model.predict([b"no image"])[0].error
 
 
-def test_below_the_threshold_an_image_is_none_of_the_classes(adapter_file, digits):
+def test_below_the_threshold_the_label_is_none(adapter_file, digits):
     images = sorted((digits / "ink").rglob("*.png"))[::9]
-    plain = pipeline.load(adapter_file).predict(images, "ink")
-    bound = sorted(p.probability for p in plain)[len(plain) // 2]
-    found = pipeline.load(adapter_file, threshold=bound).predict(images, "ink")
-    assert [p.label for p in found] == [p.label if p.probability >= bound else None for p in plain]
-    assert [p.probabilities for p in found] == [p.probabilities for p in plain]
+    references = pipeline.load(adapter_file).predict(images, "ink")
+    threshold = sorted(p.probability for p in references)[len(references) // 2]
+    predictions = pipeline.load(adapter_file, threshold=threshold).predict(images, "ink")
+    assert [p.label for p in predictions] == [p.label if p.probability >= threshold else None for p in references]
+    assert [p.probabilities for p in predictions] == [p.probabilities for p in references]
 
 
 def test_temperature_divides_the_logits(adapter_file, digits):
     image = next((digits / "ink").rglob("*.png"))
-    (plain,) = pipeline.load(adapter_file).predict([image], "ink")
+    (reference,) = pipeline.load(adapter_file).predict([image], "ink")
     (warm,) = pipeline.load(adapter_file, temperature=4).predict([image], "ink")
-    (of_neon,) = pipeline.load(adapter_file, temperature={"neon": 4.0}).predict([image], "ink")
-    expected = np.array(list(plain.probabilities.values())) ** 0.25
+    (other_task,) = pipeline.load(adapter_file, temperature={"neon": 4.0}).predict([image], "ink")
+    expected = np.array(list(reference.probabilities.values())) ** 0.25
     assert list(warm.probabilities.values()) == pytest.approx(expected / expected.sum(), abs=1e-5)
-    assert of_neon == plain
+    assert other_task == reference
 
 
 def test_the_fitted_temperature_is_the_best_of_a_grid():
@@ -209,26 +218,26 @@ def test_the_fitted_temperature_is_the_best_of_a_grid():
             fit_temperature(scaled.float(), labels, "ink")
 
 
-def test_calibration_is_saved_beside_the_prompts(adapter_file, digits, tmp_path):
+def test_calibration_is_saved_with_the_adapter(adapter_file, digits, tmp_path):
     file = tmp_path / "grouped.safetensors"
     file.write_bytes(adapter_file.read_bytes())
     model = pipeline.load(file, threshold=0.3)
     images = sorted((digits / "neon").rglob("*.png"))[::3]
     labels = [path.parent.name for path in images]
-    before = model.predict(images, "neon")
+    uncalibrated = model.predict(images, "neon")
     temperature = model.calibrate(images, labels, "neon")
-    after = model.predict(images, "neon")
+    calibrated = model.predict(images, "neon")
 
-    def loss(found) -> float:
-        return -sum(math.log(p.probabilities[label]) for p, label in zip(found, labels))
+    def loss(predictions) -> float:
+        return -sum(math.log(prediction.probabilities[label]) for prediction, label in zip(predictions, labels))
 
-    assert temperature != 1 and loss(after) < loss(before)
+    assert temperature != 1 and loss(calibrated) < loss(uncalibrated)
     assert model.save_options() == tmp_path / "grouped.options.json"
-    again = pipeline.load(file)
-    assert again.temperature("neon") == temperature and again.temperature("ink") == 1
-    assert again.options.threshold == 0.3 and again.predict(images, "neon") == after
+    reloaded = pipeline.load(file)
+    assert reloaded.temperature("neon") == temperature and reloaded.temperature("ink") == 1
+    assert reloaded.options.threshold == 0.3 and reloaded.predict(images, "neon") == calibrated
     assert pipeline.load(file, temperature=1, threshold=0).predict(images, "neon")[0].probability == pytest.approx(
-        before[0].probability
+        uncalibrated[0].probability
     )
     (tmp_path / "run" / "adapters").mkdir(parents=True)
     for name in ("grouped.safetensors", "grouped.options.json"):
@@ -247,7 +256,7 @@ def test_calibration_is_saved_beside_the_prompts(adapter_file, digits, tmp_path)
             pipeline.load(file)
 
 
-def test_what_a_user_gets_wrong_is_named(adapter_file, tmp_path):
+def test_user_errors_are_reported(adapter_file, tmp_path):
     for arguments, message in [
         ({"source": tmp_path / "absent.safetensors"}, "does not exist"),
         ({"source": tmp_path}, "no adapter in"),

@@ -1,4 +1,4 @@
-"""Prediction of many images by Ray Data: folders, Parquet and buckets in, Parquet out, whatever is broken."""
+"""Batch prediction with Ray Data: folders, Parquet and buckets as input, Parquet as output, broken images."""
 
 from __future__ import annotations
 
@@ -30,13 +30,11 @@ def cluster(shared_ray):
     return WorkerResources(1, 0.0)
 
 
-def predicted(
-    prompts: Path, worker_resources: WorkerResources, inputs, output, task=None, options=None, **more
-) -> tuple:
-    """(images, broken), and the rows."""
-    found = find_batch_input([str(place) for place in inputs])
+def run_prediction(file: Path, resources: WorkerResources, inputs, output, task=None, options=None, **kwargs) -> tuple:
+    """Return (number of images, number of broken images), and the rows."""
+    batch_input = find_batch_input([str(source) for source in inputs])
     options = options or ModelOptions()
-    counts = predict_batch(load_adapter(prompts), options, task, found, str(output), worker_resources, 32, **more)
+    counts = predict_batch(load_adapter(file), options, task, batch_input, str(output), resources, 32, **kwargs)
     return counts, pq.read_table(output, schema=OUTPUT).to_pylist()
 
 
@@ -47,41 +45,46 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
         monkeypatch.setattr(batch, name, 5)
     folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
-    good = sorted((digits / "ink").rglob("*.png"))[::2]
-    for number, path in enumerate(good):
+    valid = sorted((digits / "ink").rglob("*.png"))[::2]
+    for number, path in enumerate(valid):
         (folder / "deep" / f"{number:03d}.png").write_bytes(path.read_bytes())
     (folder / "broken.jpg").write_bytes(b"no image")
-    (folder / "cut.png").write_bytes(good[0].read_bytes()[:200])
-    (folder / "line\nfeed.png").write_bytes(good[0].read_bytes())
-    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(good[0].read_bytes())
+    (folder / "cut.png").write_bytes(valid[0].read_bytes()[:200])
+    (folder / "line\nfeed.png").write_bytes(valid[0].read_bytes())
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(valid[0].read_bytes())
     os.mkfifo(folder / "pipe.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "notes.txt").write_text("not looked at")
     paths = list(map(str, sorted((digits / "ink").rglob("*.png"))[::10]))
-    told = []
-    counts, of_all = predicted(
-        adapter_file, cluster, [folder, *paths], tmp_path / "out", "ink", on_progress=lambda *now: told.append(now)
+    progress = []
+    counts, all_rows = run_prediction(
+        adapter_file,
+        cluster,
+        [folder, *paths],
+        tmp_path / "out",
+        "ink",
+        on_progress=lambda *counts: progress.append(counts),
     )
-    total = len(good) + 6 + len(paths)
-    assert counts == (total, 4) and told[-1] == (total, total) and len(paths) == 22
+    total = len(valid) + 6 + len(paths)
+    assert counts == (total, 4) and progress[-1] == (total, total) and len(paths) == 22
     assert len(list((tmp_path / "out").iterdir())) > 2
-    rows, of_files = of_all[: -len(paths)], of_all[-len(paths) :]
-    in_order = [f"{folder}/deep/{number:03d}.png" for number in range(len(good))]
-    assert [row["path"] for row in rows][-len(good) :] == in_order
+    rows, file_rows = all_rows[: -len(paths)], all_rows[-len(paths) :]
+    expected_paths = [f"{folder}/deep/{number:03d}.png" for number in range(len(valid))]
+    assert [row["path"] for row in rows][-len(valid) :] == expected_paths
     errors = {row["path"].removeprefix(f"{folder}/"): row["error"] for row in rows if row["error"]}
     assert errors.keys() == {"broken.jpg", "cut.png", "empty.png", "pipe.png"} and errors["pipe.png"] == "no such file"
     assert all(row["label"] is None and row["probability"] is None for row in rows if row["error"])
     assert {"line\\nfeed.png", "\\udcff.png"} < {Path(row["path"]).name for row in rows if not row["error"]}
-    expected = pipeline.load(adapter_file).predict(good, "ink")
-    for row, prediction in zip(rows[-len(good) :], expected):
+    expected = pipeline.load(adapter_file).predict(valid, "ink")
+    for row, prediction in zip(rows[-len(valid) :], expected):
         assert (row["task"], row["label"], row["error"]) == ("ink", prediction.label, None)
         assert row["probability"] == pytest.approx(prediction.probability, abs=1e-5)
     images = torch.stack([torch.from_numpy(evaluation_pixels(Path(path).read_bytes(), 32)) for path in paths])
     trained = load_adapter(adapter_file)
     probabilities, labels = trained.classifier().probabilities("ink", images).max(dim=1)
-    assert [row["path"] for row in of_files] == paths
-    assert [row["label"] for row in of_files] == [trained.class_names["ink"][label] for label in labels]
-    assert [row["probability"] for row in of_files] == pytest.approx(probabilities.tolist(), abs=1e-5)
+    assert [row["path"] for row in file_rows] == paths
+    assert [row["label"] for row in file_rows] == [trained.class_names["ink"][label] for label in labels]
+    assert [row["probability"] for row in file_rows] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
 def test_parquet_with_tasks_in_a_column(adapter_file, digits, cluster, tmp_path):
@@ -94,14 +97,14 @@ def test_parquet_with_tasks_in_a_column(adapter_file, digits, cluster, tmp_path)
     pq.write_table(pa.table(table).slice(0, 90), tmp_path / "in" / "a.parquet", row_group_size=40)
     pq.write_table(pa.table(table).slice(90), tmp_path / "in" / "b.parquet")
     options = ModelOptions(threshold=0.2, temperatures={"neon": 2.0})
-    counts, rows = predicted(adapter_file, cluster, [tmp_path / "in"], tmp_path / "out", "neon", options)
+    counts, rows = run_prediction(adapter_file, cluster, [tmp_path / "in"], tmp_path / "out", "neon", options)
     assert counts == (150, 32)
     model = pipeline.load(adapter_file, threshold=0.2, temperature={"neon": 2.0})
-    whole = [number for number, task in enumerate(tasks) if task != "oil" and number not in (7, 8)]
+    valid_rows = [number for number, task in enumerate(tasks) if task != "oil" and number not in (7, 8)]
     expected = {}
     for task in ("ink", "neon", "pairs"):
-        of_task = [number for number in whole if (tasks[number] or "neon") == task]
-        expected |= zip(of_task, model.predict([images[number] for number in of_task], task), strict=True)
+        task_rows = [number for number in valid_rows if (tasks[number] or "neon") == task]
+        expected |= zip(task_rows, model.predict([images[number] for number in task_rows], task), strict=True)
     for number, (row, task) in enumerate(zip(rows, tasks, strict=True)):
         assert row["path"] is None and row["task"] == (task or "neon")
         if number in (7, 8) or task == "oil":
@@ -114,7 +117,7 @@ def test_parquet_with_tasks_in_a_column(adapter_file, digits, cluster, tmp_path)
 
 def test_no_images_make_an_empty_table(adapter_file, cluster, tmp_path):
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
-    assert predicted(adapter_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
+    assert run_prediction(adapter_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
 
 
 def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
@@ -123,22 +126,22 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
     try:
         from pipeline.runtime.storage import open_bucket
 
-        place, query = server.uri.split("?")
+        uri, query = server.uri.split("?")
         filesystem, bucket = open_bucket(server.uri)
         images = sorted((digits / "ink").rglob("*.png"))[:5]
-        sent = {f"runs/x/adapters/{adapter_file.name}": adapter_file.read_bytes()}
-        sent |= {f"photos/deep/{number}.png": path.read_bytes() for number, path in enumerate(images)}
-        for name, content in {**sent, "photos/broken.png": b"no image"}.items():
+        files = {f"runs/x/adapters/{adapter_file.name}": adapter_file.read_bytes()}
+        files |= {f"photos/deep/{number}.png": path.read_bytes() for number, path in enumerate(images)}
+        for name, content in {**files, "photos/broken.png": b"no image"}.items():
             filesystem.create_dir(f"{bucket}/{name.rsplit('/', 1)[0]}")
             with filesystem.open_output_stream(f"{bucket}/{name}") as stream:
                 stream.write(content)
         expected = pipeline.load(adapter_file).predict(images, "ink")
         for name in ("runs/x", "runs/x/adapters/grouped.safetensors"):
-            assert pipeline.load(f"{place}/{name}?{query}").predict(images, "ink") == expected
+            assert pipeline.load(f"{uri}/{name}?{query}").predict(images, "ink") == expected
         with pytest.raises(UserError, match="is neither an adapter file nor a run directory"):
-            pipeline.load(f"{place}/photos?{query}")
-        options = ("--adapter", f"{place}/runs/x?{query}", "--output", f"{place}/out?{query}")
-        finished = run_job("predict", f"{place}/photos?{query}", "--task", "ink", *options)
+            pipeline.load(f"{uri}/photos?{query}")
+        options = ("--adapter", f"{uri}/runs/x?{query}", "--output", f"{uri}/out?{query}")
+        finished = run_job("predict", f"{uri}/photos?{query}", "--task", "ink", *options)
         assert finished.status == 1 and "1 of 6 images are broken" in finished.output
         rows = pq.read_table(f"{bucket}/out", filesystem=filesystem).to_pylist()
         assert [row["path"].rpartition("/")[2] for row in rows] == ["broken.png", *(f"{n}.png" for n in range(5))]
@@ -147,7 +150,7 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
         server.kill()
 
 
-def test_what_a_user_gets_wrong_is_named(adapter_file, digits, cluster, tmp_path):
+def test_user_errors_are_reported(adapter_file, digits, cluster, tmp_path):
     (tmp_path / "both").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "both" / "a.png")
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "both" / "b.parquet")
@@ -160,27 +163,27 @@ def test_what_a_user_gets_wrong_is_named(adapter_file, digits, cluster, tmp_path
         ([tmp_path, "s3://bucket/x"], "are in several locations"),
     ]:
         with pytest.raises(UserError, match=message):
-            find_batch_input([str(place) for place in inputs])
-    inputs, out = [tmp_path / "both" / "a.png"], tmp_path / "out"
+            find_batch_input([str(source) for source in inputs])
+    inputs, output = [tmp_path / "both" / "a.png"], tmp_path / "out"
     with pytest.raises(UserError, match="clip.pretrained=/nowhere/clip.pt: no such file"):
-        predicted(adapter_file, cluster, inputs, out, "ink", ModelOptions(pretrained="/nowhere/clip.pt"))
+        run_prediction(adapter_file, cluster, inputs, output, "ink", ModelOptions(pretrained="/nowhere/clip.pt"))
     damaged = tmp_path / "damaged.parquet"
     pq.write_table(pa.table({"image": [os.urandom(3000) for _ in range(100)]}), damaged)
     damaged.write_bytes(damaged.read_bytes()[:2000] + bytes(250_000) + damaged.read_bytes()[252_000:])
     with pytest.raises(UserError, match=r"damaged.parquet is damaged \(.*; copy it again"):
-        predicted(adapter_file, cluster, [damaged], out, "ink")
-    assert not out.exists() and not list(tmp_path.glob("*.partial"))
-    out.mkdir()
-    (out / "theirs.txt").write_text("")
+        run_prediction(adapter_file, cluster, [damaged], output, "ink")
+    assert not output.exists() and not list(tmp_path.glob("*.partial"))
+    output.mkdir()
+    (output / "theirs.txt").write_text("")
     with pytest.raises(UserError, match="already exists"):
-        predicted(adapter_file, cluster, inputs, out, "ink")
+        run_prediction(adapter_file, cluster, inputs, output, "ink")
 
 
-def test_progress_is_told_now_and_then(cluster):
+def test_progress_is_reported_at_intervals(cluster):
     lines: list[str] = []
     on_progress = progress_lines(lines.append, interval_s=3600)
-    for done in range(1, 5):
-        on_progress(done, 4)
+    for num_done in range(1, 5):
+        on_progress(num_done, 4)
     assert len(lines) == 1 and lines[0].startswith("4 of 4 images, ") and lines[0].endswith("2 CPUs on 1 machine")
 
 

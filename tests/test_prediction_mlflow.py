@@ -30,18 +30,18 @@ def tracking_uri(quick_run):
 
 
 def register(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    """Status, and the output or what is wrong."""
+    """Return the exit status, and the output or the error message."""
     monkeypatch.setattr(sys, "argv", ["register_model.py", *map(str, arguments)])
     status = 0
     try:
         register_model.main()
     except SystemExit as end:
         status = end.code
-    out, err = capsys.readouterr()
-    return status, err if status else out.strip()
+    stdout, stderr = capsys.readouterr()
+    return status, stderr if status else stdout.strip()
 
 
-def images_of(storage: Path, task: str, count: int) -> list[Path]:
+def find_images(storage: Path, task: str, count: int) -> list[Path]:
     return sorted((storage / "datasets" / "digits" / task).rglob("*.png"))[:: 220 // count][:count]
 
 
@@ -56,7 +56,7 @@ def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch,
     assert {v.run_id for v in MlflowClient(tracking_uri).search_model_versions("name='once'")} == {parent.info.run_id}
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-    images = images_of(quick_run[0], "neon", 5)
+    images = find_images(quick_run[0], "neon", 5)
     expected = pipeline.load(folder).predict(images, "neon")
     assert pipeline.load("models:/once@here").predict(images, "neon") == expected
     logged = f"runs:/{parent.info.run_id}/adapters/grouped.safetensors"
@@ -66,21 +66,21 @@ def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch,
         pipeline.load("models:/nothing/1")
 
 
-def test_what_cannot_be_registered_is_named(quick_run, tmp_path, monkeypatch, capsys):
-    folder, named = the_run(quick_run[0]), ("--tracking.registered_model", "x")
+def test_registration_errors_are_reported(quick_run, tmp_path, monkeypatch, capsys):
+    folder, model_name = the_run(quick_run[0]), ("--tracking.registered_model", "x")
     for arguments, message in [
         (["--run", folder], "--tracking.registered_model is required"),
-        (["--run", tmp_path, *named], "is not a run directory"),
+        (["--run", tmp_path, *model_name], "is not a run directory"),
         (
-            ["--run", folder, *named, "--tracking.uri", f"sqlite:///{tmp_path}/other.db"],
+            ["--run", folder, *model_name, "--tracking.uri", f"sqlite:///{tmp_path}/other.db"],
             "has no finished run of",
         ),
-        (["--run", folder, *named, "--method", "coop"], "coop.safetensors does not exist"),
-        (["--run", folder, *named, "--threshold", "7"], "threshold=7: Input"),
+        (["--run", folder, *model_name, "--method", "coop"], "coop.safetensors does not exist"),
+        (["--run", folder, *model_name, "--threshold", "7"], "threshold=7: Input"),
         (["--run", folder, "--tracking.registered_model", "a/b"], "cannot register the model 'a/b'"),
     ]:
-        status, said = register(monkeypatch, capsys, *arguments)
-        assert status == 2 and message in said, said
+        status, output = register(monkeypatch, capsys, *arguments)
+        assert status == 2 and message in output, output
 
 
 def test_a_run_registers_itself_where_the_config_says_so(quick_run, run_job, tmp_path):
@@ -95,7 +95,7 @@ def test_a_run_registers_itself_where_the_config_says_so(quick_run, run_job, tmp
     assert int(version.version) == 1
 
 
-def test_the_served_model_answers_as_the_loaded_one(quick_run, tracking_uri, tmp_path, monkeypatch, capsys):
+def test_the_served_model_predicts_as_the_loaded_one(quick_run, tracking_uri, tmp_path, monkeypatch, capsys):
     storage, _ = quick_run
     assert register(monkeypatch, capsys, "--run", the_run(storage), "--tracking.registered_model", "served") == (
         0,
@@ -112,7 +112,7 @@ def test_the_served_model_answers_as_the_loaded_one(quick_run, tracking_uri, tmp
     )
     try:
 
-        def ask(*records: dict) -> list[dict]:
+        def send(*records: dict) -> list[dict]:
             body = json.dumps({"dataframe_records": records}).encode()
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
@@ -122,15 +122,15 @@ def test_the_served_model_answers_as_the_loaded_one(quick_run, tracking_uri, tmp
         def encoded(image: bytes) -> str:
             return base64.b64encode(image).decode()
 
-        images = [path.read_bytes() for path in (*images_of(storage, "noise", 3), *images_of(storage, "ink", 2))]
-        answers = ask(*({"image": encoded(image), "task": "noise"} for image in images))
+        images = [path.read_bytes() for path in (*find_images(storage, "noise", 3), *find_images(storage, "ink", 2))]
+        answers = send(*({"image": encoded(image), "task": "noise"} for image in images))
         for answer, expected in zip(answers, model.predict(images, "noise"), strict=True):
             assert (answer["task"], answer["label"], answer["error"]) == ("noise", expected.label, "")
             assert answer["probability"] == pytest.approx(expected.probability, abs=1e-6)
             assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
             assert answer["predictions_by_task"] == []
 
-        for answer, expected in zip(ask(*({"image": encoded(i)} for i in images)), model.predict(images), strict=True):
+        for answer, expected in zip(send(*({"image": encoded(i)} for i in images)), model.predict(images), strict=True):
             assert (answer["task"], answer["label"]) == (expected.task, expected.label)
             assert {guess["task"]: guess["label"] for guess in answer["predictions_by_task"]} == {
                 task: guess.label for task, guess in expected.predictions_by_task.items()
@@ -140,14 +140,14 @@ def test_the_served_model_answers_as_the_loaded_one(quick_run, tracking_uri, tmp
                 {t: guess.probability for t, guess in expected.predictions_by_task.items()}, abs=1e-6
             )
 
-        mixed = ask(
+        mixed = send(
             {"image": encoded(images[0]), "task": "ink"}, {"image": encoded(b"no image")}, {"image": encoded(images[1])}
         )
         assert mixed[0]["task"] == "ink" and mixed[0]["predictions_by_task"] == []
         assert mixed[1]["label"] is None and mixed[1]["probability"] is None and "known format" in mixed[1]["error"]
         assert len(mixed[2]["predictions_by_task"]) == 6
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            ask({"image": encoded(images[0]), "task": "oil"})
-        assert refused.value.code in (400, 500) and "unknown task" in refused.value.read().decode()
+        with pytest.raises(urllib.error.HTTPError) as http_error:
+            send({"image": encoded(images[0]), "task": "oil"})
+        assert http_error.value.code in (400, 500) and "unknown task" in http_error.value.read().decode()
     finally:
         server.kill()

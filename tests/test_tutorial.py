@@ -1,4 +1,4 @@
-"""docs/tutorial.md, run from its first command to its last."""
+"""docs/tutorial.md, executed from start to end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEEP_RUN = '[ -z "${RUN:-}" ] || declare -p RUN > .state'
 
 
 def blocks() -> list[tuple[int, re.Match]]:
-    """(line, block) of all code in the tutorial."""
+    """Return (line, block) of all code in the tutorial."""
     text = TUTORIAL.read_text()
     return [(text.count("\n", 0, block.start()) + 1, block) for block in BLOCK.finditer(text)]
 
@@ -42,23 +42,23 @@ def test_every_command_of_the_tutorial_works(tmp_path):
     server: Server | None = None
     try:
         for line, block in blocks():
-            kind, is_server, ready, code = block.groups()
-            for written, free in ports.items():
-                code = re.sub(rf"\b{written}\b", free, code)
-                ready = ready and ready.replace(written, free)
+            kind, is_server, ready_url, code = block.groups()
+            for port, free_port in ports.items():
+                code = re.sub(rf"\b{port}\b", free_port, code)
+                ready_url = ready_url and ready_url.replace(port, free_port)
             if kind == "yaml":
-                code, found = re.subn(r"epochs: 20\b", "epochs: 4", code)  # of the commands' work, not the reader's
-                assert found == 1
+                code, num_replaced = re.subn(r"epochs: 20\b", "epochs: 4", code)  # for speed
+                assert num_replaced == 1
                 name = SAVED_AS.search(block.string[: block.start()])
                 (tmp_path / name[1]).write_text(code)
             elif is_server:
                 if server:
                     server.kill()
                 command = ["bash", "-ec", f"[ ! -f .state ] || . ./.state\n{code}"]
-                server = Server(command, tmp_path / f"server-{line}.log", environment, ready)
+                server = Server(command, tmp_path / f"server-{line}.log", environment, ready_url)
             else:
                 script = f"[ ! -f .state ] || . ./.state\n{code}\n{KEEP_RUN}\n"
-                done = subprocess.run(
+                process = subprocess.run(
                     ["bash", "-euo", "pipefail", "-c", script],
                     cwd=tmp_path,
                     env=environment,
@@ -66,14 +66,15 @@ def test_every_command_of_the_tutorial_works(tmp_path):
                     text=True,
                     timeout=PATIENCE_S,
                 )
-                assert done.returncode == 0, f"{TUTORIAL.name}:{line}\n{done.stdout}\n{done.stderr}"
-                outputs.append(done.stdout)
+                assert process.returncode == 0, f"{TUTORIAL.name}:{line}\n{process.stdout}\n{process.stderr}"
+                outputs.append(process.stdout)
     finally:
         if server:
             server.kill()
-    told = "\n".join(outputs)
-    assert "MmAP, grouped" in told and "photos/ink/three/0000.png,three," in told
-    assert "outline added" in told and "models:/photos/1" in told
-    served = [json.loads(line) for line in re.findall(r"^\{.*?\}$", outputs[-1].replace("}{", "}\n{"), re.MULTILINE)]
-    assert "outline" in json.dumps(served[0]) and "two" in json.dumps(served[1]) and "five" in json.dumps(served[2])
+    output = "\n".join(outputs)
+    assert "MmAP, grouped" in output and "photos/ink/three/0000.png,three," in output
+    assert "outline added" in output and "models:/photos/1" in output
+    documents = re.findall(r"^\{.*?\}$", outputs[-1].replace("}{", "}\n{"), re.MULTILINE)
+    responses = [json.dumps(json.loads(document)) for document in documents]
+    assert "outline" in responses[0] and "two" in responses[1] and "five" in responses[2]
     assert Path(tmp_path / "predictions.parquet").is_dir()

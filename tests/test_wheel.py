@@ -1,4 +1,4 @@
-"""The wheel by itself: installed elsewhere, and run where there is no clone."""
+"""The wheel: installed and run outside the repository."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines import REPOSITORY, run
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that no folder of a build is left in the clone."""
+    """Build the wheel from a copy, so that no build folder is left in the repository."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("pipeline", "jobs", "configs", "README.md", "LICENSE", "pyproject.toml"):
         if (REPOSITORY / name).exists():
@@ -37,30 +37,32 @@ def test_the_wheel_has_code_jobs_and_configs_and_nothing_else(wheel):
 
 @pytest.mark.fault_injection
 def test_one_command_runs_the_demo_of_an_installed_wheel(wheel, tmp_path):
-    there = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", there, wheel]
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel]
     subprocess.run(command, check=True)
-    done = run(
+    finished = run(
         tmp_path / "storage",
         *("--data.tasks", "[chalk, ink]", "--training.epochs", "2", "--global_prompt.epochs", "2"),
-        prefix=(str(there / "bin" / "mmap-clip"), "full_pipeline"),
-        env={"PYTHONPATH": str(there)},
+        prefix=(str(target / "bin" / "mmap-clip"), "full_pipeline"),
+        env={"PYTHONPATH": str(target)},
         cwd=tmp_path,
     )
-    assert done.status == 0 and "MmAP, grouped" in done.output, done.output
-    told = subprocess.run(
+    assert finished.status == 0 and "MmAP, grouped" in finished.output, finished.output
+    process = subprocess.run(
         [sys.executable, "-c", "import pipeline, pipeline.config as c; print(pipeline.__file__, c.CONFIGS)"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(there)},
+        env={**os.environ, "PYTHONPATH": str(target)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert told.stdout.split() == [str(there / "pipeline" / "__init__.py"), str(there / "share/mmap-clip/configs")]
+    assert process.stdout.split() == [str(target / "pipeline" / "__init__.py"), str(target / "share/mmap-clip/configs")]
 
 
-@pytest.mark.parametrize(("arguments", "status", "text"), [(["--help"], 0, "full_pipeline"), (["oops"], 1, "no job")])
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"), [(["--help"], 0, "full_pipeline"), (["oops"], 1, "unknown job")]
+)
 def test_jobs_are_listed(arguments, status, text):
     command = [sys.executable, "-m", "jobs", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == status and text in done.stdout + done.stderr
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.returncode == status and text in process.stdout + process.stderr
