@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md: `python docs/make_pictures.py`. They are schemes, of chosen values."""
+"""Draw the schematic figures of docs/concepts.md, with made-up values: `python docs/make_pictures.py`."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ matplotlib.rcParams.update({"svg.hashsalt": "mmap-clip", "svg.fonttype": "none",
 
 
 def kronecker_figure() -> Figure:
-    """One source prompt and two small scaling matrices make the prompts of both towers."""
+    """Plot how one source prompt and two small scaling matrices give the prompts of both towers."""
     rng = np.random.default_rng(3)
     source = rng.normal(0, 1, (4, 6))
     text, vision = np.array([[1.0, 0.4]]), np.array([[0.5, 1.0, -0.8]])
     figure = Figure(figsize=(9.0, 3.9))
     grid = figure.add_gridspec(2, 5, width_ratios=[1.5, 0.3, 0.8, 0.3, 4.2], hspace=0.75, wspace=0.25)
 
-    def show(place, values: np.ndarray, title: str, color: str) -> None:
-        axes = figure.add_subplot(place)
+    def show(cell, values: np.ndarray, title: str, color: str) -> None:
+        axes = figure.add_subplot(cell)
         axes.imshow(values, cmap="RdBu", vmin=-2.2, vmax=2.2, aspect="equal")
         axes.set_title(title, fontsize=9.5, color=color)
         axes.set_xticks([])
@@ -33,23 +33,23 @@ def kronecker_figure() -> Figure:
             edge.set_color(color)
             edge.set_linewidth(1.5)
 
-    def sign(place, text: str) -> None:
-        axes = figure.add_subplot(place)
+    def show_sign(cell, text: str) -> None:
+        axes = figure.add_subplot(cell)
         axes.axis("off")
         axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=18)
 
     show(grid[:, 0], source, "source prompt P_s, m × n\n(trained)", GRAY)
     for row, (name, scaling, color, letter) in enumerate([("text", text, BLUE, "l"), ("vision", vision, ORANGE, "v")]):
-        sign(grid[row, 1], "⊗")
+        show_sign(grid[row, 1], "⊗")
         show(grid[row, 2], scaling, f"scaling M_{letter}\n(trained)", color)
-        sign(grid[row, 3], "=")
-        made = kronecker(torch.tensor(scaling), torch.tensor(source)).numpy()
-        show(grid[row, 4], made, f"{name} prompts, b × d_{letter}", color)
+        show_sign(grid[row, 3], "=")
+        prompts = kronecker(torch.tensor(scaling), torch.tensor(source)).numpy()
+        show(grid[row, 4], prompts, f"{name} prompts, b × d_{letter}", color)
     return figure
 
 
 def gradients_figure() -> Figure:
-    """Gradients of a shared prompt → affinities → groups."""
+    """Plot gradients of a shared prompt, their affinities, and the groups."""
     tasks = ["art", "photo", "sketch", "clip art"]
     colors = [BLUE, ORANGE, GREEN, GRAY]
     angles = np.deg2rad([20, 160, 50, 95])
@@ -66,7 +66,7 @@ def gradients_figure() -> Figure:
     left.set_ylim(-0.2, 1.1)
     left.set_aspect("equal")
     left.axis("off")
-    left.set_title("what each task wants of the\nshared prompt (its gradient)", fontsize=9.5)
+    left.set_title("gradient of each task's loss\nw.r.t. the shared prompt", fontsize=9.5)
 
     middle.imshow(affinity, cmap="RdBu", vmin=-1, vmax=1)
     for i in range(4):
@@ -82,7 +82,7 @@ def gradients_figure() -> Figure:
             )
     middle.set_xticks(range(4), tasks, rotation=30, fontsize=9)
     middle.set_yticks(range(4), tasks, fontsize=9)
-    middle.set_title("affinities: inner products,\nthe mean over the training", fontsize=9.5)
+    middle.set_title("affinities: inner products,\nmean over snapshots", fontsize=9.5)
 
     for row, (group, names) in enumerate([("group 1", [0, 2, 3]), ("group 2", [1])]):
         top = 0.95 - 0.62 * row
@@ -90,13 +90,13 @@ def gradients_figure() -> Figure:
         box = Rectangle((0.1, top - height), 0.8, height, facecolor="#e8f0f8", edgecolor=BLUE)
         right.add_patch(box)
         right.text(0.15, top - 0.08, f"{group}: one group prompt", fontsize=9, color=BLUE)
-        for at, task in enumerate(names):
+        for index, task in enumerate(names):
             right.text(
-                0.2, top - 0.2 - 0.13 * at, f"{tasks[task]}, a prompt of its own", fontsize=9, color=colors[task]
+                0.2, top - 0.2 - 0.13 * index, f"{tasks[task]}: its own task prompt", fontsize=9, color=colors[task]
             )
     right.set_ylim(0, 1)
     right.axis("off")
-    right.set_title("the partition with the most\naffinity inside its groups", fontsize=9.5)
+    right.set_title("partition with the highest\naffinity inside groups", fontsize=9.5)
     return figure
 
 
