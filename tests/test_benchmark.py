@@ -202,7 +202,7 @@ def test_methods_are_selected_by_name_or_set():
             ["--methods", "cooop"],
             "--methods: unknown method cooop; did you mean coop? Valid: all, paper, zero_shot, coop",
         ),
-        (["--dataset", "imagenet"], "--dataset imagenet: there is no"),
+        (["--dataset", "imagenet"], "--dataset imagenet: no file"),
         (["--seed", "3"], "--seed is not an option of this job: use --seeds"),
         (["--data.shots", "3"], "--data.shots is not an option of this job: use --shots"),
         (["--shots", "0"], "data.shots=0"),
