@@ -1,10 +1,10 @@
 #!/bin/sh
-# Makes .env for docker-compose.yml: cluster/example.env with random secrets, readable by its owner only.
+# Create .env for docker-compose.yml: cluster/example.env with random secrets, readable only by its owner.
 set -eu
 cd "$(dirname "$0")/.."
 target=${1:-.env}
 umask 077
-set -C # a file that exists is not written over
+set -C # never overwrite an existing file
 while IFS= read -r line; do
     case $line in
         [A-Z]*=) line=$line$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') ;;
