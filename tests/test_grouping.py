@@ -189,11 +189,8 @@ def test_the_stage_applies_its_options_and_records_them(no_figures, tmp_path):
     gradients[:, :, 12:] = np.array([3.0, -3.0, 3.0])[:, None]  # the scaling matrices: ink and neon
     result = solve(tmp_path, gradients)
     assert result["groups"] == [["ink", "neon"], ["chalk"]]
-    assert (result["method"], result["is_optimal"], result["num_candidates"]) == (
-        "dynamic programming over subsets",
-        True,
-        5,
-    )
+    assert result["method"] == "dynamic programming over subsets"
+    assert result["is_optimal"] and result["num_candidates"] == 5
     assert result["upper_bound"] == result["score"] > 0
     result = solve(tmp_path, gradients, scaling_matrices=False, objective="density")
     assert result["groups"] == [["ink", "chalk"], ["neon"]]
@@ -351,9 +348,7 @@ def discriminating_gradients(objective: str, affinity: dict, constraints: dict) 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("affinity", "constraints"), OPTIONS, ids=str)
-def test_all_outputs_of_the_stage_follow_the_configured_score_and_constraints(
-    run_grouping, objective, affinity, constraints
-):
+def test_all_outputs_follow_the_configured_score_and_constraints(run_grouping, objective, affinity, constraints):
     """Snapshots differ only in length: the same partition is optimal for every part or resample of them."""
     options = CONSTRAINTS[constraints]
     index_options = {
@@ -363,7 +358,7 @@ def test_all_outputs_of_the_stage_follow_the_configured_score_and_constraints(
     lengths = np.random.default_rng(0).uniform(0.5, 2, size=(9, 1, 1))
     gradients = lengths * discriminating_gradients(objective, affinity, index_options)
     run = run_grouping(MORE_TASKS, gradients, objective=objective, **affinity, **options)
-    result, stability_result = run.result, run.result["stability"]
+    result, stats = run.result, run.result["stability"]
 
     expected = reference_affinity(gradients, **affinity)
     np.testing.assert_allclose(result["affinity"], expected, rtol=1e-6, atol=1e-9)
@@ -380,16 +375,14 @@ def test_all_outputs_of_the_stage_follow_the_configured_score_and_constraints(
     assert result["num_candidates"] == len(scores)
     assert (result["objective"], result["affinity_kind"]) == (objective, affinity["affinity"])
     assert {name: result["constraints"][name] for name in options} == options
-    assert [(to_text(row["groups"]), row["frequency"]) for row in stability_result["resampled"]] == [(best, 1.0)]
-    assert {to_text(row["groups"]) for row in stability_result["over_training"]} == {best}
+    assert [(to_text(row["groups"]), row["frequency"]) for row in stats["resampled"]] == [(best, 1.0)]
+    assert {to_text(row["groups"]) for row in stats["over_training"]} == {best}
     task_to_group = {task: group for group in best.split(" | ") for task in group.split(" + ")}
-    assert stability_result["co_assignment"] == [
+    assert stats["co_assignment"] == [
         [float(task_to_group[i] == task_to_group[j]) for j in MORE_TASKS] for i in MORE_TASKS
     ]
-    assert [to_text(row["groups"]) for row in stability_result["ranked"]] == ranked[:10]
-    assert [row["score"] for row in stability_result["ranked"]] == pytest.approx(
-        [scores[groups] for groups in ranked[:10]]
-    )
+    assert [to_text(row["groups"]) for row in stats["ranked"]] == ranked[:10]
+    assert [row["score"] for row in stats["ranked"]] == pytest.approx([scores[groups] for groups in ranked[:10]])
 
     assert f"Objective <code>{objective}</code> of <code>{affinity['affinity']}</code> affinities" in run.page
     assert "100 % of 12 bootstrap resamples of the snapshots give the same groups" in run.page
@@ -404,32 +397,30 @@ def test_all_reported_partitions_of_many_tasks_meet_the_constraints_and_have_the
     gradients = np.random.default_rng(3).normal(size=(6, 9, 21))
     constraints = {"num_groups": 3, "min_size": 2, "max_size": 4, "cannot_link": [["task0", "task4"]]}
     run = run_grouping(tasks, gradients, objective=objective, **constraints)
-    stability_result, affinity = run.result["stability"], reference_affinity(gradients, "dot", False, True)
+    stats, affinity = run.result["stability"], reference_affinity(gradients, "dot", False, True)
     reported = [
         run.result,
-        *stability_result["ranked"],
-        *stability_result["resampled"],
-        *stability_result["over_training"],
+        *stats["ranked"],
+        *stats["resampled"],
+        *stats["over_training"],
     ]
-    assert len(stability_result["ranked"]) > 3 and len(stability_result["resampled"]) > 1
+    assert len(stats["ranked"]) > 3 and len(stats["resampled"]) > 1
 
     def to_indices(groups: list[list[str]]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(tasks.index(task) for task in group) for group in groups)
 
-    assert all(
-        meets_constraints(to_indices(row["groups"]), **constraints | {"cannot_link": [[0, 4]]}) for row in reported
-    )
-    scores = [reference_score(affinity, to_indices(row["groups"]), objective) for row in stability_result["ranked"]]
-    assert [row["score"] for row in stability_result["ranked"]] == pytest.approx(scores) and scores[0] == max(scores)
+    constraints = constraints | {"cannot_link": [[0, 4]]}
+    assert all(meets_constraints(to_indices(row["groups"]), **constraints) for row in reported)
+    scores = [reference_score(affinity, to_indices(row["groups"]), objective) for row in stats["ranked"]]
+    assert [row["score"] for row in stats["ranked"]] == pytest.approx(scores) and scores[0] == max(scores)
     assert list(run.bars(run.figures["Partitions with the highest scores"]).values()) == pytest.approx(scores)
 
 
 def test_description_of_a_search():
     result = {"num_candidates": None, "is_optimal": False, "method": "integer program"}
     assert describe_search(result) == "not proven optimal · integer program"
-    assert describe_search(result | {"num_candidates": 10**20, "is_optimal": True}).startswith(
-        "optimal among 1.0e+20 partitions"
-    )
+    result |= {"num_candidates": 10**20, "is_optimal": True}
+    assert describe_search(result).startswith("optimal among 1.0e+20 partitions")
 
 
 def test_bad_snapshots_are_named(no_figures, tmp_path):

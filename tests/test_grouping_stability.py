@@ -48,11 +48,8 @@ def test_mean_of_the_snapshot_affinities_is_the_affinity_matrix():
 def test_resamples_agree_where_all_snapshots_do_and_differ_where_they_do_not():
     stable = bootstrap(alternating(30, 30), search)
     assert stable.frequencies == {((0, 1), (2,), (3,)): 1.0} and stable.num_resamples == 200
-    assert (
-        stable.co_assignment[0, 1] == 1
-        and stable.co_assignment[0, 2] == 0
-        and (np.diag(stable.co_assignment) == 1).all()
-    )
+    matrix = stable.co_assignment
+    assert matrix[0, 1] == 1 and matrix[0, 2] == 0 and (np.diag(matrix) == 1).all()
     unstable = bootstrap(alternating(30, 15), search)
     assert 0.2 < unstable.co_assignment[0, 1] < 0.8 and (unstable.co_assignment == unstable.co_assignment.T).all()
     assert sum(unstable.frequencies.values()) == pytest.approx(1) and len(unstable.frequencies) > 1
@@ -64,7 +61,7 @@ def test_resamples_agree_where_all_snapshots_do_and_differ_where_they_do_not():
 
 
 def test_the_bootstrap_draws_blocks_of_neighbors():
-    """With a signal that changes slowly, single snapshots would give a far too confident result."""
+    """Single snapshots would give a far too confident result with a signal that changes slowly."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=8)
     drift = np.repeat((values - values.mean()) / values.std(), 8)  # eight values, constant for eight snapshots each
@@ -116,13 +113,7 @@ def test_ranked_partitions_keep_the_constraints():
 
 def test_groups_by_phase_of_the_training():
     parts = groups_over_training(alternating(30, 12), list(range(1, 91, 3)), search, num_windows=5)
-    assert [(first_step, last_step) for first_step, last_step, _ in parts] == [
-        (1, 16),
-        (19, 34),
-        (37, 52),
-        (55, 70),
-        (73, 88),
-    ]
+    assert [tuple(steps) for *steps, _ in parts] == [(1, 16), (19, 34), (37, 52), (55, 70), (73, 88)]
     assert [groups for *_, groups in parts] == [((0, 1), (2,), (3,))] * 2 + [((0, 2), (1,), (3,))] * 3
     assert len(groups_over_training(alternating(2, 1), [1, 2], search)) == 2
 
@@ -157,9 +148,8 @@ def test_figures_and_page():
     }
     page = grouping_page(result, "Optimal among 15 partitions", figures)
     assert "Optimal among 15 partitions." in page
-    assert (
-        "25 % of 200 bootstrap resamples of the snapshots give the same groups" in page and "beware &amp; think" in page
-    )
+    assert "25 % of 200 bootstrap resamples of the snapshots give the same groups" in page
+    assert "beware &amp; think" in page
     assert "&lt;b&gt;noise" in page and "<b>noise" not in page and "During &lt;training&gt;" in page
     assert len(re.findall("data:image/png;base64,[A-Za-z0-9+/=]{5000,}", page)) == 3
     assert "<td>1 to 9</td><td>ink + neon</td>" in page

@@ -135,19 +135,14 @@ class IntegerProgram:
             shared, z = solution[pair], solution[node]
             np.fill_diagonal(shared, 0)
             excess = shared - z[:, None]
-            violated += [
-                (excess[u, v], ([pair[u, v], node[u]], [1, -1], 0))
-                for u, v in np.argwhere(excess > INTEGRALITY_TOLERANCE)
-            ]
+            pairs = np.argwhere(excess > INTEGRALITY_TOLERANCE)
+            violated += [(excess[u, v], ([pair[u, v], node[u]], [1, -1], 0)) for u, v in pairs]
             for v in range(len(z)):
                 excess = shared[v][:, None] + shared[v] - shared - z[v]
                 excess[v] = excess[:, v] = 0
                 u, w = np.nonzero(np.triu(excess, 1) > INTEGRALITY_TOLERANCE)
                 columns = np.stack([pair[u, v], pair[v, w], pair[u, w], np.broadcast_to(node[v], len(u))], axis=1)
-                violated += [
-                    (violation, (triangle, [1, 1, -1, -1], 0))
-                    for violation, triangle in zip(excess[u, w].tolist(), columns)
-                ]
+                violated += [(over, (row, [1, 1, -1, -1], 0)) for over, row in zip(excess[u, w].tolist(), columns)]
         return violated
 
     def separate_tightening_cuts(self, solution: np.ndarray) -> list[ViolatedCut]:
@@ -236,7 +231,6 @@ def _size_classes(problem: Problem) -> list[tuple[int, int, float]]:
     elif problem.num_nodes == problem.sizes.sum():
         largest = min(largest, problem.objective.largest_needed_size(problem.min_size) or largest)
     weights = problem.pair_weights
-    classes = [
-        list(sizes) for _, sizes in groupby(range(problem.min_size, largest + 1), key=lambda size: weights[size])
-    ]
+    sizes_by_weight = groupby(range(problem.min_size, largest + 1), key=lambda size: weights[size])
+    classes = [list(sizes) for _, sizes in sizes_by_weight]
     return [(sizes[0], sizes[-1], weights[sizes[0]]) for sizes in classes]
