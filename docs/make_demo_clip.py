@@ -1,8 +1,8 @@
-"""Trains the demo's tiny CLIP from scratch: `python docs/make_demo_clip.py` (minutes on 2 cores).
+"""Train the demo's tiny CLIP from scratch: `python docs/make_demo_clip.py` (minutes on 2 cores).
 
-It sees the base digits reserved for it, jittered in pose and drawn in plain colors, mostly dark on light and
-sometimes light on dark, under captions that name the digit and sometimes the style. An image and a caption
-form a positive pair whenever the caption is true of the image, so a batch may hold many positives.
+Training images are the base digits reserved for it, with random poses and plain colors, mostly dark on light and
+sometimes light on dark; captions name the digit and sometimes the style. An image and a caption are a positive pair
+if the caption is true of the image, so an image may have several positives in a batch.
 """
 
 import math
@@ -28,11 +28,11 @@ BATCH = 256
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 WARMUP = 100
-TEMPLATES_PER_STEP = 3  # more than assert one polarity: every image has a true caption among them
+TEMPLATES_PER_STEP = 3  # more than those of one polarity, so that every image has a true caption
 LIGHT_ON_DARK = 0.025
 SEED = 0
 
-# Each template goes with the polarity it asserts: None is true of every image.
+# Template, and whether it asserts light on dark; None: true of every image.
 TEMPLATES = (
     ("a photo of the digit {}.", None),
     ("the digit {}.", None),
@@ -61,7 +61,7 @@ def pose(stroke: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def draw(stroke: torch.Tensor, light: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Color strokes (n, 1, 32, 32), light on dark where light (n,) is true: (n, 3, 32, 32) in 0..1."""
+    """Color strokes (n, 1, 32, 32), light on dark where light (n,) is true → (n, 3, 32, 32) in 0..1."""
     n = len(stroke)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def draw(stroke: torch.Tensor, light: torch.Tensor, generator: torch.Generator) 
 
 
 def contrastive_loss(logits: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    """Symmetric cross-entropy of logits (images, captions), the mass shared evenly among the positives."""
+    """Symmetric cross-entropy of logits (images, captions), the target distributed evenly over the positives."""
     image_target = positive / positive.sum(1, keepdim=True)
     caption_target = (positive / positive.sum(0, keepdim=True).clamp(min=1)).T
     return (F.cross_entropy(logits, image_target) + F.cross_entropy(logits.T, caption_target)) / 2
@@ -121,12 +121,12 @@ def train() -> torch.nn.Module:
         chosen = torch.randint(len(stroke), (BATCH,), generator=generator)
         light = torch.rand(BATCH, generator=generator) < LIGHT_ON_DARK
         image = (draw(pose(stroke[chosen], generator), light, generator) - mean) / std
-        shown = torch.randperm(len(TEMPLATES), generator=generator)[:TEMPLATES_PER_STEP]
-        contradicted = torch.where(light[:, None], asserts_dark[shown], asserts_light[shown])
+        template_indices = torch.randperm(len(TEMPLATES), generator=generator)[:TEMPLATES_PER_STEP]
+        contradicted = torch.where(light[:, None], asserts_dark[template_indices], asserts_light[template_indices])
         same_digit = label[chosen][:, None] == torch.arange(len(CLASSES))  # (batch, classes)
         positive = (~contradicted[:, :, None] & same_digit[:, None, :]).flatten(1)
 
-        image_features, text_features, logit_scale = model(image, tokens[shown].flatten(0, 1))
+        image_features, text_features, logit_scale = model(image, tokens[template_indices].flatten(0, 1))
         loss = contrastive_loss(logit_scale * image_features @ text_features.T, positive.float())
         optimizer.zero_grad()
         loss.backward()
@@ -141,7 +141,7 @@ def train() -> torch.nn.Module:
 
 
 def main() -> None:
-    """Train and write the weights beside the model's config, in half precision."""
+    """Train, and write the weights next to the model's config in half precision."""
     torch.set_num_threads(2)
     model = train()
     save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, WEIGHTS)

@@ -31,7 +31,7 @@ from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.index import ImageRecord, index_dataset
 from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
-from pipeline.report.data_check import LINE_ON_PAGE, check_page, check_tables, summary_line, task_overviews
+from pipeline.report.data_check import MAX_PAGE_CHARACTERS, check_page, check_tables, summary_line, task_overviews
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
@@ -162,26 +162,31 @@ def test_nothing_is_said_of_a_clean_set():
 @pytest.mark.parametrize(
     ("more", "severity", "title", "example"),
     [
-        ({"art/cat/9.png": b"<html>"}, "error", "1 files are broken (5.9 %)", "art/cat/9.png: no image of a known"),
+        (
+            {"art/cat/9.png": b"<html>"},
+            "error",
+            "1 files are broken (5.9 %)",
+            "art/cat/9.png: not an image of a supported",
+        ),
         (
             {"art/cat/9.png": encoded(Image.new("RGB", (64, 64), "red"))},
             "warning",
-            "1 images are of one color",
+            "1 images are blank (a single color)",
             "9.png",
         ),
-        ({"art/cat/9.png": encoded(photo(7, (20, 60)))}, "warning", "1 images have a side of fewer than 32", "60 x 20"),
-        ({"art/cat/9.png": encoded(photo(7, (40, 300)))}, "note", "1 images are more than 5 times as long", "300 x 40"),
-        ({"art/cat/9.png": encoded(photo(7), "JPEG")}, "note", "1 files are of another format", "9.png: JPEG"),
+        ({"art/cat/9.png": encoded(photo(7, (20, 60)))}, "warning", "1 images have a side below 32", "60 x 20"),
+        ({"art/cat/9.png": encoded(photo(7, (40, 300)))}, "note", "1 images have an aspect ratio above 5", "300 x 40"),
+        ({"art/cat/9.png": encoded(photo(7), "JPEG")}, "note", "1 files have a format that differs", "9.png: JPEG"),
         (
             {"art/cat/9.jpg": encoded(photo(100), "JPEG", quality=60)},
             "note",
-            "1 other groups of images look alike",
+            "1 other groups of near-duplicate images",
             "art/cat/0.png, art/cat/9.jpg",
         ),
         (
             {"photo/dog/9.jpg": encoded(photo(100), "JPEG", quality=60)},
             "warning",
-            "1 groups of images that look alike are in several classes",
+            "1 groups of near-duplicate images are in several classes",
             "art/cat/0.png, photo/dog/9.jpg",
         ),
     ],
@@ -218,24 +223,24 @@ def test_alike_images_in_training_and_test_are_told_with_the_training_image_firs
 def test_classes_that_are_too_small_lacking_or_odd():
     images = clean_set()
     finding = only(found(images, shots=4))
-    assert finding.severity == "error" and finding.title == "4 classes have no more than 4 different images"
-    assert finding.examples[0] == "art/cat: 4 different images"
+    assert finding.severity == "error" and finding.title == "4 classes have no more than 4 distinct images"
+    assert finding.examples[0] == "art/cat: 4 distinct images"
 
     classes = CLASSES | {"photo": ("cat", "dog", "emu")}
     emus = [checked(f"photo/emu/{number}.png", encoded(photo(300 + number))) for number in range(40)]
     imbalance, lacking = found(images + emus, classes, WORDS | {"emu": "emu"})
     assert lacking.examples == ("emu: not in art",) or imbalance.examples == ("emu: not in art",)
-    rare = next(of for of in (imbalance, lacking) if "10th" in of.title)
-    assert len(rare.examples) == 2 and "photo/cat: 4 images, the largest class has 40" in rare.examples[0]
+    rare = next(of for of in (imbalance, lacking) if "1/10" in of.title)
+    assert len(rare.examples) == 2 and "photo/cat: 4 images; the largest class has 40" in rare.examples[0]
 
     same = only(found(images, words={"cat": "tabby | Big  cat", "dog": "big cat"}))
     assert same.severity == "warning" and same.examples == tuple(
         f"{task}: cat, dog are all 'big cat'" for task in CLASSES
     )
     odd = only(found(images, words={"cat": "ToothBrush", "dog": "n02119789"}))
-    assert odd.examples == ("cat: read as one word; is 'Tooth Brush' meant?", "dog: a number, not a name")
+    assert odd.examples == ("cat: a single word to CLIP; did you mean 'Tooth Brush'?", "dog: a number, not a name")
     cut = only(found(images, words={"cat": "t-shirt", "dog": "Kanzelbrzze"}))
-    assert len(cut.examples) == 1 and cut.examples[0].startswith("dog: 'Kanzelbrzze' is cut into ")
+    assert len(cut.examples) == 1 and cut.examples[0].startswith("dog: 'Kanzelbrzze' is split into ")
     assert "warning" not in {
         of.severity for of in found(images, words={"cat": "alarm clock", "dog": "aircraft carrier"})
     }
@@ -258,7 +263,7 @@ def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
     samples = {(task, name): [thumbnail(photo(1))] * 2 for task, names in CLASSES.items() for name in names}
     page = check_page("<b>demo</b>", tasks, findings, samples, {"cat": "<script>", "dog": "dog"})
     assert page.count("<img") == 8 and "<script>" not in page and "<b>demo" not in page
-    assert "1 files are of another format" in page and "art/cat/9.png: JPEG" in page
+    assert "1 files have a format that differs" in page and "art/cat/9.png: JPEG" in page
     console = Console(record=True, width=120)
     console.print(check_tables("demo", tasks, findings))
     assert "17 images in 2 tasks" in console.export_text()
@@ -271,11 +276,11 @@ def test_long_groups_do_not_flood_the_page_nor_the_terminal():
     assert len(only(findings).examples[0]) > 10_000
     tasks = task_overviews(images, {"art": ("cat",)})
     page = check_page("demo", tasks, findings, {}, WORDS)
-    assert len(re.search("<pre>(.*)</pre>", page, re.DOTALL)[1]) == LINE_ON_PAGE
+    assert len(re.search("<pre>(.*)</pre>", page, re.DOTALL)[1]) == MAX_PAGE_CHARACTERS
     console = Console(record=True, width=120)
     console.print(check_tables("demo", tasks, findings))
     assert len(console.export_text()) < 3000
-    assert summary_line(findings) == "1 note" and summary_line([]) == "nothing stands out"
+    assert summary_line(findings) == "1 note" and summary_line([]) == "no findings"
 
 
 # --- the stage and its job ------------------------------------------------------------------------------
@@ -349,11 +354,11 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     told = " ".join(first.output.split())
     for text in (
         "demo: 36 images in 2 tasks",
-        "error 2 files are broken (5.3 %) Mend or remove them",
-        "art/cat/broken.png: no image of a known format",
-        "warning 1 images are in several classes of one task One of their labels is wrong",
+        "error 2 files are broken (5.3 %) Fix or remove them",
+        "art/cat/broken.png: not an image of a supported format",
+        "warning 1 images are in several classes of one task At least one label is wrong",
         "art/cat/2.png, art/dog/contradicts.png",
-        "warning 1 images are of one color",
+        "warning 1 images are blank (a single color)",
         "note 1 images are in their class more than once",
         "note 1 images have several frames",
     ):

@@ -286,7 +286,7 @@ def test_error_responses_say_what_to_do():
         ({"query": b"task=%00%1b[31m%ff"}, 422, "\\x00\\x1b[31m"),
         ({"body": b""}, 422, "no bytes"),
         ({"body": PNG[:40]}, 422, "known format"),
-        ({"body": b"not an image"}, 422, "no image of a known format"),
+        ({"body": b"not an image"}, 422, "not an image of a supported format"),
         ({"body": bytes(2001)}, 413, "exceeds 2,000 bytes"),
         ({"body": b"{", "content_type": "application/json"}, 400, "the body is not valid JSON"),
         ({"body": b"[" * 1900, "content_type": "application/json"}, 400, "the body is not valid JSON"),

@@ -87,8 +87,8 @@ def test_broken_images_stop_the_run_with_their_paths_and_number(build, folder):
     (listed,) = (folder / "strict/runs").glob("*/broken_images.txt")
     assert str(listed) in message
     for path in BROKEN:
-        assert f"{path}: no image of a known format" in message
-        assert f"{path}: no image of a known format" in listed.read_text()
+        assert f"{path}: not an image of a supported format" in message
+        assert f"{path}: not an image of a supported format" in listed.read_text()
     # The share that it names is enough.
     share = float(message.rsplit("--data.max_broken_fraction ", 1)[1])
     assert 2 / (NUM_IMAGES + 2) <= share < 3 / (NUM_IMAGES + 2)
@@ -101,7 +101,7 @@ def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
     assert "2 broken images dropped, 1 other files ignored: listed in" in printed
     values = json.loads((reader.folder / "splits.json").read_text())
     assert [dropped["path"] for dropped in values["dropped"]] == sorted(BROKEN)
-    assert all("no image" in dropped["error"] for dropped in values["dropped"])
+    assert all("not an image" in dropped["error"] for dropped in values["dropped"])
     assert values["ignored_files"] == ["readme.txt"]
     assert reader.description.counts == {
         "train": dict.fromkeys(TASKS, len(CLASSES) * SHOTS),
@@ -183,8 +183,8 @@ def test_given_splits_are_respected_and_told(build, folder):
         paths = {row["path"] for task in TASKS for row in reader.rows(split, task, ["path"])}
         assert len(paths) == 2 * len(TASKS) * len(CLASSES) and {Path(path).stem for path in paths} <= numbers
     values = json.loads((reader.folder / "splits.json").read_text())
-    assert values["use_official_splits"] == {"training_images_not_drawn": 4, "images_of_neither_split": 4}
-    assert "4 training images not drawn, 4 images of neither split" in printed
+    assert values["use_official_splits"] == {"training_images_not_drawn": 4, "images_in_neither_split": 4}
+    assert "4 training images not drawn, 4 images in neither split" in printed
 
 
 def test_hundreds_of_tasks(build, folder, monkeypatch):

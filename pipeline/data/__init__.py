@@ -1,1 +1,1 @@
-"""From folders of images to few-shot splits in Parquet, and from those to tensors."""
+"""Data: from image folders and tables to few-shot splits in Parquet, and on to tensors."""

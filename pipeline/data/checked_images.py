@@ -1,4 +1,4 @@
-"""Looks at each image of a data set once, and keeps what it saw as a table: a row an image, in the listing's order."""
+"""Read and decode each image of a data set once; the result is a table with one row per image, in the index's order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pipeline.data.parquet import scan_image
 from pipeline.data.splits import ScannedImage
 
 SAMPLES_PER_CLASS = 3
-"""Of a class of a task, at most."""
+"""Thumbnails per class and task, at most."""
 MAX_SAMPLES = 3000
-"""Of all, so that a page of them has no more than some 10 MB."""
+"""Thumbnails in all, for a page of at most about 10 MB."""
 BATCH_ROWS = 1 << 16
 _STATS = pa.schema(
     [
@@ -51,44 +51,49 @@ COLUMNS = pa.schema(
 
 
 def sample_paths(images: Sequence[ImageRecord]) -> frozenset[str]:
-    """Paths of samples of each class of each task, of equal numbers as far as MOST_SAMPLES reaches: those with the
-    lowest SHA-256, so that they are the same every time, and known before any image is read."""
-    of_class: dict[tuple[str, str], list[tuple[bytes, str]]] = defaultdict(list)
+    """Choose samples of each class of each task, balanced within MAX_SAMPLES. Paths with the lowest SHA-256 are chosen:
+    a deterministic choice that needs no image."""
+    paths_by_class: dict[tuple[str, str], list[tuple[bytes, str]]] = defaultdict(list)
     for image in images:
         digest = hashlib.sha256(image.path.encode("utf-8", "surrogateescape")).digest()
-        of_class[image.task, image.class_folder].append((digest, image.path))
+        paths_by_class[image.task, image.class_folder].append((digest, image.path))
     chosen = [
-        (rank, *of)
-        for members in of_class.values()
-        for rank, of in enumerate(heapq.nsmallest(SAMPLES_PER_CLASS, members))
+        (rank, *candidate)
+        for candidates in paths_by_class.values()
+        for rank, candidate in enumerate(heapq.nsmallest(SAMPLES_PER_CLASS, candidates))
     ]
     return frozenset(path for _, _, path in sorted(chosen)[:MAX_SAMPLES])
 
 
 def check_images(root: Path, images: Iterable[ImageRecord], samples: Collection[str]) -> pa.Table:
-    """Reads and decodes each once, and makes thumbnails of the paths in `samples`; COLUMNS."""
+    """Read and decode each image, with thumbnails of the paths in `samples`; return a table of COLUMNS."""
     return pa.Table.from_pylist([_row(root, image, image.path in samples) for image in images], schema=COLUMNS)
 
 
 def read_checked_images(file: Path, images: Sequence[ImageRecord]) -> list[CheckedImage]:
-    """What `check_images` saw of a listing's images."""
+    """Read the table of `check_images` for the index's images."""
     table = pq.read_table(file, columns=[name for name in COLUMNS.names if name != "thumbnail"])
-    seen = zip(*(table[name].to_pylist() for name in ("path", "sha256", "error", "size")), strict=True)
+    scans = zip(*(table[name].to_pylist() for name in ("path", "sha256", "error", "size")), strict=True)
     stats = zip(*(table[name].to_pylist() for name in _STATS.names), strict=True)
     return [
         CheckedImage(
-            # The listing's own texts, which are in memory already.
             ScannedImage(
-                of.path if of.path == path else path, of.task, of.class_folder, sha256, error, size, of.official_split
+                image.path if image.path == path else path,  # the index's string, to save memory
+                image.task,
+                image.class_folder,
+                sha256,
+                error,
+                size,
+                image.official_split,
             ),
-            ImageStats(*of_image) if error is None else None,
+            ImageStats(*values) if error is None else None,
         )
-        for of, (path, sha256, error, size), of_image in zip(images, seen, stats, strict=True)
+        for image, (path, sha256, error, size), values in zip(images, scans, stats, strict=True)
     ]
 
 
 def read_samples(file: Path) -> dict[tuple[str, str], list[bytes]]:
-    """(task, class folder) → thumbnails as JPEGs, by path."""
+    """Return (task, class folder) → thumbnails as JPEGs, in order of their paths."""
     samples: dict[tuple[str, str], list[bytes]] = defaultdict(list)
     with pq.ParquetFile(file) as table:
         for batch in table.iter_batches(BATCH_ROWS, columns=["task", "class_folder", "thumbnail"]):
@@ -98,16 +103,16 @@ def read_samples(file: Path) -> dict[tuple[str, str], list[bytes]]:
 
 
 def _row(root: Path, image: ImageRecord, is_sample: bool) -> dict[str, object]:
-    found: dict[str, object] = {}
+    row: dict[str, object] = {}
 
-    def look(data: bytes) -> None:
+    def collect_stats(data: bytes) -> None:
         pixels = decode_rgb(data)
         stats = image_stats(data, pixels)
-        found.update({name: getattr(stats, name) for name in _STATS.names})
+        row.update({name: getattr(stats, name) for name in _STATS.names})
         if is_sample:
-            found["thumbnail"] = thumbnail(pixels)
+            row["thumbnail"] = thumbnail(pixels)
 
-    scanned = scan_image(root, image.path, image.task, image.class_folder, look)
+    scanned = scan_image(root, image.path, image.task, image.class_folder, collect_stats)
     for name in ("path", "task", "class_folder", "sha256", "size", "error"):
-        found[name] = getattr(scanned, name)
-    return found
+        row[name] = getattr(scanned, name)
+    return row

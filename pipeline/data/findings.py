@@ -1,4 +1,4 @@
-"""What a user should know of a data set before training on it, and what to do about it."""
+"""Issues of a data set that a user should know before training on it, each with a suggested fix."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_g
 from pipeline.data.splits import ScannedImage
 
 Severity = Literal["error", "warning", "note"]
-"""error: a run stops at it. warning: it makes results worse, or look better than they are. note: good to know."""
+"""error: stops a run. warning: makes results worse, or look better than they are. note: for information."""
 IMBALANCE_RATIO = 10
-"""A class is told of that has this many times fewer images than the largest of its task."""
+"""A class is rare if the largest class of its task has this many times its images."""
 SMALL_SIDE = 32
 LONG_RATIO = 5.0
 FLAT_CONTRAST = 2.0
 MAX_SUBWORDS = 3
-"""A word of a class name in this many pieces is one that CLIP has hardly read."""
+"""A word that the tokenizer splits into this many subwords is rare in CLIP's training data."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage:
-    """A file of the data set; `stats` is None for a broken one."""
+    """An image of the data set; `stats` is None if it is broken."""
 
     image: ScannedImage
     stats: ImageStats | None
@@ -39,10 +39,10 @@ class CheckedImage:
 class Finding:
     severity: Severity
     title: str
-    """With how many there are."""
+    """Includes the number of examples."""
     remedy: str
     examples: tuple[str, ...]
-    """All of them, a line each."""
+    """One line per example, all of them."""
 
 
 def find_issues(
@@ -52,172 +52,168 @@ def find_issues(
     subwords: Mapping[str, Sequence[str]],
     shots: int,
     training_paths: Iterable[str] = (),
-    no_splits: str | None = None,
+    split_error: str | None = None,
     max_broken_fraction: float = 0.0,
 ) -> list[Finding]:
-    """Findings, errors first.
+    """Return all findings, errors first.
 
     Args:
         classes: task → class folders.
-        class_words: class folder → words shown to CLIP.
-        pieces: word of a class → what CLIP's tokenizer cuts it into, as of `tokenize_words`.
-        shots: training images of each class.
-        training_paths: of the images that would train.
-        no_splits: why there can be none.
-        max_broken_fraction: of the images, 0 to 1, that may be broken.
+        class_names: class folder → class name shown to CLIP.
+        subwords: word of a class name → its tokens, from `tokenize_words`.
+        shots: training images per class.
+        training_paths: paths of the images that would train.
+        split_error: why the images cannot be split, if so.
+        max_broken_fraction: fraction of images, 0 to 1, that may be broken.
     """
-    whole = [image for image in images if image.stats]
-    found = [
+    decodable = [image for image in images if image.stats]
+    findings = [
         *_broken(images, max_broken_fraction),
-        *_cannot_split(whole, classes, shots, no_splits),
-        *_exact_duplicates(whole),
-        *_near_duplicates(whole, set(training_paths)),
-        *_odd_images(whole),
-        *_classes_of_some_tasks(classes),
-        *_imbalance(whole, classes),
+        *_too_few_images(decodable, classes, shots, split_error),
+        *_exact_duplicates(decodable),
+        *_near_duplicates(decodable, set(training_paths)),
+        *_unusual_images(decodable),
+        *_partly_missing_classes(classes),
+        *_imbalance(decodable, classes),
         *_class_names(classes, class_names, subwords),
     ]
     order = ("error", "warning", "note")
-    return sorted(found, key=lambda finding: order.index(finding.severity))
+    return sorted(findings, key=lambda finding: order.index(finding.severity))
 
 
 def tokenize_words(
-    words: Iterable[str], encode: Callable[[str], list[int]], decode: Callable[[int], str]
+    class_names: Iterable[str], encode: Callable[[str], list[int]], decode: Callable[[int], str]
 ) -> dict[str, list[str]]:
-    """Each word of the class names → its pieces.
+    """Return word of the class names → its subwords.
 
     Args:
         encode: text → token ids.
         decode: one token id → its text.
     """
-    single = {word for text in words for word in re.findall(r"\w+", text)}
-    return {word: [decode(token).replace("</w>", "") for token in encode(word)] for word in sorted(single)}
+    words = {word for class_name in class_names for word in re.findall(r"\w+", class_name)}
+    return {word: [decode(token).replace("</w>", "") for token in encode(word)] for word in sorted(words)}
 
 
-def _finding(severity: Severity, what: str, examples: Sequence[str], remedy: str) -> list[Finding]:
-    """None without examples; `what` has {} for their number."""
-    return [Finding(severity, what.format(f"{len(examples):,}"), remedy, tuple(examples))] if examples else []
+def _finding(severity: Severity, title: str, examples: Sequence[str], remedy: str) -> list[Finding]:
+    """Return a finding, or none without examples; `title` has {} for their number."""
+    return [Finding(severity, title.format(f"{len(examples):,}"), remedy, tuple(examples))] if examples else []
 
 
-def _broken(images: Sequence[CheckedImage], allowed: float) -> list[Finding]:
-    broken = [f"{of.image.path}: {of.image.error}" for of in images if of.image.error]
-    share = len(broken) / max(len(images), 1)
-    what = f"{{}} files are broken ({100 * share:.2g} %)"
-    if share <= allowed:
-        return _finding("warning", what, broken, f"A run leaves them out: data.max_broken_fraction is {allowed:g}.")
+def _broken(images: Sequence[CheckedImage], max_fraction: float) -> list[Finding]:
+    broken = [f"{checked.image.path}: {checked.image.error}" for checked in images if checked.image.error]
+    fraction = len(broken) / max(len(images), 1)
+    title = f"{{}} files are broken ({100 * fraction:.2g} %)"
+    if fraction <= max_fraction:
+        return _finding("warning", title, broken, f"A run drops them: data.max_broken_fraction is {max_fraction:g}.")
     return _finding(
         "error",
-        what,
+        title,
         broken,
-        "Mend or remove them, or let a run leave them out, which it records, with --data.max_broken_fraction.",
+        "Fix or remove them, or let runs drop (and record) them with --data.max_broken_fraction.",
     )
 
 
-def _cannot_split(
-    images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]], shots: int, why: str | None
+def _too_few_images(
+    images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]], shots: int, split_error: str | None
 ) -> list[Finding]:
-    remedy = "take fewer with --data.shots, add images, or leave the class out with a file of --data.class_names."
+    remedy = "use fewer with --data.shots, add images, or exclude the class with a file of --data.class_names."
     distinct: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for of in images:
-        distinct[of.image.task, of.image.class_folder].add(of.image.sha256)
-    lacking = [
-        f"{task}/{name}: {len(distinct[task, name])} different images"
+    for checked in images:
+        distinct[checked.image.task, checked.image.class_folder].add(checked.image.sha256)
+    small_classes = [
+        f"{task}/{name}: {len(distinct[task, name])} distinct images"
         for task, names in classes.items()
         for name in names
         if len(distinct[task, name]) <= shots
     ]
-    if why and not lacking:  # given splits, or copies in several classes, leave too few
-        remedy = f"Every class needs {shots} images to train and one to test: {remedy}"
-        return [Finding("error", "the images cannot be split", remedy, tuple(why.split("; ")))]
+    if split_error and not small_classes:  # official splits, or duplicates in several classes, leave too few
+        remedy = f"Every class needs {shots} training images and one test image: {remedy}"
+        return [Finding("error", "the images cannot be split", remedy, tuple(split_error.split("; ")))]
     return _finding(
         "error",
-        f"{{}} classes have no more than {shots} different images",
-        lacking,
-        f"{shots} train and one tests: {remedy}",
+        f"{{}} classes have no more than {shots} distinct images",
+        small_classes,
+        f"Training takes {shots}, the test at least one: {remedy}",
     )
 
 
 def _exact_duplicates(images: Sequence[CheckedImage]) -> list[Finding]:
-    by_content: dict[str, list[ScannedImage]] = defaultdict(list)
-    for of in images:
-        by_content[of.image.sha256].append(of.image)
-    copies = [group for group in by_content.values() if len(group) > 1]
-    classes = [{(image.task, image.class_folder) for image in group} for group in copies]
-    contradicting = [
-        _paths(group) for group, of_group in zip(copies, classes) if len(of_group) > len({task for task, _ in of_group})
-    ]
-    across = [
-        _paths(group)
-        for group, of_group in zip(copies, classes)
-        if len({task for task, _ in of_group}) == len(of_group) > 1
-    ]
-    within = [_paths(group) for group, of_group in zip(copies, classes) if len(of_group) == 1]
+    images_by_sha256: dict[str, list[ScannedImage]] = defaultdict(list)
+    for checked in images:
+        images_by_sha256[checked.image.sha256].append(checked.image)
+    contradicting, across_tasks, within_class = [], [], []
+    for group in images_by_sha256.values():
+        classes = {(image.task, image.class_folder) for image in group}
+        if len(classes) > len({task for task, _ in classes}):
+            contradicting.append(_paths(group))
+        elif len(classes) > 1:
+            across_tasks.append(_paths(group))
+        elif len(group) > 1:
+            within_class.append(_paths(group))
     return [
         *_finding(
             "warning",
             "{} images are in several classes of one task",
             contradicting,
-            "One of their labels is wrong: remove the wrong ones.",
+            "At least one label is wrong: remove the wrong copies.",
         ),
         *_finding(
             "note",
             "{} images are in several tasks",
-            across,
-            "Copies of training images are in no test set. If the tasks should be different domains, see why they "
-            "share images.",
+            across_tasks,
+            "Duplicates of training images are excluded from all test sets. If the tasks are different domains, check "
+            "why they share images.",
         ),
         *_finding(
             "note",
             "{} images are in their class more than once",
-            within,
-            "Of copies one trains at most, and copies of training images do not test. Those that all test count more "
-            "than once: remove all but one.",
+            within_class,
+            "At most one of them trains, and duplicates of training images are not tested. Among test images they "
+            "count repeatedly: keep one.",
         ),
     ]
 
 
 def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list[Finding]:
-    """Of images that are no exact copies of each other."""
-    distinct = list({of.image.sha256: of for of in images}.values())
-    distinct = [of for of in distinct if of.stats and of.stats.contrast > FLAT_CONTRAST]
+    """Find near-duplicates that are not exact duplicates."""
+    distinct = list({checked.image.sha256: checked for checked in images}.values())
+    distinct = [checked for checked in distinct if checked.stats and checked.stats.contrast > FLAT_CONTRAST]
     groups = [
-        [distinct[at].image for at in group]
-        for group in near_duplicate_groups([of.stats.phash for of in distinct if of.stats])
+        [distinct[position].image for position in group]
+        for group in near_duplicate_groups([checked.stats.phash for checked in distinct if checked.stats])
     ]
-    leaking, mixed, rest = [], [], []
+    leaking, contradicting, harmless = [], [], []
     for group in groups:
         trains = [image for image in group if image.path in training]
         if len({image.class_folder for image in group}) > 1:
-            mixed.append(_paths(group))
+            contradicting.append(_paths(group))
         elif trains and any(image.path not in training and image.official_split != "train" for image in group):
             leaking.append(_paths([*trains, *(image for image in group if image.path not in training)]))
         else:
-            rest.append(_paths(group))
-    how = (
-        f"Their 64-bit perceptual hashes differ in at most {MAX_HAMMING_DISTANCE} bits; look at them: it may be chance."
-    )
+            harmless.append(_paths(group))
+    hint = f"Their perceptual hashes differ in at most {MAX_HAMMING_DISTANCE} of 64 bits; check them by eye."
     return [
         *_finding(
             "warning",
-            "{} groups of images that look alike are in several classes",
-            mixed,
-            f"{how} If they show the same, some labels are wrong.",
+            "{} groups of near-duplicate images are in several classes",
+            contradicting,
+            f"{hint} If they show the same, some labels are wrong.",
         ),
         *_finding(
             "warning",
-            "{} groups of images that look alike would be in training and test",
+            "{} groups of near-duplicate images would be in training and test",
             leaking,
-            f"{how} If they do (frames of one video, one photo at two sizes), the test accuracy is too good: keep one "
-            "of each group.",
+            f"{hint} If they show the same (frames of a video, a photo at two sizes), the test accuracy is too "
+            "optimistic: keep one of each group.",
         ),
-        *_finding("note", "{} other groups of images look alike", rest, how),
+        *_finding("note", "{} other groups of near-duplicate images", harmless, hint),
     ]
 
 
-def _odd_images(images: Sequence[CheckedImage]) -> list[Finding]:
-    small, long, flat, misnamed, turned, moving = [], [], [], [], [], []
-    for of in images:
-        stats, path = of.stats, of.image.path
+def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
+    small, long, blank, misnamed, rotated, animated = [], [], [], [], [], []
+    for checked in images:
+        stats, path = checked.stats, checked.image.path
         assert stats
         size = f"{stats.width} x {stats.height}"
         if min(stats.width, stats.height) < SMALL_SIDE:
@@ -225,81 +221,81 @@ def _odd_images(images: Sequence[CheckedImage]) -> list[Finding]:
         if max(stats.width, stats.height) > LONG_RATIO * min(stats.width, stats.height):
             long.append(f"{path}: {size}")
         if stats.contrast <= FLAT_CONTRAST:
-            flat.append(path)
+            blank.append(path)
         if Path(path).suffix.lower() not in SUFFIXES_OF_FORMAT.get(stats.format, (Path(path).suffix.lower(),)):
             misnamed.append(f"{path}: {stats.format}")
         if stats.orientation != STORED_UPRIGHT:
-            turned.append(f"{path}: orientation {stats.orientation}")
+            rotated.append(f"{path}: orientation {stats.orientation}")
         if stats.frames > 1:
-            moving.append(f"{path}: {stats.frames} frames")
+            animated.append(f"{path}: {stats.frames} frames")
     return [
-        *_finding("warning", "{} images are of one color", flat, "They show nothing: remove them."),
+        *_finding("warning", "{} images are blank (a single color)", blank, "Remove them."),
         *_finding(
             "warning",
-            f"{{}} images have a side of fewer than {SMALL_SIDE} pixels",
+            f"{{}} images have a side below {SMALL_SIDE} pixels",
             small,
-            "Thumbnails? Get the full ones, or remove them.",
+            "If they are thumbnails, replace them with the full images; else remove them.",
         ),
         *_finding(
             "note",
-            f"{{}} images are more than {LONG_RATIO:g} times as long as they are wide, or the other way",
+            f"{{}} images have an aspect ratio above {LONG_RATIO:g}",
             long,
-            "The test sees the square in their middle: cut them to what matters.",
+            "Only the center square is tested: crop them to the relevant part.",
         ),
         *_finding(
             "note",
-            "{} images are turned by their EXIF data",
-            turned,
-            "CLIP's own preprocessing shows them as they are stored, and so is done here. If they should be upright, "
-            "store them so (mogrify -auto-orient, jhead -autorot).",
+            "{} images have an EXIF orientation",
+            rotated,
+            "It is ignored, as in CLIP's own preprocessing. If they should be upright, rotate the stored pixels "
+            "(mogrify -auto-orient, jhead -autorot).",
         ),
-        *_finding("note", "{} images have several frames", moving, "The first one is used."),
+        *_finding("note", "{} images have several frames", animated, "The first frame is used."),
         *_finding(
             "note",
-            "{} files are of another format than their names say",
+            "{} files have a format that differs from their suffix",
             misnamed,
-            "They are read by what they hold. If a page was saved in place of an image it would be among the broken.",
+            "They are read by content. (A web page saved as an image would be among the broken files.)",
         ),
     ]
 
 
-def _classes_of_some_tasks(classes: Mapping[str, Sequence[str]]) -> list[Finding]:
-    everywhere = sorted({name for names in classes.values() for name in names})
-    lacking = {name: [task for task, names in classes.items() if name not in names] for name in everywhere}
+def _partly_missing_classes(classes: Mapping[str, Sequence[str]]) -> list[Finding]:
+    all_classes = sorted({name for names in classes.values() for name in names})
+    missing = {name: [task for task, names in classes.items() if name not in names] for name in all_classes}
     return _finding(
         "note",
         "{} classes are not in every task",
-        [f"{name}: not in {', '.join(tasks)}" for name, tasks in lacking.items() if tasks],
-        "That may be meant: tasks may have different classes. If not, look for another spelling of the folder, or list "
-        "the classes that all have with --data.class_names.",
+        [f"{name}: not in {', '.join(tasks)}" for name, tasks in missing.items() if tasks],
+        "Tasks may have different classes. If this is not intended, look for another spelling of the folder, or list "
+        "the common classes with --data.class_names.",
     )
 
 
 def _imbalance(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]]) -> list[Finding]:
-    counts = Counter((of.image.task, of.image.class_folder) for of in images)
+    counts = Counter((checked.image.task, checked.image.class_folder) for checked in images)
     rare = []
     for task, names in classes.items():
-        of_task = {name: counts[task, name] for name in names}
-        most = max(of_task.values())
-        middle = median(of_task.values())
+        class_sizes = {name: counts[task, name] for name in names}
+        largest = max(class_sizes.values())
+        typical = median(class_sizes.values())
         rare += [
-            f"{task}/{name}: {count:,} images, the largest class has {most:,}, the median is {middle:g}"
-            for name, count in of_task.items()
-            if 0 < count * IMBALANCE_RATIO <= most
+            f"{task}/{name}: {size:,} images; the largest class has {largest:,}, the median is {typical:g}"
+            for name, size in class_sizes.items()
+            if 0 < size * IMBALANCE_RATIO <= largest
         ]
     return _finding(
         "note",
-        f"{{}} classes have less than a {IMBALANCE_RATIO}th of the images of their task's largest",
+        f"{{}} classes have at most 1/{IMBALANCE_RATIO} of the images of their task's largest class",
         rare,
-        "Training is not affected: each class has as many shots. The accuracy is over test images, so large classes "
-        "count more.",
+        "Training is not affected: all classes have the same number of shots. Accuracy is averaged over test images, "
+        "so large classes weigh more.",
     )
 
 
 def _class_names(
     classes: Mapping[str, Sequence[str]], class_names: Mapping[str, str], subwords: Mapping[str, Sequence[str]]
 ) -> list[Finding]:
-    odd: list[str] = []
+    unclear: list[str] = []
     for folder, text in sorted(class_names.items()):
         reasons = []
         is_number = bool(re.fullmatch(r"[a-z]{0,2}[\d\W_]+", text, re.IGNORECASE))
@@ -307,23 +303,27 @@ def _class_names(
             reasons.append("a number, not a name")
         for word in [] if is_number else re.findall(r"\w+", text):
             if re.search(r"[a-z][A-Z]", word):
-                apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", word)
-                reasons.append(f"read as one word; is {apart!r} meant?")
+                separated = re.sub(r"([a-z])([A-Z])", r"\1 \2", word)
+                reasons.append(f"a single word to CLIP; did you mean {separated!r}?")
             elif len(subwords.get(word, ())) >= MAX_SUBWORDS and not word.isdigit():
-                reasons.append(f"{word!r} is cut into {' · '.join(subwords[word])}")
+                reasons.append(f"{word!r} is split into {' · '.join(subwords[word])}")
         if reasons:
-            odd.append(f"{folder}: {'; '.join(reasons)}")
-    same = []
-    for task, names in classes.items():
-        of_words: dict[str, list[str]] = defaultdict(list)
-        for name in names:
-            for own in split_synonyms(class_names[name]):
-                of_words[" ".join(own.casefold().split())].append(name)
-        same += [f"{task}: {', '.join(of)} are all {text!r}" for text, of in of_words.items() if len(of) > 1]
-    say = "Say them in plain words with --data.class_names FILE: a line is the folder, a tab, and the words."
+            unclear.append(f"{folder}: {'; '.join(reasons)}")
+    ambiguous = []
+    for task, folders in classes.items():
+        folders_by_name: dict[str, list[str]] = defaultdict(list)
+        for folder in folders:
+            for name in split_synonyms(class_names[folder]):
+                folders_by_name[" ".join(name.casefold().split())].append(folder)
+        ambiguous += [
+            f"{task}: {', '.join(shared)} are all {name!r}"
+            for name, shared in folders_by_name.items()
+            if len(shared) > 1
+        ]
+    remedy = "Give better names with --data.class_names FILE; its lines are the folder, a tab, and the class name."
     return [
-        *_finding("warning", "{} times, classes of one task have the same words", same, say),
-        *_finding("note", "{} class names are ones that CLIP has hardly read", odd, say),
+        *_finding("warning", "{} class names are shared by classes of one task", ambiguous, remedy),
+        *_finding("note", "{} class names are unclear to CLIP (numbers, joined or rare words)", unclear, remedy),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What can be told of an image without knowing what it should show, and a small picture of it."""
+"""Image statistics for the data check, and thumbnails."""
 
 from __future__ import annotations
 
@@ -12,54 +12,60 @@ from PIL import ExifTags, Image
 from pipeline.data.images import FORMATS, decode_rgb
 
 STORED_UPRIGHT = 1
-"""EXIF's orientation of an image whose pixels are not to be turned."""
-
-
+"""EXIF orientation of an image that is not rotated or mirrored."""
 THUMBNAIL = 64
-"""Pixels of a thumbnail's longer side."""
+"""Longer side of a thumbnail in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageStats:
-    """Of an image that can be decoded."""
+    """Properties of an image that can be decoded."""
 
     width: int
     height: int
     mode: str
-    """Pillow's, as the file has it: RGB, L, P, RGBA, CMYK, I;16, ..."""
+    """Pillow's mode of the file: RGB, L, P, RGBA, CMYK, I;16, ..."""
     format: str
-    """Pillow's name of it: JPEG, PNG, ..."""
+    """Pillow's name of the format: JPEG, PNG, ..."""
     frames: int
     orientation: int
-    """EXIF's; STORED_UPRIGHT where there is none."""
+    """EXIF orientation; STORED_UPRIGHT by default."""
     contrast: float
-    """Standard deviation of the gray values, 0 to 255; 0: one color."""
+    """Standard deviation of the gray values (0 to 255); 0: a single color."""
     phash: int
-    """Perceptual hash, 64 bits: images that look alike differ in few of them."""
+    """64-bit perceptual hash; those of near-duplicates differ in few bits."""
 
 
 def image_stats(data: bytes, pixels: Image.Image | None = None) -> ImageStats:
-    """
+    """Compute the statistics of an encoded image.
+
     Args:
-        pixels: `data` as RGB, if it is decoded already.
+        pixels: `data` decoded to RGB, if available.
 
     Raises:
         BrokenImage: as `decode_rgb`.
     """
     pixels = pixels or decode_rgb(data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        mode, kind = image.mode, str(image.format)
+        mode, image_format = image.mode, str(image.format)
         frames, orientation = _frames(image), _orientation(image)
     gray = pixels.convert("L")
     phash = np.packbits(imagehash.phash(gray).hash.ravel())
     contrast = float(np.asarray(gray.resize((64, 64), Image.Resampling.BOX)).std())
     return ImageStats(
-        pixels.width, pixels.height, mode, kind, frames, orientation, contrast, int.from_bytes(phash.tobytes(), "big")
+        pixels.width,
+        pixels.height,
+        mode,
+        image_format,
+        frames,
+        orientation,
+        contrast,
+        int.from_bytes(phash.tobytes(), "big"),
     )
 
 
 def thumbnail(pixels: Image.Image) -> bytes:
-    """A JPEG of an RGB image, no side longer than THUMBNAIL pixels."""
+    """Encode an RGB image as a JPEG with sides of at most THUMBNAIL pixels."""
     small = pixels.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
@@ -70,12 +76,12 @@ def thumbnail(pixels: Image.Image) -> bytes:
 def _frames(image: Image.Image) -> int:
     try:
         return int(getattr(image, "n_frames", 1))
-    except Exception:  # broken frames behind the first, which alone is used
+    except Exception:  # broken later frames; only the first is used
         return 1
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, STORED_UPRIGHT))
-    except Exception:  # broken metadata, of which nothing is used
+    except Exception:  # broken metadata, which is not used
         return STORED_UPRIGHT

@@ -1,14 +1,14 @@
-"""Finds the images of every task and class under a data root; opens none of them.
+"""Index of the images of every task and class below data.root; opens no image.
 
 Layouts:
 - `folders`: <root>/<task>/<class>/<any depth>/image;
 - `split_folders`: <root>/<task>/<split>/<class>/... or <root>/<split>/<task>/<class>/..., splits train, test, val;
-- `manifest`: a table with a row for each image (manifest.py);
+- `manifest`: a table with one row per image (manifest.py);
 - `office_home`: the published archive, with or without its top folder;
 - `mini_domainnet`, `domainnet`, `pacs`: folders with image lists (lists.py).
 
-Everything is ordered by name, so that no file system's own order reaches a result. Links are followed, except
-those that lead back to a folder they lie in; those that lead out of data.root are refused, unless they may.
+All is sorted by name, so that results do not depend on the file system. Symbolic links are followed, except those to
+a folder that contains them; links out of data.root are refused unless data.follow_external_symlinks is set.
 """
 
 from __future__ import annotations
@@ -26,59 +26,59 @@ from pipeline.config import DataConfig, read_text, resolve_config_path
 from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import SUFFIXES, read_manifest
-from pipeline.data.names import escape_for_terminal, plain_name, split_synonyms, truncated_list
+from pipeline.data.names import escape_for_terminal, normalize_name, split_synonyms, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit
 from pipeline.data.symlinks import SymlinkChecker
 from pipeline.errors import UserError, escape_controls
 
 IMAGE_SUFFIXES = frozenset(chain.from_iterable(SUFFIXES_OF_FORMAT.values()))
 OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
-MINI_DOMAINNET_LISTS = LIST_LAYOUTS["mini_domainnet"].lists[0]
+MINI_DOMAINNET_LISTS = LIST_LAYOUTS["mini_domainnet"].list_folders[0]
 OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")
 UNSPLIT_FOLDER = "full"
-"""Beside split folders, VLCS as Dassl has it keeps all images once more under this name."""
+"""Folder in which Dassl's VLCS repeats all images, next to those of its splits."""
 MAX_CLASS_LINE = 1000
 
 
 @dataclass(frozen=True)
 class ImageRecord:
     path: str
-    """Relative to the root, with forward slashes; `<file>#<row>` for one in a Parquet file."""
+    """Relative to the root, with forward slashes; `<file>#<row>` for an image in a Parquet file."""
     task: str
     class_folder: str
     size: int
-    """Bytes of its file; 0 for a file that is not there, which is for the scan to report."""
+    """Bytes of its file; 0 for a missing file, which the scan reports."""
     modified_ns: int
     official_split: OfficialSplit | None = None
-    """Where given splits are respected: train or test."""
+    """train or test with data.use_official_splits, else None."""
     row_group: int | None = None
-    """Of an image in a Parquet file; those of one group are read together."""
+    """Row group of an image in a Parquet file; images of one group are read together."""
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """What lies under a root. `images` is sorted by path; `ignored` are the files that are no images, and the
-    links that lead back."""
+    """Images, tasks and classes below a root. `images` is sorted by path; `ignored` are files that are not images, and
+    links to a folder that contains them."""
 
     root: Path
     layout: str
     images: tuple[ImageRecord, ...]
     classes: dict[str, tuple[str, ...]]
-    """Task → its class folders, sorted; the position is the label."""
+    """Task → class folders, sorted; the position is the label."""
     class_names: dict[str, str]
-    """Class folder → the words shown to CLIP."""
+    """Class folder → class name shown to CLIP."""
     ignored: tuple[str, ...]
     excluded_classes: tuple[str, ...]
-    """Class folders that data.class_names does not list, as task/class."""
+    """Class folders not in data.class_names, as task/class."""
     unused_images: dict[str, int] = field(default_factory=dict)
-    """Task → images for validation, or for no split, which are left out where given splits are respected."""
+    """Task → number of images in neither train nor test, with data.use_official_splits."""
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, sizes and times: changes when a file may have, without reading it."""
+        """Return the SHA-256 of names, sizes and modification times: detects changed files without reading them."""
         digest = hashlib.sha256()
         for image in self.images:
             line = f"{image.path}\0{image.size}\0{image.modified_ns}\n"
-            if self.layout == "manifest":  # elsewhere the path says both
+            if self.layout == "manifest":  # in other layouts the path has both
                 line += f"{image.task}\0{image.class_folder}\n"
             if image.official_split:
                 line += f"{image.official_split}\n"
@@ -87,228 +87,231 @@ class DatasetIndex:
         return digest.hexdigest()
 
 
-def index_dataset(config: DataConfig, root: Path) -> DatasetIndex:
-    """Listing of `root` by `config` (layout, tasks, class_names, given_splits).
+def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
+    """Index `data_root` according to `config` (layout, tasks, class_names, use_official_splits).
 
     Raises:
-        UserError: root missing, no tasks, a task or class that is asked for and not there, links that lead out of
-            root, a folder name that is not plain text, or the same as another's, rows of a manifest that cannot be
-            used, no splits where they are asked for.
+        UserError: the root, or a requested task, class or split, is missing; links out of the root; invalid or
+            equivalent folder names; unusable rows of a manifest.
     """
-    if not root.is_dir() and not root.is_file():  # a pipe is neither
-        raise UserError(f"data.root={root} is not a folder or file on this machine")
-    manifest, root = root, root if root.is_dir() else root.parent
+    if not data_root.is_dir() and not data_root.is_file():  # a pipe is neither
+        raise UserError(f"data.root={data_root} is not a folder or file on this machine")
+    root = data_root if data_root.is_dir() else data_root.parent
     symlinks = SymlinkChecker(root, config.follow_external_symlinks)
-    layout, root = _recognize(config.layout, manifest, root)
+    layout, root = _detect_layout(config.layout, data_root, root)
     symlinks.escapes_root(root)
     selected = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
-    wanted = None if selected is None else {plain_name(task, "task") for task in selected}
-    class_names = _ClassNames(config.class_names)
-    files, ignored, places = _files_of(config, layout, manifest, root, wanted, class_names, symlinks)
+    task_filter = None if selected is None else {normalize_name(task, "task") for task in selected}
+    class_names = _ClassNameFiles(config.class_names)
+    entries, ignored, locations = _read_entries(config, layout, data_root, root, task_filter, class_names, symlinks)
     if layout in LIST_LAYOUTS:
         root = LIST_LAYOUTS[layout].images_root(root)
-    named = layout in ("manifest", "split_folders")  # tasks are not the folders just below the root
-    symlinks.refuse(root, None if named else selected)
-    what = "names" if layout == "manifest" else "folders"
-    found, unused_images = _by_class(files, root, what, config.use_official_splits)
-    if config.use_official_splits and not any(file.split in ("train", "test") for file in files):
+    has_task_folders = layout not in ("manifest", "split_folders")  # directly below the root
+    symlinks.raise_on_escape(root, selected if has_task_folders else None)
+    kind = "names" if layout == "manifest" else "folders"
+    entries_by_task, unused_images = _group_by_class(entries, root, kind, config.use_official_splits)
+    if config.use_official_splits and not any(entry.split in ("train", "test") for entry in entries):
         raise UserError(
-            f"data.given_splits=true, and {manifest} has no splits: image lists, a manifest with a column `split`, or "
-            "folders <task>/train/<class> and <task>/test/<class> have; without them: --data.given_splits false"
+            f"data.use_official_splits=true, but {data_root} has no splits: provide image lists, a manifest with a "
+            "column `split`, or folders <task>/train/<class> and <task>/test/<class>; or set "
+            "--data.use_official_splits false"
         )
-    if wanted is None:
-        class_names.refuse_others(found)
-    tasks = _tasks_of(found, wanted, root)
-    classes, left_out = _classes_of({task: found[task] for task in tasks}, class_names, root)
+    if task_filter is None:
+        class_names.check_tasks(entries_by_task)
+    tasks = _select_tasks(entries_by_task, task_filter, root)
+    classes, excluded_classes = _select_classes({task: entries_by_task[task] for task in tasks}, class_names, root)
     images = [
-        _image_file(root, file, task, name, config.use_official_splits, symlinks)
+        _image_record(root, entry, task, name, config.use_official_splits, symlinks)
         for task in tasks
         for name in classes[task]
-        for file in found[task][name]
+        for entry in entries_by_task[task][name]
     ]
-    symlinks.refuse(root, None if named else tasks)
-    _refuse_missing(images, places, manifest, config.max_broken_fraction)
+    symlinks.raise_on_escape(root, tasks if has_task_folders else None)
+    _check_missing(images, locations, data_root, config.max_broken_fraction)
     return DatasetIndex(
         root,
         layout,
         tuple(sorted(images, key=lambda image: image.path)),
         classes,
-        class_names.words(classes),
+        class_names.merge(classes),
         tuple(sorted(map(escape_for_terminal, ignored))),
-        left_out,
+        excluded_classes,
         {task: unused_images[task] for task in tasks if unused_images[task]},
     )
 
 
-def _files_of(
+def _read_entries(
     config: DataConfig,
     layout: str,
-    manifest: Path,
+    data_root: Path,
     root: Path,
     tasks: set[str] | None,
-    class_names: _ClassNames,
+    class_names: _ClassNameFiles,
     symlinks: SymlinkChecker,
 ) -> tuple[list[DatasetEntry], list[str], dict[str, str]]:
-    """Images and class folders; files that are neither; of a manifest's images, path → line or row."""
+    """Return images and class folders, ignored files, and for a manifest's images path → line or row."""
     if layout == "manifest":
         columns = dict[str, str](config.columns.items())
-        files, places = read_manifest(
-            manifest, root, columns, tasks, class_names.order, config.use_official_splits, symlinks
+        entries, locations = read_manifest(
+            data_root, root, columns, tasks, class_names.class_order, config.use_official_splits, symlinks
         )
-        return files, [], places
+        return entries, [], locations
     if layout in LIST_LAYOUTS:
         return read_lists(layout, root, symlinks), [], {}
-    return *_walk(root, symlinks, _folder_roles(layout, root)), {}
+    return *_walk_folders(root, symlinks, _folder_roles(layout, root)), {}
 
 
-def _by_class(
-    files: Sequence[DatasetEntry], root: Path, what: str, use_official_splits: bool
+def _group_by_class(
+    entries: Sequence[DatasetEntry], root: Path, kind: str, use_official_splits: bool
 ) -> tuple[dict[str, dict[str, list[DatasetEntry]]], Counter[str]]:
-    """Task → class → images; task → images that are left out for being in neither split.
+    """Return task → class → images, and task → number of images in neither split.
 
     Raises:
-        UserError: two names that not every file system tells apart; `what` is what it calls them.
+        UserError: two names that some file systems treat as equal; the message calls them `kind`.
     """
-    found: dict[str, dict[str, list[DatasetEntry]]] = {}
+    entries_by_task: dict[str, dict[str, list[DatasetEntry]]] = {}
     unused_images: Counter[str] = Counter()
-    folder_of: dict[tuple[str, ...], str] = {}
-    for file in files:
-        task, name = plain_name(file.task), plain_name(file.class_folder)
-        # Tasks name files of the results, which other file systems must be able to hold.
-        for key, folder in (((task.casefold(),), file.task), ((task, name), file.class_folder)):
-            if (other := folder_of.setdefault(key, folder)) != folder:
+    folder_by_key: dict[tuple[str, ...], str] = {}
+    for entry in entries:
+        task, name = normalize_name(entry.task), normalize_name(entry.class_folder)
+        # Result files are named by task, and must be valid on other file systems.
+        for key, folder in (((task.casefold(),), entry.task), ((task, name), entry.class_folder)):
+            if (known_folder := folder_by_key.setdefault(key, folder)) != folder:
                 raise UserError(
-                    f"the {what} {other!a} and {folder!a} under {root} differ only in case or in the form of their "
-                    "Unicode characters; rename one"
+                    f"the {kind} {known_folder!a} and {folder!a} under {root} differ only in case or Unicode "
+                    "normalization; rename one"
                 )
-        of_class = found.setdefault(task, {}).setdefault(name, [])
-        if not file.path:
+        class_entries = entries_by_task.setdefault(task, {}).setdefault(name, [])
+        if not entry.path:
             continue
-        if use_official_splits and file.split not in ("train", "test"):
+        if use_official_splits and entry.split not in ("train", "test"):
             unused_images[task] += 1
         else:
-            of_class.append(file)
-    return found, unused_images
+            class_entries.append(entry)
+    return entries_by_task, unused_images
 
 
-def _tasks_of(found: Collection[str], wanted: set[str] | None, root: Path) -> list[str]:
-    """Raises: UserError: none, or one that is wanted and not there."""
-    tasks = sorted(found if wanted is None else wanted)
-    if missing := [task for task in tasks if task not in found]:
+def _select_tasks(available: Collection[str], task_filter: set[str] | None, root: Path) -> list[str]:
+    """Return the tasks to use, sorted. Raises UserError if there are none, or one of `task_filter` is missing."""
+    tasks = sorted(available if task_filter is None else task_filter)
+    if missing := [task for task in tasks if task not in available]:
         raise UserError(
             f"data.tasks: {', '.join(missing)} not found under {root}; "
-            f"found: {truncated_list(sorted(found)) or 'no <task>/<class> folders'}"
+            f"found: {truncated_list(sorted(available)) or 'no <task>/<class> folders'}"
         )
     if not tasks:
-        raise UserError(f"data.root={root} holds no <task>/<class>/<image> folders")
+        raise UserError(f"data.root={root} has no <task>/<class>/<image> folders")
     return tasks
 
 
-def _classes_of(
-    found: dict[str, dict[str, list[DatasetEntry]]], class_names: _ClassNames, root: Path
+def _select_classes(
+    entries_by_task: dict[str, dict[str, list[DatasetEntry]]], class_names: _ClassNameFiles, root: Path
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Task → its classes; those that data.class_names does not list, as task/class.
+    """Return task → classes, and as task/class those that data.class_names does not list.
 
     Raises:
-        UserError: a class that is listed and not there; a task with fewer than two.
+        UserError: a listed class is missing; a task has fewer than two classes.
     """
     classes: dict[str, tuple[str, ...]] = {}
-    left_out: list[str] = []
-    for task, of_task in found.items():
-        words_of = class_names.of(task)
-        if words_of is not None:
-            if absent := [name for name in words_of if name not in of_task]:
+    excluded_classes: list[str] = []
+    for task, entries_by_class in entries_by_task.items():
+        listed = class_names.for_task(task)
+        if listed is not None:
+            if missing := [name for name in listed if name not in entries_by_class]:
                 raise UserError(
-                    f"{class_names.file_of(task)} lists classes that task {task!r} lacks: {truncated_list(absent)} "
+                    f"{class_names.file_for(task)} lists classes that task {task!r} lacks: {truncated_list(missing)} "
                     f"({root / task})"
                 )
-            left_out += [f"{task}/{name}" for name in sorted(of_task) if name not in words_of]
-        classes[task] = tuple(sorted(of_task if words_of is None else words_of))
+            excluded_classes += [f"{task}/{name}" for name in sorted(entries_by_class) if name not in listed]
+        classes[task] = tuple(sorted(entries_by_class if listed is None else listed))
         if len(classes[task]) < 2:
             raise UserError(
                 f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
             )
-    return classes, tuple(left_out)
+    return classes, tuple(excluded_classes)
 
 
-def _image_file(
-    root: Path, file: DatasetEntry, task: str, name: str, use_official_splits: bool, symlinks: SymlinkChecker
+def _image_record(
+    root: Path, entry: DatasetEntry, task: str, name: str, use_official_splits: bool, symlinks: SymlinkChecker
 ) -> ImageRecord:
-    size, modified_ns, row_group = file.table or (*_size_and_time(root, file.path, symlinks), None)
-    return ImageRecord(file.path, task, name, size, modified_ns, file.split if use_official_splits else None, row_group)
+    size, modified_ns, row_group = entry.table_row or (*_size_and_time(root, entry.path, symlinks), None)
+    split = entry.split if use_official_splits else None
+    return ImageRecord(entry.path, task, name, size, modified_ns, split, row_group)
 
 
 def unexpected_counts(config: DataConfig, dataset: DatasetIndex) -> list[str]:
-    """What of `config.expected_images` the listing's tasks do not have, a sentence each."""
+    """Return a message for each deviation from `config.expected_images`."""
     counts = Counter(image.task for image in dataset.images) + Counter(dataset.unused_images)
     notes = []
     for name, expected in (config.expected_images or {}).items():
         tasks = name.split(" + ")
-        count = sum(counts[task] for task in tasks)
-        if all(task in dataset.classes for task in tasks) and count != expected:
+        num_images = sum(counts[task] for task in tasks)
+        if all(task in dataset.classes for task in tasks) and num_images != expected:
             has = "has" if len(tasks) == 1 else "have"
-            notes.append(f"{name} {has} {count:,} images, {expected:,} are published: is the copy complete?")
+            notes.append(f"{name} {has} {num_images:,} images, {expected:,} are published: is the copy complete?")
     return notes
 
 
-class _ClassNames:
-    """The files of data.class_names.
+class _ClassNameFiles:
+    """Class names from the files of data.class_names.
 
     Raises:
         UserError: as `read_class_names`.
     """
 
-    def __init__(self, given: str | dict[str, str] | None):
-        self._file = given if isinstance(given, str) else None
-        self._file_of_task = {
-            plain_name(task, "task"): file for task, file in (given if isinstance(given, dict) else {}).items()
+    def __init__(self, setting: str | dict[str, str] | None):
+        self._default_file = setting if isinstance(setting, str) else None
+        self._file_by_task = {
+            normalize_name(task, "task"): file for task, file in (setting if isinstance(setting, dict) else {}).items()
         }
-        files = {file for file in (self._file, *self._file_of_task.values()) if file is not None}
-        self._read = {file: read_class_names(resolve_config_path(Path(file).expanduser())) for file in sorted(files)}
+        files = {file for file in (self._default_file, *self._file_by_task.values()) if file is not None}
+        self._contents = {
+            file: read_class_names(resolve_config_path(Path(file).expanduser())) for file in sorted(files)
+        }
 
     @property
-    def order(self) -> list[str] | None:
-        """The classes of all tasks, in the order of their file."""
-        return None if self._file is None else list(self._read[self._file])
+    def class_order(self) -> list[str] | None:
+        """Classes of all tasks in the order of the default file; None without one."""
+        return None if self._default_file is None else list(self._contents[self._default_file])
 
-    def file_of(self, task: str) -> str | None:
-        return self._file_of_task.get(task, self._file)
+    def file_for(self, task: str) -> str | None:
+        return self._file_by_task.get(task, self._default_file)
 
-    def of(self, task: str) -> dict[str, str] | None:
-        """Class folder → words; None: no file says."""
-        file = self.file_of(task)
-        return None if file is None else self._read[file]
+    def for_task(self, task: str) -> dict[str, str] | None:
+        """Return class folder → class name; None: the task has no file."""
+        file = self.file_for(task)
+        return None if file is None else self._contents[file]
 
-    def refuse_others(self, tasks: Collection[str]) -> None:
-        """Raises: UserError: a file for none of the tasks."""
-        if others := sorted(self._file_of_task.keys() - tasks):
+    def check_tasks(self, tasks: Collection[str]) -> None:
+        """Raise UserError if there is a file for an unknown task."""
+        if unknown := sorted(self._file_by_task.keys() - tasks):
             raise UserError(
-                f"data.class_names: there is no task {', '.join(others)}; found: {truncated_list(sorted(tasks))}"
+                f"data.class_names: there is no task {', '.join(unknown)}; found: {truncated_list(sorted(tasks))}"
             )
 
-    def words(self, classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
-        """Class folder → words, for all classes of all tasks, sorted. Raises: UserError: two tasks differ in them."""
-        words: dict[str, tuple[str, str]] = {}
-        for task, names in classes.items():
-            of_task = self.of(task) or {}
-            for name in names:
-                own = of_task.get(name, name.replace("_", " "))
-                other, before = words.setdefault(name, (task, own))
-                if before != own:
+    def merge(self, classes: dict[str, tuple[str, ...]]) -> dict[str, str]:
+        """Return class folder → class name over all tasks, sorted. Raises UserError if two tasks contradict."""
+        merged: dict[str, tuple[str, str]] = {}
+        for task, folders in classes.items():
+            listed = self.for_task(task) or {}
+            for folder in folders:
+                class_name = listed.get(folder, folder.replace("_", " "))
+                known_task, known_name = merged.setdefault(folder, (task, class_name))
+                if known_name != class_name:
                     raise UserError(
-                        f"data.class_names: the class {name!r} is {before!r} in task {other!r} and {own!r} in task "
-                        f"{task!r}; a folder's name must mean the same in all tasks, so give both the same words"
+                        f"data.class_names: the class {folder!r} is {known_name!r} in task {known_task!r} and "
+                        f"{class_name!r} in task {task!r}; a class folder must have the same name in all tasks"
                     )
-        return {name: own for name, (_, own) in sorted(words.items())}
+        return {folder: class_name for folder, (_, class_name) in sorted(merged.items())}
 
 
 def read_class_names(path: Path) -> dict[str, str]:
-    """Class folder → words, from a text file: one class a line, `folder` or `folder<TAB>words`, where words may
-    be several names with | between them; a line that begins with # is a comment."""
+    """Read class folder → class name from a text file with one class per line, `folder` or `folder<TAB>class name`;
+    synonyms are separated by |, and lines that begin with # are comments."""
     if not path.is_file():
-        raise UserError(f"data.class_names={path} is no file")
+        raise UserError(f"data.class_names={path} is not a file")
     lines = read_text(path, f"data.class_names={path}").removeprefix("\ufeff").split("\n")
-    words: dict[str, str] = {}
+    class_names: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -317,33 +320,33 @@ def read_class_names(path: Path) -> dict[str, str]:
         folder = folder.strip()
         if not folder or len(line) > MAX_CLASS_LINE or line != escape_controls(line, keep="\t") or "\t" in text.strip():
             raise UserError(
-                f"{path}:{number}: expected `folder` or `folder<TAB>words` of up to {MAX_CLASS_LINE} plain "
+                f"{path}:{number}: expected `folder` or `folder<TAB>class name` of up to {MAX_CLASS_LINE} plain "
                 f"characters, got {line[:MAX_CLASS_LINE]!r}"
             )
-        folder = plain_name(folder)
-        if folder in words:
+        folder = normalize_name(folder)
+        if folder in class_names:
             raise UserError(f"{path}:{number}: class {folder!r} is listed twice")
-        words[folder] = text.strip() or folder.replace("_", " ")
-        if len({*split_synonyms(words[folder])}) <= words[folder].count("|"):
-            raise UserError(f"{path}:{number}: {words[folder]!r}: a name beside | is empty, or there twice")
-    if not words:
-        raise UserError(f"data.class_names={path} lists no class")
-    return words
+        class_name = class_names[folder] = text.strip() or folder.replace("_", " ")
+        if len({*split_synonyms(class_name)}) <= class_name.count("|"):
+            raise UserError(f"{path}:{number}: {class_name!r} has an empty or repeated name next to |")
+    if not class_names:
+        raise UserError(f"data.class_names={path} lists no classes")
+    return class_names
 
 
-def _recognize(layout: str, given: Path, root: Path) -> tuple[str, Path]:
-    """The layout, and where its images or lists are.
+def _detect_layout(layout: str, data_root: Path, root: Path) -> tuple[str, Path]:
+    """Return the layout and the folder of its images or lists.
 
     Args:
-        given: data.root, a folder or a file.
-        root: that folder, or the file's.
+        data_root: data.root, a folder or a file.
+        root: that folder, or the file's folder.
     """
     nested = root / OFFICE_HOME_FOLDER
-    if given.is_file() and layout not in ("auto", "manifest"):
-        raise UserError(f"data.root={given} is a file, data.layout={layout} needs a folder")
-    if given.is_file() and given.suffix.lower() not in SUFFIXES:
-        raise UserError(f"data.root={given} is no folder and no manifest ({', '.join(SUFFIXES)})")
-    if given.is_file():
+    if data_root.is_file() and layout not in ("auto", "manifest"):
+        raise UserError(f"data.root={data_root} is a file, but data.layout={layout} needs a folder")
+    if data_root.is_file() and data_root.suffix.lower() not in SUFFIXES:
+        raise UserError(f"data.root={data_root} is neither a folder nor a manifest ({', '.join(SUFFIXES)})")
+    if data_root.is_file():
         layout = "manifest"
     elif layout == "auto":
         folders = _subfolders(root)
@@ -359,7 +362,7 @@ def _recognize(layout: str, given: Path, root: Path) -> tuple[str, Path]:
             layout = "manifest"
         elif _split_roles(root, folders):
             layout = "split_folders"
-        else:  # also Office-Home with a task of the user's own beside it
+        else:  # also Office-Home with an additional task
             layout = "folders"
     if layout == "office_home" and nested.is_dir():
         root = nested
@@ -367,9 +370,9 @@ def _recognize(layout: str, given: Path, root: Path) -> tuple[str, Path]:
 
 
 FOLDER_LAYOUTS = ("folders", "office_home")
-"""Of tasks with class folders; of others the parts are told by tables, lists, or folders of splits."""
+"""Layouts in which the path alone gives task and class."""
 Roles = tuple[str, ...]
-"""What the folders above an image are, from the root: task, split, class."""
+"""Meaning of the folders above an image, from the root: task, split, class."""
 
 
 def _folder_roles(layout: str, root: Path) -> Roles:
@@ -380,25 +383,25 @@ def _folder_roles(layout: str, root: Path) -> Roles:
     roles = _split_roles(root, _subfolders(root))
     if roles is None:
         raise UserError(
-            f"data.layout=split_folders needs {root}/<task>/<split>/<class> or {root}/<split>/<task>/<class>, with "
-            f"train among the splits and nothing else beside them: {', '.join(SPLIT_NAMES)}"
+            f"data.layout=split_folders needs {root}/<task>/<split>/<class> or {root}/<split>/<task>/<class>, where "
+            f"the splits include train and are among: {', '.join(SPLIT_NAMES)}"
         )
     return roles
 
 
 def _split_roles(root: Path, folders: Sequence[str]) -> Roles | None:
-    """None: there are no folders of splits.
+    """Return the roles of a layout with split folders; None: it has none.
 
     Raises:
-        UserError: folders of splits without tasks.
+        UserError: split folders without tasks.
     """
     if len(folders) > 1 and _are_splits(folders):
         (train,) = [name for name in folders if SPLIT_NAMES.get(name.lower()) == "train"][:1]
         if not any(_subfolders(root / train / name) for name in _subfolders(root / train)):
             raise UserError(
-                f"{root} has the folders {', '.join(folders)}: splits, but of which task? Put them into a folder with "
-                "the task's name, <root>/<task>/<split>/<class>/*, and give what that folder is in as data.root. If "
-                "they are tasks: --data.layout folders"
+                f"{root} has split folders ({', '.join(folders)}) but no tasks; move them into a folder named after "
+                "the task, <root>/<task>/<split>/<class>/*, and set data.root to <root>. If they are tasks: "
+                "--data.layout folders"
             )
         return ("split", "task", "class")
     if folders and all(_are_splits(_subfolders(root / task)) for task in folders):
@@ -407,49 +410,51 @@ def _split_roles(root: Path, folders: Sequence[str]) -> Roles | None:
 
 
 def _are_splits(folders: Sequence[str]) -> bool:
-    words = {name.lower() for name in folders} - {UNSPLIT_FOLDER}
-    return words <= SPLIT_NAMES.keys() and "train" in {SPLIT_NAMES[word] for word in words}
+    names = {name.lower() for name in folders} - {UNSPLIT_FOLDER}
+    return names <= SPLIT_NAMES.keys() and "train" in {SPLIT_NAMES[name] for name in names}
 
 
 def _subfolders(folder: Path) -> list[str]:
-    _, names, _ = next(os.walk(folder, onerror=_cannot_read))
+    _, names, _ = next(os.walk(folder, onerror=_raise_unreadable))
     return sorted(name for name in names if not name.startswith("."))
 
 
-def _walk(root: Path, symlinks: SymlinkChecker, roles: Roles) -> tuple[list[DatasetEntry], list[str]]:
-    """All images, and with an empty path the class folders themselves; other files."""
-    files: list[DatasetEntry] = []
+def _walk_folders(root: Path, symlinks: SymlinkChecker, roles: Roles) -> tuple[list[DatasetEntry], list[str]]:
+    """Return all images and (with an empty path) class folders; and the ignored files."""
+    entries: list[DatasetEntry] = []
     ignored: list[str] = []
-    depth, task_at, class_at = len(roles), roles.index("task"), roles.index("class")
-    split_at = roles.index("split") if "split" in roles else None
-    lies_in: dict[str, frozenset[str]] = {str(root): frozenset()}  # folder → all real folders above it
-    for folder, subfolders, names in os.walk(root, onerror=_cannot_read, followlinks=True):
+    depth, task_depth, class_depth = len(roles), roles.index("task"), roles.index("class")
+    split_depth = roles.index("split") if "split" in roles else None
+    ancestors: dict[str, frozenset[str]] = {str(root): frozenset()}  # folder → resolved folders that contain it
+    for folder, subfolders, names in os.walk(root, onerror=_raise_unreadable, followlinks=True):
         parts = Path(folder).relative_to(root).parts
         real = os.path.realpath(folder)
-        above = lies_in.pop(folder) | {real, *map(str, Path(real).parents)}
-        further = []
+        visited = ancestors.pop(folder) | {real, *map(str, Path(real).parents)}
+        followed = []
         for name in sorted(name for name in subfolders if not name.startswith(".")):
             path = os.path.join(folder, name)
             real_path = os.path.realpath(path)
-            if real_path in above or (len(parts) == split_at and name.lower() == UNSPLIT_FOLDER):
+            if real_path in visited or (len(parts) == split_depth and name.lower() == UNSPLIT_FOLDER):
                 ignored.append("/".join((*parts, name)))
             elif not symlinks.escapes_root(path, real_path):
-                further.append(name)
-                lies_in[path] = above
-        subfolders[:] = further
-        split = SPLIT_NAMES[parts[split_at].lower()] if split_at is not None and len(parts) > split_at else None
+                followed.append(name)
+                ancestors[path] = visited
+        subfolders[:] = followed
+        split = None
+        if split_depth is not None and len(parts) > split_depth:
+            split = SPLIT_NAMES[parts[split_depth].lower()]
         if len(parts) == depth:
-            files.append(DatasetEntry("", parts[task_at], parts[class_at]))
+            entries.append(DatasetEntry("", parts[task_depth], parts[class_depth]))
         for name in sorted(names):
             path = "/".join((*parts, name))
             if len(parts) >= depth and Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                files.append(DatasetEntry(path, parts[task_at], parts[class_at], split))
+                entries.append(DatasetEntry(path, parts[task_depth], parts[class_depth], split))
             else:
                 ignored.append(path)
-    return files, ignored
+    return entries, ignored
 
 
-def _cannot_read(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     raise UserError(f"cannot read {escape_for_terminal(str(error.filename))}: {error.strerror}")
 
 
@@ -464,14 +469,16 @@ def _size_and_time(root: Path, path: str, symlinks: SymlinkChecker) -> tuple[int
     return status.st_size, status.st_mtime_ns
 
 
-def _refuse_missing(images: Sequence[ImageRecord], places: dict[str, str], manifest: Path, allowed: float) -> None:
-    """Raises: UserError: a manifest names more files that are not there than may be dropped."""
-    missing = [image.path for image in images if not image.modified_ns and image.path in places]
-    if len(missing) > allowed * len(images):
-        named = "\n  ".join(f"{places[path]}: {escape_for_terminal(path)}" for path in missing[:10])
-        more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
+def _check_missing(
+    images: Sequence[ImageRecord], locations: dict[str, str], manifest: Path, max_fraction: float
+) -> None:
+    """Raise UserError if more files of a manifest are missing than may be dropped."""
+    missing = [image.path for image in images if not image.modified_ns and image.path in locations]
+    if len(missing) > max_fraction * len(images):
+        listed = "\n  ".join(f"{locations[path]}: {escape_for_terminal(path)}" for path in missing[:10])
+        remainder = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise UserError(
-            f"{len(missing)} of {len(images)} images of {manifest} are not there, more than "
-            f"data.max_broken_fraction={allowed:g} allows:\n  {named}{more}\nPaths are relative to the manifest's "
-            "folder"
+            f"{len(missing)} of {len(images)} images of {manifest} are missing, more than "
+            f"data.max_broken_fraction={max_fraction:g} allows:\n  {listed}{remainder}\nPaths are relative to the "
+            "manifest's folder"
         )

@@ -1,12 +1,12 @@
-"""Manifests: tables of images with a row for each, in CSV, TSV or Parquet.
+"""Manifests: tables with one row per image, in CSV, TSV or Parquet.
 
-Columns (`data.columns` gives other names): `task`, `label` (the class's name), `path` or, in Parquet only, `image` (the
-bytes, or Hugging Face's struct of bytes and path), and `split` where given splits are respected.
+Columns (renamed with `data.columns`): `task`, `label` (class name), `path` or, in Parquet only, `image` (bytes, or
+Hugging Face's struct of bytes and path), and `split` with data.use_official_splits.
 
 Choices:
-- faults are told with their lines or rows, many at once, before anything else starts;
-- an image in a table has a path too, `<file>#<row>`, so that all that follows treats it as a file;
-- a table is read in batches, and no image of it: a small file that unfolds into a large table is refused.
+- errors are reported with their lines or rows, many at once, before anything else starts;
+- an image in a table has a path too, `<file>#<row>`, so later code treats it as a file;
+- a table is read in batches without its images; a small file that decompresses into a large table is refused.
 """
 
 from __future__ import annotations
@@ -39,79 +39,79 @@ MAX_TEXT = 1000
 """Characters of a task or label."""
 MAX_PATH = 4096
 MIN_IMAGE_BYTES = 32
-"""No image takes less, however a table is packed."""
+"""Lower bound on the bytes of an image in a table."""
 MAX_COMPRESSION_RATIO = 200
-"""No images become so many times larger by the compression of a table being undone, but for small ones."""
+"""Limit for a table's images, which are compressed already; does not apply up to SMALL_COLUMN bytes."""
 SMALL_COLUMN = 16 << 20
 MAX_ERRORS_SHOWN = 20
 MAX_ERRORS = 1000
-"""Then the rest is not looked at."""
+"""Reading stops after this many."""
 BATCH_ROWS = 4096
 
 
 @dataclass
-class _Rows:
-    """Collects rows, and what is wrong with them."""
+class _RowCollector:
+    """Collects the rows of a manifest and their errors."""
 
     manifest: Path
     root: Path
     symlinks: SymlinkChecker
     tasks: frozenset[str] | None
-    """Those to use; None: all. The others' rows may have what they want."""
-    found: list[DatasetEntry] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    first_row: dict[str, tuple[str, str, str]] = field(default_factory=dict)
-    """Path → task, label and place of its row."""
+    """Tasks to use; None: all. Rows of other tasks are not checked."""
+    entries: list[DatasetEntry] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    row_by_path: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    """Path → task, label and location of its row."""
 
-    def add(self, place: str, values: Mapping[str, str | None], table: tuple[str, TableRow] | None) -> None:
-        """A row. `table`: path of an image that lies in the table itself, and which row group."""
+    def add(self, location: str, values: Mapping[str, str | None], embedded: tuple[str, TableRow] | None) -> None:
+        """Add a row. `embedded`: path and row of an image that is stored in the table itself."""
         try:
-            task = _plain("task", values["task"])
+            task = _normalize_text("task", values["task"])
             if self.tasks is not None and task not in self.tasks:
                 return
-            label = _plain("label", values["label"])
-            split = _official_split(values["split"]) if "split" in values else None
-            path = table[0] if table else self._path(values["path"])
-            if before := self.first_row.get(path):
-                other = f", as {before[0]}/{before[1]}" if before[:2] != (task, label) else ""
-                raise ValueError(f"{escape_for_terminal(path)} is in {before[2]} too{other}")
+            label = _normalize_text("label", values["label"])
+            split = _parse_split(values["split"]) if "split" in values else None
+            path = embedded[0] if embedded else self._relative_path(values["path"])
+            if duplicate := self.row_by_path.get(path):
+                contradiction = f", as {duplicate[0]}/{duplicate[1]}" if duplicate[:2] != (task, label) else ""
+                raise ValueError(f"{escape_for_terminal(path)} is also in {duplicate[2]}{contradiction}")
         except ValueError as error:
-            self.faults.append(f"{place}: {error}")
-            if len(self.faults) == MAX_ERRORS:
-                self.refuse()
+            self.errors.append(f"{location}: {error}")
+            if len(self.errors) == MAX_ERRORS:
+                self.raise_errors()
             return
-        self.first_row[path] = task, label, place
-        self.found.append(DatasetEntry(path, task, label, split, table and table[1]))
+        self.row_by_path[path] = task, label, location
+        self.entries.append(DatasetEntry(path, task, label, split, embedded and embedded[1]))
 
-    def _path(self, text: str | None) -> str:
-        """Relative to the root. Raises: ValueError: no path of an image that may be used."""
+    def _relative_path(self, text: str | None) -> str:
+        """Return the path relative to the root. Raises ValueError if it is invalid."""
         if not text:
             raise ValueError("the path is empty")
-        if len(text) > MAX_PATH or (fault := invalid_name_reason(text)):
+        if len(text) > MAX_PATH or (reason := invalid_name_reason(text)):
             raise ValueError(
-                f"the path {fault if len(text) <= MAX_PATH else 'is too long'}: {escape_for_terminal(text[:200])}"
+                f"the path {reason if len(text) <= MAX_PATH else 'is too long'}: {escape_for_terminal(text[:200])}"
             )
-        full = os.path.normpath(self.root / text)
-        below = os.path.relpath(full, self.root)
-        if below == ".." or below.startswith("../"):
+        full_path = os.path.normpath(self.root / text)
+        path = os.path.relpath(full_path, self.root)
+        if path == ".." or path.startswith("../"):
             if not self.symlinks.allow_external:
                 raise ValueError(
-                    f"{text} leads out of {self.root}: move the manifest above all images, or allow it with "
-                    "--data.follow_external_symlinks true"
+                    f"{text} is outside of {self.root}: move the manifest to a folder above all images, or allow it "
+                    "with --data.follow_external_symlinks true"
                 )
-            below = full
-        if ROW_PATH.fullmatch(below):
-            raise ValueError(f"{text} is called as a row of a Parquet file")
-        return below
+            path = full_path
+        if ROW_PATH.fullmatch(path):
+            raise ValueError(f"{text} has the form of a row of a Parquet file (<file>.parquet#<row>)")
+        return path
 
-    def refuse(self) -> None:
-        """Raises: UserError: there are faults."""
-        if self.faults:
-            shown = "\n  ".join(self.faults[:MAX_ERRORS_SHOWN])
-            hidden = len(self.faults) - MAX_ERRORS_SHOWN
-            more = " or more" if len(self.faults) == MAX_ERRORS else ""
-            rest = f"\n  and {hidden}{more} others" if hidden > 0 else ""
-            raise UserError(f"rows of {self.manifest} cannot be used:\n  {shown}{rest}")
+    def raise_errors(self) -> None:
+        """Raise UserError if there are errors."""
+        if self.errors:
+            listed = "\n  ".join(self.errors[:MAX_ERRORS_SHOWN])
+            num_hidden = len(self.errors) - MAX_ERRORS_SHOWN
+            at_least = "at least " if len(self.errors) == MAX_ERRORS else ""
+            remainder = f"\n  and {at_least}{num_hidden} more" if num_hidden > 0 else ""
+            raise UserError(f"invalid rows in {self.manifest}:\n  {listed}{remainder}")
 
 
 def read_manifest(
@@ -120,79 +120,80 @@ def read_manifest(
     columns: Mapping[str, str],
     tasks: Collection[str] | None,
     class_order: Sequence[str] | None,
-    with_splits: bool,
+    read_splits: bool,
     symlinks: SymlinkChecker,
 ) -> tuple[list[DatasetEntry], dict[str, str]]:
-    """Images of a manifest, a file or a folder of Parquet files, with paths relative to `root`; and path → line or row.
+    """Read a manifest, a file or a folder of Parquet files; return its images, with paths relative to `root`, and
+    path → line or row.
 
     Args:
-        columns: own name → the manifest's name of it, where that is another.
-        tasks: those to use; None: all.
-        class_order: names of the classes for labels that are numbers without names; None: such are refused.
-        with_splits: whether the split of an image is asked for.
+        columns: standard name of a column → its name in the manifest, if different.
+        tasks: tasks to use; None: all.
+        class_order: class names for numeric labels; None: numeric labels without names are refused.
+        read_splits: whether to read the split of each image.
 
     Raises:
-        UserError: no manifest, one that lacks columns, rows that cannot be used, by line or row; links that lead out of
-            the root.
+        UserError: not a manifest, missing columns, invalid rows (with line or row), links out of the root.
     """
     files = sorted(manifest.glob("*.parquet")) if manifest.is_dir() else [manifest]
     if not files:
-        raise UserError(f"data.root={manifest} holds no .parquet files")
-    rows = _Rows(manifest, root, symlinks, None if tasks is None else frozenset(tasks))
+        raise UserError(f"data.root={manifest} contains no .parquet files")
+    rows = _RowCollector(manifest, root, symlinks, None if tasks is None else frozenset(tasks))
     for file in files:
         if symlinks.escapes_root(file):
-            symlinks.refuse(root)
+            symlinks.raise_on_escape(root)
         match file.suffix.lower():
             case ".parquet":
-                _read_parquet(file, rows, columns, class_order, with_splits)
+                _read_parquet(file, rows, columns, class_order, read_splits)
             case ".csv" | ".tsv":
-                _read_text_table(file, rows, columns, class_order, with_splits)
+                _read_text_table(file, rows, columns, class_order, read_splits)
             case _:
-                raise UserError(f"data.root={file} is no folder and no manifest ({', '.join(SUFFIXES)})")
-    rows.refuse()
-    for folder in {os.path.dirname(found.path) for found in rows.found if not found.table}:
+                raise UserError(f"data.root={file} is neither a folder nor a manifest ({', '.join(SUFFIXES)})")
+    rows.raise_errors()
+    for folder in {os.path.dirname(entry.path) for entry in rows.entries if not entry.table_row}:
         symlinks.escapes_root(root / folder)
-    return rows.found, {path: place for path, (*_, place) in rows.first_row.items()}
+    return rows.entries, {path: location for path, (*_, location) in rows.row_by_path.items()}
 
 
-def _plain(what: str, text: str | None) -> str:
-    """A task or label, in the one form of its characters. Raises: ValueError: it cannot be one."""
+def _normalize_text(column: str, text: str | None) -> str:
+    """Return a task or label in NFC. Raises ValueError if it is invalid."""
     if not text or not text.strip():
-        raise ValueError(f"the {what} is empty, or a number without a name")
+        raise ValueError(f"the {column} is empty, or a number without a name")
     if len(text) > MAX_TEXT:
-        raise ValueError(f"the {what} has more than {MAX_TEXT} characters")
-    if fault := invalid_name_reason(text) or ("begins or ends with a space" if text != text.strip() else None):
-        raise ValueError(f"the {what} '{escape_for_terminal(text)}' {fault}")
-    if what == "task" and "/" in text:
-        raise ValueError(f"the task '{text}' holds a slash")
+        raise ValueError(f"the {column} has more than {MAX_TEXT} characters")
+    if reason := invalid_name_reason(text) or ("begins or ends with a space" if text != text.strip() else None):
+        raise ValueError(f"the {column} '{escape_for_terminal(text)}' {reason}")
+    if column == "task" and "/" in text:
+        raise ValueError(f"the task '{text}' contains a slash")
     return unicodedata.normalize("NFC", text)
 
 
-def _official_split(text: str | None) -> OfficialSplit:
-    word = (text or "").strip().lower()
-    if word not in SPLIT_NAMES:
-        raise ValueError(f"the split '{escape_for_terminal(word[:40])}' is none of {', '.join(SPLIT_NAMES)}")
-    return SPLIT_NAMES[word]
+def _parse_split(text: str | None) -> OfficialSplit:
+    name = (text or "").strip().lower()
+    if name not in SPLIT_NAMES:
+        raise ValueError(f"the split '{escape_for_terminal(name[:40])}' is not one of {', '.join(SPLIT_NAMES)}")
+    return SPLIT_NAMES[name]
 
 
-def _columns_of(file: Path, names: Sequence[str], wanted: Sequence[str], columns: Mapping[str, str]) -> dict[str, int]:
-    """Own name → position among the file's `names`. Raises: UserError: one that is not there, or is there twice."""
-    called = {own: columns.get(own, own) for own in wanted}
-    for own, name in called.items():
+def _column_positions(
+    file: Path, names: Sequence[str], required: Sequence[str], columns: Mapping[str, str]
+) -> dict[str, int]:
+    """Return column → its position in the file's `names`. Raises UserError if one is missing or repeated."""
+    name_by_column = {column: columns.get(column, column) for column in required}
+    for column, name in name_by_column.items():
         if names.count(name) != 1:
-            how = "no column" if name not in names else "more than one column"
-            hint = f" Fields are parted by {_separator(file)!r} here." if len(names) == 1 else ""
+            problem = "no column" if name not in names else "more than one column"
+            hint = f" The expected separator is {_separator(file)!r}." if len(names) == 1 else ""
             raise UserError(
-                f"{file} has {how} {name!r}; it has {truncated_list((repr(name)[:80] for name in names), 20)}.{hint} "
-                "If another "
-                f"one is meant: --data.columns '{{{own}: <its name>}}'"
+                f"{file} has {problem} {name!r}; columns: {truncated_list((repr(name)[:80] for name in names), 20)}."
+                f"{hint} To use another column: --data.columns '{{{column}: <name>}}'"
             )
-    return {own: list(names).index(name) for own, name in called.items()}
+    return {column: list(names).index(name) for column, name in name_by_column.items()}
 
 
-def _class_of(number: int, class_order: Sequence[str]) -> str | None:
-    """The class that a label of digits means: the one of this name, or, where no class is called so, the one in this
-    place, counted from 0."""
+def _class_of_number(number: int, class_order: Sequence[str]) -> str | None:
+    """Return the class that a numeric label means: the one with this name if class names are numbers, else the one at
+    this position, counted from 0."""
     if any(name.isdecimal() for name in class_order):
         return str(number)
     return class_order[number] if 0 <= number < len(class_order) else None
@@ -206,34 +207,34 @@ def _separator(file: Path) -> str:
 
 
 def _read_text_table(
-    file: Path, rows: _Rows, columns: Mapping[str, str], class_order: Sequence[str] | None, with_splits: bool
+    file: Path, rows: _RowCollector, columns: Mapping[str, str], class_order: Sequence[str] | None, read_splits: bool
 ) -> None:
     text = read_text(file, f"data.root={file}").removeprefix("\ufeff")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(file), strict=True)
-    wanted = ["path", "task", "label", *(["split"] if with_splits else [])]
+    required = ["path", "task", "label", *(["split"] if read_splits else [])]
     try:
         names = next(reader, [])
-        at = _columns_of(file, names, wanted, columns)
+        positions = _column_positions(file, names, required, columns)
         only_numbers = True
         for fields in reader:
             if not fields:
                 continue
-            place = f"line {reader.line_num}"
+            location = f"line {reader.line_num}"
             if len(fields) != len(names):
-                rows.faults.append(f"{place}: {len(fields)} fields, the first line has {len(names)}")
-                rows.refuse()
-            values: dict[str, str | None] = {own: fields[position].strip() for own, position in at.items()}
-            is_number = fields[at["label"]].strip().isdecimal()
+                rows.errors.append(f"{location}: {len(fields)} fields, the header has {len(names)}")
+                rows.raise_errors()
+            values: dict[str, str | None] = {column: fields[position].strip() for column, position in positions.items()}
+            is_number = fields[positions["label"]].strip().isdecimal()
             only_numbers &= is_number
             if is_number and class_order is not None:
-                values["label"] = _class_of(int(fields[at["label"]][:MAX_TEXT]), class_order)
-            rows.add(place, values, None)
+                values["label"] = _class_of_number(int(fields[positions["label"]][:MAX_TEXT]), class_order)
+            rows.add(location, values, None)
     except csv.Error as error:
         raise UserError(f"{file}: line {reader.line_num}: {error}; quotes must be doubled and closed") from None
-    if only_numbers and class_order is None and rows.found:
+    if only_numbers and class_order is None and rows.entries:
         raise UserError(
-            f"{file} has only numbers as labels, which say nothing to CLIP: give their names, in the order of the "
-            "numbers from 0, with --data.class_names (or lines `0<TAB>words`)"
+            f"{file} has only numeric labels, but CLIP needs class names: list them in the order of the numbers from 0 "
+            "with --data.class_names (or lines `0<TAB>class name`)"
         )
 
 
@@ -241,89 +242,94 @@ def _read_text_table(
 
 
 def _read_parquet(
-    file: Path, rows: _Rows, columns: Mapping[str, str], class_order: Sequence[str] | None, with_splits: bool
+    file: Path, rows: _RowCollector, columns: Mapping[str, str], class_order: Sequence[str] | None, read_splits: bool
 ) -> None:
-    if fault := invalid_name_reason(file.name):
-        raise UserError(f"the file name '{escape_for_terminal(file.name)}' {fault}; rename it")
-    split_of_file = re.split(r"[-_.]", file.name.lower())[0]
+    if reason := invalid_name_reason(file.name):
+        raise UserError(f"the file name '{escape_for_terminal(file.name)}' {reason}; rename it")
+    file_split = re.split(r"[-_.]", file.name.lower())[0]
     try:
         status = file.stat()
         schema = pq.read_schema(file)
         image = image_column(schema)
-        wanted = ["task", "label"] if image else ["path", "task", "label"]
+        required = ["task", "label"] if image else ["path", "task", "label"]
         split_column = columns.get("split", "split")
-        if with_splits and (split_column in schema.names or split_of_file not in SPLIT_NAMES):
-            wanted.append("split")
-        at = _columns_of(file, schema.names, wanted, columns)
-        of_column = {
-            own: _Values(file, schema, position, class_order if own == "label" else None)
-            for own, position in at.items()
+        if read_splits and (split_column in schema.names or file_split not in SPLIT_NAMES):
+            required.append("split")
+        positions = _column_positions(file, schema.names, required, columns)
+        text_columns = {
+            column: _TextColumn(file, schema, position, class_order if column == "label" else None)
+            for column, position in positions.items()
         }
-        # As a dictionary, a value that is long is not there once for each row.
-        texts = [values.name for values in of_column.values() if values.is_text]
-        with pq.ParquetFile(file, buffer_size=1 << 20, read_dictionary=texts) as table:
-            _check_compression_ratio(file, table.metadata, [values.name for values in of_column.values()], image)
-            for number, (group, row) in enumerate(_rows_of(table, of_column)):
-                if with_splits and "split" not in row:
-                    row["split"] = split_of_file
+        # Dictionary-encoded, a long value is not in memory once per row.
+        dictionary_columns = [column.name for column in text_columns.values() if column.is_text]
+        with pq.ParquetFile(file, buffer_size=1 << 20, read_dictionary=dictionary_columns) as table:
+            _check_compression_ratio(file, table.metadata, [column.name for column in text_columns.values()], image)
+            for number, (group, row) in enumerate(_iter_rows(table, text_columns)):
+                if read_splits and "split" not in row:
+                    row["split"] = file_split
                 path = row_path(os.path.relpath(file, rows.root), number)
-                in_table = TableRow(status.st_size, status.st_mtime_ns, group)
-                rows.add(f"{file.name}, row {number}", row, (path, in_table) if image else None)
+                table_row = TableRow(status.st_size, status.st_mtime_ns, group)
+                rows.add(f"{file.name}, row {number}", row, (path, table_row) if image else None)
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} cannot be read as Parquet: {str(error).strip():.300}") from None
 
 
-def _rows_of(table: pq.ParquetFile, of_column: Mapping[str, _Values]) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Row group and values of each row."""
-    names = [values.name for values in of_column.values()]
+def _iter_rows(
+    table: pq.ParquetFile, text_columns: Mapping[str, _TextColumn]
+) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Yield the row group and values of each row."""
+    names = [column.name for column in text_columns.values()]
     for group in range(table.num_row_groups):
         for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=names):
-            texts = {own: values.read(batch.column(values.name)) for own, values in of_column.items()}
+            texts = {column: reader.read(batch.column(reader.name)) for column, reader in text_columns.items()}
             for position in range(batch.num_rows):
-                yield group, {own: of_own[position] for own, of_own in texts.items()}
+                yield group, {column: values[position] for column, values in texts.items()}
 
 
-class _Values:
-    """A column as text: text as it is, numbers by the names of their classes."""
+class _TextColumn:
+    """A column read as text: text unchanged, numbers replaced by their class names."""
 
     def __init__(self, file: Path, schema: pa.Schema, position: int, class_order: Sequence[str] | None):
-        of = schema.field(position)
-        self.name = of.name
-        kind = of.type.value_type if pa.types.is_dictionary(of.type) else of.type
-        names = _hugging_face_names(schema, of.name)
-        self.is_text = not pa.types.is_integer(kind)
-        self._name_of: Callable[[int], str | None] | None = None
-        if pa.types.is_integer(kind):
+        column = schema.field(position)
+        self.name = column.name
+        value_type = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        names = _hugging_face_names(schema, column.name)
+        self.is_text = not pa.types.is_integer(value_type)
+        self._number_to_name: Callable[[int], str | None] | None = None
+        if pa.types.is_integer(value_type):
             if names is not None:
-                self._name_of = lambda number: names[number] if 0 <= number < len(names) else None
+                self._number_to_name = lambda number: names[number] if 0 <= number < len(names) else None
             elif class_order is not None:
-                self._name_of = lambda number: _class_of(number, class_order)
+                self._number_to_name = lambda number: _class_of_number(number, class_order)
             else:
                 raise UserError(
-                    f"the column {of.name!r} of {file} holds numbers, and nothing says what they mean: write the names "
-                    "in their place, or give those of labels, in the order of the numbers from 0, with "
-                    "--data.class_names"
+                    f"the column {column.name!r} of {file} has numbers without names: replace them with names, or list "
+                    "the names of labels in the order of the numbers from 0 with --data.class_names"
                 )
-        elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise UserError(f"the column {of.name!r} of {file} holds {kind}; it must be text")
+        elif not any(
+            check(value_type) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        ):
+            raise UserError(f"the column {column.name!r} of {file} has type {value_type}; it must be text")
 
     def read(self, column: pa.Array) -> list[str | None]:
-        """Each different value is made a Python object once, so that none is too long too often."""
-        coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        """Convert a column to a list; each distinct value becomes a Python object once, to bound memory."""
+        encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
         values: list[Any]
-        if self._name_of:
-            values = [None if value is None else self._name_of(value) for value in coded.dictionary.to_pylist()]
+        if self._number_to_name:
+            values = [
+                None if value is None else self._number_to_name(value) for value in encoded.dictionary.to_pylist()
+            ]
         else:
-            if (pc.max(pc.binary_length(coded.dictionary)).as_py() or 0) > 4 * MAX_PATH:
+            if (pc.max(pc.binary_length(encoded.dictionary)).as_py() or 0) > 4 * MAX_PATH:
                 raise ValueError(f"a value of {self.name!r} has more than {MAX_PATH} characters")
-            values = coded.dictionary.to_pylist()
-        return [None if code is None else values[code] for code in coded.indices.to_pylist()]
+            values = encoded.dictionary.to_pylist()
+        return [None if code is None else values[code] for code in encoded.indices.to_pylist()]
 
 
 def _hugging_face_names(schema: pa.Schema, column: str) -> Sequence[str] | None:
-    """Names of a ClassLabel column, which the datasets library leaves in the schema's metadata."""
+    """Return the names of a ClassLabel column, which the datasets library stores in the schema's metadata."""
     try:
         names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -334,16 +340,16 @@ def _hugging_face_names(schema: pa.Schema, column: str) -> Sequence[str] | None:
 def _check_compression_ratio(
     file: Path, metadata: pq.FileMetaData, text_columns: Sequence[str], image: str | None
 ) -> None:
-    """Raises: UserError: what a small file claims to unfold into."""
+    """Raise UserError if a small file claims to decompress into a large table."""
     size, rows = os.path.getsize(file), metadata.num_rows
-    packed = rows > MAX_ROWS or (image is not None and rows * MIN_IMAGE_BYTES > size)
+    is_suspicious = rows > MAX_ROWS or (image is not None and rows * MIN_IMAGE_BYTES > size)
     text_bytes = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             if column.path_in_schema in text_columns:
                 text_bytes += column.total_uncompressed_size
             elif column.path_in_schema == image:
-                allowed = max(MAX_COMPRESSION_RATIO * column.total_compressed_size, SMALL_COLUMN)
-                packed |= column.total_uncompressed_size > allowed
-    if packed or text_bytes > MAX_TEXT_BYTES:
-        raise UserError(f"{file} is no manifest: {rows:,} rows are packed into {size:,} bytes")
+                limit = max(MAX_COMPRESSION_RATIO * column.total_compressed_size, SMALL_COLUMN)
+                is_suspicious |= column.total_uncompressed_size > limit
+    if is_suspicious or text_bytes > MAX_TEXT_BYTES:
+        raise UserError(f"{file} is not a manifest: {rows:,} rows in only {size:,} bytes")

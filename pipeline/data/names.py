@@ -1,5 +1,4 @@
-"""Names of tasks, classes and files that others gave: which can be stored and told as they are, and how the rest is
-shown."""
+"""Names of tasks, classes and files from users' data: which are valid, and how others are displayed."""
 
 from __future__ import annotations
 
@@ -11,35 +10,34 @@ from pipeline.errors import UserError, escape_controls
 
 
 def escape_for_terminal(path: str) -> str:
-    """The path as one line of plain text, of which no two paths have the same: what is not plain is escaped, and
-    backslashes are doubled."""
+    """Return the path as one line of plain text, unique to it: other characters are escaped, backslashes doubled."""
     return escape_controls(path.replace("\\", "\\\\"))
 
 
 def invalid_name_reason(path: str) -> str | None:
-    """Why a name cannot be stored and told as it is, or None."""
+    """Return why a name cannot be stored and displayed unchanged, or None."""
     if path == escape_for_terminal(path):
         return None
     if path == path.encode("utf-8", "replace").decode():
-        return "holds control characters or a backslash"
+        return "contains control characters or a backslash"
     return "is not UTF-8"
 
 
 @lru_cache(maxsize=4096)
-def plain_name(name: str, what: str = "folder name") -> str:
-    """A task's or class's name, the same on every file system: some store é as e and an accent.
+def normalize_name(name: str, kind: str = "folder name") -> str:
+    """Normalize the name of a task or class to NFC: some file systems store é as e and an accent.
 
     Raises:
-        UserError: a name that cannot be stored and told as it is; `what` is what it calls it.
+        UserError: the name is invalid; the message calls it `kind`.
     """
-    if fault := invalid_name_reason(name) or ("begins or ends with a space" if name != name.strip() else None):
-        raise UserError(f"the {what} '{escape_for_terminal(name)}' {fault}; rename it")
+    if reason := invalid_name_reason(name) or ("begins or ends with a space" if name != name.strip() else None):
+        raise UserError(f"the {kind} '{escape_for_terminal(name)}' {reason}; rename it")
     return unicodedata.normalize("NFC", name)
 
 
-def split_synonyms(words: str) -> list[str]:
-    """The names in a class's words, which `|` keeps apart, as in "sofa | couch"; the first is its label."""
-    return [name for part in words.split("|") if (name := part.strip())] or [words]
+def split_synonyms(class_name: str) -> list[str]:
+    """Split a class name such as "sofa | couch" at `|` into synonyms; predictions use the first."""
+    return [name for part in class_name.split("|") if (name := part.strip())] or [class_name]
 
 
 def pluralize(number: int, word: str) -> str:
@@ -47,6 +45,6 @@ def pluralize(number: int, word: str) -> str:
 
 
 def truncated_list(names: Iterable[str], limit: int = 10) -> str:
-    """The first of them, and how many more there are."""
+    """Join up to `limit` names, and say how many more there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

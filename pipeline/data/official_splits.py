@@ -1,11 +1,11 @@
-"""What data sets call their splits, and what that means here."""
+"""Names of official splits, and the entries of a data set before they are indexed."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 OfficialSplit = Literal["train", "test", "other"]
-"""other: for validation, or for no split; such an image neither trains nor tests where given splits are respected."""
+"""other: for validation or in no split; with official splits, such an image is in neither training nor test."""
 
 SPLIT_NAMES: dict[str, OfficialSplit] = {
     "train": "train",
@@ -21,7 +21,7 @@ SPLIT_NAMES: dict[str, OfficialSplit] = {
 
 
 class TableRow(NamedTuple):
-    """Of an image that lies in a Parquet file: the file's bytes and time, and the row group."""
+    """Row of a Parquet file that holds an image: size and modification time of the file, and the row group."""
 
     size: int
     modified_ns: int
@@ -29,12 +29,12 @@ class TableRow(NamedTuple):
 
 
 class DatasetEntry(NamedTuple):
-    """An image of a data root; with an empty path, a class folder itself."""
+    """An image below data.root; with an empty path, a class folder itself."""
 
     path: str
-    """Relative to the root, with forward slashes; absolute for one that a manifest has from elsewhere."""
+    """Relative to the root, with forward slashes; absolute for a manifest's image outside of the root."""
     task: str
     class_folder: str
     split: OfficialSplit | None = None
-    """None: the data does not say."""
-    table: TableRow | None = None
+    """None: the data has no split for it."""
+    table_row: TableRow | None = None

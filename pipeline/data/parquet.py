@@ -1,8 +1,7 @@
-"""The splits on disk: one row an image, in Parquet, with all that a training needs to know about the data.
+"""Splits on disk: Parquet with one row per image, and all that training needs to know about the data.
 
-A split folder holds splits.json and <split>/<task>-<part>.parquet. The schema metadata of every file repeats
-the description, so that a file that was sent elsewhere still says what its labels mean. A digest of every row group
-tells on reading whether its rows are those that were written.
+A split folder contains splits.json and <split>/<task>-<part>.parquet. The schema metadata of every file repeats the
+description, so that each file is self-contained. A digest of every row group detects corruption on reading.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from pipeline.files import atomic_write
 ROW_GROUP_BYTES = 16 << 20
 PART_BYTES = 256 << 20
 MIN_ROW_BYTES = 32
-"""A row's SHA-256 alone takes that much, however it is packed."""
+"""Lower bound on the bytes of a row: its SHA-256 alone."""
 MAX_STEM = 150
-"""Characters of a file's name for its task; 28 Chinese ones would fill all that file systems take."""
+"""Characters of a task in a file name; 28 Chinese characters, percent-encoded, reach the limit of file systems."""
 FORMAT = 3
-"""Counted up with every change of what is written, PART_BYTES included: it is part of the folder's name."""
+"""Increment on every change of what is written, PART_BYTES included: it is part of the folder's name."""
 Split = Literal["train", "test"]
 
 COLUMNS = pa.schema(
@@ -51,8 +50,8 @@ COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class SplitDescription:
-    """What the splits of a data set mean. `classes`: task → class folders, the position is the label;
-    `class_names`: class folder → words for CLIP; `counts`: split → task → images."""
+    """Description of a data set's splits. `classes`: task → class folders, the position is the label; `class_names`:
+    class folder → class name; `counts`: split → task → number of images."""
 
     classes: dict[str, list[str]]
     class_names: dict[str, str]
@@ -68,15 +67,17 @@ class SplitDescription:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What decides which images are in the splits, wherever and whenever they were read."""
+        """Values that determine which images are in the splits."""
         return {"images": self.source_fingerprint, "shots": self.shots, "seed": self.seed}
 
     def class_names_for(self, task: str) -> list[str]:
-        """Words of the task's classes, by label."""
+        """Return the names of the task's classes, by label."""
         return [self.class_names[folder] for folder in self.classes[task]]
 
     def to_json(self) -> str:
-        return json.dumps(vars(self), ensure_ascii=False, sort_keys=True)  # asdict would copy it all, for every file
+        return json.dumps(
+            vars(self), ensure_ascii=False, sort_keys=True
+        )  # asdict would copy everything, for every file
 
 
 @dataclass(frozen=True)
@@ -91,29 +92,29 @@ class Part:
 def scan_image(
     root: Path, path: str, task: str, class_folder: str, decode: Callable[[bytes], object] = decode_rgb
 ) -> ScannedImage:
-    """Reads and decodes one image of a listing; what is wrong with it goes into `error`.
+    """Read and decode one indexed image; `error` of the result says what is wrong with it.
 
     Args:
         decode: may raise BrokenImage.
     """
     data, error = b"", None
     try:
-        if fault := invalid_name_reason(path):
-            error = f"the file name {fault}"
+        if reason := invalid_name_reason(path):
+            error = f"the file name {reason}"
         else:
             data = read_image_bytes(root, path)
             decode(data)
-    except OSError as fault:
-        error = f"cannot be read: {fault.strerror}"
-    except BrokenImage as fault:
-        error = escape_controls(str(fault))
+    except OSError as exception:
+        error = f"cannot be read: {exception.strerror}"
+    except BrokenImage as exception:
+        error = escape_controls(str(exception))
     return ScannedImage(
         escape_for_terminal(path), task, class_folder, hashlib.sha256(data).hexdigest(), error, len(data)
     )
 
 
 def plan_parts(images: Sequence[ScannedImage], split: Split, sizes: dict[str, int]) -> list[Part]:
-    """Cuts a split's images, by task and in their order, into files of about PART_BYTES.
+    """Partition a split's images, by task and in their order, into files of about PART_BYTES.
 
     Args:
         sizes: path → bytes.
@@ -122,21 +123,21 @@ def plan_parts(images: Sequence[ScannedImage], split: Split, sizes: dict[str, in
     for task in sorted({image.task for image in images}):
         chunk: list[ScannedImage] = []
         total = number = 0
-        of_task = [image for image in images if image.task == task]
-        for position, image in enumerate(of_task):
+        task_images = [image for image in images if image.task == task]
+        for position, image in enumerate(task_images):
             chunk.append(image)
             total += sizes[image.path]
-            if total >= PART_BYTES or position == len(of_task) - 1:
+            if total >= PART_BYTES or position == len(task_images) - 1:
                 parts.append(Part(f"{split}/{_file_stem(task)}-{number:05d}.parquet", split, tuple(chunk)))
                 chunk, total, number = [], 0, number + 1
     return parts
 
 
 def write_part(root: Path, part: Part, description: SplitDescription, folder: Path) -> int:
-    """Writes one Parquet file of `part` below `folder`, holding one row group in memory; returns its rows.
+    """Write `part` to a Parquet file below `folder`, one row group in memory at a time; return its number of rows.
 
     Raises:
-        UserError: a file changed since it was scanned, or `folder` cannot be written.
+        UserError: an image changed since it was scanned, or `folder` is not writable.
     """
     target = folder / part.file
     with atomic_write(target) as partial:
@@ -148,10 +149,10 @@ def write_part(root: Path, part: Part, description: SplitDescription, folder: Pa
 def _write_rows(root: Path, part: Part, description: SplitDescription, target: Path) -> None:
     schema = COLUMNS.with_metadata({"splits": description.to_json()})
     labels = {task: {name: i for i, name in enumerate(names)} for task, names in description.classes.items()}
-    # Compressing JPEG again costs time and gains nothing.
+    # Images are compressed already.
     compression = {name: "none" if name == "image" else "zstd" for name in COLUMNS.names}
-    few_values = ["task", "class_name", "split"]
-    with pq.ParquetWriter(target, schema, compression=compression, use_dictionary=few_values) as writer:
+    dictionary_columns = ["task", "class_name", "split"]
+    with pq.ParquetWriter(target, schema, compression=compression, use_dictionary=dictionary_columns) as writer:
         rows: list[dict[str, object]] = []
         digests: list[str] = []
         size = 0
@@ -177,7 +178,7 @@ def _write_rows(root: Path, part: Part, description: SplitDescription, target: P
 
 
 def _digest(rows: Sequence[dict[str, object]]) -> str:
-    """Of all but the images, whose own is among it."""
+    """Return a digest of all columns but the images, whose SHA-256 is one of them."""
     values = [[row[name] for name in COLUMNS.names if name != "image"] for row in rows]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
@@ -187,9 +188,9 @@ def _read_unchanged(root: Path, image: ScannedImage) -> bytes:
         data = read_image_bytes(root, image.path)
     except (OSError, BrokenImage) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{root / image.path} cannot be read any more: {reason}; run again") from None
+        raise UserError(f"{root / image.path} can no longer be read: {reason}; run again") from None
     if hashlib.sha256(data).hexdigest() != image.sha256:
-        raise UserError(f"{root / image.path} changed while the splits were built; run again")
+        raise UserError(f"{root / image.path} changed while the splits were being built; run again")
     return data
 
 
@@ -204,49 +205,51 @@ _DESCRIPTION = TypeAdapter(SplitDescription)
 
 
 class SplitReader:
-    """Reads a split folder; checks on opening that it is one.
+    """Reader of a split folder.
 
     Raises:
-        UserError: no split folder, one of another format, or one whose description is not whole.
+        UserError: not a split folder, another format, or an incomplete description.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         file = folder / "splits.json"
         if not file.is_file():
-            raise UserError(f"{folder} is no split folder: splits.json is missing; build it with jobs/build_splits.py")
+            raise UserError(
+                f"{folder} is not a split folder: splits.json is missing; build it with jobs/build_splits.py"
+            )
         try:
             values = json.loads(file.read_bytes())
-            found = values["format"]
-            if found == FORMAT:
+            file_format = values["format"]
+            if file_format == FORMAT:
                 fields = {name: values[name] for name in SplitDescription.__dataclass_fields__}
                 self.description = _DESCRIPTION.validate_json(json.dumps(fields), strict=True)
-                _check_whole(self.description)
+                _check_complete(self.description)
         except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
             reason = error.errors()[0] if isinstance(error, ValidationError) else error
-            raise UserError(f"{file} does not describe splits ({reason!r:.300}); build it again") from None
-        if found != FORMAT:
-            raise UserError(f"{file} has format {found!r:.80}, this version reads {FORMAT}; build it again")
+            raise UserError(f"{file} is not a valid description of splits ({reason!r:.300}); build it again") from None
+        if file_format != FORMAT:
+            raise UserError(f"{file} has format {file_format!r:.80}; this version reads {FORMAT}: build it again")
 
     def rows(self, split: Split, task: str, columns: Sequence[str] = ("image", "label")) -> Iterator[dict[str, Any]]:
-        """Rows of a task's split in stored order, one row group in memory at a time.
+        """Yield the rows of a task's split in stored order, one row group in memory at a time.
 
         Raises:
-            UserError: a file that is missing, damaged, or not of these splits, by name.
+            UserError: a file is missing, corrupted, or belongs to other splits.
         """
         if task not in self.description.classes:
             raise UserError(f"{self.folder} has no task {task!r}; tasks: {', '.join(self.description.tasks)}")
         files = sorted((self.folder / split).glob(f"{_file_stem(task)}-?????.parquet"))
-        checked = [self._checked(path) for path in files]
-        found = sum(metadata.num_rows for metadata in checked)
+        all_metadata = [self._read_metadata(path) for path in files]
+        num_rows = sum(metadata.num_rows for metadata in all_metadata)
         expected = self.description.counts[split][task]
-        if found != expected:
+        if num_rows != expected:
             raise UserError(
-                f"{self.folder / split} has {found} images of task {task!r}, splits.json says {expected}: "
+                f"{self.folder / split} has {num_rows} images of task {task!r}, splits.json says {expected}: "
                 f"remove {self.folder} and build it again"
             )
         names = [name for name in COLUMNS.names if name != "image" or "image" in columns]
-        for path, metadata in zip(files, checked):
+        for path, metadata in zip(files, all_metadata):
             try:
                 digests = json.loads(metadata.metadata[b"row_groups"])
                 with pq.ParquetFile(path) as file:
@@ -255,45 +258,45 @@ class SplitReader:
                         self._check_rows(rows, split, task, digests[group])
                         yield from ({name: row[name] for name in columns} for row in rows)
             except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-                raise UserError(f"{path} cannot be read any more: {str(error).strip()}; remove {self.folder}") from None
+                raise UserError(f"{path} is corrupted: {str(error).strip()}; remove {self.folder}") from None
 
     def _check_rows(self, rows: Sequence[dict[str, Any]], split: Split, task: str, digest: str) -> None:
-        """Raises: ValueError: rows that are not as they were written, or that were never right."""
+        """Raise ValueError if rows were changed after writing, or are inconsistent."""
         if _digest(rows) != digest:
-            raise ValueError("its rows are not those that were written")
-        words = self.description.class_names_for(task)
+            raise ValueError("digest mismatch")
+        class_names = self.description.class_names_for(task)
         for row in rows:
             if "image" in row and hashlib.sha256(row["image"]).hexdigest() != row["sha256"]:
-                raise ValueError(f"the bytes of {row['path']} are not those that were written")
-            if not 0 <= row["label"] < len(words) or row["class_name"] != words[row["label"]]:
+                raise ValueError(f"SHA-256 mismatch of {row['path']}")
+            if not 0 <= row["label"] < len(class_names) or row["class_name"] != class_names[row["label"]]:
                 raise ValueError(f"{row['path']} has label {row['label']} and class {row['class_name']!r}")
             if (row["task"], row["split"]) != (task, split):
                 raise ValueError(f"{row['path']} is of task {row['task']!r}, split {row['split']!r}")
 
-    def _checked(self, path: Path) -> pq.FileMetaData:
+    def _read_metadata(self, path: Path) -> pq.FileMetaData:
         try:
             metadata = pq.read_metadata(path)
             schema = metadata.schema.to_arrow_schema()
             images = [metadata.row_group(group).column(0) for group in range(metadata.num_row_groups)]
-            packed = any(column.compression != "UNCOMPRESSED" or column.has_dictionary_page for column in images)
+            is_compressed = any(column.compression != "UNCOMPRESSED" or column.has_dictionary_page for column in images)
             size = path.stat().st_size
         except (pa.ArrowException, OSError, ValueError, LookupError) as error:
             raise UserError(f"{path} cannot be read as Parquet: {str(error).strip()}; remove {self.folder}") from None
         if not schema.equals(COLUMNS):
-            raise UserError(f"{path} is no split file: columns {schema.names}, not {COLUMNS.names}")
+            raise UserError(f"{path} is not a split file: columns {schema.names}, expected {COLUMNS.names}")
         if (metadata.metadata or {}).get(b"splits") != self.description.to_json().encode():
             raise UserError(f"{path} belongs to other splits than {self.folder / 'splits.json'}")
-        # A small file must not unfold into a large table: images are stored as they are, each for itself.
-        if packed or metadata.num_rows * MIN_ROW_BYTES > size:
-            raise UserError(f"{path} is no split file: {metadata.num_rows} rows are packed into {size:,} bytes")
+        # A small file must not decompress into a large table: images are stored uncompressed.
+        if is_compressed or metadata.num_rows * MIN_ROW_BYTES > size:
+            raise UserError(f"{path} is not a split file: {metadata.num_rows} rows in only {size:,} bytes")
         return metadata
 
 
-def _check_whole(description: SplitDescription) -> None:
-    """Raises: ValueError: classes without words, tasks without counts."""
+def _check_complete(description: SplitDescription) -> None:
+    """Raise ValueError if classes lack names, or tasks lack counts."""
     folders = {name for names in description.classes.values() for name in names}
-    if lacking := sorted(folders - description.class_names.keys()):
-        raise ValueError(f"class_words lacks {lacking[:10]}")
+    if missing := sorted(folders - description.class_names.keys()):
+        raise ValueError(f"class_names lacks {missing[:10]}")
     for split in get_args(Split):
         if description.counts.get(split, {}).keys() != description.classes.keys():
-            raise ValueError(f"counts of {split!r} are not of the tasks {list(description.classes)[:10]}")
+            raise ValueError(f"counts of {split!r} do not match the tasks {list(description.classes)[:10]}")

@@ -1,4 +1,4 @@
-"""Items that are begun before they are asked for, such as images that threads decode while the model runs."""
+"""Prefetching of items, such as images that threads decode while the model runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterable[Item], buffer_size: int) -> Generator[Item, None, None]:
-    """The items in order, each drawn `buffer_size` items before it is given out, so that what drawing it begins goes on
-    meanwhile."""
+    """Yield the items in order, each drawn from `items` `buffer_size` items before it is yielded, so that work which
+    drawing it starts runs meanwhile."""
     drawn: deque[Item] = deque()
     for item in items:
         drawn.append(item)
@@ -24,8 +24,8 @@ def prefetch(items: Iterable[Item], buffer_size: int) -> Generator[Item, None, N
 
 
 def prefetch_in_thread(items: Iterable[Item], buffer_size: int) -> Generator[Item, None, None]:
-    """As `prefetch`, in a thread of its own, which ends with the generator. An error of `items` is raised here, after
-    the items before it."""
+    """Prefetch in a background thread, which ends with the generator. An error of `items` is raised after the items
+    that precede it."""
     items, end = iter(items), cast(Item, object())
     thread = ThreadPoolExecutor(1, "read")
     try:

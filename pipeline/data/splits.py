@@ -1,9 +1,9 @@
-"""Few-shot sampling: which images train, which test.
+"""Few-shot sampling of training and test images.
 
 Choices:
-- an image's rank is a hash of (seed, task, class, content), and the smallest ranks train: the same on every
-  machine, whatever the file names, their order, or the number of other images;
-- an image is its content: a copy of a training image, in any task and under any name, is in no test set.
+- images with the lowest hash of (seed, task, class, content) train: the same on every machine, independent of file
+  names, their order, and the number of other images;
+- images are identified by content: an exact duplicate of a training image, in any task, is in no test set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ScannedImage:
-    """An image file that was read once. `error` says why it cannot be decoded, or is None."""
+    """An image that was read once. `error` is the reason why it cannot be decoded, or None."""
 
     path: str
     task: str
@@ -26,85 +26,88 @@ class ScannedImage:
     sha256: str
     error: str | None = None
     size: int = 0
-    """Bytes, where somebody needs them."""
+    """Bytes; 0 if unknown."""
     official_split: OfficialSplit | None = None
-    """None: it may train or test."""
+    """None: may train or test."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Images of both splits, sorted by path; `copies`: (path, path of the training image that it copies). Images that
-    are given to train and were not drawn are in neither."""
+    """Images of both splits, sorted by path; `duplicates`: (path, path of the training image with the same content).
+    Official training images that were not drawn are in neither."""
 
     train: tuple[ScannedImage, ...]
     test: tuple[ScannedImage, ...]
-    copies: tuple[tuple[str, str], ...]
+    duplicates: tuple[tuple[str, str], ...]
 
 
 def sample_splits(
     images: Iterable[ScannedImage], classes: Mapping[str, Sequence[str]], shots: int, seed: int
 ) -> Splits:
-    """Draws `shots` training images of each class of each task from decodable `images`; the rest tests. Of images with
-    a given split only those of train are drawn, and only those of test test.
+    """Draw `shots` training images of each class of each task from decodable `images`; the rest are test images. Images
+    with an official split stay in it.
 
     Raises:
-        UserError: naming every class that cannot give `shots` training images and one test image.
+        UserError: lists every class with fewer than `shots` training images and one test image.
     """
-    by_class: dict[tuple[str, str], list[ScannedImage]] = {
+    images_by_class: dict[tuple[str, str], list[ScannedImage]] = {
         (task, name): [] for task, names in classes.items() for name in names
     }
     for image in sorted(images, key=lambda image: image.path):
-        by_class[image.task, image.class_folder].append(image)
+        images_by_class[image.task, image.class_folder].append(image)
 
     too_few: list[str] = []
     train: dict[str, ScannedImage] = {}  # path → image
-    training_path: dict[str, str] = {}  # content → path of a training image
-    for (task, name), members in by_class.items():
+    training_path_by_sha256: dict[str, str] = {}
+    for (task, name), members in images_by_class.items():
         may_train = [image for image in members if image.official_split in (None, "train")]
-        # Of copies, the first path stands for all.
+        # The first path represents its duplicates.
         distinct = {image.sha256: image for image in reversed(may_train)}
-        one_tests = not any(image.official_split == "test" for image in members)
-        if len(distinct) < shots + one_tests:
-            num_copies = len(may_train) - len(distinct)
-            and_copies = f" and {num_copies} exact copies of them" if num_copies else ""
-            given = [image.official_split for image in members]
-            of_splits = f", {given.count('train')} to train and {given.count('test')} to test" if any(given) else ""
-            too_few.append(f"{task}/{name} has {len(distinct)} image(s){and_copies}{of_splits}")
+        needs_test_image = not any(image.official_split == "test" for image in members)
+        if len(distinct) < shots + needs_test_image:
+            num_duplicates = len(may_train) - len(distinct)
+            duplicates_text = f" and {num_duplicates} exact duplicates" if num_duplicates else ""
+            official = [image.official_split for image in members]
+            splits_text = f" ({official.count('train')} train, {official.count('test')} test)" if any(official) else ""
+            too_few.append(f"{task}/{name} has {len(distinct)} image(s){duplicates_text}{splits_text}")
             continue
         for image in sorted(distinct.values(), key=lambda image: _rank(seed, image))[:shots]:
             train[image.path] = image
-            training_path.setdefault(image.sha256, image.path)
+            training_path_by_sha256.setdefault(image.sha256, image.path)
     if too_few:
         raise UserError(
-            f"data.shots={shots} needs at least {shots + 1} different images of every class "
-            f"({shots} to train, 1 to test): " + "; ".join(too_few)
+            f"data.shots={shots} needs at least {shots + 1} distinct images per class ({shots} to train, 1 to test): "
+            + "; ".join(too_few)
         )
 
-    only_copies: list[str] = []
+    without_test: list[str] = []
     test: list[ScannedImage] = []
-    copies: list[tuple[str, str]] = []
-    for (task, name), members in by_class.items():
-        rest = [image for image in members if image.path not in train and image.official_split != "train"]
-        of_class = [image for image in rest if image.sha256 not in training_path]
-        if not of_class:
-            only_copies.append(
-                f"{task}/{name} has {len(members)} image(s), and the {len(rest)} that do not train there are "
-                f"copies of training images (such as {rest[0].path} of {training_path[rest[0].sha256]})"
+    duplicates: list[tuple[str, str]] = []
+    for (task, name), members in images_by_class.items():
+        candidates = [image for image in members if image.path not in train and image.official_split != "train"]
+        class_test = [image for image in candidates if image.sha256 not in training_path_by_sha256]
+        if not class_test:
+            example = candidates[0]
+            without_test.append(
+                f"{task}/{name} has {len(members)} image(s); all {len(candidates)} candidates are duplicates of "
+                f"training images (such as {example.path} of {training_path_by_sha256[example.sha256]})"
             )
-        test += of_class
-        copies += [(i.path, training_path[i.sha256]) for i in rest if i.sha256 in training_path]
-    if only_copies:
+        test += class_test
+        for image in candidates:
+            if image.sha256 in training_path_by_sha256:
+                duplicates.append((image.path, training_path_by_sha256[image.sha256]))
+    if without_test:
         raise UserError(
-            f"data.shots={shots} leaves no test image (one that is no exact copy of a training image of any "
-            "task): " + "; ".join(only_copies)
+            f"data.shots={shots} leaves no test images, which must not be exact duplicates of a training image of any "
+            "task: " + "; ".join(without_test)
         )
-    by_path = sorted(train.values(), key=lambda image: image.path)
-    return Splits(tuple(by_path), tuple(sorted(test, key=lambda image: image.path)), tuple(sorted(copies)))
+    sorted_train = sorted(train.values(), key=lambda image: image.path)
+    return Splits(tuple(sorted_train), tuple(sorted(test, key=lambda image: image.path)), tuple(sorted(duplicates)))
 
 
 def content_fingerprint(images: Iterable[ScannedImage]) -> str:
-    """SHA-256 over the images' paths, contents, tasks, classes, and given splits, in the order of the paths. A table
-    may give the same files other tasks, labels or splits."""
+    """Return the SHA-256 of the images' paths, contents, tasks, classes and official splits, in order of their paths.
+    Manifests of the same files may differ in tasks, labels or splits."""
     digest = hashlib.sha256()
     for image in sorted(images, key=lambda image: image.path):
         values = (image.path, image.sha256, image.task, image.class_folder, image.official_split or "")

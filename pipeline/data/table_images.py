@@ -1,7 +1,7 @@
-"""Images by their paths below a data root: files, and rows of Parquet files, called `<file>#<row>`.
+"""Read images by their paths below data.root: files, and rows of Parquet files, with paths `<file>#<row>`.
 
-Rows are read one after another from a row group that is never whole in memory. Those that follow each other, as in all
-orders by path, cost one pass; a step back begins the row group again.
+Rows are streamed from a row group, which is never in memory as a whole. Reading rows in order of their paths takes one
+pass; going back restarts the row group.
 """
 
 from __future__ import annotations
@@ -19,48 +19,52 @@ import pyarrow.parquet as pq
 from pipeline.data.images import MAX_BYTES, BrokenImage, read_image
 
 ROW_PATH = re.compile(r"(.+\.parquet)#(\d{8})", re.IGNORECASE | re.DOTALL)
-_open = threading.local()
-"""The table that this thread read last."""
+_cache = threading.local()
+"""Table that this thread read last."""
 
 
 def row_path(file: str, row: int) -> str:
-    """Such paths sort as the rows do."""
+    """Return the path of an image in a Parquet file; paths sort in the order of the rows."""
     return f"{file}#{row:08d}"
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """Dotted name of the column that holds images: one called `image`, else the only one of bytes, or of structs with
-    bytes, as the datasets library of Hugging Face writes them. None: there is none."""
-    found: dict[str, str] = {}
-    for of in schema:
-        kind, name = of.type, of.name
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind, name = kind.field("bytes").type, f"{of.name}.bytes"
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-            found[of.name] = name
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return found.get("image")
+    """Return the dotted name of the image column: `image`, else the only column of bytes or of structs with bytes, as
+    Hugging Face's datasets library writes them. None: there is none."""
+    candidates: dict[str, str] = {}
+    for column in schema:
+        value_type, name = column.type, column.name
+        if pa.types.is_struct(value_type) and value_type.get_field_index("bytes") >= 0:
+            value_type, name = value_type.field("bytes").type, f"{column.name}.bytes"
+        if (
+            pa.types.is_binary(value_type)
+            or pa.types.is_large_binary(value_type)
+            or pa.types.is_binary_view(value_type)
+        ):
+            candidates[column.name] = name
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    return candidates.get("image")
 
 
 def read_image_bytes(root: Path, path: str) -> bytes:
-    """The bytes of an image of a listing.
+    """Read the bytes of an indexed image.
 
     Raises:
-        BrokenImage: no such file or row, no bytes in it, or more than images.MAX_BYTES.
-        OSError: it cannot be read.
+        BrokenImage: no such file or row, an empty row, or more than images.MAX_BYTES.
+        OSError: the file cannot be read.
     """
-    in_table = ROW_PATH.fullmatch(path)
-    if not in_table:
+    match = ROW_PATH.fullmatch(path)
+    if not match:
         return read_image(root / path)
-    file, row = root / in_table[1], int(in_table[2])
+    file, row = root / match[1], int(match[2])
     try:
         status = file.stat()
         key = (str(file), status.st_size, status.st_mtime_ns)
-        if getattr(_open, "key", None) != key:
-            _open.key, _open.table = None, _Table(file)
-            _open.key = key
-        table: _Table = _open.table
+        if getattr(_cache, "key", None) != key:
+            _cache.key, _cache.table = None, _Table(file)
+            _cache.key = key
+        table: _Table = _cache.table
         return table.read(row)
     except FileNotFoundError:
         raise BrokenImage("no such file") from None
@@ -77,50 +81,50 @@ class _Table:
         self._file = pq.ParquetFile(file, buffer_size=1 << 20)
         column = image_column(self._file.schema_arrow)
         if column is None:
-            raise LookupError("it has no column of images")
+            raise LookupError("no image column")
         self._column = column
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]
         self._group = -1
-        self._next = 0
+        self._next_row = 0
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._damage: dict[int, tuple[int, BaseException]] = {}
-        """Row group → the first row that cannot be read, and why; nor can those behind it."""
+        self._error_by_group: dict[int, tuple[int, BaseException]] = {}
+        """Row group → the first unreadable row and its error, which applies to all later rows."""
 
     def read(self, row: int) -> bytes:
         if row >= self._starts[-1]:
             raise BrokenImage("no such row")
         group = bisect_right(self._starts, row) - 1
-        first, why = self._damage.get(group, (row + 1, None))
-        if row >= first and why:
-            raise why
+        unreadable_row, reason = self._error_by_group.get(group, (row + 1, None))
+        if row >= unreadable_row and reason:
+            raise reason
         try:
             return self._read(group, row)
         except BrokenImage:
             raise
         except (pa.ArrowException, ValueError, OSError) as error:
-            self._damage[group] = row, error
+            self._error_by_group[group] = row, error
             raise
 
     def _read(self, group: int, row: int) -> bytes:
-        if group != self._group or row < self._next:
-            self._group, self._next = group, self._starts[group]
-            # One row in a batch: images may be large, and those that are stepped over are not kept.
+        if group != self._group or row < self._next_row:
+            self._group, self._next_row = group, self._starts[group]
+            # One row per batch: images may be large, and skipped ones are not kept.
             self._batches = self._file.iter_batches(1, row_groups=[group], columns=[self._column])
         while True:
             batch = next(self._batches, None)
             if batch is None:
-                raise pa.ArrowInvalid("the row group ends too early")
-            self._next += 1
-            if self._next > row:
+                raise pa.ArrowInvalid("the row group is truncated")
+            self._next_row += 1
+            if self._next_row > row:
                 break
         value = batch.column(0)[0]
         if isinstance(value, pa.StructScalar) and value.is_valid:
             value = value["bytes"]
         if not value.is_valid:
-            raise BrokenImage("the row holds no bytes")
+            raise BrokenImage("the row has no image bytes")
         data: bytes = value.as_py()
         if len(data) > MAX_BYTES:
-            raise BrokenImage(f"{len(data):,} bytes are more than {MAX_BYTES:,}")
+            raise BrokenImage(f"image too large ({len(data):,} bytes, limit {MAX_BYTES:,})")
         return data

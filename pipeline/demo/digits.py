@@ -1,10 +1,10 @@
-"""The demo's data set: real handwritten digits, redrawn in six visual domains.
+"""The demo's data set: handwritten digits, rendered in six visual domains.
 
-    python -m pipeline.demo.digits FOLDER      writes them as FOLDER/<domain>/<class>/*.png
+    python -m pipeline.demo.digits FOLDER      writes FOLDER/<domain>/<class>/*.png
 
-The 8x8 digits that scikit-learn carries are dealt out, class by class, to the tiny CLIP's own training and
-to the six domains, so that no handwriting is seen twice. Three domains are dark on light (ink, noise,
-rotated) and three light on dark (chalk, neon, outline): the alike ones give task grouping something to find.
+The 8x8 digits of scikit-learn are partitioned, class by class, into the tiny CLIP's training set and the six domains,
+so that no digit is used twice. Three domains are dark on light (ink, noise, rotated) and three light on dark (chalk,
+neon, outline): similar tasks that task grouping can find.
 """
 
 import os
@@ -22,8 +22,8 @@ SIZE = 32
 IMAGES_PER_CLASS = 22
 CLIP_IMAGES_PER_CLASS = 42
 SEED = 20240
-WRITTEN_S = 946_684_800
-"""Time of the files, the same on all machines, since a listing's fingerprint holds it."""
+MODIFIED_S = 946_684_800
+"""Modification time of the files, the same on all machines: the data set's fingerprint includes it."""
 
 
 def ink(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -33,26 +33,26 @@ def ink(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def noise(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ink on paper seen through heavy sensor noise."""
+    """Ink on paper with strong sensor noise."""
     return ink(stroke, rng) + rng.normal(0, 0.45, (SIZE, SIZE, 3))
 
 
 def rotated(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ink on paper, the sheet turned clockwise by 40 to 55 degrees."""
-    from scipy import ndimage  # as sklearn: every worker imports this module, and few draw digits
+    """Ink on paper, rotated clockwise by 40 to 55 degrees."""
+    from scipy import ndimage  # lazily: every worker imports this module, and few draw digits
 
     turned = ndimage.rotate(stroke, -rng.uniform(40, 55), reshape=False, order=1)
     return ink(turned, rng)
 
 
 def chalk(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """White chalk, broken by the grain of a dark green board."""
+    """Grainy white chalk on a dark green board."""
     board = np.array([0.10, 0.24, 0.17]) + rng.normal(0, 0.03, (SIZE, SIZE, 1))
     return _blend(board, np.array([0.93, 0.93, 0.88]), stroke * rng.uniform(0.45, 1.0, (SIZE, SIZE)))
 
 
 def neon(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A tube of saturated light, its hue drawn per image, glowing on near black."""
+    """Glowing neon tube of a random hue on near black."""
     from scipy import ndimage
 
     hue = rng.permutation([1.0, rng.uniform(0.2, 0.9), 0.1])
@@ -61,7 +61,7 @@ def neon(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def outline(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Only the contour of the stroke, in pale line on a dark blueprint."""
+    """Contour of the stroke, a pale line on a dark blueprint."""
     from scipy import ndimage
 
     contour = ndimage.morphological_gradient(stroke, size=(3, 3))
@@ -79,8 +79,8 @@ DOMAINS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 }
 
 
-def allocate(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Deal the base digits out: name of a domain, or "clip", to indices (classes, images), all disjoint."""
+def split_base_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Split the base digits: domain, or "clip" → indices (classes, images), all disjoint."""
     rng = np.random.default_rng(SEED)
     shuffled = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(len(CLASSES))]
     sizes = {"clip": CLIP_IMAGES_PER_CLASS, **dict.fromkeys(DOMAINS, IMAGES_PER_CLASS)}
@@ -92,7 +92,7 @@ def allocate(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def strokes(images: np.ndarray) -> np.ndarray:
-    """Base digits (n, 8, 8) of 0..16 as stroke coverage (n, 32, 32) in 0..1."""
+    """Convert base digits (n, 8, 8) in 0..16 to stroke coverage (n, 32, 32) in 0..1."""
     scaled = [
         Image.fromarray((image * (255 / 16)).astype(np.uint8)).resize((24, 24), Image.Resampling.BICUBIC)
         for image in images
@@ -102,33 +102,33 @@ def strokes(images: np.ndarray) -> np.ndarray:
 
 
 def write_digits(root: Path) -> None:
-    """Write the data set as <root>/<domain>/<class>/<nnnn>.png, 32x32 RGB; a complete set is left as it is.
+    """Write the data set as <root>/<domain>/<class>/<nnnn>.png, 32x32 RGB; a complete set is kept.
 
     Raises:
-        OSError: root holds something else.
+        OSError: root contains something else.
     """
     root = Path(root)
-    if _complete(root):
+    if _is_complete(root):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_replace(root) as partial:
             _write(partial)
     except OSError:
-        if not _complete(root):  # complete by now: another process wrote the same bytes first
+        if not _is_complete(root):  # another process may have written the same bytes
             raise
 
 
-def _complete(root: Path) -> bool:
+def _is_complete(root: Path) -> bool:
     images = sum(1 for domain in DOMAINS for name in CLASSES for _ in (root / domain / name).glob("*.png"))
     return images == len(DOMAINS) * len(CLASSES) * IMAGES_PER_CLASS
 
 
 def _write(root: Path) -> None:
-    from sklearn.datasets import load_digits  # takes a second, and every worker imports this module
+    from sklearn.datasets import load_digits  # lazily: takes a second, and every worker imports this module
 
     digits = load_digits()
-    allocation = allocate(digits.target)
+    allocation = split_base_digits(digits.target)
     for number, (domain, render) in enumerate(DOMAINS.items()):
         rng = np.random.default_rng([SEED, number])
         for name, indices in zip(CLASSES, allocation[domain], strict=True):
@@ -138,12 +138,12 @@ def _write(root: Path) -> None:
                 pixels = np.clip(render(stroke, rng), 0, 1)
                 file = folder / f"{position:04}.png"
                 Image.fromarray(np.rint(pixels * 255).astype(np.uint8)).save(file)
-                os.utime(file, (WRITTEN_S, WRITTEN_S))
+                os.utime(file, (MODIFIED_S, MODIFIED_S))
 
 
-def _blend(background: np.ndarray, colour: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-    """Lay a colour (3,) over a background (32, 32, 3 or 1) where coverage (32, 32) is 1."""
-    blended: np.ndarray = background + coverage[..., None] * (colour - background)
+def _blend(background: np.ndarray, color: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    """Blend a color (3,) over a background (32, 32, 3 or 1) with opacity `coverage` (32, 32)."""
+    blended: np.ndarray = background + coverage[..., None] * (color - background)
     return blended
 
 

@@ -1,4 +1,4 @@
-"""What a data check found, as tables for the terminal and as one HTML page with samples of every class."""
+"""Report of a data check: tables for the terminal, and an HTML page with samples of every class."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from pipeline.data.findings import CheckedImage, Finding
+from pipeline.data.image_stats import ImageStats
+from pipeline.data.names import pluralize
 from pipeline.report.grouping_page import STYLE
 
-SHOWN = 5
-"""Examples of a finding in the terminal."""
-SHOWN_ON_PAGE = 200
-LINE, LINE_ON_PAGE = 150, 1000
-"""Characters of an example: a group of images that look alike may be thousands."""
+MAX_EXAMPLES, MAX_PAGE_EXAMPLES = 5, 200
+"""Examples of a finding in the terminal and on the page."""
+MAX_CHARACTERS, MAX_PAGE_CHARACTERS = 150, 1000
+"""Characters of an example: a group of near-duplicates may have thousands of images."""
 COLORS = {"error": "red", "warning": "yellow", "note": "cyan"}
 PAGE_STYLE = (
     STYLE
@@ -38,7 +39,7 @@ PAGE_STYLE = (
 class TaskOverview:
     task: str
     images: int
-    """That can be decoded."""
+    """Number of images that can be decoded."""
     classes: int
     smallest_class: int
     largest_class: int
@@ -48,54 +49,56 @@ class TaskOverview:
 
 
 def task_overviews(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]]) -> list[TaskOverview]:
-    """One a task, in order."""
-    of_task: dict[str, list[CheckedImage]] = defaultdict(list)
-    for of in images:
-        if of.stats:
-            of_task[of.image.task].append(of)
-    found = []
+    """Return an overview of each task, in the order of `classes`."""
+    stats_by_task: dict[str, list[ImageStats]] = defaultdict(list)
+    counts: Counter[tuple[str, str]] = Counter()
+    for checked in images:
+        if checked.stats:
+            stats_by_task[checked.image.task].append(checked.stats)
+            counts[checked.image.task, checked.image.class_folder] += 1
+    overviews = []
     for task, names in classes.items():
-        whole = [of.stats for of in of_task[task] if of.stats]
-        counts = Counter(of.image.class_folder for of in of_task[task])
-        of_classes = [counts[name] for name in names]
-        size = f"{median(f.width for f in whole):.0f} x {median(f.height for f in whole):.0f}" if whole else ""
-        found.append(
+        stats = stats_by_task[task]
+        class_sizes = [counts[task, name] for name in names]
+        size = f"{median(s.width for s in stats):.0f} x {median(s.height for s in stats):.0f}" if stats else ""
+        overviews.append(
             TaskOverview(
                 task,
-                len(whole),
+                len(stats),
                 len(names),
-                min(of_classes),
-                max(of_classes),
+                min(class_sizes),
+                max(class_sizes),
                 size,
-                _most_common(stats.format for stats in whole),
-                _most_common(stats.mode for stats in whole),
+                _frequencies(image.format for image in stats),
+                _frequencies(image.mode for image in stats),
             )
         )
-    return found
+    return overviews
 
 
 def summary_line(findings: Sequence[Finding]) -> str:
-    """How many there are of each severity."""
+    """Return the number of findings of each severity, in words."""
     counts = Counter[str](finding.severity for finding in findings)
-    told = [f"{counts[of]} {of}{'s' if counts[of] > 1 else ''}" for of in COLORS if counts[of]]
-    return ", ".join(told) or "nothing stands out"
+    return ", ".join(pluralize(counts[severity], severity) for severity in COLORS if counts[severity]) or "no findings"
 
 
 def check_tables(name: str, tasks: Sequence[TaskOverview], findings: Sequence[Finding]) -> Group:
-    """For the terminal."""
-    table = Table(title=f"{escape_markup(name)}: {sum(of.images for of in tasks):,} images in {len(tasks)} tasks")
+    """Build the tables for the terminal."""
+    table = Table(title=f"{escape_markup(name)}: {sum(task.images for task in tasks):,} images in {len(tasks)} tasks")
     for title, justify in _COLUMNS:
         table.add_column(title, justify=justify)
-    for of in tasks:
-        table.add_row(*(escape_markup(cell) for cell in _cells(of)))
-    told = Table(show_header=False, box=None, padding=(0, 1, 1, 1))
+    for task in tasks:
+        table.add_row(*(escape_markup(cell) for cell in _cells(task)))
+    finding_table = Table(show_header=False, box=None, padding=(0, 1, 1, 1))
     for finding in findings:
         lines = [f"[bold]{escape_markup(finding.title)}[/]", escape_markup(finding.remedy)]
-        lines += [f"[dim]{escape_markup(_shortened(line, LINE))}[/]" for line in finding.examples[:SHOWN]]
-        if (more := len(finding.examples) - SHOWN) > 0:
-            lines.append(f"[dim]and {more:,} more[/]")
-        told.add_row(f"[{COLORS[finding.severity]}]{finding.severity}[/]", "\n".join(lines))
-    return Group(table, told) if findings else Group(table)
+        lines += [
+            f"[dim]{escape_markup(_truncate(line, MAX_CHARACTERS))}[/]" for line in finding.examples[:MAX_EXAMPLES]
+        ]
+        if (num_hidden := len(finding.examples) - MAX_EXAMPLES) > 0:
+            lines.append(f"[dim]and {num_hidden:,} more[/]")
+        finding_table.add_row(f"[{COLORS[finding.severity]}]{finding.severity}[/]", "\n".join(lines))
+    return Group(table, finding_table) if findings else Group(table)
 
 
 def check_page(
@@ -105,21 +108,22 @@ def check_page(
     samples: Mapping[tuple[str, str], Sequence[bytes]],
     class_names: Mapping[str, str],
 ) -> str:
-    """
+    """Build the HTML page.
+
     Args:
         samples: (task, class folder) → thumbnails as JPEGs.
-        class_words: class folder → words shown to CLIP.
+        class_names: class folder → class name shown to CLIP.
     """
     header = "".join(f"<th>{title}</th>" for title, _ in _COLUMNS)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(of))}</tr>" for of in tasks)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(task))}</tr>" for task in tasks)
     parts = [
-        f"<h1>{escape(name)}: {sum(of.images for of in tasks):,} images in {len(tasks)} tasks</h1>",
+        f"<h1>{escape(name)}: {sum(task.images for task in tasks):,} images in {len(tasks)} tasks</h1>",
         f"<table><tr>{header}</tr>{rows}</table>",
-        "<h2>What was found</h2>",
+        "<h2>Findings</h2>",
         *(_finding(finding) for finding in findings),
-        *([] if findings else ["<p>Nothing stands out.</p>"]),
+        *([] if findings else ["<p>No findings.</p>"]),
         "<h2>Samples</h2>",
-        _samples([of.task for of in tasks], samples, class_names),
+        _samples([task.task for task in tasks], samples, class_names),
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}: data check</title>'
@@ -131,19 +135,19 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("task", "left"),
     ("images", "right"),
     ("classes", "right"),
-    ("a class", "right"),
+    ("per class", "right"),
     ("median size", "right"),
     ("formats", "left"),
     ("modes", "left"),
 )
 
 
-def _cells(of: TaskOverview) -> list[str]:
-    range_of_class = f"{of.smallest_class:,} to {of.largest_class:,}"
-    return [of.task, f"{of.images:,}", f"{of.classes:,}", range_of_class, of.median_size, of.formats, of.modes]
+def _cells(task: TaskOverview) -> list[str]:
+    per_class = f"{task.smallest_class:,} to {task.largest_class:,}"
+    return [task.task, f"{task.images:,}", f"{task.classes:,}", per_class, task.median_size, task.formats, task.modes]
 
 
-def _most_common(values: Any) -> str:
+def _frequencies(values: Any) -> str:
     counts = Counter(values)
     total = sum(counts.values())
     return ", ".join(
@@ -152,13 +156,12 @@ def _most_common(values: Any) -> str:
 
 
 def _finding(finding: Finding) -> str:
-    shown = [escape(_shortened(line, LINE_ON_PAGE)) for line in finding.examples[:SHOWN_ON_PAGE]]
-    if (more := len(finding.examples) - SHOWN_ON_PAGE) > 0:
-        shown.append(f"and {more:,} more, all in check.json")
-    lines = "\n".join(shown)
+    lines = [escape(_truncate(line, MAX_PAGE_CHARACTERS)) for line in finding.examples[:MAX_PAGE_EXAMPLES]]
+    if (num_hidden := len(finding.examples) - MAX_PAGE_EXAMPLES) > 0:
+        lines.append(f"and {num_hidden:,} more; all are in check.json")
     return (
         f'<div class="finding {finding.severity}"><p><b>{escape(finding.title)}</b></p>'
-        f"<p>{escape(finding.remedy)}</p><details><summary>which</summary><pre>{lines}</pre></details></div>"
+        f"<p>{escape(finding.remedy)}</p><details><summary>examples</summary><pre>{chr(10).join(lines)}</pre></details></div>"
     )
 
 
@@ -177,6 +180,5 @@ def _thumbnail(jpeg: bytes) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
 
 
-def _shortened(line: str, most: int) -> str:
-    """At most `most` characters of it, and a sign that there are more."""
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+def _truncate(line: str, limit: int) -> str:
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -1,5 +1,5 @@
-"""Stage 0: every image is read and decoded once, in parallel; what should be known of the data set before it trains is
-told, and shown on a page. Stage 1 takes what it knows of the images from here."""
+"""Stage 0: read and decode every image once, in parallel, and report issues of the data set in the terminal and on an
+HTML page. Stage 1 uses the results of this scan."""
 
 from __future__ import annotations
 
@@ -34,53 +34,51 @@ NAME = "data_check"
 IMAGES = "images.parquet"
 PAGE, FINDINGS = "check.html", "check.json"
 FORMAT = 2
-"""To be raised by every change of what is kept of an image, or of what is found: checks of before are made again."""
+"""Increment on every change of the stored columns or of the findings; older checks are then repeated."""
 IMAGES_PER_CHUNK = 512
 _READING = "reading"
-_one_at_a_time = threading.Lock()
-"""Several runs of one process mostly have the same images, which one of them reads for all."""
+_scan_lock = threading.Lock()
+"""Concurrent runs of one process usually share their images: the first one scans them for all."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where a worker reads images."""
+    """Folder from which workers read images."""
 
     root: Path
     embedded: bool
 
     @staticmethod
-    def of(plan: Plan) -> ImageSource:
+    def from_plan(plan: Plan) -> ImageSource:
         return ImageSource(plan.dataset_index.root, plan.config.data.root == BUILTIN_DIGITS)
 
     def local_root(self) -> Path:
-        if self.embedded:  # on a machine that shares no folder with the driver
+        if self.embedded:  # the worker may share no folder with the driver
             write_digits(self.root)
         return self.root
 
 
 def check_data(plan: Plan, session: Session, verbose: bool = False) -> list[Finding]:
-    """Tells what was found, as far as that is not known yet by looking at every image; raises nothing for it.
+    """Scan all images unless cached, and report the findings; they are returned, not raised.
 
     Args:
-        in_full: as tables, not in one line.
+        verbose: print tables instead of a summary.
     """
     folder = create_folder(plan.folder / NAME)
     with Stage(session, NAME, stage_title(NAME)) as stage:
         artifact = _artifact(plan)
-        with _one_at_a_time:
+        with _scan_lock:
             if not artifact.is_complete():
                 stage.computed = True
                 with artifact.writer() as writer:
-                    pq.write_table(_look(plan, stage), writer.folder / IMAGES, compression="zstd")
-        if not (found := _read(folder / FINDINGS)):
-            found = _find(plan, artifact.download() / IMAGES, folder)
-        findings, tasks = found
-        _tell(plan, session, findings, tasks, folder, verbose)
+                    pq.write_table(_scan(plan, stage), writer.folder / IMAGES, compression="zstd")
+        findings, tasks = _read_results(folder / FINDINGS) or _analyze(plan, artifact.download() / IMAGES, folder)
+        _report(plan, session, findings, tasks, folder, verbose)
     return findings
 
 
 def checked_images(plan: Plan) -> list[CheckedImage]:
-    """The listing's images, in its order, after `check_data`."""
+    """Return the results of `check_data`'s scan, in the order of the index."""
     return read_checked_images(_artifact(plan).download() / IMAGES, plan.dataset_index.images)
 
 
@@ -88,9 +86,9 @@ def _artifact(plan: Plan) -> Artifact:
     return plan.artifact(NAME, {"format": FORMAT, "listing": plan.dataset_index.fingerprint()})
 
 
-def _look(plan: Plan, stage: Stage) -> pa.Table:
+def _scan(plan: Plan, stage: Stage) -> pa.Table:
     images = plan.dataset_index.images
-    source, samples = ImageSource.of(plan), sample_paths(images)
+    source, samples = ImageSource.from_plan(plan), sample_paths(images)
     stage.session.progress.expect(_READING, len(images), "images")
     work = [
         WorkItem(f"check {number}", _check_chunk, (source, chunk, samples & {image.path for image in chunk}))
@@ -108,34 +106,34 @@ def _check_chunk(
 
 
 def split_into_chunks(images: Sequence[ImageRecord]) -> list[Sequence[ImageRecord]]:
-    """Of IMAGES_PER_CHUNK images; a row group of a table is in one of them, as its end is not read without the rest."""
-    found, start = [], 0
-    for at in range(1, len(images) + 1):
-        if at == len(images) or (at - start >= IMAGES_PER_CHUNK and not _read_together(images[at - 1], images[at])):
-            found.append(images[start:at])
-            start = at
-    return found
+    """Split into chunks of at least IMAGES_PER_CHUNK images; row groups, read from their start, stay whole."""
+    chunks, start = [], 0
+    for end in range(1, len(images) + 1):
+        if end == len(images) or (end - start >= IMAGES_PER_CHUNK and not _same_group(images[end - 1], images[end])):
+            chunks.append(images[start:end])
+            start = end
+    return chunks
 
 
-def _read_together(one: ImageRecord, other: ImageRecord) -> bool:
-    if one.row_group is None or one.row_group != other.row_group:
+def _same_group(a: ImageRecord, b: ImageRecord) -> bool:
+    if a.row_group is None or a.row_group != b.row_group:
         return False
-    return one.path.rpartition("#")[0] == other.path.rpartition("#")[0]
+    return a.path.rpartition("#")[0] == b.path.rpartition("#")[0]
 
 
-def _find(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[TaskOverview]]:
-    """Also writes them, for people and for the next time."""
+def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[TaskOverview]]:
+    """Compute the findings, and write them to `folder` as a page and as JSON."""
     dataset_index, data = plan.dataset_index, plan.config.data
     images = read_checked_images(file, dataset_index.images)
     training: list[str] = []
-    no_splits = None
+    split_error = None
     try:
-        whole = [of.image for of in images if of.stats]
+        decodable = [checked.image for checked in images if checked.stats]
         training = [
-            image.path for image in sample_splits(whole, dataset_index.classes, data.shots, plan.config.seed).train
+            image.path for image in sample_splits(decodable, dataset_index.classes, data.shots, plan.config.seed).train
         ]
-    except UserError as fault:
-        no_splits = str(fault)
+    except UserError as error:
+        split_error = str(error)
     tokenizer = load_tokenizer(plan.config.clip)
     findings = find_issues(
         images,
@@ -144,7 +142,7 @@ def _find(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[Tas
         tokenize_words(dataset_index.class_names.values(), tokenizer.encode, tokenizer.decoder.__getitem__),
         data.shots,
         training,
-        no_splits,
+        split_error,
         data.max_broken_fraction,
     )
     tasks = task_overviews(images, dataset_index.classes)
@@ -154,25 +152,25 @@ def _find(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[Tas
         "format": FORMAT,
         "shots": data.shots,
         "seed": plan.config.seed,
-        "tasks": [asdict(of) for of in tasks],
+        "tasks": [asdict(task) for task in tasks],
         "findings": [asdict(finding) for finding in findings],
     }
     write_json(folder / FINDINGS, values)
     return findings, tasks
 
 
-def _read(file: Path) -> tuple[list[Finding], list[TaskOverview]] | None:
-    """What `_find` wrote for the same run, if it did; run folders are named by all that decides it."""
+def _read_results(file: Path) -> tuple[list[Finding], list[TaskOverview]] | None:
+    """Return what `_analyze` wrote in this run folder, whose name identifies config and data; None: nothing."""
     if not file.is_file() or not (file.parent / PAGE).is_file():
         return None
     values = read_json(file)
     if values["format"] != FORMAT:
         return None
-    findings = [Finding(**{**of, "examples": tuple(of["examples"])}) for of in values["findings"]]
-    return findings, [TaskOverview(**of) for of in values["tasks"]]
+    findings = [Finding(**{**fields, "examples": tuple(fields["examples"])}) for fields in values["findings"]]
+    return findings, [TaskOverview(**fields) for fields in values["tasks"]]
 
 
-def _tell(
+def _report(
     plan: Plan,
     session: Session,
     findings: Sequence[Finding],
@@ -182,13 +180,13 @@ def _tell(
 ) -> None:
     counts = Counter[str](finding.severity for finding in findings)
     metrics = {f"findings/{severity}": float(counts[severity]) for severity in COLORS}
-    session.tracker.log_metrics(NAME, {**metrics, "images": sum(of.images for of in tasks)}, step=0)
+    session.tracker.log_metrics(NAME, {**metrics, "images": sum(task.images for task in tasks)}, step=0)
     for name in (PAGE, FINDINGS):
         session.tracker.log_artifact(NAME, folder / name)
     if verbose:
         session.console.print(check_tables(plan.config.name, tasks, findings))
-    where = escape(plan.storage.display_uri(folder / PAGE))
-    session.console.print(f"  {summary_line(findings)}: {where}", highlight=False)
+    page_uri = escape(plan.storage.display_uri(folder / PAGE))
+    session.console.print(f"  {summary_line(findings)}: {page_uri}", highlight=False)
     for finding in [] if verbose else findings:
         if finding.severity != "note":
             session.console.print(

@@ -1,4 +1,4 @@
-"""Stage 1: images that the data check has looked at → few-shot splits in Parquet, written in parallel."""
+"""Stage 1: sample few-shot splits from the scanned images, and write them to Parquet in parallel."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pipeline.stages.flow import stage_title
 from pipeline.stages.plan import Plan
 
 NAME = "splits"
-BROKEN_SHOWN = 20
+MAX_BROKEN_SHOWN = 20
 _WRITING = "writing"
 
 
 def build_splits(plan: Plan, session: Session) -> SplitReader:
-    """Makes the splits unless that is done; the data must be checked.
+    """Build the splits unless cached, after the data check.
 
     Raises:
         UserError: broken images above data.max_broken_fraction, classes with too few images.
@@ -44,34 +44,34 @@ def build_splits(plan: Plan, session: Session) -> SplitReader:
 
 def _build(plan: Plan, stage: Stage, writer: ArtifactWriter) -> None:
     dataset_index, data = plan.dataset_index, plan.config.data
-    scanned = [of.image for of in checked_images(plan)]
+    scanned = [checked.image for checked in checked_images(plan)]
     broken = [image for image in scanned if image.error]
     if broken:
         _check_broken_fraction(
             broken, len(scanned), data.max_broken_fraction, stage.session.folder / "broken_images.txt"
         )
-    whole = [image for image in scanned if not image.error]
-    splits, description = draw_splits(plan, whole)
-    sizes = {image.path: image.size for image in whole}
-    more: dict[str, Any] = {
+    decodable = [image for image in scanned if not image.error]
+    splits, description = draw_splits(plan, decodable)
+    sizes = {image.path: image.size for image in decodable}
+    extra: dict[str, Any] = {
         "layout": dataset_index.layout,
         "dropped": [{"path": image.path, "error": image.error} for image in broken],
-        "copies_of_training_images": [
-            {"path": path, "copy_of": training_path} for path, training_path in splits.copies
+        "duplicates_of_training_images": [
+            {"path": path, "duplicate_of": training_path} for path, training_path in splits.duplicates
         ],
         "ignored_files": list(dataset_index.ignored),
-        "classes_left_out": list(dataset_index.excluded_classes),
+        "excluded_classes": list(dataset_index.excluded_classes),
     }
     if data.use_official_splits:
-        more["use_official_splits"] = {
-            "training_images_not_drawn": len(whole) - len(splits.train) - len(splits.test) - len(splits.copies),
-            "images_of_neither_split": sum(dataset_index.unused_images.values()),
+        extra["use_official_splits"] = {
+            "training_images_not_drawn": len(decodable) - len(splits.train) - len(splits.test) - len(splits.duplicates),
+            "images_in_neither_split": sum(dataset_index.unused_images.values()),
         }
-    write_splits(plan, stage, writer, splits, description, sizes, more)
+    write_splits(plan, stage, writer, splits, description, sizes, extra)
 
 
 def draw_splits(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDescription]:
-    """Raises: UserError: classes with too few images."""
+    """Sample the splits and describe them. Raises UserError if classes have too few images."""
     dataset_index, shots, seed = plan.dataset_index, plan.config.data.shots, plan.config.seed
     splits = sample_splits(images, dataset_index.classes, shots, seed)
     return splits, SplitDescription(
@@ -91,14 +91,14 @@ def write_splits(
     splits: Splits,
     description: SplitDescription,
     sizes: dict[str, int],
-    more: dict[str, Any],
+    extra: dict[str, Any],
 ) -> None:
-    """Writes the images of both splits in parallel, and splits.json with `more` beside the description.
+    """Write the images of both splits in parallel, and splits.json with the description and `extra`.
 
     Args:
         sizes: path → bytes.
     """
-    source = ImageSource.of(plan)
+    source = ImageSource.from_plan(plan)
     parts = plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes)
     stage.session.progress.expect(_WRITING, len(splits.train) + len(splits.test), "images")
     for uploaded in stage.execute(
@@ -108,7 +108,7 @@ def write_splits(
         ]
     ):
         writer.uploaded |= uploaded
-    write_json(writer.folder / "splits.json", {**vars(description), **more})
+    write_json(writer.folder / "splits.json", {**vars(description), **extra})
 
 
 def _write(
@@ -124,13 +124,13 @@ def _check_broken_fraction(broken: Sequence[ScannedImage], total: int, max_fract
         return
     lines = [f"{image.path}: {image.error}" for image in broken]
     write_file(report_file, "\n".join(lines) + "\n")
-    shown = "\n  ".join(lines[:BROKEN_SHOWN])
-    more = f"\n  and {len(lines) - BROKEN_SHOWN} more" if len(lines) > BROKEN_SHOWN else ""
-    enough = math.ceil(1000 * len(broken) / total) / 1000
+    listed = "\n  ".join(lines[:MAX_BROKEN_SHOWN])
+    remainder = f"\n  and {len(lines) - MAX_BROKEN_SHOWN} more" if len(lines) > MAX_BROKEN_SHOWN else ""
+    sufficient = math.ceil(1000 * len(broken) / total) / 1000
     raise UserError(
         f"{len(broken)} of {total} images are broken, more than data.max_broken_fraction={max_fraction:g} allows:"
-        f"\n  {shown}{more}\nAll are listed in {report_file}. "
-        f"Mend or remove them, or allow to drop them with --data.max_broken_fraction {enough:g}"
+        f"\n  {listed}{remainder}\nAll are listed in {report_file}. "
+        f"Fix or remove them, or let them be dropped with --data.max_broken_fraction {sufficient:g}"
     )
 
 
@@ -158,15 +158,14 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
         highlight=False,
     )
     values = read_json(file)
-    left_out = {
-        "broken images dropped": values["dropped"],
-        "exact copies of training images in neither split": values["copies_of_training_images"],
-        "other files ignored": values["ignored_files"],
-        "class folders left out": values["classes_left_out"],
+    num_by_name = {
+        "broken images dropped": len(values["dropped"]),
+        "exact duplicates of training images dropped": len(values["duplicates_of_training_images"]),
+        "other files ignored": len(values["ignored_files"]),
+        "class folders excluded": len(values["excluded_classes"]),
     }
-    num_by_name = {what: len(items) for what, items in left_out.items()}
     num_by_name |= {name.replace("_", " "): number for name, number in values.get("use_official_splits", {}).items()}
-    if told := [f"{number} {what}" for what, number in num_by_name.items() if number]:
+    if unused := [f"{number} {name}" for name, number in num_by_name.items() if number]:
         session.console.print(
-            f"  [yellow]{', '.join(told)}[/]: listed in {escape(plan.storage.display_uri(file))}", highlight=False
+            f"  [yellow]{', '.join(unused)}[/]: listed in {escape(plan.storage.display_uri(file))}", highlight=False
         )
