@@ -181,7 +181,7 @@ def test_bombs_are_broken_images_and_take_no_memory(tmp_path):
     code = """if True:
         import json, resource, sys
         from pathlib import Path
-        from pipeline.data.index import find_images
+        from pipeline.data.index import index_dataset
         from pipeline.data.parquet import scan_image
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         root = Path(sys.argv[1])
@@ -399,7 +399,7 @@ def test_odd_folder_names_are_refused_by_name(linked, name, place):
 def test_tasks_that_differ_in_case_or_form_only_are_refused(linked, names):
     for name in names:
         (linked / "data" / name / "x").mkdir(parents=True, exist_ok=True)
-    with pytest.raises(UserError, match="differ only in case or in the form.*rename one"):
+    with pytest.raises(UserError, match="differ only in case or Unicode normalization; rename one"):
         index_dataset(DataConfig(), linked / "data")
 
 
@@ -436,7 +436,7 @@ def test_the_longest_names_are_stored_and_found_again(tmp_path):
 def test_odd_lines_of_a_class_names_file_are_named(tmp_path, line):
     file = tmp_path / "names.txt"
     file.write_bytes(f"mug\n{line}\n".encode())
-    with pytest.raises(UserError, match=r"names.txt:2: expected `folder` or `folder<TAB>words`") as error:
+    with pytest.raises(UserError, match=r"names.txt:2: expected `folder` or `folder<TAB>class name`") as error:
         read_class_names(file)
     assert len(str(error.value)) < 4000 and "\x1b" not in str(error.value)
 
@@ -901,8 +901,8 @@ def with_bytes_of_images(change):
         (with_column("class_name", "mug"), "class 'mug'"),
         (with_column("task", "a b"), "is of task 'a b'"),
         (with_column("split", "train"), "split 'train'"),
-        (with_column("sha256", "0" * 64), "the bytes of c/x/0.png are not those"),
-        (with_column("image", b"other"), "the bytes of c/x/0.png are not those"),
+        (with_column("sha256", "0" * 64), "SHA-256 mismatch of c/x/0.png"),
+        (with_column("image", b"other"), "SHA-256 mismatch of c/x/0.png"),
         (with_column("label", "1", pa.string()), "is not a split file"),
         (with_column("label", 1, pa.int64()), "is not a split file"),
         (with_column("label", None, nullable=True), "is not a split file"),
@@ -971,8 +971,8 @@ def test_footers_of_a_wrong_length_are_refused(splits, tmp_path, length):
     [
         ({"classes": 3}, "classes"),
         ({"classes": {"a b": "xy", "c": ["x", "y"]}}, "classes"),
-        ({"classes": {"a b": ["x", "z"], "c": ["x", "y"]}}, "class_words lacks"),
-        ({"class_names": {"x": "cross"}}, "class_words lacks"),
+        ({"classes": {"a b": ["x", "z"], "c": ["x", "y"]}}, "class_names lacks"),
+        ({"class_names": {"x": "cross"}}, "class_names lacks"),
         ({"class_names": {"x": 1, "y": 2}}, "class_names"),
         ({"shots": "6"}, "shots"),
         ({"seed": 1.5}, "seed"),

@@ -147,8 +147,8 @@ def test_tables_that_lack_what_they_need_are_named(tree):
     (tree / "twice.csv").write_text("path,task,label,task\n")
     assert "more than one column 'task'" in fault(tree / "twice.csv")
     (tree / "all.xlsx").write_bytes(b"PK")
-    assert "no manifest (.csv, .tsv, .parquet)" in fault(tree / "all.xlsx")
-    assert "is a file, data.layout=folders needs a folder" in fault(tree / "empty.csv", layout="folders")
+    assert "nor a manifest (.csv, .tsv, .parquet)" in fault(tree / "all.xlsx")
+    assert "is a file, but data.layout=folders needs a folder" in fault(tree / "empty.csv", layout="folders")
     os.mkfifo(tree / "pipe.csv")
     assert "is not a folder or file" in fault(tree / "pipe.csv")
     assert "holds no .parquet files" in fault(tree, layout="manifest")
@@ -162,8 +162,8 @@ def test_rows_that_cannot_be_used_are_named_by_line_all_at_once(tree):
         (",art,bed", "the path is empty"),
         ("art/bed/2.png,,bed", "the task is empty"),
         ("art/bed/0.png,art,post_it", "art/bed/0.png is also in line 2, as art/bed"),
-        ("art/bed/0.png,art,bed", "art/bed/0.png is in line 2 too"),
-        ("art/./bed//0.png,art,bed", "art/bed/0.png is in line 2 too"),
+        ("art/bed/0.png,art,bed", "art/bed/0.png is also in line 2"),
+        ("art/./bed//0.png,art,bed", "art/bed/0.png is also in line 2"),
         ("art/bed/3.png,a/b,bed", "the task 'a/b' contains a slash"),
         ("art/bed/3.png,art,\x1b[31m", "the label '\\x1b[31m' contains control characters"),
         ("art\\bed\\3.png,art,bed", "the path contains control characters or a backslash: art\\\\bed"),
@@ -616,9 +616,9 @@ def test_metadata_that_is_none_gives_no_names(tmp_path, metadata):
 
 def test_rows_without_an_image_are_broken_images(tmp_path):
     dataset = index_dataset(DataConfig(), table_of(tmp_path, image=[png(0), None, b"text", png(1)]))
-    assert [image.error and image.error[:20] for image in scanned(dataset)] == [
+    assert [image.error and image.error[:28] for image in scanned(dataset)] == [
         None,
-        "the row has no image",
+        "the row has no image bytes",
         "not an image of a supported ",
         None,
     ]
@@ -921,8 +921,8 @@ def test_given_splits_with_too_few_images_are_named():
     ]
     with pytest.raises(UserError) as error:
         sample_splits(images, {"a": ["bed", "mug", "pen"]}, shots=3, seed=1)
-    assert "a/mug has 2 image(s), 2 to train and 5 to test" in str(error.value)
-    assert "a/pen has 3 image(s), 3 to train and 0 to test" in str(error.value)
+    assert "a/mug has 2 image(s) (2 train, 5 test)" in str(error.value)
+    assert "a/pen has 3 image(s) (3 train, 0 test)" in str(error.value)
     assert "a/bed" not in str(error.value)
 
 
