@@ -26,8 +26,9 @@ QUICK = (
     *("--training.epochs", str(EPOCHS), "--global_prompt.epochs", str(GLOBAL_PROMPT_EPOCHS)),
     *("--training.checkpoint_every", "1"),
 )
-FEW_TASKS = (*QUICK, "--data.tasks", "[chalk, ink, neon]")
-"""Of two groups: for runs that something breaks, and the undisturbed one that they are compared with."""
+LONG_EPOCHS = 12
+FEW_TASKS = (*QUICK, "--data.tasks", "[chalk, ink, neon]", "--training.epochs", str(LONG_EPOCHS))
+"""Two groups, with trainings long enough to be hit: for runs that are broken, and the undisturbed one."""
 PATIENCE_S = 900
 """No test waits longer for a job; ten times what one takes on two quiet cores."""
 
@@ -177,9 +178,12 @@ def numbers(storage: Path) -> dict[str, object]:
 
 def every_step_once(storage: Path, uri: str | None = None) -> bool:
     """Whether the last pipeline's MLflow runs hold each step's loss once, in both training stages."""
+    from pipeline.config import load_yaml, parse_config
+
     client = MlflowClient(uri or f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("mmap-clip")
-    for name, epochs in (("all in one", EPOCHS), ("global_prompt", GLOBAL_PROMPT_EPOCHS)):
+    config = parse_config(load_yaml(the_run(storage) / "config.yaml"))
+    for name, epochs in (("all in one", config.training.epochs), ("global_prompt", config.global_prompt.epochs)):
         found, *_ = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
         losses = client.get_metric_history(found.info.run_id, "train_loss/ink")
         if sorted(loss.step for loss in losses) != list(range(1, 5 * epochs + 1)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 from mlflow import MlflowClient
-from pipelines import EPOCHS, FEW_TASKS, PATIENCE_S, Job, summary
+from pipelines import FEW_TASKS, LONG_EPOCHS, PATIENCE_S, Job, summary
 from servers import RayCluster, free_ports, in_a_mount_namespace, mlflow_server, submit
 
 from pipeline.config import ClusterConfig
@@ -129,7 +129,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
             assert parent.data.metrics[f"accuracy/{method}/average"] == pytest.approx(values["average"])
         (training,) = [run for run in runs if run.data.tags["mlflow.runName"] == "all in one"]
         history = client.get_metric_history(training.info.run_id, "train_loss/ink")
-        assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 5 * EPOCHS
+        assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 5 * LONG_EPOCHS
         assert {file.path for file in client.list_artifacts(parent.info.run_id, "adapters")} == {
             "adapters/all_in_one.safetensors",
             "adapters/grouped.safetensors",

@@ -97,9 +97,11 @@ def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
     first = Job(storage, *FEW_TASKS)
     try:
         first.wait_until(lambda: list((storage / "splits").glob("*")))
+        first.process.send_signal(signal.SIGSTOP)  # until the second one waits
         second = Job(storage, *FEW_TASKS)
         second.wait_until(lambda: "waiting for process" in second.output.read_text())
     finally:
+        first.process.send_signal(signal.SIGCONT)
         of_first, of_second = first.finish(), second.finish()
     assert of_first.status == of_second.status == 0, of_first.output + of_second.output
     assert (
