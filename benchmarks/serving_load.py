@@ -53,7 +53,7 @@ def main() -> None:
     rows: list[tuple[str, ...]] = []
 
     def serve(*extra_arguments: str) -> Service:
-        (port,) = free_ports(1, first=8600)
+        (port,) = free_ports(1, start=8600)
         cpus = ["--cluster.cpus_per_worker", str(arguments.cpus_per_replica)]
         replicas = ["--replicas", str(arguments.replicas), *cpus]
         service = Service(folder, port, "--models", f"m={file}", *replicas, *extra_arguments)

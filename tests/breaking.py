@@ -1,4 +1,4 @@
-"""What tests that break runs on purpose share."""
+"""Helpers of the fault-injection tests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def checkpoints(storage: Path, stage: str, name: str = "checkpoint.pt") -> list[
     return list((storage / stage).glob(f".staging-*/checkpoints/{name}"))
 
 
-def lost(server: Server, job: Job, when) -> Finished:
+def lost(server: Server, job: Job, condition) -> Finished:
     """A server is killed in the midst of a job, which ends by itself."""
     try:
-        job.wait_until(when)
+        job.wait_until(condition)
         server.kill()
     finally:
         finished = job.finish()

@@ -41,15 +41,15 @@ def _filled(value: Any, variables: Mapping[str, str]) -> Any:
     if not isinstance(value, str):
         return value
 
-    def found(match: re.Match) -> str:
-        name, operator, other = match.groups()
-        given = variables.get(name, "")
-        if operator == ":?" and not given:
-            raise VariableUnset(f"{name} is not set: {other}")
+    def substitute(match: re.Match) -> str:
+        name, operator, fallback = match.groups()
+        current = variables.get(name, "")
+        if operator == ":?" and not current:
+            raise VariableUnset(f"{name} is not set: {fallback}")
         if operator == ":+":
-            return other if given else ""
-        return given or (other if operator == ":-" else "")
+            return fallback if current else ""
+        return current or (fallback if operator == ":-" else "")
 
-    while (filled := VARIABLE.sub(found, value)) != value:
+    while (filled := VARIABLE.sub(substitute, value)) != value:
         value = filled
     return value

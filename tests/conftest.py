@@ -1,4 +1,4 @@
-"""What all tests share: environment, leftover processes, Hypothesis' profile, fixtures, and the order of the tests."""
+"""Shared by all tests: environment, leftover processes, Hypothesis' profile, fixtures, order of the tests."""
 
 import gc
 import os
@@ -112,7 +112,7 @@ USERS_OF_QUICK_RUN = (
     "test_prediction_mlflow.py",
     "test_mlflow_page.py",
 )
-LONGEST_PROOFS = (
+LONGEST_FAULT_INJECTION_TESTS = (
     "test_fault_tolerance.py",
     "test_cluster_faults.py",
     "test_soak.py",
@@ -165,5 +165,5 @@ def pytest_collection_modifyitems(config, items):
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name not in users, item.path not in slow))
     if config.option.markexpr == "fault_injection":
-        longest = {name: at for at, name in enumerate(LONGEST_PROOFS)}
+        longest = {name: index for index, name in enumerate(LONGEST_FAULT_INJECTION_TESTS)}
         items.sort(key=lambda item: longest.get(item.path.name, len(longest)))

@@ -159,33 +159,33 @@ def summary(storage: Path) -> dict:
 
 def numbers(storage: Path) -> dict[str, object]:
     """All that must be the same in two runs of one config: file → bytes, whatever the artifacts' keys."""
-    found: dict[str, object] = {"methods": summary(storage)["methods"], "groups": summary(storage)["groups"]}
+    files: dict[str, object] = {"methods": summary(storage)["methods"], "groups": summary(storage)["groups"]}
     (splits,) = (storage / "splits").glob("[!.]*")
     for file in sorted(splits.rglob("*.parquet")) + [splits / "splits.json"]:
-        found[str(file.relative_to(splits))] = file.read_bytes()
+        files[str(file.relative_to(splits))] = file.read_bytes()
     for stage in ("global_prompt", "grouping", "image_features", "group_trainings"):
         for folder in (storage / stage).glob("[!.]*"):
             inputs = json.loads((folder / "artifact.json").read_text())["inputs"]
             name = " ".join(str(inputs.get(part, "")) for part in ("method", "group", "task", "split"))
             for file in sorted(folder.glob("*")):
                 if file.suffix in (".parquet", ".safetensors") or file.name == "grouping.json":
-                    assert f"{stage} {name} {file.name}" not in found
-                    found[f"{stage} {name} {file.name}"] = file.read_bytes()
+                    assert f"{stage} {name} {file.name}" not in files
+                    files[f"{stage} {name} {file.name}"] = file.read_bytes()
     for file in (the_run(storage) / "adapters").iterdir():
-        found[file.name] = file.read_bytes()
-    return found
+        files[file.name] = file.read_bytes()
+    return files
 
 
 def every_step_once(storage: Path, uri: str | None = None) -> bool:
-    """Whether the last pipeline's MLflow runs hold each step's loss once, in both training stages."""
+    """Check that the last pipeline's MLflow runs hold each step's loss once, in both training stages."""
     from pipeline.config import load_yaml, parse_config
 
     client = MlflowClient(uri or f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("mmap-clip")
     config = parse_config(load_yaml(the_run(storage) / "config.yaml"))
     for name, epochs in (("all in one", config.training.epochs), ("global_prompt", config.global_prompt.epochs)):
-        found, *_ = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
-        losses = client.get_metric_history(found.info.run_id, "train_loss/ink")
+        run, *_ = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
+        losses = client.get_metric_history(run.info.run_id, "train_loss/ink")
         if sorted(loss.step for loss in losses) != list(range(1, 5 * epochs + 1)):
             return False
     return True

@@ -31,15 +31,15 @@ def marked(mark: str) -> set[psutil.Process]:
     return processes
 
 
-tests, seen = psutil.Process(os.getppid()), set()
+tests, family = psutil.Process(os.getppid()), set()
 while not select.select([sys.stdin], [], [], POLL_INTERVAL_S)[0]:
-    seen = {process for process in seen | descendants(tests) if process.is_running()}
-while left := {process for process in seen if process.is_running()} | marked(sys.argv[1]):
-    seen |= left.union(*map(descendants, left))  # one may have started another meanwhile
-    for process in left:
+    family = {process for process in family | descendants(tests) if process.is_running()}
+while running := {process for process in family if process.is_running()} | marked(sys.argv[1]):
+    family |= running.union(*map(descendants, running))  # one may have started another meanwhile
+    for process in running:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(left, timeout=5)
-    seen = {process for process in seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}
+    psutil.wait_procs(running, timeout=5)
+    family = {process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}

@@ -69,12 +69,12 @@ def answers(url: str) -> bool:
         return False
 
 
-def free_ports(count: int, first: int) -> list[int]:
-    """Below the range that Ray gives its workers. Ray binds some ports late: others must ask from another `first`.
+def free_ports(count: int, start: int) -> list[int]:
+    """Below the range that Ray gives its workers. Ray binds some ports late: others must ask from another `start`.
     Processes of pytest-xdist get ports of their own."""
     ports: list[int] = []
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for port in range(first + (number - first) % 7, first + 1000, 7):
+    for port in range(start + (number - start) % 7, start + 1000, 7):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
@@ -95,7 +95,7 @@ class RayCluster:
         self._folder = folder
         # Socket paths below a test's folder would be too long.
         self._temporary = Path(tempfile.mkdtemp(prefix="ray-"))
-        self._gcs, self._dashboard, client = free_ports(3, first=6500 + os.getpid() % 700)
+        self._gcs, self._dashboard, client = free_ports(3, start=6500 + os.getpid() % 700)
         self.address, self.gcs = f"http://127.0.0.1:{self._dashboard}", f"127.0.0.1:{self._gcs}"
         self.nodes: list[Server] = []
         self._client = client
@@ -137,7 +137,7 @@ class RayCluster:
         env: Mapping[str, str],
         prefix: Sequence[str] = (),
     ) -> Server:
-        (agent,) = free_ports(1, first=7600 + 20 * number)
+        (agent,) = free_ports(1, start=7600 + 20 * number)
         command = [*prefix, str(BIN / "ray"), "start", "--block", *options, f"--node-ip-address=127.0.0.{number}"]
         command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}", f"--dashboard-agent-listen-port={agent}"]
         return Server(

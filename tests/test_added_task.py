@@ -323,7 +323,7 @@ def test_tasks_are_added_successively_and_compared_with_retraining(finished, add
 
 @pytest.mark.fault_injection
 def test_a_task_is_added_to_a_run_in_a_bucket_from_another_machine(run_job, tmp_path):
-    server = S3Server(tmp_path, *free_ports(1, first=9500))
+    server = S3Server(tmp_path, *free_ports(1, start=9500))
     try:
         bucket, options = server.uri.split("?")
         tracking = ("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")

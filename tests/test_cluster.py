@@ -53,11 +53,11 @@ def test_every_machine_must_see_storage_and_data(tmp_path):
             ({"workers_per_training": 2}, "takes 1 GPU and 2 CPU for each of 2 workers"),
             ({"gpus_per_worker": 2}, "takes 2 GPU and 2 CPU, but"),
         ):
-            said = []
+            messages = []
             changed = config.model_copy(update=changes | {"wait_for_nodes_s": 3})
             with pytest.raises(UserError, match=message):
-                connect(changed, said.append)
-            assert "waiting up to 3 s for machines with" in said[0]
+                connect(changed, messages.append)
+            assert "waiting up to 3 s for machines with" in messages[0]
             ray.shutdown()
 
         cluster.add_node(1, 0, prefix=in_a_mount_namespace(storage.folder))
@@ -78,14 +78,14 @@ def test_who_waits_is_told_for_what(tmp_path):
         def other_work():
             time.sleep(600)
 
-        other = other_work.remote()
+        blocker = other_work.remote()
         while ray.available_resources().get("GPU"):
             time.sleep(0.1)
         options = ("--cluster.address", cluster.gcs, *FEW_TASKS)
         job = Job(tmp_path / "storage", *options, prefix=("jobs/train_global_prompt.py",))
         try:
             job.wait_until(lambda: "waiting: 'global prompt'" in job.output.read_text())
-            ray.cancel(other, force=True)
+            ray.cancel(blocker, force=True)
         finally:
             finished = job.finish()
         assert finished.status == 0, finished.output
@@ -99,7 +99,7 @@ def test_who_waits_is_told_for_what(tmp_path):
 
 
 def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path):
-    storage, (port,) = tmp_path / "storage", free_ports(1, first=8500)
+    storage, (port,) = tmp_path / "storage", free_ports(1, start=8500)
     uri = f"http://127.0.0.1:{port}"
     options = ["--storage", str(storage), "--tracking.uri", uri, "--cluster.gpus_per_worker", "0.5", *FEW_TASKS]
 
@@ -118,8 +118,8 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
 
     server = mlflow_server(tmp_path, port)
     try:
-        again = run_job("full_pipeline", *options, "--cluster.gpus_per_worker", "0")  # elsewhere
-        assert again.status == 0 and again.output.count("cached (computed in") == 5, again.output
+        repeated = run_job("full_pipeline", *options, "--cluster.gpus_per_worker", "0")  # elsewhere
+        assert repeated.status == 0 and repeated.output.count("cached (computed in") == 5, repeated.output
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("mmap-clip")
         runs = client.search_runs([experiment.experiment_id])

@@ -64,10 +64,10 @@ class Service(Server):
         process = psutil.Process(self.process.pid)
         return [process, *process.children(recursive=True)]
 
-    def stop(self, how: signal.Signals, timeout: float) -> None:
-        """As compose stops it: what is left after the time would be killed, and is a fault here."""
+    def stop(self, sent_signal: signal.Signals, timeout: float) -> None:
+        """As compose stops it: what is left after the time would be killed, and is an error here."""
         family = self.family()
-        self.process.send_signal(how)
+        self.process.send_signal(sent_signal)
         try:
             self.process.wait(timeout)
             assert not psutil.wait_procs(family, timeout=2)[1], "the service leaves processes behind"
@@ -88,7 +88,7 @@ class Service(Server):
 
 
 class Composed:
-    """What `docker compose --profile gpu up` starts, with two GPU workers, each with a logical GPU."""
+    """Services of `docker compose --profile gpu up`, with two GPU workers, each with a logical GPU."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -149,7 +149,7 @@ class Composed:
         self.running[name] = Service([*command, *options], check, self.folder / f"{name}.log", env)
 
     def _start_postgres(self) -> None:
-        """What the entrypoint of the image does with the service's environment."""
+        """Environment of the service, as the entrypoint of the image sets it."""
         _, check, env = self.command_of("postgres")
         data, password = self._temporary / "postgres", self._temporary / "password"
         data.mkdir()
@@ -188,7 +188,7 @@ class Composed:
         )
 
     def _ray_options(self, number: int) -> list[str]:
-        (agent,) = free_ports(1, first=9300 + 20 * number)
+        (agent,) = free_ports(1, start=9300 + 20 * number)
         # Not 127.0.0.1, in place of which Ray takes the machine's address.
         options = [f"--node-ip-address=127.0.0.{number + 1}", f"--dashboard-agent-listen-port={agent}"]
         return options + ([f"--temp-dir={self._temporary / 'ray'}"] if number == 1 else [])
@@ -233,7 +233,7 @@ def composed(tmp_path_factory):
 
 
 def status(url: str, **headers: str) -> int:
-    """Of a GET, or of a POST where there is an Origin."""
+    """Status of a GET, or of a POST with an Origin."""
     data = b"{}" if "Origin" in headers else None
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     try:

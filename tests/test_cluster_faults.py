@@ -16,23 +16,23 @@ pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1200)]
 
 
 def checkpoints_in(bucket: str) -> list[str]:
-    """Of group trainings."""
-    filesystem, place = pafs.FileSystem.from_uri(bucket)
-    found = filesystem.get_file_info(
-        pafs.FileSelector(f"{place}/runs/group_trainings", recursive=True, allow_not_found=True)
+    """Checkpoints of group trainings."""
+    filesystem, path = pafs.FileSystem.from_uri(bucket)
+    infos = filesystem.get_file_info(
+        pafs.FileSelector(f"{path}/runs/group_trainings", recursive=True, allow_not_found=True)
     )
-    return [file.path for file in found if file.base_name == "checkpoint.pt"]
+    return [file.path for file in infos if file.base_name == "checkpoint.pt"]
 
 
 def trains(node: Server) -> bool:
-    """Whether one of the node's workers is at a group training."""
+    """True if one of the node's workers runs a group training."""
     workers = psutil.Process(node.process.pid).children(recursive=True)
     return any(title(worker).startswith(("ray::all in one", "ray::group: ")) for worker in workers)
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[RayCluster]:
-    """Without work."""
+    """Head without work."""
     cluster = RayCluster(tmp_path_factory.mktemp("cluster"), num_cpus=0)
     yield cluster
     cluster.stop()
@@ -40,7 +40,7 @@ def head(tmp_path_factory) -> Iterator[RayCluster]:
 
 @pytest.fixture
 def cluster(head) -> Iterator[RayCluster]:
-    """That head, without nodes of other tests."""
+    """That head, without the nodes of other tests."""
     yield head
     for node in head.nodes:
         node.kill()
@@ -95,14 +95,14 @@ def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
 
 def test_machines_that_share_nothing_but_a_bucket_and_one_is_lost(undisturbed, tmp_path):
     """The second node sees an empty disk where the driver and the first have their copies."""
-    server, cache = S3Server(tmp_path, *free_ports(1, first=9300)), tmp_path / "cache"
+    server, cache = S3Server(tmp_path, *free_ports(1, start=9300)), tmp_path / "cache"
     cluster = RayCluster(tmp_path, num_cpus=0)
     try:
         cache.mkdir()
         cluster.add_node(1, 1)
         lost = cluster.add_node(1, 1, prefix=in_a_mount_namespace(cache))
-        place, options = server.uri.split("?")
-        storage = f"{place}/runs?{options}"
+        path, options = server.uri.split("?")
+        storage = f"{path}/runs?{options}"
         job = Job(tmp_path / "unused", *on(cluster, "--storage", storage, "--cache", str(cache)))
         try:
             job.wait_until(lambda: checkpoints_in(server.uri) and trains(lost))

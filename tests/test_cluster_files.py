@@ -141,19 +141,19 @@ def test_no_secret_is_in_the_files():
 
 
 def test_one_command_makes_the_secrets(tmp_path):
-    made = []
+    environments = []
     for name in ("one.env", "other.env"):
         command = [CLUSTER / "make_env.sh", tmp_path / name]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
-        made.append(read_env_file((tmp_path / name).read_text()))
-        again = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        assert again.returncode != 0 and "exists" in again.stderr
-        assert read_env_file((tmp_path / name).read_text()) == made[-1]
-    secrets = [value for values in made for value in values.values()]
-    assert set(made[0]) == set(SECRETS) and len(set(secrets)) == 2 * len(SECRETS)
+        environments.append(read_env_file((tmp_path / name).read_text()))
+        repeated = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        assert repeated.returncode != 0 and "exists" in repeated.stderr
+        assert read_env_file((tmp_path / name).read_text()) == environments[-1]
+    secrets = [value for values in environments for value in values.values()]
+    assert set(environments[0]) == set(SECRETS) and len(set(secrets)) == 2 * len(SECRETS)
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in secrets)
-    read_compose_file(made[0])
+    read_compose_file(environments[0])
 
 
 # The image
@@ -189,7 +189,7 @@ def test_versions_and_paths_are_the_same_everywhere(raycluster):
 
 @pytest.fixture
 def launcher_home(tmp_path, monkeypatch):
-    """With a token to hand on, and room for the key that Ray makes."""
+    """Home folder with a token, and space for the key that Ray creates."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in (".ray/auth_token", ".ssh/id_ed25519"):
         (tmp_path / name).parent.mkdir()
@@ -198,7 +198,7 @@ def launcher_home(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_aws_file_opens_ssh_only(launcher_home, monkeypatch):
-    """What `ray up` prepares before it starts machines, on a simulated AWS."""
+    """Config that `ray up` prepares before it starts machines, on a simulated AWS."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
     monkeypatch.setattr(aws_config.time, "sleep", lambda seconds: None)

@@ -1,4 +1,4 @@
-"""What breaks in practice, done to the pipeline on purpose: afterwards it has the numbers of a quiet run."""
+"""Fault injection: after each failure the pipeline has the results of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1200)]
 
 
 def kill_a_worker(job: Job, label: str) -> None:
-    """In the midst of the work `label`."""
+    """Kill a worker during the work `label`."""
     while True:
         job.wait_until(lambda: job.workers(label))
         for worker in job.workers(label):
@@ -34,10 +34,10 @@ def kill_a_worker(job: Job, label: str) -> None:
                 worker.resume()
 
 
-def kill_the_job(job: Job, when) -> None:
-    """With all that it started."""
+def kill_the_job(job: Job, condition) -> None:
+    """Kill the job with all its processes."""
     try:
-        job.wait_until(when)
+        job.wait_until(condition)
     finally:
         job.stop()
 
@@ -94,21 +94,21 @@ def test_checkpoints_are_damaged(undisturbed, tmp_path):
 
 def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
     storage = tmp_path / "storage"
-    first = Job(storage, *FEW_TASKS)
+    first_job = Job(storage, *FEW_TASKS)
     try:
-        first.wait_until(lambda: list((storage / "splits").glob("*")))
-        first.process.send_signal(signal.SIGSTOP)  # until the second one waits
-        second = Job(storage, *FEW_TASKS)
-        second.wait_until(lambda: "waiting for process" in second.output.read_text())
+        first_job.wait_until(lambda: list((storage / "splits").glob("*")))
+        first_job.process.send_signal(signal.SIGSTOP)  # until the second one waits
+        second_job = Job(storage, *FEW_TASKS)
+        second_job.wait_until(lambda: "waiting for process" in second_job.output.read_text())
     finally:
-        first.process.send_signal(signal.SIGCONT)
-        of_first, of_second = first.finish(), second.finish()
-    assert of_first.status == of_second.status == 0, of_first.output + of_second.output
+        first_job.process.send_signal(signal.SIGCONT)
+        first_result, second_result = first_job.finish(), second_job.finish()
+    assert first_result.status == second_result.status == 0, first_result.output + second_result.output
     assert (
-        f"waiting for process {first.process.pid} on {os.uname().nodename}, which holds the run lock"
-        in of_second.output
+        f"waiting for process {first_job.process.pid} on {os.uname().nodename}, which holds the run lock"
+        in second_result.output
     )
-    assert of_second.output.count("cached (computed in") == 5
+    assert second_result.output.count("cached (computed in") == 5
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
@@ -147,13 +147,13 @@ def disk(tmp_path) -> Iterator[SmallDisk]:
 def test_the_disk_is_full(undisturbed, run_job, disk):
     """Once while splits are written, once while checkpoints are: a plain message, and the same command goes on."""
     storage = disk.folder / "storage"
-    for begun in (
+    for condition in (
         lambda: list(storage.glob("splits/.staging-*")),
         lambda: checkpoints(storage, "group_trainings"),
     ):
         job = Job(storage, *FEW_TASKS, logs=disk.folder.parent)
         try:
-            job.wait_until(begun)
+            job.wait_until(condition)
             disk.fill()
         finally:
             finished = job.finish()
@@ -167,7 +167,7 @@ def test_the_disk_is_full(undisturbed, run_job, disk):
 
 
 def test_the_tracking_server_is_away_for_a_while(undisturbed, tmp_path):
-    storage, (port,) = tmp_path / "storage", free_ports(1, first=8700)
+    storage, (port,) = tmp_path / "storage", free_ports(1, start=8700)
     uri = f"http://127.0.0.1:{port}"
     server = mlflow_server(tmp_path, port)
     job = Job(storage, *FEW_TASKS, "--tracking.uri", uri)
@@ -182,7 +182,7 @@ def test_the_tracking_server_is_away_for_a_while(undisturbed, tmp_path):
         assert same(storage, undisturbed) and every_step_once(storage, uri)
         client = MlflowClient(uri)
         runs = client.search_runs([client.get_experiment_by_name("mmap-clip").experiment_id])
-        assert {found.info.status for found in runs} == {"FINISHED"}
+        assert {run.info.status for run in runs} == {"FINISHED"}
     finally:
         job.stop()
         server.kill()
@@ -210,5 +210,5 @@ def test_two_workers_share_each_training(undisturbed, run_job, tmp_path):
     ]
     assert len(losses[0]) == len(losses[1]) and abs(losses[0] - losses[1]).max() < 1e-3
     for method in ("zero_shot", "all_in_one"):
-        alone, shared = (summary(folder)["methods"][method]["accuracy"] for folder in (undisturbed, storage))
-        assert shared == pytest.approx(alone, abs=0.01), method  # of 140 images, one may be on the fence
+        single, shared = (summary(folder)["methods"][method]["accuracy"] for folder in (undisturbed, storage))
+        assert shared == pytest.approx(single, abs=0.01), method  # of 140 images, one may be on the fence

@@ -54,8 +54,8 @@ def test_the_stages_are_told_to_who_asks_for_them(arguments, lines, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", *arguments])
     with pytest.raises(SystemExit):
         runpy.run_path(str(REPOSITORY / "jobs" / "full_pipeline.py"), run_name="__main__")
-    told = "".join(capsys.readouterr())
-    assert all(line in told for line in lines)
+    output = "".join(capsys.readouterr())
+    assert all(line in output for line in lines)
 
 
 def test_the_page_of_the_pipeline_has_a_section_for_each_stage():

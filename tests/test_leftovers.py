@@ -34,9 +34,9 @@ def wait_until(condition) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "processes"), [(signal.SIGTERM, 0), (signal.SIGKILL, 1)], ids=["ended", "killed, xdist"]
+    ("sent_signal", "processes"), [(signal.SIGTERM, 0), (signal.SIGKILL, 1)], ids=["ended", "killed, xdist"]
 )
-def test_a_killed_pytest_leaves_no_process(tmp_path, how, processes):
+def test_a_killed_pytest_leaves_no_process(tmp_path, sent_signal, processes):
     (tmp_path / "test_endless.py").write_text(ENDLESS)
     started = tmp_path / "started"
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "-n", str(processes), "test_endless.py"]
@@ -51,7 +51,7 @@ def test_a_killed_pytest_leaves_no_process(tmp_path, how, processes):
         time.sleep(2)  # the reaper looks every second
         family = [child, *child.children(), *psutil.Process(tests.pid).children(recursive=True)]
     finally:
-        tests.send_signal(how)
+        tests.send_signal(sent_signal)
         tests.wait()
-    assert tests.returncode == -how  # not by a handler of Ray's, which would end a test only
+    assert tests.returncode == -sent_signal  # not by a handler of Ray's, which would end a test only
     assert not psutil.wait_procs(family, timeout=PATIENCE_S)[1]

@@ -22,7 +22,7 @@ def server_and_run(quick_run, tmp_path_factory):
     storage, _ = quick_run
     folder = tmp_path_factory.mktemp("mlflow")
     shutil.copyfile(storage / "mlflow.db", folder / "server.db")
-    (port,) = free_ports(1, first=8700)
+    (port,) = free_ports(1, start=8700)
     server = mlflow_server(folder, port)
     try:
         address = f"http://127.0.0.1:{port}"

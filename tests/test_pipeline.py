@@ -78,16 +78,16 @@ def test_mlflow_holds_the_run(quick_run):
     levels = Counter(r.data.tags["level"] for r in runs)
     trainings = {tuple(group) for group in result["groups"]} | {tuple(TASKS)}
     assert levels == {"pipeline": 1, "stage": 6, "method": 3, "training": 1 + len(trainings)}
-    of_methods = {r.data.tags["method"]: r for r in runs if r.data.tags["level"] == "method"}
+    method_runs = {r.data.tags["method"]: r for r in runs if r.data.tags["level"] == "method"}
     for method, values in result["methods"].items():
-        of = of_methods[method].data
-        assert of.metrics == {f"accuracy/{task}": value for task, value in values["accuracy"].items()} | {
+        run = method_runs[method].data
+        assert run.metrics == {f"accuracy/{task}": value for task, value in values["accuracy"].items()} | {
             "accuracy/average": values["average"],
             "trained_parameters": values["trained_parameters"],
         }
-        assert (of.params["shots"], of.params["seed"], of.params["data"]) == ("8", "1", "demo")
-    assert of_methods["grouped"].data.tags["groups"] == parent.data.params["groups"]
-    assert of_methods["grouped"].data.params["num_groups"] == str(len(result["groups"]))
+        assert (run.params["shots"], run.params["seed"], run.params["data"]) == ("8", "1", "demo")
+    assert method_runs["grouped"].data.tags["groups"] == parent.data.params["groups"]
+    assert method_runs["grouped"].data.params["num_groups"] == str(len(result["groups"]))
     system = client.get_metric_history(names["all in one"].info.run_id, "system/process_memory_usage_megabytes")
     assert system and all(value.value > 100 for value in system)
     assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
@@ -104,13 +104,13 @@ def runs_in_mlflow(storage) -> list:
 
 
 def test_mlflow_holds_each_trainings_results(quick_run):
-    """What the training itself wrote, not what the report made of it."""
+    """Metrics that the training itself wrote, not the report."""
     storage, _ = quick_run
     results = {}
     for file in (storage / "group_trainings").glob("[!.]*/artifact.json"):
         inputs = json.loads(file.read_text())["inputs"]
         results[inputs["method"], tuple(inputs["group"])] = json.loads((file.parent / "result.json").read_text())
-    trainings = [of for of in runs_in_mlflow(storage) if of.data.tags["level"] == "training"]
+    trainings = [run for run in runs_in_mlflow(storage) if run.data.tags["level"] == "training"]
     assert len(trainings) == len(results)
     for training in trainings:
         method = "zero_shot" if training.data.tags["method"] == "zero_shot" else "mmap"
@@ -123,25 +123,25 @@ def test_mlflow_holds_each_trainings_results(quick_run):
         assert {
             name: value for name, value in metrics.items() if name in expected or "accuracy/" in name[:9]
         } == expected
-        others = {name.split("/")[1] for name in metrics if name.startswith(("train_loss/", "train_accuracy/"))}
-        assert others == (set() if method == "zero_shot" else set(accuracy))
+        logged_tasks = {name.split("/")[1] for name in metrics if name.startswith(("train_loss/", "train_accuracy/"))}
+        assert logged_tasks == (set() if method == "zero_shot" else set(accuracy))
 
 
 def test_mlflow_nests_trainings_in_their_stage_and_stages_in_the_run(quick_run):
     runs = runs_in_mlflow(quick_run[0])
-    (pipeline,) = [of for of in runs if of.data.tags["level"] == "pipeline"]
-    (trainings,) = [of for of in runs if of.data.tags.get("stage") == "group_trainings"]
+    (pipeline,) = [run for run in runs if run.data.tags["level"] == "pipeline"]
+    (trainings,) = [run for run in runs if run.data.tags.get("stage") == "group_trainings"]
     parent_of = {"pipeline": None, "method": None, "stage": pipeline, "training": trainings}
-    for of in runs:
-        parent = parent_of[of.data.tags["level"]]
-        assert of.data.tags.get("mlflow.parentRunId") == (parent and parent.info.run_id), of.data.tags
+    for run in runs:
+        parent = parent_of[run.data.tags["level"]]
+        assert run.data.tags.get("mlflow.parentRunId") == (parent and parent.info.run_id), run.data.tags
 
 
 def test_mlflow_holds_the_grouping(quick_run):
     storage, _ = quick_run
     (file,) = storage.glob("grouping/[!.]*/grouping.json")
     grouping = json.loads(file.read_text())
-    (stage,) = [of for of in runs_in_mlflow(storage) if of.data.tags.get("stage") == "grouping"]
+    (stage,) = [run for run in runs_in_mlflow(storage) if run.data.tags.get("stage") == "grouping"]
     assert stage.data.metrics["score"] == grouping["score"]
     assert stage.data.metrics["num_groups"] == len(grouping["groups"])
     assert stage.data.params["groups"] == " | ".join(" + ".join(group) for group in grouping["groups"])
@@ -152,11 +152,11 @@ def test_mlflow_holds_the_grouping(quick_run):
 def test_again_does_nothing_and_says_so(quick_run, run_job):
     """Nor does it matter that the second job is in another process, on another Ray."""
     storage, _ = quick_run
-    before = numbers(storage)
+    numbers_before = numbers(storage)
     finished = run_job("full_pipeline", "--storage", storage, *QUICK)
     assert finished.status == 0, finished.output
     assert finished.output.count("cached (computed in") == 5
-    assert numbers(storage) == before
+    assert numbers(storage) == numbers_before
 
 
 def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path):
@@ -178,10 +178,12 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
         range(1, num_steps + 1, num_steps // 5)
     )
     runs = MlflowClient(f"sqlite:///{storage}/mlflow.db").search_runs(["1"], "tags.`mlflow.runName` = 'global_prompt'")
-    first, second = (
+    first_history, second_history = (
         {k: v for k, v in run.data.metrics.items() if k != "seconds" and not k.startswith("system/")} for run in runs
     )
-    assert first == second and "train_loss/ink" in first  # whoever finds a training finished has its steps too
+    assert (
+        first_history == second_history and "train_loss/ink" in first_history
+    )  # whoever finds a training finished has its steps too
 
 
 def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
@@ -236,7 +238,10 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
         (["--baselines", "[maple]", "--maple.depth", "9"], "maple.depth=9: the shallower tower has 4 layers"),
         (["--baselines", "[cooop]"], "baselines.0='cooop': not a baseline; did you mean coop?"),
         (["--cluster.gpus_per_worker", "1"], "but the cluster has 0 GPUs"),
-        (["--cluster.workers_per_training", "11"], "of which a task has 16 (batch_size of MmAP) and 10: use no more"),
+        (
+            ["--cluster.workers_per_training", "11"],
+            "images per task (16, batch_size of MmAP) or the classes of a task (10): use fewer",
+        ),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),
         (["--training.epochs", "0"], "training.epochs=0"),
     ],

@@ -121,7 +121,7 @@ def test_no_images_make_an_empty_table(adapter_file, cluster, tmp_path):
 
 
 def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
-    (port,) = free_ports(1, first=5700)
+    (port,) = free_ports(1, start=5700)
     server = S3Server(tmp_path, port)
     try:
         from pipeline.runtime.storage import open_bucket

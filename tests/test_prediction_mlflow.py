@@ -102,7 +102,7 @@ def test_the_served_model_predicts_as_the_loaded_one(quick_run, tracking_uri, tm
         "models:/served/1",
     )
     model = pipeline.load(the_run(storage))
-    (port,) = free_ports(1, first=5200)
+    (port,) = free_ports(1, start=5200)
     server = Server(
         [str(BIN / "mlflow"), "models", "serve", "-m", "models:/served/1", "--env-manager", "local"]
         + ["--host", "127.0.0.1", "--port", str(port)],

@@ -17,12 +17,12 @@ from pipeline.runtime.storage import Storage
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """Gives a machine's view of one storage."""
-    server = S3Server(tmp_path, *free_ports(1, first=9700))
+    server = S3Server(tmp_path, *free_ports(1, start=9700))
     for name, seconds in (("POLL_INTERVAL_S", 0.05), ("LEASE_RENEWAL_S", 0.1), ("LEASE_CONFIRM_S", 0.3)):
         monkeypatch.setattr(run_lock, name, seconds)
     monkeypatch.setattr(run_lock, "LEASE_EXPIRY_S", 1.5)
-    place, options = server.uri.split("?")
-    yield lambda machine: Storage(f"{place}/storage?{options}", tmp_path / machine)
+    base, options = server.uri.split("?")
+    yield lambda machine: Storage(f"{base}/storage?{options}", tmp_path / machine)
     server.kill()
 
 
@@ -42,31 +42,33 @@ def work(storage, log, name, seconds=0.7):
 @pytest.mark.parametrize("machines", [("one", "one"), ("one", "other")])
 def test_of_jobs_at_once_one_waits(bucket, machines):
     log: list[str] = []
-    jobs = [threading.Thread(target=work, args=(bucket(machine), log, str(at))) for at, machine in enumerate(machines)]
+    jobs = [
+        threading.Thread(target=work, args=(bucket(machine), log, str(index))) for index, machine in enumerate(machines)
+    ]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join(30)
     events = [entry for entry in log if "waiting" not in entry]
-    first, second = events[0][0], events[2][0]
-    assert events == [f"{first} begins", f"{first} ends", f"{second} begins", f"{second} ends"] and first != second
+    earlier, later = events[0][0], events[2][0]
+    assert events == [f"{earlier} begins", f"{earlier} ends", f"{later} begins", f"{later} ends"] and earlier != later
 
 
 def test_who_comes_later_is_told_and_waits(bucket):
     log: list[str] = []
-    first = threading.Thread(target=work, args=(bucket("one"), log, "first", 2.5))
-    first.start()
+    earlier = threading.Thread(target=work, args=(bucket("one"), log, "first", 2.5))
+    earlier.start()
     while not log:
         time.sleep(0.05)
     work(bucket("other"), log, "second")
-    first.join()
+    earlier.join()
     assert [entry for entry in log if "waiting" not in entry][1:3] == ["first ends", "second begins"]
-    (told,) = [entry for entry in log if "waiting" in entry]
-    assert told.startswith("waiting for process ") and told.endswith(", which holds the run lock")
+    (message,) = [entry for entry in log if "waiting" in entry]
+    assert message.startswith("waiting for process ") and message.endswith(", which holds the run lock")
 
 
-@pytest.mark.parametrize("machine, at_once", [("same", True), ("other", False)])
-def test_a_lease_of_a_killed_job_is_taken_over(bucket, machine, at_once):
+@pytest.mark.parametrize("machine, immediate", [("same", True), ("other", False)])
+def test_a_lease_of_a_killed_job_is_taken_over(bucket, machine, immediate):
     lost = bucket("same")
     file = folder_of(lost) / "lease.json"
     file.write_text(json.dumps({"id": "lost", "local_copy": run_lock._local_copy_id(lost), "job": "it", "renewed": 3}))
@@ -74,7 +76,7 @@ def test_a_lease_of_a_killed_job_is_taken_over(bucket, machine, at_once):
     log: list[str] = []
     work(bucket(machine), log, "next", 0)
     assert log[-2:] == ["next begins", "next ends"]
-    assert ("waiting" in log[0]) != at_once
+    assert ("waiting" in log[0]) != immediate
     with pytest.raises(FileNotFoundError):
         lost.read(file)
 

@@ -459,7 +459,7 @@ def test_errors_in_the_command_exit_with_status_2(tmp_path, monkeypatch, capsys)
     ]:
         save_adapter(tmp_path / f"{name}.safetensors", adapter)
     valid = ["--models", f"a={tmp_path}/mmap.safetensors"]
-    (port,) = free_ports(1, first=8300)
+    (port,) = free_ports(1, start=8300)
     with socket.create_server(("127.0.0.1", port)):
         for arguments, message in [
             (["--models", f"{tmp_path}/mmap.safetensors"], "expected NAME=SOURCE"),
@@ -505,7 +505,7 @@ def adapter_files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def service(adapter_files, tmp_path_factory):
-    (port,) = free_ports(1, first=8400)
+    (port,) = free_ports(1, start=8400)
     models = ["--models", *(f"{name}={adapter_file}" for name, adapter_file in adapter_files.items())]
     limits = ["--max_request_mib", "6", "--max_images", "8", "--batch_wait_ms", "20"]
     running = Service(tmp_path_factory.mktemp("service"), port, *models, "--replicas", "2", *limits)
@@ -652,7 +652,7 @@ def test_a_killed_replica_loses_no_request(service, adapter_files, images):
 def test_on_a_cluster_it_is_the_only_service_and_leaves_the_address_free(adapter_files, images, tmp_path):
     cluster = RayCluster(tmp_path)
     try:
-        port, job_port = free_ports(2, first=8500)
+        port, job_port = free_ports(2, start=8500)
 
         def job(adapter_file: Path, *options: str) -> tuple[int, str]:
             job = [sys.executable, "jobs/serve.py", "--cluster.address", cluster.gcs, "--port", str(job_port)]

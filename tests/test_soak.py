@@ -35,7 +35,7 @@ class Killer(Thread):
     job: Job
     cluster: RayCluster
     storage: Path
-    every: int = 4
+    interval: int = 4
     killed: int = 0
     samples: list[dict[str, tuple[float, int]]] = field(default_factory=list)
 
@@ -45,7 +45,7 @@ class Killer(Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.3):
-            if len(list(self.storage.glob("*/[!.]*/artifact.json"))) < self.every * (self.killed + 1):
+            if len(list(self.storage.glob("*/[!.]*/artifact.json"))) < self.interval * (self.killed + 1):
                 continue
             workers = [
                 process
@@ -60,18 +60,18 @@ class Killer(Thread):
 
     def _held(self) -> dict[str, tuple[float, int]]:
         """Memory in MiB and open files of the driver and of Ray's servers."""
-        servers = {f"node {at}": node.process.pid for at, node in enumerate(self.cluster.nodes)}
+        servers = {f"node {index}": node.process.pid for index, node in enumerate(self.cluster.nodes)}
         roots = {"driver": self.job.process.pid, "head": self.cluster.head.process.pid, **servers}
-        held = {}
+        usage = {}
         for name, pid in roots.items():
             try:
                 family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
                 family = [process for process in family if stays(process)]
                 memory = sum(process.memory_info().rss for process in family) / 2**20
-                held[name] = (round(memory), sum(process.num_fds() for process in family))
+                usage[name] = (round(memory), sum(process.num_fds() for process in family))
             except psutil.Error:  # one of them has just ended
                 continue
-        return held
+        return usage
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ def test_soak(run_job, few_digits, tmp_path, capsys):
         assert finished.status == 0, finished.output
     finally:
         cluster.stop()
-    made = list(storage.glob("group_trainings/[!.]*/result.json"))
-    assert len(made) == TRAININGS
+    results = list(storage.glob("group_trainings/[!.]*/result.json"))
+    assert len(results) == TRAININGS
     assert not list(storage.glob("*/.staging-*"))
 
     lines = [f"{TRAININGS} trainings in {seconds:.0f} s, {killer.killed} workers killed"]
@@ -135,16 +135,16 @@ def stays(process: psutil.Process) -> bool:
     return not title(process).startswith("ray::") and not {"default_worker.py", "log_monitor.py"} & set(programs)
 
 
-def typical(samples: list[dict[str, tuple[float, int]]], since: float) -> dict[str, tuple[float, int]]:
+def typical(samples: list[dict[str, tuple[float, int]]], fraction: float) -> dict[str, tuple[float, int]]:
     """Medians over a tenth of the samples: a program that is just starting another one holds everything twice."""
-    first = int(len(samples) * since)
-    of_names: dict[str, list[tuple[float, int]]] = {}
-    for sample in samples[first : first + max(3, len(samples) // 10)]:
-        for name, held in sample.items():
-            of_names.setdefault(name, []).append(held)
-    return {name: tuple(median(values) for values in zip(*held)) for name, held in of_names.items()}
+    start = int(len(samples) * fraction)
+    values_by_name: dict[str, list[tuple[float, int]]] = {}
+    for sample in samples[start : start + max(3, len(samples) // 10)]:
+        for name, usage in sample.items():
+            values_by_name.setdefault(name, []).append(usage)
+    return {name: tuple(median(values) for values in zip(*usage)) for name, usage in values_by_name.items()}
 
 
-def same_training(storage: Path, of: Path, name: str) -> Path:
-    """By its key, which is the hash of all that decides its numbers."""
-    return storage / "group_trainings" / of.name / name
+def same_training(storage: Path, reference: Path, name: str) -> Path:
+    """File of the same training in another storage, by its key."""
+    return storage / "group_trainings" / reference.name / name

@@ -25,14 +25,14 @@ def make(artifact: Artifact, text: str = "content") -> None:
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    server = S3Server(tmp_path_factory.mktemp("s3"), *free_ports(1, first=9100))
+    server = S3Server(tmp_path_factory.mktemp("s3"), *free_ports(1, start=9100))
     yield server
     server.kill()
 
 
-def in_bucket(s3, tmp_path, machine="here"):
-    place, options = s3.uri.split("?")
-    return Storage(f"{place}/{tmp_path.name}?{options}", tmp_path / machine)
+def bucket_storage(s3, tmp_path, machine="here"):
+    path, options = s3.uri.split("?")
+    return Storage(f"{path}/{tmp_path.name}?{options}", tmp_path / machine)
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -40,7 +40,7 @@ def storage(request, tmp_path):
     if request.param == "folder":
         storage = Storage.from_folder(tmp_path / "storage")
     else:
-        storage = in_bucket(request.getfixturevalue("s3"), tmp_path)
+        storage = bucket_storage(request.getfixturevalue("s3"), tmp_path)
     storage.write_marker()
     return storage
 
@@ -62,10 +62,10 @@ def test_an_artifact_appears_whole(storage):
 def test_a_damaged_artifact_is_set_aside_and_told_of(storage, caplog, damage):
     artifact = Artifact(storage, "splits", {"seed": 1})
     make(artifact)
-    filesystem, place = storage.filesystem(artifact.folder / "part" / "file.txt")
-    filesystem.delete_file(place)
+    filesystem, path = storage.filesystem(artifact.folder / "part" / "file.txt")
+    filesystem.delete_file(path)
     if damage == "cut":
-        with filesystem.open_output_stream(place) as stream:
+        with filesystem.open_output_stream(path) as stream:
             stream.write(b"cut")
     assert not artifact.is_complete()
     assert "part/file.txt" in caplog.text
@@ -86,12 +86,12 @@ def test_the_slower_of_two_makers_gives_way(storage):
 
 
 def test_other_machines_get_what_lies_in_a_bucket(s3, tmp_path):
-    here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
-    here.write_marker()
-    there.verify_access()
+    local, remote = bucket_storage(s3, tmp_path, "here"), bucket_storage(s3, tmp_path, "there")
+    local.write_marker()
+    remote.verify_access()
     with pytest.raises(UserError, match="does not see storage=s3://bucket/.*with credentials"):
-        in_bucket(s3, tmp_path / "elsewhere").verify_access()
-    artifact, copy = Artifact(here, "splits", {"seed": 1}), Artifact(there, "splits", {"seed": 1})
+        bucket_storage(s3, tmp_path / "elsewhere").verify_access()
+    artifact, copy = Artifact(local, "splits", {"seed": 1}), Artifact(remote, "splits", {"seed": 1})
     assert not copy.is_complete()
     with artifact.writer() as writer:
         (writer.folder / "splits.json").write_text("{}")
@@ -109,8 +109,8 @@ def test_other_machines_get_what_lies_in_a_bucket(s3, tmp_path):
 
 
 def test_a_folder_is_sent_while_others_write_in_it(s3, tmp_path):
-    here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
-    folder, ended = here.folder / "runs" / "demo", threading.Event()
+    local, remote = bucket_storage(s3, tmp_path, "here"), bucket_storage(s3, tmp_path, "there")
+    folder, ended = local.folder / "runs" / "demo", threading.Event()
     (folder / "tracking").mkdir(parents=True)
     (folder / "report.md").write_text("report")
 
@@ -123,37 +123,37 @@ def test_a_folder_is_sent_while_others_write_in_it(s3, tmp_path):
     writing.start()
     try:
         for _ in range(20):
-            here.upload(folder)
+            local.upload(folder)
     finally:
         ended.set()
         writing.join()
-    there.download(there.folder / "runs" / "demo")
-    arrived = {file.name: file.read_text() for file in there.folder.rglob("*") if file.is_file()}
+    remote.download(remote.folder / "runs" / "demo")
+    arrived = {file.name: file.read_text() for file in remote.folder.rglob("*") if file.is_file()}
     assert arrived == {"report.md": "report", "state.json": "state", "more.json": "more"}
 
 
 def test_checkpoints_of_a_machine_that_is_lost_are_in_the_bucket(s3, tmp_path):
-    artifacts = [Artifact(in_bucket(s3, tmp_path, machine), "training", {}) for machine in ("lost", "other")]
-    lost, other = [Checkpoints(artifact.checkpoints, artifact.storage.upload) for artifact in artifacts]
+    artifacts = [Artifact(bucket_storage(s3, tmp_path, machine), "training", {}) for machine in ("lost", "other")]
+    lost, recovered = [Checkpoints(artifact.checkpoints, artifact.storage.upload) for artifact in artifacts]
     lost.save({"step": 1})
     lost.save({"step": 2})
     artifacts[1].storage.download(artifacts[1].checkpoints)
-    assert other.load() == {"step": 2}
+    assert recovered.load() == {"step": 2}
     (artifacts[1].checkpoints / "checkpoint.pt").unlink()
-    assert other.load() == {"step": 1}
+    assert recovered.load() == {"step": 1}
     with artifacts[1].writer():
         pass
     assert artifacts[0].is_complete()
-    filesystem, place = artifacts[0].storage.filesystem(artifacts[0].staging_dir)
-    assert filesystem.get_file_info(place).type == FileType.NotFound
+    filesystem, path = artifacts[0].storage.filesystem(artifacts[0].staging_dir)
+    assert filesystem.get_file_info(path).type == FileType.NotFound
 
 
 def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):
-    here, there = in_bucket(s3, tmp_path, "here"), in_bucket(s3, tmp_path, "there")
-    make(Artifact(here, "splits", {}))
-    copy = Artifact(there, "splits", {})
-    filesystem, place = there.filesystem(copy.folder / "part" / "file.txt")
-    with filesystem.open_output_stream(place) as stream:
+    local, remote = bucket_storage(s3, tmp_path, "here"), bucket_storage(s3, tmp_path, "there")
+    make(Artifact(local, "splits", {}))
+    copy = Artifact(remote, "splits", {})
+    filesystem, path = remote.filesystem(copy.folder / "part" / "file.txt")
+    with filesystem.open_output_stream(path) as stream:
         stream.write(b"CONTENT")
     with pytest.raises(UserError, match="part/file.txt is corrupted .*: remove s3://bucket/"):
         copy.download()
@@ -162,7 +162,7 @@ def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):
 
 def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.runtime.storage.RETRY_DELAYS_S", (0.01,) * 3)
-    storage, tries = in_bucket(s3, tmp_path), []
+    storage, tries = bucket_storage(s3, tmp_path), []
 
     def away_twice():
         tries.append(1)
@@ -187,9 +187,9 @@ def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatc
 )
 def test_a_bucket_that_cannot_be_used_is_named(s3, tmp_path, uri, message):
     options = s3.uri.partition("?")[2]
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error_info:
         Storage(f"{uri}?{options}", tmp_path).write_marker()
-    assert "secret@" not in str(told.value)
+    assert "secret@" not in str(error_info.value)
 
 
 def test_what_fails_is_not_published(storage):

@@ -1,4 +1,4 @@
-"""What a worker tells of its machine."""
+"""System metrics of a worker's machine."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pipeline.runtime.system_metrics import EVERY_S, SystemSampler
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds that the test sets."""
-    now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(system_metrics.time, "monotonic", lambda: now.value)
-    return now
+    clock = SimpleNamespace(value=100.0)
+    monkeypatch.setattr(system_metrics.time, "monotonic", lambda: clock.value)
+    return clock
 
 
 def test_looks_are_taken_every_ten_seconds_and_at_the_end(clock):
     sampler, steps = SystemSampler(), []
     for passed in range(0, 35):
         clock.value = 100 + passed
-        if found := sampler.sample(final=passed == 34):
-            steps.append(found[0])
+        if sample := sampler.sample(final=passed == 34):
+            steps.append(sample[0])
     assert steps == [10, 20, 30, 34] and EVERY_S == 10
-    _, values = found
+    _, values = sample
     assert values["system/process_memory_usage_megabytes"] > 10
     assert 0 < values["system/system_memory_usage_percentage"] < 100
     assert values["system/cpu_utilization_percentage"] >= 0
@@ -42,7 +42,7 @@ def test_gpus_are_those_that_the_process_may_use(monkeypatch, visible, expected)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    asked = []
+    requested = []
 
     def power(gpu):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -50,15 +50,15 @@ def test_gpus_are_those_that_the_process_may_use(monkeypatch, visible, expected)
     for name, function in {
         "nvmlInit": lambda: None,
         "nvmlDeviceGetCount": lambda: 3,
-        "nvmlDeviceGetHandleByIndex": lambda number: asked.append(number),
-        "nvmlDeviceGetHandleByUUID": lambda uuid: asked.append(uuid.decode()),
+        "nvmlDeviceGetHandleByIndex": lambda number: requested.append(number),
+        "nvmlDeviceGetHandleByUUID": lambda uuid: requested.append(uuid.decode()),
         "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(used=3e9, total=12e9),
         "nvmlDeviceGetUtilizationRates": lambda gpu: SimpleNamespace(gpu=71),
         "nvmlDeviceGetPowerUsage": power,
     }.items():
         monkeypatch.setattr(pynvml, name, function)
     _, values = SystemSampler().sample(final=True)
-    assert asked == expected
+    assert requested == expected
     of_gpus = {name: value for name, value in values.items() if "gpu" in name}
     assert len(of_gpus) == 3 * len(expected)  # but not the power, which this card does not tell
     for number in range(len(expected)):

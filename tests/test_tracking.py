@@ -68,11 +68,11 @@ def test_a_value_is_recorded_once(folder):
     lines, operations = (folder / JOURNAL).read_text().splitlines(keepends=True), journal.operations
     values = [(op.kind, op.key, op.step, str(op.value)) for op in operations]
     assert len(set(values)) == len(lines) == 8 and ("metrics", "loss", 1, "0.5") in values
-    for kept, line in enumerate([*lines, '{"kind": "met\n']):
-        (folder / JOURNAL).write_text("".join(lines[:kept]) + line[: len(line) // 2])
+    for copy, line in enumerate([*lines, '{"kind": "met\n']):
+        (folder / JOURNAL).write_text("".join(lines[:copy]) + line[: len(line) // 2])
         journal = Journal(folder)
-        assert len(journal.operations) == kept
-        if kept < 8:  # a status is said again
+        assert len(journal.operations) == copy
+        if copy < 8:  # a status is said again
             record_all(journal)
         journal.close()
         assert [(op.kind, op.key, op.step, str(op.value)) for op in journal.operations] == values
@@ -96,7 +96,7 @@ def test_a_full_disk_is_named_and_leaves_the_journal_whole(folder, figure, monke
 
     journal = Journal(folder)
     record_all(journal)
-    before, count = (folder / JOURNAL).read_bytes(), len(journal.operations)
+    contents, count = (folder / JOURNAL).read_bytes(), len(journal.operations)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfile", full)
         with pytest.raises(
@@ -107,11 +107,11 @@ def test_a_full_disk_is_named_and_leaves_the_journal_whole(folder, figure, monke
         patch.setattr("os.fsync", full)
         with pytest.raises(UserError, match="cannot write .*No space left on device; free some disk space"):
             journal.record("tags", "pipeline", {"state": "a"})
-    assert (folder / JOURNAL).read_bytes() == before and len(journal.operations) == count
-    kept = journal.keep(figure)
+    assert (folder / JOURNAL).read_bytes() == contents and len(journal.operations) == count
+    copy = journal.keep(figure)
     journal.record("tags", "pipeline", {"state": "a"})
     figure.write_text("<svg>later</svg>")
-    assert (folder / kept).read_text() == "<svg/>" and journal.keep(figure) != kept
+    assert (folder / copy).read_text() == "<svg/>" and journal.keep(figure) != copy
     assert len(Journal(folder).operations) == count + 1
 
 
@@ -249,7 +249,7 @@ def test_a_server_that_is_away_gets_each_value_once_when_it_is_back(folder, serv
     assert sending.flush(60).waiting == 0
     sending.stop()
     for run_id in server.runs.values():
-        assert [value for of, _, value in server.sent if of == run_id] == [0, 1, 2, 3, 4]
+        assert [value for target, _, value in server.sent if target == run_id] == [0, 1, 2, 3, 4]
     assert len(server.runs) == 2 and len(server.sent) == 10
     away, back = [message for message in caplog.messages if server.address in message]
     assert "(ConnectionError: away). They are kept in " in away and "rerun the same command to send them" in away
@@ -349,14 +349,14 @@ def test_all_kinds_arrive(new_uri, folder, figure, tmp_path):
 def test_a_replay_changes_nothing(uri, folder, figure):
     with Tracker(uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure)
-    journal, first = (folder / JOURNAL).read_text(), snapshot(uri)
+    journal, snapshot_before = (folder / JOURNAL).read_text(), snapshot(uri)
     for state_is_lost in (False, True):  # then all is sent a second time
         if state_is_lost:
             (folder / PROGRESS).unlink()
         with Tracker(uri, "demo", folder) as tracker:
             log_pipeline(tracker, figure)
         assert (folder / JOURNAL).read_text() == journal
-        assert snapshot(uri) == first
+        assert snapshot(uri) == snapshot_before
 
 
 def test_a_failed_run_is_taken_up_again(uri, folder, figure):
@@ -374,7 +374,7 @@ def test_a_new_uri_gets_everything(uri, new_uri, folder, figure):
     elsewhere = new_uri("elsewhere")
     with Tracker(uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure)
-    first = snapshot(uri)
+    snapshot_before = snapshot(uri)
     with Tracker(elsewhere, "demo", folder) as tracker:
         assert tracker.flush().waiting == 0
     client, runs = read_runs(elsewhere)
@@ -382,7 +382,7 @@ def test_a_new_uri_gets_everything(uri, new_uri, folder, figure):
     assert client.list_artifacts(runs[GROUP].info.run_id, "figures")
     with Tracker(uri, "demo", folder) as tracker:
         assert tracker.flush().waiting == 0
-        assert snapshot(uri) == first
+        assert snapshot(uri) == snapshot_before
         tracker.log_metrics(GROUP, {"later": 0.5}, step=9)
         assert tracker.flush().refused == 0
     client, runs = read_runs(uri)
@@ -537,9 +537,9 @@ def test_a_run_its_stage_and_its_trainings_end_as_the_work_did(plan, uri, error,
             if error:
                 raise error
             tracker.end_run("group: chalk")
-    found = statuses(uri)
-    assert found.pop(plan.title) == status
-    assert found == {
+    values = statuses(uri)
+    assert values.pop(plan.title) == status
+    assert values == {
         "splits": "FINISHED",
         "group_trainings": status,
         "group: ink": "FINISHED",
@@ -575,7 +575,7 @@ class Gate:
     """An address that leads to a server; shut, it refuses and breaks connections as a server that was killed does."""
 
     def __init__(self, target: int):
-        (self.port,) = free_ports(1, first=8300)
+        (self.port,) = free_ports(1, start=8300)
         self.uri, self._target = f"http://127.0.0.1:{self.port}", target
         self.open()
 
@@ -606,7 +606,7 @@ class Gate:
 
 @pytest.fixture
 def gate(uri, tmp_path):
-    (port,) = free_ports(1, first=8200)
+    (port,) = free_ports(1, start=8200)
     server = mlflow_server(tmp_path, port, uri)
     gate = Gate(port)
     yield gate
@@ -619,7 +619,7 @@ def test_a_server_that_dies_in_mid_run(gate, folder, figure):
     with Tracker(gate.uri, "demo", folder) as tracker:
         log_pipeline(tracker, figure, steps=range(2))
         assert tracker.flush().waiting == 0
-        before = read_runs(gate.uri)[1]
+        contents = read_runs(gate.uri)[1]
 
         gate.shut()
         with pytest.raises(UserError, match=gate.uri):
@@ -633,14 +633,14 @@ def test_a_server_that_dies_in_mid_run(gate, folder, figure):
         gate.open()
         assert tracker.flush(timeout_s=300).waiting == 0
     client, runs = read_runs(gate.uri)
-    assert {name: run.info.run_id for name, run in before.items()}.items() <= {
+    assert {name: run.info.run_id for name, run in contents.items()}.items() <= {
         name: run.info.run_id for name, run in runs.items()
     }.items()
     assert set(runs) == {"pipeline", GROUP, "report"}
     assert [step for step, _ in history(client, runs[GROUP], "loss")] == [0, 1, 2, 3, 4]
     assert runs["report"].data.params == {"tables": "3"}
-    kept = client.download_artifacts(runs[GROUP].info.run_id, "figures/affinity.svg")
-    assert Path(kept).read_text() == "<svg>later</svg>"
+    copy = client.download_artifacts(runs[GROUP].info.run_id, "figures/affinity.svg")
+    assert Path(copy).read_text() == "<svg>later</svg>"
 
 
 def test_a_server_that_never_answers_holds_nothing_up(uri, folder, figure):
@@ -694,6 +694,6 @@ def test_where_the_uri_comes_from(tmp_path, monkeypatch):
 def test_the_environment_without_git(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
-    found = run_environment()
-    assert found["mlflow"] == mlflow.__version__ and "git_commit" not in found
-    assert all(isinstance(value, str) for value in found.values())
+    environment = run_environment()
+    assert environment["mlflow"] == mlflow.__version__ and "git_commit" not in environment
+    assert all(isinstance(value, str) for value in environment.values())

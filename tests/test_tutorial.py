@@ -37,7 +37,7 @@ def test_every_command_of_the_tutorial_works(tmp_path):
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_WORKERS": "1"}
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "jobs").symlink_to(REPOSITORY / "jobs")
-    ports = dict(zip(("5000", "8000"), map(str, free_ports(2, first=5300))))
+    ports = dict(zip(("5000", "8000"), map(str, free_ports(2, start=5300))))
     outputs: list[str] = []
     server: Server | None = None
     try:
