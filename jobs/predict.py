@@ -63,10 +63,10 @@ def main() -> int:
 
 def predict(arguments: JobArguments[Options]) -> int:
     job, fields = arguments.options, arguments.fields
-    to_csv = job.output is None or job.output.endswith(".csv")
-    if to_csv and (cluster_fields := [name for name in fields if name.startswith("cluster.")]):
+    csv_output = job.output is None or job.output.endswith(".csv")
+    if csv_output and (cluster_fields := [name for name in fields if name.startswith("cluster.")]):
         raise UserError(f"--{cluster_fields[0]} has no effect on CSV output; use --output FOLDER.parquet")
-    if not to_csv and job.device is not None:
+    if not csv_output and job.device is not None:
         raise UserError("--device has no effect on Parquet output; use --cluster.gpus_per_worker")
 
     from pipeline.prediction.load import read_model  # torch takes seconds to import
@@ -74,7 +74,7 @@ def predict(arguments: JobArguments[Options]) -> int:
     adapter, options, _ = read_model(job.adapter, fields.get("clip.pretrained"), job.temperature, job.threshold)
     tasks = list(adapter.class_names)
     task = job.task or (tasks[0] if len(tasks) == 1 else None)
-    if job.output is None or to_csv:
+    if job.output is None or csv_output:
         num_images, num_broken = predict_to_csv(job, adapter, options, task)
     else:
         num_images, num_broken = predict_to_parquet(arguments, job.output, adapter, options, task)

@@ -109,8 +109,8 @@ class _RowCollector:
         if self.errors:
             listed = "\n  ".join(self.errors[:MAX_ERRORS_SHOWN])
             num_hidden = len(self.errors) - MAX_ERRORS_SHOWN
-            at_least = "at least " if len(self.errors) == MAX_ERRORS else ""
-            remainder = f"\n  and {at_least}{num_hidden} more" if num_hidden > 0 else ""
+            qualifier = "at least " if len(self.errors) == MAX_ERRORS else ""
+            remainder = f"\n  and {qualifier}{num_hidden} more" if num_hidden > 0 else ""
             raise UserError(f"invalid rows in {self.manifest}:\n  {listed}{remainder}")
 
 
