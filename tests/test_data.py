@@ -1,4 +1,4 @@
-"""From folders to splits to pixels, without Ray: finding, sampling, Parquet, decoding, augmentation."""
+"""Data without Ray: indexing, sampling, Parquet, decoding, augmentation."""
 
 import hashlib
 import io
@@ -51,7 +51,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth and grainy parts and hard edges, as photographs have them."""
+    """Draw an image with smooth and grainy parts and hard edges, like a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -78,15 +78,15 @@ def scanned(task: str, class_folder: str, name: str, content: str) -> ScannedIma
 
 @st.composite
 def image_sets(draw):
-    """(images, classes, shots): a class has enough contents of its own, and some of a pool that all share."""
+    """(images, classes, shots): a class has enough contents of its distinct, and some of a pool that all share."""
     shots = draw(st.integers(1, 3))
     images, classes = [], {}
     for task in [f"task{number}" for number in range(draw(st.integers(1, 3)))]:
         classes[task] = [f"class{number}" for number in range(draw(st.integers(1, 3)))]
         for name in classes[task]:
-            own = [f"{task} {name} {number}" for number in range(draw(st.integers(shots + 1, shots + 3)))]
-            copied = draw(st.lists(st.sampled_from([*own, "pool 1", "pool 2", "pool 3"]), max_size=4))
-            contents = draw(st.permutations(own + copied))
+            distinct = [f"{task} {name} {number}" for number in range(draw(st.integers(shots + 1, shots + 3)))]
+            duplicates = draw(st.lists(st.sampled_from([*distinct, "pool 1", "pool 2", "pool 3"]), max_size=4))
+            contents = draw(st.permutations(distinct + duplicates))
             images += [scanned(task, name, f"{number}.png", text) for number, text in enumerate(contents)]
     return images, classes, shots
 
@@ -100,17 +100,17 @@ def test_splits_have_exact_shots_and_share_no_content(image_set, seed):
     images, classes, shots = image_set
     splits = sample_splits(images, classes, shots, seed)
 
-    of_class = Counter((image.task, image.class_folder) for image in splits.train)
-    assert of_class == {(task, name): shots for task, names in classes.items() for name in names}
+    num_by_class = Counter((image.task, image.class_folder) for image in splits.train)
+    assert num_by_class == {(task, name): shots for task, names in classes.items() for name in names}
     assert max(contents(splits.train).values()) == 1
-    assert {(image.task, image.class_folder) for image in splits.test} == set(of_class)
+    assert {(image.task, image.class_folder) for image in splits.test} == set(num_by_class)
 
     assert {image.sha256 for image in splits.train}.isdisjoint(image.sha256 for image in splits.test)
     placed = [image.path for image in (*splits.train, *splits.test)] + [path for path, _ in splits.duplicates]
     assert sorted(placed) == sorted(image.path for image in images)
     content_of = {image.path: image.sha256 for image in images}
     trains = {image.path for image in splits.train}
-    assert all(content_of[path] == content_of[of] and of in trains for path, of in splits.duplicates)
+    assert all(content_of[path] == content_of[original] and original in trains for path, original in splits.duplicates)
 
 
 @given(image_sets(), st.randoms(use_true_random=False))
@@ -124,31 +124,31 @@ def test_sample_does_not_depend_on_order_or_file_names(image_set, rng):
     renamed = [
         replace(image, path=f"{image.task}/{image.class_folder}/{name}.png") for image, name in zip(images, names)
     ]
-    after = sample_splits(renamed, classes, shots, seed=1)
-    assert contents(after.train) == contents(splits.train)
-    assert contents(after.test) == contents(splits.test)
+    resampled = sample_splits(renamed, classes, shots, seed=1)
+    assert contents(resampled.train) == contents(splits.train)
+    assert contents(resampled.test) == contents(splits.test)
 
 
 @given(image_sets(), st.sampled_from(["new content", "pool 1"]))
 def test_an_added_image_leaves_the_other_classes_samples(image_set, content):
     images, classes, shots = image_set
     added = scanned("task0", "class0", "added.png", content)
-    before = sample_splits(images, classes, shots, seed=1)
-    after = sample_splits([*images, added], classes, shots, seed=1)
+    original = sample_splits(images, classes, shots, seed=1)
+    extended = sample_splits([*images, added], classes, shots, seed=1)
 
-    def others(splits):
+    def unchanged_classes(splits):
         return [image for image in splits.train if (image.task, image.class_folder) != ("task0", "class0")]
 
-    assert others(after) == others(before)
+    assert unchanged_classes(extended) == unchanged_classes(original)
 
 
 @given(image_sets())
 def test_a_tasks_sample_does_not_depend_on_the_other_tasks(image_set):
     images, classes, shots = image_set
-    together = sample_splits(images, classes, shots, seed=1)
+    all_tasks = sample_splits(images, classes, shots, seed=1)
     for task, names in classes.items():
-        alone = sample_splits([i for i in images if i.task == task], {task: names}, shots, seed=1)
-        assert list(alone.train) == [image for image in together.train if image.task == task]
+        single_task = sample_splits([i for i in images if i.task == task], {task: names}, shots, seed=1)
+        assert list(single_task.train) == [image for image in all_tasks.train if image.task == task]
 
 
 def test_every_image_is_drawn_equally_often_over_seeds():
@@ -244,23 +244,23 @@ def test_fingerprint_changes_with_files_words_and_classes(tmp_path):
     def fingerprint(**values):
         return index_dataset(DataConfig(**values), root).fingerprint()
 
-    seen = {fingerprint()}
+    fingerprints = {fingerprint()}
     names.write_text("x\ny\n")
-    seen.add(fingerprint(class_names=str(names)))
+    fingerprints.add(fingerprint(class_names=str(names)))
     names.write_text("x\tcross\ny\n")
-    seen.add(fingerprint(class_names=str(names)))
-    seen.add(fingerprint(tasks=("a",)))
+    fingerprints.add(fingerprint(class_names=str(names)))
+    fingerprints.add(fingerprint(tasks=("a",)))
     os.utime(root / "a/x/1.png", ns=(0, 0))
-    seen.add(fingerprint())
+    fingerprints.add(fingerprint())
     (root / "a/x/1.png").rename(root / "a/x/2.png")
-    seen.add(fingerprint())
-    assert len(seen) == 6
-    assert fingerprint() in seen
+    fingerprints.add(fingerprint())
+    assert len(fingerprints) == 6
+    assert fingerprint() in fingerprints
 
 
 def test_no_layout_is_taken_for_another(tmp_path):
-    known = {"auto", "manifest", "split_folders", *FOLDER_LAYOUTS, *LIST_LAYOUTS}
-    assert set(choices(DataConfig.model_fields["layout"])) == known
+    layouts = {"auto", "manifest", "split_folders", *FOLDER_LAYOUTS, *LIST_LAYOUTS}
+    assert set(choices(DataConfig.model_fields["layout"])) == layouts
     write_tree(tmp_path, ["a/z/1.png"])
     with pytest.raises(ValueError, match="layout 'nested' is unknown"):
         index_dataset(DataConfig.model_construct(layout="nested"), tmp_path)
@@ -289,14 +289,14 @@ def test_a_fifth_task_beside_office_homes_is_not_lost(tmp_path):
 
 
 def dassl_lists(root: Path, lines: dict[str, list[str]]) -> Path:
-    for name, of_list in lines.items():
-        write_tree(root, [f"splits_mini/{name}.txt"], "\n".join(of_list).encode() + b"\n")
+    for name, list_lines in lines.items():
+        write_tree(root, [f"splits_mini/{name}.txt"], "\n".join(list_lines).encode() + b"\n")
     return root
 
 
 @pytest.mark.parametrize("layout", ["auto", "mini_domainnet"])
 def test_mini_domainnet_lists(tmp_path, layout):
-    """As Dassl has them: DomainNet's folders hold more images, classes and domains than the lists."""
+    """Dassl's lists: DomainNet's folders hold more images, classes and domains than the lists."""
     tasks, names = ("clipart", "real", "quickdraw"), ("ant", "see_saw", "zoo")
     write_tree(tmp_path, [f"{task}/{name}/{n}.jpg" for task in tasks for name in names for n in range(3)])
     dassl_lists(
@@ -430,11 +430,11 @@ def test_folder_name_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_names_are_the_same_in_both_forms_of_unicode(tmp_path):
-    """HFS+ stores é as two characters."""
-    one = index_dataset(DataConfig(), write_tree(tmp_path / "one", ["café/thé/1.png", "café/x/1.png"]))
+    """HFS+ stores é as decomposed_index characters."""
+    composed_index = index_dataset(DataConfig(), write_tree(tmp_path / "composed", ["café/thé/1.png", "café/x/1.png"]))
     decomposed = ["cafe\u0301/the\u0301/1.png", "cafe\u0301/x/1.png"]
-    two = index_dataset(DataConfig(tasks=["cafe\u0301"]), write_tree(tmp_path / "two", decomposed))
-    assert one.classes == two.classes == {"café": ("thé", "x")}
+    decomposed_index = index_dataset(DataConfig(tasks=["cafe\u0301"]), write_tree(tmp_path / "decomposed", decomposed))
+    assert composed_index.classes == decomposed_index.classes == {"café": ("thé", "x")}
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -491,7 +491,7 @@ def small_set(root: Path, per_class: int = 6) -> tuple[list[ScannedImage], dict[
 
 
 def write_splits(root: Path, folder: Path, seed: int = 1, per_class: int = 6) -> SplitDescription:
-    """What the stage does, one part after the other."""
+    """Write the splits like the stage, part by part."""
     images, sizes = small_set(root, per_class)
     splits = sample_splits(images, CLASSES, shots=2, seed=seed)
     counts = {
@@ -568,12 +568,12 @@ def test_row_groups_and_parts_are_bounded(tmp_path, monkeypatch):
     assert len(rows) == 2 * 38
 
 
-@pytest.mark.parametrize("how", ["changed", "removed"])
-def test_a_file_that_changes_after_the_scan_stops_the_run(tmp_path, how):
+@pytest.mark.parametrize("change", ["changed", "removed"])
+def test_a_file_that_changes_after_the_scan_stops_the_run(tmp_path, change):
     images, sizes = small_set(tmp_path / "data")
     (part,) = plan_parts([i for i in images if i.task == "a b"], "test", sizes)
     victim = tmp_path / "data" / part.images[3].path
-    if how == "changed":
+    if change == "changed":
         victim.write_bytes(png(999))
     else:
         victim.unlink()
@@ -612,7 +612,7 @@ def test_foreign_damaged_and_missing_files_are_named(tmp_path):
     write_splits(tmp_path / "data", tmp_path / "other seed", seed=2)
     reader = SplitReader(folder)
     file = folder / "train/a b-00000.parquet"
-    whole = file.read_bytes()
+    content = file.read_bytes()
 
     with pytest.raises(UserError, match="has no task 'c'; tasks: a b, ç"):
         next(reader.rows("train", "c"))
@@ -622,18 +622,18 @@ def test_foreign_damaged_and_missing_files_are_named(tmp_path):
     pq.write_table(pa.table({"image": [b"1"]}), file)
     with pytest.raises(UserError, match=r"a b-00000.parquet is not a split file: columns \['image'\]"):
         next(reader.rows("train", "a b"))
-    for damaged in (b"", b"no Parquet at all", whole[:-100]):
+    for damaged in (b"", b"no Parquet at all", content[:-100]):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match="a b-00000.parquet cannot be read as Parquet"):
             next(reader.rows("train", "a b"))
-    file.write_bytes(whole[:4] + bytes(200) + whole[204:])  # the description at the end is whole
+    file.write_bytes(content[:4] + bytes(200) + content[204:])  # the description at the end is intact
     with pytest.raises(UserError, match="a b-00000.parquet is corrupted"):
         next(reader.rows("train", "a b"))
     file.unlink()
     with pytest.raises(UserError, match="has 0 images of task 'a b', splits.json says 4"):
         next(reader.rows("train", "a b"))
-    file.write_bytes(whole)
-    (folder / "train/a b-00001.parquet").write_bytes(whole)
+    file.write_bytes(content)
+    (folder / "train/a b-00001.parquet").write_bytes(content)
     with pytest.raises(UserError, match="has 8 images of task 'a b', splits.json says 4"):
         next(reader.rows("train", "a b"))
 
@@ -740,12 +740,12 @@ def test_a_thread_of_pixels_is_not_resized_whole():
 
 
 @pytest.mark.parametrize(
-    ("size", "kept"),
+    ("size", "expected_size"),
     [((30, 40), (30, 40)), ((64, 300), (64, 300)), ((200, 100), (128, 64)), ((500, 1500), (64, 192))],
 )
-def test_training_pixels_keep_the_whole_image_up_to_twice_the_input(size, kept):
+def test_training_pixels_keep_the_whole_image_up_to_twice_the_input(size, expected_size):
     pixels = training_pixels(encoded(photo(*size)), 32)
-    assert pixels.dtype == np.uint8 and pixels.shape == (3, kept[1], kept[0])
+    assert pixels.dtype == np.uint8 and pixels.shape == (3, expected_size[1], expected_size[0])
 
 
 # --- augmentation ----------------------------------------------------------------------------------------
@@ -834,9 +834,9 @@ def test_no_random_crop_is_the_evaluations_center():
 
 def test_a_generator_decides_everything():
     images = random_images((40, 50), (90, 30), (16, 16))
-    first, again, other = (augment(images, 24, AugmentationConfig(), generator(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    batch, repeated, other_seed = (augment(images, 24, AugmentationConfig(), generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(batch, repeated)
+    assert not torch.equal(batch, other_seed)
 
 
 def test_long_images_do_not_decide_the_memory_of_a_batch():

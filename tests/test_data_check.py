@@ -1,4 +1,4 @@
-"""What a data check says of images, of a data set, and on its page."""
+"""The data check: image statistics, findings, its page and its job."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pipeline.report.data_check import MAX_PAGE_CHARACTERS, check_page, check_ta
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
-    """Smooth shapes, as photographs have them."""
+    """Draw smooth shapes, like a photograph."""
     noise = np.random.default_rng(seed).normal(size=(*size, 3))
     smooth = np.stack([ndimage.gaussian_filter(noise[..., c], 9, mode="wrap") for c in range(3)], axis=-1)
     return Image.fromarray(np.uint8(np.clip(128 + 60 * smooth / smooth.std(), 0, 255)))
@@ -92,7 +92,7 @@ def test_a_changed_copy_looks_alike_and_others_do_not(change):
             "other format": encoded(image, "WEBP", lossless=True),
         }[change]
         phash += [image_stats(encoded(image)).phash, image_stats(copy).phash]
-    assert near_duplicate_groups(phash) == [[at, at + 1] for at in range(0, 24, 2)]
+    assert near_duplicate_groups(phash) == [[first, first + 1] for first in range(0, 24, 2)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,13 +109,13 @@ def test_groups_of_alike_are_those_of_comparing_all_pairs(data, max_distance, pa
         if (phash[a] ^ phash[b]).bit_count() <= max_distance and group_of[a] != group_of[b]:
             old, new = group_of[b], group_of[a]
             group_of = [new if group == old else group for group in group_of]
-    groups = [[at for at, of in enumerate(group_of) if of == group] for group in dict.fromkeys(group_of)]
+    groups = [[i for i, label in enumerate(group_of) if label == group] for group in dict.fromkeys(group_of)]
     with patch.object(near_duplicates, "MAX_PAIRS_IN_MEMORY", pairs_at_once):
         assert near_duplicate_groups(phash, max_distance) == [group for group in groups if len(group) > 1]
 
 
 def test_many_alike_are_compared_in_bounded_memory():
-    phash = [0b1111 << at for at in range(60)] * 400
+    phash = [0b1111 << shift for shift in range(60)] * 400
     assert [len(group) for group in near_duplicate_groups(phash, MAX_HAMMING_DISTANCE)] == [24_000]
     rng = np.random.default_rng(0)
     assert near_duplicate_groups([int(value) for value in rng.integers(0, 2**63, 50_000)], MAX_HAMMING_DISTANCE) == []
@@ -135,8 +135,8 @@ def checked(path: str, data: bytes, sha256: str | None = None) -> CheckedImage:
     task, folder, _ = path.split("/")
     try:
         stats, error = image_stats(data), None
-    except BrokenImage as fault:
-        stats, error = None, str(fault)
+    except BrokenImage as exception:
+        stats, error = None, str(exception)
     return CheckedImage(ScannedImage(path, task, folder, sha256 or f"sha of {path}", error), stats)
 
 
@@ -160,7 +160,7 @@ def test_nothing_is_said_of_a_clean_set():
 
 
 @pytest.mark.parametrize(
-    ("more", "severity", "title", "example"),
+    ("extra", "severity", "title", "example"),
     [
         (
             {"art/cat/9.png": b"<html>"},
@@ -191,8 +191,8 @@ def test_nothing_is_said_of_a_clean_set():
         ),
     ],
 )
-def test_each_fault_of_an_image_is_one_finding(more, severity, title, example):
-    finding = only(found(clean_set() + [checked(path, data) for path, data in more.items()]))
+def test_each_issue_of_an_image_is_one_finding(extra, severity, title, example):
+    finding = only(found(clean_set() + [checked(path, data) for path, data in extra.items()]))
     assert finding.severity == severity and finding.title.startswith(title)
     assert len(finding.examples) == 1 and example in finding.examples[0] and finding.remedy
 
@@ -206,8 +206,8 @@ def test_each_fault_of_an_image_is_one_finding(more, severity, title, example):
     ],
 )
 def test_exact_copies_by_where_they_are(path, severity, title):
-    first = clean_set()[0]
-    finding = only(found([*clean_set(), checked(path, encoded(photo(100)), first.image.sha256)]))
+    original = clean_set()[0]
+    finding = only(found([*clean_set(), checked(path, encoded(photo(100)), original.image.sha256)]))
     assert (finding.severity, finding.title) == (severity, title)
     assert finding.examples == (f"art/cat/0.png, {path}",)
 
@@ -230,11 +230,11 @@ def test_classes_that_are_too_small_lacking_or_odd():
     emus = [checked(f"photo/emu/{number}.png", encoded(photo(300 + number))) for number in range(40)]
     imbalance, lacking = found(images + emus, classes, WORDS | {"emu": "emu"})
     assert lacking.examples == ("emu: not in art",) or imbalance.examples == ("emu: not in art",)
-    rare = next(of for of in (imbalance, lacking) if "1/10" in of.title)
+    rare = next(finding for finding in (imbalance, lacking) if "1/10" in finding.title)
     assert len(rare.examples) == 2 and "photo/cat: 4 images; the largest class has 40" in rare.examples[0]
 
-    same = only(found(images, words={"cat": "tabby | Big  cat", "dog": "big cat"}))
-    assert same.severity == "warning" and same.examples == tuple(
+    ambiguous = only(found(images, words={"cat": "tabby | Big  cat", "dog": "big cat"}))
+    assert ambiguous.severity == "warning" and ambiguous.examples == tuple(
         f"{task}: cat, dog are all 'big cat'" for task in CLASSES
     )
     odd = only(found(images, words={"cat": "ToothBrush", "dog": "n02119789"}))
@@ -242,7 +242,7 @@ def test_classes_that_are_too_small_lacking_or_odd():
     cut = only(found(images, words={"cat": "t-shirt", "dog": "Kanzelbrzze"}))
     assert len(cut.examples) == 1 and cut.examples[0].startswith("dog: 'Kanzelbrzze' is split into ")
     assert "warning" not in {
-        of.severity for of in found(images, words={"cat": "alarm clock", "dog": "aircraft carrier"})
+        finding.severity for finding in found(images, words={"cat": "alarm clock", "dog": "aircraft carrier"})
     }
 
 
@@ -253,7 +253,7 @@ def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
     images = [*clean_set(), checked("art/cat/9.png", encoded(photo(7), "JPEG"))]
     findings = found(images)
     tasks = task_overviews(images, CLASSES)
-    assert [(of.task, of.images, of.smallest_class, of.largest_class) for of in tasks] == [
+    assert [(task.task, task.images, task.smallest_class, task.largest_class) for task in tasks] == [
         ("art", 9, 4, 5),
         ("photo", 8, 4, 4),
     ]
@@ -270,9 +270,10 @@ def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
 
 
 def test_long_groups_do_not_flood_the_page_nor_the_terminal():
-    one = checked("art/cat/0.png", encoded(photo(100)))
-    images = [replace(one, image=replace(one.image, path=f"art/cat/{number:04}.png")) for number in range(1000)]
-    findings = [of for of in find_issues(images, {"art": ("cat",)}, WORDS, {}, 0) if "more than once" in of.title]
+    image = checked("art/cat/0.png", encoded(photo(100)))
+    images = [replace(image, image=replace(image.image, path=f"art/cat/{number:04}.png")) for number in range(1000)]
+    all_findings = find_issues(images, {"art": ("cat",)}, WORDS, {}, 0)
+    findings = [finding for finding in all_findings if "more than once" in finding.title]
     assert len(only(findings).examples[0]) > 10_000
     tasks = task_overviews(images, {"art": ("cat",)})
     page = check_page("demo", tasks, findings, {}, WORDS)
@@ -288,7 +289,7 @@ def test_long_groups_do_not_flood_the_page_nor_the_terminal():
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Path:
-    """Eight images of each of two classes in two tasks, and faults."""
+    """Two tasks with eight images of each of two classes, and issues."""
     root = tmp_path_factory.mktemp("planted") / "data"
     places = [
         f"{task}/{name}/{number}.png" for task in ("art", "photo") for name in CLASSES["art"] for number in range(8)
@@ -312,36 +313,39 @@ def planted(tmp_path_factory) -> Path:
 def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeypatch, batch_rows):
     monkeypatch.setattr(checked_images, "BATCH_ROWS", batch_rows)
     dataset = index_dataset(DataConfig(), planted)
-    wanted = sample_paths(dataset.images)
-    table = check_images(planted, dataset.images, wanted)
+    chosen = sample_paths(dataset.images)
+    table = check_images(planted, dataset.images, chosen)
     checked_images.pq.write_table(table, tmp_path / "images.parquet")
-    seen = read_checked_images(tmp_path / "images.parquet", dataset.images)
-    assert [of.image.path for of in seen] == [of.path for of in dataset.images]
-    for of in seen:
-        data = (planted / of.image.path).read_bytes()
+    images = read_checked_images(tmp_path / "images.parquet", dataset.images)
+    assert [checked.image.path for checked in images] == [record.path for record in dataset.images]
+    for checked in images:
+        data = (planted / checked.image.path).read_bytes()
         try:
-            assert of.stats == image_stats(data) and of.image.error is None
-        except BrokenImage as fault:
-            assert of.stats is None and of.image.error == str(fault)
-        assert of.image.size == len(data)
+            assert checked.stats == image_stats(data) and checked.image.error is None
+        except BrokenImage as exception:
+            assert checked.stats is None and checked.image.error == str(exception)
+        assert checked.image.size == len(data)
     samples = read_samples(tmp_path / "images.parquet")
-    broken = {of.image.path for of in seen if not of.stats}
+    broken = {checked.image.path for checked in images if not checked.stats}
     for key in ((task, name) for task, names in CLASSES.items() for name in names):
-        of_class = [of.path for of in dataset.images if of.path in wanted and (of.task, of.class_folder) == key]
-        assert len(of_class) == 3 and len(samples[key]) == len(set(of_class) - broken)
+        records = [record for record in dataset.images if (record.task, record.class_folder) == key]
+        paths = {record.path for record in records} & chosen
+        assert len(paths) == 3 and len(samples[key]) == len(paths - broken)
 
 
 def test_samples_are_few_where_classes_are_many(monkeypatch):
     monkeypatch.setattr(checked_images, "MAX_SAMPLES", 50)
     files = [ImageRecord(f"a/{name}/{number}.png", "a", str(name), 1, 1) for name in range(40) for number in range(9)]
     samples = sample_paths(files)
-    of_class = [sum(of.class_folder == str(name) and of.path in samples for of in files) for name in range(40)]
-    assert len(samples) == 50 and sorted(of_class) == [1] * 30 + [2] * 10
+    num_by_class = [
+        sum(file.class_folder == str(name) and file.path in samples for file in files) for name in range(40)
+    ]
+    assert len(samples) == 50 and sorted(num_by_class) == [1] * 30 + [2] * 10
     assert sample_paths(files[::-1]) == samples
 
 
 def table_of(output: str) -> list[str]:
-    """What a job told of the data, without its seconds."""
+    """Return a job's output on the data, without times."""
     return output.partition("0 data check")[2].partition("check.html")[0].split()
 
 
@@ -349,9 +353,9 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     storage = planted.parent / "storage"
     check = partial(run_job, "check_data", "--storage", storage, "--data.root", planted, "--data.shots", "3")
 
-    first = check()
-    assert first.status == 1 and "cached (computed in" not in first.output
-    told = " ".join(first.output.split())
+    checked = check()
+    assert checked.status == 1 and "cached (computed in" not in checked.output
+    printed = " ".join(checked.output.split())
     for text in (
         "demo: 36 images in 2 tasks",
         "error 2 files are broken (5.3 %) Fix or remove them",
@@ -362,23 +366,23 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
         "note 1 images are in their class more than once",
         "note 1 images have several frames",
     ):
-        assert text in told, first.output
+        assert text in printed, checked.output
     folder = the_run(storage) / "data_check"
-    assert f"1 error, 2 warnings, 2 notes: {folder / 'check.html'}" in told
+    assert f"1 error, 2 warnings, 2 notes: {folder / 'check.html'}" in printed
     written = json.loads((folder / "check.json").read_text())["findings"]
-    assert [of["severity"] for of in written] == ["error", "warning", "warning", "note", "note"]
-    assert len(written[0]["examples"]) == 2 and all(of["remedy"] and of["examples"] for of in written)
+    assert [finding["severity"] for finding in written] == ["error", "warning", "warning", "note", "note"]
+    assert len(written[0]["examples"]) == 2 and all(finding["remedy"] and finding["examples"] for finding in written)
     page = (folder / "check.html").read_text()
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>") and 10 <= page.count("<img") <= 12
     assert not list(storage.glob("splits/*"))
 
-    again = check()
-    assert again.status == 1 and again.output.count("cached (computed in") == 1
-    assert table_of(again.output) == table_of(first.output)
+    repeated = check()
+    assert repeated.status == 1 and repeated.output.count("cached (computed in") == 1
+    assert table_of(repeated.output) == table_of(checked.output)
 
     # Where broken files may be left out, nothing stops a run; no image is read for that again.
     (images,) = storage.glob("data_check/*/images.parquet")
-    before = images.stat().st_mtime_ns
-    with_broken_files = check("--data.max_broken_fraction", "0.1")
-    assert with_broken_files.status == 0 and "3 warnings, 2 notes" in with_broken_files.output
-    assert list(storage.glob("data_check/*/images.parquet")) == [images] and images.stat().st_mtime_ns == before
+    modified_ns = images.stat().st_mtime_ns
+    tolerant = check("--data.max_broken_fraction", "0.1")
+    assert tolerant.status == 0 and "3 warnings, 2 notes" in tolerant.output
+    assert list(storage.glob("data_check/*/images.parquet")) == [images] and images.stat().st_mtime_ns == modified_ns

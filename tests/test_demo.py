@@ -1,4 +1,4 @@
-"""The embedded demo: what write_digits writes, and that the committed tiny CLIP is a fair stage on it."""
+"""The embedded demo: the files of write_digits, and zero-shot accuracy of the tiny CLIP on them."""
 
 import hashlib
 from pathlib import Path
@@ -35,9 +35,9 @@ def _fingerprint(root: Path) -> dict[str, str]:
 
 
 def test_writing_twice_gives_the_same_bytes(digits: Path, tmp_path: Path) -> None:
-    again = tmp_path / "deep" / "digits"
-    write_digits(again)
-    assert _fingerprint(again) == _fingerprint(digits)
+    copy = tmp_path / "deep" / "digits"
+    write_digits(copy)
+    assert _fingerprint(copy) == _fingerprint(digits)
 
 
 def test_layout_counts_and_image_format(digits: Path) -> None:
@@ -52,9 +52,9 @@ def test_layout_counts_and_image_format(digits: Path) -> None:
 
 
 def test_a_complete_set_is_left_and_a_foreign_folder_is_refused(digits: Path, tmp_path: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
+    modified_ns = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
     write_digits(digits)
-    assert {path: path.stat().st_mtime_ns for path in digits.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in digits.rglob("*")} == modified_ns
 
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.txt").write_text("irreplaceable")

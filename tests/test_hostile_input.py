@@ -1,4 +1,4 @@
-"""What others may hand in: bombs, links, odd names, foreign and damaged files, code. Refused by name, at no cost."""
+"""Hostile input: decompression bombs, links, odd names, foreign and corrupted files, code. All is refused by name."""
 
 from __future__ import annotations
 
@@ -74,27 +74,29 @@ def fuzz(examples: int):
 
 
 @st.composite
-def mutations(draw, whole: bytes) -> bytes:
-    """The bytes with some changed, cut off, left out, or given twice."""
-    size, data = len(whole), bytearray(whole)
+def mutations(draw, original: bytes) -> bytes:
+    """Draw the bytes with some changed, cut off, left out, or repeated."""
+    size, data = len(original), bytearray(original)
     for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, max(0, len(data) - 1)))
+        position = draw(st.integers(0, max(0, len(data) - 1)))
         match draw(st.sampled_from(["flip", "set", "set", "cut", "leave out", "twice", "fill", "number"])):
             case "flip" if data:
-                data[at] ^= 1 << draw(st.integers(0, 7))
+                data[position] ^= 1 << draw(st.integers(0, 7))
             case "set" if data:
-                data[at] = draw(st.integers(0, 255))
+                data[position] = draw(st.integers(0, 255))
             case "cut":
-                del data[at:]
+                del data[position:]
             case "leave out":
-                del data[at : at + draw(st.integers(1, 200))]
+                del data[position : position + draw(st.integers(1, 200))]
             case "twice":
-                data[at:at] = data[at : at + draw(st.integers(1, 200))]
+                data[position:position] = data[position : position + draw(st.integers(1, 200))]
             case "fill":
-                length = min(draw(st.integers(1, 200)), len(data) - at)
-                data[at : at + length] = bytes([draw(st.integers(0, 255))]) * length
+                length = min(draw(st.integers(1, 200)), len(data) - position)
+                data[position : position + length] = bytes([draw(st.integers(0, 255))]) * length
             case "number":
-                data[at : at + 4] = draw(st.sampled_from([b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\0\0\0\0"]))
+                data[position : position + 4] = draw(
+                    st.sampled_from([b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\0\0\0\0"])
+                )
     return bytes(data[: 2 * size])
 
 
@@ -108,7 +110,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def zeros(mib: int) -> bytes:
-    """So many, compressed to a thousandth."""
+    """Compress `count` zeros to a thousandth."""
     compress = zlib.compressobj(9)
     return b"".join(compress.compress(bytes(1 << 20)) for _ in range(mib)) + compress.flush()
 
@@ -125,14 +127,14 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes], pixels: bytes = b
 def tiff(width: int, height: int, *tags: tuple[int, int, int, int], data: bytes = bytes(64)) -> bytes:
     fields = {256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 8), 259: (3, 1, 8), 262: (3, 1, 2)}
     fields |= {273: (4, 1, 8), 277: (3, 1, 3), 278: (4, 1, height), 279: (4, 1, len(data))}
-    fields |= {tag: tuple(rest) for tag, *rest in tags}
-    entries = b"".join(struct.pack("<HHII", tag, *rest) for tag, rest in sorted(fields.items()))
+    fields |= {tag: tuple(entry) for tag, *entry in tags}
+    entries = b"".join(struct.pack("<HHII", tag, *entry) for tag, entry in sorted(fields.items()))
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(fields)) + entries + bytes(4)
 
 
-def with_bytes(data: bytes, after: bytes, skip: int, value: bytes) -> bytes:
-    at = data.index(after) + skip
-    return data[:at] + value + data[at + len(value) :]
+def replace_bytes(data: bytes, marker: bytes, skip: int, value: bytes) -> bytes:
+    start = data.index(marker) + skip
+    return data[:start] + value + data[start + len(value) :]
 
 
 @cache
@@ -151,22 +153,22 @@ def bombs() -> dict[str, bytes]:
         "profile.png": png(8, 8, (b"iCCP", b"k\0\0" + bomb)),
         "many texts.png": png(8, 8, *[(b"zTXt", b"%d\0\0" % n + zeros(1)) for n in range(100)]),
         "screen.gif": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
-        "frame.gif": with_bytes(gif, b",", 5, struct.pack("<HH", 65535, 65535)),
-        "canvas.webp": with_bytes(webp, b"VP8X", 12, b"\xff\x3f\0\xff\x3f\0"),
+        "frame.gif": replace_bytes(gif, b",", 5, struct.pack("<HH", 65535, 65535)),
+        "canvas.webp": replace_bytes(webp, b"VP8X", 12, b"\xff\x3f\0\xff\x3f\0"),
         "claims.tif": tiff(huge, huge),
         "samples.tif": tiff(8, 8, (277, 3, 1, 65535)),
-        "claims.avif": with_bytes(encoded(small, "AVIF"), b"ispe", 8, struct.pack(">II", 60000, 60000)),
+        "claims.avif": replace_bytes(encoded(small, "AVIF"), b"ispe", 8, struct.pack(">II", 60000, 60000)),
         "claims.ppm": b"P6\n100000 100000\n255\n" + bytes(100),
         "number.ppm": b"P6\n" + b"9" * 1_000_000,
-        "claims.bmp": with_bytes(encoded(small, "BMP"), b"BM", 18, struct.pack("<ii", huge, huge)),
-        "claims.jpg": with_bytes(jpeg, b"\xff\xc0", 5, struct.pack(">HH", 65500, 65500)),
+        "claims.bmp": replace_bytes(encoded(small, "BMP"), b"BM", 18, struct.pack("<ii", huge, huge)),
+        "claims.jpg": replace_bytes(jpeg, b"\xff\xc0", 5, struct.pack(">HH", 65500, 65500)),
         "scans.jpg": progressive[: progressive.index(b"\xff\xda")] + scan * 2000 + b"\xff\xd9",
-        # Images that are whole, and unfold to much only beyond them.
-        "whole: pixels.png": png(8, 8, pixels=bomb),
-        "whole: strip.tif": tiff(8, 8, data=bomb),
-        "whole: frames.gif": gif[:-1] + gif[gif.index(b",") : -1] * 20_000 + b";",
-        "whole: frames.webp": encoded(small, "WEBP", save_all=True, append_images=frames * 100),
-        "whole: frames.avif": encoded(small, "AVIF", save_all=True, append_images=frames * 50),
+        # Valid images, followed by data that decompresses to much more.
+        "valid: pixels.png": png(8, 8, pixels=bomb),
+        "valid: strip.tif": tiff(8, 8, data=bomb),
+        "valid: frames.gif": gif[:-1] + gif[gif.index(b",") : -1] * 20_000 + b";",
+        "valid: frames.webp": encoded(small, "WEBP", save_all=True, append_images=frames * 100),
+        "valid: frames.avif": encoded(small, "AVIF", save_all=True, append_images=frames * 50),
     }
 
 
@@ -185,20 +187,20 @@ def test_bombs_are_broken_images_and_take_no_memory(tmp_path):
         from pipeline.data.parquet import scan_image
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         root = Path(sys.argv[1])
-        before = peak()
-        told = {file.name: scan_image(root, f"a/x/{file.name}", "a", "x") for file in sorted((root / "a/x").iterdir())}
-        print(json.dumps([peak() - before, {name: [image.path, image.error] for name, image in told.items()}]))"""
+        baseline = peak()
+        images = {file.name: scan_image(root, f"a/x/{file.name}", "a", "x") for file in sorted((root / "a/x").iterdir())}
+        print(json.dumps([peak() - baseline, {name: [image.path, image.error] for name, image in images.items()}]))"""
     finished = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
     )
     assert finished.returncode == 0, finished.stderr
-    grown_mib, told = json.loads(finished.stdout.splitlines()[-1])
-    assert set(told) == {*bombs(), "sparse.ppm"}
-    for name, (path, error) in told.items():
+    grown_mib, errors = json.loads(finished.stdout.splitlines()[-1])
+    assert set(errors) == {*bombs(), "sparse.ppm"}
+    for name, (path, error) in errors.items():
         assert path == f"a/x/{name}"
-        assert bool(error) != name.startswith("whole"), (name, error)
-    assert "file too large (" in told["sparse.ppm"][1]
-    assert "too many JPEG scans (" in told["scans.jpg"][1]
+        assert bool(error) != name.startswith("valid"), (name, error)
+    assert "file too large (" in errors["sparse.ppm"][1]
+    assert "too many JPEG scans (" in errors["scans.jpg"][1]
     assert grown_mib < 100
 
 
@@ -321,7 +323,7 @@ def test_a_published_archive_that_is_a_link_is_refused_too(linked):
 
 
 def test_listing_asks_for_each_file_once(linked, monkeypatch):
-    """As many system calls a file as without the check of links."""
+    """The check of links adds no system calls per file."""
     root = linked / "data"
     for number in range(50):
         (root / f"a/x/{number + 10}.png").write_bytes(b"")
@@ -351,9 +353,9 @@ ODD = [
 
 @given(st.text(), st.text())
 @settings(derandomize=True)
-def test_a_printable_path_is_one_line_and_of_one_path(one, other):
-    assert (escape_for_terminal(one) == escape_for_terminal(other)) == (one == other)
-    assert len(escape_for_terminal(one).encode().decode().splitlines()) <= 1
+def test_a_printable_path_is_one_line_and_of_one_path(path, other_path):
+    assert (escape_for_terminal(path) == escape_for_terminal(other_path)) == (path == other_path)
+    assert len(escape_for_terminal(path).encode().decode().splitlines()) <= 1
 
 
 def test_two_names_that_look_alike_are_told_apart():
@@ -384,9 +386,9 @@ def test_what_is_wrong_with_an_image_is_told_in_one_line(linked):
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", " x", "x ", "a\\b", "x\u2029", "\u202ex"])
-@pytest.mark.parametrize("place", ["task", "class"])
-def test_odd_folder_names_are_refused_by_name(linked, name, place):
-    folder = linked / "data" / (f"{name}/x" if place == "task" else f"a/{name}")
+@pytest.mark.parametrize("level", ["task", "class"])
+def test_odd_folder_names_are_refused_by_name(linked, name, level):
+    folder = linked / "data" / (f"{name}/x" if level == "task" else f"a/{name}")
     folder.mkdir(parents=True)
     (folder / "1.png").touch()
     with pytest.raises(UserError) as error:
@@ -573,8 +575,8 @@ def section_values(section: type[Section]) -> st.SearchStrategy:
             number = st.integers(-2, 20) | st.floats(0, 2)
             parts[name] = st.just(default) | number | any_text(12) | plain_values()
     lists = st.lists(st.sampled_from(sorted(parts)), max_size=3, unique=True)
-    known = lists.flatmap(lambda names: st.fixed_dictionaries({name: parts[name] for name in names}))
-    return known | st.tuples(known, st.dictionaries(st.text(max_size=8), plain_values(), max_size=1)).map(
+    valid = lists.flatmap(lambda names: st.fixed_dictionaries({name: parts[name] for name in names}))
+    return valid | st.tuples(valid, st.dictionaries(st.text(max_size=8), plain_values(), max_size=1)).map(
         lambda two: {**two[1], **two[0]}
     )
 
@@ -584,9 +586,9 @@ def check_config(values, file: Path) -> None:
         config = parse_config(values)
     except UserError:
         return
-    again = to_yaml(config)
-    assert parse_config(yaml.safe_load(again)) == config
-    file.write_text(again, encoding="utf-8")
+    dumped = to_yaml(config)
+    assert parse_config(yaml.safe_load(dumped)) == config
+    file.write_text(dumped, encoding="utf-8")
     assert parse_config(load_yaml(file)) == config
 
 
@@ -784,8 +786,8 @@ def splits(tmp_path_factory) -> Path:
     """data/ and splits/, of 6 images of each task, in several row groups."""
     folder = tmp_path_factory.mktemp("splits")
     images, sizes = [], {}
-    for number, (task, name, at) in enumerate((t, n, at) for t in CLASSES for n in CLASSES[t] for at in range(3)):
-        path = f"{task}/{name}/{at}.png"
+    for number, (task, name, index) in enumerate((t, n, i) for t in CLASSES for n in CLASSES[t] for i in range(3)):
+        path = f"{task}/{name}/{index}.png"
         (folder / "data" / path).parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "data" / path)
@@ -801,15 +803,15 @@ def splits(tmp_path_factory) -> Path:
     return folder
 
 
-def all_gather_rows(folder: Path, columns=COLUMNS.names) -> dict[str, list[dict]]:
+def rows_by_task(folder: Path, columns=COLUMNS.names) -> dict[str, list[dict]]:
     reader = SplitReader(folder)
     return {task: list(reader.rows("test", task, columns)) for task in reader.description.tasks}
 
 
-def copied(splits: Path, to: Path) -> tuple[Path, Path]:
-    """A copy of the split folder, and its file of one task."""
-    shutil.copytree(splits / "splits", to)
-    return to, to / "test/c-00000.parquet"
+def copy_splits(splits: Path, target: Path) -> tuple[Path, Path]:
+    """Copy the split folder; return the copy and its file of one task."""
+    shutil.copytree(splits / "splits", target)
+    return target, target / "test/c-00000.parquet"
 
 
 SPLIT_FILES = ("splits.json", "test/c-00000.parquet")
@@ -817,15 +819,15 @@ SPLIT_FILES = ("splits.json", "test/c-00000.parquet")
 
 @pytest.mark.parametrize("columns", [tuple(COLUMNS.names), ("label",), ("image", "label")])
 def test_damaged_splits_are_refused_or_read_exactly(splits, tmp_path, columns):
-    folder, _ = copied(splits, tmp_path / "copy")
-    wholes = {name: (folder / name).read_bytes() for name in SPLIT_FILES}
-    original = all_gather_rows(folder, columns)
+    folder, _ = copy_splits(splits, tmp_path / "copy")
+    originals = {name: (folder / name).read_bytes() for name in SPLIT_FILES}
+    original = rows_by_task(folder, columns)
     refused = 0
 
     @fuzz(150)
     @given(
         st.sampled_from([*SPLIT_FILES, *SPLIT_FILES[1:] * 3]).flatmap(
-            lambda n: st.tuples(st.just(n), mutations(wholes[n]))
+            lambda n: st.tuples(st.just(n), mutations(originals[n]))
         )
     )
     def check(change):
@@ -833,26 +835,26 @@ def test_damaged_splits_are_refused_or_read_exactly(splits, tmp_path, columns):
         name, data = change
         (folder / name).write_bytes(data)
         try:
-            assert all_gather_rows(folder, columns) == original
+            assert rows_by_task(folder, columns) == original
         except UserError as error:
             assert str(folder) in str(error)
             refused += 1
         finally:
-            (folder / name).write_bytes(wholes[name])
+            (folder / name).write_bytes(originals[name])
 
     check()
     assert refused > 50 * MORE
 
 
 def test_no_byte_of_a_row_group_changes_unseen(splits, tmp_path):
-    """Each one, where the mutations above are drawn by chance."""
-    folder, file = copied(splits, tmp_path / "copy")
-    reader, whole, refused = SplitReader(folder), file.read_bytes(), 0
+    """Every byte, unlike the random mutations above."""
+    folder, file = copy_splits(splits, tmp_path / "copy")
+    reader, data, refused = SplitReader(folder), file.read_bytes(), 0
     original = list(reader.rows("test", "c", COLUMNS.names))
     with pq.ParquetFile(file) as opened:
-        last = opened.metadata.row_group(0).column(COLUMNS.names.index("sha256"))
-    for at in range(4, last.data_page_offset + last.total_compressed_size):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        last_column = opened.metadata.row_group(0).column(COLUMNS.names.index("sha256"))
+    for i in range(4, last_column.data_page_offset + last_column.total_compressed_size):
+        file.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
         try:
             assert list(reader.rows("test", "c", COLUMNS.names)) == original
         except UserError:
@@ -861,9 +863,9 @@ def test_no_byte_of_a_row_group_changes_unseen(splits, tmp_path):
 
 
 def hostile_file(file: Path, change=lambda table: table) -> None:
-    """Another's file with the right description and digests, whose rows went through `change`."""
-    with pq.ParquetFile(file) as whole:
-        table, metadata = whole.read(), whole.metadata.metadata
+    """Rewrite a file with rows changed by `change`, and the right description and digests."""
+    with pq.ParquetFile(file) as opened:
+        table, metadata = opened.read(), opened.metadata.metadata
     table = change(table)
     rows = table.to_pylist()
     digests = json.dumps([parquet._digest(rows)]) if set(COLUMNS.names) <= set(table.column_names) else "[]"
@@ -875,14 +877,14 @@ def with_column(name: str, values, kind=None, nullable: bool = False):
     def change(table: pa.Table) -> pa.Table:
         field = COLUMNS.field(name)
         field = pa.field(name, kind or field.type, nullable=nullable)
-        wanted = values(table[name].to_pylist()) if callable(values) else [values] * len(table)
-        return table.set_column(table.column_names.index(name), field, pa.array(wanted, field.type))
+        column = values(table[name].to_pylist()) if callable(values) else [values] * len(table)
+        return table.set_column(table.column_names.index(name), field, pa.array(column, field.type))
 
     return change
 
 
 def with_bytes_of_images(change):
-    """Changed images with the SHA-256 that they then have."""
+    """Replace images, and update their SHA-256."""
 
     def both(table: pa.Table) -> pa.Table:
         images = [change(image) for image in table["image"].to_pylist()]
@@ -915,17 +917,17 @@ def with_bytes_of_images(change):
     ],
 )
 def test_split_files_that_were_never_right_are_refused(splits, tmp_path, change, message):
-    folder, file = copied(splits, tmp_path / "copy")
+    folder, file = copy_splits(splits, tmp_path / "copy")
     hostile_file(file)
-    assert all_gather_rows(folder) == all_gather_rows(splits / "splits")
+    assert rows_by_task(folder) == rows_by_task(splits / "splits")
     hostile_file(file, change)
     with pytest.raises(UserError, match=message) as error:
-        all_gather_rows(folder)
+        rows_by_task(folder)
     assert str(folder) in str(error.value)
 
 
 def test_a_small_file_does_not_unfold_into_a_large_table(splits, tmp_path):
-    folder, file = copied(splits, tmp_path / "copy")
+    folder, file = copy_splits(splits, tmp_path / "copy")
     values = json.loads((folder / "splits.json").read_text())
     values["counts"]["test"]["c"] = 6 * 100_000
     (folder / "splits.json").write_text(json.dumps(values))
@@ -934,8 +936,8 @@ def test_a_small_file_does_not_unfold_into_a_large_table(splits, tmp_path):
     def many(table: pa.Table) -> pa.Table:
         return pa.concat_tables([table] * 100_000).combine_chunks()
 
-    with pq.ParquetFile(file) as whole:
-        table = whole.read()
+    with pq.ParquetFile(file) as opened:
+        table = opened.read()
     for options in ({"use_dictionary": True}, {"compression": "zstd"}):
         digests = b'[""]'
         packed = many(table.drop(["image"])).add_column(
@@ -948,7 +950,7 @@ def test_a_small_file_does_not_unfold_into_a_large_table(splits, tmp_path):
 
 
 def test_bytes_of_a_split_that_are_no_image_are_named(splits, tmp_path):
-    folder, file = copied(splits, tmp_path / "copy")
+    folder, file = copy_splits(splits, tmp_path / "copy")
     hostile_file(file, with_bytes_of_images(lambda image: image[:40]))
     with pytest.raises(UserError, match="the test image c/x/0.png of task 'c' cannot be decoded"):
         list(decoded_batches(SplitReader(folder), ["c"], 8, threads=1))
@@ -960,10 +962,10 @@ def footer(file: Path, length: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 2**31 - 1, 2**32 - 1])
 def test_footers_of_a_wrong_length_are_refused(splits, tmp_path, length):
-    folder, file = copied(splits, tmp_path / "copy")
+    folder, file = copy_splits(splits, tmp_path / "copy")
     footer(file, length)
     with pytest.raises(UserError, match="c-00000.parquet cannot be read as Parquet.*remove"):
-        all_gather_rows(folder)
+        rows_by_task(folder)
 
 
 @pytest.mark.parametrize(
@@ -986,7 +988,7 @@ def test_footers_of_a_wrong_length_are_refused(splits, tmp_path, length):
     ],
 )
 def test_descriptions_that_are_wrong_are_refused(splits, tmp_path, change, message):
-    folder, _ = copied(splits, tmp_path / "copy")
+    folder, _ = copy_splits(splits, tmp_path / "copy")
     file = folder / "splits.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps({**values, "more": [1]}))
@@ -1000,7 +1002,7 @@ def test_descriptions_that_are_wrong_are_refused(splits, tmp_path, change, messa
     "data", [b"[" * 100_000, b'{"format": ' * 50_000, b"\xff\xfe", b"9" * 5000, b"null", b'{"format": 3}']
 )
 def test_descriptions_that_are_no_json_are_refused(splits, tmp_path, data):
-    folder, _ = copied(splits, tmp_path / "copy")
+    folder, _ = copy_splits(splits, tmp_path / "copy")
     (folder / "splits.json").write_bytes(data)
     with pytest.raises(UserError, match="splits.json is not a valid description of splits") as error:
         SplitReader(folder)
@@ -1022,24 +1024,24 @@ def prompts() -> TrainedAdapter:
     return TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (state,))
 
 
-def same(one: TrainedAdapter, other: TrainedAdapter) -> bool:
-    told = [(p.method, p.config.clip, p.config.mmap, p.weights, p.groups) for p in (one, other)]
-    return told[0] == told[1] and all(
-        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        for a, b in zip(one.states, other.states, strict=True)
+def same(a: TrainedAdapter, b: TrainedAdapter) -> bool:
+    fields = [(p.method, p.config.clip, p.config.mmap, p.weights, p.groups) for p in (a, b)]
+    return fields[0] == fields[1] and all(
+        x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+        for x, y in zip(a.states, b.states, strict=True)
     )
 
 
 def test_damaged_prompts_are_refused_or_read_exactly(prompts, tmp_path):
     file = tmp_path / "adapter.safetensors"
     save_adapter(file, prompts)
-    whole = file.read_bytes()
-    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    content = file.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
     refused = 0
 
     # Half of the changes are made to the header, where one may go unseen.
     @fuzz(300)
-    @given(mutations(whole) | mutations(whole[:header]).map(lambda changed: changed + whole[header:]))
+    @given(mutations(content) | mutations(content[:header]).map(lambda changed: changed + content[header:]))
     def check(data):
         nonlocal refused
         file.write_bytes(data)
@@ -1062,7 +1064,7 @@ def stored(prompts: TrainedAdapter, file: Path) -> tuple[dict, dict[str, torch.T
 
 
 def store(file: Path, header: dict | str, tensors: dict[str, torch.Tensor]) -> None:
-    """Another's file, with the digest that it should have."""
+    """Write a foreign file with a valid digest."""
     if not isinstance(header, str):
         header = json.dumps(header | {"sha256": adapter_file._digest(header, tensors)})
     save_file(tensors, file, metadata={"adapter": header})
@@ -1070,10 +1072,10 @@ def store(file: Path, header: dict | str, tensors: dict[str, torch.Tensor]) -> N
 
 def at(path: str, value):
     def change(header: dict, tensors: dict) -> None:
-        *parts, last = path.split(".")
+        *parts, name = path.split(".")
         for part in parts:
             header = header[part]
-        header[last] = value
+        header[name] = value
 
     return change
 
@@ -1191,14 +1193,14 @@ def test_prompts_name_a_clip_that_is_read_as_tensors_only(prompts, tmp_path, mon
 def test_files_of_features_that_are_none_are_named(tmp_path):
     file = tmp_path / "features.safetensors"
     save_features(file, torch.zeros(3, 4))
-    whole = file.read_bytes()
+    content = file.read_bytes()
     assert len(StoredFeatures(file)) == 3
     for data in (
         b"",
         b"\xff" * 100,
-        whole[:-4],
-        whole.replace(b'"features"', b'"eeatures"'),
-        whole.replace(b"F32", b"I32"),
+        content[:-4],
+        content.replace(b'"features"', b'"eeatures"'),
+        content.replace(b"F32", b"I32"),
     ):
         file.write_bytes(data)
         with pytest.raises(UserError, match="features.safetensors.*remove"):
@@ -1218,9 +1220,9 @@ def test_snapshots_that_are_none_are_named(tmp_path):
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({"layout": '{"source": [1, 2]}'})), file)
         return file.read_bytes()
 
-    whole = write([row])
+    content = write([row])
     assert read_gradients(file, ["a"]).tolist() == [[[1, 2]]] and read_steps(file) == [1]
-    for data in (b"", b"x" * 100, whole[:-20], whole[:60]):
+    for data in (b"", b"x" * 100, content[:-20], content[:60]):
         file.write_bytes(data)
         for read in (lambda path: read_gradients(path, ["a"]), read_steps, read_layout):
             with pytest.raises(UserError, match="snapshots.parquet cannot be read as gradient snapshots.*again"):

@@ -1,4 +1,4 @@
-"""What data may lie in: tables, image lists, folders of splits, published data sets; and the kinds of images."""
+"""Inputs: tables, image lists, split folders, published data sets, and image formats."""
 
 from __future__ import annotations
 
@@ -118,8 +118,10 @@ def test_labels_of_a_table_need_not_be_folders(tree):
     rows = [{**row, "task": "domain " + row["task"], "label": row["label"] + "?"} for row in rows_of(tree)]
     dataset = index_dataset(DataConfig(), write_csv(tree / "all.csv", rows))
     assert dataset.classes == {"domain art": ("bed?", "post_it?"), "domain real world": ("bed?", "post_it?")}
-    one = index_dataset(DataConfig(tasks=["domain art"]), tree / "all.csv")
-    assert {image.task for image in one.images} == {"domain art"} and len(one.images) == len(dataset.images) / 2
+    single_task = index_dataset(DataConfig(tasks=["domain art"]), tree / "all.csv")
+    assert {image.task for image in single_task.images} == {"domain art"} and len(single_task.images) == len(
+        dataset.images
+    ) / 2
 
 
 def test_a_table_of_tasks_with_different_classes(tree):
@@ -151,7 +153,7 @@ def test_tables_that_lack_what_they_need_are_named(tree):
     assert "is a file, but data.layout=folders needs a folder" in fault(tree / "empty.csv", layout="folders")
     os.mkfifo(tree / "pipe.csv")
     assert "is not a folder or file" in fault(tree / "pipe.csv")
-    assert "holds no .parquet files" in fault(tree, layout="manifest")
+    assert "contains no .parquet files" in fault(tree, layout="manifest")
 
 
 def test_rows_that_cannot_be_used_are_named_by_line_all_at_once(tree):
@@ -175,10 +177,10 @@ def test_rows_that_cannot_be_used_are_named_by_line_all_at_once(tree):
     ]
     file.write_text("path,task,label\n" + "\n".join(line for line, _ in lines), encoding="utf-8")
     message = fault(file).split("\n")
-    told = {int(line.split()[1].rstrip(":")): line for line in message[1:]}
-    assert told.keys() == {number for number, (_, what) in enumerate(lines, 2) if what}
-    for number, (_, what) in enumerate(lines, 2):
-        assert what is None or what in told[number]
+    errors = {int(line.split()[1].rstrip(":")): line for line in message[1:]}
+    assert errors.keys() == {number for number, (_, message) in enumerate(lines, 2) if message}
+    for number, (_, message) in enumerate(lines, 2):
+        assert message is None or message in errors[number]
 
 
 def test_many_rows_that_cannot_be_used_are_counted(tree):
@@ -237,8 +239,8 @@ def test_paths_of_a_table_may_lead_out_where_links_may(tree, tmp_path):
     assert dataset.images[0].path == str(tree / "art/bed/0.png")
     folders = index_dataset(DataConfig(), tree)
     assert [image.sha256 for image in scanned(dataset)] == [image.sha256 for image in scanned(folders)]
-    below = write_csv(tree / "all.csv", [{**row, "path": str(tree / row["path"])} for row in rows_of(tree)])
-    assert listed(index_dataset(DataConfig(), below)) == listed(folders)
+    manifest = write_csv(tree / "all.csv", [{**row, "path": str(tree / row["path"])} for row in rows_of(tree)])
+    assert listed(index_dataset(DataConfig(), manifest)) == listed(folders)
 
 
 def test_links_of_a_table_are_refused(tree, tmp_path):
@@ -254,10 +256,10 @@ def test_links_of_a_table_are_refused(tree, tmp_path):
 
 def test_a_table_is_another_data_set_when_a_label_changes(tree):
     rows = rows_of(tree)
-    before = index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint()
-    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows[::-1])).fingerprint() == before
+    original = index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint()
+    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows[::-1])).fingerprint() == original
     rows[0]["label"], rows[-1]["label"] = rows[-1]["label"], rows[0]["label"]
-    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint() != before
+    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint() != original
 
 
 # --- the fingerprint -----------------------------------------------------------------------------------------
@@ -300,9 +302,9 @@ CHANGES_OF_FOLDERS = {
 
 @pytest.mark.parametrize("change", CHANGES_OF_FOLDERS)
 def test_the_fingerprint_changes_with_each_thing_about_folders(tree, change):
-    before = index_dataset(DataConfig(), settled(tree)).fingerprint()
+    original = index_dataset(DataConfig(), settled(tree)).fingerprint()
     CHANGES_OF_FOLDERS[change](tree)
-    assert index_dataset(DataConfig(), tree).fingerprint() != before
+    assert index_dataset(DataConfig(), tree).fingerprint() != original
 
 
 def fingerprint_of_table(tree: Path, rows: list[dict[str, str]], **options) -> str:
@@ -314,19 +316,19 @@ def fingerprint_of_table(tree: Path, rows: list[dict[str, str]], **options) -> s
 @pytest.mark.parametrize("column", ["path", "task", "label", "split"])
 def test_the_fingerprint_changes_with_each_column_of_a_table(tree, column, use_official_splits):
     """Two rows swap their values: what there is stays the same, but not of which image."""
-    rows = [{**row, "split": "train" if at % 2 else "test"} for at, row in enumerate(rows_of(settled(tree)))]
-    before = fingerprint_of_table(tree, rows, use_official_splits=use_official_splits)
-    first, last = rows[0], rows[-1]
-    assert all(first[name] != last[name] for name in rows[0])
-    first[column], last[column] = last[column], first[column]
-    changed = fingerprint_of_table(tree, rows, use_official_splits=use_official_splits) != before
+    rows = [{**row, "split": "train" if i % 2 else "test"} for i, row in enumerate(rows_of(settled(tree)))]
+    original = fingerprint_of_table(tree, rows, use_official_splits=use_official_splits)
+    a, b = rows[0], rows[-1]
+    assert all(a[name] != b[name] for name in rows[0])
+    a[column], b[column] = b[column], a[column]
+    changed = fingerprint_of_table(tree, rows, use_official_splits=use_official_splits) != original
     assert changed == (
         use_official_splits or column != "split"
     )  # splits that are not respected are nothing to the results
 
 
 def test_the_fingerprint_changes_when_given_splits_are_respected(tree):
-    rows = [{**row, "split": "train" if at % 2 else "test"} for at, row in enumerate(rows_of(settled(tree)))]
+    rows = [{**row, "split": "train" if i % 2 else "test"} for i, row in enumerate(rows_of(settled(tree)))]
     assert fingerprint_of_table(tree, rows, use_official_splits=True) != fingerprint_of_table(tree, rows)
 
 
@@ -340,27 +342,27 @@ def test_the_fingerprint_changes_with_tasks_classes_and_words(tree, tmp_path):
 
     (tree / "art/chair").mkdir()
     (tree / "real world/chair").mkdir()
-    seen = [
+    fingerprints = [
         fingerprint("bed\npost_it\n"),
         fingerprint("bed\npost_it\n", tasks=("art",)),
         fingerprint("bed\npost_it\tsticky note\n"),
         fingerprint("bed\npost_it\tsticky note | memo\n"),
         fingerprint("bed\npost_it\nchair\n"),  # a class without images
     ]
-    assert len(set(seen)) == len(seen)
-    assert fingerprint("# in another order\npost_it\tpost it\nbed\n") == seen[0]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert fingerprint("# in another order\npost_it\tpost it\nbed\n") == fingerprints[0]
 
 
 def test_the_fingerprint_changes_with_which_task_has_a_class(tree):
-    """Of a class without images only the folders tell."""
+    """A class without images exists only as a folder."""
     (settled(tree) / "art/chair").mkdir()
-    before = index_dataset(DataConfig(), tree).fingerprint()
+    original = index_dataset(DataConfig(), tree).fingerprint()
     (tree / "real world/chair").mkdir()
-    assert index_dataset(DataConfig(), tree).fingerprint() != before
+    assert index_dataset(DataConfig(), tree).fingerprint() != original
 
 
 def test_the_fingerprint_does_not_change_with_what_cannot_matter(tree, tmp_path, monkeypatch):
-    before = index_dataset(DataConfig(), settled(tree)).fingerprint()
+    original = index_dataset(DataConfig(), settled(tree)).fingerprint()
     walk = os.walk
 
     def backwards(*arguments, **options):
@@ -370,16 +372,16 @@ def test_the_fingerprint_does_not_change_with_what_cannot_matter(tree, tmp_path,
             yield folder, subfolders, names
 
     monkeypatch.setattr(os, "walk", backwards)
-    assert index_dataset(DataConfig(), tree).fingerprint() == before
+    assert index_dataset(DataConfig(), tree).fingerprint() == original
     (tree / "readme.txt").write_text("no image")
     os.utime(tree / "art", ns=(0, 0))
-    assert index_dataset(DataConfig(), tree).fingerprint() == before
+    assert index_dataset(DataConfig(), tree).fingerprint() == original
     shutil.copytree(tree, tmp_path / "elsewhere")
-    assert index_dataset(DataConfig(), tmp_path / "elsewhere").fingerprint() == before
+    assert index_dataset(DataConfig(), tmp_path / "elsewhere").fingerprint() == original
     rows = rows_of(tree)
-    of_table = fingerprint_of_table(tree, rows)
-    assert fingerprint_of_table(tree, rows[::-1]) == of_table
-    assert fingerprint_of_table(tree, [{**row, "notes": str(at)} for at, row in enumerate(rows)]) == of_table
+    original = fingerprint_of_table(tree, rows)
+    assert fingerprint_of_table(tree, rows[::-1]) == original
+    assert fingerprint_of_table(tree, [{**row, "notes": str(i)} for i, row in enumerate(rows)]) == original
 
 
 def test_the_fingerprint_changes_with_the_size_or_time_of_a_parquet_file(tree):
@@ -387,13 +389,13 @@ def test_the_fingerprint_changes_with_the_size_or_time_of_a_parquet_file(tree):
     write_images(tree, file, rows_of(tree), "bytes")
     content = file.read_bytes()
     os.utime(file, ns=(10**18, 10**18))
-    before = index_dataset(DataConfig(), file).fingerprint()
+    original = index_dataset(DataConfig(), file).fingerprint()
     os.utime(file, ns=(10**18, 10**18 + 1))
-    assert index_dataset(DataConfig(), file).fingerprint() != before
+    assert index_dataset(DataConfig(), file).fingerprint() != original
     pq.write_table(pq.read_table(file), file, compression="zstd")
     assert file.stat().st_size != len(content)
     os.utime(file, ns=(10**18, 10**18))
-    assert index_dataset(DataConfig(), file).fingerprint() != before
+    assert index_dataset(DataConfig(), file).fingerprint() != original
 
 
 CHANGES_OF_AN_IMAGE = {
@@ -407,11 +409,11 @@ CHANGES_OF_AN_IMAGE = {
 
 @pytest.mark.parametrize("field", CHANGES_OF_AN_IMAGE)
 def test_the_content_fingerprint_changes_with_each_thing_that_decides_the_splits(field):
-    """Trainings and image features are found by it: a table's corrected label must not find those of before."""
+    """Cached trainings and features are keyed by it: a corrected label must not reuse the previous ones."""
     image = ScannedImage("art/bed/0.png", "art", "bed", "0" * 64)
-    other = ScannedImage("art/bed/2.png", "art", "bed", "1" * 64)
+    unchanged = ScannedImage("art/bed/2.png", "art", "bed", "1" * 64)
     changed = replace(image, **{field: CHANGES_OF_AN_IMAGE[field]})
-    assert content_fingerprint([changed, other]) != content_fingerprint([image, other])
+    assert content_fingerprint([changed, unchanged]) != content_fingerprint([image, unchanged])
 
 
 def test_the_content_fingerprint_does_not_change_with_the_order():
@@ -423,12 +425,12 @@ def test_the_content_fingerprint_does_not_change_with_the_order():
 
 
 def hugging_face(**names: list[str]) -> dict[str, str]:
-    features = {column: {"names": of_column, "_type": "ClassLabel"} for column, of_column in names.items()}
+    features = {column: {"names": class_names, "_type": "ClassLabel"} for column, class_names in names.items()}
     return {"huggingface": json.dumps({"info": {"features": {**features, "image": {"_type": "Image"}}}})}
 
 
 def write_images(tree: Path, file: Path, rows: list[dict[str, str]], kind: str, group: int = 3) -> Path:
-    """As plain bytes, or as the datasets library does."""
+    """Write images as plain bytes, or like the datasets library."""
     content = [(tree / row["path"]).read_bytes() for row in rows]
     columns = {"task": [row["task"] for row in rows], "label": [row["label"] for row in rows]}
     if kind == "bytes":
@@ -453,18 +455,18 @@ def test_images_in_parquet_are_those_of_the_folders(tree, tmp_path, kind, as_fol
     tables.mkdir()
     write_images(tree, tables / "one.parquet", rows[::2], kind)
     write_images(tree, tables / "two.parquet", rows[1::2], kind)
-    given = tables if as_folder else tables / "one.parquet"
-    dataset = index_dataset(DataConfig(), given)
+    data_root = tables if as_folder else tables / "one.parquet"
+    dataset = index_dataset(DataConfig(), data_root)
     assert dataset.layout == "manifest" and dataset.classes == {task: CLASSES for task in TASKS}
     assert len(dataset.images) == (16 if as_folder else 8)
     assert dataset.images[7].path == "one.parquet#00000007" and dataset.images[7].row_group == 2
-    found = scanned(dataset)
+    images = scanned(dataset)
     expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row for row in rows}
-    for image in found:
+    for image in images:
         row = expected[image.sha256]
         assert image.error is None and (image.task, image.class_folder) == (row["task"], row["label"])
         assert image.size == (tree / row["path"]).stat().st_size
-    assert len({image.sha256 for image in found}) == len(found)
+    assert len({image.sha256 for image in images}) == len(images)
 
 
 def test_a_table_of_several_batches_is_the_folders(tree, tmp_path, monkeypatch):
@@ -475,9 +477,11 @@ def test_a_table_of_several_batches_is_the_folders(tree, tmp_path, monkeypatch):
     table["image"] = [(tree / row["path"]).read_bytes() for row in rows]
     pq.write_table(pa.table(table), tmp_path / "all.parquet", row_group_size=13)  # batches of 5, 5, 3 and 3
     dataset = index_dataset(DataConfig(), tmp_path / "all.parquet")
-    given = {(row["task"], row["label"], (tree / row["path"]).read_bytes()) for row in rows}
+    expected = {(row["task"], row["label"], (tree / row["path"]).read_bytes()) for row in rows}
     assert len(dataset.images) == len(rows)
-    assert {(of.task, of.class_folder, read_image_bytes(dataset.root, of.path)) for of in dataset.images} == given
+    assert {
+        (image.task, image.class_folder, read_image_bytes(dataset.root, image.path)) for image in dataset.images
+    } == expected
 
 
 def test_rows_are_read_in_any_order(tree):
@@ -496,16 +500,16 @@ def test_rows_are_read_in_any_order(tree):
 
 def test_a_pass_over_a_table_reads_each_row_group_once(tree, monkeypatch):
     write_images(tree, tree / "all.parquet", rows_of(tree), "hugging face", group=4)
-    begun = []
+    read_groups = []
     real = pq.ParquetFile.iter_batches
     monkeypatch.setattr(
         pq.ParquetFile,
         "iter_batches",
-        lambda *args, **kwargs: begun.append(kwargs["row_groups"]) or real(*args, **kwargs),
+        lambda *args, **kwargs: read_groups.append(kwargs["row_groups"]) or real(*args, **kwargs),
     )
     for row in range(0, 16, 2):
         read_image_bytes(tree, f"all.parquet#{row:08d}")
-    assert begun == [[0], [1], [2], [3]]
+    assert read_groups == [[0], [1], [2], [3]]
 
 
 def test_workers_get_whole_row_groups(tree, monkeypatch):
@@ -530,18 +534,18 @@ def test_splits_of_a_table_hold_its_images(tree, tmp_path):
     counts = {split: dict.fromkeys(TASKS, 4) for split in ("train", "test")}
     description = SplitDescription({task: list(CLASSES) for task in TASKS}, dataset.class_names, 2, 1, "", counts)
     sizes = {image.path: image.size for image in images}
-    for split, of_split in (("train", splits.train), ("test", splits.test)):
-        for part in plan_parts(of_split, split, sizes):
+    for split, split_images in (("train", splits.train), ("test", splits.test)):
+        for part in plan_parts(split_images, split, sizes):
             write_part(dataset.root, part, description, tmp_path / "splits")
     (tmp_path / "splits/splits.json").write_text(json.dumps(vars(description)))
     reader = SplitReader(tmp_path / "splits")
-    there = pq.read_table(file)
+    source = pq.read_table(file)
     for split in ("train", "test"):
         for task in TASKS:
             for row in reader.rows(split, task, ("image", "label", "path")):
                 number = int(row["path"].rpartition("#")[2])
-                assert row["image"] == there["image"][number].as_py()["bytes"]
-                assert row["label"] == there["label"][number].as_py() and there["task"][number].as_py() == task
+                assert row["image"] == source["image"][number].as_py()["bytes"]
+                assert row["label"] == source["label"][number].as_py() and source["task"][number].as_py() == task
     victim = plan_parts(splits.test, "test", sizes)[0]
     write_images(tree, file, rows_of(tree)[::-1], "hugging face")
     with pytest.raises(UserError, match=r"all.parquet#\d{8} changed while"):
@@ -554,8 +558,8 @@ def test_parquet_may_name_files(tree):
     assert listed(index_dataset(DataConfig(), tree / "all.parquet")) == listed(index_dataset(DataConfig(), tree))
     categories = pa.Table.from_pylist(rows)
     for name in ("task", "label"):  # as pandas writes categories
-        at = categories.schema.get_field_index(name)
-        categories = categories.set_column(at, name, categories[name].dictionary_encode())
+        index = categories.schema.get_field_index(name)
+        categories = categories.set_column(index, name, categories[name].dictionary_encode())
     pq.write_table(categories, tree / "all.parquet")
     assert listed(index_dataset(DataConfig(), tree / "all.parquet")) == listed(index_dataset(DataConfig(), tree))
 
@@ -563,8 +567,10 @@ def test_parquet_may_name_files(tree):
 def table_of(tree: Path, **columns) -> Path:
     """A Parquet file of four images with other columns."""
     images = [png(seed) for seed in range(4)]
-    whole = {"image": images, "task": ["a"] * 4, "label": ["x", "y"] * 2} | columns
-    pq.write_table(pa.table({name: column for name, column in whole.items() if column is not None}), tree / "t.parquet")
+    values = {"image": images, "task": ["a"] * 4, "label": ["x", "y"] * 2} | columns
+    pq.write_table(
+        pa.table({name: column for name, column in values.items() if column is not None}), tree / "t.parquet"
+    )
     return tree / "t.parquet"
 
 
@@ -630,9 +636,9 @@ def test_a_table_that_is_damaged_inside_has_broken_images(tmp_path):
     table = pa.table({"image": images, "task": ["a"] * 40, "label": ["x", "y"] * 20})
     pq.write_table(table, file, row_group_size=20, compression="zstd", use_dictionary=False, data_page_size=5000)
     dataset = index_dataset(DataConfig(), file)
-    at = pq.read_metadata(file).row_group(1).column(0).data_page_offset
-    whole = file.read_bytes()
-    file.write_bytes(whole[:at] + b"\xff" * 40 + whole[at + 40 :])
+    offset = pq.read_metadata(file).row_group(1).column(0).data_page_offset
+    content = file.read_bytes()
+    file.write_bytes(content[:offset] + b"\xff" * 40 + content[offset + 40 :])
     errors = [image.error for image in scanned(dataset)]
     assert all("not an image of a supported format" in error for error in errors[:20])  # random bytes, but read
     assert all("the table cannot be read" in error for error in errors[20:])
@@ -652,13 +658,13 @@ def test_tables_that_are_links_out_of_the_root_are_refused(tmp_path):
 
 
 def test_small_tables_that_unfold_into_large_ones_are_refused(tmp_path, monkeypatch):
-    same = pa.array(["a"]).take(pa.array(np.zeros(3_000_000, dtype=np.int64)))
+    constant = pa.array(["a"]).take(pa.array(np.zeros(3_000_000, dtype=np.int64)))
     images = pa.array([b"1"]).take(pa.array(np.zeros(3_000_000, dtype=np.int64)))
-    pq.write_table(pa.table({"image": images, "task": same, "label": same}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"image": images, "task": constant, "label": constant}), tmp_path / "t.parquet")
     assert (tmp_path / "t.parquet").stat().st_size < 100_000
     assert "3,000,000 rows in only" in fault(tmp_path / "t.parquet")
     # Without images each row must name a file of its own.
-    pq.write_table(pa.table({"path": same, "task": same, "label": same}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"path": constant, "task": constant, "label": constant}), tmp_path / "t.parquet")
     assert "at least" in fault(tmp_path / "t.parquet")
     # One long label for all rows, which is in the file once.
     long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(4000, dtype=np.int32)), ["x" * (20 << 20)])
@@ -677,11 +683,11 @@ def test_small_tables_that_unfold_into_large_ones_are_refused(tmp_path, monkeypa
 @given(st.data())
 def test_any_parquet_is_a_listing_or_refused(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz")
-    whole = bytearray(table_of(folder).read_bytes())
+    content = bytearray(table_of(folder).read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(whole) - 1))
-        whole[at] = data.draw(st.integers(0, 255))
-    (folder / "t.parquet").write_bytes(whole)
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position] = data.draw(st.integers(0, 255))
+    (folder / "t.parquet").write_bytes(content)
     try:
         dataset = index_dataset(DataConfig(), folder / "t.parquet")
     except UserError as error:
@@ -704,8 +710,8 @@ def test_any_text_is_a_listing_or_refused(tmp_path_factory, text):
 
 def write_lists(root: Path, folder: str, lines: dict[str, list[str]]) -> None:
     (root / folder).mkdir(parents=True, exist_ok=True)
-    for name, of_list in lines.items():
-        (root / folder / f"{name}.txt").write_text("\n".join(of_list) + "\n")
+    for name, list_lines in lines.items():
+        (root / folder / f"{name}.txt").write_text("\n".join(list_lines) + "\n")
 
 
 def lists_of(tree: Path, splits: tuple[str, ...], first_label: int = 0) -> dict[str, list[str]]:
@@ -728,7 +734,7 @@ def dealt(tree: Path, *splits: str) -> dict[str, str]:
 @pytest.mark.parametrize("folder", ["", "splits"])
 @pytest.mark.parametrize("layout", ["auto", "domainnet"])
 def test_domainnet_lists(tree, folder, layout):
-    """As its authors publish them, beside the folders, or as Dassl wants them."""
+    """Lists next to the folders, as published, or in Dassl's folder."""
     write_lists(tree, folder, lists_of(tree, ("train", "test")))
     expected = dealt(tree, "train", "test")
     (tree / "readme.txt").write_text("no list")
@@ -739,21 +745,21 @@ def test_domainnet_lists(tree, folder, layout):
     assert splits_of(dataset) == expected
 
 
-@pytest.mark.parametrize(("images", "lists"), [("", ""), ("images", "splits"), ("kfold", "")])
-def test_pacs_lists(tree, tmp_path, images, lists):
-    """With its folders, or as Dassl unpacks it; labels begin at 1, and the test lists are those of all images."""
+@pytest.mark.parametrize(("images", "list_folder"), [("", ""), ("images", "splits"), ("kfold", "")])
+def test_pacs_lists(tree, tmp_path, images, list_folder):
+    """Published folders, or Dassl's; labels begin at 1, and the test lists are those of all images."""
     root = tmp_path / "pacs"
-    of_lists = lists_of(tree, ("train_kfold", "crossval_kfold"), first_label=1)
-    of_lists |= {f"{task}_test_kfold": [] for task in TASKS}
+    lists = lists_of(tree, ("train_kfold", "crossval_kfold"), first_label=1)
+    lists |= {f"{task}_test_kfold": [] for task in TASKS}
     for row in rows_of(tree):
-        of_lists[f"{row['task']}_test_kfold"].append(f"{row['path']} 1")
+        lists[f"{row['task']}_test_kfold"].append(f"{row['path']} 1")
     expected = dealt(tree, "train", "test")
     if images:
         root.mkdir()
         tree.rename(root / images)
     else:
         tree.rename(root)
-    write_lists(root, lists, of_lists)
+    write_lists(root, list_folder, lists)
     dataset = index_dataset(DataConfig(), root)
     assert dataset.layout == "pacs" and dataset.root == root / images and len(dataset.images) == 16
     assert all(image.size for image in dataset.images)
@@ -770,7 +776,7 @@ def test_an_image_in_two_splits_is_named(tree):
 
 
 @pytest.mark.parametrize("layout", ["mini_domainnet", "domainnet", "pacs"])
-def test_layouts_of_lists_without_lists_are_named(tree, layout):
+def test_layouts_lists_without_lists_are_named(tree, layout):
     assert f"data.layout={layout} needs image lists" in fault(tree, layout=layout)
 
 
@@ -793,11 +799,11 @@ def test_folders_of_splits(tree, tmp_path, order, layout):
     assert pool.layout == "split_folders" and pool.classes == {task: CLASSES for task in TASKS}
     assert len(pool.images) == 16 and set(splits_of(pool).values()) == {None}
     dataset = index_dataset(DataConfig(layout=layout, use_official_splits=True), root)
-    found = [(split, int(Path(path).stem)) for path, split in splits_of(dataset).items()]
-    assert sorted(found) == sorted([("train", 0), ("test", 1), ("train", 3)] * 4)
+    split_numbers = [(split, int(Path(path).stem)) for path, split in splits_of(dataset).items()]
+    assert sorted(split_numbers) == sorted([("train", 0), ("test", 1), ("train", 3)] * 4)
     assert dataset.unused_images == {"art": 2, "real world": 2}
-    one = index_dataset(DataConfig(layout=layout, use_official_splits=True, tasks=["art"]), root)
-    assert len(one.images) == 6 and one.unused_images == {"art": 2}
+    single_task = index_dataset(DataConfig(layout=layout, use_official_splits=True, tasks=["art"]), root)
+    assert len(single_task.images) == 6 and single_task.unused_images == {"art": 2}
 
 
 def test_the_folder_of_all_images_beside_splits_is_not_read_twice(tree, tmp_path):
@@ -847,15 +853,17 @@ def test_splits_of_a_table(tree, tmp_path, kind):
             write_images(tree, root / f"{split}-00000.parquet", [row for row in rows if row["split"] == split], "bytes")
     assert len(index_dataset(DataConfig(), root).images) == 16
     dataset = index_dataset(DataConfig(use_official_splits=True), root)
-    by_content = {image.sha256: image.official_split for image in scanned_with_splits(dataset)}
+    split_by_sha256 = {image.sha256: image.official_split for image in scanned_with_splits(dataset)}
     expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row["split"] for row in rows}
-    assert by_content == {content: split for content, split in expected.items() if split != "validation"}
+    assert split_by_sha256 == {content: split for content, split in expected.items() if split != "validation"}
     assert dataset.unused_images == {"art": 2, "real world": 2}
     assert dataset.fingerprint() != index_dataset(DataConfig(), root).fingerprint()
 
 
 def scanned_with_splits(dataset: DatasetIndex) -> list[ScannedImage]:
-    return [replace(image, official_split=of.official_split) for image, of in zip(scanned(dataset), dataset.images)]
+    return [
+        replace(image, official_split=record.official_split) for image, record in zip(scanned(dataset), dataset.images)
+    ]
 
 
 def test_splits_that_are_asked_for_must_be_there(tree):
@@ -875,10 +883,12 @@ def given_sets(draw):
     for task in [f"task{number}" for number in range(draw(st.integers(1, 3)))]:
         classes[task] = ["x", "y"]
         for name in classes[task]:
-            for split, least in (("train", shots), ("test", 1)):
-                own = [f"{task} {name} {split} {number}" for number in range(draw(st.integers(least, least + 3)))]
-                copied = draw(st.lists(st.sampled_from(["pool 1", "pool 2", *own]), max_size=3))
-                for number, content in enumerate(own + copied):
+            for split, minimum in (("train", shots), ("test", 1)):
+                distinct = [
+                    f"{task} {name} {split} {number}" for number in range(draw(st.integers(minimum, minimum + 3)))
+                ]
+                duplicates = draw(st.lists(st.sampled_from(["pool 1", "pool 2", *distinct]), max_size=3))
+                for number, content in enumerate(distinct + duplicates):
                     digest = hashlib.sha256(content.encode()).hexdigest()
                     path = f"{task}/{split}/{name}/{number}"
                     images.append(ScannedImage(path, task, name, digest, official_split=split))
@@ -899,17 +909,17 @@ def test_given_splits_are_respected_and_share_no_content(given_set, seed):
     given_test = {image.path for image in images if image.official_split == "test"}
     assert {image.path for image in splits.test} | {path for path, _ in splits.duplicates} == given_test
     # The draw is that of the training images alone.
-    alone = [ScannedImage(i.path, i.task, i.class_folder, i.sha256) for i in images if i.official_split == "train"]
+    train_pool = [ScannedImage(i.path, i.task, i.class_folder, i.sha256) for i in images if i.official_split == "train"]
     extra = [
         ScannedImage(f"more/{task}/{name}", task, name, hashlib.sha256(f"more {task} {name}".encode()).hexdigest())
         for task, names in classes.items()
         for name in names
     ]
-    pool = sample_splits(alone + extra, classes, shots, seed)
+    pool = sample_splits(train_pool + extra, classes, shots, seed)
     for task in classes:
         drawn = {image.sha256 for image in splits.train if image.task == task}
-        of_pool = {image.sha256 for image in pool.train if image.task == task}
-        assert of_pool - {image.sha256 for image in extra} <= drawn
+        pool_train = {image.sha256 for image in pool.train if image.task == task}
+        assert pool_train - {image.sha256 for image in extra} <= drawn
 
 
 def test_given_splits_with_too_few_images_are_named():
@@ -961,8 +971,8 @@ def test_presets_have_the_published_numbers(name):
 
 
 def test_mini_domainnets_classes_are_of_domainnets_with_the_same_words():
-    mini, whole = (read_class_names(CONFIGS / f"class_names/{name}.txt") for name in ("mini_domainnet", "domainnet"))
-    assert mini.items() <= whole.items()
+    mini, full = (read_class_names(CONFIGS / f"class_names/{name}.txt") for name in ("mini_domainnet", "domainnet"))
+    assert mini.items() <= full.items()
 
 
 def published_tree(root: Path, data: DataConfig, tasks: list[str], lists: str | None = None) -> Path:
@@ -1075,10 +1085,10 @@ def test_kinds_of_images_show_what_the_field_sees(kind):
     """Image.open(file).convert("RGB"), as CoOp, Dassl and their successors: the first frame, without what makes it
     transparent, as it is stored. And that is the picture."""
     data = kinds()[kind]
-    seen = decode_rgb(data)
-    assert np.array_equal(np.asarray(seen), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    assert seen.size == (48, 32)
-    assert np.abs(np.asarray(seen).astype(int) - np.asarray(picture())).mean() < 6
+    decoded = decode_rgb(data)
+    assert np.array_equal(np.asarray(decoded), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert decoded.size == (48, 32)
+    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(picture())).mean() < 6
 
 
 def greys() -> dict[str, bytes]:
@@ -1098,8 +1108,8 @@ def greys() -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", greys())
 def test_greys_of_any_depth_show_the_same(kind):
     """Pillow alone clips 16 bits of gray to white: there the field sees nothing, and here the picture is seen."""
-    seen = np.asarray(decode_rgb(greys()[kind]))
-    assert np.array_equal(seen, np.asarray(picture().convert("L").convert("RGB")))
+    decoded = np.asarray(decode_rgb(greys()[kind]))
+    assert np.array_equal(decoded, np.asarray(picture().convert("L").convert("RGB")))
 
 
 def test_only_grey_of_more_than_8_bits_is_read_otherwise_than_by_the_field():
@@ -1110,7 +1120,7 @@ def test_only_grey_of_more_than_8_bits_is_read_otherwise_than_by_the_field():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_nothing(orientation):
-    """As open_clip's own preprocessing."""
+    """open_clip's preprocessing ignores EXIF, too."""
     data = turned(orientation)
     ours = evaluation_pixels(data, 24)
     assert np.abs(ours - open_clip_pixels(Image.open(io.BytesIO(data)), 24)).max() <= 1.001
@@ -1172,8 +1182,8 @@ def test_class_names_of_tasks_with_different_classes(tree):
     assert "data.class_names: there is no task oil; found: art, real world" in fault(
         tree, class_names={"oil": names["art"]}
     )
-    one = index_dataset(DataConfig(class_names=names | {"oil": names["art"]}, tasks=["art"]), tree)
-    assert one.classes == {"art": ("bed", "post_it")}
+    single_task = index_dataset(DataConfig(class_names=names | {"oil": names["art"]}, tasks=["art"]), tree)
+    assert single_task.classes == {"art": ("bed", "post_it")}
 
 
 def test_a_description_that_is_too_long_for_clip_is_named():
@@ -1212,8 +1222,8 @@ def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, tmp_path):
     )
     assert finished.status == 0, finished.output
     assert "80 training and" in finished.output
-    assert "the demo's tiny CLIP, knows handwritten digits alone: for other images --clip.model" in finished.output
+    assert "only knows handwritten digits: for other images use --clip.model" in finished.output
     methods = summary(tmp_path / "storage")["methods"]
-    assert all(set(of_method["accuracy"]) == {"neon"} for of_method in methods.values()) and "grouped" in methods
+    assert all(set(result["accuracy"]) == {"neon"} for result in methods.values()) and "grouped" in methods
     prompts = load_adapter(the_run(tmp_path / "storage") / "adapters/grouped.safetensors")
     assert prompts.config.clip.task_templates == {"neon": "a neon sign of the digit {}."}

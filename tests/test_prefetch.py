@@ -1,4 +1,4 @@
-"""Items that are drawn before they are asked for: their order, how many, errors, and what is left when they end."""
+"""Prefetching: order and number of items, errors, and clean-up."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from pipelines import PATIENCE_S
 
 from pipeline.data.prefetch import prefetch, prefetch_in_thread
 
-WAYS = [prefetch, prefetch_in_thread]
+PREFETCHERS = [prefetch, prefetch_in_thread]
 
 
-def count_to_ten(drawn: list[int], reached: threading.Event, last: int):
-    """0, 1, ...; sets `reached` when `last` is drawn."""
+def count_to_ten(drawn: list[int], reached: threading.Event, target: int):
+    """Yield 0, 1, ...; set `reached` when `target` is drawn."""
     for number in range(10):
         drawn.append(number)
-        if number == last:
+        if number == target:
             reached.set()
         yield number
 
 
-@pytest.mark.parametrize("draw", WAYS)
+@pytest.mark.parametrize("draw", PREFETCHERS)
 @pytest.mark.parametrize("buffer_size", [0, 1, 3, 10, 20])
 def test_items_keep_their_order(draw, buffer_size):
     assert list(draw(range(10), buffer_size)) == list(range(10))
     assert list(draw([], buffer_size)) == []
 
 
-@pytest.mark.parametrize("draw", WAYS)
+@pytest.mark.parametrize("draw", PREFETCHERS)
 @pytest.mark.parametrize("buffer_size", [0, 1, 3])
 def test_as_many_are_drawn_ahead_as_are_asked_for_and_no_more(draw, buffer_size):
     drawn: list[int] = []
     reached = threading.Event()
-    before = set(threading.enumerate())
+    threads = set(threading.enumerate())
     items = draw(count_to_ten(drawn, reached, 2 + buffer_size), buffer_size)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     assert reached.wait(PATIENCE_S)
-    for thread in set(threading.enumerate()) - before:
+    for thread in set(threading.enumerate()) - threads:
         thread.join(0.1)  # time to draw more
     assert drawn == list(range(3 + buffer_size))
     items.close()
-    assert set(threading.enumerate()) <= before
+    assert set(threading.enumerate()) <= threads
     assert drawn == list(range(3 + buffer_size))
 
 
@@ -73,12 +73,12 @@ def test_an_error_in_the_thread_is_raised_after_the_items_before_it():
         yield from (0, 1)
         raise ValueError("the third")
 
-    before = set(threading.enumerate())
+    threads = set(threading.enumerate())
     items = prefetch_in_thread(broken(), 3)
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(ValueError, match="the third"):
         next(items)
-    assert set(threading.enumerate()) <= before
+    assert set(threading.enumerate()) <= threads
 
 
 def test_items_are_drawn_in_another_thread_or_in_this_one():

@@ -1,4 +1,4 @@
-"""Stage 1 on a local Ray: broken images, finding a finished build again, the same bytes from every build."""
+"""Stage 1 on a local Ray: broken images, caching, reproducible files."""
 
 import io
 import json
@@ -34,7 +34,7 @@ TINY_CLIP = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Holds data/ with two broken images, a copy and a text file, and tiny.json, the model."""
+    """Folder with data/, which has two broken images, a copy and a text file, and tiny.json, the model."""
     folder = tmp_path_factory.mktemp("stage")
     (folder / "tiny.json").write_text(json.dumps(TINY_CLIP))
     rng = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def config_of(folder: Path, storage: str, data: dict[str, Any]) -> Config:
 
 @pytest.fixture
 def build(folder, shared_ray, monkeypatch):
-    """Builds in a storage; returns the reader and what was printed."""
+    """Return a function that builds splits in a storage and returns their reader and the output."""
     # A few images in each scan: several workers take part.
     monkeypatch.setattr(data_check, "IMAGES_PER_CHUNK", 5)
 
@@ -115,22 +115,22 @@ def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
 
     files = bytes_of(reader.folder)
     times = {file: (reader.folder / file).stat().st_mtime_ns for file in files}
-    again, printed = build("one", share)
+    cached, printed = build("one", share)
     assert "cached (computed in" in printed
-    assert again.folder == reader.folder
+    assert cached.folder == reader.folder
     assert {file: (reader.folder / file).stat().st_mtime_ns for file in files} == times
 
-    other, printed = build("two", share)
+    rebuilt, printed = build("two", share)
     assert "cached (computed in" not in printed
-    assert other.folder != reader.folder and other.folder.name == reader.folder.name
-    assert bytes_of(other.folder) == files and len(files) == 2 * len(TASKS)
-    assert (other.folder / "splits.json").read_bytes() == (reader.folder / "splits.json").read_bytes()
+    assert rebuilt.folder != reader.folder and rebuilt.folder.name == reader.folder.name
+    assert bytes_of(rebuilt.folder) == files and len(files) == 2 * len(TASKS)
+    assert (rebuilt.folder / "splits.json").read_bytes() == (reader.folder / "splits.json").read_bytes()
 
 
 def test_splits_are_those_of_reading_the_images_without_a_check(build, folder, tmp_path):
     reader, _ = build("one", 2 / (NUM_IMAGES + 2))
     dataset = index_dataset(DataConfig(), folder / "data")
-    scanned = [scan_image(dataset.root, of.path, of.task, of.class_folder) for of in dataset.images]
+    scanned = [scan_image(dataset.root, record.path, record.task, record.class_folder) for record in dataset.images]
     splits = sample_splits([image for image in scanned if not image.error], dataset.classes, SHOTS, seed=1)
     sizes = {image.path: image.size for image in scanned}
     for part in plan_parts(splits.train, "train", sizes) + plan_parts(splits.test, "test", sizes):
@@ -139,7 +139,7 @@ def test_splits_are_those_of_reading_the_images_without_a_check(build, folder, t
 
 
 def drawn(reader: SplitReader, split: str) -> set[tuple[str, str, str]]:
-    """Task, class and content of a split's images."""
+    """Return (task, class, content) of a split's images."""
     description = reader.description
     return {
         (task, description.classes[task][row["label"]], row["sha256"])
@@ -159,12 +159,12 @@ def test_a_table_of_images_gives_the_splits_of_the_folders(build, folder):
         }
     )
     pq.write_table(table, folder / "all.parquet", row_group_size=7)
-    of_table, printed = build("table", root=str(folder / "all.parquet"), columns={"task": "domain"})
+    table_splits, printed = build("table", root=str(folder / "all.parquet"), columns={"task": "domain"})
     assert f"{len(TASKS)} tasks, {NUM_IMAGES} images" in printed
-    of_folders, _ = build("one", 2 / (NUM_IMAGES + 2))
+    folder_splits, _ = build("one", 2 / (NUM_IMAGES + 2))
     for split in ("train", "test"):
-        assert drawn(of_table, split) == drawn(of_folders, split)
-    row = next(of_table.rows("test", "art", COLUMNS.names))
+        assert drawn(table_splits, split) == drawn(folder_splits, split)
+    row = next(table_splits.rows("test", "art", COLUMNS.names))
     number = int(row["path"].removeprefix("all.parquet#"))
     assert row["image"] == files[number].read_bytes()
 
