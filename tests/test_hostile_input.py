@@ -1118,7 +1118,7 @@ def tensor(change):
         (tensor(lambda value: value / 0), "not finite"),
     ],
 )
-def test_prompts_files_that_were_never_right_are_refused(prompts, tmp_path, change, message):
+def test_adapter_files_that_were_never_right_are_refused(prompts, tmp_path, change, message):
     file = tmp_path / "adapter.safetensors"
     header, tensors = stored(prompts, file)
     store(file, header, tensors)

@@ -327,7 +327,7 @@ def test_the_fingerprint_changes_with_each_column_of_a_table(tree, column, use_o
     )  # splits that are not respected are nothing to the results
 
 
-def test_the_fingerprint_changes_when_given_splits_are_respected(tree):
+def test_the_fingerprint_changes_when_official_splits_are_respected(tree):
     rows = [{**row, "split": "train" if i % 2 else "test"} for i, row in enumerate(rows_of(settled(tree)))]
     assert fingerprint_of_table(tree, rows, use_official_splits=True) != fingerprint_of_table(tree, rows)
 
@@ -896,7 +896,7 @@ def given_sets(draw):
 
 
 @given(given_sets(), st.integers(0, 3))
-def test_given_splits_are_respected_and_share_no_content(given_set, seed):
+def test_official_splits_are_respected_and_share_no_content(given_set, seed):
     images, classes, shots = given_set
     splits = sample_splits(images, classes, shots, seed)
     assert {image.official_split for image in splits.train} == {"train"}
@@ -922,7 +922,7 @@ def test_given_splits_are_respected_and_share_no_content(given_set, seed):
         assert pool_train - {image.sha256 for image in extra} <= drawn
 
 
-def test_given_splits_with_too_few_images_are_named():
+def test_official_splits_with_too_few_images_are_named():
     images = [
         ScannedImage(f"a/{name}/{split}{number}", "a", name, f"{name} {split} {number}", official_split=split)
         for name, train, test in (("bed", 3, 1), ("mug", 2, 5), ("pen", 3, 0))

@@ -173,7 +173,7 @@ def test_broken_images_get_an_error_and_the_others_a_prediction(adapter_file, tm
     assert [bool(p.error) for p in predictions] == [False, True, True, False, True, True]
     assert predictions[0].probabilities == pytest.approx(predictions[3].probabilities) and predictions[3].label
     assert (
-        "known format" in predictions[1].error
+        "supported format" in predictions[1].error
         and predictions[2].error == "no such file"
         and "float64 (4, 4)" in predictions[4].error
     )

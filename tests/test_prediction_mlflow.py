@@ -144,7 +144,7 @@ def test_the_served_model_predicts_as_the_loaded_one(quick_run, tracking_uri, tm
             {"image": encoded(images[0]), "task": "ink"}, {"image": encoded(b"no image")}, {"image": encoded(images[1])}
         )
         assert mixed[0]["task"] == "ink" and mixed[0]["predictions_by_task"] == []
-        assert mixed[1]["label"] is None and mixed[1]["probability"] is None and "known format" in mixed[1]["error"]
+        assert mixed[1]["label"] is None and mixed[1]["probability"] is None and "supported format" in mixed[1]["error"]
         assert len(mixed[2]["predictions_by_task"]) == 6
         with pytest.raises(urllib.error.HTTPError) as http_error:
             send({"image": encoded(images[0]), "task": "oil"})

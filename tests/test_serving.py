@@ -285,7 +285,7 @@ def test_error_responses_say_what_to_do():
         ({"query": b"task=ink&task=neon"}, 422, "task is given more than once"),
         ({"query": b"task=%00%1b[31m%ff"}, 422, "\\x00\\x1b[31m"),
         ({"body": b""}, 422, "no bytes"),
-        ({"body": PNG[:40]}, 422, "known format"),
+        ({"body": PNG[:40]}, 422, "supported format"),
         ({"body": b"not an image"}, 422, "not an image of a supported format"),
         ({"body": bytes(2001)}, 413, "exceeds 2,000 bytes"),
         ({"body": b"{", "content_type": "application/json"}, 400, "the body is not valid JSON"),
@@ -317,7 +317,7 @@ def test_answers_have_the_fields_of_mlflow_and_broken_images_their_error():
     status, content, headers, _ = get_response(api(), **json_request(images=[broken, valid, "no base64!"], task="ink"))
     assert status == 200 and headers["x-batch-size"] == "1"
     broken_record, valid_record, invalid_record = content["predictions"]
-    assert valid_record == record and "known format" in broken_record["error"]
+    assert valid_record == record and "supported format" in broken_record["error"]
     assert invalid_record["error"].startswith("not base64")
     assert list(broken_record) == list(record) and broken_record["label"] is None and broken_record["task"] == "ink"
     status, content, _, _ = get_response(api(), **json_request(images=[broken]))  # the model is not called

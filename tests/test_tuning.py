@@ -295,7 +295,7 @@ def test_validation_images_are_the_last_of_the_training_images_by_rank():
 
 def test_a_class_whose_validation_images_are_all_duplicates_is_reported():
     images = [ScannedImage(f"{task}/a/{i}", task, "a", str(i)) for task in ("ink", "neon") for i in range(2)]
-    with pytest.raises(UserError, match="no validation split is possible: .*copies"):
+    with pytest.raises(UserError, match="no validation split is possible: .*duplicates"):
         for seed in range(20):  # until the two tasks train on each other's second image
             split_train_validation(images, {"ink": ("a",), "neon": ("a",)}, 1, seed)
 
