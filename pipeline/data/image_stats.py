@@ -50,18 +50,9 @@ def image_stats(data: bytes, pixels: Image.Image | None = None) -> ImageStats:
         mode, image_format = image.mode, str(image.format)
         frames, orientation = _frames(image), _orientation(image)
     gray = pixels.convert("L")
-    phash = np.packbits(imagehash.phash(gray).hash.ravel())
+    phash = int.from_bytes(np.packbits(imagehash.phash(gray).hash.ravel()).tobytes(), "big")
     contrast = float(np.asarray(gray.resize((64, 64), Image.Resampling.BOX)).std())
-    return ImageStats(
-        pixels.width,
-        pixels.height,
-        mode,
-        image_format,
-        frames,
-        orientation,
-        contrast,
-        int.from_bytes(phash.tobytes(), "big"),
-    )
+    return ImageStats(pixels.width, pixels.height, mode, image_format, frames, orientation, contrast, phash)
 
 
 def thumbnail(pixels: Image.Image) -> bytes:

@@ -294,11 +294,11 @@ class _TextColumn:
     def __init__(self, file: Path, schema: pa.Schema, position: int, class_order: Sequence[str] | None):
         column = schema.field(position)
         self.name = column.name
-        value_type = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        dtype = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         names = _hugging_face_names(schema, column.name)
-        self.is_text = not pa.types.is_integer(value_type)
+        self.is_text = not pa.types.is_integer(dtype)
         self._number_to_name: Callable[[int], str | None] | None = None
-        if pa.types.is_integer(value_type):
+        if pa.types.is_integer(dtype):
             if names is not None:
                 self._number_to_name = lambda number: names[number] if 0 <= number < len(names) else None
             elif class_order is not None:
@@ -308,10 +308,8 @@ class _TextColumn:
                     f"the column {column.name!r} of {file} has numbers without names: replace them with names, or list "
                     "the names of labels in the order of the numbers from 0 with --data.class_names"
                 )
-        elif not any(
-            check(value_type) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-        ):
-            raise UserError(f"the column {column.name!r} of {file} has type {value_type}; it must be text")
+        elif not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)):
+            raise UserError(f"the column {column.name!r} of {file} has type {dtype}; it must be text")
 
     def read(self, column: pa.Array) -> list[str | None]:
         """Convert a column to a list; each distinct value becomes a Python object once, to bound memory."""

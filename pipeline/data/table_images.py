@@ -33,14 +33,10 @@ def image_column(schema: pa.Schema) -> str | None:
     Hugging Face's datasets library writes them. None: there is none."""
     candidates: dict[str, str] = {}
     for column in schema:
-        value_type, name = column.type, column.name
-        if pa.types.is_struct(value_type) and value_type.get_field_index("bytes") >= 0:
-            value_type, name = value_type.field("bytes").type, f"{column.name}.bytes"
-        if (
-            pa.types.is_binary(value_type)
-            or pa.types.is_large_binary(value_type)
-            or pa.types.is_binary_view(value_type)
-        ):
+        dtype, name = column.type, column.name
+        if pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:
+            dtype, name = dtype.field("bytes").type, f"{column.name}.bytes"
+        if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype):
             candidates[column.name] = name
     if len(candidates) == 1:
         return next(iter(candidates.values()))
