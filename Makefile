@@ -3,26 +3,26 @@ PYTHON ?= python3
 VENV ?= .venv
 # Whole pipelines take all cores by themselves: more processes than these would only wait for each other.
 IN_PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
-# Fault tests wait much: for servers to start, for machines to be missed. They kill by what they see, not by the clock.
+# Fault-injection tests mostly wait: for servers to start, for machines to be missed.
 TWO_AT_A_TIME := --numprocesses 2 --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-faults golden audit lint types docs clean
 
-demo: $(INSTALLED)  ## the whole pipeline on the embedded handwritten digits
+demo: $(INSTALLED)  ## run the whole pipeline on the embedded handwritten digits
 	$(VENV)/bin/python jobs/full_pipeline.py
 
-test: $(INSTALLED)  ## the tests, without the fault-injection tests; with coverage: make test PYTEST_OPTIONS=--cov
+test: $(INSTALLED)  ## run all but the fault-injection tests; with coverage: make test PYTEST_OPTIONS=--cov
 	$(VENV)/bin/python -m pytest $(IN_PARALLEL) $(PYTEST_OPTIONS)
 
-test-faults: $(INSTALLED)  ## fault injection, several machines, soak: what docs/fault_tolerance.md tells of
+test-faults: $(INSTALLED)  ## run the fault-injection tests (several machines, soak): docs/fault_tolerance.md
 	$(VENV)/bin/python -m pytest -m fault_injection $(TWO_AT_A_TIME)
 
-golden: $(INSTALLED)  ## the numbers of whole runs, anew: only where a change is meant to change them; tests/golden.py
+golden: $(INSTALLED)  ## update the golden numbers, when results are meant to change (tests/golden.py)
 	$(VENV)/bin/python tests/golden.py
 
-audit: $(INSTALLED)  ## known faults of the pinned dependencies
+audit: $(INSTALLED)  ## known vulnerabilities of the pinned dependencies
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt pip-audit
 	$(VENV)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
@@ -33,7 +33,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(VENV)/bin/mypy
 
-docs: $(INSTALLED)  ## the documentation as a site, into site/; ends on any warning
+docs: $(INSTALLED)  ## build the documentation into site/; fails on any warning
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 $(INSTALLED): pyproject.toml constraints.txt
