@@ -69,7 +69,7 @@ def test_every_machine_must_see_storage_and_data(tmp_path):
         cluster.stop()
 
 
-def test_who_waits_is_told_for_what(tmp_path):
+def test_waiting_work_reports_missing_resources(tmp_path):
     cluster = RayCluster(tmp_path, num_cpus=2, num_gpus=1)
     try:
         ray.init(address=cluster.gcs)

@@ -347,7 +347,7 @@ def test_what_compose_publishes_listens_on_this_machine_only(composed):
         assert {address.ip for address in listening if address.port == urlsplit(url).port} == {"127.0.0.1"}
 
 
-def test_mlflow_asks_for_passwords_when_told_to(composed):
+def test_mlflow_requires_passwords_if_configured(composed):
     """Behind the tests that ask it without one."""
     composed.running.pop("mlflow").stop(signal.SIGTERM, 10)
     composed._start("mlflow", "mlflow", MLFLOW_APP="basic-auth")
@@ -365,5 +365,5 @@ def test_mlflow_asks_for_passwords_when_told_to(composed):
     )
 
 
-def test_a_worker_ends_when_told_to(composed):
+def test_a_worker_ends_on_sigterm(composed):
     composed.running.pop("worker").stop(signal.SIGTERM, 30)

@@ -227,7 +227,7 @@ def test_on_premise_file_is_valid(launcher_home):
     assert launched["max_workers"] == len(launched["provider"]["worker_ips"])
 
 
-def test_launchers_tell_faults(launcher_home):
+def test_launchers_report_errors(launcher_home):
     """The schema is Ray's, and strict."""
     with pytest.raises(jsonschema.ValidationError, match="workers_ips"):
         content = loaded(CLUSTER / "on_premise.yaml")

@@ -237,7 +237,7 @@ def test_plain_folders(tmp_path):
         sample_splits(images, dataset.classes, shots=1, seed=1)
 
 
-def test_fingerprint_changes_with_files_words_and_classes(tmp_path):
+def test_fingerprint_changes_with_files_names_and_classes(tmp_path):
     root = write_tree(tmp_path, [f"{task}/{name}/1.png" for task in "ab" for name in "xyz"])
     names = tmp_path / "names.txt"
 

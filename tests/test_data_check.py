@@ -82,7 +82,7 @@ def test_thumbnails_are_small():
 
 
 @pytest.mark.parametrize("change", ["smaller", "worse", "other format"])
-def test_a_changed_copy_looks_alike_and_others_do_not(change):
+def test_changed_copies_are_near_duplicates_and_other_images_are_not(change):
     phash = []
     for seed in range(12):
         image = photo(seed)
@@ -155,7 +155,7 @@ def only(findings):
     return finding
 
 
-def test_nothing_is_said_of_a_clean_set():
+def test_a_clean_dataset_has_no_findings():
     assert found(clean_set()) == []
 
 
@@ -212,7 +212,7 @@ def test_exact_copies_by_where_they_are(path, severity, title):
     assert finding.examples == (f"art/cat/0.png, {path}",)
 
 
-def test_alike_images_in_training_and_test_are_told_with_the_training_image_first():
+def test_near_duplicates_in_training_and_test_are_reported_training_image_first():
     images = [*clean_set(), checked("art/cat/9.jpg", encoded(photo(100), "JPEG", quality=60))]
     finding = only(found(images, training=["art/cat/9.jpg"]))
     assert finding.severity == "warning" and "would be in training and test" in finding.title

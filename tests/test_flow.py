@@ -50,7 +50,7 @@ def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
     ],
     ids=["unknown", "help"],
 )
-def test_the_stages_are_told_to_who_asks_for_them(arguments, lines, monkeypatch, capsys):
+def test_help_lists_the_stages(arguments, lines, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", *arguments])
     with pytest.raises(SystemExit):
         runpy.run_path(str(REPOSITORY / "jobs" / "full_pipeline.py"), run_name="__main__")

@@ -359,7 +359,7 @@ def test_a_printable_path_is_one_line_and_of_one_path(path, other_path):
     assert len(escape_for_terminal(path).encode().decode().splitlines()) <= 1
 
 
-def test_two_names_that_look_alike_are_told_apart():
+def test_names_that_look_identical_are_distinguished():
     names = ["a\nb.jpg", r"a\nb.jpg", r"a\\nb.jpg", "a\udce9.jpg", r"a\udce9.jpg"]
     assert len({escape_for_terminal(name) for name in names}) == len(names)
     assert escape_for_terminal("smörgås 写真 👩‍🚀\u202f.jpg") == "smörgås 写真 👩‍🚀\u202f.jpg"
@@ -379,7 +379,7 @@ def test_odd_file_names_are_broken_images_of_one_line(linked):
         assert not any(character < " " for character in path) and len(path.splitlines()) == 1
 
 
-def test_what_is_wrong_with_an_image_is_told_in_one_line(linked):
+def test_image_errors_are_one_line(linked):
     def decode(data: bytes):
         raise BrokenImage("tag\n\x1b[31m")
 
@@ -680,7 +680,7 @@ def changed(**changes) -> str:
         '{"embed_dim": ' + "9" * 5000 + ', "vision_cfg": {}, "text_cfg": {}}',
     ],
 )
-def test_hostile_model_configs_are_refused_at_the_door(tmp_path, text):
+def test_hostile_model_configs_are_refused_up_front(tmp_path, text):
     file = tmp_path / "hostile_model.json"
     file.write_text(text)
     began = time.process_time()
@@ -927,7 +927,7 @@ def test_split_files_that_were_never_right_are_refused(splits, tmp_path, change,
     assert str(folder) in str(error.value)
 
 
-def test_a_small_file_does_not_unfold_into_a_large_table(splits, tmp_path):
+def test_a_small_file_does_not_decompress_into_a_large_table(splits, tmp_path):
     folder, file = copy_splits(splits, tmp_path / "copy")
     values = json.loads((folder / "splits.json").read_text())
     values["counts"]["test"]["c"] = 6 * 100_000
@@ -1118,7 +1118,7 @@ def tensor(change):
         (tensor(lambda value: value / 0), "not finite"),
     ],
 )
-def test_adapter_files_that_were_never_right_are_refused(prompts, tmp_path, change, message):
+def test_invalid_adapter_files_are_refused(prompts, tmp_path, change, message):
     file = tmp_path / "adapter.safetensors"
     header, tensors = stored(prompts, file)
     store(file, header, tensors)

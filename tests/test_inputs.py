@@ -332,7 +332,7 @@ def test_the_fingerprint_changes_when_official_splits_are_respected(tree):
     assert fingerprint_of_table(tree, rows, use_official_splits=True) != fingerprint_of_table(tree, rows)
 
 
-def test_the_fingerprint_changes_with_tasks_classes_and_words(tree, tmp_path):
+def test_the_fingerprint_changes_with_tasks_classes_and_names(tree, tmp_path):
     settled(tree)
     names = tmp_path / "names.txt"
 
@@ -657,7 +657,7 @@ def test_tables_that_are_links_out_of_the_root_are_refused(tmp_path):
     assert len(index_dataset(DataConfig(follow_external_symlinks=True), tmp_path / "data").images) == 4
 
 
-def test_small_tables_that_unfold_into_large_ones_are_refused(tmp_path, monkeypatch):
+def test_small_tables_that_decompress_into_large_ones_are_refused(tmp_path, monkeypatch):
     constant = pa.array(["a"]).take(pa.array(np.zeros(3_000_000, dtype=np.int64)))
     images = pa.array([b"1"]).take(pa.array(np.zeros(3_000_000, dtype=np.int64)))
     pq.write_table(pa.table({"image": images, "task": constant, "label": constant}), tmp_path / "t.parquet")
@@ -970,7 +970,7 @@ def test_presets_have_the_published_numbers(name):
         assert not any("_" in text or text != text.strip() for text in words.values())
 
 
-def test_mini_domainnets_classes_are_of_domainnets_with_the_same_words():
+def test_mini_domainnets_classes_are_domainnets_with_the_same_names():
     mini, full = (read_class_names(CONFIGS / f"class_names/{name}.txt") for name in ("mini_domainnet", "domainnet"))
     assert mini.items() <= full.items()
 

@@ -173,7 +173,7 @@ def test_a_linear_probe_is_initialized_with_the_mean_of_a_classs_names():
     torch.testing.assert_close(start.detach(), torch.stack([names[:2].mean(0), names[2], names[3:].mean(0)]))
 
 
-def test_short_prompts_are_initialized_with_the_templates_first_words():
+def test_short_prompts_are_initialized_with_the_first_template_tokens():
     towers, model = small_towers()
     an_old = model.token_embedding(torch.tensor(tokenizer().encode("an old")))
     config = SMALL.model_copy(update={"clip": START_CONFIG.clip})

@@ -149,7 +149,7 @@ def test_mlflow_holds_the_grouping(quick_run):
     assert stage.data.params["affinity"] == grouping["affinity_kind"]
 
 
-def test_again_does_nothing_and_says_so(quick_run, run_job):
+def test_rerunning_reports_cached_stages(quick_run, run_job):
     """Nor does it matter that the second job is in another process, on another Ray."""
     storage, _ = quick_run
     numbers_before = numbers(storage)
@@ -247,7 +247,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
     ],
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
 )
-def test_faults_are_named_at_the_door(tmp_path, monkeypatch, capsys, arguments, message):
+def test_user_errors_are_reported_up_front(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *arguments])
     with pytest.raises(SystemExit) as end:
         command_line.run_job("", lambda run: pytest.fail("the job started"))

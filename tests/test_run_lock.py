@@ -40,7 +40,7 @@ def work(storage, log, name, seconds=0.7):
 
 
 @pytest.mark.parametrize("machines", [("one", "one"), ("one", "other")])
-def test_of_jobs_at_once_one_waits(bucket, machines):
+def test_of_concurrent_jobs_one_waits(bucket, machines):
     log: list[str] = []
     jobs = [
         threading.Thread(target=work, args=(bucket(machine), log, str(index))) for index, machine in enumerate(machines)
@@ -54,7 +54,7 @@ def test_of_jobs_at_once_one_waits(bucket, machines):
     assert events == [f"{earlier} begins", f"{earlier} ends", f"{later} begins", f"{later} ends"] and earlier != later
 
 
-def test_who_comes_later_is_told_and_waits(bucket):
+def test_a_later_job_waits_with_a_message(bucket):
     log: list[str] = []
     earlier = threading.Thread(target=work, args=(bucket("one"), log, "first", 2.5))
     earlier.start()

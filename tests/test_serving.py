@@ -86,7 +86,7 @@ def weight_pointers(towers: ClipTowers) -> set[int]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_all_methods_share_one_clip_and_predict_as_they_do_alone(tmp_path, precision):
+def test_all_methods_share_one_clip_without_changing_predictions(tmp_path, precision):
     models = {method: replace_clip(trained(method, GROUP), precision=precision) for method in METHODS}
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = {}

@@ -169,7 +169,7 @@ def test_a_table_of_images_gives_the_splits_of_the_folders(build, folder):
     assert row["image"] == files[number].read_bytes()
 
 
-def test_official_splits_are_respected_and_told(build, folder):
+def test_official_splits_are_respected_and_reported(build, folder):
     lines = ["path,task,label,split"]
     for file in sorted((folder / "data").glob("*/*/?.png")):
         split = ("train", "train", "train", "test", "test", "val")[int(file.stem)]

@@ -59,7 +59,7 @@ def test_an_artifact_appears_whole(storage):
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut"])
-def test_a_damaged_artifact_is_set_aside_and_told_of(storage, caplog, damage):
+def test_a_damaged_artifact_is_set_aside_with_a_warning(storage, caplog, damage):
     artifact = Artifact(storage, "splits", {"seed": 1})
     make(artifact)
     filesystem, path = storage.filesystem(artifact.folder / "part" / "file.txt")

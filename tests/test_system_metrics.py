@@ -19,7 +19,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_looks_are_taken_every_ten_seconds_and_at_the_end(clock):
+def test_samples_are_taken_every_ten_seconds_and_at_the_end(clock):
     sampler, steps = SystemSampler(), []
     for passed in range(0, 35):
         clock.value = 100 + passed

@@ -221,7 +221,7 @@ def test_towers_without_prompts_equal_open_clip(options):
     torch.testing.assert_close(towers.logits(x, z), model.get_logits(images, full_ids(CLASS_NAMES))[0], **TOLERANCE)
 
 
-def test_class_tokens_split_after_the_shared_words():
+def test_class_tokens_split_after_the_common_prefix():
     tokens = class_tokens(tokenizer(), TEMPLATE, [CLASS_NAMES, ["cat", "dog"]])
     assert tokens.prefix.shape == (2, 5)  # SOS a photo of a
     assert tokens.classes_per_task == (5, 2)

@@ -192,7 +192,7 @@ def test_values_of_several_runs_share_few_requests_of_a_size_that_mlflow_takes(f
         assert [(key, value) for run_id, key, value in server.sent if run_id == f"id of {run}, of None"] == values
 
 
-def test_one_refused_value_among_many_is_found_and_told(folder, server, caplog):
+def test_one_rejected_value_among_many_is_reported(folder, server, caplog):
     journal = Journal(folder)
     record_metrics(journal, ["a"], 0)
     journal.record("params", "a", {f"p{i}": str(i) for i in range(90)})
@@ -206,7 +206,7 @@ def test_one_refused_value_among_many_is_found_and_told(folder, server, caplog):
     assert delivered(Journal(folder), server).refused == 2 and len(server.sent) == 88
 
 
-def test_what_always_fails_is_given_up_alone(folder, server):
+def test_persistent_failures_end_only_their_own_work(folder, server):
     journal = Journal(folder)
     record_metrics(journal, ["a"], 300)
     server.fault = lambda operations: RuntimeError("a bug") if 123 in [op.value for op in operations] else None
@@ -654,7 +654,7 @@ def test_a_server_that_never_answers_holds_nothing_up(uri, folder, figure):
         assert tracker.flush().waiting == 0
 
 
-def test_without_a_server_the_next_process_sends_and_nobody_is_told_the_password(uri, folder, figure, caplog):
+def test_without_a_server_the_next_process_sends_and_passwords_stay_hidden(uri, folder, figure, caplog):
     tracker = Tracker("http://anna:secret@127.0.0.1:9", "demo", folder)
     log_pipeline(tracker, figure)
     report = tracker.close(timeout_s=1)
