@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from common import class_names, default_device, device_name, largest_difference, load, table, time_call, write_results
 
-from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import Config
+from pipeline.methods.method import Method
 from pipeline.methods.registry import METHODS
 from pipeline.training.batches import TrainingSet
 from pipeline.training.frozen_features import frozen_training_features
@@ -75,11 +75,10 @@ def main() -> None:
     rows = [{"method": "image features", "once": writer}]
     for name in arguments.methods:
         kind, seconds, states = METHODS[name], {"once": [], "every step": []}, {}
-        template = kind.template(config.clip.template)
-        tokens = class_tokens(towers.tokenizer, template, list(words.values()), kind.num_prompt_positions(config))
-        tokens = tokens.to(device)
-        frozen_tokens = class_tokens(towers.tokenizer, config.clip.template, list(words.values()))
-        options = {"epochs": 1, "seed": 1, "precision": "float32", "frozen_tokens": frozen_tokens.to(device)}
+        tokens, frozen_tokens = (
+            method.tokenize(config, towers.tokenizer, words).to(device) for method in (kind, Method)
+        )
+        options = {"epochs": 1, "seed": 1, "precision": "float32", "frozen_tokens": frozen_tokens}
         for _ in range(arguments.repeats):
             for side, side_seconds in seconds.items():
                 method = kind.build(config, towers, words).to(device)

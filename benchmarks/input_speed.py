@@ -43,6 +43,7 @@ import torch
 from common import default_device, device_name, fastest_seconds, load, table, write_results
 from PIL import Image
 
+from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import AugmentationConfig, DataConfig, TrainingConfig
 from pipeline.data.index import index_dataset
@@ -305,7 +306,8 @@ def training(setting: Setting) -> list[Row]:
 
 def evaluation(setting: Setting) -> list[Row]:
     _, towers = load(setting.model, setting.device)
-    classifier = Classifier(towers, "a photo of a {}.", [(dict.fromkeys(TASKS, CLASSES), Adaptation())])
+    tokens = class_tokens(towers.tokenizer, "a photo of a {}.", [CLASSES] * len(TASKS))
+    classifier = Classifier(towers, [(TASKS, tokens, Adaptation())])
     reader = open_reader(setting)
     batches: list[tuple] = []
 

@@ -149,8 +149,8 @@ def run_in_one_process(config: Config, folder: Path) -> None:
 
     @torch.no_grad()
     def test_accuracy(group, adaptation):
-        groups = [({task: class_names[task] for task in group}, adaptation)]
-        classifier = Classifier(towers, config.clip.template, groups)
+        tokens = class_tokens(towers.tokenizer, config.clip.template, [class_names[task] for task in group])
+        classifier = Classifier(towers, [(group, tokens, adaptation)])
         return accuracy(evaluate(classifier, reader, group, 1))
 
     shared = SharedMmap(shape, tasks, config.seed, config.mmap.init_std)

@@ -35,6 +35,7 @@ from common import (
     write_results,
 )
 
+from pipeline.clip.class_tokens import class_tokens
 from pipeline.methods.classifier import Classifier
 
 NUM_TASKS = 4
@@ -67,8 +68,9 @@ def main() -> None:
         peak = matmul_tflops(device, autocast_to)
         train = our_step(towers, prompts, words, images, labels, autocast_to)
         with torch.no_grad():
-            groups = [(dict.fromkeys(prompts.tasks, words), prompts())]
-        classifier = Classifier(towers, TEMPLATE, groups, autocast_to)
+            tokens = class_tokens(towers.tokenizer, TEMPLATE, [words] * len(prompts.tasks))
+            groups = [(prompts.tasks, tokens, prompts())]
+        classifier = Classifier(towers, groups, autocast_to)
         calls = {"training": train, "evaluation": partial(classifier.probabilities, prompts.tasks[0], pixels)}
         gradients_by_precision[precision], training_gflop = gflop(train)
         flops = {"training": training_gflop, "evaluation": gflop(calls["evaluation"])[1]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from small_clip import CLASS_NAMES, tokenizer
@@ -42,8 +42,8 @@ class Reference:
     """Options → number of trained parameters on ViT-B/16, with two tasks of the same five classes."""
     modifies_text_encoder: bool = True
     """Whether text features differ from the frozen CLIP's."""
-    replaced_words: Literal["none", "before the name", "all"] = "none"
-    """Words of the template that its prompts replace."""
+    text: Callable[[str, Any], str] = lambda template, config: template
+    """(template, config) → template of the text beside its prompts."""
     random_start: bool = True
     """Whether initial values depend on the seed."""
     trains_weight: Callable[[str], bool] | None = None
@@ -135,13 +135,16 @@ SKETCHED = "an old sketch of the {}, in ink."
 """Template for tests of initial values."""
 
 
-def begins_with_the_sketch(model: torch.nn.Module, std: float) -> StartCheck:
-    """Check that the first layer's first prompts (K', b, d_l) are the embeddings of SKETCHED's first words, and all
-    others random."""
-    words = model.token_embedding(torch.tensor(tokenizer().encode("an old sketch of the")))
+# Texts
 
-    def check(start):
-        random_prompts = torch.cat([start[0, len(words) :], start[1:].flatten(0, 1)])
-        return equals(words)(start[0, : len(words)]) and is_normal(std)(random_prompts)
 
-    return check
+def name_only(template: str, config: Any) -> str:
+    """CoOp's text: its context replaces all words."""
+    return "{}."
+
+
+def replace_first_words(template: str, num_prompts: int) -> str:
+    """MaPLe's text after the start token and the prompts, for words of one token: with two prompts, `of a {}.` is left
+    of "a photo of a {}."."""
+    before, name, after = template.partition("{}")
+    return " ".join([*before.split()[num_prompts:], name + after])

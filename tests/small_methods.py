@@ -11,7 +11,6 @@ import torch
 from small_clip import CLASS_NAMES
 from small_problem import CONFIG, TASKS
 
-from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import BUILTIN_DIGITS, Config, parse_config
 from pipeline.methods.registry import METHODS
 from pipeline.training.frozen_features import frozen_training_features
@@ -51,6 +50,5 @@ def add_frozen_features(towers, sets, config=CONFIG, seed=5):
 
 
 def method_tokens(name, towers, class_names_per_task, config=SMALL):
-    kind = METHODS[name]
-    template = kind.template(config.clip.template)
-    return class_tokens(towers.tokenizer, template, class_names_per_task, kind.num_prompt_positions(config))
+    class_names = {str(number): names for number, names in enumerate(class_names_per_task)}
+    return METHODS[name].tokenize(config, towers.tokenizer, class_names)

@@ -84,5 +84,6 @@ def prompted_classifier(device: str = "cpu") -> Classifier:
     towers, _ = small_towers()
     prompts = GroupMmap(mmap_shape(towers), tuple(TEST_COUNTS), seed=1, init_std=0.3).double()
     with torch.no_grad():
-        groups = [({task: CLASS_NAMES for task in TEST_COUNTS}, prompts.to(device)())]
-    return Classifier(towers.to(device), TEMPLATE, groups, "float32")
+        adaptation = prompts.to(device)()
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES] * len(TEST_COUNTS))
+    return Classifier(towers.to(device), [(TEST_COUNTS, tokens, adaptation)], "float32")

@@ -17,7 +17,6 @@ from golden import ALL_METHODS, DEMO, differences, read_numbers, run_pipeline, t
 from pipelines import REPOSITORY, the_run
 
 import pipeline
-from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.adapter_file import load_adapter
@@ -191,8 +190,7 @@ def mvlpt_first_loss(all_methods, adapter, task):
     method.load_state_dict(adapter.select_group(task).states[0])
     reader = SplitReader(next(all_methods.storage.glob("splits/[!.]*")))
     sets = load_training_sets(reader, [task], towers.image_size, towers.device, threads=1)
-    template = METHODS["mvlpt"].template(config.clip.template)
-    tokens = class_tokens(towers.tokenizer, template, list(class_names.values()))
+    tokens = METHODS["mvlpt"].tokenize(config, towers.tokenizer, class_names)
     training = training_config("mvlpt", config)
     return Trainer(towers, method, sets, tokens, training, epochs=1, seed=config.seed).train()[0].losses[0]
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from small_clip import open_clip
 
+from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import build_meta_towers, clip_identity, load_clip, weights_fingerprint
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.errors import UserError
@@ -193,7 +194,8 @@ def test_adapters_round_trip_with_identical_probabilities(trained, tmp_path):
         prompts = GroupMmap(MmapShape.of(part.config.mmap, towers), tuple(group), seed=9)
         prompts.load_state_dict(state)
         with torch.no_grad():
-            original = Classifier(towers, part.config.clip.template, [(group, prompts())])
+            tokens = class_tokens(towers.tokenizer, part.config.clip.template, list(group.values()))
+            original = Classifier(towers, [(group, tokens, prompts())])
         for task in group:
             torch.testing.assert_close(classifier.probabilities(task, pixels), original.probabilities(task, pixels))
 

@@ -133,7 +133,7 @@ def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
     assert loaded.num_parameters == sum(p.numel() for p in method.parameters())
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, METHODS[name].templates_by_task(SMALL, words), [(words, method())])
+        original = Classifier(towers, [(words, METHODS[name].tokenize(SMALL, towers.tokenizer, words), method())])
     reloaded = loaded.classifier()
     for task in words:
         assert torch.equal(reloaded.probabilities(task, pixels), original.probabilities(task, pixels))
@@ -173,13 +173,36 @@ def test_a_linear_probe_is_initialized_with_the_mean_of_a_classs_names():
     torch.testing.assert_close(start.detach(), torch.stack([names[:2].mean(0), names[2], names[3:].mean(0)]))
 
 
-def test_short_prompts_are_initialized_with_the_first_template_tokens():
+@pytest.mark.parametrize(
+    "length, words, text",
+    [
+        (1, "an", "old sketch of the {}, in ink."),
+        (2, "an old", "sketch of the {}, in ink."),
+        (5, "an old sketch of the", "{}, in ink."),
+        (6, None, "{}, in ink."),
+    ],
+)
+@pytest.mark.parametrize("name", ["maple", "promptsrc"])
+def test_prompts_start_as_the_tokens_that_they_replace(name, length, words, text):
     towers, model = small_towers()
-    an_old = model.token_embedding(torch.tensor(tokenizer().encode("an old")))
-    config = SMALL.model_copy(update={"clip": START_CONFIG.clip})
-    for name in (name for name in METHODS if REFERENCES[name].replaced_words == "before the name"):
-        start = METHODS[name].build(config, towers, WORDS).text_prompts.detach()
-        assert equals(an_old)(start[0]) and start[1].std() < 0.03
+    options = {**getattr(SMALL, name).model_dump(), "prompt_length": length}
+    config = parse_config({"clip": {"template": SKETCHED}, name: options})
+    method = METHODS[name].build(config, towers, INK)
+    start = method.double().text_prompts.detach()
+    if words:
+        assert equals(model.token_embedding(torch.tensor(tokenizer().encode(words))))(start[0])
+    assert 0.01 < start[1 if words else 0 :].std() < 0.03
+    z = method().encode_text(towers, METHODS[name].tokenize(config, towers.tokenizer, INK))
+    torch.testing.assert_close(z, reference_encode_text(model, full_ids(text), start, propagate=True), **TOLERANCE)
+
+
+def test_maples_deeper_projections_start_equal():
+    towers, _ = small_towers()
+    first, second, *others = METHODS["maple"].build(parse_config({"maple": {"depth": 4}}), towers, INK).projections
+    assert len(others) == 2 and not torch.equal(first.weight, second.weight)
+    for other in others:
+        assert torch.equal(other.weight, second.weight) and torch.equal(other.bias, second.bias)
+        assert other.weight.data_ptr() != second.weight.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -308,7 +331,8 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
         assert len(stored[task]) == TEST_COUNTS[task]
     with torch.no_grad():
         method = build_method(name, towers, words)
-        classifier = Classifier(towers, METHODS[name].templates_by_task(SMALL, words), [(words, method())])
+        tokens = METHODS[name].tokenize(SMALL, towers.tokenizer, words)
+        classifier = Classifier(towers, [(words, tokens, method())])
     predictions_from_images = evaluate(classifier, reader, tuple(words), threads=2)
     predictions_from_features = evaluate_features(classifier, reader, stored)
     for ours, expected in zip(predictions_from_features, predictions_from_images, strict=True):
@@ -549,7 +573,8 @@ def test_trained_weights_are_float32_under_bfloat16(name, tmp_path):
     save_adapter(tmp_path / "trained.safetensors", trained)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, METHODS[name].templates_by_task(config, words), [(words, method())], "bfloat16")
+        tokens = METHODS[name].tokenize(config, towers.tokenizer, words)
+        original = Classifier(towers, [(words, tokens, method())], "bfloat16")
     reloaded = load_adapter(tmp_path / "trained.safetensors").classifier()
     assert torch.equal(reloaded.probabilities("ink", pixels), original.probabilities("ink", pixels))
 

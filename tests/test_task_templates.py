@@ -12,7 +12,7 @@ from safetensors import safe_open
 from small_clip import CLASS_NAMES, small_towers, tokenizer
 from small_methods import REFERENCES, SMALL, build_method
 
-from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.class_tokens import ClassTokens, class_tokens
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.config import Config, parse_config
 from pipeline.errors import UserError
@@ -83,30 +83,66 @@ def test_a_method_on_several_tasks_equals_each_task_by_itself(name):
     of a single task."""
     towers, _ = small_towers()
     method, kind = build_method(name, towers, WORDS, TASK_CONFIG), METHODS[name]
-    templates = kind.templates_by_task(TASK_CONFIG, WORDS)
     with torch.no_grad():
         adaptation = method()
-        features = adaptation.encode_text(
-            towers, class_tokens(towers.tokenizer, list(templates.values()), list(WORDS.values()))
-        )
+        features = adaptation.encode_text(towers, kind.tokenize(TASK_CONFIG, towers.tokenizer, WORDS))
         row = 0
         for index, (task, words) in enumerate(WORDS.items()):
-            task_tokens = class_tokens(towers.tokenizer, templates[task], [words])
+            task_tokens = kind.tokenize(TASK_CONFIG, towers.tokenizer, {task: words})
             z = adaptation.for_task(index).encode_text(towers, replace(task_tokens, first_row=row))
             torch.testing.assert_close(features[row : row + len(words)], z, **TOLERANCE)
             row += len(words)
     assert row == len(features)
 
 
+def ids_of(tokens: ClassTokens) -> list[list[int]]:
+    """Return the ids of each text, from start token to EOT."""
+    prefixes = [prefix.tolist() for prefix, count in zip(tokens.prefix, tokens.rows_per_task) for _ in range(count)]
+    return [
+        prefix + suffix[: eot + 1].tolist()
+        for prefix, suffix, eot in zip(prefixes, tokens.suffix, tokens.eot, strict=True)
+    ]
+
+
+def text_ids(text: str, num_replaced: int = 0) -> list[int]:
+    return [49406, *tokenizer().encode(text)[num_replaced:], 49407]
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_templates_of_a_method(name):
-    templates = METHODS[name].templates_by_task(TASK_CONFIG, WORDS)
-    expected = {
-        "none": TEMPLATES,
-        "before the name": ["{}.", "{}, drawn by hand", "{} in a shop."],
-        "all": ["{}."] * len(TEMPLATES),
-    }
-    assert list(templates.values()) == expected[REFERENCES[name].replaced_words]
+def test_texts_of_a_method(name):
+    expected = [REFERENCES[name].text(template, TASK_CONFIG) for template in TEMPLATES]
+    texts = [text.format(word) for text, words in zip(expected, WORDS.values()) for word in words]
+    assert ids_of(METHODS[name].tokenize(TASK_CONFIG, tokenizer(), WORDS)) == list(map(text_ids, texts))
+
+
+@pytest.mark.parametrize(
+    "template, num_replaced, expected",
+    [
+        ("a photo of a {}.", 2, 2),
+        ("a photo of a {}.", 4, 4),
+        ("a photo of a {}.", 9, 4),  # the name stays
+        ("a tambourinist, that is a {}", 3, 3),  # ends within a word of several tokens
+        ("{} texture.", 2, 0),
+        ("some un{}", 2, 1),  # a word that merges with the name stays
+    ],
+)
+def test_prompts_replace_the_first_tokens_of_a_template(template, num_replaced, expected):
+    names = ["cat", "known", "happy | sad"]
+    tokens = class_tokens(tokenizer(), [TEMPLATES[0], template], [["cat"], names], num_replaced_tokens=num_replaced)
+    texts = [template.format(name) for name in ("cat", "known", "happy", "sad")]
+    assert ids_of(tokens)[1:] == [text_ids(text, expected) for text in texts]
+    before_name = len(tokenizer().encode(template.partition("{}")[0])) - expected
+    assert len(tokens.prefix[1]) + tokens.name_start[1] == 1 + before_name
+
+
+@pytest.mark.parametrize("name", ["maple", "promptsrc"])
+def test_prompts_start_as_the_template_of_their_tasks(name):
+    towers, model = small_towers()
+    for tasks, expected in ((["sketch"], "a rough"), (list(WORDS), "a photo"), (["shop"], None)):
+        start = METHODS[name].build(TASK_CONFIG, towers, {task: WORDS[task] for task in tasks}).text_prompts[0]
+        for words in ("a rough", "a photo"):
+            embeddings = model.token_embedding(torch.tensor(tokenizer().encode(words)))
+            assert torch.allclose(start.double(), embeddings, rtol=1e-6) == (words == expected)
 
 
 def test_a_linear_probe_is_initialized_with_each_tasks_texts():
@@ -138,7 +174,8 @@ def test_adapters_store_the_templates_of_their_tasks(name, clip, tmp_path):
     assert loaded.config.clip.task_templates == {"neon": "a neon sign of a {}"}
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        original = Classifier(towers, METHODS[name].templates_by_task(config, words), [(words, method())])
+        tokens = METHODS[name].tokenize(config, towers.tokenizer, words)
+        original = Classifier(towers, [(words, tokens, method())])
     reloaded = loaded.classifier()
     for task in words:
         assert torch.equal(reloaded.probabilities(task, pixels), original.probabilities(task, pixels))

@@ -29,6 +29,7 @@ from small_problem import (
     write_test_splits,
 )
 
+from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import TrainingConfig
 from pipeline.data import parquet
 from pipeline.data.images import evaluation_pixels
@@ -367,8 +368,9 @@ def test_predictions_equal_a_simple_loop(split_reader, monkeypatch, device):
     assert list(accuracy(predictions)) == list(tasks)
 
 
-def zero_shot(towers) -> Classifier:
-    return Classifier(towers, TEMPLATE, [(dict.fromkeys(TEST_COUNTS, CLASS_NAMES), Adaptation())])
+def zero_shot(towers, tasks=tuple(TEST_COUNTS)) -> Classifier:
+    tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES] * len(tasks))
+    return Classifier(towers, [(tasks, tokens, Adaptation())])
 
 
 @pytest.fixture
@@ -459,7 +461,7 @@ def test_a_damaged_test_image_is_reported(split_reader, monkeypatch):
     watch_rows(monkeypatch, lambda row: row | {"image": b"half"} if row["path"] == "ink/1/1.png" else row)
     threads = set(threading.enumerate())
     towers, _ = small_towers()
-    classifier = Classifier(towers, TEMPLATE, [({task: CLASS_NAMES for task in TEST_COUNTS}, Adaptation())])
+    classifier = zero_shot(towers)
     counts = []
     with pytest.raises(UserError, match=r"test image ink/1/1\.png of task 'ink' cannot be decoded"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2, on_images=counts.append)
@@ -470,7 +472,7 @@ def test_a_damaged_test_image_is_reported(split_reader, monkeypatch):
 def test_a_model_that_fails_leaves_no_threads(split_reader):
     threads = set(threading.enumerate())
     towers, _ = small_towers()
-    classifier = Classifier(towers, TEMPLATE, [({"neon": CLASS_NAMES}, Adaptation())])
+    classifier = zero_shot(towers, ("neon",))
     with pytest.raises(KeyError, match="chalk"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
     assert set(threading.enumerate()) <= threads

@@ -79,6 +79,7 @@ def class_tokens(
     template: str | Sequence[str],
     class_names_per_task: Sequence[Sequence[str]],
     num_prompt_positions: int = 0,
+    num_replaced_tokens: int = 0,
 ) -> ClassTokens:
     """Tokenize each task's template filled with its class names.
 
@@ -86,16 +87,25 @@ def class_tokens(
         template: one template for all tasks, or one per task.
         class_names_per_task: the text of each class, which `split_synonyms` splits into one or several names.
         num_prompt_positions: context positions to leave free for prompts.
+        num_replaced_tokens: first tokens of each template that are left out, since prompts replace them; a template
+            with fewer tokens before the class name loses all of these.
 
     Raises:
         UserError: a text exceeds the model's context, or two names of a task have the same tokens.
     """
     templates = [template] * len(class_names_per_task) if isinstance(template, str) else template
     texts: list[list[list[int]]] = []
+    name_starts: list[int] = []
     for task_template, class_names in zip(templates, class_names_per_task, strict=True):
+        words = tokenizer.encode(task_template.partition("{}")[0])
+        names = [name for class_name in class_names for name in split_synonyms(class_name)]
+        encoded = [tokenizer.encode(task_template.format(name)) for name in names]
+        # Tokens that merge with a name stay.
+        num_replaced = min(num_replaced_tokens, _common_prefix([words, *encoded]))
+        name_starts.append(1 + len(words) - num_replaced)
         name_by_ids: dict[tuple[int, ...], str] = {}
-        for name in (name for class_name in class_names for name in split_synonyms(class_name)):
-            ids = [tokenizer.sot_token_id, *tokenizer.encode(task_template.format(name)), tokenizer.eot_token_id]
+        for name, text_ids in zip(names, encoded):
+            ids = [tokenizer.sot_token_id, *text_ids[num_replaced:], tokenizer.eot_token_id]
             if len(ids) + num_prompt_positions > tokenizer.context_length:
                 prompts = f" and {num_prompt_positions} prompts" if num_prompt_positions else ""
                 raise UserError(
@@ -110,8 +120,8 @@ def class_tokens(
             name_by_ids[tuple(ids)] = name
         texts.append([list(ids) for ids in name_by_ids])
 
-    name_starts = [1 + len(tokenizer.encode(task_template.partition("{}")[0])) for task_template in templates]
-    shared = min(*name_starts, *(_common_prefix(task_texts) for task_texts in texts))
+    # EOT stays in the suffix even of a single class.
+    shared = min(*name_starts, *(_common_prefix([ids[:-1] for ids in task_texts]) for task_texts in texts))
     rows = [ids[shared:] for task_texts in texts for ids in task_texts]
     suffix = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, ids in zip(suffix, rows):
@@ -139,8 +149,7 @@ def counts_in_range(rows_per_task: Sequence[int], start: int, stop: int) -> list
 
 
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
-    # EOT stays in the suffix even of a single class.
-    length = min(map(len, texts)) - 1
+    length = min(map(len, texts))
     for position in range(length):
         if len({ids[position] for ids in texts}) > 1:
             return position

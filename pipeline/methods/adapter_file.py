@@ -123,9 +123,9 @@ class TrainedAdapter:
                     f"{config.clip.model}: {error}; train it again"
                 ) from None
             with torch.no_grad():
-                groups.append((class_names, method.to(device)()))
-        templates = method_class.templates_by_task(config, self.class_names)
-        return Classifier(towers, templates, groups, config.clip.precision)
+                tokens = method_class.tokenize(config, towers.tokenizer, class_names)
+                groups.append((class_names, tokens, method.to(device)()))
+        return Classifier(towers, groups, config.clip.precision)
 
 
 def save_adapter(path: Path, adapter: TrainedAdapter) -> None:

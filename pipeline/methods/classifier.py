@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.class_tokens import ClassTokens
 from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.methods.adaptation import Adaptation
@@ -15,29 +15,25 @@ from pipeline.methods.adaptation import Adaptation
 class Classifier:
     """
     Args:
-        template: template of a class as the method uses it: one for all tasks, or task → template.
-        groups: for each group, task → names of its classes by label, and the adaptation, with the tasks in the same
-            order; `Adaptation()` is zero-shot CLIP.
+        groups: for each group its tasks, their class tokens, and the adaptation, with the tasks in the same order;
+            `Adaptation()` is zero-shot CLIP.
     """
 
     @torch.inference_mode()
     def __init__(
         self,
         towers: ClipTowers,
-        template: str | Mapping[str, str],
-        groups: Sequence[tuple[Mapping[str, Sequence[str]], Adaptation]],
+        groups: Sequence[tuple[Iterable[str], ClassTokens, Adaptation]],
         precision: str = "auto",
     ):
         self.towers, self.precision = towers, precision
         self._head_by_task: dict[str, tuple[Adaptation, torch.Tensor]] = {}
         self._shared_feature_keys: dict[str, str] = {}
         """Task → the first task with the same image features."""
-        for class_names, adaptation in groups:
-            templates = template if isinstance(template, str) else [template[task] for task in class_names]
-            tokens = class_tokens(towers.tokenizer, templates, list(class_names.values())).to(towers.device)
+        for tasks, tokens, adaptation in groups:
             with autocast(towers.device, precision):
-                z = adaptation.encode_text(towers, tokens)
-            for index, (task, class_features) in enumerate(zip(class_names, tokens.pool_names_to_classes(z))):
+                z = adaptation.encode_text(towers, tokens.to(towers.device))
+            for index, (task, class_features) in enumerate(zip(tasks, tokens.pool_names_to_classes(z))):
                 self._head_by_task[task] = (task_adaptation := adaptation.for_task(index), class_features)
                 self._shared_feature_keys[task] = next(
                     (

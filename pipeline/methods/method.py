@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from pipeline.clip.class_tokens import ClassTokens, Tokenizer, class_tokens
 from pipeline.config.fields import NonNegative, PositiveInt, Section
 from pipeline.lazy_torch import Module
 from pipeline.methods.adaptation import Adaptation
@@ -108,15 +109,30 @@ class Method(Module):
         """Return the template that the method uses instead of the config's."""
         return config_template
 
-    @classmethod
-    def templates_by_task(cls, config: Config, tasks: Iterable[str]) -> dict[str, str]:
-        """Return task → template of its classes, as the method uses it."""
-        return {task: cls.template(config.clip.template_for(task)) for task in tasks}
-
     @staticmethod
     def num_prompt_positions(config: Config) -> int:
         """Return the number of text prompts that take positions of the model's context."""
         return 0
+
+    @staticmethod
+    def num_replaced_tokens(config: Config) -> int:
+        """Return the number of the template's first tokens that text prompts replace."""
+        return 0
+
+    @classmethod
+    def tokenize(cls, config: Config, tokenizer: Tokenizer, class_names: ClassNames) -> ClassTokens:
+        """Tokenize the tasks' classes in their templates, as the method uses them.
+
+        Raises:
+            UserError: as `class_tokens`.
+        """
+        return class_tokens(
+            tokenizer,
+            [cls.template(config.clip.template_for(task)) for task in class_names],
+            list(class_names.values()),
+            cls.num_prompt_positions(config),
+            cls.num_replaced_tokens(config),
+        )
 
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:

@@ -1,8 +1,8 @@
 """PromptSRC (Khattak et al., ICCV 2023): independent prompts of the first layers of both towers, regularized
 towards the features and logits of the frozen CLIP.
 
-Prompts propagate as MaPLe's; those of the first text layer are initialized with the template's first words. Without the
-authors' average of the prompts over epochs; the frozen text features are those of one template.
+Prompts propagate as MaPLe's, and those of the first text layer replace the template's first tokens as MaPLe's. Without
+the authors' average of the prompts over epochs; the frozen text features are those of one template.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pipeline.config.fields import NonNegative, PositiveInt
 from pipeline.errors import UserError
 from pipeline.lazy_torch import F, nn, torch
 from pipeline.methods.adaptation import Adaptation, Consistency
-from pipeline.methods.maple import Maple, initialize_from_template
+from pipeline.methods.maple import initial_context
 from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import normal
 
@@ -31,7 +31,8 @@ class PromptSrc(Method):
         """PromptSRC: prompts of both towers, regularized towards the frozen CLIP."""
 
         prompt_length: PositiveInt = 4
-        """Prompt vectors per layer; the first text layer's are initialized with the template's first words."""
+        """Prompt vectors per layer. The first text layer's replace the template's first tokens and are initialized with
+        them, or at random if it has fewer before the class name."""
         depth: PositiveInt = 9
         """Number of first layers with new prompts."""
         image_weight: NonNegative = 10.0
@@ -51,7 +52,7 @@ class PromptSrc(Method):
             normal(depth, length, width, std=0.02, seed=config.seed, purpose=f"promptsrc {tower}")
             for tower, width in (("text", towers.text_width), ("vision", towers.vision_width))
         )
-        text[0] = initialize_from_template(config.clip.template, towers, text[0])
+        text[0] = initial_context(config, towers, self.tasks, text[0])
         self.text_prompts = nn.Parameter(text)  # (K', b, d_l)
         self.vision_prompts = nn.Parameter(vision)  # (K', b, d_v)
 
@@ -72,11 +73,11 @@ class PromptSrc(Method):
     def _text_loss(self, z: torch.Tensor, frozen_z: torch.Tensor) -> torch.Tensor:
         return self.options.text_weight * (z - frozen_z).abs().mean(1)
 
-    template = staticmethod(Maple.template)
-
     @staticmethod
     def num_prompt_positions(config: Config) -> int:
         return config.section(PromptSrc.Options).prompt_length
+
+    num_replaced_tokens = num_prompt_positions
 
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:

@@ -265,8 +265,8 @@ def _train_group(
         fingerprint = weights_fingerprint(towers)
         trained = TrainedAdapter(spec.method, config, fingerprint, (class_names,), (dict(method.state_dict()),))
         with torch.no_grad():
-            templates = kind.templates_by_task(config, class_names)
-            classifier = Classifier(towers, templates, [(class_names, method())], config.clip.precision)
+            tokens = kind.tokenize(config, towers.tokenizer, class_names)
+            classifier = Classifier(towers, [(class_names, tokens, method())], config.clip.precision)
         predictions = _predictions(spec, classifier, reporter, shard)
         frozen = [parameter for parameter in method.parameters() if not parameter.requires_grad]
         if shard.is_main_process:

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import ClipIdentity, build_meta_towers, clip_identity, weights_file
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, RESULT_EFFECTS, Config, content_hash, to_yaml, values_affecting
@@ -27,7 +26,7 @@ from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tr
 if TYPE_CHECKING:
     from rich.console import Console
 
-RESULTS_VERSION = 6
+RESULTS_VERSION = 7
 """Part of all keys; increased with every change of the code that changes results of a training or evaluation, so that
 earlier artifacts and runs are not reused."""
 
@@ -180,14 +179,15 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
         UserError: The first that does not fit.
     """
     shape = MmapShape.of(config.mmap, towers)
-    class_names = [[dataset_index.class_names[name] for name in names] for names in dataset_index.classes.values()]
-    workers, num_classes = config.cluster.workers_per_training, min(map(len, class_names))
+    class_names = {
+        task: [dataset_index.class_names[name] for name in names] for task, names in dataset_index.classes.items()
+    }
+    workers, num_classes = config.cluster.workers_per_training, min(map(len, class_names.values()))
     for name in names:
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_config(method, config).batch_size
         kind.check(config, towers)
-        templates = kind.templates_by_task(config, dataset_index.classes)
-        class_tokens(towers.tokenizer, list(templates.values()), class_names, kind.num_prompt_positions(config))
+        kind.tokenize(config, towers.tokenizer, class_names)
         if workers > min(batch, num_classes):
             raise UserError(
                 f"cluster.workers_per_training={workers} is more than a step's images per task ({batch}, batch_size of "

@@ -17,12 +17,12 @@ import ray
 import torch
 from torch import nn
 
-from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import load_clip
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config, Effect, values_affecting
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.classifier import Classifier
+from pipeline.methods.method import Method
 from pipeline.methods.registry import get_method, training_config
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
@@ -119,11 +119,10 @@ class TrainingSpec:
     ) -> Trainer:
         """Build the trainer of a method for the tasks' `sets`, from the newest checkpoint in a folder if it exists."""
         storage.download(checkpoints)
-        config, class_names, kind = self.config, list(self.class_names().values()), get_method(self.method)
-        frozen_templates = {task: config.clip.template_for(task) for task in self.tasks}
+        config, class_names = self.config, self.class_names()
         tokens, frozen_tokens = (
-            class_tokens(towers.tokenizer, list(templates.values()), class_names).to(towers.device)
-            for templates in (kind.templates_by_task(config, self.tasks), frozen_templates)
+            kind.tokenize(config, towers.tokenizer, class_names).to(towers.device)
+            for kind in (get_method(self.method), Method)
         )
         return Trainer(
             towers,

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.files import create_folder, read_json, write_file, write_json
@@ -165,8 +164,7 @@ def measure_gradients(plan: Plan, session: Session, global_prompt: Artifact) -> 
 def _measure(spec: TrainingSpec, global_prompt: Artifact, artifact: Artifact, progress: Any) -> None:
     config, towers, reporter = spec.config, spec.towers(), Reporter(progress, spec.label)
     prompts = SharedMmap.build(config, towers, spec.tasks).to(towers.device)
-    templates = [config.clip.template_for(task) for task in spec.tasks]
-    tokens = class_tokens(towers.tokenizer, templates, list(spec.class_names().values())).to(towers.device)
+    tokens = SharedMmap.tokenize(config, towers.tokenizer, spec.class_names()).to(towers.device)
     points = read_trajectory(global_prompt.download() / POINTS)
     (images,) = load_training_sets(
         spec.reader(), spec.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker

@@ -112,9 +112,8 @@ class _GroupTraining:
         """Return the accuracy of each task, 0 to 1."""
         spec, config = self._spec, self._spec.config
         with torch.no_grad():
-            groups = [(spec.class_names(), self._method())]
-            templates = self._method_class.templates_by_task(config, spec.tasks)
-            classifier = Classifier(self._towers, templates, groups, config.clip.precision)
+            tokens = self._method_class.tokenize(config, self._towers.tokenizer, spec.class_names())
+            classifier = Classifier(self._towers, [(spec.tasks, tokens, self._method())], config.clip.precision)
         if spec.test_features:
             return accuracy(spec.predictions(classifier, lambda count: None))
         size, threads = self._towers.image_size, config.cluster.cpus_per_worker

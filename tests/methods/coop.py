@@ -1,4 +1,4 @@
-from reference_method import Option, Reference, full_ids, is_normal
+from reference_method import Option, Reference, full_ids, is_normal, name_only
 from reference_towers import reference_encode_text
 
 
@@ -14,5 +14,5 @@ REFERENCE = Reference(
     small={"context_length": 3},
     start_options={"context_length": 50},
     num_parameters=(({}, 16 * 512),),
-    replaced_words="all",
+    text=name_only,
 )

@@ -1,7 +1,7 @@
 """HiPro with one task, where the tree is one leaf; several tasks: test_methods.py."""
 
 import torch.nn.functional as F
-from reference_method import Option, Reference, full_ids, is_normal
+from reference_method import Option, Reference, full_ids, is_normal, name_only
 from reference_towers import reference_encode_text
 
 
@@ -17,5 +17,5 @@ REFERENCE = Reference(
     small={"context_length": 3},
     start_options={"context_length": 20},
     num_parameters=(({}, 3 * 16 * 512),),
-    replaced_words="all",
+    text=name_only,
 )

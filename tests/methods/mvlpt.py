@@ -1,6 +1,16 @@
 import torch
 import torch.nn.functional as F
-from reference_method import FROM_TEXT, FROM_VISION, Option, Reference, full_ids, is_all, is_normal, is_uniform
+from reference_method import (
+    FROM_TEXT,
+    FROM_VISION,
+    Option,
+    Reference,
+    full_ids,
+    is_all,
+    is_normal,
+    is_uniform,
+    name_only,
+)
 from reference_towers import reference_encode_image, reference_encode_text
 
 
@@ -56,5 +66,5 @@ REFERENCE = Reference(
     small={"prompt_length": 2, "mixer_width": 4},
     start_options={"prompt_length": 40, "mixer_width": 20},
     num_parameters=(({}, 566_400),),
-    replaced_words="all",
+    text=name_only,
 )

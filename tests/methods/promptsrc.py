@@ -1,11 +1,16 @@
-from reference_method import Option, Reference, begins_with_the_sketch, full_ids, is_normal
+from reference_method import Option, Reference, full_ids, is_normal, replace_first_words
 from reference_towers import reference_encode_image, reference_encode_text
 
 
+def text(template, config):
+    return replace_first_words(template, config.promptsrc.prompt_length)
+
+
 def features(method, model, images, config):
+    ids = full_ids(text(config.clip.template, config))  # SOS [v1] [v2] [v3] [v4] {}.; with two, SOS [v1] [v2] of a {}.
     return (
         reference_encode_image(model, images, method.vision_prompts, propagate=True),
-        reference_encode_text(model, full_ids("{}."), method.text_prompts, propagate=True),
+        reference_encode_text(model, ids, method.text_prompts, propagate=True),
     )
 
 
@@ -22,7 +27,7 @@ REFERENCE = Reference(
     features=features,
     added_loss=added_loss,
     starts=lambda towers, model: {
-        "text_prompts": begins_with_the_sketch(model, 0.02),
+        "text_prompts": is_normal(0.02),  # more than the template's words
         "vision_prompts": is_normal(0.02),
     },
     options={
@@ -35,5 +40,5 @@ REFERENCE = Reference(
     small={"prompt_length": 2, "depth": 2},
     start_options={"prompt_length": 40, "depth": 2},
     num_parameters=(({}, 9 * 4 * (512 + 768)),),
-    replaced_words="before the name",
+    text=text,
 )

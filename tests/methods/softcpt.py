@@ -1,5 +1,5 @@
 import torch
-from reference_method import Option, Reference, full_ids, is_normal
+from reference_method import Option, Reference, full_ids, is_normal, name_only
 from reference_towers import reference_encode_text
 from small_clip import tokenizer
 
@@ -21,5 +21,5 @@ REFERENCE = Reference(
     small={"context_length": 3, "meta_length": 2},
     start_options={"context_length": 10, "meta_length": 40},
     num_parameters=(({}, 512 * 16 * 512 + 4 * 512),),
-    replaced_words="all",
+    text=name_only,
 )
