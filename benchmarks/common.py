@@ -30,6 +30,10 @@ from pipeline.config import ClipConfig, MmapConfig  # noqa: E402
 from pipeline.data.index import read_class_names  # noqa: E402
 from pipeline.methods.mmap import GroupMmap, MmapShape  # noqa: E402
 
+ensure_torchvision()
+
+import open_clip  # noqa: E402
+
 TEMPLATE = "a photo of a {}."
 Step = Callable[[], list[torch.Tensor]]
 """Runs a forward and backward pass and returns the gradients of the trained parameters."""
@@ -41,9 +45,6 @@ def default_device() -> str:
 
 def load(name: str, device: torch.device, precision: str = "float32") -> tuple[torch.nn.Module, ClipTowers]:
     """Load open_clip's model with random weights (times do not depend on them), and our towers, like load_clip."""
-    ensure_torchvision()
-    import open_clip
-
     model = open_clip.create_model(name).eval().to(device)
     gib = ClipConfig.model_fields["activation_memory_gib"].default
     towers = ClipTowers(model, open_clip.get_tokenizer(name), activation_memory_gib=gib).to(device)
@@ -102,7 +103,7 @@ def reference_step(
 ) -> Step:
     """Return a step of one task after another, every class at 77 tokens, prompts concatenated at every layer."""
     batch = len(images) // len(prompts.tasks)
-    ids = towers.tokenizer([TEMPLATE.format(name) for name in class_names]).to(towers.device)
+    ids = open_clip.tokenize([TEMPLATE.format(name) for name in class_names]).to(towers.device)
     parameters = list(prompts.parameters())
 
     def step() -> list[torch.Tensor]:

@@ -78,9 +78,7 @@ def trained_weights(method: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def open_clips_name(name: str) -> str:
     """Map the name of a weight of ClipTowers to open_clip's."""
-    for ours, theirs in {"text_blocks": "transformer.resblocks", "text_positions": "positional_embedding"}.items():
-        name = name.replace(ours, theirs)
-    return name
+    return name.removeprefix("text.")
 
 
 def features_of_trained_weights(trains_weight: Callable[[str], bool]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from PIL import Image
 from pipelines import summary, the_run
 
 from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.tokenizer import describe_tokenizer
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import CONFIGS, DataConfig, load_yaml, parse_config
 from pipeline.data import manifest as manifest_module
@@ -1187,7 +1188,7 @@ def test_class_names_of_tasks_with_different_classes(tree):
 
 
 def test_a_description_that_is_too_long_for_clip_is_named():
-    tokenizer = SimpleTokenizer()
+    tokenizer = describe_tokenizer(SimpleTokenizer())
     words = ["cat", "a cat " + "with stripes and " * 10 + "a tail", "dog " * 80]
     class_tokens(tokenizer, "a photo of a {}.", [words[:2]])
     with pytest.raises(UserError, match="class 'dog dog .* has 8. tokens.* shorten the name with data.class_names"):

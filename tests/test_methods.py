@@ -603,7 +603,7 @@ def test_full_finetune_leaves_only_unused_tokens_and_key_biases_without_gradient
     lengths = (ids.argmax(dim=1) + 1).tolist()  # to the end-of-text token, which has the largest number
     used = sorted({token for row, length in zip(ids.tolist(), lengths) for token in row[:length]})
     gradients = {name.removeprefix("towers."): p.grad for name, p in method.named_parameters()}
-    for name, used_rows in (("token_embedding.weight", used), ("text_positions", range(max(lengths)))):
+    for name, used_rows in (("text.token_embedding.weight", used), ("text.positional_embedding", range(max(lengths)))):
         rows = (gradients.pop(name) != 0).sum(dim=1)
         assert {i: rows[i].item() for i in rows.nonzero().flatten().tolist()} == dict.fromkeys(used_rows, 16)
     for name, gradient in gradients.items():
@@ -622,6 +622,6 @@ def test_low_rank_updates_are_zero_initially_with_a_gradient_of_the_second_facto
     assert torch.equal(x, towers.encode_image(images))
     x.square().sum().backward()
     for block in method.towers.vision_blocks:
-        update = block.attn.in_proj_update
+        update = block.attention.in_proj_update
         assert update.down.weight.abs().max() <= 24**-0.5 and (update.down.weight.grad == 0).all()
         assert (update.up == 0).all() and (update.up.grad != 0).all()

@@ -14,6 +14,7 @@ from small_methods import REFERENCES, SMALL, build_method
 
 from pipeline.clip.class_tokens import ClassTokens, class_tokens
 from pipeline.clip.load import load_clip, weights_fingerprint
+from pipeline.clip.tokenizer import describe_tokenizer
 from pipeline.config import Config, parse_config
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
@@ -68,7 +69,7 @@ def test_towers_equal_the_reference_with_a_template_per_task(templates, prompted
 
 def test_the_prefix_is_the_shortest_of_all_templates():
     """The shortest beginning is that of all; the rest is each class's own."""
-    tokens = class_tokens(tokenizer(), TEMPLATES[:2], [["cat", "dog"]] * 2)
+    tokens = class_tokens(describe_tokenizer(tokenizer()), TEMPLATES[:2], [["cat", "dog"]] * 2)
     num_words = [len(tokenizer().encode(template.partition("{}")[0])) for template in TEMPLATES[:2]]
     assert tokens.prefix.shape == (2, 1 + min(num_words))
     assert tokens.name_start == tuple(number - min(num_words) for number in num_words)
@@ -112,7 +113,9 @@ def text_ids(text: str, num_replaced: int = 0) -> list[int]:
 def test_texts_of_a_method(name):
     expected = [REFERENCES[name].text(template, TASK_CONFIG) for template in TEMPLATES]
     texts = [text.format(word) for text, words in zip(expected, WORDS.values()) for word in words]
-    assert ids_of(METHODS[name].tokenize(TASK_CONFIG, tokenizer(), WORDS)) == list(map(text_ids, texts))
+    assert ids_of(METHODS[name].tokenize(TASK_CONFIG, describe_tokenizer(tokenizer()), WORDS)) == list(
+        map(text_ids, texts)
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,9 @@ def test_texts_of_a_method(name):
 )
 def test_prompts_replace_the_first_tokens_of_a_template(template, num_replaced, expected):
     names = ["cat", "known", "happy | sad"]
-    tokens = class_tokens(tokenizer(), [TEMPLATES[0], template], [["cat"], names], num_replaced_tokens=num_replaced)
+    tokens = class_tokens(
+        describe_tokenizer(tokenizer()), [TEMPLATES[0], template], [["cat"], names], num_replaced_tokens=num_replaced
+    )
     texts = [template.format(name) for name in ("cat", "known", "happy", "sad")]
     assert ids_of(tokens)[1:] == [text_ids(text, expected) for text in texts]
     before_name = len(tokenizer().encode(template.partition("{}")[0])) - expected
@@ -218,4 +223,4 @@ def test_templates_without_a_placeholder_are_rejected(template):
 
 def test_a_long_text_is_reported_with_its_template():
     with pytest.raises(UserError, match="class 'cat' in the template 'so {} so .* tokens"):
-        class_tokens(tokenizer(), [TEMPLATES[0], "so {}" + " so" * 90], [["cat"], ["cat"]])
+        class_tokens(describe_tokenizer(tokenizer()), [TEMPLATES[0], "so {}" + " so" * 90], [["cat"], ["cat"]])

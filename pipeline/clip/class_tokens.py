@@ -1,7 +1,8 @@
 """Class texts of several tasks as token ids, split into a prefix shared by a task's classes and a suffix per class.
 
-Under the causal mask a token sees only those before it. So the start token and the template's words before the class
-name run once per task, and nothing after the end-of-text token (EOT) runs at all.
+Under a causal mask a token sees only those before it. So the start token and the template's words before the class
+name run once per task, and nothing after the end-of-text token (EOT) runs at all. Without that mask the suffix is
+padded to the model's context, and each text runs as a whole.
 
 A class may have several names, "sofa | couch": each is a separate text, and the class's feature is the mean of their
 unit-length features, as in CLIP's prompt ensembles (Radford et al., ICML 2021, Section 3.1.4).
@@ -13,22 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
+from pipeline.clip.tokenizer import Tokenizer
 from pipeline.data.names import split_synonyms
 from pipeline.errors import UserError
 from pipeline.lazy_torch import F, torch
-
-
-class Tokenizer(Protocol):
-    """The part of open_clip's SimpleTokenizer that is used here."""
-
-    sot_token_id: int
-    eot_token_id: int
-    context_length: int
-    decoder: dict[int, str]
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -36,9 +26,11 @@ class ClassTokens:
     prefix: torch.Tensor
     """(T, P) int64: start token and the template's words before the class name."""
     suffix: torch.Tensor
-    """(R, S) int64: the remainder of each text with EOT, zero-padded; task by task, class by class."""
+    """(R, S) int64: the remainder of each text with EOT, padded; task by task, class by class."""
     eot: torch.Tensor
     """(R,) int64: position of EOT in the suffix."""
+    num_begin: int
+    """Number of tokens before the words: 1 with a start token, else 0."""
     rows_per_task: tuple[int, ...]
     classes_per_task: tuple[int, ...]
     """Like `names_per_class`, of all rows even after `slice_rows`."""
@@ -102,10 +94,10 @@ def class_tokens(
         encoded = [tokenizer.encode(task_template.format(name)) for name in names]
         # Tokens that merge with a name stay.
         num_replaced = min(num_replaced_tokens, _common_prefix([words, *encoded]))
-        name_starts.append(1 + len(words) - num_replaced)
+        name_starts.append(len(tokenizer.begin) + len(words) - num_replaced)
         name_by_ids: dict[tuple[int, ...], str] = {}
         for name, text_ids in zip(names, encoded):
-            ids = [tokenizer.sot_token_id, *text_ids[num_replaced:], tokenizer.eot_token_id]
+            ids = [*tokenizer.begin, *text_ids[num_replaced:], *tokenizer.end]
             if len(ids) + num_prompt_positions > tokenizer.context_length:
                 prompts = f" and {num_prompt_positions} prompts" if num_prompt_positions else ""
                 raise UserError(
@@ -123,13 +115,15 @@ def class_tokens(
     # EOT stays in the suffix even of a single class.
     shared = min(*name_starts, *(_common_prefix([ids[:-1] for ids in task_texts]) for task_texts in texts))
     rows = [ids[shared:] for task_texts in texts for ids in task_texts]
-    suffix = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    length = tokenizer.context_length - shared if tokenizer.pad_to_context else max(map(len, rows))
+    suffix = torch.full((len(rows), length), tokenizer.pad_id, dtype=torch.int64)
     for row, ids in zip(suffix, rows):
         row[: len(ids)] = torch.tensor(ids)
     return ClassTokens(
-        prefix=torch.tensor([task_texts[0][:shared] for task_texts in texts]),
+        prefix=torch.tensor([task_texts[0][:shared] for task_texts in texts], dtype=torch.int64),
         suffix=suffix,
         eot=torch.tensor([len(ids) - 1 for ids in rows]),
+        num_begin=len(tokenizer.begin),
         rows_per_task=tuple(len(task_texts) for task_texts in texts),
         classes_per_task=tuple(len(class_names) for class_names in class_names_per_task),
         names_per_class=tuple(

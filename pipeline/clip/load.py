@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from pipeline.clip.class_tokens import Tokenizer
 from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.clip.towers import ClipTowers
@@ -124,18 +123,17 @@ def load_clip(
     return towers
 
 
-def load_tokenizer(config: ClipConfig) -> Tokenizer:
-    """Load the model's tokenizer, without its weights."""
+def load_tokenizer(config: ClipConfig) -> Any:
+    """Load open_clip's tokenizer of the model, without its weights."""
     name = _register(config.model)
     return _tokenizer(name, json.dumps(_open_clip().get_model_config(name)))
 
 
 @lru_cache(maxsize=1)  # building a vocabulary takes 0.25 s, and a run needs it several times
-def _tokenizer(name: str, model_config: str) -> Tokenizer:
+def _tokenizer(name: str, model_config: str) -> Any:
     """Args: model_config: part of the cache key, since another model-config file may take the same name."""
     with _suppress_warnings():
-        tokenizer: Tokenizer = _open_clip().get_tokenizer(name)
-    return tokenizer
+        return _open_clip().get_tokenizer(name)
 
 
 def weights_fingerprint(towers: ClipTowers) -> str:

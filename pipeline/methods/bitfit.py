@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.lazy_torch import nn
 from pipeline.methods.method import MethodConfig, TrainingOverrides, WeightsMethod, method
 
 
@@ -15,5 +16,5 @@ class BitFit(WeightsMethod):
         training: TrainingOverrides = TrainingOverrides(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
 
     @staticmethod
-    def is_trained(name: str) -> bool:
+    def is_trained(module: nn.Module, name: str) -> bool:
         return name.endswith("bias")  # in_proj_bias too

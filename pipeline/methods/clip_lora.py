@@ -43,7 +43,7 @@ class ClipLora(Method):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "clip_lora"))
             for block in (*self.towers.vision_blocks, *self.towers.text_blocks):
-                block.attn.in_proj_update = LowRank(block.attn.embed_dim, options.rank, options.alpha)
+                block.set_projection_update(LowRank(block.width, options.rank, options.alpha))
 
     def forward(self) -> Adaptation:
         return Adaptation(towers=self.towers)

@@ -5,6 +5,7 @@ It needs a far smaller learning rate than prompts: about 1e-5.
 
 from __future__ import annotations
 
+from pipeline.lazy_torch import nn
 from pipeline.methods.method import MethodConfig, TrainingOverrides, WeightsMethod, method
 
 
@@ -18,5 +19,5 @@ class FullFineTuning(WeightsMethod):
         training: TrainingOverrides = TrainingOverrides(optimizer="adamw", learning_rate=1e-5, weight_decay=0.1)
 
     @staticmethod
-    def is_trained(name: str) -> bool:
+    def is_trained(module: nn.Module, name: str) -> bool:
         return True

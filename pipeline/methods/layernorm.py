@@ -6,6 +6,7 @@ No published learning rate is for CLIP: AdamW at 0.001, as for BitFit.
 
 from __future__ import annotations
 
+from pipeline.lazy_torch import nn
 from pipeline.methods.method import MethodConfig, TrainingOverrides, WeightsMethod, method
 
 
@@ -19,5 +20,5 @@ class LayerNorms(WeightsMethod):
         training: TrainingOverrides = TrainingOverrides(optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
 
     @staticmethod
-    def is_trained(name: str) -> bool:
-        return "ln_" in name  # ln_pre, ln_1, ln_2, ln_post, ln_final
+    def is_trained(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.LayerNorm)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeV
 
 from pydantic import Field, model_validator
 
-from pipeline.clip.class_tokens import ClassTokens, Tokenizer, class_tokens
+from pipeline.clip.class_tokens import ClassTokens, class_tokens
+from pipeline.clip.tokenizer import Tokenizer
 from pipeline.config.fields import NonNegative, PositiveInt, Section
-from pipeline.lazy_torch import Module
+from pipeline.lazy_torch import Module, nn
 from pipeline.methods.adaptation import Adaptation
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ class Method(Module):
         """Return the template that the method uses instead of the config's."""
         return config_template
 
+    @classmethod
+    def needs_image_layers(cls) -> bool:
+        """Return True if the method adds to the layers of the image tower, which some towers do not offer."""
+        return cls.modifies_image_encoder
+
     @staticmethod
     def num_prompt_positions(config: Config) -> int:
         """Return the number of text prompts that take positions of the model's context."""
@@ -148,9 +154,13 @@ class WeightsMethod(Method):
         super().__init__()
         self.towers = towers.trainable_copy(self.is_trained)
 
+    @classmethod
+    def needs_image_layers(cls) -> bool:
+        return False
+
     @staticmethod
-    def is_trained(name: str) -> bool:
-        """Return True if the towers' parameter of this name is trained."""
+    def is_trained(module: nn.Module, name: str) -> bool:
+        """Return True if the parameter of this name in a module of the towers is trained."""
         raise NotImplementedError
 
     def forward(self) -> Adaptation:

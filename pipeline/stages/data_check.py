@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from rich.markup import escape
 
 from pipeline.clip.load import load_tokenizer
+from pipeline.clip.tokenizer import describe_tokenizer
 from pipeline.config import BUILTIN_DIGITS
 from pipeline.data.checked_images import COLUMNS, check_images, read_checked_images, read_samples, sample_paths
 from pipeline.data.findings import CheckedImage, Finding, find_issues, tokenize_words
@@ -134,12 +135,12 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
         ]
     except UserError as error:
         split_error = str(error)
-    tokenizer = load_tokenizer(plan.config.clip)
+    tokenizer = describe_tokenizer(load_tokenizer(plan.config.clip))
     findings = find_issues(
         images,
         dataset_index.classes,
         dataset_index.class_names,
-        tokenize_words(dataset_index.class_names.values(), tokenizer.encode, tokenizer.decoder.__getitem__),
+        tokenize_words(dataset_index.class_names.values(), tokenizer.encode, tokenizer.subword),
         data.shots,
         training,
         split_error,

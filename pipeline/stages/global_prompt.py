@@ -29,6 +29,7 @@ def train_global_prompt(plan: Plan, session: Session) -> Artifact:
     with Stage(session, NAME, stage_title(NAME)) as stage:
         stage.execute([work_item])
         track_history(session, NAME, work_item.artifact)
+        assert plan.mmap_shape, "a run that needs the global prompt was planned without MmAP"
         parameters = plan.mmap_shape.num_parameters
         session.tracker.log_params(NAME, {"epochs": _epochs(plan.config), "trained_parameters": parameters})
     return work_item.artifact

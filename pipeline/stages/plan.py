@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.clip.load import ClipIdentity, build_meta_towers, clip_identity, weights_file
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import BUILTIN_DIGITS, RESULT_EFFECTS, Config, content_hash, to_yaml, values_affecting
+from pipeline.config import (
+    BUILTIN_DIGITS,
+    RESULT_EFFECTS,
+    Config,
+    MmapConfig,
+    content_hash,
+    to_yaml,
+    values_affecting,
+)
 from pipeline.data.index import DatasetIndex, index_dataset, unexpected_counts
 from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import create_folder, write_file
 from pipeline.grouping.search.constraints import check_constraints
+from pipeline.methods.method import Method
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
 from pipeline.runtime.session import open_storage
@@ -39,7 +48,8 @@ class Plan:
     storage: Storage
     dataset_index: DatasetIndex
     clip: ClipIdentity
-    mmap_shape: MmapShape
+    mmap_shape: MmapShape | None
+    """None: no method of the run is MmAP."""
     splits: Artifact
     output_kind: str = "runs"
     """Folder of the storage that contains the run's folder."""
@@ -97,6 +107,7 @@ def make_plan(
     output_kind: str = "runs",
     extra_key_inputs: Mapping[str, Any] | None = None,
     other_tasks: Sequence[str] = (),
+    variants: Sequence[str] | None = None,
 ) -> Plan:
     """Check the config against data, model, storage and tracking server, and create the run's folder.
 
@@ -104,6 +115,7 @@ def make_plan(
         reuse_checks_of: plan of a config that differs only in shots and seed, whose checks are not repeated.
         output_kind, extra_key_inputs: see Plan.
         other_tasks: tasks whose groups the run's tasks join; the grouping's constraints cover all of them.
+        variants: names of registry.VARIANTS that the run trains; None: those of the pipeline.
 
     Raises:
         UserError: The first problem found, with a remedy.
@@ -128,7 +140,7 @@ def make_plan(
             )
         for note in [*unexpected_counts(config.data, dataset_index), *notes]:
             console.print(f"  {note}", style="yellow", markup=False, highlight=False)
-        clip, shape = _check_model(config, dataset_index)
+        clip, shape = _check_model(config, dataset_index, variants or (*DEFAULT_VARIANTS, *config.baselines))
         check_constraints([*other_tasks, *dataset_index.classes], **config.grouping.constraints)
         check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
 
@@ -165,20 +177,22 @@ def _find_data(config: Config, storage: Storage) -> DatasetIndex:
     return index_dataset(config.data, root.absolute())
 
 
-def _check_model(config: Config, dataset_index: DatasetIndex) -> tuple[ClipIdentity, MmapShape]:
-    identity = clip_identity(config.clip)
-    return identity, check_methods(
-        config, dataset_index, build_meta_towers(config.clip), (*DEFAULT_VARIANTS, *config.baselines)
-    )
+def _check_model(
+    config: Config, dataset_index: DatasetIndex, variants: Sequence[str]
+) -> tuple[ClipIdentity, MmapShape | None]:
+    identity, towers = clip_identity(config.clip), build_meta_towers(config.clip)
+    check_methods(config, dataset_index, towers, variants)
+    used = [VARIANTS[name] for name in variants]
+    uses_mmap = any(variant.uses_grouping or METHODS[variant.method].Options is MmapConfig for variant in used)
+    return identity, MmapShape.of(config.mmap, towers) if uses_mmap else None
 
 
-def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTowers, names: Sequence[str]) -> MmapShape:
-    """Check that the options of some of registry.VARIANTS fit the shapes of towers; return those of MmAP.
+def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTowers, names: Sequence[str]) -> None:
+    """Check that some of registry.VARIANTS, and their options, fit the towers.
 
     Raises:
         UserError: The first that does not fit.
     """
-    shape = MmapShape.of(config.mmap, towers)
     class_names = {
         task: [dataset_index.class_names[name] for name in names] for task, names in dataset_index.classes.items()
     }
@@ -186,6 +200,7 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
     for name in names:
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_config(method, config).batch_size
+        _check_image_layers(config, kind, towers)
         kind.check(config, towers)
         kind.tokenize(config, towers.tokenizer, class_names)
         if workers > min(batch, num_classes):
@@ -193,4 +208,13 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
                 f"cluster.workers_per_training={workers} is more than a step's images per task ({batch}, batch_size of "
                 f"{kind.title}) or the classes of a task ({num_classes}): use fewer workers"
             )
-    return shape
+
+
+def _check_image_layers(config: Config, kind: type[Method], towers: ClipTowers) -> None:
+    if kind.needs_image_layers() and not towers.takes_image_prompts:
+        others = [name for name, other in METHODS.items() if not other.needs_image_layers()]
+        raise UserError(
+            f"clip.model={config.clip.model} takes no prompts in its image tower ({towers.image_tower.reason}), which "
+            f"{kind.title} needs. Use a model that takes them (python jobs/list_models.py), or other methods: "
+            f"python jobs/benchmark.py --methods {' '.join(others)}"
+        )

@@ -64,9 +64,10 @@ def _log_run_header(plan: Plan, session: Session) -> None:
         params=_flat(config.model_dump(mode="json", exclude=_unused_method_sections(config))),
     )
     session.tracker.log_artifact(PARENT, plan.folder / "config.yaml")
+    parameters = f"{plan.mmap_shape.num_parameters:,} parameters per MmAP · " if plan.mmap_shape else ""
     session.console.print(
         f"  {len(plan.tasks)} tasks, {len(plan.dataset_index.images)} images · {config.clip.model} · "
-        f"{plan.mmap_shape.num_parameters:,} parameters per MmAP · results in {run_uri}",
+        f"{parameters}results in {run_uri}",
         markup=False,
         highlight=False,
     )

@@ -58,7 +58,7 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
         UserError: a config or the cluster is invalid (before any work); a run failed (after the others have ended and
             are reported).
     """
-    name, plans = configs[0].name, make_plans(configs, console)
+    name, plans = configs[0].name, make_plans(configs, console, methods)
     storage = plans[0].storage
     key = content_hash({"runs": [plan.key for plan in plans], "methods": list(methods)})
     folder = create_folder(storage.folder / "benchmarks" / f"{name}-{key}")

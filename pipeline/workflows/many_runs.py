@@ -32,10 +32,10 @@ def expand_configs(base: Config, shots: Sequence[int], seeds: Sequence[int]) -> 
     ]
 
 
-def make_plans(configs: Sequence[Config], console: Console) -> list[Plan]:
-    """Raises: UserError: the first error, before any work."""
+def make_plans(configs: Sequence[Config], console: Console, variants: Sequence[str] | None = None) -> list[Plan]:
+    """Return a plan per config; `variants` as of `make_plan`. Raises: UserError: the first error, before any work."""
     console.print(f"[bold]{configs[0].name}[/]: checking {len(configs)} runs", highlight=False)
-    first_plan = make_plan(configs[0], _RunConsole(configs[0]))
+    first_plan = make_plan(configs[0], _RunConsole(configs[0]), variants=variants)
     return [first_plan, *(make_plan(config, _RunConsole(config), reuse_checks_of=first_plan) for config in configs[1:])]
 
 

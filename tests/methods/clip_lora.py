@@ -33,10 +33,13 @@ REFERENCE = Reference(
     features=features,
     starts=lambda towers, model: {
         "*.up": is_all(0),
-        "towers.text_blocks.*.down.weight": FROM_TEXT,
+        "towers.text.*.down.weight": FROM_TEXT,
         "towers.visual.*.down.weight": FROM_VISION,
     },
-    options={"rank": Option(3, {"text_blocks.0.attn.in_proj_update.up": (3, 16, 3)}), "alpha": Option(2.5)},
+    options={
+        "rank": Option(3, {"text.transformer.resblocks.0.attn.in_proj_update.up": (3, 16, 3)}),
+        "alpha": Option(2.5),
+    },
     num_parameters=(({}, 12 * 3 * 2 * 2 * (512 + 768)),),
     trains_weight=lambda name: False,
 )

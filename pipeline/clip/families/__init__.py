@@ -1,0 +1,45 @@
+"""Families of towers: which one a model's towers belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pipeline.clip.families.base import ImageTower, TextTower, UnsupportedTower
+from pipeline.clip.families.black_box import BlackBox
+from pipeline.clip.families.open_clip_towers import FlatText, OpenClipImageTower, OpenClipTextTower
+from pipeline.clip.families.timm_eva import Eva
+from pipeline.clip.families.timm_vit import TimmVisionTransformer
+
+
+def describe_image_tower(visual: Any) -> ImageTower:
+    """Return the description of an image tower, that of a black box if its layers cannot take prompts."""
+    is_timm = hasattr(visual, "trunk")
+    family: type[ImageTower] | None
+    if is_timm:
+        name = type(visual.trunk).__name__
+        family = {"VisionTransformer": TimmVisionTransformer, "Eva": Eva}.get(name)
+    else:
+        name = type(visual).__name__
+        family = {"VisionTransformer": OpenClipImageTower}.get(name)
+    if family is None:
+        return BlackBox(visual, f"{name} has no tokens that pass through all layers")
+    try:
+        return family(visual)
+    except UnsupportedTower as error:
+        return BlackBox(visual, str(error))
+
+
+def describe_text_tower(model: Any) -> tuple[nn.Module, TextTower]:
+    """Return the module of a CLIP's text tower, and its description.
+
+    Raises:
+        UnsupportedTower: the reason why it cannot be used.
+    """
+    if not hasattr(model, "text"):
+        text = FlatText(model)
+        return text, OpenClipTextTower(text, model)
+    if hasattr(model.text, "token_embedding"):
+        return model.text, OpenClipTextTower(model.text, model.text)
+    raise UnsupportedTower(f"the text tower is a {type(model.text).__name__}, of which nothing is known")
