@@ -22,7 +22,11 @@ def encode_prompted_image(
     memory_gib: float,
     prototype: torch.Tensor,
 ) -> torch.Tensor:
-    """Return image features (B, E); arguments as those of `ClipTowers.encode_image`, `prototype` of `activation_bytes`."""
+    """Return image features (B, E).
+
+    Args:
+        prototype: see `activation_bytes`; the others are those of `ClipTowers.encode_image`.
+    """
     if prompts is not None and propagate:
         prompts = torch.cat([tower.norm_prompts(prompts[:, :1]), prompts[:, 1:]], dim=1)
     replaced = deep_prompt_kv(tower.blocks, prompts, propagate)
