@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from reference_towers import reference_encode_image, reference_encode_text
+from saved_bytes import saved_bytes
 from small_clip import CLASS_NAMES, small_open_clip, small_towers, tokenizer
 
 from pipeline.clip.chunks import activation_bytes
@@ -115,23 +116,6 @@ def test_gradients_of_trained_weights_equal_the_reference(options, prompted, act
     assert len(parameters) > 60
     ours, plain = ours_and_plain(towers, model, text_prompts, vision_prompts, False)
     assert_same_features_and_gradients(ours, plain, parameters)
-
-
-def saved_bytes(towers, encode):
-    """Return the bytes that autograd saves in a forward pass, without weights."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*towers.parameters(), *towers.buffers())}
-    saved = {}
-
-    def save(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        features = encode()
-    del features
-    return sum(saved.values())
 
 
 NUM_ROWS = 30

@@ -30,12 +30,15 @@ def checkpointed_chunks(
     )
 
 
-def activation_bytes(blocks: Sequence[Block], num_tokens: int, num_keys: int, prototype: torch.Tensor) -> int:
+def activation_bytes(
+    blocks: Sequence[Block], num_tokens: int, num_keys: int, prototype: torch.Tensor, num_layers: int | None = None
+) -> int:
     """Return the bytes that a row of `num_tokens` tokens, whose queries see `num_keys` keys, keeps for its backward
     pass or, without one, needs at a time: less than two layers' worth.
 
     Args:
         prototype: a tensor with the device and the dtype of the LayerNorms.
+        num_layers: number of layers whose activations are kept; None: all blocks'.
     """
     width, hidden = blocks[0].width, blocks[0].mlp_values
     itemsize = 2 if torch.is_autocast_enabled(prototype.device.type) else prototype.dtype.itemsize
@@ -45,7 +48,7 @@ def activation_bytes(blocks: Sequence[Block], num_tokens: int, num_keys: int, pr
         values += num_tokens * (3 * width + hidden)  # inputs of the trained matrices
     elif any(block.has_update for block in blocks):
         values += 2 * num_tokens * width  # its inputs
-    return (norms + values * itemsize) * (len(blocks) if torch.is_grad_enabled() else 2)
+    return (norms + values * itemsize) * ((num_layers or len(blocks)) if torch.is_grad_enabled() else 2)
 
 
 def measured_activation_bytes(module: nn.Module, row: torch.Tensor) -> int:

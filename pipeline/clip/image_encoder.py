@@ -53,5 +53,6 @@ def encode_prompted_image(
         return tower.pool(x)
 
     num_tokens = tower.num_tokens + (num_prompts if propagate else 0)
-    bytes_per_image = activation_bytes(tower.blocks, num_tokens, num_tokens + num_prompts, prototype)
+    num_layers = len(tower.blocks) + tower.pool_layers
+    bytes_per_image = activation_bytes(tower.blocks, num_tokens, num_tokens + num_prompts, prototype, num_layers)
     return checkpointed_chunks(encode, len(images), bytes_per_image, memory_gib)

@@ -30,6 +30,9 @@ class ImageTower:
     pools_first_token: bool = True
     """Whether the feature depends only on the first token (CLS) of the last layer."""
 
+    pool_layers: int = 0
+    """Number of layers whose activations the pooling needs besides."""
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Return the input (B, L, D) of the first layer for standardized images (B, 3, H, W)."""
         raise NotImplementedError

@@ -57,6 +57,7 @@ class TimmVisionTransformer(ImageTower):
         self.num_tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
         self.output_dim = timm_output_dim(visual)
         self.pools_first_token = trunk.global_pool == "token"
+        self.pool_layers = int(trunk.attn_pool is not None)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         return self.trunk.norm_pre(self.trunk._pos_embed(self.trunk.patch_embed(images)))
