@@ -15,3 +15,9 @@ def derive_seed(seed: int, *names: str) -> int:
 def normal(*shape: int, std: float, seed: int, purpose: str) -> torch.Tensor:
     """Sample a float32 tensor from N(0, std²)."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(seed, purpose))) * std
+
+
+def uniform(*shape: int, bound: float, seed: int, purpose: str) -> torch.Tensor:
+    """Sample a float32 tensor uniformly from [-bound, bound)."""
+    unit = torch.rand(shape, generator=torch.Generator().manual_seed(derive_seed(seed, purpose)))
+    return (2 * unit - 1) * bound

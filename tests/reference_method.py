@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from reference_towers import reference_encode_text
 from small_clip import CLASS_NAMES, tokenizer
 
 StartCheck = Callable[[torch.Tensor], bool]
@@ -55,6 +56,15 @@ class Reference:
 def full_ids(template: str) -> torch.Tensor:
     """Tokenize the texts of all classes."""
     return tokenizer()([template.format(word) for word in CLASS_NAMES])
+
+
+def encode_embedded_text(model: torch.nn.Module, ids: torch.Tensor, embedded: list[torch.Tensor]) -> torch.Tensor:
+    """Encode the texts (C, 77) with these embeddings (77, d_l) of each text's tokens instead of CLIP's."""
+    model, z = replace_weights(model, {}), []
+    for row, tokens in zip(ids, embedded, strict=True):
+        model.token_embedding.forward = lambda ids, tokens=tokens: tokens[None]
+        z.append(reference_encode_text(model, row[None], None))
+    return torch.cat(z)
 
 
 # Methods with their own towers

@@ -229,6 +229,7 @@ def test_a_method_trains_with_its_authors_or_the_papers_settings():
     assert training_config("mmap", config) == training_config("joint_prompts", config) == config.training
     lora = training_config("clip_lora", config)
     assert (lora.optimizer, lora.learning_rate, lora.weight_decay) == ("adamw", 2e-4, 0.01)
+    assert (lora.warmup_epochs, lora.min_learning_rate, lora.schedule_interval) == (0, 1e-6, "step")
     alike = parse_config(load_yaml(CONFIGS / "paper_protocol.yaml"))
     for name in TRAINED:
         differs = training_config(name, alike) != alike.training
@@ -460,9 +461,11 @@ def test_a_trainings_towers_follow_the_config(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if not name.startswith("mmap")])
 def test_a_methods_training_overrides_the_common_one(name):
-    overrides = {"epochs": 7, "batch_size": 6, "learning_rate": 0.5, "weight_decay": 0.25}
+    overrides = {"epochs": 7, "batch_size": 6, "learning_rate": 0.5, "weight_decay": 0.25, "warmup_epochs": 3}
     default = training_config(name, Config())
+    overrides["min_learning_rate"] = 0.125
     overrides["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
+    overrides["schedule_interval"] = "step" if default.schedule_interval == "epoch" else "epoch"
     assert overrides.keys() == TrainingOverrides.model_fields.keys()
     section = METHODS[name].section
     for field, value in overrides.items():

@@ -55,7 +55,8 @@ def problem():
 
 def test_learning_rates_are_dassls():
     config = TrainingConfig()  # 0.0035, one warm-up epoch at 1e-5, 5 epochs
-    learning_rates = [learning_rate(epoch, 5, config) for epoch in range(5)]
+    learning_rates = [learning_rate(3 * epoch, 3, 5, config) for epoch in range(5)]
+    assert [learning_rate(step, 3, 5, config) for step in range(15)] == [lr for lr in learning_rates for _ in range(3)]
     assert learning_rates == pytest.approx([1e-5, 0.0035, 0.00317, 0.00229, 0.00121], abs=5e-6)
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0035)
@@ -64,6 +65,21 @@ def test_learning_rates_are_dassls():
         assert learning_rates[epoch] == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         cosine.step()
+
+
+def test_learning_rates_per_step_are_torchs():
+    """CLIP-LoRA's: no warm-up, and a cosine to a minimum."""
+    config = TrainingConfig(warmup_epochs=0, learning_rate=2e-4, min_learning_rate=1e-6, schedule_interval="step")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=15, eta_min=1e-6)
+    for step in range(15):
+        assert learning_rate(step, 3, 5, config) == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        cosine.step()
+    warm = config.model_copy(update={"warmup_epochs": 1})
+    assert [learning_rate(step, 3, 5, warm) for step in range(3)] == [1e-5] * 3
+    for step in range(3, 15):
+        assert learning_rate(step, 3, 5, warm) == pytest.approx(learning_rate(step - 3, 3, 5, config), rel=1e-12)
 
 
 def test_batches_show_each_image_equally_often():

@@ -142,9 +142,13 @@ class TrainingConfig(Section, affects=("training",)):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Weight decay of all trained parameters: L2 penalty in SGD, decoupled in AdamW."""
     warmup_epochs: NonNegativeInt = 1
-    """Epochs at warmup_learning_rate, followed by cosine annealing per epoch with period `epochs`."""
+    """Epochs at warmup_learning_rate, followed by cosine annealing with period `epochs`."""
     warmup_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """Learning rate of the warm-up epochs."""
+    min_learning_rate: NonNegative = 0.0
+    """Learning rate at which the cosine ends."""
+    schedule_interval: Literal["epoch", "step"] = "epoch"
+    """Whether cosine annealing changes the learning rate after each epoch or after each step."""
     augmentation: AugmentationConfig = AugmentationConfig()
     """Data augmentation of the training images."""
     checkpoint_every: Annotated[PositiveInt, affects()] = 1

@@ -33,7 +33,14 @@ class ClipLora(Method):
         alpha: Annotated[float, Field(gt=0)] = 1.0
         """The update is scaled by alpha / √rank."""
         training: TrainingOverrides = TrainingOverrides(
-            epochs=250, batch_size=32, optimizer="adamw", learning_rate=2e-4, weight_decay=0.01
+            epochs=250,
+            batch_size=32,
+            optimizer="adamw",
+            learning_rate=2e-4,
+            weight_decay=0.01,
+            warmup_epochs=0,
+            min_learning_rate=1e-6,
+            schedule_interval="step",
         )
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):

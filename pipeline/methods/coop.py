@@ -40,7 +40,7 @@ class Coop(Method):
         return Adaptation(text_prompts=self.context.expand(len(self.tasks), 1, -1, -1), text_prompts_propagate=True)
 
     @staticmethod
-    def template(config_template: str) -> str:
+    def template(config_template: str, config: Config) -> str:
         """Keep only the class name: the context replaces all other words."""
         return "{}."
 

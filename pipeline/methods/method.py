@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from pipeline.clip.class_tokens import ClassTokens, class_tokens
 from pipeline.clip.tokenizer import Tokenizer
-from pipeline.config.fields import NonNegative, PositiveInt, Section
+from pipeline.config.fields import NonNegative, NonNegativeInt, PositiveInt, Section
 from pipeline.lazy_torch import Module, nn
 from pipeline.methods.adaptation import Adaptation
 
@@ -53,6 +53,12 @@ class TrainingOverrides(Section, affects=("method",)):
     """Instead of training.learning_rate."""
     weight_decay: NonNegative | None = None
     """Instead of training.weight_decay."""
+    warmup_epochs: NonNegativeInt | None = None
+    """Instead of training.warmup_epochs."""
+    min_learning_rate: NonNegative | None = None
+    """Instead of training.min_learning_rate."""
+    schedule_interval: Literal["epoch", "step"] | None = None
+    """Instead of training.schedule_interval."""
 
 
 class MethodConfig(Section, affects=("method",)):
@@ -106,7 +112,7 @@ class Method(Module):
         raise NotImplementedError
 
     @staticmethod
-    def template(config_template: str) -> str:
+    def template(config_template: str, config: Config) -> str:
         """Return the template that the method uses instead of the config's."""
         return config_template
 
@@ -134,7 +140,7 @@ class Method(Module):
         """
         return class_tokens(
             tokenizer,
-            [cls.template(config.clip.template_for(task)) for task in class_names],
+            [cls.template(config.clip.template_for(task), config) for task in class_names],
             list(class_names.values()),
             cls.num_prompt_positions(config),
             cls.num_replaced_tokens(config),

@@ -1,4 +1,8 @@
-"""VPT-deep (Jia et al., ECCV 2022): prompts of the image tower, replaced in every layer; text features are CLIP's."""
+"""VPT-deep (Jia et al., ECCV 2022), as in MaPLe's repository: prompts of the image tower, new in every layer; text
+features are CLIP's.
+
+The first layer's prompts are tokens of the input, which `ln_pre` norms with the patches.
+"""
 
 from __future__ import annotations
 
@@ -33,4 +37,5 @@ class Vpt(Method):
         self.prompts = nn.Parameter(normal(*shape, std=0.02, seed=config.seed, purpose="vpt"))  # (K, b, d_v)
 
     def forward(self) -> Adaptation:
-        return Adaptation(vision_prompts=self.prompts.expand(len(self.tasks), -1, -1, -1))
+        prompts = self.prompts.expand(len(self.tasks), -1, -1, -1)
+        return Adaptation(vision_prompts=prompts, vision_prompts_propagate=True)

@@ -51,11 +51,14 @@ def num_steps_per_epoch(set_sizes: Iterable[int], batch_size: int) -> int:
     return math.ceil(max(set_sizes) / batch_size)
 
 
-def learning_rate(epoch: int, epochs: int, config: TrainingConfig) -> float:
-    """Return the learning rate of an epoch (from 0), as Dassl: constant warm-up, then a cosine of period `epochs`."""
+def learning_rate(step: int, steps_per_epoch: int, epochs: int, config: TrainingConfig) -> float:
+    """Return the learning rate of a step (from 0), as Dassl: constant warm-up, then a cosine of period `epochs`."""
+    epoch = step // steps_per_epoch
     if epoch < config.warmup_epochs:
         return config.warmup_learning_rate
-    return config.learning_rate * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / epochs)) / 2
+    time = step / steps_per_epoch if config.schedule_interval == "step" else epoch
+    cosine = (1 + math.cos(math.pi * (time - config.warmup_epochs) / epochs)) / 2
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Trainer:
             UserError: a task's loss is not finite; out of memory.
         """
         step, epoch = len(self.history), self.epoch
-        lr = learning_rate(epoch, self.epochs, self.config)
+        lr = learning_rate(step, self.steps_per_epoch, self.epochs, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         metrics = self.backward(step)

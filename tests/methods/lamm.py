@@ -1,18 +1,15 @@
 import torch
-from reference_method import SKETCHED, Option, Reference, equals, full_ids, replace_weights
-from reference_towers import reference_encode_text
+from reference_method import SKETCHED, Option, Reference, encode_embedded_text, equals, full_ids
 from small_clip import tokenizer
 
 
 def features(method, model, images, config):
-    ids, z, named_model = full_ids(config.clip.template), [], replace_weights(model, {})
-    for index, (row, subwords) in enumerate(zip(ids, method.embeddings)):
+    ids, embedded = full_ids(config.clip.template), []
+    for row, subwords in zip(ids, method.embeddings):
         name_start = 1 + len(tokenizer().encode("a photo of a"))
-        embedded = model.token_embedding(row)
-        embedded = torch.cat([embedded[:name_start], subwords, embedded[name_start + len(subwords) :]])
-        named_model.token_embedding.forward = lambda ids, embedded=embedded: embedded[None]
-        z.append(reference_encode_text(named_model, ids[index : index + 1], None))
-    return model.encode_image(images), torch.cat(z)
+        words = model.token_embedding(row)
+        embedded.append(torch.cat([words[:name_start], subwords, words[name_start + len(subwords) :]]))
+    return model.encode_image(images), encode_embedded_text(model, ids, embedded)
 
 
 def added_loss(method, options, x, frozen_x, z, frozen_z, logits, frozen_logits):

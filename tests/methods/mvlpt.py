@@ -1,3 +1,5 @@
+import math
+
 import torch
 import torch.nn.functional as F
 from reference_method import (
@@ -5,13 +7,14 @@ from reference_method import (
     FROM_VISION,
     Option,
     Reference,
+    encode_embedded_text,
     full_ids,
     is_all,
     is_normal,
     is_uniform,
-    name_only,
 )
-from reference_towers import reference_encode_image, reference_encode_text
+from reference_towers import reference_encode_image
+from small_clip import CLASS_NAMES, tokenizer
 
 
 def features(method, model, images, config):
@@ -27,22 +30,24 @@ def features(method, model, images, config):
     attended = (q @ k.T / width**0.5).softmax(dim=1) @ v  # one head
     prompts = prompts + attended @ mixer.self_attn.out_proj.weight.T + mixer.self_attn.out_proj.bias
     h = F.layer_norm(prompts, (width,), mixer.norm2.weight, mixer.norm2.bias)
-    h = F.gelu(h @ mixer.linear1.weight.T + mixer.linear1.bias)
+    h = h @ mixer.linear1.weight.T + mixer.linear1.bias
+    h = h * (1.702 * h).sigmoid()  # QuickGELU
     prompts = prompts + h @ mixer.linear2.weight.T + mixer.linear2.bias
     context = prompts[:length] @ method.text_out.weight.T + method.text_out.bias
     vision = prompts[length:] @ method.vision_out.weight.T + method.vision_out.bias
     vision = vision.reshape(len(model.visual.transformer.resblocks), length, 24)
-    return (
-        reference_encode_image(model, images, vision),
-        reference_encode_text(model, full_ids("{}."), context[None], propagate=True),
-    )
+    half, ids, embedded = length // 2, full_ids("X " * length + "{}."), []
+    for row, name in zip(ids, CLASS_NAMES):  # SOS [c1] [c2] name [c3] [c4] . EOS
+        words, end = model.token_embedding(row), 1 + length + len(tokenizer().encode(name))
+        embedded.append(torch.cat([words[:1], context[:half], words[1 + length : end], context[half:], words[end:]]))
+    return reference_encode_image(model, images, vision), encode_embedded_text(model, ids, embedded)
 
 
 def starts(towers, model):
     mixer = is_uniform(20**-0.5)
     return {
         "context": is_normal(0.02),
-        "vision_prompts": is_normal(0.02),
+        "vision_prompts": is_uniform((6 / (3 * 8**2 + 24)) ** 0.5),  # Glorot's, of patches of 8 x 8 pixels
         "text_in.*": FROM_TEXT,
         "vision_in.*": FROM_VISION,
         "mixer.norm[12].weight": is_all(1),
@@ -66,5 +71,5 @@ REFERENCE = Reference(
     small={"prompt_length": 2, "mixer_width": 4},
     start_options={"prompt_length": 40, "mixer_width": 20},
     num_parameters=(({}, 566_400),),
-    text=name_only,
+    text=lambda template, config: "{}" + " X" * math.ceil(config.mvlpt.prompt_length / 2) + ".",
 )

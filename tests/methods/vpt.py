@@ -4,7 +4,7 @@ from reference_towers import reference_encode_image
 
 def features(method, model, images, config):
     return (
-        reference_encode_image(model, images, method.prompts),
+        reference_encode_image(model, images, method.prompts, propagate=True),  # the first layer's through ln_pre
         model.encode_text(full_ids(config.clip.template)),
     )
 
