@@ -44,6 +44,8 @@ class Mvlpt(Method):
         super().__init__()
         self.tasks = tuple(class_names)
         self._towers = (towers,)  # in a tuple, so that it is not a submodule
+        after_name = towers.tokenizer.encode(self.template("", config).removeprefix("{}"))
+        self._num_last_tokens = len(after_name) + len(towers.tokenizer.end)
         options = config.section(Mvlpt.Options)
         length, width = options.prompt_length, options.mixer_width
         text_width, vision_width, depth = towers.text_width, towers.vision_width, towers.vision_depth
@@ -80,9 +82,9 @@ class Mvlpt(Method):
         """Embed the suffix with context (b, d_l) in place of the placeholders of `template`."""
         (towers,) = self._towers
         embeddings: torch.Tensor = towers.token_embedding(tokens.suffix)  # (R, S, d_l)
-        count, device = len(context), tokens.suffix.device
-        rows = torch.arange(len(embeddings), device=device)[:, None]
-        columns = tokens.eot[:, None] - 1 - count + torch.arange(count, device=device)  # before the full stop and EOT
+        rows = torch.arange(len(embeddings), device=tokens.suffix.device)[:, None]
+        first = tokens.eot[:, None] + 1 - self._num_last_tokens
+        columns = first + torch.arange(len(context), device=tokens.suffix.device)
         return embeddings.index_put((rows, columns), context.to(embeddings.dtype).expand(len(rows), -1, -1))
 
     @staticmethod
