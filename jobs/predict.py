@@ -49,7 +49,7 @@ class Options(JobOptions):
 
 
 FIELD_HELP = {
-    "clip.pretrained": "Path or open_clip tag of the CLIP weights; null: as in training.",
+    "clip.pretrained": "CLIP weights: an open_clip tag, a file, a folder or hf-hub:ORG/NAME; null: as in training.",
     "cluster.address": "Ray cluster to join, for Parquet output; null: RAY_ADDRESS, else a local Ray is started.",
     "cluster.gpus_per_worker": "GPUs per prediction worker, may be fractional; null: 1 if available, else 0.",
     "cluster.cpus_per_worker": "CPU cores per prediction worker; without GPUs also its threads; null: 1.",
@@ -120,7 +120,7 @@ def predict_to_parquet(
     batch_input = find_batch_input(arguments.options.inputs)
     if not batch_input.is_parquet or task is not None:
         check_task(arguments.options, adapter, task)
-    image_size = build_meta_towers(adapter.config.clip).image_size
+    image_size = build_meta_towers(adapter.config.clip.with_weights(options.pretrained)).image_size
     with ray_connection(parse_config(arguments.nested_fields()).cluster, print_status) as worker_resources:
         on_progress = progress_lines(print_status, PROGRESS_INTERVAL_S)
         return predict_batch(adapter, options, task, batch_input, output, worker_resources, image_size, on_progress)

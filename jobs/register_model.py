@@ -26,7 +26,8 @@ class Options(JobOptions):
 
 
 FIELD_HELP = {
-    "clip.pretrained": "Path or open_clip tag of the CLIP weights where the model is served; null: as in training.",
+    "clip.pretrained": "CLIP weights where the model is served: an open_clip tag, a file, a folder or hf-hub:ORG/NAME; "
+    "null: as in training.",
     "tracking.uri": "MLflow tracking URI; null: that of the run's config.yaml.",
     "tracking.registered_model": "Name of the registered model; null: that of the run's config.yaml.",
 }

@@ -51,7 +51,7 @@ class Options(JobOptions):
 
 
 FIELD_HELP = {
-    "clip.pretrained": "Path or open_clip tag of the CLIP weights; null: as in training.",
+    "clip.pretrained": "CLIP weights: an open_clip tag, a file, a folder or hf-hub:ORG/NAME; null: as in training.",
     "cluster.address": "Ray cluster to join; null: RAY_ADDRESS, else a local Ray is started.",
     "cluster.gpus_per_worker": "GPUs per replica, may be fractional; null: 1 if available, else 0.",
     "cluster.cpus_per_worker": "CPU cores per replica; without GPUs also its threads; null: 1.",

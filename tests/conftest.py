@@ -10,6 +10,7 @@ for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
     os.environ.pop(variable, None)
 # Those of the tests' own S3 server, for all that is started here, and nobody's real ones.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded from the Hugging Face Hub
 # All that this process starts inherits this mark; `reaper.py` ends it when this process is gone, however it ended.
 os.environ["MMAP_CLIP_TESTS"] = uuid.uuid4().hex
 

@@ -693,8 +693,7 @@ def test_hostile_model_configs_are_refused_up_front(tmp_path, text):
 
 
 @pytest.mark.parametrize("model", ["hf-hub:somebody/model", "local-dir:/tmp", "absent.json", "../../x", "builtin:x"])
-def test_models_from_elsewhere_are_refused(model):
-    """open_clip would load the weights that lie there, whatever clip.pretrained says."""
+def test_models_that_do_not_exist_are_refused(model):
     for load in (clip_identity, load_clip):
         with pytest.raises(UserError, match="clip.model"):
             load(ClipConfig(model=model, pretrained=None))
@@ -728,24 +727,36 @@ def packed(file: Path, mib: int = 256) -> None:
             archive.writestr(name, bytes(mib << 20) if "/data/0" in name else data)
 
 
+NOT_TENSORS = "not a plain file of tensors.*save the weights"
+AGAIN = "download it again"
 HOSTILE_WEIGHTS = {
-    "code.pt": lambda file: torch.save({"state_dict": Evil()}, file),
-    "plain pickle.pt": lambda file: file.write_bytes(pickle.dumps({"x": Evil()})),
-    "old format.pt": lambda file: torch.save({"x": Evil()}, file, _use_new_zipfile_serialization=False),
-    "type error.pt": lambda file: torch.save([Confusing(), Evil()], file),
-    "pickle.safetensors": lambda file: file.write_bytes(pickle.dumps(Evil())),
-    "zip.safetensors": lambda file: torch.save({"x": Evil()}, file),
-    "script.pt": torch_script,
-    "packed.pt": packed,
-    "numpy.npy": lambda file: np.save(open(file, "wb"), np.array([Evil()], dtype=object), allow_pickle=True),
-    "header.safetensors": lambda file: file.write_bytes(struct.pack("<Q", 2**62) + b"{}"),
-    "long header.safetensors": lambda file: file.write_bytes(struct.pack("<Q", 1 << 30) + b"{" + bytes(100)),
-    "deep.safetensors": lambda file: file.write_bytes(struct.pack("<Q", 50_000) + b"[" * 50_000),
-    "beyond.safetensors": lambda file: file.write_bytes(
-        struct.pack("<Q", 59) + b'{"x":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}  '
+    "code.pt": (
+        lambda file: torch.save({"state_dict": Evil()}, file),
+        "not a plain file of tensors .*posix.mkdir, which could run code.*save the weights",
     ),
-    "text.pt": lambda file: file.write_text("no weights"),
-    "empty.pt": lambda file: file.write_bytes(b""),
+    "plain pickle.pt": (lambda file: file.write_bytes(pickle.dumps({"x": Evil()})), NOT_TENSORS),
+    "old format.pt": (lambda file: torch.save({"x": Evil()}, file, _use_new_zipfile_serialization=False), NOT_TENSORS),
+    "type error.pt": (lambda file: torch.save([Confusing(), Evil()], file), NOT_TENSORS),
+    "pickle.safetensors": (lambda file: file.write_bytes(pickle.dumps(Evil())), NOT_TENSORS),
+    "zip.safetensors": (lambda file: torch.save({"x": Evil()}, file), NOT_TENSORS),
+    "packed.pt": (packed, NOT_TENSORS),
+    "script of another model.pt": (torch_script, "does not fit clip.model=.*bias.*give the weights of a whole CLIP"),
+    "numpy.npy": (
+        lambda file: np.save(open(file, "wb"), np.array([Evil()], dtype=object), allow_pickle=True),
+        "an array of NumPy: convert the weights",
+    ),
+    "header.safetensors": (lambda file: file.write_bytes(struct.pack("<Q", 2**62) + b"{}"), AGAIN),
+    "long header.safetensors": (lambda file: file.write_bytes(struct.pack("<Q", 1 << 30) + b"{" + bytes(100)), AGAIN),
+    "deep.safetensors": (lambda file: file.write_bytes(struct.pack("<Q", 50_000) + b"{" * 50_000), NOT_TENSORS),
+    "deep list.safetensors": (lambda file: file.write_bytes(struct.pack("<Q", 50_000) + b"[" * 50_000), NOT_TENSORS),
+    "beyond.safetensors": (
+        lambda file: file.write_bytes(
+            struct.pack("<Q", 59) + b'{"x":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}  '
+        ),
+        AGAIN,
+    ),
+    "text.pt": (lambda file: file.write_text("no weights"), NOT_TENSORS),
+    "empty.pt": (lambda file: file.write_bytes(b""), f"is empty: {AGAIN}"),
 }
 
 
@@ -760,19 +771,22 @@ def model_file(tmp_path_factory):
 def test_weights_that_are_more_than_tensors_are_refused_and_run_no_code(model_file, tmp_path, monkeypatch, name):
     monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "made by the pickle"))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as torch before 2.6 is by itself
-    HOSTILE_WEIGHTS[name](tmp_path / name)
+    write, message = HOSTILE_WEIGHTS[name]
+    write(tmp_path / name)
     config = ClipConfig(model=model_file, pretrained=str(tmp_path / name))
     for load in (clip_identity, load_clip):
-        with pytest.raises(UserError, match=f"{name}.*not a plain file of tensors.*save the weights") as error:
+        with pytest.raises(UserError, match=f"{name}.*{message}") as error:
             load(config)
         assert "weights_only" not in str(error.value)  # torch's advice how to run the code
     assert not (tmp_path / "made by the pickle").exists()
 
 
-@pytest.mark.parametrize("state", [{}, {"x": 1}, [1], torch.zeros(3), {"state_dict": None}, {1: torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "state", [{}, {"x": 1}, [1], {"vocab_size": "x"}, torch.zeros(3), {"state_dict": None}, {1: torch.zeros(1)}]
+)
 def test_weights_of_another_kind_are_named(model_file, tmp_path, state):
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="other.pt.*cannot be loaded into"):
+    with pytest.raises(UserError, match=r"other.pt has .*state dict.*save the model's state_dict\(\)"):
         load_clip(ClipConfig(model=model_file, pretrained=str(tmp_path / "other.pt")))
 
 

@@ -51,17 +51,17 @@ def test_random_weights_are_always_the_same(model_file):
 
 def test_concurrent_loads_suppress_only_open_clips_warnings(model_file, monkeypatch, caplog):
     """The first load ends while the second is at work, as those of a benchmark's runs do."""
-    create, barrier = open_clip.create_model, threading.Barrier(2)
-    earlier_ended = threading.Event()
+    barrier, earlier_ended = threading.Barrier(2), threading.Event()
 
-    def create_in_turn(*arguments, **options):
-        barrier.wait()
-        if threading.current_thread().name != "earlier":
-            earlier_ended.wait()
-        logging.warning("open_clip tells of a load")
-        return create(*arguments, **options)
+    class SlowClip(open_clip.CLIP):
+        def __init__(self, **config):
+            barrier.wait()
+            if threading.current_thread().name != "earlier":
+                earlier_ended.wait()
+            logging.warning("open_clip tells of a load")
+            super().__init__(**config)
 
-    monkeypatch.setattr(open_clip, "create_model", create_in_turn)
+    monkeypatch.setattr(open_clip, "CLIP", SlowClip)
     config = ClipConfig(model=model_file, pretrained=None)
     earlier, later = (threading.Thread(target=build_meta_towers, args=[config], name=n) for n in ("earlier", "later"))
     earlier.start(), later.start()
@@ -91,8 +91,7 @@ def test_two_model_files_of_one_name_are_two_models(tmp_path):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_files(model_file, tmp_path, suffix):
     towers = load_clip(ClipConfig(model=model_file, pretrained=None))
-    model = open_clip.create_model("tiny", pretrained_text=False)
-    state = {name: torch.full_like(value, 0.01) for name, value in model.state_dict().items()}
+    state = {name: torch.full_like(value, 0.01) for name, value in open_clip.CLIP(**TINY).state_dict().items()}
     file = tmp_path / f"weights{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     loaded = load_clip(ClipConfig(model=model_file, pretrained=str(file)))
@@ -122,7 +121,7 @@ def test_a_pickle_with_code_is_refused(model_file, tmp_path, monkeypatch):
 def test_weights_of_another_model_are_reported(model_file, tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file({"visual.proj": torch.zeros(3, 3)}, file)
-    with pytest.raises(UserError, match="cannot be loaded into"):
+    with pytest.raises(UserError, match="does not fit clip.model="):
         load_clip(ClipConfig(model=model_file, pretrained=str(file)))
     with pytest.raises(UserError, match="no such file"):
         clip_identity(ClipConfig(model=model_file, pretrained=str(tmp_path / "absent.safetensors")))

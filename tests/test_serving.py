@@ -119,7 +119,7 @@ def test_models_of_different_clips_are_rejected():
     before_sos = adapter.config.model_copy(update={"mmap": MmapConfig(text_prompt_position="before_sos")})
     for other_adapter, message in [
         (replace_clip(adapter, weights="0" * 64), "their weights differ"),
-        (replace_clip(adapter, model="ViT-B-32", pretrained=None), "their clip.model differ"),
+        (replace_clip(adapter, model="ViT-B-32", pretrained=None), "their model configs differ"),
         (replace_clip(adapter, quick_gelu=True), "their model configs differ"),
         (replace_clip(adapter, precision="bfloat16"), "their clip.precision differ"),
         (

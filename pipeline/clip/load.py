@@ -1,71 +1,67 @@
-"""Loading of a frozen CLIP with open_clip: a model name or model-config file, and weights by tag or file, no pickle."""
+"""Loading of a frozen CLIP: open_clip's architecture, and weights that are read here, no pickle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import pickle
 import threading
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from torch import nn
 
+from pipeline.clip.checkpoint import read_checkpoint
+from pipeline.clip.model_state import content_hash, fit_to_model
 from pipeline.clip.precision import uses_bfloat16
-from pipeline.clip.torchvision_compat import ensure_torchvision
+from pipeline.clip.source import ModelSource, import_open_clip, resolve_model
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, ClipConfig, read_text
+from pipeline.clip.weights import download_tag, resolve_weights
+from pipeline.config import ClipConfig, brings_weights
 from pipeline.errors import UserError
 
 RANDOM_WEIGHTS_SEED = 0
 MAX_PARAMETERS = 10**10
 """Far above every CLIP; a model config with more is a mistake."""
-MAX_DIMENSION = 10**6
-"""Limit of a width, a vocabulary, an image side."""
-MAX_LAYERS = 1000
-_DEMO = Path(__file__).resolve().parent.parent / "demo"
-_BUILTIN_MODEL = _DEMO / "digits_clip.json"
-_BUILTIN_WEIGHTS = _DEMO / "digits_clip.safetensors"
 
 
 @dataclass(frozen=True)
 class ClipIdentity:
     """Identity of a loaded CLIP, which determines its outputs; part of the key of every artifact computed with it."""
 
-    model: str
-    """open_clip's name; for a model-config file, its stem."""
     model_config: str
     """JSON of open_clip's model config, with the activation in use."""
     weights: str
-    """`tag:<tag>`, `sha256:<hash of the file>`, or `random:<seed>`."""
+    """`tag:<model>/<tag>`, `hf-hub:<repository>@<commit>/<file>`, `random:<seed>`, or for files on disk
+    `sha256:<content_hash>`: a hash of the tensors takes no longer than one of the file, and is the same for all formats
+    and places of the same weights."""
 
 
 def clip_identity(config: ClipConfig) -> ClipIdentity:
-    """Resolve and check a ClipConfig without loading weights.
+    """Resolve and check a ClipConfig; weights in files are read, a tag's are not downloaded.
 
     Raises:
-        UserError: unknown model or tag, missing file, file with more than tensors, activation that contradicts the
-            weights.
+        UserError: unknown model or tag, missing file, file with more than tensors, weights that do not fit the model,
+            activation that contradicts the weights.
     """
-    model_config, quick_gelu = _resolve_model_config(config)
-    if config.pretrained is None:
-        weights = f"random:{RANDOM_WEIGHTS_SEED}"
-    elif (file := weights_file(config)) is not None:
-        _check_tensors_only(file, config)
-        with open(file, "rb") as stream:
-            weights = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
-    else:
-        weights = f"tag:{config.pretrained}"
-    text = json.dumps({**model_config, "quick_gelu": quick_gelu}, sort_keys=True)
-    return ClipIdentity(_register(config.model), text, weights)
+    source = resolve_model(config.model)
+    weights = resolve_weights(config, source)
+    identity: str | None = f"random:{RANDOM_WEIGHTS_SEED}"
+    weights_quick_gelu = None
+    if weights:
+        identity, weights_quick_gelu = weights.identity, weights.quick_gelu
+    if weights and weights.files:
+        checkpoint = read_checkpoint(weights)
+        weights_quick_gelu = checkpoint.quick_gelu
+        state = fit_to_model(checkpoint, _build_meta(source, config).state_dict(), weights, source, config.model)
+        identity = identity or f"sha256:{content_hash(state)}"
+    quick_gelu = _uses_quick_gelu(config, source, weights_quick_gelu)
+    return ClipIdentity(json.dumps({**source.model_config, "quick_gelu": quick_gelu}, sort_keys=True), str(identity))
 
 
 def build_meta_towers(config: ClipConfig) -> ClipTowers:
@@ -74,18 +70,8 @@ def build_meta_towers(config: ClipConfig) -> ClipTowers:
     Raises:
         UserError: the model's towers cannot take prompts, or are absurdly large.
     """
-    name = _register(config.model)
-    try:
-        with torch.device("meta"), _suppress_warnings():
-            model = _open_clip().create_model(name, load_weights=False, pretrained_text=False, device="meta")
-        tokenizer = load_tokenizer(config)
-    except Exception as error:  # models of other libraries raise anything
-        raise UserError(f"clip.model={config.model} cannot be built: {error}") from None
-    if (count := sum(value.numel() for value in (*model.parameters(), *model.buffers()))) > MAX_PARAMETERS:
-        raise UserError(
-            f"clip.model={config.model} has {count:,} parameters, more than {MAX_PARAMETERS:,}: correct its sizes"
-        )
-    return ClipTowers(model, tokenizer)
+    source = resolve_model(config.model)
+    return ClipTowers(_build_meta(source, config), load_tokenizer(config))
 
 
 @lru_cache(maxsize=1)  # so that a Ray worker loads CLIP once for all its trainings
@@ -97,25 +83,17 @@ def load_clip(
     Args:
         float32: keep float32 weights, for towers that are trained; otherwise config.precision decides.
     """
-    name = _register(config.model)
-    model_config, quick_gelu = _resolve_model_config(config)
-    if file := weights_file(config):
-        _check_tensors_only(file, config)
+    source = resolve_model(config.model)
+    weights, checkpoint = resolve_weights(config, source), None
+    if weights:
+        weights = weights if weights.files else download_tag(weights, config, source)
+        checkpoint = read_checkpoint(weights)
+    quick_gelu = _uses_quick_gelu(config, source, checkpoint.quick_gelu if checkpoint else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
-        try:
-            with _suppress_warnings():
-                model = _open_clip().create_model(
-                    name,
-                    pretrained=str(file) if file else config.pretrained,
-                    force_quick_gelu=quick_gelu and not model_config.get("quick_gelu", False),
-                    pretrained_text=False,
-                    weights_only=True,
-                )
-        except Exception as error:  # a mismatched state dict raises many types
-            raise UserError(
-                f"clip.pretrained={config.pretrained!r} cannot be loaded into {config.model}: {error}"
-            ) from None
+        model = _build(source, quick_gelu, config)
+    if weights and checkpoint:
+        model.load_state_dict(fit_to_model(checkpoint, model.state_dict(), weights, source, config.model))
     towers = ClipTowers(model, load_tokenizer(config), text_prompt_position, config.activation_memory_gib).to(device)
     if uses_bfloat16(towers.device, config.precision) and not float32:
         towers.fingerprint = weights_fingerprint(towers)
@@ -125,15 +103,32 @@ def load_clip(
 
 def load_tokenizer(config: ClipConfig) -> Any:
     """Load open_clip's tokenizer of the model, without its weights."""
-    name = _register(config.model)
-    return _tokenizer(name, json.dumps(_open_clip().get_model_config(name)))
+    source = resolve_model(config.model)
+    try:
+        return _tokenizer(json.dumps(source.model_config["text_cfg"]), source.folder)
+    except Exception as error:  # of other libraries
+        raise UserError(f"clip.model={config.model}: its tokenizer cannot be built: {error}") from None
 
 
 @lru_cache(maxsize=1)  # building a vocabulary takes 0.25 s, and a run needs it several times
-def _tokenizer(name: str, model_config: str) -> Any:
-    """Args: model_config: part of the cache key, since another model-config file may take the same name."""
+def _tokenizer(text_config: str, folder: Path | None) -> Any:
+    """Build the tokenizer of open_clip.get_tokenizer.
+
+    Args:
+        text_config: JSON of open_clip's text_cfg.
+        folder: folder of the model, whose tokenizer is used if it has one; None: Hugging Face's is from the Hub.
+    """
+    import_open_clip()
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    values = json.loads(text_config)
+    options = {"context_length": values.get("context_length", 77), **(values.get("tokenizer_kwargs") or {})}
     with _suppress_warnings():
-        return _open_clip().get_tokenizer(name)
+        if name := values.get("hf_tokenizer_name"):
+            has_tokenizer = folder and any(folder.glob("tokenizer*"))
+            source = str(folder) if has_tokenizer else name
+            return HFTokenizer(source, tokenizer_mode=values.get("tokenizer_mode"), **options)
+        return SimpleTokenizer(**options)
 
 
 def weights_fingerprint(towers: ClipTowers) -> str:
@@ -147,116 +142,71 @@ def weights_fingerprint(towers: ClipTowers) -> str:
     return digest.hexdigest()
 
 
-def weights_file(config: ClipConfig) -> Path | None:
-    """Return the file that `clip.pretrained` names, or None for a tag or random weights."""
-    if config.pretrained is None:
-        return None
-    if config.pretrained == BUILTIN_DIGITS:
-        return _BUILTIN_WEIGHTS
-    path = Path(config.pretrained).expanduser()
-    looks_like_file = path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or len(path.parts) > 1
-    if looks_like_file and not path.is_file():
-        raise UserError(f"clip.pretrained={config.pretrained}: no such file")
-    return path if looks_like_file else None
-
-
-def _check_tensors_only(file: Path, config: ClipConfig) -> None:
-    """Check the file before open_clip, which retries a failed load as a pickle that runs code with old versions of
-    torch or by an environment variable.
+def with_absolute_paths(config: ClipConfig) -> ClipConfig:
+    """Make paths absolute, and pin repositories of the Hub to their commit, for workers elsewhere and later.
 
     Raises:
-        UserError: the file holds more than tensors.
+        UserError: as `clip_identity`.
     """
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                tensors.keys()
-            return
-        zipped = zipfile.is_zipfile(file)
-        if zipped:
-            with zipfile.ZipFile(file) as archive:
-                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                    raise ValueError("its records are compressed, which torch.save never does")
-        torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # a pickle can raise anything
-        reason = str(error).partition("\n")[0][:200]
-        if isinstance(error, pickle.UnpicklingError):  # torch's message says how to run it anyway
-            reason = "not a pickle, or one that could run code"
-        raise UserError(
-            f"clip.pretrained={config.pretrained!r} is not a plain file of tensors ({reason}): "
-            "save the weights as safetensors"
-        ) from None
+    source = resolve_model(config.model)
+    model = str(source.path or source.repository or config.model)
+    if config.pretrained == config.model and brings_weights(model):
+        return config.model_copy(update={"model": model, "pretrained": model})
+    weights = resolve_weights(config, source)
+    pretrained = str(weights.path or weights.repository or config.pretrained) if weights else None
+    return config.model_copy(update={"model": model, "pretrained": pretrained})
 
 
-def _resolve_model_config(config: ClipConfig) -> tuple[dict[str, Any], bool]:
-    """Return open_clip's config of the model, and whether to use QuickGELU."""
-    open_clip = _open_clip()
-    name = _register(config.model)
-    model_config = open_clip.get_model_config(name)
-    if model_config is None:
-        vit = [model for model in open_clip.list_models() if model.startswith("ViT-")]
-        raise UserError(f"clip.model={config.model!r} is not an open_clip model; its ViT models: {', '.join(vit)}")
-    model_quick_gelu = bool(model_config.get("quick_gelu", False))
-    weights_quick_gelu = model_quick_gelu
-    if config.pretrained is not None and weights_file(config) is None:
-        tag = open_clip.get_pretrained_cfg(name, config.pretrained)
-        if not tag:
-            raise UserError(
-                f"clip.pretrained={config.pretrained!r} is neither a file nor a tag of {name}; "
-                f"tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
-            )
-        weights_quick_gelu = bool(tag.get("quick_gelu", False))
-    quick_gelu = weights_quick_gelu if config.quick_gelu is None else config.quick_gelu
-    if model_quick_gelu and not quick_gelu:
+def local_paths(config: ClipConfig) -> list[Path]:
+    """Return the user's files and folders of model and weights, which all machines must see."""
+    source = resolve_model(config.model)
+    weights = resolve_weights(config, source)
+    return [path for path in dict.fromkeys((source.path, weights.path if weights else None)) if path]
+
+
+def _build_meta(source: ModelSource, config: ClipConfig) -> nn.Module:
+    """Build the model without weights, on torch's meta device.
+
+    Raises:
+        UserError: open_clip cannot build it, or it is absurdly large.
+    """
+    model = _build(source, bool(source.model_config.get("quick_gelu", False)), config, "meta")
+    if (count := sum(value.numel() for value in (*model.parameters(), *model.buffers()))) > MAX_PARAMETERS:
         raise UserError(
-            f"clip.model={config.model} uses QuickGELU, the weights {config.pretrained!r} do not: "
-            f"use clip.model={config.model.removesuffix('-quickgelu')}"
+            f"clip.model={config.model} has {count:,} parameters, more than {MAX_PARAMETERS:,}: correct its sizes"
         )
-    return model_config, quick_gelu
+    return model
 
 
-def _register(model: str) -> str:
-    """Register a model-config file or the built-in model, and return open_clip's name of the model."""
-    if model.startswith(("hf-hub:", "local-dir:")):  # open_clip would load weights from there in any case
-        raise UserError(f"clip.model={model!r}: expected an open_clip model name, or the path of a model-config JSON")
-    path = _BUILTIN_MODEL if model == BUILTIN_DIGITS else Path(model).expanduser()
-    if path.suffix != ".json":
-        return model
-    if not path.is_file():
-        raise UserError(f"clip.model={model}: no such model-config file")
-    values = _read_model_config(path, f"clip.model={model}")
-    if _open_clip().get_model_config(path.stem) != values:  # adding one makes open_clip read all its config files again
-        _open_clip().add_model_config(path)
-    return path.stem
-
-
-def _read_model_config(path: Path, name: str) -> dict[str, Any]:
-    """Raises: UserError: not the JSON of a CLIP, or sizes that would take all memory."""
+def _build(source: ModelSource, quick_gelu: bool, config: ClipConfig, device: str = "cpu") -> nn.Module:
+    open_clip = import_open_clip()
     try:
-        values: dict[str, Any] = json.loads(read_text(path, name, limit=MAX_YAML_BYTES))
-        sections = [values, values["vision_cfg"], values["text_cfg"]]
-        sizes = [(key, size) for section in sections for key, size in section.items()]
-        values["embed_dim"]
-    except UserError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{name} is not a model config ({type(error).__name__}: {error}); needed: embed_dim, vision_cfg, text_cfg"
-        ) from None
-    for key, size in sizes:
-        limit = MAX_LAYERS if key == "layers" else MAX_DIMENSION
-        if isinstance(size, int | float) and not abs(size) <= limit:
-            raise UserError(f"{name}: {key}={size} exceeds {limit:,}: correct it")
-    return values
+        with _suppress_warnings():
+            model = source.build(quick_gelu, device)
+    except Exception as error:  # models of other libraries raise anything
+        raise UserError(f"clip.model={config.model} cannot be built: {error}") from None
+    preprocess_config = asdict(open_clip.transform.PreprocessCfg())
+    for values in (open_clip.get_pretrained_cfg(source.name, config.pretrained or ""), source.preprocess_config):
+        preprocess_config = open_clip.transform.merge_preprocess_dict(preprocess_config, values)
+    open_clip.set_model_preprocess_cfg(model, preprocess_config | {"size": getattr(model.visual, "image_size", None)})
+    return model
 
 
-def _open_clip() -> ModuleType:
-    """Import open_clip on first use: it takes seconds."""
-    ensure_torchvision()
-    import open_clip
+def _uses_quick_gelu(config: ClipConfig, source: ModelSource, weights_quick_gelu: bool | None) -> bool:
+    """Return whether to use QuickGELU: as told, or else as the weights need, or else as the model has it.
 
-    module: ModuleType = open_clip
-    return module
+    Raises:
+        UserError: not to be used, by a model that is defined with it.
+    """
+    model_quick_gelu = bool(source.model_config.get("quick_gelu", False))
+    needed = model_quick_gelu if weights_quick_gelu is None else weights_quick_gelu
+    quick_gelu = needed if config.quick_gelu is None else config.quick_gelu
+    if model_quick_gelu and not quick_gelu:
+        remedy = "set quick_gelu to false in its model config"
+        if source.name:
+            remedy = f"use clip.model={source.name.removesuffix('-quickgelu')}"
+        raise UserError(f"clip.model={config.model} uses QuickGELU, the weights {config.pretrained!r} do not: {remedy}")
+    return quick_gelu
 
 
 @contextmanager

@@ -30,6 +30,9 @@ from pipeline.config.schema import (
 )
 from pipeline.config.sections import (
     BUILTIN_DIGITS,
+    FOLDER_PREFIX,
+    HUB_PREFIX,
+    OPENAI_NAMES,
     AugmentationConfig,
     ClipConfig,
     ClusterConfig,
@@ -38,6 +41,7 @@ from pipeline.config.sections import (
     MmapConfig,
     TrackingConfig,
     TrainingConfig,
+    brings_weights,
     source_columns,
 )
 from pipeline.config.suggestions import did_you_mean
@@ -52,10 +56,13 @@ __all__ = [
     "DEMO_CONFIG",
     "DataConfig",
     "Effect",
+    "FOLDER_PREFIX",
     "GroupingConfig",
+    "HUB_PREFIX",
     "MAX_TEXT_BYTES",
     "MAX_YAML_BYTES",
     "MmapConfig",
+    "OPENAI_NAMES",
     "PositiveInt",
     "RESULT_EFFECTS",
     "Section",
@@ -64,6 +71,7 @@ __all__ = [
     "TrainingConfig",
     "JobArguments",
     "JobOptions",
+    "brings_weights",
     "choices",
     "JobParser",
     "content_hash",

@@ -25,6 +25,14 @@ _AFFINITIES = ", or ".join(affinity.summary for affinity in AFFINITIES.values())
 _OBJECTIVES = "; ".join(f"{objective.name}: {objective.summary}" for objective in OBJECTIVES.values())
 
 BUILTIN_DIGITS = "builtin:digits"
+HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"  # open_clip's
+OPENAI_NAMES = {
+    "ViT-B/32": "ViT-B-32-quickgelu",
+    "ViT-B/16": "ViT-B-16-quickgelu",
+    "ViT-L/14": "ViT-L-14-quickgelu",
+    "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
+}
+"""OpenAI's name of a model → open_clip's, with the activation of OpenAI's weights."""
 
 
 class DataConfig(Section, affects=("data",)):
@@ -60,11 +68,21 @@ class DataConfig(Section, affects=("data",)):
     untrusted folder cannot expose other files."""
 
 
+def brings_weights(model: str) -> bool:
+    """Return whether a value of clip.model names a folder or a repository, which also has weights: hf-hub:ORG/NAME,
+    local-dir:PATH, or a path (with a `/`)."""
+    is_path = "/" in model and model not in OPENAI_NAMES and not model.endswith(".json")
+    return model.startswith((HUB_PREFIX, FOLDER_PREFIX)) or is_path
+
+
 class ClipConfig(Section, affects=("clip",)):
     model: str = "ViT-B-16-quickgelu"
-    """Name of an open_clip ViT model, path of a model config (JSON), or `builtin:digits`."""
+    """Architecture: the name of an open_clip ViT model (ViT-B-16) or OpenAI's (ViT-B/16), the path of a model config
+    (JSON), or `builtin:digits`. With weights: a folder (./folder, local-dir:folder) or a repository of the Hugging Face
+    Hub (hf-hub:ORG/NAME, hf-hub:ORG/NAME@REVISION), of open_clip or a CLIPModel (docs/models.md)."""
     pretrained: str | None = "openai"
-    """open_clip tag or path of the weights, or `builtin:digits`; null: random weights."""
+    """Weights: an open_clip tag, a file, a folder or a repository of the Hub (docs/models.md), or `builtin:digits`;
+    null: random weights. Unless given, those of `model`, if it is a folder or a repository."""
     quick_gelu: bool | None = None
     """Use the QuickGELU activation, as the weights were trained; null: as open_clip records for the tag or model."""
     template: Annotated[Template, affects("training", "evaluation")] = "a photo of a {}."
@@ -80,6 +98,23 @@ class ClipConfig(Section, affects=("clip",)):
     activation_memory_gib: Annotated[float, Field(gt=0), affects()] = 6.0
     """Maximum memory in GiB for the activations of each tower. Larger batches use activation checkpointing in chunks: a
     third more time, and memory that no longer grows with the batch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_of_model(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "pretrained" not in values:
+            model = values.get("model")
+            if isinstance(model, str) and brings_weights(model):
+                return {**values, "pretrained": model}
+        return values
+
+    def with_weights(self, pretrained: str | None) -> ClipConfig:
+        """Return the config with weights from elsewhere (None: unchanged). If the architecture is from a folder or
+        repository, another folder or repository replaces it too: the same model in another place."""
+        if pretrained is None:
+            return self
+        moves = brings_weights(self.model) and brings_weights(pretrained)
+        return self.model_copy(update={"pretrained": pretrained, **({"model": pretrained} if moves else {})})
 
     def template_for(self, task: str) -> str:
         return self.task_templates.get(task, self.template)

@@ -80,13 +80,13 @@ class TrainedAdapter:
         """Load the CLIP.
 
         Args:
-            pretrained: file or tag of the CLIP weights, if different from training.
+            pretrained: value of clip.pretrained, if different from training.
 
         Raises:
             UserError: the CLIP is not the one that the adapter was trained on.
         """
         config, float32 = self.config, get_method(self.method).trains_weights
-        clip = config.clip.model_copy(update={"pretrained": pretrained}) if pretrained else config.clip
+        clip = config.clip.with_weights(pretrained)
         towers = load_clip(clip, config.mmap.text_prompt_position, device, float32)
         if weights_fingerprint(towers) != self.weights:
             raise UserError(

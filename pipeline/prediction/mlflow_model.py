@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from pipeline.clip.snapshot import folder_path
 from pipeline.config import content_hash
 from pipeline.prediction.load import MLFLOW_ADAPTER, load_model, local_adapter_file, read_model
 from pipeline.prediction.model import ImagePrediction, TrainedModel
@@ -48,8 +49,8 @@ def saved_mlflow_model(
     """
     import mlflow
 
-    if pretrained and Path(pretrained).expanduser().is_file():
-        pretrained = str(Path(pretrained).expanduser().absolute())
+    if pretrained and folder_path(pretrained).exists():
+        pretrained = str(folder_path(pretrained).absolute())
     with tempfile.TemporaryDirectory(prefix="mlflow-model-") as temporary:
         adapter_copy = Path(temporary) / "data" / Path(MLFLOW_ADAPTER).parent.name / Path(MLFLOW_ADAPTER).name
         adapter_copy.parent.mkdir(parents=True)

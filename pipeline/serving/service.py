@@ -76,8 +76,8 @@ def running_service(adapters: NamedAdapters, options: ServiceOptions, ends_with_
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it logs each step
     adapters_ref = ray.put(dict(adapters))  # once for all replicas; owned by the driver, for replicas that restart
     models = {name: _describe_model(adapter, saved) for name, (adapter, saved) in adapters.items()}
-    adapter, _ = next(iter(adapters.values()))
-    image_size = build_meta_towers(adapter.config.clip).image_size
+    adapter, saved = next(iter(adapters.values()))
+    image_size = build_meta_towers(adapter.config.clip.with_weights(saved.pretrained)).image_size
     deployment_options: dict[str, Any] = {
         "health_check_period_s": HEALTH_CHECK_INTERVAL_S,
         "graceful_shutdown_wait_loop_s": 0.5,

@@ -24,7 +24,7 @@ NamedAdapters = Mapping[str, tuple[TrainedAdapter, ModelOptions]]
 def check_one_clip(adapters: NamedAdapters) -> None:
     """Raises: UserError: two models cannot share a CLIP, or a CLIP is missing."""
 
-    @cache  # it reads the whole weights file
+    @cache  # it reads the weights
     def model_config(model: str, pretrained: str | None, quick_gelu: bool | None) -> str:
         return clip_identity(ClipConfig(model=model, pretrained=pretrained, quick_gelu=quick_gelu)).model_config
 
@@ -61,11 +61,10 @@ def _clip_properties(
     adapter: TrainedAdapter, options: ModelOptions, model_config: Callable[[str, str | None, bool | None], str]
 ) -> dict[str, str]:
     """Return the properties that must be equal in models that share a CLIP."""
-    clip = adapter.config.clip
+    clip = adapter.config.clip.with_weights(options.pretrained)
     return {
         "weights": adapter.weights,
-        "clip.model": clip.model,
-        "model configs": model_config(clip.model, options.pretrained or clip.pretrained, clip.quick_gelu),
+        "model configs": model_config(clip.model, clip.pretrained, clip.quick_gelu),
         "clip.precision": clip.precision,
         "mmap.text_prompt_position": adapter.config.mmap.text_prompt_position,
     }

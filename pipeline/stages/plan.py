@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.clip.load import ClipIdentity, build_meta_towers, clip_identity, weights_file
+from pipeline.clip.load import ClipIdentity, build_meta_towers, clip_identity, local_paths, with_absolute_paths
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import (
     BUILTIN_DIGITS,
@@ -91,10 +91,9 @@ class Plan:
 
     @property
     def shared_paths(self) -> list[Path]:
-        """The user's data and weights, which all machines must see."""
-        config, weights = self.config, weights_file(self.config.clip)
-        data = [self.dataset_index.root] if config.data.root != BUILTIN_DIGITS else []
-        return [*data, *([weights] if weights and config.clip.pretrained != BUILTIN_DIGITS else [])]
+        """The user's data, model and weights, which all machines must see."""
+        data = [self.dataset_index.root] if self.config.data.root != BUILTIN_DIGITS else []
+        return [*data, *local_paths(self.config.clip)]
 
     def artifact(self, stage: str, inputs: dict[str, Any]) -> Artifact:
         return Artifact(self.storage, stage, inputs)
@@ -120,7 +119,8 @@ def make_plan(
     Raises:
         UserError: The first problem found, with a remedy.
     """
-    config = _with_absolute_paths(config)
+    # As workers may have other working directories.
+    config = config.model_copy(update={"clip": with_absolute_paths(config.clip)})
     if reuse_checks_of:
         storage, dataset_index, clip, shape = (
             reuse_checks_of.storage,
@@ -152,16 +152,6 @@ def make_plan(
     plan = Plan(config, storage, dataset_index, clip, shape, splits, output_kind, extra_key_inputs or {})
     write_file(create_folder(plan.folder) / "config.yaml", to_yaml(config))
     return plan
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Make the paths of model and weights absolute, as workers may have other working directories."""
-    changes: dict[str, str] = {}
-    if config.clip.model.endswith(".json"):
-        changes["model"] = str(Path(config.clip.model).expanduser().absolute())
-    if (file := weights_file(config.clip)) and config.clip.pretrained != BUILTIN_DIGITS:
-        changes["pretrained"] = str(file.absolute())
-    return config.model_copy(update={"clip": config.clip.model_copy(update=changes)})
 
 
 def _find_data(config: Config, storage: Storage) -> DatasetIndex:

@@ -1,0 +1,158 @@
+"""Folders with the files of a model: on this machine, or a repository of the Hugging Face Hub at one commit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pipeline.config import FOLDER_PREFIX, HUB_PREFIX
+from pipeline.errors import UserError
+
+
+class Snapshot:
+    """A folder with the files of a model.
+
+    Args:
+        option: the option with its value, which messages begin with.
+        folder: the folder; None: not known before the first file.
+    """
+
+    path: Path | None = None
+    """The user's folder, absolute."""
+    repository: str | None = None
+    """hf-hub:ORG/NAME@COMMIT of a repository on the Hub, known after the first file."""
+
+    def __init__(self, option: str, folder: Path | None):
+        self.option = option
+        self.folder = folder
+
+    def find(self, *names: str) -> Path | None:
+        """Return the first of the files that it has, or None."""
+        raise NotImplementedError
+
+    def missing(self, files: str) -> UserError:
+        """Return the error that it has none of these files."""
+        raise NotImplementedError
+
+
+class LocalFolder(Snapshot):
+    """A folder of this machine, also a snapshot in the cache of huggingface_hub."""
+
+    folder: Path
+
+    def __init__(self, option: str, folder: Path):
+        super().__init__(option, folder)
+        self.path = folder.absolute()
+        if not folder.is_dir():
+            raise UserError(f"{option}: no such folder")
+
+    def find(self, *names: str) -> Path | None:
+        return next((path for name in names if (path := self.folder / name).is_file()), None)
+
+    def missing(self, files: str) -> UserError:
+        snapshots = sorted(self.folder.glob("snapshots/*/"))
+        remedy = f"use its snapshot {snapshots[-1]}" if snapshots else "give the folder of a downloaded model"
+        return UserError(f"{self.option} has no {files}: {remedy}")
+
+
+class HubRepository(Snapshot):
+    """A repository of the Hugging Face Hub; its files come from the cache of huggingface_hub, downloaded if needed.
+
+    Args:
+        option: as in Snapshot.
+        name: ORG/NAME, or ORG/NAME@REVISION with a branch, tag or commit.
+    """
+
+    def __init__(self, option: str, name: str):
+        super().__init__(option, None)
+        self._name, _, revision = name.partition("@")
+        self._revision = revision or None
+        self._is_reachable = True
+
+    def find(self, *names: str) -> Path | None:
+        """Return the first of the files that it has; of a known commit first those in the cache.
+
+        None: it has none, or the Hub cannot be reached and none is in the cache.
+
+        Raises:
+            UserError: the repository does not exist, or the download fails.
+        """
+        from huggingface_hub import try_to_load_from_cache
+
+        if is_commit(f"{HUB_PREFIX}{self._name}@{self._revision}"):
+            for name in names:
+                if isinstance(path := try_to_load_from_cache(self._name, name, revision=self._revision), str):
+                    return self._found(Path(path))
+        return next((path for name in names if (path := self._download(name))), None)
+
+    def _download(self, name: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+
+        try:
+            path = Path(
+                hf_hub_download(self._name, name, revision=self._revision, local_files_only=not self._is_reachable)
+            )
+        except LocalEntryNotFoundError:
+            self._is_reachable = False  # no further wait for each of the other files
+            return None
+        except EntryNotFoundError:
+            return None
+        except RepositoryNotFoundError:
+            raise UserError(
+                f"{self.option} is not on the Hugging Face Hub, or is private or gated: correct the name, or log in "
+                "with `hf auth login`"
+            ) from None
+        except HFValidationError:
+            raise UserError(
+                f"{self.option} is not the name of a repository: expected {HUB_PREFIX}ORG/NAME or "
+                f"{HUB_PREFIX}ORG/NAME@REVISION"
+            ) from None
+        except (HfHubHTTPError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{self.option}: {name} cannot be downloaded ({reason:.200}): try again") from None
+        return self._found(path)
+
+    def _found(self, path: Path) -> Path:
+        self.folder, self._revision = path.parent, path.parent.name  # in the cache: snapshots/<commit>/<file>
+        self.repository = f"{HUB_PREFIX}{self._name}@{self._revision}"
+        return path
+
+    def missing(self, files: str) -> UserError:
+        if self._is_reachable:
+            return UserError(f"{self.option} has no {files}: use the repository of a CLIP")
+        return UserError(
+            f"{self.option} has no {files} in the cache, and the Hugging Face Hub cannot be reached: run "
+            f"`hf download {self._name}` where it can, and give the folder that it prints"
+        )
+
+
+def open_snapshot(option: str, source: str) -> LocalFolder | HubRepository:
+    """Open what `local-dir:PATH`, the path of a folder, or `hf-hub:ORG/NAME` names.
+
+    Args:
+        option: name of the option, for messages.
+        source: its value.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
+    if source.startswith(HUB_PREFIX):
+        return HubRepository(f"{option}={source}", source.removeprefix(HUB_PREFIX))
+    return LocalFolder(f"{option}={source}", folder_path(source))
+
+
+def is_commit(source: str) -> bool:
+    """Return whether a source is a repository at a commit, which never changes."""
+    return re.fullmatch(rf"{HUB_PREFIX}.+@[0-9a-f]{{40}}", source) is not None
+
+
+def folder_path(source: str) -> Path:
+    """Return the path that `local-dir:PATH` or a plain path names."""
+    return Path(source.removeprefix(FOLDER_PREFIX)).expanduser()

@@ -1,0 +1,147 @@
+"""The files of a CLIP's weights, from a tag of open_clip, a file, a folder, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.clip.snapshot import LocalFolder, Snapshot, folder_path, open_snapshot
+from pipeline.clip.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_snapshot
+from pipeline.config import BUILTIN_DIGITS, FOLDER_PREFIX, HUB_PREFIX, MAX_YAML_BYTES, ClipConfig, read_text
+from pipeline.errors import UserError
+
+_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
+_NAMES_IN_FOLDER = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Location and identity of the weights of a CLIP."""
+
+    option: str
+    """The option with its value, which messages begin with."""
+    files: tuple[Path, ...] = ()
+    """One file, or all parts of a model in several; none if they are still to be downloaded."""
+    identity: str | None = None
+    """What determines the content: a tag, or a repository's commit and file; None: the files themselves."""
+    path: Path | None = None
+    """The user's file or folder, absolute."""
+    repository: str | None = None
+    """hf-hub:ORG/NAME@COMMIT of a repository on the Hub."""
+    quick_gelu: bool | None = None
+    """Whether they need QuickGELU; None: not known before they are read."""
+
+
+def resolve_weights(config: ClipConfig, source: ModelSource) -> Weights | None:
+    """Resolve a value of `clip.pretrained`; None: random weights. Files of the Hub are downloaded, tags are not.
+
+    Raises:
+        UserError: neither a tag of the model nor files.
+    """
+    pretrained = config.pretrained
+    if pretrained is None:
+        return None
+    option = f"clip.pretrained={pretrained}"
+    if pretrained == BUILTIN_DIGITS:
+        return Weights(option, (DEMO / "digits_clip.safetensors",))
+    if source.name and (tag := import_open_clip().get_pretrained_cfg(source.name, pretrained)):
+        return Weights(option, identity=f"tag:{source.name}/{pretrained}", quick_gelu=bool(tag.get("quick_gelu")))
+    path = folder_path(pretrained)
+    if pretrained.startswith((HUB_PREFIX, FOLDER_PREFIX)) or path.is_dir():
+        snapshot = open_snapshot("clip.pretrained", pretrained)
+        files = _files_in(snapshot)
+        identity = f"{snapshot.repository}/{files[0].name}" if snapshot.repository else None
+        return Weights(option, files, identity, snapshot.path, snapshot.repository, _quick_gelu_of(snapshot))
+    if path.is_file():
+        return Weights(option, _parts(path, LocalFolder(option, path.parent)), path=path.absolute())
+    if path.suffix.lower() in _SUFFIXES or len(path.parts) > 1:
+        raise UserError(f"{option}: no such file")
+    raise _unknown_tag(pretrained, source, config.model)
+
+
+def download_tag(weights: Weights, config: ClipConfig, source: ModelSource) -> Weights:
+    """Return the weights of a tag with their file, downloaded unless it is in a cache.
+
+    Raises:
+        UserError: the download failed.
+    """
+    open_clip = import_open_clip()
+    try:
+        file = open_clip.download_pretrained(open_clip.get_pretrained_cfg(source.name, config.pretrained))
+    except Exception as error:  # of any library that downloads
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{weights.option} cannot be downloaded ({reason:.200}): download the weights where there is a network, "
+            "and give their file"
+        ) from None
+    return replace(weights, files=(Path(file),))
+
+
+def _files_in(snapshot: Snapshot) -> tuple[Path, ...]:
+    """Return the files of weights in a folder or repository, open_clip's before Hugging Face's."""
+    if file := snapshot.find(*_NAMES_IN_FOLDER):
+        return _parts(file, snapshot)
+    if isinstance(snapshot, LocalFolder):
+        others = sorted(file for file in snapshot.folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+        if len(others) > 1:
+            raise UserError(
+                f"{snapshot.option} has several files of weights ({', '.join(file.name for file in others[:3])}, ...): "
+                f"set clip.pretrained to one of them"
+            )
+        if others:
+            return (others[0],)
+    raise snapshot.missing("weights (model.safetensors, open_clip_pytorch_model.bin, ...)")
+
+
+def _parts(file: Path, snapshot: Snapshot) -> tuple[Path, ...]:
+    """Return the files that an index of Hugging Face names; a file that is no index is the only one."""
+    with open(file, "rb") as stream:
+        if stream.read(1) != b"{":
+            return (file,)
+    name = f"{snapshot.option}: {file.name}"
+    try:
+        index = json.loads(read_text(file, name, limit=64 * MAX_YAML_BYTES))
+        names = sorted({str(part) for part in index["weight_map"].values()})
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        raise UserError(f"{name} is JSON, but not the index of a model in several files: give the weights") from None
+    if outside := [part for part in names if Path(part).name != part]:
+        raise UserError(f"{name} names {outside[0]!r}, which is not in its folder: download the model again")
+    parts = {part: snapshot.find(part) for part in names}
+    if absent := [part for part, path in parts.items() if path is None]:
+        raise UserError(
+            f"{name} names {len(names)} files, of which {len(absent)} are missing ({', '.join(absent[:3])}): "
+            "download them into its folder"
+        )
+    return tuple(path for path in parts.values() if path)
+
+
+def _quick_gelu_of(snapshot: Snapshot) -> bool | None:
+    """Return the activation by the config of the folder, if it has one."""
+    if not snapshot.find(*CONFIG_NAMES):
+        return None
+    return bool(read_snapshot(snapshot).model_config.get("quick_gelu", False))
+
+
+def _unknown_tag(pretrained: str, source: ModelSource, model: str) -> UserError:
+    if source.name is None:
+        return UserError(
+            f"clip.pretrained={pretrained!r} is not a file, and clip.model={model} has no tags of open_clip: give a "
+            "file, a folder or hf-hub:ORG/NAME"
+        )
+    open_clip = import_open_clip()
+    tags = open_clip.list_pretrained_tags_by_model(source.name)
+    others = [name for name in open_clip.list_pretrained_models_by_tag(pretrained) if name.startswith("ViT-")]
+    return UserError(
+        f"clip.pretrained={pretrained!r} is neither a file nor a tag of {source.name}; "
+        f"tags: {', '.join(tags) or 'none'}" + (f". It is a tag of {', '.join(others[:4])}" if others else "")
+    )

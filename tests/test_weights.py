@@ -1,0 +1,345 @@
+"""CLIP's architecture and weights in the forms that people have: the same tensors, the same CLIP."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+from weight_files import (
+    COMMIT,
+    CONFIG,
+    HUGGING_FACE_CONFIG,
+    NUMBERS,
+    PREPROCESS,
+    PROCESSOR,
+    QUICK,
+    State,
+    hub_cache,
+    hugging_face_folder,
+    hugging_face_state,
+    open_clip,
+    open_clip_folder,
+    openai_archive,
+    openai_state,
+    random_state,
+    sharded,
+    with_text_tower,
+)
+
+from pipeline.clip.hugging_face import to_model_config, to_preprocess_config
+from pipeline.clip.load import build_meta_towers, clip_identity, load_clip, weights_fingerprint, with_absolute_paths
+from pipeline.clip.source import resolve_model
+from pipeline.config import OPENAI_NAMES, ClipConfig
+from pipeline.errors import UserError
+
+MODEL = "model.json"
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return random_state()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working directory, with model configs; the cache of the Hub is in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_models(tmp_path)
+    load_clip.cache_clear()
+    return tmp_path
+
+
+def write_models(folder: Path) -> None:
+    (folder / MODEL).write_text(json.dumps(QUICK))
+    (folder / "plain.json").write_text(json.dumps(CONFIG))
+    (folder / "with_text_tower.json").write_text(json.dumps(QUICK | {"custom_text": True}))
+
+
+@pytest.fixture(scope="module")
+def expected(state, tmp_path_factory) -> tuple[str, str]:
+    """Identity of the weights, and fingerprint of the towers, of the state dict in the simplest file."""
+    folder = tmp_path_factory.mktemp("expected")
+    write_models(folder)
+    save_file(state, folder / "a.safetensors")
+    config = ClipConfig(model=str(folder / MODEL), pretrained=str(folder / "a.safetensors"))
+    towers = load_clip(config)
+    model = open_clip.CLIP(**QUICK).eval()
+    model.load_state_dict(state)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(towers.encode_image(images), model.encode_image(images))
+    return clip_identity(config).weights, weights_fingerprint(towers)
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def saved(name: str, content: object, **options) -> str:
+    torch.save(content, name, **options)
+    return name
+
+
+def safely_saved(name: str, state: State) -> str:
+    save_file(state, name)
+    return name
+
+
+def archive(name: str, state: State, **options) -> str:
+    openai_archive(Path(name), state, **options)
+    return name
+
+
+def sharded_file(state: State) -> str:
+    sharded(Path(), hugging_face_state(state), save_file, "model", ".safetensors")
+    return "model.safetensors.index.json"
+
+
+FILES = {
+    "safetensors": lambda state: safely_saved("a.safetensors", state),
+    "upper-case suffix": lambda state: safely_saved("a.SAFETENSORS", state),
+    "safetensors without suffix": lambda state: safely_saved("./weights", state),
+    "safetensors named .bin": lambda state: safely_saved("a.bin", state),
+    "pt": lambda state: saved("a.pt", state),
+    "pth": lambda state: saved("a.pth", state),
+    "bin": lambda state: saved("a.bin", state),
+    "ckpt": lambda state: saved("a.ckpt", state),
+    "pt without suffix": lambda state: saved("./weights", state),
+    "pt named .safetensors": lambda state: saved("a.safetensors", state),
+    "torch.save before 1.6": lambda state: saved("a.pt", state, _use_new_zipfile_serialization=False),
+    "float16": lambda state: saved("a.pt", {name: value.half() for name, value in state.items()}),
+    "bfloat16": lambda state: safely_saved("a.pt", {name: value.bfloat16() for name, value in state.items()}),
+    "float64": lambda state: saved("a.pt", {name: value.double() for name, value in state.items()}),
+    "data parallel": lambda state: saved("a.pt", {"state_dict": prefixed(state, "module."), "epoch": 3}),
+    "compiled": lambda state: saved("a.pt", prefixed(state, "_orig_mod.")),
+    "compiled, then data parallel": lambda state: saved("a.pt", {"model": prefixed(state, "module._orig_mod.")}),
+    "data parallel, then compiled": lambda state: saved("a.pt", prefixed(state, "_orig_mod.module.")),
+    "a compiled tower": lambda state: saved(
+        "a.pt", {name.replace("visual.", "visual._orig_mod."): value for name, value in state.items()}
+    ),
+    "Lightning": lambda state: saved(
+        "a.ckpt", {"state_dict": prefixed(state, "model."), "global_step": 1, "pytorch-lightning_version": "2.5"}
+    ),
+    "another attribute": lambda state: safely_saved("a.safetensors", prefixed(state, "net.clip.")),
+    "model_state_dict": lambda state: saved("a.pt", {"model_state_dict": state, "optimizer": {"lr": 1}}),
+    "nested twice": lambda state: saved("a.pt", {"model": {"state_dict": prefixed(state, "module.model.")}}),
+    "text tower": lambda state: saved("a.pt", with_text_tower(state)),
+    "text tower, data parallel": lambda state: saved("a.pt", prefixed(with_text_tower(state), "module.")),
+    "logit_scale of shape (1,)": lambda state: saved("a.pt", state | {"logit_scale": state["logit_scale"][None]}),
+    "with the mask": lambda state: saved("a.pt", state | {"attn_mask": torch.zeros(77, 77)}),
+    "OpenAI's archive": lambda state: archive("ViT-B-16.pt", state),
+    "OpenAI's archive, traced": lambda state: archive("ViT-B-16.pt", state, trace=True),
+    "OpenAI's state dict": lambda state: saved("a.pt", openai_state(state)),
+    "OpenAI's state dict, safetensors": lambda state: safely_saved("a.safetensors", openai_state(state)),
+    "OpenAI's state dict with numbers": lambda state: saved("a.pt", state | NUMBERS),
+    "CLIPModel": lambda state: safely_saved("model.safetensors", hugging_face_state(state)),
+    "CLIPModel, wrapped": lambda state: saved("a.pt", {"state_dict": prefixed(hugging_face_state(state), "model.")}),
+    "CLIPModel in parts": sharded_file,
+    "CLIPModel's folder": lambda state: str(hugging_face_folder(Path("a folder"), state)),
+    "open_clip's folder": lambda state: f"local-dir:{open_clip_folder(Path('b'), state)}",
+}
+"""Form → a function that writes it into the working directory, and returns the value of clip.pretrained."""
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_the_same_tensors_are_the_same_clip_in_every_form(folder, state, expected, form):
+    config = ClipConfig(model=MODEL, pretrained=FILES[form](state))
+    assert (clip_identity(config).weights, weights_fingerprint(load_clip(config))) == expected
+
+
+# --- Models that bring their weights -------------------------------------------------------------------------------
+
+
+def cached_on_the_hub(folder: Path, write, name: str = "clip") -> str:
+    hub_cache(folder / "hub", f"org/{name}", write)
+    return f"hf-hub:org/{name}"
+
+
+SOURCES = {
+    "open_clip's folder": lambda folder, state: str(open_clip_folder(folder / "snapshot", state)),
+    "open_clip's folder, relative": lambda folder, state: "./" + open_clip_folder(Path("snapshot"), state).name,
+    "open_clip's folder, local-dir:": lambda folder, state: f"local-dir:{open_clip_folder(Path('snapshot'), state)}",
+    "open_clip's repository": lambda folder, state: cached_on_the_hub(
+        folder, lambda snapshot: open_clip_folder(snapshot, state)
+    ),
+    "open_clip's repository at a commit": lambda folder, state: (
+        cached_on_the_hub(folder, lambda snapshot: open_clip_folder(snapshot, state)) + f"@{COMMIT}"
+    ),
+    "the cache of a repository": lambda folder, state: (
+        cached_on_the_hub(folder, lambda snapshot: open_clip_folder(snapshot, state))
+        and f"{folder}/hub/models--org--clip/snapshots/{COMMIT}"
+    ),
+    "CLIPModel's folder": lambda folder, state: str(hugging_face_folder(folder / "snapshot", state)),
+    "CLIPModel's repository": lambda folder, state: cached_on_the_hub(
+        folder, lambda snapshot: hugging_face_folder(snapshot, state), "clip_model"
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_folders_and_repositories_are_models_with_weights(folder, state, expected, source):
+    config = ClipConfig(model=SOURCES[source](folder, state))
+    assert config.pretrained == config.model
+    identity, fingerprint = expected
+    pinned = with_absolute_paths(config)  # as a run does, for its workers
+    assert clip_identity(pinned) == clip_identity(config)
+    assert weights_fingerprint(load_clip(pinned)) == fingerprint
+    assert json.loads(clip_identity(config).model_config)["quick_gelu"]
+    assert (build_meta_towers(pinned).image_size, build_meta_towers(pinned).vision_width) == (16, 32)
+    if config.model.startswith("hf-hub:"):
+        assert re.fullmatch(rf"hf-hub:org/\w+@{COMMIT}", pinned.model)
+        assert re.fullmatch(rf"{pinned.model}/\w+\.safetensors", clip_identity(config).weights)
+    else:
+        assert Path(pinned.model).is_absolute()
+        assert clip_identity(config).weights == identity
+    of_processor = {"size": 16, "resize_mode": "shortest"} if "CLIPModel" in source else {}
+    assert resolve_model(pinned.model).preprocess_config == PREPROCESS | of_processor
+
+
+def test_a_folder_may_have_other_weights_or_random_ones(folder, state):
+    model = str(open_clip_folder(folder / "snapshot", state))
+    save_file({name: value + 1 for name, value in state.items()}, folder / "tuned.safetensors")
+    tuned = load_clip(ClipConfig(model=model, pretrained="tuned.safetensors"))
+    assert torch.equal(tuned.logit_scale, state["logit_scale"] + 1)
+    assert clip_identity(ClipConfig(model=model, pretrained=None)).weights == "random:0"
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "pytorch_model.bin", "the only one.pth"])
+def test_weights_in_a_folder_are_found(folder, state, name):
+    snapshot = open_clip_folder(folder / "snapshot", state)
+    (snapshot / "open_clip_model.safetensors").unlink()
+    torch.save(state, snapshot / name)
+    assert torch.equal(load_clip(ClipConfig(model=str(snapshot))).logit_scale, state["logit_scale"])
+
+
+def test_a_model_moves_to_another_machine(folder, state):
+    """An adapter has the paths of the machine that trained it."""
+    trained = with_absolute_paths(ClipConfig(model=str(open_clip_folder(folder / "here", state))))
+    shutil.move(folder / "here", folder / "there")
+    with pytest.raises(UserError, match=r"clip.model=.*/here: no such folder"):
+        clip_identity(trained)
+    moved = trained.with_weights(str(folder / "there"))
+    assert torch.equal(load_clip(moved).logit_scale, state["logit_scale"])
+    assert trained.with_weights(None) == trained
+    assert ClipConfig(model="ViT-B-16").with_weights("there").model == "ViT-B-16"
+
+
+# --- Names and activations -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPENAI_NAMES)
+def test_openais_spelling(name):
+    source = resolve_model(name)
+    assert source.name == OPENAI_NAMES[name] and source.model_config["quick_gelu"]
+    assert clip_identity(ClipConfig(model=name)) == clip_identity(ClipConfig(model=source.name))
+
+
+@pytest.mark.parametrize(
+    "form", ["OpenAI's archive", "OpenAI's archive, traced", "OpenAI's state dict", "CLIPModel's folder"]
+)
+def test_weights_that_are_known_to_need_quickgelu_get_it(folder, state, form):
+    pretrained = FILES[form](state)
+    for model in ("plain.json", MODEL):
+        config = ClipConfig(model=model, pretrained=pretrained)
+        assert json.loads(clip_identity(config).model_config)["quick_gelu"]
+        assert type(load_clip(config).visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    told = ClipConfig(model="plain.json", pretrained=pretrained, quick_gelu=False)
+    assert not json.loads(clip_identity(told).model_config)["quick_gelu"]
+
+
+def test_weights_that_are_known_to_need_gelu_are_not_put_into_quickgelu(folder, state):
+    config = HUGGING_FACE_CONFIG | {
+        tower: HUGGING_FACE_CONFIG[tower] | {"hidden_act": "gelu"} for tower in ("text_config", "vision_config")
+    }
+    pretrained = str(hugging_face_folder(folder / "snapshot", state, config))
+    with pytest.raises(UserError, match="uses QuickGELU, the weights .* do not: set quick_gelu to false"):
+        load_clip(ClipConfig(model=MODEL, pretrained=pretrained))
+    assert not json.loads(clip_identity(ClipConfig(model="plain.json", pretrained=pretrained)).model_config)[
+        "quick_gelu"
+    ]
+
+
+@pytest.mark.parametrize("form", ["pt", "text tower", "OpenAI's archive", "CLIPModel"])
+def test_a_model_with_a_text_tower_takes_all_forms(folder, state, expected, form):
+    towers = load_clip(ClipConfig(model="with_text_tower.json", pretrained=FILES[form](state)))
+    assert weights_fingerprint(towers) == expected[1]
+
+
+# --- Configs of Hugging Face ---------------------------------------------------------------------------------------
+
+
+def test_a_clip_config_is_a_model_config():
+    assert to_model_config(HUGGING_FACE_CONFIG) == {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {
+            **{"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 4.0}
+        },
+        "text_cfg": {
+            **{"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2, "mlp_ratio": 4.0}
+        },
+    }
+    base = to_model_config({"model_type": "clip"})  # the defaults of transformers: openai/clip-vit-base-patch32
+    sizes = open_clip.get_model_config("ViT-B-32-quickgelu")
+    assert all(base["vision_cfg"][name] == sizes["vision_cfg"][name] for name in sizes["vision_cfg"])
+    assert all(base["text_cfg"][name] == sizes["text_cfg"][name] for name in sizes["text_cfg"])
+    # That of older versions, in which the sections of *_dict count.
+    older = {"model_type": "clip", "vision_config": {"patch_size": 14}, "vision_config_dict": {"patch_size": 16}}
+    assert to_model_config(older)["vision_cfg"]["patch_size"] == 16
+
+
+@pytest.mark.parametrize("width, mlp_width", [(1664, 8192), (1408, 6144), (1792, 15360), (49, 157)])
+def test_the_width_of_an_mlp_survives_the_ratio(width, mlp_width):
+    sizes = {"hidden_size": width, "intermediate_size": mlp_width}
+    config = to_model_config({"model_type": "clip", "vision_config": sizes, "text_config": sizes})
+    assert int(config["vision_cfg"]["width"] * config["vision_cfg"]["mlp_ratio"]) == mlp_width
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"model_type": "siglip"}, "model_type is 'siglip', not 'clip'"),
+        ({"text_config": {"hidden_act": "gelu"}}, "hidden_act is gelu and quick_gelu"),
+        ({"text_config": {"vocab_size": 250_002}}, "250,002 tokens"),
+        ({"vision_config": {"num_channels": 4}}, "4 channels"),
+        ({"vision_config": {"num_attention_heads": 0}}, "ZeroDivisionError"),
+        ({"vision_config": "none"}, "TypeError"),
+    ],
+)
+def test_other_configs_of_hugging_face_are_refused(folder, state, changes, reason):
+    model = str(hugging_face_folder(folder / "snapshot", state, HUGGING_FACE_CONFIG | changes))
+    with pytest.raises(UserError, match=f"clip.model=.*snapshot: config.json .*{reason}.*open_clip_config.json"):
+        clip_identity(ClipConfig(model=model))
+    # The remedy: a repository with open_clip's config.
+    values = {"model_cfg": QUICK, "preprocess_cfg": {}}
+    (folder / "snapshot" / "open_clip_config.json").write_text(json.dumps(values))
+    assert torch.equal(load_clip(ClipConfig(model=model)).logit_scale, state["logit_scale"])
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"size": 16, "crop_size": 16}, {"resize_mode": "shortest"}),  # as older versions wrote it
+        ({"size": {"height": 16, "width": 16}, "do_center_crop": False}, {"resize_mode": "squash"}),
+        ({"resample": 3}, {"interpolation": "bicubic"}),
+        ({"size": {"shortest_edge": 20}}, "whole square"),
+        ({"do_center_crop": False}, "whole square"),
+        ({"size": {"height": 16, "width": 20}}, "whole square"),
+        ({"do_rescale": False}, "do_rescale is false"),
+        ({"rescale_factor": 1}, "rescale_factor is 1"),
+        ({"resample": 9}, "resample is 9"),
+    ],
+)
+def test_an_image_processor_is_a_preprocess_config(changes, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            to_preprocess_config(PROCESSOR | changes)
+    else:
+        config = to_preprocess_config(PROCESSOR | changes)
+        assert config == PREPROCESS | {"size": 16, "resize_mode": "shortest"} | expected
