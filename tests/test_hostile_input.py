@@ -790,6 +790,114 @@ def test_weights_of_another_kind_are_named(model_file, tmp_path, state):
         load_clip(ClipConfig(model=model_file, pretrained=str(tmp_path / "other.pt")))
 
 
+# --- CLIP: TorchScript archives ---------------------------------------------------------------------------------
+
+
+def archive(file: Path, pickled: bytes, record: bytes, compression: int = zipfile.ZIP_STORED) -> None:
+    """An archive with the pickle of its modules, and one record of a tensor."""
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("clip/data.pkl", pickled)
+        archive.writestr("clip/constants.pkl", b"\x80\x02).")
+        archive.writestr("clip/data/0", record, compression)
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def numbers(*values: int) -> bytes:
+    return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
+
+
+def pickled_tensor(record: str, length: int = 1, size: bytes = b"(t", stride: bytes = b"(t", offset: int = 0) -> bytes:
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(record) + text("cpu")
+    storage += b"J" + struct.pack("<i", length) + b"tQ"
+    hooks = b"ccollections\nOrderedDict\n)R"
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n("
+    return rebuild + storage + b"J" + struct.pack("<i", offset) + size + stride + b"\x89" + hooks + b"tR"
+
+
+def module(*attributes: bytes) -> bytes:
+    return b"c__torch__\nModule\n)\x81}(" + b"".join(attributes) + b"ub"
+
+
+def pickled(value: bytes) -> bytes:
+    return b"\x80\x02" + value + b"."
+
+
+def many_modules() -> bytes:
+    """Modules of which each has the one before it ten times."""
+    modules = b"c__torch__\nModule\n)\x81q\0"
+    for number in range(1, 10):
+        attributes = b"".join(text(str(name)) + b"h" + bytes([number - 1]) for name in range(10))
+        modules += b"c__torch__\nModule\n)\x81}(" + attributes + b"ubq" + bytes([number])
+    return modules
+
+
+HOSTILE_TORCHSCRIPT = {
+    "a call": (lambda: pickled(module(text("x"), b"cos\nmkdir\n(" + evil_folder() + b"tR")), "os.mkdir, .* run code"),
+    "a call of Python's pickle": (lambda: pickle.dumps(Evil(), 2), "the opcode TUPLE1"),
+    "another protocol": (lambda: pickle.dumps(Evil(), 4), "the opcode FRAME"),
+    "an old opcode": (lambda: pickled(b"(" + evil_folder() + b"ios\nmkdir\n"), "the opcode INST"),
+    "an object of Python": (lambda: pickled(b"cos\nmkdir\n)\x81"), "os mkdir, which is not a module"),
+    "an object with arguments": (lambda: pickled(b"c__torch__\nModule\n" + numbers(1) + b"\x81"), "not a module"),
+    "the state of a name": (lambda: pickled(b"cos\nmkdir\n}(" + text("x") + text("y") + b"ub"), "attribute"),
+    "a call of a module": (lambda: pickled(module() + b")R"), "could run code"),
+    "a list": (lambda: pickled(b"]"), "not a module"),
+    "nothing": (lambda: b"", "pickle"),
+    "an unknown storage": (
+        lambda: pickled(module(text("x"), pickled_tensor("0").replace(b"Float", b"Odd"))),
+        "torch OddStorage",
+    ),
+    "another record": (lambda: pickled(module(text("x"), pickled_tensor("../data.pkl"))), "data.pkl"),
+    "beyond its storage": (lambda: pickled(module(text("x"), pickled_tensor("0", offset=5))), "out of bounds"),
+    "before its storage": (lambda: pickled(module(text("x"), pickled_tensor("0", offset=-1))), "offset"),
+    "larger than its storage": (
+        lambda: pickled(module(text("x"), pickled_tensor("0", size=numbers(10**6, 10**6), stride=numbers(0, 0)))),
+        "has 1 elements",
+    ),
+    "a record of another size": (lambda: pickled(module(text("x"), pickled_tensor("0", length=9))), "has 4 bytes"),
+    "a module in itself": (lambda: pickled(b"c__torch__\nModule\n)\x81q\0}(" + text("x") + b"h\0ub"), "too deeply"),
+    "modules in modules": (
+        lambda: pickled((b"c__torch__\nModule\n)\x81}(" + text("x")) * 50 + b"N" + b"ub" * 50),
+        "too deeply",
+    ),
+    "a billion modules": (lambda: pickled(many_modules()), "too many"),
+    "a large pickle": (lambda: b"N" * (5 << 20), "data.pkl is too large"),
+}
+
+
+def evil_folder() -> bytes:
+    return text(os.environ["EVIL_FOLDER"])
+
+
+@pytest.mark.parametrize("name", HOSTILE_TORCHSCRIPT)
+def test_hostile_torchscript_is_refused_and_runs_no_code(model_file, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "made by the pickle"))
+    write, message = HOSTILE_TORCHSCRIPT[name]
+    archive(tmp_path / "script.pt", write(), bytes(4))
+    config = ClipConfig(model=model_file, pretrained=str(tmp_path / "script.pt"))
+    for load in (clip_identity, load_clip):
+        with pytest.raises(UserError, match=f"script.pt is not a plain file of tensors .*{message}.*save the weights"):
+            load(config)
+    assert not (tmp_path / "made by the pickle").exists()
+
+
+def test_a_compressed_tensor_of_torchscript_is_refused(model_file, tmp_path):
+    data = pickled(module(text("x"), pickled_tensor("0", length=8 << 20)))
+    archive(tmp_path / "script.pt", data, bytes(32 << 20), zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="script.pt is not a plain file of tensors .*data/0 is compressed"):
+        clip_identity(ClipConfig(model=model_file, pretrained=str(tmp_path / "script.pt")))
+
+
+@fuzz(60)
+@given(mutations(pickled(module(text("x"), pickled_tensor("0"), text("y"), module(text("z"), pickled_tensor("0"))))))
+def test_any_pickle_of_torchscript_is_tensors_or_refused(tmp_path, model_file, data):
+    archive(tmp_path / "script.pt", data, bytes(4))
+    with pytest.raises(UserError, match="script.pt (is not a plain file|does not fit|has )"):
+        clip_identity(ClipConfig(model=model_file, pretrained=str(tmp_path / "script.pt")))
+
+
 # --- splits ----------------------------------------------------------------------------------------------------
 
 CLASSES = {"a b": ["x", "y"], "c": ["x", "y"]}

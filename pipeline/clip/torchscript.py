@@ -172,7 +172,7 @@ def _interpret(data: bytes) -> Any:
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "NEWOBJ":
-                if stack.pop() != () or not stack[-1].startswith("__torch__."):
+                if stack.pop() != () or not stack[-1].startswith(("__torch__ ", "__torch__.")):
                     raise ValueError(f"it names {stack[-1]}, which is not a module of TorchScript")
                 stack[-1] = _Module(stack[-1])
             case "BUILD":
