@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import astuple, replace
 from fnmatch import fnmatchcase
@@ -194,6 +195,35 @@ def test_prompts_start_as_the_tokens_that_they_replace(name, length, words, text
     assert 0.01 < start[1 if words else 0 :].std() < 0.03
     z = method().encode_text(towers, METHODS[name].tokenize(config, towers.tokenizer, INK))
     torch.testing.assert_close(z, reference_encode_text(model, full_ids(text), start, propagate=True), **TOLERANCE)
+
+
+def test_promptsrc_ends_with_a_gaussian_average_of_its_epochs():
+    towers, _, _, sets = small_problem()
+    sets = add_frozen_features(towers, sets)
+    tokens = method_tokens("promptsrc", towers, list(WORDS.values()))
+    prompts, states = [], []
+    trainer = Trainer(towers, build_method("promptsrc", towers), sets, tokens, SLOW, epochs=4, seed=5)
+    last = trainer.method.epoch_weights(50)
+    gauss = [math.exp(-(((epoch - 30) / 30) ** 2) / 2) for epoch in range(1, 51)]
+    assert last == pytest.approx([weight / sum(gauss) for weight in gauss], rel=1e-12)
+    for _ in range(3):
+        trainer.run_epoch()
+        prompts.append(copy.deepcopy(trainer.method.state_dict()))
+        states.append(copy.deepcopy(trainer.state_dict()))
+    trainer.train()
+    unaveraged = build_method("promptsrc", towers)
+    unaveraged.epoch_weights = lambda epochs: None
+    Trainer(towers, unaveraged, sets, tokens, SLOW, epochs=4, seed=5).train()
+    prompts.append(unaveraged.state_dict())
+    weights = trainer.method.epoch_weights(4)
+    expected = {name: sum(w * p[name] for w, p in zip(weights, prompts)) for name in prompts[0]}
+    torch.testing.assert_close(trainer.method.state_dict(), expected, **TOLERANCE)
+    assert not torch.allclose(expected["text_prompts"], prompts[-1]["text_prompts"], rtol=1e-6)
+    for state in states:
+        resumed = Trainer(towers, build_method("promptsrc", towers), sets, tokens, SLOW, epochs=4, seed=5)
+        resumed.load_state_dict(state)
+        resumed.train()
+        assert all(torch.equal(p, expected) for p, expected in zip(resumed.parameters, trainer.parameters))
 
 
 def test_maples_deeper_projections_start_equal():

@@ -112,6 +112,12 @@ class Method(Module):
         raise NotImplementedError
 
     @staticmethod
+    def epoch_weights(epochs: int) -> Sequence[float] | None:
+        """Return the weight of each epoch in the average of the parameters that a training ends with; None: it ends
+        with those of the last epoch."""
+        return None
+
+    @staticmethod
     def template(config_template: str, config: Config) -> str:
         """Return the template that the method uses instead of the config's."""
         return config_template

@@ -1,8 +1,8 @@
 """PromptSRC (Khattak et al., ICCV 2023): independent prompts of the first layers of both towers, regularized
 towards the features and logits of the frozen CLIP.
 
-Prompts propagate as MaPLe's, and those of the first text layer replace the template's first tokens as MaPLe's. Without
-the authors' average of the prompts over epochs; the frozen text features are those of one template.
+Prompts propagate as MaPLe's, and those of the first text layer replace the template's first tokens as MaPLe's. A
+training ends with a Gaussian average of the prompts over its epochs. The frozen text features are of one template.
 """
 
 from __future__ import annotations
@@ -78,6 +78,13 @@ class PromptSrc(Method):
         return config.section(PromptSrc.Options).prompt_length
 
     num_replaced_tokens = num_prompt_positions
+
+    @staticmethod
+    def epoch_weights(epochs: int) -> list[float]:
+        """Return the authors' Gaussian of mean 30 and standard deviation 30 of 50 epochs, for any number of epochs."""
+        time = torch.arange(1, epochs + 1, dtype=torch.float64) / epochs
+        weights: list[float] = (-(((time - 0.6) / 0.6) ** 2) / 2).softmax(0).tolist()
+        return weights
 
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:

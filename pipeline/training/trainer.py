@@ -26,6 +26,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.methods.adaptation import Adaptation, Consistency
+from pipeline.methods.method import Method
 from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import DistributedShard
@@ -120,6 +121,8 @@ class Trainer:
         self.history: list[StepRecord] = []
         """Records of all completed steps."""
         self.snapshots: list[Snapshot] = []
+        self._epoch_weights = self.method.epoch_weights(self.epochs) if isinstance(self.method, Method) else None
+        self._average = [torch.zeros_like(parameter) for parameter in self.parameters if self._epoch_weights]
         self.steps_per_epoch = num_steps_per_epoch((len(task.labels) for task in self.training_sets), config.batch_size)
         self.num_steps = self.epochs * self.steps_per_epoch
         self._shard = DistributedShard.current()
@@ -184,6 +187,8 @@ class Trainer:
             self.snapshots.append(Snapshot(record, gradients.float().cpu(), parameters.float().cpu()))
         self.optimizer.step()
         self.history.append(record)
+        if self._epoch_weights and self.epoch > epoch:
+            self._average_epoch(self._epoch_weights[epoch])
         return record
 
     def backward(self, step: int) -> torch.Tensor:
@@ -214,6 +219,7 @@ class Trainer:
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": self._average,
             "history": [tuple(vars(record).values()) for record in self.history],
             "snapshot_steps": [snapshot.record.step - 1 for snapshot in self.snapshots],
             "snapshots": [snapshot.gradients for snapshot in self.snapshots],
@@ -224,9 +230,18 @@ class Trainer:
         """Resume from another trainer's `state_dict`."""
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._average = [average.to(self.towers.device, copy=True) for average in state["average"]]
         self.history = [StepRecord(*values) for values in state["history"]]
         snapshots = zip(state["snapshot_steps"], state["snapshots"], state["points"])
         self.snapshots = [Snapshot(self.history[step], *tensors) for step, *tensors in snapshots]
+
+    @torch.no_grad()
+    def _average_epoch(self, weight: float) -> None:
+        """Add the parameters to their average over epochs, with which a training ends."""
+        for parameter, average in zip(self.parameters, self._average):
+            average.add_(parameter, alpha=weight)
+            if self.epoch == self.epochs:
+                parameter.copy_(average)
 
     def _image_features(
         self, adaptation: Adaptation, step: int
