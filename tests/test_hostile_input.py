@@ -32,7 +32,9 @@ from pipelines import REPOSITORY
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pipeline.clip.checkpoint import read_checkpoint
 from pipeline.clip.load import build_meta_towers, clip_identity, load_clip, weights_fingerprint
+from pipeline.clip.weights import Weights
 from pipeline.config import (
     BUILTIN_DIGITS,
     ClipConfig,
@@ -836,7 +838,7 @@ def many_modules() -> bytes:
 
 HOSTILE_TORCHSCRIPT = {
     "a call": (lambda: pickled(module(text("x"), b"cos\nmkdir\n(" + evil_folder() + b"tR")), "os.mkdir, .* run code"),
-    "a call of Python's pickle": (lambda: pickle.dumps(Evil(), 2), "the opcode TUPLE1"),
+    "a call of Python's pickle": (lambda: pickle.dumps(Evil(), 2), "names posix.mkdir, which could run code"),
     "another protocol": (lambda: pickle.dumps(Evil(), 4), "the opcode FRAME"),
     "an old opcode": (lambda: pickled(b"(" + evil_folder() + b"ios\nmkdir\n"), "the opcode INST"),
     "an object of Python": (lambda: pickled(b"cos\nmkdir\n)\x81"), "os mkdir, which is not a module"),
@@ -892,10 +894,15 @@ def test_a_compressed_tensor_of_torchscript_is_refused(model_file, tmp_path):
 
 @fuzz(60)
 @given(mutations(pickled(module(text("x"), pickled_tensor("0"), text("y"), module(text("z"), pickled_tensor("0"))))))
-def test_any_pickle_of_torchscript_is_tensors_or_refused(tmp_path, model_file, data):
-    archive(tmp_path / "script.pt", data, bytes(4))
-    with pytest.raises(UserError, match="script.pt (is not a plain file|does not fit|has )"):
-        clip_identity(ClipConfig(model=model_file, pretrained=str(tmp_path / "script.pt")))
+def test_any_pickle_of_torchscript_is_tensors_or_refused(tmp_path, data):
+    file = tmp_path / "script.pt"
+    archive(file, data, bytes(4))
+    try:
+        tensors = read_checkpoint(Weights(f"clip.pretrained={file}", (file,))).state
+    except UserError as error:
+        assert "script.pt" in str(error)
+        return
+    assert all(value.tolist() == 0 for value in tensors.values())
 
 
 # --- splits ----------------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -343,3 +346,251 @@ def test_an_image_processor_is_a_preprocess_config(changes, expected):
     else:
         config = to_preprocess_config(PROCESSOR | changes)
         assert config == PREPROCESS | {"size": 16, "resize_mode": "shortest"} | expected
+
+
+# --- What cannot be read: told at the start, in two lines, with a remedy that works -----------------------------
+
+
+def told(config: ClipConfig) -> str:
+    """Return the message of both the check at the start and the load."""
+    with pytest.raises(UserError) as error:
+        load_clip(config)
+    message = str(error.value)
+    with pytest.raises(UserError, match=re.escape(message)):
+        clip_identity(config)
+    readable = message.replace(str(Path.cwd()), "")
+    assert len(readable) <= 240 and "\n" not in readable, readable
+    return message
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 605143316\n"
+PAGE = "\n<!DOCTYPE html>\n<html><head><title>ViT-B-16.pt</title>"
+
+
+def truncated(name: str, write) -> None:
+    write(name)
+    data = Path(name).read_bytes()
+    Path(name).write_bytes(data[: len(data) // 2])
+
+
+UNREADABLE = {
+    "a pointer": (
+        lambda name, state: Path(name).write_text(POINTER),
+        r"is a pointer of Git LFS \(72 bytes\), not the file of 605,143,316 bytes: run `git lfs pull`",
+    ),
+    "a page": (lambda name, state: Path(name).write_text(PAGE), "is a web page: download the file itself .*/resolve/"),
+    "an error of a bucket": (lambda name, state: Path(name).write_text("<?xml ?><Error>"), "is a web page: download"),
+    "nothing": (lambda name, state: Path(name).write_bytes(b""), "is empty: download it again"),
+    "half a safetensors file": (
+        lambda name, state: truncated(name, lambda name: save_file(state, name)),
+        "is truncated .*: download it again",
+    ),
+    "the beginning of a safetensors file": (
+        lambda name, state: Path(name).write_bytes((1000).to_bytes(8, "little") + b'{"x":'),
+        r"is truncated \(its header has 1,000 bytes, the file 13\): download it again",
+    ),
+    "half a file of torch.save": (
+        lambda name, state: truncated(name, lambda name: torch.save(state, name)),
+        r"is truncated \(after [\d,]+ bytes\): download it again",
+    ),
+    "half an old file of torch.save": (
+        lambda name, state: truncated(name, lambda name: torch.save(state, name, _use_new_zipfile_serialization=False)),
+        "is truncated .*: download it again",
+    ),
+    "half an archive of OpenAI": (
+        lambda name, state: truncated(name, lambda name: openai_archive(Path(name), state)),
+        r"is truncated \(after [\d,]+ bytes\): download it again",
+    ),
+    "gzip": (lambda name, state: Path(name).write_bytes(gzip.compress(b"weights")), "compressed with gzip: unpack it"),
+    "a zip of a file": (
+        lambda name, state: zipfile.ZipFile(name, "w").writestr("clip/model.safetensors", b""),
+        r"is an archive of other files \(clip/model.safetensors, ...\): unpack it",
+    ),
+    "TensorFlow": (
+        lambda name, state: Path(name).write_bytes(b"\x89HDF\r\n"),
+        "HDF5 .*: download the weights of PyTorch",
+    ),
+    "a config": (
+        lambda name, state: Path(name).write_text('{"model_type": "clip"}'),
+        "JSON, but not the index .*: give",
+    ),
+    "a whole model": (
+        lambda name, state: torch.save(torch.nn.Linear(2, 2), name),
+        "not a plain file of tensors .*Linear.*: save the weights as safetensors",
+    ),
+    "two state dicts": (
+        lambda name, state: torch.save({"model": state, "state_dict": state}, name),
+        r"several state dicts \(state_dict, model\): save one of them as safetensors",
+    ),
+    "an optimizer": (
+        lambda name, state: torch.save({"state_dict": {"lr": 0.1}}, name),
+        r"'lr', which is float, not a tensor of numbers: save the model's state_dict\(\) as safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", UNREADABLE)
+def test_what_cannot_be_read_is_named_with_a_remedy(folder, state, expected, form):
+    write, message = UNREADABLE[form]
+    write("ViT-B-16.bin", state)
+    config = ClipConfig(model=MODEL, pretrained="ViT-B-16.bin")
+    assert re.search(f"^clip.pretrained=ViT-B-16.bin .*{message}", told(config))
+    # All remedies end in a whole file, or one of safetensors, in its place.
+    save_file(state, "ViT-B-16.bin")
+    assert weights_fingerprint(load_clip(config)) == expected[1]
+
+
+def test_a_part_that_cannot_be_read_is_named(folder, state):
+    config = ClipConfig(model=MODEL, pretrained=sharded_file(state))
+    part = folder / "model-00002-of-00002.safetensors"
+    data = part.read_bytes()
+    part.write_text(POINTER)
+    assert "model.safetensors.index.json: model-00002-of-00002.safetensors is a pointer of Git LFS" in told(config)
+    part.unlink()
+    assert "names 2 files, of which 1 are missing (model-00002-of-00002.safetensors): download them" in told(config)
+    part.write_bytes(data)
+    load_clip(config)
+    load_clip.cache_clear()
+    index = json.loads(Path("model.safetensors.index.json").read_text())
+    index["weight_map"]["logit_scale"] = "../outside.safetensors"
+    Path("model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names '../outside.safetensors', which is not in its folder" in told(config)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop("ln_final.bias"), r"1 of its 62 tensors are missing \(ln_final.bias\)"),
+        (lambda state: state.update(head=torch.ones(1)), r"1 tensors are not its \(head\)"),
+        (
+            lambda state: state.update({"visual.proj": torch.ones(3, 3), "ln_final.bias": torch.ones(3)}),
+            r"visual.proj is \(3, 3\) there, \(32, 24\) in the model \(and 1 other tensors\)",
+        ),
+        (
+            lambda state: [state.pop(name) for name in list(state) if not name.startswith("visual.")],
+            r"30 of its 62 tensors are missing \(ln_final.bias, ln_final.weight, ...\)",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_named_by_their_first_misfit(folder, state, change, message):
+    changed = dict(state)
+    change(changed)
+    save_file(changed, "a.safetensors")
+    config = ClipConfig(model=MODEL, pretrained="a.safetensors")
+    assert re.search(f"does not fit clip.model=model.json: {message}; give the weights of a whole CLIP", told(config))
+
+
+def test_the_model_that_weights_fit_is_named(folder):
+    """The remedy is followed: of each of the models that the message names the weights are taken."""
+    with torch.device("meta"):
+        shapes = open_clip.CLIP(**open_clip.get_model_config("ViT-S-32-alt")).state_dict()
+    torch.save({name: torch.zeros([]).expand(value.shape) for name, value in shapes.items()}, "a.pt")  # a small file
+    message = told(ClipConfig(model="ViT-B-16", pretrained="a.pt"))
+    assert "positional_embedding is (77, 256) there, (77, 512) in the model" in message
+    names = re.search(r"use clip.model=(.*)$", message)[1].split(" or ")
+    assert names == ["ViT-S-32-alt"]
+    assert clip_identity(ClipConfig(model=names[0], pretrained="a.pt")).weights.startswith("sha256:")
+
+
+@pytest.mark.parametrize("name, number", [("input_resolution", 24), ("context_length", 50), ("vocab_size", 1)])
+def test_openais_numbers_must_be_those_of_the_model(folder, state, name, number):
+    torch.save(openai_state(state) | {name: torch.tensor(number)}, "a.pt")
+    message = told(ClipConfig(model=MODEL, pretrained="a.pt"))
+    assert f"does not fit clip.model=model.json: {name} is {number} there, {NUMBERS[name]} in the model" in message
+
+
+def test_memory_is_not_taken_by_tensors_that_are_small_in_the_file(folder, state):
+    """The projections of a CLIPModel, which are joined, as one number that is repeated."""
+    huge = hugging_face_state(state)
+    for part in "qkv":
+        name = f"text_model.encoder.layers.0.self_attn.{part}_proj.weight"
+        huge[name] = torch.zeros(1).expand(1 << 20, 1 << 20)  # 4 TiB
+    torch.save(huge, "a.pt")
+    assert "attn.in_proj_weight is (3145728, 1048576) there" in told(ClipConfig(model=MODEL, pretrained="a.pt"))
+
+
+# --- What cannot be found -------------------------------------------------------------------------------------------
+
+
+def test_tags_belong_to_open_clips_names(folder, state):
+    model = str(open_clip_folder(folder / "snapshot", state))
+    assert "has no tags of open_clip: give a file" in told(ClipConfig(model=model, pretrained="openai"))
+    assert "has no tags of open_clip: give a file" in told(ClipConfig(model=MODEL))
+    message = told(ClipConfig(model="ViT-B/16", pretrained="laion2b_s34b_b88k"))
+    assert message.endswith("It is a tag of clip.model=ViT-B-16")
+    assert clip_identity(ClipConfig(model="ViT-B-16", pretrained="laion2b_s34b_b88k")).weights.startswith("tag:")
+
+
+def test_a_tag_that_cannot_be_downloaded(folder, state, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", fail)
+    with pytest.raises(
+        UserError, match=r"clip.pretrained=openai cannot be downloaded \(no network\): .*give their file"
+    ):
+        load_clip(ClipConfig(model="ViT-B-32"))
+
+
+def test_weights_of_a_tag_are_read_from_the_file_that_open_clip_downloads(folder, state, expected, monkeypatch):
+    openai_archive(folder / "ViT-B-16.pt", state)
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: QUICK)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda tag: str(folder / "ViT-B-16.pt"))
+    config = ClipConfig(model="ViT-B-16-quickgelu")
+    assert clip_identity(config).weights == "tag:ViT-B-16-quickgelu/openai"
+    assert weights_fingerprint(load_clip(config)) == expected[1]
+
+
+def test_folders_without_a_model_are_named(folder, state):
+    (folder / "empty").mkdir()
+    assert "./empty has no open_clip_config.json or config.json: give the folder" in told(ClipConfig(model="./empty"))
+    assert "./absent: no such folder" in told(ClipConfig(model="./absent"))
+    assert "./empty has no weights (model.safetensors" in told(ClipConfig(model=MODEL, pretrained="./empty"))
+    snapshot = open_clip_folder(folder / "snapshot", state)
+    (snapshot / "open_clip_model.safetensors").rename(snapshot / "a.safetensors")
+    shutil.copy(snapshot / "a.safetensors", snapshot / "b.safetensors")
+    message = told(ClipConfig(model="./snapshot"))
+    assert "several files of weights (a.safetensors, b.safetensors, ...): set clip.pretrained to one of them" in message
+    load_clip(ClipConfig(model="./snapshot", pretrained="./snapshot/a.safetensors"))
+
+
+def test_a_repository_that_is_not_in_the_cache(folder, state, expected):
+    config = ClipConfig(model="hf-hub:org/clip")
+    message = told(config)
+    assert (
+        "in the cache, and the Hugging Face Hub cannot be reached: run `hf download org/clip` where it can" in message
+    )
+    # The remedy: the command leaves this cache, and prints the folder.
+    hub_cache(folder / "hub", "org/clip", lambda snapshot: open_clip_folder(snapshot, state))
+    snapshot = folder / "hub" / "models--org--clip" / "snapshots" / COMMIT
+    assert weights_fingerprint(load_clip(ClipConfig(model=str(snapshot)))) == expected[1]
+    assert weights_fingerprint(load_clip(config)) == expected[1]
+    message = told(ClipConfig(model=str(snapshot.parents[1])))
+    assert message.endswith(f"use its snapshot {snapshot}")
+
+
+def test_names_that_are_no_repositories(folder):
+    for name in ("hf-hub:", "hf-hub:a/b/c", "hf-hub:org/a b"):
+        assert f"clip.model={name} is not the name of a repository: expected hf-hub:ORG/NAME" in told(
+            ClipConfig(model=name)
+        )
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            "RepositoryNotFoundError",
+            "is not on the Hugging Face Hub, or is private or gated: correct the name, or log in",
+        ),
+        ("RevisionNotFoundError", "cannot be downloaded .*: try again"),
+        ("RemoteEntryNotFoundError", "has no open_clip_config.json or config.json: use the repository of a CLIP"),
+    ],
+)
+def test_answers_of_the_hub(folder, monkeypatch, error, message):
+    def answer(*arguments, **options):
+        response = SimpleNamespace(headers={}, request=None)
+        raise getattr(huggingface_hub.errors, error)("no", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    assert re.search(message, told(ClipConfig(model="hf-hub:org/clip")))

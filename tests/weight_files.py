@@ -106,6 +106,7 @@ class OpenaiClip(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty([]))
         for name, number in NUMBERS.items():
             self.register_buffer(name, torch.tensor(number))
+        self.pair, self.triple, self.names = (2, 2), (1, 2, 3), ["a", "b"]  # attributes that are no weights
 
     def forward(self, images: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         x = (self.token_embedding(text) + self.positional_embedding).permute(1, 0, 2)
@@ -128,7 +129,7 @@ def openai_archive(file: Path, state: State, trace: bool = False) -> None:
     model = OpenaiClip().eval()
     model.load_state_dict(openai_state(state))
     inputs = torch.zeros(1, 3, 16, 16), torch.zeros(1, 77, dtype=torch.long)
-    torch.jit.save(torch.jit.trace(model, inputs) if trace else torch.jit.script(model), file)
+    torch.jit.save(torch.jit.trace(model, inputs) if trace else torch.jit.script(model.half()), file)
 
 
 # --- Hugging Face --------------------------------------------------------------------------------------------------

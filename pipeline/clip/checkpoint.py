@@ -27,6 +27,7 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 _MAX_NESTED = 4
 _NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """In OpenAI's state dicts, and in no others."""
+_AGAIN = "download it again"
 _FOREIGN = {
     b"\x93NUMPY": ("is an array of NumPy", "convert the weights to safetensors"),
     b"\x89HDF": ("is an HDF5 file of TensorFlow", "download the weights of PyTorch"),
@@ -69,10 +70,10 @@ def read_checkpoint(weights: Weights) -> Checkpoint:
             state |= _flatten(content)
         except _UnreadableError as error:
             raise UserError(f"{option} {error.fact}: {error.remedy}") from None
-        except MemoryError:
-            raise
         except Exception as error:  # malformed files raise anything
-            reason = str(error).partition("\n")[0][:200]
+            reason = str(error).partition("\n")[0][:100]
+            if isinstance(error, EOFError) or "unexpected EOF" in reason:
+                raise UserError(f"{option} is truncated (after {file.stat().st_size:,} bytes): {_AGAIN}") from None
             if isinstance(error, pickle.UnpicklingError):  # torch's message says how to run it anyway
                 name = re.search(r"GLOBAL (\S+)", str(error))
                 reason = f"it names {name[1]}, which could run code" if name else "not a pickle of tensors"
@@ -97,9 +98,8 @@ def _read_file(file: Path) -> tuple[Any, bool | None]:
     with open(file, "rb") as stream:
         head = stream.read(512)
     start = head.lstrip()
-    again = "download it again"
     if not size:
-        raise _UnreadableError("is empty", again)
+        raise _UnreadableError("is empty", _AGAIN)
     if head.startswith(b"version https://git-lfs"):
         whole = re.search(rb"size (\d+)", head)
         raise _UnreadableError(
@@ -116,7 +116,7 @@ def _read_file(file: Path) -> tuple[Any, bool | None]:
     if not head.startswith(b"PK\x03\x04"):
         return _load_pickle(file), None
     if not zipfile.is_zipfile(file):
-        raise _UnreadableError(f"is truncated (after {size:,} bytes)", again)
+        raise _UnreadableError(f"is truncated (after {size:,} bytes)", _AGAIN)
     with zipfile.ZipFile(file) as archive:
         if is_torchscript(archive):
             script = read_torchscript(file)
@@ -139,15 +139,13 @@ def _load_pickle(file: Path) -> Any:
 def _read_safetensors(file: Path, size: int, head: bytes) -> State:
     header = int.from_bytes(head[:8], "little")
     if 8 + header > size:
-        raise _UnreadableError(
-            f"is truncated (its header has {header:,} bytes, the file {size:,})", "download it again"
-        )
+        raise _UnreadableError(f"is truncated (its header has {header:,} bytes, the file {size:,})", _AGAIN)
     try:
         with safe_open(file, "pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}
     except SafetensorError as error:
         if "incomplete" in str(error).lower():
-            raise _UnreadableError(f"is truncated or damaged (after {size:,} bytes)", "download it again") from None
+            raise _UnreadableError(f"is truncated or damaged (after {size:,} bytes)", _AGAIN) from None
         raise
 
 

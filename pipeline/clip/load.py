@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.clip.checkpoint import read_checkpoint
+from pipeline.clip.checkpoint import State, read_checkpoint
 from pipeline.clip.model_state import content_hash, fit_to_model
 from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.source import ModelSource, import_open_clip, resolve_model
 from pipeline.clip.towers import ClipTowers
-from pipeline.clip.weights import download_tag, resolve_weights
+from pipeline.clip.weights import Weights, download_tag, resolve_weights
 from pipeline.config import ClipConfig, brings_weights
 from pipeline.errors import UserError
 
@@ -51,17 +51,14 @@ def clip_identity(config: ClipConfig) -> ClipIdentity:
     """
     source = resolve_model(config.model)
     weights = resolve_weights(config, source)
-    identity: str | None = f"random:{RANDOM_WEIGHTS_SEED}"
-    weights_quick_gelu = None
-    if weights:
-        identity, weights_quick_gelu = weights.identity, weights.quick_gelu
-    if weights and weights.files:
-        checkpoint = read_checkpoint(weights)
-        weights_quick_gelu = checkpoint.quick_gelu
-        state = fit_to_model(checkpoint, _build_meta(source, config).state_dict(), weights, source, config.model)
-        identity = identity or f"sha256:{content_hash(state)}"
-    quick_gelu = _uses_quick_gelu(config, source, weights_quick_gelu)
-    return ClipIdentity(json.dumps({**source.model_config, "quick_gelu": quick_gelu}, sort_keys=True), str(identity))
+    if not weights:
+        identity, quick_gelu = f"random:{RANDOM_WEIGHTS_SEED}", _uses_quick_gelu(config, source, None)
+    elif not weights.files:
+        identity, quick_gelu = weights.identity, _uses_quick_gelu(config, source, weights.quick_gelu)
+    else:
+        state, quick_gelu = _read_weights(config, source, weights)
+        identity = weights.identity or f"sha256:{content_hash(state)}"
+    return ClipIdentity(json.dumps({**source.model_config, "quick_gelu": quick_gelu}, sort_keys=True), identity)
 
 
 def build_meta_towers(config: ClipConfig) -> ClipTowers:
@@ -84,16 +81,17 @@ def load_clip(
         float32: keep float32 weights, for towers that are trained; otherwise config.precision decides.
     """
     source = resolve_model(config.model)
-    weights, checkpoint = resolve_weights(config, source), None
+    weights = resolve_weights(config, source)
     if weights:
         weights = weights if weights.files else download_tag(weights, config, source)
-        checkpoint = read_checkpoint(weights)
-    quick_gelu = _uses_quick_gelu(config, source, checkpoint.quick_gelu if checkpoint else None)
+        state, quick_gelu = _read_weights(config, source, weights)
+    else:
+        state, quick_gelu = None, _uses_quick_gelu(config, source, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         model = _build(source, quick_gelu, config)
-    if weights and checkpoint:
-        model.load_state_dict(fit_to_model(checkpoint, model.state_dict(), weights, source, config.model))
+    if state:
+        model.load_state_dict(state)
     towers = ClipTowers(model, load_tokenizer(config), text_prompt_position, config.activation_memory_gib).to(device)
     if uses_bfloat16(towers.device, config.precision) and not float32:
         towers.fingerprint = weights_fingerprint(towers)
@@ -162,6 +160,18 @@ def local_paths(config: ClipConfig) -> list[Path]:
     source = resolve_model(config.model)
     weights = resolve_weights(config, source)
     return [path for path in dict.fromkeys((source.path, weights.path if weights else None)) if path]
+
+
+def _read_weights(config: ClipConfig, source: ModelSource, weights: Weights) -> tuple[State, bool]:
+    """Return the weights under the model's names, and whether to use QuickGELU.
+
+    Raises:
+        UserError: they cannot be read, do not fit the model, or contradict its activation.
+    """
+    checkpoint = read_checkpoint(weights)
+    expected = _build_meta(source, config).state_dict()
+    state = fit_to_model(checkpoint, expected, weights, source, config.model)
+    return state, _uses_quick_gelu(config, source, checkpoint.quick_gelu)
 
 
 def _build_meta(source: ModelSource, config: ClipConfig) -> nn.Module:

@@ -34,6 +34,7 @@ _CONTAINERS = {
     "collections OrderedDict",
     *(f"torch.jit._pickle build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
     "torch.jit._pickle restore_type_tag",
+    "torch device",
 }
 
 
@@ -160,6 +161,8 @@ def _interpret(data: bytes) -> Any:
                 stack.append({"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}[opcode.name])
             case "TUPLE":
                 stack.append(tuple(pop_marked()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack[-int(opcode.name[-1]) :] = [tuple(stack[-int(opcode.name[-1]) :])]
             case "APPEND":
                 item = stack.pop()
                 stack[-1].append(item)

@@ -32,8 +32,8 @@ class Weights:
     """The option with its value, which messages begin with."""
     files: tuple[Path, ...] = ()
     """One file, or all parts of a model in several; none if they are still to be downloaded."""
-    identity: str | None = None
-    """What determines the content: a tag, or a repository's commit and file; None: the files themselves."""
+    identity: str = ""
+    """What determines the content: a tag, or a repository's commit and file; empty: the files themselves."""
     path: Path | None = None
     """The user's file or folder, absolute."""
     repository: str | None = None
@@ -60,7 +60,7 @@ def resolve_weights(config: ClipConfig, source: ModelSource) -> Weights | None:
     if pretrained.startswith((HUB_PREFIX, FOLDER_PREFIX)) or path.is_dir():
         snapshot = open_snapshot("clip.pretrained", pretrained)
         files = _files_in(snapshot)
-        identity = f"{snapshot.repository}/{files[0].name}" if snapshot.repository else None
+        identity = f"{snapshot.repository}/{files[0].name}" if snapshot.repository else ""
         return Weights(option, files, identity, snapshot.path, snapshot.repository, _quick_gelu_of(snapshot))
     if path.is_file():
         return Weights(option, _parts(path, LocalFolder(option, path.parent)), path=path.absolute())
@@ -108,7 +108,7 @@ def _parts(file: Path, snapshot: Snapshot) -> tuple[Path, ...]:
     with open(file, "rb") as stream:
         if stream.read(1) != b"{":
             return (file,)
-    name = f"{snapshot.option}: {file.name}"
+    name = snapshot.option if snapshot.option.endswith(file.name) else f"{snapshot.option}: {file.name}"
     try:
         index = json.loads(read_text(file, name, limit=64 * MAX_YAML_BYTES))
         names = sorted({str(part) for part in index["weight_map"].values()})
@@ -140,8 +140,9 @@ def _unknown_tag(pretrained: str, source: ModelSource, model: str) -> UserError:
         )
     open_clip = import_open_clip()
     tags = open_clip.list_pretrained_tags_by_model(source.name)
-    others = [name for name in open_clip.list_pretrained_models_by_tag(pretrained) if name.startswith("ViT-")]
+    models = open_clip.list_pretrained_models_by_tag(pretrained)
+    others = [name for name in models if name.removesuffix("-quickgelu") == source.name.removesuffix("-quickgelu")]
     return UserError(
         f"clip.pretrained={pretrained!r} is neither a file nor a tag of {source.name}; "
-        f"tags: {', '.join(tags) or 'none'}" + (f". It is a tag of {', '.join(others[:4])}" if others else "")
+        f"tags: {', '.join(tags) or 'none'}" + (f". It is a tag of clip.model={others[0]}" if others else "")
     )
