@@ -83,7 +83,7 @@ def class_tokens(
             with fewer tokens before the class name loses all of these.
 
     Raises:
-        UserError: a text exceeds the model's context, or two names of a task have the same tokens.
+        UserError: a text exceeds the model's context, a name has no tokens, or two of a task have the same ones.
     """
     templates = [template] * len(class_names_per_task) if isinstance(template, str) else template
     texts: list[list[list[int]]] = []
@@ -91,7 +91,7 @@ def class_tokens(
     for task_template, class_names in zip(templates, class_names_per_task, strict=True):
         words = tokenizer.encode(task_template.partition("{}")[0])
         names = [name for class_name in class_names for name in split_synonyms(class_name)]
-        encoded = [tokenizer.encode(task_template.format(name)) for name in names]
+        nameless, *encoded = [tokenizer.encode(task_template.format(name)) for name in ("", *names)]
         # Tokens that merge with a name stay.
         num_replaced = min(num_replaced_tokens, _common_prefix([words, *encoded]))
         name_starts.append(len(tokenizer.begin) + len(words) - num_replaced)
@@ -103,6 +103,10 @@ def class_tokens(
                 raise UserError(
                     f"class {name!r} in the template {task_template!r} has {len(ids)} tokens{prompts}; the model's "
                     f"context length is {tokenizer.context_length}: shorten the name with data.class_names"
+                )
+            if text_ids == nameless:
+                raise UserError(
+                    f"the class name {name!r} has no tokens in this model's vocabulary; write it with data.class_names"
                 )
             if tuple(ids) in name_by_ids:
                 raise UserError(

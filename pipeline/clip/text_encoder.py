@@ -100,7 +100,7 @@ class TextEncoder:
     def _encode_bidirectional(
         self, tokens: ClassTokens, prompts: torch.Tensor | None, propagate: bool, suffix_embeddings: torch.Tensor
     ) -> torch.Tensor:
-        """Run each text as a whole, its padding too: every token sees all others."""
+        """Run each text as a whole: every token sees all others, and the padding too unless it is masked."""
         tower, device = self.tower, suffix_embeddings.device
         num_prompts = 0 if prompts is None else prompts.shape[2]
         start = 0 if self.prompts_before_sos else tokens.num_begin
@@ -112,12 +112,12 @@ class TextEncoder:
             prompts = torch.cat([tower.embed(prompts[:, :1], start), prompts[:, 1:]], dim=1)
         replaced = deep_prompt_kv(tower.blocks, prompts, propagate)
         last_prompted = -1 if prompts is None else prompts.shape[1] - 1
-        suffix_embeddings = suffix_embeddings[:, : suffix_embeddings.shape[1] - inserted]  # padding
+        if not tower.masks_padding:  # prompts are in the place of padding
+            suffix_embeddings = suffix_embeddings[:, : suffix_embeddings.shape[1] - inserted]
         num_tokens = offset + suffix_embeddings.shape[1]
         eot = tokens.eot + offset
-        pooled = {"eot": eot, "first": torch.zeros_like(eot), "last": torch.full_like(eot, num_tokens - 1)}[
-            tower.pooled
-        ]
+        first, last = torch.full_like(eot, 0 if start else inserted), torch.full_like(eot, num_tokens - 1)
+        pooled = {"eot": eot, "first": first, "last": last}.get(tower.pooled)
 
         def encode(start_row: int, stop_row: int) -> torch.Tensor:
             counts = counts_in_range(tokens.rows_per_task, start_row, stop_row)
@@ -137,10 +137,13 @@ class TextEncoder:
                     # Padding is at the end, in every layer.
                     last_key = eot[start_row:stop_row] + num_keys - num_tokens
                     mask = (torch.arange(num_keys, device=device) <= last_key[:, None])[:, None, None]
-                if k == len(tower.blocks) - 1:
+                if k == len(tower.blocks) - 1 and pooled is not None:
                     row_pooled = pooled[start_row:stop_row]
                     x, h = x[rows, row_pooled, None], h[rows, row_pooled, None]
                 x = block.attend(x, h, keys_values, mask)
+            if pooled is None:  # the mean of all but padding
+                seen = torch.arange(num_tokens, device=device) <= eot[start_row:stop_row, None]
+                return tower.head((x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True))
             return tower.head(x[:, 0])
 
         bytes_per_class = activation_bytes(tower.blocks, num_tokens, num_tokens + num_prompts, self.prototype)

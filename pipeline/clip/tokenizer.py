@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.errors import UserError
+
 
 class Tokenizer:
     """Tokenizer of class texts.
@@ -32,6 +34,12 @@ class Tokenizer:
         """Return the token ids of a part of a text, without `begin` and `end`."""
         raise NotImplementedError
 
+    def encode_name(self, name: str) -> list[int]:
+        """Return the token ids of a class name after other words: in some vocabularies a token has the space before
+        it."""
+        words, ids = self.encode("a"), self.encode(f"a {name}")
+        return ids[len(words) :] if ids[: len(words)] == words else self.encode(name)
+
     def subword(self, token_id: int) -> str:
         """Return the text of a token."""
         raise NotImplementedError
@@ -56,14 +64,25 @@ class BytePairTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """open_clip's HFTokenizer, with its cleaning of texts and without its truncation."""
+    """open_clip's HFTokenizer, with its cleaning of texts and without its truncation.
+
+    Raises:
+        UserError: it pads elsewhere than at the end, or not at all.
+    """
 
     def __init__(self, tokenizer: Any, pad_to_context: bool = False):
         super().__init__(tokenizer, pad_to_context)
         self.pad_id = tokenizer.tokenizer.pad_token_id
+        if tokenizer.tokenizer_mode:
+            raise UserError(
+                f"clip.model: its tokenizer_mode {tokenizer.tokenizer_mode} is not known: use another model"
+            )
+        if self.pad_id is None or tokenizer.tokenizer.padding_side != "right":
+            raise UserError(
+                f"clip.model: its tokenizer pads on the {tokenizer.tokenizer.padding_side} with token {self.pad_id}: "
+                "set padding_side to right, and pad_token, in its tokenizer_config.json"
+            )
         words, ids = self.encode("a"), self._ids("a", add_special_tokens=True)
-        if tokenizer.strip_sep_token:  # CLIPA has zeros instead
-            ids = [0 if token_id == tokenizer.tokenizer.sep_token_id else token_id for token_id in ids]
         start = next(i for i in range(len(ids)) if ids[i : i + len(words)] == words)
         self.begin, self.end = tuple(ids[:start]), tuple(ids[start + len(words) :])
 
@@ -71,12 +90,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._ids(text, add_special_tokens=False)
 
     def subword(self, token_id: int) -> str:
-        text: str = self._tokenizer.tokenizer.convert_ids_to_tokens(token_id)
-        return text
+        text: str = self._tokenizer.tokenizer.decode([token_id])
+        return text.strip()
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        cleaned = self._tokenizer.clean_fn(text)
-        ids: Sequence[int] = self._tokenizer.tokenizer(cleaned, add_special_tokens=add_special_tokens).input_ids
+        tokenizer, cleaned = self._tokenizer.tokenizer, self._tokenizer.clean_fn(text)
+        ids: Sequence[int] = tokenizer(cleaned, add_special_tokens=add_special_tokens, verbose=False).input_ids
+        if self._tokenizer.strip_sep_token:  # CLIPA has zeros instead
+            return [0 if token_id == tokenizer.sep_token_id else token_id for token_id in ids]
         return list(ids)
 
 

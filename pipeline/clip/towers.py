@@ -49,7 +49,8 @@ class ClipTowers(nn.Module):
         activation_memory_gib: limit in GiB of what each tower keeps for its backward pass.
 
     Raises:
-        UserError: no family of `pipeline/clip/families` describes the text tower; the image is not square.
+        UserError: no family of `pipeline/clip/families` describes the text tower, or not with this tokenizer; the image
+            is not square.
     """
 
     logit_scale: torch.Tensor
@@ -68,13 +69,15 @@ class ClipTowers(nn.Module):
         self.image_tower = describe_image_tower(model.visual)
         try:
             self.text, self.text_tower = describe_text_tower(model)
+            sees_padding = not self.text_tower.causal and not self.text_tower.masks_padding
+            self.tokenizer = describe_tokenizer(tokenizer, pad_to_context=sees_padding)
+            self.text_tower.check_tokenizer(self.tokenizer)
         except UnsupportedTower as error:
             raise UserError(
                 f"clip.model: this {type(model).__name__} cannot be used: {error}. Use another, such as "
                 "ViT-B-16-quickgelu, ViT-B-32, ViT-B-16-SigLIP2; jobs/list_models.py lists them"
             ) from None
         self.logit_scale = cast(torch.Tensor, model.logit_scale)
-        self.tokenizer = describe_tokenizer(tokenizer, pad_to_context=not self.text_tower.causal)
         self.prompts_before_sos = text_prompt_position == "before_sos"
         self.activation_memory_gib = activation_memory_gib
         self.fingerprint: str | None = None

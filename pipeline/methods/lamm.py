@@ -51,7 +51,7 @@ class Lamm(Method):
         names = [name for text in class_texts for name in split_synonyms(text)]
         index_by_name = {name: index for index, name in enumerate(dict.fromkeys(names))}
         self.name_index_of_row = [index_by_name[name] for name in names]
-        subwords = [towers.tokenizer.encode(name) for name in index_by_name]
+        subwords = [towers.tokenizer.encode_name(name) for name in index_by_name]
         length = min(map(len, subwords))
         ids = torch.tensor([name_ids[:length] for name_ids in subwords], device=towers.device)
         embeddings = towers.token_embedding(ids).detach()

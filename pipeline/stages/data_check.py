@@ -140,7 +140,7 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
         images,
         dataset_index.classes,
         dataset_index.class_names,
-        tokenize_words(dataset_index.class_names.values(), tokenizer.encode, tokenizer.subword),
+        tokenize_words(dataset_index.class_names.values(), tokenizer.encode_name, tokenizer.subword),
         data.shots,
         training,
         split_error,

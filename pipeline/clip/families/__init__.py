@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.clip.families.base import ImageTower, TextTower, UnsupportedTower
 from pipeline.clip.families.black_box import BlackBox
+from pipeline.clip.families.hugging_face_bert import HuggingFaceBert
 from pipeline.clip.families.open_clip_towers import FlatText, OpenClipImageTower, OpenClipTextTower
 from pipeline.clip.families.timm_eva import Eva
 from pipeline.clip.families.timm_vit import TimmVisionTransformer
@@ -42,4 +43,6 @@ def describe_text_tower(model: Any) -> tuple[nn.Module, TextTower]:
         return text, OpenClipTextTower(text, model)
     if hasattr(model.text, "token_embedding"):
         return model.text, OpenClipTextTower(model.text, model.text)
+    if type(model.text).__name__ == "HFTextEncoder":
+        return model.text, HuggingFaceBert(model.text)
     raise UnsupportedTower(f"the text tower is a {type(model.text).__name__}, of which nothing is known")

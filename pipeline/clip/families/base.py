@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.clip.blocks import Block
+from pipeline.clip.tokenizer import Tokenizer
 
 
 class ImageTower:
@@ -64,18 +65,22 @@ class TextTower:
     """E."""
     token_embedding: nn.Embedding
     causal: bool = True
-    """Whether a token sees only those before it. If not, all tokens see each other, and padding runs too."""
+    """Whether a token sees only those before it. If not, all tokens see each other."""
     masks_padding: bool = False
-    """Whether padding is not seen; only if not causal."""
-    pooled: Literal["eot", "first", "last"] = "eot"
-    """Token whose output is the feature; `last` is the last of the context, padding or not."""
+    """Whether padding is not seen; only if not causal. If it is seen, texts are padded to the context."""
+    pooled: Literal["eot", "first", "last", "mean"] = "eot"
+    """Token whose output is the feature: `first` is the text's first, `last` the last of the context, padding or not;
+    `mean` is the mean of all tokens but padding, only with `masks_padding`."""
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises: UnsupportedTower: with this tokenizer, the features are not those of open_clip."""
 
     def embed(self, embeddings: torch.Tensor, position: int) -> torch.Tensor:
         """Add what belongs to the positions `position`, `position` + 1, ... to token embeddings (..., L, D)."""
         raise NotImplementedError
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Return features (R, E) of the pooled tokens' outputs (R, D)."""
+        """Return features (R, E) of the pooled outputs (R, D)."""
         raise NotImplementedError
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.clip.blocks import Block
 from pipeline.clip.families.base import ImageTower, TextTower, UnsupportedTower
+from pipeline.clip.tokenizer import BytePairTokenizer, Tokenizer
 
 
 class OpenClipBlock(Block):
@@ -101,6 +102,7 @@ class OpenClipTextTower(TextTower):
         if self.causal and pooled != "eot":
             raise UnsupportedTower("the text feature is not the end-of-text token")
         self.text = text
+        self.pool_type, self.eos_id = pool_type, getattr(options, "text_eos_id", getattr(options, "eos_id", None))
         self.blocks = [OpenClipBlock(block) for block in text.transformer.resblocks]
         self.token_embedding = text.token_embedding
         self.pooled = pooled  # type: ignore[assignment]
@@ -109,6 +111,14 @@ class OpenClipTextTower(TextTower):
             self.output_dim = projection.out_features
         else:
             self.output_dim = width if projection is None else projection.shape[1]
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        if self.pool_type == "argmax" and not isinstance(tokenizer, BytePairTokenizer):
+            raise UnsupportedTower("the text feature is that of the highest token, which is not its tokenizer's last")
+        if self.pool_type == "eos" and tokenizer.end[-1:] != (self.eos_id,):
+            raise UnsupportedTower(
+                f"the text feature is that of token {self.eos_id}, and its tokenizer ends texts with {tokenizer.end}"
+            )
 
     def embed(self, embeddings: torch.Tensor, position: int) -> torch.Tensor:
         positions: torch.Tensor = self.text.positional_embedding
