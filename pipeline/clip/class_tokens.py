@@ -99,10 +99,12 @@ def class_tokens(
         for name, text_ids in zip(names, encoded):
             ids = [*tokenizer.begin, *text_ids[num_replaced:], *tokenizer.end]
             if len(ids) + num_prompt_positions > tokenizer.context_length:
-                prompts = f" and {num_prompt_positions} prompts" if num_prompt_positions else ""
+                prompts, remedy = "", "shorten the name with data.class_names"
+                if num_prompt_positions:
+                    prompts, remedy = f" and {num_prompt_positions} prompts", f"{remedy}, or use fewer prompts"
                 raise UserError(
                     f"class {name!r} in the template {task_template!r} has {len(ids)} tokens{prompts}; the model's "
-                    f"context length is {tokenizer.context_length}: shorten the name with data.class_names"
+                    f"context length is {tokenizer.context_length}: {remedy}"
                 )
             if text_ids == nameless:
                 raise UserError(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,6 +20,7 @@ from pipeline.clip.checkpoint import State, read_checkpoint
 from pipeline.clip.model_state import content_hash, fit_to_model
 from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.source import ModelSource, import_open_clip, resolve_model
+from pipeline.clip.text_files import text_files_hash, tokenizer_folder
 from pipeline.clip.towers import ClipTowers
 from pipeline.clip.weights import Weights, download_tag, resolve_weights
 from pipeline.config import ClipConfig, brings_weights
@@ -35,7 +36,7 @@ class ClipIdentity:
     """Identity of a loaded CLIP, which determines its outputs; part of the key of every artifact computed with it."""
 
     model_config: str
-    """JSON of open_clip's model config, with the activation in use."""
+    """JSON of open_clip's model config, with the activation in use, and a hash of the files of `text_files_hash`."""
     weights: str
     """`tag:<model>/<tag>`, `hf-hub:<repository>@<commit>/<file>`, `random:<seed>`, or for files on disk
     `sha256:<content_hash>`: a hash of the tensors takes no longer than one of the file, and is the same for all formats
@@ -58,7 +59,10 @@ def clip_identity(config: ClipConfig) -> ClipIdentity:
     else:
         state, quick_gelu = _read_weights(config, source, weights)
         identity = weights.identity or f"sha256:{content_hash(state)}"
-    return ClipIdentity(json.dumps({**source.model_config, "quick_gelu": quick_gelu}, sort_keys=True), identity)
+    model_config = {**source.model_config, "quick_gelu": quick_gelu}
+    if text_files := _of_model(config, text_files_hash, source.model_config["text_cfg"], source.folder):
+        model_config["text_files"] = text_files
+    return ClipIdentity(json.dumps(model_config, sort_keys=True), identity)
 
 
 def build_meta_towers(config: ClipConfig) -> ClipTowers:
@@ -102,10 +106,9 @@ def load_clip(
 def load_tokenizer(config: ClipConfig) -> Any:
     """Load open_clip's tokenizer of the model, without its weights."""
     source = resolve_model(config.model)
-    try:
-        return _tokenizer(json.dumps(source.model_config["text_cfg"]), source.folder)
-    except Exception as error:  # of other libraries
-        raise UserError(f"clip.model={config.model}: its tokenizer cannot be built: {error}") from None
+    text_config = source.model_config["text_cfg"]
+    folder = _of_model(config, tokenizer_folder, text_config, source.folder)
+    return _of_model(config, _tokenizer, json.dumps(text_config), folder)
 
 
 @lru_cache(maxsize=1)  # building a vocabulary takes 0.25 s, and a run needs it several times
@@ -114,7 +117,7 @@ def _tokenizer(text_config: str, folder: Path | None) -> Any:
 
     Args:
         text_config: JSON of open_clip's text_cfg.
-        folder: folder of the model, whose tokenizer is used if it has one; None: Hugging Face's is from the Hub.
+        folder: folder with a tokenizer of Hugging Face. None: CLIP's own.
     """
     import_open_clip()
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -122,10 +125,8 @@ def _tokenizer(text_config: str, folder: Path | None) -> Any:
     values = json.loads(text_config)
     options = {"context_length": values.get("context_length", 77), **(values.get("tokenizer_kwargs") or {})}
     with _suppress_warnings():
-        if name := values.get("hf_tokenizer_name"):
-            has_tokenizer = folder and any(folder.glob("tokenizer*"))
-            source = str(folder) if has_tokenizer else name
-            return HFTokenizer(source, tokenizer_mode=values.get("tokenizer_mode"), **options)
+        if folder:
+            return HFTokenizer(str(folder), tokenizer_mode=values.get("tokenizer_mode"), **options)
         return SimpleTokenizer(**options)
 
 
@@ -190,16 +191,27 @@ def _build_meta(source: ModelSource, config: ClipConfig) -> nn.Module:
 
 def _build(source: ModelSource, quick_gelu: bool, config: ClipConfig, device: str = "cpu") -> nn.Module:
     open_clip = import_open_clip()
-    try:
-        with _suppress_warnings():
-            model = source.build(quick_gelu, device)
-    except Exception as error:  # models of other libraries raise anything
-        raise UserError(f"clip.model={config.model} cannot be built: {error}") from None
+    with _suppress_warnings():
+        model: nn.Module = _of_model(config, source.build, quick_gelu, device)
     preprocess_config = asdict(open_clip.transform.PreprocessCfg())
     for values in (open_clip.get_pretrained_cfg(source.name, config.pretrained or ""), source.preprocess_config):
         preprocess_config = open_clip.transform.merge_preprocess_dict(preprocess_config, values)
     open_clip.set_model_preprocess_cfg(model, preprocess_config | {"size": getattr(model.visual, "image_size", None)})
     return model
+
+
+def _of_model(config: ClipConfig, build: Callable[..., Any], *arguments: Any) -> Any:
+    """Return build(*arguments).
+
+    Raises:
+        UserError: it fails; the message begins with the model.
+    """
+    try:
+        return build(*arguments)
+    except UserError as error:
+        raise UserError(f"clip.model={config.model}: {error}") from None
+    except Exception as error:  # models and tokenizers of other libraries raise anything
+        raise UserError(f"clip.model={config.model} cannot be built: {error}") from None
 
 
 def _uses_quick_gelu(config: ClipConfig, source: ModelSource, weights_quick_gelu: bool | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 
 from pipeline.clip.hugging_face import to_model_config, to_preprocess_config
 from pipeline.clip.snapshot import Snapshot, is_commit, open_snapshot
+from pipeline.clip.text_files import TEXT_CONFIG, text_config_folder
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, OPENAI_NAMES, brings_weights, read_text
 from pipeline.errors import UserError
@@ -57,9 +58,16 @@ class ModelSource:
         Args:
             quick_gelu: use QuickGELU.
             device: cpu, or meta for names and shapes only.
+
+        Raises:
+            UserError: as `text_config_folder`, or that config is invalid.
         """
         open_clip, values = import_open_clip(), copy.deepcopy(self.model_config)
         values["vision_cfg"]["timm_model_pretrained"] = values["text_cfg"]["hf_model_pretrained"] = False
+        if text_folder := text_config_folder(values["text_cfg"], self.folder):
+            name = f"{TEXT_CONFIG} of its text tower"
+            _check_sizes(_read_json(text_folder / TEXT_CONFIG, name).items(), name)
+            values["text_cfg"]["hf_model_name"] = str(text_folder)
         has_text_tower = values.pop("custom_text", False) or "hf_model_name" in values["text_cfg"]
         model_class = open_clip.CLIP
         if has_text_tower:
@@ -172,7 +180,12 @@ def _check_model_config(values: dict[str, Any], name: str) -> None:
         raise UserError(
             f"{name} is not a model config ({type(error).__name__}: {error}); needed: embed_dim, vision_cfg, text_cfg"
         ) from None
+    _check_sizes(sizes, name)
+
+
+def _check_sizes(sizes: Iterable[tuple[str, Any]], name: str) -> None:
+    """Raises: UserError: sizes that would take all memory."""
     for key, size in sizes:
-        limit = MAX_LAYERS if key == "layers" else MAX_DIMENSION
+        limit = MAX_LAYERS if key in ("layers", "num_hidden_layers") else MAX_DIMENSION
         if isinstance(size, int | float) and not abs(size) <= limit:
             raise UserError(f"{name}: {key}={size} exceeds {limit:,}: correct it")
