@@ -8,12 +8,15 @@ import re
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from mlflow import MlflowClient
-from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, every_step_once, numbers, summary, the_run
+from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, REPOSITORY, every_step_once, numbers, summary, the_run
+from safetensors.torch import load_file
 
 from pipeline import command_line
 from pipeline.config import ClusterConfig
@@ -159,11 +162,24 @@ def test_rerunning_reports_cached_stages(quick_run, run_job):
     assert numbers(storage) == numbers_before
 
 
+def demo_clip_folder(folder: Path) -> Path:
+    """The demo's CLIP as a snapshot of open_clip, with weights as training scripts save them."""
+    demo = REPOSITORY / "pipeline" / "demo"
+    state = load_file(demo / "digits_clip.safetensors")
+    folder.mkdir()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, folder / "epoch_1.pt")
+    values = {"model_cfg": json.loads((demo / "digits_clip.json").read_text()), "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(values))
+    return folder
+
+
 def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path):
     storage = tmp_path / "storage"
     shutil.copytree(quick_run[0], storage)
+    model = demo_clip_folder(tmp_path / "clip")  # the same CLIP, in another form
     finished = run_job(
-        "full_pipeline", "--until", "grouping", "--storage", storage, *QUICK, "--grouping.num_groups", "2"
+        *("full_pipeline", "--until", "grouping", "--storage", storage, *QUICK, "--grouping.num_groups", "2"),
+        *("--clip.model", model, "--clip.pretrained", model),
     )
     assert finished.status == 0, finished.output
     assert finished.output.count("cached (computed in") == 3 and "4 group trainings" not in finished.output
@@ -199,7 +215,8 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
         output = tmp_path / f"{task}.csv"
         prompts = the_run(storage) / "adapters" / "all_in_one.safetensors"
         images = storage / "datasets" / "digits" / task
-        finished = run_job("predict", images, "--task", task, "--adapter", prompts, "--output", output)
+        weights = ["--clip.pretrained", demo_clip_folder(tmp_path / "clip")] if task == "rotated" else []
+        finished = run_job("predict", images, "--task", task, "--adapter", prompts, "--output", output, *weights)
         assert finished.status == 0, finished.output
         rows = {row["path"]: row for row in csv.DictReader(output.open())}
         compared = 0

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from weight_files import (
     COMMIT,
     CONFIG,
@@ -22,6 +22,7 @@ from weight_files import (
     PREPROCESS,
     PROCESSOR,
     QUICK,
+    QuickGELU,
     State,
     hub_cache,
     hugging_face_folder,
@@ -30,16 +31,27 @@ from weight_files import (
     open_clip_folder,
     openai_archive,
     openai_state,
+    other_archive,
     random_state,
     sharded,
     with_text_tower,
 )
 
 from pipeline.clip.hugging_face import to_model_config, to_preprocess_config
-from pipeline.clip.load import build_meta_towers, clip_identity, load_clip, weights_fingerprint, with_absolute_paths
+from pipeline.clip.load import (
+    build_meta_towers,
+    clip_identity,
+    load_clip,
+    local_paths,
+    weights_fingerprint,
+    with_absolute_paths,
+)
+from pipeline.clip.model_state import content_hash
 from pipeline.clip.source import resolve_model
-from pipeline.config import OPENAI_NAMES, ClipConfig
+from pipeline.clip.weights import resolve_weights
+from pipeline.config import BUILTIN_DIGITS, OPENAI_NAMES, ClipConfig, Config
 from pipeline.errors import UserError
+from pipeline.methods.adapter_file import TrainedAdapter
 
 MODEL = "model.json"
 
@@ -205,6 +217,39 @@ def test_folders_and_repositories_are_models_with_weights(folder, state, expecte
     assert resolve_model(pinned.model).preprocess_config == PREPROCESS | of_processor
 
 
+def test_a_commit_in_the_cache_is_not_asked_for(folder, state, monkeypatch):
+    """A worker, or a later job, needs no network; and a run's start downloads no weights before the data is checked."""
+    model = SOURCES["open_clip's repository"](folder, state)
+    download, names = huggingface_hub.hf_hub_download, []
+
+    def recorded(repository, name, **options):
+        names.append(name)
+        return download(repository, name, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", recorded)
+    pinned = with_absolute_paths(ClipConfig(model=model))
+    assert names == ["open_clip_config.json"]
+    load_clip(pinned)
+    assert names == ["open_clip_config.json"]
+
+
+def test_all_machines_must_see_the_users_files(folder, state):
+    snapshot, file = open_clip_folder(folder / "snapshot", state), folder / safely_saved("a.safetensors", state)
+    assert local_paths(ClipConfig(model="./snapshot")) == [snapshot]
+    assert local_paths(ClipConfig(model=MODEL, pretrained="a.safetensors")) == [folder / MODEL, file]
+    assert local_paths(ClipConfig(model="ViT-B-16")) == []
+    assert local_paths(ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS)) == []
+    assert local_paths(ClipConfig(model=SOURCES["open_clip's repository"](folder, state))) == []
+
+
+def test_a_copy_of_a_clip_has_its_identity(folder):
+    """So that finished work is reused."""
+    builtin = ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS)
+    demo = resolve_weights(builtin, resolve_model(BUILTIN_DIGITS)).files[0]
+    open_clip_folder(folder / "copy", load_file(demo), resolve_model(BUILTIN_DIGITS).model_config)
+    assert clip_identity(ClipConfig(model="./copy")) == clip_identity(builtin)
+
+
 def test_a_folder_may_have_other_weights_or_random_ones(folder, state):
     model = str(open_clip_folder(folder / "snapshot", state))
     save_file({name: value + 1 for name, value in state.items()}, folder / "tuned.safetensors")
@@ -221,16 +266,20 @@ def test_weights_in_a_folder_are_found(folder, state, name):
     assert torch.equal(load_clip(ClipConfig(model=str(snapshot))).logit_scale, state["logit_scale"])
 
 
-def test_a_model_moves_to_another_machine(folder, state):
+def test_a_model_moves_to_another_machine(folder, state, expected):
     """An adapter has the paths of the machine that trained it."""
     trained = with_absolute_paths(ClipConfig(model=str(open_clip_folder(folder / "here", state))))
     shutil.move(folder / "here", folder / "there")
     with pytest.raises(UserError, match=r"clip.model=.*/here: no such folder"):
         clip_identity(trained)
-    moved = trained.with_weights(str(folder / "there"))
-    assert torch.equal(load_clip(moved).logit_scale, state["logit_scale"])
+    assert torch.equal(load_clip(trained.with_weights("./there")).logit_scale, state["logit_scale"])
     assert trained.with_weights(None) == trained
-    assert ClipConfig(model="ViT-B-16").with_weights("there").model == "ViT-B-16"
+    assert ClipConfig(model="ViT-B-16").with_weights("./there").model == "ViT-B-16"
+    adapter = TrainedAdapter("mmap", Config(clip=trained), expected[1], (), ())
+    assert adapter.towers(pretrained="./there").image_size == 16
+    save_file({name: value + 1 for name, value in state.items()}, folder / "there" / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match="not those that this adapter was trained on: give the same weights"):
+        adapter.towers(pretrained="local-dir:there")
 
 
 # --- Names and activations -----------------------------------------------------------------------------------------
@@ -254,6 +303,15 @@ def test_weights_that_are_known_to_need_quickgelu_get_it(folder, state, form):
         assert type(load_clip(config).visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     told = ClipConfig(model="plain.json", pretrained=pretrained, quick_gelu=False)
     assert not json.loads(clip_identity(told).model_config)["quick_gelu"]
+
+
+def test_an_archive_says_its_activation(folder, state):
+    """Even without the three numbers, by which OpenAI's are known."""
+    for name, activation, quick_gelu in (("quick.pt", QuickGELU(), True), ("gelu.pt", torch.nn.GELU(), False)):
+        other_archive(folder / name, state, activation)
+        config = ClipConfig(model="plain.json", pretrained=name)
+        assert json.loads(clip_identity(config).model_config)["quick_gelu"] == quick_gelu
+    assert "uses QuickGELU, the weights 'gelu.pt' do not" in told(ClipConfig(model=MODEL, pretrained="gelu.pt"))
 
 
 def test_weights_that_are_known_to_need_gelu_are_not_put_into_quickgelu(folder, state):
@@ -297,7 +355,7 @@ def test_a_clip_config_is_a_model_config():
     assert to_model_config(older)["vision_cfg"]["patch_size"] == 16
 
 
-@pytest.mark.parametrize("width, mlp_width", [(1664, 8192), (1408, 6144), (1792, 15360), (49, 157)])
+@pytest.mark.parametrize("width, mlp_width", [(1664, 8192), (1792, 15360), (176, 240), (304, 1392)])
 def test_the_width_of_an_mlp_survives_the_ratio(width, mlp_width):
     sizes = {"hidden_size": width, "intermediate_size": mlp_width}
     config = to_model_config({"model_type": "clip", "vision_config": sizes, "text_config": sizes})
@@ -455,6 +513,27 @@ def test_a_part_that_cannot_be_read_is_named(folder, state):
     index["weight_map"]["logit_scale"] = "../outside.safetensors"
     Path("model.safetensors.index.json").write_text(json.dumps(index))
     assert "names '../outside.safetensors', which is not in its folder" in told(config)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones([], dtype=torch.complex64),
+        torch.ones(1).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(1), 1, 0, torch.qint8),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(folder, state, value):
+    torch.save(state | {"logit_scale": value}, "a.pt")
+    message = told(ClipConfig(model=MODEL, pretrained="a.pt"))
+    assert "'logit_scale', which is Tensor, not a tensor of numbers" in message or "not a plain file" in message
+
+
+def test_the_identity_of_weights_depends_on_names_and_shapes(state):
+    swapped = state | {"ln_final.weight": state["ln_final.bias"], "ln_final.bias": state["ln_final.weight"]}
+    reshaped = state | {"visual.proj": state["visual.proj"].reshape(24, 32)}
+    hashes = {content_hash(weights) for weights in (state, swapped, reshaped, state | {"logit_scale": torch.ones([])})}
+    assert len(hashes) == 4
 
 
 @pytest.mark.parametrize(

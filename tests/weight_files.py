@@ -132,6 +132,17 @@ def openai_archive(file: Path, state: State, trace: bool = False) -> None:
     torch.jit.save(torch.jit.trace(model, inputs) if trace else torch.jit.script(model.half()), file)
 
 
+def other_archive(file: Path, state: State, activation: nn.Module) -> None:
+    """An archive of others, without the three numbers."""
+    model = OpenaiClip().eval()
+    model.load_state_dict(openai_state(state))
+    for name in NUMBERS:
+        delattr(model, name)
+    for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
+        block.mlp.gelu = activation
+    torch.jit.save(torch.jit.script(model), file)
+
+
 # --- Hugging Face --------------------------------------------------------------------------------------------------
 
 
