@@ -540,6 +540,10 @@ def test_the_identity_of_weights_depends_on_names_and_shapes(state):
     "change, message",
     [
         (lambda state: state.pop("ln_final.bias"), r"1 of its 62 tensors are missing \(ln_final.bias\)"),
+        (
+            lambda state: state.update({"text.ln_final.bias": torch.ones(16)}),
+            r"1 tensors are not its \(text.ln_final.bias\)",
+        ),
         (lambda state: state.update(head=torch.ones(1)), r"1 tensors are not its \(head\)"),
         (
             lambda state: state.update({"visual.proj": torch.ones(3, 3), "ln_final.bias": torch.ones(3)}),
@@ -571,6 +575,16 @@ def test_the_model_that_weights_fit_is_named(folder):
     assert clip_identity(ClipConfig(model=names[0], pretrained="a.pt")).weights.startswith("sha256:")
 
 
+def test_the_image_size_of_weights_is_named(folder, state):
+    larger = state | {"visual.positional_embedding": torch.ones(10, 32)}  # 3 x 3 patches of 8 pixels
+    save_file(larger, "a.safetensors")
+    message = told(ClipConfig(model=MODEL, pretrained="a.safetensors"))
+    assert "visual.positional_embedding is (10, 32) there, (5, 32) in the model" in message
+    assert "; set image_size to 24 in the model config" in message
+    (folder / MODEL).write_text(json.dumps(QUICK | {"vision_cfg": QUICK["vision_cfg"] | {"image_size": 24}}))
+    assert load_clip(ClipConfig(model=MODEL, pretrained="a.safetensors")).image_size == 24
+
+
 @pytest.mark.parametrize("name, number", [("input_resolution", 24), ("context_length", 50), ("vocab_size", 1)])
 def test_openais_numbers_must_be_those_of_the_model(folder, state, name, number):
     torch.save(openai_state(state) | {name: torch.tensor(number)}, "a.pt")
@@ -593,8 +607,11 @@ def test_memory_is_not_taken_by_tensors_that_are_small_in_the_file(folder, state
 
 def test_tags_belong_to_open_clips_names(folder, state):
     model = str(open_clip_folder(folder / "snapshot", state))
-    assert "has no tags of open_clip: give a file" in told(ClipConfig(model=model, pretrained="openai"))
-    assert "has no tags of open_clip: give a file" in told(ClipConfig(model=MODEL))
+    # As options on the command line change one field of a config file.
+    for other_weights in ("openai", BUILTIN_DIGITS):
+        assert f"to {model} for its own weights" in told(ClipConfig(model=model, pretrained=other_weights))
+    assert load_clip(ClipConfig(model=model, pretrained=model)).image_size == 16
+    assert "has no tags of open_clip: give a file or a folder" in told(ClipConfig(model=MODEL))
     message = told(ClipConfig(model="ViT-B/16", pretrained="laion2b_s34b_b88k"))
     assert message.endswith("It is a tag of clip.model=ViT-B-16")
     assert clip_identity(ClipConfig(model="ViT-B-16", pretrained="laion2b_s34b_b88k")).weights.startswith("tag:")
@@ -623,7 +640,9 @@ def test_weights_of_a_tag_are_read_from_the_file_that_open_clip_downloads(folder
 def test_folders_without_a_model_are_named(folder, state):
     (folder / "empty").mkdir()
     assert "./empty has no open_clip_config.json or config.json: give the folder" in told(ClipConfig(model="./empty"))
-    assert "./absent: no such folder" in told(ClipConfig(model="./absent"))
+    assert told(ClipConfig(model="./absent")).endswith("./absent: no such folder")
+    for option in ({"model": "org/clip"}, {"model": MODEL, "pretrained": "org/clip"}):
+        assert told(ClipConfig(**option)).endswith("; a repository of the Hugging Face Hub is hf-hub:org/clip")
     assert "./empty has no weights (model.safetensors" in told(ClipConfig(model=MODEL, pretrained="./empty"))
     snapshot = open_clip_folder(folder / "snapshot", state)
     (snapshot / "open_clip_model.safetensors").rename(snapshot / "a.safetensors")

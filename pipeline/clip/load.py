@@ -39,8 +39,8 @@ class ClipIdentity:
     """JSON of open_clip's model config, with the activation in use, and a hash of the files of `text_files_hash`."""
     weights: str
     """`tag:<model>/<tag>`, `hf-hub:<repository>@<commit>/<file>`, `random:<seed>`, or for files on disk
-    `sha256:<content_hash>`: a hash of the tensors takes no longer than one of the file, and is the same for all formats
-    and places of the same weights."""
+    `sha256:<content_hash>`: the same for all formats and places of the same weights. It takes as long as a hash of the
+    file in float32, a second for ViT-B/16."""
 
 
 def clip_identity(config: ClipConfig) -> ClipIdentity:

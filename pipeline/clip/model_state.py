@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,7 @@ from pipeline.clip.checkpoint import Checkpoint, State
 from pipeline.clip.hugging_face import TOKEN_EMBEDDING, to_open_clip_state
 from pipeline.clip.source import ModelSource, import_open_clip
 from pipeline.clip.weights import Weights
+from pipeline.config import brings_weights
 from pipeline.errors import UserError
 
 _CONSTANTS = (".position_ids", "attn_mask")
@@ -36,7 +38,7 @@ def fit_to_model(
     except RuntimeError as error:
         raise UserError(f"{option}: {str(error).partition(chr(10))[0]:.200}") from None
     if misfit := _misfit(named, expected):
-        raise UserError(f"{option}: {misfit}; {_remedy(checkpoint, named)}")
+        raise UserError(f"{option}: {misfit}; {_remedy(checkpoint, named, expected, model)}")
     sizes = {
         "input_resolution": source.model_config["vision_cfg"].get("image_size", 224),
         "context_length": source.model_config["text_cfg"].get("context_length", 77),
@@ -56,7 +58,7 @@ def _named_as(expected: Mapping[str, torch.Tensor], state: State) -> State:
     named: State = {}
     for name, value in state.items():
         other = name.removeprefix("text.") if name.startswith("text.") else f"text.{name}"
-        if name not in expected and other in expected:
+        if name not in expected and other in expected and other not in state:
             name = other
         elif name not in expected and name.endswith(_CONSTANTS):
             continue
@@ -80,10 +82,15 @@ def _misfit(state: State, expected: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
-def _remedy(checkpoint: Checkpoint, state: State) -> str:
-    names = _fitting_models(checkpoint, state)
-    if names:
+def _remedy(checkpoint: Checkpoint, state: State, expected: Mapping[str, torch.Tensor], model: str) -> str:
+    if names := _fitting_models(checkpoint, state):
         return f"use clip.model={' or '.join(names[:3])}"
+    positions = "visual.positional_embedding"
+    if positions in state and positions in expected and not _misfit(state | {positions: expected[positions]}, expected):
+        side = math.isqrt(len(state[positions])) * state["visual.conv1.weight"].shape[-1]
+        return f"set image_size to {side} in the model config"
+    if brings_weights(model):
+        return f"set clip.pretrained to {model} for its own weights"
     return "give the weights of a whole CLIP, and as clip.model the one that they were trained as"
 
 
@@ -93,10 +100,11 @@ def _fitting_models(checkpoint: Checkpoint, state: State) -> list[str]:
         return []
     open_clip, names = import_open_clip(), []
     width = state["visual.conv1.weight"].shape[0]
+    widths = (width, 2 * width)  # of a ViT, a ResNet
     for name in open_clip.list_models():
         source = ModelSource(open_clip.get_model_config(name), name)
         vision, text = source.model_config["vision_cfg"], source.model_config["text_cfg"]
-        if "timm_model_name" in vision or "hf_model_name" in text or vision.get("width", 768) != width:
+        if "timm_model_name" in vision or "hf_model_name" in text or vision.get("width", 768) not in widths:
             continue
         quick_gelu = bool(source.model_config.get("quick_gelu"))
         if checkpoint.quick_gelu in (None, quick_gelu):

@@ -44,7 +44,7 @@ class LocalFolder(Snapshot):
         super().__init__(option, folder)
         self.path = folder.absolute()
         if not folder.is_dir():
-            raise UserError(f"{option}: no such folder")
+            raise no_such_path(option, folder, "folder")
 
     def find(self, *names: str) -> Path | None:
         return next((path for name in names if (path := self.folder / name).is_file()), None)
@@ -146,6 +146,15 @@ def open_snapshot(option: str, source: str) -> LocalFolder | HubRepository:
     if source.startswith(HUB_PREFIX):
         return HubRepository(f"{option}={source}", source.removeprefix(HUB_PREFIX))
     return LocalFolder(f"{option}={source}", folder_path(source))
+
+
+def no_such_path(option: str, path: Path, kind: str) -> UserError:
+    """Return the error that a path does not exist; it may have been meant as the name of a repository."""
+    is_name = len(path.parts) == 2 and not path.is_absolute()
+    return UserError(
+        f"{option}: no such {kind}"
+        + (f"; a repository of the Hugging Face Hub is {HUB_PREFIX}{path}" if is_name else "")
+    )
 
 
 def is_commit(source: str) -> bool:

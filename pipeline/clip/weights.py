@@ -6,9 +6,17 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.clip.snapshot import LocalFolder, Snapshot, folder_path, open_snapshot
+from pipeline.clip.snapshot import LocalFolder, Snapshot, folder_path, no_such_path, open_snapshot
 from pipeline.clip.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_snapshot
-from pipeline.config import BUILTIN_DIGITS, FOLDER_PREFIX, HUB_PREFIX, MAX_YAML_BYTES, ClipConfig, read_text
+from pipeline.config import (
+    BUILTIN_DIGITS,
+    FOLDER_PREFIX,
+    HUB_PREFIX,
+    MAX_YAML_BYTES,
+    ClipConfig,
+    brings_weights,
+    read_text,
+)
 from pipeline.errors import UserError
 
 _SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
@@ -65,7 +73,7 @@ def resolve_weights(config: ClipConfig, source: ModelSource) -> Weights | None:
     if path.is_file():
         return Weights(option, _parts(path, LocalFolder(option, path.parent)), path=path.absolute())
     if path.suffix.lower() in _SUFFIXES or len(path.parts) > 1:
-        raise UserError(f"{option}: no such file")
+        raise no_such_path(option, path, "file or folder" if path.suffix.lower() not in _SUFFIXES else "file")
     raise _unknown_tag(pretrained, source, config.model)
 
 
@@ -134,9 +142,9 @@ def _quick_gelu_of(snapshot: Snapshot) -> bool | None:
 
 def _unknown_tag(pretrained: str, source: ModelSource, model: str) -> UserError:
     if source.name is None:
+        remedy = f"set it to {model} for its own weights" if brings_weights(model) else "give a file or a folder"
         return UserError(
-            f"clip.pretrained={pretrained!r} is not a file, and clip.model={model} has no tags of open_clip: give a "
-            "file, a folder or hf-hub:ORG/NAME"
+            f"clip.pretrained={pretrained!r} is not a file, and clip.model={model} has no tags of open_clip: {remedy}"
         )
     open_clip = import_open_clip()
     tags = open_clip.list_pretrained_tags_by_model(source.name)
