@@ -22,7 +22,7 @@ REPLACED_FIELDS = {
     "benchmark": {"seed", "data.shots", "baselines"},
     "grouping_study": {"seed"},
 }
-JOBS_WITH_FEW_FIELDS = {"predict", "register_model", "serve"}
+JOBS_WITH_FEW_FIELDS = {"list_models", "predict", "register_model", "serve"}
 RUN_JOBS = sorted({*job_names()} - JOBS_WITH_FEW_FIELDS)
 
 
@@ -81,9 +81,10 @@ def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
         r"(--\w+|INPUTS) (?:VALUE|\.\.\.)", run_to_exit(job, "--help")[1].splitlines()[0].split(" [")[0]
     )
     arguments = [text for option in required for text in ([option, "x"] if option.startswith("--") else ["x"])]
-    status, output, error = run_to_exit(job, *arguments, "--clip.pretraned", "x")
+    misspelled, name = ("metod", "method") if job == "list_models" else ("clip.pretraned", "clip.pretrained")
+    status, output, error = run_to_exit(job, *arguments, f"--{misspelled}", "x")
     assert (status, output) == (2, "")
-    assert error.startswith("error: unknown option --clip.pretraned; did you mean --clip.pretrained? ")
+    assert error.startswith(f"error: unknown option --{misspelled}; did you mean --{name}? ")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,7 @@ def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
         ("full_pipeline", ["--nonsense=3"], "unknown option --nonsense. See --help"),
         ("full_pipeline", ["nonsense"], "unexpected argument nonsense"),
         ("full_pipeline", ["--seed"], "--seed: expected one argument"),
+        ("list_models", ["RN50", "--method", "coop_m"], "--method: unknown method coop_m; did you mean coop_mt?"),
         ("predict", ["x"], "required: --adapter"),
         ("predict", ["--adapter", "x"], "required: INPUTS"),
         (

@@ -24,7 +24,7 @@ REQUIRED = {
     "serve": ["--models", "a_name=a_run"],
     "tune": ["--search", "a_search.yaml"],
 }
-WITHOUT_CONFIG_FIELDS = ("predict", "register_model", "serve")
+WITHOUT_CONFIG_FIELDS = ("list_models", "predict", "register_model", "serve")
 JOBS = ["__main__", *job_names()]
 TRACKER = "pipeline.runtime.tracking.tracker"
 DECODING = "pipeline.prediction.decoding"

@@ -154,9 +154,13 @@ def test_open_clips_vit_models_are_supported(name):
     assert MmapShape.of(MmapConfig(), towers).depth == min(towers.text_depth, towers.vision_depth)
 
 
-def test_a_text_tower_of_no_family_is_refused():
-    with pytest.raises(UserError, match="this CoCa cannot be used: the text feature is not one of the text's tokens"):
+def test_a_text_tower_of_no_family_is_refused(tmp_path):
+    with pytest.raises(UserError, match="this CoCa cannot be used: CoCa's towers also return the tokens"):
         build_meta_towers(ClipConfig(model="coca_ViT-B-32", pretrained=None))
+    file = tmp_path / "own token.json"
+    file.write_text(json.dumps({**TINY, "custom_text": True, "text_cfg": {**TINY["text_cfg"], "embed_cls": True}}))
+    with pytest.raises(UserError, match="cannot be used: the text feature is not one of the text's tokens"):
+        build_meta_towers(ClipConfig(model=str(file), pretrained=None))
 
 
 # Prompts files

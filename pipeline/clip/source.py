@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +20,11 @@ import torch
 from torch import nn
 
 from pipeline.clip.hugging_face import to_model_config, to_preprocess_config
+from pipeline.clip.meta_device import SkipInitialization
 from pipeline.clip.snapshot import Snapshot, is_commit, open_snapshot
 from pipeline.clip.text_files import TEXT_CONFIG, text_config_folder
 from pipeline.clip.torchvision_compat import ensure_torchvision
-from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, OPENAI_NAMES, brings_weights, read_text
+from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, OPENAI_NAMES, brings_weights, did_you_mean, read_text
 from pipeline.errors import UserError
 
 MAX_DIMENSION = 10**6
@@ -72,7 +74,7 @@ class ModelSource:
         model_class = open_clip.CLIP
         if has_text_tower:
             model_class = open_clip.CoCa if "multimodal_cfg" in values else open_clip.CustomTextCLIP
-        with torch.device(device):
+        with torch.device(device), SkipInitialization() if device == "meta" else nullcontext():
             model: nn.Module = model_class(**values | {"quick_gelu": quick_gelu})
         return model
 
@@ -96,8 +98,8 @@ def resolve_model(model: str) -> ModelSource:
     open_clip_name, open_clip = OPENAI_NAMES.get(model, model), import_open_clip()
     model_config = open_clip.get_model_config(open_clip_name)
     if model_config is None:
-        vit = [model for model in open_clip.list_models() if model.startswith("ViT-")]
-        raise UserError(f"clip.model={model!r} is not an open_clip model; its ViT models: {', '.join(vit)}")
+        hint = did_you_mean(model, open_clip.list_models())
+        raise UserError(f"clip.model={model!r} is not an open_clip model{hint} All models: python jobs/list_models.py")
     return ModelSource(model_config, open_clip_name)
 
 

@@ -75,7 +75,7 @@ class ClipTowers(nn.Module):
         except UnsupportedTower as error:
             raise UserError(
                 f"clip.model: this {type(model).__name__} cannot be used: {error}. Use another, such as "
-                "ViT-B-16-quickgelu, ViT-B-32, ViT-B-16-SigLIP2; jobs/list_models.py lists them"
+                "ViT-B-16-quickgelu or ViT-B-32; python jobs/list_models.py lists all"
             ) from None
         self.logit_scale = cast(torch.Tensor, model.logit_scale)
         self.prompts_before_sos = text_prompt_position == "before_sos"

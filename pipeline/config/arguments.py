@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
 from pipeline.config.files import DEMO_CONFIG, load_yaml, parse_yaml, resolve_config_path
-from pipeline.config.help_pages import Page, help_page
+from pipeline.config.help_pages import Page, help_page, option_fields
 from pipeline.config.schema import Config, fields, parse_config, validate
 from pipeline.config.suggestions import did_you_mean
 from pipeline.errors import UserError
@@ -105,9 +105,10 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
             self.add_argument("--help-methods", action=_ShowPage, const="methods", nargs=0)
             self.add_argument("--help-all", action=_ShowPage, const="all", nargs=0)
             self.add_argument("--config", type=Path, nargs="+", default=[])
-        for name, field in options.model_fields.items():
+        for name, field in option_fields(options).items():
             if name == options.positional:
-                self.add_argument(name, nargs="+", metavar=name.upper())
+                nargs = "+" if field.is_required() else "*"
+                self.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, metavar=name.upper())
             else:
                 self._add_field(name, name, field)
         for name, field, _ in self.config_fields:
@@ -125,7 +126,7 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         texts = vars(arguments)
         option_values = {
             name: texts[name] if name == self.options.positional else _parse_value(f"--{name}", field, texts[name])
-            for name, field in self.options.model_fields.items()
+            for name, field in option_fields(self.options).items()
             if name in texts
         }
         field_values = {

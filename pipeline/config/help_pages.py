@@ -44,7 +44,7 @@ def help_page(
         head = f"Methods (docs/methods.md): {', '.join(VARIANTS)}. Their config fields, with defaults:"
         return "\n".join([*textwrap.wrap(head, _width()), *_format_sections(method_fields, full=False), ""])
     lines = [_usage(program, options, base_help), "", *description.strip().splitlines(), ""]
-    for name, field in options.model_fields.items():
+    for name, field in option_fields(options).items():
         lines += _format_entry(_option_name(options, name), field, field.get_default(), full=True)
     if not base_help:
         for name, field, default in config_fields:
@@ -65,13 +65,18 @@ def help_page(
     return "\n".join([*lines, "", *textwrap.wrap(footer, _width()), ""])
 
 
+def option_fields(options: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return a job's own options by name: the field's, or its alias where pydantic has a method of the name."""
+    return {field.alias or name: field for name, field in options.model_fields.items()}
+
+
 def is_method_field(name: str) -> bool:
     """Return whether a config field belongs to the section of a baseline."""
     return name.partition(".")[0] in METHOD_SECTIONS
 
 
 def _usage(program: str, options: type[BaseModel], base_help: str) -> str:
-    required = [_option_name(options, name) for name, field in options.model_fields.items() if field.is_required()]
+    required = [_option_name(options, name) for name, field in option_fields(options).items() if field.is_required()]
     parts = [f"{name} VALUE" if name.startswith("-") else name for name in required]
     return " ".join(
         ["usage:", program, *parts, *(["[--config FILE ...]"] if base_help else []), "[--option VALUE ...]"]

@@ -77,9 +77,10 @@ def brings_weights(model: str) -> bool:
 
 class ClipConfig(Section, affects=("clip",)):
     model: str = "ViT-B-16-quickgelu"
-    """Architecture: the name of an open_clip ViT model (ViT-B-16) or OpenAI's (ViT-B/16), the path of a model config
-    (JSON), or `builtin:digits`. With weights: a folder (./folder, local-dir:folder) or a repository of the Hugging Face
-    Hub (hf-hub:ORG/NAME, hf-hub:ORG/NAME@REVISION), of open_clip or a CLIPModel (docs/models.md)."""
+    """Architecture: the name of an open_clip model (ViT-B-16; jobs/list_models.py lists them) or OpenAI's (ViT-B/16),
+    the path of a model config (JSON), or `builtin:digits`. With weights: a folder (./folder, local-dir:folder) or a
+    repository of the Hugging Face Hub (hf-hub:ORG/NAME, hf-hub:ORG/NAME@REVISION), of open_clip or a CLIPModel
+    (docs/models.md)."""
     pretrained: str | None = "openai"
     """Weights: an open_clip tag, a file, a folder or a repository of the Hub (docs/models.md), or `builtin:digits`;
     null: random weights. Unless given, those of `model`, if it is a folder or a repository."""

@@ -30,7 +30,8 @@ def did_you_mean(name: str, valid_names: Iterable[str]) -> str:
     """
 
     def closest(word: str, words: Iterable[str]) -> list[str]:
-        return difflib.get_close_matches(word, list(words), n=1)
+        by_lower = {valid.lower(): valid for valid in words}
+        return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, n=1)]
 
     options, name = {option.lstrip("-"): option for option in valid_names}, name.lstrip("-")
     for old, new in RENAMED.items():

@@ -205,6 +205,6 @@ def _check_image_layers(config: Config, kind: type[Method], towers: ClipTowers) 
         others = [name for name, other in METHODS.items() if not other.needs_image_layers()]
         raise UserError(
             f"clip.model={config.clip.model} takes no prompts in its image tower ({towers.image_tower.reason}), which "
-            f"{kind.title} needs. Use a model that takes them (python jobs/list_models.py), or other methods: "
-            f"python jobs/benchmark.py --methods {' '.join(others)}"
+            f"{kind.title} needs. Use a model that takes them (python jobs/list_models.py --method {kind.name}), or "
+            f"other methods: python jobs/benchmark.py --methods {' '.join(others)}"
         )

@@ -13,6 +13,8 @@ from pipeline.clip.families.open_clip_towers import FlatText, OpenClipImageTower
 from pipeline.clip.families.timm_eva import Eva
 from pipeline.clip.families.timm_vit import TimmVisionTransformer
 
+COCA = "CoCa's towers also return the tokens of its captions"
+
 
 def describe_image_tower(visual: Any) -> ImageTower:
     """Return the description of an image tower, that of a black box if its layers cannot take prompts."""
@@ -38,6 +40,8 @@ def describe_text_tower(model: Any) -> tuple[nn.Module, TextTower]:
     Raises:
         UnsupportedTower: the reason why it cannot be used.
     """
+    if type(model).__name__ == "CoCa":
+        raise UnsupportedTower(COCA)
     if not hasattr(model, "text"):
         text = FlatText(model)
         return text, OpenClipTextTower(text, model)

@@ -1,0 +1,34 @@
+"""Building of models on torch's meta device, whose tensors have shapes and no values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_INITIALIZERS = {
+    *("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "copy_"),
+    *("constant_", "kaiming_uniform_"),
+}
+"""In-place functions, of tensors and of torch.nn.init, that change values only."""
+
+
+class SkipInitialization(TorchFunctionMode):
+    """Context in which tensors on the meta device are not initialized, which takes most of the time to build a model
+    there."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _INITIALIZERS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
