@@ -208,6 +208,10 @@ def test_the_table_of_families_in_the_docs(models):
         assert (len(found), {model["prompts"] for model in found}) == (number, {prompts}), patterns
         rest = [model for model in rest if model not in found]
     assert not rest
+    usable = [model["prompts"] for model in models.values() if model["prompts"] != "refused"]
+    numbers = f"{len(usable)} of the {len(models)} names of open_clip {open_clip.__version__} can be used"
+    assert f"{numbers}, {usable.count('both')} with all methods" in section
+    assert f"{len(usable)} models of" in (REPOSITORY / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["RN50", "EVA02-B-16", "ViTamin-S", "MobileCLIP2-S0"])
