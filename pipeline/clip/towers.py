@@ -190,7 +190,7 @@ class ClipTowers(nn.Module):
                 self.activation_memory_gib,
                 prototype=self.logit_scale,
             )
-        assert prompts is None, "methods with image prompts are refused (Method.check_towers)"
+        assert prompts is None, "the plan refuses methods with image prompts"
         keeps_graph = torch.is_grad_enabled()
         if keeps_graph not in self._black_box_bytes:
             self._black_box_bytes[keeps_graph] = measured_activation_bytes(self.visual, images[:1])

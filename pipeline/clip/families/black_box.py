@@ -1,4 +1,4 @@
-"""Any image tower without tokens: ConvNeXt, ResNet, FastViT, ViTamin, Swin. It takes no prompts."""
+"""Any image tower without tokens: ConvNeXt, ResNet, FastViT, Swin. It takes no prompts."""
 
 from __future__ import annotations
 

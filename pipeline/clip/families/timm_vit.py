@@ -1,4 +1,4 @@
-"""timm's VisionTransformer in open_clip's TimmModel: SigLIP, SigLIP 2, MobileCLIP-B, MobileCLIP2-L."""
+"""timm's VisionTransformer in open_clip's TimmModel: SigLIP, SigLIP 2, MobileCLIP-B, MobileCLIP2-L, ViTamin."""
 
 from __future__ import annotations
 
