@@ -37,6 +37,7 @@ from weight_files import (
     with_text_tower,
 )
 
+from pipeline.clip.checkpoint import read_checkpoint
 from pipeline.clip.hugging_face import to_model_config, to_preprocess_config
 from pipeline.clip.load import (
     build_meta_towers,
@@ -46,7 +47,7 @@ from pipeline.clip.load import (
     weights_fingerprint,
     with_absolute_paths,
 )
-from pipeline.clip.model_state import content_hash
+from pipeline.clip.model_state import content_hash, fit_to_model
 from pipeline.clip.source import resolve_model
 from pipeline.clip.weights import resolve_weights
 from pipeline.config import BUILTIN_DIGITS, OPENAI_NAMES, ClipConfig, Config
@@ -355,6 +356,31 @@ def test_a_clip_config_is_a_model_config():
     assert to_model_config(older)["vision_cfg"]["patch_size"] == 16
 
 
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+def test_a_folder_that_transformers_saved_gives_its_features(folder, hidden_act):
+    transformers = pytest.importorskip("transformers")
+    towers = ("text_config", "vision_config")
+    sections = {tower: HUGGING_FACE_CONFIG[tower] | {"hidden_act": hidden_act} for tower in towers}
+    torch.manual_seed(0)
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(**HUGGING_FACE_CONFIG | sections)).double().eval()
+    for parameter in theirs.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    theirs.save_pretrained("./saved", max_shard_size="1MB")
+    assert len(list(Path("saved").glob("model-*.safetensors"))) > 1
+    config = ClipConfig(model="./saved")
+    source = resolve_model(config.model)
+    checkpoint = read_checkpoint(weights := resolve_weights(config, source))
+    ours = source.build(checkpoint.quick_gelu).double().eval()
+    ours.load_state_dict(fit_to_model(checkpoint, ours.state_dict(), weights, source, config.model))
+    images, texts = torch.randn(2, 3, 16, 16).double(), torch.zeros(2, 77, dtype=torch.long)
+    texts[0, :4], texts[1, :3] = torch.tensor([49406, 320, 1125, 49407]), torch.tensor([49406, 539, 49407])
+    with torch.no_grad():
+        image_features = theirs.get_image_features(pixel_values=images).pooler_output
+        text_features = theirs.get_text_features(input_ids=texts).pooler_output
+        torch.testing.assert_close(ours.encode_image(images), image_features, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours.encode_text(texts), text_features, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("width, mlp_width", [(1664, 8192), (1792, 15360), (176, 240), (304, 1392)])
 def test_the_width_of_an_mlp_survives_the_ratio(width, mlp_width):
     sizes = {"hidden_size": width, "intermediate_size": mlp_width}
@@ -611,6 +637,9 @@ def test_tags_belong_to_open_clips_names(folder, state):
     for other_weights in ("openai", BUILTIN_DIGITS):
         assert f"to {model} for its own weights" in told(ClipConfig(model=model, pretrained=other_weights))
     assert load_clip(ClipConfig(model=model, pretrained=model)).image_size == 16
+    save_file({"visual.proj": torch.ones(3, 3)}, folder / "snapshot" / "open_clip_model.safetensors")
+    load_clip.cache_clear()
+    assert "give the weights of a whole CLIP" in told(ClipConfig(model=model))
     assert "has no tags of open_clip: give a file or a folder" in told(ClipConfig(model=MODEL))
     message = told(ClipConfig(model="ViT-B/16", pretrained="laion2b_s34b_b88k"))
     assert message.endswith("It is a tag of clip.model=ViT-B-16")

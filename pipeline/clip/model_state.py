@@ -38,7 +38,9 @@ def fit_to_model(
     except RuntimeError as error:
         raise UserError(f"{option}: {str(error).partition(chr(10))[0]:.200}") from None
     if misfit := _misfit(named, expected):
-        raise UserError(f"{option}: {misfit}; {_remedy(checkpoint, named, expected, model)}")
+        raise UserError(
+            f"{option}: {misfit}; {_remedy(checkpoint, named, expected, model, weights.option.endswith(f'={model}'))}"
+        )
     sizes = {
         "input_resolution": source.model_config["vision_cfg"].get("image_size", 224),
         "context_length": source.model_config["text_cfg"].get("context_length", 77),
@@ -82,14 +84,16 @@ def _misfit(state: State, expected: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
-def _remedy(checkpoint: Checkpoint, state: State, expected: Mapping[str, torch.Tensor], model: str) -> str:
+def _remedy(
+    checkpoint: Checkpoint, state: State, expected: Mapping[str, torch.Tensor], model: str, has_its_weights: bool
+) -> str:
     if names := _fitting_models(checkpoint, state):
         return f"use clip.model={' or '.join(names[:3])}"
     positions = "visual.positional_embedding"
     if positions in state and positions in expected and not _misfit(state | {positions: expected[positions]}, expected):
         side = math.isqrt(len(state[positions])) * state["visual.conv1.weight"].shape[-1]
         return f"set image_size to {side} in the model config"
-    if brings_weights(model):
+    if brings_weights(model) and not has_its_weights:
         return f"set clip.pretrained to {model} for its own weights"
     return "give the weights of a whole CLIP, and as clip.model the one that they were trained as"
 
