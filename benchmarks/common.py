@@ -28,6 +28,7 @@ from pipeline.clip.torchvision_compat import ensure_torchvision  # noqa: E402
 from pipeline.clip.towers import ClipTowers  # noqa: E402
 from pipeline.config import ClipConfig, MmapConfig  # noqa: E402
 from pipeline.data.index import read_class_names  # noqa: E402
+from pipeline.data.preprocessing import Preprocessing  # noqa: E402
 from pipeline.methods.mmap import GroupMmap, MmapShape  # noqa: E402
 
 ensure_torchvision()
@@ -47,7 +48,8 @@ def load(name: str, device: torch.device, precision: str = "float32") -> tuple[t
     """Load open_clip's model with random weights (times do not depend on them), and our towers, like load_clip."""
     model = open_clip.create_model(name).eval().to(device)
     gib = ClipConfig.model_fields["activation_memory_gib"].default
-    towers = ClipTowers(model, open_clip.get_tokenizer(name), activation_memory_gib=gib).to(device)
+    preprocessing = Preprocessing(open_clip.get_model_config(name)["vision_cfg"]["image_size"])
+    towers = ClipTowers(model, open_clip.get_tokenizer(name), preprocessing, activation_memory_gib=gib).to(device)
     if precision == "bfloat16":
         towers.cast_weights_to_bfloat16()
     return model, towers
@@ -62,7 +64,7 @@ def class_names(count: int) -> list[str]:
 
 
 def random_batch(towers: ClipTowers, num_images: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    size, device = towers.image_size, towers.device
+    size, device = towers.preprocessing.image_size, towers.device
     labels = torch.arange(num_images, device=device) % num_classes
     return torch.randn(num_images, 3, size, size, device=device), labels
 

@@ -48,6 +48,7 @@ from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import AugmentationConfig, DataConfig, TrainingConfig
 from pipeline.data.index import index_dataset
 from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.splits import content_fingerprint, sample_splits
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.classifier import Classifier
@@ -59,6 +60,7 @@ TASKS = ("art", "clip", "product", "real")
 CLASSES = ("ant", "bear", "cat", "dog", "eel")
 SHOTS = 6
 IMAGE_SIZE = 224
+PREPROCESSING = Preprocessing(IMAGE_SIZE)
 OVERLAP_PASSES = 4
 BATCH_SIZE = TrainingConfig().batch_size
 Row = dict[str, object]
@@ -247,7 +249,7 @@ def decoding(setting: Setting) -> list[Row]:
                 steps(image.convert("RGB"))
 
     def ours(threads: int) -> None:
-        for _ in decoded_batches(reader, TASKS, IMAGE_SIZE, threads):
+        for _ in decoded_batches(reader, TASKS, PREPROCESSING, threads):
             pass
 
     versions = {"PIL and torchvision loop": reference}
@@ -278,7 +280,7 @@ def training(setting: Setting) -> list[Row]:
     paths = {task: image_paths(setting, "train", task) for task in TASKS}
 
     def sets():
-        return load_training_sets(reader, TASKS, IMAGE_SIZE, device, setting.threads)
+        return load_training_sets(reader, TASKS, PREPROCESSING, config.random_crop, device, setting.threads)
 
     num_steps = setting.epochs * num_steps_per_epoch((len(task.labels) for task in sets()), BATCH_SIZE)
 
@@ -286,7 +288,7 @@ def training(setting: Setting) -> list[Row]:
         loaded = sets()
         for step in range(num_steps):
             for task in loaded:
-                task.batch(step, BATCH_SIZE, IMAGE_SIZE, config, seed=1)
+                task.batch(step, BATCH_SIZE, PREPROCESSING, config, seed=1)
 
     def reference() -> None:
         for step in range(num_steps):
@@ -312,7 +314,7 @@ def evaluation(setting: Setting) -> list[Row]:
     batches: list[tuple] = []
 
     def decode() -> None:
-        batches[:] = decoded_batches(reader, TASKS, towers.image_size, setting.threads)
+        batches[:] = decoded_batches(reader, TASKS, towers.preprocessing, setting.threads)
 
     def run_model() -> None:
         for task, _, pixels in batches:
@@ -338,7 +340,7 @@ class FakeGpuModel:
 
     def __init__(self, seconds_per_image: float):
         self.seconds_per_image = seconds_per_image
-        self.towers = SimpleNamespace(image_size=IMAGE_SIZE, device=torch.device("cpu"))
+        self.towers = SimpleNamespace(preprocessing=PREPROCESSING, device=torch.device("cpu"))
 
     def probabilities(self, task: str, pixels: torch.Tensor) -> torch.Tensor:
         time.sleep(len(pixels) * self.seconds_per_image)
@@ -349,7 +351,7 @@ def overlap(setting: Setting) -> list[Row]:
     reader, tasks = open_reader(setting), TASKS * OVERLAP_PASSES
 
     def decode() -> int:
-        return sum(len(rows) for _, rows, _ in decoded_batches(reader, tasks, IMAGE_SIZE, setting.threads))
+        return sum(len(rows) for _, rows, _ in decoded_batches(reader, tasks, PREPROCESSING, setting.threads))
 
     images, start = decode(), time.perf_counter()
     decode()

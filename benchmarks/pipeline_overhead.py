@@ -140,7 +140,8 @@ def run_in_one_process(config: Config, folder: Path) -> None:
     class_names = {task: description.class_names_for(task) for task in tasks}
 
     def train(prompts, epochs, **snapshots):
-        sets = load_training_sets(reader, prompts.tasks, towers.image_size, towers.device, 1)
+        random_crop = config.training.augmentation.random_crop
+        sets = load_training_sets(reader, prompts.tasks, towers.preprocessing, random_crop, towers.device, 1)
         tokens = class_tokens(towers.tokenizer, config.clip.template, [class_names[task] for task in prompts.tasks])
         options = {"epochs": epochs, "seed": config.seed, **snapshots}
         trainer = Trainer(towers, prompts, sets, tokens, config.training, **options)

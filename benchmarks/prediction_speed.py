@@ -50,7 +50,7 @@ def main() -> None:
     model = load_model(make_adapter_file(config, group), arguments.device)
 
     encoded = jpegs(arguments.images, arguments.side)
-    size = model.image_size
+    size = model.preprocessing.image_size
     pixels = torch.randint(0, 256, (arguments.images, 3, size, size), dtype=torch.uint8)
     standardized = model.classifier.towers.normalize_pixels(pixels.to(device)).float()
 

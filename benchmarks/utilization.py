@@ -62,7 +62,7 @@ def main() -> None:
         torch.manual_seed(0)
         _, towers = load(arguments.model, device, autocast_to)
         images, labels = random_batch(towers, arguments.images, arguments.classes)
-        shape = (arguments.evaluated, 3, towers.image_size, towers.image_size)
+        shape = (arguments.evaluated, *images.shape[1:])
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         prompts = group_prompts(towers, NUM_TASKS)
         peak = matmul_tflops(device, autocast_to)

@@ -12,8 +12,7 @@ Every image is read and decoded once, in parallel. Severities of the findings:
            class imbalance, rare class names (split into many tokens)
 
 The page check.html shows all findings and samples of each class and task, check.json has every example. Every run
-begins with this check, and does not read the images again. Exit status: 0, or 1 if there is an error; 2 if the check
-itself failed.
+begins with this check, and does not read the images again. Exit status: 1 if there is an error, 2 if the check failed.
 """
 
 from __future__ import annotations

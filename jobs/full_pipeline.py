@@ -1,13 +1,10 @@
 #!/usr/bin/env python
 """Run the whole pipeline: from image folders to grouped multi-task prompts and a report.
 
-    python jobs/full_pipeline.py                                       the built-in demo, on a local Ray
-    python jobs/full_pipeline.py --config configs/office_home.yaml --data.root /data/OfficeHome
-    python jobs/full_pipeline.py --until grouping --grouping.max_size 3
-    ray job submit --working-dir . -- python jobs/full_pipeline.py     on a running cluster
+    python jobs/full_pipeline.py     the built-in demo, on a local Ray; after `ray job submit --`, on a running cluster
+    python jobs/full_pipeline.py --config configs/office_home.yaml --data.root /data/OfficeHome --until grouping
 
-Rerun the same command to resume: finished stages are cached, by a hash of everything that they depend on. With other
-options the run starts at the first stage that they affect, so there is no --from. The stages:
+Rerun the same command to resume. With other options the run starts at the first stage that they affect. The stages:
 """
 
 from pydantic import Field
@@ -23,7 +20,7 @@ class Options(JobOptions):
 
 def main() -> None:
     with report_user_errors() as console:
-        arguments = JobParser(f"{__doc__}\n{stage_summary()}", Options).parse()
+        arguments = JobParser(f"{__doc__}{stage_summary()}", Options).parse()
         config, last_stage = arguments.config(), check_stage("--until", arguments.options.until)
 
         from pipeline.stages.run import open_run

@@ -120,10 +120,10 @@ def predict_to_parquet(
     batch_input = find_batch_input(arguments.options.inputs)
     if not batch_input.is_parquet or task is not None:
         check_task(arguments.options, adapter, task)
-    image_size = build_meta_towers(adapter.config.clip.with_weights(options.pretrained)).image_size
+    preprocessing = build_meta_towers(adapter.config.clip.with_weights(options.pretrained)).preprocessing
     with ray_connection(parse_config(arguments.nested_fields()).cluster, print_status) as worker_resources:
         on_progress = progress_lines(print_status, PROGRESS_INTERVAL_S)
-        return predict_batch(adapter, options, task, batch_input, output, worker_resources, image_size, on_progress)
+        return predict_batch(adapter, options, task, batch_input, output, worker_resources, preprocessing, on_progress)
 
 
 def check_task(job: Options, adapter: TrainedAdapter, task: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.clip.load import load_clip, weights_fingerprint
+from pipeline.clip.load import load_clip
 from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.methods.adapter_file import TrainedAdapter, merge_adapters
 from pipeline.methods.registry import METHODS
@@ -21,5 +21,5 @@ def trained(method: str, *groups: dict[str, list[str]]) -> TrainedAdapter:
     adapters = []
     for seed, group in enumerate(groups):
         module = METHODS[method].build(config.model_copy(update={"seed": seed}), towers, group)
-        adapters.append(TrainedAdapter(method, config, weights_fingerprint(towers), (group,), (module.state_dict(),)))
+        adapters.append(TrainedAdapter.on_towers(towers, method, config, (group,), (module.state_dict(),)))
     return merge_adapters(adapters)

@@ -12,10 +12,12 @@ from pipeline.clip.torchvision_compat import ensure_torchvision
 ensure_torchvision()
 
 import open_clip  # noqa: E402
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg  # noqa: E402
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP  # noqa: E402
 
 from pipeline.clip.towers import ClipTowers  # noqa: E402
+from pipeline.data.preprocessing import Preprocessing  # noqa: E402
 
+PREPROCESSING = Preprocessing(16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 CLASS_NAMES = ["cat", "tricycle", "the great wall of china", "post-it notes", "alarm clock"]
 
 
@@ -62,7 +64,6 @@ def _random_model(
             for parameter in model.parameters():
                 if parameter.ndim:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    set_model_preprocess_cfg(model, {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
     return model.eval().requires_grad_(False)
 
 
@@ -74,4 +75,4 @@ def tokenizer():
 
 def small_towers(text_prompt_position: str = "after_sos", **options) -> tuple[ClipTowers, torch.nn.Module]:
     model = small_open_clip(**options)
-    return ClipTowers(model, tokenizer(), text_prompt_position), model
+    return ClipTowers(model, tokenizer(), PREPROCESSING, text_prompt_position), model

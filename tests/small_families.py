@@ -9,7 +9,7 @@ from unittest import mock
 import small_clip  # noqa: F401  declares operators that torchvision may lack
 import timm
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from small_clip import small_open_clip
 
@@ -73,7 +73,6 @@ def _random_model(family: str, **other_sizes: int) -> torch.nn.Module:
             for name, parameter in model.named_parameters():
                 if not name.startswith("logit"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    set_model_preprocess_cfg(model, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
     return model.eval()
 
 
@@ -83,7 +82,6 @@ def black_box() -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.visual = ModifiedResNet((1, 1, 1, 1), output_dim=12, heads=2, image_size=64, width=8).double()
-    set_model_preprocess_cfg(model, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
     return model.eval()
 
 

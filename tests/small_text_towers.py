@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_clip import PREPROCESSING
 from small_clip import tokenizer as clip_tokenizer
 from small_tokenizers import write_tokenizer
 
@@ -17,7 +18,7 @@ from pipeline.clip.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg  # noqa: E402
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP  # noqa: E402
 from open_clip.tokenizer import HFTokenizer  # noqa: E402
 from transformers import BertConfig, RobertaConfig, XLMRobertaConfig  # noqa: E402
 
@@ -100,7 +101,6 @@ def _random_model(family: str, layers: int) -> torch.nn.Module:
             for parameter in model.parameters():
                 if parameter.ndim:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    set_model_preprocess_cfg(model, {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
     return model.eval().requires_grad_(False)
 
 
@@ -109,4 +109,4 @@ def small_text_towers(
 ) -> tuple[ClipTowers, torch.nn.Module, Any]:
     """Return towers, open_clip's model that they are of, and its tokenizer."""
     model, tokenizer = copy.deepcopy(_random_model(family, layers)), _open_clip_tokenizer(family)
-    return ClipTowers(model, tokenizer, text_prompt_position), model, tokenizer
+    return ClipTowers(model, tokenizer, PREPROCESSING, text_prompt_position), model, tokenizer

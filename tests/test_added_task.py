@@ -98,7 +98,7 @@ def reference_gradient(towers, model, ids, task_set, step, point):
     shared = SharedMmap(mmap_shape(towers), [task_set.task], seed=2).double()
     torch.nn.utils.vector_to_parameters(point.double(), shared.parameters())
     adaptation = shared()
-    pixels, labels = task_set.batch(step - 1, CONFIG.batch_size, towers.image_size, CONFIG.augmentation, 5)
+    pixels, labels = task_set.batch(step - 1, CONFIG.batch_size, towers.preprocessing, CONFIG.augmentation, 5)
     x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[0])
     z = reference_encode_text(model, ids, adaptation.text_prompts[0])
     gradients = torch.autograd.grad(F.cross_entropy(towers.logits(x, z), labels), list(shared.parameters()))
@@ -126,7 +126,7 @@ def test_only_the_task_prompt_of_a_joined_group_is_trained(problem):
     for step in range(8):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
         adaptation = reference()
-        pixels, labels = sets[0].batch(step, 3, towers.image_size, CONFIG.augmentation, 5)
+        pixels, labels = sets[0].batch(step, 3, towers.preprocessing, CONFIG.augmentation, 5)
         x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[0])
         z = reference_encode_text(model, ids, adaptation.text_prompts[0])
         optimizer.zero_grad()

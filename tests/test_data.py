@@ -18,7 +18,7 @@ import pytest
 import scipy
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -26,10 +26,11 @@ from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, choices, parse_config
 from pipeline.data import parquet
 from pipeline.data.augment import augment, crop_boxes
-from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels, training_pixels
+from pipeline.data.images import RESAMPLING, BrokenImage, decode_rgb, evaluation_pixels, training_pixels
 from pipeline.data.index import FOLDER_LAYOUTS, OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS, index_dataset, read_class_names
 from pipeline.data.lists import LIST_LAYOUTS
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
 from pipeline.errors import UserError
 
@@ -641,33 +642,64 @@ def test_foreign_damaged_and_missing_files_are_named(tmp_path):
 # --- decoding --------------------------------------------------------------------------------------------
 
 
-def open_clip_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """open_clip's own preprocessing, (3, size, size) of 0 to 255."""
-    preprocess = image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+SMALL = Preprocessing(32)
+MODES = [
+    Preprocessing(32, mode, interpolation, fill_color=77)
+    for mode in ("shortest", "longest", "squash")
+    for interpolation in ("bicubic", "bilinear")
+]
+NAMES = [f"{mode.resize_mode}-{mode.interpolation}" for mode in MODES]
+
+
+def open_clip_pixels(image: Image.Image, preprocessing: Preprocessing = SMALL) -> np.ndarray:
+    """open_clip's own preprocessing, (3, S, S) of 0 to 255."""
+    preprocess = image_transform(
+        preprocessing.image_size,
+        is_train=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        resize_mode=preprocessing.resize_mode,
+        interpolation=preprocessing.interpolation,
+        fill_color=preprocessing.fill_color,
+    )
     return preprocess(image).numpy() * 255
 
 
+def assert_open_clips(pixels: np.ndarray, image: Image.Image, preprocessing: Preprocessing = SMALL) -> None:
+    size = preprocessing.image_size
+    assert pixels.dtype == np.uint8 and pixels.shape == (3, size, size)
+    assert np.abs(pixels - open_clip_pixels(image, preprocessing)).max() <= 1e-3
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF"])
-@pytest.mark.parametrize("size", [(64, 64), (97, 61), (61, 97), (301, 47), (20, 33), (32, 32), (33, 32)])
-def test_evaluation_pixels_are_open_clips(kind, size):
-    data = encoded(photo(*size), kind)
+def test_evaluation_pixels_are_open_clips_for_every_format(kind):
+    data = encoded(photo(97, 61), kind)
     image = Image.open(io.BytesIO(data))
     if kind == "GIF":  # a palette image: see below
         image = image.convert("RGB")
-    assert np.abs(evaluation_pixels(data, 32) - open_clip_pixels(image, 32)).max() <= 1.001
+    assert_open_clips(evaluation_pixels(data, SMALL), image)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(4, 60))
-def test_evaluation_pixels_are_open_clips_for_every_size(width, height, image_size):
+@pytest.mark.parametrize("preprocessing", MODES, ids=NAMES)
+@pytest.mark.parametrize("size", [(64, 64), (97, 61), (61, 97), (301, 47), (20, 33), (32, 32), (33, 32), (1203, 899)])
+def test_evaluation_pixels_are_open_clips(size, preprocessing):
+    for image_size in (32, 224):
+        preprocessing, image = replace(preprocessing, image_size=image_size), photo(*size)
+        assert_open_clips(evaluation_pixels(image, preprocessing), image, preprocessing)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(4, 60), st.sampled_from(MODES))
+def test_evaluation_pixels_are_open_clips_for_every_size(width, height, image_size, mode):
+    preprocessing = replace(mode, image_size=image_size)
+    assume(mode.resize_mode != "longest" or round(min(width, height) * image_size / max(width, height)) > 0)
     image = photo(width, height)
-    expected = open_clip_pixels(image, image_size)
-    assert np.abs(evaluation_pixels(encoded(image), image_size) - expected).max() <= 1.001
+    assert_open_clips(evaluation_pixels(encoded(image), preprocessing), image, preprocessing)
 
 
 def test_grey_is_open_clips():
     gray = photo(90, 70).convert("L")
-    assert np.abs(evaluation_pixels(encoded(gray), 32) - open_clip_pixels(gray, 32)).max() <= 1.001
+    assert_open_clips(evaluation_pixels(encoded(gray), SMALL), gray)
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "CMYK", "1"])
@@ -679,13 +711,13 @@ def test_other_modes_become_rgb_before_they_are_resized(mode):
         image.putalpha(Image.linear_gradient("L").resize(image.size))
     data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
     rgb = Image.open(io.BytesIO(data)).convert("RGB")
-    assert np.abs(evaluation_pixels(data, 32) - open_clip_pixels(rgb, 32)).max() <= 1.001
+    assert_open_clips(evaluation_pixels(data, SMALL), rgb)
 
 
 def test_palette_with_transparency_loses_only_that():
     image = photo(40, 40).quantize(16)
     with_alpha = encoded(image, transparency=bytes(range(16)))
-    assert np.array_equal(evaluation_pixels(with_alpha, 32), evaluation_pixels(encoded(image), 32))
+    assert np.array_equal(evaluation_pixels(with_alpha, SMALL), evaluation_pixels(encoded(image), SMALL))
 
 
 def test_16_bit_grey_keeps_its_shades():
@@ -725,9 +757,9 @@ def test_broken_images(tmp_path, name):
     (tmp_path / "image.jpg").write_bytes(BROKEN[name])
     assert scan_image(tmp_path, "image.jpg", "a", "x").error
     with pytest.raises(BrokenImage):
-        evaluation_pixels(BROKEN[name], 32)
+        evaluation_pixels(BROKEN[name], SMALL)
     with pytest.raises(BrokenImage):
-        training_pixels(BROKEN[name], 32)
+        training_pixels(BROKEN[name], SMALL, random_crop=True)
 
 
 def test_a_thread_of_pixels_is_not_resized_whole():
@@ -735,8 +767,20 @@ def test_a_thread_of_pixels_is_not_resized_whole():
     image = photo(3, 40_000)
     thread = Image.new("RGB", (3, 40_000))
     thread.paste(image.crop((0, 19_000, 3, 21_000)), (0, 19_000))
-    pixels = evaluation_pixels(encoded(thread), 96)
-    assert np.abs(pixels - open_clip_pixels(image.crop((0, 19_850, 3, 20_150)), 96)).max() <= 1.001
+    preprocessing = Preprocessing(96)
+    pixels = evaluation_pixels(encoded(thread), preprocessing)
+    assert_open_clips(pixels, image.crop((0, 19_850, 3, 20_150)), preprocessing)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_thread_of_pixels_is_squashed_whole_and_padded_at_both_sides(interpolation):
+    image = photo(3, 20_000)
+    squash = Preprocessing(32, "squash", interpolation)
+    assert_open_clips(evaluation_pixels(encoded(image), squash), image, squash)
+    pixels = evaluation_pixels(encoded(image), Preprocessing(32, "longest", interpolation, fill_color=77))
+    expected = np.asarray(image.resize((1, 32), RESAMPLING[interpolation]))  # open_clip fails: its width is 0
+    assert np.array_equal(pixels[:, :, 15], expected[:, 0].T)
+    assert (np.delete(pixels, 15, axis=2) == 77).all()
 
 
 @pytest.mark.parametrize(
@@ -744,7 +788,7 @@ def test_a_thread_of_pixels_is_not_resized_whole():
     [((30, 40), (30, 40)), ((64, 300), (64, 300)), ((200, 100), (128, 64)), ((500, 1500), (64, 192))],
 )
 def test_training_pixels_keep_the_whole_image_up_to_twice_the_input(size, expected_size):
-    pixels = training_pixels(encoded(photo(*size)), 32)
+    pixels = training_pixels(encoded(photo(*size)), SMALL, random_crop=True)
     assert pixels.dtype == np.uint8 and pixels.shape == (3, expected_size[1], expected_size[0])
 
 
@@ -759,11 +803,12 @@ def random_images(*sizes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (3, h, w), generator=generator(seed), dtype=torch.uint8) for h, w in sizes]
 
 
-@pytest.mark.parametrize("crop_scale", [(0.08, 1.0), (0.5, 0.5), (1.0, 1.0)])
-def test_augment_is_crop_resize_flip(crop_scale):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop_scale", [(0.08, 1.0), (0.5, 0.5)])
+def test_augment_is_crop_resize_flip(crop_scale, interpolation):
     config = AugmentationConfig(crop_scale=crop_scale)
     images = random_images((40, 50), (90, 30), (16, 16), (25, 61), (33, 100), (64, 64), (8, 9), (120, 121))
-    pixels = augment(images, 24, config, generator(3))
+    pixels = augment(images, Preprocessing(24, interpolation=interpolation), config, generator(3))
     draws = generator(3)
     heights, widths = (torch.tensor([image.shape[side] for image in images]) for side in (1, 2))
     boxes = crop_boxes(heights, widths, config, draws)
@@ -771,15 +816,15 @@ def test_augment_is_crop_resize_flip(crop_scale):
     assert flipped.any() and not flipped.all()
     for image, (top, left, h, w), flip, result in zip(images, boxes.tolist(), flipped, pixels):
         crop = image[:, top : top + h, left : left + w].float().numpy()
-        resized = [Image.fromarray(channel).resize((24, 24), Image.Resampling.BICUBIC) for channel in crop]
+        resized = [Image.fromarray(channel).resize((24, 24), RESAMPLING[interpolation]) for channel in crop]
         expected = torch.from_numpy(np.stack(resized)).clamp(0, 255)
         torch.testing.assert_close(result, expected.flip(-1) if flip else expected, rtol=0, atol=1e-4 * 255)
 
 
 def test_flips_mirror_exactly():
-    images = random_images(*[(20, 30)] * 16)
-    flipped = augment(images, 24, AugmentationConfig(crop_scale=(1, 1)), generator())
-    plain = augment(images, 24, AugmentationConfig(crop_scale=(1, 1), flip=False), generator())
+    images, preprocessing = random_images(*[(24, 24)] * 16), Preprocessing(24)
+    flipped = augment(images, preprocessing, AugmentationConfig(crop_scale=(1, 1)), generator())
+    plain = augment(images, preprocessing, AugmentationConfig(crop_scale=(1, 1), flip=False), generator())
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, plain)]
     assert 0 < sum(mirrored) < 16
     assert all(is_mirrored or torch.equal(a, b) for is_mirrored, a, b in zip(mirrored, flipped, plain))
@@ -822,19 +867,20 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale):
         assert scipy.stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3, name
 
 
-def test_no_random_crop_is_the_evaluations_center():
+@pytest.mark.parametrize("preprocessing", MODES, ids=NAMES)
+def test_without_random_crops_images_are_preprocessed_as_for_the_test(preprocessing):
     config = AugmentationConfig(crop_scale=(1, 1), flip=False)
-    for width, height in [(64, 64), (96, 64), (64, 128)]:
-        data = encoded(photo(width, height))
-        (trained,) = augment([torch.from_numpy(training_pixels(data, 32))], 32, config, generator())
-        difference = (trained - torch.from_numpy(evaluation_pixels(data, 32)).float()).abs()
-        # Pillow rounds and clips between the axes, and at the crop's border still sees the image beyond it.
-        assert difference.max() < 4 and difference.mean() < 0.5
+    data = [encoded(photo(*size)) for size in [(64, 64), (96, 64), (64, 128), (20, 30), (500, 90)]]
+    images = [torch.from_numpy(training_pixels(image, preprocessing, config.random_crop)) for image in data]
+    expected = torch.stack([torch.from_numpy(evaluation_pixels(image, preprocessing)) for image in data])
+    assert torch.equal(augment(images, preprocessing, config, generator()), expected.float())
 
 
 def test_a_generator_decides_everything():
     images = random_images((40, 50), (90, 30), (16, 16))
-    batch, repeated, other_seed = (augment(images, 24, AugmentationConfig(), generator(seed)) for seed in (1, 1, 2))
+    batch, repeated, other_seed = (
+        augment(images, Preprocessing(24), AugmentationConfig(), generator(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(batch, repeated)
     assert not torch.equal(batch, other_seed)
 
@@ -842,7 +888,7 @@ def test_a_generator_decides_everything():
 def test_long_images_do_not_decide_the_memory_of_a_batch():
     """A canvas of both whole images would be 86 GB."""
     images = random_images((8, 60_000), (60_000, 8))
-    assert augment(images, 16, AugmentationConfig(), generator()).shape == (2, 3, 16, 16)
+    assert augment(images, Preprocessing(16), AugmentationConfig(), generator()).shape == (2, 3, 16, 16)
 
 
 # --- presets ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from saved_bytes import saved_bytes
-from small_clip import CLASS_NAMES, tokenizer
+from small_clip import CLASS_NAMES, PREPROCESSING, tokenizer
 from small_families import FAMILIES, black_box, reference_features, small_model
 
 from pipeline.clip.chunks import activation_bytes
@@ -20,16 +20,16 @@ TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 
 
 def images_of(towers: ClipTowers, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    shape = (count, 3, towers.image_size, towers.image_size)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    generator, size = torch.Generator().manual_seed(1), towers.visual.image_size
+    sides = size if isinstance(size, tuple) else (size, size)
+    return torch.randn(count, 3, *sides, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("memory_gib", [math.inf, 1e-6], ids=["at once", "in chunks"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_without_prompts_equal_open_clip(family, memory_gib):
     model = small_model(family)
-    towers = ClipTowers(model, tokenizer(), activation_memory_gib=memory_gib)
+    towers = ClipTowers(model, tokenizer(), PREPROCESSING, activation_memory_gib=memory_gib)
     images = images_of(towers, 3)
     torch.testing.assert_close(towers.encode_image(images), model.encode_image(images), **TOLERANCE)
 
@@ -40,7 +40,7 @@ def test_features_without_prompts_equal_open_clip(family, memory_gib):
 def test_prompted_features_and_gradients_equal_concatenation(family, propagate, depth, memory_gib):
     """Two tasks with prompts of their own."""
     model = small_model(family)
-    towers = ClipTowers(model, tokenizer(), activation_memory_gib=memory_gib)
+    towers = ClipTowers(model, tokenizer(), PREPROCESSING, activation_memory_gib=memory_gib)
     images, counts = images_of(towers, 5), [2, 3]
     generator = torch.Generator().manual_seed(2)
     prompts = torch.randn(
@@ -62,7 +62,7 @@ def test_prompted_features_and_gradients_equal_concatenation(family, propagate, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_low_rank_updates_equal_updated_matrices(family):
     model = small_model(family)
-    towers = ClipTowers(model, tokenizer())
+    towers = ClipTowers(model, tokenizer(), PREPROCESSING)
     method = METHODS["clip_lora"].build(Config(), towers, {"ink": CLASS_NAMES}).double()
     images = images_of(towers, 3)
     torch.testing.assert_close(method().encode_image(towers, images, [3]), model.encode_image(images), **TOLERANCE)
@@ -89,7 +89,7 @@ def test_low_rank_updates_equal_updated_matrices(family):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["SigLIP", "EVA02", "EVA02, post-norm", "PE"])
 def test_every_method_trains_all_of_its_parameters(family, name):
-    towers = ClipTowers(small_model(family), tokenizer())
+    towers = ClipTowers(small_model(family), tokenizer(), PREPROCESSING)
     config = Config.model_validate({"maple": {"depth": 2}, "promptsrc": {"depth": 2}})
     class_names = {"ink": CLASS_NAMES, "neon": CLASS_NAMES[:2]}
     kind = METHODS[name]
@@ -110,7 +110,7 @@ def test_every_method_trains_all_of_its_parameters(family, name):
 
 @pytest.mark.parametrize("family", ["ViT with CLS", "SigLIP", "EVA02", "EVA02, post-norm", "CLIPA"])
 def test_planned_activation_bytes_bound_what_autograd_saves(family):
-    towers = ClipTowers(small_model(family, embed_dim=96, num_heads=4, depth=6).float(), tokenizer())
+    towers = ClipTowers(small_model(family, embed_dim=96, num_heads=4, depth=6).float(), tokenizer(), PREPROCESSING)
     images = torch.randn(8, 3, 16, 16)
     prompts = torch.randn(1, 6, 4, 96, requires_grad=True)
     saved = [saved_bytes(towers, partial(towers.encode_image, images[:n], prompts, [n])) for n in (4, 8)]
@@ -124,7 +124,7 @@ def test_planned_activation_bytes_bound_what_autograd_saves(family):
 
 def test_a_tower_without_tokens_gives_its_features_in_chunks_within_the_memory():
     model = black_box()
-    towers = ClipTowers(model, tokenizer())
+    towers = ClipTowers(model, tokenizer(), PREPROCESSING)
     images = images_of(towers, 6)
     expected = model.encode_image(images)
     torch.testing.assert_close(towers.encode_image(images), expected, **TOLERANCE)
@@ -140,7 +140,7 @@ def test_a_tower_without_tokens_gives_its_features_in_chunks_within_the_memory()
 
 @pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if not kind.needs_image_layers()])
 def test_methods_that_leave_the_image_layers_alone_take_a_tower_without_tokens(name):
-    towers = ClipTowers(black_box(), tokenizer())
+    towers = ClipTowers(black_box(), tokenizer(), PREPROCESSING)
     class_names = {"ink": CLASS_NAMES}
     method = METHODS[name].build(Config(), towers, class_names).double()
     adaptation = method()

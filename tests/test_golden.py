@@ -189,7 +189,8 @@ def mvlpt_first_loss(all_methods, adapter, task):
     method = METHODS["mvlpt"].build(config, towers, class_names)
     method.load_state_dict(adapter.select_group(task).states[0])
     reader = SplitReader(next(all_methods.storage.glob("splits/[!.]*")))
-    sets = load_training_sets(reader, [task], towers.image_size, towers.device, threads=1)
+    random_crop = config.training.augmentation.random_crop
+    sets = load_training_sets(reader, [task], towers.preprocessing, random_crop, towers.device, threads=1)
     tokens = METHODS["mvlpt"].tokenize(config, towers.tokenizer, class_names)
     training = training_config("mvlpt", config)
     return Trainer(towers, method, sets, tokens, training, epochs=1, seed=config.seed).train()[0].losses[0]

@@ -52,6 +52,7 @@ from pipeline.data import parquet
 from pipeline.data.images import BrokenImage, decode_rgb, read_image
 from pipeline.data.index import OFFICE_HOME_FOLDER, escape_for_terminal, index_dataset, read_class_names
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.grouping.gradient_blocks import read_layout
 from pipeline.methods import adapter_file
@@ -691,7 +692,7 @@ def test_hostile_model_configs_are_refused_up_front(tmp_path, text):
         build_meta_towers(ClipConfig(model=str(file), pretrained=None))
     assert time.process_time() - began < 10
     # One that was refused is in nobody else's way.
-    assert build_meta_towers(ClipConfig(model=BUILTIN_DIGITS, pretrained=None)).image_size == 32
+    assert build_meta_towers(ClipConfig(model=BUILTIN_DIGITS, pretrained=None)).preprocessing.image_size == 32
 
 
 @pytest.mark.parametrize("model", ["hf-hub:somebody/model", "local-dir:/tmp", "absent.json", "../../x", "builtin:x"])
@@ -1083,7 +1084,7 @@ def test_bytes_of_a_split_that_are_no_image_are_named(splits, tmp_path):
     folder, file = copy_splits(splits, tmp_path / "copy")
     hostile_file(file, with_bytes_of_images(lambda image: image[:40]))
     with pytest.raises(UserError, match="the test image c/x/0.png of task 'c' cannot be decoded"):
-        list(decoded_batches(SplitReader(folder), ["c"], 8, threads=1))
+        list(decoded_batches(SplitReader(folder), ["c"], Preprocessing(8), threads=1))
 
 
 def footer(file: Path, length: int) -> None:

@@ -67,6 +67,11 @@ ALTERNATIVE_VALUES: dict[str, Any] = {
     "clip.model": "digits_clip.json",
     "clip.quick_gelu": True,
     "clip.pretrained": None,
+    "clip.image_size": 40,
+    "clip.resize_mode": "squash",
+    "clip.interpolation": "bilinear",
+    "clip.mean": [0.5, 0.5, 0.5],
+    "clip.std": [0.5, 0.5, 0.5],
     "clip.template": "a sketch of a {}.",
     "clip.task_templates": {"neon": "a light that shows a {}."},
     "mmap.prompt_length": 8,
@@ -88,6 +93,7 @@ TASK_WITH_TEMPLATE = "neon"
 CONTENT_FIELDS = {
     *("data.root", "data.columns", "data.use_official_splits", "data.tasks", "data.class_names"),
     *("clip.pretrained", "clip.quick_gelu"),
+    *("clip.image_size", "clip.resize_mode", "clip.interpolation", "clip.mean", "clip.std", "clip.fill_color"),
 }
 """Fields whose alternative value loads other content; with those of other fields the content stays the same."""
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from reference_method import SKETCHED, equals, full_ids
 from reference_towers import reference_encode_text
-from small_clip import CLASS_NAMES, small_towers, tokenizer
+from small_clip import CLASS_NAMES, PREPROCESSING, small_towers, tokenizer
 from small_methods import (
     REFERENCES,
     SMALL,
@@ -275,7 +275,7 @@ def test_adamw_equals_torchs():
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = record.learning_rate
         adaptation = plain()
-        batches = [task_set.batch(step, 3, 16, CONFIG.augmentation, 5) for task_set in sets]
+        batches = [task_set.batch(step, 3, PREPROCESSING, CONFIG.augmentation, 5) for task_set in sets]
         images = towers.normalize_pixels(torch.cat([pixels for pixels, _ in batches]))
         x = adaptation.encode_image(towers, images, [3, 3]).split(3)
         z = adaptation.encode_text(towers, tokens).split(5)
@@ -382,7 +382,7 @@ def first_losses(name, config, towers, model):
     record = Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens).step()
     plain = []
     for task_set in sets:
-        pixels, labels = task_set.batch(0, 3, 16, CONFIG.augmentation, 5)
+        pixels, labels = task_set.batch(0, 3, PREPROCESSING, CONFIG.augmentation, 5)
         images = towers.normalize_pixels(pixels)
         x, z = (F.normalize(f, dim=1) for f in REFERENCES[name].features(untrained, model, images, config))
         frozen_x = F.normalize(model.encode_image(images), dim=1)

@@ -21,12 +21,15 @@ from small_adapters import DIGITS, trained
 import pipeline
 from pipeline.clip.towers import ClipTowers
 from pipeline.data.images import evaluation_pixels
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import load_adapter, save_adapter
 from pipeline.prediction.calibration import fit_temperature, negative_log_likelihood
 from pipeline.prediction.mlflow_model import saved_mlflow_model
 from pipeline.prediction.model import BATCH_SIZE, PREFETCH_BATCHES
 from pipeline.serving.mixed_batch import PredictRequest, predict_batch
+
+PREPROCESSING = Preprocessing(32)
 
 
 def test_importing_the_package_imports_no_torch():
@@ -39,7 +42,7 @@ def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(adapte
     model = pipeline.load(adapter_file)
     assert model.tasks == ["ink", "neon", "pairs"] and model.labels("pairs") == ["zero", "one"]
     paths = sorted((digits / "ink").rglob("*.png"))[: BATCH_SIZE + 3]
-    pixels = torch.stack([torch.from_numpy(evaluation_pixels(path.read_bytes(), 32)) for path in paths])
+    pixels = torch.stack([torch.from_numpy(evaluation_pixels(path.read_bytes(), PREPROCESSING)) for path in paths])
     expected = load_adapter(adapter_file).classifier().probabilities("ink", pixels)
     decoded = [Image.open(path) for path in paths]
     for images in (
@@ -100,7 +103,7 @@ def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_pat
     assert sum(prediction.label == name for prediction, name in zip(expected, names)) > 10
     with saved_mlflow_model(tmp_path / "given.safetensors") as folder:
         table = mlflow.pyfunc.load_model(str(folder)).predict(pd.DataFrame({"image": images, "task": "ink"}))
-    pixels = torch.stack([torch.from_numpy(evaluation_pixels(image, 32)) for image in images])
+    pixels = torch.stack([torch.from_numpy(evaluation_pixels(image, PREPROCESSING)) for image in images])
     (served,) = predict_batch([PredictRequest(models["given"], "ink", pixels)], 7)
     records_by_interface = {
         "object": [prediction.record() for prediction in models["given"].predict(images, "ink")],

@@ -15,6 +15,7 @@ from servers import S3Server, free_ports
 
 import pipeline
 from pipeline.data.images import evaluation_pixels
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import load_adapter
 from pipeline.prediction import batch
@@ -33,8 +34,8 @@ def cluster(shared_ray):
 def run_prediction(file: Path, resources: WorkerResources, inputs, output, task=None, options=None, **kwargs) -> tuple:
     """Return (number of images, number of broken images), and the rows."""
     batch_input = find_batch_input([str(source) for source in inputs])
-    options = options or ModelOptions()
-    counts = predict_batch(load_adapter(file), options, task, batch_input, str(output), resources, 32, **kwargs)
+    arguments = (load_adapter(file), options or ModelOptions(), task, batch_input, str(output), resources)
+    counts = predict_batch(*arguments, Preprocessing(32), **kwargs)
     return counts, pq.read_table(output, schema=OUTPUT).to_pylist()
 
 
@@ -79,7 +80,8 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
     for row, prediction in zip(rows[-len(valid) :], expected):
         assert (row["task"], row["label"], row["error"]) == ("ink", prediction.label, None)
         assert row["probability"] == pytest.approx(prediction.probability, abs=1e-5)
-    images = torch.stack([torch.from_numpy(evaluation_pixels(Path(path).read_bytes(), 32)) for path in paths])
+    encoded = [Path(path).read_bytes() for path in paths]
+    images = torch.stack([torch.from_numpy(evaluation_pixels(image, Preprocessing(32))) for image in encoded])
     trained = load_adapter(adapter_file)
     probabilities, labels = trained.classifier().probabilities("ink", images).max(dim=1)
     assert [row["path"] for row in file_rows] == paths

@@ -38,6 +38,7 @@ from jobs import serve
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, MmapConfig
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
@@ -121,6 +122,7 @@ def test_models_of_different_clips_are_rejected():
         (replace_clip(adapter, weights="0" * 64), "their weights differ"),
         (replace_clip(adapter, model="ViT-B-32", pretrained=None), "their model configs differ"),
         (replace_clip(adapter, quick_gelu=True), "their model configs differ"),
+        (replace_clip(adapter, resize_mode="squash"), r"their clip.resize_mode differ \(shortest, squash\)"),
         (replace_clip(adapter, precision="bfloat16"), "their clip.precision differ"),
         (
             TrainedAdapter("mmap", before_sos, adapter.weights, adapter.groups, adapter.states),
@@ -230,7 +232,7 @@ def api(predict=None, ready: bool = True, **limits) -> HttpApi:
         return ready
 
     values = {"max_request_bytes": 2000, "max_images": 3, "max_waiting": 2, "timeout_s": 5.0, "decoding_threads": 1}
-    return HttpApi(SERVED, 32, Limits(**{**values, **limits}), predict or first_class, is_ready)
+    return HttpApi(SERVED, Preprocessing(32), Limits(**{**values, **limits}), predict or first_class, is_ready)
 
 
 async def send(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference_towers import reference_encode_image, reference_encode_text
 from saved_bytes import saved_bytes
-from small_clip import CLASS_NAMES, small_open_clip, small_towers, tokenizer
+from small_clip import CLASS_NAMES, PREPROCESSING, small_open_clip, small_towers, tokenizer
 
 from pipeline.clip.chunks import activation_bytes
 from pipeline.clip.class_tokens import class_tokens, counts_in_range
@@ -232,7 +232,7 @@ def test_models_that_cannot_take_prompts_are_refused():
     model = small_open_clip()
     model.text_pool_type = "last"
     with pytest.raises(UserError, match="not the end-of-text token"):
-        ClipTowers(model, tokenizer())
+        ClipTowers(model, tokenizer(), PREPROCESSING)
 
 
 def test_normalize_pixels():

@@ -34,6 +34,7 @@ from pipeline.config import TrainingConfig
 from pipeline.data import parquet
 from pipeline.data.images import evaluation_pixels
 from pipeline.data.parquet import SplitReader
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.classifier import Classifier
@@ -110,7 +111,7 @@ def test_the_trainer_equals_sgd_on_the_summed_losses(problem, momentum, weight_d
         losses = []
         for t, task_set in enumerate(sets):
             adaptation = slow()
-            pixels, labels = task_set.batch(step, 3, towers.image_size, CONFIG.augmentation, 5)
+            pixels, labels = task_set.batch(step, 3, towers.preprocessing, CONFIG.augmentation, 5)
             x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[t])
             z = reference_encode_text(model, ids, adaptation.text_prompts[t])
             losses.append(F.cross_entropy(towers.logits(x, z), labels))
@@ -378,7 +379,7 @@ def test_predictions_equal_a_simple_loop(split_reader, monkeypatch, device):
     rows = [(task, row) for task in tasks for row in split_reader.rows("test", task, ("image", "label", "path"))]
     assert sum(counts) == len(predictions) == len(rows) == sum(TEST_COUNTS.values())
     for prediction, (task, row) in zip(predictions, rows):
-        pixels = torch.from_numpy(evaluation_pixels(row["image"], classifier.towers.image_size))
+        pixels = torch.from_numpy(evaluation_pixels(row["image"], classifier.towers.preprocessing))
         probabilities = classifier.probabilities(task, pixels[None])[0].tolist()
         assert (prediction.task, prediction.path, prediction.label) == (task, row["path"], row["label"])
         assert prediction.predicted == int(np.argmax(probabilities))
@@ -404,7 +405,7 @@ def test_evaluation_beyond_one_chunk_keeps_paths_and_labels(split_reader, small_
     towers, _ = small_towers()
     classifier = zero_shot(towers)
     rows = [(task, row) for task in TEST_COUNTS for row in split_reader.rows("test", task, ("image", "label", "path"))]
-    pixels = torch.stack([torch.from_numpy(evaluation_pixels(row["image"], towers.image_size)) for _, row in rows])
+    pixels = torch.stack([torch.from_numpy(evaluation_pixels(row["image"], towers.preprocessing)) for _, row in rows])
     if stored_features:
         features = towers.encode_image(towers.normalize_pixels(pixels)).split(list(TEST_COUNTS.values()))
         predictions = evaluate_features(classifier, split_reader, dict(zip(TEST_COUNTS, features)))
@@ -426,7 +427,7 @@ def test_frozen_features_beyond_one_chunk_are_those_of_each_step(problem, small_
     features = frozen_training_features(towers, training_set, 7, config, 5, "float32", reported.append)
     assert reported == counts
     for step, step_features in enumerate(features):
-        pixels, _ = training_set.batch(step, batch_size, towers.image_size, config.augmentation, 5)
+        pixels, _ = training_set.batch(step, batch_size, towers.preprocessing, config.augmentation, 5)
         torch.testing.assert_close(step_features, towers.encode_image(towers.normalize_pixels(pixels)))
     assert len(features) == 7
 
@@ -437,14 +438,14 @@ def test_frozen_test_features_beyond_one_chunk_are_those_of_each_image(split_rea
     features = frozen_test_features(towers, split_reader, "chalk", 2, "float32", reported.append)
     assert reported == [5, 10, 15, 20, 23]
     pixels = [
-        torch.from_numpy(evaluation_pixels(row["image"], towers.image_size))
+        torch.from_numpy(evaluation_pixels(row["image"], towers.preprocessing))
         for row in split_reader.rows("test", "chalk", ("image",))
     ]
     torch.testing.assert_close(features, towers.encode_image(towers.normalize_pixels(torch.stack(pixels))))
 
 
 def test_batches_hold_the_stored_images_of_one_task(split_reader):
-    batches = list(decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2, batch_size=5))
+    batches = list(decoded_batches(split_reader, list(TEST_COUNTS), Preprocessing(16), threads=2, batch_size=5))
     assert [(task, len(rows)) for task, rows, _ in batches] == (
         [("chalk", 5)] * 4 + [("chalk", 3), ("ink", 3), ("neon", 5), ("neon", 3)]
     )
@@ -454,7 +455,7 @@ def test_batches_hold_the_stored_images_of_one_task(split_reader):
         assert [row for _, batch, _ in task_batches for row in batch] == [
             {"label": row["label"], "path": row["path"]} for row in rows
         ]
-        plain = [torch.from_numpy(evaluation_pixels(row["image"], 16)) for row in rows]
+        plain = [torch.from_numpy(evaluation_pixels(row["image"], Preprocessing(16))) for row in rows]
         assert torch.equal(torch.cat([pixels for _, _, pixels in task_batches]), torch.stack(plain))
 
 
@@ -462,7 +463,7 @@ def test_reading_ahead_is_bounded_and_ends_with_the_consumer(split_reader, monke
     read = []
     watch_rows(monkeypatch, lambda row: read.append(row["path"]) or row)
     threads = set(threading.enumerate())
-    batches = decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2, batch_size=2)
+    batches = decoded_batches(split_reader, list(TEST_COUNTS), Preprocessing(16), threads=2, batch_size=2)
     next(batches)
     end = time.monotonic() + 10
     while len(read) < 2 * (1 + PREFETCH_BATCHES) and time.monotonic() < end:
@@ -499,4 +500,4 @@ def test_a_model_that_fails_leaves_no_threads(split_reader):
 def test_a_missing_test_set_file_is_reported(split_reader):
     next((split_reader.folder / "test").glob("ink-*.parquet")).unlink()
     with pytest.raises(UserError, match="images of task 'ink', splits.json says 3"):
-        list(decoded_batches(split_reader, list(TEST_COUNTS), 16, threads=2))
+        list(decoded_batches(split_reader, list(TEST_COUNTS), Preprocessing(16), threads=2))

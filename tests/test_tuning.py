@@ -331,7 +331,7 @@ def test_training_epoch_by_epoch_equals_training_at_once(tmp_path):
 def test_decoded_images_are_evaluated_like_streamed_ones(tmp_path):
     write_test_splits(tmp_path)
     reader, classifier = SplitReader(tmp_path / "splits"), prompted_classifier()
-    batches = list(decoded_batches(reader, list(TEST_COUNTS), classifier.towers.image_size, 1))
+    batches = list(decoded_batches(reader, list(TEST_COUNTS), classifier.towers.preprocessing, 1))
     assert evaluate_decoded(classifier, batches) == evaluate(classifier, reader, list(TEST_COUNTS), 1)
 
 

@@ -51,6 +51,7 @@ from pipeline.clip.model_state import content_hash, fit_to_model
 from pipeline.clip.source import resolve_model
 from pipeline.clip.weights import resolve_weights
 from pipeline.config import BUILTIN_DIGITS, OPENAI_NAMES, ClipConfig, Config
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter
 
@@ -207,7 +208,10 @@ def test_folders_and_repositories_are_models_with_weights(folder, state, expecte
     assert clip_identity(pinned) == clip_identity(config)
     assert weights_fingerprint(load_clip(pinned)) == fingerprint
     assert json.loads(clip_identity(config).model_config)["quick_gelu"]
-    assert (build_meta_towers(pinned).image_size, build_meta_towers(pinned).vision_width) == (16, 32)
+    towers = build_meta_towers(pinned)
+    resize_mode = "shortest" if "CLIPModel" in source else "squash"
+    expected_preprocessing = Preprocessing(16, resize_mode, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert (towers.preprocessing, towers.vision_width) == (expected_preprocessing, 32)
     if config.model.startswith("hf-hub:"):
         assert re.fullmatch(rf"hf-hub:org/\w+@{COMMIT}", pinned.model)
         assert re.fullmatch(rf"{pinned.model}/\w+\.safetensors", clip_identity(config).weights)
@@ -248,7 +252,8 @@ def test_a_copy_of_a_clip_has_its_identity(folder):
     builtin = ClipConfig(model=BUILTIN_DIGITS, pretrained=BUILTIN_DIGITS)
     demo = resolve_weights(builtin, resolve_model(BUILTIN_DIGITS)).files[0]
     open_clip_folder(folder / "copy", load_file(demo), resolve_model(BUILTIN_DIGITS).model_config)
-    assert clip_identity(ClipConfig(model="./copy")) == clip_identity(builtin)
+    recorded = ClipConfig(**builtin.model_dump() | PREPROCESS)
+    assert clip_identity(ClipConfig(model="./copy")) == clip_identity(recorded) != clip_identity(builtin)
 
 
 def test_a_folder_may_have_other_weights_or_random_ones(folder, state):
@@ -277,7 +282,7 @@ def test_a_model_moves_to_another_machine(folder, state, expected):
     assert trained.with_weights(None) == trained
     assert ClipConfig(model="ViT-B-16").with_weights("./there").model == "ViT-B-16"
     adapter = TrainedAdapter("mmap", Config(clip=trained), expected[1], (), ())
-    assert adapter.towers(pretrained="./there").image_size == 16
+    assert adapter.towers(pretrained="./there").preprocessing.image_size == 16
     save_file({name: value + 1 for name, value in state.items()}, folder / "there" / "open_clip_model.safetensors")
     with pytest.raises(UserError, match="not those that this adapter was trained on: give the same weights"):
         adapter.towers(pretrained="local-dir:there")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -19,11 +19,19 @@ from torch import nn
 from pipeline.clip.checkpoint import State, read_checkpoint
 from pipeline.clip.model_state import content_hash, fit_to_model
 from pipeline.clip.precision import uses_bfloat16
+from pipeline.clip.preprocessing import (
+    check_input_size,
+    is_left_to_weights,
+    preprocessing_notes,
+    resize_input,
+    resolve_preprocessing,
+)
 from pipeline.clip.source import ModelSource, import_open_clip, resolve_model
 from pipeline.clip.text_files import text_files_hash, tokenizer_folder
 from pipeline.clip.towers import ClipTowers
 from pipeline.clip.weights import Weights, download_tag, resolve_weights
 from pipeline.config import ClipConfig, brings_weights
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 
 RANDOM_WEIGHTS_SEED = 0
@@ -41,6 +49,8 @@ class ClipIdentity:
     """`tag:<model>/<tag>`, `hf-hub:<repository>@<commit>/<file>`, `random:<seed>`, or for files on disk
     `sha256:<content_hash>`: the same for all formats and places of the same weights. It takes as long as a hash of the
     file in float32, a second for ViT-B/16."""
+    preprocessing: str
+    """JSON of the images' Preprocessing."""
 
 
 def clip_identity(config: ClipConfig) -> ClipIdentity:
@@ -48,7 +58,7 @@ def clip_identity(config: ClipConfig) -> ClipIdentity:
 
     Raises:
         UserError: unknown model or tag, missing file, file with more than tensors, weights that do not fit the model,
-            activation that contradicts the weights.
+            activation that contradicts the weights, preprocessing that cannot be done.
     """
     source = resolve_model(config.model)
     weights = resolve_weights(config, source)
@@ -62,17 +72,28 @@ def clip_identity(config: ClipConfig) -> ClipIdentity:
     model_config = {**source.model_config, "quick_gelu": quick_gelu}
     if text_files := _of_model(config, text_files_hash, source.model_config["text_cfg"], source.folder):
         model_config["text_files"] = text_files
-    return ClipIdentity(json.dumps(model_config, sort_keys=True), identity)
+    preprocessing = json.dumps(asdict(_preprocessing(config, source)), sort_keys=True)
+    return ClipIdentity(json.dumps(model_config, sort_keys=True), identity, preprocessing)
+
+
+def assumed_preprocessing(config: ClipConfig) -> list[str]:
+    """Return notes on what is assumed about the preprocessing of weights without a record of it."""
+    source = resolve_model(config.model)
+    recorded, preprocessing = _recorded_preprocessing(config, source), _preprocessing(config, source)
+    return preprocessing_notes(config, preprocessing, recorded, source.preprocess_config)
 
 
 def build_meta_towers(config: ClipConfig) -> ClipTowers:
     """Build towers on torch's meta device, which checks a model within moments, without weights.
 
     Raises:
-        UserError: the model's towers cannot take prompts, or are absurdly large.
+        UserError: the model's towers cannot take prompts, or are absurdly large; it takes no images of clip.image_size.
     """
     source = resolve_model(config.model)
-    return ClipTowers(_build_meta(source, config), load_tokenizer(config))
+    model, preprocessing = _build_meta(source, config), _preprocessing(config, source)
+    if config.image_size:
+        check_input_size(model, config.image_size, config.model)
+    return ClipTowers(model, load_tokenizer(config), preprocessing)
 
 
 @lru_cache(maxsize=1)  # so that a Ray worker loads CLIP once for all its trainings
@@ -96,7 +117,10 @@ def load_clip(
         model = _build(source, quick_gelu, config)
     if state:
         model.load_state_dict(state)
-    towers = ClipTowers(model, load_tokenizer(config), text_prompt_position, config.activation_memory_gib).to(device)
+    if config.image_size:
+        resize_input(model, config.image_size, config.model)
+    tokenizer, preprocessing = load_tokenizer(config), _preprocessing(config, source)
+    towers = ClipTowers(model, tokenizer, preprocessing, text_prompt_position, config.activation_memory_gib).to(device)
     if uses_bfloat16(towers.device, config.precision) and not float32:
         towers.fingerprint = weights_fingerprint(towers)
         towers.cast_weights_to_bfloat16()
@@ -190,14 +214,21 @@ def _build_meta(source: ModelSource, config: ClipConfig) -> nn.Module:
 
 
 def _build(source: ModelSource, quick_gelu: bool, config: ClipConfig, device: str = "cpu") -> nn.Module:
-    open_clip = import_open_clip()
     with _suppress_warnings():
         model: nn.Module = _of_model(config, source.build, quick_gelu, device)
-    preprocess_config = asdict(open_clip.transform.PreprocessCfg())
-    for values in (open_clip.get_pretrained_cfg(source.name, config.pretrained or ""), source.preprocess_config):
-        preprocess_config = open_clip.transform.merge_preprocess_dict(preprocess_config, values)
-    open_clip.set_model_preprocess_cfg(model, preprocess_config | {"size": getattr(model.visual, "image_size", None)})
     return model
+
+
+def _preprocessing(config: ClipConfig, source: ModelSource) -> Preprocessing:
+    recorded = dict(source.preprocess_config)
+    if is_left_to_weights(config):  # else they need not be here
+        recorded |= _recorded_preprocessing(config, source)
+    return resolve_preprocessing(config, source.model_config, recorded)
+
+
+def _recorded_preprocessing(config: ClipConfig, source: ModelSource) -> Mapping[str, Any]:
+    weights = resolve_weights(config, source)
+    return weights.preprocess_config if weights else {}
 
 
 def _of_model(config: ClipConfig, build: Callable[..., Any], *arguments: Any) -> Any:

@@ -36,6 +36,7 @@ from pipeline.clip.families.base import UnsupportedTower
 from pipeline.clip.image_encoder import encode_prompted_image
 from pipeline.clip.text_encoder import TextEncoder
 from pipeline.clip.tokenizer import describe_tokenizer
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 
 
@@ -45,12 +46,12 @@ class ClipTowers(nn.Module):
     Args:
         model: open_clip `CLIP` or `CustomTextCLIP`.
         tokenizer: the model's tokenizer, of `open_clip.get_tokenizer`.
+        preprocessing: how images become the model's input.
         text_prompt_position: after_sos (the start token does not see the prompts) or before_sos.
         activation_memory_gib: limit in GiB of what each tower keeps for its backward pass.
 
     Raises:
-        UserError: no family of `pipeline/clip/families` describes the text tower, or not with this tokenizer; the image
-            is not square.
+        UserError: no family of `pipeline/clip/families` describes the text tower, or not with this tokenizer.
     """
 
     logit_scale: torch.Tensor
@@ -61,6 +62,7 @@ class ClipTowers(nn.Module):
         self,
         model: nn.Module,
         tokenizer: object,
+        preprocessing: Preprocessing,
         text_prompt_position: str = "after_sos",
         activation_memory_gib: float = math.inf,
     ):
@@ -82,9 +84,8 @@ class ClipTowers(nn.Module):
         self.activation_memory_gib = activation_memory_gib
         self.fingerprint: str | None = None
         """Fingerprint of the weights before any cast."""
-        self.image_size = _square_image_size(self.visual)
-        for name in ("mean", "std"):
-            value = cast(Sequence[float], getattr(model.visual, f"image_{name}"))
+        self.preprocessing = preprocessing
+        for name, value in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(f"pixel_{name}", torch.tensor(value)[:, None, None] * 255, persistent=False)
         self._black_box_bytes: dict[bool, int] = {}
         self.requires_grad_(False).eval()
@@ -229,12 +230,3 @@ class ClipTowers(nn.Module):
         x = F.normalize(image_features.to(dtype), dim=-1)
         z = F.normalize(text_features.to(dtype), dim=-1)
         return self.logit_scale.exp() * x @ z.T
-
-
-def _square_image_size(visual: nn.Module) -> int:
-    """Raises: UserError: the model's images are not square."""
-    size = cast("int | tuple[int, ...]", visual.image_size)
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise UserError(f"clip.model: its images are not square, but {size}: use another model")
-    return sides.pop()

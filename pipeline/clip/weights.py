@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.clip.snapshot import LocalFolder, Snapshot, folder_path, no_such_path, open_snapshot
 from pipeline.clip.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_snapshot
@@ -48,6 +50,8 @@ class Weights:
     """hf-hub:ORG/NAME@COMMIT of a repository on the Hub."""
     quick_gelu: bool | None = None
     """Whether they need QuickGELU; None: not known before they are read."""
+    preprocess_config: Mapping[str, Any] = field(default_factory=dict)
+    """open_clip's preprocess_cfg that is recorded for them, as of ModelSource; empty: nothing is, as for a file."""
 
 
 def resolve_weights(config: ClipConfig, source: ModelSource) -> Weights | None:
@@ -63,13 +67,19 @@ def resolve_weights(config: ClipConfig, source: ModelSource) -> Weights | None:
     if pretrained == BUILTIN_DIGITS:
         return Weights(option, (DEMO / "digits_clip.safetensors",))
     if source.name and (tag := import_open_clip().get_pretrained_cfg(source.name, pretrained)):
-        return Weights(option, identity=f"tag:{source.name}/{pretrained}", quick_gelu=bool(tag.get("quick_gelu")))
+        identity, quick_gelu = f"tag:{source.name}/{pretrained}", bool(tag.get("quick_gelu"))
+        return Weights(option, identity=identity, quick_gelu=quick_gelu, preprocess_config=tag)
     path = folder_path(pretrained)
     if pretrained.startswith((HUB_PREFIX, FOLDER_PREFIX)) or path.is_dir():
         snapshot = open_snapshot("clip.pretrained", pretrained)
         files = _files_in(snapshot)
         identity = f"{snapshot.repository}/{files[0].name}" if snapshot.repository else ""
-        return Weights(option, files, identity, snapshot.path, snapshot.repository, _quick_gelu_of(snapshot))
+        weights = Weights(option, files, identity, snapshot.path, snapshot.repository)
+        if not snapshot.find(*CONFIG_NAMES):
+            return weights
+        described = read_snapshot(snapshot)
+        quick_gelu = bool(described.model_config.get("quick_gelu", False))
+        return replace(weights, quick_gelu=quick_gelu, preprocess_config=described.preprocess_config)
     if path.is_file():
         return Weights(option, _parts(path, LocalFolder(option, path.parent)), path=path.absolute())
     if path.suffix.lower() in _SUFFIXES or len(path.parts) > 1:
@@ -131,13 +141,6 @@ def _parts(file: Path, snapshot: Snapshot) -> tuple[Path, ...]:
             "download them into its folder"
         )
     return tuple(path for path in parts.values() if path)
-
-
-def _quick_gelu_of(snapshot: Snapshot) -> bool | None:
-    """Return the activation by the config of the folder, if it has one."""
-    if not snapshot.find(*CONFIG_NAMES):
-        return None
-    return bool(read_snapshot(snapshot).model_config.get("quick_gelu", False))
 
 
 def _unknown_tag(pretrained: str, source: ModelSource, model: str) -> UserError:

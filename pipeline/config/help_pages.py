@@ -52,9 +52,11 @@ def help_page(
         return "\n".join([*lines, ""])
     if options.model_fields:
         lines.append("")
-    lines.append("Config fields, with defaults. Values are written as in YAML; a list may also be written a b c:")
-    files = f"YAML files of fields; later files override earlier ones, options override files (default: {base_help})"
-    lines += _wrap_entry("--config FILE ...", files)
+    lines.append(
+        "Config fields with defaults, written as in YAML; a list also as a b c. Options override files, later files "
+        "earlier ones:"
+    )
+    lines += _wrap_entry("--config FILE ...", f"YAML files of fields (default: {base_help})")
     lines += _format_sections(run_fields, full=page == "all")
     if page == "all":
         return "\n".join([*lines, *_format_sections(method_fields, full=True), ""])

@@ -33,6 +33,12 @@ OPENAI_NAMES = {
     "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
 }
 """OpenAI's name of a model → open_clip's, with the activation of OpenAI's weights."""
+ResizeMode = Literal["shortest", "longest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+Channels = tuple[float, float, float]
+"""A number for each of R, G, B."""
+_Positive = Annotated[float, Field(gt=0)]
+PositiveChannels = tuple[_Positive, _Positive, _Positive]
 
 
 class DataConfig(Section, affects=("data",)):
@@ -86,6 +92,19 @@ class ClipConfig(Section, affects=("clip",)):
     null: random weights. Unless given, those of `model`, if it is a folder or a repository."""
     quick_gelu: bool | None = None
     """Use the QuickGELU activation, as the weights were trained; null: as open_clip records for the tag or model."""
+    image_size: PositiveInt | None = None
+    """Side of the model's square input in pixels, for which its position embedding is resized; null: the model's."""
+    resize_mode: ResizeMode | None = None
+    """How images become square. shortest: shorter side to image_size, center crop; longest: longer side to image_size,
+    padding; squash: both sides to image_size. null: as recorded for the weights (docs/models.md)."""
+    interpolation: Interpolation | None = None
+    """Interpolation of resizing, in training too: bicubic or bilinear; null: as recorded for the weights."""
+    mean: Channels | None = None
+    """Mean of R, G and B (0 to 1) to standardize images with; null: as recorded for the weights."""
+    std: PositiveChannels | None = None
+    """Standard deviation of R, G and B (0 to 1) to standardize images with; null: as recorded for the weights."""
+    fill_color: Annotated[int, Field(ge=0, le=255)] | None = None
+    """Gray level (0 to 255) of the padding of resize_mode longest; null: as recorded for the weights."""
     template: Annotated[Template, affects("training", "evaluation")] = "a photo of a {}."
     """Prompt template; {} is the placeholder of the class name."""
     task_templates: Annotated[dict[str, Template], affects("training", "evaluation")] = {}
@@ -150,11 +169,16 @@ class MmapConfig(Section, affects=("method",)):
 
 class AugmentationConfig(Section, affects=("training", "training_features")):
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Minimum and maximum area of a random resized crop, as a fraction of the image; (1, 1): no random crop."""
+    """Minimum and maximum area of a random resized crop, as a fraction of the image; (1, 1): no crop,
+    but the preprocessing of test images."""
     crop_ratio: Annotated[float, Field(ge=1)] = 4 / 3
     """Maximum aspect ratio of a random resized crop; the minimum is its inverse."""
     flip: bool = True
     """Flip images horizontally with probability 0.5."""
+
+    @property
+    def random_crop(self) -> bool:
+        return self.crop_scale != (1.0, 1.0)
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentationConfig:

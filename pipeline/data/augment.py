@@ -1,5 +1,5 @@
 """Random resized crop and horizontal flip of a batch, on the device of its pixels. Random numbers are drawn at once;
-the resize is torch's bicubic with antialiasing."""
+torch resizes, with antialiasing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import AugmentationConfig
+from pipeline.data.preprocessing import Preprocessing
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop; then a center crop
 
@@ -19,13 +20,8 @@ def crop_boxes(
 ) -> torch.Tensor:
     """Draw boxes (B, 4) int64 of (top, left, height, width) in images of `heights`, `widths` (B,) as torchvision's
     RandomResizedCrop: uniform area, log-uniform aspect ratio, uniform position; center crop if no attempt fits.
-
-    crop_scale (1, 1) gives the center square of the evaluation's preprocessing.
     """
     num_images = len(heights)
-    short = torch.minimum(heights, widths)
-    if tuple(config.crop_scale) == (1.0, 1.0):
-        return torch.stack([(heights - short) // 2, (widths - short) // 2, short, short], dim=1)
     uniform = torch.rand(num_images, CROP_ATTEMPTS, 2, generator=generator, dtype=torch.float64)
     position = torch.rand(num_images, 2, generator=generator, dtype=torch.float64)
     low, high = config.crop_scale
@@ -48,25 +44,29 @@ def crop_boxes(
 
 def augment(
     images: Sequence[torch.Tensor],
-    image_size: int,
+    preprocessing: Preprocessing,
     config: AugmentationConfig,
     generator: torch.Generator,
     shard: slice = slice(None),
 ) -> torch.Tensor:
-    """Crop, resize and flip uint8 `images` (3, h_i, w_i) → float32 (B, 3, image_size, image_size), 0-255.
+    """Crop, resize and flip the uint8 `images` (3, h_i, w_i) of `training_pixels` → float32 (B, 3, S, S), 0-255.
 
     Random numbers come from a CPU `generator`, independent of the device, and are drawn for all images, independent of
     the `shard` that is returned.
     """
-    device = images[0].device
-    heights = torch.tensor([image.shape[1] for image in images])
-    widths = torch.tensor([image.shape[2] for image in images])
-    boxes = crop_boxes(heights, widths, config, generator)[shard]
+    device, size = images[0].device, preprocessing.image_size
+    if config.random_crop:
+        heights = torch.tensor([image.shape[1] for image in images])
+        widths = torch.tensor([image.shape[2] for image in images])
+        boxes = crop_boxes(heights, widths, config, generator)[shard]
+        pixels = torch.empty(len(boxes), 3, size, size, device=device)
+        for slot, image, (top, left, height, width) in zip(pixels, images[shard], boxes.tolist()):
+            crop = image[None, :, top : top + height, left : left + width].float()
+            slot[:] = F.interpolate(crop, size=size, mode=preprocessing.interpolation, antialias=True)[0]
+        pixels.clamp_(0, 255)
+    else:
+        pixels = torch.stack(list(images[shard])).float()
     flipped = (torch.rand(len(images), generator=generator) < 0.5)[shard]
-    pixels = torch.empty(len(boxes), 3, image_size, image_size, device=device)
-    for slot, image, (top, left, height, width) in zip(pixels, images[shard], boxes.tolist()):
-        crop = image[None, :, top : top + height, left : left + width].float()
-        slot[:] = F.interpolate(crop, size=slot.shape[1:], mode="bicubic", antialias=True)[0]
     if config.flip:
         pixels = torch.where(flipped.to(device)[:, None, None, None], pixels.flip(-1), pixels)
-    return pixels.clamp_(0, 255)
+    return pixels

@@ -1,4 +1,4 @@
-"""Decode and resize images as CLIP's own preprocessing does (RGB, bicubic with antialiasing).
+"""Decode and resize images as open_clip does, with Pillow, which resizes with antialiasing.
 
 Choices that matter only for images other than 8-bit RGB or gray:
 - convert to RGB before resizing, as CoOp and its successors: a palette image is otherwise resized by nearest neighbor;
@@ -15,6 +15,8 @@ from typing import cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from pipeline.data.preprocessing import Preprocessing
 
 TRAINING_OVERSIZE = 2
 """Training images are kept with a shorter side of up to this many times the model's input: enough detail for small
@@ -33,8 +35,9 @@ SUFFIXES_OF_FORMAT = {
 """Allowed formats; some others of Pillow start programs (EPS: Ghostscript)."""
 FORMATS = tuple(sorted(SUFFIXES_OF_FORMAT.keys() - {"MPO"}))
 """Formats to open: Pillow opens an MPO as JPEG."""
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_RATIO = 1000
-"""Above this aspect ratio, evaluation crops the center before resizing."""
+"""Above this aspect ratio, evaluation crops the center before it resizes the shorter side."""
 MAX_PIXELS = cast(int, Image.MAX_IMAGE_PIXELS)  # None only if a program removed Pillow's limit
 """Pillow's limit against decompression bombs (89 million)."""
 MAX_BYTES = 6 * MAX_PIXELS
@@ -90,30 +93,43 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
 
 
-def evaluation_pixels(source: bytes | Image.Image, image_size: int) -> np.ndarray:
-    """Resize an encoded or decoded image's shorter side to `image_size` and crop the center → uint8
-    (3, image_size, image_size)."""
+def evaluation_pixels(source: bytes | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and crop or pad an encoded or decoded image → uint8 (3, S, S), S = `preprocessing.image_size`."""
     image = _rgb(source) if isinstance(source, Image.Image) else decode_rgb(source)
-    width, height = image.size
-    short = min(width, height)
-    if max(width, height) > MAX_RATIO * short:
-        # Resizing an image of 1 x 60,000 pixels would take gigabytes.
-        image = _center(image, min(width, MAX_RATIO * short), min(height, MAX_RATIO * short))
-        width, height = image.size
-    if short != image_size:
-        # As torchvision: the longer side is truncated to an integer, not rounded.
-        width, height = int(image_size * width / short), int(image_size * height / short)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _channels_first(_center(image, image_size, image_size))
+    size, resampling = preprocessing.image_size, RESAMPLING[preprocessing.interpolation]
+    match preprocessing.resize_mode:
+        case "shortest":
+            short = min(image.size)
+            # Resizing an image of 1 x 60,000 pixels would take gigabytes.
+            image = _center(image, min(image.width, MAX_RATIO * short), min(image.height, MAX_RATIO * short))
+            # As torchvision: the longer side is truncated to an integer, not rounded.
+            image = image.resize((int(size * image.width / short), int(size * image.height / short)), resampling)
+            image = _center(image, size, size)
+        case "longest":
+            ratio = max(image.size) / size
+            width, height = max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
+            padded = Image.new("RGB", (size, size), (preprocessing.fill_color,) * 3)
+            padded.paste(image.resize((width, height), resampling), ((size - width) // 2, (size - height) // 2))
+            image = padded
+        case "squash":
+            image = image.resize((size, size), resampling)
+    return _channels_first(image)
 
 
-def training_pixels(data: bytes, image_size: int) -> np.ndarray:
-    """Decode an image, its shorter side at most TRAINING_OVERSIZE × `image_size` → uint8 (3, height, width)."""
+def training_pixels(data: bytes, preprocessing: Preprocessing, random_crop: bool) -> np.ndarray:
+    """Decode an image for training → uint8 (3, height, width).
+
+    Args:
+        random_crop: keep the whole image, its shorter side at most TRAINING_OVERSIZE times the model's input; False:
+            return the pixels of `evaluation_pixels`.
+    """
+    if not random_crop:
+        return evaluation_pixels(data, preprocessing)
     image = decode_rgb(data)
     width, height = image.size
-    shrink = TRAINING_OVERSIZE * image_size / min(width, height)
+    shrink = TRAINING_OVERSIZE * preprocessing.image_size / min(width, height)
     if shrink < 1:
-        image = image.resize((round(width * shrink), round(height * shrink)), Image.Resampling.BICUBIC)
+        image = image.resize((round(width * shrink), round(height * shrink)), RESAMPLING[preprocessing.interpolation])
     return _channels_first(image)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipeline.files import atomic_write
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.registry import get_method, method_options
 
-FORMAT = 3
+FORMAT = 4
 
 
 class _Header(BaseModel):
@@ -42,14 +42,28 @@ class _Header(BaseModel):
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """Trained adapter of one or several groups. `config`: only its CLIP and the method's section matter; `weights`:
-    fingerprint of the CLIP it was trained on; `groups`: task → class names by label; `states`: their state dicts."""
+    """Trained adapter of one or several groups. `config`: only its CLIP, with preprocessing, and the method's section
+    matter; `weights`: fingerprint of the CLIP it was trained on; `groups`: task → class names by label; `states`: their
+    state dicts."""
 
     method: str
     config: Config
     weights: str
     groups: tuple[dict[str, list[str]], ...]
     states: tuple[dict[str, torch.Tensor], ...]
+
+    @classmethod
+    def on_towers(
+        cls,
+        towers: ClipTowers,
+        method: str,
+        config: Config,
+        groups: tuple[dict[str, list[str]], ...],
+        states: tuple[dict[str, torch.Tensor], ...],
+    ) -> TrainedAdapter:
+        """Return an adapter trained on `towers`, of which it records the weights and the preprocessing."""
+        clip = config.clip.model_copy(update=asdict(towers.preprocessing))
+        return cls(method, config.model_copy(update={"clip": clip}), weights_fingerprint(towers), groups, states)
 
     @property
     def class_names(self) -> dict[str, list[str]]:

@@ -25,6 +25,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from pipeline.data.index import IMAGE_SUFFIXES
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.files import FREE_SPACE_ADVICE, atomic_replace
 from pipeline.methods.adapter_file import TrainedAdapter
@@ -95,7 +96,7 @@ def predict_batch(
     batch_input: BatchInput,
     output: str,
     worker_resources: WorkerResources,
-    image_size: int,
+    preprocessing: Preprocessing,
     on_progress: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> tuple[int, int]:
     """Write a new folder of Parquet files with the columns of OUTPUT, in the order of the input; Ray must be connected.
@@ -120,7 +121,7 @@ def predict_batch(
     context.enable_progress_bars = False  # on_progress reports
     context.execution_options.preserve_order = True
     adapter_ref = ray.put(adapter)  # once for all actors; owned by the driver, for actors that restart
-    dataset = _decoded_dataset(batch_input, task, adapter.class_names, image_size, worker_resources)
+    dataset = _decoded_dataset(batch_input, task, adapter.class_names, preprocessing, worker_resources)
     dataset = dataset.map_batches(
         _Predictor,
         fn_constructor_args=([adapter_ref], options, worker_resources),
@@ -161,7 +162,7 @@ def _decoded_dataset(
     batch_input: BatchInput,
     task: str | None,
     tasks: dict[str, list[str]],
-    image_size: int,
+    preprocessing: Preprocessing,
     worker_resources: WorkerResources,
 ) -> ray.data.Dataset:
     """Rows of path, task, pixels, error."""
@@ -182,7 +183,7 @@ def _decoded_dataset(
         dataset = ray.data.from_arrow(blocks)
     return dataset.map_batches(
         cast(Any, decode_rows),  # Ray's types do not know functions with fn_args
-        fn_args=(batch_input.uri, task, list(tasks), image_size),
+        fn_args=(batch_input.uri, task, list(tasks), preprocessing),
         batch_size=DECODE_BATCH_SIZE,
         batch_format="pyarrow",
         num_cpus=0.5,

@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 
 from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read_image
 from pipeline.data.names import escape_for_terminal
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import escape_controls
 from pipeline.runtime.storage import open_bucket
 
@@ -21,7 +22,7 @@ READING_THREADS = 4
 
 
 def decode_rows(
-    rows: pa.Table, uri: str | None, task: str | None, tasks: Sequence[str], image_size: int
+    rows: pa.Table, uri: str | None, task: str | None, tasks: Sequence[str], preprocessing: Preprocessing
 ) -> dict[str, np.ndarray]:
     """Return path, task, pixels, error of rows with `file`, or with `image` and optionally `path` and `task`.
 
@@ -30,8 +31,8 @@ def decode_rows(
         task: task of rows without one.
         tasks: tasks of the model.
     """
-    num_rows = len(rows)
-    pixels = np.zeros((num_rows, 3, image_size, image_size), np.uint8)
+    num_rows, size = len(rows), preprocessing.image_size
+    pixels = np.zeros((num_rows, 3, size, size), np.uint8)
     row_tasks = [task] * num_rows
     if "file" in rows.column_names:
         names = [os.fsdecode(file) for file in rows["file"].to_pylist()]
@@ -51,7 +52,7 @@ def decode_rows(
         try:
             if not (data := readers[row]()):
                 raise BrokenImage("no bytes")
-            pixels[row] = evaluation_pixels(data, image_size)
+            pixels[row] = evaluation_pixels(data, preprocessing)
             return ""
         except (BrokenImage, OSError) as error:
             return escape_controls(str(error)) or type(error).__name__

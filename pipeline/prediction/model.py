@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.clip.towers import ClipTowers
 from pipeline.data.images import BrokenImage, evaluation_pixels, read_image
 from pipeline.data.prefetch import prefetch
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError, escape_controls
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.calibration import fit_temperature
@@ -103,9 +104,9 @@ class TrainedModel:
         return list(self._labels)
 
     @property
-    def image_size(self) -> int:
-        """Side length of the images that `predict_pixels` takes, in pixels."""
-        return self.classifier.towers.image_size
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing of images, as in training."""
+        return self.classifier.towers.preprocessing
 
     def labels(self, task: str) -> list[str]:
         """Return the labels of a task's classes: the first name of each. Raises: UserError: unknown task."""
@@ -141,8 +142,8 @@ class TrainedModel:
                 yield ImagePrediction(task, None, None, {}, error) if error else next(predictions)
 
     def predict_pixels(self, pixels: torch.Tensor, task: str | None = None) -> list[ImagePrediction]:
-        """Return the predictions of `predict` for uint8 pixels (B, 3, S, S), S = `image_size`, from
-        `pipeline.data.images.evaluation_pixels`."""
+        """Return the predictions of `predict` for uint8 pixels (B, 3, S, S) from
+        `pipeline.data.images.evaluation_pixels` with the model's `preprocessing`."""
         return list(self._predict(pixels, self.resolve_tasks(task), task))
 
     def resolve_tasks(self, task: str | None) -> list[str]:
@@ -207,14 +208,15 @@ class TrainedModel:
 
     def _decode_batches(self, images: Iterable[ImageSource]) -> Iterator[tuple[torch.Tensor, list[str]]]:
         """Yield batches of uint8 pixels (B, 3, S, S) and the error of each image, PREFETCH_BATCHES ahead."""
-        images = iter(images)
+        images, preprocessing = iter(images), self.preprocessing
+        size = preprocessing.image_size
 
         def start_decoding() -> Iterator[tuple[torch.Tensor, list[Future[str]]]]:
             while batch := list(islice(images, BATCH_SIZE)):
-                pixels = torch.zeros(len(batch), 3, self.image_size, self.image_size, dtype=torch.uint8)
+                pixels = torch.zeros(len(batch), 3, size, size, dtype=torch.uint8)
                 yield (
                     pixels,
-                    [self._threads.submit(_decode_into, *pair) for pair in zip(batch, pixels.numpy())],
+                    [self._threads.submit(_decode_into, *pair, preprocessing) for pair in zip(batch, pixels.numpy())],
                 )
 
         for pixels, errors in prefetch(start_decoding(), PREFETCH_BATCHES):
@@ -237,7 +239,7 @@ class TrainedModel:
             raise UserError(f"unknown task {task!r}; the model has the tasks {', '.join(self._labels)}")
 
 
-def _decode_into(image: ImageSource, pixels: np.ndarray) -> str:
+def _decode_into(image: ImageSource, pixels: np.ndarray, preprocessing: Preprocessing) -> str:
     """Decode the image into `pixels` (3, S, S); return the error, or "" on success."""
     if not isinstance(image, _IMAGE_TYPES):
         raise TypeError(
@@ -248,7 +250,7 @@ def _decode_into(image: ImageSource, pixels: np.ndarray) -> str:
             image = read_image(Path(image))
         elif isinstance(image, np.ndarray):
             image = _array_to_image(image)
-        pixels[:] = evaluation_pixels(image, pixels.shape[-1])
+        pixels[:] = evaluation_pixels(image, preprocessing)
         return ""
     except (BrokenImage, OSError) as error:
         return escape_controls(str(error)) or type(error).__name__

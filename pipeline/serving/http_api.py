@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from pipeline.data.images import BrokenImage, evaluation_pixels
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import escape_controls
 
 BATCH_SIZE_HEADER = "X-Batch-Size"
@@ -76,7 +77,7 @@ class HttpApi:
     """
     Args:
         models: by their name in the URLs.
-        image_size: side length of the models' input.
+        preprocessing: preprocessing of images, the same for all models.
         predict: maps (model, task or None, uint8 pixels (B, 3, S, S)) to an Answer; raises NoReplicaError.
         ready: True if a replica can answer now.
     """
@@ -84,12 +85,12 @@ class HttpApi:
     def __init__(
         self,
         models: Mapping[str, ServedModel],
-        image_size: int,
+        preprocessing: Preprocessing,
         limits: Limits,
         predict: Callable[[str, str | None, np.ndarray], Awaitable[Answer]],
         ready: Callable[[], Awaitable[bool]],
     ):
-        self._models, self._image_size, self._limits = models, image_size, limits
+        self._models, self._preprocessing, self._limits = models, preprocessing, limits
         self._predict_pixels, self._ready = predict, ready
         self._decoding_threads = ThreadPoolExecutor(limits.decoding_threads, "decode")
         self._num_in_flight = 0
@@ -121,7 +122,7 @@ class HttpApi:
             "method": model.method,
             "clip": model.clip,
             "weights": model.weights,
-            "image_size": self._image_size,
+            "image_size": self._preprocessing.image_size,
             "tasks": model.labels,
             "threshold": model.threshold,
             "temperatures": model.temperatures,
@@ -226,7 +227,7 @@ class HttpApi:
         try:
             if not image:
                 raise BrokenImage("no bytes")
-            return evaluation_pixels(image, self._image_size)
+            return evaluation_pixels(image, self._preprocessing)
         except BrokenImage as error:
             return escape_controls(str(error)) or type(error).__name__
         except MemoryError:

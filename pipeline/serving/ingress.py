@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.serving.http_api import Answer, HttpApi, Limits, NoReplicaError, ServedModel
 
 MAX_ATTEMPTS = 4
@@ -28,11 +29,15 @@ class Ingress:
     """Ingress that retries predictions, but not decoding, so that an image that crashes a decoder does so once."""
 
     def __init__(
-        self, replicas: DeploymentHandle[Any], models: dict[str, ServedModel], image_size: int, limits: Limits
+        self,
+        replicas: DeploymentHandle[Any],
+        models: dict[str, ServedModel],
+        preprocessing: Preprocessing,
+        limits: Limits,
     ):
         self._replicas = replicas
         self._last_answer_time = -float("inf")
-        self._api = HttpApi(models, image_size, limits, self._predict, self._ready)
+        self._api = HttpApi(models, preprocessing, limits, self._predict, self._ready)
 
     async def __call__(self, request: Request) -> Response:
         return await self._api(request)

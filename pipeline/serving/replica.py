@@ -73,5 +73,5 @@ class ModelReplica:
 
     def _warm_up(self) -> None:
         for model in self._models.values():
-            size = model.image_size
+            size = model.preprocessing.image_size
             model.predict_pixels(torch.zeros(1, 3, size, size, dtype=torch.uint8), model.tasks[0])

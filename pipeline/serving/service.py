@@ -77,7 +77,7 @@ def running_service(adapters: NamedAdapters, options: ServiceOptions, ends_with_
     adapters_ref = ray.put(dict(adapters))  # once for all replicas; owned by the driver, for replicas that restart
     models = {name: _describe_model(adapter, saved) for name, (adapter, saved) in adapters.items()}
     adapter, saved = next(iter(adapters.values()))
-    image_size = build_meta_towers(adapter.config.clip.with_weights(saved.pretrained)).image_size
+    preprocessing = build_meta_towers(adapter.config.clip.with_weights(saved.pretrained)).preprocessing
     deployment_options: dict[str, Any] = {
         "health_check_period_s": HEALTH_CHECK_INTERVAL_S,
         "graceful_shutdown_wait_loop_s": 0.5,
@@ -102,7 +102,7 @@ def running_service(adapters: NamedAdapters, options: ServiceOptions, ends_with_
     try:
         application = replica.bind([adapters_ref], options.worker_resources, options.max_batch, options.batch_wait_s)
         replicas = _deploy(application, MODELS_APP, None)
-        _deploy(ingress.bind(replicas, models, image_size, options.limits), INGRESS_APP, "/")
+        _deploy(ingress.bind(replicas, models, preprocessing, options.limits), INGRESS_APP, "/")
         yield
         with suppress(TimeoutError):  # raised after a minute
             serve.delete(INGRESS_APP)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
 
-from pipeline.clip.load import clip_identity
+from pipeline.clip.load import ClipIdentity, clip_identity
 from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.towers import ClipTowers
-from pipeline.config import ClipConfig
+from pipeline.config import ClipConfig, values_affecting
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.methods.registry import get_method
@@ -24,14 +25,11 @@ NamedAdapters = Mapping[str, tuple[TrainedAdapter, ModelOptions]]
 def check_one_clip(adapters: NamedAdapters) -> None:
     """Raises: UserError: two models cannot share a CLIP, or a CLIP is missing."""
 
-    @cache  # it reads the weights
-    def model_config(model: str, pretrained: str | None, quick_gelu: bool | None) -> str:
-        return clip_identity(ClipConfig(model=model, pretrained=pretrained, quick_gelu=quick_gelu)).model_config
-
+    identity = cache(clip_identity)  # it reads the weights
     reference, *names = adapters
-    expected = _clip_properties(*adapters[reference], model_config)
+    expected = _clip_properties(*adapters[reference], identity)
     for name in names:
-        for key, value in _clip_properties(*adapters[name], model_config).items():
+        for key, value in _clip_properties(*adapters[name], identity).items():
             if value != expected[key]:
                 raise UserError(
                     f"models {reference!r} and {name!r} cannot share a CLIP: their {key} differ "
@@ -58,13 +56,15 @@ def load_models(adapters: NamedAdapters, device: str) -> dict[str, TrainedModel]
 
 
 def _clip_properties(
-    adapter: TrainedAdapter, options: ModelOptions, model_config: Callable[[str, str | None, bool | None], str]
+    adapter: TrainedAdapter, options: ModelOptions, identity: Callable[[ClipConfig], ClipIdentity]
 ) -> dict[str, str]:
     """Return the properties that must be equal in models that share a CLIP."""
     clip = adapter.config.clip.with_weights(options.pretrained)
+    loaded = identity(ClipConfig(**values_affecting(clip, "clip")))
     return {
         "weights": adapter.weights,
-        "model configs": model_config(clip.model, clip.pretrained, clip.quick_gelu),
+        "model configs": loaded.model_config,
+        **{f"clip.{name}": str(value) for name, value in json.loads(loaded.preprocessing).items()},
         "clip.precision": clip.precision,
         "mmap.text_prompt_position": adapter.config.mmap.text_prompt_position,
     }

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.clip.load import weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Effect
 from pipeline.files import read_json, write_json
@@ -262,8 +261,8 @@ def _train_group(
     with artifact.writer(publish=shard.is_main_process) as writer:
         if kind.trainable:
             spec.train(towers, method, training_config(spec.method, config).epochs, writer, reporter)
-        fingerprint = weights_fingerprint(towers)
-        trained = TrainedAdapter(spec.method, config, fingerprint, (class_names,), (dict(method.state_dict()),))
+        states = (dict(method.state_dict()),)
+        trained = TrainedAdapter.on_towers(towers, spec.method, config, (class_names,), states)
         with torch.no_grad():
             tokens = kind.tokenize(config, towers.tokenizer, class_names)
             classifier = Classifier(towers, [(class_names, tokens, method())], config.clip.precision)

@@ -81,7 +81,12 @@ def _encode_training_images(
 ) -> torch.Tensor:
     config, towers = spec.config, spec.towers()
     (training_set,) = load_training_sets(
-        spec.reader(), spec.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
+        spec.reader(),
+        spec.tasks,
+        towers.preprocessing,
+        training.augmentation.random_crop,
+        towers.device,
+        config.cluster.cpus_per_worker,
     )
     return frozen_training_features(
         towers,

@@ -8,7 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.clip.load import ClipIdentity, build_meta_towers, clip_identity, local_paths, with_absolute_paths
+from pipeline.clip.load import (
+    ClipIdentity,
+    assumed_preprocessing,
+    build_meta_towers,
+    clip_identity,
+    local_paths,
+    with_absolute_paths,
+)
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import (
     BUILTIN_DIGITS,
@@ -138,9 +145,9 @@ def make_plan(
                 "clip.model=builtin:digits, the tiny CLIP of the demo, only knows handwritten digits: for other images "
                 "use --clip.model ViT-B-16 --clip.pretrained openai, or a --config FILE with these"
             )
-        for note in [*unexpected_counts(config.data, dataset_index), *notes]:
-            console.print(f"  {note}", style="yellow", markup=False, highlight=False)
+        _print_notes(console, *unexpected_counts(config.data, dataset_index), *notes)
         clip, shape = _check_model(config, dataset_index, variants or (*DEFAULT_VARIANTS, *config.baselines))
+        _print_notes(console, *assumed_preprocessing(config.clip))
         check_constraints([*other_tasks, *dataset_index.classes], **config.grouping.constraints)
         check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
 
@@ -152,6 +159,11 @@ def make_plan(
     plan = Plan(config, storage, dataset_index, clip, shape, splits, output_kind, extra_key_inputs or {})
     write_file(create_folder(plan.folder) / "config.yaml", to_yaml(config))
     return plan
+
+
+def _print_notes(console: Console, *notes: str) -> None:
+    for note in notes:
+        console.print(f"  {note}", style="yellow", markup=False, highlight=False)
 
 
 def _find_data(config: Config, storage: Storage) -> DatasetIndex:

@@ -140,8 +140,11 @@ class TrainingSpec:
 
     def _training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
         if get_method(self.method).modifies_image_encoder:
+            augmentation = training_config(self.method, self.config).augmentation
             threads = self.config.cluster.cpus_per_worker
-            sets = load_training_sets(self.reader(), self.tasks, towers.image_size, towers.device, threads)
+            sets = load_training_sets(
+                self.reader(), self.tasks, towers.preprocessing, augmentation.random_crop, towers.device, threads
+            )
         else:
             sets = load_training_labels(self.reader(), self.tasks, towers.device)
         return self.with_frozen_features(sets)

@@ -18,6 +18,7 @@ from pipeline.config import AugmentationConfig
 from pipeline.data.augment import augment
 from pipeline.data.images import training_pixels
 from pipeline.data.parquet import SplitReader
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.seeds import derive_seed
 
 
@@ -44,15 +45,15 @@ class TrainingSet:
         self,
         step: int,
         batch_size: int,
-        image_size: int,
+        preprocessing: Preprocessing,
         augmentation: AugmentationConfig,
         seed: int,
         shard: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pixels (B, 3, image_size, image_size) in [0, 255] and labels of a `shard` of the step's batch."""
+        """Return pixels (B, 3, S, S) in [0, 255] and labels of a `shard` of the step's batch."""
         indices = self._indices(step, batch_size, seed)
         generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", self.task, str(step)))
-        pixels = augment([self.images[i] for i in indices], image_size, augmentation, generator, shard)
+        pixels = augment([self.images[i] for i in indices], preprocessing, augmentation, generator, shard)
         return pixels, self.labels[indices[shard]]
 
     def frozen_batch(
@@ -80,14 +81,23 @@ def _shuffle(num_images: int, epoch: int, seed: int) -> list[int]:
 
 
 def load_training_sets(
-    reader: SplitReader, tasks: Sequence[str], image_size: int, device: torch.device, threads: int
+    reader: SplitReader,
+    tasks: Sequence[str],
+    preprocessing: Preprocessing,
+    random_crop: bool,
+    device: torch.device,
+    threads: int,
 ) -> list[TrainingSet]:
-    """Decode the tasks' training images on `threads` threads, and move them to the device."""
+    """Decode the tasks' training images on `threads` threads, and move them to the device.
+
+    Args:
+        random_crop: as in `training_pixels`, that of the augmentation of their batches.
+    """
     sets = []
     with ThreadPoolExecutor(threads) as pool:
         for task in tasks:
             rows = list(reader.rows("train", task))
-            pixels = pool.map(lambda row: training_pixels(row["image"], image_size), rows)
+            pixels = pool.map(lambda row: training_pixels(row["image"], preprocessing, random_crop), rows)
             images = tuple(torch.from_numpy(image).to(device) for image in pixels)
             labels = torch.tensor([row["label"] for row in rows], device=device)
             sets.append(TrainingSet(task, images, labels))

@@ -21,6 +21,7 @@ import torch
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.data.prefetch import prefetch, prefetch_in_thread
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.training.batches import Features
@@ -77,7 +78,7 @@ def evaluate(
         towers.device, "evaluation: run fewer at a time with a larger cluster.gpus_per_worker"
     )
     stream = decoded_batches(
-        reader, tasks, towers.image_size, threads, pinned=towers.device.type == "cuda", shard=shard
+        reader, tasks, towers.preprocessing, threads, pinned=towers.device.type == "cuda", shard=shard
     )
     with closing(stream), memory:
         running = (
@@ -141,7 +142,7 @@ def _to_lists(top1: Sequence[torch.Tensor]) -> tuple[list[float], list[int]]:
 def decoded_batches(
     reader: SplitReader,
     tasks: Sequence[str],
-    image_size: int,
+    preprocessing: Preprocessing,
     threads: int,
     batch_size: int | None = None,
     pinned: bool = False,
@@ -153,14 +154,15 @@ def decoded_batches(
     task boundaries. `batch_size`: BATCH_SIZE if None. `pinned`: pixels lie in pinned memory, for asynchronous copies to
     a GPU. Of several workers, each decodes only the batches of its `shard`.
     """
-    shard = shard or DistributedShard()
+    shard, size = shard or DistributedShard(), preprocessing.image_size
     batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), shard.rank, None, shard.world_size)
     decoding = ThreadPoolExecutor(threads, "decode")
 
     def submitted() -> Iterator[tuple[str, list[Row], torch.Tensor, list[Future[None]]]]:
         for task, rows in batches:
-            pixels = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8, pin_memory=pinned)
-            yield task, rows, pixels, [decoding.submit(_decode, task, *pair) for pair in zip(rows, pixels.numpy())]
+            pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, pin_memory=pinned)
+            decoded = [decoding.submit(_decode, task, preprocessing, *pair) for pair in zip(rows, pixels.numpy())]
+            yield task, rows, pixels, decoded
 
     try:
         with closing(
@@ -181,10 +183,10 @@ def _batches_of_rows(reader: SplitReader, tasks: Sequence[str], size: int) -> It
             yield task, batch
 
 
-def _decode(task: str, row: Row, slot: np.ndarray) -> None:
+def _decode(task: str, preprocessing: Preprocessing, row: Row, slot: np.ndarray) -> None:
     """Write the row's pixels into `slot` (3, S, S) and drop its encoded image."""
     try:
-        slot[:] = evaluation_pixels(row.pop("image"), slot.shape[-1])
+        slot[:] = evaluation_pixels(row.pop("image"), preprocessing)
     except BrokenImage as error:
         raise UserError(
             f"the test image {row['path']} of task {task!r} cannot be decoded ({error}): the split folder "

@@ -41,7 +41,7 @@ def frozen_training_features(
     for start in range(0, num_steps, steps_per_batch):
         steps = range(start, min(start + steps_per_batch, num_steps))
         pixels = [
-            training_set.batch(step, config.batch_size, towers.image_size, config.augmentation, seed)[0]
+            training_set.batch(step, config.batch_size, towers.preprocessing, config.augmentation, seed)[0]
             for step in steps
         ]
         with autocast(towers.device, precision):
@@ -63,7 +63,7 @@ def frozen_test_features(
     """Return features (N, E) of a task's test set in stored order; `on_images` is called with the images done."""
     features, num_done = [], 0
     pinned = towers.device.type == "cuda"
-    for _, rows, pixels in decoded_batches(reader, [task], towers.image_size, threads, pinned=pinned):
+    for _, rows, pixels in decoded_batches(reader, [task], towers.preprocessing, threads, pinned=pinned):
         with autocast(towers.device, precision):
             images = towers.normalize_pixels(pixels.to(towers.device, non_blocking=pinned))
             features.append(towers.encode_image(images).cpu())

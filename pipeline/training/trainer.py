@@ -253,7 +253,7 @@ class Trainer:
             frozen, labels = zip(*(task.frozen_batch(step, size, self.seed, rows) for task, rows in self._shards))
         if not adaptation.modifies_image_encoder:
             return [adaptation.adapt_image_features(features) for features in frozen], frozen, labels
-        options = towers.image_size, self.config.augmentation, self.seed
+        options = towers.preprocessing, self.config.augmentation, self.seed
         pixels, labels = zip(*(task.batch(step, size, *options, rows) for task, rows in self._shards))
         counts = [len(task_pixels) for task_pixels in pixels]
         images = towers.normalize_pixels(torch.cat(pixels))

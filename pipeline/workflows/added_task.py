@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config import Config
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.files import create_folder, read_json, write_file, write_json
 from pipeline.grouping.search.constraints import check_constraints
@@ -117,7 +118,8 @@ def _check_compatible(config: Config, adapter: TrainedAdapter) -> None:
         ignored = {"pretrained", "precision", "activation_memory_gib", "task_templates"}
         values, trained_values = (options.model_dump(exclude=ignored) for options in (section, trained_section))
         for field in values:
-            if values[field] != trained_values[field]:
+            is_recorded = field in Preprocessing.__dataclass_fields__ and values[field] is None
+            if values[field] != trained_values[field] and not is_recorded:
                 raise UserError(
                     f"{name}.{field}={values[field]}: the run's prompts were trained with {trained_values[field]}, "
                     "which the new task must use too; remove that option"
@@ -166,8 +168,9 @@ def _measure(spec: TrainingSpec, global_prompt: Artifact, artifact: Artifact, pr
     prompts = SharedMmap.build(config, towers, spec.tasks).to(towers.device)
     tokens = SharedMmap.tokenize(config, towers.tokenizer, spec.class_names()).to(towers.device)
     points = read_trajectory(global_prompt.download() / POINTS)
+    training, threads = training_config(spec.method, config), config.cluster.cpus_per_worker
     (images,) = load_training_sets(
-        spec.reader(), spec.tasks, towers.image_size, towers.device, config.cluster.cpus_per_worker
+        spec.reader(), spec.tasks, towers.preprocessing, training.augmentation.random_crop, towers.device, threads
     )
     with artifact.writer() as writer:
         snapshots = replay_gradients(
@@ -176,7 +179,7 @@ def _measure(spec: TrainingSpec, global_prompt: Artifact, artifact: Artifact, pr
             images,
             tokens,
             points,
-            training_config(spec.method, config),
+            training,
             config.seed,
             config.clip.precision,
             lambda count: reporter.update(count, len(points), "snapshots"),

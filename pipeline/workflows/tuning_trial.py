@@ -15,6 +15,7 @@ from ray import tune
 
 from pipeline.config import content_hash
 from pipeline.data.parquet import SplitReader
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import MmapShape
@@ -116,32 +117,35 @@ class _GroupTraining:
             classifier = Classifier(self._towers, [(spec.tasks, tokens, self._method())], config.clip.precision)
         if spec.test_features:
             return accuracy(spec.predictions(classifier, lambda count: None))
-        size, threads = self._towers.image_size, config.cluster.cpus_per_worker
+        preprocessing, threads = self._towers.preprocessing, config.cluster.cpus_per_worker
         folder = spec.splits.download()
-        batches = (batch for task in spec.tasks for batch in _validation_batches(folder, task, size, threads))
+        batches = (batch for task in spec.tasks for batch in _validation_batches(folder, task, preprocessing, threads))
         return accuracy(evaluate_decoded(classifier, batches))
 
     def _training_set(self, task: str) -> TrainingSet:
-        size, threads = self._towers.image_size, self._spec.config.cluster.cpus_per_worker
-        folder = self._spec.splits.download()
-        return _training_set(
-            folder, task, size, self._towers.device, threads, self._method_class.modifies_image_encoder
-        )
+        config, towers = self._spec.config, self._towers
+        folder, threads = self._spec.splits.download(), config.cluster.cpus_per_worker
+        if not self._method_class.modifies_image_encoder:
+            return _training_labels(folder, task, towers.device)
+        random_crop = training_config(self._spec.method, config).augmentation.random_crop
+        return _training_set(folder, task, towers.preprocessing, random_crop, towers.device, threads)
 
 
 @cache  # shared by the trials that a worker runs
 def _training_set(
-    folder: Path, task: str, image_size: int, device: torch.device, threads: int, images: bool
+    folder: Path, task: str, preprocessing: Preprocessing, random_crop: bool, device: torch.device, threads: int
 ) -> TrainingSet:
-    reader = SplitReader(folder)
-    if not images:
-        return load_training_labels(reader, [task], device)[0]
-    return load_training_sets(reader, [task], image_size, device, threads)[0]
+    return load_training_sets(SplitReader(folder), [task], preprocessing, random_crop, device, threads)[0]
 
 
 @cache
-def _validation_batches(folder: Path, task: str, image_size: int, threads: int) -> tuple[Any, ...]:
-    return tuple(decoded_batches(SplitReader(folder), [task], image_size, threads))
+def _training_labels(folder: Path, task: str, device: torch.device) -> TrainingSet:
+    return load_training_labels(SplitReader(folder), [task], device)[0]
+
+
+@cache
+def _validation_batches(folder: Path, task: str, preprocessing: Preprocessing, threads: int) -> tuple[Any, ...]:
+    return tuple(decoded_batches(SplitReader(folder), [task], preprocessing, threads))
 
 
 def _trial_plan(params: dict[str, Any], setup: TrialSetup) -> tuple[Plan, str]:
