@@ -613,7 +613,7 @@ def test_the_image_size_of_weights_is_named(folder, state):
     assert "visual.positional_embedding is (10, 32) there, (5, 32) in the model" in message
     assert "; set image_size to 24 in the model config" in message
     (folder / MODEL).write_text(json.dumps(QUICK | {"vision_cfg": QUICK["vision_cfg"] | {"image_size": 24}}))
-    assert load_clip(ClipConfig(model=MODEL, pretrained="a.safetensors")).image_size == 24
+    assert load_clip(ClipConfig(model=MODEL, pretrained="a.safetensors")).preprocessing.image_size == 24
 
 
 @pytest.mark.parametrize("name, number", [("input_resolution", 24), ("context_length", 50), ("vocab_size", 1)])
@@ -641,7 +641,7 @@ def test_tags_belong_to_open_clips_names(folder, state):
     # As options on the command line change one field of a config file.
     for other_weights in ("openai", BUILTIN_DIGITS):
         assert f"to {model} for its own weights" in told(ClipConfig(model=model, pretrained=other_weights))
-    assert load_clip(ClipConfig(model=model, pretrained=model)).image_size == 16
+    assert load_clip(ClipConfig(model=model, pretrained=model)).preprocessing.image_size == 16
     save_file({"visual.proj": torch.ones(3, 3)}, folder / "snapshot" / "open_clip_model.safetensors")
     load_clip.cache_clear()
     assert "give the weights of a whole CLIP" in told(ClipConfig(model=model))
