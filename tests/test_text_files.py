@@ -22,6 +22,7 @@ from pipeline.clip.class_tokens import class_tokens
 from pipeline.clip.load import build_meta_towers, clip_identity, load_clip, load_tokenizer
 from pipeline.config import ClipConfig
 from pipeline.errors import UserError
+from pipeline.prediction.mlflow_model import requirements
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 BERT = BertConfig(vocab_size=220, max_position_embeddings=96, pad_token_id=0, **SIZES)
@@ -184,6 +185,14 @@ def test_without_transformers_the_remedy_is_named(folder, monkeypatch):
         assert second == "pip install 'mmap-clip[hugging-face]'"
     with pytest.raises(UserError, match="transformers is not installed"):
         load_tokenizer(ClipConfig(model="tokenizer.json"))
+
+
+def test_a_registered_model_requires_transformers_if_its_clip_does(folder):
+    def packages(model: str) -> set[str]:
+        return {requirement.partition("==")[0] for requirement in requirements(ClipConfig(model=model))}
+
+    assert "transformers" in packages("ViT-B-16-SigLIP2") - packages("ViT-B-16")
+    assert packages("./on-another-machine") == packages("ViT-B-16-SigLIP2")
 
 
 @pytest.mark.parametrize(

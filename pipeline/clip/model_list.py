@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pipeline.clip.families import COCA, describe_image_tower, describe_text_tower
 from pipeline.clip.families.base import UnsupportedTower
 from pipeline.clip.source import ModelSource, import_open_clip, resolve_model
+from pipeline.clip.text_files import needs_transformers
 from pipeline.config import OPENAI_NAMES, did_you_mean
 from pipeline.errors import UserError
 
@@ -87,10 +88,10 @@ def find_models(patterns: tuple[str, ...]) -> list[str]:
 def describe_model(name: str) -> ModelDescription:
     """Describe a model of open_clip, without weights and network."""
     model_config = resolve_model(name).model_config
-    uses_transformers = {"hf_model_name", "hf_tokenizer_name"} & model_config["text_cfg"].keys()
+    needs = ("transformers",) if needs_transformers(model_config["text_cfg"]) else ()
     same_shapes = {key: value for key, value in model_config.items() if key != "quick_gelu"}
     prompts, reason, shapes = _describe(json.dumps(same_shapes, sort_keys=True))
-    return ModelDescription(name, prompts, reason, ("transformers",) if uses_transformers else (), shapes, _tags(name))
+    return ModelDescription(name, prompts, reason, needs, shapes, _tags(name))
 
 
 @cache  # models that differ in the activation are built once

@@ -28,6 +28,11 @@ TOKENIZER_FILES = (
 )
 
 
+def needs_transformers(text_config: Mapping[str, Any]) -> bool:
+    """Return whether a model with open_clip's text_cfg needs the package."""
+    return bool(text_config.get("hf_tokenizer_name") or text_config.get("hf_model_name"))
+
+
 def tokenizer_folder(text_config: Mapping[str, Any], folder: Path | None) -> Path | None:
     """Return the folder with the tokenizer of Hugging Face, or None if the model has CLIP's.
 

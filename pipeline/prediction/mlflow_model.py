@@ -13,14 +13,17 @@ import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from pipeline.clip.snapshot import folder_path
-from pipeline.config import content_hash
+from pipeline.clip.source import resolve_model
+from pipeline.clip.text_files import needs_transformers
+from pipeline.config import ClipConfig, content_hash
+from pipeline.errors import UserError
 from pipeline.prediction.load import MLFLOW_ADAPTER, load_model, local_adapter_file, read_model
 from pipeline.prediction.model import ImagePrediction, TrainedModel
 from pipeline.prediction.options import write_options
@@ -55,12 +58,12 @@ def saved_mlflow_model(
         adapter_copy = Path(temporary) / "data" / Path(MLFLOW_ADAPTER).parent.name / Path(MLFLOW_ADAPTER).name
         adapter_copy.parent.mkdir(parents=True)
         with local_adapter_file(source) as file:
-            _, options, _ = read_model(file, pretrained, temperature, threshold)
+            adapter, options, _ = read_model(file, pretrained, temperature, threshold)
             shutil.copyfile(file, adapter_copy)
         write_options(adapter_copy, options)
         package = Path(__file__).resolve().parent.parent
-        requirements = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES]
-        content = [_digests(adapter_copy.parent, "*"), _digests(package, "**/*.py"), requirements]
+        pip_requirements = requirements(adapter.config.clip)
+        content = [_digests(adapter_copy.parent, "*"), _digests(package, "**/*.py"), pip_requirements]
         folder = Path(temporary) / f"model-{content_hash(content)}"
         mlflow.pyfunc.save_model(
             path=str(folder),
@@ -69,9 +72,25 @@ def saved_mlflow_model(
             code_paths=[str(package)],
             signature=_signature(),
             input_example=_input_example(),
-            pip_requirements=requirements,
+            pip_requirements=pip_requirements,
         )
         yield folder
+
+
+def requirements(config: ClipConfig) -> list[str]:
+    """Return the packages that a model with this CLIP imports, in the versions that are installed. `transformers` is
+    one of them also if it is not known whether the CLIP needs it, since it is not on this machine."""
+    is_needed = True
+    with suppress(UserError):
+        is_needed = needs_transformers(resolve_model(config.model).model_config["text_cfg"])
+    return [_pinned(name) for name in (PACKAGES + ("transformers",) if is_needed else PACKAGES)]
+
+
+def _pinned(package: str) -> str:
+    try:
+        return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
+    except importlib.metadata.PackageNotFoundError:
+        return package
 
 
 def _digests(folder: Path, pattern: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch
 
-PACKAGES = ("torch", "ray", "mlflow", "open_clip_torch", "numpy", "pyarrow")
+PACKAGES = ("torch", "ray", "mlflow", "open_clip_torch", "transformers", "numpy", "pyarrow")
 GIT_COMMIT = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
 
 
