@@ -614,6 +614,8 @@ def test_the_image_size_of_weights_is_named(folder, state):
     assert "; set image_size to 24 in the model config" in message
     (folder / MODEL).write_text(json.dumps(QUICK | {"vision_cfg": QUICK["vision_cfg"] | {"image_size": 24}}))
     assert load_clip(ClipConfig(model=MODEL, pretrained="a.safetensors")).preprocessing.image_size == 24
+    towers = load_clip(ClipConfig(model=MODEL, pretrained="a.safetensors", image_size=16))
+    assert towers.encode_image(torch.ones(1, 3, 16, 16)).shape == (1, 24)
 
 
 @pytest.mark.parametrize("name, number", [("input_resolution", 24), ("context_length", 50), ("vocab_size", 1)])
@@ -682,7 +684,7 @@ def test_folders_without_a_model_are_named(folder, state):
     (snapshot / "open_clip_model.safetensors").rename(snapshot / "a.safetensors")
     shutil.copy(snapshot / "a.safetensors", snapshot / "b.safetensors")
     message = told(ClipConfig(model="./snapshot"))
-    assert "several files of weights (a.safetensors, b.safetensors, ...): set clip.pretrained to one of them" in message
+    assert "several weights (a.safetensors, b.safetensors, ...): set clip.pretrained to one of them" in message
     load_clip(ClipConfig(model="./snapshot", pretrained="./snapshot/a.safetensors"))
 
 
@@ -698,7 +700,19 @@ def test_a_repository_that_is_not_in_the_cache(folder, state, expected):
     assert weights_fingerprint(load_clip(ClipConfig(model=str(snapshot)))) == expected[1]
     assert weights_fingerprint(load_clip(config)) == expected[1]
     message = told(ClipConfig(model=str(snapshot.parents[1])))
-    assert message.endswith(f"use its snapshot {snapshot}")
+    assert message.endswith(f"use its {snapshot}")
+
+
+def test_an_image_processor_that_cannot_be_used(folder, state):
+    model = str(hugging_face_folder(folder / "model", state))
+    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"do_rescale": False}))
+    message = told(ClipConfig(model=model))
+    assert (
+        "preprocessor_config.json cannot be used (do_rescale is false): remove it from the folder, and set" in message
+    )
+    (folder / "model" / "preprocessor_config.json").unlink()
+    options = {"resize_mode": "squash", "interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    assert load_clip(ClipConfig(model=model, **options)).preprocessing.resize_mode == "squash"
 
 
 def test_names_that_are_no_repositories(folder):

@@ -92,7 +92,7 @@ def _remedy(
     positions = "visual.positional_embedding"
     if positions in state and positions in expected and not _misfit(state | {positions: expected[positions]}, expected):
         side = math.isqrt(len(state[positions])) * state["visual.conv1.weight"].shape[-1]
-        return f"set image_size to {side} in the model config"
+        return f"set image_size to {side} in the model config (clip.image_size then resizes the position embedding)"
     if brings_weights(model) and not has_its_weights:
         return f"set clip.pretrained to {model} for its own weights"
     return "give the weights of a whole CLIP, and as clip.model the one that they were trained as"

@@ -1,6 +1,6 @@
 """The architecture of a CLIP, from an open_clip name, a model config, a folder, or the Hugging Face Hub.
 
-A folder, or a repository of the Hub, is a snapshot of open_clip (open_clip_config.json) or Hugging Face's CLIPModel
+A folder, or a repository of the Hub, is of open_clip (open_clip_config.json) or a CLIPModel of Hugging Face
 (config.json). All are described by open_clip's model config.
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from pipeline.clip.hugging_face import to_model_config, to_preprocess_config
 from pipeline.clip.meta_device import SkipInitialization
-from pipeline.clip.snapshot import Snapshot, is_commit, open_snapshot
+from pipeline.clip.model_files import ModelFiles, is_commit, open_model_files
 from pipeline.clip.text_files import TEXT_CONFIG, text_config_folder
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, OPENAI_NAMES, brings_weights, did_you_mean, read_text
@@ -87,7 +87,7 @@ def resolve_model(model: str) -> ModelSource:
     """
     name = f"clip.model={model}"
     if brings_weights(model):
-        return _read_commit(model) if is_commit(model) else read_snapshot(open_snapshot("clip.model", model))
+        return _read_commit(model) if is_commit(model) else read_model_files(open_model_files("clip.model", model))
     if model == BUILTIN_DIGITS or model.endswith(".json"):
         path = _BUILTIN_MODEL if model == BUILTIN_DIGITS else Path(model).expanduser()
         if not path.is_file():
@@ -112,39 +112,45 @@ def import_open_clip() -> ModuleType:
     return module
 
 
-def read_snapshot(snapshot: Snapshot) -> ModelSource:
+def read_model_files(model_files: ModelFiles) -> ModelSource:
     """Read the configs of a folder or repository.
 
     Raises:
         UserError: it has none, or invalid ones.
     """
-    file = snapshot.find(*CONFIG_NAMES)
+    file = model_files.find(*CONFIG_NAMES)
     if not file:
-        raise snapshot.missing(" or ".join(CONFIG_NAMES))
-    name = f"{snapshot.option}: {file.name}"
+        raise model_files.missing(" or ".join(CONFIG_NAMES))
+    name = f"{model_files.option}: {file.name}"
     if file.name == OPEN_CLIP_CONFIG:
         values = _read_json(file, name)
         model_config, preprocess_config = values.get("model_cfg", values), values.get("preprocess_cfg") or {}
     else:
-        model_config, preprocess_config = _translate(to_model_config, file, name), {}
-        if file := snapshot.find("preprocessor_config.json"):
-            preprocess_config = _translate(to_preprocess_config, file, f"{snapshot.option}: {file.name}")
+        model_config, preprocess_config = (
+            _translate(to_model_config, file, name, "use a model with an open_clip_config.json"),
+            {},
+        )
+        if file := model_files.find("preprocessor_config.json"):
+            remedy = "remove it from the folder, and set clip.resize_mode, interpolation, mean and std"
+            preprocess_config = _translate(to_preprocess_config, file, f"{model_files.option}: {file.name}", remedy)
     _check_model_config(model_config, name)
     return ModelSource(
         model_config,
         preprocess_config=preprocess_config,
-        folder=snapshot.folder,
-        path=snapshot.path,
-        repository=snapshot.repository,
+        folder=model_files.folder,
+        path=model_files.path,
+        repository=model_files.repository,
     )
 
 
 @lru_cache(maxsize=8)  # a commit does not change, and a missing file is asked for only once
 def _read_commit(model: str) -> ModelSource:
-    return read_snapshot(open_snapshot("clip.model", model))
+    return read_model_files(open_model_files("clip.model", model))
 
 
-def _translate(translate: Callable[[Mapping[str, Any]], dict[str, Any]], file: Path, name: str) -> dict[str, Any]:
+def _translate(
+    translate: Callable[[Mapping[str, Any]], dict[str, Any]], file: Path, name: str, remedy: str
+) -> dict[str, Any]:
     """Read Hugging Face's config and return it in open_clip's terms.
 
     Raises:
@@ -155,9 +161,7 @@ def _translate(translate: Callable[[Mapping[str, Any]], dict[str, Any]], file: P
         return translate(values)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{name} is not that of a CLIP which can be read ({reason}): use a model with an open_clip_config.json"
-        ) from None
+        raise UserError(f"{name} cannot be used ({reason}): {remedy}") from None
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.clip.snapshot import LocalFolder, Snapshot, folder_path, no_such_path, open_snapshot
-from pipeline.clip.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_snapshot
+from pipeline.clip.model_files import LocalFolder, ModelFiles, folder_path, no_such_path, open_model_files
+from pipeline.clip.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_model_files
 from pipeline.config import (
     BUILTIN_DIGITS,
     FOLDER_PREFIX,
@@ -71,13 +71,13 @@ def resolve_weights(config: ClipConfig, source: ModelSource) -> Weights | None:
         return Weights(option, identity=identity, quick_gelu=quick_gelu, preprocess_config=tag)
     path = folder_path(pretrained)
     if pretrained.startswith((HUB_PREFIX, FOLDER_PREFIX)) or path.is_dir():
-        snapshot = open_snapshot("clip.pretrained", pretrained)
-        files = _files_in(snapshot)
-        identity = f"{snapshot.repository}/{files[0].name}" if snapshot.repository else ""
-        weights = Weights(option, files, identity, snapshot.path, snapshot.repository)
-        if not snapshot.find(*CONFIG_NAMES):
+        model_files = open_model_files("clip.pretrained", pretrained)
+        files = _files_in(model_files)
+        identity = f"{model_files.repository}/{files[0].name}" if model_files.repository else ""
+        weights = Weights(option, files, identity, model_files.path, model_files.repository)
+        if not model_files.find(*CONFIG_NAMES):
             return weights
-        described = read_snapshot(snapshot)
+        described = read_model_files(model_files)
         quick_gelu = bool(described.model_config.get("quick_gelu", False))
         return replace(weights, quick_gelu=quick_gelu, preprocess_config=described.preprocess_config)
     if path.is_file():
@@ -105,28 +105,28 @@ def download_tag(weights: Weights, config: ClipConfig, source: ModelSource) -> W
     return replace(weights, files=(Path(file),))
 
 
-def _files_in(snapshot: Snapshot) -> tuple[Path, ...]:
+def _files_in(model_files: ModelFiles) -> tuple[Path, ...]:
     """Return the files of weights in a folder or repository, open_clip's before Hugging Face's."""
-    if file := snapshot.find(*_NAMES_IN_FOLDER):
-        return _parts(file, snapshot)
-    if isinstance(snapshot, LocalFolder):
-        others = sorted(file for file in snapshot.folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+    if file := model_files.find(*_NAMES_IN_FOLDER):
+        return _parts(file, model_files)
+    if isinstance(model_files, LocalFolder):
+        others = sorted(file for file in model_files.folder.iterdir() if file.suffix.lower() in _SUFFIXES)
         if len(others) > 1:
             raise UserError(
-                f"{snapshot.option} has several files of weights ({', '.join(file.name for file in others[:3])}, ...): "
+                f"{model_files.option} has several weights ({', '.join(file.name for file in others[:3])}, ...): "
                 f"set clip.pretrained to one of them"
             )
         if others:
             return (others[0],)
-    raise snapshot.missing("weights (model.safetensors, open_clip_pytorch_model.bin, ...)")
+    raise model_files.missing("weights (model.safetensors, open_clip_pytorch_model.bin, ...)")
 
 
-def _parts(file: Path, snapshot: Snapshot) -> tuple[Path, ...]:
+def _parts(file: Path, model_files: ModelFiles) -> tuple[Path, ...]:
     """Return the files that an index of Hugging Face names; a file that is no index is the only one."""
     with open(file, "rb") as stream:
         if stream.read(1) != b"{":
             return (file,)
-    name = snapshot.option if snapshot.option.endswith(file.name) else f"{snapshot.option}: {file.name}"
+    name = model_files.option if model_files.option.endswith(file.name) else f"{model_files.option}: {file.name}"
     try:
         index = json.loads(read_text(file, name, limit=64 * MAX_YAML_BYTES))
         names = sorted({str(part) for part in index["weight_map"].values()})
@@ -134,7 +134,7 @@ def _parts(file: Path, snapshot: Snapshot) -> tuple[Path, ...]:
         raise UserError(f"{name} is JSON, but not the index of a model in several files: give the weights") from None
     if outside := [part for part in names if Path(part).name != part]:
         raise UserError(f"{name} names {outside[0]!r}, which is not in its folder: download the model again")
-    parts = {part: snapshot.find(part) for part in names}
+    parts = {part: model_files.find(part) for part in names}
     if absent := [part for part, path in parts.items() if path is None]:
         raise UserError(
             f"{name} names {len(names)} files, of which {len(absent)} are missing ({', '.join(absent[:3])}): "

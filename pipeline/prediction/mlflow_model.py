@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from pipeline.clip.snapshot import folder_path
+from pipeline.clip.model_files import folder_path
 from pipeline.clip.source import resolve_model
 from pipeline.clip.text_files import needs_transformers
 from pipeline.config import ClipConfig, content_hash

@@ -9,7 +9,7 @@ from pipeline.config import FOLDER_PREFIX, HUB_PREFIX
 from pipeline.errors import UserError
 
 
-class Snapshot:
+class ModelFiles:
     """A folder with the files of a model.
 
     Args:
@@ -35,8 +35,8 @@ class Snapshot:
         raise NotImplementedError
 
 
-class LocalFolder(Snapshot):
-    """A folder of this machine, also a snapshot in the cache of huggingface_hub."""
+class LocalFolder(ModelFiles):
+    """A folder of this machine, also one in the cache of huggingface_hub."""
 
     folder: Path
 
@@ -51,15 +51,15 @@ class LocalFolder(Snapshot):
 
     def missing(self, files: str) -> UserError:
         snapshots = sorted(self.folder.glob("snapshots/*/"))
-        remedy = f"use its snapshot {snapshots[-1]}" if snapshots else "give the folder of a downloaded model"
+        remedy = f"use its {snapshots[-1]}" if snapshots else "give the folder of a downloaded model"
         return UserError(f"{self.option} has no {files}: {remedy}")
 
 
-class HubRepository(Snapshot):
+class HubRepository(ModelFiles):
     """A repository of the Hugging Face Hub; its files come from the cache of huggingface_hub, downloaded if needed.
 
     Args:
-        option: as in Snapshot.
+        option: as in ModelFiles.
         name: ORG/NAME, or ORG/NAME@REVISION with a branch, tag or commit.
     """
 
@@ -133,7 +133,7 @@ class HubRepository(Snapshot):
         )
 
 
-def open_snapshot(option: str, source: str) -> LocalFolder | HubRepository:
+def open_model_files(option: str, source: str) -> LocalFolder | HubRepository:
     """Open what `local-dir:PATH`, the path of a folder, or `hf-hub:ORG/NAME` names.
 
     Args:
