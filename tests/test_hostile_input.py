@@ -746,7 +746,7 @@ HOSTILE_WEIGHTS = {
     "script of another model.pt": (torch_script, "does not fit clip.model=.*bias.*give the weights of a whole CLIP"),
     "numpy.npy": (
         lambda file: np.save(open(file, "wb"), np.array([Evil()], dtype=object), allow_pickle=True),
-        "an array of NumPy: convert the weights",
+        "has arrays of NumPy: convert the weights",
     ),
     "header.safetensors": (lambda file: file.write_bytes(struct.pack("<Q", 2**62) + b"{}"), AGAIN),
     "long header.safetensors": (lambda file: file.write_bytes(struct.pack("<Q", 1 << 30) + b"{" + bytes(100)), AGAIN),

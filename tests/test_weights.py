@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -494,6 +495,10 @@ UNREADABLE = {
     "a zip of a file": (
         lambda name, state: zipfile.ZipFile(name, "w").writestr("clip/model.safetensors", b""),
         r"is an archive of other files \(clip/model.safetensors, ...\): unpack it",
+    ),
+    "npz": (
+        lambda name, state: np.savez(open(name, "wb"), weight=np.ones(3)),
+        "has arrays of NumPy: convert the weights to safetensors",
     ),
     "TensorFlow": (
         lambda name, state: Path(name).write_bytes(b"\x89HDF\r\n"),

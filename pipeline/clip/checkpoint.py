@@ -28,8 +28,9 @@ _MAX_NESTED = 4
 _NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """In OpenAI's state dicts, and in no others."""
 _AGAIN = "download it again"
+_NUMPY = b"\x93NUMPY"
 _FOREIGN = {
-    b"\x93NUMPY": ("is an array of NumPy", "convert the weights to safetensors"),
+    _NUMPY: ("has arrays of NumPy", "convert the weights to safetensors"),
     b"\x89HDF": ("is an HDF5 file of TensorFlow", "download the weights of PyTorch"),
     b"\x1f\x8b": ("is compressed with gzip", "unpack it"),
     b"{": ("is a JSON text", "give the file of weights"),
@@ -123,6 +124,8 @@ def _read_file(file: Path) -> tuple[Any, bool | None]:
             return script.state, script.quick_gelu
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise ValueError("its records are compressed, which torch.save never does")
+        if all(name.endswith(".npy") for name in archive.namelist()):
+            raise _UnreadableError(*_FOREIGN[_NUMPY])
         if not any(name.endswith("data.pkl") for name in archive.namelist()):
             raise _UnreadableError(f"is an archive of other files ({archive.namelist()[0]}, ...)", "unpack it")
     if file.suffix == ".safetensors":
