@@ -61,7 +61,8 @@ def main() -> None:
     images = tuple(
         torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8, generator=generator).to(device) for _ in range(count)
     )
-    pixels = TrainingSet("task", images, torch.arange(count, device=device) % arguments.classes)
+    labels = torch.arange(count, device=device) % arguments.classes
+    pixels = TrainingSet(("task",), images, (labels,))
 
     features = []
     writer = min(

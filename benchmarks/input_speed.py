@@ -282,7 +282,7 @@ def training(setting: Setting) -> list[Row]:
     def sets():
         return load_training_sets(reader, TASKS, PREPROCESSING, config.random_crop, device, setting.threads)
 
-    num_steps = setting.epochs * num_steps_per_epoch((len(task.labels) for task in sets()), BATCH_SIZE)
+    num_steps = setting.epochs * num_steps_per_epoch(map(len, sets()), BATCH_SIZE)
 
     def ours() -> None:
         loaded = sets()

@@ -135,7 +135,9 @@ def _training(folder: Path) -> dict[str, Any]:
         numbers["tasks"] = list(dict.fromkeys(history["task"]))
         numbers["learning_rate"] = history.groupby("step")["learning_rate"].first().tolist()
         losses = history.pivot(index="step", columns="task", values="loss")
-        numbers["losses"] = losses[numbers["tasks"]].to_numpy().tolist()
+        rows = losses[numbers["tasks"]].to_numpy().tolist()
+        # A step without an image of the task has no loss.
+        numbers["losses"] = [[None if math.isnan(loss) else loss for loss in row] for row in rows]
     if (folder / "predictions.parquet").exists():  # the global prompt has none
         predictions = pq.read_table(folder / "predictions.parquet").to_pandas()
         numbers["predictions"] = {

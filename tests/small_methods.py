@@ -8,11 +8,12 @@ from pkgutil import iter_modules
 
 import methods
 import torch
-from small_clip import CLASS_NAMES
-from small_problem import CONFIG, TASKS
+from small_clip import CLASS_NAMES, PREPROCESSING
+from small_problem import CONFIG, TASKS, small_problem
 
 from pipeline.config import BUILTIN_DIGITS, Config, parse_config
 from pipeline.methods.registry import METHODS
+from pipeline.training.batches import TrainingSet
 from pipeline.training.frozen_features import frozen_training_features
 from pipeline.training.trainer import num_steps_per_epoch
 
@@ -43,10 +44,25 @@ def build_method(name, towers, words=WORDS, config=SMALL):
 
 
 def add_frozen_features(towers, sets, config=CONFIG, seed=5):
-    num_steps = config.epochs * num_steps_per_epoch((len(s.labels) for s in sets), config.batch_size)
+    num_steps = config.epochs * num_steps_per_epoch(map(len, sets), config.batch_size)
     return [
         replace(s, frozen_features=frozen_training_features(towers, s, num_steps, config, seed, "auto")) for s in sets
     ]
+
+
+def task_sets(config=CONFIG):
+    """Return the small problem's sets; without random crops, loading has made the images squares."""
+    sets, size = small_problem()[3], PREPROCESSING.image_size
+    if config.augmentation.random_crop:
+        return sets
+    return [replace(s, images=tuple(image[:, :size, :size] for image in s.images)) for s in sets]
+
+
+def method_sets(name, towers, config=CONFIG):
+    """Return the small problem's sets from which a method's batches are drawn, with frozen features."""
+    set_by_task = dict(zip(TASKS, task_sets(config)))
+    sets = [TrainingSet.union([set_by_task[t] for t in tasks]) for tasks in METHODS[name].tasks_per_set(TASKS)]
+    return add_frozen_features(towers, sets, config)
 
 
 def method_tokens(name, towers, class_names_per_task, config=SMALL):

@@ -37,9 +37,9 @@ def small_problem():
     generator = torch.Generator().manual_seed(0)
     sets = [
         TrainingSet(
-            task,
+            (task,),
             tuple(torch.randint(0, 256, (3, 20, 18), generator=generator, dtype=torch.uint8) for _ in range(count)),
-            torch.arange(count) % len(CLASS_NAMES),
+            (torch.arange(count) % len(CLASS_NAMES),),
         )
         for task, count in zip(TASKS, (10, 5))
     ]

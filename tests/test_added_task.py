@@ -63,7 +63,7 @@ def test_replayed_gradients_equal_those_of_a_training_with_the_task(problem):
     task_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES])
     ids = tokenizer()([TEMPLATE.format(name) for name in CLASS_NAMES])
     for number, task_set in enumerate(sets):
-        single_task = SharedMmap(mmap_shape(towers), [task_set.task], seed=9, init_std=0.3).double()
+        single_task = SharedMmap(mmap_shape(towers), task_set.tasks, seed=9, init_std=0.3).double()
         replayed = replay_gradients(towers, single_task, task_set, task_tokens, points, CONFIG, seed=5)
         assert [snapshot.record.step for snapshot in replayed] == [1, 4, 7]
         for snapshot, expected in zip(replayed, trainer.snapshots, strict=True):
@@ -87,7 +87,7 @@ def test_replayed_gradients_in_bfloat16_equal_those_of_the_training(problem):
     points = [(taken.record.step, taken.record.epoch, taken.parameters) for taken in trainer.snapshots]
     task_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES])
     for number, task_set in enumerate(sets):
-        single_task = SharedMmap(mmap_shape(towers), [task_set.task], seed=9)
+        single_task = SharedMmap(mmap_shape(towers), task_set.tasks, seed=9)
         replayed = replay_gradients(towers, single_task, task_set, task_tokens, points, CONFIG, **options)
         for snapshot, expected in zip(replayed, trainer.snapshots, strict=True):
             gradient = expected.gradients[number]
@@ -95,10 +95,10 @@ def test_replayed_gradients_in_bfloat16_equal_those_of_the_training(problem):
 
 
 def reference_gradient(towers, model, ids, task_set, step, point):
-    shared = SharedMmap(mmap_shape(towers), [task_set.task], seed=2).double()
+    shared = SharedMmap(mmap_shape(towers), task_set.tasks, seed=2).double()
     torch.nn.utils.vector_to_parameters(point.double(), shared.parameters())
     adaptation = shared()
-    pixels, labels = task_set.batch(step - 1, CONFIG.batch_size, towers.preprocessing, CONFIG.augmentation, 5)
+    pixels, (labels,) = task_set.batch(step - 1, CONFIG.batch_size, towers.preprocessing, CONFIG.augmentation, 5)
     x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[0])
     z = reference_encode_text(model, ids, adaptation.text_prompts[0])
     gradients = torch.autograd.grad(F.cross_entropy(towers.logits(x, z), labels), list(shared.parameters()))
@@ -126,7 +126,7 @@ def test_only_the_task_prompt_of_a_joined_group_is_trained(problem):
     for step in range(8):
         optimizer.param_groups[0]["lr"] = 1e-3 if step < 4 else 0.05
         adaptation = reference()
-        pixels, labels = sets[0].batch(step, 3, towers.preprocessing, CONFIG.augmentation, 5)
+        pixels, (labels,) = sets[0].batch(step, 3, towers.preprocessing, CONFIG.augmentation, 5)
         x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[0])
         z = reference_encode_text(model, ids, adaptation.text_prompts[0])
         optimizer.zero_grad()

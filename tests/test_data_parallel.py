@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from small_methods import TRAINED, WORDS, add_frozen_features, build_method, method_tokens
+from small_methods import TRAINED, WORDS, build_method, method_sets, method_tokens
 from small_problem import (
     CONFIG,
     TASKS,
@@ -34,7 +34,8 @@ SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 
 
 def train_all(folder=None):
-    """Return a group's trained prompts, a global prompt's history and snapshots, and every other trained method."""
+    """Return a group's trained prompts, a global prompt's history and snapshots, and every other trained method, with
+    the losses and accuracies of its steps."""
     towers, _, tokens, sets = small_problem()
     group = group_prompts(towers)
     Trainer(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder and Checkpoints(folder)).train()
@@ -43,15 +44,19 @@ def train_all(folder=None):
         towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot_fn=shared.task_gradients, snapshot_every=3
     )
     history = trainer.train()
-    methods = {}
-    sets = add_frozen_features(towers, sets)
+    methods, records = {}, {}
     for name in TRAINED:
         method = methods[name] = build_method(name, towers)
-        tokens = method_tokens(name, towers, list(WORDS.values()))
-        Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5).train()
+        tokens, sets = method_tokens(name, towers, list(WORDS.values())), method_sets(name, towers)
+        steps = Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5).train()
+        values = [[*record.losses, *record.accuracies] for record in steps]
+        records[name] = torch.tensor(
+            [[torch.nan if value is None else value for value in row] for row in values], dtype=torch.float64
+        )
     return {
         "state": group.state_dict(),
         "methods": {name: method.state_dict() for name, method in methods.items()},
+        "records": records,
         "losses": [record.losses for record in history],
         "accuracies": [record.accuracies for record in history],
         "snapshots": [snapshot.gradients for snapshot in trainer.snapshots],
@@ -92,9 +97,9 @@ def test_data_parallel_workers_give_the_results_of_one(world_size, tmp_path):
     expected = train_all()
     for rank in range(world_size):
         result = torch.load(tmp_path / f"rank{rank}.pt")
-        for name in ("state", "methods", "losses", "snapshots", "points"):
+        for name in ("state", "methods", "records", "losses", "snapshots", "points"):
             tolerance = 1e-5 if name in ("snapshots", "points") else 1e-9  # stored in float32
-            torch.testing.assert_close(result[name], expected[name], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(result[name], expected[name], rtol=tolerance, atol=tolerance, equal_nan=True)
         assert result["accuracies"] == expected["accuracies"]
         assert torch.load(tmp_path / f"predicted{rank}.pt") == predict_all(tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint.pt").is_file()

@@ -182,12 +182,13 @@ def test_random_groups_have_the_same_sizes(all_methods):
 # Methods with several stages, and methods that share parameters between tasks
 
 
-def mvlpt_first_loss(all_methods, adapter, task):
-    """Return the first loss of a training of one task that is initialized from this adapter."""
+def mvlpt_first_loss(all_methods, adapter, task, from_first_stage):
+    """Return the first loss of a training of one task that is initialized from this adapter, or by MVLPT itself."""
     config, towers = all_methods.config, adapter.towers()
     class_names = {task: adapter.class_names[task]}
     method = METHODS["mvlpt"].build(config, towers, class_names)
-    method.load_state_dict(adapter.select_group(task).states[0])
+    if from_first_stage:
+        method.load_state_dict(adapter.select_group(task).states[0])
     reader = SplitReader(next(all_methods.storage.glob("splits/[!.]*")))
     random_crop = config.training.augmentation.random_crop
     sets = load_training_sets(reader, [task], towers.preprocessing, random_crop, towers.device, threads=1)
@@ -199,12 +200,21 @@ def mvlpt_first_loss(all_methods, adapter, task):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_mvlpts_second_stage_is_initialized_from_its_first(all_methods, task):
-    first_stage = all_methods.trainings[f"mvlpt: {' + '.join(TASKS)}"]
-    second_stage_losses = losses(all_methods.trainings[f"mvlpt: {task}"])
-    expected = mvlpt_first_loss(all_methods, all_methods.adapters["mvlpt_mt"], task)
-    assert second_stage_losses[0] == pytest.approx(expected, rel=1e-5)
-    # The first batch of a task is the same in all trainings, so MVLPT's initialization would give this loss.
-    assert abs(second_stage_losses[0] - losses(first_stage)[TASKS.index(task)]) > 0.01
+    (first_loss, *_) = losses(all_methods.trainings[f"mvlpt: {task}"])
+    expected, uninitialized = (
+        mvlpt_first_loss(all_methods, all_methods.adapters["mvlpt_mt"], task, value) for value in (True, False)
+    )
+    assert first_loss == pytest.approx(expected, rel=1e-5)
+    assert abs(first_loss - uninitialized) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.scope == "multi-task"])
+def test_multi_task_baselines_train_on_mixed_batches(all_methods, name):
+    """24 images; all_in_one takes a batch of each task's 8."""
+    if METHODS[VARIANTS[name].method].trainable:
+        history = all_methods.numbers["trainings"][f"{VARIANTS[name].method}: {' + '.join(TASKS)}"]
+        assert len(history["losses"]) == 2 * (2 if name == "all_in_one" else 6)
 
 
 def first_merged_tasks(hipro):

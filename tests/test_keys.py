@@ -211,22 +211,19 @@ def compute_keys(config: Config) -> dict[str, ExpectedKey]:
     for variant, variant_trainings in trainings.items():
         for training in variant_trainings:
             method, tasks = training.spec.method, training.spec.tasks
-            for kind, features in (
-                ("test", training.spec.test_features),
-                ("training", training.spec.training_features),
-            ):
-                for task, artifact in features.items():
-                    name = f"{kind} features of {task}" + (f" for {method}" if kind == "training" else "")
-                    feature_method = method if kind == "training" else None
-                    keys[name] = ExpectedKey(
-                        artifact.key, frozenset({f"{kind}_features"}), feature_inputs, feature_method, (task,)
-                    )
+            for task, artifact in training.spec.test_features.items():
+                effects = frozenset({"test_features"})
+                keys[f"test features of {task}"] = ExpectedKey(artifact.key, effects, feature_inputs, None, (task,))
+            for set_tasks, artifact in training.spec.training_features.items():
+                effects = frozenset({"training_features"})
+                name = f"training features of {set_tasks} for {method}"
+                keys[name] = ExpectedKey(artifact.key, effects, feature_inputs, method, set_tasks)
             depends_on = [*training_inputs, *(["grouping"] if get_method(method).uses_affinities else [])]
             if training.init_from:
                 depends_on.append(f"{training.init_from.variant}: {training.init_from.spec.tasks}")
-            effects = {"method", "training", "evaluation"} if get_method(method).trainable else {"evaluation"}
-            name = f"{variant}: {tasks}"
-            keys[name] = ExpectedKey(training.artifact.key, frozenset(effects), tuple(depends_on), method, tasks)
+            names = ("method", "training", "evaluation") if get_method(method).trainable else ("evaluation",)
+            name, effects = f"{variant}: {tasks}", frozenset(names)
+            keys[name] = ExpectedKey(training.artifact.key, effects, tuple(depends_on), method, tasks)
     return keys
 
 

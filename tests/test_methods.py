@@ -21,22 +21,25 @@ from small_methods import (
     SMALL,
     TRAINED,
     WORDS,
-    add_frozen_features,
     build_method,
     config_of_references,
+    method_sets,
     method_tokens,
+    task_sets,
 )
 from small_problem import CONFIG, TASKS, TEST_COUNTS, small_problem, write_test_splits
 
 from pipeline.clip.load import build_meta_towers, load_clip, weights_fingerprint
 from pipeline.config import (
     CONFIGS,
+    AugmentationConfig,
     ClipConfig,
     Config,
     MmapConfig,
     load_yaml,
     parse_config,
 )
+from pipeline.data.augment import augment
 from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, save_adapter
@@ -44,13 +47,17 @@ from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import task_tree
 from pipeline.methods.method import TrainingOverrides
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, get_method, training_config
+from pipeline.seeds import derive_seed
 from pipeline.stages.group_trainings import random_groups
 from pipeline.stages.training_spec import TrainingSpec
+from pipeline.training.batches import batch_indices
 from pipeline.training.evaluate import evaluate, evaluate_features
 from pipeline.training.frozen_features import StoredFeatures, frozen_test_features, save_features
 from pipeline.training.trainer import Trainer
 
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
+STILL = {"augmentation": AugmentationConfig(crop_scale=(1, 1), flip=False)}
+"""Changes of a config that make images equal in all steps."""
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 INK = {"ink": CLASS_NAMES}
 SEVERAL_NAMES = [" | ".join(CLASS_NAMES[:2]), CLASS_NAMES[2], " | ".join(CLASS_NAMES[3:])]
@@ -106,21 +113,22 @@ def test_a_method_equals_its_reference(name, several_names):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_all_parameters_of_a_method_train_and_no_others(name):
-    towers, _, _, sets = small_problem()
-    sets = add_frozen_features(towers, sets)
+    towers, _ = small_towers()
     method = build_method(name, towers)
     frozen = {key: value.clone() for key, value in towers.state_dict().items()}
     untrained = {key: value.clone() for key, value in method.state_dict().items()}
     tokens = method_tokens(name, towers, [CLASS_NAMES, CLASS_NAMES])
-    config = SLOW if REFERENCES[name].needs_small_learning_rate else CONFIG
-    history = Trainer(towers, method, sets, tokens, config, epochs=3, seed=5).train()
+    config = (SLOW if REFERENCES[name].needs_small_learning_rate else CONFIG).model_copy(update=STILL)
+    all_images = config.model_copy(update={"batch_size": 15})
+    measured = Trainer(towers, method, method_sets(name, towers, all_images), tokens, all_images, epochs=1, seed=5)
+    untrained_loss = measured.backward(0)[0].sum()
+    Trainer(towers, method, method_sets(name, towers, config), tokens, config, epochs=3, seed=5).train()
     assert all(torch.equal(value, frozen[key]) for key, value in towers.state_dict().items())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
     assert not any(
         torch.equal(value, untrained[key]) for key, value in method.state_dict().items() if value.is_floating_point()
     )
-    initial, final = (sum(sum(record.losses) for record in part) for part in (history[:4], history[-4:]))
-    assert final < initial
+    assert measured.backward(0)[0].sum() < untrained_loss
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -198,8 +206,8 @@ def test_prompts_start_as_the_tokens_that_they_replace(name, length, words, text
 
 
 def test_promptsrc_ends_with_a_gaussian_average_of_its_epochs():
-    towers, _, _, sets = small_problem()
-    sets = add_frozen_features(towers, sets)
+    towers, _ = small_towers()
+    sets = method_sets("promptsrc", towers)
     tokens = method_tokens("promptsrc", towers, list(WORDS.values()))
     prompts, states = [], []
     trainer = Trainer(towers, build_method("promptsrc", towers), sets, tokens, SLOW, epochs=4, seed=5)
@@ -263,7 +271,8 @@ def test_a_method_trains_with_its_authors_or_the_papers_settings():
     alike = parse_config(load_yaml(CONFIGS / "paper_protocol.yaml"))
     for name in TRAINED:
         differs = training_config(name, alike) != alike.training
-        assert differs == METHODS[name].trains_weights, name  # which the learning rate of prompts would destroy
+        assert differs == (name == "full_finetune"), name  # which is no parameter-efficient method
+    assert alike.clip.template == "a photo of a {}"
 
 
 def test_adamw_equals_torchs():
@@ -279,7 +288,7 @@ def test_adamw_equals_torchs():
         images = towers.normalize_pixels(torch.cat([pixels for pixels, _ in batches]))
         x = adaptation.encode_image(towers, images, [3, 3]).split(3)
         z = adaptation.encode_text(towers, tokens).split(5)
-        losses = [F.cross_entropy(towers.logits(*pair), labels) for *pair, (_, labels) in zip(x, z, batches)]
+        losses = [F.cross_entropy(towers.logits(*pair), labels) for *pair, (_, (labels,)) in zip(x, z, batches)]
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
@@ -330,9 +339,9 @@ def test_a_method_declares_what_it_modifies(name):
     [name for name in TRAINED if not (METHODS[name].modifies_image_encoder and REFERENCES[name].modifies_text_encoder)],
 )
 def test_frozen_features_do_not_change_the_training(name):
-    towers, _, _, sets = small_problem()
+    towers, _ = small_towers()
     tokens = method_tokens(name, towers, list(WORDS.values()))
-    sets = add_frozen_features(towers, sets)
+    sets = method_sets(name, towers)
     cached, uncached = build_method(name, towers), build_method(name, towers)
     cached_sets, uncached_sets = (
         (replace(s, images=() if not METHODS[name].modifies_image_encoder else s.images) for s in sets),
@@ -373,7 +382,7 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
 
 def first_losses(name, config, towers, model):
     """Return each task's loss in the first step, of the trainer and of the reference."""
-    sets = add_frozen_features(towers, small_problem()[3])
+    sets = method_sets(name, towers)
     frozen_tokens = method_tokens("zero_shot", towers, list(WORDS.values()))
     frozen_z = F.normalize(model.encode_text(full_ids(config.clip.template)), dim=1)
     method = build_method(name, towers, config=config)
@@ -381,9 +390,10 @@ def first_losses(name, config, towers, model):
     untrained, options = copy.deepcopy(method), getattr(config, METHODS[name].section)
     record = Trainer(towers, method, sets, tokens, SLOW, epochs=1, seed=5, frozen_tokens=frozen_tokens).step()
     plain = []
-    for task_set in sets:
-        pixels, labels = task_set.batch(0, 3, PREPROCESSING, CONFIG.augmentation, 5)
-        images = towers.normalize_pixels(pixels)
+    (mixed_set,) = sets
+    pixels, labels_by_task = mixed_set.batch(0, 3, PREPROCESSING, CONFIG.augmentation, 5)
+    batches = towers.normalize_pixels(pixels).split([len(labels) for labels in labels_by_task])
+    for images, labels in zip(batches, labels_by_task):
         x, z = (F.normalize(f, dim=1) for f in REFERENCES[name].features(untrained, model, images, config))
         frozen_x = F.normalize(model.encode_image(images), dim=1)
         p, q = ((model.logit_scale.exp() * a @ b.T) for a, b in ((x, z), (frozen_x, frozen_z)))
@@ -396,6 +406,67 @@ def first_losses(name, config, towers, model):
 def test_consistency_losses_equal_the_references(name):
     losses, plain = first_losses(name, SMALL, *small_towers())
     assert losses == pytest.approx(plain, rel=1e-9)
+
+
+def test_all_methods_but_mmap_mix_tasks():
+    assert [name for name, method in METHODS.items() if not method.mixes_tasks] == ["mmap_shared", "mmap"]
+    assert (METHODS["coop"].tasks_per_set(TASKS), METHODS["mmap"].tasks_per_set(TASKS)) == (
+        [TASKS],
+        [("ink",), ("chalk",)],
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if METHODS[name].mixes_tasks])
+def test_a_mixed_batch_has_one_mean_loss(name):
+    """Compare with a slow reference as in Dassl: a shuffled list of all tasks' images, of which each runs alone and is
+    compared with its own task's classes, and the mean cross-entropy of a batch."""
+    towers, model = small_towers()
+    config = SLOW.model_copy(update=STILL)
+    sets, words = task_sets(config), {"ink": CLASS_NAMES, "chalk": CLASS_NAMES[::-1]}
+    fast, slow = build_method(name, towers, words), build_method(name, towers, words)
+    tokens, frozen_tokens = (method_tokens(kind, towers, list(words.values())) for kind in (name, "zero_shot"))
+    options = {"epochs": 2, "seed": 5, "frozen_tokens": frozen_tokens}
+    trainer = Trainer(towers, fast, method_sets(name, towers, config), tokens, config, **options)
+    assert trainer.num_steps == 10  # 15 images
+    history = [trainer.step() for _ in range(9)]  # the last may average
+    assert any(None in record.losses for record in history)
+
+    images = [(task, *pair) for task, task_set in enumerate(sets) for pair in zip(task_set.images, task_set.labels[0])]
+    frozen_zs = tokens.pool_names_to_classes(F.normalize(towers.encode_text(frozen_tokens), dim=1))
+    optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+    for step, record in enumerate(history):
+        optimizer.param_groups[0]["lr"] = record.learning_rate
+        adaptation = slow()
+        zs = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
+        logits, labels, tasks, added = [], [], [], []
+        for task, image, label in (images[i] for i in batch_indices(15, 3, step, derive_seed(5, "order", *TASKS))):
+            pixels = towers.normalize_pixels(augment([image], PREPROCESSING, config.augmentation, torch.Generator()))
+            x = adaptation.encode_image(towers, pixels, [int(task == 0), int(task == 1)])
+            logits.append(adaptation.logits(towers, x, zs[task]))
+            labels.append(label)
+            tasks.append(task)
+            if METHODS[name].uses_consistency:
+                frozen_x = F.normalize(model.encode_image(pixels), dim=1)
+                unit = F.normalize(x, dim=1), frozen_x, F.normalize(zs[task], dim=1), frozen_zs[task]
+                scores = logits[-1], towers.logits(frozen_x, frozen_zs[task])
+                section = getattr(SMALL, METHODS[name].section)
+                added.append(REFERENCES[name].added_loss(slow, section, *unit, *scores))
+        logits, labels, tasks = torch.cat(logits), torch.stack(labels), torch.tensor(tasks)
+        loss = F.cross_entropy(logits, labels) + (torch.stack(added).mean() if added else 0)
+        optimizer.zero_grad()
+        loss.backward()
+        for task, (task_loss, accuracy) in enumerate(zip(record.losses, record.accuracies)):
+            if task in tasks:
+                own = tasks == task
+                expected = F.cross_entropy(logits[own], labels[own]) + (torch.stack(added)[own].mean() if added else 0)
+                assert task_loss == pytest.approx(expected.item(), rel=1e-9)
+                assert accuracy == pytest.approx((logits[own].argmax(1) == labels[own]).double().mean().item())
+            else:
+                assert task_loss is accuracy is None
+        optimizer.step()
+    for ours, expected in zip(fast.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, **TOLERANCE)
+        torch.testing.assert_close(ours, expected, **TOLERANCE)
 
 
 # Options

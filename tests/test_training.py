@@ -30,7 +30,7 @@ from small_problem import (
 )
 
 from pipeline.clip.class_tokens import class_tokens
-from pipeline.config import TrainingConfig
+from pipeline.config import AugmentationConfig, TrainingConfig
 from pipeline.data import parquet
 from pipeline.data.images import evaluation_pixels
 from pipeline.data.parquet import SplitReader
@@ -41,7 +41,7 @@ from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training import evaluate as evaluation
 from pipeline.training import frozen_features
-from pipeline.training.batches import batch_indices
+from pipeline.training.batches import TrainingSet, batch_indices
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import PREFETCH_BATCHES, accuracy, decoded_batches, evaluate, evaluate_features
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features
@@ -93,6 +93,45 @@ def test_batches_show_each_image_equally_often():
     assert len(batch_indices(2, 5, 0, seed=1)) == 5
 
 
+def numbered_set(task, numbers):
+    """A set whose images are known by their labels."""
+    labels = torch.tensor(numbers, dtype=torch.int64)
+    return TrainingSet(
+        (task,), tuple(torch.full((3, 4, 4), number, dtype=torch.uint8) for number in numbers), (labels,)
+    )
+
+
+def mixed_batch(training_set, step, batch_size, seed=3):
+    """Return a batch's labels by task; they are those of its images."""
+    pixels, labels = training_set.batch(step, batch_size, Preprocessing(4), AugmentationConfig(flip=False), seed)
+    assert pixels[:, 0, 0, 0].round().tolist() == torch.cat(labels).tolist()
+    return [task_labels.tolist() for task_labels in labels]
+
+
+def test_mixed_batches_show_each_image_equally_often():
+    by_task = {"ink": range(10), "chalk": range(20, 25), "neon": [], "noise": range(30, 37)}
+    mixed = TrainingSet.union([numbered_set(task, list(numbers)) for task, numbers in by_task.items()])
+    assert (mixed.tasks, len(mixed)) == (tuple(by_task), 22)
+    passes, counts = [], set()
+    for start in range(0, 8, 2):  # of 11 images
+        batches = [mixed_batch(mixed, step, 11) for step in (start, start + 1)]
+        for task, numbers in enumerate(by_task.values()):
+            assert sorted(batches[0][task] + batches[1][task]) == list(numbers)
+        counts |= {tuple(map(len, batch)) for batch in batches}
+        passes.append(batches)
+    assert len(counts) > 2 and len({str(batches) for batches in passes}) == 4
+    assert mixed_batch(mixed, 4, 11) == passes[2][0] != mixed_batch(mixed, 4, 11, seed=4)
+    assert any([] == batch[1] for batch in (mixed_batch(mixed, step, 2) for step in range(11)))
+
+
+def test_a_union_of_one_task_has_its_batches(problem):
+    _, _, _, (ink, _) = problem
+    for step in range(5):
+        options = step, 3, Preprocessing(16), CONFIG.augmentation, 5
+        (pixels, labels), expected = TrainingSet.union([ink]).batch(*options), ink.batch(*options)
+        assert torch.equal(pixels, expected[0]) and torch.equal(*labels, *expected[1])
+
+
 @pytest.mark.parametrize("momentum, weight_decay", [(0.9, 5e-4), (0.6, 0.02)])
 def test_the_trainer_equals_sgd_on_the_summed_losses(problem, momentum, weight_decay):
     """Compare with a slow reference: one task after the other, prompts concatenated at every layer, torch's SGD."""
@@ -111,7 +150,7 @@ def test_the_trainer_equals_sgd_on_the_summed_losses(problem, momentum, weight_d
         losses = []
         for t, task_set in enumerate(sets):
             adaptation = slow()
-            pixels, labels = task_set.batch(step, 3, towers.preprocessing, CONFIG.augmentation, 5)
+            pixels, (labels,) = task_set.batch(step, 3, towers.preprocessing, CONFIG.augmentation, 5)
             x = reference_encode_image(model, towers.normalize_pixels(pixels), adaptation.vision_prompts[t])
             z = reference_encode_text(model, ids, adaptation.text_prompts[t])
             losses.append(F.cross_entropy(towers.logits(x, z), labels))

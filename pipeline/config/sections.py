@@ -190,9 +190,11 @@ class AugmentationConfig(Section, affects=("training", "training_features")):
 
 class TrainingConfig(Section, affects=("training",)):
     epochs: Annotated[PositiveInt, affects("training", "training_features")] = 5
-    """Epochs over the training images of the largest task; smaller tasks repeat theirs."""
+    """Epochs over the training images; with a batch of each task (MmAP), over those of the largest task: smaller tasks
+    repeat theirs."""
     batch_size: Annotated[PositiveInt, affects("training", "training_features")] = 16
-    """Images per task and step."""
+    """Images of a batch, whose mean is the loss. A step of MmAP takes a batch of each task and sums the tasks' means
+    (Eq. 11); a step of all other methods takes one batch, with `_mt` from the images of all tasks."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimizer: SGD with momentum, or AdamW."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.0035

@@ -93,6 +93,9 @@ class Method(Module):
     """None: `<name>` (single-task) and `<name>_mt` (multi-task)."""
     trainable: ClassVar[bool] = True
     """Whether it has parameters to train."""
+    mixes_tasks: ClassVar[bool] = True
+    """Whether a step's batch is drawn from the images of all tasks, with one mean loss; otherwise each task has its own
+    batch, and the loss is the sum of the tasks' means (Eq. 11)."""
     trains_weights: ClassVar[bool] = False
     """Whether it trains weights of the towers, which are then loaded in float32."""
     modifies_image_encoder: ClassVar[bool] = True
@@ -110,6 +113,11 @@ class Method(Module):
     def forward(self) -> Adaptation:
         """Return the adaptation of the frozen towers, in every training step."""
         raise NotImplementedError
+
+    @classmethod
+    def tasks_per_set(cls, tasks: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return the tasks of each training set of a training of `tasks`."""
+        return [tuple(tasks)] if cls.mixes_tasks else [(task,) for task in tasks]
 
     @staticmethod
     def epoch_weights(epochs: int) -> Sequence[float] | None:

@@ -88,6 +88,7 @@ class SharedMmap(Method):
     """
 
     title = "MmAP"
+    mixes_tasks = False
     Options = MmapConfig
     section = "mmap"
     variants = {
@@ -135,6 +136,7 @@ class GroupMmap(Method):
     """
 
     title = "MmAP"
+    mixes_tasks = False
     Options = MmapConfig
     variants = {
         "mmap_random_groups": Variant("MmAP, random groups", "mmap", "random groups"),

@@ -191,14 +191,21 @@ def _training(
         "affinities": affinities,
         "joins": frozen_group_prompt.digest if frozen_group_prompt else None,
     }
-    training: dict[str, ImageFeatures] = {}
+    training: dict[tuple[str, ...], ImageFeatures] = {}
     test: dict[str, ImageFeatures] = {}
     if kind.trainable and (kind.uses_consistency or not kind.modifies_image_encoder):
-        training = {task: training_features(plan, task, method) for task in tasks}
+        training = training_features(plan, tasks, method)
     if not kind.modifies_image_encoder:
         test = {task: test_features(plan, task) for task in tasks}
-    artifacts = ({task: part.artifact for task, part in parts.items()} for parts in (training, test))
-    spec = TrainingSpec(plan.config, plan.splits, tasks, label, method, *artifacts)
+    spec = TrainingSpec(
+        plan.config,
+        plan.splits,
+        tasks,
+        label,
+        method,
+        {set_tasks: part.artifact for set_tasks, part in training.items()},
+        {task: part.artifact for task, part in test.items()},
+    )
     features = (*training.values(), *test.values())
     return Training(variant, spec, plan.artifact(NAME, inputs), features, init_from, affinities, frozen_group_prompt)
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from pipeline.config import TrainingConfig, values_affecting
-from pipeline.methods.registry import training_config
+from pipeline.grouping.text import format_groups
+from pipeline.methods.registry import get_method, training_config
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.stage import WorkItem
 from pipeline.runtime.storage import Artifact
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_spec import FEATURES, TrainingSpec, feature_inputs, training_config_values
-from pipeline.training.batches import load_training_sets
+from pipeline.training.batches import TrainingSet, load_training_sets
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features, save_features
 from pipeline.training.trainer import num_steps_per_epoch
 
@@ -24,7 +25,8 @@ NAME = "image_features"
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of one task's test set, or of the batches of all steps of a schedule; `work_item` computes them."""
+    """Features of a task's test set, or of a training set's batches in all steps of a schedule; `work_item` computes
+    them."""
 
     artifact: Artifact
     work_item: WorkItem
@@ -33,24 +35,35 @@ class ImageFeatures:
 def test_features(plan: Plan, task: str) -> ImageFeatures:
     config = values_affecting(plan.config, "test_features")
     artifact = plan.artifact(NAME, {**feature_inputs(plan), "task": task, "split": "test", "config": config})
-    return _features(plan, artifact, f"image features: {task}", _encode_test_images, task)
+    return _features(plan, artifact, f"image features: {task}", _encode_test_images, [task])
 
 
-def training_features(plan: Plan, task: str, method: str) -> ImageFeatures:
-    """Plan features for the largest number of steps of a training with this task; shorter trainings use a prefix."""
-    training = training_config(method, plan.config)
-    counts = plan.split_description.counts["train"]
-    num_steps = training.epochs * num_steps_per_epoch([counts[name] for name in plan.tasks], training.batch_size)
-    config = training_config_values(plan.config, method, [task], "training_features")
-    artifact = plan.artifact(NAME, {**feature_inputs(plan), "task": task, "split": "train", "config": config})
-    label = f"image features: {task}, {num_steps} steps of {training.batch_size}"
-    return _features(plan, artifact, label, _encode_training_images, task, num_steps, training)
+def training_features(plan: Plan, tasks: Sequence[str], method: str) -> dict[tuple[str, ...], ImageFeatures]:
+    """Plan features for each training set (by its tasks) of a training of `tasks`."""
+    training, counts = training_config(method, plan.config), plan.split_description.counts["train"]
+    sizes = {
+        set_tasks: sum(counts[task] for task in set_tasks) for set_tasks in get_method(method).tasks_per_set(tasks)
+    }
+    num_steps = training.epochs * num_steps_per_epoch(sizes.values(), training.batch_size)
+    features = {}
+    for set_tasks in sizes:
+        config = training_config_values(plan.config, method, set_tasks, "training_features")
+        inputs = {"tasks": list(set_tasks), "split": "train", "steps": num_steps, "config": config}
+        label = f"image features: {format_groups([set_tasks])}, {num_steps} steps of {training.batch_size}"
+        artifact = plan.artifact(NAME, {**feature_inputs(plan), **inputs})
+        features[set_tasks] = _features(plan, artifact, label, _encode_training_images, set_tasks, num_steps, training)
+    return features
 
 
 def _features(
-    plan: Plan, artifact: Artifact, label: str, encode: Callable[..., torch.Tensor], task: str, *arguments: Any
+    plan: Plan,
+    artifact: Artifact,
+    label: str,
+    encode: Callable[..., torch.Tensor],
+    tasks: Sequence[str],
+    *arguments: Any,
 ) -> ImageFeatures:
-    spec = TrainingSpec(plan.config, plan.splits, (task,), label)
+    spec = TrainingSpec(plan.config, plan.splits, tuple(tasks), label)
     return ImageFeatures(
         artifact, WorkItem(label, _write_features, (spec, artifact, encode, arguments), artifact, uses_gpu=True)
     )
@@ -80,7 +93,7 @@ def _encode_training_images(
     spec: TrainingSpec, reporter: Reporter, num_steps: int, training: TrainingConfig
 ) -> torch.Tensor:
     config, towers = spec.config, spec.towers()
-    (training_set,) = load_training_sets(
+    sets = load_training_sets(
         spec.reader(),
         spec.tasks,
         towers.preprocessing,
@@ -90,7 +103,7 @@ def _encode_training_images(
     )
     return frozen_training_features(
         towers,
-        training_set,
+        TrainingSet.union(sets),
         num_steps,
         training,
         config.seed,

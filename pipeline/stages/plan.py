@@ -207,7 +207,7 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
         kind.tokenize(config, towers.tokenizer, class_names)
         if workers > min(batch, num_classes):
             raise UserError(
-                f"cluster.workers_per_training={workers} is more than a step's images per task ({batch}, batch_size of "
+                f"cluster.workers_per_training={workers} is more than the images of a batch ({batch}, batch_size of "
                 f"{kind.title}) or the classes of a task ({num_classes}): use fewer workers"
             )
 

@@ -49,8 +49,8 @@ class TrainingSpec:
     tasks: tuple[str, ...]
     label: str
     method: str = "mmap"
-    training_features: Mapping[str, Artifact] = field(default_factory=dict)
-    """Task → frozen image features of its training steps, for methods that use them."""
+    training_features: Mapping[tuple[str, ...], Artifact] = field(default_factory=dict)
+    """Tasks of a training set → frozen image features of its batches, for methods that use them."""
     test_features: Mapping[str, Artifact] = field(default_factory=dict)
     """Task → frozen image features of its test set, for methods that do not modify them."""
 
@@ -94,7 +94,7 @@ class TrainingSpec:
             towers,
             method,
             epochs,
-            self._training_sets(towers),
+            self._load_sets(towers),
             writer.artifact.checkpoints,
             writer.artifact.storage,
             on_step=lambda record, num_steps: reporter.update(
@@ -117,7 +117,8 @@ class TrainingSpec:
         storage: Storage,
         **options: Any,
     ) -> Trainer:
-        """Build the trainer of a method for the tasks' `sets`, from the newest checkpoint in a folder if it exists."""
+        """Build the trainer of a method from a set for each task, and from the newest checkpoint in a folder if it
+        exists."""
         storage.download(checkpoints)
         config, class_names = self.config, self.class_names()
         tokens, frozen_tokens = (
@@ -127,7 +128,7 @@ class TrainingSpec:
         return Trainer(
             towers,
             method,
-            sets,
+            self._training_sets(sets),
             tokens,
             training_config(self.method, config),
             epochs=epochs,
@@ -138,24 +139,28 @@ class TrainingSpec:
             **options,
         )
 
-    def _training_sets(self, towers: ClipTowers) -> list[TrainingSet]:
+    def _load_sets(self, towers: ClipTowers) -> list[TrainingSet]:
         if get_method(self.method).modifies_image_encoder:
             augmentation = training_config(self.method, self.config).augmentation
             threads = self.config.cluster.cpus_per_worker
-            sets = load_training_sets(
+            return load_training_sets(
                 self.reader(), self.tasks, towers.preprocessing, augmentation.random_crop, towers.device, threads
             )
-        else:
-            sets = load_training_labels(self.reader(), self.tasks, towers.device)
-        return self.with_frozen_features(sets)
+        return load_training_labels(self.reader(), self.tasks, towers.device)
 
-    def with_frozen_features(self, sets: Sequence[TrainingSet]) -> list[TrainingSet]:
-        """Return the sets with the frozen image features of their tasks, where the spec has those."""
+    def _training_sets(self, task_sets: Sequence[TrainingSet]) -> list[TrainingSet]:
+        """Return the sets from which the method's batches are drawn, with their frozen image features if the spec has
+        those."""
+        set_by_task = dict(zip(self.tasks, task_sets, strict=True))
+        sets = [
+            TrainingSet.union([set_by_task[task] for task in tasks])
+            for tasks in get_method(self.method).tasks_per_set(self.tasks)
+        ]
         return [
-            replace(task_set, frozen_features=_features(self.training_features[task_set.task]))
-            if task_set.task in self.training_features
-            else task_set
-            for task_set in sets
+            replace(training_set, frozen_features=_features(self.training_features[training_set.tasks]))
+            if training_set.tasks in self.training_features
+            else training_set
+            for training_set in sets
         ]
 
     def predictions(self, classifier: Classifier, on_images: Callable[[int], None]) -> list[Prediction]:
@@ -208,10 +213,11 @@ def training_config_values(config: Config, method: str, tasks: Sequence[str], *e
 
 
 def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
-    """Return a step as MLflow metrics."""
+    """Return a step as MLflow metrics, without those of tasks that had no image in it."""
     metrics = {"learning_rate": record.learning_rate}
     for task, loss, accuracy in zip(tasks, record.losses, record.accuracies):
-        metrics |= {f"train_loss/{task}": loss, f"train_accuracy/{task}": accuracy}
+        if loss is not None and accuracy is not None:
+            metrics |= {f"train_loss/{task}": loss, f"train_accuracy/{task}": accuracy}
     return metrics
 
 
@@ -230,7 +236,8 @@ def track_history(session: Session, name: str, artifact: Artifact) -> None:
 
 
 def write_history(path: Path, tasks: Sequence[str], history: Sequence[StepRecord]) -> None:
-    """Write one row per (step, task): step, epoch, task, loss, accuracy on the batch, learning_rate."""
+    """Write one row per (step, task): step, epoch, task, loss, accuracy on the batch, learning_rate. Loss and accuracy
+    are null if the step had no image of the task."""
     rows = [
         {
             "step": record.step,

@@ -1,15 +1,17 @@
 """Few-shot training sets in memory, and the order of their batches.
 
-A batch is a pure function of (seed, task, step), so that resuming needs no saved data state, and a task gets the same
-batches in every group.
+A batch is a pure function of (seed, tasks of its set, step), so that resuming needs no saved data state, and a task
+with a set of its own gets the same batches in every group.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -30,16 +32,31 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A task's training images, decoded once, or their features by the frozen CLIP, or both.
+    """Training images of one task or of several, decoded once, or their features by the frozen CLIP, or both.
 
-    `images`: uint8 (3, h_i, w_i) each, or empty; `labels`: int64 (n,).
+    A batch of several tasks is mixed: it is drawn from all images alike, then ordered task by task.
     """
 
-    task: str
+    tasks: tuple[str, ...]
     images: tuple[torch.Tensor, ...]
-    labels: torch.Tensor
+    """uint8 (3, h_i, w_i) each, task by task, or none."""
+    labels: tuple[torch.Tensor, ...]
+    """int64 (n,) of each task's images."""
     frozen_features: Features | None = None
     """(steps, B, E): features of each step's batch by the frozen image tower."""
+
+    @staticmethod
+    def union(sets: Sequence[TrainingSet]) -> TrainingSet:
+        """Return a set of the images of all tasks, without frozen features, which belong to the batches of one set."""
+        tasks, images, labels = (
+            tuple(item for part in parts for item in part)
+            for parts in zip(*((task_set.tasks, task_set.images, task_set.labels) for task_set in sets))
+        )
+        return TrainingSet(tasks, images, labels)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return sum(map(len, self.labels))
 
     def batch(
         self,
@@ -49,23 +66,39 @@ class TrainingSet:
         augmentation: AugmentationConfig,
         seed: int,
         shard: slice = slice(None),
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pixels (B, 3, S, S) in [0, 255] and labels of a `shard` of the step's batch."""
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return pixels (B, 3, S, S) in [0, 255] and each task's labels of a `shard` of the step's batch; a task may
+        have none."""
         indices = self._indices(step, batch_size, seed)
-        generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", self.task, str(step)))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", *self.tasks, str(step)))
         pixels = augment([self.images[i] for i in indices], preprocessing, augmentation, generator, shard)
-        return pixels, self.labels[indices[shard]]
+        return pixels, self._labels(indices[shard])
 
     def frozen_batch(
         self, step: int, batch_size: int, seed: int, shard: slice = slice(None)
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return frozen features (B, E) and labels of a `shard` of a step's batch."""
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return frozen features (B, E) and each task's labels of a `shard` of a step's batch."""
         assert self.frozen_features is not None
         indices = self._indices(step, batch_size, seed)
-        return self.frozen_features[step][shard].to(self.labels.device), self.labels[indices[shard]]
+        return self.frozen_features[step][shard].to(self.labels[0].device), self._labels(indices[shard])
+
+    @property
+    def _bounds(self) -> list[int]:
+        """Index of each task's first image, and the number of images."""
+        return list(accumulate(map(len, self.labels), initial=0))
 
     def _indices(self, step: int, batch_size: int, seed: int) -> list[int]:
-        return batch_indices(len(self.labels), batch_size, step, derive_seed(seed, "order", self.task))
+        """Return the indices of a step's images, ordered by task."""
+        indices = batch_indices(len(self), batch_size, step, derive_seed(seed, "order", *self.tasks))
+        bounds = self._bounds
+        return sorted(indices, key=lambda index: bisect(bounds, index))
+
+    def _labels(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        ranges = pairwise(self._bounds)
+        return tuple(
+            labels[[index - start for index in indices if start <= index < stop]]
+            for labels, (start, stop) in zip(self.labels, ranges)
+        )
 
 
 def batch_indices(num_images: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -88,7 +121,7 @@ def load_training_sets(
     device: torch.device,
     threads: int,
 ) -> list[TrainingSet]:
-    """Decode the tasks' training images on `threads` threads, and move them to the device.
+    """Decode the tasks' training images on `threads` threads, and move them to the device: a set for each task.
 
     Args:
         random_crop: as in `training_pixels`, that of the augmentation of their batches.
@@ -100,7 +133,7 @@ def load_training_sets(
             pixels = pool.map(lambda row: training_pixels(row["image"], preprocessing, random_crop), rows)
             images = tuple(torch.from_numpy(image).to(device) for image in pixels)
             labels = torch.tensor([row["label"] for row in rows], device=device)
-            sets.append(TrainingSet(task, images, labels))
+            sets.append(TrainingSet((task,), images, (labels,)))
     return sets
 
 
@@ -109,5 +142,5 @@ def load_training_labels(reader: SplitReader, tasks: Sequence[str], device: torc
     sets = []
     for task in tasks:
         labels = [row["label"] for row in reader.rows("train", task, ("label",))]
-        sets.append(TrainingSet(task, (), torch.tensor(labels, device=device)))
+        sets.append(TrainingSet((task,), (), (torch.tensor(labels, device=device),)))
     return sets

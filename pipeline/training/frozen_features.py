@@ -1,8 +1,8 @@
 """Image features of the frozen CLIP, computed once for all methods that do not modify the image tower or are
 regularized towards it.
 
-A step's batch and its augmentation are functions of seed, task and step, so all trainings with the same schedule see
-the same images and share the features of every step, like those of the test set.
+A step's batch and its augmentation are functions of seed, tasks and step, so all trainings of the same tasks with the
+same schedule see the same images and share the features of every step, like those of the test set.
 """
 
 from __future__ import annotations

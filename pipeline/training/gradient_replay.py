@@ -16,7 +16,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training.batches import TrainingSet
-from pipeline.training.trainer import Snapshot, StepRecord, Trainer
+from pipeline.training.trainer import Snapshot, Trainer
 
 
 def replay_gradients(
@@ -49,8 +49,7 @@ def replay_gradients(
     snapshots = []
     for step, epoch, parameters in trajectory:
         vector_to_parameters(parameters.to(trainer.parameters[0]), trainer.parameters)
-        losses, accuracies = trainer.backward(step - 1).tolist()
-        record = StepRecord(step, epoch, 0.0, tuple(losses), tuple(accuracies))
+        record = trainer.record(step - 1, epoch - 1, 0.0, trainer.backward(step - 1))
         snapshots.append(Snapshot(record, method.task_gradients().cpu(), parameters))
         on_snapshot(len(snapshots))
     return snapshots

@@ -1,10 +1,12 @@
-"""The trainer of all methods: trains one method for several tasks on frozen towers, all tasks in every step.
+"""The trainer of all methods: trains one method for one task or several on frozen towers.
 
-A step takes a batch of each task, runs one image forward for the mixed batch and one text forward for all tasks'
-classes, and sums the tasks' mean cross-entropies (Eq. 11). Features that a method does not modify are not computed in
-the step: text features are computed once, image features come with the training sets. Everything random is a function
-of seed and step, so a resumed training gives identical results. In a process group, each worker takes its shard of
-every step's images and classes, and only the main process reports and writes.
+A step takes a batch of each training set, and its loss is the sum of the batches' means: with a set per task, of the
+tasks' mean cross-entropies (Eq. 11); with one set of all tasks, the mean over a mixed batch, each image against its own
+task's classes. A step runs one image forward for all batches and one text forward for all tasks' classes. Features that
+a method does not modify are not computed in the step: text features are computed once, image features come with the
+training sets. Everything random is a function of seed and step, so a resumed training gives identical results. In a
+process group, each worker takes its shard of every step's images and classes, and only the main process reports and
+writes.
 """
 
 from __future__ import annotations
@@ -35,20 +37,21 @@ from pipeline.training.memory import explain_out_of_memory
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Metrics of a step; per task, in the order of the training sets."""
+    """Metrics of a step; per task, in the order of the training sets. None: the step had no image of the task."""
 
     step: int
     """From 1."""
     epoch: int
     """From 1."""
     learning_rate: float
-    losses: tuple[float, ...]
-    accuracies: tuple[float, ...]
-    """Fraction of the step's training images that were classified correctly."""
+    losses: tuple[float | None, ...]
+    """Mean over the task's images of the step."""
+    accuracies: tuple[float | None, ...]
+    """Fraction of the task's images of the step that were classified correctly."""
 
 
 def num_steps_per_epoch(set_sizes: Iterable[int], batch_size: int) -> int:
-    """Return the number of steps in which the largest task sees each of its images."""
+    """Return the number of steps in which the largest training set is seen completely."""
     return math.ceil(max(set_sizes) / batch_size)
 
 
@@ -86,7 +89,7 @@ OPTIMIZERS: Mapping[str, Callable[[Sequence[nn.Parameter], TrainingConfig], torc
 
 @dataclass(eq=False)
 class Trainer:
-    """Trainer of `method`, in place, on the tasks' `training_sets`; resumes from the newest checkpoint, if any.
+    """Trainer of `method`, in place, on `training_sets`; resumes from the newest checkpoint, if any.
 
     Parameters that require no gradient are not modified.
     """
@@ -95,8 +98,8 @@ class Trainer:
     method: nn.Module
     """Module whose forward pass returns the Adaptation of the same tasks."""
     training_sets: Sequence[TrainingSet]
-    """With images for a method that modifies the image encoder, with frozen features for one that does not, or that is
-    regularized towards them."""
+    """Sets of which a step takes a batch each; together they have the same tasks, in order. With images for a method
+    that modifies the image encoder, with frozen features for one that does not, or that is regularized towards them."""
     tokens: ClassTokens
     """Class tokens of the same tasks."""
     config: TrainingConfig
@@ -123,7 +126,8 @@ class Trainer:
         self.snapshots: list[Snapshot] = []
         self._epoch_weights = self.method.epoch_weights(self.epochs) if isinstance(self.method, Method) else None
         self._average = [torch.zeros_like(parameter) for parameter in self.parameters if self._epoch_weights]
-        self.steps_per_epoch = num_steps_per_epoch((len(task.labels) for task in self.training_sets), config.batch_size)
+        self.tasks = [task for training_set in self.training_sets for task in training_set.tasks]
+        self.steps_per_epoch = num_steps_per_epoch(map(len, self.training_sets), config.batch_size)
         self.num_steps = self.epochs * self.steps_per_epoch
         self._shard = DistributedShard.current()
         slices = self._shard.shard_slices([config.batch_size] * len(self.training_sets))
@@ -165,7 +169,7 @@ class Trainer:
                 self.on_step(record, self.num_steps)
 
     def step(self) -> StepRecord:
-        """Update the parameters once, with a batch of each task.
+        """Update the parameters once, with a batch of each training set.
 
         Raises:
             UserError: a task's loss is not finite; out of memory.
@@ -180,8 +184,8 @@ class Trainer:
         self._shard.all_reduce_sum(
             [*(cast(torch.Tensor, parameter.grad) for parameter in self.parameters), metrics, gradients]
         )
-        record = StepRecord(step + 1, epoch + 1, lr, *map(tuple, metrics.tolist()))
-        self._check_finite(record)
+        self._check_finite(step, metrics)
+        record = self.record(step, epoch, lr, metrics)
         if len(gradients):
             parameters = parameters_to_vector(self.parameters).detach()
             self.snapshots.append(Snapshot(record, gradients.float().cpu(), parameters.float().cpu()))
@@ -192,8 +196,8 @@ class Trainer:
         return record
 
     def backward(self, step: int) -> torch.Tensor:
-        """Compute the gradients of a step (from 0), and return the tasks' losses and accuracies (2, T): this worker's
-        part of them.
+        """Compute the gradients of a step (from 0), and return (3, T): this worker's part of what each task adds to the
+        loss, of its correctly classified images, and of its images.
 
         Raises:
             UserError: out of memory.
@@ -211,7 +215,20 @@ class Trainer:
             self.optimizer.zero_grad()
             losses.sum().backward()
         hits = torch.stack([(scores.argmax(1) == label).sum() for scores, label in zip(logits, labels)])
-        return torch.stack([losses.detach(), hits / size])
+        counts = losses.new_tensor([len(label) for label in labels])
+        return torch.stack([losses.detach(), hits.to(losses.dtype), counts])
+
+    def record(self, step: int, epoch: int, learning_rate: float, metrics: torch.Tensor) -> StepRecord:
+        """Return the record of a step of an epoch (both from 0) from the workers' summed `backward`."""
+        losses, hits, counts = metrics.tolist()
+        return StepRecord(
+            step + 1,
+            epoch + 1,
+            learning_rate,
+            # The loss has the task's mean with the weight count / batch_size: 1 for a task with a set of its own.
+            tuple(loss / (count / self.config.batch_size) if count else None for loss, count in zip(losses, counts)),
+            tuple(hit / count if count else None for hit, count in zip(hits, counts)),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which a trainer with the same arguments resumes; as in torch, the next step changes its
@@ -247,16 +264,17 @@ class Trainer:
         self, adaptation: Adaptation, step: int
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """Return, for each task's images in a step: features, the frozen CLIP's if needed, labels."""
-        size, towers = self.config.batch_size, self.towers
+        size, towers, augmentation = self.config.batch_size, self.towers, self.config.augmentation
         frozen: Sequence[torch.Tensor] = ()
         if adaptation.consistency or not adaptation.modifies_image_encoder:
-            frozen, labels = zip(*(task.frozen_batch(step, size, self.seed, rows) for task, rows in self._shards))
+            frozen_x, labels, counts = _join(s.frozen_batch(step, size, self.seed, rows) for s, rows in self._shards)
+            frozen = frozen_x.split(counts)
         if not adaptation.modifies_image_encoder:
-            return [adaptation.adapt_image_features(features) for features in frozen], frozen, labels
-        options = towers.preprocessing, self.config.augmentation, self.seed
-        pixels, labels = zip(*(task.batch(step, size, *options, rows) for task, rows in self._shards))
-        counts = [len(task_pixels) for task_pixels in pixels]
-        images = towers.normalize_pixels(torch.cat(pixels))
+            return adaptation.adapt_image_features(frozen_x).split(counts), frozen, labels
+        pixels, labels, counts = _join(
+            s.batch(step, size, towers.preprocessing, augmentation, self.seed, rows) for s, rows in self._shards
+        )
+        images = towers.normalize_pixels(pixels)
         return adaptation.encode_image(towers, images, counts).split(counts), frozen, labels
 
     def _text_features(self, adaptation: Adaptation) -> tuple[torch.Tensor, ...]:
@@ -281,8 +299,9 @@ class Trainer:
         z: Sequence[torch.Tensor],
         logits: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Return, per task, this worker's part of the image loss, and its share of the losses all workers compute."""
-        losses = []
+        """Return, per task, this worker's part of what is added to the loss: for each image its image loss and its
+        task's text loss."""
+        losses, size = [], self.config.batch_size
         for *features, scores in zip(x, frozen_x, z, self._frozen_text_features, logits):
             frozen_logits = self.towers.logits(features[1], features[3])
             unit_x, unit_frozen_x, unit_z, unit_frozen_z = (F.normalize(f.to(scores.dtype), dim=-1) for f in features)
@@ -290,14 +309,23 @@ class Trainer:
             if consistency.parameter_loss is not None:
                 shared_loss = shared_loss + consistency.parameter_loss / len(self.training_sets)
             image_loss = consistency.image_loss(unit_x, unit_frozen_x, scores, frozen_logits).sum()
-            losses.append(image_loss / self.config.batch_size + shared_loss / self._shard.world_size)
+            losses.append(image_loss / size + shared_loss * (len(scores) / size))
         return torch.stack(losses)
 
-    def _check_finite(self, record: StepRecord) -> None:
-        for task, loss in zip(self.training_sets, record.losses):
+    def _check_finite(self, step: int, metrics: torch.Tensor) -> None:
+        for task, loss in zip(self.tasks, metrics[0].tolist()):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss of task {task.task!r} is {loss} at step {record.step}: lower the learning_rate "
+                    f"the loss of task {task!r} is {loss} at step {step + 1}: lower the learning_rate "
                     f"{self.config.learning_rate:g} (of the section training, or the method's section) or set "
                     "clip.precision=float32"
                 )
+
+
+def _join(
+    batches: Iterable[tuple[torch.Tensor, tuple[torch.Tensor, ...]]],
+) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
+    """Concatenate the sets' batches to images (or their features), each task's labels and number of images."""
+    images, labels_of_sets = zip(*batches)
+    labels = [task_labels for set_labels in labels_of_sets for task_labels in set_labels]
+    return torch.cat(images), labels, [len(task_labels) for task_labels in labels]

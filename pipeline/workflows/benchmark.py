@@ -152,7 +152,7 @@ def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
             training = training_config(VARIANTS[name].method, config)
             setting = (
                 f"{OPTIMIZERS[training.optimizer]}, learning rate {training.learning_rate:g}, "
-                f"{training.epochs} epochs, batch size {training.batch_size} per task"
+                f"{training.epochs} epochs, batch size {training.batch_size}{'' if spec.mixes_tasks else ' per task'}"
             )
             titles.setdefault(setting, []).append(spec.title)
     return tuple(f"{', '.join(dict.fromkeys(names))}: {setting}." for setting, names in titles.items())

@@ -104,7 +104,7 @@ class _GroupTraining:
         init_artifact = training.init_from.artifact if training.init_from else None
         self._method = build_method(spec, self._towers, init_artifact, training.affinities)
         self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
-        sets = spec.with_frozen_features([self._training_set(task) for task in spec.tasks])
+        sets = [self._training_set(task) for task in spec.tasks]
         epochs = training_config(spec.method, spec.config).epochs
         storage = training.artifact.storage
         self.trainer = spec.trainer(self._towers, self._method, epochs, sets, checkpoints, storage)

@@ -18,7 +18,7 @@ def added_loss(method, options, x, frozen_x, z, frozen_z, logits, frozen_logits)
     divergence = (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
     return (
         options.text_weight * (1 - (z * frozen_z).sum(1)).mean()
-        + options.embedding_weight * distance / 2
+        + options.embedding_weight * distance
         + options.logits_weight * 4 * divergence
     )
 
