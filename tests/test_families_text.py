@@ -14,6 +14,7 @@ from small_problem import CONFIG, TASKS, small_problem
 from small_text_towers import FAMILIES, small_text_towers
 
 from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.precision import autocast
 from pipeline.errors import UserError
 from pipeline.methods.registry import METHODS
 from pipeline.training.trainer import Trainer
@@ -176,6 +177,20 @@ def test_a_training_step_is_that_of_the_definition():
     stepped = slow.context - config.learning_rate * slow.context.grad
     assert (method.context - slow.context).abs().max() > 1e-6
     torch.testing.assert_close(method.context, stepped, **TOLERANCE)
+
+
+@pytest.mark.parametrize("propagate", [False, True], ids=["replaced", "propagated"])
+@pytest.mark.parametrize("family", ["SigLIP", "BERT's pooler", "XLM-RoBERTa"])
+def test_matrices_cast_to_bfloat16_equal_autocast(family, propagate):
+    features = []
+    for is_cast in (False, True):
+        towers = small_text_towers(family)[0].float()
+        if is_cast:
+            towers.cast_weights_to_bfloat16()
+        tokens = class_tokens(towers.tokenizer, TEMPLATES, NAMES_PER_TASK, num_prompt_positions=3)
+        with autocast(towers.device, "bfloat16"):
+            features.append(towers.encode_text(tokens, random_prompts(towers, 2).float(), propagate))
+    assert torch.equal(*features)
 
 
 def test_a_name_without_tokens_or_a_text_that_is_too_long_is_refused():

@@ -86,20 +86,22 @@ def test_a_folder_has_all_that_biomedclip_needs(folder):
 
 
 def test_files_are_part_of_the_identity(folder):
-    biomedclip(folder)
-    config = ClipConfig(model="./biomed", pretrained=None)
-    identities = [clip_identity(config)]
-    for file, old, new in (
-        ("tokenizer.json", '"lowercase": true', '"lowercase": false'),
-        ("config.json", "gelu", "relu"),
-    ):
-        text = Path("biomed", file).read_text()
+    config = BIOMED | {"text_cfg": BIOMED["text_cfg"] | {"hf_tokenizer_name": "org/words"}}
+    Path("model.json").write_text(json.dumps(config))
+    hub_cache(folder / "hub", "org/bert", write_text_files)
+    hub_cache(folder / "hub", "org/words", write_text_files)
+    identities = [clip_identity(ClipConfig(model="model.json", pretrained=None))]
+    uncased, cased = '"lowercase": true', '"lowercase": false'
+    changes = ("words", "tokenizer.json", uncased, cased), ("bert", "config.json", "gelu", "relu")
+    for repository, name, old, new in changes:
+        (file,) = Path("hub").glob(f"models--org--{repository}/snapshots/*/{name}")
+        text = file.read_text()
         assert old in text
-        Path("biomed", file).write_text(text.replace(old, new))
-        identities.append(clip_identity(config))
+        file.write_text(text.replace(old, new))
+        identities.append(clip_identity(ClipConfig(model="model.json", pretrained=None)))
     assert len(set(identities)) == 3
-    shutil.copytree("biomed", "copy")
-    assert clip_identity(ClipConfig(model="./copy", pretrained=None)) == identities[-1]
+    shutil.move("model.json", "other.json")
+    assert clip_identity(ClipConfig(model="other.json", pretrained=None)) == identities[-1]
 
 
 @pytest.mark.parametrize(
