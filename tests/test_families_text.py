@@ -168,7 +168,7 @@ def test_a_training_step_is_that_of_the_definition():
     ids = tokenizer([f"{name}." for name in CLASS_NAMES])
     losses = []
     for task_set in sets:
-        pixels, labels = task_set.batch(0, 10, towers.preprocessing, config.augmentation, 5)
+        pixels, (labels,) = task_set.batch(0, 10, towers.preprocessing, config.augmentation, 5)
         x = model.encode_image(towers.normalize_pixels(pixels))
         z = reference_encode_text(model, ids, slow.context[None], 0, propagate=True)
         losses.append(F.cross_entropy(towers.logits(x, z), labels))
