@@ -106,6 +106,11 @@ class SharedMmap(Method):
     def build(cls, config: Config, towers: ClipTowers, class_names: Collection[str]) -> Self:
         return cls(MmapShape.of(config.mmap, towers), class_names, config.seed, config.mmap.init_std)
 
+    @staticmethod
+    def check(config: Config, towers: ClipTowers) -> None:
+        """Raises: UserError: depth or source_columns do not fit the towers."""
+        MmapShape.of(config.mmap, towers)
+
     def forward(self) -> Adaptation:
         self._copies = [p.expand(len(self.tasks), *p.shape[1:]) for p in self.mmap.parameters()]
         if torch.is_grad_enabled():
@@ -153,6 +158,11 @@ class GroupMmap(Method):
     @classmethod
     def build(cls, config: Config, towers: ClipTowers, class_names: Collection[str]) -> Self:
         return cls(MmapShape.of(config.mmap, towers), class_names, config.seed, config.mmap.init_std)
+
+    @staticmethod
+    def check(config: Config, towers: ClipTowers) -> None:
+        """Raises: UserError: depth or source_columns do not fit the towers."""
+        MmapShape.of(config.mmap, towers)
 
     def load_frozen_group_prompt(self, state: Mapping[str, torch.Tensor]) -> None:
         """Load the group prompt from a trained group's state dict and freeze it, so that only the tasks' prompts
