@@ -100,8 +100,9 @@ def evaluation_pixels(source: bytes | Image.Image, preprocessing: Preprocessing)
     match preprocessing.resize_mode:
         case "shortest":
             short = min(image.size)
-            # Resizing an image of 1 x 60,000 pixels would take gigabytes.
-            image = _center(image, min(image.width, MAX_RATIO * short), min(image.height, MAX_RATIO * short))
+            if max(image.size) > MAX_RATIO * short:
+                # Resizing an image of 1 x 60,000 pixels would take gigabytes.
+                image = _center(image, min(image.width, MAX_RATIO * short), min(image.height, MAX_RATIO * short))
             # As torchvision: the longer side is truncated to an integer, not rounded.
             image = image.resize((int(size * image.width / short), int(size * image.height / short)), resampling)
             image = _center(image, size, size)
