@@ -17,7 +17,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP  # 
 from pipeline.clip.towers import ClipTowers  # noqa: E402
 from pipeline.data.preprocessing import Preprocessing  # noqa: E402
 
-PREPROCESSING = Preprocessing(16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+PREPROCESSING = Preprocessing(16, "squash", "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+"""Unlike the defaults, so that none of them is noticed."""
 CLASS_NAMES = ["cat", "tricycle", "the great wall of china", "post-it notes", "alarm clock"]
 
 

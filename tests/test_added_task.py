@@ -362,6 +362,8 @@ def test_errors_are_reported_before_any_work(finished, tmp_path, monkeypatch, ca
     assert "mmap.prompt_length=8: the run's prompts were trained with 4" in error(
         *run, "--task", "neon", "--mmap.prompt_length", "8", "--mmap.source_rows", "8"
     )
+    squash = error(*run, "--task", "neon", "--clip.resize_mode", "squash")
+    assert "clip.resize_mode=squash: the run's prompts were trained with shortest" in squash
     assert "clip.template=a {}.: the run's" in error(*run, "--task", "neon", "--clip.template", "a {}.")
     assert "clip.pretrained=None differs from the run's CLIP" in error(
         *run, "--task", "neon", "--clip.pretrained", "null"

@@ -260,6 +260,8 @@ def test_an_adapter_records_the_preprocessing_and_all_ways_to_predict_use_it(ada
     torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-6)
     assert model.preprocessing == preprocessing
 
+    elsewhere = loaded.config.clip.with_weights("/nowhere/weights.safetensors")  # as on the driver of batch prediction
+    assert build_meta_towers(elsewhere).preprocessing == preprocessing
     rows = pa.table({"image": list(map(png, photos))})
     assert np.array_equal(decode_rows(rows, None, "ink", ["ink"], preprocessing)["pixels"], pixels.numpy())
 

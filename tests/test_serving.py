@@ -38,6 +38,7 @@ from jobs import serve
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, MmapConfig
+from pipeline.data.images import evaluation_pixels
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
@@ -215,7 +216,7 @@ PNG = base64.b64decode(
 SERVED = {"digits": ServedModel("MmAP", "ViT", "0" * 64, GROUP, None, {})}
 
 
-def api(predict=None, ready: bool = True, **limits) -> HttpApi:
+def api(predict=None, preprocessing: Preprocessing | None = None, ready: bool = True, **limits) -> HttpApi:
     async def first_class(model: str, task: str | None, pixels: np.ndarray) -> Answer:
         assert pixels.shape[1:] == (3, 32, 32) and pixels.dtype == np.uint8
         record = {
@@ -232,7 +233,8 @@ def api(predict=None, ready: bool = True, **limits) -> HttpApi:
         return ready
 
     values = {"max_request_bytes": 2000, "max_images": 3, "max_waiting": 2, "timeout_s": 5.0, "decoding_threads": 1}
-    return HttpApi(SERVED, Preprocessing(32), Limits(**{**values, **limits}), predict or first_class, is_ready)
+    preprocessing = preprocessing or Preprocessing(32)
+    return HttpApi(SERVED, preprocessing, Limits(**{**values, **limits}), predict or first_class, is_ready)
 
 
 async def send(
@@ -266,6 +268,19 @@ def get_response(served: HttpApi, *arguments, **options):
 
 def json_request(**values) -> dict:
     return {"body": json.dumps(values).encode(), "content_type": "application/json; charset=utf-8"}
+
+
+def test_images_are_preprocessed_as_the_models_need():
+    served_pixels, preprocessing = [], Preprocessing(32, "squash", "bilinear")
+
+    async def predict(model: str, task: str | None, pixels: np.ndarray) -> Answer:
+        served_pixels.append(pixels)
+        return Answer([{"error": ""}] * len(pixels), len(pixels))
+
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(stream, "PNG")
+    get_response(api(predict, preprocessing, max_request_bytes=2**20), body=stream.getvalue())
+    assert np.array_equal(served_pixels[0][0], evaluation_pixels(stream.getvalue(), preprocessing))
 
 
 def test_error_responses_say_what_to_do():
@@ -407,7 +422,8 @@ def ingress(monkeypatch, outcomes: Iterable) -> Ingress:
         return outcome
 
     method = SimpleNamespace(remote=predict)
-    return Ingress(SimpleNamespace(predict=method, ready=method), SERVED, 32, Limits(2000, 3, 2, 5.0, 1))
+    replicas = SimpleNamespace(predict=method, ready=method)
+    return Ingress(replicas, SERVED, Preprocessing(32), Limits(2000, 3, 2, 5.0, 1))
 
 
 def test_the_ingress_retries_and_finally_gives_up(monkeypatch):
@@ -431,7 +447,8 @@ def test_a_large_request_is_split_into_calls():
         sizes.append(pixels.nbytes)
         return Answer([{"label": int(image[0, 0, 0])} for image in pixels], len(pixels))
 
-    server = Ingress(SimpleNamespace(predict=SimpleNamespace(remote=predict)), SERVED, 224, Limits(2000, 64, 2, 5.0, 1))
+    replicas = SimpleNamespace(predict=SimpleNamespace(remote=predict))
+    server = Ingress(replicas, SERVED, Preprocessing(224), Limits(2000, 64, 2, 5.0, 1))
     pixels = np.zeros((64, 3, 224, 224), np.uint8) + np.arange(64, dtype=np.uint8)[:, None, None, None]
     answer = asyncio.run(server._predict("digits", "ink", pixels))
     assert [record["label"] for record in answer.records] == list(range(64)) and answer.batch_size == 20
