@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -266,6 +267,10 @@ def check_command(words: list[str]) -> None:
                 json.loads(arguments[arguments.index("-d") + 1])
         case ["cluster/make_env.sh" as script]:
             assert os.access(REPOSITORY / script, os.X_OK), f"{script} is not executable"
+        case ["pip", "install", requirement]:
+            name, extra = re.fullmatch(r"(.+)\[(.+)\]", requirement).groups()
+            project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+            assert name == project["name"] and extra in project["optional-dependencies"], requirement
         case ["bash", ".ci/run"] | ["set" | "." | "docker" | "kubectl" | "pg_dump" | "tar", *_]:
             pass
         case _:
