@@ -32,9 +32,9 @@ from pipelines import REPOSITORY
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline.clip.checkpoint import read_checkpoint
+from pipeline.clip.files.checkpoint import read_checkpoint
+from pipeline.clip.files.weights import Weights
 from pipeline.clip.load import build_meta_towers, clip_identity, load_clip, weights_fingerprint
-from pipeline.clip.weights import Weights
 from pipeline.config import (
     BUILTIN_DIGITS,
     ClipConfig,

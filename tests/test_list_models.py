@@ -16,7 +16,7 @@ import torch
 from pipelines import REPOSITORY
 from small_clip import open_clip
 
-from pipeline.clip import source
+from pipeline.clip.files import source
 from pipeline.clip.load import build_meta_towers
 from pipeline.clip.meta_device import SkipInitialization
 from pipeline.config import ClipConfig, Config

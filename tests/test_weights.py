@@ -38,8 +38,11 @@ from weight_files import (
     with_text_tower,
 )
 
-from pipeline.clip.checkpoint import read_checkpoint
-from pipeline.clip.hugging_face import to_model_config, to_preprocess_config
+from pipeline.clip.files.checkpoint import read_checkpoint
+from pipeline.clip.files.hugging_face import to_model_config, to_preprocess_config
+from pipeline.clip.files.model_state import content_hash, fit_to_model
+from pipeline.clip.files.source import resolve_model
+from pipeline.clip.files.weights import resolve_weights
 from pipeline.clip.load import (
     build_meta_towers,
     clip_identity,
@@ -48,9 +51,6 @@ from pipeline.clip.load import (
     weights_fingerprint,
     with_absolute_paths,
 )
-from pipeline.clip.model_state import content_hash, fit_to_model
-from pipeline.clip.source import resolve_model
-from pipeline.clip.weights import resolve_weights
 from pipeline.config import BUILTIN_DIGITS, OPENAI_NAMES, ClipConfig, Config
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.clip.checkpoint import State, read_checkpoint
-from pipeline.clip.model_state import content_hash, fit_to_model
+from pipeline.clip.files.checkpoint import State, read_checkpoint
+from pipeline.clip.files.model_state import content_hash, fit_to_model
+from pipeline.clip.files.source import ModelSource, import_open_clip, resolve_model
+from pipeline.clip.files.text_files import text_files_hash, tokenizer_folder
+from pipeline.clip.files.weights import Weights, download_tag, resolve_weights
 from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.preprocessing import (
     check_input_size,
@@ -26,10 +29,7 @@ from pipeline.clip.preprocessing import (
     resize_input,
     resolve_preprocessing,
 )
-from pipeline.clip.source import ModelSource, import_open_clip, resolve_model
-from pipeline.clip.text_files import text_files_hash, tokenizer_folder
 from pipeline.clip.towers import ClipTowers
-from pipeline.clip.weights import Weights, download_tag, resolve_weights
 from pipeline.config import ClipConfig, brings_weights
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pipeline.clip.families import COCA, describe_image_tower, describe_text_tower
 from pipeline.clip.families.base import UnsupportedTower
-from pipeline.clip.source import ModelSource, import_open_clip, resolve_model
-from pipeline.clip.text_files import needs_transformers
+from pipeline.clip.files.source import ModelSource, import_open_clip, resolve_model
+from pipeline.clip.files.text_files import needs_transformers
 from pipeline.config import OPENAI_NAMES, did_you_mean
 from pipeline.errors import UserError
 

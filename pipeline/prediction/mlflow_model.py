@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from pipeline.clip.model_files import folder_path
-from pipeline.clip.source import resolve_model
-from pipeline.clip.text_files import needs_transformers
+from pipeline.clip.files.model_files import folder_path
+from pipeline.clip.files.source import resolve_model
+from pipeline.clip.files.text_files import needs_transformers
 from pipeline.config import ClipConfig, content_hash
 from pipeline.errors import UserError
 from pipeline.prediction.load import MLFLOW_ADAPTER, load_model, local_adapter_file, read_model

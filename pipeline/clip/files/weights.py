@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.clip.model_files import LocalFolder, ModelFiles, folder_path, no_such_path, open_model_files
-from pipeline.clip.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_model_files
+from pipeline.clip.files.model_files import LocalFolder, ModelFiles, folder_path, no_such_path, open_model_files
+from pipeline.clip.files.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_model_files
 from pipeline.config import (
     BUILTIN_DIGITS,
     FOLDER_PREFIX,

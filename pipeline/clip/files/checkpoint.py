@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline.clip.torchscript import is_torchscript, read_torchscript
-from pipeline.clip.weights import Weights
+from pipeline.clip.files.torchscript import is_torchscript, read_torchscript
+from pipeline.clip.files.weights import Weights
 from pipeline.errors import UserError
 
 State = dict[str, torch.Tensor]

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.clip.hugging_face import to_model_config, to_preprocess_config
+from pipeline.clip.files.hugging_face import to_model_config, to_preprocess_config
+from pipeline.clip.files.model_files import ModelFiles, is_commit, open_model_files
+from pipeline.clip.files.text_files import TEXT_CONFIG, text_config_folder
 from pipeline.clip.meta_device import SkipInitialization
-from pipeline.clip.model_files import ModelFiles, is_commit, open_model_files
-from pipeline.clip.text_files import TEXT_CONFIG, text_config_folder
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, OPENAI_NAMES, brings_weights, did_you_mean, read_text
 from pipeline.errors import UserError
@@ -31,7 +31,7 @@ MAX_DIMENSION = 10**6
 """Limit of a width, a vocabulary, an image side."""
 MAX_LAYERS = 1000
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-DEMO = Path(__file__).resolve().parent.parent / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "demo"
 CONFIG_NAMES = OPEN_CLIP_CONFIG, "config.json"
 _BUILTIN_MODEL = DEMO / "digits_clip.json"
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline.clip.checkpoint import Checkpoint, State
-from pipeline.clip.hugging_face import TOKEN_EMBEDDING, to_open_clip_state
-from pipeline.clip.source import ModelSource, import_open_clip
-from pipeline.clip.weights import Weights
+from pipeline.clip.files.checkpoint import Checkpoint, State
+from pipeline.clip.files.hugging_face import TOKEN_EMBEDDING, to_open_clip_state
+from pipeline.clip.files.source import ModelSource, import_open_clip
+from pipeline.clip.files.weights import Weights
 from pipeline.config import brings_weights
 from pipeline.errors import UserError
 
