@@ -196,7 +196,7 @@ class ClipTowers(nn.Module):
         if keeps_graph not in self._black_box_bytes:
             self._black_box_bytes[keeps_graph] = measured_activation_bytes(self.visual, images[:1])
         return checkpointed_chunks(
-            lambda start, stop: self.image_tower.features(images[start:stop]),
+            lambda start, stop: cast(torch.Tensor, self.visual(images[start:stop])),
             len(images),
             self._black_box_bytes[keeps_graph],
             self.activation_memory_gib,

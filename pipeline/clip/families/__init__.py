@@ -18,20 +18,17 @@ COCA = "CoCa's towers also return the tokens of its captions"
 
 def describe_image_tower(visual: Any) -> ImageTower:
     """Return the description of an image tower, that of a black box if its layers cannot take prompts."""
-    is_timm = hasattr(visual, "trunk")
-    family: type[ImageTower] | None
-    if is_timm:
-        name = type(visual.trunk).__name__
-        family = {"VisionTransformer": TimmVisionTransformer, "Eva": Eva}.get(name)
+    families: dict[str, type[TimmVisionTransformer | OpenClipImageTower]]
+    if hasattr(visual, "trunk"):
+        name, families = type(visual.trunk).__name__, {"VisionTransformer": TimmVisionTransformer, "Eva": Eva}
     else:
-        name = type(visual).__name__
-        family = {"VisionTransformer": OpenClipImageTower}.get(name)
-    if family is None:
-        return BlackBox(visual, f"{name} has no tokens that pass through all layers")
+        name, families = type(visual).__name__, {"VisionTransformer": OpenClipImageTower}
+    if name not in families:
+        return BlackBox(f"{name} has no tokens that pass through all layers")
     try:
-        return family(visual)
+        return families[name](visual)
     except UnsupportedTower as error:
-        return BlackBox(visual, str(error))
+        return BlackBox(str(error))
 
 
 def describe_text_tower(model: Any) -> tuple[nn.Module, TextTower]:

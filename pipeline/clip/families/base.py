@@ -21,16 +21,13 @@ class ImageTower:
     """An image tower. A family sets the attributes and defines the methods that raise NotImplementedError."""
 
     blocks: Sequence[Block] = ()
-    """The layers. Empty: the tower cannot take prompts, and only `features` is called."""
+    """The layers. Empty: the tower cannot take prompts, and only its module is called."""
     reason: str = ""
     """Why it cannot."""
     num_tokens: int = 0
     """Number of tokens L of an image."""
-    output_dim: int
-    """E."""
     pools_first_token: bool = True
     """Whether the feature depends only on the first token (CLS) of the last layer."""
-
     pool_layers: int = 0
     """Number of layers whose activations the pooling needs besides."""
 
@@ -49,10 +46,6 @@ class ImageTower:
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Return features (B, E) of the last layer's output x (B, L, D), or its first token (B, 1, D) if
         `pools_first_token`."""
-        raise NotImplementedError
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return features (B, E) of standardized images (B, 3, H, W), without prompts."""
         raise NotImplementedError
 
 

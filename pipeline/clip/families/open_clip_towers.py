@@ -54,7 +54,6 @@ class OpenClipImageTower(ImageTower):
         self.visual = visual
         self.blocks = [OpenClipBlock(block) for block in visual.transformer.resblocks]
         self.num_tokens = len(visual.positional_embedding)
-        self.output_dim = visual.proj.shape[1]
         self.pools_first_token = visual.pool_type == "tok"
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -66,9 +65,6 @@ class OpenClipImageTower(ImageTower):
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         pooled: torch.Tensor = self.visual._pool(x)[0]
         return pooled @ self.visual.proj
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        return self.visual(images)
 
 
 class FlatText(nn.Module):

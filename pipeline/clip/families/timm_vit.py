@@ -55,7 +55,6 @@ class TimmVisionTransformer(ImageTower):
         self.visual, self.trunk = visual, trunk
         self.blocks = [self.block(block) for block in trunk.blocks]
         self.num_tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
-        self.output_dim = timm_output_dim(visual)
         self.pools_first_token = trunk.global_pool == "token"
         self.pool_layers = int(trunk.attn_pool is not None)
 
@@ -68,21 +67,9 @@ class TimmVisionTransformer(ImageTower):
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         return self.visual.head(self.trunk.forward_head(self.trunk.norm(x)))
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        return self.visual(images)
-
 
 def mlp_values(mlp: nn.Module) -> int:
     """Return the number of values per token that a timm MLP keeps for its backward pass."""
     hidden = [layer.out_features for layer in mlp.modules() if isinstance(layer, nn.Linear)][:-1]
     is_gated = "Glu" in type(mlp).__name__ or "GLU" in type(mlp).__name__
     return sum(hidden) * (2 if is_gated else 1)
-
-
-def timm_output_dim(visual: Any) -> int:
-    """Return the width E of the features of open_clip's TimmModel."""
-    linear = [module for module in visual.head.modules() if isinstance(module, nn.Linear)]
-    if linear:
-        return linear[-1].out_features
-    trunk = visual.trunk
-    return int(trunk.num_classes or trunk.num_features)
