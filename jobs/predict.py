@@ -13,8 +13,8 @@ exit status is then 1.
 from __future__ import annotations
 
 import csv
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -89,7 +89,7 @@ def predict_to_csv(job: Options, adapter: TrainedAdapter, options: ModelOptions,
     from pipeline.prediction.model import TrainedModel
 
     check_task(job, adapter, task)
-    images = [image for path in job.inputs for image in find_images(Path(path))]
+    images = list_images(job.inputs)
     model = TrainedModel(adapter, options, job.device)
     num_broken = 0
     try:
@@ -114,10 +114,13 @@ def predict_to_parquet(
 ) -> tuple[int, int]:
     """Return the numbers of images and of broken images."""
     from pipeline.clip.load import build_meta_towers
+    from pipeline.data.walk import skipped_note
     from pipeline.prediction.batch import find_batch_input, predict_batch, progress_lines
     from pipeline.runtime.cluster import ray_connection
 
     batch_input = find_batch_input(arguments.options.inputs)
+    if batch_input.skipped:
+        print_status(skipped_note(batch_input.skipped))
     if not batch_input.is_parquet or task is not None:
         check_task(arguments.options, adapter, task)
     preprocessing = build_meta_towers(adapter.config.clip.with_weights(options.pretrained)).preprocessing
@@ -132,19 +135,18 @@ def check_task(job: Options, adapter: TrainedAdapter, task: str | None) -> None:
         raise UserError(f"{problem}; {job.adapter} has the tasks {', '.join(adapter.class_names)}")
 
 
-def find_images(path: Path) -> list[Path]:
-    from pipeline.data.index import IMAGE_SUFFIXES
+def list_images(inputs: Sequence[str]) -> list[Path]:
+    """List the images among files and folders, and report which other files are not read."""
+    from pipeline.data.walk import find_images, skipped_note
 
-    if path.is_file():
-        return [path]
-    images = sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(path)
-        for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
-    )
-    if not images:
-        raise UserError(f"no images in {path}")
+    images: list[Path] = []
+    for path in inputs:
+        files, skipped = find_images(path)
+        if not files:
+            raise UserError(f"no images in {path}{f'; {skipped_note(skipped)}' if skipped else ''}")
+        if skipped:
+            print_status(f"{path}: {skipped_note(skipped)}")
+        images += map(Path, files)
     return images
 
 

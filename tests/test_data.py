@@ -27,11 +27,19 @@ from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, choices, pa
 from pipeline.data import parquet
 from pipeline.data.augment import augment, crop_boxes
 from pipeline.data.images import RESAMPLING, BrokenImage, decode_rgb, evaluation_pixels, training_pixels
-from pipeline.data.index import FOLDER_LAYOUTS, OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS, index_dataset, read_class_names
+from pipeline.data.index import (
+    FOLDER_LAYOUTS,
+    LOOSE_IMAGE,
+    OFFICE_HOME_FOLDER,
+    OFFICE_HOME_TASKS,
+    index_dataset,
+    read_class_names,
+)
 from pipeline.data.lists import LIST_LAYOUTS
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
+from pipeline.data.walk import CIRCULAR_LINK, JUNK_KIND
 from pipeline.errors import UserError
 
 ensure_torchvision()
@@ -231,7 +239,13 @@ def test_plain_folders(tmp_path):
         "b task/x_y/deep/er/1.jpg",
         "b task/z/1.jpeg",
     ]
-    assert dataset.ignored == ("a/1.png", "a/z/._1.png", "a/z/notes.txt", "readme.md")
+    assert dict(dataset.skipped) == {
+        ".cache/": JUNK_KIND,
+        "a/1.png": LOOSE_IMAGE,
+        "a/z/._1.png": JUNK_KIND,
+        "a/z/notes.txt": ".txt",
+        "readme.md": ".md",
+    }
     assert dataset.images[0].size == (root / "a/only here/1.gif").stat().st_size
     with pytest.raises(UserError, match=r"a/empty has 0 image\(s\)"):
         images = [scan_image(root, image.path, image.task, image.class_folder) for image in dataset.images]
@@ -277,7 +291,7 @@ def test_office_home_archive(tmp_path, layout, top_folder):
     assert (dataset.layout, dataset.root) == ("office_home", archive)
     assert tuple(dataset.classes) == OFFICE_HOME_TASKS
     assert len(dataset.images) == 8
-    assert dataset.ignored == ("ImageInfo.csv", "imagelist.txt")
+    assert dict(dataset.skipped) == {"ImageInfo.csv": ".csv", "imagelist.txt": ".txt"}
     one_task = index_dataset(DataConfig(layout=layout, tasks=["Real World"]), tmp_path)
     assert tuple(one_task.classes) == ("Real World",)
 
@@ -418,7 +432,7 @@ def test_file_name_that_is_not_utf8_is_a_broken_image(tmp_path):
     write_bytes_path(root, b"a/x/caf\xe9.txt")
     dataset = index_dataset(DataConfig(), root)
     dataset.fingerprint()
-    assert dataset.ignored == (r"a/x/caf\udce9.txt",)
+    assert dict(dataset.skipped) == {r"a/x/caf\udce9.txt": ".txt"}
     images = [scan_image(root, image.path, image.task, image.class_folder) for image in dataset.images]
     assert [(i.path, i.error) for i in images if i.error] == [(r"a/x/caf\udce9.png", "the file name is not UTF-8")]
 
@@ -455,7 +469,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         "linked/x/1.png",
         "linked/y/1.png",
     ]
-    assert dataset.ignored == ("a/x/to_data", "a/x/to_itself", "a/y/to_everything", "linked/x/back")
+    circles = ("a/x/to_data/", "a/x/to_itself/", "a/y/to_everything/", "linked/x/back/")
+    assert dict(dataset.skipped) == dict.fromkeys(circles, CIRCULAR_LINK)
     assert scan_image(root, "a/y/dangling.png", "a", "y").error == "no such file"
 
 

@@ -43,7 +43,10 @@ def test_every_image_gets_a_row_and_broken_ones_an_error(adapter_file, tmp_path,
     Image.new("RGB", (40, 60), "white").save(folder / "a.png")
     Image.new("L", (10, 10)).save(folder / "b.jpg")
     (folder / "c.jpg").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("ignored")
+    (folder / "notes.txt").write_text("not read")
+    for name in ("._a.png", "__MACOSX/a.png", ".ipynb_checkpoints/a.png", "d.heic"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no image")
     output = tmp_path / "out.csv"
     status = call(monkeypatch, tmp_path / "images", "--adapter", adapter_file, "--task", "ink", "--output", output)
     rows = list(csv.DictReader(output.open()))
@@ -51,7 +54,8 @@ def test_every_image_gets_a_row_and_broken_ones_an_error(adapter_file, tmp_path,
     assert [row["path"].rsplit("/")[-1] for row in rows] == ["a.png", "b.jpg", "c.jpg"]
     assert all(row["class"] in ("one", "two") and 0.5 <= float(row["probability"]) <= 1 for row in rows[:2])
     assert rows[2]["class"] == "" and rows[2]["error"]
-    assert "1 of 3 images are broken" in capsys.readouterr().err
+    messages = capsys.readouterr().err
+    assert "1 of 3 images are broken" in messages and "1 HEIC (.heic)" in messages and "1 .txt" in messages
 
     assert call(monkeypatch, folder / "a.png", "--adapter", adapter_file, "--task", "neon") == 0
     assert len(capsys.readouterr().out.splitlines()) == 2

@@ -22,15 +22,15 @@ TRAINING_OVERSIZE = 2
 """Training images are kept with a shorter side of up to this many times the model's input: enough detail for small
 random crops, in memory that does not depend on the camera."""
 SUFFIXES_OF_FORMAT = {
-    "JPEG": (".jpg", ".jpeg", ".jfif"),
-    "MPO": (".jpg", ".jpeg", ".jfif"),
-    "PNG": (".png",),
-    "BMP": (".bmp",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "BMP": (".bmp", ".dib"),
     "GIF": (".gif",),
     "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm",),
-    "AVIF": (".avif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif", ".avifs"),
 }
 """Allowed formats; some others of Pillow start programs (EPS: Ghostscript)."""
 FORMATS = tuple(sorted(SUFFIXES_OF_FORMAT.keys() - {"MPO"}))

@@ -19,24 +19,25 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 from pipeline.config import DataConfig, read_text, resolve_config_path
-from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import SUFFIXES, read_manifest
 from pipeline.data.names import escape_for_terminal, normalize_name, split_synonyms, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit
 from pipeline.data.symlinks import SymlinkChecker
+from pipeline.data.walk import Skipped, is_junk, walk_folders
 from pipeline.errors import UserError, escape_controls
 
-IMAGE_SUFFIXES = frozenset(chain.from_iterable(SUFFIXES_OF_FORMAT.values()))
 OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
 MINI_DOMAINNET_LISTS = LIST_LAYOUTS["mini_domainnet"].list_folders[0]
 OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")
 UNSPLIT_FOLDER = "full"
 """Folder in which Dassl's VLCS repeats all images, next to those of its splits."""
+UNSPLIT_KIND = "folders of all images beside their splits"
+LOOSE_IMAGE = "images outside of class folders"
+EXTERNAL_LINK = "links out of the root"
 MAX_CLASS_LINE = 1000
 
 
@@ -57,8 +58,8 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """Images, tasks and classes below a root. `images` is sorted by path; `ignored` are files that are not images, and
-    links to a folder that contains them."""
+    """Images, tasks and classes below a root. `images` and `skipped`, what is not used of the root, are sorted by
+    path."""
 
     root: Path
     layout: str
@@ -67,7 +68,7 @@ class DatasetIndex:
     """Task → class folders, sorted; the position is the label."""
     class_names: dict[str, str]
     """Class folder → class name shown to CLIP."""
-    ignored: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
     excluded_classes: tuple[str, ...]
     """Class folders not in data.class_names, as task/class."""
     unused_images: dict[str, int] = field(default_factory=dict)
@@ -103,7 +104,7 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
     selected = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
     task_filter = None if selected is None else {normalize_name(task, "task") for task in selected}
     class_names = _ClassNameFiles(config.class_names)
-    entries, ignored, locations = _read_entries(config, layout, data_root, root, task_filter, class_names, symlinks)
+    entries, skipped, locations = _read_entries(config, layout, data_root, root, task_filter, class_names, symlinks)
     if layout in LIST_LAYOUTS:
         root = LIST_LAYOUTS[layout].images_root(root)
     has_task_folders = layout not in ("manifest", "split_folders")  # directly below the root
@@ -134,7 +135,7 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
         tuple(sorted(images, key=lambda image: image.path)),
         classes,
         class_names.merge(classes),
-        tuple(sorted(map(escape_for_terminal, ignored))),
+        tuple(sorted(Skipped(escape_for_terminal(path), kind) for path, kind in skipped)),
         excluded_classes,
         {task: unused_images[task] for task in tasks if unused_images[task]},
     )
@@ -148,8 +149,8 @@ def _read_entries(
     tasks: set[str] | None,
     class_names: _ClassNameFiles,
     symlinks: SymlinkChecker,
-) -> tuple[list[DatasetEntry], list[str], dict[str, str]]:
-    """Return images and class folders, ignored files, and for a manifest's images path → line or row."""
+) -> tuple[list[DatasetEntry], list[Skipped], dict[str, str]]:
+    """Return images and class folders, what is left out, and for a manifest's images path → line or row."""
     if layout == "manifest":
         columns = dict[str, str](config.columns.items())
         entries, locations = read_manifest(
@@ -416,42 +417,33 @@ def _are_splits(folders: Sequence[str]) -> bool:
 
 def _subfolders(folder: Path) -> list[str]:
     _, names, _ = next(os.walk(folder, onerror=_raise_unreadable))
-    return sorted(name for name in names if not name.startswith("."))
+    return sorted(name for name in names if not is_junk(name))
 
 
-def _walk_folders(root: Path, symlinks: SymlinkChecker, roles: Roles) -> tuple[list[DatasetEntry], list[str]]:
-    """Return all images and (with an empty path) class folders; and the ignored files."""
+def _walk_folders(root: Path, symlinks: SymlinkChecker, roles: Roles) -> tuple[list[DatasetEntry], list[Skipped]]:
+    """Return all images and (with an empty path) class folders; and what is left out."""
     entries: list[DatasetEntry] = []
-    ignored: list[str] = []
+    skipped: list[Skipped] = []
     depth, task_depth, class_depth = len(roles), roles.index("task"), roles.index("class")
     split_depth = roles.index("split") if "split" in roles else None
-    ancestors: dict[str, frozenset[str]] = {str(root): frozenset()}  # folder → resolved folders that contain it
-    for folder, subfolders, names in os.walk(root, onerror=_raise_unreadable, followlinks=True):
-        parts = Path(folder).relative_to(root).parts
-        real = os.path.realpath(folder)
-        visited = ancestors.pop(folder) | {real, *map(str, Path(real).parents)}
-        followed = []
-        for name in sorted(name for name in subfolders if not name.startswith(".")):
-            path = os.path.join(folder, name)
-            real_path = os.path.realpath(path)
-            if real_path in visited or (len(parts) == split_depth and name.lower() == UNSPLIT_FOLDER):
-                ignored.append("/".join((*parts, name)))
-            elif not symlinks.escapes_root(path, real_path):
-                followed.append(name)
-                ancestors[path] = visited
-        subfolders[:] = followed
-        split = None
-        if split_depth is not None and len(parts) > split_depth:
-            split = SPLIT_NAMES[parts[split_depth].lower()]
+
+    def leave_out(parts: tuple[str, ...], real: str) -> str | None:
+        if len(parts) - 1 == split_depth and parts[-1].lower() == UNSPLIT_FOLDER:
+            return UNSPLIT_KIND
+        return EXTERNAL_LINK if symlinks.escapes_root(root.joinpath(*parts), real) else None
+
+    for folder in walk_folders(root, leave_out):
+        parts = folder.parts
+        skipped += folder.skipped
+        if len(parts) < depth:
+            skipped += [Skipped("/".join((*parts, name)), LOOSE_IMAGE) for name in folder.images]
+            continue
+        task, class_folder = parts[task_depth], parts[class_depth]
+        split = None if split_depth is None else SPLIT_NAMES[parts[split_depth].lower()]
         if len(parts) == depth:
-            entries.append(DatasetEntry("", parts[task_depth], parts[class_depth]))
-        for name in sorted(names):
-            path = "/".join((*parts, name))
-            if len(parts) >= depth and Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                entries.append(DatasetEntry(path, parts[task_depth], parts[class_depth], split))
-            else:
-                ignored.append(path)
-    return entries, ignored
+            entries.append(DatasetEntry("", task, class_folder))
+        entries += [DatasetEntry("/".join((*parts, name)), task, class_folder, split) for name in folder.images]
+    return entries, skipped
 
 
 def _raise_unreadable(error: OSError) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ import ray.data
 import torch
 from ray.exceptions import RayTaskError
 
-from pipeline.data.index import IMAGE_SUFFIXES
 from pipeline.data.preprocessing import Preprocessing
+from pipeline.data.walk import JUNK_KIND, Skipped, find_images, is_junk, skip_kind, skipped_note
 from pipeline.errors import UserError
 from pipeline.files import FREE_SPACE_ADVICE, atomic_replace
 from pipeline.methods.adapter_file import TrainedAdapter
@@ -58,6 +58,8 @@ class BatchInput:
     is_parquet: bool
     uri: str | None
     """URI of the bucket of the files; None: local files."""
+    skipped: tuple[Skipped, ...] = ()
+    """Other files of the folders."""
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -73,13 +75,19 @@ def find_batch_input(inputs: Sequence[str]) -> BatchInput:
     uris = [source for source in inputs if is_uri(source)]
     if uris and (len(uris) < len(inputs) or len({uri.split("/")[2] for uri in uris}) > 1):
         raise UserError(f"inputs {', '.join(inputs)} are in several locations; use one bucket, or local files only")
-    files = [file for source in inputs for file in (_list_bucket(source) if uris else _list_folder(source))]
+    files: list[str] = []
+    skipped: list[Skipped] = []
+    for source in inputs:
+        source_files, source_skipped = _list_bucket(source) if uris else find_images(source, (".parquet",))
+        files += source_files
+        skipped += source_skipped
     suffixes = {file.lower().endswith(".parquet") for file in files}
     if not files:
-        raise UserError(f"no images or .parquet files in {', '.join(inputs)}")
+        hint = f"; {skipped_note(skipped)}" if skipped else ""
+        raise UserError(f"no images or .parquet files in {', '.join(inputs)}{hint}")
     if len(suffixes) > 1:
         raise UserError(f"{', '.join(inputs)} contain both images and .parquet files; use one kind")
-    batch_input = BatchInput(tuple(files), suffixes == {True}, uris[0] if uris else None)
+    batch_input = BatchInput(tuple(files), suffixes == {True}, uris[0] if uris else None, tuple(skipped))
     if batch_input.is_parquet:
         for file in files:
             schema = _parquet_schema(batch_input, file)
@@ -316,29 +324,25 @@ def progress_lines(report: Callable[[str], None], interval_s: float) -> Callable
     return on_progress
 
 
-def _list_folder(path: str) -> Iterator[str]:
-    if os.path.isfile(path):
-        yield path
-        return
-    for parent, folders, names in os.walk(path):
-        folders.sort()
-        yield from (os.path.join(parent, name) for name in sorted(names) if _is_input(name))
-
-
-def _list_bucket(uri: str) -> list[str]:
+def _list_bucket(uri: str) -> tuple[list[str], list[Skipped]]:
+    """List a file, or the images and Parquet files of a folder and what is left out, as `find_images`."""
     filesystem, path = open_bucket(uri)
     try:
         if filesystem.get_file_info(path).type == pafs.FileType.File:
-            return [path]
+            return [path], []
         infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot list {uri}: {error}; check AWS_ENDPOINT_URL and the credentials") from None
-    return sorted(info.path for info in infos if info.type == pafs.FileType.File and _is_input(info.path))
-
-
-def _is_input(name: str) -> bool:
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix == ".parquet" or suffix in IMAGE_SUFFIXES
+    files: list[str] = []
+    skipped: list[Skipped] = []
+    for file in sorted(info.path for info in infos if info.type == pafs.FileType.File):
+        *folders, name = file.removeprefix(path).strip("/").split("/")
+        kind = JUNK_KIND if any(map(is_junk, folders)) else skip_kind(name)
+        if kind is None or kind == ".parquet":
+            files.append(file)
+        else:
+            skipped.append(Skipped(file, kind))
+    return files, skipped
 
 
 def _parquet_schema(batch_input: BatchInput, file: str) -> pa.Schema:

@@ -59,7 +59,7 @@ def _build(plan: Plan, stage: Stage, writer: ArtifactWriter) -> None:
         "duplicates_of_training_images": [
             {"path": path, "duplicate_of": training_path} for path, training_path in splits.duplicates
         ],
-        "ignored_files": list(dataset_index.ignored),
+        "ignored_files": [path for path, _ in dataset_index.skipped],
         "excluded_classes": list(dataset_index.excluded_classes),
     }
     if data.use_official_splits:

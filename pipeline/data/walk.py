@@ -1,0 +1,208 @@
+"""Walk folders of images: the one rule of which files are images, which are left out and why.
+
+A file is an image by its suffix (SUFFIXES_OF_FORMAT); its format is detected by content when it is read. Hidden files
+and those that operating systems, network storage and tools leave behind are junk. Symbolic links are followed, except
+to a folder that contains them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.data.images import SUFFIXES_OF_FORMAT
+from pipeline.data.names import escape_for_terminal, pluralize
+from pipeline.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(chain.from_iterable(SUFFIXES_OF_FORMAT.values()))
+JUNK = (
+    # Hidden: .DS_Store, ._* (AppleDouble), .git, .ipynb_checkpoints, .nfs*, .snapshot, .Trash-1000, .thumbnails, ...
+    *(".*", "__macosx", "icon\r", "network trash folder", "temporary items", "thevolumesettingsfolder"),
+    *("thumbs.db*", "ehthumbs*.db", "desktop.ini", "*:zone.identifier", "~$*"),
+    *("$recycle.bin", "recycler", "recycled", "system volume information", "found.[0-9][0-9][0-9]", "lost+found"),
+    *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "@__thumb", "@sharebin", "#recycle", "#snapshot"),
+    "__pycache__",
+)
+"""Patterns of the names, in lower case, of files and folders of systems and tools."""
+TEMPORARY_FILES = ("*.part", "*.partial", "*.crdownload", "*.download", "*.filepart", "*.tmp", "*.temp", "*~")
+"""Patterns of the names of files that are not complete."""
+JUNK_KIND = "hidden, system or temporary"
+UNREAD_FORMATS = {
+    "HEIC": (".heic", ".heif", ".hif"),
+    "JPEG 2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c"),
+    "JPEG XL": (".jxl",),
+    "TGA": (".tga",),
+    "ICO": (".ico",),
+    "SVG": (".svg",),
+    "PDF": (".pdf",),
+    "EPS": (".eps", ".ps"),
+    "Photoshop": (".psd", ".psb"),
+    "OpenEXR or HDR": (".exr", ".hdr", ".pfm"),
+    "DICOM": (".dcm", ".dicom"),
+    "camera raw": (
+        *(".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".orf", ".rw2", ".raf"),
+        *(".pef", ".srw", ".raw", ".3fr", ".kdc"),
+    ),
+    "video": (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"),
+    "NumPy": (".npy", ".npz"),
+}
+"""Formats of images that are not read → suffixes."""
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
+NO_SUFFIX = "no suffix"
+CIRCULAR_LINK, BROKEN_LINK = "links to a folder that contains them", "broken links"
+_FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in UNREAD_FORMATS.items() for suffix in suffixes}
+
+
+class Skipped(NamedTuple):
+    """A file, or a folder with a `/` at its end, that is left out."""
+
+    path: str
+    """Relative to the root, with forward slashes."""
+    kind: str
+    """Reason, as `describe_skipped` lists it."""
+
+
+@dataclass
+class WalkedFolder:
+    parts: tuple[str, ...]
+    """Its path below the root."""
+    images: list[str]
+    """Names, sorted."""
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@lru_cache(maxsize=4096)
+def is_junk(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or was left by a system or a tool."""
+    return any(fnmatchcase(name.casefold(), pattern) for pattern in JUNK)
+
+
+def skip_kind(name: str) -> str | None:
+    """Return why a file of this name is left out; None: it is an image."""
+    if is_junk(name) or any(fnmatchcase(name.casefold(), pattern) for pattern in TEMPORARY_FILES):
+        return JUNK_KIND
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in IMAGE_SUFFIXES:
+        return None
+    if suffix in _FORMAT_OF_SUFFIX:
+        return f"{_FORMAT_OF_SUFFIX[suffix]} ({suffix})"
+    if suffix in ARCHIVE_SUFFIXES:
+        return f"archive ({suffix})"
+    return suffix if re.fullmatch(r"\.[a-z0-9_+-]{1,12}", suffix) else NO_SUFFIX
+
+
+def skip_remedy(kind: str) -> str | None:
+    """Return how files of this `skip_kind` can be read as images; None: they are none."""
+    if kind == NO_SUFFIX:
+        return "images need a suffix: rename them to .jpg or .png"
+    if kind.startswith("archive ("):
+        return "unpack archives"
+    return "convert other image formats to JPEG or PNG" if "(" in kind else None
+
+
+def describe_skipped(skipped: Iterable[Skipped]) -> str:
+    """Return the number of files of each kind, the most frequent first: "36 HEIC (.heic), 2 .txt"."""
+    counts = Counter(kind for _, kind in skipped)
+    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(counts.items(), key=lambda item: (-item[1], item)))
+
+
+def walk_folders(
+    root: Path, leave_out: Callable[[tuple[str, ...], str], str | None] = lambda parts, real: None
+) -> Iterator[WalkedFolder]:
+    """Yield each folder from `root` on, in order of the names.
+
+    Args:
+        leave_out: called with a folder's path below the root and its resolved path; returns why it is left out, or
+            None.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    stack: list[tuple[tuple[str, ...], frozenset[str]]] = [((), frozenset())]
+    while stack:
+        parts, ancestors = stack.pop()
+        folder = os.path.join(root, *parts)
+        real = os.path.realpath(folder)
+        visited = ancestors | {real, *map(str, Path(real).parents)}
+        walked, subfolders = WalkedFolder(parts, []), []
+        for entry in list_folder(folder):
+            path, is_folder = (*parts, entry.name), is_directory(entry)
+            kind = _kind(entry, is_folder)
+            if is_folder:
+                real_path = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                if real_path in visited:
+                    kind = kind or CIRCULAR_LINK
+                kind = kind or leave_out(path, real_path)
+                if kind is None:
+                    subfolders.append((path, visited))
+            elif kind is None:
+                walked.images.append(entry.name)
+            if kind is not None:
+                walked.skipped.append(Skipped("/".join(path) + "/" * is_folder, kind))
+        yield walked
+        stack += reversed(subfolders)
+
+
+def _kind(entry: os.DirEntry[str], is_folder: bool) -> str | None:
+    if is_folder:
+        return JUNK_KIND if is_junk(entry.name) else None
+    kind = skip_kind(entry.name)
+    return BROKEN_LINK if kind and entry.is_symlink() and not os.path.exists(entry.path) else kind
+
+
+def is_directory(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def list_folder(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder, sorted by name. Raises UserError if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read {escape_for_terminal(str(error.filename))}: {error.strerror}") from None
+
+
+def find_images(path: str, other_suffixes: tuple[str, ...] = ()) -> tuple[list[str], list[Skipped]]:
+    """Return the images below a folder, in order of the names, or the file itself; and what was left out.
+
+    Args:
+        other_suffixes: suffixes of files to return, too.
+
+    Raises:
+        UserError: there is nothing at `path`, or a folder cannot be read.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file or folder")
+    if not os.path.isdir(path):
+        return [path], []
+    files: list[str] = []
+    skipped: list[Skipped] = []
+    for folder in walk_folders(Path(path)):
+        names = list(folder.images)
+        for file in folder.skipped:
+            if file.kind != JUNK_KIND and file.path.lower().endswith(other_suffixes):
+                names.append(os.path.basename(file.path))
+            else:
+                skipped.append(file)
+        files += [os.path.join(path, *folder.parts, name) for name in sorted(names)]
+    return files, skipped
+
+
+def skipped_note(skipped: Collection[Skipped]) -> str:
+    """Return the number of files that are not read, in all and by kind, and the remedy for images among them."""
+    kinds = sorted({kind for _, kind in skipped})
+    remedies = {remedy for kind in kinds if (remedy := skip_remedy(kind))}
+    return f"{pluralize(len(skipped), 'file')} not read: {'; '.join([describe_skipped(skipped), *sorted(remedies)])}"
