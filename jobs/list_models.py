@@ -24,7 +24,7 @@ from pipeline.methods.registry import METHODS, VARIANTS
 
 
 class Options(JobOptions):
-    positional: ClassVar[str] = "patterns"
+    positional: ClassVar[tuple[str, ...]] = ("patterns",)
 
     patterns: tuple[str, ...] = Field(
         (), description="Parts of names (SigLIP) or names with wildcards ('ViT-B*'), in any case; none: all models."

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Classify images with a trained adapter; needs its file and the CLIP weights.
 
-    python jobs/predict.py --adapter mmap-runs/runs/<run>/adapters/grouped.safetensors --task ink photos/
-    python jobs/predict.py --adapter s3://bucket/runs/<run> --task ink /data/photos --output predictions.parquet
+    python jobs/predict.py mmap-runs/runs/<run> photos/ --task ink
+    python jobs/predict.py s3://bucket/runs/<run> /data/photos --task ink --output predictions.parquet
 
 Without --output, or with one that ends in .csv: CSV with the columns path, class, probability, error, computed in this
 process. With any other --output: a new folder of Parquet files with path, task, label, probability, error, computed by
@@ -32,14 +32,14 @@ PROGRESS_INTERVAL_S = 10
 
 
 class Options(JobOptions):
-    positional: ClassVar[str] = "inputs"
+    positional: ClassVar[tuple[str, ...]] = ("run", "inputs")
 
+    run: str = Field(
+        description="A run directory or an adapter file (.safetensors), local or s3://, or an MLflow URI (models:/...)."
+    )
     inputs: tuple[str, ...] = Field(
         description="Images, or folders of images (recursive); for Parquet output also .parquet files with a column "
         "`image` of encoded bytes, optionally `path` and `task`, folders of them, and s3:// URIs."
-    )
-    adapter: str = Field(
-        description="A .safetensors file, a run directory (either local or s3://), or an MLflow URI (models:/...)."
     )
     task: str | None = Field(None, description="Task of the images; may be omitted if the adapter has only one.")
     output: str | None = Field(None, description="CSV file or Parquet folder to write; null: CSV to stdout.")
@@ -56,9 +56,12 @@ FIELD_HELP = {
 }
 
 
+REPLACED = dict.fromkeys(("adapter", "prompts"), "predict RUN INPUTS ..., without an option")
+
+
 def main() -> int:
     with report_user_errors("rerun the same command to start over"):
-        return predict(JobParser(__doc__, Options, FIELD_HELP).parse())
+        return predict(JobParser(__doc__, Options, FIELD_HELP, replacements=REPLACED).parse())
 
 
 def predict(arguments: JobArguments[Options]) -> int:
@@ -71,7 +74,7 @@ def predict(arguments: JobArguments[Options]) -> int:
 
     from pipeline.prediction.load import read_model  # torch takes seconds to import
 
-    adapter, options, _ = read_model(job.adapter, fields.get("clip.pretrained"), job.temperature, job.threshold)
+    adapter, options, _ = read_model(job.run, fields.get("clip.pretrained"), job.temperature, job.threshold)
     tasks = list(adapter.class_names)
     task = job.task or (tasks[0] if len(tasks) == 1 else None)
     if job.output is None or csv_output:
@@ -132,7 +135,7 @@ def predict_to_parquet(
 def check_task(job: Options, adapter: TrainedAdapter, task: str | None) -> None:
     if task not in adapter.class_names:
         problem = "--task is missing" if task is None else f"unknown --task {task}"
-        raise UserError(f"{problem}; {job.adapter} has the tasks {', '.join(adapter.class_names)}")
+        raise UserError(f"{problem}; {job.run} has the tasks {', '.join(adapter.class_names)}")
 
 
 def list_images(inputs: Sequence[str]) -> list[Path]:

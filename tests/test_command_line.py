@@ -77,9 +77,7 @@ def test_entries_fill_the_width_of_the_terminal(columns, width, monkeypatch):
 
 @pytest.mark.parametrize("job", job_names())
 def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
-    required = re.findall(
-        r"(--\w+|INPUTS) (?:VALUE|\.\.\.)", run_to_exit(job, "--help")[1].splitlines()[0].split(" [")[0]
-    )
+    required = re.findall(r"--\w+(?= VALUE)|RUN|INPUTS", run_to_exit(job, "--help")[1].splitlines()[0].split(" [")[0])
     arguments = [text for option in required for text in ([option, "x"] if option.startswith("--") else ["x"])]
     misspelled, name = ("metod", "method") if job == "list_models" else ("clip.pretraned", "clip.pretrained")
     status, output, error = run_to_exit(job, *arguments, f"--{misspelled}", "x")
@@ -96,14 +94,15 @@ def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
         ("full_pipeline", ["nonsense"], "unexpected argument nonsense"),
         ("full_pipeline", ["--seed"], "--seed: expected one argument"),
         ("list_models", ["RN50", "--method", "coop_m"], "--method: unknown method coop_m; did you mean coop_mt?"),
-        ("predict", ["x"], "required: --adapter"),
-        ("predict", ["--adapter", "x"], "required: INPUTS"),
+        ("predict", ["x"], "required: INPUTS"),
+        ("predict", [], "required: RUN, INPUTS"),
+        ("predict", ["--adapter", "x", "y"], "--adapter is not an option of this job: use predict RUN INPUTS"),
         (
             "predict",
-            ["x", "--adapter", "x", "--threshold", "2"],
+            ["x", "x", "--threshold", "2"],
             "threshold=2: Input should be less than",
         ),
-        ("predict", ["x", "--adapter", "x", "--cluster.address", "auto"], "--cluster.address has no effect on CSV"),
+        ("predict", ["x", "x", "--cluster.address", "auto"], "--cluster.address has no effect on CSV"),
         ("benchmark", ["--shots", "1", "x"], "shots.1='x': Input should be a valid integer"),
         ("benchmark", ["--seed", "3"], "--seed is not an option of this job: use --seeds"),
     ],
@@ -208,7 +207,6 @@ def test_a_renamed_name_is_reported_with_the_new_one(tmp_path, run_to_exit):
     errors = run_to_exit("tune", "--search", str(tmp_path / "search.yaml"))[2]
     for message in ("fewest_epochs; it was renamed to grace_period.", "it was renamed to grouping.must_link."):
         assert message in errors
-    assert "it was renamed to --adapter." in run_to_exit("predict", "x", "--adapter", "x", "--prompts", "x")[2]
     assert "it was renamed to full_finetune_mt." in run_to_exit("benchmark", "--methods", "full_mt")[2]
 
 

@@ -19,7 +19,7 @@ from jobs.__main__ import job_names
 HEAVY = {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib", "sklearn", "open_clip", "pyarrow"}
 REQUIRED = {
     "add_task": ["--run", "a_run", "--task", "a_task"],
-    "predict": ["--adapter", "a_run", "an_image"],
+    "predict": ["a_run", "an_image"],
     "register_model": ["--run", "a_run"],
     "serve": ["--models", "a_name=a_run"],
     "tune": ["--search", "a_search.yaml"],

@@ -216,7 +216,7 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
         prompts = the_run(storage) / "adapters" / "all_in_one.safetensors"
         images = storage / "datasets" / "digits" / task
         weights = ["--clip.pretrained", demo_clip_folder(tmp_path / "clip")] if task == "rotated" else []
-        finished = run_job("predict", images, "--task", task, "--adapter", prompts, "--output", output, *weights)
+        finished = run_job("predict", prompts, images, "--task", task, "--output", output, *weights)
         assert finished.status == 0, finished.output
         rows = {row["path"]: row for row in csv.DictReader(output.open())}
         compared = 0

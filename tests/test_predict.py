@@ -48,7 +48,7 @@ def test_every_image_gets_a_row_and_broken_ones_an_error(adapter_file, tmp_path,
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"no image")
     output = tmp_path / "out.csv"
-    status = call(monkeypatch, tmp_path / "images", "--adapter", adapter_file, "--task", "ink", "--output", output)
+    status = call(monkeypatch, adapter_file, tmp_path / "images", "--task", "ink", "--output", output)
     rows = list(csv.DictReader(output.open()))
     assert status == 1
     assert [row["path"].rsplit("/")[-1] for row in rows] == ["a.png", "b.jpg", "c.jpg"]
@@ -57,24 +57,24 @@ def test_every_image_gets_a_row_and_broken_ones_an_error(adapter_file, tmp_path,
     messages = capsys.readouterr().err
     assert "1 of 3 images are broken" in messages and "1 HEIC (.heic)" in messages and "1 .txt" in messages
 
-    assert call(monkeypatch, folder / "a.png", "--adapter", adapter_file, "--task", "neon") == 0
+    assert call(monkeypatch, adapter_file, folder / "a.png", "--task", "neon") == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_errors_are_reported(adapter_file, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, tmp_path, "--adapter", adapter_file) == 2
+    assert call(monkeypatch, adapter_file, tmp_path) == 2
     assert "has the tasks ink, neon" in capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert call(monkeypatch, empty, "--adapter", adapter_file, "--task", "ink") == 2
+    assert call(monkeypatch, adapter_file, empty, "--task", "ink") == 2
     assert "no images in" in capsys.readouterr().err
-    assert call(monkeypatch, tmp_path, "--adapter", tmp_path / "absent.safetensors", "--task", "ink") == 2
+    assert call(monkeypatch, tmp_path / "absent.safetensors", tmp_path, "--task", "ink") == 2
     assert "does not exist" in capsys.readouterr().err
 
 
 def test_options_of_the_other_output_are_rejected(adapter_file, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    image = (tmp_path / "a.png", "--adapter", adapter_file, "--task", "ink")
+    image = (adapter_file, tmp_path / "a.png", "--task", "ink")
     for options, message in [
         (["--device", "cpu", "--output", tmp_path / "out.parquet"], "--device has no effect on Parquet output"),
         (["--cluster.address", "auto"], "--cluster.address has no effect on CSV output"),
@@ -88,7 +88,7 @@ def test_options_of_the_other_output_are_rejected(adapter_file, tmp_path, monkey
 
 def test_threshold_and_temperature(adapter_file, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    image = (tmp_path / "a.png", "--adapter", adapter_file, "--task", "ink")
+    image = (adapter_file, tmp_path / "a.png", "--task", "ink")
     rows = []
     for options in ([], ["--threshold", "1"], ["--temperature", "1000"]):
         assert call(monkeypatch, *image, *options) == 0

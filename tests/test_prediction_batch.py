@@ -142,8 +142,8 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
             assert pipeline.load(f"{uri}/{name}?{query}").predict(images, "ink") == expected
         with pytest.raises(UserError, match="is neither an adapter file nor a run directory"):
             pipeline.load(f"{uri}/photos?{query}")
-        options = ("--adapter", f"{uri}/runs/x?{query}", "--output", f"{uri}/out?{query}")
-        finished = run_job("predict", f"{uri}/photos?{query}", "--task", "ink", *options)
+        command_line = (f"{uri}/runs/x?{query}", f"{uri}/photos?{query}", "--output", f"{uri}/out?{query}")
+        finished = run_job("predict", *command_line, "--task", "ink")
         assert finished.status == 1 and "1 of 6 images are broken" in finished.output
         rows = pq.read_table(f"{bucket}/out", filesystem=filesystem).to_pylist()
         assert [row["path"].rpartition("/")[2] for row in rows] == ["broken.png", *(f"{n}.png" for n in range(5))]
@@ -192,7 +192,7 @@ def test_progress_is_reported_at_intervals(cluster):
 def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_path):
     storage, _ = quick_run
     test_splits = (storage / "splits").glob("[!.]*/test")
-    finished = run_job("predict", *test_splits, "--adapter", the_run(storage), "--output", tmp_path / "out.parquet")
+    finished = run_job("predict", the_run(storage), *test_splits, "--output", tmp_path / "out.parquet")
     assert finished.status == 0, finished.output
     rows = {(row["task"], row["path"]): row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
     assert len(rows) == 6 * 140 and "840 of 840 images" in finished.output

@@ -33,8 +33,8 @@ class JobOptions(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    positional: ClassVar[str] = ""
-    """Name of the field, a list, that is a positional argument."""
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that are positional arguments, in this order; only the last can be a list."""
 
 
 Options = TypeVar("Options", bound=JobOptions)
@@ -106,8 +106,9 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
             self.add_argument("--help-all", action=_ShowPage, const="all", nargs=0)
             self.add_argument("--config", type=Path, nargs="+", default=[])
         for name, field in option_fields(options).items():
-            if name == options.positional:
-                nargs = "+" if field.is_required() else "*"
+            if name in options.positional:
+                is_list = tuple in _value_types(field.annotation)
+                nargs = None if not is_list else "+" if field.is_required() else "*"
                 self.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, metavar=name.upper())
             else:
                 self._add_field(name, name, field)
@@ -125,7 +126,7 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
             self._reject(unknown[0].partition("=")[0])
         texts = vars(arguments)
         option_values = {
-            name: texts[name] if name == self.options.positional else _parse_value(f"--{name}", field, texts[name])
+            name: texts[name] if name in self.options.positional else _parse_value(f"--{name}", field, texts[name])
             for name, field in option_fields(self.options).items()
             if name in texts
         }

@@ -86,7 +86,10 @@ def _usage(program: str, options: type[BaseModel], base_help: str) -> str:
 
 
 def _option_name(options: type[BaseModel], name: str) -> str:
-    return f"{name.upper()} ..." if name == getattr(options, "positional", "") else f"--{name}"
+    positional: tuple[str, ...] = getattr(options, "positional", ())
+    if name not in positional:
+        return f"--{name}"
+    return f"{name.upper()} ..." if name == positional[-1] else name.upper()
 
 
 def _format_sections(config_fields: Sequence[ConfigField], full: bool) -> Iterator[str]:

@@ -18,7 +18,6 @@ RENAMED = {
     "grouping.together": "grouping.must_link",
     "grouping.apart": "grouping.cannot_link",
     "fewest_epochs": "grace_period",
-    "prompts": "adapter",
 }
 """Config fields and sections, methods, and options of search files and jobs: old name → new name."""
 
