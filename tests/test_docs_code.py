@@ -1,7 +1,7 @@
 """Every code block of README.md, CONTRIBUTING.md and docs/, checked by its language: Python is executed, configs and
 tables are read, each shell command is parsed by its own program, and jobs run until they start Ray.
 
-docs/tutorial.md has its own test. Output (`text`) and diagrams (`mermaid`) are only labeled.
+docs/tutorial.md has its own test. Output and diagrams (`text`) are only labeled.
 """
 
 from __future__ import annotations
@@ -318,7 +318,6 @@ CHECKS = {
     "tsv": check_class_names,
     "json": lambda block, folder: json.loads(block.code),
     "text": None,
-    "mermaid": None,
 }
 
 
