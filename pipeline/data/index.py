@@ -311,12 +311,11 @@ def read_class_names(path: Path) -> dict[str, str]:
     synonyms are separated by |, and lines that begin with # are comments."""
     if not path.is_file():
         raise UserError(f"data.class_names={path} is not a file")
-    lines = read_text(path, f"data.class_names={path}").removeprefix("\ufeff").split("\n")
+    lines = read_text(path, f"data.class_names={path}").split("\n")
     class_names: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        line = line.removesuffix("\r")
         folder, _, text = line.partition("\t")
         folder = folder.strip()
         if not folder or len(line) > MAX_CLASS_LINE or line != escape_controls(line, keep="\t") or "\t" in text.strip():
