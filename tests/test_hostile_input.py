@@ -436,9 +436,7 @@ def test_the_longest_names_are_stored_and_found_again(tmp_path):
     assert row["path"] == image.path
 
 
-@pytest.mark.parametrize(
-    "line", ["x" * 2000, "bed\twords\x1b[31m", "bed\ta\u2028b", "bed\ta\tb", "bed\x0bmug"]
-)
+@pytest.mark.parametrize("line", ["x" * 2000, "bed\twords\x1b[31m", "bed\ta\u2028b", "bed\ta\tb", "bed\x0bmug"])
 def test_odd_lines_of_a_class_names_file_are_named(tmp_path, line):
     file = tmp_path / "names.txt"
     file.write_bytes(f"mug\n{line}\n".encode())
@@ -516,7 +514,12 @@ def test_hostile_yaml_is_refused_by_file_and_line(tmp_path, monkeypatch, text, m
 
 
 BYTE_ORDER_MARK = "\ufeff"
-ENCODINGS = {"utf-8": "", "utf-8 with a mark": BYTE_ORDER_MARK, "utf-16-le": BYTE_ORDER_MARK, "utf-32-be": BYTE_ORDER_MARK}
+ENCODINGS = {
+    "utf-8": "",
+    "utf-8 with a mark": BYTE_ORDER_MARK,
+    "utf-16-le": BYTE_ORDER_MARK,
+    "utf-32-be": BYTE_ORDER_MARK,
+}
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
