@@ -9,12 +9,15 @@ import runpy
 import sys
 from pathlib import Path
 
+from pipeline.interrupts import handle_signals
+
 
 def job_names() -> list[str]:
     return sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
 
 
 def main() -> None:
+    handle_signals()
     names, job = job_names(), "".join(sys.argv[1:2])
     if job in ("-h", "--help"):
         print(f"usage: mmap-clip JOB [OPTIONS]\n\n{__doc__}\njobs: {', '.join(names)}")

@@ -11,9 +11,7 @@ also trains all tasks again and compares both. All other options default to thos
 The result is an ordinary run folder: its adapters can predict, and further tasks can be added to it.
 """
 
-from pydantic import Field
-
-from pipeline.command_line import report_user_errors
+from pipeline.command_line import Field, check_paths, importing, report_user_errors
 from pipeline.config import Config, JobOptions, JobParser
 
 
@@ -34,7 +32,9 @@ def main() -> None:
         finished = read_finished_run(options.run, arguments.fields.get("cache", Config().cache))
         config = arguments.config(base=finished.config_file)
 
-        from pipeline.workflows.added_task import add_task
+        check_paths(config)
+        with importing("PyTorch and Ray", console):
+            from pipeline.workflows.added_task import add_task
 
         add_task(finished, config, options.task, options.rerun, console)
 

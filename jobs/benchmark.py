@@ -14,9 +14,7 @@ PNG, SVG) is in <storage>/benchmarks/ and in MLflow. docs/methods.md describes t
 
 from pathlib import Path
 
-from pydantic import Field
-
-from pipeline.command_line import report_user_errors
+from pipeline.command_line import Field, check_paths, importing, report_user_errors
 from pipeline.config import CONFIGS, JobOptions, JobParser, did_you_mean
 from pipeline.errors import UserError
 from pipeline.methods.registry import VARIANTS
@@ -65,8 +63,9 @@ def main() -> None:
         methods = select_methods(options.methods)
         shots = list(dict.fromkeys(options.shots or [base.data.shots]))
         seeds = list(dict.fromkeys(options.seeds))
-
-        from pipeline.workflows.benchmark import benchmark_configs, run_benchmark
+        check_paths(base)
+        with importing("PyTorch and Ray", console):
+            from pipeline.workflows.benchmark import benchmark_configs, run_benchmark
 
         run_benchmark(benchmark_configs(base, methods, shots, seeds), methods, console)
 

@@ -7,9 +7,7 @@
 Rerun the same command to resume. With other options the run starts at the first stage that they affect. The stages:
 """
 
-from pydantic import Field
-
-from pipeline.command_line import report_user_errors
+from pipeline.command_line import Field, check_paths, importing, report_user_errors
 from pipeline.config import JobOptions, JobParser
 from pipeline.stages.flow import NAMES, check_stage, run_stages, stage_summary
 
@@ -22,8 +20,9 @@ def main() -> None:
     with report_user_errors() as console:
         arguments = JobParser(f"{__doc__}{stage_summary()}", Options).parse()
         config, last_stage = arguments.config(), check_stage("--until", arguments.options.until)
-
-        from pipeline.stages.run import open_run
+        check_paths(config)
+        with importing("PyTorch and Ray", console):
+            from pipeline.stages.run import open_run
 
         with open_run(config, console) as (plan, session):
             run_stages(plan, session, last_stage)

@@ -8,9 +8,7 @@ compare the accuracy of every partition with its score, with a single group, and
 Rerun the same command to resume; trainings are shared with the pipeline and the benchmark.
 """
 
-from pydantic import Field
-
-from pipeline.command_line import report_user_errors
+from pipeline.command_line import Field, check_paths, importing, report_user_errors
 from pipeline.config import JobOptions, JobParser
 
 
@@ -22,9 +20,10 @@ def main() -> None:
     with report_user_errors() as console:
         arguments = JobParser(__doc__, Options, replacements={"seed": "--seeds"}).parse()
         config, seeds = arguments.config(), list(dict.fromkeys(arguments.options.seeds))
-
-        from pipeline.workflows.grouping_study import run_grouping_study
-        from pipeline.workflows.many_runs import expand_configs
+        check_paths(config)
+        with importing("PyTorch and Ray", console):
+            from pipeline.workflows.grouping_study import run_grouping_study
+            from pipeline.workflows.many_runs import expand_configs
 
         run_grouping_study(expand_configs(config, [config.data.shots], seeds), console)
 

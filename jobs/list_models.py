@@ -15,9 +15,7 @@ import os
 import sys
 from typing import ClassVar
 
-from pydantic import Field
-
-from pipeline.command_line import print_status, report_user_errors
+from pipeline.command_line import Field, importing, report_user_errors
 from pipeline.config import JobOptions, JobParser, did_you_mean
 from pipeline.errors import UserError
 from pipeline.methods.registry import METHODS, VARIANTS
@@ -48,10 +46,9 @@ def main() -> None:
     with report_user_errors("rerun the same command to start over") as console:
         options = JobParser(__doc__, Options, field_help={}).parse().options
         method = select_method(options.method)
-        print_status("reading the models of open_clip ...")
-
-        from pipeline.clip.model_list import describe_model, find_models  # torch takes seconds to import
-        from pipeline.report.model_table import ModelTable, tag_lines, takes_method, to_json
+        with importing("PyTorch and open_clip"):
+            from pipeline.clip.model_list import describe_model, find_models
+            from pipeline.report.model_table import ModelTable, tag_lines, takes_method, to_json
 
         names = find_models(options.patterns)
         table, objects = ModelTable(names), []

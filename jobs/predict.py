@@ -18,9 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from pipeline.command_line import print_status, report_user_errors
+from pipeline.command_line import Field, check_adapter_exists, importing, print_status, report_user_errors
 from pipeline.config import Fraction, JobArguments, JobOptions, JobParser, parse_config
 from pipeline.errors import UserError
 
@@ -72,7 +70,9 @@ def predict(arguments: JobArguments[Options]) -> int:
     if not csv_output and job.device is not None:
         raise UserError("--device has no effect on Parquet output; use --cluster.gpus_per_worker")
 
-    from pipeline.prediction.load import read_model  # torch takes seconds to import
+    check_adapter_exists(job.run)
+    with importing("PyTorch"):
+        from pipeline.prediction.load import read_model
 
     adapter, options, _ = read_model(job.run, fields.get("clip.pretrained"), job.temperature, job.threshold)
     tasks = list(adapter.class_names)
@@ -93,6 +93,7 @@ def predict_to_csv(job: Options, adapter: TrainedAdapter, options: ModelOptions,
 
     check_task(job, adapter, task)
     images = list_images(job.inputs)
+    print_status("loading CLIP ...")
     model = TrainedModel(adapter, options, job.device)
     num_broken = 0
     try:

@@ -10,9 +10,7 @@ Running the same command again changes nothing; other options create a new versi
 import os
 from pathlib import Path
 
-from pydantic import Field
-
-from pipeline.command_line import report_user_errors
+from pipeline.command_line import Field, importing, report_user_errors
 from pipeline.config import Fraction, JobArguments, JobOptions, JobParser, load_yaml, parse_config
 from pipeline.errors import UserError
 
@@ -42,8 +40,9 @@ def register(arguments: JobArguments[Options]) -> None:
     job, fields = arguments.options, arguments.fields
     run_folder, uri, name = resolve_run(job.run, fields.get("tracking.uri"), fields.get("tracking.registered_model"))
 
-    from pipeline.prediction.mlflow_model import saved_mlflow_model  # torch and MLflow take seconds to import
-    from pipeline.runtime.tracking.mlflow_adapter import find_run, register_version
+    with importing("PyTorch and MLflow"):
+        from pipeline.prediction.mlflow_model import saved_mlflow_model
+        from pipeline.runtime.tracking.mlflow_adapter import find_run, register_version
 
     client, run_id = find_run(uri, run_folder)
     folder, separator, query = run_folder.partition("?")

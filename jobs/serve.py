@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from pipeline.command_line import print_status, report_user_errors
+from pipeline.command_line import Field, check_adapter_exists, importing, print_status, report_user_errors
 from pipeline.config import JobArguments, JobOptions, JobParser, parse_config
 from pipeline.errors import UserError
+from pipeline.interrupts import forget_signals
 
 if TYPE_CHECKING:
     from pipeline.serving.shared_clip import NamedAdapters
@@ -59,7 +57,7 @@ FIELD_HELP = {
 
 
 def main() -> None:
-    with report_user_errors():
+    with report_user_errors("rerun the same command to start the service again"):
         serve(JobParser(__doc__, Options, FIELD_HELP).parse())
 
 
@@ -67,27 +65,26 @@ def serve(arguments: JobArguments[Options]) -> None:
     job, cluster = arguments.options, parse_config(arguments.nested_fields()).cluster
     sources = parse_models(job.models)
 
-    from pipeline.prediction.load import read_model  # torch takes seconds to import
-    from pipeline.serving.shared_clip import check_one_clip
+    for source in sources.values():
+        check_adapter_exists(source)
+    is_local = (cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    if is_local:  # inherited by all processes of Serve; 1.5 times the requests per second
+        os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+    with importing("PyTorch and Ray Serve"):
+        import ray
+
+        from pipeline.prediction.load import read_model
+        from pipeline.runtime.cluster import WorkerResources, connect
+        from pipeline.serving.http_api import Limits
+        from pipeline.serving.service import ServiceOptions, port_error, running_service, watch_service
+        from pipeline.serving.shared_clip import check_one_clip
 
     pretrained = arguments.fields.get("clip.pretrained")
     adapters: NamedAdapters = {name: read_model(source, pretrained)[:2] for name, source in sources.items()}
     check_one_clip(adapters)
-    is_local = (cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
-    if is_local:  # inherited by all processes of Serve; 1.5 times the requests per second
-        os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
-
-    import ray
-
-    from pipeline.runtime.cluster import WorkerResources, connect
-    from pipeline.serving.http_api import Limits
-    from pipeline.serving.service import ServiceOptions, port_error, running_service, watch_service
-
     if is_local and (error := port_error(job.host, job.port)):
         raise UserError(error)
     connect(cluster.model_copy(update={"cpus_per_worker": 1, "gpus_per_worker": 0}), print_status)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ray sets its own handler of SIGTERM
-        signal.signal(number, signal.default_int_handler)
     try:
         gpus = cluster.gpus_per_worker
         if gpus is None:
@@ -108,7 +105,7 @@ def serve(arguments: JobArguments[Options]) -> None:
                 decoding_threads=len(os.sched_getaffinity(0)),
             ),
         )
-        with running_service(adapters, options, ends_with_ray=is_local):
+        with running_service(adapters, options, print_status, ends_with_ray=is_local):
             served = "; ".join(f"{name}: {', '.join(adapter.class_names)}" for name, (adapter, _) in adapters.items())
             print_status(
                 f"ready: http://{job.host}:{job.port}, {options.replicas} x {options.worker_resources}; {served}"
@@ -116,9 +113,8 @@ def serve(arguments: JobArguments[Options]) -> None:
             try:
                 watch_service(options, print_status)
             except KeyboardInterrupt:
+                forget_signals()
                 print_status("stopping: pending requests are still answered; interrupt again to stop immediately")
-    except KeyboardInterrupt:
-        raise UserError("interrupted before the server was ready, or before all requests were answered") from None
     finally:
         ray.shutdown()
 

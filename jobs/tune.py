@@ -13,9 +13,7 @@ Rerun the same command to resume. The table, the figure, and the best config (a 
 
 from pathlib import Path
 
-from pydantic import Field
-
-from pipeline.command_line import report_user_errors
+from pipeline.command_line import Field, check_paths, importing, report_user_errors
 from pipeline.config import JobOptions, JobParser, resolve_config_path
 
 
@@ -32,8 +30,9 @@ def main() -> None:
         from pipeline.tuning.search_file import read_search
 
         search = read_search(resolve_config_path(arguments.options.search), config)
-
-        from pipeline.workflows.tuning import run_search
+        check_paths(config)
+        with importing("PyTorch, Ray Tune and Optuna", console):
+            from pipeline.workflows.tuning import run_search
 
         run_search(config, search, console, final_run=arguments.options.final_run)
 

@@ -1,4 +1,4 @@
-"""Entry points of the job scripts: parse the command line, report user errors.
+"""Entry points of the job scripts: parse the command line, report user errors and signals.
 
 torch, Ray and MLflow take seconds to import, so --help and option errors are handled without them: this module imports
 none of them, and the job scripts import their stages only after the command line is validated.
@@ -7,16 +7,23 @@ none of them, and the job scripts import their stages only after the command lin
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
+from pipeline import interrupts
 
-from pipeline.config import JobParser
-from pipeline.errors import UserError
+interrupts.handle_signals()
+with interrupts.ending_at_once():  # what follows takes a third of a second
+    from pydantic import Field as Field  # the jobs' options
+    from rich.console import Console
+    from rich.markup import escape
+
+    from pipeline.config import BUILTIN_DIGITS, Config, JobParser
+    from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
@@ -29,8 +36,9 @@ def run_job(description: str | None, main: Callable[[Plan, Session], object]) ->
     """Run a job script that makes one run: parse the command line, check the run, call `main(plan, session)`."""
     with report_user_errors() as console:
         config = JobParser(description).parse().config()
-
-        from pipeline.stages.run import open_run
+        check_paths(config)
+        with importing("PyTorch and Ray", console):
+            from pipeline.stages.run import open_run
 
         with open_run(config, console) as (plan, session):
             main(plan, session)
@@ -38,20 +46,66 @@ def run_job(description: str | None, main: Callable[[Plan, Session], object]) ->
 
 @contextmanager
 def report_user_errors(after_interrupt: str = "rerun the same command to resume") -> Iterator[Console]:
-    """Yield the job's console; report user errors and interrupts on stderr, without a traceback.
+    """Yield the job's console; report user errors and signals in a line on stderr, without a traceback.
 
-    The exit status is 2 after a user error and 130 after an interrupt.
+    The exit status is 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    interrupts.handle_signals()
+    interrupts.forget_signals()
     try:
         # A log is wider than most terminals: it has room for the tables of many methods.
         yield Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
-    except UserError as error:
-        _print_error(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        _print_error(f"[yellow]interrupted:[/] {after_interrupt}")
-        sys.exit(130)
+    except BaseException as error:
+        if number := interrupts.received_signal(error):
+            resume_point = interrupts.resume_point()
+            message = f"rerun the same command to resume at {resume_point}" if resume_point else after_interrupt
+            _print_error(f"[yellow]{interrupts.interruption(number)}:[/] {escape(message)}")
+            sys.exit(interrupts.exit_status(number))
+        if isinstance(error, UserError):
+            _print_error(f"[bold red]error:[/] {escape(str(error))}")
+            sys.exit(2)
+        raise
+    finally:
+        interrupts.end_at_once_at_exit()
+
+
+def check_paths(config: Config) -> None:
+    """Check that the data and the weights that a config names are on this machine, before the imports that their full
+    check needs.
+
+    Raises:
+        UserError: one is not.
+    """
+    from pipeline.clip.files.model_files import check_weights_exist
+
+    root = config.data.root
+    if root and root != BUILTIN_DIGITS and not Path(root).expanduser().exists():
+        raise UserError(f"data.root={root} is not a folder or file on this machine")
+    if config.clip.pretrained:
+        check_weights_exist(config.clip.pretrained)
+
+
+def check_adapter_exists(source: str) -> None:
+    """Check an adapter on this machine; those of buckets and MLflow are looked for later.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not re.match(r"[a-z0-9-]+:/", source) and not Path(source).expanduser().exists():
+        raise UserError(f"adapter file {source} does not exist")
+
+
+@contextmanager
+def importing(libraries: str, console: Console | None = None) -> Iterator[None]:
+    """Import libraries in the block, which takes seconds, and say so: on `console`, or None: on stderr."""
+    text = f"importing {libraries} ..."
+    if console:
+        console.print(text, highlight=False)
+    else:
+        print_status(text)
+    with interrupts.ending_at_once():
+        yield
 
 
 def print_status(text: str) -> None:

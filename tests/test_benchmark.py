@@ -174,7 +174,7 @@ def test_a_single_task_is_trained_once_for_both_variants_of_a_method(shared_ray,
 
 
 def test_runs_share_one_progress_board_and_receive_their_own_reports(shared_ray):
-    first_run, second_run = run_progress(), run_progress()
+    first_run, second_run = run_progress(print), run_progress(print)
     assert first_run.actor is second_run.actor  # each would be a process
     first_run.begin("coop mt", "a machine")
     first_run.expect("coop mt", 3, "images")

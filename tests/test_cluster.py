@@ -57,7 +57,7 @@ def test_every_machine_must_see_storage_and_data(tmp_path):
             changed = config.model_copy(update=changes | {"wait_for_nodes_s": 3})
             with pytest.raises(UserError, match=message):
                 connect(changed, messages.append)
-            assert "waiting up to 3 s for machines with" in messages[0]
+            assert "waiting up to 3 s for machines with" in messages[-1]
             ray.shutdown()
 
         cluster.add_node(1, 0, prefix=in_a_mount_namespace(storage.folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
+from pipeline.interrupts import Interrupted, handle_signals_again
 from pipeline.runtime.storage import Storage
 
 IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -27,6 +29,9 @@ POLL_INTERVAL_S = 2
 FIRST_MESSAGE_AFTER_S = 20
 """Time without any running work until the first message about it."""
 NEXT_MESSAGE_AFTER_S = 60
+
+_is_private = False
+"""Whether this process started its Ray, which has no other work."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
         UserError: The cluster cannot be reached, or is too small for a training.
     """
     if not ray.is_initialized():
-        _join_or_start(config, dashboard)
+        _join_or_start(config, dashboard, say)
     elif config.address not in (None, "auto", gcs_address := ray.get_runtime_context().gcs_address):
         raise UserError(
             f"this process is already connected to Ray at {gcs_address}, not to cluster.address={config.address}: "
@@ -111,7 +116,7 @@ def local_ray_options(dashboard: bool) -> dict[str, Any]:
     return options
 
 
-def _join_or_start(config: ClusterConfig, dashboard: bool) -> None:
+def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], None]) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
     if address == "local":
@@ -119,13 +124,20 @@ def _join_or_start(config: ClusterConfig, dashboard: bool) -> None:
         options = local_ray_options(dashboard or config.workers_per_training > 1)
     elif not IN_SUBMITTED_JOB:  # Ray gives the working directory of a submitted job to all workers
         options["runtime_env"] = {"py_modules": [str(Path(__file__).parent.parent)]}  # the package
+    global _is_private
+    _is_private = address == "local"
+    say("starting Ray ..." if address == "local" else f"connecting to Ray at {address} ...")
     try:
         ray.init(address=address, logging_level=logging.ERROR, **options)
+    except SystemExit:  # raised by Ray's own handler
+        raise Interrupted(signal.SIGTERM) from None
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"cannot connect to a Ray cluster at {address}: {error}; change cluster.address or RAY_ADDRESS. If the "
             "cluster requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
+    finally:
+        handle_signals_again()
 
 
 def num_slots(resources: WorkerResources) -> int:
@@ -229,11 +241,10 @@ class StallReporter:
     def _message(waiting: Sequence[str], resources: WorkerResources, workers: int) -> str:
         labels = f"{waiting[0]!r}" if len(waiting) == 1 else f"{waiting[0]!r} and {len(waiting) - 1} more"
         per_worker = f" for each of {workers} workers" if workers > 1 else ""
-        reason = (
-            "they are in use by other work or by starting workers"
-            if num_slots(resources) >= workers
-            else "waiting for machines to join; or press Ctrl-C and rerun the command with fewer resources"
-        )
+        reason = "waiting for machines to join; or press Ctrl-C and rerun the command with fewer resources"
+        if num_slots(resources) >= workers:
+            others = "" if _is_private else "other work or by "
+            reason = f"they are in use by {others}starting workers"
         free = ray.available_resources()
         return (
             f"waiting: {labels} need{'s' if len(waiting) == 1 else ''} {resources}{per_worker}; the cluster has "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -28,8 +29,10 @@ LONG_LOG_LINE_EVERY_S = 60
 """Interval between the lines of work that has run for longer than this."""
 
 
-def run_progress() -> RunProgress:
-    """Return the progress of a new run."""
+def run_progress(say: Callable[[str], None]) -> RunProgress:
+    """Return the progress of a new run; `say` is told where the first workers of this driver are started."""
+    if not _progress_actor.cache_info().currsize:
+        say("starting workers ...")
     context = ray.get_runtime_context()
     return RunProgress(_progress_actor(context.get_node_id(), context.get_job_id()), uuid.uuid4().hex)
 
@@ -115,6 +118,11 @@ class Report:
     total: int
     unit: str
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    saved: int | None = None
+    """Completed units of the newest checkpoint, at which an interrupted training resumes; None: it has no
+    checkpoints."""
+    resumed: bool = False
+    """True: the first report of an attempt that follows an interrupted one."""
 
 
 class Reporter:
@@ -124,18 +132,28 @@ class Reporter:
         self._progress, self._label = progress, label
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._posted_at = 0.0
+        self._saved: int | None = None
         self._system = SystemSampler()
 
+    def start(self, saved: int, total: int, unit: str, resumed: bool) -> None:
+        """Report the checkpoint from which a training starts, and whether an earlier attempt was interrupted."""
+        self._progress.post(Report(self._label, saved, total, unit, saved=saved, resumed=resumed))
+
     def update(
-        self, completed: int, total: int, unit: str, metrics: tuple[int, dict[str, float]] | None = None
+        self,
+        completed: int,
+        total: int,
+        unit: str,
+        metrics: tuple[int, dict[str, float]] | None = None,
+        saved: int | None = None,
     ) -> None:
         if metrics:
             self._metrics.append(metrics)
         if system := self._system.sample(final=completed >= total):
             self._metrics.append(system)
-        if time.monotonic() - self._posted_at >= REPORT_EVERY_S or completed >= total:
-            self._progress.post(Report(self._label, completed, total, unit, self._metrics))
-            self._metrics, self._posted_at = [], time.monotonic()
+        if time.monotonic() - self._posted_at >= REPORT_EVERY_S or completed >= total or saved != self._saved:
+            self._progress.post(Report(self._label, completed, total, unit, self._metrics, saved))
+            self._metrics, self._posted_at, self._saved = [], time.monotonic(), saved
 
 
 class ProgressDisplay:
@@ -158,6 +176,12 @@ class ProgressDisplay:
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._started: dict[tuple[str, str], tuple[float, int]] = {}
         self._line_times: dict[str, float] = {}
+        self.saved: dict[str, Report] = {}
+        """Label of a training → its last report."""
+
+    @property
+    def has_reports(self) -> bool:
+        return bool(self._tasks)
 
     def __enter__(self) -> ProgressDisplay:
         self._console.print(f"[bold]{self._title}[/]")
@@ -170,6 +194,12 @@ class ProgressDisplay:
     def show(self, report: Report) -> None:
         from rich.markup import escape
 
+        if report.saved is not None:
+            self.saved[report.label] = report
+        if report.resumed:
+            self._console.print(
+                f"  {report.label}: resumes at step {report.saved} of {report.total}", markup=False, highlight=False
+            )
         key = (report.label, report.unit)
         time_now = time.monotonic()
         started, initial = self._started.setdefault(key, (time_now, report.completed))

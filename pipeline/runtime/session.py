@@ -46,11 +46,18 @@ class Session:
     cancelled: threading.Event
     """Set by another thread to end the run's work."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
 
     @cached_property
     def progress(self) -> RunProgress:
         """Collector of the workers' reports."""
-        return run_progress()
+        return run_progress(self.say)
+
+    def say(self, text: str) -> None:
+        """Print what the user waits for, once."""
+        if text not in self.said:
+            self.said.add(text)
+            self.console.print(f"  {text}", markup=False, highlight=False)
 
 
 @contextmanager
@@ -100,6 +107,8 @@ def open_session(
         try:
             yield Session(storage, folder, cluster, worker_resources, tracker, console, cancelled)
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                say("stopping, and sending the rest to MLflow; a second signal stops at once")
             with suppress(UserError):  # a full disk, which `error` reports
                 tracker.end_run(PARENT, end_status(error))
             tracker.close(timeout_s=10)

@@ -13,12 +13,15 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskErr
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
+from pipeline.interrupts import set_resume_point
 from pipeline.runtime.cluster import StallReporter, WorkerResources, num_slots
 from pipeline.runtime.data_parallel import train_on_workers
 from pipeline.runtime.progress import ProgressDisplay
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.tracker import end_status
+
+MAX_TRAININGS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Stage:
         self.display.__exit__()
         tracker = self.session.tracker
         if error is not None:
+            if isinstance(error, KeyboardInterrupt):
+                set_resume_point(self._resume_point())
             with suppress(UserError):  # a full disk, which `error` reports
                 tracker.end_run(self.name, end_status(error))
             return
@@ -86,6 +91,18 @@ class Stage:
             f"  {seconds if self.computed else f'cached (computed in {seconds})'}", highlight=False
         )
         self.session.storage.upload(self.session.folder)
+
+    def _resume_point(self) -> str:
+        """Return what the next run of an interrupted stage begins with: its unfinished trainings at their newest
+        checkpoints."""
+        trainings = [
+            f"step {report.saved} of {report.total}" + (f" of {label}" if label not in self.title else "")
+            for label, report in self.display.saved.items()
+            if report.completed < report.total
+        ]
+        return f"stage {', '.join([self.title, *trainings[:MAX_TRAININGS_SHOWN]])}" + (
+            f" and {len(trainings) - MAX_TRAININGS_SHOWN} more trainings" * (len(trainings) > MAX_TRAININGS_SHOWN)
+        )
 
     def execute(self, items: Sequence[WorkItem]) -> list[Any]:
         """Run unfinished work on the cluster, first come first served; return the functions' values in order, None for
@@ -123,6 +140,8 @@ class Stage:
         except BaseException:
             for ref in waiting:
                 ray.cancel(ref, force=True)
+            with suppress(Exception):  # where Ray is gone, the reports so far do
+                self._drain_progress(todo)
             raise
         self._drain_progress(todo)
         return [label_to_value.get(item.label) for item in items]
@@ -152,6 +171,8 @@ class Stage:
 
     def _report_stall(self, stall_reporter: StallReporter, waiting: Sequence[WorkItem]) -> None:
         nodes = self.session.progress.nodes()
+        if not self.display.has_reports and any(item.uses_gpu and item.label in nodes for item in waiting):
+            self.session.say("loading CLIP ...")
         running_on = [nodes[item.label] for item in waiting if item.label in nodes]
         largest = max(waiting, key=lambda item: item.num_workers)
         workers = 1

@@ -322,6 +322,11 @@ class ArtifactWriter:
     uploaded: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Files that `upload_part` has uploaded: name → size in bytes, SHA-256."""
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether an earlier attempt was interrupted: its folder or its checkpoints are still there."""
+        return any(path != self.folder for path in self.folder.parent.iterdir())
+
     def publish(self, seconds: float) -> None:
         """Publish the files of `folder`, which took `seconds` to write."""
         artifact, storage = self.artifact, self.artifact.storage

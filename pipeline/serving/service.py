@@ -61,11 +61,14 @@ class ServiceOptions:
 
 
 @contextmanager
-def running_service(adapters: NamedAdapters, options: ServiceOptions, ends_with_ray: bool) -> Iterator[None]:
+def running_service(
+    adapters: NamedAdapters, options: ServiceOptions, say: Callable[[str], None], ends_with_ray: bool
+) -> Iterator[None]:
     """Serve models that passed `check_one_clip` while the block runs; Ray must be connected. At the end, new requests
     are rejected and pending ones are answered.
 
     Args:
+        say: is told what the start waits for.
         ends_with_ray: Ray is shut down next; False: shut down Serve's processes here.
 
     Raises:
@@ -98,8 +101,10 @@ def running_service(adapters: NamedAdapters, options: ServiceOptions, ends_with_
         max_ongoing_requests=UNLIMITED_REQUESTS,
         **deployment_options,
     )(Ingress)
+    say("starting Ray Serve ...")
     serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
     try:
+        say("starting the replicas, which import PyTorch and load CLIP ...")
         application = replica.bind([adapters_ref], options.worker_resources, options.max_batch, options.batch_wait_s)
         replicas = _deploy(application, MODELS_APP, None)
         _deploy(ingress.bind(replicas, models, preprocessing, options.limits), INGRESS_APP, "/")

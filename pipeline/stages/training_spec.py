@@ -90,7 +90,7 @@ class TrainingSpec:
     ) -> list[Snapshot]:
         """Train `method` on the tasks, from the artifact's checkpoint if it exists, and write history.parquet; return
         the snapshots, which have the trainer's options."""
-        trainer = self.trainer(
+        trainer: Trainer = self.trainer(
             towers,
             method,
             epochs,
@@ -98,10 +98,16 @@ class TrainingSpec:
             writer.artifact.checkpoints,
             writer.artifact.storage,
             on_step=lambda record, num_steps: reporter.update(
-                record.step, num_steps, "steps", (record.step, step_metrics(self.tasks, record))
+                record.step,
+                num_steps,
+                "steps",
+                (record.step, step_metrics(self.tasks, record)),
+                trainer.num_saved_steps,
             ),
             **snapshots,
         )
+        if DistributedShard.current().is_main_process:
+            reporter.start(trainer.num_saved_steps, trainer.num_steps, "steps", writer.is_repeated)
         history = trainer.train()
         if DistributedShard.current().is_main_process:
             write_history(writer.folder / HISTORY, self.tasks, history)

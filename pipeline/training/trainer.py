@@ -141,6 +141,8 @@ class Trainer:
         )
         if self.checkpoints and (state := self.checkpoints.load()):
             self.load_state_dict(state)
+        self.num_saved_steps = len(self.history)
+        """Number of steps of the newest checkpoint."""
 
     @property
     def epoch(self) -> int:
@@ -166,6 +168,7 @@ class Trainer:
                 is_due = self.epoch == epoch < self.epochs and epoch % self.config.checkpoint_every == 0
                 if self.checkpoints and is_due:
                     self.checkpoints.save(self.state_dict())
+                    self.num_saved_steps = len(self.history)
                 self.on_step(record, self.num_steps)
 
     def step(self) -> StepRecord:

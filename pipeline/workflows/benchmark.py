@@ -29,7 +29,7 @@ from pipeline.report.benchmark_tables import (
 from pipeline.report.summary import method_result
 from pipeline.runtime.environment import run_environment
 from pipeline.runtime.session import PARENT, Session
-from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
+from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri, without_password
 from pipeline.runtime.tracking.tracker import Tracker, end_status
 from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import train_groups
@@ -64,7 +64,7 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
     folder = create_folder(storage.folder / "benchmarks" / f"{name}-{key}")
     with (
         connect_cluster(plans[0], console) as resources,
-        _benchmark_tracker(name, configs, methods, folder) as tracker,
+        _benchmark_tracker(name, configs, methods, folder, console) as tracker,
     ):
         errors: list[BaseException] = []
         results = []
@@ -159,7 +159,9 @@ def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _benchmark_tracker(name: str, configs: Sequence[Config], methods: Sequence[str], folder: Path) -> Iterator[Tracker]:
+def _benchmark_tracker(
+    name: str, configs: Sequence[Config], methods: Sequence[str], folder: Path, console: Console
+) -> Iterator[Tracker]:
     """Track the benchmark as an MLflow run; its pipeline runs have its name as their tag `benchmark`."""
     config = configs[0]
     uri = resolve_tracking_uri(config.tracking.uri, folder.parent.parent)
@@ -180,6 +182,7 @@ def _benchmark_tracker(name: str, configs: Sequence[Config], methods: Sequence[s
             "seeds": ", ".join(str(seed) for seed in dict.fromkeys(config.seed for config in configs)),
         },
     )
+    console.print(f"opening MLflow at {without_password(uri)} ...", markup=False, highlight=False)
     tracker.flush(30)  # one tracker creates a new database before those of the runs open it
     status = end_status(None)
     try:

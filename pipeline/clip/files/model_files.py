@@ -8,6 +8,8 @@ from pathlib import Path
 from pipeline.config import FOLDER_PREFIX, HUB_PREFIX
 from pipeline.errors import UserError
 
+WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
+
 
 class ModelFiles:
     """A folder with the files of a model.
@@ -155,6 +157,19 @@ def no_such_path(option: str, path: Path, kind: str) -> UserError:
         f"{option}: no such {kind}"
         + (f"; a repository of the Hugging Face Hub is {HUB_PREFIX}{path}" if is_name else "")
     )
+
+
+def check_weights_exist(pretrained: str) -> None:
+    """Check a value of clip.pretrained that looks like a path.
+
+    Raises:
+        UserError: there is no such file or folder.
+    """
+    path = folder_path(pretrained)
+    is_file = path.suffix.lower() in WEIGHT_SUFFIXES
+    looks_like_path = (is_file or len(path.parts) > 1) and not pretrained.startswith(HUB_PREFIX)
+    if looks_like_path and not path.exists():
+        raise no_such_path(f"clip.pretrained={pretrained}", path, "file" if is_file else "file or folder")
 
 
 def is_commit(source: str) -> bool:

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.clip.files.model_files import LocalFolder, ModelFiles, folder_path, no_such_path, open_model_files
+from pipeline.clip.files.model_files import (
+    WEIGHT_SUFFIXES,
+    LocalFolder,
+    ModelFiles,
+    check_weights_exist,
+    folder_path,
+    open_model_files,
+)
 from pipeline.clip.files.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_model_files
 from pipeline.config import (
     BUILTIN_DIGITS,
@@ -21,7 +28,6 @@ from pipeline.config import (
 )
 from pipeline.errors import UserError
 
-_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
 _NAMES_IN_FOLDER = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -82,8 +88,7 @@ def resolve_weights(config: ClipConfig, source: ModelSource) -> Weights | None:
         return replace(weights, quick_gelu=quick_gelu, preprocess_config=described.preprocess_config)
     if path.is_file():
         return Weights(option, _parts(path, LocalFolder(option, path.parent)), path=path.absolute())
-    if path.suffix.lower() in _SUFFIXES or len(path.parts) > 1:
-        raise no_such_path(option, path, "file or folder" if path.suffix.lower() not in _SUFFIXES else "file")
+    check_weights_exist(pretrained)
     raise _unknown_tag(pretrained, source, config.model)
 
 
@@ -110,7 +115,7 @@ def _files_in(model_files: ModelFiles) -> tuple[Path, ...]:
     if file := model_files.find(*_NAMES_IN_FOLDER):
         return _parts(file, model_files)
     if isinstance(model_files, LocalFolder):
-        others = sorted(file for file in model_files.folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+        others = sorted(file for file in model_files.folder.iterdir() if file.suffix.lower() in WEIGHT_SUFFIXES)
         if len(others) > 1:
             raise UserError(
                 f"{model_files.option} has several weights ({', '.join(file.name for file in others[:3])}, ...): "

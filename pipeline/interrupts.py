@@ -1,0 +1,136 @@
+"""Signals that end a job: Ctrl-C, SIGTERM and SIGHUP become an exception in the main thread, and one line on stderr.
+
+Signals that the process inherited as ignored (`nohup`, `command &` in a script) stay ignored.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_REQUEST_S = 0.2
+"""`timeout` and process managers send a signal to the process and to its group, so twice."""
+BEFORE_ANY_WORK = "rerun the same command: nothing was started yet"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class _State:
+    ignored: frozenset[int] | None = None
+    received: int | None = None
+    """The signal that asked this process to end."""
+    received_at = -math.inf
+    resume_point: str | None = None
+    ends_at_once: str | None = None
+    """Message where nothing is to be ended in order, so that a signal ends the process at once."""
+
+
+def handle_signals() -> None:
+    """Install the handlers; does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if _State.ignored is None:
+        _State.ignored = frozenset(number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN)
+        sys.excepthook = _excepthook
+        atexit.register(_skip_finalization)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number in _State.ignored else _on_signal)
+
+
+def handle_signals_again() -> None:
+    """Install the handlers again, in place of a library's own, if this process has them."""
+    if _State.ignored is not None:
+        handle_signals()
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While the block runs, which has nothing to end in order, a signal ends the process at once: an exception in the
+    midst of an import may be swallowed or turned into another one."""
+    previous, _State.ends_at_once = _State.ends_at_once, BEFORE_ANY_WORK
+    try:
+        yield
+    finally:
+        _State.ends_at_once = previous
+
+
+def end_at_once_at_exit() -> None:
+    """Let a signal end the process at once while it exits, after a job has ended."""
+    atexit.register(setattr, _State, "ends_at_once", "the job had ended")
+
+
+def forget_signals() -> None:
+    """Forget a signal that was received: a process may run several jobs, as the tests do."""
+    _State.received = _State.resume_point = None
+
+
+def set_resume_point(text: str) -> None:
+    """Record what the same command begins with. Not an attribute of the exception: Ray raises one of its own."""
+    _State.resume_point = text
+
+
+def resume_point() -> str | None:
+    return _State.resume_point
+
+
+def received_signal(error: BaseException) -> int | None:
+    """Return the signal that is the reason of an error; libraries turn KeyboardInterrupt into errors of their own."""
+    if isinstance(error, Interrupted):
+        return error.number
+    return _State.received or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+
+
+def exit_status(number: int) -> int:
+    return 128 + number
+
+
+def interruption(number: int) -> str:
+    """Return the first words of the line that reports a signal."""
+    return "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    previous, _State.received_at = _State.received_at, time.monotonic()
+    if _State.received_at - previous < SAME_REQUEST_S:
+        return
+    if _State.received is not None:
+        _exit(_State.received, "stopped at once")
+    _State.received = number
+    if _State.ends_at_once:
+        _exit(number, _State.ends_at_once)
+    raise Interrupted(number)
+
+
+def _exit(number: int, message: str) -> None:
+    os.write(2, f"{interruption(number)}: {message}\n".encode())
+    os._exit(exit_status(number))
+
+
+def _skip_finalization() -> None:
+    """End an interrupted process here: to remove the modules of PyTorch, Ray and MLflow from memory takes seconds."""
+    if _State.received:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed by its reader
+                stream.flush()
+        os._exit(exit_status(_State.received))
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        _exit(received_signal(error) or signal.SIGINT, BEFORE_ANY_WORK)
+    sys.__excepthook__(kind, error, traceback)

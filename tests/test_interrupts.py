@@ -1,0 +1,195 @@
+"""Signals: one line on stderr and the right status at any moment, and where the same command resumes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from pipelines import QUICK, REPOSITORY, Job
+from rich.console import Console
+
+from pipeline import interrupts
+from pipeline.command_line import report_user_errors
+from pipeline.interrupts import Interrupted
+from pipeline.runtime.progress import ProgressDisplay, Report
+from pipeline.runtime.stage import Stage
+
+STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of a job during a test, and those of pytest afterwards."""
+    previous = {number: signal.getsignal(number) for number in STATUSES}
+    interrupts._State.received_at = -1e9
+    interrupts.handle_signals()
+    yield
+    interrupts.forget_signals()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def line_of(capsys) -> str:
+    output, error = capsys.readouterr()
+    assert output == "" and error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(("number", "status"), STATUSES.items())
+def test_a_signal_ends_a_job_in_one_line(number, status, capsys):
+    with pytest.raises(SystemExit) as exited, report_user_errors():
+        os.kill(os.getpid(), number)
+    assert exited.value.code == status
+    name = "" if number == signal.SIGINT else f" by {number.name}"
+    assert line_of(capsys) == f"interrupted{name}: rerun the same command to resume\n"
+
+
+def test_a_library_that_turns_the_interrupt_into_its_own_error(capsys):
+    with pytest.raises(SystemExit) as exited, report_user_errors():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            raise ImportError("cannot import name 'x'") from None
+    assert exited.value.code == 143 and line_of(capsys).startswith("interrupted by SIGTERM")
+
+
+def test_the_same_signal_twice_at_once_is_one(capsys):
+    """As `timeout` sends it: to the process and to its group."""
+    with pytest.raises(SystemExit) as exited, report_user_errors():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert exited.value.code == 143 and line_of(capsys)
+
+
+def test_a_library_s_handler_is_replaced():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    interrupts.handle_signals_again()
+    with pytest.raises(Interrupted):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_other_threads_leave_the_handlers_alone():
+    thread = threading.Thread(target=interrupts.handle_signals)
+    thread.start()
+    thread.join()  # signal.signal would have raised
+
+
+def stage_at(*reports: Report) -> Stage:
+    stage = Stage.__new__(Stage)
+    stage.title, stage.display = "2 global prompt", ProgressDisplay(Console(file=io.StringIO()), "")
+    for report in reports:
+        stage.display.show(report)
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("reports", "resume_point"),
+    [
+        ([], "stage 2 global prompt"),
+        ([Report("global prompt", 40, 100, "steps", saved=0)], "stage 2 global prompt, step 0 of 100"),
+        ([Report("global prompt", 70, 100, "steps", saved=50)], "stage 2 global prompt, step 50 of 100"),
+        ([Report("global prompt", 100, 100, "steps", saved=50)], "stage 2 global prompt"),  # its artifact is written
+        ([Report("reading", 3, 9, "images")], "stage 2 global prompt"),
+        (
+            [Report(f"group: {name}", 3, 9, "steps", saved=2) for name in "abcde"],
+            "stage 2 global prompt, step 2 of 9 of group: a, step 2 of 9 of group: b, step 2 of 9 of group: c and 2 "
+            "more trainings",
+        ),
+    ],
+)
+def test_the_line_says_where_the_same_command_resumes(reports, resume_point):
+    assert stage_at(*reports)._resume_point() == resume_point
+
+
+@pytest.mark.parametrize("saved", [0, 50])
+def test_a_resumed_training_says_from_which_step(saved):
+    console = Console(file=io.StringIO())
+    ProgressDisplay(console, "").show(Report("global prompt", saved, 100, "steps", saved=saved, resumed=True))
+    assert console.file.getvalue() == f"  global prompt: resumes at step {saved} of 100\n"
+
+
+JOB = """
+import os, signal, sys, time
+ignored = getattr(signal, sys.argv[1]) if sys.argv[1] else None
+if ignored: signal.signal(ignored, signal.SIG_IGN)
+from pipeline.command_line import importing, report_user_errors
+moment = sys.argv[2]
+def kill(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)
+if moment == "script": kill(signal.SIGTERM)
+with report_user_errors():
+    if moment == "import":
+        with importing("x"):
+            try: kill(signal.SIGTERM)
+            except BaseException: pass  # swallowed
+    if moment == "ignored": kill(ignored)
+    if moment == "twice":
+        try: kill(signal.SIGINT)
+        finally:
+            time.sleep(0.3)
+            kill(signal.SIGINT)
+print("ended")
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "ignored", "status", "line"),
+    [
+        ("script", "", 143, "interrupted by SIGTERM: rerun the same command: nothing was started yet"),
+        ("import", "", 143, "importing x ...\ninterrupted by SIGTERM: rerun the same command: nothing was started yet"),
+        ("twice", "", 130, "interrupted: stopped at once"),
+        ("ignored", "SIGHUP", 0, ""),  # nohup
+        ("ignored", "SIGINT", 0, ""),  # `command &` in a script
+    ],
+)
+def test_a_process(moment, ignored, status, line):
+    command = [sys.executable, "-c", JOB, ignored, moment]
+    process = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (process.returncode, process.stderr.strip()) == (status, line)
+    assert process.stdout == ("" if status else "ended\n")
+
+
+@pytest.mark.fault_injection
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("moment", "number", "message"),
+    [
+        ("importing PyTorch", signal.SIGINT, "nothing was started yet"),
+        ("starting Ray", signal.SIGTERM, "rerun the same command to resume"),
+        ("0 data check", signal.SIGHUP, "to resume at stage 0 data check"),
+        ("2 global prompt", signal.SIGTERM, "to resume at stage 2 global prompt"),
+    ],
+)
+def test_a_run(moment, number, message, tmp_path):
+    from mlflow import MlflowClient
+
+    job = Job(tmp_path / "storage", *QUICK)
+    try:
+        job.wait_until(lambda: moment in job.output.read_text())
+        job.process.send_signal(number)
+    finally:
+        finished = job.finish()
+    assert finished.status == STATUSES[number], finished.output
+    assert message in finished.output.splitlines()[-1]
+    assert not any(word in finished.output for word in ("Traceback", "Exception ignored", "***")), finished.output
+    if (tmp_path / "storage" / "mlflow.db").exists():
+        client = MlflowClient(f"sqlite:///{tmp_path / 'storage' / 'mlflow.db'}")
+        runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        assert {run.info.status for run in runs} <= {"KILLED", "FINISHED"}
+        (parent,) = [run for run in runs if run.data.tags.get("level") == "pipeline"]
+        assert parent.info.status == "KILLED" and parent.info.run_name != "pipeline" and parent.data.params
