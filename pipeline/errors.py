@@ -23,3 +23,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(escape_controls(message, keep="\n\t"))  # it may quote untrusted names and files
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython and notebooks show: the message alone, as it says all that the user needs."""
+        return [f"UserError: {self}"]

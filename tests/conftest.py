@@ -109,6 +109,7 @@ def digits(tmp_path_factory):
 
 USERS_OF_QUICK_RUN = (
     "test_pipeline.py",
+    "test_fit.py",
     "test_prediction_batch.py",
     "test_prediction_mlflow.py",
     "test_mlflow_page.py",

@@ -1,7 +1,7 @@
 """Every code block of README.md, CONTRIBUTING.md and docs/, checked by its language: Python is executed, configs and
 tables are read, each shell command is parsed by its own program, and jobs run until they start Ray.
 
-docs/tutorial.md has its own test. Output (`text`) and diagrams (`mermaid`) are only labeled.
+docs/tutorial.md has its own test. Output and diagrams (`text`) are only labeled.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -32,6 +33,7 @@ import pytest
 import yaml
 from pipelines import REPOSITORY
 
+import pipeline
 from pipeline.clip.load import clip_identity, load_clip, weights_fingerprint
 from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_config, to_yaml
 from pipeline.data.index import OFFICE_HOME_TASKS, index_dataset, read_class_names
@@ -41,7 +43,7 @@ from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.registry import METHODS
 from pipeline.prediction.options import GROUPED_ADAPTER
 from pipeline.runtime.storage import Artifact, Storage
-from pipeline.stages.finished_run import SUMMARY, write_provenance
+from pipeline.stages.finished_run import GROUPING, SUMMARY, write_provenance
 from pipeline.tuning.search_file import read_search
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -160,7 +162,9 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     )
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / SUMMARY).parent.mkdir()
-    write_json(folder / SUMMARY, {"tasks": [*group], "groups": [[*group]]})
+    methods = {"grouped": {"accuracy": dict.fromkeys(group, 0.5), "average": 0.5}}
+    write_json(folder / SUMMARY, {"tasks": [*group], "groups": [[*group]], "methods": methods})
+    write_json(folder / GROUPING, {"tasks": [*group], "groups": [[*group]], "affinity": [[1, 0], [0, 1]]})
     snapshots = Artifact(Storage.from_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
     with snapshots.writer():
         pass
@@ -179,9 +183,21 @@ def names_of(page: str, world: Path) -> dict[str, object]:
 # The languages
 
 
-def check_python(block: Block, world: Path) -> None:
-    """Execute the block after the previous ones of its page, and compare values with those in comments."""
-    names = names_of(block.page.name, world)
+def check_python(block: Block, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Execute the block after the previous ones of its page, and compare values with those in comments.
+
+    `pipeline.fit` and the stages give the finished run; tests/test_fit.py tests what they do.
+    """
+    names, finished = names_of(block.page.name, world), "mmap-runs/runs/finished"
+
+    def fit(config, until, verbose):
+        index_dataset(config.data, Path(config.data.root))
+        return pipeline.open_run(finished)
+
+    artifact = SimpleNamespace(download=lambda: Path(finished))
+    monkeypatch.setattr("pipeline.workflows.fit.fit", fit)
+    monkeypatch.setattr("pipeline.stages.run.open_run", lambda config, console: nullcontext((None, None)))
+    monkeypatch.setattr("pipeline.stages.flow.run_stages", lambda plan, session, until: {until: artifact})
     for earlier in BLOCKS:
         if (earlier.page, earlier.language) == (block.page, "python") and earlier.line <= block.line:
             code = "\n" * earlier.line + fill_placeholders(earlier.code, world)  # for the lines of a traceback
@@ -312,13 +328,12 @@ def check_job(script: str, options: list[str]) -> None:
 
 CHECKS = {
     "sh": check_sh,
-    "python": check_python,
+    "python": None,
     "yaml": check_yaml,
     "csv": check_manifest,
     "tsv": check_class_names,
     "json": lambda block, folder: json.loads(block.code),
     "text": None,
-    "mermaid": None,
 }
 
 
@@ -326,5 +341,7 @@ CHECKS = {
 def test_code_block(block, world, tmp_path, monkeypatch):
     assert block.language in CHECKS, f"label the block: one of {', '.join(CHECKS)}"
     monkeypatch.chdir(world)
-    if check := CHECKS[block.language]:
-        check(block, world if block.language in ("sh", "python") else tmp_path)
+    if block.language == "python":
+        check_python(block, world, monkeypatch)
+    elif check := CHECKS[block.language]:
+        check(block, world if block.language == "sh" else tmp_path)

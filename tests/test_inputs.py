@@ -135,23 +135,116 @@ def test_a_table_of_tasks_with_different_classes(tree):
 
 
 def test_other_names_of_columns(tree):
-    file = write_csv(tree / "all.csv", [{"id": "7", **row} for row in rows_of(tree)], task="domain", path="file_name")
+    file = write_csv(tree / "all.csv", [{"id": "7", **row} for row in rows_of(tree)], task="shop", path="photo")
     message = fault(file)
-    assert "no column 'path'" in message and "'file_name', 'domain'" in message and "--data.columns" in message
-    assert len(index_dataset(DataConfig(columns={"task": "domain", "path": "file_name"}), file).images) == 16
+    assert "no column 'path'" in message and "'photo', 'shop'" in message and "--data.columns" in message
+    assert len(index_dataset(DataConfig(columns={"task": "shop", "path": "photo"}), file).images) == 16
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"path": "image_path", "task": "Domain", "label": "class"},
+        {"path": "file_name", "task": "TASK", "label": "category"},
+        {"path": "Filename", "label": "y"},
+        {"path": "image", "label": "className", "split": "Subset"},
+    ],
+)
+def test_other_common_names_of_columns_are_taken_and_told(tree, names):
+    rows = [{**row, "split": "train"} for row in rows_of(tree)]
+    file = write_csv(tree / "all.csv", rows, **names)
+    dataset = index_dataset(DataConfig(use_official_splits="split" in names), file)
+    assert listed(dataset) == listed(index_dataset(DataConfig(), tree))
+    assert len(dataset.notes) == len(names)
+    assert all(
+        any(repr(name) in note and repr(column) in note for note in dataset.notes) for column, name in names.items()
+    )
+
+
+def test_columns_that_may_both_be_meant_are_named(tree):
+    rows = [{**row, "y": row["label"]} for row in rows_of(tree)]
+    file = write_csv(tree / "all.csv", rows, label="class")
+    message = fault(file)
+    assert "2 that may be meant (class, y)" in message and "--data.columns '{label: class}'" in message
+    assert len(index_dataset(DataConfig(columns={"label": "class"}), file).images) == 16
+
+
+def test_a_table_of_one_task_needs_no_such_column(tree):
+    rows = [{"path": row["path"], "label": row["label"]} for row in rows_of(tree)]
+    file = write_csv(tree / "all.csv", rows)
+    assert "no column 'task'" in fault(file) and "--data.tasks <its name>" in fault(file)
+    assert "no column 'task'" in fault(file, tasks=["shop", "street"])
+    dataset = index_dataset(DataConfig(tasks=["shop"]), file)
+    assert dataset.classes == {"shop": CLASSES} and len(dataset.images) == 16 and "'shop'" in dataset.notes[0]
+    images = tree / "images.parquet"
+    pq.write_table(pa.table({"image": [png(0), png(1)], "label": ["x", "y"]}), images)
+    assert index_dataset(DataConfig(tasks=["shop"]), images).classes == {"shop": ("x", "y")}
+
+
+@pytest.mark.parametrize(
+    ("edit", "note"),
+    [
+        (lambda text: text.replace(",", ";"), "separated by ';'"),
+        (lambda text: text.replace(",", "\t"), r"separated by '\t'"),
+        (lambda text: text.replace(",", "|"), r"separated by '|'"),
+        (lambda text: "sep=;\n" + text.replace(",", ";"), "1 line"),
+        (lambda text: "# drawn by hand\n\n" + text + "\n# the end\n,,\n\n", "3 lines"),
+        (lambda text: "\n".join(f"{number},{line}" for number, line in enumerate(text.split("\n")) if line), None),
+        (lambda text: ("\ufeff" + text).replace("\n", ",,\r\n"), None),
+        (lambda text: text.replace("\n", ",\n").replace("label,", "label", 1), None),
+        (lambda text: re.sub("[^,\n]+", r' "\g<0>"', text).replace(' "', '"', 1), None),
+        (lambda text: text.replace("/", "\\"), "in 16 paths is read as /"),
+        (lambda text: text.replace("path", " path "), None),
+    ],
+)
+def test_tables_are_read_however_they_were_exported(tree, edit, note):
+    file = write_csv(tree / "all.csv", rows_of(tree))
+    text = file.read_text().replace("\r\n", "\n")
+    file.write_text(edit(text), newline="")
+    dataset = index_dataset(DataConfig(), file)
+    assert listed(dataset) == listed(index_dataset(DataConfig(), tree))
+    assert len(dataset.notes) == (note is not None) and (note or "") in "".join(dataset.notes)
+
+
+def test_json_lines_are_the_folders(tree):
+    lines = [json.dumps({"file_name": row["path"], "objects": [1], **row, "path": None}) for row in rows_of(tree)]
+    (tree / "all.jsonl").write_text("\n".join(lines))
+    assert listed(index_dataset(DataConfig(columns={"path": "file_name"}), tree / "all.jsonl")) == listed(
+        index_dataset(DataConfig(), tree)
+    )
+    for line, message in (
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: expected an object"),
+        ('{"path": "art/bed/1.png", "task": "art", "label": ["bed"]}', "line 2: the label is a list"),
+        ('{"path": "art/bed/1.png", "task": "art"}', "line 2: the label is empty"),
+    ):
+        (tree / "all.jsonl").write_text('{"path": "art/bed/0.png", "task": "art", "label": "bed"}\n' + line)
+        assert message in fault(tree / "all.jsonl")
 
 
 def test_tables_that_lack_what_they_need_are_named(tree):
-    write_csv(tree / "semicolons.csv", rows_of(tree), ";")
-    assert "The expected separator is ','" in fault(tree / "semicolons.csv")
-    (tree / "empty.csv").write_text("")
-    assert "no column 'path'" in fault(tree / "empty.csv")
+    (tree / "colons.csv").write_text("path:task:label\n")
+    assert "no column 'path'; columns: 'path:task:label'" in fault(tree / "colons.csv")
+    (tree / "empty.csv").write_text("\n")
+    assert "empty.csv is empty" in fault(tree / "empty.csv")
+    (tree / "bare.csv").write_text("art/bed/0.png,art,bed\nart/bed/1.png,art,bed\n")
+    assert "has no header: its first line is 'art/bed/0.png', 'art', 'bed'" in fault(tree / "bare.csv")
     (tree / "only names.csv").write_text("path,task,label\n")
     assert "has no <task>/<class>/<image>" in fault(tree / "only names.csv")
     (tree / "twice.csv").write_text("path,task,label,task\n")
     assert "more than one column 'task'" in fault(tree / "twice.csv")
-    (tree / "all.xlsx").write_bytes(b"PK")
-    assert "nor a manifest (.csv, .tsv, .parquet)" in fault(tree / "all.xlsx")
+    for name, remedy in {
+        "all.xlsx": "save it as CSV",
+        "all.json": "pandas.read_json(",
+        "all.arrow": "pyarrow.parquet.write_table(",
+        "all.csv.gz": "unpack it",
+        "all.zip": "unpack it",
+        "all.txt": "rename it to .csv",
+        "all.pkl": "may run code",
+    }.items():
+        (tree / name).write_bytes(b"PK")
+        message = fault(tree / name)
+        assert "nor a manifest (.csv, .tsv, .jsonl, .parquet)" in message and remedy in message
     assert "is a file, but data.layout=folders needs a folder" in fault(tree / "empty.csv", layout="folders")
     os.mkfifo(tree / "pipe.csv")
     assert "is not a folder or file" in fault(tree / "pipe.csv")
@@ -170,7 +263,11 @@ def test_rows_that_cannot_be_used_are_named_by_line_all_at_once(tree):
         ("art/./bed//0.png,art,bed", "art/bed/0.png is also in line 2"),
         ("art/bed/3.png,a/b,bed", "the task 'a/b' contains a slash"),
         ("art/bed/3.png,art,\x1b[31m", "the label '\\x1b[31m' contains control characters"),
-        ("art\\bed\\3.png,art,bed", "the path contains control characters or a backslash: art\\\\bed"),
+        ("art\\bed\\0.png,art,bed", "art/bed/0.png is also in line 2"),
+        ("C:\\data\\0.png,art,bed", "the path is one of Windows: C:\\\\data"),
+        ("d:/data/0.png,art,bed", "give it relative to the table's folder"),
+        ("file:///data/0.png,art,bed", "remove file://"),
+        ("https://example.org/0.png,art,bed", "download the images"),
         ("../elsewhere.png,art,bed", "../elsewhere.png is outside of"),
         ("/etc/hostname,art,bed", "/etc/hostname is outside of"),
         ("x.parquet#00000001,art,bed", "has the form of a row of a Parquet file"),
@@ -197,7 +294,7 @@ def test_many_rows_that_cannot_be_used_are_counted(tree):
         ("path,task,label\nart/bed/0.png,art\n", "line 2: 2 fields, the header has 3"),
         ('path,task,label\n"art/bed/0.png,art,bed\nart/bed/1.png,art,bed\n', "line 3: unexpected end of data"),
         ('path,task,label\n"art"x,art,bed\n', "line 2: ',' expected after '\"'"),
-        (f"path,task,label\n{'x' * 200_000},art,bed\n", "line 2: field larger than field limit"),
+        (f"path,task,label\n{'x' * 200_000},art,bed\n", "line 2: the path is too long"),
         (b"path,task,label\ncaf\xe9.png,art,bed\n", "is not UTF-8: line 2"),
     ],
 )
@@ -582,14 +679,16 @@ def table_of(tree: Path, **columns) -> Path:
         ({"label": ["x", "y", None, "x"]}, "t.parquet, row 2: the label is empty"),
         ({"label": ["x", "y", "", "x"]}, "t.parquet, row 2: the label is empty"),
         ({"task": ["a", "a\n", "a", "a"]}, r"t.parquet, row 1: the task 'a\n' contains control characters"),
-        ({"label": [0, 1, 0, 1]}, "'label' of .* has numbers without names"),
-        ({"label": [0.5, 1.5, 0.5, 1.5]}, "'label' of .* has type double; it must be text"),
+        ({"task": [b"a", b"a", b"a", b"a"], "image": None}, "'task' of .* has type binary"),
+        ({"image": [["x"], ["y"], ["x"], ["y"]]}, "'image' of .* has type list"),
+        ({"images": [[b"1"]] * 4, "image": None}, "'images' of .* has a list of images in each row"),
+        ({"images": [[{"bytes": b"1"}]] * 4, "image": None}, "'images' of .* has a list of images in each row"),
+        ({"mask": [b"1"] * 4, "photo": [b"1"] * 4, "image": None}, "columns mask, photo have images"),
         ({"label": [["x"], ["y"], ["x"], ["y"]]}, "'label' of .* has type list"),
         ({"label": None}, "no column 'label'"),
         ({"image": None}, "no column 'path'"),
-        ({"image": [1, 2, 3, 4]}, "no column 'path'"),
+        ({"image": [1, 2, 3, 4]}, "'image' of .* has type int64; it must be text"),
         ({"label": ["x" * 20_000, "y", "x", "y"]}, "a value of 'label' has more than 4096 characters"),
-        ({"task": [b"a", b"a", b"a", b"a"]}, "'task' of .* has type binary"),
     ],
 )
 def test_parquet_that_cannot_be_used_is_named(tmp_path, columns, message):
@@ -619,7 +718,93 @@ def test_numbers_in_parquet_have_names_of_the_file_or_of_the_config(tmp_path):
 def test_metadata_that_is_none_gives_no_names(tmp_path, metadata):
     table = pq.read_table(table_of(tmp_path, label=[0, 1, 0, 1])).replace_schema_metadata({b"huggingface": metadata})
     pq.write_table(table, tmp_path / "t.parquet")
-    assert "numbers without names" in fault(tmp_path / "t.parquet")
+    assert "only numeric labels" in fault(tmp_path / "t.parquet")
+
+
+LABELS_WITHOUT_NAMES = {
+    "integers": [0, 1, 0, 1],
+    "fractions": [0.0, 1.0, 0.0, 1.0],
+    "other fractions": [0.5, 1.5, 0.5, 1.5],
+    "truth values": [False, True, False, True],
+    "text": ["0", "1", "0", "1"],
+    "text of fractions": ["0.0", "1.0", "0,0", "1,0"],
+    "categories": pa.array([0, 1, 0, 1]).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", LABELS_WITHOUT_NAMES)
+def test_numbers_mean_the_same_in_every_type_and_format(tmp_path, kind, form):
+    values = LABELS_WITHOUT_NAMES[kind]
+    plain = values.to_pylist() if isinstance(values, pa.Array) else values
+    rows = [{"path": f"{number}.png", "task": 2019, "label": label} for number, label in enumerate(plain)]
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    file = tmp_path / f"t.{form}"
+    if form == "csv":
+        write_csv(file, rows)
+    elif form == "jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        columns = {name: [row[name] for row in rows] for name in ("path", "task")}
+        pq.write_table(pa.table({**columns, "label": values}), file)
+    assert "only numeric labels (task 2019)" in fault(file)
+    (tmp_path / "names.txt").write_text("zebra\nhouse\n")
+    for class_names in (str(tmp_path / "names.txt"), {"2019": str(tmp_path / "names.txt")}):
+        if kind == "other fractions":
+            assert "the label 0.5 is not a whole number" in fault(file, class_names=class_names)
+        else:
+            dataset = index_dataset(DataConfig(class_names=class_names), file)
+            assert [image.class_folder for image in dataset.images] == ["zebra", "house"] * 2
+            assert list(dataset.classes) == ["2019"]
+
+
+def test_tasks_of_a_column_of_fractions_are_whole_numbers(tmp_path):
+    dataset = index_dataset(DataConfig(), table_of(tmp_path, task=[2019.0, 2019.0, 2020.0, 2020.0]))
+    assert list(dataset.classes) == ["2019", "2020"]
+
+
+def test_numbers_as_names_of_hugging_face_are_names(tmp_path):
+    table = pq.read_table(table_of(tmp_path, label=[0, 1, 0, 1])).replace_schema_metadata(
+        hugging_face(label=["3", "7"])
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert index_dataset(DataConfig(), tmp_path / "t.parquet").classes == {"a": ("3", "7")}
+
+
+@pytest.mark.parametrize("fields", [["path"], ["bytes", "path"]])
+def test_structs_of_paths_name_files(tree, fields):
+    rows = rows_of(tree)
+    dtypes = {"bytes": pa.binary(), "path": pa.string()}
+    images = [{"bytes": None, "path": row["path"]} for row in rows]
+    struct = pa.array(
+        [{name: image[name] for name in fields} for image in images],
+        pa.struct([(name, dtypes[name]) for name in fields]),
+    )
+    columns = {name: [row[name] for row in rows] for name in ("task", "label")}
+    pq.write_table(pa.table({"photo": struct, **columns}), tree / "all.parquet", row_group_size=5)
+    assert listed(index_dataset(DataConfig(), tree / "all.parquet")) == listed(index_dataset(DataConfig(), tree))
+
+
+@pytest.mark.parametrize(
+    "names", ["data/{}-00000-of-00001.parquet", "default/{}/0000.parquet", "{}-00000-of-00001.parquet"]
+)
+def test_the_root_of_a_repository_of_the_hub_is_a_table(tree, tmp_path, names):
+    rows = rows_of(tree)
+    root = tmp_path / "hub"
+    for split, split_rows in {"train": rows[::2], "test": rows[1::2]}.items():
+        file = root / names.format(split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_images(tree, file, split_rows, "hugging face")
+    (root / "README.md").write_text("---\nlicense: mit\n---\n")
+    dataset = index_dataset(DataConfig(use_official_splits=True), root)
+    assert (
+        dataset.layout == "manifest" and len(dataset.images) == 16 and dataset.classes == dict.fromkeys(TASKS, CLASSES)
+    )
+    expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row["label"] for row in rows}
+    assert {image.sha256: image.class_folder for image in scanned(dataset)} == expected
+    assert {image.official_split for image in dataset.images if "train" in image.path} == {"train"}
+    assert {image.official_split for image in dataset.images if "test" in image.path} == {"test"}
 
 
 def test_rows_without_an_image_are_broken_images(tmp_path):

@@ -14,7 +14,8 @@ from pipelines import PATIENCE_S, REPOSITORY
 from servers import Server, free_ports
 
 TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
-BLOCK = re.compile(r"^```(\w+)(?: (server) (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# `<!-- server: URL -->` before a block: it runs until the end, and answers at the URL.
+BLOCK = re.compile(r"^(?:<!-- server: (\S+) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAVED_AS = re.compile(r"Save this as `(.+)`:\n\n$")
 KEEP_RUN = '[ -z "${RUN:-}" ] || declare -p RUN > .state'
 
@@ -28,7 +29,7 @@ def blocks() -> list[tuple[int, re.Match]]:
 def test_all_code_of_the_tutorial_is_known_to_this_test():
     text = TUTORIAL.read_text()
     assert text.count("```") == 2 * len(blocks()) and len(blocks()) > 10
-    assert {block[1] for _, block in blocks()} == {"sh", "yaml"}
+    assert {block[2] for _, block in blocks()} == {"sh", "yaml"}
 
 
 @pytest.mark.fault_injection
@@ -42,7 +43,7 @@ def test_every_command_of_the_tutorial_works(tmp_path):
     server: Server | None = None
     try:
         for line, block in blocks():
-            kind, is_server, ready_url, code = block.groups()
+            ready_url, kind, code = block.groups()
             for port, free_port in ports.items():
                 code = re.sub(rf"\b{port}\b", free_port, code)
                 ready_url = ready_url and ready_url.replace(port, free_port)
@@ -51,7 +52,7 @@ def test_every_command_of_the_tutorial_works(tmp_path):
                 assert num_replaced == 1
                 name = SAVED_AS.search(block.string[: block.start()])
                 (tmp_path / name[1]).write_text(code)
-            elif is_server:
+            elif ready_url:
                 if server:
                     server.kill()
                 command = ["bash", "-ec", f"[ ! -f .state ] || . ./.state\n{code}"]

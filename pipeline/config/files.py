@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,25 @@ CONFIGS = next(
 DEMO_CONFIG = CONFIGS / "demo.yaml"
 
 
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins with that of UTF-16
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
 def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TEXT_BYTES) -> str:
-    """Read a text file; `name` is how error messages call it.
+    """Read a text file that a user wrote: UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is not part of the
+    text. Lines end with \\n in the text, with \\n, \\r\\n or \\r in the file.
+
+    Args:
+        name: how error messages call the file.
+        errors: how to decode what is not UTF-8.
 
     Raises:
-        UserError: not a file, larger than `limit` bytes, or not UTF-8.
+        UserError: not a file, larger than `limit` bytes, or not text of these encodings.
     """
     if not path.is_file():
         raise UserError(f"{name} is not a file")
@@ -37,12 +52,18 @@ def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TE
         if (size := path.stat().st_size) > limit:
             raise UserError(f"{name} is too large ({size:,} bytes, limit {limit:,})")
         data = path.read_bytes()
-        return data.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name} is not UTF-8: line {line}: {error.reason}; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
+    encoding = next((codec for mark, codec in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    if encoding.startswith("utf-8") and (position := data.find(b"\0")) >= 0:
+        line = data.count(b"\n", 0, position) + 1
+        raise UserError(f"{name} is not a text file: line {line} has a NUL byte; save it as text in UTF-8")
+    try:
+        return data.decode(encoding, errors).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        expected = encoding.upper().removesuffix("-SIG")
+        raise UserError(f"{name} is not {expected}: line {line}: {error.reason}; save it as UTF-8") from None
 
 
 class _PlainYaml(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types

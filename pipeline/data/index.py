@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from pipeline.config import DataConfig, read_text, resolve_config_path
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
-from pipeline.data.manifest import SUFFIXES, read_manifest
+from pipeline.data.manifest import check_suffix, read_manifest, table_files
 from pipeline.data.names import escape_for_terminal, normalize_name, split_synonyms, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit
 from pipeline.data.symlinks import SymlinkChecker
@@ -73,6 +74,8 @@ class DatasetIndex:
     """Class folders not in data.class_names, as task/class."""
     unused_images: dict[str, int] = field(default_factory=dict)
     """Task → number of images in neither train nor test, with data.use_official_splits."""
+    notes: tuple[str, ...] = ()
+    """What was not read as documented, for the user."""
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of names, sizes and modification times: detects changed files without reading them."""
@@ -104,7 +107,9 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
     selected = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
     task_filter = None if selected is None else {normalize_name(task, "task") for task in selected}
     class_names = _ClassNameFiles(config.class_names)
-    entries, skipped, locations = _read_entries(config, layout, data_root, root, task_filter, class_names, symlinks)
+    entries, skipped, locations, notes = _read_entries(
+        config, layout, data_root, root, task_filter, class_names, symlinks
+    )
     if layout in LIST_LAYOUTS:
         root = LIST_LAYOUTS[layout].images_root(root)
     has_task_folders = layout not in ("manifest", "split_folders")  # directly below the root
@@ -138,6 +143,7 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
         tuple(sorted(Skipped(escape_for_terminal(path), kind) for path, kind in skipped)),
         excluded_classes,
         {task: unused_images[task] for task in tasks if unused_images[task]},
+        notes,
     )
 
 
@@ -149,17 +155,17 @@ def _read_entries(
     tasks: set[str] | None,
     class_names: _ClassNameFiles,
     symlinks: SymlinkChecker,
-) -> tuple[list[DatasetEntry], list[Skipped], dict[str, str]]:
-    """Return images and class folders, what is left out, and for a manifest's images path → line or row."""
+) -> tuple[list[DatasetEntry], list[Skipped], dict[str, str], tuple[str, ...]]:
+    """Return images and class folders, what is left out, and for a manifest's images path → line or row, and notes."""
     if layout == "manifest":
         columns = dict[str, str](config.columns.items())
-        entries, locations = read_manifest(
-            data_root, root, columns, tasks, class_names.class_order, config.use_official_splits, symlinks
+        manifest = read_manifest(
+            data_root, root, columns, tasks, class_names.for_task, config.use_official_splits, symlinks
         )
-        return entries, [], locations
+        return manifest.entries, [], manifest.locations, manifest.notes
     if layout in LIST_LAYOUTS:
-        return read_lists(layout, root, symlinks), [], {}
-    return *_walk_folders(root, symlinks, _folder_roles(layout, root)), {}
+        return read_lists(layout, root, symlinks), [], {}, ()
+    return *_walk_folders(root, symlinks, _folder_roles(layout, root)), {}, ()
 
 
 def _group_by_class(
@@ -219,9 +225,11 @@ def _select_classes(
         listed = class_names.for_task(task)
         if listed is not None:
             if missing := [name for name in listed if name not in entries_by_class]:
+                spaced = next((name for name in missing if _class_before_space(name, entries_by_class)), None)
+                hint = "; a tab separates class and name: spaces are part of the class" if spaced else ""
                 raise UserError(
                     f"{class_names.file_for(task)} lists classes that task {task!r} lacks: {truncated_list(missing)} "
-                    f"({root / task})"
+                    f"({root / task}){hint}"
                 )
             excluded_classes += [f"{task}/{name}" for name in sorted(entries_by_class) if name not in listed]
         classes[task] = tuple(sorted(entries_by_class if listed is None else listed))
@@ -230,6 +238,11 @@ def _select_classes(
                 f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
             )
     return classes, tuple(excluded_classes)
+
+
+def _class_before_space(line: str, class_folders: Collection[str]) -> bool:
+    """Return whether a line of a class names file is a class and a name with spaces for the tab between them."""
+    return any(line[: match.start()].rstrip(":,;=") in class_folders for match in re.finditer(r"\s+", line))
 
 
 def _image_record(
@@ -270,11 +283,6 @@ class _ClassNameFiles:
             file: read_class_names(resolve_config_path(Path(file).expanduser())) for file in sorted(files)
         }
 
-    @property
-    def class_order(self) -> list[str] | None:
-        """Classes of all tasks in the order of the default file; None without one."""
-        return None if self._default_file is None else list(self._contents[self._default_file])
-
     def file_for(self, task: str) -> str | None:
         return self._file_by_task.get(task, self._default_file)
 
@@ -311,12 +319,11 @@ def read_class_names(path: Path) -> dict[str, str]:
     synonyms are separated by |, and lines that begin with # are comments."""
     if not path.is_file():
         raise UserError(f"data.class_names={path} is not a file")
-    lines = read_text(path, f"data.class_names={path}").removeprefix("\ufeff").split("\n")
+    lines = read_text(path, f"data.class_names={path}").split("\n")
     class_names: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        line = line.removesuffix("\r")
         folder, _, text = line.partition("\t")
         folder = folder.strip()
         if not folder or len(line) > MAX_CLASS_LINE or line != escape_controls(line, keep="\t") or "\t" in text.strip():
@@ -345,9 +352,8 @@ def _detect_layout(layout: str, data_root: Path, root: Path) -> tuple[str, Path]
     nested = root / OFFICE_HOME_FOLDER
     if data_root.is_file() and layout not in ("auto", "manifest"):
         raise UserError(f"data.root={data_root} is a file, but data.layout={layout} needs a folder")
-    if data_root.is_file() and data_root.suffix.lower() not in SUFFIXES:
-        raise UserError(f"data.root={data_root} is neither a folder nor a manifest ({', '.join(SUFFIXES)})")
     if data_root.is_file():
+        check_suffix(data_root)
         layout = "manifest"
     elif layout == "auto":
         folders = _subfolders(root)
@@ -359,7 +365,7 @@ def _detect_layout(layout: str, data_root: Path, root: Path) -> tuple[str, Path]
             layout = "pacs"
         elif LIST_LAYOUTS["domainnet"].files(root):
             layout = "domainnet"
-        elif not folders and any(root.glob("*.parquet")):
+        elif table_files(root) and not (folders and any(root.glob("*.parquet"))):
             layout = "manifest"
         elif _split_roles(root, folders):
             layout = "split_folders"

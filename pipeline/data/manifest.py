@@ -1,10 +1,12 @@
-"""Manifests: tables with one row per image, in CSV, TSV or Parquet.
+"""Manifests: tables with one row per image, in CSV, TSV, JSON lines or Parquet.
 
 Columns (renamed with `data.columns`): `task`, `label` (class name), `path` or, in Parquet only, `image` (bytes, or
 Hugging Face's struct of bytes and path), and `split` with data.use_official_splits.
 
 Choices:
 - errors are reported with their lines or rows, many at once, before anything else starts;
+- a value has the same meaning in every format and type: 0, 0.0, "0" and false are the same label;
+- what is read otherwise than as documented (a column under another name, another separator) is a note to the user;
 - an image in a table has a path too, `<file>#<row>`, so later code treats it as a file;
 - a table is read in batches without its images; a small file that decompresses into a large table is refused.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import unicodedata
@@ -27,13 +30,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import MAX_TEXT_BYTES, read_text
-from pipeline.data.names import escape_for_terminal, invalid_name_reason, truncated_list
+from pipeline.data.names import escape_for_terminal, invalid_name_reason, pluralize, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit, TableRow
 from pipeline.data.symlinks import SymlinkChecker
-from pipeline.data.table_images import ROW_PATH, image_column, row_path
+from pipeline.data.table_images import ROW_PATH, ImageColumn, find_image_column, row_path
+from pipeline.data.walk import IMAGE_SUFFIXES
 from pipeline.errors import UserError
 
-SUFFIXES = (".csv", ".tsv", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+HUB_FOLDERS = ("data", "default", "default/*")
+"""Folders of a Hugging Face data set's repository with its Parquet files."""
+ALIASES = {
+    "path": "imagepath filepath imgpath filename file imagefile imagefilename imagename image img".split(),
+    "task": "domain domainname taskname".split(),
+    "label": "class classname classlabel category categoryname labelname target y".split(),
+    "split": "subset partition set".split(),
+}
+"""Column → other names that people give it, lower case and without separators."""
 MAX_ROWS = 10_000_000
 MAX_TEXT = 1000
 """Characters of a task or label."""
@@ -47,6 +60,31 @@ MAX_ERRORS_SHOWN = 20
 MAX_ERRORS = 1000
 """Reading stops after this many."""
 BATCH_ROWS = 4096
+_PANDAS = 'python -c "import pandas; pandas.{reader}({file!r}).to_csv({csv!r}, index=False)"'
+_REMEDIES = {
+    (".xlsx", ".xls", ".ods"): "a spreadsheet: save it as CSV (UTF-8)",
+    (".json",): f"JSON: write one object per line as .jsonl, or convert it: {_PANDAS.replace('{reader}', 'read_json')}",
+    (".feather", ".arrow"): 'Arrow: write it as Parquet: python -c "import pyarrow.feather, pyarrow.parquet; '
+    'pyarrow.parquet.write_table(pyarrow.feather.read_table({file!r}), {parquet!r})"',
+    (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".rar"): "compressed: unpack it",
+    (".txt",): "text: rename it to .csv or .tsv if it is a table",
+    (".ndjson",): "JSON lines: rename it to .jsonl",
+    (".pkl", ".pickle"): "a pickle, which may run code: save it as CSV or Parquet where you trust it",
+    (".npz", ".npy", ".mat", ".h5", ".hdf5", ".tfrecord", ".lmdb"): "arrays: write the images as files, or as bytes "
+    "into Parquet",
+}
+"""Suffixes of other files → what they are, and how to make a table of them."""
+csv.field_size_limit(MAX_TEXT_BYTES)  # the limit of the file: a long text in another column is no error
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Images of a manifest, with paths relative to the root; `locations`: path → line or row; `notes`: what was not
+    read as documented, for the user."""
+
+    entries: list[DatasetEntry]
+    locations: dict[str, str]
+    notes: tuple[str, ...]
 
 
 @dataclass
@@ -58,35 +96,81 @@ class _RowCollector:
     symlinks: SymlinkChecker
     tasks: frozenset[str] | None
     """Tasks to use; None: all. Rows of other tasks are not checked."""
+    class_names: Callable[[str], Collection[str] | None]
+    """Task → its classes in data.class_names, in the order of the file; None: it has no file."""
     entries: list[DatasetEntry] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
     row_by_path: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     """Path → task, label and location of its row."""
+    num_backslashes: int = 0
+    has_only_numbers: dict[str, bool] = field(default_factory=dict)
+    """Task → whether all its labels are numbers without names."""
 
-    def add(self, location: str, values: Mapping[str, str | None], embedded: tuple[str, TableRow] | None) -> None:
-        """Add a row. `embedded`: path and row of an image that is stored in the table itself."""
+    def add(
+        self,
+        location: str,
+        values: Mapping[str, str | None],
+        embedded: tuple[str, TableRow] | None = None,
+        is_named: bool = False,
+    ) -> None:
+        """Add a row.
+
+        Args:
+            embedded: path and row of an image that is stored in the table itself.
+            is_named: the label is a name, even if it looks like a number.
+        """
         try:
-            task = _normalize_text("task", values["task"])
+            task = _normalize_text("task", _without_zero_fraction(values["task"]))
             if self.tasks is not None and task not in self.tasks:
                 return
-            label = _normalize_text("label", values["label"])
+            label = values["label"] if is_named else self._class_name(task, values["label"])
+            label = _normalize_text("label", label)
             split = _parse_split(values["split"]) if "split" in values else None
             path = embedded[0] if embedded else self._relative_path(values["path"])
             if duplicate := self.row_by_path.get(path):
                 contradiction = f", as {duplicate[0]}/{duplicate[1]}" if duplicate[:2] != (task, label) else ""
                 raise ValueError(f"{escape_for_terminal(path)} is also in {duplicate[2]}{contradiction}")
         except ValueError as error:
-            self.errors.append(f"{location}: {error}")
-            if len(self.errors) == MAX_ERRORS:
-                self.raise_errors()
+            self.add_error(location, error)
             return
         self.row_by_path[path] = task, label, location
         self.entries.append(DatasetEntry(path, task, label, split, embedded and embedded[1]))
+
+    def add_error(self, location: str, error: ValueError | str) -> None:
+        self.errors.append(f"{location}: {error}")
+        if len(self.errors) == MAX_ERRORS:
+            self.raise_errors()
+
+    def note(self, message: str) -> None:
+        self.notes[message] = None
+
+    def _class_name(self, task: str, text: str | None) -> str | None:
+        """Return the class that a label means; None: a number without a name. Raises ValueError if a number is not
+        whole."""
+        text = _without_zero_fraction(text)
+        is_number = text is not None and len(text) <= MAX_TEXT and bool(_NUMBER.fullmatch(text))
+        class_names = self.class_names(task)
+        if class_names is None:
+            self.has_only_numbers[task] = is_number and self.has_only_numbers.get(task, True)
+            return text
+        if not is_number or text is None or unicodedata.normalize("NFC", text) in class_names:
+            return text
+        number = {"true": "1", "false": "0"}.get(text.lower(), text)
+        if not number.isdecimal():
+            raise ValueError(f"the label {text} is not a whole number, and data.class_names has no such class")
+        return _class_of_number(int(number), list(class_names))
 
     def _relative_path(self, text: str | None) -> str:
         """Return the path relative to the root. Raises ValueError if it is invalid."""
         if not text:
             raise ValueError("the path is empty")
+        if match := re.match(r"[A-Za-z]:[\\/]|\\\\|[A-Za-z][A-Za-z0-9+.-]*://", text):
+            kind, remedy = _FOREIGN_PATHS.get(match[0].lower(), _FOREIGN_PATHS["://" if "://" in match[0] else ":"])
+            raise ValueError(f"the path is {kind}: {escape_for_terminal(text[:200])}; {remedy}")
+        if "\\" in text:  # file names with backslashes are refused in every layout
+            self.num_backslashes += 1
+            text = text.replace("\\", "/")
         if len(text) > MAX_PATH or (reason := invalid_name_reason(text)):
             raise ValueError(
                 f"the path {reason if len(text) <= MAX_PATH else 'is too long'}: {escape_for_terminal(text[:200])}"
@@ -114,45 +198,76 @@ class _RowCollector:
             raise UserError(f"invalid rows in {self.manifest}:\n  {listed}{remainder}")
 
 
+_NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?(e[+-]?\d+)?|true|false", re.IGNORECASE)
+"""Labels that are no names. Spreadsheets write decimal commas, and truth values in capitals."""
+_FOREIGN_PATHS = {
+    ":": ("one of Windows", "give it relative to the table's folder"),
+    "file://": ("a URL", "remove file://"),
+    "://": ("a URL", "download the images, and give their paths relative to the table's folder"),
+}
+
+
+def table_files(folder: Path) -> list[Path]:
+    """Return the Parquet files of a folder, or of a Hugging Face data set's repository: `data/train-*.parquet`,
+    `default/train/*.parquet`."""
+    direct = sorted(folder.glob("*.parquet"))
+    return direct or sorted(file for name in HUB_FOLDERS for file in folder.glob(f"{name}/*.parquet"))
+
+
+def check_suffix(file: Path) -> None:
+    """Raise UserError, with a remedy, if the file is not a manifest."""
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        problem = next((text for suffixes, text in _REMEDIES.items() if suffix in suffixes), "another kind of file")
+        paths = {"file": str(file), "csv": str(file.with_suffix(".csv")), "parquet": str(file.with_suffix(".parquet"))}
+        raise UserError(
+            f"data.root={file} is neither a folder nor a manifest ({', '.join(SUFFIXES)}) but {problem.format(**paths)}"
+        )
+
+
 def read_manifest(
     manifest: Path,
     root: Path,
     columns: Mapping[str, str],
     tasks: Collection[str] | None,
-    class_order: Sequence[str] | None,
+    class_names: Callable[[str], Collection[str] | None],
     read_splits: bool,
     symlinks: SymlinkChecker,
-) -> tuple[list[DatasetEntry], dict[str, str]]:
-    """Read a manifest, a file or a folder of Parquet files; return its images, with paths relative to `root`, and
-    path → line or row.
+) -> Manifest:
+    """Read a manifest, a file or a folder of Parquet files.
 
     Args:
         columns: standard name of a column → its name in the manifest, if different.
-        tasks: tasks to use; None: all.
-        class_order: class names for numeric labels; None: numeric labels without names are refused.
+        tasks: tasks to use; None: all. A single one is the task of all rows if there is no such column.
+        class_names: task → its classes in data.class_names, which numeric labels refer to; None: it has no file.
         read_splits: whether to read the split of each image.
 
     Raises:
-        UserError: not a manifest, missing columns, invalid rows (with line or row), links out of the root.
+        UserError: not a manifest, missing columns, invalid rows (with line or row), labels that are only numbers, links
+            out of the root.
     """
-    files = sorted(manifest.glob("*.parquet")) if manifest.is_dir() else [manifest]
+    files = table_files(manifest) if manifest.is_dir() else [manifest]
     if not files:
         raise UserError(f"data.root={manifest} contains no .parquet files")
-    rows = _RowCollector(manifest, root, symlinks, None if tasks is None else frozenset(tasks))
+    rows = _RowCollector(manifest, root, symlinks, None if tasks is None else frozenset(tasks), class_names)
     for file in files:
         if symlinks.escapes_root(file):
             symlinks.raise_on_escape(root)
-        match file.suffix.lower():
-            case ".parquet":
-                _read_parquet(file, rows, columns, class_order, read_splits)
-            case ".csv" | ".tsv":
-                _read_text_table(file, rows, columns, class_order, read_splits)
-            case _:
-                raise UserError(f"data.root={file} is neither a folder nor a manifest ({', '.join(SUFFIXES)})")
+        check_suffix(file)
+        reader = {".parquet": _read_parquet, ".jsonl": _read_json_lines}.get(file.suffix.lower(), _read_text_table)
+        reader(file, rows, columns, read_splits)
     rows.raise_errors()
+    if numeric := [task for task, only_numbers in rows.has_only_numbers.items() if only_numbers]:
+        raise UserError(
+            f"{manifest} has only numeric labels (task {truncated_list(numeric, 3)}), but CLIP needs class names: list "
+            "them in the order of the numbers from 0 with --data.class_names FILE (or lines `0<TAB>class name`)"
+        )
+    if rows.num_backslashes:
+        rows.note(f"{manifest}: \\ in {pluralize(rows.num_backslashes, 'path')} is read as /")
     for folder in {os.path.dirname(entry.path) for entry in rows.entries if not entry.table_row}:
         symlinks.escapes_root(root / folder)
-    return rows.entries, {path: location for path, (*_, location) in rows.row_by_path.items()}
+    locations = {path: location for path, (*_, location) in rows.row_by_path.items()}
+    return Manifest(rows.entries, locations, tuple(rows.notes))
 
 
 def _normalize_text(column: str, text: str | None) -> str:
@@ -175,20 +290,62 @@ def _parse_split(text: str | None) -> OfficialSplit:
     return SPLIT_NAMES[name]
 
 
+def _without_zero_fraction(text: str | None) -> str | None:
+    """Return `1` of `1.0` or `1,0`: a column of numbers with a gap is one of fractions to pandas and spreadsheets."""
+    return text and re.sub(r"^([+-]?\d+)[.,]0+$", r"\1", text)
+
+
+def _key(name: str) -> str:
+    """Return a column's name as those of ALIASES are written."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def _column_positions(
-    file: Path, names: Sequence[str], required: Sequence[str], columns: Mapping[str, str]
+    file: Path, names: Sequence[str], required: Sequence[str], columns: Mapping[str, str], rows: _RowCollector
 ) -> dict[str, int]:
-    """Return column → its position in the file's `names`. Raises UserError if one is missing or repeated."""
-    name_by_column = {column: columns.get(column, column) for column in required}
-    for column, name in name_by_column.items():
-        if names.count(name) != 1:
-            problem = "no column" if name not in names else "more than one column"
-            hint = f" The expected separator is {_separator(file)!r}." if len(names) == 1 else ""
+    """Return column → its position in the file's `names`. A column of another name is taken if it is the only one that
+    can be meant; one task needs no column if data.tasks names it.
+
+    Raises:
+        UserError: a column is missing, repeated or ambiguous.
+    """
+    positions: dict[str, int] = {}
+    for column in required:
+        name = columns.get(column, column)
+        candidates = [name] if name in names else _similar_columns(names, column, columns)
+        if candidates == [name] and names.count(name) == 1:
+            positions[column] = names.index(name)
+            continue
+        if len(candidates) == 1 and names.count(candidates[0]) == 1:
+            positions[column] = names.index(candidates[0])
+            rows.note(f"{file.name}: the column {candidates[0]!r} is read as {column!r} (see data.columns)")
+            continue
+        if column == "task" and not candidates and rows.tasks and len(rows.tasks) == 1:
+            rows.note(f"{file.name} has no column 'task': all rows are of the task {min(rows.tasks)!r} of data.tasks")
+            continue
+        listed = truncated_list((repr(shown)[:80] for shown in names), 20)
+        if candidates == [name]:
+            problem = f"more than one column {name!r}"
+        elif candidates:
+            problem = f"no column {name!r}, and {len(candidates)} that may be meant ({', '.join(candidates)})"
+        else:
+            problem = f"no column {name!r}"
+        if any(Path(shown).suffix.lower() in IMAGE_SUFFIXES for shown in names):
             raise UserError(
-                f"{file} has {problem} {name!r}; columns: {truncated_list((repr(name)[:80] for name in names), 20)}."
-                f"{hint} To use another column: --data.columns '{{{column}: <name>}}'"
+                f"{file} has no header: its first line is {listed}. Add one that names the columns, such as "
+                f"{','.join(required)}"
             )
-    return {column: list(names).index(name) for column, name in name_by_column.items()}
+        remedy = f"--data.columns '{{{column}: {candidates[0] if len(candidates) > 1 else '<name>'}}}'"
+        one_task = " If all rows are of one task: --data.tasks <its name>" if column == "task" else ""
+        raise UserError(f"{file} has {problem}; columns: {listed}. To use another column: {remedy}.{one_task}")
+    return positions
+
+
+def _similar_columns(names: Sequence[str], column: str, columns: Mapping[str, str]) -> list[str]:
+    """Return the columns that may be meant by one that data.columns does not name."""
+    if column in columns:
+        return []
+    return [name for name in names if _key(name) in (column, *ALIASES[column]) and name not in columns.values()]
 
 
 def _class_of_number(number: int, class_order: Sequence[str]) -> str | None:
@@ -199,81 +356,166 @@ def _class_of_number(number: int, class_order: Sequence[str]) -> str | None:
     return class_order[number] if 0 <= number < len(class_order) else None
 
 
-# --- CSV -----------------------------------------------------------------------------------------------------
+def _with_task(values: dict[str, str | None], rows: _RowCollector) -> dict[str, str | None]:
+    """Add the task that data.tasks names to a row of a table without such a column."""
+    return values if "task" in values else {**values, "task": min(rows.tasks or ())}
 
 
-def _separator(file: Path) -> str:
-    return "\t" if file.suffix.lower() == ".tsv" else ","
+# --- CSV and JSON lines --------------------------------------------------------------------------------------
+
+_SEPARATORS = ",;\t|"
 
 
-def _read_text_table(
-    file: Path, rows: _RowCollector, columns: Mapping[str, str], class_order: Sequence[str] | None, read_splits: bool
-) -> None:
-    text = read_text(file, f"data.root={file}").removeprefix("\ufeff")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(file), strict=True)
-    required = ["path", "task", "label", *(["split"] if read_splits else [])]
+def _required_columns(read_splits: bool) -> list[str]:
+    return ["path", "task", "label", *(["split"] if read_splits else [])]
+
+
+def _read_text_table(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
+    lines = read_text(file, f"data.root={file}").split("\n")
+    first = next((number for number, line in enumerate(lines) if line.strip() and not line.startswith("#")), None)
+    if first is None:
+        raise UserError(f"{file} is empty")
+    required = _required_columns(read_splits)
+    separator = _separator(file, lines[first], required, columns, rows)
+    first += lines[first].lower().strip('"').startswith("sep=")
+    reader = csv.reader(
+        io.StringIO("\n".join(lines[first:]), newline=""), delimiter=separator, strict=True, skipinitialspace=True
+    )
     try:
-        names = next(reader, [])
-        positions = _column_positions(file, names, required, columns)
-        only_numbers = True
+        names = [name.strip() for name in next(reader, [])]
+        positions = _column_positions(file, names, required, columns, rows)
+        num_comments = first
         for fields in reader:
-            if not fields:
+            if not any(fields):
                 continue
-            location = f"line {reader.line_num}"
-            if len(fields) != len(names):
-                rows.errors.append(f"{location}: {len(fields)} fields, the header has {len(names)}")
+            location = f"line {first + reader.line_num}"
+            if len(fields) != len(names) and fields[0].startswith("#"):
+                num_comments += 1
+                continue
+            if len(fields) < len(names) or any(fields[len(names) :]):
+                rows.errors.append(f"{location}: {pluralize(len(fields), 'field')}, the header has {len(names)}")
                 rows.raise_errors()
-            values: dict[str, str | None] = {column: fields[position].strip() for column, position in positions.items()}
-            is_number = fields[positions["label"]].strip().isdecimal()
-            only_numbers &= is_number
-            if is_number and class_order is not None:
-                values["label"] = _class_of_number(int(fields[positions["label"]][:MAX_TEXT]), class_order)
-            rows.add(location, values, None)
+            rows.add(location, _with_task({name: fields[at].strip() for name, at in positions.items()}, rows))
     except csv.Error as error:
-        raise UserError(f"{file}: line {reader.line_num}: {error}; quotes must be doubled and closed") from None
-    if only_numbers and class_order is None and rows.entries:
-        raise UserError(
-            f"{file} has only numeric labels, but CLIP needs class names: list them in the order of the numbers from 0 "
-            "with --data.class_names (or lines `0<TAB>class name`)"
+        line = first + reader.line_num
+        raise UserError(f"{file}: line {line}: {error}; quotes must be doubled and closed") from None
+    if num_comments:
+        rows.note(f"{file.name}: {pluralize(num_comments, 'line')} with # or before the header not read")
+
+
+def _separator(
+    file: Path, header: str, required: Sequence[str], columns: Mapping[str, str], rows: _RowCollector
+) -> str:
+    """Return the separator with which the header has most of the required columns."""
+    if header.lower().strip('"').startswith("sep=") and len(header.strip('"')) == len("sep=") + 1:  # Excel's hint
+        return header.strip('"')[-1]
+    expected = "\t" if file.suffix.lower() == ".tsv" else ","
+
+    def num_found(separator: str) -> int:
+        names = [name.strip(' "') for name in header.split(separator)]
+        return sum(
+            columns.get(column, column) in names or bool(_similar_columns(names, column, columns))
+            for column in required
         )
+
+    separator: str = max((expected, *_SEPARATORS), key=num_found)
+    if separator != expected:
+        rows.note(f"{file.name} is separated by {separator!r}")
+    return separator
+
+
+def _read_json_lines(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
+    names: dict[str, str] = {}
+    for number, line in enumerate(read_text(file, f"data.root={file}").split("\n"), 1):
+        if not line.strip():
+            continue
+        location = f"line {number}"
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("expected an object, {...}, on each line")
+            if not names:
+                header = list(record)
+                positions = _column_positions(file, header, _required_columns(read_splits), columns, rows)
+                names = {column: header[position] for column, position in positions.items()}
+            values = {column: _as_text(column, record.get(name)) for column, name in names.items()}
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            rows.add_error(location, f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error))
+            continue
+        rows.add(location, _with_task(values, rows))
+    if not names:
+        rows.raise_errors()
+        raise UserError(f"{file} is empty")
+
+
+def _as_text(column: str, value: Any) -> str | None:
+    """Return a number, truth value or text as in a CSV file. Raises ValueError if it is something else."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"the {column} is a {type(value).__name__}; it must be one value")
+    return str(value).strip()
 
 
 # --- Parquet -------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(
-    file: Path, rows: _RowCollector, columns: Mapping[str, str], class_order: Sequence[str] | None, read_splits: bool
-) -> None:
+def _read_parquet(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
     if reason := invalid_name_reason(file.name):
         raise UserError(f"the file name '{escape_for_terminal(file.name)}' {reason}; rename it")
-    file_split = re.split(r"[-_.]", file.name.lower())[0]
+    file_split = _split_of_file(file)
     try:
         status = file.stat()
-        schema = pq.read_schema(file)
-        image = image_column(schema)
-        required = ["task", "label"] if image else ["path", "task", "label"]
-        split_column = columns.get("split", "split")
-        if read_splits and (split_column in schema.names or file_split not in SPLIT_NAMES):
+        with pq.ParquetFile(file) as table:
+            schema, metadata = table.schema_arrow, table.metadata
+        image = find_image_column(schema, metadata)
+        required = ["task", "label"] if image and image.is_embedded else ["path", "task", "label"]
+        if read_splits and (columns.get("split", "split") in schema.names or file_split is None):
             required.append("split")
-        positions = _column_positions(file, schema.names, required, columns)
+        names = list(schema.names)
+        if image and not image.is_embedded:  # a struct that names files
+            names[names.index(image.column)] = columns.get("path", "path")
+        _refuse_lists_of_images(file, schema, image)
+        positions = _column_positions(file, names, required, columns, rows)
         text_columns = {
-            column: _TextColumn(file, schema, position, class_order if column == "label" else None)
+            column: _TextColumn(file, schema, position, column == "path", image)
             for column, position in positions.items()
         }
+        is_named = text_columns["label"].has_names
         # Dictionary-encoded, a long value is not in memory once per row.
         dictionary_columns = [column.name for column in text_columns.values() if column.is_text]
         with pq.ParquetFile(file, buffer_size=1 << 20, read_dictionary=dictionary_columns) as table:
-            _check_compression_ratio(file, table.metadata, [column.name for column in text_columns.values()], image)
+            embedded_name = image.name if image and image.is_embedded else None
+            _check_compression_ratio(file, metadata, [column.name for column in text_columns.values()], embedded_name)
             for number, (group, row) in enumerate(_iter_rows(table, text_columns)):
                 if read_splits and "split" not in row:
                     row["split"] = file_split
                 path = row_path(os.path.relpath(file, rows.root), number)
                 table_row = TableRow(status.st_size, status.st_mtime_ns, group)
-                rows.add(f"{file.name}, row {number}", row, (path, table_row) if image else None)
+                location = f"{file.name}, row {number}"
+                rows.add(location, _with_task(row, rows), (path, table_row) if embedded_name else None, is_named)
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} cannot be read as Parquet: {str(error).strip():.300}") from None
+
+
+def _split_of_file(file: Path) -> str | None:
+    """Return the split that the name of a Parquet file or of its folder begins with; None: neither does."""
+    words = (re.split(r"[-_.]", name.lower())[0] for name in (file.name, file.parent.name))
+    return next((word for word in words if word in SPLIT_NAMES), None)
+
+
+def _refuse_lists_of_images(file: Path, schema: pa.Schema, image: ImageColumn | None) -> None:
+    for column in [] if image else schema:
+        value_type = getattr(column.type, "value_type", None)
+        if value_type is not None and (pa.types.is_struct(value_type) or pa.types.is_binary(value_type)):
+            raise UserError(
+                f"the column {column.name!r} of {file} has a list of images in each row; a table has one row per "
+                "image: write a row for each of them"
+            )
 
 
 def _iter_rows(
@@ -283,47 +525,51 @@ def _iter_rows(
     names = [column.name for column in text_columns.values()]
     for group in range(table.num_row_groups):
         for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=names):
-            texts = {column: reader.read(batch.column(reader.name)) for column, reader in text_columns.items()}
+            texts = {column: reader.read(batch) for column, reader in text_columns.items()}
             for position in range(batch.num_rows):
                 yield group, {column: values[position] for column, values in texts.items()}
 
 
 class _TextColumn:
-    """A column read as text: text unchanged, numbers replaced by their class names."""
+    """A column read as text: text unchanged, numbers and truth values as in a CSV file, or replaced by their names in
+    the metadata of Hugging Face's datasets library."""
 
-    def __init__(self, file: Path, schema: pa.Schema, position: int, class_order: Sequence[str] | None):
-        column = schema.field(position)
-        self.name = column.name
-        dtype = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        names = _hugging_face_names(schema, column.name)
-        self.is_text = not pa.types.is_integer(dtype)
-        self._number_to_name: Callable[[int], str | None] | None = None
-        if pa.types.is_integer(dtype):
-            if names is not None:
-                self._number_to_name = lambda number: names[number] if 0 <= number < len(names) else None
-            elif class_order is not None:
-                self._number_to_name = lambda number: _class_of_number(number, class_order)
-            else:
-                raise UserError(
-                    f"the column {column.name!r} of {file} has numbers without names: replace them with names, or list "
-                    "the names of labels in the order of the numbers from 0 with --data.class_names"
-                )
-        elif not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)):
-            raise UserError(f"the column {column.name!r} of {file} has type {dtype}; it must be text")
+    def __init__(self, file: Path, schema: pa.Schema, position: int, is_path: bool, image: ImageColumn | None):
+        """
+        Args:
+            image: the column of images, whose paths are read if it has no images.
+        """
+        self._column = schema.names[position]
+        is_struct = is_path and image is not None
+        self.name = image.name if is_struct and image else self._column
+        dtype = pa.string() if is_struct else schema.field(position).type
+        dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+        names = _hugging_face_names(schema, self._column)
+        self._names = names if pa.types.is_integer(dtype) else None
+        self.has_names = self._names is not None
+        text_types = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        other_types = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+        self.is_text = any(test(dtype) for test in text_types)
+        if not self.is_text and (is_path or not any(test(dtype) for test in other_types)):
+            remedy = "a row has one task and one label" if pa.types.is_nested(dtype) else "write it as text"
+            expected = "text" if is_path else "text or numbers"
+            raise UserError(f"the column {self._column!r} of {file} has type {dtype}; it must be {expected}: {remedy}")
 
-    def read(self, column: pa.Array) -> list[str | None]:
+    def read(self, batch: pa.RecordBatch) -> list[str | None]:
         """Convert a column to a list; each distinct value becomes a Python object once, to bound memory."""
+        column = batch.column(self._column)
+        if pa.types.is_struct(column.type):
+            column = pc.struct_field(column, "path")
         encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-        values: list[Any]
-        if self._number_to_name:
-            values = [
-                None if value is None else self._number_to_name(value) for value in encoded.dictionary.to_pylist()
-            ]
-        else:
-            if (pc.max(pc.binary_length(encoded.dictionary)).as_py() or 0) > 4 * MAX_PATH:
-                raise ValueError(f"a value of {self.name!r} has more than {MAX_PATH} characters")
-            values = encoded.dictionary.to_pylist()
+        if self.is_text and (pc.max(pc.binary_length(encoded.dictionary)).as_py() or 0) > 4 * MAX_PATH:
+            raise ValueError(f"a value of {self.name!r} has more than {MAX_PATH} characters")
+        values = [self._text(value) for value in encoded.dictionary.to_pylist()]
         return [None if code is None else values[code] for code in encoded.indices.to_pylist()]
+
+    def _text(self, value: Any) -> str | None:
+        if self._names is not None and value is not None:
+            return self._names[value] if 0 <= value < len(self._names) else None
+        return value if self.is_text else _as_text(self.name, value)
 
 
 def _hugging_face_names(schema: pa.Schema, column: str) -> Sequence[str] | None:

@@ -10,6 +10,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -28,19 +29,60 @@ def row_path(file: str, row: int) -> str:
     return f"{file}#{row:08d}"
 
 
-def image_column(schema: pa.Schema) -> str | None:
-    """Return the dotted name of the image column: `image`, else the only column of bytes or of structs with bytes, as
-    Hugging Face's datasets library writes them. None: there is none."""
-    candidates: dict[str, str] = {}
+@dataclass(frozen=True)
+class ImageColumn:
+    column: str
+    name: str
+    """Of what is read: the column, or its field `<column>.bytes` or `<column>.path`."""
+    is_embedded: bool
+    """False: a struct that has only paths of files."""
+
+
+def find_image_column(schema: pa.Schema, metadata: pq.FileMetaData | None = None) -> ImageColumn | None:
+    """Return the image column: `image`, else the only column of bytes or of structs with bytes or paths, as Hugging
+    Face's datasets library writes them. None: there is none.
+
+    Args:
+        metadata: of the file; None: a struct with a field of bytes is assumed to have some.
+
+    Raises:
+        ValueError: several may be meant.
+    """
+    candidates: dict[str, ImageColumn] = {}
     for column in schema:
-        dtype, name = column.type, column.name
-        if pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:
-            dtype, name = dtype.field("bytes").type, f"{column.name}.bytes"
-        if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype):
-            candidates[column.name] = name
-    if len(candidates) == 1:
-        return next(iter(candidates.values()))
-    return candidates.get("image")
+        name, dtype = column.name, column.type
+        if _is_binary(dtype):
+            candidates[name] = ImageColumn(name, name, True)
+        elif (
+            pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0 and _is_binary(dtype.field("bytes").type)
+        ):
+            is_empty = metadata is not None and _has_only_nulls(metadata, f"{name}.bytes")
+            has_paths = is_empty and dtype.get_field_index("path") >= 0
+            candidates[name] = ImageColumn(name, f"{name}.{'path' if has_paths else 'bytes'}", not has_paths)
+        elif pa.types.is_struct(dtype) and dtype.get_field_index("path") >= 0:
+            candidates[name] = ImageColumn(name, f"{name}.path", False)
+    if len(candidates) > 1 and "image" not in candidates:
+        raise ValueError(f"the columns {', '.join(candidates)} have images: name the one to use `image`")
+    return candidates.get("image", next(iter(candidates.values()), None))
+
+
+def _is_binary(dtype: pa.DataType) -> bool:
+    return any(test(dtype) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _has_only_nulls(metadata: pq.FileMetaData, name: str) -> bool:
+    columns = [
+        group.column(number)
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+        for number in range(group.num_columns)
+        if group.column(number).path_in_schema == name
+    ]
+    return bool(columns) and all(
+        column.statistics is not None
+        and column.statistics.has_null_count
+        and column.statistics.null_count == column.num_values
+        for column in columns
+    )
 
 
 def read_image_bytes(root: Path, path: str) -> bytes:
@@ -75,10 +117,10 @@ def read_image_bytes(root: Path, path: str) -> bytes:
 class _Table:
     def __init__(self, file: Path):
         self._file = pq.ParquetFile(file, buffer_size=1 << 20)
-        column = image_column(self._file.schema_arrow)
+        column = find_image_column(self._file.schema_arrow)
         if column is None:
             raise LookupError("no image column")
-        self._column = column
+        self._column = column.name
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]

@@ -17,22 +17,19 @@ from rich.table import Table
 from pipeline.data.findings import CheckedImage, Finding
 from pipeline.data.image_stats import ImageStats
 from pipeline.data.names import pluralize
-from pipeline.report.grouping_page import STYLE
+from pipeline.report.page import html_page
 
 MAX_EXAMPLES, MAX_PAGE_EXAMPLES = 5, 200
 """Examples of a finding in the terminal and on the page."""
 MAX_CHARACTERS, MAX_PAGE_CHARACTERS = 150, 1000
 """Characters of an example: a group of near-duplicates may have thousands of images."""
 COLORS = {"error": "red", "warning": "yellow", "note": "cyan"}
-PAGE_STYLE = (
-    STYLE
-    + """
-.error { background: #fbdcdc; } .warning { background: #fff4d6; } .note { background: #e8f0f8; }
+PAGE_STYLE = """
+.error { background: var(--error); } .warning { background: var(--warning); } .note { background: var(--tint); }
 .finding { padding: .5rem .9rem; margin: .5rem 0; } .finding p { margin: .2rem 0; } .finding pre { overflow-x: auto; }
 .samples td { padding: .1rem .4rem; vertical-align: middle; } .samples img { display: inline-block; margin: 0 .1rem; }
-.samples th { position: sticky; top: 0; background: #fff; }
+.samples th { position: sticky; top: 0; background: var(--paper); }
 """
-)
 
 
 @dataclass(frozen=True)
@@ -125,10 +122,7 @@ def check_page(
         "<h2>Samples</h2>",
         _samples([task.task for task in tasks], samples, class_names),
     ]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}: data check</title>'
-        f"<style>{PAGE_STYLE}</style>" + "\n".join(parts) + "\n</html>\n"
-    )
+    return html_page(f"{name}: data check", "\n".join(parts), PAGE_STYLE)
 
 
 _COLUMNS: tuple[tuple[str, Any], ...] = (

@@ -73,7 +73,7 @@ def check_data(plan: Plan, session: Session, verbose: bool = False) -> list[Find
                 stage.computed = True
                 with artifact.writer() as writer:
                     pq.write_table(_scan(plan, stage), writer.folder / IMAGES, compression="zstd")
-        findings, tasks = _read_results(folder / FINDINGS) or _analyze(plan, artifact.download() / IMAGES, folder)
+        findings, tasks = read_results(folder / FINDINGS) or _analyze(plan, artifact.download() / IMAGES, folder)
         _report(plan, session, findings, tasks, folder, verbose)
     return findings
 
@@ -160,7 +160,7 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
     return findings, tasks
 
 
-def _read_results(file: Path) -> tuple[list[Finding], list[TaskOverview]] | None:
+def read_results(file: Path) -> tuple[list[Finding], list[TaskOverview]] | None:
     """Return what `_analyze` wrote in this run folder, whose name identifies config and data; None: nothing."""
     if not file.is_file() or not (file.parent / PAGE).is_file():
         return None

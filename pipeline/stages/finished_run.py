@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 PROVENANCE = "artifacts.json"
+GROUPING = "grouping.json"
 SUMMARY = "report/summary.json"
 
 
@@ -66,7 +67,7 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
     Raises:
         UserError: The folder does not exist, or the run is not finished.
     """
-    storage, folder = _resolve(source, cache)
+    storage, folder = resolve_run(source, cache)
     storage.download(folder)
     for name in ("config.yaml", SUMMARY, GROUPED_ADAPTER, PROVENANCE):
         if not (folder / name).is_file():
@@ -86,8 +87,12 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
     return FinishedRun(storage, folder, snapshots, read_json(folder / SUMMARY))
 
 
-def _resolve(source: str, cache: str) -> tuple[Storage, Path]:
-    """Return the storage, and the run's folder in it."""
+def resolve_run(source: str, cache: str) -> tuple[Storage, Path]:
+    """Return the storage, and the run's folder in it.
+
+    Raises:
+        UserError: `source` is not <storage>/runs/<run>, or does not exist.
+    """
     path, _, options = (
         source.partition("?") if is_uri(source) else (os.path.abspath(os.path.expanduser(source)), "", "")
     )

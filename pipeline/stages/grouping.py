@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.grouping.text import format_groups
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artifact
+from pipeline.stages.finished_run import GROUPING
 from pipeline.stages.flow import stage_title
 from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.plan import Plan
@@ -73,14 +75,15 @@ def with_fixed_groups(options: GroupingConfig, groups: Sequence[Sequence[str]]) 
 
 
 def track_grouping(session: Session, artifact: Artifact, config: GroupingConfig) -> None:
-    """Log a grouping and its options to the stage's MLflow run, and print it."""
+    """Log a grouping and its options to the stage's MLflow run, copy it to the run's folder, and print it."""
     from rich.markup import escape
 
     options, result = config.model_dump(mode="json"), read_grouping(artifact)
     session.tracker.log_params(NAME, {**options, "groups": format_groups(result["groups"])})
     session.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
     session.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
-    for name in ("grouping.json", PAGE, *FIGURES, *STABILITY_FIGURES):
+    shutil.copyfile(artifact.download() / GROUPING, session.folder / GROUPING)
+    for name in (GROUPING, PAGE, *FIGURES, *STABILITY_FIGURES):
         session.tracker.log_artifact(NAME, artifact.download() / name)
     for warning in result["warnings"]:
         session.console.print(f"  [yellow]warning:[/] {escape(warning)}", highlight=False)
@@ -108,7 +111,7 @@ def compute_grouping(plan: Plan, global_prompt: Artifact, artifact: Artifact) ->
 
 
 def read_grouping(artifact: Artifact) -> dict[str, Any]:
-    grouping: dict[str, Any] = read_json(artifact.download() / "grouping.json")
+    grouping: dict[str, Any] = read_json(artifact.download() / GROUPING)
     return grouping
 
 

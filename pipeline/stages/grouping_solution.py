@@ -28,6 +28,7 @@ from pipeline.grouping.stability import (
 from pipeline.report.grouping_figures import affinity_graph_figure, affinity_heat_map, co_assignment_map
 from pipeline.report.grouping_page import grouping_page
 from pipeline.report.grouping_stability_figures import affinity_over_training, ranked_partitions_figure
+from pipeline.stages.finished_run import GROUPING
 from pipeline.stages.grouping import FIGURES, PAGE, STABILITY_FIGURES, describe_search
 from pipeline.training.snapshots import read_gradients, read_steps
 
@@ -100,7 +101,7 @@ def write_grouping(
             ],
         },
     }
-    write_json(folder / "grouping.json", result)
+    write_json(folder / GROUPING, result)
     figures = {
         "Affinity matrix": affinity_heat_map(affinity, tasks, partition.groups),
         "Affinity graph": affinity_graph_figure(affinity_graph(affinity, tasks, partition.groups)),

@@ -146,7 +146,7 @@ def make_plan(
                 "clip.model=builtin:digits, the tiny CLIP of the demo, only knows handwritten digits: for other images "
                 "use --clip.model ViT-B-16 --clip.pretrained openai, or a --config FILE with these"
             )
-        _print_notes(console, *unexpected_counts(config.data, dataset_index), *notes)
+        _print_notes(console, *dataset_index.notes, *unexpected_counts(config.data, dataset_index), *notes)
         if "open_clip" not in sys.modules:
             console.print("  importing open_clip ...", highlight=False)
         clip, shape = _check_model(config, dataset_index, variants or (*DEFAULT_VARIANTS, *config.baselines))

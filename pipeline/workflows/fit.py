@@ -1,0 +1,138 @@
+"""The pipeline called from Python: the settings of a call become a config, as the options of a command line do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from pipeline.config import Config, JobArguments, JobOptions, did_you_mean, fields
+from pipeline.errors import UserError
+from pipeline.stages.flow import check_stage, run_stages
+from pipeline.stages.run import open_run
+from pipeline.workflows.runs import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.data.findings import Finding
+
+SHORT_NAMES = {
+    "root": "data.root",
+    "tasks": "data.tasks",
+    "shots": "data.shots",
+    "model": "clip.model",
+    "pretrained": "clip.pretrained",
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "learning_rate": "training.learning_rate",
+}
+"""Argument → config field."""
+NOTEBOOK_WIDTH = 110
+
+ConfigSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any] | Config
+"""YAML files, as of --config, or values, as of options."""
+
+
+def fit(config: Config, until: str, verbose: bool) -> Run:
+    """Run the stages up to `until`, using cached artifacts. Arguments and errors are those of `pipeline.fit`."""
+    check_stage("until", until)
+    console = _console(verbose)
+    try:
+        with open_run(config, console) as (plan, session):
+            run_stages(plan, session, until)
+    except KeyboardInterrupt:
+        console.print("interrupted: the same call resumes", style="yellow")
+        raise
+    return Run(plan.storage, plan.folder)
+
+
+def check(config: Config, verbose: bool) -> list[Finding]:
+    """Check the images. Arguments and errors are those of `pipeline.check`."""
+    from pipeline.stages.data_check import check_data
+
+    with open_run(config, _console(verbose)) as (plan, session):
+        return check_data(plan, session, verbose)
+
+
+def make_config(config: ConfigSource | None, arguments: Mapping[str, Any], function: str) -> Config:
+    """Return the config of a call, by the rules of the command line.
+
+    Args:
+        config: YAML files as of --config, or values, which the arguments override.
+        arguments: name → value, or None: not given. A name is one of SHORT_NAMES, a section of the config, whose value
+            is a mapping, or a field, perhaps dotted.
+        function: how error messages call the function.
+
+    Raises:
+        UserError: an unknown name, a field that is given twice, or an invalid value.
+    """
+    values: dict[str, Any] = {}
+    files: list[Path] = []
+    if isinstance(config, Config | Mapping):
+        values = _flatten(_to_plain(config))
+    elif config is not None:
+        files = [Path(file).expanduser() for file in ([config] if isinstance(config, str | os.PathLike) else config)]
+    given: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        _check_name(name, function)
+        fields_given = _flatten({SHORT_NAMES.get(name, name): _to_plain(value)})
+        if twice := [field for field in fields_given if field in given]:
+            raise UserError(f"{function}() gets {twice[0]} twice, as an argument and in its section: give it once")
+        given |= fields_given
+    for field in ("data.tasks", "baselines"):
+        if isinstance(given.get(field), str):
+            given[field] = [given[field]]
+    return JobArguments(JobOptions(), files, values | given).config()
+
+
+def _check_name(name: str, function: str) -> None:
+    if name in SHORT_NAMES or name.partition(".")[0] in Config.model_fields:
+        return
+    valid = [*SHORT_NAMES, *(field for field, _, _ in fields() if field not in SHORT_NAMES.values())]
+    raise UserError(
+        f"{function}() has no argument {name!r}{did_you_mean(name, valid)} "
+        "A field of a section is given as grouping={'objective': 'mean'}"
+    )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted name of a field → value, from mappings nested by section."""
+    sections = {field.rpartition(".")[0] for field, _, _ in fields()}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        is_section = isinstance(value, Mapping) and f"{prefix}{name}" in sections
+        flat |= _flatten(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
+    return flat
+
+
+def _to_plain(value: Any) -> Any:
+    """Convert paths, sections, collections, and numbers and arrays of NumPy to what YAML has."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, Mapping):
+        return {key: _to_plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return [_to_plain(item) for item in value]
+    return value
+
+
+def _console(verbose: bool) -> Console:
+    """Return a console for a terminal, a log or a notebook, where lines go to one output without a progress bar."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, quiet=not verbose)
+    if console.is_jupyter:
+        return Console(
+            soft_wrap=True, quiet=not verbose, force_jupyter=False, color_system="standard", width=NOTEBOOK_WIDTH
+        )
+    return console

@@ -1,0 +1,174 @@
+"""The pipeline from Python: `pipeline.fit`, `check`, and runs as objects."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS
+
+import pipeline
+from pipeline.config import Config, JobParser
+from pipeline.workflows import fit as fit_module
+from pipeline.workflows.fit import make_config
+
+QUICK = {"epochs": EPOCHS, "global_prompt": {"epochs": GLOBAL_PROMPT_EPOCHS}, "training": {"checkpoint_every": 1}}
+"""The settings of `quick_run`."""
+
+
+def artifacts(storage: Path) -> set[Path]:
+    return set(storage.glob("*/*/artifact.json"))
+
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "command_line"),
+    [
+        ({}, ""),
+        ({"epochs": 3, "seed": 2}, "--training.epochs 3 --seed 2"),
+        ({"root": Path("/data/shops"), "shots": np.int64(4)}, "--data.root /data/shops --data.shots 4"),
+        ({"root": "/data/shops", "tasks": ("a", "b")}, "--data.root /data/shops --data.tasks a b"),
+        ({"tasks": "ink", "baselines": "coop"}, "--data.tasks [ink] --baselines [coop]"),
+        ({"model": "ViT-B-32", "pretrained": "openai"}, "--clip.model ViT-B-32 --clip.pretrained openai"),
+        (
+            {"grouping": {"objective": "sum", "must_link": [("ink", "neon")]}},
+            "--grouping.objective sum --grouping.must_link [[ink,neon]]",
+        ),
+        ({"grouping.objective": "sum", "batch_size": 4}, "--grouping.objective sum --training.batch_size 4"),
+        (
+            {"clip": {"task_templates": {"v1.0": "a {}."}, "pretrained": None}},
+            "--clip.task_templates '{v1.0: \"a {}.\"}' --clip.pretrained null",
+        ),
+        (
+            {"config": {"data.root": "/data/shops", "training": {"epochs": 9, "batch_size": 4}}, "epochs": 2},
+            "--data.root /data/shops --training.epochs 2 --training.batch_size 4",
+        ),
+        ({"config": "configs/pacs.yaml", "root": "/data/PACS"}, "--config configs/pacs.yaml --data.root /data/PACS"),
+        ({"config": [Path("configs/pacs.yaml"), "configs/demo.yaml"]}, "--config configs/pacs.yaml configs/demo.yaml"),
+    ],
+    ids=str,
+)
+def test_a_call_has_the_settings_of_the_command_line(call, command_line):
+    arguments = {name: value for name, value in call.items() if name != "config"}
+    expected = JobParser("").parse(shlex.split(command_line)).config()
+    assert make_config(call.get("config"), arguments, "fit") == expected
+
+
+def test_a_config_object_is_taken_as_it_is():
+    config = Config(seed=7, data={"root": "/data/shops"})
+    assert make_config(config, {}, "fit") == config
+    assert make_config(config, {"seed": 3, "name": None}, "fit") == config.model_copy(update={"seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"learning_rat": 0.1}, "'learning_rat'; did you mean learning_rate?"),
+        ({"shot": 4}, "'shot'; did you mean shots?"),
+        ({"objective": "mean"}, "'objective'; did you mean grouping.objective?"),
+        ({"training": {"epoch": 3}}, "unknown config field training.epoch; did you mean training.epochs?"),
+        ({"epochs": 3, "training": {"epochs": 4}}, "training.epochs twice"),
+        ({"epochs": 3, "training.epochs": 4}, "training.epochs twice"),
+        ({"epochs": -1}, "training.epochs=-1: "),
+        ({"root": "/no/such/folder"}, "/no/such/folder"),
+        ({"config": "no_such.yaml"}, "no_such.yaml does not exist"),
+        ({"until": "groups"}, "until groups is not a stage; did you mean grouping?"),
+    ],
+    ids=str,
+)
+def test_a_wrong_call_is_told_with_the_remedy(call, message, tmp_path):
+    with pytest.raises(pipeline.UserError) as error:
+        pipeline.fit(storage=tmp_path, **call)
+    assert message in str(error.value)
+    assert error.value._render_traceback_() == [f"UserError: {error.value}"]  # all that a notebook shows
+
+
+# --- runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(quick_run):
+    """The quick run again, from Python."""
+    storage, _ = quick_run
+    existing = artifacts(storage)
+    result = pipeline.fit(storage=storage, verbose=False, **QUICK)
+    assert artifacts(storage) == existing  # nothing is computed again
+    return result
+
+
+def test_the_run_of_a_call_is_that_of_the_command_line(quick_run, run):
+    storage, output = quick_run
+    assert f"adapter: {run.adapters['grouped']}" in output
+    report = json.loads((run.folder / "report" / "summary.json").read_text())
+    assert run.is_finished and run.summary == report
+    assert run.tasks == report["tasks"] and run.groups == report["groups"]
+    assert run.accuracy.to_dict() == {name: method["accuracy"] for name, method in report["methods"].items()}
+    assert run.affinities.loc["ink", "neon"] == run.affinities.loc["neon", "ink"]
+    assert list(run.affinities) == run.tasks and list(run.adapters) == ["all_in_one", "grouped"]
+    assert run.config.training.epochs == EPOCHS
+    assert {finding.severity for finding in run.findings} >= {"warning"}
+
+
+def test_a_run_predicts(run):
+    images = sorted((run.storage.folder / "datasets" / "digits" / "ink").glob("*/*.png"))[::20]
+    predictions = run.predict([str(image) for image in images], task="ink")
+    hits = [prediction.label == image.parent.name for prediction, image in zip(predictions, images)]
+    assert sum(hits) / len(hits) > 0.8
+    assert run.model is run.model and run.load("all_in_one").tasks == run.tasks
+    with pytest.raises(pipeline.UserError, match="has no adapter of 'zero_shot'; it has: all_in_one, grouped"):
+        run.load("zero_shot")
+
+
+def test_an_existing_run_is_opened(quick_run, run):
+    storage, _ = quick_run
+    assert pipeline.open_run(str(run.folder)) == run
+    assert run in pipeline.runs(storage)
+    for wrong in (storage, storage / "runs" / "none", "nowhere"):
+        with pytest.raises(pipeline.UserError, match="not a run directory|does not exist"):
+            pipeline.open_run(wrong)
+    with pytest.raises(pipeline.UserError, match="does not exist"):
+        pipeline.runs(storage / "none")
+
+
+def test_a_run_until_the_grouping_has_groups_and_no_report(quick_run, run):
+    storage, _ = quick_run
+    partial = pipeline.fit(storage=storage, name="partial", until="grouping", verbose=False, **QUICK)
+    assert partial.groups == run.groups and not partial.is_finished
+    assert partial.affinities.equals(run.affinities)
+    assert "not finished" in repr(partial) and "Not finished" in partial._repr_html_()
+    with pytest.raises(pipeline.UserError, match="has no report yet: finish the run"):
+        _ = partial.accuracy
+
+
+def test_a_run_is_shown_with_groups_and_accuracies(run):
+    average = f"{100 * run.summary['methods']['grouped']['average']:.1f}"
+    for text in (repr(run), run._repr_html_()):
+        assert str(run.folder) in text and " + ".join(run.groups[0]) in text and average in text
+
+
+def test_check_returns_the_findings_and_prints_tables(quick_run, run, capsys):
+    storage, _ = quick_run
+    assert pipeline.check(storage=storage, config=run.config) == run.findings
+    assert run.findings[0].title in capsys.readouterr().out
+
+
+def test_an_interrupted_call_can_be_repeated(quick_run, run, monkeypatch, capsys):
+    storage, _ = quick_run
+
+    def interrupted(plan, session, last_stage):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_module, "run_stages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.fit(storage=storage, name="interrupted", **QUICK)
+    assert "the same call resumes" in capsys.readouterr().out
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("mmap-clip")
+    (recorded,) = client.search_runs([experiment.experiment_id], "params.name = 'interrupted'")
+    assert recorded.info.status == "KILLED"
