@@ -28,7 +28,9 @@ class Options(JobOptions):
         ("all",),
         description="Method names, `paper` (those of the paper's tables and Figure 4), or `all`; see --help-methods.",
     )
-    dataset: str = Field("demo", description="Base config: configs/<dataset>.yaml.")
+    dataset: str | None = Field(
+        None, description="Base config, configs/<dataset>.yaml; null: none with --data.root, else the demo."
+    )
     shots: tuple[int, ...] | None = Field(None, description="Numbers of training images per class; null: data.shots.")
     seeds: tuple[int, ...] = Field((1, 2, 3), description="Seeds; one run per seed and number of shots.")
 
@@ -56,10 +58,9 @@ def dataset_config_file(name: str) -> Path:
 def main() -> None:
     with report_user_errors() as console:
         replacements = {"seed": "--seeds", "data.shots": "--shots", "baselines": "--methods"}
-        base_help = "none; that of --dataset is always the base"
-        arguments = JobParser(__doc__, Options, replacements=replacements, base_help=base_help).parse()
+        arguments = JobParser(__doc__, Options, replacements=replacements).parse()
         options = arguments.options
-        base = arguments.config(base=dataset_config_file(options.dataset))
+        base = arguments.config(dataset_config_file(options.dataset) if options.dataset else None)
         methods = select_methods(options.methods)
         shots = list(dict.fromkeys(options.shots or [base.data.shots]))
         seeds = list(dict.fromkeys(options.seeds))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.command_line import Field, check_adapter_exists, importing, print_status, report_user_errors
 from pipeline.config import JobArguments, JobOptions, JobParser, parse_config
@@ -30,6 +30,8 @@ MIB = 2**20
 
 
 class Options(JobOptions):
+    undivided: ClassVar[tuple[str, ...]] = ("models",)
+
     models: tuple[str, ...] = Field(
         description="NAME=SOURCE of each model: its name in the URLs, and a .safetensors file, a run directory (either "
         "local or s3://), or an MLflow URI (models:/..., runs:/...)."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from typing import ClassVar
 
 import pytest
 from pipelines import REPOSITORY
@@ -12,8 +13,8 @@ from pydantic import Field
 
 from jobs.__main__ import job_names
 from pipeline.command_line import report_user_errors
-from pipeline.config import Config, JobOptions, JobParser, did_you_mean, fields, parse_config
-from pipeline.config.help_pages import is_method_field
+from pipeline.config import Config, JobOptions, JobParser, Section, did_you_mean, fields, parse_config
+from pipeline.config.help_pages import COMMON_FIELDS, is_method_field
 from pipeline.config.suggestions import RENAMED
 from pipeline.errors import UserError
 
@@ -48,18 +49,32 @@ def listed_fields(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("job", job_names())
-def test_help_fits_two_screens(job, run_to_exit):
+def test_help_fits_one_screen(job, run_to_exit):
     status, page, _ = run_to_exit(job, "--help")
     assert status == 0 and page.startswith(f"usage: {job}.py ")
-    assert len(page.splitlines()) <= 100
+    assert len(page.splitlines()) <= 50
     assert max(map(len, page.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("job", RUN_JOBS)
-def test_every_field_is_on_one_page_of_help(job, run_to_exit):
-    short, methods = (listed_fields(run_to_exit(job, page)[1]) for page in ("--help", "--help-methods"))
-    assert sorted(short + methods) == sorted({name for name, *_ in fields()} - REPLACED_FIELDS.get(job, set()))
-    assert not any(map(is_method_field, short)) and all(map(is_method_field, methods))
+def test_every_field_is_in_the_long_help_and_the_common_ones_in_the_short(job, run_to_exit):
+    common, methods, all_fields = (
+        listed_fields(run_to_exit(job, page)[1]) for page in ("--help", "--help-methods", "--help-all")
+    )
+    accepted = {name for name, *_ in fields()} - REPLACED_FIELDS.get(job, set())
+    assert sorted(all_fields) == sorted(accepted)
+    assert common == [name for name in COMMON_FIELDS if name in accepted]
+    assert sorted(methods) == sorted(filter(is_method_field, accepted))
+
+
+def test_help_shows_the_defaults_of_own_data_and_what_the_demo_changes(run_to_exit):
+    page = " ".join(run_to_exit("full_pipeline", "--help")[1].split())
+    entries, _, demo = page.partition("The demo, which runs without --data.root")
+    for name, value, in_demo in (
+        ("training.epochs", "5", "40"),
+        ("clip.model", "ViT-B-16-quickgelu", "builtin:digits"),
+    ):
+        assert f"--{name} {value} " in entries and f"{name} {in_demo}," in demo
 
 
 def test_help_all_has_the_whole_help_of_every_field(run_to_exit):
@@ -71,7 +86,7 @@ def test_help_all_has_the_whole_help_of_every_field(run_to_exit):
 @pytest.mark.parametrize(("columns", "width"), [("20", 80), ("80", 80), ("300", 120)])
 def test_entries_fill_the_width_of_the_terminal(columns, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
-    page = JobParser("").format_help()
+    page = JobParser("").format_help("all")
     assert width - 5 < max(len(line) for line in page.splitlines() if line.startswith("  --")) <= width
 
 
@@ -88,11 +103,11 @@ def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
 @pytest.mark.parametrize(
     ("job", "arguments", "message"),
     [
-        ("serve", ["--models", "a=b", "--max-images", "3"], "unknown option --max-images; did you mean --max_images?"),
-        ("full_pipeline", ["--epochs", "3"], "unknown option --epochs; did you mean --training.epochs?"),
+        ("serve", ["--models", "a=b", "--max-image", "3"], "unknown option --max-image; did you mean --max_images?"),
+        ("full_pipeline", ["--epoch", "3"], "unknown option --epoch; did you mean --training.epochs?"),
         ("full_pipeline", ["--nonsense=3"], "unknown option --nonsense. See --help"),
         ("full_pipeline", ["nonsense"], "unexpected argument nonsense"),
-        ("full_pipeline", ["--seed"], "--seed: expected one argument"),
+        ("full_pipeline", ["--seed"], "--seed needs a value"),
         ("list_models", ["RN50", "--method", "coop_m"], "--method: unknown method coop_m; did you mean coop_mt?"),
         ("predict", ["x"], "required: INPUTS"),
         ("predict", [], "required: RUN, INPUTS"),
@@ -100,10 +115,10 @@ def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
         (
             "predict",
             ["x", "x", "--threshold", "2"],
-            "threshold=2: Input should be less than",
+            "threshold=2: must be less than or equal to 1",
         ),
         ("predict", ["x", "x", "--cluster.address", "auto"], "--cluster.address has no effect on CSV"),
-        ("benchmark", ["--shots", "1", "x"], "shots.1='x': Input should be a valid integer"),
+        ("benchmark", ["--shots", "1", "x"], "shots='x': must be a whole number"),
         ("benchmark", ["--seed", "3"], "--seed is not an option of this job: use --seeds"),
     ],
 )
@@ -134,23 +149,168 @@ def test_values_of_job_options(arguments, changed):
     assert JobParser("", Options).parse(arguments).options == Options(**changed)
 
 
+TEXTS = [
+    *("/data/a #1/x", "2024", "007", "yes", "no", "2024-11-28", "/data/x: y", "~", "@x", "[a]", "{a}", "{a: 1}"),
+    *("%x", "'quoted", '"quoted"', "colon:", "*x", "&x", "!x", "# x", "1e3", "0x1", "1_000", "1:30", "- x", "a,b"),
+    *(" x ", "|", ">", "?", "x\\n", "$HOME", "`ls`"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_is(text):
+    class TextOptions(JobOptions):
+        positional: ClassVar[tuple[str, ...]] = ("inputs",)
+        inputs: tuple[str, ...] = Field(description="Files.")
+        model: str = Field(description="A name.")
+        output: str | None = Field(None, description="A file.")
+
+    config = JobParser("").parse(["--data.root", text, "--storage", text, f"--cache={text}"]).config()
+    assert (config.data.root, config.storage, config.cache) == (text, text, text)
+    assert JobParser("").parse([f"--data.class_names={text}"]).config().data.class_names in (text, {"a": "1"})
+    if "," not in text:
+        expected = ("a",) if text == "[a]" else (text.strip(),)
+        assert JobParser("").parse([f"--data.tasks={text}"]).config().data.tasks == expected
+        assert JobParser("").parse(["--data.tasks", "x", text]).config().data.tasks == ("x", text.strip())
+    options = JobParser("", TextOptions).parse([text, "--model", text, "--output", text]).options
+    assert (options.inputs, options.model, options.output) == ((text,), text, text)
+
+
+@pytest.mark.parametrize("option", ["--data.root", "--name", "--data.tasks", "--config", "--training.epochs"])
+def test_an_empty_value_is_refused_by_name(option):
+    for arguments in ([option, ""], [f"{option}="]):
+        with pytest.raises(UserError, match=f"{option} is empty"):
+            JobParser("").parse(arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "changed"),
     [
         (["--data.tasks", "ink", "3"], {"tasks": ("ink", "3")}),
         (["--data.tasks", "[ink, neon]"], {"tasks": ("ink", "neon")}),
+        (["--data.tasks", "[2019, no, 007, 1e3]"], {"tasks": ("2019", "no", "007", "1e3")}),
+        (["--data.tasks", "[ink,", "no]"], {"tasks": ("ink", "no")}),
+        (["--data.tasks", "ink,no"], {"tasks": ("ink", "no")}),
+        (["--data.tasks", "ink,", "no"], {"tasks": ("ink", "no")}),
+        (["--data.tasks=ink", "no"], {"tasks": ("ink", "no")}),
+        (["--data.tasks", "Real World"], {"tasks": ("Real World",)}),
+        (["--data.tasks", '["Art, old", no]'], {"tasks": ("Art, old", "no")}),
         (["--data.tasks", "null"], {"tasks": None}),
+        (["--data.tasks", "[null, ~]"], {"tasks": ("null", "~")}),
         (["--data.use_official_splits"], {"use_official_splits": True}),
         (["--data.use_official_splits", "false"], {"use_official_splits": False}),
-        (["--data.columns", "{task: domain}"], {"columns": {"task": "domain"}}),
-        (["--data.root", "# 1: x"], {"root": "# 1: x"}),
-        (["--data.root", "2024"], {"root": "2024"}),
+        (["--data.use_official_splits", "yes"], {"use_official_splits": True}),
+        (["--data.columns", "{task: domain, label: 2}"], {"columns": {"task": "domain", "label": "2"}}),
+        (["--data.class_names", "{ink: no, 2019: 1e3}"], {"class_names": {"ink": "no", "2019": "1e3"}}),
         (["--data.root", "null"], {"root": None}),
+        (["--data.shots", "1_0"], {"shots": 10}),
+        (["--data.shots", "5.0"], {"shots": 5}),
+        (["--data.max_broken_fraction", "1e-3"], {"max_broken_fraction": 0.001}),
+        (["--data.max_broken_fraction", ".5"], {"max_broken_fraction": 0.5}),
     ],
 )
 def test_values_of_config_fields(arguments, changed):
     data = JobParser("").parse(arguments).config().data
     assert {name: getattr(data, name) for name in changed} == changed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.tasks", "[a #1]"], r"--data\.tasks \[a #1\]: not valid YAML .* in quotes"),
+        (["--data.tasks", "[a: b]"], r"data\.tasks=.*: must be text"),
+        (["--data.tasks", ","], r"--data\.tasks ,: no value"),
+        (["--clip.task_templates", "x"], r"clip\.task_templates='x': must be a mapping"),
+        (["--clip.task_templates", "{a: x {}}"], r"--clip\.task_templates .*in quotes"),
+        (["--name", "a b"], r"name='a b': must be .*: a-b"),
+        (["--name", "null"], None),
+        (["--name", "-x"], r"--name needs a value; .*--name=-"),
+        (["--data.layout", "folder"], r"data\.layout='folder': must be 'auto', .*did you mean folders\?"),
+    ],
+)
+def test_messages_about_values_have_a_remedy(arguments, message):
+    if message is None:
+        assert JobParser("").parse(arguments).config().name == arguments[1]
+        return
+    with pytest.raises(UserError, match=message):
+        JobParser("").parse(arguments).config()
+
+
+PYDANTIC = re.compile(
+    r"Input|should|valid (tuple|string|integer|number|boolean|dict)|instance|pars|Field|JSON|\bNone\b"
+)
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "-1", "9" * 5000, "inf", "1.5", [], ["x"], ["1", "2", "3", "4"], {"x": "y"}, {1: 2}, 3.5, -1]
+)
+def test_messages_are_without_terms_of_pydantic(value):
+    for name, *_ in fields():
+        values = value
+        for part in reversed(name.split(".")):
+            values = {part: values}
+        try:
+            parse_config(values)
+        except UserError as error:
+            assert not PYDANTIC.search(str(error)), (name, value)
+            assert str(error).startswith(name.partition(".")[0])
+    for section in Config.model_fields:
+        if isinstance(getattr(Config(), section), Section) and not isinstance(value, dict):
+            with pytest.raises(UserError, match=rf"^{section}=.*: is a section"):
+                parse_config({section: value})
+
+
+@pytest.mark.parametrize(
+    ("typed", "field"),
+    [
+        *(("lr", "training.learning_rate"), ("learning-rate", "training.learning_rate")),
+        *(("training.lr", "training.learning_rate"), ("coop.training.lr", "coop.training.learning_rate")),
+        *(("epochs", "training.epochs"), ("optimizer", "training.optimizer"), ("wd", "training.weight_decay")),
+        *((name, "training.batch_size") for name in ("batch", "bs", "batch_size", "batch-size", "training.batch-size")),
+        *((name, "data.shots") for name in ("shots", "k", "num-shots", "data.k")),
+        *((name, "data.root") for name in ("data", "dataset", "root", "data_dir", "data-root")),
+        *((name, "data.tasks") for name in ("tasks", "domains")),
+        *((name, "storage") for name in ("output", "out", "output_dir", "output-dir")),
+        *((name, "clip.model") for name in ("model", "arch", "backbone", "clip.arch")),
+        *(("weights", "clip.pretrained"), ("random_state", "seed"), ("methods", "baselines")),
+        *(("data.max-broken-fraction", "data.max_broken_fraction"), ("momentum", "training.momentum")),
+        *(("crop_ratio", "training.augmentation.crop_ratio"), ("context_length", None), ("depth", None), ("x", None)),
+    ],
+)
+def test_other_names_of_options(typed, field):
+    for arguments in ([f"--{typed}", "1"], [f"--{typed}=1"]):
+        if field:
+            assert list(JobParser("").parse(arguments).fields) == [field]
+        else:
+            with pytest.raises(UserError, match=f"unknown option --{typed}"):
+                JobParser("").parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("typed", "remedy"),
+    [
+        *((name, "--cluster.gpus_per_worker") for name in ("device", "gpus", "num-gpus")),
+        *((name, "--cluster.cpus_per_worker") for name in ("workers", "num_workers")),
+        *((name, "MLflow") for name in ("wandb", "tensorboard", "log_dir", "log-dir")),
+        *((name, "mmap-clip tune") for name in ("early_stopping", "patience")),
+        *((name, "--training.epochs") for name in ("time_budget", "max_time")),
+    ],
+)
+def test_options_that_do_not_exist_are_answered(typed, remedy):
+    with pytest.raises(UserError, match=f"--{typed} is not an option: .*{remedy}"):
+        JobParser("").parse([f"--{typed}", "1"])
+
+
+def test_options_of_a_job_come_before_aliases():
+    class OwnOptions(JobOptions):
+        positional: ClassVar[tuple[str, ...]] = ("inputs",)
+        inputs: tuple[str, ...] = Field((), description="Files.")
+        dataset: str | None = Field(None, description="A config.")
+        max_images: int = Field(3, description="A number.")
+        tags: bool = Field(False, description="A flag.")
+
+    arguments = JobParser("", OwnOptions).parse(["--tags", "x", "--dataset", "pacs", "--max-images", "5"])
+    assert arguments.options == OwnOptions(inputs=("x",), dataset="pacs", max_images=5, tags=True)
+    assert not arguments.fields
 
 
 def test_lists_of_lists_and_of_numbers():
@@ -160,6 +320,8 @@ def test_lists_of_lists_and_of_numbers():
     assert config.training.augmentation.crop_scale == (0.2, 1)
     nested = JobParser("").parse(["--grouping.must_link", "[[a, b], [c, d]]"]).config()
     assert nested.grouping.must_link == config.grouping.must_link
+    assert JobParser("").parse(["--grouping.must_link", "a,b"]).config().grouping.must_link == (("a", "b"),)
+    assert JobParser("").parse(["--grouping.must_link", "[a, no]"]).config().grouping.must_link == (("a", "no"),)
 
 
 def test_a_job_with_few_fields_accepts_only_these():
@@ -225,5 +387,7 @@ def test_a_job_exits_with_a_status_and_no_traceback(error, status, output, capsy
 
 def test_job_options_do_not_shadow_config_fields(run_to_exit):
     for job in job_names():
-        options = set(re.findall(r"^  --(\w+)(?: |$)", run_to_exit(job, "--help")[1].split("\nConfig fields")[0], re.M))
+        options = set(
+            re.findall(r"^  --(\w+)(?: |$)", run_to_exit(job, "--help")[1].split("\nCommon config fields")[0], re.M)
+        )
         assert not options & set(Config.model_fields), job

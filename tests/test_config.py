@@ -9,6 +9,7 @@ from pipeline.config import (
     CONFIGS,
     DEMO_CONFIG,
     Config,
+    DataConfig,
     JobParser,
     content_hash,
     fields,
@@ -24,9 +25,59 @@ def parse_arguments(*arguments: str) -> Config:
     return JobParser("").parse(arguments).config()
 
 
-def test_the_default_config_is_the_demo():
-    assert parse_arguments() == parse_config(load_yaml(DEMO_CONFIG))
-    assert parse_arguments().data.root == "builtin:digits"
+def test_the_demo_is_the_base_only_without_own_data(tmp_path):
+    demo = parse_config(load_yaml(DEMO_CONFIG))
+    assert parse_arguments() == parse_arguments("--data.root", "builtin:digits") == demo
+    assert parse_arguments("--training.epochs", "3").data.root == "builtin:digits"
+    (file := tmp_path / "own.yaml").write_text("data:\n  root: /data/shops\n")
+    for config in (parse_arguments("--data.root", "/data/shops"), parse_arguments("--config", str(file))):
+        assert config == Config(name="shops", data=DataConfig(root="/data/shops"))
+        assert config.clip.template == "a photo of a {}." and config.training == Config().training
+    assert parse_arguments("--config", str(CONFIGS / "paper_protocol.yaml")).data.root is None
+
+
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [
+        *(("/data/Shops 2024/", "Shops-2024"), ("/data/shops.v2", "shops.v2"), ("/data/images.parquet", "images")),
+        *(("/data/.hidden", "hidden"), ("/data/_é (1)", "e-1"), ("/data/数据", "mmap"), ("/", "mmap"), ("x/..", None)),
+        *(("/data/" + "x" * 200, "x" * 80), ("s3://bucket/shops", "shops")),
+    ],
+)
+def test_a_run_is_named_after_its_data(root, name, monkeypatch, tmp_path):
+    (folder := tmp_path / "here").mkdir()
+    monkeypatch.chdir(folder)
+    assert parse_config({"data": {"root": root}}).name == (name or "here")
+    assert parse_config({"data": {"root": root}, "name": "given"}).name == "given"
+
+
+def test_text_of_a_file_is_taken_as_it_is_written(tmp_path):
+    (file := tmp_path / "a.yaml").write_text(
+        "name: 2024\nstorage: 010\ncache: 1e3\ndata:\n  root: yes\n  tasks: [2019, no, 2024-11-28, 0x1, ~, 1:30]\n"
+        "  class_names: {2019: on, no: 1_000}\n  shots: 1_0\nclip: {pretrained: ~, quick_gelu: yes}\nmmap:\n"
+        "training: {learning_rate: 1e-3, weight_decay: .5}\ntracking: {experiment: 'null', uri: \"null\"}\n"
+    )
+    config = parse_config(load_yaml(file))
+    assert (config.name, config.storage, config.cache, config.data.root) == ("2024", "010", "1e3", "yes")
+    assert config.data.tasks == ("2019", "no", "2024-11-28", "0x1", "~", "1:30")
+    assert config.data.class_names == {"2019": "on", "no": "1_000"} and config.data.shots == 10
+    assert config.clip.pretrained is None and config.clip.quick_gelu is True and config.mmap == Config().mmap
+    assert (config.training.learning_rate, config.training.weight_decay) == (0.001, 0.5)
+    assert config.tracking.experiment == config.tracking.uri == "null"
+    file.write_text(to_yaml(config))
+    assert parse_config(load_yaml(file)) == config
+
+
+def test_errors_in_a_file_are_reported_with_the_line(tmp_path):
+    (file := tmp_path / "a.yaml").write_text("seed: 3\ntraining:\n  epochs: many\n  lr: 1\nname:\n")
+    with pytest.raises(UserError) as error:
+        parse_config(load_yaml(file))
+    for message in (
+        f"training.epochs='many': must be a whole number ({file}:3)",
+        "unknown config field training.lr; did you mean training.learning_rate?",
+        f"name='': is empty: give a value ({file}:5)",
+    ):
+        assert message in str(error.value)
 
 
 def test_files_and_command_line_override_in_order(tmp_path):

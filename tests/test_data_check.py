@@ -349,15 +349,20 @@ def table_of(output: str) -> list[str]:
     return output.partition("0 data check")[2].partition("check.html")[0].split()
 
 
+DEMO_CLIP = ("--clip.model", "builtin:digits", "--clip.pretrained", "builtin:digits")
+
+
 def test_the_job_tells_shows_and_remembers(planted, run_job):
     storage = planted.parent / "storage"
-    check = partial(run_job, "check_data", "--storage", storage, "--data.root", planted, "--data.shots", "3")
+    check = partial(
+        run_job, "check_data", "--storage", storage, "--data.root", planted, *DEMO_CLIP, "--data.shots", "3"
+    )
 
     checked = check()
     assert checked.status == 1 and "cached (computed in" not in checked.output
     printed = " ".join(checked.output.split())
     for text in (
-        "demo: 36 images in 2 tasks",
+        f"{planted.name}: 36 images in 2 tasks",
         "error 2 files are broken (5.3 %) Fix or remove them",
         "art/cat/broken.png: not an image of a supported format",
         "warning 1 images are in several classes of one task At least one label is wrong",

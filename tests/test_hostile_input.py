@@ -485,19 +485,18 @@ LAUGHS = "a: &a [1, 1]\n" + "".join(
         ("training:\n  epochs: 1\n  epochs: 2\n", r"(?s)duplicate key epochs.*line 3"),
         ("a: " + "[" * 100_000, "nested too deeply"),
         ("\n".join(" " * depth + "a:" for depth in range(600)), "nested too deeply"),
-        ("[1, 2]", "must be a mapping of fields to values, not list"),
-        ("just text", "must be a mapping of fields to values, not str"),
+        ("[1, 2]", "must be a mapping of fields to values .*, not a list"),
+        ("just text", "must be a mapping of fields to values .*, not text"),
         ("a: 1\n---\na: 2\n", "single document"),
         ("name: a\0b", "line 1 has a NUL byte"),
         ("training:\n\tepochs: 1", r"(?s)line 2, column 1"),
         (b"name: caf\xe9\n", "not UTF-8: line 1"),
         (b"a: 1\nname: \xff\xfe\n", "not UTF-8: line 2"),
-        ("seed: " + "9" * 5000, "invalid int"),
-        ("seed: 0x" + "f" * 5000, "invalid int"),
-        ("name: 2024-13-45", r"(?s)invalid timestamp '2024-13-45'.*line 1"),
-        ("seed: !!int x", "invalid int 'x'"),
-        ("seed: !!bool 7", "invalid bool '7'"),
-        ("seed: !!timestamp x", "invalid timestamp 'x'"),
+        ("seed: " + "9" * 5000, r"seed=9+\.\.\.: must be a whole number \(.*:1\)"),
+        ("seed: 0x" + "f" * 5000, r"seed=0xf+\.\.\.: must be a whole number"),
+        ("seed: 1\nname: 2024/13", r"name='2024/13': .*: 2024-13 \(.*:2\)"),
+        ("seed: !!int 3", "tag !!int: leave it out"),
+        ("name: !x", "tag !x: leave it out, or put text in quotes"),
         ("x" * (2 << 20), "is too large"),
     ],
 )
@@ -533,7 +532,7 @@ def test_every_text_file_is_read_in_each_encoding_and_with_each_line_end(linked,
         file.write_bytes((ENCODINGS[encoding] + line_end.join(lines)).encode(encoding.partition(" ")[0]))
         return file
 
-    assert load_yaml(write(tmp_path / "a.yaml", "seed: 3", "name: é")) == {"seed": 3, "name": "é"}
+    assert load_yaml(write(tmp_path / "a.yaml", "seed: 3", "name: é")) == {"seed": "3", "name": "é"}
     assert read_class_names(write(tmp_path / "names.txt", "bed\ta bed", "mug")) == {"bed": "a bed", "mug": "mug"}
     images = ["a/x/1.png", "a/y/1.png"]
     write(root / "all.csv", "path,task,label", *(f"{path},a,{path[2]}" for path in images))
@@ -571,7 +570,6 @@ def from_command_line(*arguments: str) -> Config:
         ("--training.learning_rate", ".inf"),
         ("--data.tasks", LAUGHS),
         ("--data.root", "caf\udce9"),
-        ("--data.root", "{a: 1}"),
     ],
 )
 def test_hostile_values_on_the_command_line(option, value, tmp_path, monkeypatch):

@@ -1402,14 +1402,17 @@ def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, tmp_path):
     pq.write_table(table, tmp_path / "neon.parquet", row_group_size=50)
     finished = run_job(
         "full_pipeline",
-        *("--storage", tmp_path / "storage"),
+        *("--storage", tmp_path / "storage", "--config", "configs/demo.yaml"),
         *("--data.root", str(tmp_path / "neon.parquet"), "--data.columns", "{task: domain}"),
         *("--data.use_official_splits", "true", "--clip.task_templates", '{neon: "a neon sign of the digit {}."}'),
         *("--training.epochs", "2", "--global_prompt.epochs", "2"),
     )
     assert finished.status == 0, finished.output
     assert "80 training and" in finished.output
-    assert "only knows handwritten digits: for other images use --clip.model" in finished.output
+    assert (
+        "for other images leave out clip.model, clip.pretrained and configs/demo.yaml, to get ViT-B-16-quickgelu"
+        in finished.output
+    )
     methods = summary(tmp_path / "storage")["methods"]
     assert all(set(result["accuracy"]) == {"neon"} for result in methods.values()) and "grouped" in methods
     prompts = load_adapter(the_run(tmp_path / "storage") / "adapters/grouped.safetensors")

@@ -86,7 +86,7 @@ def few_digits(tmp_path) -> Path:
 
 
 def test_soak(run_job, few_digits, tmp_path, capsys):
-    options = ("--data.root", str(few_digits), *OPTIONS)
+    options = ("--config", "configs/demo.yaml", "--data.root", str(few_digits), *OPTIONS)
     cluster = RayCluster(tmp_path, num_cpus=0)
     try:
         for _ in range(2):

@@ -1,29 +1,34 @@
 """The command line of a job: the job's own options, --config files, and the fields of the config.
 
-All jobs parse options the same way. An option is named after the field that it sets, with underscores, and its value is
-written as in YAML; but text needs no quotes, a list may also be written `a b c`, and a flag without a value is true.
+All jobs parse options the same way. An option is named after the field that it sets; values.py says how its value is
+written, suggestions.py which other names it has. A flag without a value is true.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import types
-import typing
-from collections.abc import Collection, Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic.fields import FieldInfo
 
-from pipeline.config.files import DEMO_CONFIG, load_yaml, parse_yaml, resolve_config_path
+from pipeline.config.fields import check_texts
+from pipeline.config.files import DEMO_CONFIG, load_yaml, resolve_config_path
 from pipeline.config.help_pages import Page, help_page, option_fields
 from pipeline.config.schema import Config, fields, parse_config, validate
-from pipeline.config.suggestions import did_you_mean
+from pipeline.config.sections import BUILTIN_DIGITS
+from pipeline.config.suggestions import did_you_mean, explain_unavailable, find_option
+from pipeline.config.values import command_line_value, value_types
 from pipeline.errors import UserError
+
+DEMO_HELP = "none; without --data.root, configs/demo.yaml"
+_BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0", "t", "f", "y", "n"}
 
 
 class JobOptions(BaseModel):
@@ -35,6 +40,14 @@ class JobOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     positional: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that are positional arguments, in this order; only the last can be a list."""
+    undivided: ClassVar[tuple[str, ...]] = ()
+    """Names of the lists whose values, such as paths, may contain commas: each is an argument of its own."""
+
+    @field_validator("*")
+    @classmethod
+    def _check_texts(cls, value: Any) -> Any:
+        check_texts(value)
+        return value
 
 
 Options = TypeVar("Options", bound=JobOptions)
@@ -51,14 +64,18 @@ class JobArguments(Generic[Options]):
     """Config fields by dotted name."""
 
     def config(self, base: Path | None = None) -> Config:
-        """Merge `base`, the files of --config (the demo's config if there are neither) and the command line, in this
-        order.
+        """Merge `base`, the files of --config and the command line, in this order.
+
+        Without `base` and files, and without images of the user's own in data.root, the base is the demo's config.
 
         Raises:
             UserError: invalid values.
         """
+        files = [*([base] if base else []), *self.config_files]
+        if not files and self.fields.get("data.root", BUILTIN_DIGITS) == BUILTIN_DIGITS:
+            files = [DEMO_CONFIG]
         values: dict[str, Any] = {}
-        for file in [*([base] if base else []), *self.config_files] or [DEMO_CONFIG]:
+        for file in files:
             values = _deep_merge(values, load_yaml(resolve_config_path(file)))
         return parse_config(_deep_merge(values, self.nested_fields()))
 
@@ -73,7 +90,7 @@ class JobArguments(Generic[Options]):
 
 
 class JobParser(argparse.ArgumentParser, Generic[Options]):
-    """Parser of a job's command line; each page of its help fits on two screens."""
+    """Parser of a job's command line."""
 
     def __init__(
         self,
@@ -81,7 +98,7 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         options: type[Options] = JobOptions,  # type: ignore[assignment]  # mypy has no defaults for type variables
         field_help: Mapping[str, str] | None = None,
         replacements: Mapping[str, str] = {},
-        base_help: str = "configs/demo.yaml, the built-in digits",
+        base_help: str = DEMO_HELP,
     ):
         """
         Args:
@@ -104,10 +121,10 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         if self.base_help:
             self.add_argument("--help-methods", action=_ShowPage, const="methods", nargs=0)
             self.add_argument("--help-all", action=_ShowPage, const="all", nargs=0)
-            self.add_argument("--config", type=Path, nargs="+", default=[])
+            self.add_argument("--config", nargs="+", action="extend", default=[])
         for name, field in option_fields(options).items():
             if name in options.positional:
-                is_list = tuple in _value_types(field.annotation)
+                is_list = tuple in value_types(field.annotation)
                 nargs = None if not is_list else "+" if field.is_required() else "*"
                 self.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, metavar=name.upper())
             else:
@@ -121,30 +138,68 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         Raises:
             UserError: an unknown or missing option, or an invalid value.
         """
-        arguments, unknown = self.parse_known_args(command_line)
+        arguments, unknown = self.parse_known_args(
+            list(self._normalize(sys.argv[1:] if command_line is None else command_line))
+        )
         if unknown:
             self._reject(unknown[0].partition("=")[0])
         texts = vars(arguments)
         option_values = {
-            name: texts[name] if name in self.options.positional else _parse_value(f"--{name}", field, texts[name])
+            name: self._parse_value(name, field, texts[name])
             for name, field in option_fields(self.options).items()
             if name in texts
         }
         field_values = {
-            name: _parse_value(f"--{name}", field, texts[f"config.{name}"])
+            name: self._parse_value(name, field, texts[f"config.{name}"])
             for name, field, _ in self.config_fields
             if f"config.{name}" in texts
         }
-        return JobArguments(validate(self.options, option_values), texts.get("config", []), field_values)
+        if "" in (files := texts.get("config", [])):
+            raise UserError("--config is empty: give a file")
+        return JobArguments(validate(self.options, option_values), [*map(Path, files)], field_values)
 
     def format_help(self, page: Page = "help") -> str:
-        return help_page(self.prog, self.job_description, self.options, self.config_fields, self.base_help, page)
+        demo = dict[str, Any]()
+        if self.base_help == DEMO_HELP:
+            demo = {name: value for name, _, value in fields(parse_config(load_yaml(DEMO_CONFIG)))}
+        changes = {name: demo[name] for name, _, default in self.config_fields if demo.get(name, default) != default}
+        description, options = self.job_description, self.options
+        return help_page(self.prog, description, options, self.config_fields, self.base_help, changes, page)
 
     def error(self, message: str) -> NoReturn:
+        if match := re.match(r"argument (--\S+): expected (?:one|at least one) argument", message):
+            raise UserError(f"{match[1]} needs a value; one that begins with - is written {match[1]}=-...")
         raise UserError(f"{message}; see --help")
 
+    def _normalize(self, command_line: Sequence[str]) -> Iterator[str]:
+        """Replace options by the full names, and `--option=value` by two arguments, so that more may follow."""
+        for index, argument in enumerate(command_line):
+            match = re.fullmatch(r"--([A-Za-z][\w.-]*)(?:=(.*))?", argument, re.DOTALL)
+            option = find_option(match[1], self._option_string_actions) if match else None
+            if match is None or option is None:
+                yield argument
+            elif match[2] is not None and match[2].startswith("-"):
+                yield f"{option}={match[2]}"
+            else:
+                yield option
+                if match[2] is not None:
+                    yield match[2]
+                elif self.options.positional and self._option_string_actions[option].const == "true":
+                    following = command_line[index + 1 : index + 2]
+                    if following and following[0].lower() not in _BOOLEANS:
+                        yield "true"  # the next argument is positional
+
+    def _parse_value(self, name: str, field: FieldInfo, texts: str | list[str]) -> Any:
+        is_positional = name in self.options.positional
+        return command_line_value(
+            name.upper() if is_positional else f"--{name}",
+            field,
+            [texts] if isinstance(texts, str) else texts,
+            splits_lists=not is_positional and name not in self.options.undivided,
+        )
+
     def _add_field(self, name: str, destination: str, field: FieldInfo) -> None:
-        kinds = _value_types(field.annotation)
+        kinds = value_types(field.annotation)
         nargs = {"nargs": "+"} if tuple in kinds else {"nargs": "?", "const": "true"} if bool in kinds else {}
         self.add_argument(
             f"--{name}", dest=destination, default=argparse.SUPPRESS, required=field.is_required(), **nargs
@@ -155,6 +210,8 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
             raise UserError(f"unexpected argument {option}; see --help")
         if replacement := self.replacements.get(option.removeprefix("--")):
             raise UserError(f"{option} is not an option of this job: use {replacement}")
+        if reason := explain_unavailable(option, self._option_string_actions):
+            raise UserError(f"{option} is not an option: {reason}")
         raise UserError(f"unknown option {option}{did_you_mean(option, self._option_string_actions)} See --help")
 
 
@@ -169,40 +226,6 @@ def _with_description(field: FieldInfo, description: str) -> FieldInfo:
     field = copy.copy(field)
     field.description = description
     return field
-
-
-def _value_types(annotation: Any) -> set[Any]:
-    """Return the types of the values, without those of the elements of a tuple or dict."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return set[Any]().union(*map(_value_types, arguments))
-    if origin is typing.Annotated:
-        return _value_types(arguments[0])
-    if origin is typing.Literal:
-        return set(map(type, arguments))
-    return {origin or annotation}
-
-
-def _parse_value(option: str, field: FieldInfo, texts: str | list[str]) -> Any:
-    if isinstance(texts, str):
-        return _parse_scalar(option, _value_types(field.annotation), texts)
-    if len(texts) == 1:
-        try:
-            value = parse_yaml(texts[0], option)
-        except yaml.YAMLError:
-            return texts[0]  # pydantic reports that it is not a list
-        if isinstance(value, list | dict) or texts[0] == "null":
-            return value
-    return [_parse_scalar(option, {str}, text) for text in texts]  # pydantic converts them to numbers
-
-
-def _parse_scalar(option: str, value_types: Collection[Any], text: str) -> Any:
-    try:
-        value = parse_yaml(text, option)
-    except yaml.YAMLError:
-        return text
-    is_null = text == "null" and types.NoneType in value_types
-    return text if str in value_types and not isinstance(value, list | dict) and not is_null else value
 
 
 def _deep_merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,22 @@ def affects(*effects: Effect) -> Affects:
     return Affects(frozenset(effects))
 
 
+def check_texts(value: Any) -> None:
+    """Check a text, or the texts in a tuple or mapping.
+
+    Raises:
+        ValueError: one is empty, or has control characters.
+    """
+    if isinstance(value, str):
+        if not value:
+            raise ValueError("is empty: give a value")
+        if value != escape_controls(value):
+            raise ValueError("contains control characters or is not UTF-8")
+    elif isinstance(value, tuple | dict):
+        for element in (*value, *(value.values() if isinstance(value, dict) else ())):
+            check_texts(element)
+
+
 class Section(BaseModel):
     """Base of config sections; `class DataConfig(Section, affects=("data",))` sets the effects of its fields."""
 
@@ -116,9 +132,8 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _check_plain_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and value != escape_controls(value):
-            raise ValueError("contains control characters or is not UTF-8")
+    def _check_texts(cls, value: Any) -> Any:
+        check_texts(value)
         return value
 
 

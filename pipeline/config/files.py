@@ -66,50 +66,66 @@ def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TE
         raise UserError(f"{name} is not {expected}: line {line}: {error.reason}; save it as UTF-8") from None
 
 
+class Scalar(str):
+    """A scalar of a YAML file as it is written there, of whatever kind: its field decides what it means.
+
+    So text stays text, where YAML 1.1 makes a number of `007`, a date of `2024-11-28` and a truth value of `no`.
+    """
+
+    plain: bool
+    """Whether it is written without quotes: then it may mean null."""
+    source: str
+    """File and line."""
+
+
 class _PlainYaml(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types
-    """Loader of plain values: rejects tags that create Python objects, duplicate keys, and aliases, which let a few
+    """Loader of plain values: rejects tags, which create Python objects, duplicate keys, and aliases, which let a few
     lines expand to billions of values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            alias = self.peek_event()
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(
-                problem=f"alias *{alias.anchor}: write the value out", problem_mark=alias.start_mark
+                problem=f"alias *{event.anchor}: write the value out, or put text in quotes",
+                problem_mark=event.start_mark,
+            )
+        if event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")[:80]
+            raise yaml.MarkedYAMLError(
+                problem=f"tag {tag}: leave it out, or put text in quotes", problem_mark=event.start_mark
             )
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys: set[tuple[str, str]] = set()
-        for name, _ in node.value:
-            if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in keys:
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {name.value[:80]}", problem_mark=name.start_mark)
-            keys.add((name.tag, str(name.value)))
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+    def tree(self, node: Any) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            scalar = Scalar(node.value)
+            scalar.plain, scalar.source = node.style is None, f"{self.name}:{node.start_mark.line + 1}"
+            return scalar
+        if isinstance(node, yaml.SequenceNode):
+            return [self.tree(element) for element in node.value]
+        mapping = dict[str, Any]()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=key.start_mark)
+            if key.value in mapping:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value[:80]}", problem_mark=key.start_mark)
+            mapping[str(key.value)] = self.tree(value)
         return mapping
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        try:
-            value = super().construct_object(node, deep)
-            if isinstance(value, int) and value.bit_length() > 64:
-                raise ValueError
-            return value
-        except (ValueError, LookupError, AttributeError):  # raised by PyYAML for `!!int x`, 2024-13-45, 5000 digits
-            tag, value = node.tag.rpartition(":")[2], str(node.value)[:40]
-            raise yaml.MarkedYAMLError(problem=f"invalid {tag} {value!r}", problem_mark=node.start_mark) from None
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML of plain values; yaml.YAMLError if it is invalid."""
+    """Parse YAML into mappings, lists and Scalars; yaml.YAMLError if it is invalid."""
     try:
         loader = _PlainYaml(text)
         loader.name = name
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        return None if node is None else loader.tree(node)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of nested fields.
+    """Read a YAML file of nested fields, whose values are Scalars, lists and mappings.
 
     Raises:
         UserError: no such file, larger than MAX_YAML_BYTES, not UTF-8, not plain YAML, or not a mapping.
@@ -121,12 +137,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not plain YAML: {error}") from None
     if not isinstance(values, dict | None):
-        raise UserError(f"config file {path} must be a mapping of fields to values, not {type(values).__name__}")
+        kind = "a list" if isinstance(values, list) else "text"
+        raise UserError(f"config file {path} must be a mapping of fields to values (`seed: 3`), not {kind}")
     return values or {}
 
 
 def resolve_config_path(path: Path) -> Path:
     """Return the path, or that of the shipped config if the file does not exist and the path begins with `configs`."""
+    path = path.expanduser()
     shipped = CONFIGS.parent / path
     is_shipped = path.parts[:1] == (CONFIGS.name,) and not path.exists() and shipped.exists()
     return shipped if is_shipped else path

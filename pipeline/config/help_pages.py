@@ -1,4 +1,4 @@
-"""Help pages of the jobs. --help fits on two screens: one line per field, and a separate page for fields of methods."""
+"""Help pages of the jobs. --help has the common config fields, one line each; --help-all has all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -18,6 +18,10 @@ from pipeline.config.schema import METHOD_SECTIONS, VARIANTS, choices, section_d
 Page = Literal["help", "methods", "all"]
 ConfigField = tuple[str, FieldInfo, Any]
 """Dotted name, field, default."""
+COMMON_FIELDS = (
+    *("data.root", "data.tasks", "data.shots", "clip.model", "clip.pretrained", "clip.template", "baselines"),
+    *("training.epochs", "training.learning_rate", "training.batch_size", "seed", "name", "storage"),
+)
 MIN_WIDTH, MAX_WIDTH = 80, 120
 TEXT_COLUMN = 45
 
@@ -28,6 +32,7 @@ def help_page(
     options: type[BaseModel],
     config_fields: Sequence[ConfigField],
     base_help: str,
+    base_changes: Mapping[str, Any],
     page: Page,
 ) -> str:
     """Format a page of help.
@@ -35,14 +40,15 @@ def help_page(
     Args:
         options: the job's own options.
         base_help: the values that apply where --config gives none; empty: the job has no --config, and few fields.
-        page: `help`: the job, and its config fields in short, without those of the baselines; `methods`: those;
+        base_changes: fields of which a run without images of one's own has another default.
+        page: `help`: the job, its options and the common config fields; `methods`: the fields of the baselines;
             `all`: everything, with the full help of every field, as docs/configuration.md has it.
     """
     method_fields = [field for field in config_fields if is_method_field(field[0])]
     run_fields = [field for field in config_fields if field not in method_fields]
     if page == "methods":
         head = f"Methods (docs/methods.md): {', '.join(VARIANTS)}. Their config fields, with defaults:"
-        return "\n".join([*textwrap.wrap(head, _width()), *_format_sections(method_fields, full=False), ""])
+        return "\n".join([*_wrap(head), *_format_sections(method_fields, full=False), ""])
     lines = [_usage(program, options, base_help), "", *description.strip().splitlines(), ""]
     for name, field in option_fields(options).items():
         lines += _format_entry(_option_name(options, name), field, field.get_default(), full=True)
@@ -52,19 +58,29 @@ def help_page(
         return "\n".join([*lines, ""])
     if options.model_fields:
         lines.append("")
+    listed = run_fields if page == "all" else [field for field in run_fields if field[0] in COMMON_FIELDS]
     lines.append(
-        "Config fields with defaults, written as in YAML; a list also as a b c. Options override files, later files "
+        f"{'All' if page == 'all' else 'Common'} config fields, with defaults. Options override files, later files "
         "earlier ones:"
     )
     lines += _wrap_entry("--config FILE ...", f"YAML files of fields (default: {base_help})")
-    lines += _format_sections(run_fields, full=page == "all")
     if page == "all":
-        return "\n".join([*lines, *_format_sections(method_fields, full=True), ""])
-    num_methods = len(set(map(_section, method_fields)))
+        lines += _format_sections([*run_fields, *method_fields], full=True)
+    else:
+        listed.sort(key=lambda field: COMMON_FIELDS.index(field[0]))
+        for name, field, default in listed:
+            lines += _format_entry(f"--{name}", field, default, full=False)
+    names = {name for name, *_ in listed}
+    if changes := [f"{name} {_format_value(value)}" for name, value in base_changes.items() if name in names]:
+        lines += ["", *_wrap(f"The demo, which runs without --data.root and --config, has {', '.join(changes)}.")]
+    if page == "all":
+        return "\n".join([*lines, ""])
     footer = (
-        f"--help-methods shows the fields of {num_methods} baseline methods, --help-all the full help of every field."
+        f"--help-all shows all {len(config_fields)} config fields in full, --help-methods those of the baseline "
+        "methods. A list is `a b` or `a,b`, and `null` no value. `--shots` is enough for `--data.shots`, `--lr` for "
+        "`--training.learning_rate`."
     )
-    return "\n".join([*lines, "", *textwrap.wrap(footer, _width()), ""])
+    return "\n".join([*lines, "", *_wrap(footer), ""])
 
 
 def option_fields(options: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -135,6 +151,10 @@ def _shorten_entry(option: str, text: str) -> str:
     ends = [match.start() for match in re.finditer(r"[;,]\s|\s\(", sentence[: width - 3]) if match.start() > width / 3]
     ends = [end for end in ends if not re.search(r"[(\[{][^)\]}]*$", sentence[:end])]
     return prefix + (f"{sentence[: ends[-1]]} ..." if ends else textwrap.shorten(sentence, width, placeholder=" ..."))
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, _width(), break_on_hyphens=False)
 
 
 def _wrap_entry(option: str, text: str) -> list[str]:

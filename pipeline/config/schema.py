@@ -6,17 +6,22 @@ values are rejected by name, with the valid ones, before a run starts.
 
 from __future__ import annotations
 
+import os
+import re
 import typing
+import unicodedata
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from pipeline.config.fields import Section, affects
+from pipeline.config.fields import Section, affects, check_texts
+from pipeline.config.messages import validation_messages
 from pipeline.config.sections import (
+    BUILTIN_DIGITS,
     ClipConfig,
     ClusterConfig,
     DataConfig,
@@ -27,6 +32,7 @@ from pipeline.config.sections import (
     TrainingConfig,
 )
 from pipeline.config.suggestions import did_you_mean
+from pipeline.config.values import resolve_nulls
 from pipeline.errors import UserError
 
 # Imported by name, as plug-ins: the methods depend on this package, and provide their sections and names.
@@ -41,9 +47,35 @@ def _check_baseline(name: str) -> str:
     return name
 
 
+MAX_NAME = 80
+
+
+def _check_name(name: str) -> str:
+    check_texts(name)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > MAX_NAME:
+        raise ValueError(
+            f"must be at most {MAX_NAME} letters, digits, `.`, `_` and `-`, the first a letter or digit"
+            + (f": {suggestion}" if (suggestion := _to_name(name)) else "")
+        )
+    return name
+
+
+def _last_folder(root: str) -> str:
+    """Return the name of a folder, or of a table without its suffix."""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(root)))
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in (".csv", ".tsv", ".parquet") else name
+
+
+def _to_name(text: str) -> str:
+    """Return the closest valid name, empty if no character of the text is valid."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_text).strip("._-")[:MAX_NAME]
+
+
 class Config(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80), affects()] = "mmap"
-    """Name of the run in reports and MLflow."""
+    name: Annotated[str, AfterValidator(_check_name), affects()] = "mmap"
+    """Name of the run in reports and MLflow. Unless given, that of the last folder of data.root."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), affects("splits", "training_features", "training")] = 1
     """Random seed of few-shot sampling, prompt initialization, batch order and augmentation."""
     storage: Annotated[str, affects()] = "mmap-runs"
@@ -72,6 +104,16 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     """MLflow tracking and model registry."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_of_data(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "name" not in values:
+            data = values.get("data")
+            root = data.get("root") if isinstance(data, dict) else getattr(data, "root", None)
+            if isinstance(root, str) and root != BUILTIN_DIGITS and (name := _to_name(_last_folder(root))):
+                return {**values, "name": name}
+        return values
+
     def section(self, options: type[_S]) -> _S:
         """Return the section of this type: `config.section(Coop.Options)`."""
         return next(value for _, value in self if type(value) is options)
@@ -98,23 +140,9 @@ def parse_config(values: dict[str, Any]) -> Config:
 def validate(model: type[Model], values: dict[str, Any]) -> Model:
     """Validate values; one UserError reports all invalid fields, with their values."""
     try:
-        return model.model_validate(values)
+        return model.model_validate(resolve_nulls(model, values))
     except ValidationError as error:
-        raise UserError("\n".join(_format_error(details) for details in error.errors())) from None
-
-
-def _format_error(details: Any) -> str:
-    path = [str(part) for part in details["loc"]]
-    name = ".".join(path)
-    if details["type"] == "extra_forbidden":
-        valid = section_at(path[:-1]).model_fields
-        hint = did_you_mean(name, (".".join([*path[:-1], field]) for field in valid))
-        return f"unknown config field {name}{hint} Valid here: {', '.join(valid)}"
-    message: str = details["msg"].removeprefix("Value error, ")
-    if name and not message.startswith(path[0] + "."):
-        value = repr(details["input"])
-        return f"{name}={value if len(value) <= 200 else value[:200] + '...'}: {message}"
-    return message
+        raise UserError("\n".join(validation_messages(model, error))) from None
 
 
 def section_at(path: Sequence[str]) -> type[Section]:

@@ -21,6 +21,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import (
     BUILTIN_DIGITS,
     RESULT_EFFECTS,
+    ClipConfig,
     Config,
     MmapConfig,
     content_hash,
@@ -144,7 +145,8 @@ def make_plan(
         if config.clip.model == BUILTIN_DIGITS != config.data.root:
             notes.append(
                 "clip.model=builtin:digits, the tiny CLIP of the demo, only knows handwritten digits: for other images "
-                "use --clip.model ViT-B-16 --clip.pretrained openai, or a --config FILE with these"
+                f"leave out clip.model, clip.pretrained and configs/demo.yaml, to get {ClipConfig().model} with the "
+                f"weights {ClipConfig().pretrained!r}, or name another CLIP (mmap-clip list-models)"
             )
         _print_notes(console, *dataset_index.notes, *unexpected_counts(config.data, dataset_index), *notes)
         if "open_clip" not in sys.modules:

@@ -30,6 +30,8 @@ from pipeline.config import (
     parse_config,
     values_affecting,
 )
+from pipeline.config.messages import show_value, validation_messages, value_message
+from pipeline.config.values import resolve_nulls
 from pipeline.errors import UserError
 from pipeline.methods.registry import METHODS, VARIANTS
 
@@ -125,11 +127,14 @@ def read_search(path: Path, base: Config) -> Search:
     """
     values = load_yaml(path)
     ranges = values.pop("fields", None)
-    space, errors = {}, []
+    space, errors = {}, list[str]()
+    misplaced = [name for name in values if name in _FIELDS and name not in SearchOptions.model_fields]
+    errors += [f"unknown option {name}; config fields belong under `fields`." for name in misplaced]
+    values = {name: value for name, value in values.items() if name not in misplaced}
     try:
-        options = SearchOptions.model_validate(values)
+        options = SearchOptions.model_validate(resolve_nulls(SearchOptions, values))
     except ValidationError as error:
-        errors = [_format_error(details) for details in error.errors()]
+        errors += validation_messages(SearchOptions, error, "option", ("fields",))
     if not isinstance(ranges, dict) or not ranges:
         ranges = {}
         errors.append(f"fields is required: give config fields and their values, such as {_EXAMPLE}")
@@ -184,8 +189,9 @@ def _parse_range(name: str, specification: Any, searcher: Any) -> Range:
         raise UserError(f"fields: {name}: {reason}: use choice instead of {kind}")
     if not isinstance(values, list) or not values:
         raise UserError(f"fields: {name}: {kind} takes a list of values")
-    for value in values:
-        _check_value(name, value)
+    values = [_parse_field_value(name, value) for value in values]
+    if kind == "integer":
+        values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
     if kind == "choice":
         if repeated := [value for index, value in enumerate(values) if value in values[:index]]:
             raise UserError(f"fields: {name}: {repeated[0]!r} is given twice")
@@ -195,7 +201,7 @@ def _parse_range(name: str, specification: Any, searcher: Any) -> Range:
         raise UserError(f"fields: {name}: {kind} takes two numbers, the smaller first; got {values}")
     if kind != "integer":
         interior = sum(numbers) / 2 + 0.001 * (numbers[1] - numbers[0])
-        _check_value(name, interior, f"{kind} samples fractions; use integer: ")
+        _parse_field_value(name, interior, f"{kind} samples fractions; use integer: ")
     elif not all(isinstance(value, int) for value in values):
         raise UserError(f"fields: {name}: integer takes two integers; got {values}")
     if kind == "loguniform" and values[0] <= 0:
@@ -215,18 +221,19 @@ def _check_name(name: str) -> None:
         raise UserError(f"fields: {name} is not a config field{hint} Fields are dotted, as on the command line")
 
 
-def _check_value(name: str, value: Any, prefix: str = "") -> None:
-    """Check a value alone; combinations are checked when trials are planned."""
+def _parse_field_value(name: str, value: Any, prefix: str = "") -> Any:
+    """Return a field's value as in JSON, checked alone; combinations are checked when trials are planned."""
     if name == METHOD:
         _check_method(value)
-        return
+        return str(value)
     field = _FIELDS[name]
     kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    adapter = TypeAdapter(kind)
     try:
-        TypeAdapter(kind).validate_python(value)
+        return adapter.dump_python(adapter.validate_python(resolve_nulls(field.annotation, value)), mode="json")
     except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"fields: {prefix}{name}={value!r}: {message}") from None
+        message = value_message(error.errors()[0])
+        raise UserError(f"fields: {prefix}{name}={show_value(value)}: {message}") from None
 
 
 def _check_method(name: Any) -> None:
@@ -269,13 +276,3 @@ def _affects(name: str, method: str, base: Config) -> bool:
         return False
     overrides = getattr(getattr(base, method_section or "", None), "training", None)
     return getattr(overrides, field_name, None) is None
-
-
-def _format_error(details: Any) -> str:
-    name = ".".join(str(part) for part in details["loc"])
-    if details["type"] == "extra_forbidden":
-        valid = [*SearchOptions.model_fields, "fields"]
-        hint = "; config fields belong under `fields`." if name in _FIELDS else did_you_mean(name, valid)
-        return f"unknown option {name}{hint} Valid here: {', '.join(valid)}"
-    message = details["msg"].removeprefix("Value error, ")
-    return f"{name}={details['input']!r}: {message}" if name else message
