@@ -63,7 +63,7 @@ def fit(
     Raises:
         UserError: an unknown argument, an invalid value, or anything else that the user can fix, with the remedy.
     """
-    from pipeline.workflows.fit import fit, make_config  # torch and Ray take seconds to import
+    from pipeline.workflows.fit import fit, make_config  # pydantic takes a moment to import
 
     arguments = {
         "root": root,

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from pipeline import interrupts
 from pipeline.config import Config, JobArguments, JobOptions, did_you_mean, fields
 from pipeline.errors import UserError
 from pipeline.stages.flow import check_stage, run_stages
-from pipeline.stages.run import open_run
-from pipeline.workflows.runs import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.data.findings import Finding
+    from pipeline.runtime.session import Session
+    from pipeline.stages.plan import Plan
+    from pipeline.workflows.runs import Run
+
+# Of libraries whose progress bars are not used here; in a notebook without ipywidgets, their imports say so.
+logging.getLogger("ray.widgets").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 SHORT_NAMES = {
     "root": "data.root",
@@ -37,25 +47,46 @@ ConfigSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mappi
 """YAML files, as of --config, or values, as of options."""
 
 
+class InterruptedCall(KeyboardInterrupt):
+    """Ctrl-C, or the stop button of a notebook, which shows only the message."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
 def fit(config: Config, until: str, verbose: bool) -> Run:
     """Run the stages up to `until`, using cached artifacts. Arguments and errors are those of `pipeline.fit`."""
     check_stage("until", until)
-    console = _console(verbose)
-    try:
-        with open_run(config, console) as (plan, session):
-            run_stages(plan, session, until)
-    except KeyboardInterrupt:
-        console.print("interrupted: the same call resumes", style="yellow")
-        raise
+    with _opened_run(config, _console(verbose)) as (plan, session):
+        run_stages(plan, session, until)
+
+    from pipeline.workflows.runs import Run
+
     return Run(plan.storage, plan.folder)
 
 
 def check(config: Config, verbose: bool) -> list[Finding]:
     """Check the images. Arguments and errors are those of `pipeline.check`."""
-    from pipeline.stages.data_check import check_data
+    with _opened_run(config, _console(verbose)) as (plan, session):
+        from pipeline.stages.data_check import check_data
 
-    with open_run(config, _console(verbose)) as (plan, session):
         return check_data(plan, session, verbose)
+
+
+@contextmanager
+def _opened_run(config: Config, console: Console) -> Iterator[tuple[Plan, Session]]:
+    if "ray" not in sys.modules:
+        console.print("importing PyTorch and Ray ...", highlight=False)
+
+    from pipeline.stages.run import open_run
+
+    interrupts.forget_signals()
+    try:
+        with open_run(config, console) as opened:
+            yield opened
+    except KeyboardInterrupt:
+        point = interrupts.resume_point()
+        raise InterruptedCall("interrupted: the same call resumes" + (f" at {point}" if point else "")) from None
 
 
 def make_config(config: ConfigSource | None, arguments: Mapping[str, Any], function: str) -> Config:
@@ -127,12 +158,12 @@ def _to_plain(value: Any) -> Any:
 
 
 def _console(verbose: bool) -> Console:
-    """Return a console for a terminal, a log or a notebook, where lines go to one output without a progress bar."""
+    """Return a console for a terminal, a log or a notebook; a notebook gets colors, but no bars that are redrawn."""
     from rich.console import Console
 
-    console = Console(soft_wrap=True, quiet=not verbose)
-    if console.is_jupyter:
+    options: dict[str, Any] = {"soft_wrap": True, "quiet": not verbose}
+    if (console := Console(**options)).is_jupyter:
         return Console(
-            soft_wrap=True, quiet=not verbose, force_jupyter=False, color_system="standard", width=NOTEBOOK_WIDTH
+            **options, force_jupyter=False, force_terminal=False, color_system="standard", width=NOTEBOOK_WIDTH
         )
     return console

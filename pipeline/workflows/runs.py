@@ -122,12 +122,12 @@ class Run:
         Raises:
             UserError: the run has no adapter of this method.
         """
-        from pipeline import load
+        from pipeline.prediction.load import load_model
 
         adapters = self.adapters
         if method not in adapters:
             raise UserError(f"{self.uri} has no adapter of {method!r}; it has: {', '.join(adapters)}")
-        return load(adapters[method], **options)
+        return load_model(adapters[method], **options)
 
     @cached_property
     def model(self) -> TrainedModel:
