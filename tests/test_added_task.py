@@ -192,24 +192,27 @@ def run_summary(accuracy: dict[str, float], parameters: int) -> dict:
         "shots": 8,
         "seed": 1,
         "clip": "small",
+        "num_test_images": dict.fromkeys(accuracy, 100),
     }
 
 
 def test_the_report_compares_with_retraining_all_tasks():
     finished = run_summary({"b": 0.5, "c": 0.7}, 100)
     rerun = run_summary({"a": 0.6, "b": 0.4, "c": 0.8}, 400)
-    added = AddedTask(finished, "a", [["a", "c"], ["b"]], 0.2, 0.45, 30, {"splits": 3.0}, rerun)
+    added = AddedTask(finished, "a", [["a", "c"], ["b"]], 0.2, 0.45, 30, 25, {"splits": 3.0}, rerun)
     text = added_task_to_markdown(added)
-    assert "| task | zero-shot | finished run | a added | all retrained |" in text
-    assert "| a | 20.0 |  | 45.0 | 60.0 |" in text and "| b | 50.0 | 50.0 | 50.0 | 40.0 |" in text
-    assert "| average of existing tasks | 60.0 | 60.0 | 60.0 | 60.0 |" in text
-    assert "| average | 46.7 |  | 55.0 | 60.0 |" in text
-    assert "| trained parameters | 0 | 100 | 30 | 400 |" in text and "| seconds |  | 12 | 3 | 12 |" in text
+    assert "| task | zero-shot | finished run | a added | all retrained | test images |" in text
+    assert "| a | 20.0 ± 8.0 |  | 45.0 ± 9.9 | 60.0 ± 9.8 | 25 |" in text
+    assert "| b | 50.0 ± 5.0 | 50.0 ± 5.0 | 50.0 ± 5.0 | 40.0 ± 4.9 | 100 |" in text
+    assert "| average of existing tasks | 60.0 ± 3.4 | 60.0 ± 3.4 | 60.0 ± 3.4 | 60.0 ± 3.2 | 200 |" in text
+    assert "| average | 46.7 ± 3.5 |  | 55.0 ± 4.0 | 60.0 ± 3.9 | 225 |" in text
+    assert "| trained parameters | 0 | 100 | 30 | 400 |  |" in text and "| seconds |  | 12 | 3 | 12 |  |" in text
     assert "a joined c. Groups: a + c | b;" in text
     summary = added.summary()
     assert summary.tasks == ["a", "b", "c"] and summary.methods["grouped"]["trained_parameters"] == 130
     assert summary.methods["grouped"]["average"] == pytest.approx((0.45 + 0.5 + 0.7) / 3)
-    new_group = AddedTask(finished, "a", [["a"], ["b"], ["c"]], 0.2, 0.45, 60, {"splits": 3.0}, None)
+    assert summary.num_test_images == {"a": 25, "b": 100, "c": 100}
+    new_group = AddedTask(finished, "a", [["a"], ["b"], ["c"]], 0.2, 0.45, 60, 25, {"splits": 3.0}, None)
     assert "a forms a new group." in added_task_to_markdown(new_group)
     assert "retrained" not in added_task_to_markdown(new_group)
 
@@ -331,7 +334,7 @@ def test_a_task_is_added_to_a_run_in_a_bucket_from_another_machine(run_job, tmp_
         pipeline_job = run_job("full_pipeline", *options, "--data.tasks", "[chalk, ink, noise]")
         assert pipeline_job.status == 0, pipeline_job.output
         report = next(line for line in pipeline_job.output.splitlines() if line.startswith("report: "))
-        finished = report.removeprefix("report: ").replace("/report?", "?")
+        finished = report.removeprefix("report: ").replace("/report/report.html?", "?")
         assert finished.startswith(f"{bucket}/folder/runs/demo-")
         options = ("--run", finished, "--task", "neon", "--cache", tmp_path / "second_cache", *tracking)
         addition = run_job("add_task", *options)

@@ -64,7 +64,7 @@ def test_the_job_is_killed_in_each_stage(undisturbed, run_job, tmp_path):
         "report:global prompt:8",
         "pipeline.stages.grouping_solution:best_partition",
         "report:all in one:8",
-        "pipeline.stages.report:to_markdown",
+        "pipeline.stages.report:to_mlflow_description",
     ):
         job = Job(storage, *FEW_TASKS, prefix=("tests/kill_driver.py", point))
         finished = job.finish()

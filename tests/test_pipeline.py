@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -44,8 +45,7 @@ def test_report(quick_run):
     one_mmap = 4 * (4 * 64 + 1 + 2)
     assert methods["all_in_one"]["trained_parameters"] == 7 * one_mmap
     assert methods["grouped"]["trained_parameters"] == (6 + len(result["groups"])) * one_mmap
-    report = (the_run(storage) / "report" / "report.md").read_text()
-    assert "| average |" in report and "trained parameters" in report
+    assert result["num_test_images"] == dict.fromkeys(TASKS, 140)
     assert "trained parameters" in output and "cached (computed in" not in output
     for picture in (
         "accuracy.png",
@@ -53,8 +53,39 @@ def test_report(quick_run):
         "affinity_graph.png",
         "co_assignment_map.png",
         "grouping.html",
+        "report.html",
     ):
         assert (the_run(storage) / "report" / picture).stat().st_size > 5000
+
+
+def test_predictions_of_all_test_images_are_stored(quick_run):
+    """The tables of accuracies, classes and confusions follow from them."""
+    folder = the_run(quick_run[0]) / "report"
+    predictions = pq.read_table(folder / "predictions.parquet").to_pandas()
+    assert list(predictions) == ["path", "task", "method", "true_label", "label", "probability"]
+    assert len(predictions) == 3 * 840
+    correct = predictions.label == predictions.true_label
+    accuracy = correct.groupby([predictions.method, predictions.task]).mean()
+    for method, values in summary(quick_run[0])["methods"].items():
+        assert accuracy[method].to_dict() == pytest.approx(values["accuracy"])
+    classes = pq.read_table(folder / "class_accuracy.parquet").to_pandas()
+    assert classes.images.sum() == 3 * 840 and classes.correct.sum() == correct.sum()
+    confusions = pq.read_table(folder / "confusions.parquet").to_pandas()
+    assert confusions.images.sum() == 3 * 840
+    assert confusions.images[confusions.label == confusions.true_label].sum() == correct.sum()
+
+
+def test_the_page_shows_each_task_and_the_output_ends_with_next_steps(quick_run):
+    storage, output = quick_run
+    page = (the_run(storage) / "report" / "report.html").read_text()
+    for task in TASKS:
+        assert f">{task}</h2>" in page
+    assert page.count("data:image/jpeg") > 50 and "<script" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#|grouping.html|../data_check/check.html|http://127.0.0.1:)', page)
+    command = next(shlex.split(line) for line in output.splitlines() if " predict " in line)
+    assert command[1:3] == ["predict", str(the_run(storage))] and Path(command[3]).is_dir()
+    assert f"sqlite:///{storage}/mlflow.db" in output
+    assert "/#/experiments/1/runs?searchFilter=tags.level%20%3D%20%27method%27" in output
 
 
 def test_mlflow_holds_the_run(quick_run):
@@ -97,7 +128,12 @@ def test_mlflow_holds_the_run(quick_run):
     artifacts = {
         file.path for folder in ("report", "adapters") for file in client.list_artifacts(parent.info.run_id, folder)
     }
-    assert {"report/report.md", "report/affinity_graph.png", "adapters/grouped.safetensors"} <= artifacts
+    assert {
+        "report/report.html",
+        "report/predictions.parquet",
+        "report/affinity_graph.png",
+        "adapters/grouped.safetensors",
+    } <= artifacts
     assert every_step_once(storage)
 
 

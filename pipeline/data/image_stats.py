@@ -55,10 +55,10 @@ def image_stats(data: bytes, pixels: Image.Image | None = None) -> ImageStats:
     return ImageStats(pixels.width, pixels.height, mode, image_format, frames, orientation, contrast, phash)
 
 
-def thumbnail(pixels: Image.Image) -> bytes:
-    """Encode an RGB image as a JPEG with sides of at most THUMBNAIL pixels."""
+def thumbnail(pixels: Image.Image, size: int = THUMBNAIL) -> bytes:
+    """Encode an RGB image as a JPEG with sides of at most `size` pixels."""
     small = pixels.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    small.thumbnail((size, size), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=75)
     return stream.getvalue()

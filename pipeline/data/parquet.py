@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -237,6 +237,44 @@ class SplitReader:
         Raises:
             UserError: a file is missing, corrupted, or belongs to other splits.
         """
+        names = [name for name in COLUMNS.names if name != "image" or "image" in columns]
+        for path, metadata in self._files(split, task):
+            try:
+                digests = json.loads(metadata.metadata[b"row_groups"])
+                with pq.ParquetFile(path) as file:
+                    for group in range(file.num_row_groups):
+                        rows = file.read_row_group(group, columns=names).to_pylist()
+                        self._check_rows(rows, split, task, digests[group])
+                        yield from ({name: row[name] for name in columns} for row in rows)
+            except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{path} is corrupted: {str(error).strip()}; remove {self.folder}") from None
+
+    def rows_at(
+        self, split: Split, task: str, positions: Collection[int], columns: Sequence[str]
+    ) -> dict[int, dict[str, Any]]:
+        """Return position → row for some rows of a task's split; only their row groups are read.
+
+        Raises:
+            UserError: as `rows`.
+        """
+        rows: dict[int, dict[str, Any]] = {}
+        start = 0
+        for path, metadata in self._files(split, task):
+            try:
+                with pq.ParquetFile(path) as file:
+                    for group in range(metadata.num_row_groups):
+                        end = start + metadata.row_group(group).num_rows
+                        if selected := [position for position in positions if start <= position < end]:
+                            table = file.read_row_group(group, columns=list(columns))
+                            taken = table.take([position - start for position in selected])
+                            rows |= zip(selected, taken.to_pylist())
+                        start = end
+            except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+                raise UserError(f"{path} is corrupted: {str(error).strip()}; remove {self.folder}") from None
+        return rows
+
+    def _files(self, split: Split, task: str) -> list[tuple[Path, pq.FileMetaData]]:
+        """Return the files of a task's split in order, with their metadata."""
         if task not in self.description.classes:
             raise UserError(f"{self.folder} has no task {task!r}; tasks: {', '.join(self.description.tasks)}")
         files = sorted((self.folder / split).glob(f"{_file_stem(task)}-?????.parquet"))
@@ -248,17 +286,7 @@ class SplitReader:
                 f"{self.folder / split} has {num_rows} images of task {task!r}, splits.json says {expected}: "
                 f"remove {self.folder} and build it again"
             )
-        names = [name for name in COLUMNS.names if name != "image" or "image" in columns]
-        for path, metadata in zip(files, all_metadata):
-            try:
-                digests = json.loads(metadata.metadata[b"row_groups"])
-                with pq.ParquetFile(path) as file:
-                    for group in range(file.num_row_groups):
-                        rows = file.read_row_group(group, columns=names).to_pylist()
-                        self._check_rows(rows, split, task, digests[group])
-                        yield from ({name: row[name] for name in columns} for row in rows)
-            except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-                raise UserError(f"{path} is corrupted: {str(error).strip()}; remove {self.folder}") from None
+        return list(zip(files, all_metadata))
 
     def _check_rows(self, rows: Sequence[dict[str, Any]], split: Split, task: str, digest: str) -> None:
         """Raise ValueError if rows were changed after writing, or are inconsistent."""

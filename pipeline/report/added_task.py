@@ -10,7 +10,17 @@ from rich.table import Table
 
 from pipeline.data.names import pluralize
 from pipeline.grouping.text import format_groups
-from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, Summary, markdown_table, report_footer
+from pipeline.report.scores import average_standard_error, binomial_standard_error
+from pipeline.report.summary import (
+    AVERAGE_ROW,
+    PARAMETERS_ROW,
+    TEST_IMAGES,
+    Summary,
+    markdown_table,
+    method_result,
+    percent,
+    report_footer,
+)
 
 EXISTING_AVERAGE_ROW, SECONDS_ROW = "average of existing tasks", "seconds"
 
@@ -26,6 +36,8 @@ class AddedTask:
     zero_shot: float
     accuracy: float
     trained_parameters: int
+    num_test_images: int
+    """Test images of the new task."""
     stages: dict[str, float]
     rerun: dict[str, Any] | None
 
@@ -37,16 +49,26 @@ class AddedTask:
         """Return the summary of the new run, with all tasks."""
         finished = self.finished["methods"]
         new = {"zero_shot": (self.zero_shot, 0), "grouped": (self.accuracy, self.trained_parameters)}
-        methods = {}
-        for name, (accuracy, parameters) in new.items():
-            by_task = {**finished[name]["accuracy"], self.task: accuracy}
-            methods[name] = {
-                "accuracy": {task: by_task[task] for task in self.tasks},
-                "average": sum(by_task.values()) / len(by_task),
-                "trained_parameters": finished[name]["trained_parameters"] + parameters,
-            }
+        num_test_images = {**self.finished["num_test_images"], self.task: self.num_test_images}
+        counts = {task: num_test_images[task] for task in self.tasks}
+        methods = {
+            name: method_result(
+                {**finished[name]["accuracy"], self.task: accuracy},
+                counts,
+                finished[name]["trained_parameters"] + parameters,
+            )
+            for name, (accuracy, parameters) in new.items()
+        }
         shared = {name: self.finished[name] for name in ("name", "shots", "seed", "clip")}
-        return Summary(**shared, tasks=self.tasks, groups=self.groups, stages=self.stages, methods=methods, warnings=[])
+        return Summary(
+            **shared,
+            tasks=self.tasks,
+            groups=self.groups,
+            stages=self.stages,
+            methods=methods,
+            warnings=[],
+            num_test_images=counts,
+        )
 
     def placement(self) -> str:
         """Describe the group of the new task."""
@@ -74,8 +96,8 @@ def added_task_to_markdown(added: AddedTask) -> str:
     lines = [
         f"# {finished['name']}, with {added.task} added",
         "",
-        f"Test accuracy (%); {pluralize(finished['shots'], 'shot')} per class and task; seed {finished['seed']}; "
-        f"CLIP {finished['clip']}.",
+        f"Test accuracy (%) ± standard error; {pluralize(finished['shots'], 'shot')} per class and task; "
+        f"seed {finished['seed']}; CLIP {finished['clip']}.",
         "",
         *markdown_table(header, rows),
         "",
@@ -109,13 +131,19 @@ def _cells(added: AddedTask) -> list[list[str]]:
     if added.rerun:
         columns.append(("all retrained", added.rerun["methods"]["grouped"]["accuracy"], *_cost(added.rerun)))
     titles, accuracies, parameters, seconds = zip(*columns)
+    counts = summary.num_test_images
+
+    def row(name: str, tasks: list[str]) -> list[str]:
+        cells = (_percent(accuracy, tasks, counts) for accuracy in accuracies)
+        return [name, *cells, f"{sum(counts[task] for task in tasks):,}"]
+
     return [
-        ["task", *titles],
-        *([task, *(_percent(accuracy, [task]) for accuracy in accuracies)] for task in added.tasks),
-        [EXISTING_AVERAGE_ROW, *(_percent(accuracy, finished["tasks"]) for accuracy in accuracies)],
-        [AVERAGE_ROW, *(_percent(accuracy, added.tasks) for accuracy in accuracies)],
-        [PARAMETERS_ROW, *(f"{count:,}" for count in parameters)],
-        [SECONDS_ROW, *("" if value is None else f"{value:.0f}" for value in seconds)],
+        ["task", *titles, TEST_IMAGES],
+        *(row(task, [task]) for task in added.tasks),
+        row(EXISTING_AVERAGE_ROW, finished["tasks"]),
+        row(AVERAGE_ROW, added.tasks),
+        [PARAMETERS_ROW, *(f"{count:,}" for count in parameters), ""],
+        [SECONDS_ROW, *("" if value is None else f"{value:.0f}" for value in seconds), ""],
     ]
 
 
@@ -124,8 +152,9 @@ def _cost(summary: dict[str, Any]) -> tuple[int, float]:
     return summary["methods"]["grouped"]["trained_parameters"], sum(summary["stages"].values())
 
 
-def _percent(accuracy: dict[str, float], tasks: list[str]) -> str:
-    """Format the mean over tasks; empty if one of them is missing."""
+def _percent(accuracy: dict[str, float], tasks: list[str], num_test_images: dict[str, int]) -> str:
+    """Format the mean over tasks with its standard error; empty if one of them is missing."""
     if not accuracy.keys() >= set(tasks):
         return ""
-    return f"{100 * sum(accuracy[task] for task in tasks) / len(tasks):.1f}"
+    errors = [binomial_standard_error(accuracy[task], num_test_images[task]) for task in tasks]
+    return percent(sum(accuracy[task] for task in tasks) / len(tasks), average_standard_error(errors))

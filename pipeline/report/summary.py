@@ -1,9 +1,9 @@
-"""Summary of a run, with tables for the terminal and Markdown."""
+"""Summary of a run, with tables for the terminal and Markdown, and warnings about the results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.markup import escape
@@ -12,6 +12,19 @@ from rich.table import Table
 from pipeline.data.names import pluralize
 from pipeline.grouping.text import format_groups
 from pipeline.methods.registry import VARIANTS
+from pipeline.report.scores import (
+    Estimate,
+    ScoresByTask,
+    average_difference,
+    average_standard_error,
+    binomial_standard_error,
+    paired_difference,
+)
+
+ZERO_SHOT, MAIN = "zero_shot", "grouped"
+AVERAGE_ROW, PARAMETERS_ROW, TEST_IMAGES = "average", "trained parameters", "test images"
+MAX_STANDARD_ERROR = 0.05
+"""Test sets whose standard error can be larger are reported as small: those of fewer than 100 images."""
 
 
 def method_title(method: str) -> str:
@@ -19,12 +32,17 @@ def method_title(method: str) -> str:
     return VARIANTS[method].title
 
 
-AVERAGE_ROW, PARAMETERS_ROW = "average", "trained parameters"
-
-
 @dataclass(frozen=True)
 class Summary:
-    """summary.json. `stages`: name → seconds; `methods`: name → accuracy (task → 0-1), average, trained_parameters."""
+    """Content of summary.json.
+
+    Args:
+        stages: name → seconds.
+        methods: name → result, see `method_result`.
+        num_test_images: task → number.
+        differences: method → mean over tasks of the accuracy of MAIN minus that of the method (an Estimate), on the
+            same images.
+    """
 
     name: str
     tasks: list[str]
@@ -35,51 +53,140 @@ class Summary:
     seed: int
     clip: str
     warnings: list[str]
+    num_test_images: dict[str, int]
+    differences: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def method_result(tasks: Sequence[str], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a method's entry from its groups' results: accuracies in the order of `tasks`, and their plain mean."""
-    accuracy = {task: value for result in results for task, value in result["accuracy"].items()}
+def method_result(
+    accuracy: Mapping[str, float], num_test_images: Mapping[str, int], trained_parameters: int
+) -> dict[str, Any]:
+    """Return a method's entry: accuracies (task → 0-1), their plain mean, standard errors of both, trained parameters.
+
+    Args:
+        num_test_images: task → number, in the order of the result.
+    """
+    errors = {task: binomial_standard_error(accuracy[task], number) for task, number in num_test_images.items()}
     return {
-        "accuracy": {task: accuracy[task] for task in tasks},
+        "accuracy": {task: accuracy[task] for task in num_test_images},
+        "standard_error": errors,
         "average": sum(accuracy.values()) / len(accuracy),
-        "trained_parameters": sum(result["trained_parameters"] for result in results),
+        "average_standard_error": average_standard_error(list(errors.values())),
+        "trained_parameters": trained_parameters,
     }
+
+
+def merge_results(results: Sequence[Mapping[str, Any]], num_test_images: Mapping[str, int]) -> dict[str, Any]:
+    """Return a method's entry from the result.json of each of its groups."""
+    accuracy = {task: value for result in results for task, value in result["accuracy"].items()}
+    return method_result(accuracy, num_test_images, sum(result["trained_parameters"] for result in results))
+
+
+def differences_from_main(scores: Mapping[str, ScoresByTask]) -> dict[str, dict[str, float]]:
+    """Return `Summary.differences` for methods → scores; empty without MAIN."""
+    if MAIN not in scores:
+        return {}
+    return {
+        name: average_difference(scores[MAIN], baseline)._asdict() for name, baseline in scores.items() if name != MAIN
+    }
+
+
+def conclusion(summary: Summary) -> str:
+    """Return a sentence that compares MAIN with zero-shot CLIP and with the best other method; empty without MAIN."""
+    trained = [name for name in summary.differences if name != ZERO_SHOT]
+    compared = [name for name in (ZERO_SHOT,) if name in summary.differences]
+    compared += [max(trained, key=lambda name: float(summary.methods[name]["average"]))] if trained else []
+    if not compared:
+        return ""
+    parts = []
+    for name in compared:
+        estimate = Estimate(**summary.differences[name])
+        side = "above" if estimate.value >= 0 else "below"
+        verdict = "" if estimate.is_significant else ", which is not significant"
+        points = f"{abs(100 * estimate.value):.1f} ± {100 * estimate.standard_error:.1f} points"
+        parts.append(f"{points} {side} {method_title(name)}{verdict}")
+    tasks = pluralize(len(summary.tasks), "task")
+    return f"{method_title(MAIN)}, averaged over {tasks}: {'; '.join(parts)}."
+
+
+def result_warnings(scores: Mapping[str, ScoresByTask]) -> list[str]:
+    """Return a line per method that is at chance, predicts one class only, or is below zero-shot CLIP on some tasks,
+    and one about small test sets."""
+    warnings = []
+    for method, by_task in scores.items():
+        chance_tasks = [task for task, task_scores in by_task.items() if task_scores.is_at_chance]
+        if chance_tasks:
+            warnings.append(
+                f"{method_title(method)} is not better than chance on {_accuracies(by_task, chance_tasks)}: check the "
+                "labels, the CLIP weights and the learning rate"
+            )
+        constant = {task: label for task, s in by_task.items() if (label := s.only_predicted_class) is not None}
+        if constant:
+            classes = ", ".join(f"{label!r} ({task})" for task, label in constant.items())
+            warnings.append(f"{method_title(method)} predicts the same class for every image: {classes}")
+        if method != ZERO_SHOT and ZERO_SHOT in scores:
+            differences = {task: paired_difference(by_task[task], scores[ZERO_SHOT][task]) for task in by_task}
+            below = [
+                f"{task} ({100 * difference.value:.1f} ± {100 * difference.standard_error:.1f} points)"
+                for task, difference in differences.items()
+                if difference.value < 0
+            ]
+            if below:
+                warnings.append(f"{method_title(method)} is below zero-shot CLIP on {', '.join(below)}")
+    counts = {task: task_scores.num_images for by_task in scores.values() for task, task_scores in by_task.items()}
+    small = [
+        f"{task} {number}"
+        for task, number in counts.items()
+        if binomial_standard_error(0.5, number) > MAX_STANDARD_ERROR
+    ]
+    if small:
+        error = binomial_standard_error(0.5, min(counts.values()))
+        warnings.append(f"few test images: {', '.join(small)} (standard error up to {100 * error:.0f} points)")
+    return warnings
+
+
+def _accuracies(by_task: ScoresByTask, tasks: Sequence[str]) -> str:
+    return ", ".join(
+        f"{task} ({100 * by_task[task].accuracy:.1f} %, {len(by_task[task].class_names)} classes)" for task in tasks
+    )
 
 
 def accuracy_table(summary: Summary) -> Table:
     """Return the table for the terminal, with the best method of each task in bold."""
-    header, *rows = _cells(summary)
-    highlighted = [header]
-    for name, *cells in rows:
-        best = max(cells, key=float) if name != PARAMETERS_ROW else None
-        highlighted.append([escape(name), *(f"[bold]{cell}[/]" if cell == best else cell for cell in cells)])
-    header, *rows = _transpose_if_wide(summary, highlighted)
+    header, *rows = accuracy_cells(summary)
+    marked = [
+        [escape(name), *(f"[bold]{cell}[/]" if column in best else cell for column, cell in enumerate(cells, 1))]
+        for (name, *cells), best in zip(rows, best_columns(rows))
+    ]
+    first_columns, *lines = transpose_if_wide(summary, [header, *marked])
+    num_results = min(len(summary.tasks), len(lines)) if len(summary.methods) <= len(summary.tasks) else len(lines) - 1
     table = Table(title=f"{summary.name}: {summary.shots}-shot test accuracy (%)")
-    for position, name in enumerate(header):
+    for position, name in enumerate(first_columns):
         table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0, overflow="fold")
-    for row in rows:
-        if row[0] in (AVERAGE_ROW, PARAMETERS_ROW):
+    for position, line in enumerate(lines):
+        if position >= num_results:  # average and parameters, or the numbers of test images
             table.add_section()
-        table.add_row(*row)
+        table.add_row(*line)
     return table
 
 
-def to_markdown(summary: Summary) -> str:
-    header, *rows = _transpose_if_wide(summary, _cells(summary))
+def to_mlflow_description(summary: Summary) -> str:
+    """Return the results as Markdown, for the description of the run in MLflow, which shows no figures."""
+    header, *rows = transpose_if_wide(summary, accuracy_cells(summary))
     lines = [
         f"# {summary.name}",
         "",
-        f"Test accuracy (%); {pluralize(summary.shots, 'shot')} per class and task; seed {summary.seed}; "
-        f"CLIP {summary.clip}.",
+        f"Test accuracy (%) ± standard error; {pluralize(summary.shots, 'shot')} per class and task; "
+        f"seed {summary.seed}; CLIP {summary.clip}.",
         "",
         *markdown_table(header, rows),
         "",
-        f"Groups: {format_groups(summary.groups)}; [stability of the groups](grouping.html).",
-        *(["", *(f"Note: {warning}" for warning in summary.warnings)] if summary.warnings else []),
+        *([conclusion(summary), ""] if summary.differences else []),
+        f"Groups: {format_groups(summary.groups)}.",
+        *(line for warning in summary.warnings for line in ("", f"Note: {warning}")),
         "",
-        "![accuracy](accuracy.png)",
-        *report_footer(summary.stages),
+        *markdown_table(("stage", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in summary.stages.items()]),
+        "",
+        "The whole report is under Artifacts: `report/report.html`.",
     ]
     return "\n".join(lines)
 
@@ -103,25 +210,43 @@ def report_footer(stages: Mapping[str, float]) -> list[str]:
     ]
 
 
-def to_mlflow_description(summary: Summary) -> str:
-    """Return the Markdown without figures, which MLflow's run description cannot show."""
-    lines = to_markdown(summary).replace("; [stability of the groups](grouping.html)", "").splitlines()
-    text_lines = [line for line in lines if not line.startswith("![")]
-    return "\n".join([*text_lines, "", "Figures and the stability of the groups: under Artifacts, in `report`."])
-
-
-def _cells(summary: Summary) -> list[list[str]]:
-    """Return header and rows: a row per task, the average and the trained parameters; a column per method."""
-    methods = summary.methods.values()
+def accuracy_cells(summary: Summary) -> list[list[str]]:
+    """Return header and rows: a row per task, the average and the trained parameters; a column per method, and the
+    number of test images."""
+    methods, counts = summary.methods.values(), summary.num_test_images
     return [
-        ["task", *(method_title(name) for name in summary.methods)],
-        *([task, *(f"{100 * method['accuracy'][task]:.1f}" for method in methods)] for task in summary.tasks),
-        [AVERAGE_ROW, *(f"{100 * method['average']:.1f}" for method in methods)],
-        [PARAMETERS_ROW, *(f"{method['trained_parameters']:,}" for method in methods)],
+        ["task", *(method_title(name) for name in summary.methods), TEST_IMAGES],
+        *(
+            [
+                task,
+                *(percent(method["accuracy"][task], method["standard_error"][task]) for method in methods),
+                f"{counts[task]:,}",
+            ]
+            for task in summary.tasks
+        ),
+        [
+            AVERAGE_ROW,
+            *(percent(method["average"], method["average_standard_error"]) for method in methods),
+            f"{sum(counts.values()):,}",
+        ],
+        [PARAMETERS_ROW, *(f"{method['trained_parameters']:,}" for method in methods), ""],
     ]
 
 
-def _transpose_if_wide(summary: Summary, cells: list[list[str]]) -> list[list[str]]:
+def best_columns(rows: Sequence[Sequence[str]]) -> list[set[int]]:
+    """Return the columns with the highest accuracy, as printed, for each row of `accuracy_cells` but the header."""
+    best = []
+    for _, *cells, _ in rows[:-1]:
+        values = [float(cell.split()[0]) for cell in cells]
+        best.append({column for column, value in enumerate(values, 1) if value == max(values)})
+    return [*best, set()]
+
+
+def percent(accuracy: float, standard_error: float) -> str:
+    return f"{100 * accuracy:.1f} ± {100 * standard_error:.1f}"
+
+
+def transpose_if_wide(summary: Summary, cells: list[list[str]]) -> list[list[str]]:
     """Return a row per method if there are more methods than tasks."""
     if len(summary.methods) <= len(summary.tasks):
         return cells

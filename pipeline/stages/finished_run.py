@@ -69,12 +69,15 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
     """
     storage, folder = resolve_run(source, cache)
     storage.download(folder)
-    for name in ("config.yaml", SUMMARY, GROUPED_ADAPTER, PROVENANCE):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"--run {source} is not a finished run ({name} is missing): give <storage>/{RUNS}/<run>, "
-                "or rerun the command that made it, if it did not finish or is of an older version"
-            )
+    missing = [name for name in ("config.yaml", SUMMARY, GROUPED_ADAPTER, PROVENANCE) if not (folder / name).is_file()]
+    summary = {} if missing else read_json(folder / SUMMARY)
+    if not missing and "num_test_images" not in summary:
+        missing = [f"num_test_images in {SUMMARY}"]
+    if missing:
+        raise UserError(
+            f"--run {source} is not a finished run ({missing[0]} is missing): give <storage>/{RUNS}/<run>, "
+            "or rerun the command that made it, if it did not finish or is of an older version"
+        )
     snapshots = tuple(
         Artifact(storage, record["stage"], record["inputs"]) for record in read_json(folder / PROVENANCE)["snapshots"]
     )
@@ -84,7 +87,7 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
                 f"--run {source} needs {storage.display_uri(artifact.folder)}, which is missing: rerun the command "
                 "that made the run"
             )
-    return FinishedRun(storage, folder, snapshots, read_json(folder / SUMMARY))
+    return FinishedRun(storage, folder, snapshots, summary)
 
 
 def resolve_run(source: str, cache: str) -> tuple[Storage, Path]:

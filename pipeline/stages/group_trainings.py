@@ -37,7 +37,7 @@ from pipeline.training.distributed import DistributedShard
 from pipeline.training.evaluate import Prediction, accuracy, write_predictions
 
 NAME = "group_trainings"
-ADAPTER = "adapter.safetensors"
+ADAPTER, PREDICTIONS = "adapter.safetensors", "predictions.parquet"
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def _train_group(
         if shard.is_main_process:
             if kind.trainable:
                 save_adapter(writer.folder / ADAPTER, trained)
-            write_predictions(writer.folder / "predictions.parquet", predictions)
+            write_predictions(writer.folder / PREDICTIONS, predictions)
             result = {
                 "accuracy": accuracy(predictions),
                 "trained_parameters": trained.num_parameters - sum(p.numel() for p in frozen),

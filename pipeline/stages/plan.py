@@ -84,6 +84,12 @@ class Plan:
         return SplitReader(self.splits.download()).description
 
     @property
+    def num_test_images(self) -> dict[str, int]:
+        """Task → number of its test images; the splits must be complete."""
+        counts = self.split_description.counts["test"]
+        return {task: counts[task] for task in self.tasks}
+
+    @property
     def folder(self) -> Path:
         """Folder of the run's reports."""
         return self.storage.folder / self.output_kind / f"{self.config.name}-{self.key}"

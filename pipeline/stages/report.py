@@ -1,35 +1,63 @@
-"""Stage 5: the report, which compares the methods in the terminal, as JSON and Markdown, and in MLflow."""
+"""Stage 5: the report, which compares the methods in the terminal, as HTML, JSON and Parquet, and in MLflow."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import create_folder, write_file, write_json
+from rich.markup import escape
+
+from pipeline.config import to_yaml
+from pipeline.data.image_stats import thumbnail
+from pipeline.data.images import decode_rgb
+from pipeline.data.names import split_synonyms
+from pipeline.data.parquet import SplitReader
+from pipeline.files import create_folder, read_json, write_file, write_json
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_config
+from pipeline.report.next_steps import NextStep, format_next_steps, next_steps
+from pipeline.report.run_page import THUMBNAIL, Mistake, RunDetails, mistakes_per_task, run_page, shown_methods
+from pipeline.report.scores import (
+    ScoresByTask,
+    read_scores,
+    write_class_accuracy,
+    write_confusions,
+    write_run_predictions,
+)
 from pipeline.report.summary import (
     Summary,
     accuracy_table,
-    method_result,
+    conclusion,
+    differences_from_main,
+    merge_results,
     method_title,
-    to_markdown,
+    result_warnings,
     to_mlflow_description,
 )
+from pipeline.runtime.environment import run_environment
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artifact
+from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri, without_password
+from pipeline.stages.data_check import FINDINGS
+from pipeline.stages.data_check import NAME as DATA_CHECK
+from pipeline.stages.data_check import PAGE as DATA_PAGE
 from pipeline.stages.finished_run import write_provenance
 from pipeline.stages.flow import stage_title
-from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts
+from pipeline.stages.group_trainings import ADAPTER, PREDICTIONS, MethodArtifacts
 from pipeline.stages.grouping import FIGURES, PAGE, STABILITY_FIGURES, read_grouping
 from pipeline.stages.plan import Plan
+from pipeline.stages.splits import unused_images
 
 NAME = "report"
+RUN_PAGE, ACCURACY_FIGURE = "report.html", "accuracy.png"
 
 
 def make_report(
@@ -44,8 +72,9 @@ def make_report(
         result = read_grouping(grouping)
         adapter_files = _merge_adapters(plan, methods)
         copy_grouping_pages(grouping, folder)
-        results = {method.name: method_result(plan.tasks, method.results()) for method in methods}
-        accuracy_figure(plan.tasks, results).savefig(folder / "accuracy.png", dpi=150)
+        results = {method.name: merge_results(method.results(), plan.num_test_images) for method in methods}
+        scores = write_scores(plan, methods, folder)
+        accuracy_figure(plan.tasks, results).savefig(folder / ACCURACY_FIGURE, dpi=150)
     summary = Summary(
         name=plan.config.name,
         tasks=plan.tasks,
@@ -55,10 +84,13 @@ def make_report(
         shots=plan.config.data.shots,
         seed=plan.config.seed,
         clip=f"{plan.config.clip.model}, weights {plan.config.clip.pretrained or 'random'}",
-        warnings=result["warnings"],
+        warnings=[*result_warnings(scores), *result["warnings"]],
+        num_test_images=plan.num_test_images,
+        differences=differences_from_main(scores),
     )
     write_json(folder / "summary.json", vars(summary))
-    write_file(folder / "report.md", to_markdown(summary))
+    steps = next_steps_after(plan, session)
+    write_run_page(plan, summary, scores, steps, folder)
 
     track_results(plan, session, results, {method.name: method.groups for method in methods})
     session.tracker.set_tags(PARENT, {"mlflow.note.content": to_mlflow_description(summary)})
@@ -68,12 +100,114 @@ def make_report(
         session.tracker.log_artifact(PARENT, file, "adapters")
     register_model(plan, session, adapter_files[-1])
     session.console.print(accuracy_table(summary))
+    print_notes(session, summary)
     display_uri = plan.storage.display_uri
-    session.console.print(
-        f"report: {display_uri(folder)}\nadapter: {display_uri(adapter_files[-1])}", markup=False, highlight=False
-    )
+    lines = [f"report: {display_uri(folder / RUN_PAGE)}", f"adapter: {display_uri(adapter_files[-1])}"]
+    lines += ["", format_next_steps(steps)]
+    session.console.print("\n".join(lines), markup=False, highlight=False)
     write_provenance(plan, [global_prompt])
     return folder
+
+
+def write_scores(plan: Plan, methods: Sequence[MethodArtifacts], folder: Path) -> dict[str, ScoresByTask]:
+    """Return method → task → scores, and write all predictions, the accuracy of each class and the confusions to a
+    report as Parquet."""
+    description = plan.split_description
+    class_names = {task: [split_synonyms(name)[0] for name in description.class_names_for(task)] for task in plan.tasks}
+    files = {method.name: [artifact.download() / PREDICTIONS for artifact in method.artifacts] for method in methods}
+    scores = {name: read_scores(method_files, class_names) for name, method_files in files.items()}
+    write_run_predictions(folder / PREDICTIONS, files, class_names)
+    write_class_accuracy(folder / "class_accuracy.parquet", scores)
+    write_confusions(folder / "confusions.parquet", scores)
+    return scores
+
+
+def write_run_page(
+    plan: Plan, summary: Summary, scores: Mapping[str, ScoresByTask], steps: Sequence[NextStep], folder: Path
+) -> None:
+    """Write the HTML page of a report, which has the figures in `folder`."""
+    reader = SplitReader(plan.splits.download())
+    counts = {split: sum(by_task.values()) for split, by_task in reader.description.counts.items()}
+    findings_file = plan.folder / DATA_CHECK / FINDINGS
+    findings = read_json(findings_file)["findings"] if findings_file.is_file() else []
+    details = RunDetails(
+        title_facts=(
+            datetime.now().strftime("%Y-%m-%d %H:%M"),
+            f"CLIP {summary.clip}",
+            f"{counts['train']:,} training and {counts['test']:,} test images of {len(plan.tasks)} tasks",
+            f"seed {summary.seed}",
+        ),
+        accuracy_figure=(folder / ACCURACY_FIGURE).read_bytes(),
+        grouping_figures={
+            name.removesuffix(".png").replace("_", " "): (folder / name).read_bytes() for name in FIGURES
+        },
+        skipped=unused_images(reader),
+        findings=[f"{finding['severity']}: {finding['title']}" for finding in findings],
+        data_page=f"../{DATA_CHECK}/{DATA_PAGE}",
+        next_steps=steps,
+        command=without_password(shlex.join(_command_line())),
+        config=without_password(to_yaml(plan.config)),
+        versions=run_environment(),
+    )
+    write_file(folder / RUN_PAGE, run_page(summary, scores, find_mistakes(reader, summary, scores), details))
+
+
+def find_mistakes(
+    reader: SplitReader, summary: Summary, scores: Mapping[str, ScoresByTask]
+) -> dict[tuple[str, str], list[Mistake]]:
+    """Return (task, method) → its most confident mistakes, with thumbnails, for the methods that the page shows."""
+    methods = shown_methods(summary)
+    limit = mistakes_per_task(len(summary.tasks), len(methods))
+    mistakes = {}
+    for task in summary.tasks:
+        positions = {method: scores[method][task].worst_mistakes(limit) for method in methods}
+        rows = reader.rows_at("test", task, sorted(set(chain(*positions.values()))), ("path", "image"))
+        thumbnails = {position: thumbnail(decode_rgb(row["image"]), THUMBNAIL) for position, row in rows.items()}
+        for method in methods:
+            task_scores = scores[method][task]
+            names = task_scores.class_names
+            mistakes[task, method] = [
+                Mistake(
+                    rows[position]["path"],
+                    names[task_scores.labels[position]],
+                    names[task_scores.predicted[position]],
+                    float(task_scores.probabilities[position]),
+                    thumbnails[position],
+                )
+                for position in positions[method]
+            ]
+    return mistakes
+
+
+def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
+    """Return what a user may do with the run."""
+    session.tracker.flush(timeout_s=5)  # the experiment's id is known when MLflow was reached
+    root, task = plan.dataset_index.root, plan.tasks[0]
+    images = root / task if (root / task).is_dir() else root / plan.dataset_index.images[0].path
+    return next_steps(
+        plan.storage.display_uri(plan.folder),
+        plan.config.name,
+        task,
+        [str(images) if images.exists() else "IMAGES"],
+        resolve_tracking_uri(plan.config.tracking.uri, plan.storage.folder),
+        session.tracker.experiment_id,
+    )
+
+
+def _command_line() -> list[str]:
+    script, *arguments = sys.argv
+    return [*(["python", script] if script.endswith(".py") else script.split()), *arguments]
+
+
+def print_notes(session: Session, summary: Summary) -> None:
+    """Print what the table does not say: how sure the numbers are, and what is wrong with them."""
+    session.console.print(
+        "± is the standard error of the test set; differences are compared image by image", style="dim", highlight=False
+    )
+    if summary.differences:
+        session.console.print(conclusion(summary), markup=False, highlight=False)
+    for warning in summary.warnings:
+        session.console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
 
 
 def copy_grouping_pages(grouping: Artifact, folder: Path) -> None:

@@ -157,7 +157,15 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
         f"{max(map(len, description.classes.values()))} classes",
         highlight=False,
     )
-    values = read_json(file)
+    if unused := unused_images(reader):
+        session.console.print(
+            f"  [yellow]{', '.join(unused)}[/]: listed in {escape(plan.storage.display_uri(file))}", highlight=False
+        )
+
+
+def unused_images(reader: SplitReader) -> list[str]:
+    """Return what is in neither split, and why, with its number."""
+    values = read_json(reader.folder / "splits.json")
     num_by_name = {
         "broken images dropped": len(values["dropped"]),
         "exact duplicates of training images dropped": len(values["duplicates_of_training_images"]),
@@ -165,7 +173,4 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
         "class folders excluded": len(values["excluded_classes"]),
     }
     num_by_name |= {name.replace("_", " "): number for name, number in values.get("use_official_splits", {}).items()}
-    if unused := [f"{number} {name}" for name, number in num_by_name.items() if number]:
-        session.console.print(
-            f"  [yellow]{', '.join(unused)}[/]: listed in {escape(plan.storage.display_uri(file))}", highlight=False
-        )
+    return [f"{number} {name}" for name, number in num_by_name.items() if number]

@@ -220,6 +220,7 @@ def _report(
         zero_shot=results["zero_shot"]["accuracy"][addition.task],
         accuracy=results["grouped"]["accuracy"][addition.task],
         trained_parameters=results["grouped"]["trained_parameters"],
+        num_test_images=plan.num_test_images[addition.task],
         stages=dict(session.stage_seconds),
         rerun=rerun_summary,
     )

@@ -26,7 +26,8 @@ from pipeline.report.benchmark_tables import (
     to_markdown,
     to_rich,
 )
-from pipeline.report.summary import method_result
+from pipeline.report.scores import binomial_standard_error
+from pipeline.report.summary import merge_results
 from pipeline.runtime.environment import run_environment
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri, without_password
@@ -125,7 +126,7 @@ def _run_methods(methods: Sequence[str], benchmark: str, plan: Plan, session: Se
     uses_grouping = any(VARIANTS[name].uses_grouping for name in methods)
     outputs = run_stages(plan, session, "grouping" if uses_grouping else "splits")
     artifacts = train_groups(plan, session, outputs.get("grouping"), methods)
-    results = {method.name: method_result(plan.tasks, method.results()) for method in artifacts}
+    results = {method.name: merge_results(method.results(), plan.num_test_images) for method in artifacts}
     track_results(plan, session, results, {method.name: method.groups for method in artifacts})
     session.console.print("done", highlight=False)
     return results
@@ -139,8 +140,16 @@ def _make_benchmark(plan: Plan, methods: Sequence[str], results: Sequence[Result
         tuple(plan.tasks),
         tuple(sorted(results, key=lambda result: order[result.method])),
         f"{clip.model}, weights {clip.pretrained or 'random'}",
-        _protocol(plan.config, methods),
+        (*_protocol(plan.config, methods), _test_images(plan)),
     )
+
+
+def _test_images(plan: Plan) -> str:
+    """Describe the number of test images and the standard error of one run."""
+    counts = plan.num_test_images
+    numbers = ", ".join(f"{task} {count:,}" for task, count in counts.items())
+    error = 100 * binomial_standard_error(0.5, min(counts.values()))
+    return f"Test images: {numbers}; a task's accuracy in one run has a standard error of up to {error:.1f} points."
 
 
 def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:

@@ -52,10 +52,12 @@ class MlflowServer:
     def __init__(self, uri: str, experiment: str, files: Path):
         self._uri, self._files = uri, files
         self.address, self.experiment = without_password(uri), experiment
+        self.experiment_id = ""
+        """Empty until the server was reached."""
 
     def connect(self) -> None:
         self._client = mlflow_client(self._uri)
-        self._experiment_id = _experiment_id(self._client, self.experiment, self._uri)
+        self.experiment_id = _experiment_id(self._client, self.experiment, self._uri)
 
     def answers(self) -> bool:
         try:
@@ -66,7 +68,7 @@ class MlflowServer:
 
     def find_run(self, run_key: str) -> str | None:
         """Return the id of the run with this key."""
-        runs = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'")
+        runs = self._client.search_runs([self.experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'")
         return runs[0].info.run_id if runs else None
 
     def start_run(self, run_key: str, name: str, parent_id: str | None, time: int) -> str:
@@ -74,7 +76,7 @@ class MlflowServer:
         tags = {RUN_KEY: run_key} | ({"mlflow.parentRunId": parent_id} if parent_id else {})
         with _refusals():
             run_id = self.find_run(run_key)
-            return run_id or self._client.create_run(self._experiment_id, time, tags, run_name=name).info.run_id
+            return run_id or self._client.create_run(self.experiment_id, time, tags, run_name=name).info.run_id
 
     def send(self, run_id: str, operations: Sequence[Operation]) -> None:
         """Send operations of one kind: at most BATCH_LIMITS, else one. Raises: Refused: One of them was rejected."""

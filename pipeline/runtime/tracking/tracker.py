@@ -33,7 +33,13 @@ class Tracker:
 
     def __init__(self, uri: str, experiment: str, folder: Path):
         self._journal = Journal(Path(folder))
-        self._delivery = Delivery(self._journal, MlflowServer(uri, experiment, self._journal.folder))
+        self._server = MlflowServer(uri, experiment, self._journal.folder)
+        self._delivery = Delivery(self._journal, self._server)
+
+    @property
+    def experiment_id(self) -> str:
+        """MLflow's id of the experiment; empty until the server was reached."""
+        return self._server.experiment_id
 
     def start_run(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, Any] = {}, params: Mapping[str, Any] = {}
