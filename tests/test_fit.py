@@ -34,6 +34,10 @@ def artifacts(storage: Path) -> set[Path]:
         ({"epochs": 3, "seed": 2}, "--training.epochs 3 --seed 2"),
         ({"root": Path("/data/shops"), "shots": np.int64(4)}, "--data.root /data/shops --data.shots 4"),
         ({"root": "/data/shops", "tasks": ("a", "b")}, "--data.root /data/shops --data.tasks a b"),
+        (
+            {"data": "/data/shops", "k": 4, "lr": 0.01, "tasks": [2019, 2020]},
+            "--data.root /data/shops --data.shots 4 --training.learning_rate 0.01 --data.tasks 2019 2020",
+        ),
         ({"tasks": "ink", "baselines": "coop"}, "--data.tasks [ink] --baselines [coop]"),
         ({"model": "ViT-B-32", "pretrained": "openai"}, "--clip.model ViT-B-32 --clip.pretrained openai"),
         (
@@ -69,9 +73,13 @@ def test_a_config_object_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"learning_rat": 0.1}, "'learning_rat'; did you mean learning_rate?"),
-        ({"shot": 4}, "'shot'; did you mean shots?"),
-        ({"objective": "mean"}, "'objective'; did you mean grouping.objective?"),
+        ({"learning_rat": 0.1}, "'learning_rat'; did you mean training.learning_rate?"),
+        ({"shotz": 4}, "'shotz'; did you mean data.shots?"),
+        ({"device": "cuda"}, "'device': GPUs are used if there are any; cluster.gpus_per_worker sets"),
+        ({"configs": "a.yaml"}, "'configs'; did you mean config?"),
+        ({"verbos": True}, "'verbos'; did you mean verbose?"),
+        ({"objectiv": "mean"}, "'objectiv'; did you mean grouping.objective?"),
+        ({"grouping": "mean"}, "grouping='mean'"),
         ({"training": {"epoch": 3}}, "unknown config field training.epoch; did you mean training.epochs?"),
         ({"epochs": 3, "training": {"epochs": 4}}, "training.epochs twice"),
         ({"epochs": 3, "training.epochs": 4}, "training.epochs twice"),

@@ -48,7 +48,8 @@ from pipeline.config.sections import (
     brings_weights,
     source_columns,
 )
-from pipeline.config.suggestions import did_you_mean
+from pipeline.config.suggestions import did_you_mean, explain_unavailable, find_option
+from pipeline.config.values import value_types
 
 __all__ = [
     "AugmentationConfig",
@@ -84,8 +85,10 @@ __all__ = [
     "JobParser",
     "content_hash",
     "did_you_mean",
+    "explain_unavailable",
     "field_effects",
     "fields",
+    "find_option",
     "resolve_config_path",
     "load_yaml",
     "parse_config",
@@ -93,5 +96,6 @@ __all__ = [
     "section_description",
     "source_columns",
     "to_yaml",
+    "value_types",
     "values_affecting",
 ]

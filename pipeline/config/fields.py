@@ -103,7 +103,12 @@ class Section(BaseModel):
     """Base of config sections; `class DataConfig(Section, affects=("data",))` sets the effects of its fields."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # from Python: tasks=[2019, 2020]; YAML and command line give text
     )
     _affects: ClassVar[Affects | None] = None
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from pipeline import interrupts
-from pipeline.config import Config, JobArguments, JobOptions, did_you_mean, fields
+from pipeline.config import (
+    Config,
+    JobArguments,
+    JobOptions,
+    did_you_mean,
+    explain_unavailable,
+    fields,
+    find_option,
+    value_types,
+)
 from pipeline.errors import UserError
 from pipeline.stages.flow import check_stage, run_stages
 
@@ -30,17 +39,7 @@ if TYPE_CHECKING:
 logging.getLogger("ray.widgets").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-SHORT_NAMES = {
-    "root": "data.root",
-    "tasks": "data.tasks",
-    "shots": "data.shots",
-    "model": "clip.model",
-    "pretrained": "clip.pretrained",
-    "epochs": "training.epochs",
-    "batch_size": "training.batch_size",
-    "learning_rate": "training.learning_rate",
-}
-"""Argument → config field."""
+OWN_ARGUMENTS = ("root", "config", "until", "verbose")
 NOTEBOOK_WIDTH = 110
 
 ConfigSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any] | Config
@@ -94,8 +93,8 @@ def make_config(config: ConfigSource | None, arguments: Mapping[str, Any], funct
 
     Args:
         config: YAML files as of --config, or values, which the arguments override.
-        arguments: name → value, or None: not given. A name is one of SHORT_NAMES, a section of the config, whose value
-            is a mapping, or a field, perhaps dotted.
+        arguments: name → value, or None: not given. A name is a section of the config, whose value is a mapping, or a
+            field, by any name that the command line takes.
         function: how error messages call the function.
 
     Raises:
@@ -111,33 +110,39 @@ def make_config(config: ConfigSource | None, arguments: Mapping[str, Any], funct
     for name, value in arguments.items():
         if value is None:
             continue
-        _check_name(name, function)
-        fields_given = _flatten({SHORT_NAMES.get(name, name): _to_plain(value)})
+        fields_given = _flatten({_resolve_name(name, value, function): _to_plain(value)})
         if twice := [field for field in fields_given if field in given]:
-            raise UserError(f"{function}() gets {twice[0]} twice, as an argument and in its section: give it once")
+            raise UserError(f"{function}() gets {twice[0]} twice, once as {name}: give it once")
         given |= fields_given
-    for field in ("data.tasks", "baselines"):
-        if isinstance(given.get(field), str):
-            given[field] = [given[field]]
     return JobArguments(JobOptions(), files, values | given).config()
 
 
-def _check_name(name: str, function: str) -> None:
-    if name in SHORT_NAMES or name.partition(".")[0] in Config.model_fields:
-        return
-    valid = [*SHORT_NAMES, *(field for field, _, _ in fields() if field not in SHORT_NAMES.values())]
+def _resolve_name(name: str, value: Any, function: str) -> str:
+    """Return the section or dotted field that an argument sets."""
+    if name in Config.model_fields and isinstance(value, Mapping | BaseModel):
+        return name
+    valid = {f"--{field}": field for field, _, _ in fields()}
+    if option := find_option(name, valid):
+        return valid[option]
+    if name.partition(".")[0] in Config.model_fields:
+        return name  # validation reports what is wrong
+    if reason := explain_unavailable(name, valid):
+        raise UserError(f"{function}() has no argument {name!r}: {reason.replace('--', '')}")
     raise UserError(
-        f"{function}() has no argument {name!r}{did_you_mean(name, valid)} "
+        f"{function}() has no argument {name!r}{did_you_mean(name, [*OWN_ARGUMENTS, *valid.values()])} "
         "A field of a section is given as grouping={'objective': 'mean'}"
     )
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted name of a field → value, from mappings nested by section."""
+    """Return dotted name of a field → value, from mappings nested by section; a text for a list is its element."""
     sections = {field.rpartition(".")[0] for field, _, _ in fields()}
+    lists = {name for name, field, _ in fields() if tuple in value_types(field.annotation)}
     flat: dict[str, Any] = {}
     for name, value in values.items():
         is_section = isinstance(value, Mapping) and f"{prefix}{name}" in sections
+        if f"{prefix}{name}" in lists and isinstance(value, str):
+            value = [value]
         flat |= _flatten(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
     return flat
 
