@@ -260,7 +260,7 @@ def run_grouping(tmp_path, no_figures, monkeypatch):
         artifact = grouping_artifact(plan, snapshots)
         assert compute_grouping(plan, snapshots, artifact)
         page = (artifact.download() / "grouping.html").read_text()
-        images = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)
+        images = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', page)
         page_figures = {title: figures[int(base64.b64decode(token).split()[1])] for title, token in images}
         return GroupingResult(read_grouping(artifact), page, page_figures, dict(figures_by_file))
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.stability import (
     MAX_TASKS_RANKED_ALL,
     bootstrap,
+    early_share,
     groups_over_training,
     ranked_partitions,
     satisfies,
@@ -21,7 +25,7 @@ from pipeline.grouping.stability import (
 from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.report.grouping_figures import co_assignment_map
 from pipeline.report.grouping_page import grouping_page
-from pipeline.report.grouping_stability_figures import affinity_over_training, ranked_partitions_figure
+from pipeline.report.grouping_stability_figures import BETWEEN, affinity_over_training, ranked_partitions_figure
 
 NAMES = ("ink", "neon", "chalk", "noise")
 
@@ -118,6 +122,52 @@ def test_groups_by_phase_of_the_training():
     assert len(groups_over_training(alternating(2, 1), [1, 2], search)) == 2
 
 
+def test_share_of_the_early_snapshots_counts_both_signs_and_no_diagonal():
+    affinities = np.zeros((30, 3, 3))
+    affinities[:, np.arange(3), np.arange(3)] = 1000
+    affinities[:3, 0, 1], affinities[:3, 0, 2] = 9, -9
+    affinities[3:, 1, 2] = 1
+    assert early_share(affinities) == pytest.approx(54 / (54 + 27))
+    assert early_share(np.zeros((5, 2, 2))) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "groups"),
+    [
+        (1, [[0]]),
+        (2, [[0, 1]]),
+        (2, [[0], [1]]),
+        (6, [[0, 1, 2], [3, 4], [5]]),
+        (6, [range(6)]),
+        (10, [range(5), range(5, 10)]),
+        (20, [[task] for task in range(20)]),
+    ],
+)
+def test_affinity_over_training_names_the_lines_of_groups_where_they_end(num_tasks, groups):
+    """Distinct colors, labels at the ends without overlap, from the first step to the values of the matrix."""
+    rng = np.random.default_rng(1)
+    gradients = rng.normal(size=(40, num_tasks, 5)) * np.exp(-np.arange(40) / 4)[:, None, None]
+    affinities = snapshot_affinities(gradients, "dot")
+    names = [f"a long name of domain {task}" for task in range(num_tasks)]
+    figure = affinity_over_training(affinities, range(1, 41), names, groups)
+    figure.savefig(io.BytesIO())
+    sums, by_step = figure.axes
+    pairs = [line for line in sums.get_lines() if len(line.get_xdata()) == 40]
+    assert all(line.get_xdata()[0] == 1 for line in (*pairs, *by_step.get_lines()[1:]))
+    labels = {text.get_color(): text for text in sums.texts}
+    within = [(i, j) for i, j in combinations(range(num_tasks), 2) if any({i, j} <= set(group) for group in groups)]
+    if num_tasks <= 6:
+        colored = [line for line in pairs if line.get_color() != BETWEEN]
+        assert len({line.get_color() for line in colored}) == len(colored) == len(within)
+        ends = [affinities[:, i, j].mean() for i, j in within]
+        assert sorted(line.get_ydata()[-1] for line in colored) == pytest.approx(sorted(ends))
+        assert {line.get_color() for line in colored} <= labels.keys()
+        assert f"{100 * early_share(affinities):.0f} % from the first 4 of 40" in sums.get_title(loc="left")
+    boxes = sorted((Text.get_window_extent(text) for text in sums.texts), key=lambda box: box.y0)
+    assert all(low.y1 < high.y0 + 1 for low, high in zip(boxes, boxes[1:]))
+    assert all(box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
 def test_figures_and_page():
     affinities = alternating(30, 12)
     groups = search(affinities.mean(axis=0))
@@ -139,6 +189,7 @@ def test_figures_and_page():
         "warnings": ["beware & think"],
         "stability": {
             "num_resamples": 200,
+            "early": {"num_snapshots": 3, "last_step": 3, "share": 0.954},
             "resampled": [
                 {"groups": [["ink"], ["neon"]], "frequency": 0.5},
                 {"groups": [["ink", "chalk"], ["neon"], ["<b>noise"]], "frequency": 0.25},
@@ -149,6 +200,7 @@ def test_figures_and_page():
     page = grouping_page(result, "Optimal among 15 partitions", figures)
     assert "Optimal among 15 partitions." in page
     assert "25 % of 200 bootstrap resamples of the snapshots give the same groups" in page
+    assert "95 % of the affinities is from the first 3 of 30 snapshots (to step 3): these decide" in page
     assert "beware &amp; think" in page
     assert "&lt;b&gt;noise" in page and "<b>noise" not in page and "During &lt;training&gt;" in page
     assert len(re.findall("data:image/png;base64,[A-Za-z0-9+/=]{5000,}", page)) == 3

@@ -130,6 +130,20 @@ def groups_over_training(
     ]
 
 
+def num_early_snapshots(num_snapshots: int) -> int:
+    """Return a tenth of the snapshots, at least one."""
+    return max(1, num_snapshots // 10)
+
+
+def early_share(affinities: np.ndarray) -> float:
+    """Return the fraction of the affinities (S, T, T) that is from the early snapshots, 0 to 1.
+
+    Absolute values are added over all pairs of tasks, so that none cancel.
+    """
+    totals = np.abs(affinities[:, *np.triu_indices(affinities.shape[1], 1)]).sum(axis=1)
+    return float(totals[: num_early_snapshots(len(totals))].sum() / (totals.sum() or 1.0))
+
+
 def _neighbors(groups: Groups, task_names: Sequence[str]) -> dict[Groups, str]:
     """Return partition → description of the single change that leads to it."""
     neighbors: dict[Groups, str] = {}

@@ -79,7 +79,7 @@ def _matrix_map(
     order = [task for group in groups for task in group]
     num_tasks = len(order)
     matrix = matrix[np.ix_(order, order)]
-    names = [_shorten(task_names[task]) for task in order]
+    names = [shorten(task_names[task]) for task in order]
     show_values = num_tasks <= MAX_TASKS_WITH_VALUES
     cell, min_side = (0.68, 2.0) if show_values else (0.21, 5.0)
     side = max(num_tasks * cell, min_side)  # of the map, in inches
@@ -138,7 +138,7 @@ def affinity_graph_figure(graph: nx.Graph) -> Figure:
     crowded = num_tasks > MAX_TASKS_WITH_VALUES
     font_size, node_size = (8, 110) if crowded else (10, 260)  # points, square points
     inches = 0.75 if crowded else 1.25 if num_tasks > 4 else 1.7  # between neighbors of a group
-    label = _text_inches(max(map(_shorten, graph), key=len), font_size)
+    label = _text_inches(max(map(shorten, graph), key=len), font_size)
     positions, outwards = _positions(members, margin=0.4 + label / inches)
 
     points = np.array(list(positions.values()))
@@ -194,7 +194,7 @@ def _label_node(
         horizontal, vertical = "right" if leftward else "left", "center"
     offset = outward * (node_size**0.5 / 2 + 4)
     point = (position[0], position[1])
-    axes.annotate(_shorten(name), point, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style)
+    axes.annotate(shorten(name), point, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, **style)
 
 
 def _draw_edges(axes: Axes, graph: nx.Graph, positions: dict[str, np.ndarray]) -> None:
@@ -294,5 +294,5 @@ def _text_inches(text: str, font_size: float) -> float:
     return 0.6 * font_size / 72 * len(text)
 
 
-def _shorten(name: str, length: int = 24) -> str:
+def shorten(name: str, length: int = 24) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"

@@ -18,6 +18,8 @@ from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.plan import Plan
 
 NAME = "grouping"
+FORMAT = 2
+"""Of grouping.json and the page."""
 FIGURES = ("affinity_heat_map.png", "affinity_graph.png")
 STABILITY_FIGURES = ("co_assignment_map.png", "affinity_over_training.png", "ranked_partitions.png")
 PAGE = "grouping.html"
@@ -52,6 +54,7 @@ def assign_task(
         {
             "snapshots": [snapshot.key for snapshot in snapshots.values()],
             "tasks": tasks,
+            "format": FORMAT,
             "config": values_affecting(plan.config.model_copy(update={"grouping": options}), "grouping"),
         },
     )
@@ -93,7 +96,9 @@ def track_grouping(session: Session, artifact: Artifact, config: GroupingConfig)
 
 def grouping_artifact(plan: Plan, global_prompt: Artifact) -> Artifact:
     config = values_affecting(plan.config, "grouping")
-    return plan.artifact(NAME, {"snapshots": global_prompt.key, "tasks": plan.tasks, "config": config})
+    return plan.artifact(
+        NAME, {"snapshots": global_prompt.key, "tasks": plan.tasks, "format": FORMAT, "config": config}
+    )
 
 
 def compute_grouping(plan: Plan, global_prompt: Artifact, artifact: Artifact) -> bool:

@@ -20,7 +20,9 @@ from pipeline.grouping.search.constraints import task_indices
 from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.stability import (
     bootstrap,
+    early_share,
     groups_over_training,
+    num_early_snapshots,
     ranked_partitions,
     satisfies,
     snapshot_affinities,
@@ -71,6 +73,7 @@ def write_grouping(
     ranked = ranked_partitions(
         affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **links})
     )
+    num_early = num_early_snapshots(len(steps))
     result = {
         "tasks": tasks,
         "groups": to_names(partition.groups),
@@ -95,6 +98,11 @@ def write_grouping(
                 for groups, frequency in list(stability.frequencies.items())[:MAX_RESAMPLED_PARTITIONS_SHOWN]
             ],
             "ranked": [{"groups": to_names(item.groups), "score": float(item.score)} for item in ranked],
+            "early": {
+                "num_snapshots": num_early,
+                "last_step": steps[num_early - 1],
+                "share": early_share(affinities),
+            },
             "over_training": [
                 {"first_step": first_step, "last_step": last_step, "groups": to_names(groups)}
                 for first_step, last_step, groups in groups_over_training(affinities, steps, search)
