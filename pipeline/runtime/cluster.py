@@ -243,8 +243,8 @@ class StallReporter:
         per_worker = f" for each of {workers} workers" if workers > 1 else ""
         reason = "waiting for machines to join; or press Ctrl-C and rerun the command with fewer resources"
         if num_slots(resources) >= workers:
-            others = "" if _is_private else "other work or by "
-            reason = f"they are in use by {others}starting workers"
+            competing = "" if _is_private else "other work or by "
+            reason = f"they are in use by {competing}starting workers"
         free = ray.available_resources()
         return (
             f"waiting: {labels} need{'s' if len(waiting) == 1 else ''} {resources}{per_worker}; the cluster has "

@@ -46,7 +46,7 @@ class Session:
     cancelled: threading.Event
     """Set by another thread to end the run's work."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    said: set[str] = field(default_factory=set)
+    announced: set[str] = field(default_factory=set)
 
     @cached_property
     def progress(self) -> RunProgress:
@@ -55,8 +55,8 @@ class Session:
 
     def say(self, text: str) -> None:
         """Print what the user waits for, once."""
-        if text not in self.said:
-            self.said.add(text)
+        if text not in self.announced:
+            self.announced.add(text)
             self.console.print(f"  {text}", markup=False, highlight=False)
 
 

@@ -53,11 +53,11 @@ class InterruptedCall(KeyboardInterrupt):
         return [str(self)]
 
 
-def fit(config: Config, until: str, verbose: bool) -> Run:
-    """Run the stages up to `until`, using cached artifacts. Arguments and errors are those of `pipeline.fit`."""
-    check_stage("until", until)
+def fit(config: Config, last_stage: str, verbose: bool) -> Run:
+    """Run the stages up to `last_stage`, using cached artifacts. Arguments and errors are those of `pipeline.fit`."""
+    check_stage("until", last_stage)
     with _opened_run(config, _console(verbose)) as (plan, session):
-        run_stages(plan, session, until)
+        run_stages(plan, session, last_stage)
 
     from pipeline.workflows.runs import Run
 
@@ -106,15 +106,15 @@ def make_config(config: ConfigSource | None, arguments: Mapping[str, Any], funct
         values = _flatten(_to_plain(config))
     elif config is not None:
         files = [Path(file).expanduser() for file in ([config] if isinstance(config, str | os.PathLike) else config)]
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in arguments.items():
         if value is None:
             continue
         fields_given = _flatten({_resolve_name(name, value, function): _to_plain(value)})
-        if twice := [field for field in fields_given if field in given]:
+        if twice := [field for field in fields_given if field in settings]:
             raise UserError(f"{function}() gets {twice[0]} twice, once as {name}: give it once")
-        given |= fields_given
-    return JobArguments(JobOptions(), files, values | given).config()
+        settings |= fields_given
+    return JobArguments(JobOptions(), files, values | settings).config()
 
 
 def _resolve_name(name: str, value: Any, function: str) -> str:
