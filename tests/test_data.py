@@ -27,14 +27,8 @@ from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, choices, pa
 from pipeline.data import parquet
 from pipeline.data.augment import augment, crop_boxes
 from pipeline.data.images import RESAMPLING, BrokenImage, decode_rgb, evaluation_pixels, training_pixels
-from pipeline.data.index import (
-    FOLDER_LAYOUTS,
-    LOOSE_IMAGE,
-    OFFICE_HOME_FOLDER,
-    OFFICE_HOME_TASKS,
-    index_dataset,
-    read_class_names,
-)
+from pipeline.data.index import LOOSE_IMAGE, index_dataset, read_class_names
+from pipeline.data.layouts import FOLDER_LAYOUTS, OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS
 from pipeline.data.lists import LIST_LAYOUTS
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.preprocessing import Preprocessing
@@ -345,6 +339,7 @@ def test_listed_images_that_are_missing_are_broken_not_a_stop(tmp_path):
 
 @pytest.mark.parametrize("line", ["real/ant/0.jpg", "0.jpg 0", "../../etc/x.jpg 0", "/real/ant/x.jpg 0", "a//x.jpg 0"])
 def test_bad_list_lines_are_named(tmp_path, line):
+    write_tree(tmp_path, ["real/ant/0.jpg"])
     dassl_lists(tmp_path, {"real_train": ["real/ant/0.jpg 0", line]})
     with pytest.raises(UserError, match="real_train.txt:2: expected"):
         index_dataset(DataConfig(), tmp_path)
@@ -370,12 +365,14 @@ def test_tasks_are_selected_once_each_or_named(tmp_path):
 def test_root_without_tasks(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a folder"):
         index_dataset(DataConfig(), tmp_path / "nowhere")
-    with pytest.raises(UserError, match="has no <task>/<class>/<image> folders"):
-        index_dataset(DataConfig(), write_tree(tmp_path, ["class/1.png"]))
+    with pytest.raises(UserError, match="has no <task>/<class>/<image> folders; found: nothing"):
+        index_dataset(DataConfig(), tmp_path)
+    with pytest.raises(UserError, match=r"\(class\) have images directly in them: they are classes without a task"):
+        index_dataset(DataConfig(), write_tree(tmp_path / "one", ["class/1.png"]))
     with pytest.raises(UserError, match=r"task 'task' has 1 class folder"):
-        index_dataset(DataConfig(), write_tree(tmp_path, ["task/class/1.png"]))
+        index_dataset(DataConfig(), write_tree(tmp_path / "two", ["task/class/1.png"]))
     with pytest.raises(UserError, match="Art, Clipart, Product, Real World not found"):
-        index_dataset(DataConfig(layout="office_home"), tmp_path)
+        index_dataset(DataConfig(layout="office_home"), tmp_path / "two")
 
 
 def test_class_names_file(tmp_path):

@@ -36,7 +36,8 @@ from pipelines import REPOSITORY
 import pipeline
 from pipeline.clip.load import clip_identity, load_clip, weights_fingerprint
 from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_config, to_yaml
-from pipeline.data.index import OFFICE_HOME_TASKS, index_dataset, read_class_names
+from pipeline.data.index import index_dataset, read_class_names
+from pipeline.data.layouts import OFFICE_HOME_TASKS
 from pipeline.demo.digits import write_digits
 from pipeline.files import write_json
 from pipeline.methods.adapter_file import TrainedAdapter, save_adapter

@@ -50,7 +50,8 @@ from pipeline.config import (
 from pipeline.data import images as images_module
 from pipeline.data import parquet
 from pipeline.data.images import BrokenImage, decode_rgb, read_image
-from pipeline.data.index import OFFICE_HOME_FOLDER, escape_for_terminal, index_dataset, read_class_names
+from pipeline.data.index import escape_for_terminal, index_dataset, read_class_names
+from pipeline.data.layouts import OFFICE_HOME_FOLDER
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError

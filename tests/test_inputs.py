@@ -248,7 +248,8 @@ def test_tables_that_lack_what_they_need_are_named(tree):
     assert "is a file, but data.layout=folders needs a folder" in fault(tree / "empty.csv", layout="folders")
     os.mkfifo(tree / "pipe.csv")
     assert "is not a folder or file" in fault(tree / "pipe.csv")
-    assert "contains no .parquet files" in fault(tree, layout="manifest")
+    assert f"--data.root {tree}/empty.csv" in fault(tree, layout="manifest")
+    assert "contains no .parquet files" in fault(tree / "art", layout="manifest")
 
 
 def test_rows_that_cannot_be_used_are_named_by_line_all_at_once(tree):

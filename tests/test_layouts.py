@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.index import DatasetIndex, index_dataset
+from pipeline.data.lists import LIST_LAYOUTS
 from pipeline.data.walk import JUNK_KIND, describe_skipped, find_images, skipped_note
 from pipeline.errors import UserError
 
@@ -88,3 +92,303 @@ def test_prediction_follows_links_and_reports_broken_ones(tmp_path):
     assert describe_skipped(skipped) == "1 broken links, 1 links to a folder that contains them"
     with pytest.raises(UserError, match="no such file or folder"):
         find_images(str(tmp_path / "images/gone"))
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------
+
+
+def refusal(root: Path, **options) -> str:
+    with pytest.raises(UserError) as error:
+        index_dataset(DataConfig(**options), root)
+    return str(error.value)
+
+
+def suggestions(message: str) -> list[dict]:
+    """The options of each remedy in a message."""
+    found = []
+    for line in message.splitlines():
+        if "--data." in line:
+            words = shlex.split(line[line.index("--data.") :])
+            options: dict = {}
+            for word in words:
+                if word.startswith("--data."):
+                    values = options.setdefault(word.removeprefix("--data."), [])
+                else:
+                    values.append(word)
+            found.append({name: values if name == "tasks" else values[0] for name, values in options.items()})
+    return found
+
+
+def follow(message: str, root: Path, **options) -> list[DatasetIndex]:
+    """What each remedy of a message leads to."""
+    datasets = []
+    for suggested in suggestions(message):
+        values = options | suggested
+        datasets.append(
+            index_dataset(
+                DataConfig(**{k: v for k, v in values.items() if k != "root"}), Path(values.get("root", root))
+            )
+        )
+    return datasets
+
+
+def classes_of(*tasks: str, prefix: str = "", extra: Sequence[str] = ()) -> list[str]:
+    """Paths of two images in each of two classes of each task."""
+    return [
+        *extra,
+        *(f"{prefix}{task}/{name}/{number}.png" for task in tasks for name in ("cat", "dog") for number in (1, 2)),
+    ]
+
+
+SPLIT_TASKS = classes_of("photo/train", "photo/test", "sketch/train", "sketch/test")
+
+
+@pytest.mark.parametrize(
+    ("root", "options"),
+    [
+        ("", {}),
+        ("", {"layout": "folders", "tasks": ["photo"]}),
+        ("", {"tasks": ["photo"]}),
+        ("pets/photo", {}),
+        ("pets/photo", {"tasks": ["photo", "sketch"]}),
+        ("pets/photo", {"layout": "folders"}),
+        ("pets/photo/cat", {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["pets", "my pets"])
+def test_a_root_at_another_level_is_named(tmp_path, root, options, name):
+    home = tmp_path / "home"
+    write_files(home / "data" / name, PLAIN)
+    message = refusal(home / "data" / root.replace("pets", name), **options)
+    assert ("too deep" if root else "too high") in message
+    assert suggestions(message)[0] == {"root": f"{home}/data/{name}"}
+    datasets = follow(message, home / "data", **options)
+    assert {image_paths(dataset)[0].split("/")[-1] for dataset in datasets} == {"1.png"}
+    assert datasets[0].classes.keys() == {*options.get("tasks", ("photo", "sketch"))}
+
+
+@pytest.mark.parametrize("layout", ["office_home", "mini_domainnet", "domainnet", "pacs", "split_folders"])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_published_data_at_another_level_is_named(tmp_path, layout, explicit):
+    root = tmp_path / "data" / "set"
+    tasks = ("Art", "Clipart", "Product", "Real World") if layout == "office_home" else ("photo", "sketch")
+    write_files(root, SPLIT_TASKS if layout == "split_folders" else classes_of(*tasks))
+    if layout in LIST_LAYOUTS:
+        folder, ending = LIST_LAYOUTS[layout].list_folders[0], next(iter(LIST_LAYOUTS[layout].splits))
+        for task in tasks:
+            lines = "".join(f"{path} 0\n" for path in classes_of(task))
+            write_files(root, [f"{folder}/{task}{ending}.txt"], lines.encode())
+    assert index_dataset(DataConfig(), root).layout == layout
+    options = {"layout": layout} if explicit else {}
+    for other in (tmp_path / "data", root / tasks[0]):
+        message = refusal(other, **options)
+        assert suggestions(message)[0] == {"root": str(root)}
+        assert [dataset.layout for dataset in follow(message, other, **options)][0] == layout
+
+
+@pytest.mark.parametrize("parent", ["mixed", "plain"])
+def test_classes_without_a_task_have_a_remedy(tmp_path, parent):
+    """As torchvision's ImageFolder has them: the parent is the root, with one task."""
+    root = write_files(tmp_path / parent / "flowers", ["rose/1.png", "tulip/1.png"])
+    write_files(tmp_path / parent, ["letters/1.txt"] if parent == "plain" else ["letters/1.png"])
+    for layout, splits in (("folders", False), ("split_folders", True)):
+        if splits:
+            root = write_files(tmp_path / parent / "trees", ["train/oak/1.png", "train/fir/1.png", "test/oak/1.png"])
+        message = refusal(root)
+        assert f"--data.root {tmp_path / parent} --data.tasks {root.name}" in message
+        alone = [dataset for dataset in follow(message, root) if list(dataset.classes) == [root.name]]
+        assert {dataset.layout for dataset in alone} == {layout}
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "val"),
+    [
+        ("training_set", "test_set", "validation_set"),
+        ("Train", "Test", "Val"),
+        ("TRAIN", "EVAL", "VALID"),
+        ("train_images", "test_images", "val_images"),
+        ("trainset", "testset", "valset"),
+        ("Training Data", "holdout", "dev"),
+        ("train2017", "test2017", "val2017"),
+    ],
+)
+@pytest.mark.parametrize("order", ["task/split", "split/task"])
+def test_other_names_of_splits(tmp_path, train, test, val, order):
+    tasks = [
+        order.replace("task", task).replace("split", split)
+        for task in ("photo", "sketch")
+        for split in (train, test, val)
+    ]
+    root = write_files(tmp_path, classes_of(*tasks))
+    dataset = index_dataset(DataConfig(use_official_splits=True), root)
+    assert dataset.layout == "split_folders" and dataset.classes.keys() == {"photo", "sketch"}
+    assert {split: sum(image.official_split == split for image in dataset.images) for split in ("train", "test")} == {
+        "train": 8,
+        "test": 8,
+    }
+    one = index_dataset(DataConfig(tasks=["sketch"]), root)
+    assert list(one.classes) == ["sketch"] and len(one.images) == 12
+
+
+@pytest.mark.parametrize(
+    ("paths", "named", "layouts"),
+    [
+        # Folders beside those of splits.
+        ([*SPLIT_TASKS, "photo/unlabeled/1.png"], "photo/unlabeled", ["split_folders", "folders"]),
+        ([*SPLIT_TASKS, "photo/unseen/cat/1.png"], "photo/unseen", ["split_folders", "folders"]),
+        ([*SPLIT_TASKS, "sketch/images/1.png", "photo/extra/1.png"], "sketch/images", ["split_folders", "folders"]),
+        (classes_of("train/a", "test/a", "unlabeled/a"), "unlabeled", ["split_folders"]),
+        (classes_of("train", "test", "photo"), "photo", ["folders"]),
+        # Splits without tasks, or tasks with the names of splits.
+        (classes_of("train", "test"), "train", ["split_folders", "split_folders", "folders"]),
+        (classes_of("train"), "train", ["split_folders", "split_folders", "folders"]),
+        (classes_of("train/a", "train/b"), "train", ["folders", "split_folders", "folders"]),
+        (classes_of("seg_train", "seg_test"), "seg_train", ["folders"]),
+        # Some tasks with splits, some without.
+        ([*SPLIT_TASKS, *classes_of("clipart")], "with class folders: clipart; with split folders", ["folders", "split_folders"]),
+        ([*PLAIN, "loose/1.png"], "no class folders: loose", ["folders"]),
+        ([*PLAIN, *classes_of("site/camera")], "folders of folders: site", ["folders"]),
+        # Deeper than task/class.
+        (classes_of("north/a", "north/b", "south/a", "south/b"), "deeper than", ["folders"] * 3),
+        (classes_of("photo/seg_train", "photo/seg_test"), "rename photo/seg_test, photo/seg_train", ["folders"]),
+        # No classes.
+        (["train/1.png", "test/1.png", "labels/1.txt"], "test, train", []),
+        (["photo/train/1.png", "photo/test/1.png"], "photo/test, photo/train", ["folders"]),
+        (["images/train/1.png", "images/val/1.png", "labels/train/1.txt"], "object detection", ["folders"]),
+        (["train2017/1.png", "val2017/1.png", "annotations/instances.json"], "object detection", []),
+        (["JPEGImages/1.png", "Annotations/1.xml", "ImageSets/Main/train.txt"], "object detection", []),
+        (["train/images/1.png", "train/labels/1.txt", "test/images/1.png", "data.yaml"], "object detection", []),
+        (["1.png", "2.png"], "images directly in it", []),
+        ([], "nothing", []),
+        (["a.zip", "b.tar.gz"], "unpack", []),
+        (["photo/cat/1.heic", "photo/dog/2.HEIC"], "2 HEIC (.heic)", []),
+    ],
+)  # fmt: skip
+def test_folders_that_fit_no_layout_are_refused_with_remedies_that_work(tmp_path, paths, named, layouts):
+    root = tmp_path / "home" / "data"
+    root.mkdir(parents=True)
+    write_files(root, paths)
+    message = refusal(root)
+    assert named in message
+    assert [dataset.layout for dataset in follow(message, root)] == layouts
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [*PLAIN, "annotations/1.xml", "labels/deep/1.txt", "empty/"],
+        [*PLAIN, "photo/1.png"],
+        [*PLAIN, "photo/cat/deep/er/1.png"],
+        [*PLAIN, "photo/train/1.png", "photo/test/1.png", "sketch/train/1.png"],  # classes
+        [*PLAIN, "notes_train.txt", "train.txt", "x_train_kfold.txt", "photo_test.txt"],
+        [*PLAIN, "photo.zip", "a.csv", "b.csv", "train-00000.parquet"],
+    ],
+)
+def test_files_and_folders_that_change_no_layout(tmp_path, paths):
+    root = write_files(tmp_path, [path for path in paths if not path.endswith("/")])
+    dataset = index_dataset(DataConfig(), root)
+    assert dataset.layout == "folders" and dataset.classes.keys() == {"photo", "sketch"}
+    assert set(PLAIN) <= set(image_paths(dataset))
+    assert {path for path, _ in dataset.skipped} >= {path for path in paths if path not in image_paths(dataset)} - {
+        "empty/"
+    }
+
+
+def test_explicit_layouts_that_do_not_fit_are_refused_with_what_was_found(tmp_path):
+    root = write_files(tmp_path / "home" / "data", PLAIN)
+    assert "without them: photo, sketch" in refusal(root, layout="split_folders")
+    assert "found: photo, sketch" in refusal(root, layout="office_home")
+    message = refusal(root, layout="domainnet")
+    assert "needs image lists" in message and [d.layout for d in follow(message, root, layout="domainnet")] == [
+        "folders"
+    ]
+    assert "contains no .parquet files" in refusal(root, layout="manifest")
+    assert "found: folders cat, dog" in refusal(
+        write_files(tmp_path / "flat", ["cat/a.png", "dog/a.png"]), layout="folders"
+    )
+
+
+def test_a_list_is_recognized_by_its_lines_and_images(tmp_path):
+    root = write_files(tmp_path / "home" / "data", PLAIN)
+    lines = "".join(f"{path} 0\n" for path in PHOTOS)
+    write_files(root, ["photo_train.txt"], lines.encode())
+    write_files(root, ["notes_train.txt", "._x_test.txt"], b"learning rate 3\n")
+    dataset = index_dataset(DataConfig(), root)
+    assert (dataset.layout, image_paths(dataset)) == ("domainnet", list(PHOTOS))
+    assert [path for path, _ in dataset.skipped] == ["notes_train.txt"]
+    write_files(root, ["photo_train.txt"], lines.replace("photo", "clipart").encode())
+    message = refusal(root)
+    assert "lists images that do not exist, such as" in message
+    assert [dataset.layout for dataset in follow(message, root)] == ["folders"]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+
+
+def write_table(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images = [bytes([number]) * 40 for number in range(4)]
+    pq.write_table(pa.table({"image": images, "task": ["a"] * 4, "label": ["cat", "dog"] * 2}), file)
+    return file
+
+
+@pytest.mark.parametrize("folder", ["", "data", "data/default", "main"])
+def test_a_repository_of_tables_is_taken(tmp_path, folder):
+    write_files(tmp_path, ["README.md", ".gitattributes", "._x.parquet"])
+    for split in ("train", "test"):
+        write_table(tmp_path / folder / f"{split}-00000-of-00001.parquet")
+    write_files(tmp_path / folder, ["._train.parquet"])
+    dataset = index_dataset(DataConfig(), tmp_path)
+    assert (dataset.layout, dataset.root, len(dataset.images)) == ("manifest", tmp_path, 8)
+    assert index_dataset(DataConfig(layout="manifest", tasks=["a"]), tmp_path).classes == {"a": ("cat", "dog")}
+
+
+def test_several_tables_are_named(tmp_path):
+    root = tmp_path / "data"
+    for name in ("cats/train.parquet", "dogs/train.parquet"):
+        write_table(root / name)
+    message = refusal(root)
+    assert suggestions(message) == [{"root": f"{root}/cats"}, {"root": f"{root}/dogs"}]
+    assert [dataset.layout for dataset in follow(message, root)] == ["manifest"] * 2
+    files = write_files(tmp_path / "files", ["images/1.png", "images/2.png"])
+    rows = "path,task,label\nimages/1.png,a,cat\nimages/2.png,a,dog\n"
+    write_files(files, ["a.csv", "b.csv"], rows.encode())
+    assert [len(dataset.images) for dataset in follow(refusal(files), files)][-2:] == [2, 2]
+
+
+# --- symbolic links --------------------------------------------------------------------------------------------
+
+
+def test_links_to_data_elsewhere_are_followed(tmp_path):
+    write_files(tmp_path / "disk1", PHOTOS)
+    write_files(tmp_path / "disk2", SKETCHES)
+    write_files(tmp_path / "disk3", ["9.png"])
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "photo").symlink_to(tmp_path / "disk1/photo")
+    (root / "sketch").symlink_to("../disk2/sketch")
+    (tmp_path / "disk1/photo/cat/9.png").symlink_to(tmp_path / "disk3/9.png")
+    (tmp_path / "disk1/photo/cat/back").symlink_to(root)
+    (tmp_path / "disk1/photo/cat/gone.png").symlink_to(tmp_path / "nowhere.png")
+    dataset = index_dataset(DataConfig(), root)
+    assert image_paths(dataset) == sorted([*PLAIN, "photo/cat/9.png", "photo/cat/gone.png"])
+    assert describe_skipped(dataset.skipped) == "1 links to a folder that contains them"
+    write_files(
+        root,
+        ["a.csv"],
+        b"path,task,label\n../disk1/photo/cat/1.png,a,cat\n" + f"{tmp_path}/disk2/sketch/dog/1.png,a,dog\n".encode(),
+    )
+    assert len(index_dataset(DataConfig(), root / "a.csv").images) == 2
+    for file in (root, root / "a.csv"):
+        message = refusal(file, follow_external_symlinks=False)
+        assert suggestions(message) and [len(d.images) for d in follow(message, file)]
+
+
+def test_links_without_a_target_are_named(tmp_path):
+    root = write_files(tmp_path, PLAIN)
+    (root / "clipart").symlink_to("/mnt/away/clipart")
+    assert "clipart → /mnt/away/clipart" in refusal(root)
+    assert list(index_dataset(DataConfig(tasks=["photo"]), root).classes) == ["photo"]
+    (root / "clipart").unlink()
+    (root / "photo/cow").symlink_to("cow elsewhere")
+    assert "photo/cow → cow elsewhere" in refusal(root)

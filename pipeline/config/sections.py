@@ -69,7 +69,7 @@ class DataConfig(Section, affects=("data",)):
     """Training images per class and task; all others are test images (see use_official_splits)."""
     max_broken_fraction: Annotated[Fraction, affects("splits")] = 0.0
     """Maximum fraction of broken images (0 to 1), which are dropped and recorded; above it the run stops."""
-    follow_external_symlinks: bool = False
+    follow_external_symlinks: bool = True
     """Follow symbolic links, and paths of a manifest, that lead outside root. false: they stop the run, so that an
     untrusted folder cannot expose other files."""
 

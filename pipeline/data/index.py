@@ -16,27 +16,27 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import DataConfig, read_text, resolve_config_path
+from pipeline.data.layouts import OFFICE_HOME_TASKS, Layout, recognize_layout
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
-from pipeline.data.manifest import check_suffix, read_manifest, table_files
+from pipeline.data.manifest import read_manifest
 from pipeline.data.names import escape_for_terminal, normalize_name, split_synonyms, truncated_list
-from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit
+from pipeline.data.official_splits import DatasetEntry, OfficialSplit, parse_split_name
 from pipeline.data.symlinks import SymlinkChecker
-from pipeline.data.walk import Skipped, is_junk, walk_folders
+from pipeline.data.walk import BROKEN_LINK, Skipped, skip_remedy, walk_folders
 from pipeline.errors import UserError, escape_controls
 
-OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
-MINI_DOMAINNET_LISTS = LIST_LAYOUTS["mini_domainnet"].list_folders[0]
-OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")
-UNSPLIT_FOLDER = "full"
-"""Folder in which Dassl's VLCS repeats all images, next to those of its splits."""
-UNSPLIT_KIND = "folders of all images beside their splits"
+NOT_SELECTED = "tasks that are not selected"
+BESIDE_SPLITS = "folders beside those of splits"
+NO_IMAGES = "folders without images"
 LOOSE_IMAGE = "images outside of class folders"
 EXTERNAL_LINK = "links out of the root"
 MAX_CLASS_LINE = 1000
@@ -100,16 +100,18 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
     """
     if not data_root.is_dir() and not data_root.is_file():  # a pipe is neither
         raise UserError(f"data.root={data_root} is not a folder or file on this machine")
-    root = data_root if data_root.is_dir() else data_root.parent
-    symlinks = SymlinkChecker(root, config.follow_external_symlinks)
-    layout, root = _detect_layout(config.layout, data_root, root)
+    folder = data_root if data_root.is_dir() else data_root.parent
+    symlinks, probed = (SymlinkChecker(folder, config.follow_external_symlinks) for _ in range(2))
+    selected = config.tasks
+    task_names = None if selected is None else {normalize_name(task, "task") for task in selected}
+    recognized = recognize_layout(config.layout, data_root, task_names, probed)
+    layout, root = recognized.name, recognized.root
     symlinks.escapes_root(root)
-    selected = config.tasks or (OFFICE_HOME_TASKS if layout == "office_home" else None)
+    if layout == "office_home":
+        selected = selected or OFFICE_HOME_TASKS
     task_filter = None if selected is None else {normalize_name(task, "task") for task in selected}
     class_names = _ClassNameFiles(config.class_names)
-    entries, skipped, locations, notes = _read_entries(
-        config, layout, data_root, root, task_filter, class_names, symlinks
-    )
+    entries, skipped, locations, notes = _read_entries(config, recognized, task_filter, class_names, symlinks)
     if layout in LIST_LAYOUTS:
         root = LIST_LAYOUTS[layout].images_root(root)
     has_task_folders = layout not in ("manifest", "split_folders")  # directly below the root
@@ -143,29 +145,27 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
         tuple(sorted(Skipped(escape_for_terminal(path), kind) for path, kind in skipped)),
         excluded_classes,
         {task: unused_images[task] for task in tasks if unused_images[task]},
-        notes,
+        (*recognized.notes, *notes),
     )
 
 
 def _read_entries(
     config: DataConfig,
-    layout: str,
-    data_root: Path,
-    root: Path,
+    layout: Layout,
     tasks: set[str] | None,
     class_names: _ClassNameFiles,
     symlinks: SymlinkChecker,
 ) -> tuple[list[DatasetEntry], list[Skipped], dict[str, str], tuple[str, ...]]:
     """Return images and class folders, what is left out, and for a manifest's images path → line or row, and notes."""
-    if layout == "manifest":
+    if layout.source:
         columns = dict[str, str](config.columns.items())
         manifest = read_manifest(
-            data_root, root, columns, tasks, class_names.for_task, config.use_official_splits, symlinks
+            layout.source, layout.root, columns, tasks, class_names.for_task, config.use_official_splits, symlinks
         )
         return manifest.entries, [], manifest.locations, manifest.notes
-    if layout in LIST_LAYOUTS:
-        return read_lists(layout, root, symlinks), [], {}, ()
-    return *_walk_folders(root, symlinks, _folder_roles(layout, root)), {}, ()
+    if layout.name in LIST_LAYOUTS:
+        return *read_lists(layout.name, layout.root, symlinks), {}, ()
+    return *_walk_folders(layout, tasks, symlinks), {}, ()
 
 
 def _group_by_class(
@@ -234,8 +234,11 @@ def _select_classes(
             excluded_classes += [f"{task}/{name}" for name in sorted(entries_by_class) if name not in listed]
         classes[task] = tuple(sorted(entries_by_class if listed is None else listed))
         if len(classes[task]) < 2:
+            others = [other for other in entries_by_task if other != task]
+            remedy = f"; to leave it out: --data.tasks {' '.join(map(shlex.quote, others))}" if others else ""
             raise UserError(
                 f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
+                + remedy
             )
     return classes, tuple(excluded_classes)
 
@@ -342,118 +345,58 @@ def read_class_names(path: Path) -> dict[str, str]:
     return class_names
 
 
-def _detect_layout(layout: str, data_root: Path, root: Path) -> tuple[str, Path]:
-    """Return the layout and the folder of its images or lists.
-
-    Args:
-        data_root: data.root, a folder or a file.
-        root: that folder, or the file's folder.
-    """
-    nested = root / OFFICE_HOME_FOLDER
-    if data_root.is_file() and layout not in ("auto", "manifest"):
-        raise UserError(f"data.root={data_root} is a file, but data.layout={layout} needs a folder")
-    if data_root.is_file():
-        check_suffix(data_root)
-        layout = "manifest"
-    elif layout == "auto":
-        folders = _subfolders(root)
-        if (root / MINI_DOMAINNET_LISTS).is_dir():
-            layout = "mini_domainnet"
-        elif nested.is_dir() or set(folders) == set(OFFICE_HOME_TASKS):
-            layout = "office_home"
-        elif LIST_LAYOUTS["pacs"].files(root):
-            layout = "pacs"
-        elif LIST_LAYOUTS["domainnet"].files(root):
-            layout = "domainnet"
-        elif table_files(root) and not (folders and any(root.glob("*.parquet"))):
-            layout = "manifest"
-        elif _split_roles(root, folders):
-            layout = "split_folders"
-        else:  # also Office-Home with an additional task
-            layout = "folders"
-    if layout == "office_home" and nested.is_dir():
-        root = nested
-    return layout, root
-
-
-FOLDER_LAYOUTS = ("folders", "office_home")
-"""Layouts in which the path alone gives task and class."""
-Roles = tuple[str, ...]
-"""Meaning of the folders above an image, from the root: task, split, class."""
-
-
-def _folder_roles(layout: str, root: Path) -> Roles:
-    if layout in FOLDER_LAYOUTS:
-        return ("task", "class")
-    if layout != "split_folders":
-        raise ValueError(f"layout {layout!r} is unknown")
-    roles = _split_roles(root, _subfolders(root))
-    if roles is None:
-        raise UserError(
-            f"data.layout=split_folders needs {root}/<task>/<split>/<class> or {root}/<split>/<task>/<class>, where "
-            f"the splits include train and are among: {', '.join(SPLIT_NAMES)}"
-        )
-    return roles
-
-
-def _split_roles(root: Path, folders: Sequence[str]) -> Roles | None:
-    """Return the roles of a layout with split folders; None: it has none.
+def _walk_folders(
+    layout: Layout, tasks: Collection[str] | None, symlinks: SymlinkChecker
+) -> tuple[list[DatasetEntry], list[Skipped]]:
+    """Return all images and (with an empty path) class folders of the tasks; and what is left out.
 
     Raises:
-        UserError: split folders without tasks.
+        UserError: a task or class is a link without a target.
     """
-    if len(folders) > 1 and _are_splits(folders):
-        (train,) = [name for name in folders if SPLIT_NAMES.get(name.lower()) == "train"][:1]
-        if not any(_subfolders(root / train / name) for name in _subfolders(root / train)):
-            raise UserError(
-                f"{root} has split folders ({', '.join(folders)}) but no tasks; move them into a folder named after "
-                "the task, <root>/<task>/<split>/<class>/*, and set data.root to <root>. If they are tasks: "
-                "--data.layout folders"
-            )
-        return ("split", "task", "class")
-    if folders and all(_are_splits(_subfolders(root / task)) for task in folders):
-        return ("task", "split", "class")
-    return None
-
-
-def _are_splits(folders: Sequence[str]) -> bool:
-    names = {name.lower() for name in folders} - {UNSPLIT_FOLDER}
-    return names <= SPLIT_NAMES.keys() and "train" in {SPLIT_NAMES[name] for name in names}
-
-
-def _subfolders(folder: Path) -> list[str]:
-    _, names, _ = next(os.walk(folder, onerror=_raise_unreadable))
-    return sorted(name for name in names if not is_junk(name))
-
-
-def _walk_folders(root: Path, symlinks: SymlinkChecker, roles: Roles) -> tuple[list[DatasetEntry], list[Skipped]]:
-    """Return all images and (with an empty path) class folders; and what is left out."""
     entries: list[DatasetEntry] = []
     skipped: list[Skipped] = []
+    broken_links: list[str] = []
+    root, roles = layout.root, layout.roles
     depth, task_depth, class_depth = len(roles), roles.index("task"), roles.index("class")
     split_depth = roles.index("split") if "split" in roles else None
 
+    def is_selected(parts: Sequence[str]) -> bool:
+        return tasks is None or len(parts) <= task_depth or unicodedata.normalize("NFC", parts[task_depth]) in tasks
+
     def leave_out(parts: tuple[str, ...], real: str) -> str | None:
-        if len(parts) - 1 == split_depth and parts[-1].lower() == UNSPLIT_FOLDER:
-            return UNSPLIT_KIND
+        if not is_selected(parts):
+            return NOT_SELECTED
+        if len(parts) - 1 == split_depth and parse_split_name(parts[-1]) is None:
+            return BESIDE_SPLITS
         return EXTERNAL_LINK if symlinks.escapes_root(root.joinpath(*parts), real) else None
 
     for folder in walk_folders(root, leave_out):
         parts = folder.parts
-        skipped += folder.skipped
+        skipped += [file for file in folder.skipped if file.kind != NOT_SELECTED]
         if len(parts) < depth:
             skipped += [Skipped("/".join((*parts, name)), LOOSE_IMAGE) for name in folder.images]
+            broken_links += [
+                path for path, kind in folder.skipped if kind == BROKEN_LINK and is_selected(path.split("/"))
+            ]
             continue
         task, class_folder = parts[task_depth], parts[class_depth]
-        split = None if split_depth is None else SPLIT_NAMES[parts[split_depth].lower()]
+        split = None if split_depth is None else parse_split_name(parts[split_depth])
         if len(parts) == depth:
             entries.append(DatasetEntry("", task, class_folder))
         entries += [DatasetEntry("/".join((*parts, name)), task, class_folder, split) for name in folder.images]
+    if tasks is None:
+        used = {entry.task for entry in entries if entry.path}
+        used |= {
+            path.split("/")[task_depth] for path, kind in skipped if skip_remedy(kind) and path.count("/") >= depth
+        }
+        skipped += [Skipped(f"{task}/", NO_IMAGES) for task in sorted({entry.task for entry in entries} - used)]
+        entries = [entry for entry in entries if entry.task in used]
+    if broken_links:
+        listed = truncated_list(
+            f"{escape_for_terminal(path)} → {escape_for_terminal(os.readlink(root / path))}" for path in broken_links
+        )
+        raise UserError(f"links of {root} have no target: {listed}; mount or restore the targets, or remove the links")
     return entries, skipped
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise UserError(f"cannot read {escape_for_terminal(str(error.filename))}: {error.strerror}")
 
 
 def _size_and_time(root: Path, path: str, symlinks: SymlinkChecker) -> tuple[int, int]:

@@ -11,9 +11,11 @@ from pipeline.config import read_text
 from pipeline.data.names import escape_for_terminal
 from pipeline.data.official_splits import DatasetEntry, OfficialSplit
 from pipeline.data.symlinks import SymlinkChecker
+from pipeline.data.walk import Skipped, is_junk
 from pipeline.errors import UserError
 
 MAX_LINE_SHOWN = 1000
+PROBED_CHARACTERS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ListLayout:
     def files(self, root: Path) -> list[Path]:
         """Return the lists under a root; empty: it has another layout."""
         for folder in self.list_folders:
-            lists = [file for file in (root / folder).glob("*.txt") if self.split_of(file)]
+            lists = [file for file in (root / folder).glob("*.txt") if self.split_of(file) and not is_junk(file.name)]
             if lists:
                 return sorted(lists)
         return []
@@ -54,33 +56,50 @@ LIST_LAYOUTS = {
 }
 
 
-def read_lists(layout: str, root: Path, symlinks: SymlinkChecker) -> list[DatasetEntry]:
-    """Return the union of the lists of LIST_LAYOUTS[layout], sorted by path.
+def is_image_list(file: Path) -> bool:
+    """Return whether a text file has lines of an image list."""
+    return bool(listed_paths(file))
+
+
+def listed_paths(file: Path) -> list[str]:
+    """Return paths of images from the first lines of a list; none: the file is no list."""
+    try:
+        with open(file, encoding="utf-8", errors="surrogateescape") as stream:
+            lines = stream.read(PROBED_CHARACTERS).split("\n")
+    except OSError:
+        return []
+    return [path for line in lines if (path := _parse_line(line))]
+
+
+def _parse_line(line: str) -> str | None:
+    """Return the path of a line `task/class/image label`; None: it has another form."""
+    path, _, label = line.strip().rpartition(" ")
+    parts = path.split("/")
+    is_valid = len(parts) >= 3 and label.isdigit() and {"", ".", ".."}.isdisjoint(parts) and "\0" not in path
+    return path if is_valid else None
+
+
+def read_lists(layout: str, root: Path, symlinks: SymlinkChecker) -> tuple[list[DatasetEntry], list[Skipped]]:
+    """Return the union of the lists of LIST_LAYOUTS[layout], sorted by path, and files that have a list's name only.
 
     Raises:
-        UserError: no lists; an invalid line, or an image in lists of two splits; lists that are links out of the root.
+        UserError: an invalid line, or an image in lists of two splits; lists that are links out of the root.
     """
     list_layout = LIST_LAYOUTS[layout]
-    files = list_layout.files(root)
-    if not files:
-        folders = " or ".join(str(root / folder) for folder in list_layout.list_folders)
-        patterns = ", ".join(f"*{ending}.txt" for ending in list_layout.splits)
-        raise UserError(
-            f"data.layout={layout} needs image lists ({patterns}) in {folders}; to use all images of the folders: "
-            "--data.layout folders"
-        )
     splits: dict[str, OfficialSplit] = {}
+    files = list_layout.files(root)
     for file in files:
         if symlinks.escapes_root(file):
             symlinks.raise_on_escape(root)
+    lists = [file for file in files if is_image_list(file)] or files
+    for file in lists:
         split = list_layout.split_of(file)
         assert split
         for number, line in enumerate(read_text(file, str(file), "surrogateescape").split("\n"), 1):
             if not line.strip():
                 continue
-            path, _, label = line.strip().rpartition(" ")
-            parts = path.split("/")
-            if len(parts) < 3 or not label.isdigit() or not {"", ".", ".."}.isdisjoint(parts) or "\0" in path:
+            path = _parse_line(line)
+            if path is None:
                 raise UserError(f"{file}:{number}: expected `task/class/image label`, got {line[:MAX_LINE_SHOWN]!r}")
             known_split = splits.get(path, "other")
             if "other" not in (known_split, split) and known_split != split:
@@ -93,4 +112,4 @@ def read_lists(layout: str, root: Path, symlinks: SymlinkChecker) -> list[Datase
     for path, split in sorted(splits.items()):
         task, class_folder = path.split("/")[:2]
         entries.append(DatasetEntry(path, task, class_folder, split))
-    return entries
+    return entries, [Skipped(file.relative_to(root).as_posix(), ".txt") for file in files if file not in lists]

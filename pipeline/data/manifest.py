@@ -31,15 +31,13 @@ import pyarrow.parquet as pq
 
 from pipeline.config import MAX_TEXT_BYTES, read_text
 from pipeline.data.names import escape_for_terminal, invalid_name_reason, pluralize, truncated_list
-from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit, TableRow
+from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit, TableRow, parse_split_name
 from pipeline.data.symlinks import SymlinkChecker
 from pipeline.data.table_images import ROW_PATH, ImageColumn, find_image_column, row_path
-from pipeline.data.walk import IMAGE_SUFFIXES
+from pipeline.data.walk import IMAGE_SUFFIXES, is_junk
 from pipeline.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-HUB_FOLDERS = ("data", "default", "default/*")
-"""Folders of a Hugging Face data set's repository with its Parquet files."""
 ALIASES = {
     "path": "imagepath filepath imgpath filename file imagefile imagefilename imagename image img".split(),
     "task": "domain domainname taskname".split(),
@@ -208,10 +206,17 @@ _FOREIGN_PATHS = {
 
 
 def table_files(folder: Path) -> list[Path]:
-    """Return the Parquet files of a folder, or of a Hugging Face data set's repository: `data/train-*.parquet`,
-    `default/train/*.parquet`."""
-    direct = sorted(folder.glob("*.parquet"))
-    return direct or sorted(file for name in HUB_FOLDERS for file in folder.glob(f"{name}/*.parquet"))
+    """Return the Parquet files of a folder, or of the folders of its splits (`train/0000.parquet`)."""
+    direct, nested = (
+        [file for file in sorted(folder.glob(pattern)) if is_table_name(file.name, ".parquet")]
+        for pattern in ("*", "*/*.parquet")
+    )
+    return direct or nested
+
+
+def is_table_name(name: str, *suffixes: str) -> bool:
+    """Return whether this is the name of a table."""
+    return name.lower().endswith(suffixes or SUFFIXES) and not is_junk(name)
 
 
 def check_suffix(file: Path) -> None:
@@ -247,8 +252,6 @@ def read_manifest(
             out of the root.
     """
     files = table_files(manifest) if manifest.is_dir() else [manifest]
-    if not files:
-        raise UserError(f"data.root={manifest} contains no .parquet files")
     rows = _RowCollector(manifest, root, symlinks, None if tasks is None else frozenset(tasks), class_names)
     for file in files:
         if symlinks.escapes_root(file):
@@ -285,9 +288,10 @@ def _normalize_text(column: str, text: str | None) -> str:
 
 def _parse_split(text: str | None) -> OfficialSplit:
     name = (text or "").strip().lower()
-    if name not in SPLIT_NAMES:
+    split = parse_split_name(name)
+    if split is None:
         raise ValueError(f"the split '{escape_for_terminal(name[:40])}' is not one of {', '.join(SPLIT_NAMES)}")
-    return SPLIT_NAMES[name]
+    return split
 
 
 def _without_zero_fraction(text: str | None) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 OfficialSplit = Literal["train", "test", "other"]
@@ -10,14 +13,37 @@ OfficialSplit = Literal["train", "test", "other"]
 SPLIT_NAMES: dict[str, OfficialSplit] = {
     "train": "train",
     "training": "train",
+    "trainval": "train",
     "test": "test",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+    "holdout": "test",
     "val": "other",
     "valid": "other",
     "validation": "other",
     "crossval": "other",
     "dev": "other",
 }
+_NOUNS = r"(?:sets?|split|data|dataset|images?|imgs?|folder)"
+
+
+@lru_cache(maxsize=1 << 14)
+def parse_split_name(name: str) -> OfficialSplit | None:
+    """Return the split that a folder or a value names, in any case and with numbers or words such as set
+    (`Training_Set`, `testset`, `train images`, `val2017`); None: it names none."""
+    words = re.sub(r"[\W\d_]+", " ", name.casefold()).strip().replace("hold out", "holdout")
+    return SPLIT_NAMES.get(words) or SPLIT_NAMES.get(re.sub(rf" ?{_NOUNS}$", "", words))
+
+
+def similar_split_names(names: Iterable[str]) -> list[str]:
+    """Return names that differ from each other only in the name of a split: seg_train and seg_test."""
+    names_by_rest: dict[str, dict[str, str]] = {}
+    for name in names:
+        for word in re.findall(r"[a-z]+", name.lower()):
+            if word in SPLIT_NAMES:
+                names_by_rest.setdefault(name.lower().replace(word, "*", 1), {})[word] = name
+    return sorted({name for group in names_by_rest.values() if len(group) > 1 for name in group.values()})
 
 
 class TableRow(NamedTuple):

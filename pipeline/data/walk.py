@@ -12,8 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from functools import lru_cache
+from fnmatch import translate
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +57,7 @@ UNREAD_FORMATS = {
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 NO_SUFFIX = "no suffix"
 CIRCULAR_LINK, BROKEN_LINK = "links to a folder that contains them", "broken links"
+_JUNK, _TEMPORARY = (re.compile("|".join(map(translate, patterns))) for patterns in (JUNK, TEMPORARY_FILES))
 _FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in UNREAD_FORMATS.items() for suffix in suffixes}
 
 
@@ -79,15 +79,14 @@ class WalkedFolder:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-@lru_cache(maxsize=4096)
 def is_junk(name: str) -> bool:
     """Return whether a file or folder of this name is hidden, or was left by a system or a tool."""
-    return any(fnmatchcase(name.casefold(), pattern) for pattern in JUNK)
+    return bool(_JUNK.match(name.casefold()))
 
 
 def skip_kind(name: str) -> str | None:
     """Return why a file of this name is left out; None: it is an image."""
-    if is_junk(name) or any(fnmatchcase(name.casefold(), pattern) for pattern in TEMPORARY_FILES):
+    if is_junk(name) or _TEMPORARY.match(name.casefold()):
         return JUNK_KIND
     suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES:

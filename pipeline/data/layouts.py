@@ -1,0 +1,591 @@
+"""Recognize the layout of a data set by its folders and lists, or refuse it by name, with the option that fits.
+
+Nothing is guessed: folders that fit two layouts, or none, are refused. The remedies in the messages are tried first:
+a root one level higher or lower is named only if its layout is recognized.
+"""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from pipeline.data.lists import LIST_LAYOUTS, is_image_list, listed_paths
+from pipeline.data.manifest import check_suffix, is_table_name, table_files
+from pipeline.data.names import escape_for_terminal, truncated_list
+from pipeline.data.official_splits import SPLIT_NAMES, parse_split_name, similar_split_names
+from pipeline.data.symlinks import SymlinkChecker
+from pipeline.data.walk import (
+    is_directory,
+    is_junk,
+    list_folder,
+    skip_kind,
+    skipped_note,
+    walk_folders,
+)
+from pipeline.errors import UserError
+
+OFFICE_HOME_FOLDER = "OfficeHomeDataset_10072016"
+OFFICE_HOME_TASKS = ("Art", "Clipart", "Product", "Real World")
+MINI_DOMAINNET_LISTS = LIST_LAYOUTS["mini_domainnet"].list_folders[0]
+UNSPLIT_FOLDER = "full"
+"""Folder in which Dassl's VLCS repeats all images, next to those of its splits."""
+FOLDER_LAYOUTS = ("folders", "office_home")
+"""Layouts in which the path alone gives task and class."""
+MAX_PROBED_FOLDERS = 1000
+"""Folders listed to find out whether a root at another level fits."""
+MAX_PROBED_ROOTS, MAX_ROOTS_SHOWN = 20, 5
+MAX_TABLE_DEPTH = 3
+"""Levels below the root at which Parquet files are searched."""
+Roles = tuple[str, ...]
+"""Meaning of the folders above an image, from the root: task, split, class."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    root: Path
+    """Folder of the images or lists."""
+    roles: Roles = ()
+    """Roles of the folders; empty for lists and tables."""
+    source: Path | None = None
+    """Table, or folder of tables."""
+    notes: tuple[str, ...] = ()
+    """Messages for the user."""
+
+
+class _Mismatch(Exception):
+    """The folders do not have a layout.
+
+    Args:
+        reason: what is wrong, for the user.
+        remedies: options, each with what it does.
+        levels: how the root may be wrong, if so: too deep, too high.
+    """
+
+    def __init__(self, reason: str, *remedies: str, levels: Collection[str] = ("deep", "high")):
+        super().__init__(reason)
+        self.reason, self.remedies, self.levels = reason, remedies, levels
+
+
+class _Folder:
+    """A folder whose content is listed once, when it is needed, without junk."""
+
+    def __init__(self, path: Path, symlinks: SymlinkChecker | None = None, budget: list[int] | None = None):
+        self.path = path
+        self._symlinks = symlinks
+        self._budget = budget
+        self._children: dict[str, _Folder] = {}
+
+    @cached_property
+    def _entries(self) -> tuple[list[str], list[str]]:
+        self._spend()
+        folders: list[str] = []
+        files: list[str] = []
+        for entry in list_folder(self.path):
+            if not is_directory(entry):
+                files += [] if is_junk(entry.name) else [entry.name]
+            elif not is_junk(entry.name) and not (entry.is_symlink() and self._is_external(entry.path)):
+                folders.append(entry.name)
+        return folders, files
+
+    def _is_external(self, path: str | Path) -> bool:
+        return self._symlinks is not None and self._symlinks.escapes_root(path)
+
+    def _spend(self) -> None:
+        if self._budget is not None:
+            self._budget[0] -= 1
+            if self._budget[0] < 0:
+                raise _Mismatch(f"{_shown(self.path)} has many folders")
+
+    @property
+    def folders(self) -> list[str]:
+        return self._entries[0]
+
+    @property
+    def files(self) -> list[str]:
+        return self._entries[1]
+
+    def __getitem__(self, name: str) -> _Folder:
+        return self._children.setdefault(name, _Folder(self.path / name, self._symlinks, self._budget))
+
+    @cached_property
+    def has_images(self) -> bool:
+        """Whether images are directly in the folder."""
+        return any(skip_kind(name) is None for name in self.files)
+
+    @cached_property
+    def contains_images(self) -> bool:
+        """Whether there are images at any depth."""
+        if self.has_images:
+            return True
+        for folder in walk_folders(self.path, lambda parts, real: "link" if self._is_external(real) else None):
+            self._spend()
+            if folder.images:
+                return True
+        return False
+
+    @property
+    def image_folders(self) -> Iterator[str]:
+        """Folders that contain images."""
+        return (name for name in self.folders if self[name].contains_images)
+
+    @cached_property
+    def has_classes(self) -> bool:
+        """Whether a folder has images directly in it."""
+        return any(self[name].has_images for name in self.folders)
+
+    @cached_property
+    def split_folders(self) -> list[str]:
+        """Folders with the name of a split, and images in folders below."""
+        names = [name for name in self.folders if parse_split_name(name)]
+        return [name for name in names if self[name].contains_images and not self[name].has_images]
+
+    @cached_property
+    def extra_folders(self) -> list[str]:
+        """Folders with images beside those of splits."""
+        names = [name for name in self.folders if not parse_split_name(name) and name.casefold() != UNSPLIT_FOLDER]
+        return [name for name in names if self[name].contains_images]
+
+
+def recognize_layout(name: str, data_root: Path, tasks: Collection[str] | None, symlinks: SymlinkChecker) -> Layout:
+    """Return the layout of `data_root`, a folder or a file.
+
+    Args:
+        name: data.layout; auto: recognize it.
+        tasks: names of the tasks to use, in NFC; None: all.
+        symlinks: records links out of the root that are not followed.
+
+    Raises:
+        UserError: no layout fits, or several do; names what was found, and the options that fit.
+    """
+    if data_root.is_file():
+        return _table_layout(name, data_root)
+    try:
+        return _match(name, _Folder(data_root, symlinks), tasks)
+    except _Mismatch as mismatch:
+        symlinks.raise_on_escape(data_root)
+        remedies = [*_other_levels(name, data_root, tasks, mismatch.levels), *mismatch.remedies]
+        if name == "auto":
+            remedies += [remedy for remedy in _table_remedies(_Folder(data_root)) if remedy not in remedies]
+        raise UserError("\n  ".join([mismatch.reason, *remedies])) from None
+
+
+def _table_layout(name: str, file: Path) -> Layout:
+    if name not in ("auto", "manifest"):
+        raise UserError(f"data.root={file} is a file, but data.layout={name} needs a folder")
+    check_suffix(file)
+    return Layout("manifest", file.parent, source=file)
+
+
+def _match(name: str, folder: _Folder, tasks: Collection[str] | None) -> Layout:
+    """Return the layout of a folder. Raises _Mismatch if it has none."""
+    match name:
+        case "auto":
+            return _match_any(folder, tasks)
+        case "folders":
+            return _match_folders(folder, tasks)
+        case "split_folders":
+            return Layout(name, folder.path, _split_roles(folder, tasks))
+        case "office_home":
+            return _match_office_home(folder, tasks)
+        case "manifest":
+            return _match_tables(folder)
+    if name in LIST_LAYOUTS:
+        return _match_lists(name, folder, tasks)
+    raise ValueError(f"layout {name!r} is unknown")
+
+
+def _match_any(folder: _Folder, tasks: Collection[str] | None) -> Layout:
+    if MINI_DOMAINNET_LISTS in folder.folders:
+        return _match_lists("mini_domainnet", folder, tasks)
+    if OFFICE_HOME_FOLDER in folder.folders or set(folder.folders) == set(OFFICE_HOME_TASKS):
+        return _match_office_home(folder, tasks)
+    for name in ("pacs", "domainnet"):
+        if any(map(is_image_list, LIST_LAYOUTS[name].files(folder.path))):
+            return _match_lists(name, folder, tasks)
+    if next(folder.image_folders, None) is None:
+        return _match_without_folders(folder)
+    selected = [name for name in _selected(folder, tasks) if folder[name].contains_images]
+    splits = [name for name in folder.folders if parse_split_name(name) and folder[name].contains_images]
+    if not selected and tasks:  # they may be below the folders of splits
+        selected = [split for split in splits if _selected(folder[split], tasks)]
+    if any(map(parse_split_name, selected)):
+        return _match_root_splits(folder, splits, tasks)
+    return _match_task_folders(folder, selected, tasks)
+
+
+def _match_folders(folder: _Folder, tasks: Collection[str] | None) -> Layout:
+    selected = _selected(folder, tasks)
+    _check_tasks_found(folder, selected, tasks)
+    if not any(next(folder[task].image_folders, None) for task in selected):
+        raise _Mismatch(_found(folder))
+    return Layout("folders", folder.path, ("task", "class"))
+
+
+def _match_office_home(folder: _Folder, tasks: Collection[str] | None) -> Layout:
+    if OFFICE_HOME_FOLDER in folder.folders:
+        folder = folder[OFFICE_HOME_FOLDER]
+    _check_tasks_found(folder, folder.folders, tasks or OFFICE_HOME_TASKS)
+    return Layout("office_home", folder.path, ("task", "class"))
+
+
+def _match_lists(name: str, folder: _Folder, tasks: Collection[str] | None) -> Layout:
+    layout = LIST_LAYOUTS[name]
+    files = layout.files(folder.path)
+    if not files:
+        folders = " or ".join(str(folder.path / list_folder) for list_folder in layout.list_folders)
+        patterns = ", ".join(f"*{ending}.txt" for ending in layout.splits)
+        raise _Mismatch(
+            f"data.layout={name} needs image lists ({patterns}) in {folders}",
+            *_layout_remedy("folders", folder, tasks, "to use all images of the folders"),
+        )
+    images_root = layout.images_root(folder.path)
+    paths = [path for file in files for path in listed_paths(file)]
+    if paths and not any((images_root / path).exists() for path in paths):
+        raise _Mismatch(
+            f"{_shown(files[0])} lists images that do not exist, such as {_shown(images_root / paths[0])}",
+            *_layout_remedy("folders", folder, tasks, "to use all images of the folders"),
+        )
+    return Layout(name, folder.path)
+
+
+def _match_tables(folder: _Folder) -> Layout:
+    """Return the layout of a folder of Parquet files, such as a repository of the Hugging Face Hub."""
+    sources = list(_parquet_folders(folder, MAX_TABLE_DEPTH))
+    files = [folder.path / name for name in folder.files if is_table_name(name) and not is_table_name(name, ".parquet")]
+    if len(sources) == 1 and not files:
+        return Layout("manifest", folder.path, source=sources[0])
+    if candidates := [*sources, *files]:
+        raise _Mismatch(
+            f"{_shown(folder.path)} has {'several tables' if len(candidates) > 1 else 'a table'}; choose what to use",
+            *map(_table_remedy, candidates[:MAX_ROOTS_SHOWN]),
+            levels=(),
+        )
+    raise _Mismatch(f"data.root={_shown(folder.path)} contains no .parquet files, and no other table")
+
+
+def _parquet_folders(folder: _Folder, depth: int) -> Iterator[Path]:
+    """Yield the folders that have Parquet files, or folders of splits with them, from the top; those below such a
+    folder are not searched."""
+    tables = [name for name in folder.folders if depth and table_files(folder.path / name)]
+    if any(is_table_name(name, ".parquet") for name in folder.files):
+        yield folder.path
+    elif tables and all(map(_names_split, tables)):
+        yield folder.path
+    elif depth:
+        for name in folder.folders:
+            yield from _parquet_folders(folder[name], depth - 1)
+
+
+def _names_split(name: str) -> bool:
+    return parse_split_name(name.removeprefix("partial-")) is not None
+
+
+def _match_without_folders(folder: _Folder) -> Layout:
+    """Match a root whose folders contain no images."""
+    try:
+        return _match_tables(folder)
+    except _Mismatch as mismatch:
+        if not mismatch.levels:
+            raise
+    if folder.has_images:
+        raise _Mismatch(f"{_found(folder)}; images need folders of a task and a class", levels=("deep",))
+    skipped = [file for walked in walk_folders(folder.path) for file in walked.skipped]
+    raise _Mismatch(f"{_found(folder)}{f'; {skipped_note(skipped)}' if skipped else ''}", levels=())
+
+
+def _match_root_splits(folder: _Folder, splits: Sequence[str], tasks: Collection[str] | None) -> Layout:
+    """Match a root with the folders `splits`, which are called like splits."""
+    root, shown = _shown(folder.path), truncated_list(splits)
+    as_tasks = _layout_remedy("folders", folder, None, f"to use {truncated_list([*folder.image_folders])} as tasks")
+    if all(folder[split].has_images and not folder[split].has_classes for split in splits):
+        hint = _detection_hint(folder)
+        raise _Mismatch(
+            f"{root} has split folders ({shown}) with images directly in them, and no classes{hint}", levels=()
+        )
+    if extras := folder.extra_folders:
+        raise _Mismatch(
+            f"{root} has {truncated_list(extras)} beside folders called like splits ({shown})",
+            *_layout_remedy("split_folders", folder, tasks, f"to leave {truncated_list(extras)} out"),
+            *as_tasks,
+            levels=(),
+        )
+    if any(folder[split].has_classes for split in splits):
+        hint = next(filter(None, (_detection_hint(folder[split]) for split in splits)), "")
+        if hint and all(map(_has_only_images, (folder[split] for split in splits))):
+            raise _Mismatch(f"{root} has split folders ({shown}) without classes{hint}", levels=())
+        raise _Mismatch(
+            f"{root} has split folders ({shown}) but no tasks: their folders are classes",
+            *_single_task_remedy(folder),
+            *as_tasks,
+            levels=("deep",),
+        )
+    if len(splits) == 1:
+        raise _Mismatch(
+            f"{root} has only the split folder {shown}",
+            f"to use its folders as tasks: --data.root {_option(folder.path / splits[0])}",
+            *_layout_remedy("split_folders", folder, tasks, f"the same, with {shown} as their official split"),
+            *as_tasks,
+            levels=(),
+        )
+    if not any(folder[split][name].has_classes for split in splits for name in folder[split].folders):
+        raise _Mismatch(f"the images of {root} are deeper than <split>/<task>/<class>/<image>", levels=("high",))
+    return Layout("split_folders", folder.path, ("split", "task", "class"), notes=_table_notes(folder))
+
+
+def _match_task_folders(folder: _Folder, selected: Sequence[str], tasks: Collection[str] | None) -> Layout:
+    """Match a root whose folders `selected`, which contain images, are tasks."""
+    _check_tasks_found(folder, selected, tasks)
+    by_shape: dict[str, list[str]] = {}
+    for task in selected:
+        by_shape.setdefault(_shape(folder[task]), []).append(task)
+    root, shapes = _shown(folder.path), set(by_shape)
+    if similar := similar_split_names(selected):
+        raise _Mismatch(
+            f"{root} has folders called like splits ({truncated_list(similar)}); rename them to train and test if they "
+            "are splits",
+            *_layout_remedy("folders", folder, tasks, "to use them as tasks"),
+        )
+    if shapes == {"flat"}:
+        hint = _detection_hint(folder)
+        raise _Mismatch(
+            f"the folders of {root} ({truncated_list(selected)}) have images directly in them: "
+            f"{hint.removeprefix('; ') or 'they are classes without a task'}",
+            *([] if hint else _single_task_remedy(folder)),
+            levels=() if hint else ("deep",),
+        )
+    if shapes == {"split images"}:
+        raise _Mismatch(
+            f"{root} has split folders with images directly in them ({_examples(folder, selected)}), and no classes"
+            f"{_detection_hint(folder)}",
+            *_layout_remedy("folders", folder, tasks, "to use them as classes"),
+        )
+    if shapes == {"splits"} and (extras := [task for task in selected if folder[task].extra_folders]):
+        extra_folders = truncated_list(f"{task}/{name}" for task in extras for name in folder[task].extra_folders)
+        raise _Mismatch(
+            f"{root} has {extra_folders} beside folders called like splits ({_examples(folder, extras)})",
+            *_layout_remedy("split_folders", folder, tasks, "to leave other folders out"),
+            *_layout_remedy("folders", folder, tasks, "to use all of them as classes"),
+            levels=(),
+        )
+    if shapes == {"deep"}:
+        raise _Mismatch(
+            f"the images of {root} are deeper than <task>/<class>/<image>{_similar_hint(folder, selected)}",
+            *_layout_remedy("folders", folder, tasks, "if classes have images only in their subfolders"),
+            levels=("high",),
+        )
+    if shapes == {"splits"}:
+        return Layout("split_folders", folder.path, ("task", "split", "class"), notes=_table_notes(folder))
+    if shapes <= {"classes", "split images"}:
+        return Layout("folders", folder.path, ("task", "class"), notes=_table_notes(folder))
+    raise _Mismatch(
+        f"the folders of {root} differ: "
+        + "; ".join(f"{_SHAPES[shape]}: {truncated_list(names)}" for shape, names in sorted(by_shape.items())),
+        *(
+            f"to use only these: --data.tasks {' '.join(map(shlex.quote, names))}"
+            for _, names in sorted(by_shape.items())
+            if _usable_layout("auto", folder, set(map(_nfc, names)))
+        ),
+        levels=(),
+    )
+
+
+_SHAPES = {
+    "classes": "with class folders",
+    "deep": "with images only in folders of folders",
+    "flat": "with images directly in them, and no class folders",
+    "split images": "with split folders, but no classes",
+    "splits": "with split folders",
+}
+
+
+def _shape(task: _Folder) -> str:
+    """Return how the images lie in a task's folder: a key of _SHAPES."""
+    if splits := [task[name] for name in task.split_folders]:
+        if all(map(_has_only_images, splits)):
+            return "split images"
+        return "splits" if any(split.has_classes for split in splits) else "deep"
+    if task.has_classes:
+        is_split = all(parse_split_name(name) for name in task.folders if task[name].has_images)
+        return "split images" if is_split else "classes"
+    return "flat" if next(task.image_folders, None) is None else "deep"
+
+
+def _has_only_images(split: _Folder) -> bool:
+    """Return whether the images of a split are in a single folder, `images`, which is no class."""
+    return [name.casefold() for name in split.image_folders] == ["images"]
+
+
+def _split_roles(folder: _Folder, tasks: Collection[str] | None) -> Roles:
+    """Return the roles of data.layout=split_folders, where other folders beside those of splits are left out."""
+    if any(folder[split][name].has_classes for split in folder.split_folders for name in folder[split].folders):
+        return "split", "task", "class"
+    selected = _selected(folder, tasks)
+    _check_tasks_found(folder, selected, tasks)
+    selected = [name for name in selected if folder[name].contains_images]
+    without = [name for name in selected if _shape(folder[name]) != "splits"]
+    if selected and not without:
+        return "task", "split", "class"
+    raise _Mismatch(
+        f"data.layout=split_folders needs {_shown(folder.path)}/<task>/<split>/<class> or <split>/<task>/<class>, with "
+        f"folders called {', '.join(SPLIT_NAMES)}; without them: {truncated_list(without) or 'all'}"
+    )
+
+
+def _selected(folder: _Folder, tasks: Collection[str] | None) -> list[str]:
+    return [name for name in folder.folders if tasks is None or _nfc(name) in tasks]
+
+
+def _check_tasks_found(folder: _Folder, selected: Sequence[str], tasks: Collection[str] | None) -> None:
+    """Raise _Mismatch if a requested task has no folder."""
+    if missing := sorted({*(tasks or ())} - {_nfc(name) for name in selected}):
+        available = [name for name in folder.folders if next(folder[name].image_folders, None)]
+        raise _Mismatch(
+            f"data.tasks: {', '.join(missing)} not found under {_shown(folder.path)}; "
+            f"found: {truncated_list(available) or 'no <task>/<class> folders'}"
+        )
+
+
+def _other_levels(name: str, root: Path, tasks: Collection[str] | None, levels: Collection[str]) -> Iterator[str]:
+    """Yield remedies with roots at other levels that fit the layout `name`."""
+    for distance, ancestor in enumerate(list(root.absolute().parents)[:2] if "deep" in levels else [], 1):
+        if ancestor != Path(ancestor.anchor) and _probe(name, ancestor, tasks, root):
+            yield f"{_levels(distance)} too deep: try --data.root {_option(ancestor)}"
+            return
+    candidates = [root] if "high" in levels else []
+    for distance in (1, 2):
+        subfolders = (candidate / name for candidate in candidates for name in _subfolders(candidate))
+        candidates = list(islice(subfolders, MAX_PROBED_ROOTS))
+        if fitting := [candidate for candidate in candidates if _probe(name, candidate, tasks)]:
+            for candidate in fitting[:MAX_ROOTS_SHOWN]:
+                yield f"{_levels(distance)} too high: try --data.root {_option(candidate)}"
+            return
+
+
+def _subfolders(path: Path) -> list[str]:
+    try:
+        return _Folder(path).folders
+    except UserError:  # unreadable
+        return []
+
+
+def _probe(name: str, root: Path, tasks: Collection[str] | None, inner: Path | None = None) -> bool:
+    """Return whether a root has the layout, found with few steps; `inner`: a folder below it that has to be a task or
+    a class of the layout."""
+    layout = _usable_layout(name, _Folder(root, budget=[MAX_PROBED_FOLDERS]), tasks)
+    if layout is None or layout.source:
+        return layout is not None and inner is None
+    if inner is None or layout.name in LIST_LAYOUTS:
+        return True
+    parts = inner.relative_to(root).parts
+    is_used = tasks is None or _nfc(parts[0]) in tasks
+    return is_used and len(parts) <= len(layout.roles) and inner.is_relative_to(layout.root)
+
+
+def _usable_layout(name: str, folder: _Folder, tasks: Collection[str] | None) -> Layout | None:
+    """Return the layout of a folder if it has two classes in each task."""
+    try:
+        layout = _match(name, folder, tasks)
+        if layout.root != folder.path or not layout.roles:
+            return layout
+        classes: dict[str, set[str]] = {}
+        for path in _class_folders(folder, len(layout.roles)):
+            task = path[layout.roles.index("task")]
+            if tasks is None or _nfc(task) in tasks:
+                classes.setdefault(task, set()).add(path[-1])
+        return layout if all(len(names) > 1 for names in classes.values()) else None
+    except (_Mismatch, UserError):
+        return None
+
+
+def _class_folders(folder: _Folder, depth: int) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of the folders at a depth below `folder`, in folders that contain images."""
+    if depth == 1:
+        yield from ((name,) for name in folder.folders)
+    else:
+        for name in folder.image_folders:
+            yield from ((name, *path) for path in _class_folders(folder[name], depth - 1))
+
+
+def _layout_remedy(name: str, folder: _Folder, tasks: Collection[str] | None, effect: str) -> list[str]:
+    """Return the remedy to give the layout `name`, if it fits."""
+    return [f"{effect}: --data.layout {name}"] if _usable_layout(name, folder, tasks) else []
+
+
+def _single_task_remedy(folder: _Folder) -> list[str]:
+    """Return the remedy for a root that is a single task: its parent, with only this task."""
+    path = folder.path.absolute()
+    if not path.name or not _probe("auto", path.parent, {_nfc(path.name)}):
+        return []
+    return [f"if it is a single task: --data.root {_option(path.parent)} --data.tasks {shlex.quote(path.name)}"]
+
+
+def _table_notes(folder: _Folder) -> tuple[str, ...]:
+    remedies = _table_remedies(folder)
+    return (f"folders are used, not the tables beside them; {'; '.join(remedies)}",) if remedies else ()
+
+
+def _table_remedies(folder: _Folder) -> list[str]:
+    tables = [folder.path / name for name in folder.files if is_table_name(name)]
+    return list(map(_table_remedy, tables[:MAX_ROOTS_SHOWN]))
+
+
+def _table_remedy(path: Path) -> str:
+    return f"to use {_shown(Path(path.name))}: --data.root {_option(path)}"
+
+
+def _detection_hint(folder: _Folder) -> str:
+    """Return that a folder looks like an export for object detection or segmentation, if it does."""
+    names = {name.casefold() for name in folder.folders}
+    has_annotations = names & {"labels", "annotations", "masks", "imagesets"} or any(
+        name.endswith((".coco.json", "data.yaml", "data.yml")) for name in folder.files
+    )
+    if not has_annotations:
+        return ""
+    return (
+        "; it looks like a data set for object detection or segmentation: sort the images into <task>/<class> folders, "
+        "or give a table with the columns path, task and label"
+    )
+
+
+def _similar_hint(folder: _Folder, tasks: Sequence[str]) -> str:
+    similar = [f"{task}/{name}" for task in tasks for name in similar_split_names(folder[task].folders)]
+    return f"; rename {truncated_list(similar, 4)} to train and test if they are splits" if similar else ""
+
+
+def _examples(folder: _Folder, tasks: Sequence[str]) -> str:
+    return truncated_list(f"{task}/{name}" for task in tasks for name in folder[task].folders if parse_split_name(name))
+
+
+def _found(folder: _Folder) -> str:
+    """Return what a folder without a layout contains."""
+    contents = []
+    if folder.has_images:
+        contents.append("images directly in it")
+    if folder.folders:
+        contents.append(f"folders {truncated_list(map(escape_for_terminal, folder.folders))}")
+    return (
+        f"data.root={_shown(folder.path)} has no <task>/<class>/<image> folders; found: "
+        f"{' and '.join(contents) or ('other files' if folder.files else 'nothing')}"
+    )
+
+
+def _levels(number: int) -> str:
+    return "one level" if number == 1 else f"{number} levels"
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _shown(path: Path) -> str:
+    return escape_for_terminal(str(path))
+
+
+def _option(path: Path) -> str:
+    return shlex.quote(str(path))
