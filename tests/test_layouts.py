@@ -105,7 +105,7 @@ def refusal(root: Path, **options) -> str:
 
 def suggestions(message: str) -> list[dict]:
     """The options of each remedy in a message."""
-    found = []
+    remedies = []
     for line in message.splitlines():
         if "--data." in line:
             words = shlex.split(line[line.index("--data.") :])
@@ -115,8 +115,8 @@ def suggestions(message: str) -> list[dict]:
                     values = options.setdefault(word.removeprefix("--data."), [])
                 else:
                     values.append(word)
-            found.append({name: values if name == "tasks" else values[0] for name, values in options.items()})
-    return found
+            remedies.append({name: values if name == "tasks" else values[0] for name, values in options.items()})
+    return remedies
 
 
 def follow(message: str, root: Path, **options) -> list[DatasetIndex]:
@@ -245,7 +245,7 @@ def test_other_names_of_splits(tmp_path, train, test, val, order):
         (classes_of("train/a", "train/b"), "train", ["folders", "split_folders", "folders"]),
         (classes_of("seg_train", "seg_test"), "seg_train", ["folders"]),
         # Some tasks with splits, some without.
-        ([*SPLIT_TASKS, *classes_of("clipart")], "with class folders: clipart; with split folders", ["folders", "split_folders"]),
+        ([*SPLIT_TASKS, *classes_of("clipart")], "class folders: clipart; with split", ["folders", "split_folders"]),
         ([*PLAIN, "loose/1.png"], "no class folders: loose", ["folders"]),
         ([*PLAIN, *classes_of("site/camera")], "folders of folders: site", ["folders"]),
         # Deeper than task/class.

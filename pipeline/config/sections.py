@@ -70,8 +70,8 @@ class DataConfig(Section, affects=("data",)):
     max_broken_fraction: Annotated[Fraction, affects("splits")] = 0.0
     """Maximum fraction of broken images (0 to 1), which are dropped and recorded; above it the run stops."""
     follow_external_symlinks: bool = True
-    """Follow symbolic links, and paths of a manifest, that lead outside root. false: they stop the run, so that an
-    untrusted folder cannot expose other files."""
+    """Follow symbolic links, and paths of a manifest, that lead outside root. false: they stop the run; for a folder
+    from someone else, which must not expose other files."""
 
 
 def brings_weights(model: str) -> bool:

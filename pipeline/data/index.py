@@ -1,6 +1,6 @@
 """Index of the images of every task and class below data.root; opens no image.
 
-Layouts:
+Layouts (recognized by layouts.py):
 - `folders`: <root>/<task>/<class>/<any depth>/image;
 - `split_folders`: <root>/<task>/<split>/<class>/... or <root>/<split>/<task>/<class>/..., splits train, test, val;
 - `manifest`: a table with one row per image (manifest.py);
@@ -8,7 +8,7 @@ Layouts:
 - `mini_domainnet`, `domainnet`, `pacs`: folders with image lists (lists.py).
 
 All is sorted by name, so that results do not depend on the file system. Symbolic links are followed, except those to
-a folder that contains them; links out of data.root are refused unless data.follow_external_symlinks is set.
+a folder that contains them; links out of data.root are refused with data.follow_external_symlinks=false.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import DataConfig, read_text, resolve_config_path
-from pipeline.data.layouts import OFFICE_HOME_TASKS, Layout, recognize_layout
+from pipeline.data.layouts import OFFICE_HOME_TASKS, Layout, Roles, recognize_layout
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import read_manifest
-from pipeline.data.names import escape_for_terminal, normalize_name, split_synonyms, truncated_list
+from pipeline.data.names import escape_for_terminal, normalize_name, pluralize, split_synonyms, truncated_list
 from pipeline.data.official_splits import DatasetEntry, OfficialSplit, parse_split_name
 from pipeline.data.symlinks import SymlinkChecker
-from pipeline.data.walk import BROKEN_LINK, Skipped, skip_remedy, walk_folders
+from pipeline.data.walk import BROKEN_LINK, Skipped, skip_remedy, skipped_note, walk_folders
 from pipeline.errors import UserError, escape_controls
 
 NOT_SELECTED = "tasks that are not selected"
@@ -76,6 +76,20 @@ class DatasetIndex:
     """Task → number of images in neither train nor test, with data.use_official_splits."""
     notes: tuple[str, ...] = ()
     """What was not read as documented, for the user."""
+    roles: Roles = ()
+    """Roles of the folders from the root to the images, if they have some."""
+
+    def describe(self) -> str:
+        """Return what was recognized: layout, tasks, classes, images, and the files that are not read."""
+        folders = "".join(f" <{role}>/" for role in self.roles).replace("/ <", "/<")
+        num_classes = len(self.class_names)
+        counts = [
+            f"{pluralize(len(self.classes), 'task')} ({truncated_list(self.classes, 6)})",
+            f"{num_classes:,} {'class' if num_classes == 1 else 'classes'}",
+            f"{len(self.images):,} images",
+        ]
+        skipped = [skipped_note(self.skipped)] if self.skipped else []
+        return "; ".join([f"layout {self.layout}{folders}: {', '.join(counts)}", *skipped])
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of names, sizes and modification times: detects changed files without reading them."""
@@ -146,6 +160,7 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
         excluded_classes,
         {task: unused_images[task] for task in tasks if unused_images[task]},
         (*recognized.notes, *notes),
+        recognized.roles,
     )
 
 
@@ -234,8 +249,8 @@ def _select_classes(
             excluded_classes += [f"{task}/{name}" for name in sorted(entries_by_class) if name not in listed]
         classes[task] = tuple(sorted(entries_by_class if listed is None else listed))
         if len(classes[task]) < 2:
-            others = [other for other in entries_by_task if other != task]
-            remedy = f"; to leave it out: --data.tasks {' '.join(map(shlex.quote, others))}" if others else ""
+            usable = [name for name in entries_by_task if name != task]
+            remedy = f"; to leave it out: --data.tasks {' '.join(map(shlex.quote, usable))}" if usable else ""
             raise UserError(
                 f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
                 + remedy

@@ -301,16 +301,16 @@ def _match_without_folders(folder: _Folder) -> Layout:
 
 def _match_root_splits(folder: _Folder, splits: Sequence[str], tasks: Collection[str] | None) -> Layout:
     """Match a root with the folders `splits`, which are called like splits."""
-    root, shown = _shown(folder.path), truncated_list(splits)
+    root, split_names = _shown(folder.path), truncated_list(splits)
     as_tasks = _layout_remedy("folders", folder, None, f"to use {truncated_list([*folder.image_folders])} as tasks")
     if all(folder[split].has_images and not folder[split].has_classes for split in splits):
         hint = _detection_hint(folder)
         raise _Mismatch(
-            f"{root} has split folders ({shown}) with images directly in them, and no classes{hint}", levels=()
+            f"{root} has split folders ({split_names}) with images directly in them, and no classes{hint}", levels=()
         )
     if extras := folder.extra_folders:
         raise _Mismatch(
-            f"{root} has {truncated_list(extras)} beside folders called like splits ({shown})",
+            f"{root} has {truncated_list(extras)} beside folders called like splits ({split_names})",
             *_layout_remedy("split_folders", folder, tasks, f"to leave {truncated_list(extras)} out"),
             *as_tasks,
             levels=(),
@@ -318,18 +318,18 @@ def _match_root_splits(folder: _Folder, splits: Sequence[str], tasks: Collection
     if any(folder[split].has_classes for split in splits):
         hint = next(filter(None, (_detection_hint(folder[split]) for split in splits)), "")
         if hint and all(map(_has_only_images, (folder[split] for split in splits))):
-            raise _Mismatch(f"{root} has split folders ({shown}) without classes{hint}", levels=())
+            raise _Mismatch(f"{root} has split folders ({split_names}) without classes{hint}", levels=())
         raise _Mismatch(
-            f"{root} has split folders ({shown}) but no tasks: their folders are classes",
+            f"{root} has split folders ({split_names}) but no tasks: their folders are classes",
             *_single_task_remedy(folder),
             *as_tasks,
             levels=("deep",),
         )
     if len(splits) == 1:
         raise _Mismatch(
-            f"{root} has only the split folder {shown}",
+            f"{root} has only the split folder {split_names}",
             f"to use its folders as tasks: --data.root {_option(folder.path / splits[0])}",
-            *_layout_remedy("split_folders", folder, tasks, f"the same, with {shown} as their official split"),
+            *_layout_remedy("split_folders", folder, tasks, f"the same, with {split_names} as their official split"),
             *as_tasks,
             levels=(),
         )
@@ -428,12 +428,12 @@ def _split_roles(folder: _Folder, tasks: Collection[str] | None) -> Roles:
     selected = _selected(folder, tasks)
     _check_tasks_found(folder, selected, tasks)
     selected = [name for name in selected if folder[name].contains_images]
-    without = [name for name in selected if _shape(folder[name]) != "splits"]
-    if selected and not without:
+    unsplit = [name for name in selected if _shape(folder[name]) != "splits"]
+    if selected and not unsplit:
         return "task", "split", "class"
     raise _Mismatch(
         f"data.layout=split_folders needs {_shown(folder.path)}/<task>/<split>/<class> or <split>/<task>/<class>, with "
-        f"folders called {', '.join(SPLIT_NAMES)}; without them: {truncated_list(without) or 'all'}"
+        f"folders called {', '.join(SPLIT_NAMES)}; without them: {truncated_list(unsplit) or 'all'}"
     )
 
 

@@ -1,4 +1,5 @@
-"""Symbolic links out of data.root: a data set from someone else must not expose other files of the user."""
+"""Symbolic links out of data.root. They are followed unless data.follow_external_symlinks=false: then a data set from
+someone else does not expose other files of the user."""
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ class SymlinkChecker:
         ]
         if links:
             raise UserError(
-                f"links point outside of data.root={self._root}: {truncated_list(links)}; replace them with their "
-                "targets, or allow all with --data.follow_external_symlinks true"
+                f"links point outside of data.root={self._root}, and data.follow_external_symlinks=false: "
+                f"{truncated_list(links)}; replace them with their targets, or allow all with "
+                "--data.follow_external_symlinks true"
             )

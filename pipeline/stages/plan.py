@@ -154,6 +154,7 @@ def make_plan(
                 f"leave out clip.model, clip.pretrained and configs/demo.yaml, to get {ClipConfig().model} with the "
                 f"weights {ClipConfig().pretrained!r}, or name another CLIP (mmap-clip list-models)"
             )
+        console.print(f"  {dataset_index.describe()}", markup=False, highlight=False)
         _print_notes(console, *dataset_index.notes, *unexpected_counts(config.data, dataset_index), *notes)
         if "open_clip" not in sys.modules:
             console.print("  importing open_clip ...", highlight=False)
