@@ -117,7 +117,7 @@ def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
             ["x", "x", "--threshold", "2"],
             "threshold=2: must be less than or equal to 1",
         ),
-        ("predict", ["x", "x", "--cluster.address", "auto"], "--cluster.address has no effect on CSV"),
+        ("predict", ["x", "x", "--cluster.address", "auto"], "--cluster.address has an effect on Parquet output only"),
         ("benchmark", ["--shots", "1", "x"], "shots='x': must be a whole number"),
         ("benchmark", ["--seed", "3"], "--seed is not an option of this job: use --seeds"),
     ],

@@ -260,7 +260,7 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
             relative = path.split("/datasets/digits/")[1]
             if relative in expected:  # the test images
                 compared += 1
-                assert row["class"] == words[expected[relative]["predicted"]]
+                assert row["label"] == words[expected[relative]["predicted"]]
                 assert float(row["probability"]) == pytest.approx(expected[relative]["probability"], abs=1e-4)
         assert compared == 10 * (22 - 8)
 

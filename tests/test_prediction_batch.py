@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.methods.adapter_file import load_adapter
 from pipeline.prediction import batch
 from pipeline.prediction.batch import OUTPUT, find_batch_input, predict_batch, progress_lines
+from pipeline.prediction.decoding import decode_rows
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerResources
 
@@ -117,6 +118,18 @@ def test_parquet_with_tasks_in_a_column(adapter_file, digits, cluster, tmp_path)
     assert "unknown task 'oil'; the model has the tasks ink, neon, pairs" in rows[4]["error"]
 
 
+def test_cells_of_parquet_are_taken_as_they_are():
+    """Only an empty cell has the task of the job: 0 and "" are unknown tasks."""
+    table = {"image": [b""] * 4, "task": ["", None, "oil", "ink"], "path": ["a", None, "c", "d"]}
+    columns = decode_rows(pa.table(table), None, None, ["ink"], Preprocessing(32))
+    assert list(columns["task"]) == ["", None, "oil", "ink"] and list(columns["path"]) == ["a", None, "c", "d"]
+    assert [error[:8] for error in columns["error"]] == ["unknown ", "no bytes", "unknown ", "no bytes"]
+    columns = decode_rows(
+        pa.table({"image": [b""] * 2, "task": [0.0, float("nan")]}), None, "ink", ["ink"], Preprocessing(32)
+    )
+    assert list(columns["task"]) == ["0.0", "ink"] and "unknown task 0.0" in columns["error"][0]
+
+
 def test_no_images_make_an_empty_table(adapter_file, cluster, tmp_path):
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
     assert run_prediction(adapter_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
@@ -143,11 +156,14 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
         with pytest.raises(UserError, match="is neither an adapter file nor a run directory"):
             pipeline.load(f"{uri}/photos?{query}")
         command_line = (f"{uri}/runs/x?{query}", f"{uri}/photos?{query}", "--output", f"{uri}/out?{query}")
-        finished = run_job("predict", *command_line, "--task", "ink")
+        finished = run_job("predict", *command_line)  # of all tasks
+        assert "the most probable prediction of the tasks ink, neon, pairs" in finished.output
         assert finished.status == 1 and "1 of 6 images are broken" in finished.output
         rows = pq.read_table(f"{bucket}/out", filesystem=filesystem).to_pylist()
         assert [row["path"].rpartition("/")[2] for row in rows] == ["broken.png", *(f"{n}.png" for n in range(5))]
-        assert [row["label"] for row in rows[1:]] == [prediction.label for prediction in expected]
+        best = pipeline.load(adapter_file).predict(images)
+        assert [(row["task"], row["label"]) for row in rows] == [(None, None), *((p.task, p.label) for p in best)]
+        assert run_job("predict", *command_line).status == 2  # the output exists
     finally:
         server.kill()
 
@@ -158,7 +174,7 @@ def test_user_errors_are_reported(adapter_file, digits, cluster, tmp_path):
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "both" / "b.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
     for inputs, message in [
-        ([tmp_path / "nothing"], "no images or .parquet files in"),
+        ([tmp_path / "nothing"], "nothing: no such file or folder"),
         ([tmp_path / "both"], "contain both images and .parquet files"),
         ([tmp_path / "both" / "b.parquet"], "has no column `image` of bytes; its columns are picture"),
         ([tmp_path / "bad.parquet"], "as Parquet: "),

@@ -44,6 +44,7 @@ from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import METHODS
+from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.serving.dynamic_batcher import DynamicBatcher
@@ -219,14 +220,7 @@ SERVED = {"digits": ServedModel("MmAP", "ViT", "0" * 64, GROUP, None, {})}
 def api(predict=None, preprocessing: Preprocessing | None = None, ready: bool = True, **limits) -> HttpApi:
     async def first_class(model: str, task: str | None, pixels: np.ndarray) -> Answer:
         assert pixels.shape[1:] == (3, 32, 32) and pixels.dtype == np.uint8
-        record = {
-            "task": task,
-            "label": "zero",
-            "probability": 1.0,
-            "probabilities": {},
-            "error": "",
-            "predictions_by_task": [],
-        }
+        record = ImagePrediction(None, task, "zero", 1.0).to_dict()
         return Answer([record] * len(pixels), len(pixels))
 
     async def is_ready() -> bool:
@@ -275,7 +269,7 @@ def test_images_are_preprocessed_as_the_models_need():
 
     async def predict(model: str, task: str | None, pixels: np.ndarray) -> Answer:
         served_pixels.append(pixels)
-        return Answer([{"error": ""}] * len(pixels), len(pixels))
+        return Answer([{"error": None}] * len(pixels), len(pixels))
 
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(stream, "PNG")
@@ -310,8 +304,18 @@ def test_error_responses_say_what_to_do():
         ({"body": b"\xff\xfe\x00", "content_type": "application/json"}, 400, "the body is not valid JSON"),
         (json_request(images=image), 422, "images must be a list of base64 strings"),
         (json_request(images=[]), 422, "images must be a list"),
-        (json_request(images=[image, 3]), 422, "images must be a list"),
-        (json_request(image=[image]), 422, 'invalid JSON body; expected {"images"'),
+        (json_request(), 422, "images must be a list"),
+        (json_request(image=[image]), 422, "unknown key 'image'; did you mean images?"),
+        (json_request(images=[image], top_k=3), 422, "unknown key 'top_k'."),
+        (
+            {**json_request(), "body": b'{"images": ["' + image.encode() + b'"], "task": "ink", "task": "neon"}'},
+            400,
+            "twice",
+        ),
+        ({"body": b"--x", "content_type": "multipart/form-data; boundary=x"}, 415, "several as application/json"),
+        (json_request(images=[image], task=["ink"]), 422, "task must be a string"),
+        (json_request(images=[image], task=""), 422, "unknown task ''"),
+        ({"query": b"task="}, 422, "unknown task ''"),
         (json_request(images=[image], task=3), 422, "task must be a string"),
         (json_request(images=[image] * 4), 413, "4 images exceed the limit of 3"),
         (json_request(images=[image], task="oil"), 422, "unknown task 'oil'"),
@@ -329,7 +333,7 @@ def test_error_responses_say_what_to_do():
 def test_answers_have_the_fields_of_mlflow_and_broken_images_their_error():
     status, record, headers, _ = get_response(api(), query=b"task=ink")
     assert status == 200 and record["label"] == "zero" and headers["x-batch-size"] == "1"
-    assert list(record) == ["task", "label", "probability", "probabilities", "error", "predictions_by_task"]
+    assert list(record) == [*COLUMNS, "probabilities", "predictions_by_task"]
     valid, broken = base64.b64encode(PNG).decode(), base64.b64encode(b"no image").decode()
     status, content, headers, _ = get_response(api(), **json_request(images=[broken, valid, "no base64!"], task="ink"))
     assert status == 200 and headers["x-batch-size"] == "1"
@@ -356,7 +360,7 @@ def test_too_many_requests_get_503_before_they_are_read():
 
         async def slow(model, task, pixels):
             await release.wait()
-            return Answer([{"error": ""}], 1)
+            return Answer([{"error": None}], 1)
 
         served = api(slow)
         in_flight = [asyncio.create_task(send(served)) for _ in range(2)]
@@ -427,7 +431,7 @@ def ingress(monkeypatch, outcomes: Iterable) -> Ingress:
 
 
 def test_the_ingress_retries_and_finally_gives_up(monkeypatch):
-    answer = Answer([{"task": "ink", "label": "zero", "error": ""}], 1)
+    answer = Answer([{"task": "ink", "label": "zero", "error": None}], 1)
     died, unavailable = ActorDiedError(), ActorUnavailableError("away", None)
     assert get_response(ingress(monkeypatch, [died, unavailable, died, answer]))[0] == 200
     status, content, _, _ = get_response(ingress(monkeypatch, [died] * 4 + [answer]))
@@ -563,7 +567,7 @@ def test_the_service_answers_as_pipeline_load_does(service, adapter_files, image
             )
             assert status == 200
             for served, prediction in zip(content["predictions"], expected, strict=True):
-                record = prediction.record()
+                record = prediction.to_dict()
                 for field in ("task", "label", "error"):
                     assert served[field] == record[field]
                 assert served["probability"] == pytest.approx(record["probability"], abs=1e-5)

@@ -73,7 +73,7 @@ def test_every_command_of_the_tutorial_works(tmp_path):
         if server:
             server.kill()
     output = "\n".join(outputs)
-    assert "MmAP, grouped" in output and "photos/ink/three/0000.png,three," in output
+    assert "MmAP, grouped" in output and "photos/ink/three/0000.png,ink,three," in output
     assert "outline added" in output and "models:/photos/1" in output
     documents = re.findall(r"^\{.*?\}$", outputs[-1].replace("}{", "}\n{"), re.MULTILINE)
     responses = [json.dumps(json.loads(document)) for document in documents]

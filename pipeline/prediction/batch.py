@@ -30,7 +30,9 @@ from pipeline.errors import UserError
 from pipeline.files import FREE_SPACE_ADVICE, atomic_replace
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.decoding import decode_rows
-from pipeline.prediction.model import ImagePrediction, TrainedModel
+from pipeline.prediction.encoded_images import is_url
+from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
+from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
 from pipeline.runtime.storage import is_uri, open_bucket
@@ -39,10 +41,7 @@ DECODE_BATCH_SIZE = 64
 PREDICT_BATCH_SIZE = 128
 MAX_FILES_PER_TASK = 512
 ROWS_PER_FILE = 1_000_000
-OUTPUT = pa.schema(
-    [("path", pa.string()), ("task", pa.string()), ("label", pa.string())]
-    + [("probability", pa.float32()), ("error", pa.string())]
-)
+OUTPUT = pa.schema([(name, pa.float32() if name == "probability" else pa.string()) for name in COLUMNS])
 """`label` is null for a broken image and below the threshold; `probability` is that of the most probable class; `error`
 is null unless the image is broken."""
 
@@ -52,7 +51,7 @@ _ACTOR_OUTPUT = OUTPUT.append(pa.field("fatal_error", pa.string()))
 
 @dataclass(frozen=True)
 class BatchInput:
-    """Image files, or Parquet files with a column `image` of encoded images and optionally `path` and `task`."""
+    """Images, or Parquet files with a column `image` of encoded images and optionally `path` and `task`."""
 
     files: tuple[str, ...]
     is_parquet: bool
@@ -67,17 +66,20 @@ class BatchInput:
 
 
 def find_batch_input(inputs: Sequence[str]) -> BatchInput:
-    """Return the images or Parquet files among files and folders (recursive), local or in one bucket.
+    """Return the images or Parquet files among files, folders (recursive) and URLs, or in one bucket.
 
     Raises:
-        UserError: no files, images mixed with Parquet, several buckets, Parquet without a column `image`.
+        UserError: no such file, no images, images mixed with Parquet, several buckets, Parquet without `image`.
     """
-    uris = [source for source in inputs if is_uri(source)]
+    uris = [source for source in inputs if is_uri(source) and not is_url(source)]
     if uris and (len(uris) < len(inputs) or len({uri.split("/")[2] for uri in uris}) > 1):
         raise UserError(f"inputs {', '.join(inputs)} are in several locations; use one bucket, or local files only")
     files: list[str] = []
     skipped: list[Skipped] = []
     for source in inputs:
+        if is_url(source):
+            files.append(source)
+            continue
         source_files, source_skipped = _list_bucket(source) if uris else find_images(source, (".parquet",))
         files += source_files
         skipped += source_skipped
@@ -111,7 +113,8 @@ def predict_batch(
     A local folder appears when it is complete; in a bucket the files appear one by one.
 
     Args:
-        task: task of images without one in their own column.
+        task: task of images without one in their own column; None: all tasks, of which the most probable prediction is
+            written.
         worker_resources: resources of each actor.
         on_progress: called with the number of finished rows and the total.
 
@@ -221,16 +224,12 @@ class _Predictor:
             if task_rows:
                 pixels = torch.from_numpy(np.ascontiguousarray(rows["pixels"][task_rows]))
                 prediction_by_row.update(zip(task_rows, self._model.predict_pixels(pixels, task)))
-        predictions = [prediction_by_row.get(row) for row in range(len(tasks))]
-        columns = {
-            "path": paths,
-            "task": tasks,
-            "label": [prediction and prediction.label for prediction in predictions],
-            "probability": [prediction and prediction.probability for prediction in predictions],
-            "error": [error or None for error in errors],
-            "fatal_error": [None] * len(tasks),
-        }
-        return pa.table(columns, schema=_ACTOR_OUTPUT)
+        predictions = [
+            prediction_by_row.get(row) or ImagePrediction(task=tasks[row], error=errors[row])
+            for row in range(len(tasks))
+        ]
+        columns = {name: [getattr(prediction, name) for prediction in predictions] for name in COLUMNS}
+        return pa.table(columns | {"path": paths, "fatal_error": [None] * len(tasks)}, schema=_ACTOR_OUTPUT)
 
 
 def _strings(values: np.ndarray) -> list[str | None]:

@@ -16,6 +16,7 @@ from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read
 from pipeline.data.names import escape_for_terminal
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import escape_controls
+from pipeline.prediction.encoded_images import is_missing, is_url, read_url
 from pipeline.runtime.storage import open_bucket
 
 READING_THREADS = 4
@@ -28,7 +29,7 @@ def decode_rows(
 
     Args:
         uri: bucket of the files; None: local files.
-        task: task of rows without one.
+        task: task of rows without one; None: all tasks.
         tasks: tasks of the model.
     """
     num_rows, size = len(rows), preprocessing.image_size
@@ -42,12 +43,12 @@ def decode_rows(
     else:
         readers = [(lambda image=image: image) for image in rows["image"].to_pylist()]
         paths = rows["path"].to_pylist() if "path" in rows.column_names else [None] * num_rows
-        paths = [None if path is None else escape_for_terminal(str(path)) for path in paths]
+        paths = [None if is_missing(path) else escape_for_terminal(str(path)) for path in paths]
         if "task" in rows.column_names:
-            row_tasks = [name or task for name in rows["task"].to_pylist()]
+            row_tasks = [task if is_missing(name) else name for name in rows["task"].to_pylist()]
 
     def decode(row: int) -> str:
-        if row_tasks[row] not in tasks:
+        if row_tasks[row] is not None and row_tasks[row] not in tasks:
             return f"unknown task {row_tasks[row]!r}; the model has the tasks {', '.join(tasks)}"
         try:
             if not (data := readers[row]()):
@@ -59,11 +60,13 @@ def decode_rows(
 
     with ThreadPoolExecutor(READING_THREADS) as threads:
         errors = list(threads.map(decode, range(num_rows)))
-    columns = {"path": paths, "task": row_tasks, "error": errors}
+    columns = {"path": paths, "task": [None if name is None else str(name) for name in row_tasks], "error": errors}
     return {"pixels": pixels, **{name: np.array(values, dtype=object) for name, values in columns.items()}}
 
 
 def _read_file(name: str, filesystem: pafs.FileSystem | None) -> bytes:
+    if is_url(name):
+        return read_url(name)
     if filesystem is None:
         return read_image(Path(name))
     with filesystem.open_input_file(name) as stream:

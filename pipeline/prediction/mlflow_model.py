@@ -1,8 +1,7 @@
 """Trained adapter as an MLflow model (pyfunc): adapter and options as safetensors and JSON, this package as code.
 
-MLflow loads it with `_load_pyfunc`; no object is pickled. The input is a table with the columns `image` (an encoded
-image, base64 in JSON) and optionally `task`. The output has a row for each image: task, label, probability,
-probabilities of the classes, error, and without a task the prediction of each task in `predictions_by_task`.
+MLflow loads it with `_load_pyfunc`; no object is pickled. The input is a table with the columns `image` (bytes of an
+encoded image, or base64 text) and optionally `task`. The output has a row for each image, `ImagePrediction.to_dict()`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import importlib.metadata
 import io
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,12 @@ from pipeline.clip.files.model_files import folder_path
 from pipeline.clip.files.source import resolve_model
 from pipeline.clip.files.text_files import needs_transformers
 from pipeline.config import ClipConfig, content_hash
-from pipeline.errors import UserError
+from pipeline.data.images import BrokenImage
+from pipeline.errors import UserError, escape_controls
+from pipeline.prediction.encoded_images import decode_sent_image, is_missing
+from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 from pipeline.prediction.load import MLFLOW_ADAPTER, load_model, local_adapter_file, read_model
-from pipeline.prediction.model import ImagePrediction, TrainedModel
+from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import write_options
 
 if TYPE_CHECKING:
@@ -101,19 +103,21 @@ def _digests(folder: Path, pattern: str) -> dict[str, str]:
 def _signature() -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Array, Map, Object, Property
+    from mlflow.types.schema import AnyType, Array, Map, Object, Property
 
+    any_type = AnyType()  # type: ignore[no-untyped-call]
     properties = [Property("task", DataType.string), Property("probability", DataType.double)]
     properties.append(Property("label", DataType.string, required=False))
     return ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "task", required=False)]),
+        # Of any type: MLflow would refuse a whole table for one value, and decode base64 in two of its four formats.
+        inputs=Schema([ColSpec(any_type, "image"), ColSpec(any_type, "task", required=False)]),
         outputs=Schema(
             [
-                ColSpec(DataType.string, "task", required=False),
-                ColSpec(DataType.string, "label", required=False),
-                ColSpec(DataType.double, "probability", required=False),
+                *(
+                    ColSpec(DataType.double if name == "probability" else DataType.string, name, required=False)
+                    for name in COLUMNS
+                ),
                 ColSpec(Map(DataType.double), "probabilities"),
-                ColSpec(DataType.string, "error"),
                 ColSpec(Array(Object(properties)), "predictions_by_task"),
             ]
         ),
@@ -137,23 +141,31 @@ class _Pyfunc:
         self._model = model
 
     def predict(self, table: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Return the predictions for a table of images. Raises: UserError: unknown task."""
+        """Return the predictions for a table of images; a row with a bad image or task gets an error."""
         import pandas as pd
 
-        tasks: list[str | None] = [None] * len(table)
-        if "task" in table:
-            tasks = [name if isinstance(name, str) and name else None for name in table["task"]]
-        predictions = predict_mixed_tasks(list(table["image"]), tasks, self._model.predict)
+        if len(table) == 1 and isinstance(table["image"].iloc[0], list):  # so MLflow reads {"inputs": {"image": [...]}}
+            table = table.explode([name for name in table if isinstance(table[name].iloc[0], list)])
+        tasks: list[Any] = list(table["task"]) if "task" in table else [None] * len(table)
+        predictions = self._predict_rows(list(table["image"]), tasks)
         # A float column would turn None into NaN, which JSON does not have.
-        return pd.DataFrame([prediction.record() for prediction in predictions], dtype=object)
+        return pd.DataFrame([prediction.to_dict() for prediction in predictions], dtype=object)
 
-
-def predict_mixed_tasks(
-    images: list[Any], tasks: list[str | None], predict: Callable[[list[Any], str | None], list[ImagePrediction]]
-) -> list[ImagePrediction]:
-    """Return the predictions for images of several tasks, in order; each task is predicted in one call."""
-    prediction_by_row: dict[int, ImagePrediction] = {}
-    for task in dict.fromkeys(tasks):
-        rows = [row for row, name in enumerate(tasks) if name == task]
-        prediction_by_row.update(zip(rows, predict([images[row] for row in rows], task)))
-    return [prediction_by_row[row] for row in range(len(images))]
+    def _predict_rows(self, images: list[Any], tasks: list[Any]) -> list[ImagePrediction]:
+        """Return the predictions in order; each task is predicted in one call."""
+        prediction_by_row: dict[int, ImagePrediction] = {}
+        rows_by_task: dict[str | None, list[int]] = {}
+        data_by_row: dict[int, bytes] = {}
+        for row, (image, value) in enumerate(zip(images, tasks)):
+            task = None if is_missing(value) else value
+            try:
+                self._model.resolve_tasks(task)
+                data_by_row[row] = decode_sent_image(image)
+                rows_by_task.setdefault(task, []).append(row)
+            except (UserError, BrokenImage) as error:
+                name = task if isinstance(task, str) else None
+                prediction_by_row[row] = ImagePrediction(task=name, error=escape_controls(str(error)))
+        for task, rows in rows_by_task.items():
+            predictions = self._model.predict([data_by_row[row] for row in rows], task)
+            prediction_by_row.update(zip(rows, predictions, strict=True))
+        return [prediction_by_row[row] for row in range(len(images))]

@@ -5,62 +5,36 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
-from PIL import Image
 
 from pipeline.clip.towers import ClipTowers
-from pipeline.data.images import BrokenImage, evaluation_pixels, read_image
+from pipeline.data.images import evaluation_pixels
 from pipeline.data.prefetch import prefetch
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError, escape_controls
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.calibration import fit_temperature
+from pipeline.prediction.image_prediction import ImagePrediction
+from pipeline.prediction.image_sources import (
+    ImageSource,
+    UnnamedImage,
+    expand_folders,
+    is_folder,
+    is_single_image,
+    read_source,
+    source_path,
+)
 from pipeline.prediction.options import ModelOptions, write_options
 
 BATCH_SIZE = 64
 PREFETCH_BATCHES = 2
 """Batches that are decoded ahead of the model; they bound the memory."""
-
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""A path, an encoded image, a Pillow image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4)."""
-_IMAGE_TYPES = (str, os.PathLike, bytes, Image.Image, np.ndarray)
-"""The same for isinstance, which does not accept os.PathLike[str]."""
-
-
-@dataclass(frozen=True)
-class ImagePrediction:
-    """Prediction for one image among the classes of one task; for a broken image only `error` is set."""
-
-    task: str | None
-    label: str | None
-    """The most probable class; None if its probability is below the threshold or the image is broken."""
-    probability: float | None
-    """Probability of the most probable class, 0 to 1."""
-    probabilities: dict[str, float]
-    """Class → probability, in the order of `TrainedModel.labels`."""
-    error: str = ""
-    predictions_by_task: dict[str, ImagePrediction] = field(default_factory=dict)
-    """Without a requested task: the prediction of each task, of which this is the most probable; else empty."""
-
-    def record(self) -> dict[str, Any]:
-        """Return the prediction as a JSON object."""
-        return {
-            "task": self.task,
-            "label": self.label,
-            "probability": self.probability,
-            "probabilities": self.probabilities,
-            "error": self.error,
-            "predictions_by_task": [
-                {"task": task, "label": prediction.label, "probability": prediction.probability}
-                for task, prediction in self.predictions_by_task.items()
-            ],
-        }
 
 
 class TrainedModel:
@@ -117,29 +91,45 @@ class TrainedModel:
         """Return the softmax temperature of the task."""
         return self.options.temperatures.get(task, 1.0)
 
-    def predict(self, images: Sequence[ImageSource], task: str | None = None) -> list[ImagePrediction]:
-        """Return a prediction for each image, in order.
+    @overload
+    def predict(self, images: str | os.PathLike[str], task: str | None = None) -> Any: ...  # a list for a folder
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # bytes, arrays and files are iterable
+        self, images: UnnamedImage, task: str | None = None
+    ) -> ImagePrediction: ...
+
+    @overload
+    def predict(self, images: Iterable[ImageSource], task: str | None = None) -> list[ImagePrediction]: ...
+
+    def predict(
+        self, images: ImageSource | Iterable[ImageSource], task: str | None = None
+    ) -> ImagePrediction | list[ImagePrediction]:
+        """Return the prediction for one image, or a list of predictions for several images or a folder, in order.
 
         Args:
+            images: one image or several; a broken one gets a prediction with `error`. A folder is replaced by the
+                images in it, at any depth. URLs are read from this process, with limits on size and time.
             task: task whose classes are predicted; None: all tasks, of which the most probable prediction is returned.
                 That takes one forward pass of the image tower for each task with its own image prompts.
 
         Raises:
-            UserError: unknown task.
-            TypeError: an image of an unsupported type.
+            UserError: unknown task, a folder without images.
         """
-        if isinstance(images, _IMAGE_TYPES):
-            raise TypeError("images must be a list, even for one image")
-        return list(self.predict_stream(images, task))
+        if is_single_image(images):
+            predictions = list(self.predict_stream([images], task))
+            return predictions if is_folder(images) else predictions[0]
+        return list(self.predict_stream(cast(Iterable[ImageSource], images), task))
 
     def predict_stream(self, images: Iterable[ImageSource], task: str | None = None) -> Iterator[ImagePrediction]:
         """Yield the predictions of `predict` for any number of images, decoded in threads while the model runs."""
         tasks = self.resolve_tasks(task)
-        for pixels, errors in self._decode_batches(images):
+        for batch, pixels, errors in self._decode_batches(expand_folders(images)):
             valid_rows = [row for row, error in enumerate(errors) if not error]
             predictions = self._predict(pixels if len(valid_rows) == len(errors) else pixels[valid_rows], tasks, task)
-            for error in errors:
-                yield ImagePrediction(task, None, None, {}, error) if error else next(predictions)
+            for source, error in zip(batch, errors):
+                path = source_path(source)
+                yield ImagePrediction(path, task, error=error) if error else replace(next(predictions), path=path)
 
     def predict_pixels(self, pixels: torch.Tensor, task: str | None = None) -> list[ImagePrediction]:
         """Return the predictions of `predict` for uint8 pixels (B, 3, S, S) from
@@ -177,14 +167,14 @@ class TrainedModel:
             UserError: unknown task or class, a broken image, or images to which no temperature can be fitted.
         """
         task_labels = self.labels(task)
-        if len(images) != len(labels) or not images:
+        if len(images) != len(labels) or not len(images):
             raise UserError(
                 f"{len(images)} images but {len(labels)} labels; expected one label per image, and at least one"
             )
         if unknown := [label for label in labels if label not in task_labels]:
             raise UserError(f"unknown label {unknown[0]!r}; task {task!r} has the classes {', '.join(task_labels)}")
         logits = []
-        for batch_index, (pixels, errors) in enumerate(self._decode_batches(images)):
+        for batch_index, (_, pixels, errors) in enumerate(self._decode_batches(images)):
             for image_index, error in enumerate(errors, batch_index * BATCH_SIZE):
                 if error:
                     raise UserError(f"calibration image {image_index} is broken: {error}")
@@ -206,21 +196,24 @@ class TrainedModel:
             raise UserError("cannot save options: the adapter was not loaded from a local file; load a local copy")
         return write_options(self._file, self.options)
 
-    def _decode_batches(self, images: Iterable[ImageSource]) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        """Yield batches of uint8 pixels (B, 3, S, S) and the error of each image, PREFETCH_BATCHES ahead."""
+    def _decode_batches(
+        self, images: Iterable[ImageSource]
+    ) -> Iterator[tuple[list[ImageSource], torch.Tensor, list[str | None]]]:
+        """Yield batches of images, their uint8 pixels (B, 3, S, S) and errors, PREFETCH_BATCHES ahead."""
         images, preprocessing = iter(images), self.preprocessing
         size = preprocessing.image_size
 
-        def start_decoding() -> Iterator[tuple[torch.Tensor, list[Future[str]]]]:
+        def start_decoding() -> Iterator[tuple[list[ImageSource], torch.Tensor, list[Future[str | None]]]]:
             while batch := list(islice(images, BATCH_SIZE)):
                 pixels = torch.zeros(len(batch), 3, size, size, dtype=torch.uint8)
                 yield (
+                    batch,
                     pixels,
                     [self._threads.submit(_decode_into, *pair, preprocessing) for pair in zip(batch, pixels.numpy())],
                 )
 
-        for pixels, errors in prefetch(start_decoding(), PREFETCH_BATCHES):
-            yield pixels, [error.result() for error in errors]
+        for batch, pixels, errors in prefetch(start_decoding(), PREFETCH_BATCHES):
+            yield batch, pixels, [error.result() for error in errors]
 
     def _predict(
         self, pixels: torch.Tensor, tasks: Sequence[str], task: str | None = None
@@ -232,32 +225,17 @@ class TrainedModel:
         labels, values = self._labels[task], probabilities.tolist()
         best = int(probabilities.argmax())
         label = labels[best] if values[best] >= (self.options.threshold or 0) else None
-        return ImagePrediction(task, label, values[best], dict(zip(labels, values)))
+        return ImagePrediction(None, task, label, values[best], None, dict(zip(labels, values)))
 
     def _check_task(self, task: str) -> None:
-        if task not in self._labels:
+        if not isinstance(task, str) or task not in self._labels:
             raise UserError(f"unknown task {task!r}; the model has the tasks {', '.join(self._labels)}")
 
 
-def _decode_into(image: ImageSource, pixels: np.ndarray, preprocessing: Preprocessing) -> str:
-    """Decode the image into `pixels` (3, S, S); return the error, or "" on success."""
-    if not isinstance(image, _IMAGE_TYPES):
-        raise TypeError(
-            f"unsupported image type {type(image).__name__}; use a path, bytes, a Pillow image or a uint8 array"
-        )
+def _decode_into(source: ImageSource, pixels: np.ndarray, preprocessing: Preprocessing) -> str | None:
+    """Decode the image into `pixels` (3, S, S); return the error, or None on success."""
     try:
-        if isinstance(image, str | os.PathLike):
-            image = read_image(Path(image))
-        elif isinstance(image, np.ndarray):
-            image = _array_to_image(image)
-        pixels[:] = evaluation_pixels(image, preprocessing)
-        return ""
-    except (BrokenImage, OSError) as error:
+        pixels[:] = evaluation_pixels(read_source(source), preprocessing)
+        return None
+    except (OSError, ValueError, SyntaxError) as error:  # the last two also from Pillow images of the caller
         return escape_controls(str(error)) or type(error).__name__
-
-
-def _array_to_image(array: np.ndarray) -> Image.Image:
-    has_image_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not has_image_shape or not array.size:
-        raise BrokenImage(f"array of {array.dtype} {array.shape}; expected uint8 (H, W), (H, W, 3) or (H, W, 4)")
-    return Image.fromarray(array)

@@ -7,7 +7,6 @@ read to the end. Every error response is JSON with `error`, which says what is w
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,12 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from pipeline.config.suggestions import did_you_mean
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import escape_controls
+from pipeline.prediction.encoded_images import decode_sent_image
+from pipeline.prediction.image_prediction import ImagePrediction
 
 BATCH_SIZE_HEADER = "X-Batch-Size"
 """Response header: size of the batch in which the model predicted these images."""
@@ -59,7 +61,7 @@ class Answer:
     """Predictions for the images of a request, in order."""
 
     records: list[dict[str, Any]]
-    """`ImagePrediction.record()` of each image."""
+    """`ImagePrediction.to_dict()` of each image."""
     batch_size: int
 
 
@@ -167,7 +169,10 @@ class HttpApi:
         pixels = [image for image in decoded if not isinstance(image, str)]
         answer = await self._predict_pixels(name, task, np.stack(pixels)) if pixels else Answer([], 0)
         predicted = iter(answer.records)
-        records = [_error_record(task, image) if isinstance(image, str) else next(predicted) for image in decoded]
+        records = [
+            ImagePrediction(task=task, error=image).to_dict() if isinstance(image, str) else next(predicted)
+            for image in decoded
+        ]
         headers = {BATCH_SIZE_HEADER: str(answer.batch_size)}
         if is_json:
             return JSONResponse({"predictions": records}, headers=headers)
@@ -179,7 +184,7 @@ class HttpApi:
             raise HttpError(422, f"unknown query parameter {unknown[0]!r}; the only one is task")
         if len(parameters) > 1:
             raise HttpError(422, "task is given more than once; give one, or none for all tasks")
-        return parameters[0][1] or None if parameters else None
+        return parameters[0][1] if parameters else None
 
     async def _read_body(self, request: Request) -> bytes:
         limit = self._limits.max_request_bytes
@@ -193,41 +198,42 @@ class HttpApi:
                 raise too_large
         return bytes(body)
 
-    def _parse_json(self, body: bytes, task: str | None) -> tuple[list[bytes | str], str | None]:
-        """Return the images, each as bytes or, if it is not base64, as its error; and the task."""
+    def _parse_json(self, body: bytes, task: str | None) -> tuple[list[Any], str | None]:
+        """Return the images as they were sent, and the task."""
         try:
-            values = json.loads(body)
+            values = json.loads(body, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             raise HttpError(400, f"the body is not valid JSON: {error}") from None
         schema = '{"images": ["<base64>", ...], "task": "<task>"}'
-        if not isinstance(values, dict) or not values.keys() <= {"images", "task"}:
+        if not isinstance(values, dict):
             raise HttpError(422, f"invalid JSON body; expected {schema}, task optional")
+        if unknown := [key for key in values if key not in ("images", "task")]:
+            hint = did_you_mean(unknown[0], ("images", "task"))
+            raise HttpError(422, f"unknown key {unknown[0]!r}{hint} Expected {schema}, task optional")
         images, body_task = values.get("images"), values.get("task")
-        if not isinstance(images, list) or not images or not all(isinstance(image, str) for image in images):
-            raise HttpError(422, f"images must be a list of base64 strings; expected {schema}")
+        if not isinstance(images, list) or not images:
+            raise HttpError(422, f"images must be a list of base64 strings, and not empty; expected {schema}")
         if len(images) > self._limits.max_images:
             raise HttpError(
                 413, f"{len(images):,} images exceed the limit of {self._limits.max_images:,}; send several requests"
             )
         if not (body_task is None or isinstance(body_task, str)):
             raise HttpError(422, f"task must be a string; expected {schema}")
-        if body_task and task and body_task != task:
+        if body_task is not None and task is not None and body_task != task:
             raise HttpError(422, f"task is {body_task!r} in the body but {task!r} in the query; give one")
-        return [_decode_base64(image) for image in images], body_task or task
+        return images, task if body_task is None else body_task
 
     def _check_task(self, name: str, task: str | None) -> None:
         tasks = self._models[name].labels
         if task is not None and task not in tasks:
             raise HttpError(422, f"unknown task {task!r}; model {name!r} has the tasks {', '.join(tasks)}")
 
-    def _decode(self, image: bytes | str) -> np.ndarray | str:
+    def _decode(self, image: object) -> np.ndarray | str:
         """Return the pixels (3, S, S), or the error of a broken image."""
-        if isinstance(image, str):
-            return image
         try:
-            if not image:
+            if not (data := decode_sent_image(image)):
                 raise BrokenImage("no bytes")
-            return evaluation_pixels(image, self._preprocessing)
+            return evaluation_pixels(data, self._preprocessing)
         except BrokenImage as error:
             return escape_controls(str(error)) or type(error).__name__
         except MemoryError:
@@ -248,20 +254,8 @@ def _retry_after() -> dict[str, str]:
     return {"Retry-After": str(RETRY_AFTER_S)}
 
 
-def _decode_base64(text: str) -> bytes | str:
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        return f"not base64: {escape_controls(str(error))}"
-
-
-def _error_record(task: str | None, error: str) -> dict[str, Any]:
-    """Return `ImagePrediction.record()` of a broken image."""
-    return {
-        "task": task,
-        "label": None,
-        "probability": None,
-        "probabilities": {},
-        "error": error,
-        "predictions_by_task": [],
-    }
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return values

@@ -12,7 +12,8 @@ import torch
 from pipeline.clip.class_tokens import counts_in_range
 from pipeline.clip.precision import autocast
 from pipeline.methods.classifier import Classifier
-from pipeline.prediction.model import ImagePrediction, TrainedModel
+from pipeline.prediction.image_prediction import ImagePrediction
+from pipeline.prediction.model import TrainedModel
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class ModelReplica:
         requests = [PredictRequest(self._models[name], task, torch.tensor(pixels)) for name, task, pixels in calls]
         batch_size = sum(len(request.pixels) for request in requests)
         batch_predictions = predict_batch(requests, self._max_batch)
-        return [Answer([prediction.record() for prediction in items], batch_size) for items in batch_predictions]
+        return [Answer([prediction.to_dict() for prediction in items], batch_size) for items in batch_predictions]
 
     def _warm_up(self) -> None:
         for model in self._models.values():

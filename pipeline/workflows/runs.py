@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.data.findings import Finding
-    from pipeline.prediction.model import ImagePrediction, ImageSource, TrainedModel
+    from pipeline.prediction.image_sources import ImageSource
+    from pipeline.prediction.model import TrainedModel
     from pipeline.report.data_check import TaskOverview
 
 
@@ -134,7 +135,7 @@ class Run:
         """Model of grouped MmAP, loaded on first use."""
         return self.load()
 
-    def predict(self, images: Sequence[ImageSource], task: str | None = None) -> list[ImagePrediction]:
+    def predict(self, images: ImageSource | Iterable[ImageSource], task: str | None = None) -> Any:
         """Classify images with `model`; see `TrainedModel.predict`."""
         return self.model.predict(images, task)
 
