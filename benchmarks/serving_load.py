@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Load test of jobs/serve.py with clients on one machine: requests per second, latencies, batch sizes, and requests
+"""Load test of mmap-clip serve with clients on one machine: requests per second, latencies, batch sizes, and requests
 lost when a replica is killed; compared with direct calls of the model, and with the service without batching.
 
     python benchmarks/serving_load.py                              the demo's tiny CLIP, 2 replicas of 1 CPU core

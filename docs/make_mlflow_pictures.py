@@ -2,7 +2,7 @@
 
 The committed ones show the demo:
 
-    jobs/benchmark.py --methods zero_shot coop_mt vpt_mt clip_adapter all_in_one grouped --shots 4 8 --seeds 1 2 3 \\
+    mmap-clip benchmark --methods zero_shot coop_mt vpt_mt clip_adapter all_in_one grouped --shots 4 8 --seeds 1 2 3 \\
         --training.epochs 12 --global_prompt.epochs 8            and again with --grouping.objective sum
 """
 

@@ -69,7 +69,7 @@ def open_experiment(uri: str, name: str) -> Experiment:
     if experiment is None:
         raise UserError(
             f"the MLflow store has no experiment {name!r}; it has: {', '.join(map(repr, names)) or 'none'}. Choose "
-            "one of them or another store, or create it with python jobs/benchmark.py --methods paper"
+            "one of them or another store, or create it with mmap-clip benchmark --methods paper"
         )
     return Experiment(client, name, experiment.experiment_id)
 
@@ -98,7 +98,7 @@ def read_benchmark(
         available = ", ".join(f"{run.info.run_name} ({run.data.params['name']})" for run in runs) or "none"
         raise UserError(
             f"the experiment {experiment.name!r} has no benchmark{_filters(name=name, data=data)} with a report; it "
-            f"has: {available}. Create one: python jobs/benchmark.py --methods paper --shots 1 2 4 --seeds 1 2 3"
+            f"has: {available}. Create one: mmap-clip benchmark --methods paper --shots 1 2 4 --seeds 1 2 3"
         )
     run, params = matching[0], matching[0].data.params
     benchmark = _parse_benchmark(
@@ -117,7 +117,7 @@ def read_benchmark(
         raise UserError(
             f"the benchmark {run.info.run_name} has no result{_filters(shots=shots, seeds=seeds, methods=methods)}; it "
             f"has shots {params['shots']}; seeds {params['seeds']}; methods {params['methods']}. Choose among these, "
-            "or run jobs/benchmark.py with more: it runs only what is missing"
+            "or run mmap-clip benchmark with more: it runs only what is missing"
         )
     return replace(benchmark, results=tuple(selected))
 
@@ -144,7 +144,7 @@ def read_grouping(
     filters = _filters(data=data, shots=shots, seeds=seeds)
     raise UserError(
         f"the experiment {experiment.name!r} has no finished grouping{filters}. Create one: python "
-        "jobs/full_pipeline.py"
+        "mmap-clip full-pipeline"
     )
 
 
@@ -180,7 +180,7 @@ def _database(uri: str) -> Path:
             return folder / file
     raise UserError(
         f"the MLflow database {file} does not exist: use the URI of yours, sqlite:////folder/mlflow.db or "
-        "http://host:port, or create one with python jobs/benchmark.py --methods paper"
+        "http://host:port, or create one with mmap-clip benchmark --methods paper"
     )
 
 

@@ -1,7 +1,7 @@
 """Run a job by its name: the command-line interface of an installed package.
 
-mmap-clip full_pipeline        the built-in demo
-mmap-clip full_pipeline --config configs/office_home.yaml --data.root /data/OfficeHome
+mmap-clip full-pipeline        the built-in demo
+mmap-clip full-pipeline --config configs/office_home.yaml --data.root /data/OfficeHome
 mmap-clip predict --help
 """
 
@@ -18,12 +18,12 @@ def job_names() -> list[str]:
 
 def main() -> None:
     handle_signals()
-    names, job = job_names(), "".join(sys.argv[1:2])
+    names, job = [name.replace("_", "-") for name in job_names()], "".join(sys.argv[1:2])
     if job in ("-h", "--help"):
         print(f"usage: mmap-clip JOB [OPTIONS]\n\n{__doc__}\njobs: {', '.join(names)}")
-    elif job in names:
-        sys.argv = [f"mmap-clip {job}", *sys.argv[2:]]
-        runpy.run_module(f"jobs.{job}", run_name="__main__")
+    elif (module := job.replace("-", "_")) in job_names():
+        sys.argv = [f"mmap-clip {module.replace('_', '-')}", *sys.argv[2:]]
+        runpy.run_module(f"jobs.{module}", run_name="__main__")
     else:
         sys.exit(f"error: {f'unknown job {job}' if job else 'no job given'}; jobs: {', '.join(names)}")
 

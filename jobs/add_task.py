@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Add a task to a finished run: the new domain gets its own prompt; the prompts of existing tasks are unchanged.
 
-    python jobs/add_task.py --run mmap-runs/runs/<run> --task sketch
-    python jobs/add_task.py --run mmap-runs/runs/<run> --task sketch --data.root /data/new --rerun
+    mmap-clip add-task --run mmap-runs/runs/<run> --task sketch
+    mmap-clip add-task --run mmap-runs/runs/<run> --task sketch --data.root /data/new --rerun
 
 The images are <data.root>/<task>/<class>/*; --data.root defaults to that of the run. The new task's gradients on the
 run's global prompt decide which group it joins, or that it gets its own group; the run's images are not needed. --rerun

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train many methods with several seeds and numbers of shots, and compare them in tables and figures.
 
-    python jobs/benchmark.py                                             all methods on the demo, seeds 1, 2, 3
-    python jobs/benchmark.py --methods coop_mt vpt_mt maple_mt grouped --shots 1 3 6 12
-    python jobs/benchmark.py --dataset office_home --methods paper --shots 6 12 --data.root /data/OfficeHome \\
+    mmap-clip benchmark                                             all methods on the demo, seeds 1, 2, 3
+    mmap-clip benchmark --methods coop_mt vpt_mt maple_mt grouped --shots 1 3 6 12
+    mmap-clip benchmark --dataset office_home --methods paper --shots 6 12 --data.root /data/OfficeHome \\
         --config configs/paper_protocol.yaml configs/paper_parameters.yaml
     ray job submit --working-dir . -- python jobs/benchmark.py --cluster.gpus_per_worker 0.25 --storage /shared/runs
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Stages 0 and 1: check the data and write few-shot splits as Parquet files.
 
-python jobs/build_splits.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
+mmap-clip build-splits --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Check a data set before training, and report issues with examples and suggested fixes. Trains nothing.
 
-    python jobs/check_data.py --data.root /data/shops
-    python jobs/check_data.py --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
+    mmap-clip check-data --data.root /data/shops
+    mmap-clip check-data --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
 
 Every image is read and decoded once, in parallel. Severities of the findings:
   error    a run would stop: broken files, classes with too few images

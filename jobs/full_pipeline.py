@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Run the whole pipeline: from image folders to grouped multi-task prompts and a report.
 
-    python jobs/full_pipeline.py     the built-in demo, on a local Ray; after `ray job submit --`, on a running cluster
-    python jobs/full_pipeline.py --config configs/office_home.yaml --data.root /data/OfficeHome --until grouping
+    mmap-clip full-pipeline                        the built-in demo, on a local Ray
+    mmap-clip full-pipeline --config configs/office_home.yaml --data.root /data/OfficeHome --until grouping
 
 Rerun the same command to resume. With other options the run starts at the first stage that they affect. The stages:
 """

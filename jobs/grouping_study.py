@@ -2,8 +2,8 @@
 """Measure whether grouping helps: train MmAP for every possible group of the tasks (63 trainings for six tasks) and
 compare the accuracy of every partition with its score, with a single group, and with random partitions.
 
-    python jobs/grouping_study.py                                          the demo, seeds 1, 2, 3
-    python jobs/grouping_study.py --config configs/office_home.yaml --data.root /data/OfficeHome --seeds 1 2
+    mmap-clip grouping-study                                          the demo, seeds 1, 2, 3
+    mmap-clip grouping-study --config configs/office_home.yaml --data.root /data/OfficeHome --seeds 1 2
 
 Rerun the same command to resume; trainings are shared with the pipeline and the benchmark.
 """

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """List the models of open_clip, and what each can do: which towers take prompts, which methods, its size.
 
-    python jobs/list_models.py                          all
-    python jobs/list_models.py SigLIP 'ViT-B*' --tags   by parts of names or wildcards, with their weights
-    python jobs/list_models.py --method maple --json    those that take a method; as JSON, for scripts
+    mmap-clip list-models                          all
+    mmap-clip list-models SigLIP 'ViT-B*' --tags   by parts of names or wildcards, with their weights
+    mmap-clip list-models --method maple --json    those that take a method; as JSON, for scripts
 
 A name is a value of clip.model, a tag one of clip.pretrained. Nothing is downloaded, and no weights are loaded.
 """

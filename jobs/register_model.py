@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Log the model of a finished run to its MLflow run, and register it in MLflow's model registry.
 
-    python jobs/register_model.py --run mmap-runs/runs/<run> --tracking.registered_model digits
+    mmap-clip register-model --run mmap-runs/runs/<run> --tracking.registered_model digits
     mlflow models serve -m models:/digits/1 --env-manager local
 
 Running the same command again changes nothing; other options create a new version.

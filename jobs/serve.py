@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Serve trained models over HTTP with Ray Serve: one or several models on one CLIP. Ctrl-C or SIGTERM stops it.
 
-    python jobs/serve.py --models digits=mmap-runs/runs/<run>
-    python jobs/serve.py --models a=mmap-runs/runs/<run> b=models:/digits@champion --replicas 2 --port 8000
+    mmap-clip serve --models digits=mmap-runs/runs/<run>
+    mmap-clip serve --models a=mmap-runs/runs/<run> b=models:/digits@champion --replicas 2 --port 8000
 
     curl localhost:8000/models
     curl 'localhost:8000/models/digits/predict?task=ink' -H 'Content-Type: image/png' --data-binary @photo.png

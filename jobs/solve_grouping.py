@@ -2,7 +2,7 @@
 """Stages 1-3: group the tasks by the affinities of their gradient snapshots. Finished stages are cached, so other
 objectives and constraints can be tried on an existing run in seconds.
 
-    python jobs/solve_grouping.py --config configs/demo.yaml --grouping.objective mean --grouping.max_size 3
+    mmap-clip solve-grouping --config configs/demo.yaml --grouping.objective mean --grouping.max_size 3
 """
 
 from functools import partial

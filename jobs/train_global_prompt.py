@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Stages 1-2: train the global prompt and store snapshots of the tasks' gradients. Finished stages are cached.
 
-python jobs/train_global_prompt.py --config configs/office_home.yaml --data.root /data/OfficeHome
+mmap-clip train-global-prompt --config configs/office_home.yaml --data.root /data/OfficeHome
 """
 
 from functools import partial

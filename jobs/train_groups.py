@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Stages 1-4: train and evaluate the groups, without the report. Finished stages are cached.
 
-python jobs/train_groups.py --config configs/office_home.yaml --data.root /data/OfficeHome
+mmap-clip train-groups --config configs/office_home.yaml --data.root /data/OfficeHome
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Search config fields for the best accuracy on held-out training images, then run the pipeline with the best.
 
-    python jobs/tune.py --search configs/searches/demo.yaml                 the demo
-    python jobs/tune.py --search configs/searches/mmap.yaml \\
+    mmap-clip tune --search configs/searches/demo.yaml                 the demo
+    mmap-clip tune --search configs/searches/mmap.yaml \\
         --config configs/office_home.yaml --data.root /data/OfficeHome
     ray job submit --working-dir . -- python jobs/tune.py --search configs/searches/mmap.yaml \\
         --cluster.gpus_per_worker 0.25 --storage /shared/runs

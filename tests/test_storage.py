@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import threading
 
 import pytest
 from pyarrow.fs import FileType
+from rich.console import Console
 from servers import S3Server, free_ports
 
+from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.files import write_file
+from pipeline.runtime import session
 from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, upload_part
+from pipeline.stages.plan import make_plan
 from pipeline.training.checkpoint import Checkpoints
 
 
@@ -210,3 +215,19 @@ def test_a_full_disk_is_named(storage, error):
         with artifact.writer():
             raise error
     assert not artifact.is_complete()
+
+
+@pytest.mark.parametrize(("location", "is_told"), [("runs", True), ("{folder}/runs", False), ("~/runs", False)])
+def test_a_submitted_job_says_where_a_relative_storage_is(location, is_told, tmp_path, monkeypatch):
+    """Before the data is read: its working directory is temporary, and results are below the home folder."""
+    monkeypatch.setattr(session, "IN_SUBMITTED_JOB", True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    console = Console(file=io.StringIO(), width=400)
+    values = {"storage": location.format(folder=tmp_path), "data": {"root": str(tmp_path / "nothing")}}
+    with pytest.raises(UserError, match="nothing"):
+        make_plan(parse_config(values), console)
+    text = console.file.getvalue()
+    assert (f"results are in {tmp_path}/home/runs" in text) == is_told
+    assert ("--storage" in text) == is_told
+    assert (tmp_path / "runs").exists() == location.startswith("{folder}")

@@ -77,7 +77,7 @@ class ClipTowers(nn.Module):
         except UnsupportedTower as error:
             raise UserError(
                 f"clip.model: this {type(model).__name__} cannot be used: {error}. Use another, such as "
-                "ViT-B-16-quickgelu or ViT-B-32; python jobs/list_models.py lists all"
+                "ViT-B-16-quickgelu or ViT-B-32; mmap-clip list-models lists all"
             ) from None
         self.logit_scale = cast(torch.Tensor, model.logit_scale)
         self.prompts_before_sos = text_prompt_position == "before_sos"

@@ -61,7 +61,7 @@ Effect = Literal[
 - `method`: trainings and evaluations of the method whose section has the field.
 - `global_prompt`, `grouping`: only these stages.
 - `report`: only the report of a run.
-- `search`: the trials of jobs/tune.py.
+- `search`: the trials of mmap-clip tune.
 """
 RESULT_EFFECTS: tuple[Effect, ...] = tuple(name for name in typing.get_args(Effect) if name not in ("data", "clip"))
 """Effects by the value of the field itself."""

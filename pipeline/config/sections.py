@@ -83,7 +83,7 @@ def brings_weights(model: str) -> bool:
 
 class ClipConfig(Section, affects=("clip",)):
     model: str = "ViT-B-16-quickgelu"
-    """Architecture: the name of an open_clip model (ViT-B-16; jobs/list_models.py lists them) or OpenAI's (ViT-B/16),
+    """Architecture: the name of an open_clip model (ViT-B-16; mmap-clip list-models lists them) or OpenAI's (ViT-B/16),
     the path of a model config (JSON), or `builtin:digits`. With weights: a folder (./folder, local-dir:folder) or a
     repository of the Hugging Face Hub (hf-hub:ORG/NAME, hf-hub:ORG/NAME@REVISION), of open_clip or a CLIPModel
     (docs/models.md)."""
@@ -278,7 +278,7 @@ class TrackingConfig(Section, affects=()):
     """Name of the MLflow experiment."""
     registered_model: Annotated[str, Field(pattern=r"^[^\s/:'\"][^/:'\"]*$", max_length=200)] | None = None
     """Name in the MLflow model registry under which the run registers its grouped MmAP; null: not registered
-    (`jobs/register_model.py` registers any finished run)."""
+    (`mmap-clip register-model` registers any finished run)."""
 
 
 def source_columns(config: MmapConfig, text_width: int, vision_width: int) -> int:

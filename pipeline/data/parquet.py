@@ -216,7 +216,7 @@ class SplitReader:
         file = folder / "splits.json"
         if not file.is_file():
             raise UserError(
-                f"{folder} is not a split folder: splits.json is missing; build it with jobs/build_splits.py"
+                f"{folder} is not a split folder: splits.json is missing; build it with mmap-clip build-splits"
             )
         try:
             values = json.loads(file.read_bytes())

@@ -23,7 +23,7 @@ def read_layout(path: Path) -> dict[str, list[int]]:
     Raises:
         UserError: the file is missing, damaged or without snapshots.
     """
-    remedy = "train the global prompt again (jobs/train_global_prompt.py)"
+    remedy = "train the global prompt again (mmap-clip train-global-prompt)"
     if not path.is_file():
         raise UserError(f"{path}: no gradient snapshots; {remedy}")
     try:

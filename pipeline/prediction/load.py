@@ -83,7 +83,7 @@ def _find_adapter(path: Path, source: str) -> Path:
             return path / name
     raise UserError(
         f"no adapter in {source}; expected a .safetensors file, a run directory (with {GROUPED_ADAPTER}), or an MLflow "
-        "model registered by jobs/register_model.py"
+        "model registered by mmap-clip register-model"
     )
 
 

@@ -108,8 +108,8 @@ def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, Any]], ga
         return
     ends = sorted(ends, key=lambda end: end[0])
     axes.set_ylim(axes.get_ylim())  # labels move no limits
-    to_fraction = axes.transData + axes.transAxes.inverted()
-    heights = np.array([to_fraction.transform((x, y))[1] for y, _, _ in ends])
+    axes_transform = axes.transData + axes.transAxes.inverted()
+    heights = np.array([axes_transform.transform((x, y))[1] for y, _, _ in ends])
     offsets = min(gap, 1 / len(ends)) * np.arange(len(ends))
     # The closest positions in this order with the gap between neighbors (isotonic regression).
     positions = np.clip(isotonic_regression(heights - offsets).x, 0, max(0.0, 1 - offsets[-1])) + offsets

@@ -25,7 +25,7 @@ def takes_method(prompts: Prompts, method: str) -> bool:
 
 
 def to_json(model: ModelDescription) -> dict[str, Any]:
-    """Return the model as an object of JSON; `methods` are values of `jobs/benchmark.py --methods`."""
+    """Return the model as an object of JSON; `methods` are values of `mmap-clip benchmark --methods`."""
     values = asdict(model)
     shapes, tags = values.pop("shapes"), values.pop("tags")
     methods = [name for name, variant in VARIANTS.items() if takes_method(model.prompts, variant.method)]

@@ -20,7 +20,7 @@ PREDICTIONS = pa.schema(
     [(name, pa.string()) for name in ("path", "task", "method", "true_label", "label")]
     + [("probability", pa.float32())]
 )
-"""Rows of a run's predictions.parquet: columns of the output of jobs/predict.py, and the truth."""
+"""Rows of a run's predictions.parquet: columns of the output of mmap-clip predict, and the truth."""
 
 
 class Confusion(NamedTuple):

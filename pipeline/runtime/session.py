@@ -118,6 +118,12 @@ def open_session(
         storage.upload(folder)
 
 
+def is_below_home(location: str) -> bool:
+    """Return whether a storage is below the home folder: a relative one in a submitted job, whose working directory is
+    a temporary copy."""
+    return IN_SUBMITTED_JOB and not is_uri(location) and not Path(location).expanduser().is_absolute()
+
+
 def open_storage(location: str, cache: str) -> Storage:
     """Open `config.storage`, with `config.cache` for the local copy of a bucket.
 
@@ -130,10 +136,7 @@ def open_storage(location: str, cache: str) -> Storage:
         storage.write_marker()
         _check_space("cache", cache_folder)
         return storage
-    path = Path(location).expanduser()
-    if not path.is_absolute():
-        # The working directory of a submitted job is a temporary copy.
-        path = (Path.home() if IN_SUBMITTED_JOB else Path.cwd()) / path
+    path = (Path.home() if is_below_home(location) else Path.cwd()) / Path(location).expanduser()
     create_folder(path)
     if not os.access(path, os.W_OK):
         raise UserError(f"storage={path} is not writable: change `storage`")

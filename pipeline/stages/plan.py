@@ -37,7 +37,7 @@ from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.method import Method
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
-from pipeline.runtime.session import open_storage
+from pipeline.runtime.session import is_below_home, open_storage
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
 
@@ -145,6 +145,13 @@ def make_plan(
         )
     else:
         storage = open_storage(config.storage, config.cache)
+        if is_below_home(config.storage):
+            console.print(
+                f"  results are in {storage.folder}, below the home folder of the head, since the working directory of "
+                "a submitted job is temporary; --storage /FOLDER or s3://BUCKET/FOLDER chooses another place",
+                markup=False,
+                highlight=False,
+            )
         dataset_index = _find_data(config, storage)
         unknown_tasks = set(config.clip.task_templates) - {*dataset_index.classes, *other_tasks}
         notes = [f"clip.task_templates: unknown task {task!r}" for task in sorted(unknown_tasks)]
@@ -229,6 +236,6 @@ def _check_image_layers(config: Config, kind: type[Method], towers: ClipTowers) 
         others = [name for name, other in METHODS.items() if not other.needs_image_layers()]
         raise UserError(
             f"clip.model={config.clip.model} takes no prompts in its image tower ({towers.image_tower.reason}), which "
-            f"{kind.title} needs. Use a model that takes them (python jobs/list_models.py --method {kind.name}), or "
-            f"other methods: python jobs/benchmark.py --methods {' '.join(others)}"
+            f"{kind.title} needs. Use a model that takes them (mmap-clip list-models --method {kind.name}), or "
+            f"other methods: mmap-clip benchmark --methods {' '.join(others)}"
         )

@@ -116,7 +116,7 @@ def read_steps(path: Path) -> list[int]:
 def _read(path: Path, columns: list[str], schema: pa.Schema = SCHEMA) -> pa.Table:
     if not path.is_file():
         raise UserError(
-            f"{path}: no gradient snapshots; train the global prompt first with jobs/train_global_prompt.py"
+            f"{path}: no gradient snapshots; train the global prompt first with mmap-clip train-global-prompt"
         )
     try:
         table = pq.read_table(path, columns=columns)

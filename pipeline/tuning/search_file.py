@@ -41,7 +41,7 @@ RANGE_KINDS = ("choice", "uniform", "loguniform", "integer")
 MAX_TRIALS = 10_000
 NOT_SEARCHABLE = {
     "name": "it is only a name",
-    "seed": "the best seed is chance; use jobs/benchmark.py to compare seeds",
+    "seed": "the best seed is chance; use mmap-clip benchmark to compare seeds",
     "storage": "all trials share it",
     "cache": "all trials share it",
     "data": "all trials share the splits",

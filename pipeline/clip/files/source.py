@@ -99,7 +99,7 @@ def resolve_model(model: str) -> ModelSource:
     model_config = open_clip.get_model_config(open_clip_name)
     if model_config is None:
         hint = did_you_mean(model, open_clip.list_models())
-        raise UserError(f"clip.model={model!r} is not an open_clip model{hint} All models: python jobs/list_models.py")
+        raise UserError(f"clip.model={model!r} is not an open_clip model{hint} All models: mmap-clip list-models")
     return ModelSource(model_config, open_clip_name)
 
 
