@@ -123,7 +123,7 @@ def predict_to_parquet(
     arguments: JobArguments[Options], adapter: TrainedAdapter, options: ModelOptions, task: str | None
 ) -> tuple[int, int]:
     """Return the numbers of images and of broken images."""
-    from pipeline.clip.load import build_meta_towers
+    from pipeline.clip.load import build_meta_towers, fetch_weights
     from pipeline.data.walk import skipped_note
     from pipeline.prediction.batch import find_batch_input, predict_batch, progress_lines
     from pipeline.runtime.cluster import ray_connection
@@ -131,7 +131,9 @@ def predict_to_parquet(
     batch_input, output = find_batch_input(arguments.options.inputs), arguments.options.output
     if batch_input.skipped:
         print_status(skipped_note(batch_input.skipped))
-    preprocessing = build_meta_towers(adapter.config.clip.with_weights(options.pretrained)).preprocessing
+    clip = adapter.config.clip.with_weights(options.pretrained)
+    fetch_weights(clip, print_status)
+    preprocessing = build_meta_towers(clip).preprocessing
     with ray_connection(parse_config(arguments.nested_fields()).cluster, print_status) as worker_resources:
         on_progress = progress_lines(print_status, PROGRESS_INTERVAL_S)
         return predict_batch(adapter, options, task, batch_input, output, worker_resources, preprocessing, on_progress)

@@ -75,6 +75,7 @@ def serve(arguments: JobArguments[Options]) -> None:
     with importing("PyTorch and Ray Serve"):
         import ray
 
+        from pipeline.clip.load import fetch_weights
         from pipeline.prediction.load import read_model
         from pipeline.runtime.cluster import WorkerResources, connect
         from pipeline.serving.http_api import Limits
@@ -84,6 +85,8 @@ def serve(arguments: JobArguments[Options]) -> None:
     pretrained = arguments.fields.get("clip.pretrained")
     adapters: NamedAdapters = {name: read_model(source, pretrained)[:2] for name, source in sources.items()}
     check_one_clip(adapters)
+    adapter, saved = next(iter(adapters.values()))
+    fetch_weights(adapter.config.clip.with_weights(saved.pretrained), print_status)
     if is_local and (error := port_error(job.host, job.port)):
         raise UserError(error)
     connect(cluster.model_copy(update={"cpus_per_worker": 1, "gpus_per_worker": 0}), print_status)

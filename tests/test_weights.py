@@ -23,6 +23,7 @@ from weight_files import (
     PREPROCESS,
     PROCESSOR,
     QUICK,
+    OpenaiClip,
     QuickGELU,
     State,
     hub_cache,
@@ -46,6 +47,7 @@ from pipeline.clip.files.weights import resolve_weights
 from pipeline.clip.load import (
     build_meta_towers,
     clip_identity,
+    fetch_weights,
     load_clip,
     local_paths,
     weights_fingerprint,
@@ -587,7 +589,7 @@ def test_the_identity_of_weights_depends_on_names_and_shapes(state):
         ),
         (
             lambda state: [state.pop(name) for name in list(state) if not name.startswith("visual.")],
-            r"30 of its 62 tensors are missing \(ln_final.bias, ln_final.weight, ...\)",
+            r"30 of its 62 tensors are missing \(ln_final.bias, ln_final.weight, logit_scale, ...\)",
         ),
     ],
 )
@@ -658,26 +660,6 @@ def test_tags_belong_to_open_clips_names(folder, state):
     assert clip_identity(ClipConfig(model="ViT-B-16", pretrained="laion2b_s34b_b88k")).weights.startswith("tag:")
 
 
-def test_a_tag_that_cannot_be_downloaded(folder, state, monkeypatch):
-    def fail(*arguments, **options):
-        raise OSError("no network\nat all")
-
-    monkeypatch.setattr(open_clip, "download_pretrained", fail)
-    with pytest.raises(
-        UserError, match=r"clip.pretrained=openai cannot be downloaded \(no network\): .*give their file"
-    ):
-        load_clip(ClipConfig(model="ViT-B-32"))
-
-
-def test_weights_of_a_tag_are_read_from_the_file_that_open_clip_downloads(folder, state, expected, monkeypatch):
-    openai_archive(folder / "ViT-B-16.pt", state)
-    monkeypatch.setattr(open_clip, "get_model_config", lambda name: QUICK)
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda tag: str(folder / "ViT-B-16.pt"))
-    config = ClipConfig(model="ViT-B-16-quickgelu")
-    assert clip_identity(config).weights == "tag:ViT-B-16-quickgelu/openai"
-    assert weights_fingerprint(load_clip(config)) == expected[1]
-
-
 def test_folders_without_a_model_are_named(folder, state):
     (folder / "empty").mkdir()
     assert "./empty has no open_clip_config.json or config.json: give the folder" in told(ClipConfig(model="./empty"))
@@ -745,3 +727,93 @@ def test_answers_of_the_hub(folder, monkeypatch, error, message):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
     assert re.search(message, told(ClipConfig(model="hf-hub:org/clip")))
+
+
+# --- The start of a run ---------------------------------------------------------------------------------------------
+
+TAG = ClipConfig(model="ViT-B-16-quickgelu")
+
+
+@pytest.fixture
+def small_tag(monkeypatch):
+    """The tag openai of ViT-B-16-quickgelu, of a small model."""
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: QUICK)
+    tags = {"openai": {"hf_hub": "org/openai/", "quick_gelu": True}}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: tags.get(tag, {}))
+
+
+def cached_tag(cache: Path, state, name="open_clip_model.safetensors") -> None:
+    def write(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        save_file(state, folder / name)
+        return folder
+
+    hub_cache(cache, "org/openai", write)
+
+
+def test_weights_of_a_tag_come_from_the_cache_without_the_hub(folder, state, expected, small_tag, monkeypatch):
+    cached_tag(folder / "hub", state)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    announced = []
+    fetch_weights(TAG, announced.append)
+    assert announced == [] and clip_identity(TAG).weights == "tag:ViT-B-16-quickgelu/openai"
+    assert weights_fingerprint(load_clip(TAG)) == expected[1]
+
+
+def test_weights_of_a_tag_are_announced_with_their_size(folder, state, small_tag, monkeypatch):
+    metadata = SimpleNamespace(size=599_000_000, commit_hash=COMMIT)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: metadata)
+
+    def download(repository, name, **options):
+        cached_tag(folder / "hub", state)
+        return huggingface_hub.try_to_load_from_cache(repository, name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    announced = []
+    fetch_weights(TAG, announced.append)
+    (line,) = announced
+    assert "open_clip_model.safetensors of org/openai (599 MB)" in line and str(folder / "hub") in line
+
+
+def test_weights_that_cannot_be_downloaded_are_told_at_once(folder, small_tag, monkeypatch):
+    def fail(url, timeout):
+        raise ConnectionError("403 Forbidden by the proxy\nat all")
+
+    for reason in ("HF_HUB_OFFLINE is set", "403 Forbidden by the proxy"):
+        with pytest.raises(UserError) as raised:
+            fetch_weights(TAG, print)
+        message = str(raised.value)
+        assert message.startswith("clip.pretrained=openai cannot be downloaded (") and reason in message
+        assert "hf download org/openai" in message and message.endswith("--clip.pretrained FILE")
+        assert "\n" not in message and len(message) < 400
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+
+
+def test_weights_of_a_tag_that_do_not_fit_are_refused_at_the_start(folder, small_tag):
+    cached_tag(folder / "hub", {f"layer{number}.weight": torch.ones(1) for number in range(9)})
+    with pytest.raises(UserError) as raised:
+        fetch_weights(TAG, print)
+    message = str(raised.value)
+    assert "openai does not fit clip.model=ViT-B-16-quickgelu: 62 of its 62 tensors are missing" in message
+    assert "the file has 9 others (layer0.weight, layer1.weight, layer2.weight, ...)" in message and len(message) < 500
+
+
+def test_the_remedy_for_a_pickled_model_of_openai(folder, state, expected):
+    """What the message says is accepted."""
+    model = OpenaiClip().eval()
+    model.load_state_dict(openai_state(state))
+    torch.save(model, "model.pt")
+    assert "save the weights as safetensors" in told(ClipConfig(model=MODEL, pretrained="model.pt"))
+    save_file(torch.load("model.pt", weights_only=False).state_dict(), "model.safetensors")
+    config = ClipConfig(model=MODEL, pretrained="model.safetensors")
+    assert json.loads(clip_identity(config).model_config)["quick_gelu"]
+
+
+def test_an_activation_that_is_not_recorded_is_told(folder, state, monkeypatch, caplog):
+    """OpenAI's weights without their three numbers cannot be known."""
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: CONFIG)
+    safely_saved("a.safetensors", state)
+    for quick_gelu, num_warnings in ((None, 1), (True, 0), (False, 0)):
+        caplog.clear()
+        clip_identity(ClipConfig(model="ViT-B-16", pretrained="a.safetensors", quick_gelu=quick_gelu))
+        assert caplog.text.count("no record of its activation: taking GELU") == num_warnings

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pipeline.clip.files.checkpoint import State, read_checkpoint
+from pipeline.clip.files.model_files import announcing_downloads
 from pipeline.clip.files.model_state import content_hash, fit_to_model
 from pipeline.clip.files.source import ModelSource, import_open_clip, resolve_model
 from pipeline.clip.files.text_files import text_files_hash, tokenizer_folder
@@ -34,6 +35,7 @@ from pipeline.config import ClipConfig, brings_weights
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 
+log = logging.getLogger(__name__)
 RANDOM_WEIGHTS_SEED = 0
 MAX_PARAMETERS = 10**10
 """Far above every CLIP; a model config with more is a mistake."""
@@ -74,6 +76,20 @@ def clip_identity(config: ClipConfig) -> ClipIdentity:
         model_config["text_files"] = text_files
     preprocessing = json.dumps(asdict(_preprocessing(config, source)), sort_keys=True)
     return ClipIdentity(json.dumps(model_config, sort_keys=True), identity, preprocessing)
+
+
+def fetch_weights(config: ClipConfig, say: Callable[[str], None]) -> None:
+    """Download weights that are on the Hugging Face Hub and not in its cache, and check that they fit the model, once
+    and before any work; workers of this machine then read that file. `say` is told what is downloaded.
+
+    Raises:
+        UserError: they cannot be downloaded, or do not fit.
+    """
+    with announcing_downloads(say):
+        source = resolve_model(config.model)
+        weights = resolve_weights(config, source)
+        if weights and not weights.files:
+            _read_weights(config, source, download_tag(weights, config, source))
 
 
 def assumed_preprocessing(config: ClipConfig) -> list[str]:
@@ -196,7 +212,17 @@ def _read_weights(config: ClipConfig, source: ModelSource, weights: Weights) -> 
     checkpoint = read_checkpoint(weights)
     expected = _build_meta(source, config).state_dict()
     state = fit_to_model(checkpoint, expected, weights, source, config.model)
-    return state, _uses_quick_gelu(config, source, checkpoint.quick_gelu)
+    quick_gelu = _uses_quick_gelu(config, source, checkpoint.quick_gelu)
+    if not quick_gelu and checkpoint.quick_gelu is None and config.quick_gelu is None and _has_quick_gelu_twin(source):
+        log.warning(
+            "%s has no record of its activation: taking GELU; weights of OpenAI need --clip.quick_gelu true",
+            weights.option,
+        )
+    return state, quick_gelu
+
+
+def _has_quick_gelu_twin(source: ModelSource) -> bool:
+    return f"{source.name}-quickgelu" in import_open_clip().list_models()
 
 
 def _build_meta(source: ModelSource, config: ClipConfig) -> nn.Module:

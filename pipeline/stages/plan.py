@@ -14,6 +14,7 @@ from pipeline.clip.load import (
     assumed_preprocessing,
     build_meta_towers,
     clip_identity,
+    fetch_weights,
     local_paths,
     with_absolute_paths,
 )
@@ -134,9 +135,8 @@ def make_plan(
     Raises:
         UserError: The first problem found, with a remedy.
     """
-    # As workers may have other working directories.
-    config = config.model_copy(update={"clip": with_absolute_paths(config.clip)})
     if reuse_checks_of:
+        config = _with_absolute_paths(config)
         storage, dataset_index, clip, shape = (
             reuse_checks_of.storage,
             reuse_checks_of.dataset_index,
@@ -165,6 +165,8 @@ def make_plan(
         _print_notes(console, *dataset_index.notes, *unexpected_counts(config.data, dataset_index), *notes)
         if "open_clip" not in sys.modules:
             console.print("  importing open_clip ...", highlight=False)
+        fetch_weights(config.clip, lambda text: console.print(f"  {text}", markup=False, highlight=False))
+        config = _with_absolute_paths(config)
         clip, shape = _check_model(config, dataset_index, variants or (*DEFAULT_VARIANTS, *config.baselines))
         _print_notes(console, *assumed_preprocessing(config.clip))
         check_constraints([*other_tasks, *dataset_index.classes], **config.grouping.constraints)
@@ -178,6 +180,11 @@ def make_plan(
     plan = Plan(config, storage, dataset_index, clip, shape, splits, output_kind, extra_key_inputs or {})
     write_file(create_folder(plan.folder) / "config.yaml", to_yaml(config))
     return plan
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Make paths absolute: workers may have other working directories."""
+    return config.model_copy(update={"clip": with_absolute_paths(config.clip)})
 
 
 def _print_notes(console: Console, *notes: str) -> None:

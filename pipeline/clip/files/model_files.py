@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from pipeline.config import FOLDER_PREFIX, HUB_PREFIX
 from pipeline.errors import UserError
 
+log = logging.getLogger(__name__)
+PROBE_TIMEOUT_S = 10
+ANNOUNCED_BYTES = 10**7
+"""Size from which a download is announced: it takes more than a moment."""
+_announce: ContextVar[Callable[[str], None]] = ContextVar("announce", default=log.warning)
 WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
 
 
@@ -63,13 +72,17 @@ class HubRepository(ModelFiles):
     Args:
         option: as in ModelFiles.
         name: ORG/NAME, or ORG/NAME@REVISION with a branch, tag or commit.
+        prefers_cache: take a file in the cache without asking whether the Hub has a newer one, as for a commit.
     """
 
-    def __init__(self, option: str, name: str):
+    unreachable: str = ""
+    """Why the Hub cannot be reached."""
+
+    def __init__(self, option: str, name: str, prefers_cache: bool = False):
         super().__init__(option, None)
+        self._prefers_cache = prefers_cache or is_commit(f"{HUB_PREFIX}{name}")
         self._name, _, revision = name.partition("@")
         self._revision = revision or None
-        self._is_reachable = True
 
     def find(self, *names: str) -> Path | None:
         """Return the first of the files that it has; of a known commit first those in the cache.
@@ -81,7 +94,7 @@ class HubRepository(ModelFiles):
         """
         from huggingface_hub import try_to_load_from_cache
 
-        if is_commit(f"{HUB_PREFIX}{self._name}@{self._revision}"):
+        if self._prefers_cache or is_commit(f"{HUB_PREFIX}{self._name}@{self._revision}"):
             for name in names:
                 if isinstance(path := try_to_load_from_cache(self._name, name, revision=self._revision), str):
                     return self._found(Path(path))
@@ -97,14 +110,17 @@ class HubRepository(ModelFiles):
             RepositoryNotFoundError,
         )
 
+        if not self.unreachable:  # else no further wait for each of the other files
+            self.unreachable = announce_download(self._name, name, self._revision)
         try:
             path = Path(
-                hf_hub_download(self._name, name, revision=self._revision, local_files_only=not self._is_reachable)
+                hf_hub_download(self._name, name, revision=self._revision, local_files_only=bool(self.unreachable))
             )
-        except LocalEntryNotFoundError:
-            self._is_reachable = False  # no further wait for each of the other files
+        except LocalEntryNotFoundError as error:
+            self.unreachable = self.unreachable or first_line(error)
             return None
         except EntryNotFoundError:
+            self.unreachable = ""  # it has answered
             return None
         except RepositoryNotFoundError:
             raise UserError(
@@ -117,8 +133,7 @@ class HubRepository(ModelFiles):
                 f"{HUB_PREFIX}ORG/NAME@REVISION"
             ) from None
         except (HfHubHTTPError, OSError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{self.option}: {name} cannot be downloaded ({reason:.200}): try again") from None
+            raise UserError(f"{self.option}: {name} cannot be downloaded ({first_line(error)}): try again") from None
         return self._found(path)
 
     def _found(self, path: Path) -> Path:
@@ -127,12 +142,53 @@ class HubRepository(ModelFiles):
         return path
 
     def missing(self, files: str) -> UserError:
-        if self._is_reachable:
+        if not self.unreachable:
             return UserError(f"{self.option} has no {files}: use the repository of a CLIP")
         return UserError(
-            f"{self.option} has no {files} in the cache, and the Hugging Face Hub cannot be reached: run "
-            f"`hf download {self._name}` where it can, and give the folder that it prints"
+            f"{self.option} has no {files} in the cache, and the Hugging Face Hub cannot be reached "
+            f"({self.unreachable}): run `hf download {self._name}` where it can, and give the folder that it prints"
         )
+
+
+@contextmanager
+def announcing_downloads(say: Callable[[str], None]) -> Iterator[None]:
+    """Tell `say` of the block's downloads; elsewhere, as on a worker whose machine lacks a file, they are logged."""
+    token = _announce.set(say)
+    try:
+        yield
+    finally:
+        _announce.reset(token)
+
+
+def announce_download(repository: str, name: str, revision: str | None) -> str:
+    """Announce a large file that is not in the cache; return why the Hub cannot be reached, or an empty text.
+
+    To find out by a download would take half a minute, with a line for each attempt.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        metadata = get_hf_file_metadata(hf_hub_url(repository, name, revision=revision), timeout=PROBE_TIMEOUT_S)
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError):  # the download reports them
+        return ""
+    except OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set"
+    except Exception as error:  # of the HTTP library
+        return first_line(error)
+    if (metadata.size or 0) >= ANNOUNCED_BYTES and not isinstance(
+        try_to_load_from_cache(repository, name, revision=metadata.commit_hash), str
+    ):
+        _announce.get()(
+            f"downloading {name} of {repository} ({(metadata.size or 0) / 1e6:,.0f} MB) from the Hugging Face Hub to "
+            f"{HF_HUB_CACHE} ..."
+        )
+    return ""
+
+
+def first_line(error: Exception) -> str:
+    return f"{str(error).strip().partition(chr(10))[0]:.100}" or type(error).__name__
 
 
 def open_model_files(option: str, source: str) -> LocalFolder | HubRepository:

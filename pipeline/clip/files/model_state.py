@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -80,8 +80,15 @@ def _misfit(state: State, expected: Mapping[str, torch.Tensor]) -> str | None:
         return f"{first} is {tuple(state[first].shape)} there, {tuple(expected[first].shape)} in the model{others}"
     for names, fact in ((missing, f"of its {len(expected)} tensors are missing"), (unexpected, "tensors are not its")):
         if names:
-            return f"{len(names)} {fact} ({', '.join(sorted(names)[:2])}{', ...' if len(names) > 2 else ''})"
+            text = f"{len(names)} {fact} ({_examples(names)})"
+            if missing and unexpected:
+                text += f"; the file has {len(unexpected)} others ({_examples(unexpected)})"
+            return text
     return None
+
+
+def _examples(names: Collection[str]) -> str:
+    return ", ".join([*sorted(names)[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def _remedy(

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline.clip.files.model_files import announce_download, first_line
 from pipeline.errors import UserError
 
 TEXT_CONFIG = "config.json"
@@ -111,6 +112,9 @@ def _cached_or_downloaded(
         return Path(name)
     reason = "the Hub cannot be reached"
     for is_local in (True, False):
+        if not is_local and (unreachable := announce_download(name, TEXT_CONFIG, None)):
+            reason = f"the Hub cannot be reached ({unreachable})"
+            break
         try:
             found = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=is_local))
         except LocalEntryNotFoundError:
@@ -118,7 +122,7 @@ def _cached_or_downloaded(
         except RepositoryNotFoundError:
             reason = "the Hub has none of this name, or it is private"
         except Exception as error:  # of the HTTP library, too
-            reason = str(error).strip().partition("\n")[0][:200]
+            reason = first_line(error)
         else:
             if all(_has_any(found, alternatives) for alternatives in (needed if is_local else needed[:1])):
                 return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from pipeline.clip.files.model_files import (
     WEIGHT_SUFFIXES,
+    HubRepository,
     LocalFolder,
     ModelFiles,
     check_weights_exist,
+    first_line,
     folder_path,
     open_model_files,
 )
@@ -28,6 +31,9 @@ from pipeline.config import (
 )
 from pipeline.errors import UserError
 
+_DEFAULT_NAME = "open_clip_pytorch_model.bin"
+_SAFETENSORS = {_DEFAULT_NAME: "open_clip_model.safetensors"}
+"""Name of weights on the Hub → that of their safetensors, where it is not the same with another suffix."""
 _NAMES_IN_FOLDER = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -93,21 +99,32 @@ def resolve_weights(config: ClipConfig, source: ModelSource) -> Weights | None:
 
 
 def download_tag(weights: Weights, config: ClipConfig, source: ModelSource) -> Weights:
-    """Return the weights of a tag with their file, downloaded unless it is in a cache.
+    """Return the weights of a tag with their file, downloaded unless it is in the cache.
 
     Raises:
         UserError: the download failed.
     """
     open_clip = import_open_clip()
+    tag = open_clip.get_pretrained_cfg(source.name, config.pretrained)
+    repository_name, name = os.path.split(tag.get("hf_hub") or "")
+    repository = HubRepository(weights.option, repository_name, prefers_cache=True)
     try:
-        file = open_clip.download_pretrained(open_clip.get_pretrained_cfg(source.name, config.pretrained))
+        if repository_name:
+            name = name or _DEFAULT_NAME
+            file = repository.find(_SAFETENSORS.get(name, f"{Path(name).stem}.safetensors"), name)
+            if file is None:
+                raise OSError(repository.unreachable or f"{repository_name} has no {name}")
+        else:
+            file = Path(open_clip.download_pretrained(tag))
+    except UserError:
+        raise
     except Exception as error:  # of any library that downloads
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{weights.option} cannot be downloaded ({reason:.200}): download the weights where there is a network, "
-            "and give their file"
+            f"{weights.option} cannot be downloaded ({first_line(error)}): download the weights where there is a "
+            f"network ({repository_name and f'hf download {repository_name}' or tag['url']}), and give their file with "
+            "--clip.pretrained FILE"
         ) from None
-    return replace(weights, files=(Path(file),))
+    return replace(weights, files=(file,))
 
 
 def _files_in(model_files: ModelFiles) -> tuple[Path, ...]:
