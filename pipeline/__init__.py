@@ -63,7 +63,7 @@ def fit(
     Raises:
         UserError: an unknown argument, an invalid value, or anything else that the user can fix, with the remedy.
     """
-    from pipeline.workflows.fit import fit, make_config  # pydantic takes a moment to import
+    from pipeline.workflows.fit import fit
 
     arguments = {
         "root": root,
@@ -80,7 +80,7 @@ def fit(
         "storage": storage,
         **sections,
     }
-    return fit(make_config(config, arguments, "fit"), until, verbose)
+    return fit(arguments, config, until, verbose)
 
 
 def check(
@@ -97,10 +97,10 @@ def check(
 
     Arguments and errors are those of `fit`; a later `fit` does not read the images again.
     """
-    from pipeline.workflows.fit import check, make_config
+    from pipeline.workflows.fit import check
 
     arguments = {"root": root, "tasks": tasks, "shots": shots, "storage": storage, **sections}
-    return check(make_config(config, arguments, "check"), verbose)
+    return check(arguments, config, verbose)
 
 
 def open_run(source: str | os.PathLike[str]) -> Run:

@@ -46,6 +46,7 @@ from pipeline.prediction.options import GROUPED_ADAPTER
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.stages.finished_run import GROUPING, SUMMARY, write_provenance
 from pipeline.tuning.search_file import read_search
+from pipeline.workflows.fit import make_config
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES.remove(REPOSITORY / "docs" / "tutorial.md")
@@ -191,8 +192,9 @@ def check_python(block: Block, world: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """
     names, finished = names_of(block.page.name, world), "mmap-runs/runs/finished"
 
-    def fit(config, until, verbose):
-        index_dataset(config.data, Path(config.data.root))
+    def fit(arguments, config, last_stage, verbose):
+        data = make_config(config, arguments, "fit").data
+        index_dataset(data, Path(data.root))
         return pipeline.open_run(finished)
 
     artifact = SimpleNamespace(download=lambda: Path(finished))

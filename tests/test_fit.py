@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,26 @@ def test_the_run_of_a_call_is_that_of_the_command_line(quick_run, run):
     assert run.affinities.loc["ink", "neon"] == run.affinities.loc["neon", "ink"]
     assert list(run.affinities) == run.tasks and list(run.adapters) == ["all_in_one", "grouped"]
     assert run.config.training.epochs == EPOCHS
+    assert f"pipeline.fit(epochs={EPOCHS}, storage=" in unescape(run.report.read_text())
     assert {finding.severity for finding in run.findings} >= {"warning"}
+
+
+def test_the_tables_of_a_run_agree(run):
+    correct = run.predictions["true_label"] == run.predictions["label"]
+    accuracy = correct.groupby([run.predictions["task"], run.predictions["method"]]).mean().unstack()
+    assert np.allclose(accuracy.loc[run.tasks, list(run.accuracy)], run.accuracy)
+    assert (run.standard_error > 0).any(axis=None) and run.standard_error.shape == run.accuracy.shape
+    for method in run.accuracy:
+        matrix = run.confusion_matrix("neon", method)
+        assert list(matrix.index) == list(matrix) == run.model.labels("neon")
+        assert np.trace(matrix) / matrix.sum(axis=None) == pytest.approx(run.accuracy.loc["neon", method])
+        classes = run.class_accuracy.query("task == 'neon' and method == @method")
+        assert classes["correct"].tolist() == np.diag(matrix).tolist()
+        assert classes["images"].tolist() == matrix.sum(axis=1).tolist()
+    with pytest.raises(pipeline.UserError, match="unknown task 'oil'; the run has: chalk, "):
+        run.confusion_matrix("oil")
+    with pytest.raises(pipeline.UserError, match="unknown method 'coop'; the run has: "):
+        run.confusion_matrix("neon", "coop")
 
 
 def test_a_run_predicts(run):
@@ -179,4 +199,4 @@ def test_an_interrupted_call_can_be_repeated(quick_run, run, monkeypatch):
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("mmap-clip")
     (recorded,) = client.search_runs([experiment.experiment_id], "params.name = 'interrupted'")
-    assert recorded.info.status == "KILLED"
+    assert recorded.info.status == "KILLED" and recorded.data.tags["mlflow.source.name"] == "pipeline.fit"

@@ -5,13 +5,42 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 
 import torch
 
 PACKAGES = ("torch", "ray", "mlflow", "open_clip_torch", "transformers", "numpy", "pyarrow")
 GIT_COMMIT = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+
+_python_call: ContextVar[str | None] = ContextVar("python_call", default=None)
+
+
+@contextmanager
+def called_from_python(call: str) -> Iterator[None]:
+    """Let the runs of the block record a call, `pipeline.fit(...)`, instead of this process's command line."""
+    token = _python_call.set(call)
+    try:
+        yield
+    finally:
+        _python_call.reset(token)
+
+
+def run_command() -> str:
+    """Return the shell command, or the call from Python, that makes this run."""
+    if call := _python_call.get():
+        return call
+    script, *arguments = sys.argv
+    return shlex.join([*(["python", script] if script.endswith(".py") else script.split()), *arguments])
+
+
+def source_name() -> str:
+    """Return the script, or the function called from Python, for MLflow's column "Source"."""
+    return (_python_call.get() or sys.argv[0]).partition("(")[0]
 
 
 def run_environment() -> dict[str, str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RUNS = "runs"
 PROVENANCE = "artifacts.json"
 GROUPING = "grouping.json"
-SUMMARY = "report/summary.json"
+SUMMARY, REPORT_PAGE = "report/summary.json", "report/report.html"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import chain
@@ -41,7 +39,7 @@ from pipeline.report.summary import (
     result_warnings,
     to_mlflow_description,
 )
-from pipeline.runtime.environment import run_environment
+from pipeline.runtime.environment import run_command, run_environment, source_name
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artifact
@@ -49,7 +47,7 @@ from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri, witho
 from pipeline.stages.data_check import FINDINGS
 from pipeline.stages.data_check import NAME as DATA_CHECK
 from pipeline.stages.data_check import PAGE as DATA_PAGE
-from pipeline.stages.finished_run import write_provenance
+from pipeline.stages.finished_run import REPORT_PAGE, write_provenance
 from pipeline.stages.flow import stage_title
 from pipeline.stages.group_trainings import ADAPTER, PREDICTIONS, MethodArtifacts
 from pipeline.stages.grouping import FIGURES, PAGE, STABILITY_FIGURES, read_grouping
@@ -57,7 +55,7 @@ from pipeline.stages.plan import Plan
 from pipeline.stages.splits import unused_images
 
 NAME = "report"
-RUN_PAGE, ACCURACY_FIGURE = "report.html", "accuracy.png"
+ACCURACY_FIGURE = "accuracy.png"
 
 
 def make_report(
@@ -102,7 +100,7 @@ def make_report(
     session.console.print(accuracy_table(summary))
     print_notes(session, summary)
     display_uri = plan.storage.display_uri
-    lines = [f"report: {display_uri(folder / RUN_PAGE)}", f"adapter: {display_uri(adapter_files[-1])}"]
+    lines = [f"report: {display_uri(plan.folder / REPORT_PAGE)}", f"adapter: {display_uri(adapter_files[-1])}"]
     lines += ["", format_next_steps(steps)]
     session.console.print("\n".join(lines), markup=False, highlight=False)
     write_provenance(plan, [global_prompt])
@@ -145,11 +143,11 @@ def write_run_page(
         findings=[f"{finding['severity']}: {finding['title']}" for finding in findings],
         data_page=f"../{DATA_CHECK}/{DATA_PAGE}",
         next_steps=steps,
-        command=without_password(shlex.join(_command_line())),
+        command=without_password(run_command()),
         config=without_password(to_yaml(plan.config)),
         versions=run_environment(),
     )
-    write_file(folder / RUN_PAGE, run_page(summary, scores, find_mistakes(reader, summary, scores), details))
+    write_file(plan.folder / REPORT_PAGE, run_page(summary, scores, find_mistakes(reader, summary, scores), details))
 
 
 def find_mistakes(
@@ -192,11 +190,6 @@ def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
         resolve_tracking_uri(plan.config.tracking.uri, plan.storage.folder),
         session.tracker.experiment_id,
     )
-
-
-def _command_line() -> list[str]:
-    script, *arguments = sys.argv
-    return [*(["python", script] if script.endswith(".py") else script.split()), *arguments]
 
 
 def print_notes(session: Session, summary: Summary) -> None:
@@ -245,7 +238,7 @@ def track_results(
             name,
             tags={
                 "mlflow.runName": f"{title} ({config.data.shots} shots, seed {config.seed}, {plan.key[:6]})",
-                "mlflow.source.name": sys.argv[0],
+                "mlflow.source.name": source_name(),
                 "level": "method",
                 "method": method,
                 "groups": format_groups(groups[method]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS
 from pipeline.runtime.cluster import WorkerResources
-from pipeline.runtime.environment import run_environment
+from pipeline.runtime.environment import run_environment, source_name
 from pipeline.runtime.session import PARENT, Session, cluster_connection, open_session
 from pipeline.stages.plan import Plan, make_plan
 
@@ -56,7 +55,7 @@ def _log_run_header(plan: Plan, session: Session) -> None:
         PARENT,
         tags={
             "mlflow.runName": plan.title,
-            "mlflow.source.name": sys.argv[0],
+            "mlflow.source.name": source_name(),
             "level": "pipeline",
             "run_folder": run_uri,
             **{f"env.{name}": value for name, value in run_environment().items()},

@@ -53,10 +53,10 @@ class InterruptedCall(KeyboardInterrupt):
         return [str(self)]
 
 
-def fit(config: Config, last_stage: str, verbose: bool) -> Run:
+def fit(arguments: Mapping[str, Any], config: ConfigSource | None, last_stage: str, verbose: bool) -> Run:
     """Run the stages up to `last_stage`, using cached artifacts. Arguments and errors are those of `pipeline.fit`."""
     check_stage("until", last_stage)
-    with _opened_run(config, _console(verbose)) as (plan, session):
+    with _opened_run("fit", arguments, config, verbose) as (plan, session):
         run_stages(plan, session, last_stage)
 
     from pipeline.workflows.runs import Run
@@ -64,28 +64,41 @@ def fit(config: Config, last_stage: str, verbose: bool) -> Run:
     return Run(plan.storage, plan.folder)
 
 
-def check(config: Config, verbose: bool) -> list[Finding]:
+def check(arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bool) -> list[Finding]:
     """Check the images. Arguments and errors are those of `pipeline.check`."""
-    with _opened_run(config, _console(verbose)) as (plan, session):
+    with _opened_run("check", arguments, config, verbose) as (plan, session):
         from pipeline.stages.data_check import check_data
 
         return check_data(plan, session, verbose)
 
 
 @contextmanager
-def _opened_run(config: Config, console: Console) -> Iterator[tuple[Plan, Session]]:
+def _opened_run(
+    function: str, arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bool
+) -> Iterator[tuple[Plan, Session]]:
+    run_config, console = make_config(config, arguments, function), _console(verbose)
     if "ray" not in sys.modules:
         console.print("importing PyTorch and Ray ...", highlight=False)
 
+    from pipeline.runtime.environment import called_from_python
     from pipeline.stages.run import open_run
 
     interrupts.forget_signals()
     try:
-        with open_run(config, console) as opened:
+        with called_from_python(_format_call(function, config, arguments)), open_run(run_config, console) as opened:
             yield opened
     except KeyboardInterrupt:
         point = interrupts.resume_point()
         raise InterruptedCall("interrupted: the same call resumes" + (f" at {point}" if point else "")) from None
+
+
+def _format_call(function: str, config: ConfigSource | None, arguments: Mapping[str, Any]) -> str:
+    """Return the call as Python code, to repeat the run with."""
+    values = {"config": config, **arguments}
+    plain = {name: _to_plain(value) for name, value in values.items() if value is not None}
+    named = [f"{name}={value!r}" for name, value in plain.items() if name.isidentifier()]
+    dotted = {name: value for name, value in plain.items() if not name.isidentifier()}
+    return f"pipeline.{function}({', '.join([*named, *([f'**{dotted!r}'] if dotted else [])])})"
 
 
 def make_config(config: ConfigSource | None, arguments: Mapping[str, Any], function: str) -> Config:

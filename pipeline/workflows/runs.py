@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.grouping.text import format_groups
 from pipeline.runtime.storage import Storage, is_uri
-from pipeline.stages.finished_run import GROUPING, RUNS, SUMMARY, resolve_run
+from pipeline.stages.finished_run import GROUPING, REPORT_PAGE, RUNS, SUMMARY, resolve_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,11 +94,39 @@ class Run:
     @property
     def accuracy(self) -> pd.DataFrame:
         """Test accuracy, 0 to 1: a row per task, a column per method."""
-        import pandas as pd
+        return self._by_task_and_method("accuracy")
 
-        summary = self.summary
-        columns = {name: method["accuracy"] for name, method in summary["methods"].items()}
-        return pd.DataFrame(columns, index=summary["tasks"])
+    @property
+    def standard_error(self) -> pd.DataFrame:
+        """Standard error of each accuracy, from the number of test images."""
+        return self._by_task_and_method("standard_error")
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """A row per test image and method: path, task, method, true_label, label, probability (0 to 1)."""
+        return self._table("predictions")
+
+    @property
+    def class_accuracy(self) -> pd.DataFrame:
+        """A row per method, task and class: label, number of test images, how many of them are correct."""
+        return self._table("class_accuracy")
+
+    def confusion_matrix(self, task: str, method: str = "grouped") -> pd.DataFrame:
+        """Return the number of test images by true class (rows) and predicted class (columns), (C, C).
+
+        Raises:
+            UserError: unknown task or method.
+        """
+        confusions, classes = self._table("confusions"), self._table("class_accuracy")
+        for name, value in (("task", task), ("method", method)):
+            if value not in (valid := confusions[name].unique().tolist()):
+                raise UserError(f"unknown {name} {value!r}; the run has: {', '.join(valid)}")
+        confusions, classes = (
+            table[(table["task"] == task) & (table["method"] == method)] for table in (confusions, classes)
+        )
+        labels = classes["label"]
+        matrix = confusions.pivot(index="true_label", columns="label", values="images")
+        return matrix.reindex(index=labels, columns=labels).fillna(0).astype(int).rename_axis("true label")
 
     @property
     def warnings(self) -> list[str]:
@@ -108,8 +136,8 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """Folder of the report: tables, figures, pages."""
-        return self._file(SUMMARY, "report").parent
+        """The report, an HTML page; in its folder are figures and tables."""
+        return self._file(REPORT_PAGE, "report")
 
     @property
     def adapters(self) -> dict[str, Path]:
@@ -140,7 +168,7 @@ class Run:
         return self.model.predict(images, task)
 
     def __repr__(self) -> str:
-        lines = [f"Run({self.uri!r})"]
+        lines = [f"Run({self._location()!r})"]
         if (self.folder / GROUPING).is_file():
             lines.append(f"  groups: {format_groups(self.groups)}")
         if not self.is_finished:
@@ -151,16 +179,29 @@ class Run:
         return "\n".join([*lines, f"  {self._table_title()}, average: {averages}"])
 
     def _repr_html_(self) -> str:
-        rows = [f"<b>{escape(self.config.name)}</b>"]
+        parts = [f"<b>{escape(self.config.name)}</b>"]
         if self.is_finished:
-            table = (100 * self.accuracy).round(1)
-            table.loc["average"] = [round(100 * method["average"], 1) for method in self.summary["methods"].values()]
-            rows[0] += f": {self._table_title()}"
-            rows.append(table.to_html())
+            parts[0] += f": {self._table_title()} ± standard error"
+            parts.append(self._accuracy_cells().to_html())
         if (self.folder / GROUPING).is_file():
-            rows.append(f"Groups: {escape(format_groups(self.groups))}")
-        rows.append(f"{'Report' if self.is_finished else 'Not finished'}: <code>{escape(self.uri)}</code>")
-        return "".join(f"<div>{row}</div>" for row in rows)
+            parts.append(f"Groups: {escape(format_groups(self.groups))}")
+        path = f"{self._location()}/{REPORT_PAGE if self.is_finished else ''}"
+        parts.append(f"{'Report' if self.is_finished else 'Not finished'}: <code>{escape(path)}</code>")
+        return "".join(f"<div>{part}</div>" for part in parts)
+
+    def _accuracy_cells(self) -> pd.DataFrame:
+        """Return the table of accuracies and their average, as text."""
+        accuracy, errors = self.accuracy, self.standard_error
+        for name, method in self.summary["methods"].items():
+            accuracy.loc["average", name] = method["average"]
+            errors.loc["average", name] = method["average_standard_error"]
+        return (100 * accuracy).map("{:.1f}".format) + (100 * errors).map(" ± {:.1f}".format)
+
+    def _location(self) -> str:
+        """Return the path or URI of the run directory, relative to the working directory if it is below."""
+        if not self.storage.is_bucket and self.folder.is_relative_to(Path.cwd()):
+            return str(self.folder.relative_to(Path.cwd()))
+        return self.uri
 
     def _table_title(self) -> str:
         return f"{self.config.data.shots}-shot test accuracy (%), seed {self.config.seed}"
@@ -172,6 +213,18 @@ class Run:
         if results is None:
             raise UserError(f"the data check of {self.uri} is of another version: run it again with pipeline.check")
         return results
+
+    def _by_task_and_method(self, value: str) -> pd.DataFrame:
+        import pandas as pd
+
+        summary = self.summary
+        columns = {name: method[value] for name, method in summary["methods"].items()}
+        return pd.DataFrame(columns, index=summary["tasks"])
+
+    def _table(self, name: str) -> pd.DataFrame:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self._file(f"report/{name}.parquet", "report")).to_pandas()
 
     def _read(self, name: str, stage: str) -> dict[str, Any]:
         content: dict[str, Any] = read_json(self._file(name, stage))
