@@ -37,7 +37,11 @@ docs: $(INSTALLED)  ## build the documentation into site/; fails on any warning
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) lacks its venv module: on Debian or Ubuntu, \
+	sudo apt install python3-venv (python3.12-venv for a Python 3.12 that is not the default)" >&2; exit 1; }
+	@echo "installing into $(VENV), which takes minutes: on Linux several GB with PyTorch's builds for CUDA; without a GPU \
+	less than 3 GB on disk with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
