@@ -75,7 +75,7 @@ def test_registration_errors_are_reported(quick_run, tmp_path, monkeypatch, caps
             "has no finished run of",
         ),
         (["--run", folder, *model_name, "--method", "coop"], "coop.safetensors does not exist"),
-        (["--run", folder, *model_name, "--threshold", "7"], "threshold=7: Input"),
+        (["--run", folder, *model_name, "--threshold", "7"], "threshold=7: must be"),
         (["--run", folder, "--tracking.registered_model", "a/b"], "cannot register the model 'a/b'"),
     ]:
         status, output = register(monkeypatch, capsys, *arguments)

@@ -34,6 +34,7 @@ from pipeline.prediction.encoded_images import is_url
 from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import ModelOptions
+from pipeline.prediction.output_files import check_new_output
 from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
 from pipeline.runtime.storage import is_uri, open_bucket
 
@@ -253,11 +254,7 @@ class _OutputWriter:
 
     def __enter__(self) -> _OutputWriter:
         with self._write_errors():
-            selector = pafs.FileSelector(self._folder, allow_not_found=True)
-            if self._filesystem.get_file_info(
-                self._folder
-            ).type == pafs.FileType.File or self._filesystem.get_file_info(selector):
-                raise UserError(f"--output {self._output} already exists; use another name, or remove it")
+            check_new_output(self._output)
             if not is_uri(self._output):
                 self._staging_dir = str(self._exit_stack.enter_context(atomic_replace(Path(self._folder))))
             self._filesystem.create_dir(self._staging_dir)

@@ -46,10 +46,10 @@ def read_model(
     with local_adapter_file(source) as file:
         adapter, saved_options = load_adapter(file), read_options(file)
         is_local = not _is_remote(os.fspath(source))
-    if isinstance(temperature, int | float):
-        temperature = dict.fromkeys(adapter.class_names, float(temperature))
-    elif temperature is not None:
+    if isinstance(temperature, Mapping):
         temperature = {**saved_options.temperatures, **temperature}
+    elif temperature is not None:
+        temperature = dict.fromkeys(adapter.class_names, temperature)
     options = saved_options.updated(pretrained=pretrained, temperatures=temperature, threshold=threshold)
     options.check_tasks(adapter.class_names)
     return adapter, options, file if is_local else None

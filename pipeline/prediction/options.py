@@ -5,19 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pipeline.config import MAX_YAML_BYTES, read_text
+from pipeline.config.messages import value_message
 from pipeline.errors import UserError, escape_controls
 from pipeline.files import write_json
 
 GROUPED_ADAPTER = "adapters/grouped.safetensors"
 """The adapter of grouped MmAP in a run directory."""
 
-Temperature = Annotated[float, Field(gt=0, le=1e6)]
+
+def _number(value: object) -> float:
+    """Refuse what pydantic would take as a number: true and text."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError("must be a number")
+    return float(value)
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Temperature = Annotated[Number, Field(gt=0, le=1e6)]
 
 
 class ModelOptions(BaseModel):
@@ -25,7 +36,7 @@ class ModelOptions(BaseModel):
 
     temperatures: dict[str, Temperature] = {}
     """Task → softmax temperature; 1 for tasks that are absent."""
-    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    threshold: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Confidence threshold; below it the label is None. None: no threshold."""
     pretrained: str | None = None
     """Path or open_clip tag of the CLIP weights; None: as in training."""
@@ -43,7 +54,7 @@ class ModelOptions(BaseModel):
         except ValidationError as error:
             details = error.errors()[0]
             name = ".".join(map(str, details["loc"])).replace("temperatures", "temperature")
-            raise UserError(f"{name}={details['input']!r}: {details['msg']}") from None
+            raise UserError(f"{name}={details['input']!r}: {value_message(details)}") from None
 
 
 class _File(ModelOptions):
