@@ -45,7 +45,7 @@ def register(arguments: JobArguments[Options]) -> None:
         from pipeline.runtime.tracking.mlflow_adapter import find_run, register_version
 
     client, run_id = find_run(uri, run_folder)
-    folder, separator, query = run_folder.partition("?")
+    folder, separator, query = run_folder.partition("?") if "://" in run_folder else (run_folder, "", "")
     adapter = f"{folder}/adapters/{job.method}.safetensors{separator}{query}"
     with saved_mlflow_model(adapter, fields.get("clip.pretrained"), job.temperature, job.threshold) as model:
         try:

@@ -14,7 +14,7 @@ from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.files import write_file
 from pipeline.runtime import session
-from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, upload_part
+from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, is_uri, open_bucket, upload_part
 from pipeline.stages.plan import make_plan
 from pipeline.training.checkpoint import Checkpoints
 
@@ -231,3 +231,11 @@ def test_a_submitted_job_says_where_a_relative_storage_is(location, is_told, tmp
     assert (f"results are in {tmp_path}/home/runs" in text) == is_told
     assert ("--storage" in text) == is_told
     assert (tmp_path / "runs").exists() == location.startswith("{folder}")
+
+
+def test_the_folder_of_a_bucket_is_the_text_of_its_uri():
+    """What is no part of a URI belongs to the name; pyarrow itself refuses a space and cuts at `#`."""
+    for name in ("try #2", "é", "[a]", "a+b&c"):
+        uri = f"s3://bucket/{name}?endpoint_override=127.0.0.1%3A9&scheme=http&region=us-east-1"
+        assert open_bucket(uri)[1] == f"bucket/{name}"
+    assert is_uri("s3://bucket") and is_uri("gs://bucket/x") and not is_uri("/data/a: //b") and not is_uri("/a://b")

@@ -4,11 +4,13 @@ store, and a server that goes away and comes back."""
 import json
 import shutil
 import socket
+import sqlite3
 import threading
 import uuid
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
@@ -23,8 +25,14 @@ from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Storage
 from pipeline.runtime.tracking import delivery
 from pipeline.runtime.tracking.delivery import PROGRESS, REFUSED, Delivery
-from pipeline.runtime.tracking.journal import JOURNAL, Journal
-from pipeline.runtime.tracking.mlflow_adapter import Refused, check_reachable, mlflow_client, resolve_tracking_uri
+from pipeline.runtime.tracking.journal import JOURNAL, Journal, Operation
+from pipeline.runtime.tracking.mlflow_adapter import (
+    MlflowServer,
+    Refused,
+    check_reachable,
+    mlflow_client,
+    resolve_tracking_uri,
+)
 from pipeline.runtime.tracking.tracker import Tracker
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.run import run_session
@@ -689,6 +697,32 @@ def test_where_the_uri_comes_from(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-env:5000")
     assert resolve_tracking_uri(None, tmp_path) == "http://from-env:5000"
     assert resolve_tracking_uri("http://configured:5000", tmp_path) == "http://configured:5000"
+
+
+@pytest.mark.parametrize("name", ["a%20b #é &;'x", "a?b=c", "100%"])
+def test_a_storage_of_any_name_holds_the_database_and_the_artifacts(name, new_uri, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    new_uri(name)
+    storage = tmp_path / name
+    uri = resolve_tracking_uri(None, storage)
+    check_reachable(uri)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/a.txt").write_text("text")
+    server = MlflowServer(uri, "demo", tmp_path / "files")
+    server.connect()
+    run_id = server.start_run("key", "run", None, 1)
+    server.send(run_id, [Operation("artifact", "run", "d/a.txt", "a.txt", 1)])
+    server.send(run_id, [Operation("metrics", "run", "m", 2.0, 1)])
+    client = mlflow_client(uri)
+    assert client.get_run(run_id).data.metrics == {"m": 2}
+    downloaded = client.download_artifacts(run_id, "d/a.txt", str(tmp_path / "files"))
+    assert Path(downloaded).read_text() == "text"
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (1,)
+    assert {path.name for path in storage.iterdir()} == {"mlflow.db", "mlartifacts"}
+    assert {path.name for path in tmp_path.iterdir()} == {name, "files"}
+    uri_of_client = client.get_experiment_by_name("demo").artifact_location
+    assert unquote(uri_of_client.removeprefix("file://")) == str(storage / "mlartifacts")
 
 
 def test_the_environment_without_git(monkeypatch, tmp_path):

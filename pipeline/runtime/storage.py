@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 _MANIFEST = "artifact.json"
 _MARKER = ".mmap-storage"
 _CHECKPOINTS = "checkpoints"
+_SAFE_IN_URI = ":/@%!$&'()*+,;="
+"""What `quote` leaves as it is in the URI of a bucket; `#` and spaces belong to a folder's name."""
 RETRY_DELAYS_S = (1, 2, 4, 8, 15, 30, 30, 30)
 """Delays between attempts to reach a bucket during a run."""
 UPLOAD_THREADS = 8
@@ -193,7 +196,7 @@ class Storage:
 
 
 def is_uri(location: str) -> bool:
-    return "://" in location
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
 
 
 @lru_cache
@@ -209,7 +212,8 @@ def open_bucket(uri: str) -> tuple[pafs.FileSystem, str]:
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         )
     try:
-        filesystem, base = pafs.FileSystem.from_uri(uri)
+        path, separator, options = uri.partition("?")
+        filesystem, base = pafs.FileSystem.from_uri(f"{quote(path, safe=_SAFE_IN_URI)}{separator}{options}")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{uri} is not a storage URI that pyarrow can open (s3://bucket/folder): {error}") from None
     return filesystem, base.rstrip("/")

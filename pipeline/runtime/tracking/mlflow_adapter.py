@@ -102,14 +102,13 @@ class MlflowServer:
 
 def resolve_tracking_uri(configured: str | None, storage: Path) -> str:
     """Return the configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in `storage`."""
-    default = f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or default
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(Path(storage).resolve() / "mlflow.db")
 
 
 def check_reachable(uri: str, timeout_s: float = 10) -> None:
     """Check that `uri` can be used, before any compute. Raises: UserError: It cannot."""
     remedy = "change tracking.uri, or set or unset MLFLOW_TRACKING_URI"
-    if uri.startswith("sqlite:"):
+    if _is_sqlite(uri):
         try:
             folder = _sqlite_folder(uri)
             folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +195,7 @@ def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # A server knows its artifact location; a database file does not.
-        location = (_sqlite_folder(uri) / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+        location = (_sqlite_folder(uri) / "mlartifacts").as_uri() if _is_sqlite(uri) else None
         try:
             return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except Exception:
@@ -250,8 +249,28 @@ def shortened(error: Exception) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
+def _is_sqlite(uri: str) -> bool:
+    return uri.startswith(("sqlite:", "sqlite+"))
+
+
+def _sqlite_uri(file: Path) -> str:
+    """Return the URI of a database file: SQLAlchemy quotes what would be a part of the URI."""
+    if not set("%?") & set(str(file)):
+        return f"sqlite:///{file}"
+    from sqlalchemy.engine import URL
+
+    # With the driver, as MLflow creates the folder of what follows sqlite:///, which is quoted here.
+    return URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
+
+
 def _sqlite_folder(uri: str) -> Path:
-    path = uri.removeprefix("sqlite:///").split("?")[0]
-    if path == uri or not path:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        database = make_url(uri).database
+    except ArgumentError:
+        database = None
+    if not database:
         raise ValueError("a database file looks like sqlite:////folder/mlflow.db")
-    return Path(path).resolve().parent
+    return Path(database).resolve().parent
