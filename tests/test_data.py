@@ -27,13 +27,13 @@ from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, choices, pa
 from pipeline.data import parquet
 from pipeline.data.augment import augment, crop_boxes
 from pipeline.data.images import RESAMPLING, BrokenImage, decode_rgb, evaluation_pixels, training_pixels
-from pipeline.data.index import LOOSE_IMAGE, index_dataset, read_class_names
+from pipeline.data.index import index_dataset, read_class_names
 from pipeline.data.layouts import FOLDER_LAYOUTS, OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS
 from pipeline.data.lists import LIST_LAYOUTS
 from pipeline.data.parquet import COLUMNS, SplitDescription, SplitReader, plan_parts, scan_image, write_part
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
-from pipeline.data.walk import CIRCULAR_LINK, JUNK_KIND
+from pipeline.data.walk import CIRCULAR_LINK, JUNK_KIND, LOOSE_IMAGE
 from pipeline.errors import UserError
 
 ensure_torchvision()

@@ -31,7 +31,9 @@ from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.index import ImageRecord, index_dataset
 from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
+from pipeline.data.walk import JUNK_KIND, Skipped, skip_kind
 from pipeline.report.data_check import MAX_PAGE_CHARACTERS, check_page, check_tables, summary_line, task_overviews
+from pipeline.stages.data_check import read_results
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
@@ -145,9 +147,9 @@ def clean_set() -> list[CheckedImage]:
     return [checked(path, encoded(photo(100 + seed))) for seed, path in enumerate(places)]
 
 
-def found(images, classes=CLASSES, words=WORDS, shots=3, training=()):
+def found(images, classes=CLASSES, words=WORDS, shots=3, training=(), skipped=()):
     subwords = tokenize_words(words.values(), tokenizer().encode, tokenizer().decoder.__getitem__)
-    return find_issues(images, classes, words, subwords, shots, training)
+    return find_issues(images, classes, words, subwords, shots, training, skipped=skipped)
 
 
 def only(findings):
@@ -249,6 +251,35 @@ def test_classes_that_are_too_small_lacking_or_odd():
 # --- its page -------------------------------------------------------------------------------------------
 
 
+def test_files_that_are_not_read_are_findings_by_kind():
+    skipped = [Skipped(f"art/cat/{number}.heic", skip_kind("0.heic")) for number in range(36)]
+    skipped += [Skipped("art/cat/a", skip_kind("a")), Skipped("a.txt", skip_kind("a.txt")), Skipped("b/", JUNK_KIND)]
+    findings = {finding.title: finding for finding in found(clean_set(), skipped=skipped)}
+    heic = findings["36 files are not read: HEIC (.heic)"]
+    assert heic.severity == "warning" and "Convert" in heic.remedy and len(heic.examples) == 36
+    assert findings["1 files are not read: no suffix"].severity == "warning"
+    assert findings["1 files are not read: .txt"].severity == findings[f"1 files are not read: {JUNK_KIND}"].severity
+    assert findings["1 files are not read: .txt"].severity == "note"
+    error = found(clean_set(), shots=4, skipped=skipped)[0]
+    assert error.severity == "error" and "36 HEIC (.heic)" in error.remedy and "convert" in error.remedy
+
+
+def test_spellings_of_a_class_are_reported():
+    classes = {
+        "art": ("Alarm Clock", "cafe", "cat"),
+        "photo": ("alarm_clock", "café", "dog"),
+        "real": ("Alarm-Clock", "alarmclock", "cat"),
+    }
+    spellings = next(
+        finding
+        for finding in found([], classes, dict.fromkeys(sum(classes.values(), ()), "x"))
+        if "spell" in finding.title
+    )
+    assert (spellings.severity, len(spellings.examples)) == ("warning", 2)
+    assert all(name in spellings.examples[0] for name in ("Alarm Clock", "alarm_clock", "Alarm-Clock", "alarmclock"))
+    assert "'cafe' (in art), 'café' (in photo)" in spellings.examples
+
+
 def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
     images = [*clean_set(), checked("art/cat/9.png", encoded(photo(7), "JPEG"))]
     findings = found(images)
@@ -297,6 +328,7 @@ def planted(tmp_path_factory) -> Path:
     contents = {path: encoded(photo(seed)) for seed, path in enumerate(places)}
     contents |= {
         "art/cat/broken.png": b"<html>",
+        "art/cat/phone.heic": b"not read",
         "art/cat/cut.png": contents["art/cat/0.png"][:3000],
         "art/cat/same.png": contents["art/cat/1.png"],
         "art/dog/contradicts.png": contents["art/cat/2.png"],
@@ -367,16 +399,20 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
         "art/cat/broken.png: not an image of a supported format",
         "warning 1 images are in several classes of one task At least one label is wrong",
         "art/cat/2.png, art/dog/contradicts.png",
+        "warning 1 files are not read: HEIC (.heic) Convert",
+        "layout folders <task>/<class>/: 2 tasks (art, photo), 2 classes, 38 images; 1 file not read: 1 HEIC (.heic)",
         "warning 1 images are blank (a single color)",
         "note 1 images are in their class more than once",
         "note 1 images have several frames",
     ):
         assert text in printed, checked.output
     folder = the_run(storage) / "data_check"
-    assert f"1 error, 2 warnings, 2 notes: {folder / 'check.html'}" in printed
+    assert f"1 error, 3 warnings, 2 notes: {folder / 'check.html'}" in printed
     written = json.loads((folder / "check.json").read_text())["findings"]
-    assert [finding["severity"] for finding in written] == ["error", "warning", "warning", "note", "note"]
+    assert [finding["severity"] for finding in written] == ["error", "warning", "warning", "warning", "note", "note"]
     assert len(written[0]["examples"]) == 2 and all(finding["remedy"] and finding["examples"] for finding in written)
+    assert read_results(folder / "check.json", {"HEIC (.heic)": 1}) is not None
+    assert read_results(folder / "check.json", {"HEIC (.heic)": 2}) is None, "the findings are not those of this folder"
     page = (folder / "check.html").read_text()
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>") and 10 <= page.count("<img") <= 12
     assert not list(storage.glob("splits/*"))
@@ -389,5 +425,5 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     (images,) = storage.glob("data_check/*/images.parquet")
     modified_ns = images.stat().st_mtime_ns
     tolerant = check("--data.max_broken_fraction", "0.1")
-    assert tolerant.status == 0 and "3 warnings, 2 notes" in tolerant.output
+    assert tolerant.status == 0 and "4 warnings, 2 notes" in tolerant.output
     assert list(storage.glob("data_check/*/images.parquet")) == [images] and images.stat().st_mtime_ns == modified_ns

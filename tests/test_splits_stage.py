@@ -98,11 +98,10 @@ def test_broken_images_stop_the_run_with_their_paths_and_number(build, folder):
 def test_builds_drop_what_they_may_record_it_and_agree(build, folder):
     share = 2 / (NUM_IMAGES + 2)  # exactly what is broken
     reader, printed = build("one", share)
-    assert "2 broken images dropped, 1 other files ignored: listed in" in printed
+    assert "2 broken images dropped: listed in" in printed
     values = json.loads((reader.folder / "splits.json").read_text())
     assert [dropped["path"] for dropped in values["dropped"]] == sorted(BROKEN)
     assert all("not an image" in dropped["error"] for dropped in values["dropped"])
-    assert values["ignored_files"] == ["readme.txt"]
     assert reader.description.counts == {
         "train": dict.fromkeys(TASKS, len(CLASSES) * SHOTS),
         "test": dict.fromkeys(TASKS, len(CLASSES) * (PER_CLASS - SHOTS)),

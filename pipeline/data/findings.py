@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.names import split_synonyms
 from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
+from pipeline.data.walk import Skipped, skip_remedy, unread_images_note
 
 Severity = Literal["error", "warning", "note"]
 """error: stops a run. warning: makes results worse, or look better than they are. note: for information."""
@@ -54,6 +56,7 @@ def find_issues(
     training_paths: Iterable[str] = (),
     split_error: str | None = None,
     max_broken_fraction: float = 0.0,
+    skipped: Sequence[Skipped] = (),
 ) -> list[Finding]:
     """Return all findings, errors first.
 
@@ -65,14 +68,17 @@ def find_issues(
         training_paths: paths of the images that would train.
         split_error: why the images cannot be split, if so.
         max_broken_fraction: fraction of images, 0 to 1, that may be broken.
+        skipped: what is not read of the data set's folder.
     """
     decodable = [image for image in images if image.stats]
     findings = [
         *_broken(images, max_broken_fraction),
-        *_too_few_images(decodable, classes, shots, split_error),
+        *_files_not_read(skipped),
+        *_too_few_images(decodable, classes, shots, split_error, skipped),
         *_exact_duplicates(decodable),
         *_near_duplicates(decodable, set(training_paths)),
         *_unusual_images(decodable),
+        *_class_spellings(classes),
         *_partly_missing_classes(classes),
         *_imbalance(decodable, classes),
         *_class_names(classes, class_names, subwords),
@@ -113,10 +119,32 @@ def _broken(images: Sequence[CheckedImage], max_fraction: float) -> list[Finding
     )
 
 
+def _files_not_read(skipped: Sequence[Skipped]) -> list[Finding]:
+    paths: dict[str, list[str]] = defaultdict(list)
+    for path, kind in skipped:
+        paths[kind].append(path)
+    findings = []
+    for kind, examples in sorted(paths.items()):
+        remedy = skip_remedy(kind)
+        findings += _finding(
+            "warning" if remedy else "note",
+            f"{{}} files are not read: {kind}",
+            examples,
+            f"{remedy[0].upper()}{remedy[1:]}." if remedy else "Nothing is to be done, unless they are images.",
+        )
+    return findings
+
+
 def _too_few_images(
-    images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]], shots: int, split_error: str | None
+    images: Sequence[CheckedImage],
+    classes: Mapping[str, Sequence[str]],
+    shots: int,
+    split_error: str | None,
+    skipped: Sequence[Skipped],
 ) -> list[Finding]:
     remedy = "use fewer with --data.shots, add images, or exclude the class with a file of --data.class_names."
+    if note := unread_images_note(skipped):
+        remedy += f" {note}."
     distinct: dict[tuple[str, str], set[str]] = defaultdict(set)
     for checked in images:
         distinct[checked.image.task, checked.image.class_folder].add(checked.image.sha256)
@@ -257,6 +285,26 @@ def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
             "They are read by content. (A web page saved as an image would be among the broken files.)",
         ),
     ]
+
+
+def _class_spellings(classes: Mapping[str, Sequence[str]]) -> list[Finding]:
+    """Find classes whose folders differ only in case, accents and separators: to a run they are different classes."""
+    tasks_by_folder: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for task, folders in classes.items():
+        for folder in folders:
+            letters = unicodedata.normalize("NFKD", folder.casefold())
+            key = "".join(letter for letter in letters if letter.isalnum())
+            tasks_by_folder[key or folder][folder].append(task)
+    return _finding(
+        "warning",
+        "{} classes have several spellings",
+        [
+            ", ".join(f"{folder!r} (in {', '.join(tasks)})" for folder, tasks in spellings.items())
+            for spellings in tasks_by_folder.values()
+            if len(spellings) > 1
+        ],
+        "Each spelling is a class of its own: if they mean the same, rename the folders or labels to one of them.",
+    )
 
 
 def _partly_missing_classes(classes: Mapping[str, Sequence[str]]) -> list[Finding]:

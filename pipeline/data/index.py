@@ -31,14 +31,20 @@ from pipeline.data.manifest import read_manifest
 from pipeline.data.names import escape_for_terminal, normalize_name, pluralize, split_synonyms, truncated_list
 from pipeline.data.official_splits import DatasetEntry, OfficialSplit, parse_split_name
 from pipeline.data.symlinks import SymlinkChecker
-from pipeline.data.walk import BROKEN_LINK, Skipped, skip_remedy, skipped_note, walk_folders
+from pipeline.data.walk import (
+    BESIDE_SPLITS,
+    BROKEN_LINK,
+    EXTERNAL_LINK,
+    LOOSE_IMAGE,
+    NO_IMAGES,
+    Skipped,
+    skip_remedy,
+    skipped_note,
+    walk_folders,
+)
 from pipeline.errors import UserError, escape_controls
 
 NOT_SELECTED = "tasks that are not selected"
-BESIDE_SPLITS = "folders beside those of splits"
-NO_IMAGES = "folders without images"
-LOOSE_IMAGE = "images outside of class folders"
-EXTERNAL_LINK = "links out of the root"
 MAX_CLASS_LINE = 1000
 
 

@@ -56,7 +56,18 @@ UNREAD_FORMATS = {
 """Formats of images that are not read → suffixes."""
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 NO_SUFFIX = "no suffix"
-CIRCULAR_LINK, BROKEN_LINK = "links to a folder that contains them", "broken links"
+CIRCULAR_LINK, BROKEN_LINK, EXTERNAL_LINK = (
+    "links to a folder that contains them",
+    "broken links",
+    "links out of the root",
+)
+NO_IMAGES, LOOSE_IMAGE = "folders without images", "images outside of class folders"
+BESIDE_SPLITS = "folders beside those of splits"
+_REMEDIES = {
+    NO_SUFFIX: "images need a suffix: rename them to .jpg or .png",
+    LOOSE_IMAGE: "move images into folders of their tasks and classes",
+    BROKEN_LINK: "restore the targets of links",
+}
 _JUNK, _TEMPORARY = (re.compile("|".join(map(translate, patterns))) for patterns in (JUNK, TEMPORARY_FILES))
 _FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in UNREAD_FORMATS.items() for suffix in suffixes}
 
@@ -99,9 +110,9 @@ def skip_kind(name: str) -> str | None:
 
 
 def skip_remedy(kind: str) -> str | None:
-    """Return how files of this `skip_kind` can be read as images; None: they are none."""
-    if kind == NO_SUFFIX:
-        return "images need a suffix: rename them to .jpg or .png"
+    """Return how files of this kind can be read as images; None: they are none."""
+    if kind in _REMEDIES:
+        return _REMEDIES[kind]
     if kind.startswith("archive ("):
         return "unpack archives"
     return "convert other image formats to JPEG or PNG" if "(" in kind else None
@@ -202,6 +213,12 @@ def find_images(path: str, other_suffixes: tuple[str, ...] = ()) -> tuple[list[s
 
 def skipped_note(skipped: Collection[Skipped]) -> str:
     """Return the number of files that are not read, in all and by kind, and the remedy for images among them."""
-    kinds = sorted({kind for _, kind in skipped})
-    remedies = {remedy for kind in kinds if (remedy := skip_remedy(kind))}
+    remedies = {remedy for kind in {kind for _, kind in skipped} if (remedy := skip_remedy(kind))}
     return f"{pluralize(len(skipped), 'file')} not read: {'; '.join([describe_skipped(skipped), *sorted(remedies)])}"
+
+
+def unread_images_note(skipped: Iterable[Skipped]) -> str:
+    """Return the number of files that are not read and may be images, with their remedies; without such files no
+    text."""
+    files = [file for file in skipped if skip_remedy(file.kind)]
+    return skipped_note(files) if files else ""

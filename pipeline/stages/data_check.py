@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from pipeline.stages.plan import Plan
 NAME = "data_check"
 IMAGES = "images.parquet"
 PAGE, FINDINGS = "check.html", "check.json"
-FORMAT = 2
+FORMAT = 3
 """Increment on every change of the stored columns or of the findings; older checks are then repeated."""
 IMAGES_PER_CHUNK = 512
 _READING = "reading"
@@ -73,7 +73,8 @@ def check_data(plan: Plan, session: Session, verbose: bool = False) -> list[Find
                 stage.computed = True
                 with artifact.writer() as writer:
                     pq.write_table(_scan(plan, stage), writer.folder / IMAGES, compression="zstd")
-        findings, tasks = read_results(folder / FINDINGS) or _analyze(plan, artifact.download() / IMAGES, folder)
+        results = read_results(folder / FINDINGS, _files_not_read(plan))
+        findings, tasks = results or _analyze(plan, artifact.download() / IMAGES, folder)
         _report(plan, session, findings, tasks, folder, verbose)
     return findings
 
@@ -145,6 +146,7 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
         training,
         split_error,
         data.max_broken_fraction,
+        dataset_index.skipped,
     )
     tasks = task_overviews(images, dataset_index.classes)
     page = check_page(plan.config.name, tasks, findings, read_samples(file), dataset_index.class_names)
@@ -153,6 +155,8 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
         "format": FORMAT,
         "shots": data.shots,
         "seed": plan.config.seed,
+        "layout": dataset_index.layout,
+        "files_not_read": _files_not_read(plan),
         "tasks": [asdict(task) for task in tasks],
         "findings": [asdict(finding) for finding in findings],
     }
@@ -160,12 +164,20 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
     return findings, tasks
 
 
-def read_results(file: Path) -> tuple[list[Finding], list[TaskOverview]] | None:
-    """Return what `_analyze` wrote in this run folder, whose name identifies config and data; None: nothing."""
+def _files_not_read(plan: Plan) -> dict[str, int]:
+    """Return kind → number of files that are not read."""
+    return dict(sorted(Counter(kind for _, kind in plan.dataset_index.skipped).items()))
+
+
+def read_results(
+    file: Path, files_not_read: Mapping[str, int] | None = None
+) -> tuple[list[Finding], list[TaskOverview]] | None:
+    """Return what `_analyze` wrote in this run folder, whose name identifies config and images; None: nothing, or other
+    files were not read."""
     if not file.is_file() or not (file.parent / PAGE).is_file():
         return None
     values = read_json(file)
-    if values["format"] != FORMAT:
+    if values["format"] != FORMAT or files_not_read not in (None, values["files_not_read"]):
         return None
     findings = [Finding(**{**fields, "examples": tuple(fields["examples"])}) for fields in values["findings"]]
     return findings, [TaskOverview(**fields) for fields in values["tasks"]]

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, write_part
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
+from pipeline.data.walk import unread_images_note
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_file, write_json
 from pipeline.runtime.session import PARENT, Session
@@ -59,7 +60,6 @@ def _build(plan: Plan, stage: Stage, writer: ArtifactWriter) -> None:
         "duplicates_of_training_images": [
             {"path": path, "duplicate_of": training_path} for path, training_path in splits.duplicates
         ],
-        "ignored_files": [path for path, _ in dataset_index.skipped],
         "excluded_classes": list(dataset_index.excluded_classes),
     }
     if data.use_official_splits:
@@ -73,7 +73,10 @@ def _build(plan: Plan, stage: Stage, writer: ArtifactWriter) -> None:
 def draw_splits(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDescription]:
     """Sample the splits and describe them. Raises UserError if classes have too few images."""
     dataset_index, shots, seed = plan.dataset_index, plan.config.data.shots, plan.config.seed
-    splits = sample_splits(images, dataset_index.classes, shots, seed)
+    try:
+        splits = sample_splits(images, dataset_index.classes, shots, seed)
+    except UserError as error:
+        raise UserError("; ".join(filter(None, (str(error), unread_images_note(dataset_index.skipped))))) from None
     return splits, SplitDescription(
         classes={task: list(names) for task, names in dataset_index.classes.items()},
         class_names=dataset_index.class_names,
@@ -169,7 +172,6 @@ def unused_images(reader: SplitReader) -> list[str]:
     num_by_name = {
         "broken images dropped": len(values["dropped"]),
         "exact duplicates of training images dropped": len(values["duplicates_of_training_images"]),
-        "other files ignored": len(values["ignored_files"]),
         "class folders excluded": len(values["excluded_classes"]),
     }
     num_by_name |= {name.replace("_", " "): number for name, number in values.get("use_official_splits", {}).items()}
