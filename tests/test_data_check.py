@@ -377,8 +377,8 @@ def test_samples_are_few_where_classes_are_many(monkeypatch):
 
 
 def table_of(output: str) -> list[str]:
-    """Return a job's output on the data, without times."""
-    return output.partition("0 data check")[2].partition("check.html")[0].split()
+    """Return the table and the findings of a job's output."""
+    return output.partition("┏")[2].partition("check.html")[0].split()
 
 
 DEMO_CLIP = ("--clip.model", "builtin:digits", "--clip.pretrained", "builtin:digits")
