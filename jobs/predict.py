@@ -108,9 +108,9 @@ def predict_to_text(
     from pipeline.prediction.output_files import prediction_writer
 
     num_broken = 0
+    print_status("loading CLIP ...")
+    model = TrainedModel(adapter, options, job.device)
     with prediction_writer(job.output) as write:
-        print_status("loading CLIP ...")
-        model = TrainedModel(adapter, options, job.device)
         for count, prediction in enumerate(model.predict_stream(images, task), 1):
             write(prediction)
             num_broken += bool(prediction.error)

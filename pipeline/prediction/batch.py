@@ -27,14 +27,14 @@ from ray.exceptions import RayTaskError
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.walk import JUNK_KIND, Skipped, find_images, is_junk, skip_kind, skipped_note
 from pipeline.errors import UserError
-from pipeline.files import FREE_SPACE_ADVICE, atomic_replace
+from pipeline.files import atomic_replace
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.decoding import decode_rows
 from pipeline.prediction.encoded_images import is_url
 from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import ModelOptions
-from pipeline.prediction.output_files import check_new_output
+from pipeline.prediction.output_files import check_new_output, write_errors
 from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
 from pipeline.runtime.storage import is_uri, open_bucket
 
@@ -253,7 +253,7 @@ class _OutputWriter:
         self._num_parts = self._num_rows = 0
 
     def __enter__(self) -> _OutputWriter:
-        with self._write_errors():
+        with write_errors(self._output):
             check_new_output(self._output)
             if not is_uri(self._output):
                 self._staging_dir = str(self._exit_stack.enter_context(atomic_replace(Path(self._folder))))
@@ -261,7 +261,7 @@ class _OutputWriter:
         return self
 
     def write(self, table: pa.Table) -> None:
-        with self._write_errors():
+        with write_errors(self._output):
             if self._writer is None:
                 name = f"{self._staging_dir}/part-{self._num_parts:05d}.parquet"
                 self._writer = pq.ParquetWriter(name, OUTPUT, filesystem=self._filesystem, compression="zstd")
@@ -277,7 +277,7 @@ class _OutputWriter:
         if error:
             self._exit_stack.__exit__(error_type, error, trace)
             return
-        with self._write_errors(), self._exit_stack:
+        with write_errors(self._output), self._exit_stack:
             if not self._num_parts:
                 self.write(OUTPUT.empty_table())  # readers need a schema
             self._close()
@@ -286,23 +286,6 @@ class _OutputWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-    def _write_errors(self) -> _WriteErrors:
-        return _WriteErrors(self._output)
-
-
-class _WriteErrors:
-    """Context manager that reports an OSError as a UserError about the output."""
-
-    def __init__(self, output: str):
-        self._output = output
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, error_type: type | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write --output {self._output}: {error}; {FREE_SPACE_ADVICE}") from None
 
 
 def progress_lines(report: Callable[[str], None], interval_s: float) -> Callable[[int, int], None]:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TextIO
 
 from pipeline.data.names import escape_for_terminal
 from pipeline.errors import UserError
-from pipeline.files import atomic_write
+from pipeline.files import atomic_replace
 from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 
 TEXT_FORMATS = ("csv", "tsv", "json", "jsonl")
@@ -72,12 +73,22 @@ def check_new_output(output: str) -> None:
         raise UserError(f"--output {output} already exists; use another name, or remove it")
     if not _is_uri(output):
         parent = path.absolute().parent
-        try:
+        with write_errors(output):
             parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write --output {output}: {error.strerror}: {parent}; use another folder") from None
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError(f"cannot write --output {output}: no permission to write in {parent}; use another folder")
+            tempfile.TemporaryFile(dir=parent).close()
+
+
+@contextmanager
+def write_errors(output: str) -> Iterator[None]:
+    """Report an OSError as a UserError about the output."""
+    try:
+        yield
+    except OSError as error:
+        if output == STDOUT:
+            raise
+        raise UserError(
+            f"cannot write --output {output}: {error.strerror or error}; free some disk space, or use another folder"
+        ) from None
 
 
 @contextmanager
@@ -90,10 +101,10 @@ def prediction_writer(output: str) -> Iterator[Callable[[ImagePrediction], None]
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    with ExitStack() as stack:
+    with write_errors(output), ExitStack() as stack:
         stream: TextIO = sys.stdout
         if output != STDOUT:
-            partial = stack.enter_context(atomic_write(Path(output).expanduser()))
+            partial = stack.enter_context(atomic_replace(Path(output).expanduser()))
             stream = stack.enter_context(open(partial, "w", newline="", encoding="utf-8"))
         match output_format(output):
             case "csv" | "tsv" as name:
