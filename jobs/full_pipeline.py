@@ -9,7 +9,7 @@ Rerun the same command to resume. With other options the run starts at the first
 
 from pipeline.command_line import Field, check_paths, importing, report_user_errors
 from pipeline.config import JobOptions, JobParser
-from pipeline.stages.flow import NAMES, check_stage, run_stages, stage_summary
+from pipeline.stages.flow import NAMES, check_stage, needs_weights, run_stages, stage_summary
 
 
 class Options(JobOptions):
@@ -24,7 +24,7 @@ def main() -> None:
         with importing("PyTorch and Ray", console):
             from pipeline.stages.run import open_run
 
-        with open_run(config, console) as (plan, session):
+        with open_run(config, console, needs_weights(last_stage)) as (plan, session):
             run_stages(plan, session, last_stage)
 
 

@@ -32,15 +32,19 @@ if TYPE_CHECKING:
 LOG_WIDTH = 160
 
 
-def run_job(description: str | None, main: Callable[[Plan, Session], object]) -> None:
-    """Run a job script that makes one run: parse the command line, check the run, call `main(plan, session)`."""
+def run_job(description: str | None, main: Callable[[Plan, Session], object], with_weights: bool = True) -> None:
+    """Run a job script that makes one run: parse the command line, check the run, call `main(plan, session)`.
+
+    Args:
+        with_weights: whether CLIP's weights are fetched; a job that only reads images needs none.
+    """
     with report_user_errors() as console:
         config = JobParser(description).parse().config()
         check_paths(config)
         with importing("PyTorch and Ray", console):
             from pipeline.stages.run import open_run
 
-        with open_run(config, console) as (plan, session):
+        with open_run(config, console, with_weights) as (plan, session):
             main(plan, session)
 
 

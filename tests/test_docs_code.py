@@ -43,6 +43,7 @@ from pipeline.files import write_json
 from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.registry import METHODS
 from pipeline.prediction.options import GROUPED_ADAPTER
+from pipeline.report.scores import PREDICTIONS
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.stages.finished_run import GROUPING, SUMMARY, write_provenance
 from pipeline.tuning.search_file import read_search
@@ -125,7 +126,7 @@ def write_data_sets(root: Path) -> None:
         (root / path).touch()
     for block in blocks_of(page):
         if block.language == "csv":
-            write_manifest(block.code, root / "shops")
+            write_manifest(block.code, root / "labeled")
     tasks, classes = ["art_painting", "cartoon", "photo", "sketch"], classes_of("pacs")
     rows = [{"image": b"", "domain": task, "label": label} for task in tasks for label in classes]
     (root / "pacs").mkdir()
@@ -133,6 +134,7 @@ def write_data_sets(root: Path) -> None:
 
 
 def write_manifest(code: str, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     (file := folder / "images.csv").write_text(code)
     for row in csv.DictReader(code.splitlines()):
         (folder / row["path"]).parent.mkdir(exist_ok=True)
@@ -165,7 +167,10 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / SUMMARY).parent.mkdir()
     methods = {"grouped": {"accuracy": dict.fromkeys(group, 0.5), "average": 0.5}}
-    write_json(folder / SUMMARY, {"tasks": [*group], "groups": [[*group]], "methods": methods})
+    summary = {"tasks": [*group], "groups": [[*group]], "methods": methods, "num_test_images": dict.fromkeys(group, 1)}
+    write_json(folder / SUMMARY, summary)
+    row = {"task": "ink", "method": "grouped", "true_label": "one", "label": "two", "probability": 0.5}
+    pq.write_table(pa.Table.from_pylist([row], schema=PREDICTIONS), folder / "report" / "predictions.parquet")
     write_json(folder / GROUPING, {"tasks": [*group], "groups": [[*group]], "affinity": [[1, 0], [0, 1]]})
     snapshots = Artifact(Storage.from_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
     with snapshots.writer():
@@ -320,10 +325,14 @@ def check_job(script: str, options: list[str]) -> None:
     def stop(*arguments, **options):
         raise StartsRay
 
+    def fetch_weights(*arguments):
+        assert Path(script).stem not in ("build_splits", "check_data"), "reads images only, also without a network"
+
     with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", [script, *options])
         for function in ("pipeline.runtime.cluster.connect", "pipeline.runtime.tracking.mlflow_adapter.find_run"):
             patched.setattr(function, stop)
+        patched.setattr("pipeline.stages.plan.fetch_weights", fetch_weights)
         patched.setattr("pipeline.serving.service.port_error", lambda host, port: None)  # it may be in use
         try:
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")

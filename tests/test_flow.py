@@ -12,7 +12,7 @@ import pytest
 from pipelines import REPOSITORY
 
 from pipeline import command_line
-from pipeline.stages.flow import FLOW, NAMES, stage_title
+from pipeline.stages.flow import FLOW, NAMES, needs_weights, stage_title
 
 LAST_STAGE = {
     "build_splits": "splits",
@@ -32,11 +32,17 @@ def test_a_stage_has_a_module_and_takes_what_was_made_before_it(stage):
 
 @pytest.mark.parametrize("job", LAST_STAGE)
 def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
-    ran = []
-    monkeypatch.setattr(command_line, "run_job", lambda description, main: ran.append(main))
+    ran, weights = [], []
+
+    def run_job(description, main, with_weights=True):
+        ran.append(main)
+        weights.append(with_weights)
+
+    monkeypatch.setattr(command_line, "run_job", run_job)
     runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"), run_name="__main__")
     (main,) = ran
     assert main.func.__name__ == "run_stages" and main.keywords == {"last_stage": LAST_STAGE[job]}
+    assert weights == [needs_weights(LAST_STAGE[job])]
 
 
 @pytest.mark.parametrize(

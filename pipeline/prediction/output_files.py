@@ -22,7 +22,7 @@ STDOUT = "-"
 
 
 def _is_uri(output: str) -> bool:
-    """As `pipeline.runtime.storage.is_uri`, whose imports take a while."""
+    """Return what `pipeline.runtime.storage.is_uri` does, whose imports take a while."""
     return "://" in output
 
 

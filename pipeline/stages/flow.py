@@ -55,6 +55,11 @@ def run_stages(plan: Plan, session: Session, last_stage: str = NAMES[-1]) -> dic
     return results
 
 
+def needs_weights(last_stage: str) -> bool:
+    """Return whether a stage up to `last_stage` uses CLIP's weights: the first two only read images."""
+    return NAMES.index(last_stage) >= NAMES.index("global_prompt")
+
+
 def stage_title(name: str, title: str | None = None) -> str:
     """Return a stage's number and title, or another title for a variant of the stage."""
     return f"{NAMES.index(name)} {title or FLOW[NAMES.index(name)].title}"

@@ -25,7 +25,7 @@ from pipeline.config import (
     value_types,
 )
 from pipeline.errors import UserError
-from pipeline.stages.flow import check_stage, run_stages
+from pipeline.stages.flow import check_stage, needs_weights, run_stages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,7 @@ class InterruptedCall(KeyboardInterrupt):
 def fit(arguments: Mapping[str, Any], config: ConfigSource | None, last_stage: str, verbose: bool) -> Run:
     """Run the stages up to `last_stage`, using cached artifacts. Arguments and errors are those of `pipeline.fit`."""
     check_stage("until", last_stage)
-    with _opened_run("fit", arguments, config, verbose) as (plan, session):
+    with _opened_run("fit", arguments, config, verbose, needs_weights(last_stage)) as (plan, session):
         run_stages(plan, session, last_stage)
 
     from pipeline.workflows.runs import Run
@@ -66,7 +66,7 @@ def fit(arguments: Mapping[str, Any], config: ConfigSource | None, last_stage: s
 
 def check(arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bool) -> list[Finding]:
     """Check the images. Arguments and errors are those of `pipeline.check`."""
-    with _opened_run("check", arguments, config, verbose) as (plan, session):
+    with _opened_run("check", arguments, config, verbose, with_weights=False) as (plan, session):
         from pipeline.stages.data_check import check_data
 
         return check_data(plan, session, verbose)
@@ -74,7 +74,7 @@ def check(arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bo
 
 @contextmanager
 def _opened_run(
-    function: str, arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bool
+    function: str, arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bool, with_weights: bool = True
 ) -> Iterator[tuple[Plan, Session]]:
     run_config, console = make_config(config, arguments, function), _console(verbose)
     if "ray" not in sys.modules:
@@ -85,7 +85,10 @@ def _opened_run(
 
     interrupts.forget_signals()
     try:
-        with called_from_python(_format_call(function, config, arguments)), open_run(run_config, console) as opened:
+        with (
+            called_from_python(_format_call(function, config, arguments)),
+            open_run(run_config, console, with_weights) as opened,
+        ):
             yield opened
     except KeyboardInterrupt:
         point = interrupts.resume_point()
