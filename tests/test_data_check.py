@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -25,14 +26,24 @@ from small_clip import tokenizer
 from pipeline.config import DataConfig
 from pipeline.data import checked_images, near_duplicates
 from pipeline.data.checked_images import check_images, read_checked_images, read_samples, sample_paths
-from pipeline.data.findings import CheckedImage, find_issues, tokenize_words
+from pipeline.data.findings import CheckedImage, Finding, find_issues, tokenize_words
 from pipeline.data.image_stats import THUMBNAIL, image_stats, thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.index import ImageRecord, index_dataset
+from pipeline.data.names import pluralize
 from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
 from pipeline.data.walk import JUNK_KIND, Skipped, skip_kind
-from pipeline.report.data_check import MAX_PAGE_CHARACTERS, check_page, check_tables, summary_line, task_overviews
+from pipeline.report.data_check import (
+    MAX_PAGE_CHARACTERS,
+    MAX_SHOWN,
+    MAX_SHOWN_OF_EXAMPLE,
+    check_page,
+    check_tables,
+    shown_examples,
+    summary_line,
+    task_overviews,
+)
 from pipeline.stages.data_check import read_results
 
 
@@ -152,6 +163,10 @@ def found(images, classes=CLASSES, words=WORDS, shots=3, training=(), skipped=()
     return find_issues(images, classes, words, subwords, shots, training, skipped=skipped)
 
 
+def texts(finding) -> list[str]:
+    return [example.text for example in finding.examples]
+
+
 def only(findings):
     (finding,) = findings
     return finding
@@ -167,28 +182,28 @@ def test_a_clean_dataset_has_no_findings():
         (
             {"art/cat/9.png": b"<html>"},
             "error",
-            "1 files are broken (5.9 %)",
+            "1 file is broken (5.9 %)",
             "art/cat/9.png: not an image of a supported",
         ),
         (
             {"art/cat/9.png": encoded(Image.new("RGB", (64, 64), "red"))},
             "warning",
-            "1 images are blank (a single color)",
+            "1 image is blank (a single color)",
             "9.png",
         ),
-        ({"art/cat/9.png": encoded(photo(7, (20, 60)))}, "warning", "1 images have a side below 32", "60 x 20"),
-        ({"art/cat/9.png": encoded(photo(7, (40, 300)))}, "note", "1 images have an aspect ratio above 5", "300 x 40"),
-        ({"art/cat/9.png": encoded(photo(7), "JPEG")}, "note", "1 files have a format that differs", "9.png: JPEG"),
+        ({"art/cat/9.png": encoded(photo(7, (20, 60)))}, "warning", "1 image has a side below 32", "60 x 20"),
+        ({"art/cat/9.png": encoded(photo(7, (40, 300)))}, "note", "1 image has an aspect ratio above 5", "300 x 40"),
+        ({"art/cat/9.png": encoded(photo(7), "JPEG")}, "note", "1 file has a format that differs", "9.png: JPEG"),
         (
             {"art/cat/9.jpg": encoded(photo(100), "JPEG", quality=60)},
             "note",
-            "1 other groups of near-duplicate images",
+            "1 other group of near-duplicate images",
             "art/cat/0.png, art/cat/9.jpg",
         ),
         (
             {"photo/dog/9.jpg": encoded(photo(100), "JPEG", quality=60)},
             "warning",
-            "1 groups of near-duplicate images are in several classes",
+            "1 group of near-duplicate images is in several classes",
             "art/cat/0.png, photo/dog/9.jpg",
         ),
     ],
@@ -196,53 +211,161 @@ def test_a_clean_dataset_has_no_findings():
 def test_each_issue_of_an_image_is_one_finding(extra, severity, title, example):
     finding = only(found(clean_set() + [checked(path, data) for path, data in extra.items()]))
     assert finding.severity == severity and finding.title.startswith(title)
-    assert len(finding.examples) == 1 and example in finding.examples[0] and finding.remedy
+    assert len(finding.examples) == 1 and example in finding.examples[0].text and finding.remedy
+    for image in finding.examples[0].images:
+        assert image.path.startswith(f"{image.task}/{image.class_folder}/")
 
 
 @pytest.mark.parametrize(
     ("path", "severity", "title"),
     [
-        ("art/dog/9.png", "warning", "1 images are in several classes of one task"),
-        ("photo/cat/9.png", "note", "1 images are in several tasks"),
-        ("art/cat/9.png", "note", "1 images are in their class more than once"),
+        ("art/dog/9.png", "warning", "1 image is in several classes of one task"),
+        ("photo/cat/9.png", "note", "1 image is in several tasks"),
+        ("art/cat/9.png", "note", "1 image is in its class more than once"),
     ],
 )
 def test_exact_copies_by_where_they_are(path, severity, title):
     original = clean_set()[0]
     finding = only(found([*clean_set(), checked(path, encoded(photo(100)), original.image.sha256)]))
     assert (finding.severity, finding.title) == (severity, title)
-    assert finding.examples == (f"art/cat/0.png, {path}",)
+    assert texts(finding) == [f"art/cat/0.png, {path}"]
+
+
+def gray(white: int) -> np.ndarray:
+    """A photo in gray of 16 bits, or more if its white needs them."""
+    levels = np.asarray(photo(7).convert("L")).astype(float)
+    return np.round(levels / levels.max() * white).astype(np.uint16 if white < 2**16 else np.int32)
+
+
+@pytest.mark.parametrize(
+    ("contents", "severity", "title", "example"),
+    [
+        ([np.asarray(photo(7)) // 16], "warning", "1 image is nearly black", "0.png"),
+        ([255 - np.asarray(photo(7)) // 16] * 2, "warning", "2 images are nearly white", "1.png"),
+        ([gray(4000)], "note", "1 gray image of more than 8 bits uses 12", "0.png: 12 bits"),
+        (
+            [gray(4000), gray(4000), gray(200)],
+            "warning",
+            "1 gray image of more than 8 bits uses other bits than the rest (1 use 8, 2 use 12)",
+            "2.png: 8 bits",
+        ),
+        ([gray(2**31 - 1)], "note", "1 gray image of more than 8 bits uses 31", "0.png: 31 bits"),
+    ],
+)
+def test_what_pixels_mean_is_looked_at(contents, severity, title, example):
+    images = [
+        checked(f"art/cat/x{number}.png", encoded(Image.fromarray(pixels), "TIFF"), f"{number}")
+        for number, pixels in enumerate(contents)
+    ]
+    findings = [finding for finding in found(clean_set() + images) if "differ" not in finding.title]
+    finding = next(finding for finding in findings if finding.title.startswith(title))
+    assert finding.severity == severity and any(example in text for text in texts(finding)), finding
+    whole = encoded(Image.fromarray(gray(65535)), "TIFF")
+    assert found([*clean_set(), checked("art/cat/9.tif", whole)]) == []
+
+
+def test_transparent_images_are_told():
+    image = photo(7).convert("RGBA")
+    image.putalpha(Image.new("L", image.size, 255))
+    assert found([*clean_set(), checked("art/cat/9.png", encoded(image))]) == []
+    image.paste((0, 0, 0, 0), (0, 0, 64, 96))
+    finding = only(found([*clean_set(), checked("art/cat/9.png", encoded(image))]))
+    assert finding.title == "1 image is partly transparent" and texts(finding) == ["art/cat/9.png: 50 % transparent"]
+    assert "-background white" in finding.remedy
+
+
+def test_shown_images_of_a_finding_are_bounded():
+    image = checked("art/cat/0.png", encoded(photo(100)))
+    blank = replace(image.stats, contrast=0.0)
+    images = [CheckedImage(replace(image.image, path=f"{n}.png", sha256=str(n)), blank) for n in range(100)]
+    finding = only([finding for finding in found(images, {}) if "blank" in finding.title])
+    assert len(finding.examples) == 100 and len(shown_examples(finding)) == MAX_SHOWN
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 1234])
+def test_numbers_and_nouns_agree(number):
+    assert pluralize(number, "image") == {1: "1 image", 1234: "1,234 images"}.get(number, f"{number} images")
+    plurals = {"class": "classes", "category": "categories", "day": "days", "box": "boxes", "batch": "batches"}
+    assert all(pluralize(2, word) == f"2 {plural}" for word, plural in plurals.items())
+
+
+def test_no_title_of_one_has_a_verb_of_many():
+    """All titles of the check, with one example and with two."""
+    titles = [finding.title for count in (1, 2) for finding in every_finding(count)]
+    assert len(titles) >= 30
+    for title in titles:
+        is_one, words = re.match("1 ", title), re.sub(r"\(.*\)| that \w+", "", title)
+        assert not re.search(r" (have|are|use|differ)\b" if is_one else r" (has|is|uses|differs)\b", words), title
+
+
+def every_finding(count: int) -> list[Finding]:
+    """All findings, with this many examples each."""
+    base = checked("art/cat/0.png", encoded(photo(100)))
+
+    def image(path: str, sha256: str, **stats) -> CheckedImage:
+        task, folder, _ = path.split("/")
+        return CheckedImage(
+            replace(base.image, path=path, task=task, class_folder=folder, sha256=sha256),
+            replace(base.stats, phash=int(hashlib.sha256(sha256.encode()).hexdigest()[:16], 16), **stats),
+        )
+
+    images = []
+    for n in range(count):
+        images += [
+            CheckedImage(replace(base.image, path=f"art/cat/{n}", error="?", sha256=f"e{n}"), None),
+            *(image(f"art/{name}/several{n}", f"several{n}") for name in ("cat", "dog")),
+            *(image(f"{task}/cat/tasks{n}", f"tasks{n}") for task in ("art", "photo")),
+            *(image(f"art/cat/{copy}twice{n}", f"twice{n}") for copy in range(2)),
+            image(f"art/cat/x{n}.jpg", f"small{n}", width=8, height=80, frames=2, orientation=6),
+            image(f"art/cat/blank{n}", f"blank{n}", contrast=0.0, transparent=1.0),
+            image(f"art/cat/dark{n}", f"dark{n}", dark=1.0),
+            image(f"art/cat/bright{n}", f"bright{n}", bright=1.0),
+            image(f"art/cat/deep{n}", f"deep{n}", mode="I;16", bits=12),
+        ]
+    images += [image(f"photo/dog/{n}", f"photo{n}") for n in range(1000)]
+    near = [0b1 << 40, 0b111 << 50][:count]
+    for n, phash in enumerate(near):
+        for kind, (folder, other) in enumerate([("cat", "dog"), ("cat", "cat"), ("emu", "emu")]):
+            for copy, name in enumerate((folder, other)):
+                one = image(f"art/{name}/near{n}{kind}{copy}", f"near{n}{kind}{copy}")
+                images.append(replace(one, stats=replace(one.stats, phash=phash << (4 * kind) ^ copy)))
+    trains = [checked.image.path for checked in images if re.search("near.10", checked.image.path)]
+    classes = {"art": ("cat", "dog", "emu"), "photo": ("cat", "dog", "owl")[: 1 + count]}
+    names = {"cat": "x", "dog": "x", "emu": "7", "owl": "8"}
+    findings = find_issues(images, classes, names, {}, 5, trains)
+    mixed = [image("art/cat/gray", "gray", mode="I;16", bits=10)] * count + images
+    return [*findings, *(item for item in find_issues(mixed, classes, names, {}, 5) if "than the rest" in item.title)]
 
 
 def test_near_duplicates_in_training_and_test_are_reported_training_image_first():
     images = [*clean_set(), checked("art/cat/9.jpg", encoded(photo(100), "JPEG", quality=60))]
     finding = only(found(images, training=["art/cat/9.jpg"]))
     assert finding.severity == "warning" and "would be in training and test" in finding.title
-    assert finding.examples == ("art/cat/9.jpg, art/cat/0.png",)
-    assert "other groups" in only(found(images, training=["art/cat/0.png", "art/cat/9.jpg"])).title
+    assert texts(finding) == ["art/cat/9.jpg, art/cat/0.png"]
+    assert "other group" in only(found(images, training=["art/cat/0.png", "art/cat/9.jpg"])).title
 
 
 def test_classes_that_are_too_small_lacking_or_odd():
     images = clean_set()
     finding = only(found(images, shots=4))
     assert finding.severity == "error" and finding.title == "4 classes have no more than 4 distinct images"
-    assert finding.examples[0] == "art/cat: 4 distinct images"
+    assert texts(finding)[0] == "art/cat: 4 distinct images"
 
     classes = CLASSES | {"photo": ("cat", "dog", "emu")}
     emus = [checked(f"photo/emu/{number}.png", encoded(photo(300 + number))) for number in range(40)]
     imbalance, lacking = found(images + emus, classes, WORDS | {"emu": "emu"})
-    assert lacking.examples == ("emu: not in art",) or imbalance.examples == ("emu: not in art",)
+    assert ["emu: not in art"] in (texts(lacking), texts(imbalance))
     rare = next(finding for finding in (imbalance, lacking) if "1/10" in finding.title)
-    assert len(rare.examples) == 2 and "photo/cat: 4 images; the largest class has 40" in rare.examples[0]
+    assert len(rare.examples) == 2 and "photo/cat: 4 images; the largest class has 40" in texts(rare)[0]
 
     ambiguous = only(found(images, words={"cat": "tabby | Big  cat", "dog": "big cat"}))
-    assert ambiguous.severity == "warning" and ambiguous.examples == tuple(
-        f"{task}: cat, dog are all 'big cat'" for task in CLASSES
-    )
+    assert ambiguous.severity == "warning" and texts(ambiguous) == [
+        f"{task}: cat, dog are both 'big cat'" for task in CLASSES
+    ]
     odd = only(found(images, words={"cat": "ToothBrush", "dog": "n02119789"}))
-    assert odd.examples == ("cat: a single word to CLIP; did you mean 'Tooth Brush'?", "dog: a number, not a name")
+    assert texts(odd) == ["cat: a single word to CLIP; did you mean 'Tooth Brush'?", "dog: a number, not a name"]
     cut = only(found(images, words={"cat": "t-shirt", "dog": "Kanzelbrzze"}))
-    assert len(cut.examples) == 1 and cut.examples[0].startswith("dog: 'Kanzelbrzze' is split into ")
+    assert len(cut.examples) == 1 and texts(cut)[0].startswith("dog: 'Kanzelbrzze' is split into ")
     assert "warning" not in {
         finding.severity for finding in found(images, words={"cat": "alarm clock", "dog": "aircraft carrier"})
     }
@@ -257,9 +380,9 @@ def test_files_that_are_not_read_are_findings_by_kind():
     findings = {finding.title: finding for finding in found(clean_set(), skipped=skipped)}
     heic = findings["36 files are not read: HEIC (.heic)"]
     assert heic.severity == "warning" and "Convert" in heic.remedy and len(heic.examples) == 36
-    assert findings["1 files are not read: no suffix"].severity == "warning"
-    assert findings["1 files are not read: .txt"].severity == findings[f"1 files are not read: {JUNK_KIND}"].severity
-    assert findings["1 files are not read: .txt"].severity == "note"
+    assert findings["1 file is not read: no suffix"].severity == "warning"
+    assert findings["1 file is not read: .txt"].severity == findings[f"1 file is not read: {JUNK_KIND}"].severity
+    assert findings["1 file is not read: .txt"].severity == "note"
     error = found(clean_set(), shots=4, skipped=skipped)[0]
     assert error.severity == "error" and "36 HEIC (.heic)" in error.remedy and "convert" in error.remedy
 
@@ -276,8 +399,8 @@ def test_spellings_of_a_class_are_reported():
         if "spell" in finding.title
     )
     assert (spellings.severity, len(spellings.examples)) == ("warning", 2)
-    assert all(name in spellings.examples[0] for name in ("Alarm Clock", "alarm_clock", "Alarm-Clock", "alarmclock"))
-    assert "'cafe' (in art), 'café' (in photo)" in spellings.examples
+    assert all(name in texts(spellings)[0] for name in ("Alarm Clock", "alarm_clock", "Alarm-Clock", "alarmclock"))
+    assert "'cafe' (in art), 'café' (in photo)" in texts(spellings)
 
 
 def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
@@ -292,9 +415,14 @@ def test_the_page_has_samples_of_each_class_and_nothing_of_a_name_runs():
         tasks[0].formats == "PNG 89 %, JPEG 11 %" and tasks[1].formats == "PNG" and tasks[0].median_size == "128 x 96"
     )
     samples = {(task, name): [thumbnail(photo(1))] * 2 for task, names in CLASSES.items() for name in names}
-    page = check_page("<b>demo</b>", tasks, findings, samples, {"cat": "<script>", "dog": "dog"})
+    class_names = {"cat": "<script>", "dog": "dog"}
+    page = check_page("<b>demo</b>", tasks, findings, samples, class_names, {}, ["2 files not read: 2 <b>.txt"])
     assert page.count("<img") == 8 and "<script>" not in page and "<b>demo" not in page
-    assert "1 files have a format that differs" in page and "art/cat/9.png: JPEG" in page
+    assert "1 file has a format that differs" in page and "art/cat/9.png: JPEG" in page
+    assert "2 files not read: 2 &lt;b&gt;.txt" in page
+    page = check_page("demo", tasks, findings, samples, class_names, {"art/cat/9.png": thumbnail(photo(7))})
+    figure = re.search("<figure>.*?</figure>", page, re.DOTALL)[0]
+    assert "<img" in figure and "art/cat/9.png" in figure and "art · &lt;script&gt;" in figure and "JPEG" in figure
     console = Console(record=True, width=120)
     console.print(check_tables("demo", tasks, findings))
     assert "17 images in 2 tasks" in console.export_text()
@@ -305,10 +433,12 @@ def test_long_groups_do_not_flood_the_page_nor_the_terminal():
     images = [replace(image, image=replace(image.image, path=f"art/cat/{number:04}.png")) for number in range(1000)]
     all_findings = find_issues(images, {"art": ("cat",)}, WORDS, {}, 0)
     findings = [finding for finding in all_findings if "more than once" in finding.title]
-    assert len(only(findings).examples[0]) > 10_000
+    assert len(texts(only(findings))[0]) > 10_000
     tasks = task_overviews(images, {"art": ("cat",)})
-    page = check_page("demo", tasks, findings, {}, WORDS)
+    thumbnails = {example.images[0].path: thumbnail(photo(1)) for example in findings[0].examples}
+    page = check_page("demo", tasks, findings, {}, WORDS, thumbnails)
     assert len(re.search("<pre>(.*)</pre>", page, re.DOTALL)[1]) == MAX_PAGE_CHARACTERS
+    assert page.count("<figure>") == MAX_SHOWN_OF_EXAMPLE
     console = Console(record=True, width=120)
     console.print(check_tables("demo", tasks, findings))
     assert len(console.export_text()) < 3000
@@ -395,15 +525,15 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     printed = " ".join(checked.output.split())
     for text in (
         f"{planted.name}: 36 images in 2 tasks",
-        "error 2 files are broken (5.3 %) Fix or remove them",
+        "error 2 files are broken (5.3 %) Fix or remove what is broken",
         "art/cat/broken.png: not an image of a supported format",
-        "warning 1 images are in several classes of one task At least one label is wrong",
+        "warning 1 image is in several classes of one task At least one label is wrong",
         "art/cat/2.png, art/dog/contradicts.png",
-        "warning 1 files are not read: HEIC (.heic) Convert",
+        "warning 1 file is not read: HEIC (.heic) Convert",
         "layout folders <task>/<class>/: 2 tasks (art, photo), 2 classes, 38 images; 1 file not read: 1 HEIC (.heic)",
-        "warning 1 images are blank (a single color)",
-        "note 1 images are in their class more than once",
-        "note 1 images have several frames",
+        "warning 1 image is blank (a single color)",
+        "note 1 image is in its class more than once",
+        "note 1 image has several frames",
     ):
         assert text in printed, checked.output
     folder = the_run(storage) / "data_check"
@@ -414,7 +544,11 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     assert read_results(folder / "check.json", {"HEIC (.heic)": 1}) is not None
     assert read_results(folder / "check.json", {"HEIC (.heic)": 2}) is None, "the findings are not those of this folder"
     page = (folder / "check.html").read_text()
-    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>") and 10 <= page.count("<img") <= 12
+    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+    assert 10 <= page.partition("<h2>Samples</h2>")[2].count("<img") <= 12
+    shown = re.findall("<figure>.*?<b>(.*?)</b><br>(.*?)</figcaption>", page, re.DOTALL)
+    assert ("art · dog", "art/dog/contradicts.png") in shown and ("photo · dog", "photo/dog/flat.png") in shown
+    assert page.count('<div class="together">') == 2 and "art/cat/broken.png" in page
     assert not list(storage.glob("splits/*"))
 
     repeated = check()

@@ -152,10 +152,10 @@ def bombs() -> dict[str, bytes]:
     bomb = zeros(200)
     return {
         "claims.png": png(huge, huge),
-        "text.png": png(8, 8, (b"zTXt", b"k\0\0" + bomb)),
-        "international text.png": png(8, 8, (b"iTXt", b"k\0\1\0\0\0" + bomb)),
-        "profile.png": png(8, 8, (b"iCCP", b"k\0\0" + bomb)),
-        "many texts.png": png(8, 8, *[(b"zTXt", b"%d\0\0" % n + zeros(1)) for n in range(100)]),
+        "valid: text.png": png(8, 8, (b"zTXt", b"k\0\0" + bomb)),
+        "valid: international text.png": png(8, 8, (b"iTXt", b"k\0\1\0\0\0" + bomb)),
+        "valid: profile.png": png(8, 8, (b"iCCP", b"k\0\0" + bomb)),
+        "valid: many texts.png": png(8, 8, *[(b"zTXt", b"%d\0\0" % n + zeros(1)) for n in range(100)]),
         "screen.gif": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
         "frame.gif": replace_bytes(gif, b",", 5, struct.pack("<HH", 65535, 65535)),
         "canvas.webp": replace_bytes(webp, b"VP8X", 12, b"\xff\x3f\0\xff\x3f\0"),
@@ -207,6 +207,17 @@ def test_bombs_are_broken_images_and_take_no_memory(tmp_path):
     assert "file too large (" in errors["sparse.ppm"][1]
     assert "too many JPEG scans (" in errors["scans.jpg"][1]
     assert grown_mib < 100
+
+
+def test_only_bytes_of_the_image_itself_count_against_a_limit():
+    """A phone's video, a second image or a thumbnail after or before the image are not more scans of it."""
+    jpeg = encoded(Image.linear_gradient("L").convert("RGB"), "JPEG", progressive=True)
+    scans = b"\xff\xda" * (2 * images_module.MAX_SCANS)
+    exif = Image.Exif()
+    exif[270] = scans.decode("latin-1")
+    for data in (jpeg + scans, encoded(Image.open(io.BytesIO(jpeg)), "JPEG", exif=exif, comment=scans)):
+        assert data.count(b"\xff\xda") > images_module.MAX_SCANS
+        assert np.array_equal(np.asarray(decode_rgb(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 def test_the_largest_images_are_read(monkeypatch, tmp_path):

@@ -1302,6 +1302,28 @@ def test_greys_of_any_depth_show_the_same(kind):
     assert np.array_equal(decoded, np.asarray(picture().convert("L").convert("RGB")))
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16, 24, 31])
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4", "<u4"])
+def test_grey_is_scaled_by_the_bits_that_it_uses(bits, dtype):
+    """12 bits in 16 are nearly black, and 32 bits white, if they are taken for 16."""
+    if bits > 8 * np.dtype(dtype).itemsize:
+        pytest.skip("more bits than the type has")
+    gray = np.asarray(picture().convert("L")).astype(float)
+    wide = np.round(gray / gray.max() * (2**bits - 1))
+    data = encoded(Image.fromarray(wide.astype(dtype if dtype[1:] == "u2" else "<i4")), "TIFF")
+    if dtype == "<u4":
+        data = data.replace(b"\x53\x01\x03\0\x01\0\0\0\x02\0", b"\x53\x01\x03\0\x01\0\0\0\x01\0")
+    decoded = np.asarray(decode_rgb(data))[..., 0]
+    assert np.abs(decoded - wide / (2**bits - 1) * 255).max() <= 0.5 + 1e-6
+
+
+def test_unsigned_grey_of_32_bits_is_not_black():
+    wide = np.array([[0, 2**31, 2**32 - 1]], np.uint32)
+    data = encoded(Image.fromarray(wide.view(np.int32)), "TIFF")
+    data = data.replace(b"\x53\x01\x03\0\x01\0\0\0\x02\0", b"\x53\x01\x03\0\x01\0\0\0\x01\0")
+    assert np.asarray(decode_rgb(data))[0, :, 0].tolist() == [0, 128, 255]
+
+
 def test_only_grey_of_more_than_8_bits_is_read_otherwise_than_by_the_field():
     data = greys()["PNG, 16 bits"]
     field = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -33,6 +33,10 @@ _STATS = pa.schema(
         ("orientation", pa.int64()),
         ("contrast", pa.float64()),
         ("phash", pa.uint64()),
+        ("bits", pa.int32()),
+        ("dark", pa.float64()),
+        ("bright", pa.float64()),
+        ("transparent", pa.float64()),
     ]
 )
 """Null for broken images."""

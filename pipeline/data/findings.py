@@ -13,7 +13,7 @@ from typing import Literal
 
 from pipeline.data.image_stats import STORED_UPRIGHT, ImageStats
 from pipeline.data.images import SUFFIXES_OF_FORMAT
-from pipeline.data.names import split_synonyms
+from pipeline.data.names import pluralize, split_synonyms
 from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
 from pipeline.data.walk import Skipped, skip_remedy, unread_images_note
@@ -25,6 +25,10 @@ IMBALANCE_RATIO = 10
 SMALL_SIDE = 32
 LONG_RATIO = 5.0
 FLAT_CONTRAST = 2.0
+UNIFORM_FRACTION = 0.995
+"""Fraction of nearly black, or nearly white, pixels of an image that shows nothing but for a few."""
+MIN_TRANSPARENT = 0.01
+"""Fraction of transparent pixels to report: cut corners have fewer."""
 MAX_SUBWORDS = 3
 """A word that the tokenizer splits into this many subwords is rare in CLIP's training data."""
 
@@ -37,14 +41,36 @@ class CheckedImage:
     stats: ImageStats | None
 
 
+@dataclass(frozen=True, slots=True)
+class ShownImage:
+    """An image of an example."""
+
+    path: str
+    task: str
+    class_folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One occurrence: an image, a group of images, or, without images, a class or task."""
+
+    detail: str = ""
+    images: tuple[ShownImage, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The example in one line."""
+        return ": ".join(filter(None, (", ".join(image.path for image in self.images), self.detail)))
+
+
 @dataclass(frozen=True)
 class Finding:
     severity: Severity
     title: str
     """Includes the number of examples."""
     remedy: str
-    examples: tuple[str, ...]
-    """One line per example, all of them."""
+    examples: tuple[Example, ...]
+    """All of them."""
 
 
 def find_issues(
@@ -100,22 +126,39 @@ def tokenize_words(
     return {word: [decode(token).replace("</w>", "") for token in encode(word)] for word in sorted(words)}
 
 
-def _finding(severity: Severity, title: str, examples: Sequence[str], remedy: str) -> list[Finding]:
-    """Return a finding, or none without examples; `title` has {} for their number."""
-    return [Finding(severity, title.format(f"{len(examples):,}"), remedy, tuple(examples))] if examples else []
+def _finding(severity: Severity, one: str, many: str, examples: Sequence[Example], remedy: str) -> list[Finding]:
+    """Return a finding, or none without examples.
+
+    Args:
+        one, many: title for one example and for several, without their number.
+    """
+    if not examples:
+        return []
+    title = f"1 {one}" if len(examples) == 1 else f"{len(examples):,} {many}"
+    return [Finding(severity, title, remedy, tuple(examples))]
+
+
+def _texts(lines: Iterable[str]) -> list[Example]:
+    return [Example(line) for line in lines]
+
+
+def _group(images: Iterable[ScannedImage], detail: str = "") -> Example:
+    return Example(detail, tuple(ShownImage(image.path, image.task, image.class_folder) for image in images))
 
 
 def _broken(images: Sequence[CheckedImage], max_fraction: float) -> list[Finding]:
-    broken = [f"{checked.image.path}: {checked.image.error}" for checked in images if checked.image.error]
+    broken = [_group([checked.image], checked.image.error) for checked in images if checked.image.error]
     fraction = len(broken) / max(len(images), 1)
-    title = f"{{}} files are broken ({100 * fraction:.2g} %)"
+    titles = f"file is broken ({100 * fraction:.2g} %)", f"files are broken ({100 * fraction:.2g} %)"
     if fraction <= max_fraction:
-        return _finding("warning", title, broken, f"A run drops them: data.max_broken_fraction is {max_fraction:g}.")
+        return _finding(
+            "warning", *titles, broken, f"A run drops what is broken: data.max_broken_fraction is {max_fraction:g}."
+        )
     return _finding(
         "error",
-        title,
+        *titles,
         broken,
-        "Fix or remove them, or let runs drop (and record) them with --data.max_broken_fraction.",
+        "Fix or remove what is broken, or let runs drop (and record) it with --data.max_broken_fraction.",
     )
 
 
@@ -128,8 +171,9 @@ def _files_not_read(skipped: Sequence[Skipped]) -> list[Finding]:
         remedy = skip_remedy(kind)
         findings += _finding(
             "warning" if remedy else "note",
-            f"{{}} files are not read: {kind}",
-            examples,
+            f"file is not read: {kind}",
+            f"files are not read: {kind}",
+            _texts(examples),
             f"{remedy[0].upper()}{remedy[1:]}." if remedy else "Nothing is to be done, unless they are images.",
         )
     return findings
@@ -149,18 +193,20 @@ def _too_few_images(
     for checked in images:
         distinct[checked.image.task, checked.image.class_folder].add(checked.image.sha256)
     small_classes = [
-        f"{task}/{name}: {len(distinct[task, name])} distinct images"
+        f"{task}/{name}: {pluralize(len(distinct[task, name]), 'distinct image')}"
         for task, names in classes.items()
         for name in names
         if len(distinct[task, name]) <= shots
     ]
     if split_error and not small_classes:  # official splits, or duplicates in several classes, leave too few
-        remedy = f"Every class needs {shots} training images and one test image: {remedy}"
-        return [Finding("error", "the images cannot be split", remedy, tuple(split_error.split("; ")))]
+        remedy = f"Every class needs {pluralize(shots, 'training image')} and one test image: {remedy}"
+        return [Finding("error", "the images cannot be split", remedy, tuple(_texts(split_error.split("; "))))]
+    limit = pluralize(shots, "distinct image")
     return _finding(
         "error",
-        f"{{}} classes have no more than {shots} distinct images",
-        small_classes,
+        f"class has no more than {limit}",
+        f"classes have no more than {limit}",
+        _texts(small_classes),
         f"Training takes {shots}, the test at least one: {remedy}",
     )
 
@@ -173,31 +219,34 @@ def _exact_duplicates(images: Sequence[CheckedImage]) -> list[Finding]:
     for group in images_by_sha256.values():
         classes = {(image.task, image.class_folder) for image in group}
         if len(classes) > len({task for task, _ in classes}):
-            contradicting.append(_paths(group))
+            contradicting.append(_group(group))
         elif len(classes) > 1:
-            across_tasks.append(_paths(group))
+            across_tasks.append(_group(group))
         elif len(group) > 1:
-            within_class.append(_paths(group))
+            within_class.append(_group(group))
     return [
         *_finding(
             "warning",
-            "{} images are in several classes of one task",
+            "image is in several classes of one task",
+            "images are in several classes of one task",
             contradicting,
             "At least one label is wrong: remove the wrong copies.",
         ),
         *_finding(
             "note",
-            "{} images are in several tasks",
+            "image is in several tasks",
+            "images are in several tasks",
             across_tasks,
             "Duplicates of training images are excluded from all test sets. If the tasks are different domains, check "
             "why they share images.",
         ),
         *_finding(
             "note",
-            "{} images are in their class more than once",
+            "image is in its class more than once",
+            "images are in their class more than once",
             within_class,
-            "At most one of them trains, and duplicates of training images are not tested. Among test images they "
-            "count repeatedly: keep one.",
+            "At most one copy of an image trains, and duplicates of training images are not tested. Among test images "
+            "they count repeatedly: keep one.",
         ),
     ]
 
@@ -214,77 +263,162 @@ def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list
     for group in groups:
         trains = [image for image in group if image.path in training]
         if len({image.class_folder for image in group}) > 1:
-            contradicting.append(_paths(group))
+            contradicting.append(_group(group))
         elif trains and any(image.path not in training and image.official_split != "train" for image in group):
-            leaking.append(_paths([*trains, *(image for image in group if image.path not in training)]))
+            leaking.append(_group([*trains, *(image for image in group if image.path not in training)]))
         else:
-            harmless.append(_paths(group))
-    hint = f"Their perceptual hashes differ in at most {MAX_HAMMING_DISTANCE} of 64 bits; check them by eye."
+            harmless.append(_group(group))
+    hint = f"Perceptual hashes differ in at most {MAX_HAMMING_DISTANCE} of 64 bits; check by eye."
     return [
         *_finding(
             "warning",
-            "{} groups of near-duplicate images are in several classes",
+            "group of near-duplicate images is in several classes",
+            "groups of near-duplicate images are in several classes",
             contradicting,
             f"{hint} If they show the same, some labels are wrong.",
         ),
         *_finding(
             "warning",
-            "{} groups of near-duplicate images would be in training and test",
+            "group of near-duplicate images would be in training and test",
+            "groups of near-duplicate images would be in training and test",
             leaking,
             f"{hint} If they show the same (frames of a video, a photo at two sizes), the test accuracy is too "
             "optimistic: keep one of each group.",
         ),
-        *_finding("note", "{} other groups of near-duplicate images", harmless, hint),
+        *_finding(
+            "note",
+            "other group of near-duplicate images",
+            "other groups of near-duplicate images",
+            harmless,
+            hint,
+        ),
     ]
 
 
 def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
-    small, long, blank, misnamed, rotated, animated = [], [], [], [], [], []
+    found: dict[str, list[Example]] = defaultdict(list)
     for checked in images:
-        stats, path = checked.stats, checked.image.path
+        stats = checked.stats
         assert stats
-        size = f"{stats.width} x {stats.height}"
-        if min(stats.width, stats.height) < SMALL_SIDE:
-            small.append(f"{path}: {size}")
-        if max(stats.width, stats.height) > LONG_RATIO * min(stats.width, stats.height):
-            long.append(f"{path}: {size}")
-        if stats.contrast <= FLAT_CONTRAST:
-            blank.append(path)
-        if Path(path).suffix.lower() not in SUFFIXES_OF_FORMAT.get(stats.format, (Path(path).suffix.lower(),)):
-            misnamed.append(f"{path}: {stats.format}")
-        if stats.orientation != STORED_UPRIGHT:
-            rotated.append(f"{path}: orientation {stats.orientation}")
-        if stats.frames > 1:
-            animated.append(f"{path}: {stats.frames} frames")
+        issues = {
+            "small": min(stats.width, stats.height) < SMALL_SIDE,
+            "long": max(stats.width, stats.height) > LONG_RATIO * min(stats.width, stats.height),
+            "blank": stats.contrast <= FLAT_CONTRAST,
+            "dark": stats.contrast > FLAT_CONTRAST and stats.dark > UNIFORM_FRACTION,
+            "bright": stats.contrast > FLAT_CONTRAST and stats.bright > UNIFORM_FRACTION,
+            "transparent": stats.transparent > MIN_TRANSPARENT,
+            "misnamed": _has_other_suffix(checked.image.path, stats.format),
+            "rotated": stats.orientation != STORED_UPRIGHT,
+            "animated": stats.frames > 1,
+        }
+        details = {
+            "small": f"{stats.width} x {stats.height}",
+            "long": f"{stats.width} x {stats.height}",
+            "transparent": f"{100 * stats.transparent:.0f} % transparent",
+            "misnamed": stats.format,
+            "rotated": f"orientation {stats.orientation}",
+            "animated": f"{stats.frames} frames",
+        }
+        for kind, is_issue in issues.items():
+            if is_issue:
+                found[kind].append(_group([checked.image], details.get(kind, "")))
+    to_white = "mogrify -background white -alpha remove"
+    black = (
+        "Colors of 10 to 14 bits in 16-bit files are black (mogrify -auto-level scales them), so may be "
+        f"what transparent images have behind their objects ({to_white})."
+    )
     return [
-        *_finding("warning", "{} images are blank (a single color)", blank, "Remove them."),
         *_finding(
             "warning",
-            f"{{}} images have a side below {SMALL_SIDE} pixels",
-            small,
-            "If they are thumbnails, replace them with the full images; else remove them.",
+            "image is blank (a single color)",
+            "images are blank (a single color)",
+            found["blank"],
+            f"Remove what shows nothing. Transparent drawings may be read so: {to_white}",
+        ),
+        *_finding("warning", "image is nearly black", "images are nearly black", found["dark"], black),
+        *_finding(
+            "warning",
+            "image is nearly white",
+            "images are nearly white",
+            found["bright"],
+            "Overexposed, or scaled wrongly before saving with 8 bits?",
+        ),
+        *_finding(
+            "warning",
+            f"image has a side below {SMALL_SIDE} pixels",
+            f"images have a side below {SMALL_SIDE} pixels",
+            found["small"],
+            "Replace thumbnails with the full images; remove icons and the like.",
+        ),
+        *_gray_depths(images),
+        *_finding(
+            "note",
+            f"image has an aspect ratio above {LONG_RATIO:g}",
+            f"images have an aspect ratio above {LONG_RATIO:g}",
+            found["long"],
+            "Only the center square is tested: crop to the relevant part.",
         ),
         *_finding(
             "note",
-            f"{{}} images have an aspect ratio above {LONG_RATIO:g}",
-            long,
-            "Only the center square is tested: crop them to the relevant part.",
+            "image is partly transparent",
+            "images are partly transparent",
+            found["transparent"],
+            f"The color stored behind transparency is used, which is often black. For objects on white: {to_white}",
         ),
         *_finding(
             "note",
-            "{} images have an EXIF orientation",
-            rotated,
-            "It is ignored, as in CLIP's own preprocessing. If they should be upright, rotate the stored pixels "
+            "image has an EXIF orientation",
+            "images have an EXIF orientation",
+            found["rotated"],
+            "It is ignored, as in CLIP's own preprocessing. To have images upright, rotate the stored pixels "
             "(mogrify -auto-orient, jhead -autorot).",
         ),
-        *_finding("note", "{} images have several frames", animated, "The first frame is used."),
         *_finding(
             "note",
-            "{} files have a format that differs from their suffix",
-            misnamed,
-            "They are read by content. (A web page saved as an image would be among the broken files.)",
+            "image has several frames",
+            "images have several frames",
+            found["animated"],
+            "The first frame is used.",
+        ),
+        *_finding(
+            "note",
+            "file has a format that differs from its suffix",
+            "files have a format that differs from their suffix",
+            found["misnamed"],
+            "Files are read by content. (A web page saved as an image would be among the broken files.)",
         ),
     ]
+
+
+def _has_other_suffix(path: str, image_format: str) -> bool:
+    suffix = Path(path).suffix.lower()
+    return suffix not in SUFFIXES_OF_FORMAT.get(image_format, (suffix,))
+
+
+def _gray_depths(images: Sequence[CheckedImage]) -> list[Finding]:
+    """Report gray images of more than 8 bits that do not use all of 16, or of which some use fewer than others."""
+    deep = [(checked.image, checked.stats.bits) for checked in images if checked.stats and checked.stats.mode[0] == "I"]
+    counts = Counter(bits for _, bits in deep)
+    if not counts or [*counts] == [16]:
+        return []
+    usual = counts.most_common(1)[0][0]
+    listed = ", ".join(f"{number:,} use {bits}" for bits, number in sorted(counts.items()))
+    if len(counts) == 1:
+        return _finding(
+            "note",
+            f"gray image of more than 8 bits uses {usual}",
+            f"gray images of more than 8 bits use {usual}",
+            [_group([image], f"{bits} bits") for image, bits in deep],
+            "Each is scaled to 8 bits by the bits that its brightest pixel needs.",
+        )
+    return _finding(
+        "warning",
+        f"gray image of more than 8 bits uses other bits than the rest ({listed})",
+        f"gray images of more than 8 bits use other bits than the rest ({listed})",
+        [_group([image], f"{bits} bits") for image, bits in deep if bits != usual],
+        "Each is scaled to 8 bits by the bits that its brightest pixel needs, so that dark ones become brighter than "
+        "others. If their brightness matters, convert all to 8 bits with one scale.",
+    )
 
 
 def _class_spellings(classes: Mapping[str, Sequence[str]]) -> list[Finding]:
@@ -297,12 +431,13 @@ def _class_spellings(classes: Mapping[str, Sequence[str]]) -> list[Finding]:
             tasks_by_folder[key or folder][folder].append(task)
     return _finding(
         "warning",
-        "{} classes have several spellings",
-        [
+        "class has several spellings",
+        "classes have several spellings",
+        _texts(
             ", ".join(f"{folder!r} (in {', '.join(tasks)})" for folder, tasks in spellings.items())
             for spellings in tasks_by_folder.values()
             if len(spellings) > 1
-        ],
+        ),
         "Each spelling is a class of its own: if they mean the same, rename the folders or labels to one of them.",
     )
 
@@ -312,8 +447,9 @@ def _partly_missing_classes(classes: Mapping[str, Sequence[str]]) -> list[Findin
     missing = {name: [task for task, names in classes.items() if name not in names] for name in all_classes}
     return _finding(
         "note",
-        "{} classes are not in every task",
-        [f"{name}: not in {', '.join(tasks)}" for name, tasks in missing.items() if tasks],
+        "class is not in every task",
+        "classes are not in every task",
+        _texts(f"{name}: not in {', '.join(tasks)}" for name, tasks in missing.items() if tasks),
         "Tasks may have different classes. If this is not intended, look for another spelling of the folder, or list "
         "the common classes with --data.class_names.",
     )
@@ -327,14 +463,15 @@ def _imbalance(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[st
         largest = max(class_sizes.values())
         typical = median(class_sizes.values())
         rare += [
-            f"{task}/{name}: {size:,} images; the largest class has {largest:,}, the median is {typical:g}"
+            f"{task}/{name}: {pluralize(size, 'image')}; the largest class has {largest:,}, the median is {typical:g}"
             for name, size in class_sizes.items()
             if 0 < size * IMBALANCE_RATIO <= largest
         ]
     return _finding(
         "note",
-        f"{{}} classes have at most 1/{IMBALANCE_RATIO} of the images of their task's largest class",
-        rare,
+        f"class has at most 1/{IMBALANCE_RATIO} of the images of its task's largest class",
+        f"classes have at most 1/{IMBALANCE_RATIO} of the images of their task's largest class",
+        _texts(rare),
         "Training is not affected: all classes have the same number of shots. Accuracy is averaged over test images, "
         "so large classes weigh more.",
     )
@@ -364,16 +501,24 @@ def _class_names(
             for name in split_synonyms(class_names[folder]):
                 folders_by_name[" ".join(name.casefold().split())].append(folder)
         ambiguous += [
-            f"{task}: {', '.join(shared)} are all {name!r}"
+            f"{task}: {', '.join(shared)} are {'both' if len(shared) == 2 else 'all'} {name!r}"
             for name, shared in folders_by_name.items()
             if len(shared) > 1
         ]
     remedy = "Give better names with --data.class_names FILE; its lines are the folder, a tab, and the class name."
     return [
-        *_finding("warning", "{} class names are shared by classes of one task", ambiguous, remedy),
-        *_finding("note", "{} class names are unclear to CLIP (numbers, joined or rare words)", unclear, remedy),
+        *_finding(
+            "warning",
+            "class name is shared by classes of one task",
+            "class names are shared by classes of one task",
+            _texts(ambiguous),
+            remedy,
+        ),
+        *_finding(
+            "note",
+            "class name is unclear to CLIP (a number, joined or rare words)",
+            "class names are unclear to CLIP (numbers, joined or rare words)",
+            _texts(unclear),
+            remedy,
+        ),
     ]
-
-
-def _paths(images: Sequence[ScannedImage]) -> str:
-    return ", ".join(image.path for image in images)

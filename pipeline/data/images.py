@@ -2,12 +2,16 @@
 
 Choices that matter only for images other than 8-bit RGB or gray:
 - convert to RGB before resizing, as CoOp and its successors: a palette image is otherwise resized by nearest neighbor;
-- drop alpha; scale 16-bit gray to 8 bits, where Pillow alone clips nearly all of it to white.
+- drop alpha;
+- scale gray of 16 and 32 bits by the bits that its brightest pixel needs: cameras and scanners store 10, 12 or 14 bits
+  in 16, which are black otherwise. Pillow alone clips nearly all of such images to white;
+- read nothing of a file but the pixels of its first frame: metadata cannot break an image.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -44,6 +48,14 @@ MAX_BYTES = 6 * MAX_PIXELS
 """Size of MAX_PIXELS without compression, at 16 bits per channel."""
 MAX_SCANS = 100
 """Scans of a progressive JPEG, each over all pixels: a small file with thousands would take minutes."""
+GRAY_BITS: tuple[int, ...] = (8, 10, 12, 14, *range(16, 33))
+"""Bits per pixel that cameras, scanners and programs use."""
+_JPEG_SCAN = b"\xff\xda"
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG whose size Pillow limits, once decompressed: texts and the color profile."""
+_TIFF_SAMPLE_FORMAT, _UNSIGNED = 339, 1
 
 # Pillow warns of palettes, large images and broken metadata once per file; warnings.catch_warnings around each decoding
 # would not be thread-safe.
@@ -72,18 +84,25 @@ def read_image(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def decode_rgb(data: bytes) -> Image.Image:
+def decode_rgb(data: bytes, min_side: int | None = None) -> Image.Image:
     """Decode an image to RGB.
+
+    Args:
+        min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with sides of at least this many pixels, which
+            is faster.
 
     Raises:
         BrokenImage: not an image, truncated, above MAX_PIXELS or MAX_SCANS, or floating-point pixels (unknown range).
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(f"image too large ({image.width} x {image.height} pixels, limit {MAX_PIXELS:,})")
-            if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-                raise BrokenImage(f"too many JPEG scans ({scans}, limit {MAX_SCANS})")
+            if image.format in ("JPEG", "MPO") and data.count(_JPEG_SCAN) > MAX_SCANS:
+                if (scans := _num_jpeg_scans(data)) > MAX_SCANS:
+                    raise BrokenImage(f"too many JPEG scans ({scans}, limit {MAX_SCANS})")
+            if min_side:
+                image.draft("RGB", (min_side, min_side))
             return _rgb(image)
     except (BrokenImage, MemoryError):
         raise
@@ -91,6 +110,38 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise BrokenImage(f"not an image of a supported format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise almost anything on bad bytes
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an encoded image of one of FORMATS, without decoding it. Raises what Pillow does."""
+    return Image.open(io.BytesIO(_without_png_metadata(data)), formats=FORMATS)
+
+
+def _without_png_metadata(data: bytes) -> bytes:
+    """Return a PNG without its texts and color profile; other data unchanged."""
+    if not data.startswith(_PNG_START) or not any(name in data for name in _PNG_METADATA):
+        return data
+    kept, position = [_PNG_START], len(_PNG_START)
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] not in _PNG_METADATA:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def _num_jpeg_scans(data: bytes) -> int:
+    """Return the number of scans of a JPEG. Embedded thumbnails and what follows the image, such as a phone's video or
+    more images, do not count."""
+    position, num_scans = 0, 0
+    while match := _JPEG_MARKER.search(data, position):
+        marker, position = match[1][0], match.end()
+        if marker == 0xD9:  # end of image
+            break
+        num_scans += marker == _JPEG_SCAN[1]
+        if marker not in (0xD8, 0x01):  # those have no segment
+            position += int.from_bytes(data[position : position + 2], "big")
+    return num_scans
 
 
 def evaluation_pixels(source: bytes | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
@@ -138,9 +189,25 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BrokenImage("floating-point pixels (mode F) of unknown range")
     if image.mode.startswith("I"):
-        gray = np.asarray(image).clip(0, 65535)
-        return Image.fromarray(np.round(gray / 257).astype(np.uint8)).convert("RGB")
+        gray = _gray_levels(image)
+        largest = 2 ** gray_bits(image) - 1
+        return Image.fromarray(np.round(gray / (largest / 255)).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
+
+
+def gray_bits(image: Image.Image) -> int:
+    """Return the bits that the brightest pixel of a gray image needs, one of GRAY_BITS; 8 if it is not gray of more."""
+    if not image.mode.startswith("I"):
+        return 8
+    brightest = int(_gray_levels(image).max())
+    return next(bits for bits in GRAY_BITS if brightest < 2**bits)
+
+
+def _gray_levels(image: Image.Image) -> np.ndarray:
+    levels = np.asarray(image)
+    if image.mode == "I" and getattr(image, "tag_v2", {}).get(_TIFF_SAMPLE_FORMAT, (None,))[0] == _UNSIGNED:
+        return levels.view(np.uint32)  # Pillow's mode is signed
+    return levels.clip(0)
 
 
 def _center(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -376,32 +376,34 @@ def _required_columns(read_splits: bool) -> list[str]:
 
 def _read_text_table(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
     lines = read_text(file, f"data.root={file}").split("\n")
-    first = next((number for number, line in enumerate(lines) if line.strip() and not line.startswith("#")), None)
-    if first is None:
+    header_line = next((number for number, line in enumerate(lines) if line.strip() and not line.startswith("#")), None)
+    if header_line is None:
         raise UserError(f"{file} is empty")
     required = _required_columns(read_splits)
-    separator = _separator(file, lines[first], required, columns, rows)
-    first += lines[first].lower().strip('"').startswith("sep=")
+    separator = _separator(file, lines[header_line], required, columns, rows)
+    header_line += lines[header_line].lower().strip('"').startswith("sep=")
     reader = csv.reader(
-        io.StringIO("\n".join(lines[first:]), newline=""), delimiter=separator, strict=True, skipinitialspace=True
+        io.StringIO("\n".join(lines[header_line:]), newline=""), delimiter=separator, strict=True, skipinitialspace=True
     )
     try:
         names = [name.strip() for name in next(reader, [])]
         positions = _column_positions(file, names, required, columns, rows)
-        num_comments = first
+        num_comments = header_line
         for fields in reader:
             if not any(fields):
                 continue
-            location = f"line {first + reader.line_num}"
+            location = f"line {header_line + reader.line_num}"
             if len(fields) != len(names) and fields[0].startswith("#"):
                 num_comments += 1
                 continue
             if len(fields) < len(names) or any(fields[len(names) :]):
                 rows.errors.append(f"{location}: {pluralize(len(fields), 'field')}, the header has {len(names)}")
                 rows.raise_errors()
-            rows.add(location, _with_task({name: fields[at].strip() for name, at in positions.items()}, rows))
+            rows.add(
+                location, _with_task({name: fields[position].strip() for name, position in positions.items()}, rows)
+            )
     except csv.Error as error:
-        line = first + reader.line_num
+        line = header_line + reader.line_num
         raise UserError(f"{file}: line {line}: {error}; quotes must be doubled and closed") from None
     if num_comments:
         rows.note(f"{file.name}: {pluralize(num_comments, 'line')} with # or before the header not read")

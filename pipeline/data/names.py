@@ -41,7 +41,12 @@ def split_synonyms(class_name: str) -> list[str]:
 
 
 def pluralize(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+    """Return the number and a noun, in the plural unless the number is 1."""
+    if number == 1:
+        return f"1 {word}"
+    ends_in_y = word.endswith("y") and word[-2:-1] not in "aeiou"
+    plural = f"{word[:-1]}ies" if ends_in_y else f"{word}es" if word.endswith(("s", "x", "ch", "sh")) else f"{word}s"
+    return f"{number:,} {plural}"
 
 
 def truncated_list(names: Iterable[str], limit: int = 10) -> str:

@@ -18,13 +18,25 @@ from pipeline.clip.load import load_tokenizer
 from pipeline.clip.tokenizer import describe_tokenizer
 from pipeline.config import BUILTIN_DIGITS
 from pipeline.data.checked_images import COLUMNS, check_images, read_checked_images, read_samples, sample_paths
-from pipeline.data.findings import CheckedImage, Finding, find_issues, tokenize_words
+from pipeline.data.findings import CheckedImage, Example, Finding, ShownImage, find_issues, tokenize_words
+from pipeline.data.image_stats import thumbnail
+from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.index import ImageRecord
 from pipeline.data.splits import sample_splits
+from pipeline.data.table_images import read_image_bytes
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import create_folder, read_json, write_file, write_json
-from pipeline.report.data_check import COLORS, TaskOverview, check_page, check_tables, summary_line, task_overviews
+from pipeline.report.data_check import (
+    COLORS,
+    SHOWN_SIDE,
+    TaskOverview,
+    check_page,
+    check_tables,
+    shown_examples,
+    summary_line,
+    task_overviews,
+)
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.runtime.storage import Artifact
@@ -34,7 +46,7 @@ from pipeline.stages.plan import Plan
 NAME = "data_check"
 IMAGES = "images.parquet"
 PAGE, FINDINGS = "check.html", "check.json"
-FORMAT = 3
+FORMAT = 4
 """Increment on every change of the stored columns or of the findings; older checks are then repeated."""
 IMAGES_PER_CHUNK = 512
 _READING = "reading"
@@ -149,7 +161,16 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
         dataset_index.skipped,
     )
     tasks = task_overviews(images, dataset_index.classes)
-    page = check_page(plan.config.name, tasks, findings, read_samples(file), dataset_index.class_names)
+    thumbnails = find_thumbnails(ImageSource.from_plan(plan).local_root(), findings)
+    page = check_page(
+        plan.config.name,
+        tasks,
+        findings,
+        read_samples(file),
+        dataset_index.class_names,
+        thumbnails,
+        dataset_index.notes,
+    )
     write_file(folder / PAGE, page)
     values = {
         "format": FORMAT,
@@ -169,6 +190,18 @@ def _files_not_read(plan: Plan) -> dict[str, int]:
     return dict(sorted(Counter(kind for _, kind in plan.dataset_index.skipped).items()))
 
 
+def find_thumbnails(root: Path, findings: Sequence[Finding]) -> dict[str, bytes]:
+    """Return path → thumbnail as a JPEG of the images that the page shows and that can be decoded."""
+    examples = [example for finding in findings for example in shown_examples(finding)]
+    thumbnails = {}
+    for path in sorted({image.path for example in examples for image in example.images}):  # rows of a table in order
+        try:
+            thumbnails[path] = thumbnail(decode_rgb(read_image_bytes(root, path), SHOWN_SIDE), SHOWN_SIDE)
+        except (BrokenImage, OSError):  # it is among the broken ones
+            continue
+    return thumbnails
+
+
 def read_results(
     file: Path, files_not_read: Mapping[str, int] | None = None
 ) -> tuple[list[Finding], list[TaskOverview]] | None:
@@ -179,8 +212,15 @@ def read_results(
     values = read_json(file)
     if values["format"] != FORMAT or files_not_read not in (None, values["files_not_read"]):
         return None
-    findings = [Finding(**{**fields, "examples": tuple(fields["examples"])}) for fields in values["findings"]]
+    findings = [
+        Finding(**{**fields, "examples": tuple(map(_example_from_json, fields["examples"]))})
+        for fields in values["findings"]
+    ]
     return findings, [TaskOverview(**fields) for fields in values["tasks"]]
+
+
+def _example_from_json(values: dict[str, Any]) -> Example:
+    return Example(values["detail"], tuple(ShownImage(**image) for image in values["images"]))
 
 
 def _report(

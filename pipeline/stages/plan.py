@@ -45,7 +45,7 @@ from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tr
 if TYPE_CHECKING:
     from rich.console import Console
 
-RESULTS_VERSION = 7
+RESULTS_VERSION = 8
 """Part of all keys; increased with every change of the code that changes results of a training or evaluation, so that
 earlier artifacts and runs are not reused."""
 
