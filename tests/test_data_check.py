@@ -323,12 +323,11 @@ def every_finding(count: int) -> list[Finding]:
             image(f"art/cat/deep{n}", f"deep{n}", mode="I;16", bits=12),
         ]
     images += [image(f"photo/dog/{n}", f"photo{n}") for n in range(1000)]
-    near = [0b1 << 40, 0b111 << 50][:count]
-    for n, phash in enumerate(near):
-        for kind, (folder, other) in enumerate([("cat", "dog"), ("cat", "cat"), ("emu", "emu")]):
-            for copy, name in enumerate((folder, other)):
-                one = image(f"art/{name}/near{n}{kind}{copy}", f"near{n}{kind}{copy}")
-                images.append(replace(one, stats=replace(one.stats, phash=phash << (4 * kind) ^ copy)))
+    for n, phash in enumerate([0b1 << 40, 0b111 << 50][:count]):
+        for kind, folders in enumerate([("cat", "dog"), ("cat", "cat"), ("emu", "emu")]):
+            for copy, name in enumerate(folders):
+                near = image(f"art/{name}/near{n}{kind}{copy}", f"near{n}{kind}{copy}")
+                images.append(replace(near, stats=replace(near.stats, phash=phash << (4 * kind) ^ copy)))
     trains = [checked.image.path for checked in images if re.search("near.10", checked.image.path)]
     classes = {"art": ("cat", "dog", "emu"), "photo": ("cat", "dog", "owl")[: 1 + count]}
     names = {"cat": "x", "dog": "x", "emu": "7", "owl": "8"}
@@ -546,8 +545,8 @@ def test_the_job_tells_shows_and_remembers(planted, run_job):
     page = (folder / "check.html").read_text()
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
     assert 10 <= page.partition("<h2>Samples</h2>")[2].count("<img") <= 12
-    shown = re.findall("<figure>.*?<b>(.*?)</b><br>(.*?)</figcaption>", page, re.DOTALL)
-    assert ("art · dog", "art/dog/contradicts.png") in shown and ("photo · dog", "photo/dog/flat.png") in shown
+    captions = re.findall("<figure>.*?<b>(.*?)</b><br>(.*?)</figcaption>", page, re.DOTALL)
+    assert ("art · dog", "art/dog/contradicts.png") in captions and ("photo · dog", "photo/dog/flat.png") in captions
     assert page.count('<div class="together">') == 2 and "art/cat/broken.png" in page
     assert not list(storage.glob("splits/*"))
 

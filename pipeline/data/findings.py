@@ -296,7 +296,7 @@ def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list
 
 
 def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
-    found: dict[str, list[Example]] = defaultdict(list)
+    examples: dict[str, list[Example]] = defaultdict(list)
     for checked in images:
         stats = checked.stats
         assert stats
@@ -321,33 +321,33 @@ def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
         }
         for kind, is_issue in issues.items():
             if is_issue:
-                found[kind].append(_group([checked.image], details.get(kind, "")))
-    to_white = "mogrify -background white -alpha remove"
+                examples[kind].append(_group([checked.image], details.get(kind, "")))
+    flatten_command = "mogrify -background white -alpha remove"
     black = (
         "Colors of 10 to 14 bits in 16-bit files are black (mogrify -auto-level scales them), so may be "
-        f"what transparent images have behind their objects ({to_white})."
+        f"what transparent images have behind their objects ({flatten_command})."
     )
     return [
         *_finding(
             "warning",
             "image is blank (a single color)",
             "images are blank (a single color)",
-            found["blank"],
-            f"Remove what shows nothing. Transparent drawings may be read so: {to_white}",
+            examples["blank"],
+            f"Remove what shows nothing. Transparent drawings may be read so: {flatten_command}",
         ),
-        *_finding("warning", "image is nearly black", "images are nearly black", found["dark"], black),
+        *_finding("warning", "image is nearly black", "images are nearly black", examples["dark"], black),
         *_finding(
             "warning",
             "image is nearly white",
             "images are nearly white",
-            found["bright"],
+            examples["bright"],
             "Overexposed, or scaled wrongly before saving with 8 bits?",
         ),
         *_finding(
             "warning",
             f"image has a side below {SMALL_SIDE} pixels",
             f"images have a side below {SMALL_SIDE} pixels",
-            found["small"],
+            examples["small"],
             "Replace thumbnails with the full images; remove icons and the like.",
         ),
         *_gray_depths(images),
@@ -355,21 +355,21 @@ def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
             "note",
             f"image has an aspect ratio above {LONG_RATIO:g}",
             f"images have an aspect ratio above {LONG_RATIO:g}",
-            found["long"],
+            examples["long"],
             "Only the center square is tested: crop to the relevant part.",
         ),
         *_finding(
             "note",
             "image is partly transparent",
             "images are partly transparent",
-            found["transparent"],
-            f"The color stored behind transparency is used, which is often black. For objects on white: {to_white}",
+            examples["transparent"],
+            f"The color stored behind transparency is used, which is often black. On white: {flatten_command}",
         ),
         *_finding(
             "note",
             "image has an EXIF orientation",
             "images have an EXIF orientation",
-            found["rotated"],
+            examples["rotated"],
             "It is ignored, as in CLIP's own preprocessing. To have images upright, rotate the stored pixels "
             "(mogrify -auto-orient, jhead -autorot).",
         ),
@@ -377,14 +377,14 @@ def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
             "note",
             "image has several frames",
             "images have several frames",
-            found["animated"],
+            examples["animated"],
             "The first frame is used.",
         ),
         *_finding(
             "note",
             "file has a format that differs from its suffix",
             "files have a format that differs from their suffix",
-            found["misnamed"],
+            examples["misnamed"],
             "Files are read by content. (A web page saved as an image would be among the broken files.)",
         ),
     ]

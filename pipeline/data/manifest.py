@@ -327,14 +327,14 @@ def _column_positions(
         if column == "task" and not candidates and rows.tasks and len(rows.tasks) == 1:
             rows.note(f"{file.name} has no column 'task': all rows are of the task {min(rows.tasks)!r} of data.tasks")
             continue
-        listed = truncated_list((repr(shown)[:80] for shown in names), 20)
+        listed = truncated_list((repr(text)[:80] for text in names), 20)
         if candidates == [name]:
             problem = f"more than one column {name!r}"
         elif candidates:
             problem = f"no column {name!r}, and {len(candidates)} that may be meant ({', '.join(candidates)})"
         else:
             problem = f"no column {name!r}"
-        if any(Path(shown).suffix.lower() in IMAGE_SUFFIXES for shown in names):
+        if any(Path(text).suffix.lower() in IMAGE_SUFFIXES for text in names):
             raise UserError(
                 f"{file} has no header: its first line is {listed}. Add one that names the columns, such as "
                 f"{','.join(required)}"

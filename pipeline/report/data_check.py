@@ -115,15 +115,15 @@ def check_tables(name: str, tasks: Sequence[TaskOverview], findings: Sequence[Fi
 
 def shown_examples(finding: Finding) -> list[Example]:
     """Return the examples whose images the page shows, each with those that it shows."""
-    shown: list[Example] = []
+    examples: list[Example] = []
     num_images = 0
     for example in finding.examples:
         images = example.images[:MAX_SHOWN_OF_EXAMPLE]
         num_images += len(images)
         if not images or num_images > MAX_SHOWN:
             break
-        shown.append(Example(example.detail, images))
-    return shown
+        examples.append(Example(example.detail, images))
+    return examples
 
 
 def check_page(
@@ -190,11 +190,11 @@ def _finding(finding: Finding, thumbnails: Mapping[str, bytes], class_names: Map
     if (num_hidden := len(finding.examples) - MAX_PAGE_EXAMPLES) > 0:
         lines.append(f"and {num_hidden:,} more; all are in check.json")
     text = f"<pre>{escape(chr(10).join(lines))}</pre>"
-    shown = shown_examples(finding)
-    if any(image.path in thumbnails for example in shown for image in example.images):
-        figures = "".join(_example(example, thumbnails, class_names) for example in shown)
+    examples = shown_examples(finding)
+    if any(image.path in thumbnails for example in examples for image in example.images):
+        figures = "".join(_example(example, thumbnails, class_names) for example in examples)
         text = f"<details><summary>all {pluralize(len(finding.examples), 'example')}</summary>{text}</details>"
-        is_whole = tuple(shown) == finding.examples
+        is_whole = tuple(examples) == finding.examples
         text = f'<div class="images">{figures}</div>{"" if is_whole else text}'
     return (
         f'<div class="finding {finding.severity}"><h3>{finding.severity}: {escape(finding.title)}</h3>'
