@@ -477,7 +477,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     ]
     circles = ("a/x/to_data/", "a/x/to_itself/", "a/y/to_everything/", "linked/x/back/")
     assert dict(dataset.skipped) == dict.fromkeys(circles, CIRCULAR_LINK)
-    assert scan_image(root, "a/y/dangling.png", "a", "y").error == "no such file"
+    error = scan_image(root, "a/y/dangling.png", "a", "y").error
+    assert error == f"no such file: a link to {tmp_path}/nowhere.png"
 
 
 def test_a_pipe_among_the_images_does_not_hang(tmp_path):

@@ -289,6 +289,8 @@ def test_files_and_folders_that_change_no_layout(tmp_path, paths):
     dataset = index_dataset(DataConfig(), root)
     assert dataset.layout == "folders" and dataset.classes.keys() == {"photo", "sketch"}
     assert set(PLAIN) <= set(image_paths(dataset))
+    notes = "\n".join(dataset.notes)
+    assert all(f"--data.root {root}/{path}" in notes for path in paths if path.endswith((".csv", ".parquet")))
     assert {path for path, _ in dataset.skipped} >= {path for path in paths if path not in image_paths(dataset)} - {
         "empty/"
     }
@@ -302,7 +304,9 @@ def test_explicit_layouts_that_do_not_fit_are_refused_with_what_was_found(tmp_pa
     assert "needs image lists" in message and [d.layout for d in follow(message, root, layout="domainnet")] == [
         "folders"
     ]
-    assert "contains no .parquet files" in refusal(root, layout="manifest")
+    message = refusal(root, layout="manifest")
+    assert "contains no .parquet files" in message and "found: folders photo, sketch" in message
+    assert [d.layout for d in follow(message, root, layout="manifest")] == ["folders"]
     assert "found: folders cat, dog" in refusal(
         write_files(tmp_path / "flat", ["cat/a.png", "dog/a.png"]), layout="folders"
     )
@@ -317,7 +321,9 @@ def test_a_list_is_recognized_by_its_lines_and_images(tmp_path):
     assert (dataset.layout, image_paths(dataset)) == ("domainnet", list(PHOTOS))
     assert [path for path, _ in dataset.skipped] == ["notes_train.txt"]
     write_files(root, ["photo_train.txt"], lines.replace("photo", "clipart").encode())
+    write_files(root, ["clipart.zip"])
     message = refusal(root)
+    assert "unpack clipart.zip" in message
     assert "lists images that do not exist, such as" in message
     assert [dataset.layout for dataset in follow(message, root)] == ["folders"]
 
@@ -354,6 +360,9 @@ def test_several_tables_are_named(tmp_path):
     rows = "path,task,label\nimages/1.png,a,cat\nimages/2.png,a,dog\n"
     write_files(files, ["a.csv", "b.csv"], rows.encode())
     assert [len(dataset.images) for dataset in follow(refusal(files), files)][-2:] == [2, 2]
+    nested = write_files(tmp_path / "nested", ["train/1.png", "train/2.png"])
+    write_files(nested, ["train/metadata.csv"], rows.replace("images/", "").encode())
+    assert [len(dataset.images) for dataset in follow(refusal(nested), nested)] == [2]
 
 
 # --- symbolic links --------------------------------------------------------------------------------------------

@@ -422,12 +422,13 @@ def _gray_depths(images: Sequence[CheckedImage]) -> list[Finding]:
 
 
 def _class_spellings(classes: Mapping[str, Sequence[str]]) -> list[Finding]:
-    """Find classes whose folders differ only in case, accents and separators: to a run they are different classes."""
+    """Find classes whose names differ only in case, accents, separators and an s at the end: to a run they are
+    different classes."""
     tasks_by_folder: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for task, folders in classes.items():
         for folder in folders:
             letters = unicodedata.normalize("NFKD", folder.casefold())
-            key = "".join(letter for letter in letters if letter.isalnum())
+            key = "".join(letter for letter in letters if letter.isalnum()).removesuffix("s")
             tasks_by_folder[key or folder][folder].append(task)
     return _finding(
         "warning",

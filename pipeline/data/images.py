@@ -11,6 +11,7 @@ Choices that matter only for images other than 8-bit RGB or gray:
 from __future__ import annotations
 
 import io
+import os
 import re
 import stat
 import warnings
@@ -20,6 +21,7 @@ from typing import cast
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.data.names import escape_for_terminal
 from pipeline.data.preprocessing import Preprocessing
 
 TRAINING_OVERSIZE = 2
@@ -78,7 +80,8 @@ def read_image(path: Path) -> bytes:
     except FileNotFoundError:
         status = None
     if status is None or not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
-        raise BrokenImage("no such file")
+        target = f": a link to {escape_for_terminal(os.readlink(path))}" if path.is_symlink() else ""
+        raise BrokenImage(f"no such file{target}")
     if status.st_size > MAX_BYTES:
         raise BrokenImage(f"file too large ({status.st_size:,} bytes, limit {MAX_BYTES:,})")
     return path.read_bytes()

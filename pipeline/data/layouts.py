@@ -20,6 +20,7 @@ from pipeline.data.names import escape_for_terminal, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, parse_split_name, similar_split_names
 from pipeline.data.symlinks import SymlinkChecker
 from pipeline.data.walk import (
+    ARCHIVE_SUFFIXES,
     is_directory,
     is_junk,
     list_folder,
@@ -170,8 +171,11 @@ def recognize_layout(name: str, data_root: Path, tasks: Collection[str] | None, 
     except _Mismatch as mismatch:
         symlinks.raise_on_escape(data_root)
         remedies = [*_other_levels(name, data_root, tasks, mismatch.levels), *mismatch.remedies]
-        if name == "auto":
-            remedies += [remedy for remedy in _table_remedies(_Folder(data_root)) if remedy not in remedies]
+        folder = _Folder(data_root)
+        if name == "auto" and folder.contains_images:
+            remedies += [remedy for remedy in _table_remedies(folder, depth=1) if remedy not in remedies]
+        if name != "auto" and not mismatch.remedies and (recognized := _usable_layout("auto", folder, tasks)):
+            remedies.append(f"to use what is recognized: --data.layout {recognized.name}")
         raise UserError("\n  ".join([mismatch.reason, *remedies])) from None
 
 
@@ -246,9 +250,11 @@ def _match_lists(name: str, folder: _Folder, tasks: Collection[str] | None) -> L
         )
     images_root = layout.images_root(folder.path)
     paths = [path for file in files for path in listed_paths(file)]
+    archives = [name for name in folder.files if name.lower().endswith(ARCHIVE_SUFFIXES)]
     if paths and not any((images_root / path).exists() for path in paths):
         raise _Mismatch(
-            f"{_shown(files[0])} lists images that do not exist, such as {_shown(images_root / paths[0])}",
+            f"{_shown(files[0])} lists images that do not exist, such as {_shown(images_root / paths[0])}"
+            + (f"; unpack {truncated_list(archives)}" if archives else ""),
             *_layout_remedy("folders", folder, tasks, "to use all images of the folders"),
         )
     return Layout(name, folder.path)
@@ -266,7 +272,9 @@ def _match_tables(folder: _Folder) -> Layout:
             *map(_table_remedy, candidates[:MAX_ROOTS_SHOWN]),
             levels=(),
         )
-    raise _Mismatch(f"data.root={_shown(folder.path)} contains no .parquet files, and no other table")
+    raise _Mismatch(
+        f"data.root={_shown(folder.path)} contains no .parquet files, and no other table; {_content(folder)}"
+    )
 
 
 def _parquet_folders(folder: _Folder, depth: int) -> Iterator[Path]:
@@ -530,9 +538,12 @@ def _table_notes(folder: _Folder) -> tuple[str, ...]:
     return (f"folders are used, not the tables beside them; {'; '.join(remedies)}",) if remedies else ()
 
 
-def _table_remedies(folder: _Folder) -> list[str]:
-    tables = [folder.path / name for name in folder.files if is_table_name(name)]
-    return list(map(_table_remedy, tables[:MAX_ROOTS_SHOWN]))
+def _table_remedies(folder: _Folder, depth: int = 0) -> list[str]:
+    """Return the remedies to use tables in a folder, or in folders up to `depth` levels below."""
+    remedies = [_table_remedy(folder.path / name) for name in folder.files if is_table_name(name)]
+    for name in folder.folders if depth else []:
+        remedies += _table_remedies(folder[name], depth - 1)
+    return remedies[:MAX_ROOTS_SHOWN]
 
 
 def _table_remedy(path: Path) -> str:
@@ -563,16 +574,17 @@ def _examples(folder: _Folder, tasks: Sequence[str]) -> str:
 
 
 def _found(folder: _Folder) -> str:
+    return f"data.root={_shown(folder.path)} has no <task>/<class>/<image> folders; {_content(folder)}"
+
+
+def _content(folder: _Folder) -> str:
     """Return what a folder without a layout contains."""
     contents = []
     if folder.has_images:
         contents.append("images directly in it")
     if folder.folders:
         contents.append(f"folders {truncated_list(map(escape_for_terminal, folder.folders))}")
-    return (
-        f"data.root={_shown(folder.path)} has no <task>/<class>/<image> folders; found: "
-        f"{' and '.join(contents) or ('other files' if folder.files else 'nothing')}"
-    )
+    return f"found: {' and '.join(contents) or ('other files' if folder.files else 'nothing')}"
 
 
 def _levels(number: int) -> str:

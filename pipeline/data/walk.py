@@ -28,10 +28,21 @@ JUNK = (
     *("thumbs.db*", "ehthumbs*.db", "desktop.ini", "*:zone.identifier", "~$*"),
     *("$recycle.bin", "recycler", "recycled", "system volume information", "found.[0-9][0-9][0-9]", "lost+found"),
     *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "@__thumb", "@sharebin", "#recycle", "#snapshot"),
-    "__pycache__",
+    *("~snapshot", "@gmt-*", "lost.dir", "picasa.ini", "zbthumbnail.info", "__pycache__"),
 )
 """Patterns of the names, in lower case, of files and folders of systems and tools."""
-TEMPORARY_FILES = ("*.part", "*.partial", "*.crdownload", "*.download", "*.filepart", "*.tmp", "*.temp", "*~")
+TEMPORARY_FILES = (
+    "*.part",
+    "*.partial",
+    "*.crdownload",
+    "*.download",
+    "*.filepart",
+    "*.opdownload",
+    "*.aria2",
+    "*.tmp",
+    "*.temp",
+    "*~",
+)
 """Patterns of the names of files that are not complete."""
 JUNK_KIND = "hidden, system or temporary"
 UNREAD_FORMATS = {
