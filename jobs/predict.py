@@ -37,7 +37,8 @@ class Options(JobOptions):
     )
     inputs: tuple[str, ...] = Field(
         description="Images, folders of images (recursive) and URLs (http, https); for Parquet output also s3:// URIs, "
-        "and .parquet files with a column `image` of encoded bytes, optionally `path` and `task`, or folders of them."
+        "and .parquet files with encoded images (bytes, or Hugging Face's structs), optionally `path` and `task`, or "
+        "folders of them."
     )
     task: str | None = Field(None, description="Task of the images; null: the most probable prediction of all tasks.")
     output: str = Field(

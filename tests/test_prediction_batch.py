@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -130,6 +131,30 @@ def test_cells_of_parquet_are_taken_as_they_are():
     assert list(columns["task"]) == ["0.0", "ink"] and "unknown task 0.0" in columns["error"][0]
 
 
+def test_images_of_hugging_face_are_structs(tmp_path):
+    """Any column of them; its paths name the rows, unless there is a column of paths."""
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(stream, "PNG")
+    structs = [{"bytes": stream.getvalue(), "path": "a.png"}, {"bytes": None, "path": "b.png"}, None]
+    pq.write_table(pa.table({"picture": structs, "label": [0, 1, 2]}), tmp_path / "hub.parquet")
+    batch_input = find_batch_input([str(tmp_path / "hub.parquet")])
+    assert batch_input.image_column == "picture"
+    table = pq.read_table(tmp_path / "hub.parquet")
+    columns = decode_rows(table, None, "ink", ["ink"], Preprocessing(32), "picture")
+    assert list(columns["path"]) == ["a.png", "b.png", None] and list(columns["error"]) == ["", "no bytes", "no bytes"]
+    assert (columns["pixels"][0, 0] == 255).all() and not columns["pixels"][0, 1:].any()
+    table = table.append_column("path", [["x", "y", "z"]])
+    columns = decode_rows(table, None, "ink", ["ink"], Preprocessing(32), "picture")
+    assert list(columns["path"]) == ["x", "y", "z"]
+    pq.write_table(pa.table({"image": [b""]}), tmp_path / "bytes.parquet")
+    with pytest.raises(UserError, match="images in different columns, .*picture .*hub.parquet"):
+        find_batch_input([str(tmp_path)])
+    for columns in ({"image": [{"path": "a.png"}]}, {"image": [[{"bytes": b""}]]}):
+        pq.write_table(pa.table(columns), tmp_path / "bytes.parquet")
+        with pytest.raises(UserError, match="bytes.parquet has no column of encoded images .*columns are image"):
+            find_batch_input([str(tmp_path / "bytes.parquet")])
+
+
 def test_no_images_make_an_empty_table(adapter_file, cluster, tmp_path):
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
     assert run_prediction(adapter_file, cluster, [tmp_path / "none.parquet"], tmp_path / "out", "ink") == ((0, 0), [])
@@ -171,12 +196,12 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
 def test_user_errors_are_reported(adapter_file, digits, cluster, tmp_path):
     (tmp_path / "both").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "both" / "a.png")
-    pq.write_table(pa.table({"picture": [b""]}), tmp_path / "both" / "b.parquet")
+    pq.write_table(pa.table({"picture": ["a.png"]}), tmp_path / "both" / "b.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
     for inputs, message in [
         ([tmp_path / "nothing"], "nothing: no such file or folder"),
         ([tmp_path / "both"], "contain both images and .parquet files"),
-        ([tmp_path / "both" / "b.parquet"], "has no column `image` of bytes; its columns are picture"),
+        ([tmp_path / "both" / "b.parquet"], "has no column of encoded images"),
         ([tmp_path / "bad.parquet"], "as Parquet: "),
         ([tmp_path, "s3://bucket/x"], "are in several locations"),
     ]:

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -25,6 +25,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from pipeline.data.preprocessing import Preprocessing
+from pipeline.data.table_images import find_image_column
 from pipeline.data.walk import JUNK_KIND, Skipped, find_images, is_junk, skip_kind, skipped_note
 from pipeline.errors import UserError
 from pipeline.files import atomic_replace
@@ -52,7 +53,7 @@ _ACTOR_OUTPUT = OUTPUT.append(pa.field("fatal_error", pa.string()))
 
 @dataclass(frozen=True)
 class BatchInput:
-    """Images, or Parquet files with a column `image` of encoded images and optionally `path` and `task`."""
+    """Images, or Parquet files with a column of encoded images and optionally `path` and `task`."""
 
     files: tuple[str, ...]
     is_parquet: bool
@@ -60,6 +61,8 @@ class BatchInput:
     """URI of the bucket of the files; None: local files."""
     skipped: tuple[Skipped, ...] = ()
     """Other files of the folders."""
+    image_column: str = "image"
+    """Column of Parquet files with the images: bytes, or structs with `bytes` and `path`."""
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -70,7 +73,7 @@ def find_batch_input(inputs: Sequence[str]) -> BatchInput:
     """Return the images or Parquet files among files, folders (recursive) and URLs, or in one bucket.
 
     Raises:
-        UserError: no such file, no images, images mixed with Parquet, several buckets, Parquet without `image`.
+        UserError: no such file, no images, images mixed with Parquet, several buckets, Parquet without images.
     """
     uris = [source for source in inputs if is_uri(source) and not is_url(source)]
     if uris and (len(uris) < len(inputs) or len({uri.split("/")[2] for uri in uris}) > 1):
@@ -92,11 +95,11 @@ def find_batch_input(inputs: Sequence[str]) -> BatchInput:
         raise UserError(f"{', '.join(inputs)} contain both images and .parquet files; use one kind")
     batch_input = BatchInput(tuple(files), suffixes == {True}, uris[0] if uris else None, tuple(skipped))
     if batch_input.is_parquet:
-        for file in files:
-            schema = _parquet_schema(batch_input, file)
-            image_type = schema.field("image").type if "image" in schema.names else None
-            if image_type not in (pa.binary(), pa.large_binary()):
-                raise UserError(f"{file} has no column `image` of bytes; its columns are {', '.join(schema.names)}")
+        columns = {_image_column(batch_input, file): file for file in files}
+        if len(columns) > 1:
+            listed = " and ".join(f"{column} ({file})" for column, file in columns.items())
+            raise UserError(f"the Parquet files have their images in different columns, {listed}: predict each alone")
+        return replace(batch_input, image_column=next(iter(columns)))
     return batch_input
 
 
@@ -183,7 +186,7 @@ def _decoded_dataset(
         dataset = ray.data.read_parquet(
             list(batch_input.files),
             filesystem=batch_input.filesystem if batch_input.uri else None,
-            columns=[name for name in ("image", "path", "task") if name in columns],
+            columns=[name for name in (batch_input.image_column, "path", "task") if name in columns],
             partitioning=None,
             num_cpus=0.5,
         )
@@ -195,7 +198,7 @@ def _decoded_dataset(
         dataset = ray.data.from_arrow(blocks)
     return dataset.map_batches(
         cast(Any, decode_rows),  # Ray's types do not know functions with fn_args
-        fn_args=(batch_input.uri, task, list(tasks), preprocessing),
+        fn_args=(batch_input.uri, task, list(tasks), preprocessing, batch_input.image_column),
         batch_size=DECODE_BATCH_SIZE,
         batch_format="pyarrow",
         num_cpus=0.5,
@@ -322,6 +325,21 @@ def _list_bucket(uri: str) -> tuple[list[str], list[Skipped]]:
         else:
             skipped.append(Skipped(file, kind))
     return files, skipped
+
+
+def _image_column(batch_input: BatchInput, file: str) -> str:
+    """Return the column of encoded images, by the rule of tables. Raises UserError if a file has none."""
+    schema = _parquet_schema(batch_input, file)
+    try:
+        image = find_image_column(schema)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    if image is None or not image.is_embedded:
+        raise UserError(
+            f"{file} has no column of encoded images (`image`: bytes, or structs with `bytes` and `path`); its columns "
+            f"are {', '.join(schema.names)}"
+        )
+    return image.column
 
 
 def _parquet_schema(batch_input: BatchInput, file: str) -> pa.Schema:

@@ -23,14 +23,20 @@ READING_THREADS = 4
 
 
 def decode_rows(
-    rows: pa.Table, uri: str | None, task: str | None, tasks: Sequence[str], preprocessing: Preprocessing
+    rows: pa.Table,
+    uri: str | None,
+    task: str | None,
+    tasks: Sequence[str],
+    preprocessing: Preprocessing,
+    image_column: str = "image",
 ) -> dict[str, np.ndarray]:
-    """Return path, task, pixels, error of rows with `file`, or with `image` and optionally `path` and `task`.
+    """Return path, task, pixels, error of rows with `file`, or with images and optionally `path` and `task`.
 
     Args:
         uri: bucket of the files; None: local files.
         task: task of rows without one; None: all tasks.
         tasks: tasks of the model.
+        image_column: column of encoded images, or of structs with their `bytes` and optionally `path`.
     """
     num_rows, size = len(rows), preprocessing.image_size
     pixels = np.zeros((num_rows, 3, size, size), np.uint8)
@@ -41,8 +47,13 @@ def decode_rows(
         readers: Sequence[Any] = [(lambda name=name: _read_file(name, filesystem)) for name in names]
         paths: list[str | None] = [escape_for_terminal(name) for name in names]
     else:
-        readers = [(lambda image=image: image) for image in rows["image"].to_pylist()]
-        paths = rows["path"].to_pylist() if "path" in rows.column_names else [None] * num_rows
+        images = rows[image_column].to_pylist()
+        paths = [None] * num_rows
+        if pa.types.is_struct(rows[image_column].type):
+            paths = [image and image.get("path") for image in images]
+            images = [image and image["bytes"] for image in images]
+        readers = [(lambda image=image: image) for image in images]
+        paths = rows["path"].to_pylist() if "path" in rows.column_names else paths
         paths = [None if is_missing(path) else escape_for_terminal(str(path)) for path in paths]
         if "task" in rows.column_names:
             row_tasks = [task if is_missing(name) else name for name in rows["task"].to_pylist()]
