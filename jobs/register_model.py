@@ -68,14 +68,14 @@ def resolve_run(run: str, uri: str | None, name: str | None) -> tuple[str, str, 
     else:
         path = Path(run).expanduser().resolve()
         if not (path / "config.yaml").is_file():
-            raise UserError(f"--run {run} is not a run directory: it has no config.yaml")
+            raise UserError(f"--run {run} is not a run directory (it has no config.yaml): give <storage>/runs/<run>")
         tracking = parse_config(load_yaml(path / "config.yaml")).tracking
         folder, name = str(path), name or tracking.registered_model
         uri = uri or resolve_tracking_uri(tracking.uri, path.parent.parent)
     if not uri:
-        raise UserError("--tracking.uri is required for a run in a bucket")
+        raise UserError("--tracking.uri http://HOST:PORT is required for a run in a bucket: the server of the run")
     if not name:
-        raise UserError("--tracking.registered_model is required: the config of the run does not set it")
+        raise UserError("--tracking.registered_model NAME is required: the config of the run does not set it")
     return folder, uri, name
 
 

@@ -87,7 +87,7 @@ def create_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror}; change `storage`") from error
+        raise UserError(f"cannot create the folder {path}: {error.strerror}; give another --storage") from error
     return path
 
 

@@ -467,12 +467,12 @@ def test_collapse_into_one_group_says_what_to_do():
     affinity = np.ones((4, 4))
     (message,) = get_warnings(affinity)
     assert "All 4 tasks are in one group: every pairwise affinity is positive" in message
-    assert "'mean'" in message and "'density'" in message and "num_groups=2" in message and "'cosine'" in message
+    assert "objective mean" in message and "density" in message and "num_groups 2" in message and "cosine" in message
     (message,) = get_warnings(affinity, objective="mean", kind="cosine")
-    assert "'mean'" not in message and "'cosine'" not in message and "num_groups=2" in message
-    assert "per_layer=true" in message
+    assert "objective" not in message and "affinity cosine" not in message and "num_groups 2" in message
+    assert "--grouping.per_layer true" in message
     (message,) = get_warnings(affinity, objective="density", kind="cosine", per_layer=True)
-    assert "'mean'" in message and "'density'" not in message and "per_layer" not in message
+    assert "objective mean" in message and "density" not in message and "per_layer" not in message
     assert get_warnings(affinity, num_groups=1) == []  # requested: no warning
     assert get_warnings(affinity, must_link=[[0, 1, 2, 3]]) == []
     mixed = affinity.copy()

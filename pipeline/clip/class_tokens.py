@@ -20,6 +20,8 @@ from pipeline.data.names import split_synonyms
 from pipeline.errors import UserError
 from pipeline.lazy_torch import F, torch
 
+_NAMES_FILE = "in a file for --data.class_names (lines `folder<TAB>class name`)"
+
 
 @dataclass(frozen=True)
 class ClassTokens:
@@ -99,21 +101,22 @@ def class_tokens(
         for name, text_ids in zip(names, encoded):
             ids = [*tokenizer.begin, *text_ids[num_replaced:], *tokenizer.end]
             if len(ids) + num_prompt_positions > tokenizer.context_length:
-                prompts, remedy = "", "shorten the name with data.class_names"
+                prompts, remedy = "", f"shorten the name {_NAMES_FILE}"
                 if num_prompt_positions:
-                    prompts, remedy = f" and {num_prompt_positions} prompts", f"{remedy}, or use fewer prompts"
+                    prompts = f" and {num_prompt_positions} prompts"
+                    remedy += ", or use fewer prompts (prompt_length or context_length of the method)"
                 raise UserError(
                     f"class {name!r} in the template {task_template!r} has {len(ids)} tokens{prompts}; the model's "
                     f"context length is {tokenizer.context_length}: {remedy}"
                 )
             if text_ids == nameless:
                 raise UserError(
-                    f"the class name {name!r} has no tokens in this model's vocabulary; write it with data.class_names"
+                    f"the class name {name!r} has no tokens in this model's vocabulary; give another one {_NAMES_FILE}"
                 )
             if tuple(ids) in name_by_ids:
                 raise UserError(
                     f"the class names {name_by_ids[tuple(ids)]!r} and {name!r} have the same tokens; "
-                    f"give different names with data.class_names"
+                    f"give different ones {_NAMES_FILE}"
                 )
             name_by_ids[tuple(ids)] = name
         texts.append([list(ids) for ids in name_by_ids])

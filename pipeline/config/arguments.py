@@ -206,6 +206,8 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         )
 
     def _reject(self, option: str) -> NoReturn:
+        if f"--{option}" in self._option_string_actions:  # as Hydra takes it
+            raise UserError(f"unexpected argument {option}: write --{option} VALUE")
         if not option.startswith("-"):
             raise UserError(f"unexpected argument {option}; see --help")
         if replacement := self.replacements.get(option.removeprefix("--")):

@@ -362,7 +362,7 @@ def read_class_names(path: Path) -> dict[str, str]:
         if len({*split_synonyms(class_name)}) <= class_name.count("|"):
             raise UserError(f"{path}:{number}: {class_name!r} has an empty or repeated name next to |")
     if not class_names:
-        raise UserError(f"data.class_names={path} lists no classes")
+        raise UserError(f"data.class_names={path} lists no classes: write the folder of one per line")
     return class_names
 
 

@@ -57,6 +57,7 @@ def sample_splits(
         images_by_class[image.task, image.class_folder].append(image)
 
     too_few: list[str] = []
+    most_shots = shots  # that all classes have
     train: dict[str, ScannedImage] = {}  # path → image
     training_path_by_sha256: dict[str, str] = {}
     for (task, name), members in images_by_class.items():
@@ -65,6 +66,7 @@ def sample_splits(
         distinct = {image.sha256: image for image in reversed(may_train)}
         needs_test_image = not any(image.official_split == "test" for image in members)
         if len(distinct) < shots + needs_test_image:
+            most_shots = min(most_shots, len(distinct) - needs_test_image)
             num_duplicates = len(may_train) - len(distinct)
             duplicates_text = f" and {num_duplicates} exact duplicates" if num_duplicates else ""
             official = [image.official_split for image in members]
@@ -77,7 +79,7 @@ def sample_splits(
     if too_few:
         raise UserError(
             f"data.shots={shots} needs at least {shots + 1} distinct images per class ({shots} to train, 1 to test): "
-            + "; ".join(too_few)
+            f"{'; '.join(too_few)}. {_LEAVE_OUT}" + (f", or set --data.shots {most_shots}" if most_shots > 0 else "")
         )
 
     without_test: list[str] = []
@@ -99,10 +101,13 @@ def sample_splits(
     if without_test:
         raise UserError(
             f"data.shots={shots} leaves no test images, which must not be exact duplicates of a training image of any "
-            "task: " + "; ".join(without_test)
+            f"task: {'; '.join(without_test)}. {_LEAVE_OUT}"
         )
     sorted_train = sorted(train.values(), key=lambda image: image.path)
     return Splits(tuple(sorted_train), tuple(sorted(test, key=lambda image: image.path)), tuple(sorted(duplicates)))
+
+
+_LEAVE_OUT = "Add images of these classes, or leave them out: --data.class_names FILE lists those to use"
 
 
 def content_fingerprint(images: Iterable[ScannedImage]) -> str:

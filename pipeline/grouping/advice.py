@@ -48,7 +48,7 @@ def grouping_warnings(
     if not partition.is_optimal:
         warnings.append(
             f"Not proven optimal: the search reached its time limit. The groups score {partition.score:.6g}, the upper "
-            f"bound is {partition.upper_bound:.6g}. Increase time_limit_s."
+            f"bound is {partition.upper_bound:.6g}. Increase --grouping.time_limit_s."
         )
     warnings += _collapse_warnings(affinity, partition, objective, kind, per_layer)
     return warnings + _norm_warnings(affinity, task_names, kind)
@@ -73,9 +73,9 @@ def _collapse_warnings(
             reason = "no pairwise affinity is negative"
         else:
             reason = "the positive affinities outweigh the negative ones in every split"
-        finer = " or ".join(f"{candidate.name!r}{candidate.remark}" for candidate in goal.finer_objectives())
-        advice = f"objective {finer}, " if finer else ""
-        advice += "a fixed number of groups (num_groups=2) or a max_size"
+        finer = " or ".join(f"{candidate.name}{candidate.remark}" for candidate in goal.finer_objectives())
+        advice = f"--grouping.objective {finer}, " if finer else ""
+        advice += "a number of groups (--grouping.num_groups 2) or their --grouping.max_size"
         if not (per_layer and measure.per_layer_helps):
             advice += f"; {measure.one_group_advice}"
         return [f"All {num_tasks} tasks are in one group: {reason}. To split it, try {advice}."]
@@ -83,7 +83,7 @@ def _collapse_warnings(
         reason = "no pairwise affinity is positive" if (pairs <= 0).all() else "no group scores higher"
         return [
             f"Every group has a single task: {reason}, so no two tasks share a prompt. To group the least conflicting "
-            "tasks anyway, set num_groups or min_size=2."
+            "tasks anyway, set --grouping.num_groups or --grouping.min_size 2."
         ]
     return []
 

@@ -41,8 +41,10 @@ class Dot(Affinity):
 
     name = "dot"
     summary = "the dot product of their gradients (Eq. 8)"
-    one_group_advice = "affinity 'cosine' helps if a few snapshots with large gradients determine the signs"
-    dominance_advice = "its dot products dominate the grouping. Affinity 'cosine' gives every task the same weight"
+    one_group_advice = "--grouping.affinity cosine helps if a few snapshots with large gradients determine the signs"
+    dominance_advice = (
+        "its dot products dominate the grouping. --grouping.affinity cosine gives every task the same weight"
+    )
 
     def normalize(self, gradients: np.ndarray) -> np.ndarray:
         return gradients
@@ -54,7 +56,7 @@ class Cosine(Affinity):
 
     name = "cosine"
     summary = "their cosine"
-    one_group_advice = "per_layer=true helps if one layer's large gradients determine the cosines"
+    one_group_advice = "--grouping.per_layer true helps if one layer's large gradients determine the cosines"
     per_layer_helps = True
 
     def normalize(self, gradients: np.ndarray) -> np.ndarray:

@@ -105,7 +105,7 @@ class TrainedAdapter:
         if weights_fingerprint(towers) != self.weights:
             raise UserError(
                 f"the weights of clip.pretrained={clip.pretrained!r} are not those that this adapter was "
-                "trained on: give the same weights"
+                "trained on: give the same weights with --clip.pretrained FILE"
             )
         return towers
 

@@ -73,7 +73,7 @@ class Maple(Method):
         """Raises: UserError: depth exceeds the layers of a tower."""
         depth, deepest = config.section(Maple.Options).depth, min(towers.text_depth, towers.vision_depth)
         if depth > deepest:
-            raise UserError(f"maple.depth={depth}: the shallower tower has {deepest} layers; lower it")
+            raise UserError(f"maple.depth={depth}: the shallower tower has {deepest} layers; valid: 1 to {deepest}")
 
     @staticmethod
     def num_prompt_positions(config: Config) -> int:

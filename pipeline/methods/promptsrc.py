@@ -91,4 +91,4 @@ class PromptSrc(Method):
         """Raises: UserError: depth exceeds the layers of a tower."""
         depth, deepest = config.section(PromptSrc.Options).depth, min(towers.text_depth, towers.vision_depth)
         if depth > deepest:
-            raise UserError(f"promptsrc.depth={depth}: the shallower tower has {deepest} layers; lower it")
+            raise UserError(f"promptsrc.depth={depth}: the shallower tower has {deepest} layers; valid: 1 to {deepest}")

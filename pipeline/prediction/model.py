@@ -69,7 +69,7 @@ class TrainedModel:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+            raise UserError(f"device {device!r} is not available: {str(error).splitlines()[0]}; use cpu") from None
         self.classifier = adapter.classifier(device, self.options.pretrained, towers)
         self._threads = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "decode")
 

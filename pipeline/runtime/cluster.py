@@ -91,11 +91,14 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     resources, workers = WorkerResources(config.cpus_per_worker, gpus), config.workers_per_training
     if workers > 1 and gpus % 1:
         raise UserError(
-            f"cluster.workers_per_training={workers} requires whole GPUs, not cluster.gpus_per_worker={gpus:g}"
+            f"cluster.workers_per_training={workers} needs whole GPUs: give --cluster.gpus_per_worker 1, not {gpus:g}"
         )
     min_workers = config.min_workers_per_training or workers
     if min_workers > workers:
-        raise UserError(f"cluster.min_workers_per_training={min_workers} is more than workers_per_training={workers}")
+        raise UserError(
+            f"cluster.min_workers_per_training={min_workers} is more than workers_per_training={workers}: give "
+            f"--cluster.min_workers_per_training {workers} or less"
+        )
     if num_slots(resources) < min_workers and config.wait_for_nodes_s:
         _wait_for_nodes(resources, min_workers, config.wait_for_nodes_s, say)
     if num_slots(resources) < min_workers:

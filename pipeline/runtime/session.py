@@ -139,7 +139,7 @@ def open_storage(location: str, cache: str) -> Storage:
     path = (Path.home() if is_below_home(location) else Path.cwd()) / Path(location).expanduser()
     create_folder(path)
     if not os.access(path, os.W_OK):
-        raise UserError(f"storage={path} is not writable: change `storage`")
+        raise UserError(f"storage={path} is not writable: give another folder with --storage")
     _check_space("storage", path)
     storage = Storage.from_folder(path.resolve())
     storage.write_marker()

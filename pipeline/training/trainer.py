@@ -320,8 +320,8 @@ class Trainer:
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss of task {task!r} is {loss} at step {step + 1}: lower the learning_rate "
-                    f"{self.config.learning_rate:g} (of the section training, or the method's section) or set "
-                    "clip.precision=float32"
+                    f"{self.config.learning_rate:g} (--training.learning_rate for MmAP; methods with their own have, "
+                    "for example, --coop.training.learning_rate), or set --clip.precision float32"
                 )
 
 

@@ -107,7 +107,7 @@ def resolve_tracking_uri(configured: str | None, storage: Path) -> str:
 
 def check_reachable(uri: str, timeout_s: float = 10) -> None:
     """Check that `uri` can be used, before any compute. Raises: UserError: It cannot."""
-    remedy = "change tracking.uri, or set or unset MLFLOW_TRACKING_URI"
+    remedy = "give --tracking.uri URI; without it and without MLFLOW_TRACKING_URI, results go to a file in the storage"
     if _is_sqlite(uri):
         try:
             folder = _sqlite_folder(uri)
