@@ -12,6 +12,7 @@ from playwright.sync_api import expect
 from servers import free_ports, mlflow_server
 
 from pipeline.report.summary import method_title
+from pipeline.runtime.tracking.mlflow_adapter import methods_table_path
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
@@ -46,6 +47,16 @@ def test_the_experiment_has_a_row_for_each_method(server_and_run, page):
         page.get_by_role("link", name=f"{method_title(method)} (8 shots, seed 1, ").wait_for()  # rows appear one by one
     open_runs(page, address, experiment, "tags.level = 'pipeline'")
     page.get_by_role("link", name="demo, 8 shots, seed 1").wait_for()
+
+
+def test_the_link_that_a_run_prints_opens_the_table_with_accuracies(server_and_run, page):
+    address, experiment, _, result = server_and_run
+    page.goto(f"{address}{methods_table_path(experiment)}")
+    page.get_by_text(f"{len(result['methods'])} matching runs").wait_for()
+    for column in ("accuracy/average", "trained_parameters", "shots"):
+        page.get_by_role("columnheader", name=column).first.wait_for()
+    for values in result["methods"].values():
+        page.get_by_role("gridcell", name=f"{values['average']:.10f}"[:6]).first.wait_for()
 
 
 def test_charts_show_each_metric_of_the_methods(server_and_run, page):

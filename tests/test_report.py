@@ -138,7 +138,7 @@ DETAILS = RunDetails(
     skipped=["3 broken images dropped"],
     findings=[],
     data_page="../data_check/check.html",
-    next_steps=next_steps("/runs/a b", "d", "t", ["/data/a b"], "sqlite:////runs/mlflow.db", "1"),
+    next_steps=next_steps("/runs/a b", "d", "t", ["/data/a b"], "sqlite:////runs/mlflow.db", "/#/experiments/1"),
     command="python jobs/full_pipeline.py",
     config="name: <b>",
     versions={"torch": "2"},
@@ -231,15 +231,16 @@ def test_the_conclusion_says_what_is_significant():
 def test_next_steps_can_be_pasted(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # an environment without our scripts
     run, images = "/runs/try #2/runs/x y-0", "/data/it's/a b"
-    steps = next_steps(run, "my data (é)", "a task", [images], "sqlite:////runs/try #2/mlflow.db", "7")
+    database, table = "sqlite:////runs/try #2/mlflow.db", "/#/experiments/7/runs"
+    steps = next_steps(run, "my data (é)", "a task", [images], database, table)
     predict, serve, add_task, compare = (shlex.split(step.command) for step in steps)
     assert predict == [sys.executable, "-m", "jobs", "predict", run, images, "--task", "a task"]
     assert parse_models(serve[-1:]) == {"my-data": run}
     assert add_task[3:6] == ["add-task", "--run", run]
-    assert compare[3:6] == ["ui", "--backend-store-uri", "sqlite:////runs/try #2/mlflow.db"]
-    assert steps[3].url.startswith("http://127.0.0.1:5000/#/experiments/7/runs?searchFilter=")
+    assert compare[3:6] == ["ui", "--backend-store-uri", database]
+    assert steps[3].url == f"http://127.0.0.1:5000{table}"
     assert all(line in format_next_steps(steps).splitlines() for line in (steps[0].command, steps[3].url))
-    assert len(next_steps(run, "a", "b", [], "sqlite:////x.db", "")) == 3  # MLflow was not reached
+    assert len(next_steps(run, "a", "b", [], "sqlite:////x.db", None)) == 3  # MLflow was not reached
 
 
 def test_scripts_of_the_environment_are_called_by_name_or_path(monkeypatch, tmp_path):
@@ -248,11 +249,11 @@ def test_scripts_of_the_environment_are_called_by_name_or_path(monkeypatch, tmp_
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert next_steps("r", "a", "t", [], "sqlite:///x", "")[0].command.startswith("bin/mmap-clip predict r")
+    assert next_steps("r", "a", "t", [], "sqlite:///x", None)[0].command.startswith("bin/mmap-clip predict r")
     monkeypatch.setenv("PATH", str(script.parent))
-    assert next_steps("r", "a", "t", [], "sqlite:///x", "")[0].command.startswith("mmap-clip predict r")
+    assert next_steps("r", "a", "t", [], "sqlite:///x", None)[0].command.startswith("mmap-clip predict r")
 
 
 def test_a_server_is_opened_where_it_is():
-    step = comparison_step("https://mlflow.example/", "12")
-    assert not step.command and step.url.startswith("https://mlflow.example/#/experiments/12/runs?searchFilter=")
+    step = comparison_step("https://mlflow.example/", "/#/experiments/12/runs")
+    assert not step.command and step.url == "https://mlflow.example/#/experiments/12/runs"

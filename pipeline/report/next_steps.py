@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 MLFLOW_PORT = 5000
-METHOD_RUNS = "tags.level = 'method'"
 
 
 def program(name: str, module: str) -> list[str]:
@@ -32,12 +30,6 @@ def job_command(job: str, *arguments: str) -> str:
     return shlex.join([*program("mmap-clip", "jobs"), job, *arguments])
 
 
-def runs_table_url(server: str, experiment_id: str, search: str = METHOD_RUNS) -> str:
-    """Return the address of MLflow's table of the runs that a search finds; without its path, MLflow 3 opens an empty
-    page for generative AI."""
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?searchFilter={quote(search, safe='')}"
-
-
 class NextStep(NamedTuple):
     """Step that a user may take: a shell command to run, an address to open, or first one and then the other."""
 
@@ -46,17 +38,18 @@ class NextStep(NamedTuple):
     url: str = ""
 
 
-def comparison_step(tracking_uri: str, experiment_id: str) -> NextStep:
-    """Return how to open MLflow's table of all methods: at its server, or with one that is started for a database."""
+def comparison_step(tracking_uri: str, table_path: str) -> NextStep:
+    """Return how to open MLflow's table of all methods, of this path: at its server, or at one that is started for a
+    database."""
     if tracking_uri.startswith(("http://", "https://")):
-        return NextStep("Compare methods and runs in MLflow", "", runs_table_url(tracking_uri, experiment_id))
+        return NextStep("Compare methods and runs in MLflow", "", tracking_uri.rstrip("/") + table_path)
     command = [*program("mlflow", "mlflow"), "ui", "--backend-store-uri", tracking_uri, "--port", str(MLFLOW_PORT)]
-    url = runs_table_url(f"http://127.0.0.1:{MLFLOW_PORT}", experiment_id)
+    url = f"http://127.0.0.1:{MLFLOW_PORT}{table_path}"
     return NextStep("Compare methods and runs: start MLflow, then open its table", shlex.join(command), url)
 
 
 def next_steps(
-    run: str, name: str, task: str, images: Sequence[str], tracking_uri: str, experiment_id: str
+    run: str, name: str, task: str, images: Sequence[str], tracking_uri: str, table_path: str | None
 ) -> list[NextStep]:
     """Return what to do with a run.
 
@@ -64,7 +57,7 @@ def next_steps(
         run: URI of the run directory.
         name: name of the data set.
         images: paths of some images of the task.
-        experiment_id: of MLflow; empty if it is unknown, as the server was not reached.
+        table_path: path of MLflow's table of all methods; None if it is unknown, as the server was not reached.
     """
     model = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:80] or "model"
     steps = [
@@ -72,7 +65,7 @@ def next_steps(
         NextStep("Answer over HTTP", job_command("serve", "--models", f"{model}={run}")),
         NextStep("Add a task", job_command("add-task", "--run", run, "--task", "NEW_TASK", "--data.root", "FOLDER")),
     ]
-    return [*steps, *([comparison_step(tracking_uri, experiment_id)] if experiment_id else [])]
+    return [*steps, *([comparison_step(tracking_uri, table_path)] if table_path else [])]
 
 
 def format_next_steps(steps: Sequence[NextStep]) -> str:

@@ -43,7 +43,7 @@ from pipeline.runtime.environment import run_command, run_environment, source_na
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Artifact
-from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri, without_password
+from pipeline.runtime.tracking.mlflow_adapter import methods_table_path, resolve_tracking_uri, without_password
 from pipeline.stages.data_check import FINDINGS
 from pipeline.stages.data_check import NAME as DATA_CHECK
 from pipeline.stages.data_check import PAGE as DATA_PAGE
@@ -180,6 +180,7 @@ def find_mistakes(
 def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
     """Return what a user may do with the run."""
     session.tracker.flush(timeout_s=5)  # the experiment's id is known when MLflow was reached
+    experiment_id = session.tracker.experiment_id
     root, task = plan.dataset_index.root, plan.tasks[0]
     images = root / task if (root / task).is_dir() else root / plan.dataset_index.images[0].path
     return next_steps(
@@ -188,7 +189,7 @@ def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
         task,
         [str(images) if images.exists() else "IMAGES"],
         resolve_tracking_uri(plan.config.tracking.uri, plan.storage.folder),
-        session.tracker.experiment_id,
+        methods_table_path(experiment_id) if experiment_id else None,
     )
 
 

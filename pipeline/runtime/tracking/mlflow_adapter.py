@@ -10,7 +10,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -23,7 +23,20 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param, RunTag
 
 RUN_KEY = "pipeline.run_key"
+METHODS_VIEW = "methods"
 EXPERIMENT_TAGS = {
+    # A shared view of MLflow's page: the table of all methods, with their accuracies as columns.
+    f"mlflow.sharedViewState.{METHODS_VIEW}": json.dumps(
+        {
+            "searchFilter": "tags.level = 'method'",
+            "orderByKey": "metrics.`accuracy/average`",
+            "orderByAsc": False,
+            "selectedColumns": [
+                *("attributes.`Created`", "metrics.`accuracy/average`", "metrics.`trained_parameters`"),
+                *("params.`data`", "params.`shots`", "params.`seed`"),
+            ],
+        }
+    ),
     "mlflow.note.content": """One line for each method of each pipeline run, to compare methods, shots, seeds: search
 
     tags.level = 'method'
@@ -98,6 +111,12 @@ class MlflowServer:
                 client.update_run(run_id, status=op.value)
             else:
                 client.set_terminated(run_id, op.value, end_time=op.time)
+
+
+def methods_table_path(experiment_id: str) -> str:
+    """Return the path of the table of all methods on MLflow's page, which otherwise opens an empty page for generative
+    AI."""
+    return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={METHODS_VIEW}&workflowType=machine_learning"
 
 
 def resolve_tracking_uri(configured: str | None, storage: Path) -> str:
@@ -201,6 +220,10 @@ def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
         except Exception:
             if (experiment := client.get_experiment_by_name(name)) is None:  # else another pipeline created it first
                 raise
+    for key, value in EXPERIMENT_TAGS.items():
+        if key not in experiment.tags:  # an experiment of an older version, or of other tools
+            with suppress(Exception):  # a server may allow only its administrators to change experiments
+                client.set_experiment_tag(experiment.experiment_id, key, value)
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
     return experiment.experiment_id
