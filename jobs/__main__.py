@@ -1,15 +1,45 @@
 """Run a job by its name: the command-line interface of an installed package.
 
-mmap-clip full-pipeline        the built-in demo
-mmap-clip full-pipeline --config configs/office_home.yaml --data.root /data/OfficeHome
-mmap-clip predict --help
+mmap-clip full-pipeline                                the demo, which needs no data
+mmap-clip check-data --data.root /data/shops           before the first run on images of your own
+mmap-clip full-pipeline --data.root /data/shops
 """
 
-import runpy
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
 import sys
+import types
 from pathlib import Path
 
 from pipeline.interrupts import handle_signals
+
+GROUPS = {
+    "Train": ("check_data", "full_pipeline", "benchmark", "tune", "grouping_study", "add_task"),
+    "Look": ("runs", "list_models"),
+    "Use": ("predict", "serve", "register_model"),
+    "Single stages": ("build_splits", "train_global_prompt", "solve_grouping", "train_groups"),
+    "Shell": ("completion",),
+}
+USUAL_NAMES = {
+    **dict.fromkeys(("train", "fit", "run", "start", "demo", "pipeline", "evaluate", "eval", "test"), "full-pipeline"),
+    **dict.fromkeys(("check", "validate", "data"), "check-data"),
+    **dict.fromkeys(("ls", "list", "status", "history", "show", "results"), "runs"),
+    **dict.fromkeys(("models", "ls-models"), "list-models"),
+    **dict.fromkeys(("infer", "inference", "classify", "prediction"), "predict"),
+    **dict.fromkeys(("server", "deploy", "api"), "serve"),
+    **dict.fromkeys(("register", "export", "publish", "push"), "register-model"),
+    **dict.fromkeys(("search", "hpo", "sweep", "optimize"), "tune"),
+    **dict.fromkeys(("bench", "compare"), "benchmark"),
+    **dict.fromkeys(("group", "grouping", "cluster"), "solve-grouping"),
+    **dict.fromkeys(("split", "splits"), "build-splits"),
+    "add": "add-task",
+}
+"""Name of a similar command of other tools → job."""
+SUMMARY_WIDTH = 96
 
 
 def job_names() -> list[str]:
@@ -18,14 +48,65 @@ def job_names() -> list[str]:
 
 def main() -> None:
     handle_signals()
-    names, job = [name.replace("_", "-") for name in job_names()], "".join(sys.argv[1:2])
-    if job in ("-h", "--help"):
-        print(f"usage: mmap-clip JOB [OPTIONS]\n\n{__doc__}\njobs: {', '.join(names)}")
-    elif (module := job.replace("-", "_")) in job_names():
-        sys.argv = [f"mmap-clip {module.replace('_', '-')}", *sys.argv[2:]]
-        runpy.run_module(f"jobs.{module}", run_name="__main__")
+    job, *arguments = sys.argv[1:] or ["--help"]
+    module = job.replace("-", "_")
+    if job == "help" and arguments:
+        module, arguments = arguments[0].replace("-", "_"), ["--help"]
+    if job in ("-h", "--help", "help") and module not in job_names():
+        print(help_page(), end="")
+    elif job in ("-V", "--version", "version"):
+        print(f"mmap-clip {package_version()}")
+    elif module in job_names():
+        sys.argv = [f"mmap-clip {module.replace('_', '-')}", *arguments]
+        run_script(module)
     else:
-        sys.exit(f"error: {f'unknown job {job}' if job else 'no job given'}; jobs: {', '.join(names)}")
+        print(f"error: unknown job {job}{suggestion(job)} All jobs: mmap-clip --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_script(job: str) -> None:
+    """Execute a job's script as the main module, which pydantic and cloudpickle look for by that name."""
+    spec = importlib.util.find_spec(f"jobs.{job}")
+    assert spec and isinstance(spec.loader, importlib.abc.InspectLoader)
+    module, previous = types.ModuleType("__main__"), sys.modules["__main__"]
+    module.__file__ = spec.origin
+    sys.modules["__main__"] = module
+    try:
+        exec(spec.loader.get_code(spec.name), vars(module))
+    finally:
+        sys.modules["__main__"] = previous
+
+
+def help_page() -> str:
+    """Return the list of jobs, with the first sentence of each one's docstring."""
+    lines = ["usage: mmap-clip JOB [OPTIONS]", "", *(__doc__ or "").splitlines()[2:], ""]
+    for title, jobs in GROUPS.items():
+        lines += [f"{title}:", *(f"  {job.replace('_', '-'):<21} {summary(job)}" for job in jobs), ""]
+    return "\n".join([*lines, "mmap-clip JOB --help shows the options of a job, mmap-clip --version the version.", ""])
+
+
+def summary(job: str) -> str:
+    """Return the first sentence of a job's docstring, or its first clauses, without importing the job."""
+    source = Path(__file__).with_name(f"{job}.py").read_text(encoding="utf-8")
+    sentence = " ".join((ast.get_docstring(ast.parse(source)) or "").split()).split(". ")[0].removesuffix(".")
+    clauses = [match.start() for match in re.finditer(r"[,;:] ", sentence[:SUMMARY_WIDTH])]
+    return sentence if len(sentence) <= SUMMARY_WIDTH else sentence[: max(clauses)]
+
+
+def suggestion(job: str) -> str:
+    from pipeline.config import did_you_mean  # a third of a second
+
+    name = job.lower().replace("_", "-")
+    if name in USUAL_NAMES:
+        return f"; did you mean {USUAL_NAMES[name]}?"
+    return did_you_mean(name, [valid.replace("_", "-") for valid in job_names()])
+
+
+def package_version() -> str:
+    try:
+        return importlib.metadata.version("mmap-clip")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 if __name__ == "__main__":

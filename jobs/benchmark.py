@@ -27,6 +27,7 @@ class Options(JobOptions):
     methods: tuple[str, ...] = Field(
         ("all",),
         description="Method names, `paper` (those of the paper's tables and Figure 4), or `all`; see --help-methods.",
+        examples=[*METHOD_SETS, *VARIANTS],
     )
     dataset: str | None = Field(
         None, description="Base config, configs/<dataset>.yaml; null: none with --data.root, else the demo."

@@ -13,7 +13,7 @@ from pipeline.stages.flow import NAMES, check_stage, needs_weights, run_stages, 
 
 
 class Options(JobOptions):
-    until: str = Field(NAMES[-1], description="Last stage to run.")
+    until: str = Field(NAMES[-1], description="Last stage to run.", examples=list(NAMES))
 
 
 def main() -> None:

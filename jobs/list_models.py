@@ -27,7 +27,9 @@ class Options(JobOptions):
     patterns: tuple[str, ...] = Field(
         (), description="Parts of names (SigLIP) or names with wildcards ('ViT-B*'), in any case; none: all models."
     )
-    method: str | None = Field(None, description="Only models that take this method (docs/methods.md); null: all.")
+    method: str | None = Field(
+        None, description="Only models that take this method (docs/methods.md); null: all.", examples=list(METHODS)
+    )
     tags: bool = Field(False, description="Also the tags of each model, with the preprocessing of their images.")
     as_json: bool = Field(False, alias="json", description="Print a list of JSON objects; tags are in it in any case.")
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import runpy
+import shlex
+import subprocess
 import sys
 from typing import ClassVar
 
 import pytest
+import shtab
 from pipelines import REPOSITORY
 from pydantic import Field
 
-from jobs.__main__ import job_names
+from jobs.__main__ import GROUPS, USUAL_NAMES, job_names, main
+from jobs.completion import completion_parser
 from pipeline.command_line import report_user_errors
 from pipeline.config import Config, JobOptions, JobParser, Section, did_you_mean, fields, parse_config
 from pipeline.config.help_pages import COMMON_FIELDS, is_method_field
@@ -23,7 +28,12 @@ REPLACED_FIELDS = {
     "benchmark": {"seed", "data.shots", "baselines"},
     "grouping_study": {"seed"},
 }
-JOBS_WITH_FEW_FIELDS = {"list_models", "predict", "register_model", "serve"}
+JOBS_WITH_FEW_FIELDS = {"completion", "list_models", "predict", "register_model", "runs", "serve"}
+MISSPELLED = {
+    "completion": ("halp", "help"),
+    "list_models": ("metod", "method"),
+    "runs": ("storag", "storage"),
+}
 RUN_JOBS = sorted({*job_names()} - JOBS_WITH_FEW_FIELDS)
 
 
@@ -92,9 +102,11 @@ def test_entries_fill_the_width_of_the_terminal(columns, width, monkeypatch):
 
 @pytest.mark.parametrize("job", job_names())
 def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
-    required = re.findall(r"--\w+(?= VALUE)|RUN|INPUTS", run_to_exit(job, "--help")[1].splitlines()[0].split(" [")[0])
+    required = re.findall(
+        r"--\w+(?= VALUE)|RUN|INPUTS|SHELL", run_to_exit(job, "--help")[1].splitlines()[0].split(" [")[0]
+    )
     arguments = [text for option in required for text in ([option, "x"] if option.startswith("--") else ["x"])]
-    misspelled, name = ("metod", "method") if job == "list_models" else ("clip.pretraned", "clip.pretrained")
+    misspelled, name = MISSPELLED.get(job, ("clip.pretraned", "clip.pretrained"))
     status, output, error = run_to_exit(job, *arguments, f"--{misspelled}", "x")
     assert (status, output) == (2, "")
     assert error.startswith(f"error: unknown option --{misspelled}; did you mean --{name}? ")
@@ -385,9 +397,114 @@ def test_a_job_exits_with_a_status_and_no_traceback(error, status, output, capsy
     assert (exited.value.code, *capsys.readouterr()) == (status, "", output)
 
 
+@pytest.fixture
+def mmap_clip(monkeypatch, capsys):
+    """Call the command mmap-clip: (*arguments) → exit status, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mmap-clip", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as exited:
+            status = exited.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_the_command_lists_all_jobs_in_groups_with_a_line_each(mmap_clip):
+    assert sorted(job for jobs in GROUPS.values() for job in jobs) == job_names()
+    status, page, _ = mmap_clip()
+    assert status == 0 and page == mmap_clip("--help")[1] == mmap_clip("help")[1]
+    for job in job_names():
+        assert re.search(rf"^  {job.replace('_', '-')} +[A-Z].{{20,}}$", page, re.MULTILINE)
+    assert max(map(len, page.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("job", job_names())
+def test_every_job_runs_by_either_spelling(job, mmap_clip):
+    """As the main module: pydantic looks there for the types of the options."""
+    for name in (job, job.replace("_", "-")):
+        status, page, error = mmap_clip(name, "--help")
+        assert (status, error) == (0, "") and page.startswith(f"usage: mmap-clip {job.replace('_', '-')} ")
+        assert mmap_clip("help", name)[1] == page
+    assert mmap_clip(job, "--nonsense", "--x")[0] == 2
+
+
+def test_an_invalid_value_is_reported_by_the_command(mmap_clip):
+    status, _, error = mmap_clip("predict", "run", "image", "--threshold", "2")
+    assert (status, error) == (2, "error: threshold=2: must be less than or equal to 1\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "job"),
+    [
+        *(("train", "full-pipeline"), ("fit", "full-pipeline"), ("run", "full-pipeline"), ("ls", "runs")),
+        *(("evaluate", "full-pipeline"), ("export", "register-model"), ("Predict", "predict"), ("predct", "predict")),
+        *(("check", "check-data"), ("hpo", "tune"), ("full_pipline", "full-pipeline"), ("xyz", None)),
+    ],
+)
+def test_an_unknown_job_is_answered_with_the_closest(typed, job, mmap_clip):
+    status, output, error = mmap_clip(typed)
+    assert (status, output) == (2, "")
+    hint = f"; did you mean {job}?" if job else "."
+    assert error.startswith(f"error: unknown job {typed}{hint}") and "mmap-clip --help" in error
+    assert set(USUAL_NAMES.values()) <= {name.replace("_", "-") for name in job_names()}
+
+
+def test_the_version_is_that_of_the_package(mmap_clip):
+    assert mmap_clip("--version") == (0, f"mmap-clip {importlib.metadata.version('mmap-clip')}\n", "")
+
+
+@pytest.fixture(scope="module")
+def completions(tmp_path_factory):
+    """Press Tab after each of some command lines in bash: [words] → [[suggestions]]."""
+    file = tmp_path_factory.mktemp("completion") / "mmap-clip"
+    file.write_text(shtab.complete(completion_parser(), "bash"))
+
+    def press_tab(*lines: list[str]) -> list[list[str]]:
+        script = [f"source {shlex.quote(str(file))}"]
+        for words in lines:
+            script.append(
+                f"COMP_WORDS=({shlex.join(['mmap-clip', *words])}); COMP_CWORD={len(words)}; COMPREPLY=(); "
+                f"_shtab_mmap_clip mmap-clip {shlex.quote(words[-1])}; "
+                '(IFS=" "; echo "${COMPREPLY[*]}")'
+            )
+        output = subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True, text=True, check=True).stdout
+        return [line.split() for line in output.splitlines()]
+
+    return press_tab
+
+
+def test_the_tab_key_completes_jobs_options_and_values(completions, tmp_path):
+    (tmp_path / "photos").mkdir()
+    jobs, tune, options, objective, methods, flag, stage, folder = completions(
+        [""],
+        ["tu"],
+        ["full-pipeline", "--training.e"],
+        ["full-pipeline", "--grouping.objective", ""],
+        ["check-data", "--baselines", "maple"],
+        ["tune", "--data.use_official_splits", ""],
+        ["full-pipeline", "--until", "gro"],
+        ["full-pipeline", "--data.root", f"{tmp_path}/ph"],
+    )
+    assert jobs == [name.replace("_", "-") for name in job_names()] and tune == ["tune"]
+    assert options == ["--training.epochs"] and objective == ["sum", "mean", "density"]
+    assert methods == ["maple", "maple_mt"] and flag == ["true", "false"]
+    assert stage == ["grouping", "group_trainings"] and folder == [f"{tmp_path}/photos"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_each_shell(shell, mmap_clip):
+    status, script, _ = mmap_clip("completion", shell)
+    assert status == 0 and "full-pipeline" in script and "training.epochs" in script and "mvlpt" in script
+    assert "did you mean zsh? Valid: bash, zsh" in mmap_clip("completion", "zshh")[2]
+
+
 def test_job_options_do_not_shadow_config_fields(run_to_exit):
     for job in job_names():
         options = set(
             re.findall(r"^  --(\w+)(?: |$)", run_to_exit(job, "--help")[1].split("\nCommon config fields")[0], re.M)
         )
-        assert not options & set(Config.model_fields), job
+        assert options & set(Config.model_fields) == ({"storage"} if job == "runs" else set()), job

@@ -60,7 +60,7 @@ def test_one_command_runs_the_demo_of_an_installed_wheel(wheel, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "text"), [(["--help"], 0, "full-pipeline"), (["oops"], 1, "unknown job")]
+    ("arguments", "status", "text"), [(["--help"], 0, "full-pipeline"), (["oops"], 2, "unknown job")]
 )
 def test_jobs_are_listed(arguments, status, text):
     command = [sys.executable, "-m", "jobs", *arguments]

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.config.fields import check_texts
 from pipeline.config.files import DEMO_CONFIG, load_yaml, resolve_config_path
-from pipeline.config.help_pages import Page, help_page, option_fields
+from pipeline.config.help_pages import Page, help_page, option_fields, options_json
 from pipeline.config.schema import Config, fields, parse_config, validate
 from pipeline.config.sections import BUILTIN_DIGITS
 from pipeline.config.suggestions import did_you_mean, explain_unavailable, find_option
@@ -118,6 +118,7 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
             if name not in replacements and (field_help is None or name in field_help)
         ]
         self.add_argument("-h", "--help", action=_ShowPage, const="help", nargs=0)
+        self.add_argument("--help-json", action=_ShowPage, const="json", nargs=0)
         if self.base_help:
             self.add_argument("--help-methods", action=_ShowPage, const="methods", nargs=0)
             self.add_argument("--help-all", action=_ShowPage, const="all", nargs=0)
@@ -159,6 +160,10 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         return JobArguments(validate(self.options, option_values), [*map(Path, files)], field_values)
 
     def format_help(self, page: Page = "help") -> str:
+        if page == "json":
+            own = option_fields(self.options)
+            config_fields = {name: field for name, field, _ in self.config_fields}
+            return options_json(own, self.options.positional, config_fields, bool(self.base_help))
         demo = dict[str, Any]()
         if self.base_help == DEMO_HELP:
             demo = {name: value for name, _, value in fields(parse_config(load_yaml(DEMO_CONFIG)))}

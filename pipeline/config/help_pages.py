@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config.schema import METHOD_SECTIONS, VARIANTS, choices, section_description
+from pipeline.config.values import value_types
 
-Page = Literal["help", "methods", "all"]
+Page = Literal["help", "methods", "all", "json"]
 ConfigField = tuple[str, FieldInfo, Any]
 """Dotted name, field, default."""
 COMMON_FIELDS = (
@@ -81,6 +82,23 @@ def help_page(
         "`--training.learning_rate`."
     )
     return "\n".join([*lines, "", *_wrap(footer), ""])
+
+
+def options_json(
+    own: Mapping[str, FieldInfo], positional: Sequence[str], config_fields: Mapping[str, FieldInfo], takes_config: bool
+) -> str:
+    """Return all options as a JSON list, for the completion of command lines."""
+    entries = [{"name": "config", "help": "YAML files of fields", "positional": False, "list": True, "choices": []}]
+    options = [] if not takes_config else entries
+    for name, field in {**own, **config_fields}.items():
+        kinds = value_types(field.annotation)
+        values = ["true", "false"] if bool in kinds else [*(choices(field) or field.examples or ())]
+        text = re.split(r"[.](?=\s|$)", " ".join((field.description or "").split()))[0]
+        is_list = tuple in kinds
+        options.append(
+            {"name": name, "help": text, "positional": name in positional, "list": is_list, "choices": values}
+        )
+    return json.dumps(options, indent=1) + "\n"
 
 
 def option_fields(options: type[BaseModel]) -> dict[str, FieldInfo]:

@@ -40,8 +40,12 @@ _methods: Any = import_module("pipeline.methods.registry")
 _S = TypeVar("_S", bound=Section)
 
 
+def _is_baseline(variant: str) -> bool:
+    return variant not in ("zero_shot", *_methods.DEFAULT_VARIANTS)
+
+
 def _check_baseline(name: str) -> str:
-    valid = [variant for variant in _methods.VARIANTS if variant not in ("zero_shot", *_methods.DEFAULT_VARIANTS)]
+    valid = list(filter(_is_baseline, _methods.VARIANTS))
     if name not in valid:
         raise ValueError(f"not a baseline{did_you_mean(name, valid)} Valid: {', '.join(valid)}")
     return name
@@ -90,7 +94,11 @@ class Config(Section):
     """Frozen CLIP model."""
     mmap: MmapConfig = MmapConfig()
     """Multi-modal alignment prompts (MmAP)."""
-    baselines: Annotated[tuple[Annotated[str, AfterValidator(_check_baseline)], ...], affects("report")] = ()
+    baselines: Annotated[
+        tuple[Annotated[str, AfterValidator(_check_baseline)], ...],
+        Field(examples=[name for name in _methods.VARIANTS if _is_baseline(name)]),
+        affects("report"),
+    ] = ()
     """Methods to compare with MmAP: single-task, or multi-task with the suffix `_mt`; also ablations of MmAP
     (docs/methods.md)."""
     training: TrainingConfig = TrainingConfig()
