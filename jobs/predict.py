@@ -91,7 +91,7 @@ def predict(arguments: JobArguments[Options]) -> int:
         raise UserError(f"unknown --task {job.task}{hint} {job.run} has the tasks {', '.join(tasks)}")
     task = job.task or (tasks[0] if len(tasks) == 1 else None)
     if task is None:
-        print_status(f"no --task: each image gets the most probable prediction of the tasks {', '.join(tasks)}")
+        print_status(f"no --task: an image without one gets the most probable prediction of {', '.join(tasks)}")
     if is_parquet:
         num_images, num_broken = predict_to_parquet(arguments, adapter, options, task)
     else:
@@ -106,7 +106,7 @@ def predict_to_text(
 ) -> int:
     """Return the number of broken images."""
     from pipeline.prediction.model import TrainedModel
-    from pipeline.prediction.output_files import prediction_writer
+    from pipeline.prediction.output_files import STDOUT, prediction_writer
 
     num_broken = 0
     print_status("loading CLIP ...")
@@ -115,7 +115,7 @@ def predict_to_text(
         for count, prediction in enumerate(model.predict_stream(images, task), 1):
             write(prediction)
             num_broken += bool(prediction.error)
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() and not (job.output == STDOUT and sys.stdout.isatty()):
                 print(f"\r{count} of {len(images)} images", end="\n" * (count == len(images)), file=sys.stderr)
     return num_broken
 

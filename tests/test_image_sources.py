@@ -69,6 +69,9 @@ def test_lists_and_folders_give_lists(model, tmp_path):
         assert [prediction.path for prediction in model.predict(images, "ink")] == paths
     with pytest.warns(UserWarning, match="1 file not read: 1 hidden"):
         assert [prediction.path for prediction in model.predict(tmp_path, "ink")] == paths
+    for images in (None, 3, {"a.png": 1}, pd.DataFrame({"path": paths})):
+        with pytest.raises(TypeError, match="must be an image or a list of images, not"):
+            model.predict(images)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no images in .*none"):
         model.predict([tmp_path / "none"])

@@ -118,7 +118,7 @@ def test_all_outputs_have_the_same_form_and_are_never_overwritten(adapter_file, 
     expected = pipeline.load(adapter_file).predict([tmp_path / "a.png", tmp_path / "b.jpg"])
     assert call(monkeypatch, *job, "--output", "-") == 1
     stdout, stderr = capsys.readouterr()
-    assert stdout.splitlines()[0] == "path,task,label,probability,error" and "tasks ink, neon" in stderr
+    assert stdout.splitlines()[0] == "path,task,label,probability,error" and "prediction of ink, neon" in stderr
     for suffix in ("csv", "TSV", "json", "jsonl"):
         file = tmp_path / "new" / "folder" / f"x.{suffix}"
         assert call(monkeypatch, *job, "--output", file) == 1

@@ -182,7 +182,7 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
             pipeline.load(f"{uri}/photos?{query}")
         command_line = (f"{uri}/runs/x?{query}", f"{uri}/photos?{query}", "--output", f"{uri}/out?{query}")
         finished = run_job("predict", *command_line)  # of all tasks
-        assert "the most probable prediction of the tasks ink, neon, pairs" in finished.output
+        assert "the most probable prediction of ink, neon, pairs" in finished.output
         assert finished.status == 1 and "1 of 6 images are broken" in finished.output
         rows = pq.read_table(f"{bucket}/out", filesystem=filesystem).to_pylist()
         assert [row["path"].rpartition("/")[2] for row in rows] == ["broken.png", *(f"{n}.png" for n in range(5))]

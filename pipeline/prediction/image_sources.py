@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard, cast
 
@@ -31,14 +31,18 @@ _EXPECTED = {
 
 
 def is_single_image(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:
-    """Return whether this is one image, rather than a list of images."""
-    if isinstance(images, np.ndarray) and images.ndim == 1:
-        return images.dtype.kind not in "OSU"  # an array of paths or bytes is a list
-    return not isinstance(images, Iterable) or isinstance(images, _ITERABLE_IMAGES) or hasattr(images, "read")
+    """Return whether this is one image, rather than a list of images. Raises TypeError if it is neither."""
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OSU":
+        return False  # an array of paths or bytes
+    if isinstance(images, _IMAGE_TYPES) or hasattr(images, "read"):
+        return True
+    if isinstance(images, Iterable) and not (isinstance(images, Mapping) or hasattr(images, "columns")):
+        return False
+    raise TypeError(f"images must be an image or a list of images, not {type(images).__name__}; {_EXPECTED_SOURCE}")
 
 
-_ITERABLE_IMAGES = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, torch.Tensor, dict)
-"""A dict is no image either, and refused as one."""
+_IMAGE_TYPES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, torch.Tensor)
+_EXPECTED_SOURCE = "expected a path, a URL, bytes, an open file, a Pillow image, an array or a tensor"
 
 
 def is_folder(source: object) -> bool:
@@ -102,10 +106,7 @@ def _read(source: Any) -> bytes | Image.Image:
             return _array_to_image(source)
         case _ if hasattr(source, "read"):
             return _read_stream(source)
-    raise BrokenImage(
-        f"no image but {type(source).__name__}; expected a path, a URL, bytes, an open file, a Pillow image, an array "
-        "or a tensor"
-    )
+    raise BrokenImage(f"no image but {type(source).__name__}; {_EXPECTED_SOURCE}")
 
 
 def _read_named(name: str) -> bytes:

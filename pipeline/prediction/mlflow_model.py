@@ -158,12 +158,13 @@ class _Pyfunc:
         data_by_row: dict[int, bytes] = {}
         for row, (image, value) in enumerate(zip(images, tasks)):
             task = None if is_missing(value) else value
+            name = task if isinstance(task, str) else None
             try:
-                self._model.resolve_tasks(task)
+                tasks_of_row = self._model.resolve_tasks(task)
+                name = tasks_of_row[0] if len(tasks_of_row) == 1 else None
                 data_by_row[row] = decode_sent_image(image)
                 rows_by_task.setdefault(task, []).append(row)
             except (UserError, BrokenImage) as error:
-                name = task if isinstance(task, str) else None
                 prediction_by_row[row] = ImagePrediction(task=name, error=escape_controls(str(error)))
         for task, rows in rows_by_task.items():
             predictions = self._model.predict([data_by_row[row] for row in rows], task)

@@ -115,21 +115,26 @@ class TrainedModel:
 
         Raises:
             UserError: unknown task, a folder without images.
+            TypeError: neither an image nor a list.
         """
-        if is_single_image(images):
-            predictions = list(self.predict_stream([images], task))
-            return predictions if is_folder(images) else predictions[0]
-        return list(self.predict_stream(cast(Iterable[ImageSource], images), task))
+        predictions = list(self.predict_stream(images, task))
+        return predictions[0] if is_single_image(images) and not is_folder(images) else predictions
 
-    def predict_stream(self, images: Iterable[ImageSource], task: str | None = None) -> Iterator[ImagePrediction]:
+    def predict_stream(
+        self, images: ImageSource | Iterable[ImageSource], task: str | None = None
+    ) -> Iterator[ImagePrediction]:
         """Yield the predictions of `predict` for any number of images, decoded in threads while the model runs."""
         tasks = self.resolve_tasks(task)
+        if is_single_image(images):
+            images = [images]
+        images = cast(Iterable[ImageSource], images)
+        named_task = tasks[0] if len(tasks) == 1 else None
         for batch, pixels, errors in self._decode_batches(expand_folders(images)):
             valid_rows = [row for row, error in enumerate(errors) if not error]
             predictions = self._predict(pixels if len(valid_rows) == len(errors) else pixels[valid_rows], tasks, task)
             for source, error in zip(batch, errors):
                 path = source_path(source)
-                yield ImagePrediction(path, task, error=error) if error else replace(next(predictions), path=path)
+                yield ImagePrediction(path, named_task, error=error) if error else replace(next(predictions), path=path)
 
     def predict_pixels(self, pixels: torch.Tensor, task: str | None = None) -> list[ImagePrediction]:
         """Return the predictions of `predict` for uint8 pixels (B, 3, S, S) from

@@ -164,13 +164,13 @@ class HttpApi:
             images, task = await self._run_in_thread(self._parse_json, body, task)
         else:
             images = [body]
-        self._check_task(name, task)
+        named_task = self._check_task(name, task)
         decoded = await asyncio.gather(*(self._run_in_thread(self._decode, image) for image in images))
         pixels = [image for image in decoded if not isinstance(image, str)]
         answer = await self._predict_pixels(name, task, np.stack(pixels)) if pixels else Answer([], 0)
         predicted = iter(answer.records)
         records = [
-            ImagePrediction(task=task, error=image).to_dict() if isinstance(image, str) else next(predicted)
+            ImagePrediction(task=named_task, error=image).to_dict() if isinstance(image, str) else next(predicted)
             for image in decoded
         ]
         headers = {BATCH_SIZE_HEADER: str(answer.batch_size)}
@@ -223,10 +223,12 @@ class HttpApi:
             raise HttpError(422, f"task is {body_task!r} in the body but {task!r} in the query; give one")
         return images, task if body_task is None else body_task
 
-    def _check_task(self, name: str, task: str | None) -> None:
+    def _check_task(self, name: str, task: str | None) -> str | None:
+        """Return the task, or the only one of the model."""
         tasks = self._models[name].labels
         if task is not None and task not in tasks:
             raise HttpError(422, f"unknown task {task!r}; model {name!r} has the tasks {', '.join(tasks)}")
+        return task or (next(iter(tasks)) if len(tasks) == 1 else None)
 
     def _decode(self, image: object) -> np.ndarray | str:
         """Return the pixels (3, S, S), or the error of a broken image."""
