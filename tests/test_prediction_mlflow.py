@@ -68,7 +68,7 @@ def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch,
 def test_registration_errors_are_reported(quick_run, tmp_path, monkeypatch, capsys):
     folder, model_name = the_run(quick_run[0]), ("--tracking.registered_model", "x")
     for arguments, message in [
-        (["--run", folder], "--tracking.registered_model is required"),
+        (["--run", folder], "--tracking.registered_model NAME is required"),
         (["--run", tmp_path, *model_name], "is not a run directory"),
         (
             ["--run", folder, *model_name, "--tracking.uri", f"sqlite:///{tmp_path}/other.db"],
