@@ -10,4 +10,4 @@ from pipeline.command_line import run_job
 from pipeline.stages.flow import run_stages
 
 if __name__ == "__main__":
-    run_job(__doc__, partial(run_stages, last_stage="splits"), with_weights=False)
+    run_job(__doc__, partial(run_stages, last_stage="splits"), fetches_weights=False)

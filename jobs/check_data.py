@@ -36,5 +36,5 @@ def main(plan: Plan, session: Session) -> None:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, main, with_weights=False)
+    run_job(__doc__, main, fetches_weights=False)
     sys.exit(1 if "error" in severities else 0)

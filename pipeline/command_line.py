@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 LOG_WIDTH = 160
 
 
-def run_job(description: str | None, main: Callable[[Plan, Session], object], with_weights: bool = True) -> None:
+def run_job(description: str | None, main: Callable[[Plan, Session], object], fetches_weights: bool = True) -> None:
     """Run a job script that makes one run: parse the command line, check the run, call `main(plan, session)`.
 
     Args:
-        with_weights: whether CLIP's weights are fetched; a job that only reads images needs none.
+        fetches_weights: whether CLIP's weights are fetched; a job that only reads images needs none.
     """
     with report_user_errors() as console:
         config = JobParser(description).parse().config()
@@ -44,7 +44,7 @@ def run_job(description: str | None, main: Callable[[Plan, Session], object], wi
         with importing("PyTorch and Ray", console):
             from pipeline.stages.run import open_run
 
-        with open_run(config, console, with_weights) as (plan, session):
+        with open_run(config, console, fetches_weights) as (plan, session):
             main(plan, session)
 
 

@@ -34,9 +34,9 @@ def test_a_stage_has_a_module_and_takes_what_was_made_before_it(stage):
 def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
     ran, weights = [], []
 
-    def run_job(description, main, with_weights=True):
+    def run_job(description, main, fetches_weights=True):
         ran.append(main)
-        weights.append(with_weights)
+        weights.append(fetches_weights)
 
     monkeypatch.setattr(command_line, "run_job", run_job)
     runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"), run_name="__main__")

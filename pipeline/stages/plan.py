@@ -123,7 +123,7 @@ def make_plan(
     extra_key_inputs: Mapping[str, Any] | None = None,
     other_tasks: Sequence[str] = (),
     variants: Sequence[str] | None = None,
-    with_weights: bool = True,
+    fetches_weights: bool = True,
 ) -> Plan:
     """Check the config against data, model, storage and tracking server, and create the run's folder.
 
@@ -132,7 +132,7 @@ def make_plan(
         output_kind, extra_key_inputs: see Plan.
         other_tasks: tasks whose groups the run's tasks join; the grouping's constraints cover all of them.
         variants: names of registry.VARIANTS that the run trains; None: those of the pipeline.
-        with_weights: whether CLIP's weights are fetched, if they are on the Hugging Face Hub and not in its cache.
+        fetches_weights: whether CLIP's weights are fetched, if they are on the Hugging Face Hub and not in its cache.
 
     Raises:
         UserError: The first problem found, with a remedy.
@@ -167,7 +167,7 @@ def make_plan(
         _print_notes(console, *dataset_index.notes, *unexpected_counts(config.data, dataset_index), *notes)
         if "open_clip" not in sys.modules:
             console.print("  importing open_clip ...", highlight=False)
-        if with_weights:
+        if fetches_weights:
             fetch_weights(config.clip, lambda text: console.print(f"  {text}", markup=False, highlight=False))
         config = _with_absolute_paths(config)
         clip, shape = _check_model(config, dataset_index, variants or (*DEFAULT_VARIANTS, *config.baselines))

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_run(config: Config, console: Console, with_weights: bool = True) -> Iterator[tuple[Plan, Session]]:
+def open_run(config: Config, console: Console, fetches_weights: bool = True) -> Iterator[tuple[Plan, Session]]:
     """Check the config against data, model, storage, tracking server and cluster, and connect to them.
 
     Args:
-        with_weights: whether CLIP's weights are fetched; stages that only read images need none.
+        fetches_weights: whether CLIP's weights are fetched; stages that only read images need none.
 
     Raises:
         UserError: The first problem found, with a remedy.
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
-    plan = make_plan(config, console, with_weights=with_weights)
+    plan = make_plan(config, console, fetches_weights=fetches_weights)
     with connect_cluster(plan, console) as worker_resources, run_session(plan, worker_resources, console) as session:
         yield plan, session
 

@@ -66,7 +66,7 @@ def fit(arguments: Mapping[str, Any], config: ConfigSource | None, last_stage: s
 
 def check(arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bool) -> list[Finding]:
     """Check the images. Arguments and errors are those of `pipeline.check`."""
-    with _opened_run("check", arguments, config, verbose, with_weights=False) as (plan, session):
+    with _opened_run("check", arguments, config, verbose, fetches_weights=False) as (plan, session):
         from pipeline.stages.data_check import check_data
 
         return check_data(plan, session, verbose)
@@ -74,7 +74,11 @@ def check(arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bo
 
 @contextmanager
 def _opened_run(
-    function: str, arguments: Mapping[str, Any], config: ConfigSource | None, verbose: bool, with_weights: bool = True
+    function: str,
+    arguments: Mapping[str, Any],
+    config: ConfigSource | None,
+    verbose: bool,
+    fetches_weights: bool = True,
 ) -> Iterator[tuple[Plan, Session]]:
     run_config, console = make_config(config, arguments, function), _console(verbose)
     if "ray" not in sys.modules:
@@ -87,7 +91,7 @@ def _opened_run(
     try:
         with (
             called_from_python(_format_call(function, config, arguments)),
-            open_run(run_config, console, with_weights) as opened,
+            open_run(run_config, console, fetches_weights) as opened,
         ):
             yield opened
     except KeyboardInterrupt:
