@@ -21,6 +21,7 @@ from pipeline.command_line import report_user_errors
 from pipeline.config import Config, JobOptions, JobParser, Section, did_you_mean, fields, parse_config
 from pipeline.config.help_pages import COMMON_FIELDS, is_method_field
 from pipeline.config.suggestions import RENAMED
+from pipeline.config.values import list_arguments
 from pipeline.errors import UserError
 
 REPLACED_FIELDS = {
@@ -185,6 +186,15 @@ def test_text_is_taken_as_it_is(text):
         assert JobParser("").parse(["--data.tasks", "x", text]).config().data.tasks == ("x", text.strip())
     options = JobParser("", TextOptions).parse([text, "--model", text, "--output", text]).options
     assert (options.inputs, options.model, options.output) == ((text,), text, text)
+
+
+@pytest.mark.parametrize(
+    "names", [["a"], ["a b", "c"], ["a,b", "c"], ["[a]"], ["-x", "'y"], ["null"], [" x"], ['"é"', "@"]]
+)
+def test_a_list_in_a_message_can_be_pasted(names):
+    """As layouts.py suggests them."""
+    arguments = shlex.split(f"--data.tasks {list_arguments(names)}")
+    assert JobParser("").parse(arguments).config().data.tasks == tuple(names)
 
 
 @pytest.mark.parametrize("option", ["--data.root", "--name", "--data.tasks", "--config", "--training.epochs"])

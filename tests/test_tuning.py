@@ -146,6 +146,31 @@ def test_errors_of_a_search_file_are_reported(tmp_path, values, message):
     assert message in str(error.value) and "search_0.yaml" in str(error.value)
 
 
+def test_values_of_a_search_file_are_those_of_their_fields(tmp_path):
+    """Text as it is written, numbers in the forms that YAML 1.1 reads as text, null where the field allows it."""
+    (file := tmp_path / "search.yaml").write_text(
+        "searcher: random\ntrials: 3\nfields:\n  training.learning_rate: {loguniform: [1e-4, 1e-1]}\n"
+        "  training.epochs: {integer: [5, 1_0]}\n  grouping.num_groups: {choice: [null, 2]}\n"
+        "  clip.template: {choice: ['no {}', '2024 {}', \"~ {}\"]}\n"
+        "  training.augmentation.flip: {choice: [no, true]}\n"
+        "  training.augmentation.crop_scale: {choice: [[.5, 1], [1, 1.0]]}\n  method: {choice: [grouped, all_in_one]}\n"
+    )
+    space = {name: entry.values for name, entry in read_search(file, BASE).space.items()}
+    assert space == {
+        "method": ("grouped", "all_in_one"),
+        "training.learning_rate": (1e-4, 0.1),
+        "training.epochs": (5, 10),
+        "grouping.num_groups": (None, 2),
+        "clip.template": ("no {}", "2024 {}", "~ {}"),
+        "training.augmentation.flip": (False, True),
+        "training.augmentation.crop_scale": ([0.5, 1.0], [1.0, 1.0]),
+    }
+    assert all(
+        type(value) in (str, int, float, bool, list, type(None)) for values in space.values() for value in values
+    )
+    json.dumps(read_search(file, BASE).to_json())
+
+
 def test_all_invalid_fields_are_reported_together(tmp_path):
     with pytest.raises(UserError, match=r"(?s)seed cannot.*training\.epochs=0"):
         make_search(tmp_path, fields={"seed": {"choice": [1]}, "training.epochs": {"choice": [0]}})

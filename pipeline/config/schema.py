@@ -68,7 +68,7 @@ def _last_folder(root: str) -> str:
     """Return the name of a folder, or of a table without its suffix."""
     name = os.path.basename(os.path.abspath(os.path.expanduser(root)))
     stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in (".csv", ".tsv", ".parquet") else name
+    return stem if suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet") else name
 
 
 def _to_name(text: str) -> str:
@@ -79,7 +79,7 @@ def _to_name(text: str) -> str:
 
 class Config(Section):
     name: Annotated[str, AfterValidator(_check_name), affects()] = "mmap"
-    """Name of the run in reports and MLflow. Unless given, that of the last folder of data.root."""
+    """Name of the run in reports and MLflow; unless given, that of the last folder of data.root."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), affects("splits", "training_features", "training")] = 1
     """Random seed of few-shot sampling, prompt initialization, batch order and augmentation."""
     storage: Annotated[str, affects()] = "mmap-runs"

@@ -6,6 +6,8 @@ number or flag (`1e-3`, `1_000`, `yes`), so that all of these forms mean the sam
 
 from __future__ import annotations
 
+import json
+import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -85,6 +87,15 @@ def command_line_value(option: str, field: FieldInfo, texts: Sequence[str], spli
         if isinstance(mapping, dict) and "" not in mapping.values():
             return mapping
     return text
+
+
+def list_arguments(values: Sequence[str]) -> str:
+    """Return a list of texts as the shell arguments of an option."""
+    if any(
+        "," in value or value != value.strip() or value.startswith(("[", "-")) or value == "null" for value in values
+    ):
+        return shlex.quote(json.dumps(list(values), ensure_ascii=False))
+    return shlex.join(values)
 
 
 def _list_value(option: str, annotation: Any, texts: Sequence[str]) -> Any:

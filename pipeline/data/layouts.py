@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+from pipeline.config.values import list_arguments
 from pipeline.data.lists import LIST_LAYOUTS, is_image_list, listed_paths
 from pipeline.data.manifest import check_suffix, is_table_name, table_files
 from pipeline.data.names import escape_for_terminal, truncated_list
@@ -395,7 +396,7 @@ def _match_task_folders(folder: _Folder, selected: Sequence[str], tasks: Collect
         f"the folders of {root} differ: "
         + "; ".join(f"{_SHAPES[shape]}: {truncated_list(names)}" for shape, names in sorted(by_shape.items())),
         *(
-            f"to use only these: --data.tasks {' '.join(map(shlex.quote, names))}"
+            f"to use only these: --data.tasks {list_arguments(names)}"
             for _, names in sorted(by_shape.items())
             if _usable_layout("auto", folder, set(map(_nfc, names)))
         ),
@@ -530,7 +531,7 @@ def _single_task_remedy(folder: _Folder) -> list[str]:
     path = folder.path.absolute()
     if not path.name or not _probe("auto", path.parent, {_nfc(path.name)}):
         return []
-    return [f"if it is a single task: --data.root {_option(path.parent)} --data.tasks {shlex.quote(path.name)}"]
+    return [f"if it is a single task: --data.root {_option(path.parent)} --data.tasks {list_arguments([path.name])}"]
 
 
 def _table_notes(folder: _Folder) -> tuple[str, ...]:

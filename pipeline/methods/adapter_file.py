@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
+from pipeline.config.messages import value_message
 from pipeline.data.names import split_synonyms
 from pipeline.errors import UserError, escape_controls
 from pipeline.files import atomic_write
@@ -176,7 +177,7 @@ def load_adapter(path: Path) -> TrainedAdapter:
     except UserError:
         raise
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        reason = value_message(error.errors()[0]) if isinstance(error, ValidationError) else error
         raise UserError(f"{path} is not an adapter file of this project: {type(error).__name__}: {reason}") from None
 
 

@@ -87,7 +87,7 @@ def read_options(adapter_file: Path) -> ModelOptions:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        reason = value_message(error.errors()[0]) if isinstance(error, ValidationError) else error
         raise UserError(f"{file} is not a valid options file: {escape_controls(str(reason))}; remove it") from None
     if content.adapter_sha256 != _sha256(adapter_file):
         raise UserError(f"{file} belongs to another adapter than {adapter_file.name}; calibrate again, or remove it")
