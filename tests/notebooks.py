@@ -1,4 +1,4 @@
-"""Execution of docs/paper_figures.ipynb, and readers of its outputs."""
+"""Execution of the notebooks in docs/, and readers of their outputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,32 @@ import os
 from pathlib import Path
 
 import nbformat
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 from pipelines import REPOSITORY
+from traitlets.config import Config
 
 NOTEBOOK = REPOSITORY / "docs" / "paper_figures.ipynb"
+FROM_PYTHON = REPOSITORY / "docs" / "from_python.ipynb"
+
+
+def execute_in_process(notebook: Path, **settings: object) -> dict[str, object]:
+    """Execute a notebook in this process, on its Ray, and return its variables; an error in a cell is raised.
+
+    Args:
+        settings: values that replace those of the cell `settings`.
+    """
+    options = Config({"HistoryManager": {"enabled": False}})
+    shell = InteractiveShell.instance(config=options)
+    try:
+        for cell in nbformat.read(notebook, 4).cells:
+            if cell.cell_type == "code":
+                shell.run_cell(cell.source).raise_error()
+            if cell.id == "settings":
+                shell.push(settings)
+        return dict(shell.user_ns)
+    finally:
+        InteractiveShell.clear_instance()
 
 
 def execute_notebook(uri: str, folder: Path, **settings: object) -> dict[str, list[dict]]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from html import unescape
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from notebooks import FROM_PYTHON, execute_in_process, num_images, stdout
 from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS
 
 import pipeline
@@ -86,6 +91,7 @@ def test_a_config_object_is_taken_as_it_is():
         ({"epochs": 3, "training.epochs": 4}, "training.epochs twice"),
         ({"epochs": -1}, "training.epochs=-1: "),
         ({"root": "/no/such/folder"}, "/no/such/folder"),
+        ({"root": pd.DataFrame({"path": []})}, "not DataFrame: give a folder of images or a table"),
         ({"config": "no_such.yaml"}, "no_such.yaml does not exist"),
         ({"until": "groups"}, "until groups is not a stage; did you mean grouping?"),
     ],
@@ -200,3 +206,32 @@ def test_an_interrupted_call_can_be_repeated(quick_run, run, monkeypatch):
     experiment = client.get_experiment_by_name("mmap-clip")
     (recorded,) = client.search_runs([experiment.experiment_id], "params.name = 'interrupted'")
     assert recorded.info.status == "KILLED" and recorded.data.tags["mlflow.source.name"] == "pipeline.fit"
+
+
+def test_the_notebook_goes_from_images_to_mistakes(quick_run, run, tmp_path, monkeypatch, capsys):
+    storage, _ = quick_run
+    existing = artifacts(storage)
+    monkeypatch.chdir(tmp_path)  # where it writes the digits
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    names = execute_in_process(
+        FROM_PYTHON,
+        IMAGES=storage / "datasets" / "digits",
+        SETTINGS={"config": "configs/demo.yaml", "storage": storage, **QUICK},
+    )
+    plt.close("all")
+    assert artifacts(storage) == existing
+    assert names["run"].accuracy.equals(run.accuracy)
+    assert names["matrix"].equals(run.confusion_matrix(names["task"]))
+    assert {prediction.label for prediction in names["predictions"]} <= set(run.model.labels("noise"))
+    assert set(names["wrong"]["task"]) == {names["task"]}
+    output = capsys.readouterr().out
+    assert "3 grouping" in output and "4 group trainings" not in output and str(run.report) in output
+
+
+def test_the_committed_notebook_has_outputs_and_no_local_paths():
+    cells = [cell for cell in nbformat.read(FROM_PYTHON, 4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert num_images(outputs) == 4 and "chalk + neon | ink" in stdout(outputs)
+    assert not re.findall(r"(?<![\w:/<])/(?:home|root|tmp|work|Users|mnt|data)/\S*", FROM_PYTHON.read_text())
+    assert FROM_PYTHON.stat().st_size < 400_000

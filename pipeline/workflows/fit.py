@@ -130,6 +130,11 @@ def make_config(config: ConfigSource | None, arguments: Mapping[str, Any], funct
     for name, value in arguments.items():
         if value is None:
             continue
+        if name == "root" and not isinstance(value, str | os.PathLike):
+            raise UserError(
+                f"{function}() takes a path as root, not {type(value).__name__}: give a folder of images or a table "
+                "(a data frame with the columns path and label, and task: save it with to_parquet)"
+            )
         fields_given = _flatten({_resolve_name(name, value, function): _to_plain(value)})
         if twice := [field for field in fields_given if field in settings]:
             raise UserError(f"{function}() gets {twice[0]} twice, once as {name}: give it once")
