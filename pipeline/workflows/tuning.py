@@ -130,6 +130,7 @@ def _run_trials(plan: Plan, session: Session, search: Search, planned: PlannedTr
     tuner = _restore_tuner(plan, session, search, state, trainable) or _new_tuner(
         plan, session, search, planned, check, state, trainable
     )
+    console.print("  starting the trials, whose workers import PyTorch and load CLIP ...", highlight=False)
     tuner.fit()
     write_json(
         plan.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in TrialListener.trials]}
