@@ -83,7 +83,9 @@ def check_paths(config: Config) -> None:
     """
     from pipeline.clip.files.model_files import check_weights_exist
 
-    root = config.data.root
+    root, model = config.data.root, config.clip.model
+    if model.endswith(".json") and not Path(model).expanduser().is_file():
+        raise UserError(f"clip.model={model}: no such model-config file")
     if root and root != BUILTIN_DIGITS and not Path(root).expanduser().exists():
         raise UserError(f"data.root={root} is not a folder or file on this machine")
     if config.clip.pretrained:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REPEAT_AFTER_S = 0.05
 SAME_REQUEST_S = 0.2
 """`timeout` and process managers send a signal to the process and to its group, so twice."""
 BEFORE_ANY_WORK = "rerun the same command: nothing was started yet"
@@ -46,23 +47,22 @@ def handle_signals() -> None:
         return
     if _State.ignored is None:
         _State.ignored = frozenset(number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN)
-        sys.excepthook = _excepthook
+        sys.excepthook, sys.unraisablehook = _excepthook, _unraisablehook
         atexit.register(_skip_finalization)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN if number in _State.ignored else _on_signal)
 
 
-def handle_signals_again() -> None:
-    """Install the handlers again, in place of a library's own, if this process has them."""
-    if _State.ignored is not None:
-        handle_signals()
+def are_handled() -> bool:
+    """Return whether this process has the handlers."""
+    return _State.ignored is not None
 
 
 @contextmanager
-def ending_at_once() -> Iterator[None]:
+def ending_at_once(message: str = BEFORE_ANY_WORK) -> Iterator[None]:
     """While the block runs, which has nothing to end in order, a signal ends the process at once: an exception in the
     midst of an import may be swallowed or turned into another one."""
-    previous, _State.ends_at_once = _State.ends_at_once, BEFORE_ANY_WORK
+    previous, _State.ends_at_once = _State.ends_at_once, message
     try:
         yield
     finally:
@@ -128,6 +128,22 @@ def _skip_finalization() -> None:
             with suppress(OSError, ValueError):  # closed by its reader
                 stream.flush()
         os._exit(exit_status(_State.received))
+
+
+def _unraisablehook(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose exception was raised in a callback, such as a finalizer, where Python drops it."""
+    error = unraisable.exc_value
+    if not isinstance(error, Interrupted):
+        sys.__unraisablehook__(unraisable)
+        return
+
+    def repeat(number: int) -> None:
+        _State.received, _State.received_at = None, -math.inf
+        os.kill(os.getpid(), number)
+
+    timer = threading.Timer(REPEAT_AFTER_S, repeat, [error.number])
+    timer.daemon = True
+    timer.start()
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

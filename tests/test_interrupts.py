@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
-from pipelines import QUICK, REPOSITORY, Job
+import ray
+from breaking import checkpoints
+from mlflow import MlflowClient
+from pipelines import QUICK, REPOSITORY, Finished, Job
 from rich.console import Console
 
 from pipeline import interrupts
 from pipeline.command_line import report_user_errors
 from pipeline.interrupts import Interrupted
+from pipeline.runtime.cluster import _signals_end_the_start
 from pipeline.runtime.progress import ProgressDisplay, Report
 from pipeline.runtime.stage import Stage
 
@@ -68,9 +74,22 @@ def test_the_same_signal_twice_at_once_is_one(capsys):
     assert exited.value.code == 143 and line_of(capsys)
 
 
-def test_a_library_s_handler_is_replaced():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    interrupts.handle_signals_again()
+def test_an_exception_that_python_drops_is_raised_again():
+    """As in a finalizer, or in a hook of os.fork."""
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        Finalized()
+        time.sleep(60)
+
+
+def test_ray_s_handlers_of_sigterm_are_not_installed():
+    with _signals_end_the_start():
+        ray._private.utils.set_sigterm_handler(lambda *_: sys.exit(15))
+        assert interrupts._State.ends_at_once
     with pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -172,24 +191,46 @@ def test_a_process(moment, ignored, status, line):
         ("importing PyTorch", signal.SIGINT, "nothing was started yet"),
         ("starting Ray", signal.SIGTERM, "rerun the same command to resume"),
         ("0 data check", signal.SIGHUP, "to resume at stage 0 data check"),
-        ("2 global prompt", signal.SIGTERM, "to resume at stage 2 global prompt"),
     ],
 )
-def test_a_run(moment, number, message, tmp_path):
-    from mlflow import MlflowClient
+def test_a_run_that_begins(moment, number, message, tmp_path):
+    finished = interrupted(Job(tmp_path / "storage", *QUICK), lambda job: moment in job.output.read_text(), number)
+    assert message in finished.output.splitlines()[-1]
 
-    job = Job(tmp_path / "storage", *QUICK)
+
+@pytest.mark.fault_injection
+@pytest.mark.timeout(1200)
+def test_a_training_resumes_at_the_step_that_the_line_names(tmp_path):
+    storage = tmp_path / "storage"
+    options = (*QUICK, "--data.tasks", "ink", "chalk", "--global_prompt.epochs", "300")
+    script = ("jobs/train_global_prompt.py",)
+    job = Job(storage, *options, prefix=script)
+    finished = interrupted(job, lambda job: checkpoints(storage, "global_prompt"), signal.SIGTERM)
+    named = re.search(r"resume at stage 2 global prompt, step (\d+) of 1500$", finished.output.strip())
+    assert named and int(named[1]) > 0, finished.output
+    job = Job(storage, *options, prefix=script)
+    finished = interrupted(job, lambda job: "resumes at step" in job.output.read_text(), signal.SIGINT)
+    resumed = re.search(r"global prompt: resumes at step (\d+) of 1500", finished.output)
+    assert 0 <= int(resumed[1]) - int(named[1]) <= 5 * EPOCHS_IN_BETWEEN, finished.output
+
+
+EPOCHS_IN_BETWEEN = 20
+"""A worker may write checkpoints between its last report and its end."""
+
+
+def interrupted(job: Job, condition, number: signal.Signals) -> Finished:
     try:
-        job.wait_until(lambda: moment in job.output.read_text())
+        job.wait_until(lambda: condition(job))
         job.process.send_signal(number)
     finally:
         finished = job.finish()
     assert finished.status == STATUSES[number], finished.output
-    assert message in finished.output.splitlines()[-1]
     assert not any(word in finished.output for word in ("Traceback", "Exception ignored", "***")), finished.output
-    if (tmp_path / "storage" / "mlflow.db").exists():
-        client = MlflowClient(f"sqlite:///{tmp_path / 'storage' / 'mlflow.db'}")
+    database = job.output.parent / "storage" / "mlflow.db"
+    if database.exists():
+        client = MlflowClient(f"sqlite:///{database}")
         runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
         assert {run.info.status for run in runs} <= {"KILLED", "FINISHED"}
         (parent,) = [run for run in runs if run.data.tags.get("level") == "pipeline"]
         assert parent.info.status == "KILLED" and parent.info.run_name != "pipeline" and parent.data.params
+    return finished

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,9 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import interrupts
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
-from pipeline.interrupts import Interrupted, handle_signals_again
 from pipeline.runtime.storage import Storage
 
 IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -131,16 +130,33 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
     _is_private = address == "local"
     say("starting Ray ..." if address == "local" else f"connecting to Ray at {address} ...")
     try:
-        ray.init(address=address, logging_level=logging.ERROR, **options)
-    except SystemExit:  # raised by Ray's own handler
-        raise Interrupted(signal.SIGTERM) from None
+        with _signals_end_the_start():
+            ray.init(address=address, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"cannot connect to a Ray cluster at {address}: {error}; change cluster.address or RAY_ADDRESS. If the "
             "cluster requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
+
+
+@contextmanager
+def _signals_end_the_start() -> Iterator[None]:
+    """Let a signal end a job at once while Ray starts, whose processes end with this one.
+
+    Ray's own handlers of SIGTERM raise SystemExit in the midst of its start, where it may be dropped, and after the
+    start in place of a job's.
+    """
+    if not interrupts.are_handled():
+        yield
+        return
+    set_handler = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        with interrupts.ending_at_once("rerun the same command to resume"):
+            yield
     finally:
-        handle_signals_again()
+        ray._private.utils.set_sigterm_handler = set_handler
+        interrupts.handle_signals()  # in place of those of Ray's core
 
 
 def num_slots(resources: WorkerResources) -> int:

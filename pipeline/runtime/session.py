@@ -111,7 +111,7 @@ def open_session(
                 say("stopping, and sending the rest to MLflow; a second signal stops at once")
             with suppress(UserError):  # a full disk, which `error` reports
                 tracker.end_run(PARENT, end_status(error))
-            tracker.close(timeout_s=10)
+            tracker.close(timeout_s=20)  # a database that is being created takes its time
             raise
         tracker.end_run(PARENT)
         tracker.close(timeout_s=20)  # reports what could not be sent

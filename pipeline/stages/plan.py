@@ -40,7 +40,7 @@ from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
 from pipeline.runtime.session import is_below_home, open_storage
 from pipeline.runtime.storage import Artifact, Storage
-from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
+from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri, without_password
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,7 +173,12 @@ def make_plan(
         clip, shape = _check_model(config, dataset_index, variants or (*DEFAULT_VARIANTS, *config.baselines))
         _print_notes(console, *assumed_preprocessing(config.clip))
         check_constraints([*other_tasks, *dataset_index.classes], **config.grouping.constraints)
-        check_reachable(resolve_tracking_uri(config.tracking.uri, storage.folder))
+        tracking_uri = resolve_tracking_uri(config.tracking.uri, storage.folder)
+        if not tracking_uri.startswith("sqlite:"):
+            console.print(
+                f"  connecting to MLflow at {without_password(tracking_uri)} ...", markup=False, highlight=False
+            )
+        check_reachable(tracking_uri)
 
     splits = Artifact(
         storage,
