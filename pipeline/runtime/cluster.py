@@ -137,6 +137,10 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
             f"cannot connect to a Ray cluster at {address}: {error}; change cluster.address or RAY_ADDRESS. If the "
             "cluster requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
+    except Exception as error:
+        if type(error) is not Exception:  # the class of Ray's own time limit
+            raise
+        raise UserError(f"Ray did not start: {error} Rerun the same command when the machine is less busy") from None
 
 
 @contextmanager
