@@ -554,7 +554,9 @@ def test_every_text_file_is_read_in_each_encoding_and_with_each_line_end(linked,
     write(root / "all.csv", "path,task,label", *(f"{path},a,{path[2]}" for path in images))
     assert [image.path for image in index_dataset(DataConfig(), root / "all.csv").images] == images
     write(root / "splits_mini/a_train.txt", *(f"{path} 0" for path in images))
+    write(root / "splits_mini/b_train.txt", "b\\x\\1.png\t0", "b/y/1.png 1")  # as written on Windows, with a tab
     assert [image.path for image in index_dataset(DataConfig(tasks=["a"]), root).images] == images
+    assert len(index_dataset(DataConfig(), root).images) == 4
 
 
 def test_a_nul_byte_is_no_text(tmp_path):

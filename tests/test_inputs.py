@@ -134,6 +134,41 @@ def test_a_table_of_tasks_with_different_classes(tree):
     }
 
 
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (b"PK\3\4\x14\0", "save it as CSV"),
+        (b"\xd0\xcf\x11\xe0\xa1", "save it as CSV"),
+        (b"PAR1\x15\4", "rename it to .parquet"),
+        (b"\x1f\x8b\x08", "unpack it"),
+    ],
+)
+def test_other_content_under_the_name_of_a_table_is_named(tree, content, remedy):
+    for name in ("all.csv", "all.jsonl"):
+        (tree / name).write_bytes(content)
+        assert remedy in fault(tree / name)
+    (tree / "all.csv").write_text("PK,path,task,label\n1,art/bed/0.png,art,bed\n2,art/bed/1.png,art,bed 2\n")
+    assert len(index_dataset(DataConfig(), tree / "all.csv").images) == 2
+
+
+def test_a_table_that_is_too_large_as_text_is_told_what_to_do(tree, monkeypatch):
+    file = write_csv(tree / "all.csv", rows_of(tree))
+    monkeypatch.setattr(manifest_module, "MAX_TEXT_BYTES", 100)
+    assert "save it as Parquet" in fault(file)
+
+
+def test_a_table_with_one_class_is_refused_in_words_of_tables(tree):
+    rows = [{**row, "label": "bed"} for row in rows_of(tree)]
+    assert "task 'art' has only 1 class in" in fault(write_csv(tree / "all.csv", rows))
+
+
+def test_numeric_labels_beside_their_names_are_told(tree):
+    rows = [{**row, "label": str(CLASSES.index(row["label"])), "class_name": row["label"]} for row in rows_of(tree)]
+    file = write_csv(tree / "all.csv", rows)
+    assert "or use --data.columns '{label: class_name}'" in fault(file)
+    assert index_dataset(DataConfig(columns={"label": "class_name"}), file).classes["art"] == CLASSES
+
+
 def test_other_names_of_columns(tree):
     file = write_csv(tree / "all.csv", [{"id": "7", **row} for row in rows_of(tree)], task="shop", path="photo")
     message = fault(file)
@@ -232,7 +267,11 @@ def test_tables_that_lack_what_they_need_are_named(tree):
     (tree / "only names.csv").write_text("path,task,label\n")
     assert "has no <task>/<class>/<image>" in fault(tree / "only names.csv")
     (tree / "twice.csv").write_text("path,task,label,task\n")
-    assert "more than one column 'task'" in fault(tree / "twice.csv")
+    assert "more than one column 'task'" in fault(tree / "twice.csv") and "rename all but one" in fault(
+        tree / "twice.csv"
+    )
+    assert "no column 'labels'" in fault(tree / "only names.csv", columns={"label": "labels"})
+    assert "did you mean label?" in fault(tree / "only names.csv", columns={"label": "labels"})
     for name, remedy in {
         "all.xlsx": "save it as CSV",
         "all.json": "pandas.read_json(",
@@ -820,6 +859,13 @@ def test_rows_without_an_image_are_broken_images(tmp_path):
     ]
 
 
+def test_many_rows_without_an_image_are_no_bomb(tmp_path):
+    """As of a download of which most failed."""
+    images = [png(0), png(1), *[None] * 5000]
+    file = table_of(tmp_path, image=images, task=["a"] * 5002, label=["x", "y"] * 2501)
+    assert len(index_dataset(DataConfig(), file).images) == 5002
+
+
 def test_a_table_that_is_damaged_inside_has_broken_images(tmp_path):
     images = [os.urandom(3000) for _ in range(40)]
     file = tmp_path / "t.parquet"
@@ -1121,8 +1167,8 @@ def test_official_splits_with_too_few_images_are_named():
     ]
     with pytest.raises(UserError) as error:
         sample_splits(images, {"a": ["bed", "mug", "pen"]}, shots=3, seed=1)
-    assert "a/mug has 2 image(s) (2 train, 5 test)" in str(error.value)
-    assert "a/pen has 3 image(s) (3 train, 0 test)" in str(error.value)
+    assert "a/mug has 2 images (2 train, 5 test)" in str(error.value)
+    assert "a/pen has 3 images (3 train, 0 test)" in str(error.value)
     assert "a/bed" not in str(error.value)
 
 

@@ -18,6 +18,7 @@ from pipeline.config.files import (
     MAX_YAML_BYTES,
     load_yaml,
     read_text,
+    read_text_start,
     resolve_config_path,
 )
 from pipeline.config.schema import (
@@ -93,6 +94,7 @@ __all__ = [
     "load_yaml",
     "parse_config",
     "read_text",
+    "read_text_start",
     "section_description",
     "source_columns",
     "to_yaml",

@@ -54,12 +54,12 @@ def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TE
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
-    encoding = next((codec for mark, codec in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    encoding = _encoding(data)
     if encoding.startswith("utf-8") and (position := data.find(b"\0")) >= 0:
         line = data.count(b"\n", 0, position) + 1
         raise UserError(f"{name} is not a text file: line {line} has a NUL byte; save it as text in UTF-8")
     try:
-        return data.decode(encoding, errors).replace("\r\n", "\n").replace("\r", "\n")
+        return _with_newlines(data.decode(encoding, errors))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         expected = encoding.upper().removesuffix("-SIG")
@@ -76,6 +76,27 @@ class Scalar(str):
     """Whether it is written without quotes: then it may mean null."""
     source: str
     """File and line."""
+
+
+def read_text_start(path: Path, num_bytes: int) -> str:
+    """Read the first bytes of a file as `read_text` does; bytes of another encoding become surrogates or are left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as stream:
+        data = stream.read(num_bytes)
+    encoding = _encoding(data)
+    return _with_newlines(data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "ignore"))
+
+
+def _encoding(data: bytes) -> str:
+    """Return the encoding that a byte order mark declares, or UTF-8."""
+    return next((codec for mark, codec in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+
+
+def _with_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class _PlainYaml(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types

@@ -258,7 +258,7 @@ def _select_classes(
             usable = [name for name in entries_by_task if name != task]
             remedy = f"; to leave it out: --data.tasks {' '.join(map(shlex.quote, usable))}" if usable else ""
             raise UserError(
-                f"task {task!r} has {len(classes[task])} class folder(s) under {root / task}; a task needs two or more"
+                f"task {task!r} has only {pluralize(len(classes[task]), 'class')} in {root}; a task needs two or more"
                 + remedy
             )
     return classes, tuple(excluded_classes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import read_text
+from pipeline.config import read_text, read_text_start
 from pipeline.data.names import escape_for_terminal
 from pipeline.data.official_splits import DatasetEntry, OfficialSplit
 from pipeline.data.symlinks import SymlinkChecker
@@ -15,7 +15,7 @@ from pipeline.data.walk import Skipped, is_junk
 from pipeline.errors import UserError
 
 MAX_LINE_SHOWN = 1000
-PROBED_CHARACTERS = 1 << 15
+PROBED_BYTES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def is_image_list(file: Path) -> bool:
 def listed_paths(file: Path) -> list[str]:
     """Return paths of images from the first lines of a list; none: the file is no list."""
     try:
-        with open(file, encoding="utf-8", errors="surrogateescape") as stream:
-            lines = stream.read(PROBED_CHARACTERS).split("\n")
+        lines = read_text_start(file, PROBED_BYTES).split("\n")
     except OSError:
         return []
     return [path for line in lines if (path := _parse_line(line))]
@@ -73,7 +72,8 @@ def listed_paths(file: Path) -> list[str]:
 
 def _parse_line(line: str) -> str | None:
     """Return the path of a line `task/class/image label`; None: it has another form."""
-    path, _, label = line.strip().rpartition(" ")
+    # File names with backslashes are refused in every layout.
+    path, label = (line.strip().replace("\\", "/").rsplit(None, 1) + ["", ""])[:2]
     parts = path.split("/")
     is_valid = len(parts) >= 3 and label.isdigit() and {"", ".", ".."}.isdisjoint(parts) and "\0" not in path
     return path if is_valid else None

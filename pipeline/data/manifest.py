@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config import MAX_TEXT_BYTES, read_text
+from pipeline.config import MAX_TEXT_BYTES, did_you_mean, read_text
 from pipeline.data.names import escape_for_terminal, invalid_name_reason, pluralize, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit, TableRow, parse_split_name
 from pipeline.data.symlinks import SymlinkChecker
@@ -102,6 +102,8 @@ class _RowCollector:
     row_by_path: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     """Path → task, label and location of its row."""
     num_backslashes: int = 0
+    label_alternatives: list[str] = field(default_factory=list)
+    """Columns other than that of the labels that may have their names."""
     has_only_numbers: dict[str, bool] = field(default_factory=dict)
     """Task → whether all its labels are numbers without names."""
 
@@ -264,6 +266,7 @@ def read_manifest(
         raise UserError(
             f"{manifest} has only numeric labels (task {truncated_list(numeric, 3)}), but CLIP needs class names: list "
             "them in the order of the numbers from 0 with --data.class_names FILE (or lines `0<TAB>class name`)"
+            + "".join(f", or use --data.columns '{{label: {name}}}'" for name in rows.label_alternatives)
         )
     if rows.num_backslashes:
         rows.note(f"{manifest}: \\ in {pluralize(rows.num_backslashes, 'path')} is read as /")
@@ -275,8 +278,10 @@ def read_manifest(
 
 def _normalize_text(column: str, text: str | None) -> str:
     """Return a task or label in NFC. Raises ValueError if it is invalid."""
-    if not text or not text.strip():
+    if text is None:
         raise ValueError(f"the {column} is empty, or a number without a name")
+    if not text.strip():
+        raise ValueError(f"the {column} is empty")
     if len(text) > MAX_TEXT:
         raise ValueError(f"the {column} has more than {MAX_TEXT} characters")
     if reason := invalid_name_reason(text) or ("begins or ends with a space" if text != text.strip() else None):
@@ -319,6 +324,8 @@ def _column_positions(
         candidates = [name] if name in names else _similar_columns(names, column, columns)
         if candidates == [name] and names.count(name) == 1:
             positions[column] = names.index(name)
+            if column == "label" and (others := _similar_columns(names, column, {})[1:]):
+                rows.label_alternatives = others
             continue
         if len(candidates) == 1 and names.count(candidates[0]) == 1:
             positions[column] = names.index(candidates[0])
@@ -339,9 +346,11 @@ def _column_positions(
                 f"{file} has no header: its first line is {listed}. Add one that names the columns, such as "
                 f"{','.join(required)}"
             )
-        remedy = f"--data.columns '{{{column}: {candidates[0] if len(candidates) > 1 else '<name>'}}}'"
+        closest = did_you_mean(name, names) if name not in names else "; rename all but one."
+        alternative = candidates[0] if candidates and candidates[0] != name else "<name>"
+        remedy = f"To use another column: --data.columns '{{{column}: {alternative}}}'."
         one_task = " If all rows are of one task: --data.tasks <its name>" if column == "task" else ""
-        raise UserError(f"{file} has {problem}; columns: {listed}. To use another column: {remedy}.{one_task}")
+        raise UserError(f"{file} has {problem}; columns: {listed}{closest} {remedy}{one_task}")
     return positions
 
 
@@ -368,14 +377,36 @@ def _with_task(values: dict[str, str | None], rows: _RowCollector) -> dict[str, 
 # --- CSV and JSON lines --------------------------------------------------------------------------------------
 
 _SEPARATORS = ",;\t|"
+_OTHER_CONTENT = {
+    b"PK\x03\x04": ("a spreadsheet or archive", "save it as CSV, or unpack it"),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet", "save it as CSV (UTF-8)"),
+    b"PAR1": ("Parquet", "rename it to .parquet"),
+    b"\x1f\x8b": ("compressed", "unpack it"),
+}
+"""First bytes of files that are no text → what they are, and the remedy."""
 
 
 def _required_columns(read_splits: bool) -> list[str]:
     return ["path", "task", "label", *(["split"] if read_splits else [])]
 
 
+def _read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file. Raises UserError if it is another kind of file, or too large."""
+    with open(file, "rb") as stream:
+        start = stream.read(4)
+    for magic, (kind, remedy) in _OTHER_CONTENT.items():
+        if start.startswith(magic):
+            raise UserError(f"data.root={file} is {kind}, not text: {remedy}")
+    if (size := file.stat().st_size) > MAX_TEXT_BYTES:
+        raise UserError(
+            f"data.root={file} has {size:,} bytes of text, more than {MAX_TEXT_BYTES:,}: leave out columns that are "
+            "not needed, or save it as Parquet, which is read in parts"
+        )
+    return read_text(file, f"data.root={file}").split("\n")
+
+
 def _read_text_table(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
-    lines = read_text(file, f"data.root={file}").split("\n")
+    lines = _read_lines(file)
     header_line = next((number for number, line in enumerate(lines) if line.strip() and not line.startswith("#")), None)
     if header_line is None:
         raise UserError(f"{file} is empty")
@@ -432,7 +463,7 @@ def _separator(
 
 def _read_json_lines(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
     names: dict[str, str] = {}
-    for number, line in enumerate(read_text(file, f"data.root={file}").split("\n"), 1):
+    for number, line in enumerate(_read_lines(file), 1):
         if not line.strip():
             continue
         location = f"line {number}"
@@ -592,8 +623,8 @@ def _check_compression_ratio(
 ) -> None:
     """Raise UserError if a small file claims to decompress into a large table."""
     size, rows = os.path.getsize(file), metadata.num_rows
-    is_suspicious = rows > MAX_ROWS or (image is not None and rows * MIN_IMAGE_BYTES > size)
-    text_bytes = 0
+    is_suspicious = rows > MAX_ROWS
+    text_bytes = num_images = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             if column.path_in_schema in text_columns:
@@ -601,5 +632,8 @@ def _check_compression_ratio(
             elif column.path_in_schema == image:
                 limit = max(MAX_COMPRESSION_RATIO * column.total_compressed_size, SMALL_COLUMN)
                 is_suspicious |= column.total_uncompressed_size > limit
-    if is_suspicious or text_bytes > MAX_TEXT_BYTES:
+                statistics = column.statistics
+                num_nulls = statistics.null_count if statistics and statistics.has_null_count else 0
+                num_images += column.num_values - num_nulls
+    if is_suspicious or num_images * MIN_IMAGE_BYTES > size or text_bytes > MAX_TEXT_BYTES:
         raise UserError(f"{file} is not a manifest: {rows:,} rows in only {size:,} bytes")

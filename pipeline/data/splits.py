@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.data.names import pluralize
 from pipeline.data.official_splits import OfficialSplit
 from pipeline.errors import UserError
 
@@ -71,7 +72,7 @@ def sample_splits(
             duplicates_text = f" and {num_duplicates} exact duplicates" if num_duplicates else ""
             official = [image.official_split for image in members]
             splits_text = f" ({official.count('train')} train, {official.count('test')} test)" if any(official) else ""
-            too_few.append(f"{task}/{name} has {len(distinct)} image(s){duplicates_text}{splits_text}")
+            too_few.append(f"{task}/{name} has {pluralize(len(distinct), 'image')}{duplicates_text}{splits_text}")
             continue
         for image in sorted(distinct.values(), key=lambda image: _rank(seed, image))[:shots]:
             train[image.path] = image
@@ -91,8 +92,8 @@ def sample_splits(
         if not class_test:
             example = candidates[0]
             without_test.append(
-                f"{task}/{name} has {len(members)} image(s); all {len(candidates)} candidates are duplicates of "
-                f"training images (such as {example.path} of {training_path_by_sha256[example.sha256]})"
+                f"{task}/{name} has {pluralize(len(members), 'image')}; each of {pluralize(len(candidates), 'candidate')} is a "
+                f"duplicate of a training image ({example.path} of {training_path_by_sha256[example.sha256]})"
             )
         test += class_test
         for image in candidates:
