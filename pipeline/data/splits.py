@@ -92,8 +92,9 @@ def sample_splits(
         if not class_test:
             example = candidates[0]
             without_test.append(
-                f"{task}/{name} has {pluralize(len(members), 'image')}; each of {pluralize(len(candidates), 'candidate')} is a "
-                f"duplicate of a training image ({example.path} of {training_path_by_sha256[example.sha256]})"
+                f"{task}/{name} has {pluralize(len(members), 'image')}; "
+                f"each of {pluralize(len(candidates), 'candidate')} is a duplicate of a training image (such as "
+                f"{example.path} of {training_path_by_sha256[example.sha256]})"
             )
         test += class_test
         for image in candidates:
