@@ -248,6 +248,7 @@ def test_other_names_of_splits(tmp_path, train, test, val, order):
         ([*SPLIT_TASKS, *classes_of("clipart")], "class folders: clipart; with split", ["folders", "split_folders"]),
         ([*PLAIN, "loose/1.png"], "no class folders: loose", ["folders"]),
         ([*PLAIN, *classes_of("site/camera")], "folders of folders: site", ["folders"]),
+        ([*PLAIN, "phone/cat/1.heic", "phone/dog/1.txt"], "phone has no images that are read", ["folders"]),
         # Deeper than task/class.
         (classes_of("north/a", "north/b", "south/a", "south/b"), "deeper than", ["folders"] * 3),
         (classes_of("photo/seg_train", "photo/seg_test"), "rename photo/seg_test, photo/seg_train", ["folders"]),
@@ -277,7 +278,7 @@ def test_folders_that_fit_no_layout_are_refused_with_remedies_that_work(tmp_path
     "paths",
     [
         [*PLAIN, "annotations/1.xml", "labels/deep/1.txt", "empty/"],
-        [*PLAIN, "photo/1.png"],
+        [*PLAIN, "photo/1.png", "backup/all.zip"],
         [*PLAIN, "photo/cat/deep/er/1.png"],
         [*PLAIN, "photo/train/1.png", "photo/test/1.png", "sketch/train/1.png"],  # classes
         [*PLAIN, "notes_train.txt", "train.txt", "x_train_kfold.txt", "photo_test.txt"],

@@ -16,7 +16,7 @@ from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.names import pluralize, split_synonyms
 from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
-from pipeline.data.walk import Skipped, skip_remedy, unread_images_note
+from pipeline.data.walk import Skipped, describe_skipped, skip_remedy, unread_images_note
 
 Severity = Literal["error", "warning", "note"]
 """error: stops a run. warning: makes results worse, or look better than they are. note: for information."""
@@ -163,20 +163,32 @@ def _broken(images: Sequence[CheckedImage], max_fraction: float) -> list[Finding
 
 
 def _files_not_read(skipped: Sequence[Skipped]) -> list[Finding]:
+    """Report each kind of files that may be images, and all others together."""
     paths: dict[str, list[str]] = defaultdict(list)
-    for path, kind in skipped:
-        paths[kind].append(path)
+    other_files = []
+    for file in skipped:
+        if skip_remedy(file.kind):
+            paths[file.kind].append(file.path)
+        else:
+            other_files.append(file)
     findings = []
     for kind, examples in sorted(paths.items()):
-        remedy = skip_remedy(kind)
+        remedy = skip_remedy(kind) or ""
         findings += _finding(
-            "warning" if remedy else "note",
+            "warning",
             f"file is not read: {kind}",
             f"files are not read: {kind}",
             _texts(examples),
-            f"{remedy[0].upper()}{remedy[1:]}." if remedy else "Nothing is to be done, unless they are images.",
+            f"{remedy[:1].upper()}{remedy[1:]}.",
         )
-    return findings
+    kinds = describe_skipped(other_files)
+    return findings + _finding(
+        "note",
+        f"other file is not read: {kinds}",
+        f"other files are not read: {kinds}",
+        _texts(file.path for file in other_files),
+        "Nothing is to be done, unless they are images.",
+    )
 
 
 def _too_few_images(

@@ -38,7 +38,6 @@ from pipeline.data.walk import (
     LOOSE_IMAGE,
     NO_IMAGES,
     Skipped,
-    skip_remedy,
     skipped_note,
     walk_folders,
 )
@@ -255,7 +254,7 @@ def _select_classes(
             excluded_classes += [f"{task}/{name}" for name in sorted(entries_by_class) if name not in listed]
         classes[task] = tuple(sorted(entries_by_class if listed is None else listed))
         if len(classes[task]) < 2:
-            usable = [name for name in entries_by_task if name != task]
+            usable = [name for name, entries_by_class in entries_by_task.items() if len(entries_by_class) > 1]
             remedy = f"; to leave it out: --data.tasks {' '.join(map(shlex.quote, usable))}" if usable else ""
             raise UserError(
                 f"task {task!r} has only {pluralize(len(classes[task]), 'class')} in {root}; a task needs two or more"
@@ -377,6 +376,7 @@ def _walk_folders(
     entries: list[DatasetEntry] = []
     skipped: list[Skipped] = []
     broken_links: list[str] = []
+    task_folders: set[str] = set()
     root, roles = layout.root, layout.roles
     depth, task_depth, class_depth = len(roles), roles.index("task"), roles.index("class")
     split_depth = roles.index("split") if "split" in roles else None
@@ -394,6 +394,7 @@ def _walk_folders(
     for folder in walk_folders(root, leave_out):
         parts = folder.parts
         skipped += [file for file in folder.skipped if file.kind != NOT_SELECTED]
+        task_folders |= {*parts[task_depth : task_depth + 1]}
         if len(parts) < depth:
             skipped += [Skipped("/".join((*parts, name)), LOOSE_IMAGE) for name in folder.images]
             broken_links += [
@@ -407,10 +408,7 @@ def _walk_folders(
         entries += [DatasetEntry("/".join((*parts, name)), task, class_folder, split) for name in folder.images]
     if tasks is None:
         used = {entry.task for entry in entries if entry.path}
-        used |= {
-            path.split("/")[task_depth] for path, kind in skipped if skip_remedy(kind) and path.count("/") >= depth
-        }
-        skipped += [Skipped(f"{task}/", NO_IMAGES) for task in sorted({entry.task for entry in entries} - used)]
+        skipped += [Skipped(f"{task}/", NO_IMAGES) for task in sorted(task_folders - used)]
         entries = [entry for entry in entries if entry.task in used]
     if broken_links:
         listed = truncated_list(

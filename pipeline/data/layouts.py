@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config.values import list_arguments
 from pipeline.data.lists import LIST_LAYOUTS, is_image_list, listed_paths
@@ -24,6 +25,7 @@ from pipeline.data.walk import (
     ARCHIVE_SUFFIXES,
     is_directory,
     is_junk,
+    is_unread_image,
     list_folder,
     skip_kind,
     skipped_note,
@@ -60,16 +62,35 @@ class Layout:
     """Messages for the user."""
 
 
+class _Remedy(NamedTuple):
+    """Options that may fit."""
+
+    effect: str
+    layout: str | None = None
+    root: Path | None = None
+    tasks: Sequence[str] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.effect}: {self.options}"
+
+    @property
+    def options(self) -> str:
+        options = [f"--data.root {shlex.quote(str(self.root))}"] if self.root else []
+        options += [f"--data.tasks {list_arguments(self.tasks)}"] if self.tasks else []
+        options += [f"--data.layout {self.layout}"] if self.layout else []
+        return " ".join(options)
+
+
 class _Mismatch(Exception):
     """The folders do not have a layout.
 
     Args:
         reason: what is wrong, for the user.
-        remedies: options, each with what it does.
+        remedies: options to try.
         levels: how the root may be wrong, if so: too deep, too high.
     """
 
-    def __init__(self, reason: str, *remedies: str, levels: Collection[str] = ("deep", "high")):
+    def __init__(self, reason: str, *remedies: _Remedy, levels: Collection[str] = ("deep", "high")):
         super().__init__(reason)
         self.reason, self.remedies, self.levels = reason, remedies, levels
 
@@ -171,13 +192,17 @@ def recognize_layout(name: str, data_root: Path, tasks: Collection[str] | None, 
         return _match(name, _Folder(data_root, symlinks), tasks)
     except _Mismatch as mismatch:
         symlinks.raise_on_escape(data_root)
-        remedies = [*_other_levels(name, data_root, tasks, mismatch.levels), *mismatch.remedies]
         folder = _Folder(data_root)
+        remedies = list(mismatch.remedies)
         if name == "auto" and folder.contains_images:
             remedies += [remedy for remedy in _table_remedies(folder, depth=1) if remedy not in remedies]
-        if name != "auto" and not mismatch.remedies and (recognized := _usable_layout("auto", folder, tasks)):
-            remedies.append(f"to use what is recognized: --data.layout {recognized.name}")
-        raise UserError("\n  ".join([mismatch.reason, *remedies])) from None
+        if name != "auto" and not remedies:
+            remedies = [
+                _Remedy("to use what is recognized", layout) for layout in ("folders", "split_folders", "manifest")
+            ]
+        usable = [remedy for remedy in remedies if _is_usable(remedy, name, folder, tasks)]
+        lines = [mismatch.reason, *_other_levels(name, data_root, tasks, mismatch.levels), *map(str, usable)]
+        raise UserError("\n  ".join(lines)) from None
 
 
 def _table_layout(name: str, file: Path) -> Layout:
@@ -216,6 +241,7 @@ def _match_any(folder: _Folder, tasks: Collection[str] | None) -> Layout:
     if next(folder.image_folders, None) is None:
         return _match_without_folders(folder)
     selected = [name for name in _selected(folder, tasks) if folder[name].contains_images]
+    _check_unread_tasks(folder, selected, tasks)
     splits = [name for name in folder.folders if parse_split_name(name) and folder[name].contains_images]
     if not selected and tasks:  # they may be below the folders of splits
         selected = [split for split in splits if _selected(folder[split], tasks)]
@@ -247,7 +273,7 @@ def _match_lists(name: str, folder: _Folder, tasks: Collection[str] | None) -> L
         patterns = ", ".join(f"*{ending}.txt" for ending in layout.splits)
         raise _Mismatch(
             f"data.layout={name} needs image lists ({patterns}) in {folders}",
-            *_layout_remedy("folders", folder, tasks, "to use all images of the folders"),
+            _Remedy("to use all images of the folders", "folders"),
         )
     images_root = layout.images_root(folder.path)
     paths = [path for file in files for path in listed_paths(file)]
@@ -256,7 +282,7 @@ def _match_lists(name: str, folder: _Folder, tasks: Collection[str] | None) -> L
         raise _Mismatch(
             f"{_shown(files[0])} lists images that do not exist, such as {_shown(images_root / paths[0])}"
             + (f"; unpack {truncated_list(archives)}" if archives else ""),
-            *_layout_remedy("folders", folder, tasks, "to use all images of the folders"),
+            _Remedy("to use all images of the folders", "folders"),
         )
     return Layout(name, folder.path)
 
@@ -308,10 +334,22 @@ def _match_without_folders(folder: _Folder) -> Layout:
     raise _Mismatch(f"{_found(folder)}{f'; {skipped_note(skipped)}' if skipped else ''}", levels=())
 
 
+def _check_unread_tasks(folder: _Folder, selected: Sequence[str], tasks: Collection[str] | None) -> None:
+    """Raise _Mismatch if a task has images only in formats that are not read."""
+    for name in set(_selected(folder, tasks)) - set(selected):
+        files = [file for walked in walk_folders(folder.path / name) for file in walked.skipped]
+        if any(is_unread_image(file.kind) for file in files):
+            raise _Mismatch(
+                f"{_shown(folder.path / name)} has no images that are read: {skipped_note(files)}",
+                *([_Remedy("to leave it out", tasks=selected)] if selected else []),
+                levels=(),
+            )
+
+
 def _match_root_splits(folder: _Folder, splits: Sequence[str], tasks: Collection[str] | None) -> Layout:
     """Match a root with the folders `splits`, which are called like splits."""
     root, split_names = _shown(folder.path), truncated_list(splits)
-    as_tasks = _layout_remedy("folders", folder, None, f"to use {truncated_list([*folder.image_folders])} as tasks")
+    as_tasks = _Remedy(f"to use {truncated_list([*folder.image_folders])} as tasks", "folders")
     if all(folder[split].has_images and not folder[split].has_classes for split in splits):
         hint = _detection_hint(folder)
         raise _Mismatch(
@@ -320,8 +358,8 @@ def _match_root_splits(folder: _Folder, splits: Sequence[str], tasks: Collection
     if extras := folder.extra_folders:
         raise _Mismatch(
             f"{root} has {truncated_list(extras)} beside folders called like splits ({split_names})",
-            *_layout_remedy("split_folders", folder, tasks, f"to leave {truncated_list(extras)} out"),
-            *as_tasks,
+            _Remedy(f"to leave {truncated_list(extras)} out", "split_folders"),
+            as_tasks,
             levels=(),
         )
     if any(folder[split].has_classes for split in splits):
@@ -330,18 +368,19 @@ def _match_root_splits(folder: _Folder, splits: Sequence[str], tasks: Collection
             raise _Mismatch(f"{root} has split folders ({split_names}) without classes{hint}", levels=())
         raise _Mismatch(
             f"{root} has split folders ({split_names}) but no tasks: their folders are classes",
-            *_single_task_remedy(folder),
-            *as_tasks,
+            _single_task_remedy(folder),
+            as_tasks,
             levels=("deep",),
         )
     if len(splits) == 1:
         raise _Mismatch(
             f"{root} has only the split folder {split_names}",
-            f"to use its folders as tasks: --data.root {_option(folder.path / splits[0])}",
-            *_layout_remedy("split_folders", folder, tasks, f"the same, with {split_names} as their official split"),
-            *as_tasks,
+            _Remedy("to use its folders as tasks", root=folder.path / splits[0]),
+            _Remedy(f"the same, with {split_names} as their official split", "split_folders"),
+            as_tasks,
             levels=(),
         )
+    _check_tasks_found(folder, {name for split in splits for name in folder[split].folders}, tasks)
     if not any(folder[split][name].has_classes for split in splits for name in folder[split].folders):
         raise _Mismatch(f"the images of {root} are deeper than <split>/<task>/<class>/<image>", levels=("high",))
     return Layout("split_folders", folder.path, ("split", "task", "class"), notes=_table_notes(folder))
@@ -358,34 +397,34 @@ def _match_task_folders(folder: _Folder, selected: Sequence[str], tasks: Collect
         raise _Mismatch(
             f"{root} has folders called like splits ({truncated_list(similar)}); rename them to train and test if they "
             "are splits",
-            *_layout_remedy("folders", folder, tasks, "to use them as tasks"),
+            _Remedy("to use them as tasks", "folders"),
         )
     if shapes == {"flat"}:
         hint = _detection_hint(folder)
         raise _Mismatch(
             f"the folders of {root} ({truncated_list(selected)}) have images directly in them: "
             f"{hint.removeprefix('; ') or 'they are classes without a task'}",
-            *([] if hint else _single_task_remedy(folder)),
+            *([] if hint else [_single_task_remedy(folder)]),
             levels=() if hint else ("deep",),
         )
     if shapes == {"split images"}:
         raise _Mismatch(
             f"{root} has split folders with images directly in them ({_examples(folder, selected)}), and no classes"
             f"{_detection_hint(folder)}",
-            *_layout_remedy("folders", folder, tasks, "to use them as classes"),
+            _Remedy("to use them as classes", "folders"),
         )
     if shapes == {"splits"} and (extras := [task for task in selected if folder[task].extra_folders]):
         extra_folders = truncated_list(f"{task}/{name}" for task in extras for name in folder[task].extra_folders)
         raise _Mismatch(
             f"{root} has {extra_folders} beside folders called like splits ({_examples(folder, extras)})",
-            *_layout_remedy("split_folders", folder, tasks, "to leave other folders out"),
-            *_layout_remedy("folders", folder, tasks, "to use all of them as classes"),
+            _Remedy("to leave other folders out", "split_folders"),
+            _Remedy("to use all of them as classes", "folders"),
             levels=(),
         )
     if shapes == {"deep"}:
         raise _Mismatch(
             f"the images of {root} are deeper than <task>/<class>/<image>{_similar_hint(folder, selected)}",
-            *_layout_remedy("folders", folder, tasks, "if classes have images only in their subfolders"),
+            _Remedy("if classes have images only in their subfolders", "folders"),
             levels=("high",),
         )
     if shapes == {"splits"}:
@@ -395,11 +434,7 @@ def _match_task_folders(folder: _Folder, selected: Sequence[str], tasks: Collect
     raise _Mismatch(
         f"the folders of {root} differ: "
         + "; ".join(f"{_SHAPES[shape]}: {truncated_list(names)}" for shape, names in sorted(by_shape.items())),
-        *(
-            f"to use only these: --data.tasks {list_arguments(names)}"
-            for _, names in sorted(by_shape.items())
-            if _usable_layout("auto", folder, set(map(_nfc, names)))
-        ),
+        *(_Remedy("to use only these", tasks=names) for _, names in sorted(by_shape.items())),
         levels=(),
     )
 
@@ -432,7 +467,9 @@ def _has_only_images(split: _Folder) -> bool:
 
 def _split_roles(folder: _Folder, tasks: Collection[str] | None) -> Roles:
     """Return the roles of data.layout=split_folders, where other folders beside those of splits are left out."""
-    if any(folder[split][name].has_classes for split in folder.split_folders for name in folder[split].folders):
+    inner_folders = {name: folder[split][name] for split in folder.split_folders for name in folder[split].folders}
+    if any(inner.has_classes for inner in inner_folders.values()):
+        _check_tasks_found(folder, inner_folders, tasks)
         return "split", "task", "class"
     selected = _selected(folder, tasks)
     _check_tasks_found(folder, selected, tasks)
@@ -450,7 +487,7 @@ def _selected(folder: _Folder, tasks: Collection[str] | None) -> list[str]:
     return [name for name in folder.folders if tasks is None or _nfc(name) in tasks]
 
 
-def _check_tasks_found(folder: _Folder, selected: Sequence[str], tasks: Collection[str] | None) -> None:
+def _check_tasks_found(folder: _Folder, selected: Collection[str], tasks: Collection[str] | None) -> None:
     """Raise _Mismatch if a requested task has no folder."""
     if missing := sorted({*(tasks or ())} - {_nfc(name) for name in selected}):
         available = [name for name in folder.folders if next(folder[name].image_folders, None)]
@@ -464,7 +501,7 @@ def _other_levels(name: str, root: Path, tasks: Collection[str] | None, levels: 
     """Yield remedies with roots at other levels that fit the layout `name`."""
     for distance, ancestor in enumerate(list(root.absolute().parents)[:2] if "deep" in levels else [], 1):
         if ancestor != Path(ancestor.anchor) and _probe(name, ancestor, tasks, root):
-            yield f"{_levels(distance)} too deep: try --data.root {_option(ancestor)}"
+            yield f"{_levels(distance)} too deep: try {_Remedy('', root=ancestor).options}"
             return
     candidates = [root] if "high" in levels else []
     for distance in (1, 2):
@@ -472,7 +509,7 @@ def _other_levels(name: str, root: Path, tasks: Collection[str] | None, levels: 
         candidates = list(islice(subfolders, MAX_PROBED_ROOTS))
         if fitting := [candidate for candidate in candidates if _probe(name, candidate, tasks)]:
             for candidate in fitting[:MAX_ROOTS_SHOWN]:
-                yield f"{_levels(distance)} too high: try --data.root {_option(candidate)}"
+                yield f"{_levels(distance)} too high: try {_Remedy('', root=candidate).options}"
             return
 
 
@@ -503,43 +540,46 @@ def _usable_layout(name: str, folder: _Folder, tasks: Collection[str] | None) ->
         if layout.root != folder.path or not layout.roles:
             return layout
         classes: dict[str, set[str]] = {}
-        for path in _class_folders(folder, len(layout.roles)):
-            task = path[layout.roles.index("task")]
-            if tasks is None or _nfc(task) in tasks:
-                classes.setdefault(task, set()).add(path[-1])
+        for path in _class_folders(folder, layout.roles, tasks):
+            classes.setdefault(path[layout.roles.index("task")], set()).add(path[-1])
         return layout if all(len(names) > 1 for names in classes.values()) else None
     except (_Mismatch, UserError):
         return None
 
 
-def _class_folders(folder: _Folder, depth: int) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of the folders at a depth below `folder`, in folders that contain images."""
-    if depth == 1:
+def _class_folders(folder: _Folder, roles: Roles, tasks: Collection[str] | None) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of the class folders of the tasks, in folders that contain images."""
+    if roles == ("class",):
         yield from ((name,) for name in folder.folders)
-    else:
-        for name in folder.image_folders:
-            yield from ((name, *path) for path in _class_folders(folder[name], depth - 1))
+        return
+    names = _selected(folder, tasks) if roles[0] == "task" else filter(parse_split_name, folder.folders)
+    for name in names:
+        if folder[name].contains_images:
+            yield from ((name, *path) for path in _class_folders(folder[name], roles[1:], tasks))
 
 
-def _layout_remedy(name: str, folder: _Folder, tasks: Collection[str] | None, effect: str) -> list[str]:
-    """Return the remedy to give the layout `name`, if it fits."""
-    return [f"{effect}: --data.layout {name}"] if _usable_layout(name, folder, tasks) else []
+def _is_usable(remedy: _Remedy, name: str, folder: _Folder, tasks: Collection[str] | None) -> bool:
+    """Return whether a remedy leads to a layout; tables are not read for that."""
+    if remedy.root:
+        folder = _Folder(remedy.root, budget=[MAX_PROBED_FOLDERS])
+    if remedy.tasks:
+        tasks = set(map(_nfc, remedy.tasks))
+    is_table = remedy.root is not None and remedy.root.is_file()
+    return is_table or _usable_layout(remedy.layout or name, folder, tasks) is not None
 
 
-def _single_task_remedy(folder: _Folder) -> list[str]:
+def _single_task_remedy(folder: _Folder) -> _Remedy:
     """Return the remedy for a root that is a single task: its parent, with only this task."""
     path = folder.path.absolute()
-    if not path.name or not _probe("auto", path.parent, {_nfc(path.name)}):
-        return []
-    return [f"if it is a single task: --data.root {_option(path.parent)} --data.tasks {list_arguments([path.name])}"]
+    return _Remedy("if it is a single task", root=path.parent, tasks=[path.name])
 
 
 def _table_notes(folder: _Folder) -> tuple[str, ...]:
-    remedies = _table_remedies(folder)
-    return (f"folders are used, not the tables beside them; {'; '.join(remedies)}",) if remedies else ()
+    remedies = "; ".join(map(str, _table_remedies(folder)))
+    return (f"folders are used, not the tables beside them; {remedies}",) if remedies else ()
 
 
-def _table_remedies(folder: _Folder, depth: int = 0) -> list[str]:
+def _table_remedies(folder: _Folder, depth: int = 0) -> list[_Remedy]:
     """Return the remedies to use tables in a folder, or in folders up to `depth` levels below."""
     remedies = [_table_remedy(folder.path / name) for name in folder.files if is_table_name(name)]
     for name in folder.folders if depth else []:
@@ -547,8 +587,8 @@ def _table_remedies(folder: _Folder, depth: int = 0) -> list[str]:
     return remedies[:MAX_ROOTS_SHOWN]
 
 
-def _table_remedy(path: Path) -> str:
-    return f"to use {_shown(Path(path.name))}: --data.root {_option(path)}"
+def _table_remedy(path: Path) -> _Remedy:
+    return _Remedy(f"to use {_shown(Path(path.name))}", root=path)
 
 
 def _detection_hint(folder: _Folder) -> str:
@@ -598,7 +638,3 @@ def _nfc(name: str) -> str:
 
 def _shown(path: Path) -> str:
     return escape_for_terminal(str(path))
-
-
-def _option(path: Path) -> str:
-    return shlex.quote(str(path))

@@ -120,13 +120,20 @@ def skip_kind(name: str) -> str | None:
     return suffix if re.fullmatch(r"\.[a-z0-9_+-]{1,12}", suffix) else NO_SUFFIX
 
 
+def is_unread_image(kind: str) -> bool:
+    """Return whether files of this `skip_kind` are images in a format that is not read."""
+    return kind.endswith(")") and not kind.startswith(("archive (", "video (", "NumPy ("))
+
+
 def skip_remedy(kind: str) -> str | None:
     """Return how files of this kind can be read as images; None: they are none."""
     if kind in _REMEDIES:
         return _REMEDIES[kind]
     if kind.startswith("archive ("):
         return "unpack archives"
-    return "convert other image formats to JPEG or PNG" if "(" in kind else None
+    if kind.startswith("video ("):
+        return "extract the frames of videos as images"
+    return "convert images of other formats to JPEG or PNG" if "(" in kind else None
 
 
 def describe_skipped(skipped: Iterable[Skipped]) -> str:
