@@ -395,11 +395,10 @@ def test_class_names_file(tmp_path):
 
 @pytest.mark.parametrize("line", ["mug  a cup", "mug a cup", "mug, a cup", "mug: a cup"])
 def test_spaces_for_a_tab_in_a_class_names_file_are_named(tmp_path, line):
-    for name in ("mug", "bed"):
-        (tmp_path / "art" / name).mkdir(parents=True)
+    root = write_tree(tmp_path / "data", ["art/mug/1.png", "art/bed/1.png"])
     (tmp_path / "names.txt").write_text(f"bed\n{line}\n")
     with pytest.raises(UserError, match="a tab separates class and name"):
-        index_dataset(DataConfig(class_names=str(tmp_path / "names.txt")), tmp_path)
+        index_dataset(DataConfig(class_names=str(tmp_path / "names.txt")), root)
 
 
 @pytest.mark.parametrize(
