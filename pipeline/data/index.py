@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
 import stat
 import unicodedata
 from collections import Counter
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import DataConfig, read_text, resolve_config_path
+from pipeline.config.values import list_arguments
 from pipeline.data.layouts import OFFICE_HOME_TASKS, Layout, Roles, recognize_layout
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import read_manifest
@@ -255,7 +255,7 @@ def _select_classes(
         classes[task] = tuple(sorted(entries_by_class if listed is None else listed))
         if len(classes[task]) < 2:
             usable = [name for name, entries_by_class in entries_by_task.items() if len(entries_by_class) > 1]
-            remedy = f"; to leave it out: --data.tasks {' '.join(map(shlex.quote, usable))}" if usable else ""
+            remedy = f"; to leave it out: --data.tasks {list_arguments(usable)}" if usable else ""
             raise UserError(
                 f"task {task!r} has only {pluralize(len(classes[task]), 'class')} in {root}; a task needs two or more"
                 + remedy
