@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import runpy
 import sys
 from functools import partial
@@ -11,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ from pipeline.data.images import read_image
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.methods.mmap import GroupMmap, SharedMmap
-from pipeline.report.added_task import AddedTask, added_task_to_markdown
+from pipeline.report.added_task import AddedTask, added_task_cells, added_task_notes
 from pipeline.stages.finished_run import read_finished_run
 from pipeline.stages.grouping import with_fixed_groups
 from pipeline.training.gradient_replay import replay_gradients
@@ -199,22 +201,26 @@ def run_summary(accuracy: dict[str, float], parameters: int) -> dict:
 def test_the_report_compares_with_retraining_all_tasks():
     finished = run_summary({"b": 0.5, "c": 0.7}, 100)
     rerun = run_summary({"a": 0.6, "b": 0.4, "c": 0.8}, 400)
-    added = AddedTask(finished, "a", [["a", "c"], ["b"]], 0.2, 0.45, 30, 25, {"splits": 3.0}, rerun)
-    text = added_task_to_markdown(added)
-    assert "| task | zero-shot | finished run | a added | all retrained | test images |" in text
-    assert "| a | 20.0 ± 8.0 |  | 45.0 ± 9.9 | 60.0 ± 9.8 | 25 |" in text
-    assert "| b | 50.0 ± 5.0 | 50.0 ± 5.0 | 50.0 ± 5.0 | 40.0 ± 4.9 | 100 |" in text
-    assert "| average of existing tasks | 60.0 ± 3.4 | 60.0 ± 3.4 | 60.0 ± 3.4 | 60.0 ± 3.2 | 200 |" in text
-    assert "| average | 46.7 ± 3.5 |  | 55.0 ± 4.0 | 60.0 ± 3.9 | 225 |" in text
-    assert "| trained parameters | 0 | 100 | 30 | 400 |  |" in text and "| seconds |  | 12 | 3 | 12 |  |" in text
-    assert "a joined c. Groups: a + c | b;" in text
+    added = AddedTask(finished, "a", [["a", "c"], ["b"]], 0.2, 0.45, 30, 25, {"splits": 3.0}, [], rerun)
+    assert added_task_cells(added) == [
+        ["task", "zero-shot", "finished run", "a added", "all retrained", "test images"],
+        ["a", "20.0 ± 8.0", "", "45.0 ± 9.9", "60.0 ± 9.8", "25"],
+        ["b", "50.0 ± 5.0", "50.0 ± 5.0", "50.0 ± 5.0", "40.0 ± 4.9", "100"],
+        ["c", "70.0 ± 4.6", "70.0 ± 4.6", "70.0 ± 4.6", "80.0 ± 4.0", "100"],
+        ["average of existing tasks", "60.0 ± 3.4", "60.0 ± 3.4", "60.0 ± 3.4", "60.0 ± 3.2", "200"],
+        ["average", "46.7 ± 3.5", "", "55.0 ± 4.0", "60.0 ± 3.9", "225"],
+        ["trained parameters", "0", "100", "30", "400", ""],
+        ["seconds", "", "12", "3", "12", ""],
+    ]
+    assert added_task_notes(added)[0] == "a joined c. Groups: a + c | b."
+    assert "all are retrained" in added_task_notes(added)[1]
     summary = added.summary()
     assert summary.tasks == ["a", "b", "c"] and summary.methods["grouped"]["trained_parameters"] == 130
     assert summary.methods["grouped"]["average"] == pytest.approx((0.45 + 0.5 + 0.7) / 3)
     assert summary.num_test_images == {"a": 25, "b": 100, "c": 100}
-    new_group = AddedTask(finished, "a", [["a"], ["b"], ["c"]], 0.2, 0.45, 60, 25, {"splits": 3.0}, None)
-    assert "a forms a new group." in added_task_to_markdown(new_group)
-    assert "retrained" not in added_task_to_markdown(new_group)
+    new_group = AddedTask(finished, "a", [["a"], ["b"], ["c"]], 0.2, 0.45, 60, 25, {"splits": 3.0}, [], None)
+    assert "a forms a new group." in added_task_notes(new_group)[0]
+    assert "retrained" not in " ".join(added_task_notes(new_group))
 
 
 # --- the job ----------------------------------------------------------------------------------------------
@@ -246,7 +252,7 @@ def add_task(run_job, finished: Path, task: str, *arguments: str):
     """Run the job; return its result and the new run's folder."""
     job = run_job("add_task", "--run", finished, "--task", task, *arguments)
     assert job.status == 0, job.output
-    return job, Path(job.output.split("adapter: ")[-1].strip()).parent.parent
+    return job, Path(re.findall("^adapter: (.+)$", job.output, re.MULTILINE)[-1]).parent.parent
 
 
 @pytest.mark.slow
@@ -263,6 +269,10 @@ def test_a_task_is_added_and_existing_tasks_do_not_change(finished, added):
         accuracy, finished_accuracy = (r["methods"][name]["accuracy"] for r in (report, finished_report))
         assert {task: accuracy[task] for task in EXISTING} == finished_accuracy
     assert (folder / "report" / "grouping.html").is_file()
+    page = (folder / "report" / "report.html").read_text()
+    assert f"{ADDED[0]} added" in page and page.count("data:image/jpeg") > 3 and f">{ADDED[0]}</h2>" in page
+    predictions = pq.read_table(folder / "report" / "predictions.parquet").to_pandas()
+    assert set(predictions.task) == {ADDED[0]} and set(predictions.method) == {"zero_shot", "grouped"}
 
     # Prompts and probabilities of existing tasks are bit-identical.
     old, new = (load_file(run / "adapters" / "grouped.safetensors") for run in (finished, folder))
@@ -309,7 +319,7 @@ def test_tasks_are_added_successively_and_compared_with_retraining(finished, add
     report = read_summary(second_run)
     assert report["tasks"] == sorted([*EXISTING, *ADDED])
     assert len(report["groups"]) == len(read_summary(first_run)["groups"])  # so it had to join a group
-    assert "all retrained" in (second_run / "report" / "report.md").read_text()
+    assert "all retrained" in (second_run / "report" / "report.html").read_text()
     models = [pipeline.load(run) for run in (first_run, second_run)]
     images = [
         read_image(path) for path in sorted((first_run.parent.parent / "datasets/digits/neon").rglob("*.png"))[:30]
@@ -339,7 +349,7 @@ def test_a_task_is_added_to_a_run_in_a_bucket_from_another_machine(run_job, tmp_
         options = ("--run", finished, "--task", "neon", "--cache", tmp_path / "second_cache", *tracking)
         addition = run_job("add_task", *options)
         assert addition.status == 0, addition.output
-        adapter = addition.output.split("adapter: ")[-1].strip()
+        (adapter,) = re.findall("^adapter: (.+)$", addition.output, re.MULTILINE)
         assert adapter.startswith(f"{bucket}/folder/runs/demo-")
         assert sorted(pipeline.load(adapter).tasks) == ["chalk", "ink", "neon", "noise"]
     finally:

@@ -53,7 +53,7 @@ def test_the_link_that_a_run_prints_opens_the_table_with_accuracies(server_and_r
     address, experiment, _, result = server_and_run
     page.goto(f"{address}{methods_table_path(experiment)}")
     page.get_by_text(f"{len(result['methods'])} matching runs").wait_for()
-    for column in ("accuracy/average", "trained_parameters", "shots"):
+    for column in ("accuracy/average", "trained_parameters"):
         page.get_by_role("columnheader", name=column).first.wait_for()
     for values in result["methods"].values():
         page.get_by_role("gridcell", name=f"{values['average']:.10f}"[:6]).first.wait_for()

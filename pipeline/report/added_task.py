@@ -8,7 +8,6 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.data.names import pluralize
 from pipeline.grouping.text import format_groups
 from pipeline.report.scores import average_standard_error, binomial_standard_error
 from pipeline.report.summary import (
@@ -16,10 +15,8 @@ from pipeline.report.summary import (
     PARAMETERS_ROW,
     TEST_IMAGES,
     Summary,
-    markdown_table,
     method_result,
     percent,
-    report_footer,
 )
 
 EXISTING_AVERAGE_ROW, SECONDS_ROW = "average of existing tasks", "seconds"
@@ -39,6 +36,7 @@ class AddedTask:
     num_test_images: int
     """Test images of the new task."""
     stages: dict[str, float]
+    warnings: list[str]
     rerun: dict[str, Any] | None
 
     @property
@@ -66,7 +64,7 @@ class AddedTask:
             groups=self.groups,
             stages=self.stages,
             methods=methods,
-            warnings=[],
+            warnings=self.warnings,
             num_test_images=counts,
         )
 
@@ -78,7 +76,7 @@ class AddedTask:
 
 
 def added_task_table(added: AddedTask) -> Table:
-    header, *rows = _cells(added)
+    header, *rows = added_task_cells(added)
     table = Table(title=f"{added.finished['name']}: test accuracy (%); {escape(added.placement())}")
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position == 0 else "right")
@@ -90,31 +88,19 @@ def added_task_table(added: AddedTask) -> Table:
     return table
 
 
-def added_task_to_markdown(added: AddedTask) -> str:
-    header, *rows = _cells(added)
-    finished = added.finished
-    lines = [
-        f"# {finished['name']}, with {added.task} added",
-        "",
-        f"Test accuracy (%) ± standard error; {pluralize(finished['shots'], 'shot')} per class and task; "
-        f"seed {finished['seed']}; CLIP {finished['clip']}.",
-        "",
-        *markdown_table(header, rows),
-        "",
-        f"{added.placement()}. Groups: {format_groups(added.groups)}; [stability of the groups](grouping.html).",
-    ]
+def added_task_notes(added: AddedTask) -> list[str]:
+    """Return sentences about the groups and the numbers of the table."""
+    notes = [f"{added.placement()}. Groups: {format_groups(added.groups)}."]
     if added.rerun:
-        lines += ["", f"Groups when all are retrained: {format_groups(added.rerun['groups'])}."]
-    lines += [
-        "",
+        notes.append(f"Groups when all are retrained: {format_groups(added.rerun['groups'])}.")
+    return [
+        *notes,
         "The prompts of the existing tasks are bit-identical; their accuracies are those of the finished run. "
         "Parameters are those that a column trained, seconds the time of its stages.",
-        *report_footer(added.stages),
     ]
-    return "\n".join(lines)
 
 
-def _cells(added: AddedTask) -> list[list[str]]:
+def added_task_cells(added: AddedTask) -> list[list[str]]:
     """Return header and rows: a row per task, average, parameters and seconds; columns zero-shot, finished run, task
     added, and all retrained."""
     summary, finished = added.summary(), added.finished

@@ -12,7 +12,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { @media screen { :root { --text: #dfe4e9; --muted: #9aa5b0; --line: #3a434c;
   --paper: #14181c; --accent: #6fb1e0; --tint: #1f2f3d; --warning: #40361a; --error: #4a2424; --miss: #e39a5b; } } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--paper); max-width: 62rem;
-  margin: 2rem auto; padding: 0 1rem; }
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top: 2.4rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 a { color: var(--accent); } code, pre { font-size: .875em; }

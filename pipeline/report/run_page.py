@@ -63,7 +63,8 @@ svg.matrix .miss { fill: var(--miss); } svg.matrix text.strong { fill: var(--pap
 .confusions { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .confusions > * { flex: 1 1 18rem; min-width: 0; }
 .key { margin: .2rem 0; break-after: avoid; }
 @media print { svg.matrix { max-width: 100%; height: auto; } .pictures { grid-template-columns: 1fr 1fr; }
-  table.classes { font-size: 9pt; } }
+  table.classes { font-size: 9pt; } table.classes, .confusions { break-inside: avoid; }
+  .mistakes { grid-template-columns: repeat(8, 1fr); gap: .5rem; } .mistakes img { width: 100%; height: auto; } }
 @media (max-width: 30rem) { .pictures { grid-template-columns: 1fr; } .mistakes { grid-template-columns: 1fr 1fr 1fr; }
   .mistakes figure { font-size: .72rem; } .wide > img.figure { max-width: none; width: 36rem; }
   table.results { font-size: .8rem; } table.results td, table.results th { padding-right: .5rem; }
@@ -93,7 +94,7 @@ class RunDetails:
     Args:
         title_facts: short facts below the title: the CLIP, the number of images, the date.
         figures: title → PNG, of the accuracies and of the grouping.
-        skipped: what of the data was not used, a line each.
+        skipped: numbers and kinds of files and images that were not used.
         findings: issues of the data check, a line each.
         data_page: relative link to the page of the data check.
         command: the shell command of the run.
@@ -111,6 +112,10 @@ class RunDetails:
     command: str
     config: str
     versions: Mapping[str, str]
+    comparison: Sequence[Sequence[str]] = ()
+    """Header and rows of a table in place of that of the methods."""
+    notes: Sequence[str] = ()
+    """Sentences above it."""
 
 
 def shown_methods(summary: Summary) -> list[str]:
@@ -132,20 +137,23 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
     """Return the page as HTML.
 
     Args:
-        scores: method → task → scores, of the methods in `summary`.
+        scores: method → task → scores, of the methods in `summary` and the tasks that the run trained.
         mistakes: those of `shown_methods`.
     """
     methods = shown_methods(summary)
-    task_links = "".join(f'<a href="#task-{number}">{escape(task)}</a>' for number, task in enumerate(summary.tasks))
+    tasks = list(scores[methods[0]])
+    task_links = "".join(f'<a href="#task-{number}">{escape(task)}</a>' for number, task in enumerate(tasks))
     parts = [
         f"<h1>{escape(summary.name)}: {summary.shots}-shot test accuracy</h1>",
         f'<p class="muted">{" · ".join(map(escape, details.title_facts))}</p>',
-        *(f'<p class="note">{escape(warning)}</p>' for warning in summary.warnings),
+        *(f'<p class="note">{escape(warning)}</p>' for warning in (*summary.warnings, *_skipped(details))),
         f'<nav class="screen"><a href="#results">Results</a><a href="#groups">Groups</a>{task_links}'
         '<a href="#data">Data</a><a href="#next">Next</a><a href="#run">Run</a></nav>',
         '<h2 id="results">Results</h2>',
-        f"<p>{escape(conclusion(summary))}</p>" if summary.differences else "",
-        _results_table(summary),
+        *(f"<p>{escape(note)}</p>" for note in (conclusion(summary), *details.notes) if note),
+        html_table(details.comparison[0], details.comparison[1:], numbers=True)
+        if details.comparison
+        else _results_table(summary),
         '<p class="muted">Accuracy (%) ± standard error of the test set; the best of each task in bold. Differences '
         "are compared image by image; those below two standard errors are not significant. Another draw of the "
         "training images changes the numbers too: compare several seeds with <code>mmap-clip benchmark</code>.</p>",
@@ -163,7 +171,7 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
         )
         + "</div>",
     ]
-    for number, task in enumerate(summary.tasks):
+    for number, task in enumerate(tasks):
         parts += [f'<h2 id="task-{number}">{escape(task)}</h2>', *_task_section(task, methods, scores, mistakes)]
     parts += _data_section(details)
     parts += [
@@ -323,10 +331,14 @@ def _mistake_grid(mistakes: Sequence[Mistake]) -> str:
     return f'<div class="mistakes">{"".join(figures)}</div>'
 
 
+def _skipped(details: RunDetails) -> list[str]:
+    return [f"Not used of the data: {', '.join(details.skipped)}"] if details.skipped else []
+
+
 def _data_section(details: RunDetails) -> Iterator[str]:
     yield '<h2 id="data">Data</h2>'
-    lines = [*details.skipped, *details.findings] or ["Nothing was skipped."]
-    yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+    findings = details.findings or ["No issues of the images were found."]
+    yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in findings)}</ul>"
     yield f'<p><a href="{escape(details.data_page)}">Samples of every class, and all issues of the images</a></p>'
 
 

@@ -197,19 +197,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def report_footer(stages: Mapping[str, float]) -> list[str]:
-    """Return the lines of the figures of the grouping and the seconds of each stage."""
-    return [
-        "",
-        "![affinities](affinity_heat_map.png)",
-        "",
-        "![affinity graph](affinity_graph.png)",
-        "",
-        *markdown_table(("stage", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in stages.items()]),
-        "",
-    ]
-
-
 def accuracy_cells(summary: Summary) -> list[list[str]]:
     """Return header and rows: a row per task, the average and the trained parameters; a column per method, and the
     number of test images."""

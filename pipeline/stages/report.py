@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from pipeline.config import to_yaml
 from pipeline.data.image_stats import thumbnail
-from pipeline.data.images import decode_rgb
+from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.names import split_synonyms
 from pipeline.data.parquet import SplitReader
 from pipeline.files import create_folder, read_json, write_file, write_json
@@ -62,8 +62,6 @@ def make_report(
     plan: Plan, session: Session, global_prompt: Artifact, grouping: Artifact, methods: Sequence[MethodArtifacts]
 ) -> Path:
     """Write <run folder>/report and <run folder>/adapters, and print the table; return the folder of the report."""
-    from pipeline.report.summary_figures import accuracy_figure  # matplotlib
-
     folder = create_folder(plan.folder / "report")
     with Stage(session, NAME, stage_title(NAME)) as stage:
         stage.computed = True
@@ -72,7 +70,6 @@ def make_report(
         copy_grouping_pages(grouping, folder)
         results = {method.name: merge_results(method.results(), plan.num_test_images) for method in methods}
         scores = write_scores(plan, methods, folder)
-        accuracy_figure(plan.tasks, results).savefig(folder / ACCURACY_FIGURE, dpi=150)
     summary = Summary(
         name=plan.config.name,
         tasks=plan.tasks,
@@ -88,7 +85,7 @@ def make_report(
     )
     write_json(folder / "summary.json", vars(summary))
     steps = next_steps_after(plan, session)
-    write_run_page(plan, summary, scores, steps, folder)
+    write_run_page(plan, summary, scores, steps)
 
     track_results(plan, session, results, {method.name: method.groups for method in methods})
     session.tracker.set_tags(PARENT, {"mlflow.note.content": to_mlflow_description(summary)})
@@ -99,10 +96,7 @@ def make_report(
     register_model(plan, session, adapter_files[-1])
     session.console.print(accuracy_table(summary))
     print_notes(session, summary)
-    display_uri = plan.storage.display_uri
-    lines = [f"report: {display_uri(plan.folder / REPORT_PAGE)}", f"adapter: {display_uri(adapter_files[-1])}"]
-    lines += ["", format_next_steps(steps)]
-    session.console.print("\n".join(lines), markup=False, highlight=False)
+    print_outputs(plan, session, adapter_files[-1], steps)
     write_provenance(plan, [global_prompt])
     return folder
 
@@ -121,9 +115,22 @@ def write_scores(plan: Plan, methods: Sequence[MethodArtifacts], folder: Path) -
 
 
 def write_run_page(
-    plan: Plan, summary: Summary, scores: Mapping[str, ScoresByTask], steps: Sequence[NextStep], folder: Path
+    plan: Plan,
+    summary: Summary,
+    scores: Mapping[str, ScoresByTask],
+    steps: Sequence[NextStep],
+    comparison: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
 ) -> None:
-    """Write the HTML page of a report, which has the figures in `folder`."""
+    """Write the HTML page of a report and the figure of its accuracies; the report has the figures of the grouping.
+
+    Args:
+        comparison: see RunDetails, as `notes`.
+    """
+    from pipeline.report.summary_figures import accuracy_figure  # matplotlib
+
+    folder = plan.folder / "report"
+    accuracy_figure(summary.tasks, summary.methods).savefig(folder / ACCURACY_FIGURE, dpi=150)
     reader = SplitReader(plan.splits.download())
     counts = {split: sum(by_task.values()) for split, by_task in reader.description.counts.items()}
     findings_file = plan.folder / DATA_CHECK / FINDINGS
@@ -146,6 +153,8 @@ def write_run_page(
         command=without_password(run_command()),
         config=without_password(to_yaml(plan.config)),
         versions=run_environment(),
+        comparison=comparison,
+        notes=notes,
     )
     write_file(plan.folder / REPORT_PAGE, run_page(summary, scores, find_mistakes(reader, summary, scores), details))
 
@@ -155,12 +164,13 @@ def find_mistakes(
 ) -> dict[tuple[str, str], list[Mistake]]:
     """Return (task, method) → its most confident mistakes, with thumbnails, for the methods that the page shows."""
     methods = shown_methods(summary)
-    limit = mistakes_per_task(len(summary.tasks), len(methods))
+    tasks = list(scores[methods[0]])
+    limit = mistakes_per_task(len(tasks), len(methods))
     mistakes = {}
-    for task in summary.tasks:
+    for task in tasks:
         positions = {method: scores[method][task].worst_mistakes(limit) for method in methods}
         rows = reader.rows_at("test", task, sorted(set(chain(*positions.values()))), ("path", "image"))
-        thumbnails = {position: thumbnail(decode_rgb(row["image"]), THUMBNAIL) for position, row in rows.items()}
+        thumbnails = {position: _thumbnail(row["image"]) for position, row in rows.items()}
         for method in methods:
             task_scores = scores[method][task]
             names = task_scores.class_names
@@ -175,6 +185,13 @@ def find_mistakes(
                 for position in positions[method]
             ]
     return mistakes
+
+
+def _thumbnail(image: bytes) -> bytes:
+    try:
+        return thumbnail(decode_rgb(image), THUMBNAIL)
+    except BrokenImage:  # by the limits of this version, where a cached evaluation is of an older one
+        return b""
 
 
 def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
@@ -202,6 +219,13 @@ def print_notes(session: Session, summary: Summary) -> None:
         session.console.print(conclusion(summary), markup=False, highlight=False)
     for warning in summary.warnings:
         session.console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+
+
+def print_outputs(plan: Plan, session: Session, adapter_file: Path, steps: Sequence[NextStep]) -> None:
+    """Print where the report and the main adapter are, and what a user may do with them."""
+    display_uri = plan.storage.display_uri
+    lines = [f"report: {display_uri(plan.folder / REPORT_PAGE)}", f"adapter: {display_uri(adapter_file)}"]
+    session.console.print("\n".join([*lines, "", format_next_steps(steps)]), markup=False, highlight=False)
 
 
 def copy_grouping_pages(grouping: Artifact, folder: Path) -> None:

@@ -13,14 +13,15 @@ from rich.console import Console
 from pipeline.config import Config
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
-from pipeline.files import create_folder, read_json, write_file, write_json
+from pipeline.files import create_folder, read_json, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.mmap import SharedMmap
 from pipeline.methods.registry import training_config
 from pipeline.prediction.options import GROUPED_ADAPTER, ModelOptions, read_options, write_options
-from pipeline.report.added_task import AddedTask, added_task_table, added_task_to_markdown
+from pipeline.report.added_task import AddedTask, added_task_cells, added_task_notes, added_task_table
+from pipeline.report.summary import result_warnings
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage, WorkItem
@@ -33,7 +34,16 @@ from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts, train_adde
 from pipeline.stages.grouping import assign_task, read_grouping, with_fixed_groups
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.report import NAME as REPORT
-from pipeline.stages.report import copy_grouping_pages, register_model, track_results
+from pipeline.stages.report import (
+    copy_grouping_pages,
+    next_steps_after,
+    print_notes,
+    print_outputs,
+    register_model,
+    track_results,
+    write_run_page,
+    write_scores,
+)
 from pipeline.stages.run import connect_cluster, run_session
 from pipeline.stages.training_spec import TrainingSpec, training_inputs
 from pipeline.training.batches import load_training_sets
@@ -212,6 +222,7 @@ def _report(
     with Stage(session, REPORT, stage_title(REPORT)) as stage:
         stage.computed = True
         copy_grouping_pages(grouping, folder)
+        scores = write_scores(plan, trained, folder)
     results = {method.name: method.results()[0] for method in trained}
     added = AddedTask(
         finished=addition.finished.summary,
@@ -222,19 +233,17 @@ def _report(
         trained_parameters=results["grouped"]["trained_parameters"],
         num_test_images=plan.num_test_images[addition.task],
         stages=dict(session.stage_seconds),
+        warnings=result_warnings(scores),
         rerun=rerun_summary,
     )
-    summary = added.summary()
+    summary, steps = added.summary(), next_steps_after(plan, session)
     write_json(folder / "summary.json", vars(summary))
-    write_file(folder / "report.md", added_task_to_markdown(added))
+    write_run_page(plan, summary, scores, steps, added_task_cells(added), added_task_notes(added))
     track_results(plan, session, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
     session.tracker.log_artifact(PARENT, folder)
     session.tracker.log_artifact(PARENT, adapter, "adapters")
     register_model(plan, session, adapter)
     session.console.print(added_task_table(added))
-    display_uri = plan.storage.display_uri
-    session.console.print(
-        f"groups: {format_groups(added.groups)}\nreport: {display_uri(folder)}\nadapter: {display_uri(adapter)}",
-        markup=False,
-        highlight=False,
-    )
+    print_notes(session, summary)
+    session.console.print(f"groups: {format_groups(added.groups)}", markup=False, highlight=False)
+    print_outputs(plan, session, adapter, steps)
