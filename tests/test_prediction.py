@@ -260,8 +260,13 @@ def test_calibration_is_saved_with_the_adapter(adapter_file, digits, tmp_path):
 
 
 def test_user_errors_are_reported(adapter_file, tmp_path):
+    run = tmp_path / "run" / "adapters"
+    run.mkdir(parents=True)
+    (run / "coop.safetensors").write_bytes(b"")
     for arguments, message in [
         ({"source": tmp_path / "absent.safetensors"}, "does not exist"),
+        ({"source": run / "cop.safetensors"}, "does not exist; its folder has coop.safetensors"),
+        ({"source": run.parent}, "no adapter in .*run; expected one of its files adapters/coop.safetensors"),
         ({"source": tmp_path}, "no adapter in"),
         ({"source": "nowhere://bucket/x"}, "nowhere://bucket/x is not a storage URI"),
         ({"threshold": 1.5}, "threshold=1.5"),

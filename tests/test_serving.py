@@ -500,15 +500,15 @@ def test_errors_in_the_command_exit_with_status_2(tmp_path, monkeypatch, capsys)
             ([*valid, "--port", str(port)], f"cannot listen on --host 127.0.0.1 --port {port}: Address already in use"),
             ([*valid, "--host", "192.0.2.77"], "cannot listen on --host 192.0.2.77"),
             ([*valid, "--host", "no.such.host.invalid"], "cannot listen on --host no.such.host.invalid"),
-            ([*valid, "--port", "0"], "port=0: Input should be greater than or equal to 1"),
-            ([*valid, "--replicas", "0"], "replicas=0: Input should be greater than or equal to 1"),
+            ([*valid, "--port", "0"], "port=0: must be greater than or equal to 1"),
+            ([*valid, "--replicas", "0"], "replicas=0: must be greater than or equal to 1"),
             (
                 [*valid, "--cluster.gpus_per_worker", "-1"],
-                "cluster.gpus_per_worker=-1: Input should be greater than",
+                "cluster.gpus_per_worker=-1: must be greater than",
             ),
-            ([*valid, "--max_request_mib", "nan"], "max_request_mib='nan': Input should be"),
-            ([*valid, "--timeout_s", "inf"], "timeout_s='inf': Input should be a finite number"),
-            ([*valid, "--batch_wait_ms", "-1"], "batch_wait_ms=-1: Input should be greater than or equal to 0"),
+            ([*valid, "--max_request_mib", "nan"], "max_request_mib='nan': must be"),
+            ([*valid, "--timeout_s", "inf"], "timeout_s='inf': must be a finite number"),
+            ([*valid, "--batch_wait_ms", "-1"], "batch_wait_ms=-1: must be greater than or equal to 0"),
         ]:
             monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
             with pytest.raises(SystemExit) as end:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.data.names import truncated_list
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter
 from pipeline.prediction.model import TrainedModel
@@ -77,14 +78,17 @@ def _is_remote(source: str) -> bool:
 
 def _find_adapter(path: Path, source: str) -> Path:
     if not path.is_dir():
+        if not path.exists() and (files := sorted(file.name for file in path.parent.glob("*.safetensors"))):
+            raise UserError(f"adapter file {source} does not exist; its folder has {truncated_list(files)}")
         return path  # load_adapter reports a missing file
     for name in (GROUPED_ADAPTER, MLFLOW_ADAPTER):
         if (path / name).is_file():
             return path / name
-    raise UserError(
-        f"no adapter in {source}; expected a .safetensors file, a run directory (with {GROUPED_ADAPTER}), or an MLflow "
-        "model registered by mmap-clip register-model"
-    )
+    adapters = sorted(file.relative_to(path).as_posix() for file in path.glob("adapters/*.safetensors"))
+    expected = f"a .safetensors file, a run directory (with {GROUPED_ADAPTER}), or an MLflow model"
+    if adapters:
+        expected = f"one of its files {truncated_list(adapters)}"
+    raise UserError(f"no adapter in {source}; expected {expected}")
 
 
 def _download_from_bucket(uri: str, folder: Path) -> Path:
