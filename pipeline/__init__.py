@@ -118,14 +118,14 @@ def open_run(source: str | os.PathLike[str]) -> Run:
 
 
 def runs(storage: str | os.PathLike[str] = "mmap-runs") -> list[Run]:
-    """Return the runs of a storage folder, the last one first.
+    """Return the runs of a storage, a folder or a bucket, the newest first; `mmap-clip runs` prints them as a table.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such storage.
     """
-    from pipeline.workflows.runs import list_runs
+    from pipeline.workflows.runs import open_runs
 
-    return list_runs(storage)
+    return open_runs(storage)
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pipeline.config import Config, load_yaml, parse_config
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.grouping.text import format_groups
-from pipeline.runtime.storage import Storage, is_uri
+from pipeline.runtime.storage import Storage
 from pipeline.stages.finished_run import GROUPING, REPORT_PAGE, RUNS, SUMMARY, resolve_run
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pipeline.prediction.image_sources import ImageSource
     from pipeline.prediction.model import TrainedModel
     from pipeline.report.data_check import TaskOverview
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -168,15 +171,16 @@ class Run:
         return self.model.predict(images, task)
 
     def __repr__(self) -> str:
-        lines = [f"Run({self._location()!r})"]
+        parts = [self._location()]
         if (self.folder / GROUPING).is_file():
-            lines.append(f"  groups: {format_groups(self.groups)}")
-        if not self.is_finished:
-            return "\n".join([*lines, "  not finished"])
-        averages = ", ".join(
-            f"{name} {100 * method['average']:.1f}" for name, method in self.summary["methods"].items()
-        )
-        return "\n".join([*lines, f"  {self._table_title()}, average: {averages}"])
+            parts.append(format_groups(self.groups))
+        if self.is_finished:
+            methods = self.summary["methods"]
+            averages = (f"{name} {100 * method['average']:.1f}" for name, method in methods.items())
+            parts.append(f"average accuracy (%) {', '.join(averages)}")
+        else:
+            parts.append("not finished")
+        return f"<Run {'; '.join(parts)}>"
 
     def _repr_html_(self) -> str:
         parts = [f"<b>{escape(self.config.name)}</b>"]
@@ -253,17 +257,16 @@ def open_run(source: str | os.PathLike[str]) -> Run:
     return Run(storage, folder)
 
 
-def list_runs(location: str | os.PathLike[str]) -> list[Run]:
-    """Return the runs of a storage folder, the one that was started last first.
+def open_runs(location: str | os.PathLike[str]) -> list[Run]:
+    """Return the runs of a storage, a folder or bucket, the newest first; a folder that cannot be read is logged.
 
     Raises:
-        UserError: there is no such folder, or it is a bucket.
+        UserError: there is no such storage.
     """
-    if is_uri(os.fspath(location)):
-        raise UserError(f"runs in a bucket are not listed: open one of them, {location}/{RUNS}/<run>")
-    folder = Path(location).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"storage={location} does not exist")
-    configs = [file for file in (folder / RUNS).glob("*/config.yaml") if file.is_file()]
-    configs.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    return [Run(Storage.from_folder(folder), file.parent) for file in configs]
+    from pipeline.workflows.run_list import list_runs
+
+    runs, _ = list_runs(os.fspath(location), (), None)
+    for run in runs:
+        if run.problem:
+            log.warning("%s: %s", run.run, run.problem)
+    return [open_run(run.run) for run in runs if not run.problem]
