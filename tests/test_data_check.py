@@ -264,6 +264,14 @@ def test_what_pixels_mean_is_looked_at(contents, severity, title, example):
     assert found([*clean_set(), checked("art/cat/9.tif", whole)]) == []
 
 
+def test_images_in_tables_have_no_suffix():
+    image = clean_set()[0]
+    assert image.stats.format == "PNG"
+    for path, is_misnamed in (("data/t.parquet#00000001", False), ("a/b.PNG", False), ("a/b.parquet", True)):
+        findings = found([replace(image, image=replace(image.image, path=path))], {}, shots=0)
+        assert any("differs from its suffix" in finding.title for finding in findings) == is_misnamed
+
+
 def test_transparent_images_are_told():
     image = photo(7).convert("RGBA")
     image.putalpha(Image.new("L", image.size, 255))

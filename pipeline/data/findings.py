@@ -16,6 +16,7 @@ from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.names import pluralize, split_synonyms
 from pipeline.data.near_duplicates import MAX_HAMMING_DISTANCE, near_duplicate_groups
 from pipeline.data.splits import ScannedImage
+from pipeline.data.table_images import ROW_PATH
 from pipeline.data.walk import Skipped, describe_skipped, skip_remedy, unread_images_note
 
 Severity = Literal["error", "warning", "note"]
@@ -404,6 +405,8 @@ def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
 
 def _has_other_suffix(path: str, image_format: str) -> bool:
     suffix = Path(path).suffix.lower()
+    if ROW_PATH.fullmatch(path):  # the suffix is that of the table
+        return False
     return suffix not in SUFFIXES_OF_FORMAT.get(image_format, (suffix,))
 
 

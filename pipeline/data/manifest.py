@@ -269,7 +269,7 @@ def read_manifest(
             + "".join(f", or use --data.columns '{{label: {name}}}'" for name in rows.label_alternatives)
         )
     if rows.num_backslashes:
-        rows.note(f"{manifest}: \\ in {pluralize(rows.num_backslashes, 'path')} is read as /")
+        rows.note(f"\\ in {pluralize(rows.num_backslashes, 'path')} is read as /")
     for folder in {os.path.dirname(entry.path) for entry in rows.entries if not entry.table_row}:
         symlinks.escapes_root(root / folder)
     locations = {path: location for path, (*_, location) in rows.row_by_path.items()}
@@ -329,10 +329,10 @@ def _column_positions(
             continue
         if len(candidates) == 1 and names.count(candidates[0]) == 1:
             positions[column] = names.index(candidates[0])
-            rows.note(f"{file.name}: the column {candidates[0]!r} is read as {column!r} (see data.columns)")
+            rows.note(f"the column {candidates[0]!r} is read as {column!r} (to choose another: --data.columns)")
             continue
         if column == "task" and not candidates and rows.tasks and len(rows.tasks) == 1:
-            rows.note(f"{file.name} has no column 'task': all rows are of the task {min(rows.tasks)!r} of data.tasks")
+            rows.note(f"there is no column 'task': all rows are of the task {min(rows.tasks)!r} of data.tasks")
             continue
         listed = truncated_list((repr(text)[:80] for text in names), 20)
         if candidates == [name]:
@@ -437,7 +437,7 @@ def _read_text_table(file: Path, rows: _RowCollector, columns: Mapping[str, str]
         line = header_line + reader.line_num
         raise UserError(f"{file}: line {line}: {error}; quotes must be doubled and closed") from None
     if num_comments:
-        rows.note(f"{file.name}: {pluralize(num_comments, 'line')} with # or before the header not read")
+        rows.note(f"{pluralize(num_comments, 'line')} with # or before the header not read")
 
 
 def _separator(
@@ -457,7 +457,7 @@ def _separator(
 
     separator: str = max((expected, *_SEPARATORS), key=num_found)
     if separator != expected:
-        rows.note(f"{file.name} is separated by {separator!r}")
+        rows.note(f"the table is separated by {separator!r}")
     return separator
 
 

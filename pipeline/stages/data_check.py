@@ -46,7 +46,7 @@ from pipeline.stages.plan import Plan
 NAME = "data_check"
 IMAGES = "images.parquet"
 PAGE, FINDINGS = "check.html", "check.json"
-FORMAT = 4
+FORMAT = 5
 """Increment on every change of the stored columns or of the findings; older checks are then repeated."""
 IMAGES_PER_CHUNK = 512
 _READING = "reading"
