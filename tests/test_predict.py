@@ -16,6 +16,7 @@ from pipeline.config import BUILTIN_DIGITS, ClipConfig, Config, MmapConfig
 from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.mmap import GroupMmap, MmapShape
 from pipeline.prediction.image_prediction import COLUMNS
+from pipeline.prediction.output_files import output_format
 
 
 @pytest.fixture
@@ -146,6 +147,13 @@ def test_outputs_that_cannot_be_are_refused_before_the_model_is_read(tmp_path, m
     ]:
         assert call(monkeypatch, tmp_path / "absent.safetensors", "a.png", "--output", output) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "output", ["out", "a.b/out", "x.csv/", "x.PARQUET", "s3://my.bucket", "s3://bucket/a.b/out?region=x.y"]
+)
+def test_outputs_without_a_suffix_are_folders_of_parquet(output):
+    assert output_format(output) == "parquet"
 
 
 def test_inputs_of_parquet_output_are_named(adapter_file, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 from pipeline.data.names import escape_for_terminal
 from pipeline.errors import UserError
@@ -34,7 +35,8 @@ def output_format(output: str) -> str:
     """
     if output == STDOUT:
         return "csv"
-    suffix = os.path.splitext(output.partition("?")[0] if _is_uri(output) else output)[1].lower().removeprefix(".")
+    path = urlsplit(output).path if _is_uri(output) else output
+    suffix = os.path.splitext(path)[1].lower().removeprefix(".")
     if suffix in TEXT_FORMATS:
         if _is_uri(output):
             raise UserError(f"--output {output}: a bucket takes Parquet only; leave out the suffix .{suffix}")
