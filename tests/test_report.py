@@ -65,7 +65,7 @@ def test_differences_are_paired_by_image():
 
 
 @pytest.mark.parametrize(
-    "scores, at_chance",
+    "scores, is_chance",
     [
         (with_accuracy(20, 140, 7), True),  # 14.3 %: random weights
         (with_accuracy(5, 140, 7), True),  # below chance
@@ -74,8 +74,8 @@ def test_differences_are_paired_by_image():
         (with_accuracy(75, 100, 2), False),
     ],
 )
-def test_results_at_chance_are_recognized(scores, at_chance):
-    assert scores.is_at_chance == at_chance
+def test_results_at_chance_are_recognized(scores, is_chance):
+    assert scores.is_at_chance == is_chance
 
 
 def test_warnings_name_the_method_the_task_and_the_size():
@@ -97,10 +97,10 @@ def test_predictions_of_a_run_are_read_and_written(tmp_path):
     def prediction(task, number, label, predicted):
         return Prediction(task, f"{task}/{number}.png", label, predicted, 0.25 + number / 8)
 
-    first = [prediction("b", 0, 0, 1), prediction("b", 1, 1, 1)]
-    second = [prediction("a", 0, 2, 2), prediction("c", 0, 0, 0), prediction("c", 1, 0, 1)]
+    group_b = [prediction("b", 0, 0, 1), prediction("b", 1, 1, 1)]
+    group_ac = [prediction("a", 0, 2, 2), prediction("c", 0, 0, 0), prediction("c", 1, 0, 1)]
     files = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
-    for file, predictions in zip(files, (first, second)):
+    for file, predictions in zip(files, (group_b, group_ac)):
         write_predictions(file, predictions)
     class_names = {task: ["cat", "dog", "fish"] for task in "abc"}
     scores = read_scores(files, class_names)

@@ -74,14 +74,15 @@ def test_runs_are_listed_with_their_figures_and_state(storage, runs):
 
 def test_json_has_all_methods_and_the_folder(storage, runs):
     for location in (storage, storage.as_uri()):
-        found = {Path(run["run"]).name: run for run in json.loads(runs("--storage", location, "--json")[1])}
-        shops = found["shops-1"]
+        records = json.loads(runs("--storage", location, "--json")[1])
+        run_by_name = {Path(run["run"]).name: run for run in records}
+        shops = run_by_name["shops-1"]
         assert shops["run"] == f"{location}/runs/shops-1"
         assert (shops["name"], shops["data"], shops["shots"], shops["seed"]) == ("shops", "/data/shops", 8, 3)
         assert shops["accuracy"] == METHODS and shops["finished"] and shops["changed"] == "2023-11-14T22:11:40+00:00"
-        assert found["pets-2"]["tasks"] == ["no", "7"] and found["pets-2"]["last_stage"] == "splits"
-        assert "config.yaml" in found["broken-5"]["problem"] and shops["problem"] is None
-        assert found["empty-4"]["problem"] == "config.yaml is missing or empty"
+        assert run_by_name["pets-2"]["tasks"] == ["no", "7"] and run_by_name["pets-2"]["last_stage"] == "splits"
+        assert "config.yaml" in run_by_name["broken-5"]["problem"] and shops["problem"] is None
+        assert run_by_name["empty-4"]["problem"] == "config.yaml is missing or empty"
 
 
 def test_runs_are_selected_by_name_and_number(storage, runs):

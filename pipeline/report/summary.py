@@ -125,13 +125,13 @@ def result_warnings(scores: Mapping[str, ScoresByTask]) -> list[str]:
             warnings.append(f"{method_title(method)} predicts the same class for every image: {classes}")
         if method != ZERO_SHOT and ZERO_SHOT in scores:
             differences = {task: paired_difference(by_task[task], scores[ZERO_SHOT][task]) for task in by_task}
-            below = [
+            declines = [
                 f"{task} ({100 * difference.value:.1f} ± {100 * difference.standard_error:.1f} points)"
                 for task, difference in differences.items()
                 if difference.value < 0
             ]
-            if below:
-                warnings.append(f"{method_title(method)} is below zero-shot CLIP on {', '.join(below)}")
+            if declines:
+                warnings.append(f"{method_title(method)} is below zero-shot CLIP on {', '.join(declines)}")
     counts = {task: task_scores.num_images for by_task in scores.values() for task, task_scores in by_task.items()}
     small = [
         f"{task} {number}"
