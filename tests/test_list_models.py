@@ -159,8 +159,8 @@ def test_an_unknown_model_is_reported_with_the_closest_name_and_the_list(name, v
     ],
 )
 def test_models_are_found_by_parts_of_names_and_wildcards(models, patterns, names):
-    found = json.loads(list_models(*patterns, "--json")[0])
-    assert found == [model for name, model in models.items() if re.fullmatch(names, name)] != []
+    listed = json.loads(list_models(*patterns, "--json")[0])
+    assert listed == [model for name, model in models.items() if re.fullmatch(names, name)] != []
 
 
 @pytest.mark.parametrize(("option", "method"), [("coop", "coop"), ("coop_mt", "coop"), ("mmap", "grouped")])
@@ -202,12 +202,12 @@ def test_the_table_of_families_in_the_docs(models):
         for row in rows
         if row[2:] and row[2].isdecimal()
     ]
-    rest = list(models.values())
+    unnamed = list(models.values())
     for patterns, number, prompts in families:
-        found = [m for m in rest if any(fnmatchcase(m["name"], pattern) for pattern in patterns)]
-        assert (len(found), {model["prompts"] for model in found}) == (number, {prompts}), patterns
-        rest = [model for model in rest if model not in found]
-    assert not rest
+        named = [m for m in unnamed if any(fnmatchcase(m["name"], pattern) for pattern in patterns)]
+        assert (len(named), {model["prompts"] for model in named}) == (number, {prompts}), patterns
+        unnamed = [model for model in unnamed if model not in named]
+    assert not unnamed
     usable = [model["prompts"] for model in models.values() if model["prompts"] != "refused"]
     numbers = f"{len(usable)} of the {len(models)} names of open_clip {open_clip.__version__} can be used"
     assert f"{numbers}, {usable.count('both')} with all methods" in section
