@@ -23,9 +23,11 @@ from pipeline.grouping.stability import (
     snapshot_affinities,
 )
 from pipeline.grouping.study import partition_score, set_partitions
+from pipeline.methods.registry import VARIANTS
 from pipeline.report.grouping_figures import co_assignment_map
 from pipeline.report.grouping_page import grouping_page
 from pipeline.report.grouping_stability_figures import BETWEEN, affinity_over_training, ranked_partitions_figure
+from pipeline.report.summary_figures import accuracy_figure
 
 NAMES = ("ink", "neon", "chalk", "noise")
 
@@ -166,6 +168,39 @@ def test_affinity_over_training_names_the_lines_of_groups_where_they_end(num_tas
     boxes = sorted((Text.get_window_extent(text) for text in sums.texts), key=lambda box: box.y0)
     assert all(low.y1 < high.y0 + 1 for low, high in zip(boxes, boxes[1:]))
     assert all(box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+def test_partitions_with_the_highest_scores_have_their_whole_names():
+    names = [f"a long name of domain {task}" for task in range(6)]
+    ranked = ranked_partitions(np.ones((6, 6)), (tuple(range(6)),), "sum", names)
+    labels = [label.get_text() for label in ranked_partitions_figure(ranked).axes[0].get_yticklabels()]
+    assert [" ".join(label.split()) for label in labels] == [item.title for item in ranked]
+    assert max(len(line) for label in labels for line in label.splitlines()) < 90
+
+
+@pytest.mark.parametrize(("num_tasks", "num_methods"), [(1, 7), (2, 3), (20, 7)])
+def test_bars_of_many_tasks_and_methods_stay_on_a_page(num_tasks, num_methods):
+    """All bars are there, with names that differ, in rows of at most a page's width."""
+    tasks = [f"a long name of a ${task}$ domain {task}" for task in range(num_tasks)]
+    methods = {
+        method: {
+            "accuracy": {task: (number + 1) / 100 for number, task in enumerate(tasks)},
+            "average": 0.9,
+            "standard_error": dict.fromkeys(tasks, 0.01),
+            "average_standard_error": 0.01,
+        }
+        for method in [*VARIANTS][:num_methods]
+    }
+    figure = accuracy_figure(tasks, methods)
+    figure.savefig(io.BytesIO())
+    heights = [patch.get_height() for axes in figure.axes for patch in axes.patches]
+    assert sorted(heights) == pytest.approx(sorted([*range(1, num_tasks + 1), 90] * num_methods))
+    names = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+    assert len(set(names)) == num_tasks + 1 and max(map(len, names)) <= 24
+    assert figure.get_figwidth() < 15
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
 
 
 def test_figures_and_page():

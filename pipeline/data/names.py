@@ -53,3 +53,12 @@ def truncated_list(names: Iterable[str], limit: int = 10) -> str:
     """Join up to `limit` names, and say how many more there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def shorten(name: str, length: int = 24) -> str:
+    """Return a name of at most `length` letters: the middle of a longer one is left out, since names that begin alike
+    differ at their end."""
+    if len(name) <= length:
+        return name
+    start = length // 2
+    return f"{name[:start]}…{name[len(name) - (length - start - 1) :]}"

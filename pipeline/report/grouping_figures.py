@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from pipeline.data.names import pluralize
+from pipeline.data.names import pluralize, shorten
 
 MAX_TASKS_WITH_VALUES = 12
 """Maximum number of tasks for which the heat map shows the numbers."""
@@ -292,7 +292,3 @@ def _format_number(value: float) -> str:
 def _text_inches(text: str, font_size: float) -> float:
     """Estimate the width of a text: 0.6 of the font size per letter."""
     return 0.6 * font_size / 72 * len(text)
-
-
-def shorten(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"

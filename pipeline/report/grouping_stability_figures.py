@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -13,13 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
-from pipeline.data.names import pluralize
+from pipeline.data.names import pluralize, shorten
 from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.stability import RankedPartition, early_share, num_early_snapshots
-from pipeline.report.grouping_figures import NEGATIVE, POSITIVE, shorten
+from pipeline.report.grouping_figures import NEGATIVE, POSITIVE
 
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Color-blind safe (Okabe and Ito)."""
+MAX_TITLE_WIDTH = 70
+"""Letters in a line of the name of a partition."""
 MAX_PAIRS_WITH_LINES = 15
 """Up to this many pairs (6 tasks) every pair has its own line."""
 WITHIN, BETWEEN = "#0072b2", "#8a8a8a"
@@ -138,8 +141,10 @@ def _line_colors(count: int) -> list[Any]:
 
 def ranked_partitions_figure(ranked: Sequence[RankedPartition]) -> Figure:
     """Plot the scores of the best partitions as bars, the chosen one on top."""
-    names = [item.title if len(item.title) <= 90 else item.title[:89] + "…" for item in ranked]
-    figure = Figure(figsize=(4.5 + 0.075 * max(map(len, names)), 0.36 * len(ranked) + 1.0), layout="constrained")
+    names = [textwrap.fill(item.title, MAX_TITLE_WIDTH, break_on_hyphens=False) for item in ranked]
+    width = max(len(line) for name in names for line in name.splitlines())
+    num_lines = sum(name.count("\n") + 1 for name in names)
+    figure = Figure(figsize=(4.5 + 0.075 * width, 0.18 * (len(ranked) + num_lines) + 1.0), layout="constrained")
     axes = figure.add_subplot()
     scores = [item.score for item in ranked]
     colors = [(POSITIVE if score >= 0 else NEGATIVE) for score in scores]

@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from pipeline.data.names import pluralize
+from pipeline.data.names import pluralize, shorten
 from pipeline.grouping.text import format_groups
 from pipeline.report.next_steps import NextStep
 from pipeline.report.page import embedded_image, html_page, html_table
@@ -288,7 +288,7 @@ def _matrix(scores: TaskScores) -> str:
     names, (images, _) = scores.class_names, scores.class_counts()
     num_classes = len(names)
     cell = 34 if num_classes <= 12 else 26 if num_classes <= MAX_NUMBERED_CLASSES else 13
-    shortened = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+    shortened = [shorten(name, 18) for name in names]
     margin = 12 + round(6.4 * max(map(len, shortened)))
     size = margin + num_classes * cell
     parts = [
