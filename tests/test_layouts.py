@@ -180,10 +180,10 @@ def test_published_data_at_another_level_is_named(tmp_path, layout, explicit):
             write_files(root, [f"{folder}/{task}{ending}.txt"], lines.encode())
     assert index_dataset(DataConfig(), root).layout == layout
     options = {"layout": layout} if explicit else {}
-    for other in (tmp_path / "data", root / tasks[0]):
-        message = refusal(other, **options)
+    for wrong_root in (tmp_path / "data", root / tasks[0]):
+        message = refusal(wrong_root, **options)
         assert suggestions(message)[0] == {"root": str(root)}
-        assert [dataset.layout for dataset in follow(message, other, **options)][0] == layout
+        assert [dataset.layout for dataset in follow(message, wrong_root, **options)][0] == layout
 
 
 @pytest.mark.parametrize("parent", ["mixed", "plain"])

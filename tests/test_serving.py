@@ -341,8 +341,8 @@ def test_answers_have_the_fields_of_mlflow_and_broken_images_their_error():
     assert valid_record == record and "supported format" in broken_record["error"]
     assert invalid_record["error"].startswith("not base64")
     assert list(broken_record) == list(record) and broken_record["label"] is None and broken_record["task"] == "ink"
-    others = [f"data:image/png;base64,{valid.rstrip('=')}", None, 3, "photos/a.png", "file:///etc/passwd"]
-    status, content, _, _ = get_response(api(max_images=5), **json_request(images=others))
+    mixed = [f"data:image/png;base64,{valid.rstrip('=')}", None, 3, "photos/a.png", "file:///etc/passwd"]
+    status, content, _, _ = get_response(api(max_images=5), **json_request(images=mixed))
     errors = [record["error"] for record in content["predictions"]]
     assert status == 200 and errors[:2] == [None, "no image but null; expected base64 text"] and all(errors[1:])
     assert "a service reads no files or addresses" in errors[3] and "a service reads no addresses" in errors[4]
