@@ -199,7 +199,7 @@ def test_hundreds_of_tasks(build, folder, monkeypatch):
                 lines.append(f"{file.name},task {task},{name}")
     (folder / "many/all.csv").write_text("\n".join(lines))
     reader, printed = build("many", root=str(folder / "many/all.csv"))
-    assert "200 tasks, 1200 images" in printed and "800 training and 400 test images" in printed
+    assert "200 tasks, 1,200 images" in printed and "800 training and 400 test images" in printed
     assert len(drawn(reader, "train")) == 800 and len(drawn(reader, "test")) == 400
 
 

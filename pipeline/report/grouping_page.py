@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.names import pluralize
 from pipeline.grouping.text import format_groups
 from pipeline.report.page import embedded_image, html_page, html_table
 
@@ -25,7 +26,7 @@ def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, 
     stability = result["stability"]
     frequency = next((row["frequency"] for row in stability["resampled"] if row["groups"] == result["groups"]), 0.0)
     parts = [
-        f"<h1>Groups of {len(result['tasks'])} tasks</h1>",
+        f"<h1>Groups of {pluralize(len(result['tasks']), 'task')}</h1>",
         "<p>"
         + "".join(f'<span class="group">{escape(format_groups([group]))}</span>' for group in result["groups"])
         + "</p>",

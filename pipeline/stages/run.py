@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
+from pipeline.data.names import pluralize
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.environment import run_environment, source_name
@@ -68,7 +69,8 @@ def _log_run_header(plan: Plan, session: Session) -> None:
     session.tracker.log_artifact(PARENT, plan.folder / "config.yaml")
     parameters = f"{plan.mmap_shape.num_parameters:,} parameters per MmAP · " if plan.mmap_shape else ""
     session.console.print(
-        f"  {len(plan.tasks)} tasks, {len(plan.dataset_index.images)} images · {config.clip.model} · "
+        f"  {pluralize(len(plan.tasks), 'task')}, {pluralize(len(plan.dataset_index.images), 'image')} · "
+        f"{config.clip.model} · "
         f"{parameters}results in {run_uri}",
         markup=False,
         highlight=False,

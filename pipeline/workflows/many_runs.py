@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.config import Config, parse_config
+from pipeline.data.names import pluralize
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.session import Session
 from pipeline.stages.plan import Plan, make_plan
@@ -34,7 +35,7 @@ def expand_configs(base: Config, shots: Sequence[int], seeds: Sequence[int]) -> 
 
 def make_plans(configs: Sequence[Config], console: Console, variants: Sequence[str] | None = None) -> list[Plan]:
     """Return a plan per config; `variants` as of `make_plan`. Raises: UserError: the first error, before any work."""
-    console.print(f"[bold]{configs[0].name}[/]: checking {len(configs)} runs", highlight=False)
+    console.print(f"[bold]{configs[0].name}[/]: checking {pluralize(len(configs), 'run')}", highlight=False)
     first_plan = make_plan(configs[0], _RunConsole(configs[0]), variants=variants)
     return [first_plan, *(make_plan(config, _RunConsole(config), reuse_checks_of=first_plan) for config in configs[1:])]
 

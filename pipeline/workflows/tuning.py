@@ -23,6 +23,7 @@ from rich.markup import escape
 from pipeline.clip.load import build_meta_towers
 from pipeline.config import Config, content_hash, to_yaml
 from pipeline.data.index import DatasetIndex
+from pipeline.data.names import pluralize
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_file, write_json
 from pipeline.grouping.search.constraints import check_constraints
@@ -83,7 +84,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
                 accuracy = _run_pipeline(plan, session, config, method)
                 session.tracker.log_metrics(PARENT, {"test_accuracy/average": accuracy}, step=0)
                 console.print(
-                    f"{escape(method_title(method))}, best of {len(trials)} trials: validation accuracy "
+                    f"{escape(method_title(method))}, best of {pluralize(len(trials), 'trial')}: validation accuracy "
                     f"{100 * best.validation_accuracy:.1f} %, [bold]test accuracy {100 * accuracy:.1f} %[/]",
                     highlight=False,
                 )
@@ -109,10 +110,10 @@ def _run_trials(plan: Plan, session: Session, search: Search, planned: PlannedTr
     console, state = session.console, plan.folder / "tune"
     if (plan.folder / RESULT).exists():
         trials = [Trial(**trial) for trial in read_json(plan.folder / RESULT)["trials"]]
-        console.print(f"  cached: {len(trials)} trials", highlight=False)
+        console.print(f"  cached: {pluralize(len(trials), 'trial')}", highlight=False)
         return trials
     if planned.num_invalid and search.options.searcher != "optuna":
-        message = f"skipped {planned.num_invalid} invalid configurations, such as: {planned.reason}"
+        message = f"skipped {pluralize(planned.num_invalid, 'invalid configuration')}, such as: {planned.reason}"
         console.print(f"  {escape(message)}", highlight=False)
     splits = make_validation_split(plan, session, search.options.validation_shots)
     checkpoints = plan.folder / "checkpoints"
@@ -217,9 +218,11 @@ def _report(plan: Plan, session: Session, search: Search, trials: Sequence[Trial
     Raises:
         UserError: no trial completed.
     """
-    folder, name = plan.folder, f"{plan.config.name}: {len(trials)} trials"
+    folder, name = plan.folder, f"{plan.config.name}: {pluralize(len(trials), 'trial')}"
     session.console.print(
-        trials_table(search, trials, f"{name}, {search.options.validation_shots} validation images per class")
+        trials_table(
+            search, trials, f"{name}, {pluralize(search.options.validation_shots, 'validation image')} per class"
+        )
     )
     write_file(folder / "trials.csv", trials_to_csv(search, plan.tasks, trials))
     search_figure(search, trials).savefig(folder / "trials.png", dpi=150)
@@ -229,7 +232,7 @@ def _report(plan: Plan, session: Session, search: Search, trials: Sequence[Trial
     if best is None:
         error = next((trial.error for trial in trials if trial.error), "all were pruned")
         raise UserError(
-            f"none of {len(trials)} trials completed: {error}. See {plan.storage.display_uri(folder / 'trials.csv')}"
+            f"no trial of {len(trials)} completed: {error}. See {plan.storage.display_uri(folder / 'trials.csv')}"
         )
     session.tracker.log_metrics(PARENT, {f"{METRIC}/best": best.validation_accuracy}, step=0)
     return best
