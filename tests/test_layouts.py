@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.data.index import DatasetIndex, index_dataset
 from pipeline.data.lists import LIST_LAYOUTS
-from pipeline.data.walk import JUNK_KIND, describe_skipped, find_images, skipped_note
+from pipeline.data.walk import JUNK_KIND, NO_IMAGES, describe_skipped, find_images, skipped_note
 from pipeline.errors import UserError
 
 JUNK_FOLDERS = (
@@ -89,7 +89,7 @@ def test_prediction_follows_links_and_reports_broken_ones(tmp_path):
     (tmp_path / "images/gone").symlink_to(tmp_path / "nowhere")
     files, skipped = find_images(str(tmp_path / "images"))
     assert [Path(file).name for file in files] == ["2.png", "1.png"]
-    assert describe_skipped(skipped) == "1 broken links, 1 links to a folder that contains them"
+    assert describe_skipped(skipped) == "1 link to a folder that contains it, 1 link without a target"
     with pytest.raises(UserError, match="no such file or folder"):
         find_images(str(tmp_path / "images/gone"))
 
@@ -238,7 +238,7 @@ def test_other_names_of_splits(tmp_path, train, test, val, order):
         ([*SPLIT_TASKS, "photo/unseen/cat/1.png"], "photo/unseen", ["split_folders", "folders"]),
         ([*SPLIT_TASKS, "sketch/images/1.png", "photo/extra/1.png"], "sketch/images", ["split_folders", "folders"]),
         (classes_of("train/a", "test/a", "unlabeled/a"), "unlabeled", ["split_folders"]),
-        (classes_of("train", "test", "photo"), "photo", ["folders"]),
+        (classes_of("train", "test", "photo"), "photo", ["folders", "folders"]),
         # Splits without tasks, or tasks with the names of splits.
         (classes_of("train", "test"), "train", ["split_folders", "split_folders", "folders"]),
         (classes_of("train"), "train", ["split_folders", "split_folders", "folders"]),
@@ -249,6 +249,9 @@ def test_other_names_of_splits(tmp_path, train, test, val, order):
         ([*PLAIN, "loose/1.png"], "no class folders: loose", ["folders"]),
         ([*PLAIN, *classes_of("site/camera")], "folders of folders: site", ["folders"]),
         ([*PLAIN, "phone/cat/1.heic", "phone/dog/1.txt"], "phone has no images that are read", ["folders"]),
+        (["VOC2012/JPEGImages/1.png", "VOC2012/Annotations/1.xml"], "object detection", []),
+        ([f"site{n}/{name}/1.png" for n in (1, 2) for name in ("images", "masks")], "segmentation", ["folders"]),
+        (["DCIM/100CANON/1.JPG", "DCIM/101CANON/2.JPG"], "numbered by a camera", ["folders"]),
         # Deeper than task/class.
         (classes_of("north/a", "north/b", "south/a", "south/b"), "deeper than", ["folders"] * 3),
         (classes_of("photo/seg_train", "photo/seg_test"), "rename photo/seg_test, photo/seg_train", ["folders"]),
@@ -277,7 +280,7 @@ def test_folders_that_fit_no_layout_are_refused_with_remedies_that_work(tmp_path
 @pytest.mark.parametrize(
     "paths",
     [
-        [*PLAIN, "annotations/1.xml", "labels/deep/1.txt", "empty/"],
+        [*PLAIN, "annotations/1.xml", "labels/deep/1.txt", "photo/annotations/1.xml"],
         [*PLAIN, "photo/1.png", "backup/all.zip"],
         [*PLAIN, "photo/cat/deep/er/1.png"],
         [*PLAIN, "photo/train/1.png", "photo/test/1.png", "sketch/train/1.png"],  # classes
@@ -286,15 +289,15 @@ def test_folders_that_fit_no_layout_are_refused_with_remedies_that_work(tmp_path
     ],
 )
 def test_files_and_folders_that_change_no_layout(tmp_path, paths):
-    root = write_files(tmp_path, [path for path in paths if not path.endswith("/")])
+    root = write_files(tmp_path, paths)
+    (root / "empty").mkdir()
     dataset = index_dataset(DataConfig(), root)
+    assert ("empty/", NO_IMAGES) in dataset.skipped and "annotations" not in dataset.classes["photo"]
     assert dataset.layout == "folders" and dataset.classes.keys() == {"photo", "sketch"}
     assert set(PLAIN) <= set(image_paths(dataset))
     notes = "\n".join(dataset.notes)
     assert all(f"--data.root {root}/{path}" in notes for path in paths if path.endswith((".csv", ".parquet")))
-    assert {path for path, _ in dataset.skipped} >= {path for path in paths if path not in image_paths(dataset)} - {
-        "empty/"
-    }
+    assert {path for path, _ in dataset.skipped} >= {path for path in paths if path not in image_paths(dataset)}
 
 
 def test_explicit_layouts_that_do_not_fit_are_refused_with_what_was_found(tmp_path):
@@ -382,7 +385,7 @@ def test_links_to_data_elsewhere_are_followed(tmp_path):
     (tmp_path / "disk1/photo/cat/gone.png").symlink_to(tmp_path / "nowhere.png")
     dataset = index_dataset(DataConfig(), root)
     assert image_paths(dataset) == sorted([*PLAIN, "photo/cat/9.png", "photo/cat/gone.png"])
-    assert describe_skipped(dataset.skipped) == "1 links to a folder that contains them"
+    assert describe_skipped(dataset.skipped) == "1 link to a folder that contains it"
     write_files(
         root,
         ["a.csv"],
@@ -394,8 +397,17 @@ def test_links_to_data_elsewhere_are_followed(tmp_path):
         assert suggestions(message) and [len(d.images) for d in follow(message, file)]
 
 
-def test_links_without_a_target_are_named(tmp_path):
+def test_tasks_are_suggested_by_similar_names(tmp_path):
     root = write_files(tmp_path, PLAIN)
+    (dataset,) = follow(refusal(root, tasks=["Photo", "sketches"]), root)
+    assert list(dataset.classes) == ["photo", "sketch"]
+
+
+def test_links_without_a_target_are_named(tmp_path):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/photo").symlink_to("/mnt/away/photo")
+    assert "photo → /mnt/away/photo" in refusal(tmp_path / "gone")
+    root = write_files(tmp_path / "data", PLAIN)
     (root / "clipart").symlink_to("/mnt/away/clipart")
     assert "clipart → /mnt/away/clipart" in refusal(root)
     assert list(index_dataset(DataConfig(tasks=["photo"]), root).classes) == ["photo"]

@@ -38,6 +38,7 @@ from pipeline.data.walk import (
     LOOSE_IMAGE,
     NO_IMAGES,
     Skipped,
+    skip_remedy,
     skipped_note,
     walk_folders,
 )
@@ -377,6 +378,7 @@ def _walk_folders(
     skipped: list[Skipped] = []
     broken_links: list[str] = []
     task_folders: set[str] = set()
+    kinds_by_class: dict[tuple[str, str], set[str]] = {}
     root, roles = layout.root, layout.roles
     depth, task_depth, class_depth = len(roles), roles.index("task"), roles.index("class")
     split_depth = roles.index("split") if "split" in roles else None
@@ -403,9 +405,16 @@ def _walk_folders(
             continue
         task, class_folder = parts[task_depth], parts[class_depth]
         split = None if split_depth is None else parse_split_name(parts[split_depth])
+        kinds_by_class.setdefault((task, class_folder), set()).update(kind for _, kind in folder.skipped)
         if len(parts) == depth:
             entries.append(DatasetEntry("", task, class_folder))
         entries += [DatasetEntry("/".join((*parts, name)), task, class_folder, split) for name in folder.images]
+    # Folders of annotations are no classes; an empty folder, or one of images that are not read, is one without images.
+    for task, class_folder in kinds_by_class.keys() - {entry[1:3] for entry in entries if entry.path}:
+        kinds = kinds_by_class[task, class_folder]
+        if any(kind.startswith(".") for kind in kinds) and not any(map(skip_remedy, kinds)):
+            skipped.append(Skipped(f"{task}/{class_folder}/", NO_IMAGES))
+            entries = [entry for entry in entries if entry[1:3] != (task, class_folder)]
     if tasks is None:
         used = {entry.task for entry in entries if entry.path}
         skipped += [Skipped(f"{task}/", NO_IMAGES) for task in sorted(task_folders - used)]

@@ -6,10 +6,13 @@ a root one level higher or lower is named only if its layout is recognized.
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -23,6 +26,7 @@ from pipeline.data.official_splits import SPLIT_NAMES, parse_split_name, similar
 from pipeline.data.symlinks import SymlinkChecker
 from pipeline.data.walk import (
     ARCHIVE_SUFFIXES,
+    BROKEN_LINK,
     is_directory,
     is_junk,
     is_unread_image,
@@ -45,6 +49,13 @@ MAX_PROBED_FOLDERS = 1000
 MAX_PROBED_ROOTS, MAX_ROOTS_SHOWN = 20, 5
 MAX_TABLE_DEPTH = 3
 """Levels below the root at which Parquet files are searched."""
+IMAGE_FOLDERS = frozenset("images image imgs img jpegimages".split())
+ANNOTATION_FOLDERS = frozenset(
+    "labels annotations masks imagesets bboxes segmentation segmentationclass segmentationobject ground_truth".split()
+)
+"""Names, in lower case, of the folders in data sets for object detection and segmentation."""
+CAMERA_FOLDER = re.compile(r"\d{3}[A-Z_][A-Z0-9_]{4}")
+"""Name of a folder that cameras number, such as 100CANON."""
 Roles = tuple[str, ...]
 """Meaning of the folders above an image, from the root: task, split, class."""
 
@@ -331,6 +342,9 @@ def _match_without_folders(folder: _Folder) -> Layout:
     if folder.has_images:
         raise _Mismatch(f"{_found(folder)}; images need folders of a task and a class", levels=("deep",))
     skipped = [file for walked in walk_folders(folder.path) for file in walked.skipped]
+    if links := [folder.path / path for path, kind in skipped if kind == BROKEN_LINK]:
+        targets = (f"{_shown(link)} → {escape_for_terminal(os.readlink(link))}" for link in links)
+        raise _Mismatch(f"links have no target: {truncated_list(targets)}; mount or restore the targets", levels=())
     raise _Mismatch(f"{_found(folder)}{f'; {skipped_note(skipped)}' if skipped else ''}", levels=())
 
 
@@ -359,6 +373,7 @@ def _match_root_splits(folder: _Folder, splits: Sequence[str], tasks: Collection
         raise _Mismatch(
             f"{root} has {truncated_list(extras)} beside folders called like splits ({split_names})",
             _Remedy(f"to leave {truncated_list(extras)} out", "split_folders"),
+            _Remedy(f"to use only {truncated_list(extras)}", tasks=extras),
             as_tasks,
             levels=(),
         )
@@ -407,6 +422,15 @@ def _match_task_folders(folder: _Folder, selected: Sequence[str], tasks: Collect
             *([] if hint else [_single_task_remedy(folder)]),
             levels=() if hint else ("deep",),
         )
+    if shapes == {"no classes"} or shapes == {"camera"}:
+        examples = truncated_list(f"{task}/{name}" for task in selected for name in folder[task].image_folders)
+        hint = next(filter(None, (_detection_hint(folder[task]) for task in selected)), "")
+        raise _Mismatch(
+            f"{root} has no classes: {examples} {'were numbered by a camera' if shapes == {'camera'} else 'are none'}"
+            f"{hint or '; sort the images into <task>/<class> folders'}",
+            _Remedy("to use them as classes", "folders"),
+            levels=(),
+        )
     if shapes == {"split images"}:
         raise _Mismatch(
             f"{root} has split folders with images directly in them ({_examples(folder, selected)}), and no classes"
@@ -440,9 +464,11 @@ def _match_task_folders(folder: _Folder, selected: Sequence[str], tasks: Collect
 
 
 _SHAPES = {
+    "camera": "with folders numbered by a camera",
     "classes": "with class folders",
     "deep": "with images only in folders of folders",
     "flat": "with images directly in them, and no class folders",
+    "no classes": "with images in a folder that is no class",
     "split images": "with split folders, but no classes",
     "splits": "with split folders",
 }
@@ -454,15 +480,20 @@ def _shape(task: _Folder) -> str:
         if all(map(_has_only_images, splits)):
             return "split images"
         return "splits" if any(split.has_classes for split in splits) else "deep"
+    if _has_only_images(task):
+        return "no classes"
+    if task.folders and all(map(CAMERA_FOLDER.fullmatch, task.folders)):
+        return "camera"
     if task.has_classes:
         is_split = all(parse_split_name(name) for name in task.folders if task[name].has_images)
         return "split images" if is_split else "classes"
     return "flat" if next(task.image_folders, None) is None else "deep"
 
 
-def _has_only_images(split: _Folder) -> bool:
-    """Return whether the images of a split are in a single folder, `images`, which is no class."""
-    return [name.casefold() for name in split.image_folders] == ["images"]
+def _has_only_images(folder: _Folder) -> bool:
+    """Return whether the folders that contain images are called `images` or as annotations, and are no classes."""
+    names = [name.casefold() for name in islice(folder.image_folders, len(IMAGE_FOLDERS | ANNOTATION_FOLDERS))]
+    return not IMAGE_FOLDERS.isdisjoint(names) and IMAGE_FOLDERS | ANNOTATION_FOLDERS >= {*names}
 
 
 def _split_roles(folder: _Folder, tasks: Collection[str] | None) -> Roles:
@@ -491,9 +522,15 @@ def _check_tasks_found(folder: _Folder, selected: Collection[str], tasks: Collec
     """Raise _Mismatch if a requested task has no folder."""
     if missing := sorted({*(tasks or ())} - {_nfc(name) for name in selected}):
         available = [name for name in folder.folders if next(folder[name].image_folders, None)]
+        similar = [
+            next(iter(get_close_matches(task.casefold(), [name.casefold() for name in available], 1, 0.8)), "")
+            for task in sorted(tasks or ())
+        ]
+        similar = [name for name in available if name.casefold() in similar] if all(similar) else []
         raise _Mismatch(
             f"data.tasks: {', '.join(missing)} not found under {_shown(folder.path)}; "
-            f"found: {truncated_list(available) or 'no <task>/<class> folders'}"
+            f"found: {truncated_list(available) or 'no <task>/<class> folders'}",
+            *([_Remedy("did you mean", tasks=similar)] if similar else []),
         )
 
 
@@ -548,9 +585,9 @@ def _usable_layout(name: str, folder: _Folder, tasks: Collection[str] | None) ->
 
 
 def _class_folders(folder: _Folder, roles: Roles, tasks: Collection[str] | None) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of the class folders of the tasks, in folders that contain images."""
+    """Yield the paths of up to two class folders with images in each folder of a task."""
     if roles == ("class",):
-        yield from ((name,) for name in folder.folders)
+        yield from ((name,) for name in islice(folder.image_folders, 2))
         return
     names = _selected(folder, tasks) if roles[0] == "task" else filter(parse_split_name, folder.folders)
     for name in names:
@@ -593,8 +630,7 @@ def _table_remedy(path: Path) -> _Remedy:
 
 def _detection_hint(folder: _Folder) -> str:
     """Return that a folder looks like an export for object detection or segmentation, if it does."""
-    names = {name.casefold() for name in folder.folders}
-    has_annotations = names & {"labels", "annotations", "masks", "imagesets"} or any(
+    has_annotations = any(name.casefold() in ANNOTATION_FOLDERS for name in folder.folders) or any(
         name.endswith((".coco.json", "data.yaml", "data.yml")) for name in folder.files
     )
     if not has_annotations:
@@ -624,7 +660,8 @@ def _content(folder: _Folder) -> str:
     if folder.has_images:
         contents.append("images directly in it")
     if folder.folders:
-        contents.append(f"folders {truncated_list(map(escape_for_terminal, folder.folders))}")
+        suffix = "" if folder.contains_images else " without images"
+        contents.append(f"folders {truncated_list(map(escape_for_terminal, folder.folders))}{suffix}")
     return f"found: {' and '.join(contents) or ('other files' if folder.files else 'nothing')}"
 
 

@@ -68,12 +68,12 @@ UNREAD_FORMATS = {
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 NO_SUFFIX = "no suffix"
 CIRCULAR_LINK, BROKEN_LINK, EXTERNAL_LINK = (
-    "links to a folder that contains them",
-    "broken links",
-    "links out of the root",
+    "link to a folder that contains it",
+    "link without a target",
+    "link out of the root",
 )
-NO_IMAGES, LOOSE_IMAGE = "folders without images", "images outside of class folders"
-BESIDE_SPLITS = "folders beside those of splits"
+NO_IMAGES, LOOSE_IMAGE = "folder without images", "image outside of class folders"
+BESIDE_SPLITS = "folder beside those of splits"
 _REMEDIES = {
     NO_SUFFIX: "images need a suffix: rename them to .jpg or .png",
     LOOSE_IMAGE: "move images into folders of their tasks and classes",
@@ -139,7 +139,12 @@ def skip_remedy(kind: str) -> str | None:
 def describe_skipped(skipped: Iterable[Skipped]) -> str:
     """Return the number of files of each kind, the most frequent first: "36 HEIC (.heic), 2 .txt"."""
     counts = Counter(kind for _, kind in skipped)
-    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(counts.items(), key=lambda item: (-item[1], item)))
+    texts = []
+    for kind, number in sorted(counts.items(), key=lambda item: (-item[1], item)):
+        word, _, rest = kind.partition(" ")
+        plural = f"{word}s {rest}" if number > 1 and word in ("link", "folder", "image") else kind
+        texts.append(f"{number:,} {plural}")
+    return ", ".join(texts)
 
 
 def walk_folders(
