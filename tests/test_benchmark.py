@@ -72,6 +72,7 @@ def test_every_run_is_in_the_tables_and_in_mlflow(storage):
                     assert 0 <= float(results[method, shots, seed, task]["accuracy"]) <= 1
     table = (folder / "benchmark.md").read_text()
     assert "4-shot test accuracy (%), 2 seeds" in table and "MmAP, grouped" in table
+    assert "- Test images at 2 shots, seed 1: ink 200, neon 200; a task's accuracy in one run has a standard" in table
     assert r"\begin{tabular}" in (folder / "benchmark.tex").read_text()
     for picture in ("accuracy_parameters_2_shots", "accuracy_parameters_4_shots", "shots"):
         for kind in ("png", "svg"):

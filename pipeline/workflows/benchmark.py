@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config import Config, content_hash
+from pipeline.data.names import pluralize
 from pipeline.files import create_folder, write_file
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
 from pipeline.report.benchmark_tables import (
@@ -68,18 +69,20 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
         _benchmark_tracker(name, configs, methods, folder, console) as tracker,
     ):
         errors: list[BaseException] = []
+        completed: list[Plan] = []
         results = []
         for plan, outcome in map_concurrently(plans, resources, partial(_run_methods, methods, folder.name)):
             if isinstance(outcome, BaseException):
                 errors.append(outcome)
                 continue
+            completed.append(plan)
             shots, seed = plan.config.data.shots, plan.config.seed
             results += [
                 Result(method, shots, seed, result["accuracy"], result["trained_parameters"])
                 for method, result in outcome.items()
             ]
-        if results:
-            benchmark = _make_benchmark(plans[0], methods, results)
+        if completed:
+            benchmark = _make_benchmark(completed[0], methods, results)
             write_report(benchmark, folder, console)
             _track(tracker, benchmark, folder)
             storage.upload(folder)
@@ -145,11 +148,14 @@ def _make_benchmark(plan: Plan, methods: Sequence[str], results: Sequence[Result
 
 
 def _test_images(plan: Plan) -> str:
-    """Describe the number of test images and the standard error of one run."""
-    counts = plan.num_test_images
+    """Describe the numbers of test images of a completed run, and its standard error."""
+    counts, config = plan.num_test_images, plan.config
     numbers = ", ".join(f"{task} {count:,}" for task, count in counts.items())
     error = 100 * binomial_standard_error(0.5, min(counts.values()))
-    return f"Test images: {numbers}; a task's accuracy in one run has a standard error of up to {error:.1f} points."
+    return (
+        f"Test images at {pluralize(config.data.shots, 'shot')}, seed {config.seed}: {numbers}; a task's accuracy in "
+        f"one run has a standard error of up to {error:.1f} points."
+    )
 
 
 def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
