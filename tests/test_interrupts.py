@@ -30,7 +30,7 @@ STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Those of a job during a test, and those of pytest afterwards."""
+    """Install the handlers of a job during a test, and pytest's afterwards."""
     previous = {number: signal.getsignal(number) for number in STATUSES}
     interrupts._State.received_at = -1e9
     interrupts.handle_signals()
@@ -65,7 +65,7 @@ def test_a_library_that_turns_the_interrupt_into_its_own_error(capsys):
 
 
 def test_the_same_signal_twice_at_once_is_one(capsys):
-    """As `timeout` sends it: to the process and to its group."""
+    """`timeout` sends a signal to the process and to its group."""
     with pytest.raises(SystemExit) as exited, report_user_errors():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -75,7 +75,7 @@ def test_the_same_signal_twice_at_once_is_one(capsys):
 
 
 def test_an_exception_that_python_drops_is_raised_again():
-    """As in a finalizer, or in a hook of os.fork."""
+    """A finalizer and a hook of os.fork drop exceptions."""
 
     class Finalized:
         def __del__(self):

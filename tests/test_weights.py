@@ -799,7 +799,7 @@ def test_weights_of_a_tag_that_do_not_fit_are_refused_at_the_start(folder, small
 
 
 def test_the_remedy_for_a_pickled_model_of_openai(folder, state, expected):
-    """What the message says is accepted."""
+    """The remedy of the message is accepted."""
     model = OpenaiClip().eval()
     model.load_state_dict(openai_state(state))
     torch.save(model, "model.pt")
