@@ -912,7 +912,14 @@ def test_small_tables_that_decompress_into_large_ones_are_refused(tmp_path, monk
     pq.write_table(zeros, tmp_path / "t.parquet", compression="zstd")
     assert "1 rows in only" in fault(tmp_path / "t.parquet")
     monkeypatch.setattr(manifest_module, "MAX_ROWS", 3)
-    assert "4 rows in only" in fault(table_of(tmp_path))
+    assert "4 rows with" in fault(table_of(tmp_path)) and "several .parquet files" in fault(table_of(tmp_path))
+    monkeypatch.setattr(manifest_module, "MAX_ROWS", 10)
+    rows = {"image": [png(seed) for seed in range(4)], "task": ["a"] * 4, "label": ["x", "y"] * 2}
+    pq.write_table(pa.table({**rows, "caption": ["long " * 1000] * 4}), tmp_path / "t.parquet")
+    monkeypatch.setattr(manifest_module, "MAX_TEXT_BYTES", 1000)  # of the columns that are read
+    assert len(index_dataset(DataConfig(), tmp_path / "t.parquet").images) == 4
+    monkeypatch.setattr(manifest_module, "MAX_TEXT_BYTES", 50)
+    assert "bytes of task, label" in fault(tmp_path / "t.parquet")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

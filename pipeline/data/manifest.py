@@ -400,7 +400,7 @@ def _read_lines(file: Path) -> list[str]:
     if (size := file.stat().st_size) > MAX_TEXT_BYTES:
         raise UserError(
             f"data.root={file} has {size:,} bytes of text, more than {MAX_TEXT_BYTES:,}: leave out columns that are "
-            "not needed, or save it as Parquet, which is read in parts"
+            "not needed, or save it as Parquet"
         )
     return read_text(file, f"data.root={file}").split("\n")
 
@@ -621,9 +621,9 @@ def _hugging_face_names(schema: pa.Schema, column: str) -> Sequence[str] | None:
 def _check_compression_ratio(
     file: Path, metadata: pq.FileMetaData, text_columns: Sequence[str], image: str | None
 ) -> None:
-    """Raise UserError if a small file claims to decompress into a large table."""
+    """Raise UserError if a small file claims to decompress into a large table, or has too many rows or texts."""
     size, rows = os.path.getsize(file), metadata.num_rows
-    is_suspicious = rows > MAX_ROWS
+    is_suspicious = False
     text_bytes = num_images = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
@@ -635,5 +635,10 @@ def _check_compression_ratio(
                 statistics = column.statistics
                 num_nulls = statistics.null_count if statistics and statistics.has_null_count else 0
                 num_images += column.num_values - num_nulls
-    if is_suspicious or num_images * MIN_IMAGE_BYTES > size or text_bytes > MAX_TEXT_BYTES:
+    if is_suspicious or num_images * MIN_IMAGE_BYTES > size:
         raise UserError(f"{file} is not a manifest: {rows:,} rows in only {size:,} bytes")
+    if rows > MAX_ROWS or text_bytes > MAX_TEXT_BYTES:
+        raise UserError(
+            f"{file} has {rows:,} rows with {text_bytes:,} bytes of {', '.join(text_columns)}, more than {MAX_ROWS:,} "
+            f"or {MAX_TEXT_BYTES:,}: write it as several .parquet files into a folder, and set data.root to the folder"
+        )
