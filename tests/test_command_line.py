@@ -246,6 +246,11 @@ def test_values_of_config_fields(arguments, changed):
         (["--name", "a b"], r"name='a b': must be .*: a-b"),
         (["--name", "null"], None),
         (["--name", "-x"], r"--name needs a value; .*--name=-"),
+        (["data.root=/x"], r"unexpected argument data\.root: write --data\.root VALUE"),
+        (["lr=3"], r"unexpected argument lr: write --training\.learning_rate VALUE"),
+        (["/"], r"unexpected argument /: write --data\.root /"),
+        (["--cluster.gpus_per_worker", "None"], r"gpus_per_worker='None': must be a number, or null"),
+        (["--tracking.registered_model", "a/b"], r"registered_model='a/b': must have .* without /"),
         (["--data.layout", "folder"], r"data\.layout='folder': must be 'auto', .*did you mean folders\?"),
     ],
 )
@@ -258,12 +263,13 @@ def test_messages_about_values_have_a_remedy(arguments, message):
 
 
 PYDANTIC = re.compile(
-    r"Input|should|valid (tuple|string|integer|number|boolean|dict)|instance|pars|Field|JSON|\bNone\b"
+    r"Input|should|pattern|valid (tuple|string|integer|number|boolean|dict)|instance|pars|Field|JSON|\bNone\b"
 )
 
 
 @pytest.mark.parametrize(
-    "value", ["x", "-1", "9" * 5000, "inf", "1.5", [], ["x"], ["1", "2", "3", "4"], {"x": "y"}, {1: 2}, 3.5, -1]
+    "value",
+    ["x", "-1", "a/b", " ", "9" * 5000, "inf", "1.5", [], ["x"], ["1", "2", "3", "4"], {"x": "y"}, {1: 2}, 3.5, -1],
 )
 def test_messages_are_without_terms_of_pydantic(value):
     for name, *_ in fields():
@@ -295,6 +301,7 @@ def test_messages_are_without_terms_of_pydantic(value):
         *((name, "clip.model") for name in ("model", "arch", "backbone", "clip.arch")),
         *(("weights", "clip.pretrained"), ("random_state", "seed"), ("methods", "baselines")),
         *(("data.max-broken-fraction", "data.max_broken_fraction"), ("momentum", "training.momentum")),
+        *(("LR", "training.learning_rate"), ("Data.Root", "data.root"), ("training-epochs", "training.epochs")),
         *(("crop_ratio", "training.augmentation.crop_ratio"), ("context_length", None), ("depth", None), ("x", None)),
     ],
 )

@@ -55,8 +55,10 @@ def test_text_of_a_file_is_taken_as_it_is_written(tmp_path):
     (file := tmp_path / "a.yaml").write_text(
         "name: 2024\nstorage: 010\ncache: 1e3\ndata:\n  root: yes\n  tasks: [2019, no, 2024-11-28, 0x1, ~, 1:30]\n"
         "  class_names: {2019: on, no: 1_000}\n  shots: 1_0\nclip: {pretrained: ~, quick_gelu: yes}\nmmap:\n"
-        "training: {learning_rate: 1e-3, weight_decay: .5}\ntracking: {experiment: 'null', uri: \"null\"}\n"
+        "baselines: vpt\ntraining: {learning_rate: 1e-3, weight_decay: .5}\n"
+        "tracking: {experiment: 'null', uri: \"null\"}\n"
     )
+    assert parse_config(load_yaml(file)).baselines == ("vpt",)
     config = parse_config(load_yaml(file))
     assert (config.name, config.storage, config.cache, config.data.root) == ("2024", "010", "1e3", "yes")
     assert config.data.tasks == ("2019", "no", "2024-11-28", "0x1", "~", "1:30")
@@ -69,13 +71,17 @@ def test_text_of_a_file_is_taken_as_it_is_written(tmp_path):
 
 
 def test_errors_in_a_file_are_reported_with_the_line(tmp_path):
-    (file := tmp_path / "a.yaml").write_text("seed: 3\ntraining:\n  epochs: many\n  lr: 1\nname:\n")
+    (file := tmp_path / "a.yaml").write_text(
+        "seed: 3\ntraining:\n  epochs: many\n  lr: 1\nname:\ntraining.epochs: 2\nlr: 1\n"
+    )
     with pytest.raises(UserError) as error:
         parse_config(load_yaml(file))
     for message in (
         f"training.epochs='many': must be a whole number ({file}:3)",
         "unknown config field training.lr; did you mean training.learning_rate?",
         f"name='': is empty: give a value ({file}:5)",
+        "unknown config field training.epochs; a file has it as `training: {epochs: ...}`.",
+        "unknown config field lr; a file has it as `training: {learning_rate: ...}`.",
     ):
         assert message in str(error.value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,9 +212,11 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         )
 
     def _reject(self, option: str) -> NoReturn:
-        if f"--{option}" in self._option_string_actions:  # as Hydra takes it
-            raise UserError(f"unexpected argument {option}: write --{option} VALUE")
         if not option.startswith("-"):
+            if "--data.root" in self._option_string_actions and Path(option).expanduser().exists():
+                raise UserError(f"unexpected argument {option}: write --data.root {shlex.quote(option)}")
+            if found := find_option(option, self._option_string_actions):  # as Hydra takes it
+                raise UserError(f"unexpected argument {option}: write {found} VALUE")
             raise UserError(f"unexpected argument {option}; see --help")
         if replacement := self.replacements.get(option.removeprefix("--")):
             raise UserError(f"{option} is not an option of this job: use {replacement}")

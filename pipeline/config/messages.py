@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.files import Scalar
-from pipeline.config.suggestions import did_you_mean
-from pipeline.config.values import value_types
+from pipeline.config.suggestions import did_you_mean, find_option
+from pipeline.config.values import is_nullable, value_types
 
 MAX_SHOWN_CHARACTERS = 200
 _KINDS = {
@@ -79,7 +79,9 @@ def _format(model: type[BaseModel], errors: Sequence[Any], noun: str, more_field
     if details["type"] == "extra_forbidden":
         *parents, _ = map(str, path)
         valid = [*_model_at(model, parents).model_fields, *more_fields]
-        hint = did_you_mean(name, (".".join([*parents, field]) for field in valid))
+        hint = _nested_hint(model, name, ".".join(parents)) or did_you_mean(
+            name, (".".join([*parents, field]) for field in valid)
+        )
         return f"unknown {noun} {name}{hint} Valid here: {', '.join(valid)}{source}"
     if details["type"] == "missing":
         is_element = isinstance(path[-1], int)
@@ -88,6 +90,10 @@ def _format(model: type[BaseModel], errors: Sequence[Any], noun: str, more_field
     message = " or ".join(dict.fromkeys(value_message(error).removeprefix("must be ") for error in errors))
     if value_message(details).startswith("must be "):
         message = f"must be {message}"
+    if value == "":
+        message = "is empty: give a value"
+    if message in (_KINDS["int"], _KINDS["float"], _KINDS["bool"]) and is_nullable(annotation):
+        message += ", or null"
     if not name or (details["type"] == "value_error" and message.startswith(f"{path[0]}.")):
         return f"{message}{source}"
     if details["loc"][-1] == "[key]":
@@ -107,6 +113,25 @@ def _locate(model: type[BaseModel], location: Sequence[int | str]) -> tuple[tupl
         fields = {field.alias or name: field for name, field in annotation.model_fields.items()}
         annotation = fields[str(part)].annotation if part in fields else None
     return tuple(location), annotation
+
+
+def _nested_hint(model: type[BaseModel], name: str, parent: str) -> str:
+    """Return how a file has a field that is given outside of its section, with a dotted name or that of an option."""
+    section, _, field = (find_option(name, {f"--{leaf}" for leaf in _leaves(model)}) or "").lstrip("-").rpartition(".")
+    if not section or section == parent:
+        return ""
+    nested = f"{field}: ..."
+    for part in reversed(section.split(".")):
+        nested = f"{part}: {{{nested}}}"
+    return f"; a file has it as `{nested}`."
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:

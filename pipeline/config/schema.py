@@ -32,7 +32,7 @@ from pipeline.config.sections import (
     TrainingConfig,
 )
 from pipeline.config.suggestions import did_you_mean
-from pipeline.config.values import resolve_nulls
+from pipeline.config.values import resolve_scalars
 from pipeline.errors import UserError
 
 # Imported by name, as plug-ins: the methods depend on this package, and provide their sections and names.
@@ -148,7 +148,7 @@ def parse_config(values: dict[str, Any]) -> Config:
 def validate(model: type[Model], values: dict[str, Any]) -> Model:
     """Validate values; one UserError reports all invalid fields, with their values."""
     try:
-        return model.model_validate(resolve_nulls(model, values))
+        return model.model_validate(resolve_scalars(model, values))
     except ValidationError as error:
         raise UserError("\n".join(validation_messages(model, error))) from None
 

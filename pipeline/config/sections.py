@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.fields import Fraction, NonNegative, NonNegativeInt, PositiveInt, Section, Template, affects
 from pipeline.errors import UserError
@@ -35,6 +35,7 @@ OPENAI_NAMES = {
 """OpenAI's name of a model → open_clip's, with the activation of OpenAI's weights."""
 ResizeMode = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
+MAX_MODEL_NAME = 200
 Channels = tuple[float, float, float]
 """A number for each of R, G, B."""
 _Positive = Annotated[float, Field(gt=0)]
@@ -271,12 +272,18 @@ class ClusterConfig(Section, affects=()):
     """Maximum retries of a task whose worker died."""
 
 
+def _check_model_name(name: str) -> str:
+    if set("/:'\"") & set(name) or name[:1].isspace() or len(name) > MAX_MODEL_NAME:
+        raise ValueError(f"must have at most {MAX_MODEL_NAME} characters without / : ' and \", the first no space")
+    return name
+
+
 class TrackingConfig(Section, affects=()):
     uri: str | None = None
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else SQLite and a folder under storage."""
     experiment: str = "mmap-clip"
     """Name of the MLflow experiment."""
-    registered_model: Annotated[str, Field(pattern=r"^[^\s/:'\"][^/:'\"]*$", max_length=200)] | None = None
+    registered_model: Annotated[str, AfterValidator(_check_model_name)] | None = None
     """Name in the MLflow model registry under which the run registers its grouped MmAP; null: not registered
     (`mmap-clip register-model` registers any finished run)."""
 

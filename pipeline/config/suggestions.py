@@ -87,20 +87,26 @@ _UNAVAILABLE = (
 
 
 def find_option(name: str, options: Collection[str]) -> str | None:
-    """Return the option, with its dashes, that an option without dashes means: itself, also with `-` for `_`; the
-    alias of one; or the last part of exactly one, apart from the methods' own settings of `training`."""
-    name = name.replace("-", "_")
+    """Return the option, with its dashes, that an option without dashes means: itself, also in capitals or with other
+    signs between its words; the alias of one; or the last part of exactly one, apart from the methods' own settings of
+    `training`."""
+    name = name.replace("-", "_").lower()
     section, _, word = name.rpartition(".")
     alias = ALIASES.get(word, word)
     if section:
         candidates = [name, f"{section}.{alias.rpartition('.')[2]}"]
     else:
-        candidates = [name, alias, alias.rpartition(".")[2]]
+        candidates = [name, alias, alias.rpartition(".")[2], name.replace("_", "-")]
     for candidate in candidates:
         if f"--{candidate}" in options:
             return f"--{candidate}"
-    matches = [option for option in options if option.endswith(f".{word}") and ".training." not in option]
-    return matches[0] if len(matches) == 1 and not section else None
+    for similar in (
+        [option for option in options if option.lstrip("-").replace(".", "_") == name],
+        [option for option in options if option.endswith(f".{name}") and ".training." not in option],
+    ):
+        if len(similar) == 1 and not section:
+            return similar[0]
+    return None
 
 
 def explain_unavailable(name: str, options: Collection[str]) -> str | None:

@@ -37,26 +37,31 @@ def is_nullable(annotation: Any) -> bool:
     return types.NoneType in value_types(annotation)
 
 
-def resolve_nulls(annotation: Any, value: Any) -> Any:
-    """Return a value, such as the tree of a YAML file, with None for each null without quotes whose field takes None,
-    and an empty mapping for a section of which only the name is there. All other text stays."""
+def resolve_scalars(annotation: Any, value: Any) -> Any:
+    """Return a value, such as the tree of a YAML file, with the scalars that stand for something else replaced.
+
+    A null without quotes is None where the field takes None, and an empty section where only the name is there. Where
+    the field takes a list, a text is a list of one. All other text stays.
+    """
     alternatives = _alternatives(annotation)
     models = [kind for kind in alternatives if isinstance(kind, type) and issubclass(kind, BaseModel)]
     if isinstance(value, Scalar) and value.plain and value in NULLS:
         return None if types.NoneType in alternatives else {} if models and not value else value
+    if isinstance(value, Scalar) and set(value_types(annotation)) - {types.NoneType} == {tuple}:
+        value = [value]
     if isinstance(value, dict):
         for model in models:
             fields = model.model_fields
             return {
-                name: resolve_nulls(fields[name].annotation, entry) if name in fields else entry
+                name: resolve_scalars(fields[name].annotation, entry) if name in fields else entry
                 for name, entry in value.items()
             }
     for kind in alternatives:
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if origin is dict and isinstance(value, dict):
-            return {name: resolve_nulls(arguments[1], entry) for name, entry in value.items()}
+            return {name: resolve_scalars(arguments[1], entry) for name, entry in value.items()}
         if origin is tuple and isinstance(value, list):
-            return [resolve_nulls(_element_type(arguments, index), element) for index, element in enumerate(value)]
+            return [resolve_scalars(_element_type(arguments, index), element) for index, element in enumerate(value)]
     return value
 
 

@@ -31,7 +31,7 @@ from pipeline.config import (
     values_affecting,
 )
 from pipeline.config.messages import show_value, validation_messages, value_message
-from pipeline.config.values import resolve_nulls
+from pipeline.config.values import resolve_scalars
 from pipeline.errors import UserError
 from pipeline.methods.registry import METHODS, VARIANTS
 
@@ -132,7 +132,7 @@ def read_search(path: Path, base: Config) -> Search:
     errors += [f"unknown option {name}; config fields belong under `fields`." for name in misplaced]
     values = {name: value for name, value in values.items() if name not in misplaced}
     try:
-        options = SearchOptions.model_validate(resolve_nulls(SearchOptions, values))
+        options = SearchOptions.model_validate(resolve_scalars(SearchOptions, values))
     except ValidationError as error:
         errors += validation_messages(SearchOptions, error, "option", ("fields",))
     if not isinstance(ranges, dict) or not ranges:
@@ -230,7 +230,7 @@ def _parse_field_value(name: str, value: Any, prefix: str = "") -> Any:
     kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     adapter = TypeAdapter(kind)
     try:
-        return adapter.dump_python(adapter.validate_python(resolve_nulls(field.annotation, value)), mode="json")
+        return adapter.dump_python(adapter.validate_python(resolve_scalars(field.annotation, value)), mode="json")
     except ValidationError as error:
         message = value_message(error.errors()[0])
         raise UserError(f"fields: {prefix}{name}={show_value(value)}: {message}") from None
