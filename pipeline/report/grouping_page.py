@@ -33,7 +33,7 @@ def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, 
         f"<p>{escape(search)}. Objective <code>{escape(result['objective'])}</code> of "
         f"<code>{escape(result['affinity_kind'])}</code> affinities, averaged over {result['num_snapshots']} gradient "
         f"snapshots. {100 * frequency:.0f} % of {stability['num_resamples']} bootstrap resamples of the snapshots "
-        f"give the same groups.</p><p>{escape(_describe_early(stability, result['num_snapshots']))}</p>",
+        f"give the same groups.</p><p>{_describe_early(stability, result['num_snapshots'])}</p>",
         *(f'<p class="note">{escape(warning)}</p>' for warning in result["warnings"]),
     ]
     for title, figure in figures.items():
@@ -58,13 +58,13 @@ def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, 
 
 
 def _describe_early(stability: Mapping[str, Any], num_snapshots: int) -> str:
-    """Return a sentence on how much of the affinities is from the first snapshots."""
+    """Return a sentence, as HTML, on how much of the affinities is from the first snapshots."""
     early = stability["early"]
     count = f"the first {early['num_snapshots']} of {num_snapshots} snapshots (to step {early['last_step']})"
     text = f"{100 * early['share']:.0f} % of the affinities is from {count}"
     if early["share"] < 0.5 or num_snapshots < 10:
         return f"{text}."
-    return f"{text}: these decide the groups. With --grouping.affinity cosine all snapshots have equal weight."
+    return f"{text}: these decide the groups. With <code>--grouping.affinity cosine</code> all have equal weight."
 
 
 def _png(figure: Figure) -> bytes:

@@ -91,6 +91,8 @@ def search_figure(search: Search, trials: Sequence[Trial]) -> Figure:
             axes.set_xlim(-0.5, len(labels) - 0.5)
         elif value_range.kind == "loguniform":
             axes.set_xscale("log")
+        elif value_range.kind == "integer":
+            axes.xaxis.get_major_locator().set_params(integer=True)
         for state, color in _COLORS.items():
             state_trials = [trial for trial in field_trials if trial.state == state]
             axes.scatter(
