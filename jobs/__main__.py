@@ -7,15 +7,17 @@ mmap-clip full-pipeline --data.root /data/shops
 
 from __future__ import annotations
 
-import ast
-import importlib.metadata
-import importlib.util
-import re
-import sys
-import types
-from pathlib import Path
+from pipeline import interrupts
 
-from pipeline.interrupts import handle_signals
+interrupts.handle_signals()
+with interrupts.ending_at_once():
+    import ast
+    import importlib.metadata
+    import importlib.util
+    import re
+    import sys
+    import types
+    from pathlib import Path
 
 GROUPS = {
     "Train": ("check_data", "full_pipeline", "benchmark", "tune", "grouping_study", "add_task"),
@@ -47,7 +49,6 @@ def job_names() -> list[str]:
 
 
 def main() -> None:
-    handle_signals()
     job, *arguments = sys.argv[1:] or ["--help"]
     module = job.replace("-", "_")
     if job == "help" and arguments:

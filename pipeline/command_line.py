@@ -6,18 +6,18 @@ none of them, and the job scripts import their stages only after the command lin
 
 from __future__ import annotations
 
-import logging
-import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from pipeline import interrupts
 
 interrupts.handle_signals()
 with interrupts.ending_at_once():  # what follows takes a third of a second
+    import logging
+    import re
+    import sys
+    from collections.abc import Callable, Iterator
+    from contextlib import contextmanager
+    from pathlib import Path
+    from typing import TYPE_CHECKING
+
     from pydantic import Field as Field  # the jobs' options
     from rich.console import Console
     from rich.markup import escape
