@@ -171,7 +171,10 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
         images = sorted((digits / "ink").rglob("*.png"))[:5]
         files = {f"runs/x/adapters/{adapter_file.name}": adapter_file.read_bytes()}
         files |= {f"photos/deep/{number}.png": path.read_bytes() for number, path in enumerate(images)}
-        for name, content in {**files, "photos/broken.png": b"no image"}.items():
+        files |= dict.fromkeys(
+            ("photos/broken.png", "photos/@eaDir/0.png", "photos/._0.png", "photos/x.heic"), b"no image"
+        )
+        for name, content in files.items():
             filesystem.create_dir(f"{bucket}/{name.rsplit('/', 1)[0]}")
             with filesystem.open_output_stream(f"{bucket}/{name}") as stream:
                 stream.write(content)
@@ -184,6 +187,7 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
         finished = run_job("predict", *command_line)  # of all tasks
         assert "the most probable prediction of ink, neon, pairs" in finished.output
         assert finished.status == 1 and "1 of 6 images are broken" in finished.output
+        assert "3 files not read: 2 hidden, system or temporary, 1 HEIC (.heic)" in finished.output
         rows = pq.read_table(f"{bucket}/out", filesystem=filesystem).to_pylist()
         assert [row["path"].rpartition("/")[2] for row in rows] == ["broken.png", *(f"{n}.png" for n in range(5))]
         best = pipeline.load(adapter_file).predict(images)

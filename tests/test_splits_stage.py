@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,18 @@ def build(folder, shared_ray, monkeypatch):
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.parquet")}
+
+
+def test_too_few_images_are_told_with_the_files_that_are_not_read(folder, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    for number in range(36):
+        (tmp_path / "data" / TASKS[0] / CLASSES[0] / f"{number}.heic").write_bytes(b"not read")
+    data = DataConfig(shots=PER_CLASS)
+    plan = SimpleNamespace(
+        dataset_index=index_dataset(data, tmp_path / "data"), config=SimpleNamespace(data=data, seed=1)
+    )
+    with pytest.raises(UserError, match=r"36 HEIC \(.heic\).* convert"):
+        stage.draw_splits(plan, [])
 
 
 def test_broken_images_stop_the_run_with_their_paths_and_number(build, folder):
