@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard, cast
@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.prediction.encoded_images import decode_base64, is_data_url, is_url, read_url
 from pipeline.runtime.storage import is_uri
 
+_LOGGER = logging.getLogger(__name__)
 UnnamedImage = bytes | bytearray | BinaryIO | Image.Image | np.ndarray | torch.Tensor
 ImageSource = str | os.PathLike[str] | UnnamedImage
 """A path, an http, https or data URL, an encoded image, a file opened in binary mode, a Pillow image, an array (H, W),
@@ -50,7 +51,7 @@ def is_folder(source: object) -> bool:
 
 
 def expand_folders(sources: Iterable[ImageSource]) -> Iterator[ImageSource]:
-    """Yield the images, those in a folder in place of it; warn about its files that are not read.
+    """Yield the images, those in a folder in place of it; log a warning about its files that are not read.
 
     Raises:
         UserError: a folder without images.
@@ -65,7 +66,7 @@ def expand_folders(sources: Iterable[ImageSource]) -> Iterator[ImageSource]:
         if not files:
             raise UserError(f"no images in {folder}{note}")
         if skipped:
-            warnings.warn(folder + note, stacklevel=2)
+            _LOGGER.warning("%s", folder + note)
         yield from files
 
 
