@@ -29,6 +29,8 @@ def test_the_demo_is_the_base_only_without_own_data(tmp_path):
     demo = parse_config(load_yaml(DEMO_CONFIG))
     assert parse_arguments() == parse_arguments("--data.root", "builtin:digits") == demo
     assert parse_arguments("--training.epochs", "3").data.root == "builtin:digits"
+    for model, weights in (("ViT-B-32", "openai"), ("hf-hub:org/name", "hf-hub:org/name"), ("builtin:digits",) * 2):
+        assert parse_arguments("--clip.model", model).clip.pretrained == weights
     (file := tmp_path / "own.yaml").write_text("data:\n  root: /data/shops\n")
     for config in (parse_arguments("--data.root", "/data/shops"), parse_arguments("--config", str(file))):
         assert config == Config(name="shops", data=DataConfig(root="/data/shops"))

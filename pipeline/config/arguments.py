@@ -72,10 +72,12 @@ class JobArguments(Generic[Options]):
         Raises:
             UserError: invalid values.
         """
+        values: dict[str, Any] = {}
         files = [*([base] if base else []), *self.config_files]
         if not files and self.fields.get("data.root", BUILTIN_DIGITS) == BUILTIN_DIGITS:
-            files = [DEMO_CONFIG]
-        values: dict[str, Any] = {}
+            values = load_yaml(DEMO_CONFIG)
+            if "clip.model" in self.fields:
+                del values["clip"]["pretrained"]  # the weights of the demo's model
         for file in files:
             values = _deep_merge(values, load_yaml(resolve_config_path(file)))
         return parse_config(_deep_merge(values, self.nested_fields()))

@@ -90,7 +90,7 @@ class ClipConfig(Section, affects=("clip",)):
     (docs/models.md)."""
     pretrained: str | None = "openai"
     """Weights: an open_clip tag, a file, a folder or a repository of the Hub (docs/models.md), or `builtin:digits`;
-    null: random weights. Unless given, those of `model`, if it is a folder or a repository."""
+    null: random weights. Unless given, those of `model`, if it is a folder, a repository or `builtin:digits`."""
     quick_gelu: bool | None = None
     """Use the QuickGELU activation, as the weights were trained; null: as open_clip records for the tag or model."""
     image_size: PositiveInt | None = None
@@ -125,7 +125,7 @@ class ClipConfig(Section, affects=("clip",)):
     def _weights_of_model(cls, values: Any) -> Any:
         if isinstance(values, dict) and "pretrained" not in values:
             model = values.get("model")
-            if isinstance(model, str) and brings_weights(model):
+            if isinstance(model, str) and (model == BUILTIN_DIGITS or brings_weights(model)):
                 return {**values, "pretrained": model}
         return values
 

@@ -202,7 +202,9 @@ def _print_notes(console: Console, *notes: str) -> None:
 
 def _find_data(config: Config, storage: Storage) -> DatasetIndex:
     if config.data.root is None:
-        raise UserError("data.root is not set: give a folder of images, <root>/<task>/<class>/*, or a table")
+        raise UserError(
+            f"data.root is not set: give a folder of images, <root>/<task>/<class>/*, a table, or {BUILTIN_DIGITS}"
+        )
     root = Path(config.data.root).expanduser()
     if config.data.root == BUILTIN_DIGITS:
         root = storage.folder / "datasets" / "digits"
