@@ -125,3 +125,14 @@ def test_a_field_written_as_other_tools_have_it_is_answered_with_the_option():
     """Messages name fields with their values as `clip.precision=float32`."""
     with pytest.raises(UserError, match="clip.precision: write --clip.precision VALUE"):
         JobParser("", JobOptions).parse(["clip.precision=float32"])
+
+
+def test_a_crop_scale_is_named_by_its_option_and_the_example_works():
+    parse = JobParser("", JobOptions).parse
+    with pytest.raises(UserError, match=r"^training.augmentation.crop_scale=\S+ \S+: must be increasing") as raised:
+        parse(["--training.augmentation.crop_scale", "1", "0.5"]).config()
+    example = str(raised.value).partition("such as ")[2].split()
+    assert parse(["--training.augmentation.crop_scale", *example]).config().training.augmentation.crop_scale == (
+        0.08,
+        1,
+    )

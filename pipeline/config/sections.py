@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config.fields import Fraction, NonNegative, NonNegativeInt, PositiveInt, Section, Template, affects
 from pipeline.errors import UserError
@@ -181,12 +181,12 @@ class AugmentationConfig(Section, affects=("training", "training_features")):
     def random_crop(self) -> bool:
         return self.crop_scale != (1.0, 1.0)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> AugmentationConfig:
-        low, high = self.crop_scale
-        if not 0 < low <= high:
-            raise ValueError(f"augmentation.crop_scale={list(self.crop_scale)} must be increasing and positive")
-        return self
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, crop_scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < crop_scale[0] <= crop_scale[1]:
+            raise ValueError("must be increasing and positive, such as 0.08 1")
+        return crop_scale
 
 
 class TrainingConfig(Section, affects=("training",)):
