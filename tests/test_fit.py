@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 from mlflow import MlflowClient
 from notebooks import FROM_PYTHON, execute_in_process, num_images, stdout
 from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS
@@ -109,10 +112,12 @@ def test_a_wrong_call_is_told_with_the_remedy(call, message, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(quick_run):
-    """The quick run again, from Python."""
+    """The quick run again, from Python, in a thread."""
     storage, _ = quick_run
     existing = artifacts(storage)
-    result = pipeline.fit(storage=storage, verbose=False, **QUICK)
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(pipeline.fit, storage=storage, verbose=False, **QUICK).result()
+    assert ray.is_initialized()  # as before the call
     assert artifacts(storage) == existing  # nothing is computed again
     return result
 
@@ -180,6 +185,14 @@ def test_a_run_until_the_grouping_has_groups_and_no_report(quick_run, run):
         _ = partial.accuracy
 
 
+def test_a_report_of_an_older_version_is_refused(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "runs" / "older", ignore=shutil.ignore_patterns("tracking-*", "adapters"))
+    file = tmp_path / "runs" / "older" / "report" / "summary.json"
+    file.write_text(json.dumps({"tasks": [], "groups": [], "methods": {}}))
+    with pytest.raises(pipeline.UserError, match="is of an older version: run it again with pipeline.fit"):
+        _ = pipeline.open_run(tmp_path / "runs" / "older").accuracy
+
+
 def test_a_run_is_shown_with_groups_and_accuracies(run):
     average = f"{100 * run.summary['methods']['grouped']['average']:.1f}"
     for text in (repr(run), run._repr_html_()):
@@ -190,6 +203,8 @@ def test_check_returns_the_findings_and_prints_tables(quick_run, run, capsys):
     storage, _ = quick_run
     assert pipeline.check(storage=storage, config=run.config) == run.findings
     assert run.findings[0].title in capsys.readouterr().out
+    assert run.findings[0].title in repr(run.findings) and len(repr(run.findings)) < 1000 * len(run.findings)
+    assert run.findings[0].examples[0].images[0].path in run.findings[0].examples[0].text
 
 
 def test_an_interrupted_call_can_be_repeated(quick_run, run, monkeypatch):

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -70,8 +70,8 @@ class Finding:
     title: str
     """Includes the number of examples."""
     remedy: str
-    examples: tuple[Example, ...]
-    """All of them."""
+    examples: tuple[Example, ...] = field(repr=False)
+    """All of them, which may be thousands."""
 
 
 def find_issues(

@@ -92,7 +92,10 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """Content of report/summary.json: methods, groups, seconds of the stages, warnings and more."""
-        return self._read(SUMMARY, "report")
+        summary = self._read(SUMMARY, "report")
+        if "num_test_images" not in summary:
+            raise UserError(f"the report of {self.uri} is of an older version: run it again with pipeline.fit")
+        return summary
 
     @property
     def accuracy(self) -> pd.DataFrame:
