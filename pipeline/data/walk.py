@@ -141,8 +141,8 @@ def describe_skipped(skipped: Iterable[Skipped]) -> str:
     counts = Counter(kind for _, kind in skipped)
     texts = []
     for kind, number in sorted(counts.items(), key=lambda item: (-item[1], item)):
-        word, _, rest = kind.partition(" ")
-        plural = f"{word}s {rest}" if number > 1 and word in ("link", "folder", "image") else kind
+        word, _, qualifier = kind.partition(" ")
+        plural = f"{word}s {qualifier}" if number > 1 and word in ("link", "folder", "image") else kind
         texts.append(f"{number:,} {plural}")
     return ", ".join(texts)
 
