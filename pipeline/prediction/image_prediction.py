@@ -42,5 +42,5 @@ class ImagePrediction:
         values = {name: getattr(self, name) for name in COLUMNS}
         if self.probability is not None:
             values["probability"] = round(self.probability, 4)
-        shown = (f"{name}={value!r}" for name, value in values.items() if value is not None or name == "label")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        texts = (f"{name}={value!r}" for name, value in values.items() if value is not None or name == "label")
+        return f"{type(self).__name__}({', '.join(texts)})"

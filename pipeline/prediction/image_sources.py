@@ -47,7 +47,7 @@ _EXPECTED_SOURCE = "expected a path, a URL, bytes, an open file, a Pillow image,
 
 
 def is_folder(source: object) -> bool:
-    return isinstance(source, str | os.PathLike) and os.path.isdir(source)
+    return isinstance(source, str | os.PathLike) and os.path.isdir(os.path.expanduser(source))
 
 
 def expand_folders(sources: Iterable[ImageSource]) -> Iterator[ImageSource]:
@@ -60,7 +60,7 @@ def expand_folders(sources: Iterable[ImageSource]) -> Iterator[ImageSource]:
         if not is_folder(source):
             yield source
             continue
-        folder = os.fsdecode(cast(os.PathLike[str], source))
+        folder = os.path.expanduser(os.fsdecode(cast(os.PathLike[str], source)))
         files, skipped = find_images(folder)
         note = f": {skipped_note(skipped)}" if skipped else ""
         if not files:
