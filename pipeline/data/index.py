@@ -410,11 +410,13 @@ def _walk_folders(
             entries.append(DatasetEntry("", task, class_folder))
         entries += [DatasetEntry("/".join((*parts, name)), task, class_folder, split) for name in folder.images]
     # Folders of annotations are no classes; an empty folder, or one of images that are not read, is one without images.
-    for task, class_folder in kinds_by_class.keys() - {entry[1:3] for entry in entries if entry.path}:
-        kinds = kinds_by_class[task, class_folder]
-        if any(kind.startswith(".") for kind in kinds) and not any(map(skip_remedy, kinds)):
-            skipped.append(Skipped(f"{task}/{class_folder}/", NO_IMAGES))
-            entries = [entry for entry in entries if entry[1:3] != (task, class_folder)]
+    annotations = {
+        key
+        for key in kinds_by_class.keys() - {entry[1:3] for entry in entries if entry.path}
+        if any(kind.startswith(".") for kind in kinds_by_class[key]) and not any(map(skip_remedy, kinds_by_class[key]))
+    }
+    skipped += [Skipped(f"{task}/{class_folder}/", NO_IMAGES) for task, class_folder in annotations]
+    entries = [entry for entry in entries if entry[1:3] not in annotations]
     if tasks is None:
         used = {entry.task for entry in entries if entry.path}
         skipped += [Skipped(f"{task}/", NO_IMAGES) for task in sorted(task_folders - used)]

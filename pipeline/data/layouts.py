@@ -350,7 +350,7 @@ def _match_without_folders(folder: _Folder) -> Layout:
 
 def _check_unread_tasks(folder: _Folder, selected: Sequence[str], tasks: Collection[str] | None) -> None:
     """Raise _Mismatch if a task has images only in formats that are not read."""
-    for name in set(_selected(folder, tasks)) - set(selected):
+    for name in sorted({*_selected(folder, tasks)} - {*selected}):
         files = [file for walked in walk_folders(folder.path / name) for file in walked.skipped]
         if any(is_unread_image(file.kind) for file in files):
             raise _Mismatch(
