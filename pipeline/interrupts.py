@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STDERR = 2
 REPEAT_AFTER_S = 0.05
 SAME_REQUEST_S = 0.2
 """`timeout` and process managers send a signal to the process and to its group, so twice."""
@@ -37,6 +38,7 @@ class _State:
     """The signal that asked this process to end."""
     received_at = -math.inf
     resume_point: str | None = None
+    stderr = STDERR
     ends_at_once: str | None = None
     """Message where nothing is to be ended in order, so that a signal ends the process at once."""
 
@@ -59,14 +61,19 @@ def are_handled() -> bool:
 
 
 @contextmanager
-def ending_at_once(message: str = BEFORE_ANY_WORK) -> Iterator[None]:
+def ending_at_once(message: str = BEFORE_ANY_WORK, stderr: int = STDERR) -> Iterator[None]:
     """While the block runs, which has nothing to end in order, a signal ends the process at once: an exception in the
-    midst of an import may be swallowed or turned into another one."""
-    previous, _State.ends_at_once = _State.ends_at_once, message
+    midst of an import may be swallowed or turned into another one.
+
+    Args:
+        stderr: file descriptor for the line, where another one takes its place for a while.
+    """
+    previous = _State.ends_at_once, _State.stderr
+    _State.ends_at_once, _State.stderr = message, stderr
     try:
         yield
     finally:
-        _State.ends_at_once = previous
+        _State.ends_at_once, _State.stderr = previous
 
 
 def end_at_once_at_exit() -> None:
@@ -117,7 +124,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _exit(number: int, message: str) -> None:
-    os.write(2, f"{interruption(number)}: {message}\n".encode())
+    os.write(_State.stderr, f"{interruption(number)}: {message}\n".encode())
     os._exit(exit_status(number))
 
 

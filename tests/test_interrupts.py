@@ -94,6 +94,13 @@ def test_ray_s_handlers_of_sigterm_are_not_installed():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_what_ray_prints_while_it_starts_is_told_when_it_has_started(capfd):
+    with _signals_end_the_start():
+        os.write(2, b"a warning of its core\n")
+        assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "a warning of its core\n"
+
+
 def test_other_threads_leave_the_handlers_alone():
     thread = threading.Thread(target=interrupts.handle_signals)
     thread.start()

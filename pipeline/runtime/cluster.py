@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,20 +148,27 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
 def _signals_end_the_start() -> Iterator[None]:
     """Let a signal end a job at once while Ray starts, whose processes end with this one.
 
-    Ray's own handlers of SIGTERM raise SystemExit in the midst of its start, where it may be dropped, and after the
-    start in place of a job's.
+    Ray's own handlers of SIGTERM raise SystemExit in the midst of its start, where it may be dropped, and print
+    addresses of machine code; what it prints until it has started is held back for that time.
     """
     if not interrupts.are_handled():
         yield
         return
     set_handler = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
-    try:
-        with interrupts.ending_at_once("rerun the same command to resume"):
-            yield
-    finally:
-        ray._private.utils.set_sigterm_handler = set_handler
-        interrupts.handle_signals()  # in place of those of Ray's core
+    with tempfile.TemporaryFile() as output:
+        stderr = os.dup(interrupts.STDERR)
+        os.dup2(output.fileno(), interrupts.STDERR)
+        try:
+            with interrupts.ending_at_once("rerun the same command to resume", stderr):
+                yield
+        finally:
+            ray._private.utils.set_sigterm_handler = set_handler
+            interrupts.handle_signals()  # in place of those of Ray's core
+            os.dup2(stderr, interrupts.STDERR)
+            os.close(stderr)
+            output.seek(0)
+            sys.stderr.write(output.read().decode(errors="replace"))
 
 
 def num_slots(resources: WorkerResources) -> int:
