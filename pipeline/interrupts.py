@@ -125,7 +125,16 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def _exit(number: int, message: str) -> None:
     os.write(_State.stderr, f"{interruption(number)}: {message}\n".encode())
+    _kill_children()
     os._exit(exit_status(number))
+
+
+def _kill_children() -> None:
+    """Kill all processes that this one started: Ray's agents would notice its end only after a while."""
+    if psutil := sys.modules.get("psutil"):  # imported before Ray is started; nothing is imported in a handler
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
 
 
 def _skip_finalization() -> None:
