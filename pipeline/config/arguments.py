@@ -164,9 +164,9 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
 
     def format_help(self, page: Page = "help") -> str:
         if page == "json":
-            own = option_fields(self.options)
+            job_fields = option_fields(self.options)
             config_fields = {name: field for name, field, _ in self.config_fields}
-            return options_json(own, self.options.positional, config_fields, bool(self.base_help))
+            return options_json(job_fields, self.options.positional, config_fields, bool(self.base_help))
         demo = dict[str, Any]()
         if self.base_help == DEMO_HELP:
             demo = {name: value for name, _, value in fields(parse_config(load_yaml(DEMO_CONFIG)))}
@@ -217,8 +217,8 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         if not option.startswith("-"):
             if "--data.root" in self._option_string_actions and Path(option).expanduser().exists():
                 raise UserError(f"unexpected argument {option}: write --data.root {shlex.quote(option)}")
-            if found := find_option(option, self._option_string_actions):  # as Hydra takes it
-                raise UserError(f"unexpected argument {option}: write {found} VALUE")
+            if suggestion := find_option(option, self._option_string_actions):  # as Hydra takes it
+                raise UserError(f"unexpected argument {option}: write {suggestion} VALUE")
             raise UserError(f"unexpected argument {option}; see --help")
         if replacement := self.replacements.get(option.removeprefix("--")):
             raise UserError(f"{option} is not an option of this job: use {replacement}")

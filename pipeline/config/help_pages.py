@@ -85,12 +85,15 @@ def help_page(
 
 
 def options_json(
-    own: Mapping[str, FieldInfo], positional: Sequence[str], config_fields: Mapping[str, FieldInfo], takes_config: bool
+    job_fields: Mapping[str, FieldInfo],
+    positional: Sequence[str],
+    config_fields: Mapping[str, FieldInfo],
+    takes_config: bool,
 ) -> str:
     """Return all options as a JSON list, for the completion of command lines."""
     entries = [{"name": "config", "help": "YAML files of fields", "positional": False, "list": True, "choices": []}]
     options = [] if not takes_config else entries
-    for name, field in {**own, **config_fields}.items():
+    for name, field in {**job_fields, **config_fields}.items():
         kinds = value_types(field.annotation)
         values = ["true", "false"] if bool in kinds else [*(choices(field) or field.examples or ())]
         text = re.split(r"[.](?=\s|$)", " ".join((field.description or "").split()))[0]
