@@ -403,6 +403,12 @@ def test_tasks_are_suggested_by_similar_names(tmp_path):
     assert list(dataset.classes) == ["photo", "sketch"]
 
 
+def test_a_root_that_does_not_exist_is_suggested_by_its_name(tmp_path):
+    root = write_files(tmp_path / "OfficeHome", PLAIN)
+    assert suggestions(refusal(tmp_path / "officehome")) == [{"root": str(root)}]
+    assert suggestions(refusal(tmp_path / "nothing/like/it")) == []
+
+
 def test_links_without_a_target_are_named(tmp_path):
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone/photo").symlink_to("/mnt/away/photo")

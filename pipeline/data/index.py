@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pipeline.config import DataConfig, read_text, resolve_config_path
 from pipeline.config.values import list_arguments
-from pipeline.data.layouts import OFFICE_HOME_TASKS, Layout, Roles, recognize_layout
+from pipeline.data.layouts import OFFICE_HOME_TASKS, Layout, Roles, recognize_layout, similar_path_hint
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
 from pipeline.data.manifest import read_manifest
 from pipeline.data.names import escape_for_terminal, normalize_name, pluralize, split_synonyms, truncated_list
@@ -119,7 +119,7 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
             equivalent folder names; unusable rows of a manifest.
     """
     if not data_root.is_dir() and not data_root.is_file():  # a pipe is neither
-        raise UserError(f"data.root={data_root} is not a folder or file on this machine")
+        raise UserError(f"data.root={data_root} is not a folder or file on this machine{similar_path_hint(data_root)}")
     folder = data_root if data_root.is_dir() else data_root.parent
     symlinks, probed = (SymlinkChecker(folder, config.follow_external_symlinks) for _ in range(2))
     selected = config.tasks

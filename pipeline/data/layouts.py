@@ -216,6 +216,16 @@ def recognize_layout(name: str, data_root: Path, tasks: Collection[str] | None, 
         raise UserError("\n  ".join(lines)) from None
 
 
+def similar_path_hint(path: Path) -> str:
+    """Return the remedy for a path that does not exist, if its folder has a similar name; else no text."""
+    try:
+        names = [entry.name for entry in list_folder(path.parent)]
+    except UserError:
+        return ""
+    similar = get_close_matches(path.name, names, 1, 0.7)
+    return f"; {_Remedy('did you mean', root=path.parent / similar[0])}" if similar else ""
+
+
 def _table_layout(name: str, file: Path) -> Layout:
     if name not in ("auto", "manifest"):
         raise UserError(f"data.root={file} is a file, but data.layout={name} needs a folder")
