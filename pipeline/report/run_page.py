@@ -154,9 +154,11 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
         html_table(details.comparison[0], details.comparison[1:], numbers=True)
         if details.comparison
         else _results_table(summary),
-        '<p class="muted">Accuracy (%) ± standard error of the test set; the best of each task in bold. Differences '
-        "are compared image by image; those below two standard errors are not significant. Another draw of the "
-        "training images changes the numbers too: compare several seeds with <code>mmap-clip benchmark</code>.</p>",
+        '<p class="muted">Accuracy (%) ± standard error of the test set'
+        + ("" if details.comparison else "; the best of each task in bold")
+        + ". Differences are compared image by image; those below two standard errors are not significant. "
+        "Another draw of the training images changes the numbers too: compare several seeds with "
+        "<code>mmap-clip benchmark</code>.</p>",
         '<div class="wide">'
         + embedded_image(details.accuracy_figure, "Test accuracy of each method", attributes=' class="figure"')
         + "</div>",

@@ -14,7 +14,7 @@ from rich.markup import escape
 from pipeline.config import to_yaml
 from pipeline.data.image_stats import thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
-from pipeline.data.names import split_synonyms
+from pipeline.data.names import pluralize, split_synonyms
 from pipeline.data.parquet import SplitReader
 from pipeline.files import create_folder, read_json, write_file, write_json
 from pipeline.grouping.text import format_groups
@@ -139,7 +139,7 @@ def write_run_page(
         title_facts=(
             datetime.now().strftime("%Y-%m-%d %H:%M"),
             f"CLIP {summary.clip}",
-            f"{counts['train']:,} training and {counts['test']:,} test images of {len(plan.tasks)} tasks",
+            f"{counts['train']:,} training and {counts['test']:,} test images of {pluralize(len(plan.tasks), 'task')}",
             f"seed {summary.seed}",
         ),
         accuracy_figure=(folder / ACCURACY_FIGURE).read_bytes(),
