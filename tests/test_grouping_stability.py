@@ -178,7 +178,7 @@ def test_partitions_with_the_highest_scores_have_their_whole_names():
     assert max(len(line) for label in labels for line in label.splitlines()) < 90
 
 
-@pytest.mark.parametrize(("num_tasks", "num_methods"), [(1, 7), (2, 3), (20, 7)])
+@pytest.mark.parametrize(("num_tasks", "num_methods"), [(1, 7), (2, 3), (3, 28), (20, 7)])
 def test_bars_of_many_tasks_and_methods_stay_on_a_page(num_tasks, num_methods):
     """All bars are there, with names that differ, in rows of at most a page's width."""
     tasks = [f"a long name of a ${task}$ domain {task}" for task in range(num_tasks)]

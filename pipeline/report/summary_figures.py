@@ -24,8 +24,8 @@ MAX_ROW_INCHES = 12.0
 def accuracy_figure(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Plot bars of every method's accuracy for each task and on average, with their standard errors."""
     num_columns, column_inches = len(tasks) + 1, 0.5 + 0.2 * len(methods)
-    num_rows = ceil(num_columns * column_inches / MAX_ROW_INCHES)
-    row_length = ceil(num_columns / num_rows)
+    row_length = ceil(num_columns / ceil(num_columns * column_inches / MAX_ROW_INCHES))
+    num_rows = ceil(num_columns / row_length)
     figure = Figure(figsize=(max(8.0, row_length * column_inches + 1.5), 3.2 * num_rows + 0.8), layout="constrained")
     panels = figure.subplots(num_rows, squeeze=False)[:, 0]
     for row, axes in enumerate(panels):
