@@ -219,7 +219,7 @@ def recognize_layout(name: str, data_root: Path, tasks: Collection[str] | None, 
 def similar_path_hint(path: Path) -> str:
     """Return the remedy for a path that does not exist, if its folder has a similar name; else no text."""
     try:
-        names = [entry.name for entry in list_folder(path.parent)]
+        names = [entry.name for entry in list_folder(path.parent) if entry.name != path.name]
     except UserError:
         return ""
     similar = get_close_matches(path.name, names, 1, 0.7)
