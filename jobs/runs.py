@@ -9,6 +9,7 @@
 """
 
 import json
+import shlex
 from typing import ClassVar
 
 from pipeline.command_line import Field, print_status, report_user_errors
@@ -34,7 +35,7 @@ def main() -> None:
         arguments = JobParser(__doc__, Options, FIELD_HELP).parse()
         options, storage = arguments.options, str(arguments.fields.get("storage", Config().storage))
         if paths := [pattern for pattern in options.patterns if "/" in pattern]:
-            raise UserError(f"{paths[0]} is not the name of a run: give a storage as --storage {paths[0]}")
+            raise UserError(f"{paths[0]} is not the name of a run: give a storage as --storage {shlex.quote(paths[0])}")
 
         from pipeline.workflows.run_list import list_runs, run_table, to_json
 
@@ -49,8 +50,8 @@ def main() -> None:
         if not runs:
             matching = f" match {' '.join(options.patterns)}" if options.patterns else ""
             print_status(
-                f"no runs{matching} in storage={storage}: mmap-clip full-pipeline --storage {storage} makes one"
-                + (", --storage names another storage" if storage == Config().storage else "")
+                f"no runs{matching} in storage={storage}: mmap-clip full-pipeline --storage {shlex.quote(storage)} "
+                + ("makes one, --storage names another storage" if storage == Config().storage else "makes one")
             )
 
 

@@ -93,12 +93,13 @@ def test_runs_are_selected_by_name_and_number(storage, runs):
     assert names == [["shops-1"], ["pets-2", "shops-1"], ["pets-2"], []]
     assert "5 older runs are not listed" in runs("--storage", storage, "--limit", "1")[2]
     status, _, error = runs(storage / "runs")
-    assert status == 2 and f"--storage {storage / 'runs'}" in error
+    assert status == 2 and f"--storage '{storage / 'runs'}'" in error
 
 
 def test_an_empty_storage_says_how_to_make_a_run(tmp_path, runs):
-    status, output, error = runs("--storage", tmp_path)
-    assert (status, output) == (0, "") and f"mmap-clip full-pipeline --storage {tmp_path}" in error
+    (empty := tmp_path / "try #2").mkdir()
+    status, output, error = runs("--storage", empty)
+    assert (status, output) == (0, "") and f"mmap-clip full-pipeline --storage '{empty}' makes one" in error
     status, _, error = runs("--storage", tmp_path / "absent")
     assert status == 2 and "does not exist" in error
 
