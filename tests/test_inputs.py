@@ -1455,7 +1455,7 @@ def test_a_description_that_is_too_long_for_clip_is_named():
     tokenizer = describe_tokenizer(SimpleTokenizer())
     words = ["cat", "a cat " + "with stripes and " * 10 + "a tail", "dog " * 80]
     class_tokens(tokenizer, "a photo of a {}.", [words[:2]])
-    with pytest.raises(UserError, match="class 'dog dog .* has 8. tokens.* shorten the name with data.class_names"):
+    with pytest.raises(UserError, match="class 'dog dog .* has 8. tokens.* shorten .* --data.class_names"):
         class_tokens(tokenizer, "a photo of a {}.", [words])
 
 
