@@ -239,6 +239,7 @@ def test_the_notebook_goes_from_images_to_mistakes(quick_run, run, tmp_path, mon
     assert names["matrix"].equals(run.confusion_matrix(names["task"]))
     assert {prediction.label for prediction in names["predictions"]} <= set(run.model.labels("noise"))
     assert set(names["wrong"]["task"]) == {names["task"]}
+    assert not list(storage.glob("runs/*/tracking-*/refused.jsonl"))  # by MLflow, of another data.root
     output = capsys.readouterr().out
     assert "3 grouping" in output and "4 group trainings" not in output and str(run.report) in output
 

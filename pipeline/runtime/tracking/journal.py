@@ -50,6 +50,8 @@ class Journal:
         self.status: dict[str, str] = {}
         """Run → status as last recorded."""
         self.parent: dict[str, str | None] = {}
+        self.params: dict[str, set[str]] = {}
+        """Run → keys of its params."""
         self._identities: set[tuple[Any, ...]] = set()
         self.changed = threading.Condition(threading.RLock())
         self._file = (folder / JOURNAL).open("a+b", buffering=0)
@@ -105,6 +107,8 @@ class Journal:
             self.parent[op.run] = op.value
         elif op.kind == "status":
             self.status[op.run] = op.value
+        elif op.kind == "params":
+            self.params.setdefault(op.run, set()).add(op.key)
 
     def _append(self, lines: bytes) -> None:
         size = os.fstat(self._file.fileno()).st_size

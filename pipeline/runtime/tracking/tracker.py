@@ -44,14 +44,16 @@ class Tracker:
     def start_run(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, Any] = {}, params: Mapping[str, Any] = {}
     ) -> None:
-        """Start the run `name`, or resume it where an earlier process left it."""
+        """Start the run `name`, or resume it where an earlier process left it, with its params: MLflow refuses other
+        values, such as the path of data that was moved since."""
         if parent is not None and parent not in self._journal.status:
             raise ValueError(f"start_run({name!r}): the parent {parent!r} was not started")
         self._journal.record("start", name, {"parent": parent})
         if self._journal.status[name] in ("FAILED", "KILLED"):
             self._journal.record("status", name, {"status": "RUNNING"})
         self.set_tags(name, tags)
-        self.log_params(name, params)
+        recorded = self._journal.params.get(name, set())
+        self.log_params(name, {key: value for key, value in params.items() if _key(key) not in recorded})
 
     def log_params(self, name: str, params: Mapping[str, Any]) -> None:
         """Log values that do not change; MLflow refuses a second value for a key."""
