@@ -22,7 +22,7 @@ from pipeline.report.data_check import check_page, task_overviews
 from pipeline.stages.data_check import find_thumbnails
 
 PICTURE = Path(__file__).with_name("pictures") / "data_check.png"
-WIDTH, HEIGHT = 1100, 1370
+WIDTH, HEIGHT = 1100, 1190
 SIDE = 160
 
 
