@@ -60,6 +60,12 @@ def test_junk_is_left_out_at_every_level_and_counted(tmp_path, level):
     assert files == [f"{root}/{path}" for path in PLAIN] and set(skipped) == set(dataset.skipped)
 
 
+@pytest.mark.parametrize("name", ["Recycled", "snapshot", "tmp", "trash", "icon", "found", "git"])
+def test_words_for_classes_are_no_junk(tmp_path, name):
+    root = write_files(tmp_path, [*PLAIN, f"photo/{name}/1.png", f"sketch/{name}/1.png"])
+    assert name in index_dataset(DataConfig(), root).classes["photo"]
+
+
 def test_files_that_are_not_read_are_counted_by_kind(tmp_path):
     suffixes = "heic HEIF jp2 tga svg pdf psd cr2 nef arw dng mp4 npy txt json xml".split()
     root = write_files(tmp_path, [*PLAIN, *(f"photo/cat/x.{suffix}" for suffix in suffixes), "photo/cat/noname"])

@@ -26,7 +26,7 @@ JUNK = (
     # Hidden: .DS_Store, ._* (AppleDouble), .git, .ipynb_checkpoints, .nfs*, .snapshot, .Trash-1000, .thumbnails, ...
     *(".*", "__macosx", "icon\r", "network trash folder", "temporary items", "thevolumesettingsfolder"),
     *("thumbs.db*", "ehthumbs*.db", "desktop.ini", "*:zone.identifier", "~$*"),
-    *("$recycle.bin", "recycler", "recycled", "system volume information", "found.[0-9][0-9][0-9]", "lost+found"),
+    *("$recycle.bin", "system volume information", "found.[0-9][0-9][0-9]", "lost+found"),
     *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "@__thumb", "@sharebin", "#recycle", "#snapshot"),
     *("~snapshot", "@gmt-*", "lost.dir", "picasa.ini", "zbthumbnail.info", "__pycache__"),
 )

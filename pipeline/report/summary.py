@@ -100,6 +100,9 @@ def conclusion(summary: Summary) -> str:
     parts = []
     for name in compared:
         estimate = Estimate(**summary.differences[name])
+        if estimate == (0, 0):  # grouped MmAP with all tasks in one group, for one
+            parts.append(f"right on the same images as {method_title(name)}")
+            continue
         side = "above" if estimate.value >= 0 else "below"
         verdict = "" if estimate.is_significant else ", which is not significant"
         points = f"{abs(100 * estimate.value):.1f} ± {100 * estimate.standard_error:.1f} points"
