@@ -100,7 +100,7 @@ def test_lists_and_folders_give_lists(model, tmp_path, caplog):
         ("s3://bucket/a.png", "an address with s3://; expected a path, http:// or https://"),
         ("data:image/svg+xml,<svg/>", "a data URL that is not base64"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_arrays_and_addresses_are_refused_by_name(model, image, message):
     assert re.search(message, model.predict([image], "ink")[0].error)
