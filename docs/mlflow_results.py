@@ -143,8 +143,7 @@ def read_grouping(
             return parent.info.run_name, json.loads(experiment.read(stage, "grouping.json"))
     filters = _filters(data=data, shots=shots, seeds=seeds)
     raise UserError(
-        f"the experiment {experiment.name!r} has no finished grouping{filters}. Create one: python "
-        "mmap-clip full-pipeline"
+        f"the experiment {experiment.name!r} has no finished grouping{filters}. Create one: mmap-clip full-pipeline"
     )
 
 

@@ -118,7 +118,7 @@ def test_the_notebook_shows_what_is_in_mlflow(storage, tmp_path):
         "figure-5": 1,
         "groups": 3,
     }
-    assert "python jobs/benchmark.py --methods paper" in stdout(outputs["figure-4"])
+    assert "mmap-clip benchmark --methods paper" in stdout(outputs["figure-4"])
     assert re.match(r"demo, [24] shots, seed [12] \(\w+\): ink", stdout(outputs["groups"]))
 
     assert "2-shot test accuracy (%), 1 seed\n" in (text := tables(filtered["tables"])) and "CoOp" not in text

@@ -195,7 +195,7 @@ def test_matrices_cast_to_bfloat16_equal_autocast(family, propagate):
 
 def test_a_name_without_tokens_or_a_text_that_is_too_long_is_refused():
     tokenizer = small_text_towers("SigLIP2")[0].tokenizer
-    with pytest.raises(UserError, match=r"class name '!\?' has no tokens .* data.class_names"):
+    with pytest.raises(UserError, match=r"class name '!\?' has no tokens .* --data.class_names"):
         class_tokens(tokenizer, TEMPLATES[0], [["cat", "!?"]])
     with pytest.raises(UserError, match="'Cat' and 'cat!' have the same tokens"):
         class_tokens(tokenizer, TEMPLATES[0], [["Cat", "cat!"]])

@@ -111,9 +111,14 @@ def test_a_wrong_call_is_told_with_the_remedy(call, message, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(quick_run):
+def storage(quick_run, tmp_path_factory):
+    """A copy of the quick run's, so that it keeps its only run."""
+    return shutil.copytree(quick_run[0], tmp_path_factory.mktemp("fit") / "storage")
+
+
+@pytest.fixture(scope="module")
+def run(storage):
     """The quick run again, from Python, in a thread."""
-    storage, _ = quick_run
     existing = artifacts(storage)
     with ThreadPoolExecutor(1) as thread:
         result = thread.submit(pipeline.fit, storage=storage, verbose=False, **QUICK).result()
@@ -123,8 +128,8 @@ def run(quick_run):
 
 
 def test_the_run_of_a_call_is_that_of_the_command_line(quick_run, run):
-    storage, output = quick_run
-    assert f"adapter: {run.adapters['grouped']}" in output
+    assert f"/runs/{run.folder.name}/adapters/grouped.safetensors" in quick_run[1]
+    assert run.adapters["grouped"] == run.folder / "adapters" / "grouped.safetensors"
     report = json.loads((run.folder / "report" / "summary.json").read_text())
     assert run.is_finished and run.summary == report
     assert run.tasks == report["tasks"] and run.groups == report["groups"]
@@ -164,8 +169,7 @@ def test_a_run_predicts(run):
         run.load("zero_shot")
 
 
-def test_an_existing_run_is_opened(quick_run, run):
-    storage, _ = quick_run
+def test_an_existing_run_is_opened(storage, run):
     assert pipeline.open_run(str(run.folder)) == run
     assert run in pipeline.runs(storage)
     for wrong in (storage, storage / "runs" / "none", "nowhere"):
@@ -175,8 +179,7 @@ def test_an_existing_run_is_opened(quick_run, run):
         pipeline.runs(storage / "none")
 
 
-def test_a_run_until_the_grouping_has_groups_and_no_report(quick_run, run):
-    storage, _ = quick_run
+def test_a_run_until_the_grouping_has_groups_and_no_report(storage, run):
     partial = pipeline.fit(storage=storage, name="partial", until="grouping", verbose=False, **QUICK)
     assert partial.groups == run.groups and not partial.is_finished
     assert partial.affinities.equals(run.affinities)
@@ -199,16 +202,14 @@ def test_a_run_is_shown_with_groups_and_accuracies(run):
         assert str(run.folder) in text and " + ".join(run.groups[0]) in text and average in text
 
 
-def test_check_returns_the_findings_and_prints_tables(quick_run, run, capsys):
-    storage, _ = quick_run
+def test_check_returns_the_findings_and_prints_tables(storage, run, capsys):
     assert pipeline.check(storage=storage, config=run.config) == run.findings
     assert run.findings[0].title in capsys.readouterr().out
     assert run.findings[0].title in repr(run.findings) and len(repr(run.findings)) < 1000 * len(run.findings)
     assert run.findings[0].examples[0].images[0].path in run.findings[0].examples[0].text
 
 
-def test_an_interrupted_call_can_be_repeated(quick_run, run, monkeypatch):
-    storage, _ = quick_run
+def test_an_interrupted_call_can_be_repeated(storage, run, monkeypatch):
 
     def interrupted(plan, session, last_stage):
         raise KeyboardInterrupt
@@ -223,8 +224,7 @@ def test_an_interrupted_call_can_be_repeated(quick_run, run, monkeypatch):
     assert recorded.info.status == "KILLED" and recorded.data.tags["mlflow.source.name"] == "pipeline.fit"
 
 
-def test_the_notebook_goes_from_images_to_mistakes(quick_run, run, tmp_path, monkeypatch, capsys):
-    storage, _ = quick_run
+def test_the_notebook_goes_from_images_to_mistakes(storage, run, tmp_path, monkeypatch, capsys):
     existing = artifacts(storage)
     monkeypatch.chdir(tmp_path)  # where it writes the digits
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -131,7 +131,7 @@ def test_the_plan_accepts_the_listed_methods_and_refuses_the_others(models, name
     for error in errors:
         assert models[name]["reason"] in error
         check_methods(config, INDEX, towers, re.search(r"--methods (.*)$", error)[1].split())
-    for method in {re.search(r"python jobs/list_models.py --method (\w+)\)", error)[1] for error in errors}:
+    for method in {re.search(r"mmap-clip list-models --method (\w+)\)", error)[1] for error in errors}:
         assert "ViT-B-32" in listed_names("--method", method) and name not in listed_names("--method", method)
 
 
@@ -144,7 +144,7 @@ def test_the_plan_refuses_a_refused_model_with_the_same_reason(models):
 
 @pytest.mark.parametrize(("name", "valid"), [("ViT-B-61", "ViT-B-16"), ("vit-b-16", "ViT-B-16"), ("xyz", None)])
 def test_an_unknown_model_is_reported_with_the_closest_name_and_the_list(name, valid):
-    with pytest.raises(UserError, match=re.escape("All models: python jobs/list_models.py")) as error:
+    with pytest.raises(UserError, match=re.escape("All models: mmap-clip list-models")) as error:
         source.resolve_model(name)
     assert valid is None or source.resolve_model(re.search(r"did you mean (\S+)\?", str(error.value))[1]).name == valid
 

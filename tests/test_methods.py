@@ -75,7 +75,7 @@ def test_all_optional_variants_are_valid_baselines():
     names = [name for name in VARIANTS if name not in ("zero_shot", *DEFAULT_VARIANTS)]
     assert parse_config({"baselines": names}).baselines == tuple(names)
     for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", ".")):
-        message = f"baselines.0='{name}': not a baseline{hint} Valid: coop, vpt, "
+        message = f"baselines='{name}': not a baseline{hint} Valid: coop, vpt, "
         with pytest.raises(UserError, match=re.escape(message)):
             parse_config({"baselines": [name]})
 

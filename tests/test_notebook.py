@@ -41,8 +41,8 @@ def test_an_empty_experiment_gives_the_commands_to_run(tmp_path):
     MlflowClient(uri).create_experiment("mmap-clip")
     outputs = execute_notebook(uri, tmp_path)
     text = stdout(outputs.pop("read"))
-    assert "has no benchmark with a report; it has: none. Create one: python jobs/benchmark.py --methods paper" in text
-    assert "has no finished grouping. Create one: python jobs/full_pipeline.py" in text
+    assert "has no benchmark with a report; it has: none. Create one: mmap-clip benchmark --methods paper" in text
+    assert "has no finished grouping. Create one: mmap-clip full-pipeline" in text
     assert not any(outputs.values())
 
 

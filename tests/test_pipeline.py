@@ -289,7 +289,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
         (["--grouping.num_groups", "7"], "num_groups=7 is impossible for 6 tasks"),
         (["--tracking.uri", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
         (["--baselines", "[maple]", "--maple.depth", "9"], "maple.depth=9: the shallower tower has 4 layers"),
-        (["--baselines", "[cooop]"], "baselines.0='cooop': not a baseline; did you mean coop?"),
+        (["--baselines", "[cooop]"], "baselines='cooop': not a baseline; did you mean coop?"),
         (["--cluster.gpus_per_worker", "1"], "but the cluster has 0 GPUs"),
         (
             ["--cluster.workers_per_training", "11"],

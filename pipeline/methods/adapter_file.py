@@ -177,8 +177,11 @@ def load_adapter(path: Path) -> TrainedAdapter:
     except UserError:
         raise
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
-        reason = value_message(error.errors()[0]) if isinstance(error, ValidationError) else error
-        raise UserError(f"{path} is not an adapter file of this project: {type(error).__name__}: {reason}") from None
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            details = error.errors()[0]
+            reason = f"{'.'.join(map(str, details['loc']))} {value_message(details)}"
+        raise UserError(f"{path} is not an adapter file of this project: {reason}") from None
 
 
 def merge_adapters(adapters: Sequence[TrainedAdapter]) -> TrainedAdapter:
