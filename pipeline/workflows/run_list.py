@@ -17,13 +17,15 @@ from rich.table import Table
 
 from pipeline.config.files import parse_yaml
 from pipeline.errors import UserError
-from pipeline.methods.registry import VARIANTS
 from pipeline.runtime.storage import is_uri, open_bucket
 from pipeline.stages.finished_run import GROUPING, RUNS, SUMMARY
 from pipeline.stages.flow import NAMES, stage_title
 
 CONFIG, STAGE_SECONDS = "config.yaml", "stage_seconds.json"
-SHOWN_METHODS = ("zero_shot", "all_in_one", "grouped")
+SHOWN_METHODS = {"zero_shot": "zero-shot", "all_in_one": "one group", "grouped": "grouped"}
+"""Method → title of its column."""
+MIN_WIDTH = 132
+"""Columns of the table; a narrower terminal breaks its lines."""
 
 
 @dataclass
@@ -106,9 +108,9 @@ def run_table(runs: Sequence[ListedRun]) -> Table:
     """Return the runs as a table for the terminal, with accuracies in %."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("last change", no_wrap=True)
-    table.add_column("run", overflow="fold")
+    table.add_column("run", no_wrap=True)  # to copy
     table.add_column("data", overflow="fold")
-    for title in ("tasks", "shots", "seed", *(VARIANTS[name].title for name in SHOWN_METHODS)):
+    for title in ("tasks", "shots", "seed", *SHOWN_METHODS.values()):
         table.add_column(title, justify="right")
     table.add_column("state", overflow="fold")
     for run in runs:
