@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.names import pluralize
-from pipeline.grouping.text import format_groups
+from pipeline.grouping.text import first_snapshots, format_groups
 from pipeline.report.page import embedded_image, html_page, html_table
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, 
 def _describe_early(stability: Mapping[str, Any], num_snapshots: int) -> str:
     """Return a sentence, as HTML, on how much of the affinities is from the first snapshots."""
     early = stability["early"]
-    count = f"the first {early['num_snapshots']} of {num_snapshots} snapshots (to step {early['last_step']})"
+    count = f"{first_snapshots(early['num_snapshots'], num_snapshots)} (to step {early['last_step']})"
     text = f"{100 * early['share']:.0f} % of the affinities is from {count}"
     if early["share"] < 0.5 or num_snapshots < 10:
         return f"{text}."

@@ -17,6 +17,7 @@ from scipy.optimize import isotonic_regression
 from pipeline.data.names import pluralize, shorten
 from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.stability import RankedPartition, early_share, num_early_snapshots
+from pipeline.grouping.text import first_snapshots
 from pipeline.report.grouping_figures import NEGATIVE, POSITIVE
 
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -53,7 +54,7 @@ def affinity_over_training(
     ends = _draw_pairs(sums, steps, values.cumsum(axis=1) / len(affinities), names, is_within)
     _label_ends(sums, steps[-1], ends)
     _draw_pairs(by_step, steps, smooth, names, is_within)
-    share = f"{100 * early_share(affinities):.0f} % from the first {num_early} of {len(affinities)} snapshots"
+    share = f"{100 * early_share(affinities):.0f} % from {first_snapshots(num_early, len(affinities))}"
     sums.set_title(f"Affinity up to each step: {share}", fontsize=11, loc="left")
     averaging = f", mean of the last {width} snapshots" if width > 1 else ""
     by_step.set_title(f"Affinity of each step{averaging}", fontsize=11, loc="left")
