@@ -204,6 +204,12 @@ def test_columns_that_may_both_be_meant_are_named(tree):
     assert len(index_dataset(DataConfig(columns={"label": "class"}), file).images) == 16
 
 
+def test_tasks_that_a_table_lacks_are_told_with_those_it_has(tree):
+    file = write_csv(tree / "all.csv", rows_of(tree))
+    message = fault(file, tasks=["arts"])
+    assert f"arts not found in {file}; did you mean art? Found: art, real world" in message
+
+
 def test_a_table_of_one_task_needs_no_such_column(tree):
     rows = [{"path": row["path"], "label": row["label"]} for row in rows_of(tree)]
     file = write_csv(tree / "all.csv", rows)
@@ -265,7 +271,7 @@ def test_tables_that_lack_what_they_need_are_named(tree):
     (tree / "bare.csv").write_text("art/bed/0.png,art,bed\nart/bed/1.png,art,bed\n")
     assert "has no header: its first line is 'art/bed/0.png', 'art', 'bed'" in fault(tree / "bare.csv")
     (tree / "only names.csv").write_text("path,task,label\n")
-    assert "has no <task>/<class>/<image>" in fault(tree / "only names.csv")
+    assert "has no rows" in fault(tree / "only names.csv")
     (tree / "twice.csv").write_text("path,task,label,task\n")
     assert "more than one column 'task'" in fault(tree / "twice.csv") and "rename all but one" in fault(
         tree / "twice.csv"

@@ -99,6 +99,8 @@ class _RowCollector:
     entries: list[DatasetEntry] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
+    task_names: set[str] = field(default_factory=set)
+    """All tasks of the table."""
     row_by_path: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     """Path → task, label and location of its row."""
     num_backslashes: int = 0
@@ -122,6 +124,7 @@ class _RowCollector:
         """
         try:
             task = _normalize_text("task", _without_zero_fraction(values["task"]))
+            self.task_names.add(task)
             if self.tasks is not None and task not in self.tasks:
                 return
             label = values["label"] if is_named else self._class_name(task, values["label"])
@@ -262,6 +265,13 @@ def read_manifest(
         reader = {".parquet": _read_parquet, ".jsonl": _read_json_lines}.get(file.suffix.lower(), _read_text_table)
         reader(file, rows, columns, read_splits)
     rows.raise_errors()
+    if not rows.task_names:
+        raise UserError(f"{manifest} has no rows: add one for each image")
+    if missing := sorted(frozenset(tasks or ()) - rows.task_names):
+        raise UserError(
+            f"data.tasks: {', '.join(missing)} not found in {manifest}{did_you_mean(missing[0], rows.task_names)} "
+            f"Found: {truncated_list(sorted(rows.task_names))}"
+        )
     if numeric := [task for task, only_numbers in rows.has_only_numbers.items() if only_numbers]:
         raise UserError(
             f"{manifest} has only numeric labels (task {truncated_list(numeric, 3)}), but CLIP needs class names: list "
