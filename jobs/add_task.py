@@ -11,8 +11,9 @@ also trains all tasks again and compares both. All other options default to thos
 The result is an ordinary run folder: its adapters can predict, and further tasks can be added to it.
 """
 
-from pipeline.command_line import Field, check_paths, importing, report_user_errors
+from pipeline.command_line import Field, importing, report_user_errors
 from pipeline.config import Config, JobOptions, JobParser
+from pipeline.stages.paths import check_paths
 
 
 class Options(JobOptions):

@@ -14,11 +14,12 @@ PNG, SVG) is in <storage>/benchmarks/ and in MLflow. docs/methods.md describes t
 
 from pathlib import Path
 
-from pipeline.command_line import Field, check_paths, importing, report_user_errors
+from pipeline.command_line import Field, importing, report_user_errors
 from pipeline.config import CONFIGS, JobOptions, JobParser, did_you_mean
 from pipeline.errors import UserError
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.paper_results import PAPER_METHODS
+from pipeline.stages.paths import check_paths
 
 METHOD_SETS = {"all": tuple(VARIANTS), "paper": PAPER_METHODS}
 

@@ -7,9 +7,10 @@
 Rerun the same command to resume. With other options the run starts at the first stage that they affect. The stages:
 """
 
-from pipeline.command_line import Field, check_paths, importing, report_user_errors
+from pipeline.command_line import Field, importing, report_user_errors
 from pipeline.config import JobOptions, JobParser
 from pipeline.stages.flow import NAMES, check_stage, needs_weights, run_stages, stage_summary
+from pipeline.stages.paths import check_paths
 
 
 class Options(JobOptions):

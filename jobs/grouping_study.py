@@ -8,8 +8,9 @@ compare the accuracy of every partition with its score, with a single group, and
 Rerun the same command to resume; trainings are shared with the pipeline and the benchmark.
 """
 
-from pipeline.command_line import Field, check_paths, importing, report_user_errors
+from pipeline.command_line import Field, importing, report_user_errors
 from pipeline.config import JobOptions, JobParser
+from pipeline.stages.paths import check_paths
 
 
 class Options(JobOptions):

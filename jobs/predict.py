@@ -147,8 +147,8 @@ def list_images(inputs: Sequence[str]) -> list[str]:
         UserError: there is no such file, no image in a folder, or an input for Parquet output only.
     """
     from pipeline.data.walk import find_images, skipped_note
+    from pipeline.files import is_uri
     from pipeline.prediction.encoded_images import is_url
-    from pipeline.runtime.storage import is_uri
 
     images: list[str] = []
     for name in inputs:

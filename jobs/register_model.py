@@ -60,7 +60,7 @@ def register(arguments: JobArguments[Options]) -> None:
 
 def resolve_run(run: str, uri: str | None, name: str | None) -> tuple[str, str, str]:
     """Return the run folder as in the tags of the run, its tracking URI, and the name of the registered model."""
-    from pipeline.runtime.storage import is_uri
+    from pipeline.files import is_uri
     from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
 
     if is_uri(run):

@@ -13,8 +13,9 @@ Rerun the same command to resume. The table, the figure, and the best config (a 
 
 from pathlib import Path
 
-from pipeline.command_line import Field, check_paths, importing, report_user_errors
+from pipeline.command_line import Field, importing, report_user_errors
 from pipeline.config import JobOptions, JobParser, resolve_config_path
+from pipeline.stages.paths import check_paths
 
 
 class Options(JobOptions):

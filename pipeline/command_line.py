@@ -22,8 +22,9 @@ with interrupts.ending_at_once():  # what follows takes a third of a second
     from rich.console import Console
     from rich.markup import escape
 
-    from pipeline.config import BUILTIN_DIGITS, Config, JobParser
+    from pipeline.config import JobParser
     from pipeline.errors import UserError
+    from pipeline.stages.paths import check_paths
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
@@ -72,24 +73,6 @@ def report_user_errors(after_interrupt: str = "rerun the same command to resume"
         raise
     finally:
         interrupts.end_at_once_at_exit()
-
-
-def check_paths(config: Config) -> None:
-    """Check that the data and the weights that a config names are on this machine, before the imports that their full
-    check needs.
-
-    Raises:
-        UserError: one is not.
-    """
-    from pipeline.clip.files.model_files import check_weights_exist
-
-    root, model = config.data.root, config.clip.model
-    if model.endswith(".json") and not Path(model).expanduser().is_file():
-        raise UserError(f"clip.model={model}: no such model-config file")
-    if root and root != BUILTIN_DIGITS and not Path(root).expanduser().exists():
-        raise UserError(f"data.root={root} is not a folder or file on this machine")
-    if config.clip.pretrained:
-        check_weights_exist(config.clip.pretrained)
 
 
 def check_adapter_exists(source: str) -> None:

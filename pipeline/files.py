@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from pipeline.errors import UserError
 PARTIAL_SUFFIX = ".partial"
 """Suffix of temporary paths."""
 FREE_SPACE_ADVICE = "free some disk space or change `storage`, then rerun the same command"
+
+
+def is_uri(location: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
 
 
 @contextmanager

@@ -188,6 +188,21 @@ def test_a_run_until_the_grouping_has_groups_and_no_report(storage, run):
         _ = partial.accuracy
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"root": "no/such"}, "data.root=no/such is not a folder or file"),
+        ({"pretrained": "no/such.pt"}, "no/such.pt"),
+        ({"model": "no/such.json"}, "clip.model=no/such.json"),
+    ],
+)
+def test_paths_are_looked_for_before_anything_is_opened(monkeypatch, tmp_path, call, message):
+    monkeypatch.setattr("pipeline.stages.run.open_run", None)
+    with pytest.raises(pipeline.UserError, match=message):
+        pipeline.fit(storage=tmp_path, **call)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_report_of_an_older_version_is_refused(run, tmp_path):
     shutil.copytree(run.folder, tmp_path / "runs" / "older", ignore=shutil.ignore_patterns("tracking-*", "adapters"))
     file = tmp_path / "runs" / "older" / "report" / "summary.json"

@@ -12,9 +12,9 @@ from servers import S3Server, free_ports
 
 from pipeline.config import parse_config
 from pipeline.errors import UserError
-from pipeline.files import write_file
+from pipeline.files import is_uri, write_file
 from pipeline.runtime import session
-from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, is_uri, open_bucket, upload_part
+from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, open_bucket, upload_part
 from pipeline.stages.plan import make_plan
 from pipeline.training.checkpoint import Checkpoints
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.data.image_stats import STORED_UPRIGHT, ImageStats
 from pipeline.data.images import SUFFIXES_OF_FORMAT
@@ -308,96 +308,105 @@ def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list
     ]
 
 
+_FLATTEN = "mogrify -background white -alpha remove"
+
+
+class _ImageIssue(NamedTuple):
+    """An issue that the stats of an image show by themselves."""
+
+    severity: Severity
+    one: str
+    many: str
+    remedy: str
+    occurs: Callable[[ImageStats], bool]
+    detail: Callable[[ImageStats], str] = lambda stats: ""
+
+
+_IMAGE_ISSUES = (
+    _ImageIssue(
+        "warning",
+        "image is blank (a single color)",
+        "images are blank (a single color)",
+        f"Remove what shows nothing. Transparent drawings may be read so: {_FLATTEN}",
+        lambda stats: stats.contrast <= FLAT_CONTRAST,
+    ),
+    _ImageIssue(
+        "warning",
+        "image is nearly black",
+        "images are nearly black",
+        "Colors of 10 to 14 bits in 16-bit files are black (mogrify -auto-level scales them), so may be what "
+        f"transparent images have behind their objects ({_FLATTEN}).",
+        lambda stats: stats.contrast > FLAT_CONTRAST and stats.dark > UNIFORM_FRACTION,
+    ),
+    _ImageIssue(
+        "warning",
+        "image is nearly white",
+        "images are nearly white",
+        "Overexposed, or scaled wrongly before saving with 8 bits?",
+        lambda stats: stats.contrast > FLAT_CONTRAST and stats.bright > UNIFORM_FRACTION,
+    ),
+    _ImageIssue(
+        "warning",
+        f"image has a side below {SMALL_SIDE} pixels",
+        f"images have a side below {SMALL_SIDE} pixels",
+        "Replace thumbnails with the full images; remove icons and the like.",
+        lambda stats: min(stats.width, stats.height) < SMALL_SIDE,
+        lambda stats: f"{stats.width} x {stats.height}",
+    ),
+    _ImageIssue(
+        "note",
+        f"image has an aspect ratio above {LONG_RATIO:g}",
+        f"images have an aspect ratio above {LONG_RATIO:g}",
+        "Only the center square is tested: crop to the relevant part.",
+        lambda stats: max(stats.width, stats.height) > LONG_RATIO * min(stats.width, stats.height),
+        lambda stats: f"{stats.width} x {stats.height}",
+    ),
+    _ImageIssue(
+        "note",
+        "image is partly transparent",
+        "images are partly transparent",
+        f"The color stored behind transparency is used, which is often black. On white: {_FLATTEN}",
+        lambda stats: stats.transparent > MIN_TRANSPARENT,
+        lambda stats: f"{100 * stats.transparent:.0f} % transparent",
+    ),
+    _ImageIssue(
+        "note",
+        "image has an EXIF orientation",
+        "images have an EXIF orientation",
+        "It is ignored, as in CLIP's own preprocessing. To have images upright, rotate the stored pixels (mogrify "
+        "-auto-orient, jhead -autorot).",
+        lambda stats: stats.orientation != STORED_UPRIGHT,
+        lambda stats: f"orientation {stats.orientation}",
+    ),
+    _ImageIssue(
+        "note",
+        "image has several frames",
+        "images have several frames",
+        "The first frame is used.",
+        lambda stats: stats.frames > 1,
+        lambda stats: f"{stats.frames} frames",
+    ),
+)
+
+
 def _unusual_images(images: Sequence[CheckedImage]) -> list[Finding]:
-    examples: dict[str, list[Example]] = defaultdict(list)
-    for checked in images:
-        stats = checked.stats
-        assert stats
-        issues = {
-            "small": min(stats.width, stats.height) < SMALL_SIDE,
-            "long": max(stats.width, stats.height) > LONG_RATIO * min(stats.width, stats.height),
-            "blank": stats.contrast <= FLAT_CONTRAST,
-            "dark": stats.contrast > FLAT_CONTRAST and stats.dark > UNIFORM_FRACTION,
-            "bright": stats.contrast > FLAT_CONTRAST and stats.bright > UNIFORM_FRACTION,
-            "transparent": stats.transparent > MIN_TRANSPARENT,
-            "misnamed": _has_other_suffix(checked.image.path, stats.format),
-            "rotated": stats.orientation != STORED_UPRIGHT,
-            "animated": stats.frames > 1,
-        }
-        details = {
-            "small": f"{stats.width} x {stats.height}",
-            "long": f"{stats.width} x {stats.height}",
-            "transparent": f"{100 * stats.transparent:.0f} % transparent",
-            "misnamed": stats.format,
-            "rotated": f"orientation {stats.orientation}",
-            "animated": f"{stats.frames} frames",
-        }
-        for kind, is_issue in issues.items():
-            if is_issue:
-                examples[kind].append(_group([checked.image], details.get(kind, "")))
-    flatten_command = "mogrify -background white -alpha remove"
-    black = (
-        "Colors of 10 to 14 bits in 16-bit files are black (mogrify -auto-level scales them), so may be "
-        f"what transparent images have behind their objects ({flatten_command})."
-    )
+    """Report the issues of single images; `images` can be decoded."""
+    decoded = [(checked.image, checked.stats) for checked in images if checked.stats]
+    findings = []
+    for issue in _IMAGE_ISSUES:
+        examples = [_group([image], issue.detail(stats)) for image, stats in decoded if issue.occurs(stats)]
+        findings += _finding(issue.severity, issue.one, issue.many, examples, issue.remedy)
+    misnamed = [
+        _group([image], stats.format) for image, stats in decoded if _has_other_suffix(image.path, stats.format)
+    ]
     return [
-        *_finding(
-            "warning",
-            "image is blank (a single color)",
-            "images are blank (a single color)",
-            examples["blank"],
-            f"Remove what shows nothing. Transparent drawings may be read so: {flatten_command}",
-        ),
-        *_finding("warning", "image is nearly black", "images are nearly black", examples["dark"], black),
-        *_finding(
-            "warning",
-            "image is nearly white",
-            "images are nearly white",
-            examples["bright"],
-            "Overexposed, or scaled wrongly before saving with 8 bits?",
-        ),
-        *_finding(
-            "warning",
-            f"image has a side below {SMALL_SIDE} pixels",
-            f"images have a side below {SMALL_SIDE} pixels",
-            examples["small"],
-            "Replace thumbnails with the full images; remove icons and the like.",
-        ),
+        *findings,
         *_gray_depths(images),
-        *_finding(
-            "note",
-            f"image has an aspect ratio above {LONG_RATIO:g}",
-            f"images have an aspect ratio above {LONG_RATIO:g}",
-            examples["long"],
-            "Only the center square is tested: crop to the relevant part.",
-        ),
-        *_finding(
-            "note",
-            "image is partly transparent",
-            "images are partly transparent",
-            examples["transparent"],
-            f"The color stored behind transparency is used, which is often black. On white: {flatten_command}",
-        ),
-        *_finding(
-            "note",
-            "image has an EXIF orientation",
-            "images have an EXIF orientation",
-            examples["rotated"],
-            "It is ignored, as in CLIP's own preprocessing. To have images upright, rotate the stored pixels "
-            "(mogrify -auto-orient, jhead -autorot).",
-        ),
-        *_finding(
-            "note",
-            "image has several frames",
-            "images have several frames",
-            examples["animated"],
-            "The first frame is used.",
-        ),
         *_finding(
             "note",
             "file has a format that differs from its suffix",
             "files have a format that differs from their suffix",
-            examples["misnamed"],
+            misnamed,
             "Files are read by content. (A web page saved as an image would be among the broken files.)",
         ),
     ]

@@ -28,7 +28,7 @@ from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.table_images import find_image_column
 from pipeline.data.walk import JUNK_KIND, Skipped, find_images, is_junk, skip_kind, skipped_note
 from pipeline.errors import UserError
-from pipeline.files import atomic_replace
+from pipeline.files import atomic_replace, is_uri
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.prediction.decoding import decode_rows
 from pipeline.prediction.encoded_images import is_url
@@ -37,7 +37,7 @@ from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import ModelOptions
 from pipeline.prediction.output_files import check_new_output, write_errors
 from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
-from pipeline.runtime.storage import is_uri, open_bucket
+from pipeline.runtime.storage import open_bucket
 
 DECODE_BATCH_SIZE = 64
 PREDICT_BATCH_SIZE = 128

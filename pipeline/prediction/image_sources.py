@@ -15,8 +15,8 @@ from PIL import Image
 from pipeline.data.images import MAX_BYTES, BrokenImage, read_image
 from pipeline.data.walk import find_images, skipped_note
 from pipeline.errors import UserError
+from pipeline.files import is_uri
 from pipeline.prediction.encoded_images import decode_base64, is_data_url, is_url, read_url
-from pipeline.runtime.storage import is_uri
 
 _LOGGER = logging.getLogger(__name__)
 UnnamedImage = bytes | bytearray | BinaryIO | Image.Image | np.ndarray | torch.Tensor

@@ -15,16 +15,11 @@ from urllib.parse import urlsplit
 
 from pipeline.data.names import escape_for_terminal
 from pipeline.errors import UserError
-from pipeline.files import atomic_replace
+from pipeline.files import atomic_replace, is_uri
 from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 
 TEXT_FORMATS = ("csv", "tsv", "json", "jsonl")
 STDOUT = "-"
-
-
-def _is_uri(output: str) -> bool:
-    """Return what `pipeline.runtime.storage.is_uri` does, whose imports take a while."""
-    return "://" in output
 
 
 def output_format(output: str) -> str:
@@ -35,10 +30,10 @@ def output_format(output: str) -> str:
     """
     if output == STDOUT:
         return "csv"
-    path = urlsplit(output).path if _is_uri(output) else output
+    path = urlsplit(output).path if is_uri(output) else output
     suffix = os.path.splitext(path)[1].lower().removeprefix(".")
     if suffix in TEXT_FORMATS:
-        if _is_uri(output):
+        if is_uri(output):
             raise UserError(f"--output {output}: a bucket takes Parquet only; leave out the suffix .{suffix}")
         return suffix
     if suffix not in ("", "parquet"):  # `folder/` has no suffix
@@ -57,7 +52,7 @@ def check_new_output(output: str) -> None:
     """
     if output == STDOUT:
         return
-    if _is_uri(output):
+    if is_uri(output):
         from pyarrow.fs import FileSelector, FileType
 
         from pipeline.runtime.storage import open_bucket
@@ -73,7 +68,7 @@ def check_new_output(output: str) -> None:
         exists = any(path.iterdir()) if path.is_dir() and output_format(output) == "parquet" else os.path.lexists(path)
     if exists:
         raise UserError(f"--output {output} already exists; use another name, or remove it")
-    if not _is_uri(output):
+    if not is_uri(output):
         parent = path.absolute().parent
         with write_errors(output):
             parent.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig, TrackingConfig, content_hash
 from pipeline.errors import UserError
-from pipeline.files import create_folder
+from pipeline.files import create_folder, is_uri
 from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerResources, check_shared, ray_connection
 from pipeline.runtime.progress import RunProgress, run_progress
 from pipeline.runtime.run_lock import exclusive_run
-from pipeline.runtime.storage import Storage, is_uri
+from pipeline.runtime.storage import Storage
 from pipeline.runtime.tracking.journal import JOURNAL
 from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
 from pipeline.runtime.tracking.tracker import Tracker, end_status

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 import uuid
@@ -42,6 +41,7 @@ from pipeline.files import (
     PARTIAL_SUFFIX,
     create_folder,
     disk_is_full,
+    is_uri,
     read_json,
     rename_durably,
     write_file,
@@ -193,10 +193,6 @@ class Storage:
                     ) from error
                 log.warning("%s: %s; retrying in %d s", self.uri, error, delay)
                 time.sleep(delay)
-
-
-def is_uri(location: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
 
 
 @lru_cache

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.files import read_json, write_json
+from pipeline.files import is_uri, read_json, write_json
 from pipeline.prediction.options import GROUPED_ADAPTER
-from pipeline.runtime.storage import Artifact, Storage, is_uri
+from pipeline.runtime.storage import Artifact, Storage
 
 if TYPE_CHECKING:
     from pipeline.methods.adapter_file import TrainedAdapter

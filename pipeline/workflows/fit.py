@@ -26,6 +26,7 @@ from pipeline.config import (
 )
 from pipeline.errors import UserError
 from pipeline.stages.flow import check_stage, needs_weights, run_stages
+from pipeline.stages.paths import check_paths
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,6 +82,7 @@ def _opened_run(
     fetches_weights: bool = True,
 ) -> Iterator[tuple[Plan, Session]]:
     run_config, console = make_config(config, arguments, function), _console(verbose)
+    check_paths(run_config)
     if "ray" not in sys.modules:
         console.print("importing PyTorch and Ray ...", highlight=False)
 

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from pipeline.config.files import parse_yaml
 from pipeline.errors import UserError
-from pipeline.runtime.storage import is_uri, open_bucket
+from pipeline.files import is_uri
+from pipeline.runtime.storage import open_bucket
 from pipeline.stages.finished_run import GROUPING, RUNS, SUMMARY
 from pipeline.stages.flow import NAMES, stage_title
 
