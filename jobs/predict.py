@@ -56,6 +56,7 @@ class Options(JobOptions):
 FIELD_HELP = {
     "clip.pretrained": "CLIP weights: an open_clip tag, a file, a folder or hf-hub:ORG/NAME; null: as in training.",
     "cluster.address": "Ray cluster to join, for Parquet output; null: RAY_ADDRESS, else a local Ray is started.",
+    "cluster.num_cpus": "CPU cores of a local Ray; null: those that the job may use.",
     "cluster.gpus_per_worker": "GPUs per prediction worker, may be fractional; null: 1 if available, else 0.",
     "cluster.cpus_per_worker": "CPU cores per prediction worker; without GPUs also its threads; null: 1.",
 }

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.command_line import Field, check_adapter_exists, importing, print_status, report_user_errors
 from pipeline.config import JobArguments, JobOptions, JobParser, parse_config
+from pipeline.cpus import usable_cpus
 from pipeline.errors import UserError
 from pipeline.interrupts import forget_signals
 
@@ -53,6 +54,7 @@ class Options(JobOptions):
 FIELD_HELP = {
     "clip.pretrained": "CLIP weights: an open_clip tag, a file, a folder or hf-hub:ORG/NAME; null: as in training.",
     "cluster.address": "Ray cluster to join; null: RAY_ADDRESS, else a local Ray is started.",
+    "cluster.num_cpus": "CPU cores of a local Ray; null: those that the job may use.",
     "cluster.gpus_per_worker": "GPUs per replica, may be fractional; null: 1 if available, else 0.",
     "cluster.cpus_per_worker": "CPU cores per replica; without GPUs also its threads; null: 1.",
 }
@@ -107,7 +109,7 @@ def serve(arguments: JobArguments[Options]) -> None:
                 max_images=job.max_images,
                 max_waiting=job.max_waiting,
                 timeout_s=job.timeout_s,
-                decoding_threads=len(os.sched_getaffinity(0)),
+                decoding_threads=usable_cpus()[0],
             ),
         )
         with running_service(adapters, options, print_status, ends_with_ray=is_local):

@@ -123,11 +123,11 @@ def ensure_ray() -> None:
 
     if not ray.is_initialized():  # with a dashboard, which Ray Train and Ray Tune ask about placement groups
         on_termination = signal.getsignal(signal.SIGTERM)
-        options = local_ray_options(dashboard=True)
+        options = local_ray_options(dashboard=True, num_cpus=2)
         # Else Ray ends a worker that is idle for a second wherever there are more than CPUs, counting actors, and the
         # next work waits for another one to import PyTorch.
         options["_system_config"] = {"num_workers_soft_limit": 4}
-        ray.init(address="local", num_cpus=2, logging_level=logging.ERROR, **options)
+        ray.init(address="local", logging_level=logging.ERROR, **options)
         signal.signal(signal.SIGTERM, on_termination)  # Ray's own would end one test, and pytest go on to the next
 
 

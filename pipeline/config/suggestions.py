@@ -48,6 +48,7 @@ ALIASES = {
         "tracking.uri": "tracking_uri mlflow_uri mlflow_tracking_uri mlflow",
         "tracking.experiment": "experiment_name",
         "cluster.address": "ray_address",
+        "cluster.num_cpus": "cpus n_cpus ncpus n_jobs",
         "config": "cfg conf config_file config_path",
     }.items()
     for alias in aliases.split()
@@ -60,7 +61,7 @@ _UNAVAILABLE = (
         "GPUs are used if there are any; {} sets how many each training takes (0: CPU only)",
     ),
     (
-        "workers num_workers n_workers threads num_threads cpus num_cpus n_cpus n_jobs",
+        "workers num_workers n_workers threads num_threads",
         "cluster.cpus_per_worker",
         "{} sets the CPU cores of each training, and as many trainings run at once as the cores allow",
     ),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.clip.towers import ClipTowers
+from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.data.images import evaluation_pixels
 from pipeline.data.prefetch import prefetch
 from pipeline.data.preprocessing import Preprocessing
@@ -44,7 +45,7 @@ class TrainedModel:
         adapter: of one or several groups of tasks.
         options: temperatures, threshold, and source of the CLIP weights.
         device: torch device; None: cuda if available, else cpu.
-        threads: number of decoding threads; None: number of cores.
+        threads: number of decoding threads; None: number of cores that the process may use.
         file: file of the adapter, next to which `save_options` writes.
         towers: CLIP on the device, shared with other models (`TrainedAdapter.classifier`); None: loaded here.
 
@@ -71,7 +72,8 @@ class TrainedModel:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} is not available: {str(error).splitlines()[0]}; use cpu") from None
         self.classifier = adapter.classifier(device, self.options.pretrained, towers)
-        self._threads = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "decode")
+        limit_threads()
+        self._threads = ThreadPoolExecutor(threads or usable_cpus()[0], "decode")
 
     @property
     def tasks(self) -> list[str]:

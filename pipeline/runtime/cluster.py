@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import interrupts
 from pipeline.config import ClusterConfig
+from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.errors import UserError
 from pipeline.runtime.storage import Storage
 
@@ -85,6 +86,11 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
             f"this process is already connected to Ray at {gcs_address}, not to cluster.address={config.address}: "
             "remove cluster.address, or call ray.shutdown() first"
         )
+    elif config.num_cpus not in (None, cpus := ray.cluster_resources().get("CPU", 0)):
+        raise UserError(
+            f"this process is already connected to a Ray of {cpus:g} CPU cores, not cluster.num_cpus="
+            f"{config.num_cpus}: remove cluster.num_cpus, or call ray.shutdown() first"
+        )
     gpus = config.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
@@ -111,9 +117,9 @@ def connect(config: ClusterConfig, say: Callable[[str], None], dashboard: bool =
     return resources
 
 
-def local_ray_options(dashboard: bool) -> dict[str, Any]:
+def local_ray_options(dashboard: bool, num_cpus: int) -> dict[str, Any]:
     """Return options of ray.init for a local Ray."""
-    options: dict[str, Any] = {"include_dashboard": dashboard}
+    options: dict[str, Any] = {"include_dashboard": dashboard, "num_cpus": num_cpus}
     if " " in sys.executable:  # Ray Tune starts workers by a shell command in which the path is not quoted
         options["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
     return options
@@ -123,13 +129,24 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
     if address == "local":
+        limit_threads()
+        cpus, limit = usable_cpus()
         # Ray Train needs the dashboard to release placement groups.
-        options = local_ray_options(dashboard or config.workers_per_training > 1)
-    elif not IN_SUBMITTED_JOB:  # Ray gives the working directory of a submitted job to all workers
-        options["runtime_env"] = {"py_modules": [str(Path(__file__).parent.parent)]}  # the package
+        options = local_ray_options(dashboard or config.workers_per_training > 1, config.num_cpus or cpus)
+        is_limited = limit and not config.num_cpus
+        say(f"starting Ray on {cpus} of {os.cpu_count()} CPU cores ({limit}) ..." if is_limited else "starting Ray ...")
+    else:
+        if config.num_cpus:
+            raise UserError(
+                f"cluster.num_cpus={config.num_cpus} is for a local Ray, but this job joins the cluster at {address}, "
+                "where each machine has the cores that `ray start --num-cpus` gives it: remove cluster.num_cpus "
+                "(--cluster.num_cpus null)"
+            )
+        if not IN_SUBMITTED_JOB:  # Ray gives the working directory of a submitted job to all workers
+            options["runtime_env"] = {"py_modules": [str(Path(__file__).parent.parent)]}  # the package
+        say(f"connecting to Ray at {address} ...")
     global _is_private
     _is_private = address == "local"
-    say("starting Ray ..." if address == "local" else f"connecting to Ray at {address} ...")
     try:
         with _signals_end_the_start():
             ray.init(address=address, logging_level=logging.ERROR, **options)

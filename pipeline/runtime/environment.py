@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shlex
 import subprocess
@@ -13,6 +12,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
+
+from pipeline.cpus import usable_cpus
 
 PACKAGES = ("torch", "ray", "mlflow", "open_clip_torch", "transformers", "numpy", "pyarrow")
 GIT_COMMIT = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -48,7 +49,7 @@ def run_environment() -> dict[str, str]:
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": str(os.cpu_count()),
+        "cpus": str(usable_cpus()[0]),
         "gpus": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none",
     }
     for package in PACKAGES:
