@@ -26,6 +26,7 @@ from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import CONFIGS, AugmentationConfig, DataConfig, choices, parse_config
 from pipeline.data import parquet
 from pipeline.data.augment import augment, crop_boxes
+from pipeline.data.contents import dataset_fingerprint
 from pipeline.data.images import RESAMPLING, BrokenImage, decode_rgb, evaluation_pixels, training_pixels
 from pipeline.data.index import index_dataset, read_class_names
 from pipeline.data.layouts import FOLDER_LAYOUTS, OFFICE_HOME_FOLDER, OFFICE_HOME_TASKS
@@ -251,7 +252,7 @@ def test_fingerprint_changes_with_files_names_and_classes(tmp_path):
     names = tmp_path / "names.txt"
 
     def fingerprint(**values):
-        return index_dataset(DataConfig(**values), root).fingerprint()
+        return dataset_fingerprint(index_dataset(DataConfig(**values), root))
 
     fingerprints = {fingerprint()}
     names.write_text("x\ny\n")
@@ -260,6 +261,8 @@ def test_fingerprint_changes_with_files_names_and_classes(tmp_path):
     fingerprints.add(fingerprint(class_names=str(names)))
     fingerprints.add(fingerprint(tasks=("a",)))
     os.utime(root / "a/x/1.png", ns=(0, 0))
+    assert fingerprint() in fingerprints
+    (root / "a/x/1.png").write_bytes(png(17))
     fingerprints.add(fingerprint())
     (root / "a/x/1.png").rename(root / "a/x/2.png")
     fingerprints.add(fingerprint())
@@ -436,7 +439,7 @@ def test_file_name_that_is_not_utf8_is_a_broken_image(tmp_path):
     write_bytes_path(root, b"a/x/caf\xe9.png")
     write_bytes_path(root, b"a/x/caf\xe9.txt")
     dataset = index_dataset(DataConfig(), root)
-    dataset.fingerprint()
+    dataset_fingerprint(dataset)
     assert dict(dataset.skipped) == {r"a/x/caf\udce9.txt": ".txt"}
     images = [scan_image(root, image.path, image.task, image.class_folder) for image in dataset.images]
     assert [(i.path, i.error) for i in images if i.error] == [(r"a/x/caf\udce9.png", "the file name is not UTF-8")]

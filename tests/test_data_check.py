@@ -504,7 +504,9 @@ def test_the_table_of_images_gives_back_what_was_seen(planted, tmp_path, monkeyp
 
 def test_samples_are_few_where_classes_are_many(monkeypatch):
     monkeypatch.setattr(checked_images, "MAX_SAMPLES", 50)
-    files = [ImageRecord(f"a/{name}/{number}.png", "a", str(name), 1, 1) for name in range(40) for number in range(9)]
+    files = [
+        ImageRecord(f"a/{name}/{number}.png", "a", str(name), 1, 1, 1) for name in range(40) for number in range(9)
+    ]
     samples = sample_paths(files)
     num_by_class = [
         sum(file.class_folder == str(name) and file.path in samples for file in files) for name in range(40)

@@ -29,6 +29,7 @@ from pipeline.clip.tokenizer import describe_tokenizer
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import CONFIGS, DataConfig, load_yaml, parse_config
 from pipeline.data import manifest as manifest_module
+from pipeline.data.contents import dataset_fingerprint, split_into_chunks
 from pipeline.data.images import BrokenImage, decode_rgb, evaluation_pixels
 from pipeline.data.index import DatasetIndex, index_dataset, read_class_names, unexpected_counts
 from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, scan_image, write_part
@@ -40,7 +41,6 @@ from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.adapter_file import load_adapter
 from pipeline.report.grouping_stability_figures import affinity_over_training
-from pipeline.stages.data_check import split_into_chunks
 
 ensure_torchvision()
 
@@ -403,39 +403,30 @@ def test_links_of_a_table_are_refused(tree, tmp_path):
 
 def test_a_table_is_another_data_set_when_a_label_changes(tree):
     rows = rows_of(tree)
-    original = index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint()
-    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows[::-1])).fingerprint() == original
+    original = dataset_fingerprint(index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)))
+    assert dataset_fingerprint(index_dataset(DataConfig(), write_csv(tree / "all.csv", rows[::-1]))) == original
     rows[0]["label"], rows[-1]["label"] = rows[-1]["label"], rows[0]["label"]
-    assert index_dataset(DataConfig(), write_csv(tree / "all.csv", rows)).fingerprint() != original
+    assert dataset_fingerprint(index_dataset(DataConfig(), write_csv(tree / "all.csv", rows))) != original
 
 
 # --- the fingerprint -----------------------------------------------------------------------------------------
 
 
-def settled(tree: Path) -> Path:
-    """Every image was last changed at the same time, so that a test can change anything else alone."""
-    for file in tree.rglob("*.png"):
-        os.utime(file, ns=(10**18, 10**18))
-    return tree
-
-
-def change_size(tree: Path) -> None:
-    (tree / "art/bed/0.png").write_bytes(png(0) + b"more")
-    settled(tree)
-
-
-def change_time(tree: Path) -> None:
-    os.utime(tree / "art/bed/0.png", ns=(10**18, 10**18 + 1))
+def change_a_byte(tree: Path) -> None:
+    """Change an image, whose size and time stay the same."""
+    file = tree / "art/bed/0.png"
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def add_image(tree: Path) -> None:
     (tree / "art/bed/9.png").write_bytes(png(9))
-    settled(tree)
 
 
 CHANGES_OF_FOLDERS = {
-    "size": change_size,
-    "time": change_time,
+    "a byte": change_a_byte,
     "name": lambda tree: (tree / "art/bed/0.png").rename(tree / "art/bed/7.png"),
     "class of an image": lambda tree: (tree / "art/bed/0.png").rename(tree / "art/post_it/9.png"),
     "task of an image": lambda tree: (tree / "art/bed/0.png").rename(tree / "real world/bed/9.png"),
@@ -449,21 +440,21 @@ CHANGES_OF_FOLDERS = {
 
 @pytest.mark.parametrize("change", CHANGES_OF_FOLDERS)
 def test_the_fingerprint_changes_with_each_thing_about_folders(tree, change):
-    original = index_dataset(DataConfig(), settled(tree)).fingerprint()
+    original = dataset_fingerprint(index_dataset(DataConfig(), tree))
     CHANGES_OF_FOLDERS[change](tree)
-    assert index_dataset(DataConfig(), tree).fingerprint() != original
+    assert dataset_fingerprint(index_dataset(DataConfig(), tree)) != original
 
 
 def fingerprint_of_table(tree: Path, rows: list[dict[str, str]], **options) -> str:
     file = write_csv(tree / "all.csv", rows)
-    return index_dataset(DataConfig(**options), file).fingerprint()
+    return dataset_fingerprint(index_dataset(DataConfig(**options), file))
 
 
 @pytest.mark.parametrize("use_official_splits", [False, True])
 @pytest.mark.parametrize("column", ["path", "task", "label", "split"])
 def test_the_fingerprint_changes_with_each_column_of_a_table(tree, column, use_official_splits):
     """Two rows swap their values: what there is stays the same, but not of which image."""
-    rows = [{**row, "split": "train" if i % 2 else "test"} for i, row in enumerate(rows_of(settled(tree)))]
+    rows = [{**row, "split": "train" if i % 2 else "test"} for i, row in enumerate(rows_of(tree))]
     original = fingerprint_of_table(tree, rows, use_official_splits=use_official_splits)
     a, b = rows[0], rows[-1]
     assert all(a[name] != b[name] for name in rows[0])
@@ -475,17 +466,16 @@ def test_the_fingerprint_changes_with_each_column_of_a_table(tree, column, use_o
 
 
 def test_the_fingerprint_changes_when_official_splits_are_respected(tree):
-    rows = [{**row, "split": "train" if i % 2 else "test"} for i, row in enumerate(rows_of(settled(tree)))]
+    rows = [{**row, "split": "train" if i % 2 else "test"} for i, row in enumerate(rows_of(tree))]
     assert fingerprint_of_table(tree, rows, use_official_splits=True) != fingerprint_of_table(tree, rows)
 
 
 def test_the_fingerprint_changes_with_tasks_classes_and_names(tree, tmp_path):
-    settled(tree)
     names = tmp_path / "names.txt"
 
     def fingerprint(lines: str, **options) -> str:
         names.write_text(lines)
-        return index_dataset(DataConfig(class_names=str(names), **options), tree).fingerprint()
+        return dataset_fingerprint(index_dataset(DataConfig(class_names=str(names), **options), tree))
 
     (tree / "art/chair").mkdir()
     (tree / "real world/chair").mkdir()
@@ -502,14 +492,14 @@ def test_the_fingerprint_changes_with_tasks_classes_and_names(tree, tmp_path):
 
 def test_the_fingerprint_changes_with_which_task_has_a_class(tree):
     """A class without images exists only as a folder."""
-    (settled(tree) / "art/chair").mkdir()
-    original = index_dataset(DataConfig(), tree).fingerprint()
+    (tree / "art/chair").mkdir()
+    original = dataset_fingerprint(index_dataset(DataConfig(), tree))
     (tree / "real world/chair").mkdir()
-    assert index_dataset(DataConfig(), tree).fingerprint() != original
+    assert dataset_fingerprint(index_dataset(DataConfig(), tree)) != original
 
 
 def test_the_fingerprint_does_not_change_with_what_cannot_matter(tree, tmp_path, monkeypatch):
-    original = index_dataset(DataConfig(), settled(tree)).fingerprint()
+    original = dataset_fingerprint(index_dataset(DataConfig(), tree))
     walk = os.walk
 
     def backwards(*arguments, **options):
@@ -519,30 +509,28 @@ def test_the_fingerprint_does_not_change_with_what_cannot_matter(tree, tmp_path,
             yield folder, subfolders, names
 
     monkeypatch.setattr(os, "walk", backwards)
-    assert index_dataset(DataConfig(), tree).fingerprint() == original
+    assert dataset_fingerprint(index_dataset(DataConfig(), tree)) == original
     (tree / "readme.txt").write_text("no image")
-    os.utime(tree / "art", ns=(0, 0))
-    assert index_dataset(DataConfig(), tree).fingerprint() == original
+    for file in (tree / "art", *tree.rglob("*.png")):
+        os.utime(file, ns=(0, 0))
+    assert dataset_fingerprint(index_dataset(DataConfig(), tree)) == original
     shutil.copytree(tree, tmp_path / "elsewhere")
-    assert index_dataset(DataConfig(), tmp_path / "elsewhere").fingerprint() == original
+    assert dataset_fingerprint(index_dataset(DataConfig(), tmp_path / "elsewhere")) == original
     rows = rows_of(tree)
     original = fingerprint_of_table(tree, rows)
     assert fingerprint_of_table(tree, rows[::-1]) == original
     assert fingerprint_of_table(tree, [{**row, "notes": str(i)} for i, row in enumerate(rows)]) == original
 
 
-def test_the_fingerprint_changes_with_the_size_or_time_of_a_parquet_file(tree):
+def test_the_fingerprint_changes_with_the_images_of_a_parquet_file_not_with_how_they_are_stored(tree):
     file = tree / "all.parquet"
     write_images(tree, file, rows_of(tree), "bytes")
-    content = file.read_bytes()
-    os.utime(file, ns=(10**18, 10**18))
-    original = index_dataset(DataConfig(), file).fingerprint()
-    os.utime(file, ns=(10**18, 10**18 + 1))
-    assert index_dataset(DataConfig(), file).fingerprint() != original
+    original = dataset_fingerprint(index_dataset(DataConfig(), file))
     pq.write_table(pq.read_table(file), file, compression="zstd")
-    assert file.stat().st_size != len(content)
-    os.utime(file, ns=(10**18, 10**18))
-    assert index_dataset(DataConfig(), file).fingerprint() != original
+    assert dataset_fingerprint(index_dataset(DataConfig(), file)) == original
+    change_a_byte(tree)
+    write_images(tree, file, rows_of(tree), "bytes")
+    assert dataset_fingerprint(index_dataset(DataConfig(), file)) != original
 
 
 CHANGES_OF_AN_IMAGE = {
@@ -659,18 +647,17 @@ def test_a_pass_over_a_table_reads_each_row_group_once(tree, monkeypatch):
     assert read_groups == [[0], [1], [2], [3]]
 
 
-def test_workers_get_whole_row_groups(tree, monkeypatch):
+def test_workers_get_whole_row_groups(tree):
     write_images(tree, tree / "all.parquet", rows_of(tree), "bytes", group=5)
     write_images(tree, tree / "b.parquet", rows_of(tree)[:4], "bytes", group=5)
     (tree / "tables").mkdir()
     for name in ("all", "b"):
         (tree / f"{name}.parquet").rename(tree / f"tables/{name}.parquet")
     images = index_dataset(DataConfig(), tree / "tables").images
-    monkeypatch.setattr("pipeline.stages.data_check.IMAGES_PER_CHUNK", 6)
-    assert [len(chunk) for chunk in split_into_chunks(images)] == [10, 6, 4]
+    assert [len(chunk) for chunk in split_into_chunks(images, 6)] == [10, 6, 4]
     folders = index_dataset(DataConfig(), tree).images
-    assert [len(chunk) for chunk in split_into_chunks(folders)] == [6, 6, 4]
-    assert [image for chunk in split_into_chunks(folders) for image in chunk] == list(folders)
+    assert [len(chunk) for chunk in split_into_chunks(folders, 6)] == [6, 6, 4]
+    assert [image for chunk in split_into_chunks(folders, 6) for image in chunk] == list(folders)
 
 
 def test_splits_of_a_table_hold_its_images(tree, tmp_path):
@@ -1106,7 +1093,7 @@ def test_splits_of_a_table(tree, tmp_path, kind):
     expected = {hashlib.sha256((tree / row["path"]).read_bytes()).hexdigest(): row["split"] for row in rows}
     assert split_by_sha256 == {content: split for content, split in expected.items() if split != "validation"}
     assert dataset.unused_images == {"art": 2, "real world": 2}
-    assert dataset.fingerprint() != index_dataset(DataConfig(), root).fingerprint()
+    assert dataset_fingerprint(dataset) != dataset_fingerprint(index_dataset(DataConfig(), root))
 
 
 def scanned_with_splits(dataset: DatasetIndex) -> list[ScannedImage]:

@@ -29,8 +29,10 @@ from small_methods import SMALL
 from pipeline.clip.load import build_meta_towers, load_clip
 from pipeline.config import BUILTIN_DIGITS, RESULT_EFFECTS, Config, Section, field_effects, fields, parse_config
 from pipeline.config.fields import affects
+from pipeline.data import contents
 from pipeline.data.checked_images import check_images
 from pipeline.data.parquet import SplitReader, plan_parts, scan_image, write_part
+from pipeline.errors import UserError
 from pipeline.methods.registry import METHODS, VARIANTS, get_method, training_config
 from pipeline.runtime.stage import WorkItem
 from pipeline.runtime.storage import Artifact
@@ -190,7 +192,7 @@ def compute_keys(config: Config) -> dict[str, ExpectedKey]:
     plan = prepare_plan(config)
     description = SplitReader(plan.splits.download()).description
     keys = {
-        "(images)": ExpectedKey(plan.dataset_index.fingerprint()),
+        "(images)": ExpectedKey(plan.images),
         "(clip)": ExpectedKey(asdict(plan.clip)),
         "(split images)": ExpectedKey(description.content),
         "(class names)": ExpectedKey([description.class_names_for(task) for task in description.tasks]),
@@ -325,13 +327,51 @@ def test_paths_of_data_and_model_change_no_key(folder, base, tmp_path):
     assert changed_keys(original_keys, copy_keys) == set()
 
 
-def test_modification_times_invalidate_only_the_scan_of_the_images(folder, base, tmp_path):
-    """Images that may have changed are read again; the results of unchanged content stay cached."""
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    os.utime(copy / "images/ink/one/0.png", (10**9, 10**9))
-    copy_keys = compute_keys(config_with(copy))
-    assert changed_keys(base[1], copy_keys) == {"(images)", "data check", "splits", "run"}
+def test_times_of_images_change_no_key_and_one_byte_changes_those_of_all_results(folder, base, tmp_path):
+    copy, image = tmp_path / "copy", "images/ink/one/0.png"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # as rsync without -t
+    os.utime(copy / image, (0, 0))
+    assert changed_keys(base[1], compute_keys(config_with(copy))) == set()
+    content = bytearray((copy / image).read_bytes())
+    content[-1] ^= 1  # in PNG's checksum of the end, which is not read
+    (copy / image).write_bytes(content)
+    os.utime(copy / image, (0, 0))
+    changed = changed_keys(base[1], compute_keys(config_with(copy)))
+    assert changed == base[1].keys() - {"(clip)", "(class names)"}
+
+
+def test_images_are_read_again_only_when_a_file_may_have_changed(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "copy")
+    config, image, num_read = config_with(tmp_path / "copy"), tmp_path / "copy/images/ink/one/0.png", []
+    read = contents.read_image_bytes
+    monkeypatch.setattr(contents, "read_image_bytes", lambda *image: num_read.append(1) or read(*image))
+
+    def num_read_for_plan() -> int:
+        num_read.clear()
+        make_plan(config, Console(quiet=True))
+        return len(num_read)
+
+    assert [num_read_for_plan(), num_read_for_plan()] == [30, 30], "files that changed a moment ago may change again"
+    monkeypatch.setattr(plans, "UNSETTLED_S", -1)
+    assert [num_read_for_plan(), num_read_for_plan()] == [30, 0]
+    times, content = image.stat(), image.read_bytes()
+    image.write_bytes(content)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert [num_read_for_plan(), num_read_for_plan()] == [30, 0], "of the same size and modification time"
+
+
+def test_images_that_change_between_their_fingerprint_and_the_scan_stop_the_run(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    plan = make_plan(config_with(tmp_path / "copy"), Console(quiet=True))
+    progress = SimpleNamespace(expect=lambda *counts: None, advance=lambda *counts: None)
+    stage = SimpleNamespace(
+        session=SimpleNamespace(progress=progress),
+        execute=lambda work: [item.function(*item.arguments, progress) for item in work],
+    )
+    assert data_check._scan(plan, stage).num_rows == 30
+    (tmp_path / "copy/images/ink/one/0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="images of .*copy changed while they were read: rerun"):
+        data_check._scan(plan, stage)
 
 
 def test_a_field_must_declare_what_it_affects():

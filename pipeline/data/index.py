@@ -46,6 +46,8 @@ from pipeline.errors import UserError, escape_controls
 
 NOT_SELECTED = "tasks that are not selected"
 MAX_CLASS_LINE = 1000
+MISSING_NS = -1
+"""Times of a missing file; those of archives may be 0."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class ImageRecord:
     size: int
     """Bytes of its file; 0 for a missing file, which the scan reports."""
     modified_ns: int
+    changed_ns: int
+    """Time at which anything about the file changed last, which no program can set; `modified_ns` where there is
+    none."""
     official_split: OfficialSplit | None = None
     """train or test with data.use_official_splits, else None."""
     row_group: int | None = None
@@ -97,16 +102,13 @@ class DatasetIndex:
         skipped = [skipped_note(self.skipped)] if self.skipped else []
         return "; ".join([f"layout {self.layout}{folders}: {', '.join(counts)}", *skipped])
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of names, sizes and modification times: detects changed files without reading them."""
-        digest = hashlib.sha256()
+    def listing_fingerprint(self) -> str:
+        """Return the SHA-256 of the root's path and of the files' names, sizes and times, and what else `contents`
+        covers: as long as it is the same, so are the contents."""
+        digest = hashlib.sha256(f"{self.root}\n".encode("utf-8", "surrogateescape"))
         for image in self.images:
-            line = f"{image.path}\0{image.size}\0{image.modified_ns}\n"
-            if self.layout == "manifest":  # in other layouts the path has both
-                line += f"{image.task}\0{image.class_folder}\n"
-            if image.official_split:
-                line += f"{image.official_split}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
+            file = image.path, image.size, image.modified_ns, image.changed_ns
+            digest.update(f"{(*file, image.task, image.class_folder, image.official_split)!r}\n".encode())
         digest.update(repr((sorted(self.classes.items()), sorted(self.class_names.items()))).encode())
         return digest.hexdigest()
 
@@ -272,9 +274,9 @@ def _class_before_space(line: str, class_folders: Collection[str]) -> bool:
 def _image_record(
     root: Path, entry: DatasetEntry, task: str, name: str, use_official_splits: bool, symlinks: SymlinkChecker
 ) -> ImageRecord:
-    size, modified_ns, row_group = entry.table_row or (*_size_and_time(root, entry.path, symlinks), None)
+    size, modified_ns, changed_ns, row_group = entry.table_row or (*_size_and_times(root, entry.path, symlinks), None)
     split = entry.split if use_official_splits else None
-    return ImageRecord(entry.path, task, name, size, modified_ns, split, row_group)
+    return ImageRecord(entry.path, task, name, size, modified_ns, changed_ns, split, row_group)
 
 
 def unexpected_counts(config: DataConfig, dataset: DatasetIndex) -> list[str]:
@@ -429,22 +431,22 @@ def _walk_folders(
     return entries, skipped
 
 
-def _size_and_time(root: Path, path: str, symlinks: SymlinkChecker) -> tuple[int, int]:
+def _size_and_times(root: Path, path: str, symlinks: SymlinkChecker) -> tuple[int, int, int]:
     try:
         status = os.lstat(root / path)
         if stat.S_ISLNK(status.st_mode):
             symlinks.escapes_root(root / path)
             status = os.stat(root / path)
     except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+        return 0, MISSING_NS, MISSING_NS
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _check_missing(
     images: Sequence[ImageRecord], locations: dict[str, str], manifest: Path, max_fraction: float
 ) -> None:
     """Raise UserError if more files of a manifest are missing than may be dropped."""
-    missing = [image.path for image in images if not image.modified_ns and image.path in locations]
+    missing = [image.path for image in images if image.changed_ns == MISSING_NS and image.path in locations]
     if len(missing) > max_fraction * len(images):
         listed = "\n  ".join(f"{locations[path]}: {escape_for_terminal(path)}" for path in missing[:10])
         remainder = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""

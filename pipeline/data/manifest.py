@@ -540,7 +540,7 @@ def _read_parquet(file: Path, rows: _RowCollector, columns: Mapping[str, str], r
                 if read_splits and "split" not in row:
                     row["split"] = file_split
                 path = row_path(os.path.relpath(file, rows.root), number)
-                table_row = TableRow(status.st_size, status.st_mtime_ns, group)
+                table_row = TableRow(status.st_size, status.st_mtime_ns, status.st_ctime_ns, group)
                 location = f"{file.name}, row {number}"
                 rows.add(location, _with_task(row, rows), (path, table_row) if embedded_name else None, is_named)
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:

@@ -47,10 +47,11 @@ def similar_split_names(names: Iterable[str]) -> list[str]:
 
 
 class TableRow(NamedTuple):
-    """Row of a Parquet file that holds an image: size and modification time of the file, and the row group."""
+    """Row of a Parquet file that holds an image: size and times of the file, and the row group."""
 
     size: int
     modified_ns: int
+    changed_ns: int
     row_group: int
 
 

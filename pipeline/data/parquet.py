@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
+from pipeline.data.contents import read_content
 from pipeline.data.images import BrokenImage, decode_rgb
-from pipeline.data.names import escape_for_terminal, invalid_name_reason
+from pipeline.data.names import escape_for_terminal
 from pipeline.data.splits import ScannedImage
 from pipeline.data.table_images import read_image_bytes
 from pipeline.errors import UserError, escape_controls
@@ -97,20 +98,14 @@ def scan_image(
     Args:
         decode: may raise BrokenImage.
     """
-    data, error = b"", None
-    try:
-        if reason := invalid_name_reason(path):
-            error = f"the file name {reason}"
-        else:
-            data = read_image_bytes(root, path)
-            decode(data)
-    except OSError as exception:
-        error = f"cannot be read: {exception.strerror}"
-    except BrokenImage as exception:
-        error = escape_controls(str(exception))
-    return ScannedImage(
-        escape_for_terminal(path), task, class_folder, hashlib.sha256(data).hexdigest(), error, len(data)
-    )
+    content = read_content(root, path)
+    error = content.error
+    if error is None:
+        try:
+            decode(content.data)
+        except BrokenImage as exception:
+            error = escape_controls(str(exception))
+    return ScannedImage(escape_for_terminal(path), task, class_folder, content.sha256, error, len(content.data))
 
 
 def plan_parts(images: Sequence[ScannedImage], split: Split, sizes: dict[str, int]) -> list[Part]:

@@ -19,7 +19,8 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ScannedImage:
-    """An image that was read once. `error` is the reason why it cannot be decoded, or None."""
+    """An image that was read once. `error` is the reason why it cannot be decoded, or None; `sha256` is empty if it
+    cannot be read."""
 
     path: str
     task: str

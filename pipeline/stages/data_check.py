@@ -18,6 +18,7 @@ from pipeline.clip.load import load_tokenizer
 from pipeline.clip.tokenizer import describe_tokenizer
 from pipeline.config import BUILTIN_DIGITS
 from pipeline.data.checked_images import COLUMNS, check_images, read_checked_images, read_samples, sample_paths
+from pipeline.data.contents import dataset_fingerprint, split_into_chunks
 from pipeline.data.findings import CheckedImage, Example, Finding, ShownImage, find_issues, tokenize_words
 from pipeline.data.image_stats import thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
@@ -46,7 +47,7 @@ from pipeline.stages.plan import Plan
 NAME = "data_check"
 IMAGES = "images.parquet"
 PAGE, FINDINGS = "check.html", "check.json"
-FORMAT = 5
+FORMAT = 6
 """Increment on every change of the stored columns or of the findings; older checks are then repeated."""
 IMAGES_PER_CHUNK = 512
 _READING = "reading"
@@ -97,7 +98,7 @@ def checked_images(plan: Plan) -> list[CheckedImage]:
 
 
 def _artifact(plan: Plan) -> Artifact:
-    return plan.artifact(NAME, {"format": FORMAT, "listing": plan.dataset_index.fingerprint()})
+    return plan.artifact(NAME, {"format": FORMAT, "images": plan.images})
 
 
 def _scan(plan: Plan, stage: Stage) -> pa.Table:
@@ -106,9 +107,16 @@ def _scan(plan: Plan, stage: Stage) -> pa.Table:
     stage.session.progress.expect(_READING, len(images), "images")
     work = [
         WorkItem(f"check {number}", _check_chunk, (source, chunk, samples & {image.path for image in chunk}))
-        for number, chunk in enumerate(split_into_chunks(images))
+        for number, chunk in enumerate(split_into_chunks(images, IMAGES_PER_CHUNK))
     ]
-    return pa.concat_tables([COLUMNS.empty_table(), *stage.execute(work)]).unify_dictionaries()
+    table = pa.concat_tables([COLUMNS.empty_table(), *stage.execute(work)]).unify_dictionaries()
+    identities = (sha256 or error for sha256, error in zip(table["sha256"].to_pylist(), table["error"].to_pylist()))
+    if dataset_fingerprint(plan.dataset_index, identities) != plan.images:
+        raise UserError(
+            f"images of {plan.dataset_index.root} changed while they were read: rerun the command when nothing writes "
+            "to them"
+        )
+    return table
 
 
 def _check_chunk(
@@ -117,22 +125,6 @@ def _check_chunk(
     table = check_images(source.local_root(), images, samples)
     progress.advance(_READING, len(images), "images")
     return table
-
-
-def split_into_chunks(images: Sequence[ImageRecord]) -> list[Sequence[ImageRecord]]:
-    """Split into chunks of at least IMAGES_PER_CHUNK images; row groups, read from their start, stay whole."""
-    chunks, start = [], 0
-    for end in range(1, len(images) + 1):
-        if end == len(images) or (end - start >= IMAGES_PER_CHUNK and not _same_group(images[end - 1], images[end])):
-            chunks.append(images[start:end])
-            start = end
-    return chunks
-
-
-def _same_group(a: ImageRecord, b: ImageRecord) -> bool:
-    if a.row_group is None or a.row_group != b.row_group:
-        return False
-    return a.path.rpartition("#")[0] == b.path.rpartition("#")[0]
 
 
 def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[TaskOverview]]:

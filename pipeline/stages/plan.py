@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -29,11 +30,12 @@ from pipeline.config import (
     to_yaml,
     values_affecting,
 )
+from pipeline.data.contents import UNREADABLE, dataset_fingerprint, read_identities
 from pipeline.data.index import DatasetIndex, index_dataset, unexpected_counts
 from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.files import create_folder, write_file
+from pipeline.files import create_folder, read_json, write_file, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.method import Method
 from pipeline.methods.mmap import MmapShape
@@ -49,6 +51,12 @@ RESULTS_VERSION = 8
 """Part of all keys; increased with every change of the code that changes results of a training or evaluation, so that
 earlier artifacts and runs are not reused."""
 
+IMAGE_CONTENTS = "image_contents"
+FINGERPRINT = "fingerprint.json"
+UNSETTLED_S = 2
+"""Files that changed this recently may change again without another time, on file systems with coarse times."""
+FIRST_MESSAGE_AFTER_S, NEXT_MESSAGE_AFTER_S = 3, 15
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -57,6 +65,8 @@ class Plan:
     config: Config
     storage: Storage
     dataset_index: DatasetIndex
+    images: str
+    """Fingerprint of the data set's contents."""
     clip: ClipIdentity
     mmap_shape: MmapShape | None
     """None: no method of the run is MmAP."""
@@ -139,9 +149,10 @@ def make_plan(
     """
     if reuse_checks_of:
         config = _with_absolute_paths(config)
-        storage, dataset_index, clip, shape = (
+        storage, dataset_index, images, clip, shape = (
             reuse_checks_of.storage,
             reuse_checks_of.dataset_index,
+            reuse_checks_of.images,
             reuse_checks_of.clip,
             reuse_checks_of.mmap_shape,
         )
@@ -179,13 +190,14 @@ def make_plan(
                 f"  connecting to MLflow at {without_password(tracking_uri)} ...", markup=False, highlight=False
             )
         check_reachable(tracking_uri)
+        images = _content_fingerprint(dataset_index, storage, console)  # last, since it may take minutes
 
     splits = Artifact(
         storage,
         "splits",
-        {"format": FORMAT, "listing": dataset_index.fingerprint(), "config": values_affecting(config, "splits")},
+        {"format": FORMAT, "images": images, "config": values_affecting(config, "splits")},
     )
-    plan = Plan(config, storage, dataset_index, clip, shape, splits, output_kind, extra_key_inputs or {})
+    plan = Plan(config, storage, dataset_index, images, clip, shape, splits, output_kind, extra_key_inputs or {})
     write_file(create_folder(plan.folder) / "config.yaml", to_yaml(config))
     return plan
 
@@ -213,6 +225,32 @@ def _find_data(config: Config, storage: Storage) -> DatasetIndex:
         except OSError as error:
             raise UserError(f"the embedded digits cannot be written to {root}: {error}; remove this folder") from None
     return index_dataset(config.data, root.absolute())
+
+
+def _content_fingerprint(index: DatasetIndex, storage: Storage, console: Console) -> str:
+    """Return the fingerprint of the images' contents, which is read again only when a file has changed."""
+    artifact = Artifact(storage, IMAGE_CONTENTS, {"listing": index.listing_fingerprint()})
+    if artifact.is_complete():
+        return str(read_json(artifact.download() / FINGERPRINT))
+    started_ns, num_read, next_message_s = time.time_ns(), 0, time.monotonic() + FIRST_MESSAGE_AFTER_S
+
+    def on_read(number: int) -> None:
+        nonlocal num_read, next_message_s
+        num_read += number
+        if time.monotonic() >= next_message_s:
+            next_message_s = time.monotonic() + NEXT_MESSAGE_AFTER_S
+            console.print(
+                f"  reading the images, to find what is cached for them: {num_read:,} of {len(index.images):,}",
+                highlight=False,
+            )
+
+    identities = list(read_identities(index, on_read))
+    images = dataset_fingerprint(index, identities)
+    is_settled = all(abs(started_ns - image.changed_ns) > UNSETTLED_S * 10**9 for image in index.images)
+    if is_settled and not any(identity.startswith(UNREADABLE) for identity in identities):
+        with artifact.writer() as writer:
+            write_json(writer.folder / FINGERPRINT, images)
+    return images
 
 
 def _check_model(
