@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,15 @@ from pipeline.errors import UserError
 PARTIAL_SUFFIX = ".partial"
 """Suffix of temporary paths."""
 FREE_SPACE_ADVICE = "free some disk space or change `storage`, then rerun the same command"
+SETTLED_NS = 2_000_000_000
+"""Age of a file's last change from which its digest is remembered: later changes then have other times, whatever the
+resolution of the file system's clock."""
+_digests: dict[tuple[int, ...], str] = {}
+"""Digests of this process: device, inode, size and times of a file → SHA-256."""
+
+
+class DamagedFile(UserError):
+    """A stored file that is cut, changed, or of another version."""
 
 
 def is_uri(location: str) -> bool:
@@ -55,8 +66,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except Exception as error:
         if isinstance(error, OSError) or (disk_is_full(error) and not isinstance(error, UserError)):
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot write {path}: {reason}; {FREE_SPACE_ADVICE}") from error
+            raise UserError(f"cannot write {path}: {reason}; {write_advice(error)}") from error
         raise
+
+
+def write_advice(error: BaseException) -> str:
+    """Return what to do about a file or folder that could not be written."""
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make its folder writable for you or change `storage`, then rerun the same command"
+    return FREE_SPACE_ADVICE
 
 
 def rename_durably(source: Path, target: Path) -> None:
@@ -81,11 +99,32 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises: FileNotFoundError: There is no such file. DamagedFile: It is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise DamagedFile(f"{path} is damaged: it is not JSON; remove it and rerun the command that made it") from None
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, which this process reads once as long as its size, inode and times stay."""
+    with open(path, "rb") as stream:
+        stat = os.fstat(stream.fileno())
+        identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if identity not in _digests:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if time.time_ns() - stat.st_ctime_ns < SETTLED_NS:
+                return digest
+            _digests[identity] = digest
+    return _digests[identity]
 
 
 def create_folder(path: Path) -> Path:

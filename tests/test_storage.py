@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
+import json
+import os
 import threading
+import time
+from itertools import product
 
 import pytest
 from pyarrow.fs import FileType
@@ -55,29 +61,109 @@ def test_an_artifact_appears_whole(storage):
     assert not artifact.is_complete()
     make(artifact)
     assert artifact.is_complete() and not artifact.staging_dir.exists()
-    manifest = artifact.manifest()
+    manifest = json.loads(storage.read(artifact.folder / "artifact.json"))
     assert manifest["files"] == {"part/file.txt": 7}
-    assert manifest["seconds"] > 0 and manifest["inputs"] == {"seed": 1, "task": "Real World"}
+    assert manifest["inputs"] == {"seed": 1, "task": "Real World"}
     assert not Artifact(storage, "splits", {"seed": 2, "task": "Real World"}).is_complete()
     assert Artifact(storage, "splits", {"task": "Real World", "seed": 1}).key == artifact.key
     assert (artifact.download() / "part" / "file.txt").read_text() == "content"
 
 
-@pytest.mark.parametrize("damage", ["lost", "cut"])
-def test_a_damaged_artifact_is_set_aside_with_a_warning(storage, caplog, damage):
-    artifact = Artifact(storage, "splits", {"seed": 1})
+def test_a_damaged_artifact_is_set_aside_with_a_warning(storage, caplog):
+    contents = [None, b"{"] if storage.is_bucket else [None, b"", b"{", b"[]", b'{"files": {}}', b"\xff"]
+    for number, (file, content) in enumerate(product(("part/file.txt", "artifact.json"), contents)):
+        artifact = Artifact(storage, "splits", {"seed": number})
+        make(artifact)
+        caplog.clear()
+        filesystem, path = storage.filesystem(artifact.folder / file)
+        filesystem.delete_file(path)
+        if content is not None:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+        assert not artifact.is_complete()
+        if not storage.is_bucket:
+            assert len(list((storage.folder / "splits").glob(".damaged-*"))) == number + 1
+        is_unfinished = storage.is_bucket and (file, content) == ("artifact.json", None)
+        assert is_unfinished or file in caplog.text
+        make(artifact)
+        assert artifact.is_complete() and (artifact.download() / "part" / "file.txt").read_text() == "content"
+
+
+def test_every_changed_bit_of_an_artifact_is_noticed(tmp_path):
+    storage = Storage.from_folder(tmp_path)
+    artifact = Artifact(storage, "splits", {"seed": 1, "rate": 1e-05, "tasks": ["é", None]})
     make(artifact)
-    filesystem, path = storage.filesystem(artifact.folder / "part" / "file.txt")
-    filesystem.delete_file(path)
-    if damage == "cut":
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(b"cut")
+    for file in ("part/file.txt", "artifact.json"):
+        content = (artifact.folder / file).read_bytes()
+        for position in range(len(content)):
+            changed = bytearray(content)
+            changed[position] ^= 1 << position % 8
+            (artifact.folder / file).write_bytes(changed)
+            assert artifact._find_damage(), (file, position, bytes(changed))
+        (artifact.folder / file).write_bytes(content)
+    assert artifact.is_complete()
+
+
+def test_a_change_is_noticed_after_the_file_was_read(tmp_path, monkeypatch):
+    """Also with its size and modification time as before."""
+    monkeypatch.setattr("pipeline.files.SETTLED_NS", 0)  # as of a file that was not written in this moment
+    artifact = Artifact(Storage.from_folder(tmp_path), "splits", {})
+    make(artifact)
+    file = artifact.folder / "part" / "file.txt"
+    assert artifact.is_complete()
+    times = file.stat()
+    time.sleep(0.02)  # more than the clock's tick in a file system
+    file.write_text("CONTENT")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="part/file.txt.*rerun the command"):
+        artifact.download()
     assert not artifact.is_complete()
-    assert "part/file.txt" in caplog.text
-    if not storage.is_bucket:
-        assert len(list((storage.folder / "splits").glob(".damaged-*"))) == 1
+
+
+def test_a_file_is_read_once_per_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.files.SETTLED_NS", 0)
+    artifact, hashed = Artifact(Storage.from_folder(tmp_path), "splits", {}), []
+    make(artifact)
+    digest = hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda stream, name: hashed.append(stream.name) or digest(stream, name))
+    for _ in range(3):
+        assert artifact.is_complete() and artifact.download() == artifact.folder
+    assert len(hashed) <= 1
+
+
+def test_a_folder_without_its_artifact_json_is_replaced(tmp_path):
+    """Such as a copy of a storage that was interrupted; renaming onto it would fail forever."""
+    artifact = Artifact(Storage.from_folder(tmp_path), "splits", {})
+    artifact.folder.mkdir(parents=True)
+    (artifact.folder / "file.txt").write_text("part of a copy")
+    assert not artifact.is_complete()
     make(artifact)
     assert artifact.is_complete()
+
+
+def test_a_damaged_artifact_that_cannot_be_moved_is_named(tmp_path, monkeypatch):
+    artifact = Artifact(Storage.from_folder(tmp_path), "splits", {})
+    make(artifact)
+    (artifact.folder / "part" / "file.txt").write_text("CONTENT")
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(UserError, match="part/file.txt.*Read-only file system; make its folder writable"):
+        artifact.is_complete()
+
+
+def test_files_of_another_user_are_named(tmp_path, monkeypatch):
+    artifact = Artifact(Storage.from_folder(tmp_path), "splits", {})
+    make(artifact)
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("pipeline.runtime.storage.file_digest", refuse)
+    with pytest.raises(UserError, match="part/file.txt cannot be read: Permission denied; ask its owner"):
+        artifact.is_complete()
 
 
 def test_the_slower_of_two_makers_gives_way(storage):
@@ -105,7 +191,8 @@ def test_other_machines_get_what_lies_in_a_bucket(s3, tmp_path):
         (part.folder / "images.parquet").write_text("images")
         writer.uploaded |= upload_part(copy, part.folder, "images.parquet")
         assert not copy.is_complete()
-    assert copy.is_complete() and set(copy.manifest()["files"]) == {"splits.json", "images.parquet"}
+    files = json.loads(remote.read(copy.folder / "artifact.json"))["files"]
+    assert copy.is_complete() and set(files) == {"splits.json", "images.parquet"}
     for machine in (artifact, copy):
         assert (machine.download() / "images.parquet").read_text() == "images"
         assert (machine.download() / "splits.json").read_text() == "{}"
@@ -160,9 +247,20 @@ def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):
     filesystem, path = remote.filesystem(copy.folder / "part" / "file.txt")
     with filesystem.open_output_stream(path) as stream:
         stream.write(b"CONTENT")
-    with pytest.raises(UserError, match="part/file.txt is corrupted .*: remove s3://bucket/"):
+    with pytest.raises(UserError, match="s3://bucket/.* is damaged .*part/file.txt.*: rerun the command"):
         copy.download()
-    assert not copy.folder.exists()
+    assert not copy.folder.exists() and not copy.is_complete()  # so that it is made again
+    make(copy)
+    assert (Artifact(local, "splits", {}).download() / "part" / "file.txt").read_text() == "content"
+
+
+def test_a_damaged_copy_of_a_bucket_is_fetched_again(s3, tmp_path, caplog):
+    storage = bucket_storage(s3, tmp_path)
+    artifact = Artifact(storage, "splits", {})
+    make(artifact)
+    (artifact.folder / "part" / "file.txt").write_text("CONTENT")
+    assert (artifact.download() / "part" / "file.txt").read_text() == "content"
+    assert "downloading it again" in caplog.text
 
 
 def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatch):

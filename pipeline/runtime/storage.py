@@ -15,14 +15,13 @@ none, and a stage whose artifact is complete is not run again. Of two attempts a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,15 +40,19 @@ from pipeline.files import (
     PARTIAL_SUFFIX,
     create_folder,
     disk_is_full,
+    file_digest,
     is_uri,
-    read_json,
     rename_durably,
+    to_json,
+    write_advice,
     write_file,
     write_json,
 )
 
 log = logging.getLogger(__name__)
-_MANIFEST = "artifact.json"
+MANIFEST = "artifact.json"
+STAGING_PREFIX, DAMAGED_PREFIX, DOWNLOAD_PREFIX = ".staging-", ".damaged-", ".download-"
+RECOMPUTE_ADVICE = "rerun the command that made it, which moves it aside and computes it again"
 _MARKER = ".mmap-storage"
 _CHECKPOINTS = "checkpoints"
 _SAFE_IN_URI = ":/@%!$&'()*+,;="
@@ -57,6 +60,8 @@ _SAFE_IN_URI = ":/@%!$&'()*+,;="
 RETRY_DELAYS_S = (1, 2, 4, 8, 15, 30, 30, 30)
 """Delays between attempts to reach a bucket during a run."""
 UPLOAD_THREADS = 8
+HASH_THREADS = 8
+MAX_LISTED = 10
 T = TypeVar("T")
 
 
@@ -235,7 +240,7 @@ class Artifact:
     @property
     def staging_dir(self) -> Path:
         """Folder of the incomplete artifact."""
-        return self.storage.folder / self.stage / f".staging-{self.key}"
+        return self.storage.folder / self.stage / f"{STAGING_PREFIX}{self.key}"
 
     @property
     def checkpoints(self) -> Path:
@@ -243,47 +248,79 @@ class Artifact:
         return self.staging_dir / _CHECKPOINTS
 
     def is_complete(self) -> bool:
-        """Return True if the artifact exists with all its files; a damaged one is moved away, with a warning."""
-        if self.storage.sizes([self.folder / _MANIFEST]) == [None]:
-            return False
-        files = self.manifest()["files"]
-        actual_sizes = self.storage.sizes([self.folder / name for name in files])
-        damaged = [name for (name, size), actual in zip(files.items(), actual_sizes) if actual != size]
-        if not damaged:
-            return True
-        uri, names = self.storage.display_uri(self.folder), ", ".join(damaged)
-        if self.storage.is_bucket:
-            log.warning("%s is damaged (%s missing or changed); recomputing it", uri, names)
-            self.storage.remove(self.folder / _MANIFEST)
-        else:
-            moved = self.folder.with_name(f".damaged-{self.key}-{uuid.uuid4().hex[:8]}")
-            log.warning("%s is damaged (%s missing or changed); moved to %s, recomputing it", uri, names, moved)
-            rename_durably(self.folder, moved)
-        return False
-
-    def manifest(self) -> dict[str, Any]:
-        manifest: dict[str, Any] = json.loads(self.storage.read(self.folder / _MANIFEST))
-        return manifest
-
-    def download(self) -> Path:
-        """Return the complete artifact's folder on this machine, with its files.
+        """Return True if the artifact exists with all its files, unchanged; a damaged one is moved aside, with a
+        warning. Of files in a bucket only the sizes are compared: `download` reads their content.
 
         Raises:
-            UserError: A file in the bucket is corrupted.
+            UserError: A file may not be read, or the artifact not be moved.
         """
-        if not self.storage.is_bucket or (self.folder / _MANIFEST).is_file():
-            return self.folder
-        partial = create_folder(self.folder.with_name(f".download-{self.key}-{uuid.uuid4().hex[:8]}"))
+        damage = self._find_damage_in_bucket() if self.storage.is_bucket else self._find_damage()
+        if damage:
+            self._move_aside(damage)
+        return damage == ""
+
+    def _find_damage(self, names: Sequence[str] = ()) -> str | None:
+        """Return what is wrong with the folder on this machine; None if there is none."""
+        return find_damage(self.folder, self.stage, self.key, names) if self.folder.exists() else None
+
+    def _find_damage_in_bucket(self) -> str | None:
+        try:
+            files = read_manifest(self.storage.read(self.folder / MANIFEST), self.stage, self.key)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            return str(error)
+        actual_sizes = self.storage.sizes([self.folder / name for name in files])
+        changed = [name for (name, (size, _)), actual in zip(files.items(), actual_sizes) if actual != size]
+        return _list_changed(changed)
+
+    def _move_aside(self, damage: str) -> None:
+        uri = self.storage.display_uri(self.folder)
+        if self.storage.is_bucket:  # whose files may be replaced, but not renamed at once
+            self.storage.remove(self.folder / MANIFEST)
+            log.warning("%s is damaged (%s); recomputing it", uri, damage)
+            return
+        moved = self.folder.with_name(f"{DAMAGED_PREFIX}{self.key}-{uuid.uuid4().hex[:8]}")
+        try:
+            rename_durably(self.folder, moved)
+        except FileNotFoundError:  # moved by another job
+            return
+        except OSError as error:
+            raise UserError(
+                f"{uri} is damaged ({damage}) and cannot be moved aside: {error.strerror}; {write_advice(error)}"
+            ) from None
+        log.warning("%s is damaged (%s); moved to %s, recomputing it", uri, damage, moved)
+
+    def download(self, *names: str) -> Path:
+        """Return the complete artifact's folder on this machine, after comparing the SHA-256 of its files.
+
+        Args:
+            names: files to compare; none: all.
+
+        Raises:
+            UserError: A file is missing or changed.
+        """
+        damage = self._find_damage(names)
+        if damage and self.storage.is_bucket:
+            log.warning("%s is damaged (%s); downloading it again", self.folder, damage)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.storage.is_bucket and damage != "":
+            self._download()
+        elif damage != "":
+            raise UserError(f"{self.folder} is damaged ({damage or 'it is missing'}): {RECOMPUTE_ADVICE}")
+        return self.folder
+
+    def _download(self) -> None:
+        partial = create_folder(self.folder.with_name(f"{DOWNLOAD_PREFIX}{self.key}-{uuid.uuid4().hex[:8]}"))
         try:
             self.storage.download(self.folder, target=partial)
-            for name, digest in read_json(partial / _MANIFEST)["sha256"].items():
-                if not (partial / name).is_file() or _sha256(partial / name) != digest:
-                    uri = self.storage.display_uri(self.folder)
-                    raise UserError(f"{uri}/{name} is corrupted (SHA-256 mismatch): remove {uri} and rerun the command")
-            _rename_folder(partial, self.folder)
+            if damage := find_damage(partial, self.stage, self.key):
+                self._move_aside(damage)
+                uri = self.storage.display_uri(self.folder)
+                raise UserError(f"{uri} is damaged ({damage}): {RECOMPUTE_ADVICE}")
+            rename_folder(partial, self)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return self.folder
 
     @contextmanager
     def writer(self, publish: bool = True) -> Iterator[ArtifactWriter]:
@@ -296,12 +333,11 @@ class Artifact:
         Raises:
             UserError: The disk is full.
         """
-        started = time.monotonic()
         writer = ArtifactWriter(self, create_folder(self.staging_dir / uuid.uuid4().hex))
         try:
             yield writer
             if publish:
-                writer.publish(time.monotonic() - started)
+                writer.publish()
         except Exception as error:
             if self.is_complete():
                 log.info("%s was published by another attempt", self.folder)
@@ -327,8 +363,8 @@ class ArtifactWriter:
         """Whether an earlier attempt was interrupted: its folder or its checkpoints are still there."""
         return any(path != self.folder for path in self.folder.parent.iterdir())
 
-    def publish(self, seconds: float) -> None:
-        """Publish the files of `folder`, which took `seconds` to write."""
+    def publish(self) -> None:
+        """Publish the files of `folder`."""
         artifact, storage = self.artifact, self.artifact.storage
         for partial in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):  # left by a worker that was killed while writing
             partial.unlink(missing_ok=True)
@@ -336,43 +372,96 @@ class ArtifactWriter:
             path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*")) if path.is_file()
         }
         files = self.uploaded | {
-            name: (path.stat().st_size, _sha256(path))
+            name: (path.stat().st_size, file_digest(path))
             for name, path in local_files.items()
             if name not in self.uploaded
         }
         manifest = {
             "stage": artifact.stage,
             "inputs": artifact.inputs,
-            "seconds": seconds,
             "files": {name: size for name, (size, _) in sorted(files.items())},
             "sha256": {name: digest for name, (_, digest) in sorted(files.items())},
         }
         storage.upload(self.folder, artifact.folder)
-        write_json(self.folder / _MANIFEST, manifest)  # written to the bucket after all else
-        storage.upload(self.folder / _MANIFEST, artifact.folder / _MANIFEST)
+        write_json(self.folder / MANIFEST, manifest)  # written to the bucket after all else
+        storage.upload(self.folder / MANIFEST, artifact.folder / MANIFEST)
         if len(local_files) == len(files):  # else other machines wrote parts of it
-            _rename_folder(self.folder, artifact.folder)
+            rename_folder(self.folder, artifact)
         storage.remove(artifact.staging_dir)
 
 
 def upload_part(artifact: Artifact, folder: Path, name: str) -> dict[str, tuple[int, str]]:
     """Upload one file of an artifact from a worker; return its entry in `ArtifactWriter.uploaded`."""
     path, storage = folder / name, artifact.storage
-    entry = {name: (path.stat().st_size, _sha256(path))}
+    entry = {name: (path.stat().st_size, file_digest(path))}
     if storage.is_bucket:
         storage.upload(path, artifact.folder / name)
         path.unlink()
     return entry
 
 
-def _rename_folder(source: Path, target: Path) -> None:
+def rename_folder(source: Path, artifact: Artifact) -> None:
+    """Rename a folder to that of an artifact, unless another attempt was faster, with the same content."""
     try:
-        rename_durably(source, target)
+        rename_durably(source, artifact.folder)
     except OSError:
-        if not (target / _MANIFEST).is_file():  # else another attempt was faster, with the same content
-            raise
+        if artifact.folder.exists() and find_damage(artifact.folder, artifact.stage, artifact.key) == "":
+            return
+        raise
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def read_manifest(data: bytes, stage: str, key: str) -> dict[str, tuple[int, str]]:
+    """Return the files of an artifact, name → size in bytes and SHA-256, from its artifact.json.
+
+    Raises:
+        ValueError: It is damaged, or of another artifact than `stage` and `key` name.
+    """
+    try:
+        values = json.loads(data)
+        sizes, digests = dict(values["files"]), dict(values["sha256"])
+        is_own = values["stage"] == stage and content_hash(values["inputs"]) == key
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise ValueError(f"{MANIFEST} cannot be read") from None
+    if not is_own or sizes.keys() != digests.keys() or to_json(values).encode() != data:
+        raise ValueError(f"{MANIFEST} was changed, or belongs to another artifact")
+    return {name: (size, digests[name]) for name, size in sizes.items()}
+
+
+def find_damage(folder: Path, stage: str, key: str, names: Sequence[str] = ()) -> str:
+    """Compare an artifact's files on this machine with its artifact.json; return what differs, "" if nothing does.
+
+    Args:
+        names: files to compare; none: all.
+
+    Raises:
+        UserError: A file may not be read.
+    """
+    try:
+        files = read_manifest((folder / MANIFEST).read_bytes(), stage, key)
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            compared = list(names or files)
+            same = threads.map(lambda name: name in files and _is_unchanged(folder / name, *files[name]), compared)
+            changed = [name for name, is_same in zip(compared, same) if not is_same]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename} cannot be read: {error.strerror}; ask its owner for the right to read {folder}"
+        ) from None
+    except (ValueError, OSError) as error:
+        return str(error)
+    return _list_changed(changed)
+
+
+def _list_changed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"missing or changed: {', '.join(names[:MAX_LISTED])}{more}" if names else ""
+
+
+def _is_unchanged(path: Path, size: int, digest: str) -> bool:
+    try:
+        return path.stat().st_size == size and file_digest(path) == digest
+    except PermissionError:
+        raise
+    except OSError:
+        return False

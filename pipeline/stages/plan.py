@@ -92,7 +92,7 @@ class Plan:
     @cached_property
     def split_description(self) -> SplitDescription:
         """Description of the splits, which must be complete."""
-        return SplitReader(self.splits.download()).description
+        return SplitReader(self.splits.download("splits.json")).description
 
     @property
     def num_test_images(self) -> dict[str, int]:

@@ -73,7 +73,7 @@ class TrainingSpec:
         return load_clip(self.config.clip, self.config.mmap.text_prompt_position, str(self.device()), float32)
 
     def reader(self) -> SplitReader:
-        return SplitReader(self.splits.download())
+        return SplitReader(self.splits.download("splits.json"))  # it compares the images itself
 
     def class_names(self) -> dict[str, list[str]]:
         description = self.reader().description

@@ -118,13 +118,13 @@ class _GroupTraining:
         if spec.test_features:
             return accuracy(spec.predictions(classifier, lambda count: None))
         preprocessing, threads = self._towers.preprocessing, config.cluster.cpus_per_worker
-        folder = spec.splits.download()
+        folder = spec.splits.download("splits.json")
         batches = (batch for task in spec.tasks for batch in _validation_batches(folder, task, preprocessing, threads))
         return accuracy(evaluate_decoded(classifier, batches))
 
     def _training_set(self, task: str) -> TrainingSet:
         config, towers = self._spec.config, self._towers
-        folder, threads = self._spec.splits.download(), config.cluster.cpus_per_worker
+        folder, threads = self._spec.splits.download("splits.json"), config.cluster.cpus_per_worker
         if not self._method_class.modifies_image_encoder:
             return _training_labels(folder, task, towers.device)
         random_crop = training_config(self._spec.method, config).augmentation.random_crop

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 
-from pipeline.files import read_json, write_json
+from pipeline.files import DamagedFile, read_json, write_json
 from pipeline.runtime.tracking.journal import JOURNAL, Journal, Operation
 from pipeline.runtime.tracking.mlflow_adapter import BATCH_LIMITS, MlflowServer, Refused, shortened, without_password
 
@@ -162,7 +162,7 @@ class Delivery:
 
     def _read_progress(self) -> _Progress:
         """Return the progress on disk; position 0 if it or the journal was lost, as sending is idempotent."""
-        with suppress(FileNotFoundError, json.JSONDecodeError):
+        with suppress(FileNotFoundError, DamagedFile):
             progress = _Progress(**read_json(self._journal.folder / PROGRESS))
             if progress.position <= len(self._journal.operations):
                 return progress
