@@ -263,7 +263,7 @@ def submitted(composed):
 
 def test_a_submitted_job_ends_with_its_results_in_mlflow(composed, submitted):
     assert submitted.returncode == 0, submitted.stdout
-    assert "succeeded" in submitted.stdout
+    assert "succeeded" in submitted.stdout and "View run" not in submitted.stdout
 
     client = MlflowClient(composed.tracking_uri)
     experiment = client.get_experiment_by_name("mmap-clip")
@@ -323,6 +323,20 @@ def test_a_dump_of_the_database_brings_the_runs_back(composed, submitted):
         assert cursor.fetchone() == (before,) and before > 0
     _, _, env = composed.command_of("mlflow")
     subprocess.run(["mlflow", "db", "upgrade", "postgresql+psycopg2:///mlflow"], env=env, check=True)
+
+
+def test_mlflow_survives_a_pause(composed):
+    """As on a starved CPU: what serves runs not for longer than uvicorn waits for its workers, and is not killed."""
+    family = composed.running["mlflow"].family()
+    serving = [process for process in family if not process.children()]
+    for process in serving:
+        process.suspend()
+    time.sleep(7)  # uvicorn looks every half second, and waits for 5
+    assert all(process.is_running() for process in serving), "a process that did not answer was killed"
+    for process in serving:
+        process.resume()
+    composed.running["mlflow"].wait_until_healthy()
+    assert composed.running["mlflow"].family() == family
 
 
 def test_mlflow_refuses_foreign_hosts_and_pages(composed):

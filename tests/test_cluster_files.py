@@ -82,6 +82,14 @@ def test_every_service_is_pinned_watched_and_restarted(services):
             assert {"test", "interval", "timeout", "retries", "start_period"} <= service["healthcheck"].keys(), name
 
 
+def test_every_service_has_a_limit_of_memory(services):
+    assert {name: service["mem_limit"] for name, service in services.items()} == {
+        **{"head": "8g", "worker": "0", "gpu-worker": "0"},  # a worker takes what the machine has
+        **{"submit": "1g", "mlflow": "4g", "postgres": "2g"},
+    }
+    assert read_compose_file({**FILLED, "WORKER_MEMORY": "24g"})["services"]["worker"]["mem_limit"] == "24g"
+
+
 def test_ports_are_open_to_this_machine_unless_asked_otherwise(services):
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
     assert published == {"head": ["127.0.0.1:8265:8265"], "mlflow": ["127.0.0.1:5000:5000"]}
