@@ -21,7 +21,7 @@ with interrupts.ending_at_once():
 
 GROUPS = {
     "Train": ("check_data", "full_pipeline", "benchmark", "tune", "grouping_study", "add_task"),
-    "Look": ("runs", "list_models"),
+    "Look": ("runs", "verify", "list_models"),
     "Use": ("predict", "serve", "register_model"),
     "Single stages": ("build_splits", "train_global_prompt", "solve_grouping", "train_groups"),
     "Shell": ("completion",),
@@ -30,6 +30,7 @@ USUAL_NAMES = {
     **dict.fromkeys(("train", "fit", "run", "start", "demo", "pipeline", "evaluate", "eval", "test"), "full-pipeline"),
     **dict.fromkeys(("check", "validate", "data"), "check-data"),
     **dict.fromkeys(("ls", "list", "status", "history", "show", "results"), "runs"),
+    **dict.fromkeys(("fsck", "scrub", "checksum", "verify-storage"), "verify"),
     **dict.fromkeys(("models", "ls-models"), "list-models"),
     **dict.fromkeys(("infer", "inference", "classify", "prediction"), "predict"),
     **dict.fromkeys(("server", "deploy", "api"), "serve"),

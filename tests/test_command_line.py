@@ -29,11 +29,12 @@ REPLACED_FIELDS = {
     "benchmark": {"seed", "data.shots", "baselines"},
     "grouping_study": {"seed"},
 }
-JOBS_WITH_FEW_FIELDS = {"completion", "list_models", "predict", "register_model", "runs", "serve"}
+JOBS_WITH_FEW_FIELDS = {"completion", "list_models", "predict", "register_model", "runs", "serve", "verify"}
 MISSPELLED = {
     "completion": ("halp", "help"),
     "list_models": ("metod", "method"),
     "runs": ("storag", "storage"),
+    "verify": ("halp", "help"),
 }
 RUN_JOBS = sorted({*job_names()} - JOBS_WITH_FEW_FIELDS)
 

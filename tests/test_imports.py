@@ -23,8 +23,9 @@ REQUIRED = {
     "register_model": ["--run", "a_run"],
     "serve": ["--models", "a_name=a_run"],
     "tune": ["--search", "a_search.yaml"],
+    "verify": ["a_storage"],
 }
-WITHOUT_CONFIG_FIELDS = ("list_models", "predict", "register_model", "serve")
+WITHOUT_CONFIG_FIELDS = ("list_models", "predict", "register_model", "serve", "verify")
 JOBS = ["__main__", *job_names()]
 TRACKER = "pipeline.runtime.tracking.tracker"
 DECODING = "pipeline.prediction.decoding"

@@ -15,6 +15,7 @@ none, and a stage whose artifact is complete is not run again. Of two attempts a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "artifact.json"
 STAGING_PREFIX, DAMAGED_PREFIX, DOWNLOAD_PREFIX = ".staging-", ".damaged-", ".download-"
 RECOMPUTE_ADVICE = "rerun the command that made it, which moves it aside and computes it again"
-_MARKER = ".mmap-storage"
+STORAGE_MARKER = ".mmap-storage"
 _CHECKPOINTS = "checkpoints"
 _SAFE_IN_URI = ":/@%!$&'()*+,;="
 """What `quote` leaves as it is in the URI of a bucket; `#` and spaces belong to a folder's name."""
@@ -62,6 +63,7 @@ RETRY_DELAYS_S = (1, 2, 4, 8, 15, 30, 30, 30)
 UPLOAD_THREADS = 8
 HASH_THREADS = 8
 MAX_LISTED = 10
+CHUNK_BYTES = 1 << 20
 T = TypeVar("T")
 
 
@@ -92,7 +94,7 @@ class Storage:
 
     def write_marker(self) -> None:
         """Write the file that `verify_access` looks for. Raises: UserError: The storage cannot be written or read."""
-        marker = create_folder(self.folder) / _MARKER
+        marker = create_folder(self.folder) / STORAGE_MARKER
         if not self.is_bucket and marker.is_file():
             return
         write_file(marker, "Storage of mmap-clip: every machine of a cluster must see this file.\n")
@@ -109,7 +111,7 @@ class Storage:
 
     def verify_access(self) -> None:
         """Check that this machine sees the storage. Raises: UserError: It does not."""
-        filesystem, marker = self.filesystem(self.folder / _MARKER)
+        filesystem, marker = self.filesystem(self.folder / STORAGE_MARKER)
         try:
             if filesystem.get_file_info(marker).type == pafs.FileType.File:
                 return
@@ -142,6 +144,35 @@ class Storage:
         if (content := self._with_retries(read_file)) is None:
             raise FileNotFoundError(self.display_uri(path))
         return content
+
+    def list(self, folder: Path, recursive: bool = False) -> list[tuple[Path, int | None]]:
+        """Return the entries of a folder, sorted, with the sizes of files in bytes; None for a folder."""
+        filesystem, name = self.filesystem(folder)
+        selector = pafs.FileSelector(name, allow_not_found=True, recursive=recursive)
+        infos = self._with_retries(lambda: filesystem.get_file_info(selector))
+        entries = [
+            (folder / info.path[len(name) + 1 :], None if info.type == pafs.FileType.Directory else info.size)
+            for info in infos
+        ]
+        return sorted(entries)
+
+    def digest(self, path: Path) -> str:
+        """Return the SHA-256 of a file, read piece by piece. Raises: FileNotFoundError: There is no such file."""
+        filesystem, name = self.filesystem(path)
+
+        def read_file() -> str | None:
+            digest = hashlib.sha256()
+            try:
+                with filesystem.open_input_stream(name, buffer_size=None) as stream:
+                    while data := stream.read(CHUNK_BYTES):
+                        digest.update(data)
+            except FileNotFoundError:
+                return None
+            return digest.hexdigest()
+
+        if (digest := self._with_retries(read_file)) is None:
+            raise FileNotFoundError(self.display_uri(path))
+        return digest
 
     def upload(self, path: Path, target: Path | None = None) -> None:
         """Upload a file, or all files of a folder, to the bucket; nothing to do if the storage is a folder."""
@@ -198,6 +229,26 @@ class Storage:
                     ) from error
                 log.warning("%s: %s; retrying in %d s", self.uri, error, delay)
                 time.sleep(delay)
+
+
+def existing_storage(location: str) -> Storage:
+    """Return a storage, a folder or bucket, to be read: nothing is written to it, and no local copy is used.
+
+    Raises:
+        UserError: There is no such storage.
+    """
+    storage = Storage(location, Path("/")) if is_uri(location) else Storage.from_folder(_absolute(location))
+    filesystem, base = storage.filesystem(storage.folder)
+    try:
+        if filesystem.get_file_info(base).type != pafs.FileType.NotFound:
+            return storage
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"storage={location} cannot be listed: {error}") from None
+    raise UserError(f"storage={location} does not exist: give the --storage of a run")
+
+
+def _absolute(location: str) -> Path:
+    return Path(location).expanduser().absolute()
 
 
 @lru_cache
@@ -440,8 +491,8 @@ def find_damage(folder: Path, stage: str, key: str, names: Sequence[str] = ()) -
         files = read_manifest((folder / MANIFEST).read_bytes(), stage, key)
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             compared = list(names or files)
-            same = threads.map(lambda name: name in files and _is_unchanged(folder / name, *files[name]), compared)
-            changed = [name for name, is_same in zip(compared, same) if not is_same]
+            unchanged = threads.map(lambda name: name in files and _is_unchanged(folder / name, *files[name]), compared)
+            changed = [name for name, is_unchanged in zip(compared, unchanged) if not is_unchanged]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except PermissionError as error:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,8 +16,7 @@ from rich.table import Table
 
 from pipeline.config.files import parse_yaml
 from pipeline.errors import UserError
-from pipeline.files import is_uri
-from pipeline.runtime.storage import open_bucket
+from pipeline.runtime.storage import existing_storage
 from pipeline.stages.finished_run import GROUPING, RUNS, SUMMARY
 from pipeline.stages.flow import NAMES, stage_title
 
@@ -69,10 +67,9 @@ def list_runs(location: str, patterns: Sequence[str], limit: int | None) -> tupl
     Raises:
         UserError: there is no such storage.
     """
-    filesystem, base = open_bucket(location) if is_uri(location) else (pafs.LocalFileSystem(), _absolute(location))
+    storage = existing_storage(location)
+    filesystem, base = storage.filesystem(storage.folder)
     try:
-        if filesystem.get_file_info(base).type == pafs.FileType.NotFound:
-            raise UserError(f"storage={location} does not exist: give the --storage of a run")
         selector = pafs.FileSelector(f"{base}/{RUNS}", allow_not_found=True)
         infos = [info for info in filesystem.get_file_info(selector) if info.type == pafs.FileType.Directory]
     except (OSError, pa.ArrowException) as error:
@@ -83,8 +80,7 @@ def list_runs(location: str, patterns: Sequence[str], limit: int | None) -> tupl
     runs = []
     for index, name in enumerate(names):
         times = [info.mtime for info in stats[3 * index : 3 * index + 3] if info.type == pafs.FileType.File]
-        uri, _, options = location.partition("?") if is_uri(location) else (base, "", "")
-        path = f"{uri.rstrip('/')}/{RUNS}/{name}{f'?{options}' if options else ''}"
+        path = storage.display_uri(storage.folder / RUNS / name)
         runs.append(ListedRun(path, name, times[0] if times else None))
     oldest = datetime.fromtimestamp(0, UTC)
     runs.sort(key=lambda run: (run.changed or oldest, run.folder_name), reverse=True)
@@ -174,7 +170,3 @@ def _read(run: ListedRun, filesystem: pafs.FileSystem, folder: str) -> None:
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     wildcards = [pattern if set("*?[") & set(pattern) else f"*{pattern}*" for pattern in map(str.lower, patterns)]
     return not patterns or any(fnmatchcase(name.lower(), pattern) for pattern in wildcards)
-
-
-def _absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().absolute())
