@@ -299,6 +299,12 @@ def check_command(words: list[str]) -> None:
             name, extra = re.fullmatch(r"(.+)\[(.+)\]", requirement).groups()
             project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
             assert name == project["name"] and extra in project["optional-dependencies"], requirement
+        case ["sbatch" | "srun", *options] if "mmap-clip.sbatch" in options or "mmap-clip" in options:
+            start = next(options.index(word) for word in ("mmap-clip.sbatch", "mmap-clip") if word in options)
+            # %a is the number of an array's task.
+            check_command(["mmap-clip", *(word.replace("%a", "1") for word in options[start + 1 :])])
+        case ["apptainer", "build" | "run", _, *_] | ["cp", _, _] | ["hf", "download", _]:
+            pass
         case ["bash", ".ci/run"] | ["cd" | "set" | "." | "git" | "docker" | "kubectl" | "pg_dump" | "tar", *_]:
             pass
         case _:
