@@ -381,7 +381,7 @@ def test_paths_of_a_table_may_lead_out_where_links_may(tree, tmp_path):
     file = write_csv(tmp_path / "tables/all.csv", rows)
     assert "line 2: ../data/art/bed/0.png is outside of" in fault(file, follow_external_symlinks=False)
     dataset = index_dataset(DataConfig(), file)
-    assert dataset.images[0].path == str(tree / "art/bed/0.png")
+    assert dataset.images[0].path == "../data/art/bed/0.png", "a copy of both folders is the same data set"
     folders = index_dataset(DataConfig(), tree)
     assert [image.sha256 for image in scanned(dataset)] == [image.sha256 for image in scanned(folders)]
     manifest = write_csv(tree / "all.csv", [{**row, "path": str(tree / row["path"])} for row in rows_of(tree)])

@@ -164,7 +164,7 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
     (port,) = free_ports(1, start=5700)
     server = S3Server(tmp_path, port)
     try:
-        from pipeline.runtime.storage import open_bucket
+        from pipeline.buckets import open_bucket
 
         uri, query = server.uri.split("?")
         filesystem, bucket = open_bucket(server.uri)

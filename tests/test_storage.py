@@ -16,11 +16,12 @@ from pyarrow.fs import FileType
 from rich.console import Console
 from servers import S3Server, free_ports
 
+from pipeline.buckets import open_bucket
 from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.files import is_uri, write_file
 from pipeline.runtime import session
-from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, open_bucket, upload_part
+from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, upload_part
 from pipeline.stages.plan import make_plan
 from pipeline.training.checkpoint import Checkpoints
 
@@ -264,7 +265,7 @@ def test_a_damaged_copy_of_a_bucket_is_fetched_again(s3, tmp_path, caplog):
 
 
 def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.runtime.storage.RETRY_DELAYS_S", (0.01,) * 3)
+    monkeypatch.setattr("pipeline.buckets.RETRY_DELAYS_S", (0.01,) * 3)
     storage, tries = bucket_storage(s3, tmp_path), []
 
     def away_twice():
@@ -275,7 +276,7 @@ def test_a_bucket_that_is_away_for_a_while_ends_nothing(s3, tmp_path, monkeypatc
 
     assert storage._with_retries(away_twice) == "here"
     tries.clear()
-    monkeypatch.setattr("pipeline.runtime.storage.RETRY_DELAYS_S", (0.01,))
+    monkeypatch.setattr("pipeline.buckets.RETRY_DELAYS_S", (0.01,))
     with pytest.raises(UserError, match="cannot be reached: .*NETWORK.*Rerun the same command to resume"):
         storage._with_retries(away_twice)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, Protocol
 
 import yaml
 
@@ -35,7 +35,19 @@ _BYTE_ORDER_MARKS = {
 }
 
 
-def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TEXT_BYTES) -> str:
+class TextFile(Protocol):
+    """A file to read: a pathlib.Path, or a path in a bucket."""
+
+    def is_file(self) -> bool: ...
+
+    def stat(self) -> Any: ...
+
+    def read_bytes(self) -> bytes: ...
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO: ...
+
+
+def read_text(path: TextFile, name: str, errors: str = "strict", limit: int = MAX_TEXT_BYTES) -> str:
     """Read a text file that a user wrote: UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is not part of the
     text. Lines end with \\n in the text, with \\n, \\r\\n or \\r in the file.
 
@@ -53,7 +65,7 @@ def read_text(path: Path, name: str, errors: str = "strict", limit: int = MAX_TE
             raise UserError(f"{name} is too large ({size:,} bytes, limit {limit:,})")
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from None
+        raise UserError(f"cannot read {name}: {error.strerror or error}") from None
     encoding = _encoding(data)
     if encoding.startswith("utf-8") and (position := data.find(b"\0")) >= 0:
         line = data.count(b"\n", 0, position) + 1
@@ -78,13 +90,13 @@ class Scalar(str):
     """File and line."""
 
 
-def read_text_start(path: Path, num_bytes: int) -> str:
+def read_text_start(path: TextFile, num_bytes: int) -> str:
     """Read the first bytes of a file as `read_text` does; bytes of another encoding become surrogates or are left out.
 
     Raises:
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as stream:
+    with path.open("rb") as stream:
         data = stream.read(num_bytes)
     encoding = _encoding(data)
     return _with_newlines(data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "ignore"))

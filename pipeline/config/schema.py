@@ -66,7 +66,8 @@ def _check_name(name: str) -> str:
 
 def _last_folder(root: str) -> str:
     """Return the name of a folder, or of a table without its suffix."""
-    name = os.path.basename(os.path.abspath(os.path.expanduser(root)))
+    path = root.partition("?")[0].rstrip("/") if "://" in root else os.path.abspath(os.path.expanduser(root))
+    name = os.path.basename(path)
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet") else name
 

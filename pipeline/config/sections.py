@@ -45,7 +45,8 @@ PositiveChannels = tuple[_Positive, _Positive, _Positive]
 class DataConfig(Section, affects=("data",)):
     root: str | None = None
     """Image folder, <root>/<task>/<class>/*, or a manifest: a .csv, .tsv or .parquet file, or a folder of .parquet
-    files (docs/datasets.md). `builtin:digits`: the built-in handwritten digits."""
+    files (docs/datasets.md). Either may be in a bucket, s3://bucket/folder. `builtin:digits`: the built-in handwritten
+    digits."""
     layout: Literal[
         "auto", "folders", "split_folders", "manifest", "office_home", "mini_domainnet", "domainnet", "pacs"
     ] = "auto"

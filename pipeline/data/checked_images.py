@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.buckets import AnyPath
+from pipeline.data.contents import ImageContent, read_contents
 from pipeline.data.findings import CheckedImage
 from pipeline.data.image_stats import ImageStats, image_stats, thumbnail
 from pipeline.data.images import decode_rgb
@@ -69,9 +71,11 @@ def sample_paths(images: Sequence[ImageRecord]) -> frozenset[str]:
     return frozenset(path for _, _, path in sorted(chosen)[:MAX_SAMPLES])
 
 
-def check_images(root: Path, images: Iterable[ImageRecord], samples: Collection[str]) -> pa.Table:
+def check_images(root: AnyPath, images: Sequence[ImageRecord], samples: Collection[str]) -> pa.Table:
     """Read and decode each image, with thumbnails of the paths in `samples`; return a table of COLUMNS."""
-    return pa.Table.from_pylist([_row(root, image, image.path in samples) for image in images], schema=COLUMNS)
+    contents = read_contents(root, [image.path for image in images])
+    rows = [_row(root, image, content, image.path in samples) for image, content in zip(images, contents, strict=True)]
+    return pa.Table.from_pylist(rows, schema=COLUMNS)
 
 
 def read_checked_images(file: Path, images: Sequence[ImageRecord]) -> list[CheckedImage]:
@@ -106,7 +110,7 @@ def read_samples(file: Path) -> dict[tuple[str, str], list[bytes]]:
     return dict(samples)
 
 
-def _row(root: Path, image: ImageRecord, is_sample: bool) -> dict[str, object]:
+def _row(root: AnyPath, image: ImageRecord, content: ImageContent, is_sample: bool) -> dict[str, object]:
     row: dict[str, object] = {}
 
     def collect_stats(data: bytes) -> None:
@@ -116,7 +120,7 @@ def _row(root: Path, image: ImageRecord, is_sample: bool) -> dict[str, object]:
         if is_sample:
             row["thumbnail"] = thumbnail(pixels)
 
-    scanned = scan_image(root, image.path, image.task, image.class_folder, collect_stats)
+    scanned = scan_image(root, image.path, image.task, image.class_folder, collect_stats, content)
     for name in ("path", "task", "class_folder", "sha256", "size", "error"):
         row[name] = getattr(scanned, name)
     return row

@@ -4,20 +4,26 @@ hosts and the path of the root have no part in it, so a copy is the same data se
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+from pipeline.buckets import AnyPath
 from pipeline.data.images import BrokenImage
 from pipeline.data.index import DatasetIndex, ImageRecord
 from pipeline.data.names import escape_for_terminal, invalid_name_reason
-from pipeline.data.table_images import read_image_bytes
+from pipeline.data.prefetch import prefetch
+from pipeline.data.table_images import ROW_PATH, read_image_bytes
 from pipeline.errors import escape_controls
 
-READ_THREADS = 16
-"""More than cores: reading waits for disks and networks."""
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+READ_THREADS = 24
+"""More than cores: reading waits for disks and networks. pyarrow's S3 opens no more than 25 connections."""
 IMAGES_PER_CHUNK = 64
 UNREADABLE = "cannot be read: "
 """Start of the errors of a file system, which may be gone at the next attempt."""
@@ -36,46 +42,56 @@ class ImageContent:
         return "" if self.error else hashlib.sha256(self.data).hexdigest()
 
 
-def read_content(root: Path, path: str) -> ImageContent:
+def read_content(root: AnyPath, path: str) -> ImageContent:
     """Read an indexed image; errors are returned, not raised."""
     try:
         if reason := invalid_name_reason(path):
             return ImageContent(b"", f"the file name {reason}")
         return ImageContent(read_image_bytes(root, path))
     except OSError as error:
-        return ImageContent(b"", f"{UNREADABLE}{error.strerror}")
+        return ImageContent(b"", f"{UNREADABLE}{_reason(error)}")
     except BrokenImage as error:
         return ImageContent(b"", escape_controls(str(error)))
+
+
+def _reason(error: OSError) -> str:
+    """Return the reason of an error, without the ids that a bucket gives each request."""
+    return error.strerror or escape_controls(re.sub(r" *\(Request ID.*", "", str(error)))
+
+
+def read_contents(root: AnyPath, paths: Sequence[str]) -> Iterator[ImageContent]:
+    """Read indexed images in the order of `paths`; those of a bucket in threads, a few ahead."""
+    if isinstance(root, Path) or any(map(ROW_PATH.fullmatch, paths)):
+        yield from (read_content(root, path) for path in paths)
+    else:
+        yield from _map_in_threads(partial(read_content, root), paths)
 
 
 def read_identities(index: DatasetIndex, on_read: Callable[[int], None] = lambda number: None) -> Iterator[str]:
     """Read all images in threads; yield the SHA-256 of each, or why it cannot be read, in the index's order.
 
     Args:
-        on_read: called with the number of images in each chunk that was read.
+        on_read: called with the number of images that were read since the last call.
     """
 
     def read_chunk(images: Sequence[ImageRecord]) -> list[str]:
         contents = (read_content(index.root, image.path) for image in images)
         return [content.sha256 or content.error or "" for content in contents]
 
-    pending: deque[Future[list[str]]] = deque()
-    threads = ThreadPoolExecutor(READ_THREADS)
+    chunks = split_into_chunks(index.images, IMAGES_PER_CHUNK if isinstance(index.root, Path) else 1)
+    for identities in _map_in_threads(read_chunk, chunks):
+        on_read(len(identities))
+        yield from identities
+
+
+def _map_in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
+    """Yield the values of a function in order, with as many computed ahead as there are threads."""
+    threads = ThreadPoolExecutor(READ_THREADS, "read")
     try:
-        for images in split_into_chunks(index.images, IMAGES_PER_CHUNK):
-            pending.append(threads.submit(read_chunk, images))
-            while len(pending) > 2 * READ_THREADS:
-                yield from _take(pending, on_read)
-        while pending:
-            yield from _take(pending, on_read)
+        futures = (threads.submit(function, argument) for argument in arguments)
+        yield from (future.result() for future in prefetch(futures, READ_THREADS))
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _take(pending: deque[Future[list[str]]], on_read: Callable[[int], None]) -> list[str]:
-    identities = pending.popleft().result()
-    on_read(len(identities))
-    return identities
 
 
 def split_into_chunks(images: Sequence[ImageRecord], size: int) -> list[Sequence[ImageRecord]]:

@@ -16,13 +16,16 @@ import re
 import stat
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.names import escape_for_terminal
 from pipeline.data.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from pipeline.buckets import AnyPath, BucketPath
 
 TRAINING_OVERSIZE = 2
 """Training images are kept with a shorter side of up to this many times the model's input: enough detail for small
@@ -68,13 +71,15 @@ class BrokenImage(ValueError):
     """The bytes cannot be decoded as an image."""
 
 
-def read_image(path: Path) -> bytes:
-    """Read an image file.
+def read_image(path: AnyPath) -> bytes:
+    """Read an image file, also in a bucket.
 
     Raises:
         BrokenImage: not a file, or larger than MAX_BYTES.
         OSError: the file cannot be read.
     """
+    if not isinstance(path, Path):
+        return _read_from_bucket(path)
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -85,6 +90,16 @@ def read_image(path: Path) -> bytes:
     if status.st_size > MAX_BYTES:
         raise BrokenImage(f"file too large ({status.st_size:,} bytes, limit {MAX_BYTES:,})")
     return path.read_bytes()
+
+
+def _read_from_bucket(path: BucketPath) -> bytes:
+    try:
+        data = path.read_bytes(MAX_BYTES)
+    except FileNotFoundError:
+        raise BrokenImage("no such file") from None
+    if len(data) > MAX_BYTES:
+        raise BrokenImage(f"file too large (limit {MAX_BYTES:,} bytes)")
+    return data
 
 
 def decode_rgb(data: bytes, min_side: int | None = None) -> Image.Image:

@@ -23,6 +23,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.buckets import AnyPath, BucketPath
 from pipeline.config import DataConfig, read_text, resolve_config_path
 from pipeline.config.values import list_arguments
 from pipeline.data.layouts import OFFICE_HOME_TASKS, Layout, Roles, recognize_layout, similar_path_hint
@@ -43,6 +44,7 @@ from pipeline.data.walk import (
     walk_folders,
 )
 from pipeline.errors import UserError, escape_controls
+from pipeline.files import is_uri
 
 NOT_SELECTED = "tasks that are not selected"
 MAX_CLASS_LINE = 1000
@@ -73,7 +75,7 @@ class DatasetIndex:
     """Images, tasks and classes below a root. `images` and `skipped`, what is not used of the root, are sorted by
     path."""
 
-    root: Path
+    root: AnyPath
     layout: str
     images: tuple[ImageRecord, ...]
     classes: dict[str, tuple[str, ...]]
@@ -113,15 +115,23 @@ class DatasetIndex:
         return digest.hexdigest()
 
 
-def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
+def open_root(root: str) -> AnyPath:
+    """Return the path of data.root: a folder, a file, or the URI of one in a bucket."""
+    return BucketPath(root) if is_uri(root) else Path(root).expanduser().absolute()
+
+
+def index_dataset(config: DataConfig, data_root: AnyPath) -> DatasetIndex:
     """Index `data_root` according to `config` (layout, tasks, class_names, use_official_splits).
 
     Raises:
         UserError: the root, or a requested task, class or split, is missing; links out of the root; invalid or
             equivalent folder names; unusable rows of a manifest.
     """
+    if isinstance(data_root, BucketPath):
+        data_root.check_access(f"data.root={data_root}")
     if not data_root.is_dir() and not data_root.is_file():  # a pipe is neither
-        raise UserError(f"data.root={data_root} is not a folder or file on this machine{similar_path_hint(data_root)}")
+        location = "on this machine" if isinstance(data_root, Path) else "of this bucket"
+        raise UserError(f"data.root={data_root} is not a folder or file {location}{similar_path_hint(data_root)}")
     folder = data_root if data_root.is_dir() else data_root.parent
     symlinks, probed = (SymlinkChecker(folder, config.follow_external_symlinks) for _ in range(2))
     selected = config.tasks
@@ -157,6 +167,8 @@ def index_dataset(config: DataConfig, data_root: Path) -> DatasetIndex:
         for entry in entries_by_task[task][name]
     ]
     symlinks.raise_on_escape(root, tasks if has_task_folders else None)
+    if isinstance(root, BucketPath):
+        root.forget_listings()
     _check_missing(images, locations, data_root, config.max_broken_fraction)
     return DatasetIndex(
         root,
@@ -192,7 +204,7 @@ def _read_entries(
 
 
 def _group_by_class(
-    entries: Sequence[DatasetEntry], root: Path, kind: str, use_official_splits: bool
+    entries: Sequence[DatasetEntry], root: AnyPath, kind: str, use_official_splits: bool
 ) -> tuple[dict[str, dict[str, list[DatasetEntry]]], Counter[str]]:
     """Return task → class → images, and task → number of images in neither split.
 
@@ -221,7 +233,7 @@ def _group_by_class(
     return entries_by_task, unused_images
 
 
-def _select_tasks(available: Collection[str], task_filter: set[str] | None, root: Path) -> list[str]:
+def _select_tasks(available: Collection[str], task_filter: set[str] | None, root: AnyPath) -> list[str]:
     """Return the tasks to use, sorted. Raises UserError if there are none, or one of `task_filter` is missing."""
     tasks = sorted(available if task_filter is None else task_filter)
     if missing := [task for task in tasks if task not in available]:
@@ -235,7 +247,7 @@ def _select_tasks(available: Collection[str], task_filter: set[str] | None, root
 
 
 def _select_classes(
-    entries_by_task: dict[str, dict[str, list[DatasetEntry]]], class_names: _ClassNameFiles, root: Path
+    entries_by_task: dict[str, dict[str, list[DatasetEntry]]], class_names: _ClassNameFiles, root: AnyPath
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     """Return task → classes, and as task/class those that data.class_names does not list.
 
@@ -272,7 +284,7 @@ def _class_before_space(line: str, class_folders: Collection[str]) -> bool:
 
 
 def _image_record(
-    root: Path, entry: DatasetEntry, task: str, name: str, use_official_splits: bool, symlinks: SymlinkChecker
+    root: AnyPath, entry: DatasetEntry, task: str, name: str, use_official_splits: bool, symlinks: SymlinkChecker
 ) -> ImageRecord:
     size, modified_ns, changed_ns, row_group = entry.table_row or (*_size_and_times(root, entry.path, symlinks), None)
     split = entry.split if use_official_splits else None
@@ -306,7 +318,8 @@ class _ClassNameFiles:
         }
         files = {file for file in (self._default_file, *self._file_by_task.values()) if file is not None}
         self._contents = {
-            file: read_class_names(resolve_config_path(Path(file).expanduser())) for file in sorted(files)
+            file: read_class_names(open_root(file) if is_uri(file) else resolve_config_path(Path(file).expanduser()))
+            for file in sorted(files)
         }
 
     def file_for(self, task: str) -> str | None:
@@ -340,7 +353,7 @@ class _ClassNameFiles:
         return {folder: class_name for folder, (_, class_name) in sorted(merged.items())}
 
 
-def read_class_names(path: Path) -> dict[str, str]:
+def read_class_names(path: AnyPath) -> dict[str, str]:
     """Read class folder → class name from a text file with one class per line, `folder` or `folder<TAB>class name`;
     synonyms are separated by |, and lines that begin with # are comments."""
     if not path.is_file():
@@ -425,14 +438,18 @@ def _walk_folders(
         entries = [entry for entry in entries if entry.task in used]
     if broken_links:
         listed = truncated_list(
-            f"{escape_for_terminal(path)} → {escape_for_terminal(os.readlink(root / path))}" for path in broken_links
+            f"{escape_for_terminal(path)} → {escape_for_terminal(os.readlink(str(root / path)))}"
+            for path in broken_links
         )
         raise UserError(f"links of {root} have no target: {listed}; mount or restore the targets, or remove the links")
     return entries, skipped
 
 
-def _size_and_times(root: Path, path: str, symlinks: SymlinkChecker) -> tuple[int, int, int]:
+def _size_and_times(root: AnyPath, path: str, symlinks: SymlinkChecker) -> tuple[int, int, int]:
     try:
+        if isinstance(root, BucketPath):
+            file = (root / path).listed_stat()
+            return file.st_size, file.st_mtime_ns, file.st_mtime_ns
         status = os.lstat(root / path)
         if stat.S_ISLNK(status.st_mode):
             symlinks.escapes_root(root / path)
@@ -443,7 +460,7 @@ def _size_and_times(root: Path, path: str, symlinks: SymlinkChecker) -> tuple[in
 
 
 def _check_missing(
-    images: Sequence[ImageRecord], locations: dict[str, str], manifest: Path, max_fraction: float
+    images: Sequence[ImageRecord], locations: dict[str, str], manifest: AnyPath, max_fraction: float
 ) -> None:
     """Raise UserError if more files of a manifest are missing than may be dropped."""
     missing = [image.path for image in images if image.changed_ns == MISSING_NS and image.path in locations]

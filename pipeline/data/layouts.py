@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.buckets import AnyPath, relative_path
 from pipeline.config.values import list_arguments
 from pipeline.data.lists import LIST_LAYOUTS, is_image_list, listed_paths
 from pipeline.data.manifest import check_suffix, is_table_name, table_files
@@ -63,11 +64,11 @@ Roles = tuple[str, ...]
 @dataclass(frozen=True)
 class Layout:
     name: str
-    root: Path
+    root: AnyPath
     """Folder of the images or lists."""
     roles: Roles = ()
     """Roles of the folders; empty for lists and tables."""
-    source: Path | None = None
+    source: AnyPath | None = None
     """Table, or folder of tables."""
     notes: tuple[str, ...] = ()
     """Messages for the user."""
@@ -78,7 +79,7 @@ class _Remedy(NamedTuple):
 
     effect: str
     layout: str | None = None
-    root: Path | None = None
+    root: AnyPath | None = None
     tasks: Sequence[str] | None = None
 
     def __str__(self) -> str:
@@ -109,7 +110,7 @@ class _Mismatch(Exception):
 class _Folder:
     """A folder whose content is listed once, when it is needed, without junk."""
 
-    def __init__(self, path: Path, symlinks: SymlinkChecker | None = None, budget: list[int] | None = None):
+    def __init__(self, path: AnyPath, symlinks: SymlinkChecker | None = None, budget: list[int] | None = None):
         self.path = path
         self._symlinks = symlinks
         self._budget = budget
@@ -127,7 +128,7 @@ class _Folder:
                 folders.append(entry.name)
         return folders, files
 
-    def _is_external(self, path: str | Path) -> bool:
+    def _is_external(self, path: str | AnyPath) -> bool:
         return self._symlinks is not None and self._symlinks.escapes_root(path)
 
     def _spend(self) -> None:
@@ -157,7 +158,9 @@ class _Folder:
         """Whether there are images at any depth."""
         if self.has_images:
             return True
-        for folder in walk_folders(self.path, lambda parts, real: "link" if self._is_external(real) else None):
+        for folder in walk_folders(
+            self.path, lambda parts, real: "link" if self._is_external(real) else None, lists_ahead=False
+        ):
             self._spend()
             if folder.images:
                 return True
@@ -186,7 +189,7 @@ class _Folder:
         return [name for name in names if self[name].contains_images]
 
 
-def recognize_layout(name: str, data_root: Path, tasks: Collection[str] | None, symlinks: SymlinkChecker) -> Layout:
+def recognize_layout(name: str, data_root: AnyPath, tasks: Collection[str] | None, symlinks: SymlinkChecker) -> Layout:
     """Return the layout of `data_root`, a folder or a file.
 
     Args:
@@ -216,7 +219,7 @@ def recognize_layout(name: str, data_root: Path, tasks: Collection[str] | None, 
         raise UserError("\n  ".join(lines)) from None
 
 
-def similar_path_hint(path: Path) -> str:
+def similar_path_hint(path: AnyPath) -> str:
     """Return the remedy for a path that does not exist, if its folder has a similar name; else no text."""
     try:
         names = [entry.name for entry in list_folder(path.parent) if entry.name != path.name]
@@ -226,7 +229,7 @@ def similar_path_hint(path: Path) -> str:
     return f"; {_Remedy('did you mean', root=path.parent / similar[0])}" if similar else ""
 
 
-def _table_layout(name: str, file: Path) -> Layout:
+def _table_layout(name: str, file: AnyPath) -> Layout:
     if name not in ("auto", "manifest"):
         raise UserError(f"data.root={file} is a file, but data.layout={name} needs a folder")
     check_suffix(file)
@@ -325,7 +328,7 @@ def _match_tables(folder: _Folder) -> Layout:
     )
 
 
-def _parquet_folders(folder: _Folder, depth: int) -> Iterator[Path]:
+def _parquet_folders(folder: _Folder, depth: int) -> Iterator[AnyPath]:
     """Yield the folders that have Parquet files, or folders of splits with them, from the top; those below such a
     folder are not searched."""
     tables = [name for name in folder.folders if depth and table_files(folder.path / name)]
@@ -353,7 +356,7 @@ def _match_without_folders(folder: _Folder) -> Layout:
         raise _Mismatch(f"{_found(folder)}; images need folders of a task and a class", levels=("deep",))
     skipped = [file for walked in walk_folders(folder.path) for file in walked.skipped]
     if links := [folder.path / path for path, kind in skipped if kind == BROKEN_LINK]:
-        targets = (f"{_shown(link)} → {escape_for_terminal(os.readlink(link))}" for link in links)
+        targets = (f"{_shown(link)} → {escape_for_terminal(os.readlink(str(link)))}" for link in links)
         raise _Mismatch(f"links have no target: {truncated_list(targets)}; mount or restore the targets", levels=())
     raise _Mismatch(f"{_found(folder)}{f'; {skipped_note(skipped)}' if skipped else ''}", levels=())
 
@@ -544,9 +547,10 @@ def _check_tasks_found(folder: _Folder, selected: Collection[str], tasks: Collec
         )
 
 
-def _other_levels(name: str, root: Path, tasks: Collection[str] | None, levels: Collection[str]) -> Iterator[str]:
+def _other_levels(name: str, root: AnyPath, tasks: Collection[str] | None, levels: Collection[str]) -> Iterator[str]:
     """Yield remedies with roots at other levels that fit the layout `name`."""
-    for distance, ancestor in enumerate(list(root.absolute().parents)[:2] if "deep" in levels else [], 1):
+    ancestors: Sequence[AnyPath] = root.absolute().parents
+    for distance, ancestor in enumerate(ancestors[:2] if "deep" in levels else [], 1):
         if ancestor != Path(ancestor.anchor) and _probe(name, ancestor, tasks, root):
             yield f"{_levels(distance)} too deep: try {_Remedy('', root=ancestor).options}"
             return
@@ -560,14 +564,14 @@ def _other_levels(name: str, root: Path, tasks: Collection[str] | None, levels: 
             return
 
 
-def _subfolders(path: Path) -> list[str]:
+def _subfolders(path: AnyPath) -> list[str]:
     try:
         return _Folder(path).folders
     except UserError:  # unreadable
         return []
 
 
-def _probe(name: str, root: Path, tasks: Collection[str] | None, inner: Path | None = None) -> bool:
+def _probe(name: str, root: AnyPath, tasks: Collection[str] | None, inner: AnyPath | None = None) -> bool:
     """Return whether a root has the layout, found with few steps; `inner`: a folder below it that has to be a task or
     a class of the layout."""
     layout = _usable_layout(name, _Folder(root, budget=[MAX_PROBED_FOLDERS]), tasks)
@@ -575,9 +579,9 @@ def _probe(name: str, root: Path, tasks: Collection[str] | None, inner: Path | N
         return layout is not None and inner is None
     if inner is None or layout.name in LIST_LAYOUTS:
         return True
-    parts = inner.relative_to(root).parts
+    parts = relative_path(inner, root).split("/")
     is_used = tasks is None or _nfc(parts[0]) in tasks
-    return is_used and len(parts) <= len(layout.roles) and inner.is_relative_to(layout.root)
+    return is_used and len(parts) <= len(layout.roles) and not relative_path(inner, layout.root).startswith("..")
 
 
 def _usable_layout(name: str, folder: _Folder, tasks: Collection[str] | None) -> Layout | None:
@@ -634,7 +638,7 @@ def _table_remedies(folder: _Folder, depth: int = 0) -> list[_Remedy]:
     return remedies[:MAX_ROOTS_SHOWN]
 
 
-def _table_remedy(path: Path) -> _Remedy:
+def _table_remedy(path: AnyPath) -> _Remedy:
     return _Remedy(f"to use {_shown(Path(path.name))}", root=path)
 
 
@@ -683,5 +687,5 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _shown(path: Path) -> str:
+def _shown(path: AnyPath) -> str:
     return escape_for_terminal(str(path))

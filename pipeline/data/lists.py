@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from pipeline.buckets import AnyPath, relative_path
 from pipeline.config import read_text, read_text_start
 from pipeline.data.names import escape_for_terminal
 from pipeline.data.official_splits import DatasetEntry, OfficialSplit
@@ -27,18 +27,19 @@ class ListLayout:
     splits: Mapping[str, OfficialSplit]
     """End of a list's file name → its split."""
 
-    def files(self, root: Path) -> list[Path]:
+    def files(self, root: AnyPath) -> Sequence[AnyPath]:
         """Return the lists under a root; empty: it has another layout."""
         for folder in self.list_folders:
-            lists = [file for file in (root / folder).glob("*.txt") if self.split_of(file) and not is_junk(file.name)]
+            files: Iterable[AnyPath] = (root / folder).glob("*.txt")
+            lists = [file for file in files if self.split_of(file) and not is_junk(file.name)]
             if lists:
-                return sorted(lists)
+                return sorted(lists, key=str)
         return []
 
-    def images_root(self, root: Path) -> Path:
+    def images_root(self, root: AnyPath) -> AnyPath:
         return next((root / folder for folder in self.image_folders if (root / folder).is_dir()), root)
 
-    def split_of(self, file: Path) -> OfficialSplit | None:
+    def split_of(self, file: AnyPath) -> OfficialSplit | None:
         """Return the split of a list; None: not the name of a list."""
         return next((split for ending, split in self.splits.items() if file.stem.endswith(ending)), None)
 
@@ -56,12 +57,12 @@ LIST_LAYOUTS = {
 }
 
 
-def is_image_list(file: Path) -> bool:
+def is_image_list(file: AnyPath) -> bool:
     """Return whether a text file has lines of an image list."""
     return bool(listed_paths(file))
 
 
-def listed_paths(file: Path) -> list[str]:
+def listed_paths(file: AnyPath) -> list[str]:
     """Return paths of images from the first lines of a list; none: the file is no list."""
     try:
         lines = read_text_start(file, PROBED_BYTES).split("\n")
@@ -79,7 +80,7 @@ def _parse_line(line: str) -> str | None:
     return path if is_valid else None
 
 
-def read_lists(layout: str, root: Path, symlinks: SymlinkChecker) -> tuple[list[DatasetEntry], list[Skipped]]:
+def read_lists(layout: str, root: AnyPath, symlinks: SymlinkChecker) -> tuple[list[DatasetEntry], list[Skipped]]:
     """Return the union of the lists of LIST_LAYOUTS[layout], sorted by path, and files that have a list's name only.
 
     Raises:
@@ -112,4 +113,4 @@ def read_lists(layout: str, root: Path, symlinks: SymlinkChecker) -> tuple[list[
     for path, split in sorted(splits.items()):
         task, class_folder = path.split("/")[:2]
         entries.append(DatasetEntry(path, task, class_folder, split))
-    return entries, [Skipped(file.relative_to(root).as_posix(), ".txt") for file in files if file not in lists]
+    return entries, [Skipped(relative_path(file, root), ".txt") for file in files if file not in lists]

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.buckets import AnyPath, BucketPath, relative_path
 from pipeline.config import MAX_TEXT_BYTES, did_you_mean, read_text
 from pipeline.data.names import escape_for_terminal, invalid_name_reason, pluralize, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit, TableRow, parse_split_name
 from pipeline.data.symlinks import SymlinkChecker
-from pipeline.data.table_images import ROW_PATH, ImageColumn, find_image_column, row_path
+from pipeline.data.table_images import ROW_PATH, ImageColumn, find_image_column, open_table, row_path
 from pipeline.data.walk import IMAGE_SUFFIXES, is_junk
 from pipeline.errors import UserError
 
@@ -89,8 +90,8 @@ class Manifest:
 class _RowCollector:
     """Collects the rows of a manifest and their errors."""
 
-    manifest: Path
-    root: Path
+    manifest: AnyPath
+    root: AnyPath
     symlinks: SymlinkChecker
     tasks: frozenset[str] | None
     """Tasks to use; None: all. Rows of other tasks are not checked."""
@@ -168,6 +169,8 @@ class _RowCollector:
         """Return the path relative to the root. Raises ValueError if it is invalid."""
         if not text:
             raise ValueError("the path is empty")
+        if isinstance(self.root, BucketPath) and text.startswith(f"{self.root.anchor}/"):
+            text = text.removeprefix(self.root.anchor)
         if match := re.match(r"[A-Za-z]:[\\/]|\\\\|[A-Za-z][A-Za-z0-9+.-]*://", text):
             kind, remedy = _FOREIGN_PATHS.get(match[0].lower(), _FOREIGN_PATHS["://" if "://" in match[0] else ":"])
             raise ValueError(f"the path is {kind}: {escape_for_terminal(text[:200])}; {remedy}")
@@ -178,15 +181,18 @@ class _RowCollector:
             raise ValueError(
                 f"the path {reason if len(text) <= MAX_PATH else 'is too long'}: {escape_for_terminal(text[:200])}"
             )
-        full_path = os.path.normpath(self.root / text)
-        path = os.path.relpath(full_path, self.root)
+        bucket = "" if isinstance(self.root, Path) else self.root.anchor
+        root = str(self.root) if isinstance(self.root, Path) else self.root.location[len(bucket) :] or "/"
+        full_path = os.path.normpath(os.path.join(root, text))
+        path = os.path.relpath(full_path, root)
         if path == ".." or path.startswith("../"):
             if not self.symlinks.allow_external:
                 raise ValueError(
                     f"{text} is outside of {self.root}: move the manifest to a folder above all images, or allow it "
                     "with --data.follow_external_symlinks true"
                 )
-            path = full_path
+            if text.startswith("/"):
+                path = bucket + full_path
         if ROW_PATH.fullmatch(path):
             raise ValueError(f"{text} has the form of a row of a Parquet file (<file>.parquet#<row>)")
         return path
@@ -210,13 +216,17 @@ _FOREIGN_PATHS = {
 }
 
 
-def table_files(folder: Path) -> list[Path]:
+def table_files(folder: AnyPath) -> Sequence[AnyPath]:
     """Return the Parquet files of a folder, or of the folders of its splits (`train/0000.parquet`)."""
     direct, nested = (
-        [file for file in sorted(folder.glob(pattern)) if is_table_name(file.name, ".parquet")]
+        sorted((file for file in _glob(folder, pattern) if is_table_name(file.name, ".parquet")), key=str)
         for pattern in ("*", "*/*.parquet")
     )
     return direct or nested
+
+
+def _glob(folder: AnyPath, pattern: str) -> Iterable[AnyPath]:
+    return folder.glob(pattern)
 
 
 def is_table_name(name: str, *suffixes: str) -> bool:
@@ -224,7 +234,7 @@ def is_table_name(name: str, *suffixes: str) -> bool:
     return name.lower().endswith(suffixes or SUFFIXES) and not is_junk(name)
 
 
-def check_suffix(file: Path) -> None:
+def check_suffix(file: AnyPath) -> None:
     """Raise UserError, with a remedy, if the file is not a manifest."""
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
@@ -236,8 +246,8 @@ def check_suffix(file: Path) -> None:
 
 
 def read_manifest(
-    manifest: Path,
-    root: Path,
+    manifest: AnyPath,
+    root: AnyPath,
     columns: Mapping[str, str],
     tasks: Collection[str] | None,
     class_names: Callable[[str], Collection[str] | None],
@@ -320,7 +330,7 @@ def _key(name: str) -> str:
 
 
 def _column_positions(
-    file: Path, names: Sequence[str], required: Sequence[str], columns: Mapping[str, str], rows: _RowCollector
+    file: AnyPath, names: Sequence[str], required: Sequence[str], columns: Mapping[str, str], rows: _RowCollector
 ) -> dict[str, int]:
     """Return column → its position in the file's `names`. A column of another name is taken if it is the only one that
     can be meant; one task needs no column if data.tasks names it.
@@ -400,9 +410,9 @@ def _required_columns(read_splits: bool) -> list[str]:
     return ["path", "task", "label", *(["split"] if read_splits else [])]
 
 
-def _read_lines(file: Path) -> list[str]:
+def _read_lines(file: AnyPath) -> list[str]:
     """Return the lines of a text file. Raises UserError if it is another kind of file, or too large."""
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         start = stream.read(4)
     for magic, (kind, remedy) in _OTHER_CONTENT.items():
         if start.startswith(magic):
@@ -415,7 +425,7 @@ def _read_lines(file: Path) -> list[str]:
     return read_text(file, f"data.root={file}").split("\n")
 
 
-def _read_text_table(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
+def _read_text_table(file: AnyPath, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
     lines = _read_lines(file)
     header_line = next((number for number, line in enumerate(lines) if line.strip() and not line.startswith("#")), None)
     if header_line is None:
@@ -451,7 +461,7 @@ def _read_text_table(file: Path, rows: _RowCollector, columns: Mapping[str, str]
 
 
 def _separator(
-    file: Path, header: str, required: Sequence[str], columns: Mapping[str, str], rows: _RowCollector
+    file: AnyPath, header: str, required: Sequence[str], columns: Mapping[str, str], rows: _RowCollector
 ) -> str:
     """Return the separator with which the header has most of the required columns."""
     if header.lower().strip('"').startswith("sep=") and len(header.strip('"')) == len("sep=") + 1:  # Excel's hint
@@ -471,7 +481,7 @@ def _separator(
     return separator
 
 
-def _read_json_lines(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
+def _read_json_lines(file: AnyPath, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
     names: dict[str, str] = {}
     for number, line in enumerate(_read_lines(file), 1):
         if not line.strip():
@@ -509,13 +519,13 @@ def _as_text(column: str, value: Any) -> str | None:
 # --- Parquet -------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(file: Path, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
+def _read_parquet(file: AnyPath, rows: _RowCollector, columns: Mapping[str, str], read_splits: bool) -> None:
     if reason := invalid_name_reason(file.name):
         raise UserError(f"the file name '{escape_for_terminal(file.name)}' {reason}; rename it")
     file_split = _split_of_file(file)
     try:
         status = file.stat()
-        with pq.ParquetFile(file) as table:
+        with open_table(file) as table:
             schema, metadata = table.schema_arrow, table.metadata
         image = find_image_column(schema, metadata)
         required = ["task", "label"] if image and image.is_embedded else ["path", "task", "label"]
@@ -533,13 +543,13 @@ def _read_parquet(file: Path, rows: _RowCollector, columns: Mapping[str, str], r
         is_named = text_columns["label"].has_names
         # Dictionary-encoded, a long value is not in memory once per row.
         dictionary_columns = [column.name for column in text_columns.values() if column.is_text]
-        with pq.ParquetFile(file, buffer_size=1 << 20, read_dictionary=dictionary_columns) as table:
+        with open_table(file, buffer_size=1 << 20, read_dictionary=dictionary_columns) as table:
             embedded_name = image.name if image and image.is_embedded else None
             _check_compression_ratio(file, metadata, [column.name for column in text_columns.values()], embedded_name)
             for number, (group, row) in enumerate(_iter_rows(table, text_columns)):
                 if read_splits and "split" not in row:
                     row["split"] = file_split
-                path = row_path(os.path.relpath(file, rows.root), number)
+                path = row_path(relative_path(file, rows.root), number)
                 table_row = TableRow(status.st_size, status.st_mtime_ns, status.st_ctime_ns, group)
                 location = f"{file.name}, row {number}"
                 rows.add(location, _with_task(row, rows), (path, table_row) if embedded_name else None, is_named)
@@ -549,13 +559,13 @@ def _read_parquet(file: Path, rows: _RowCollector, columns: Mapping[str, str], r
         raise UserError(f"{file} cannot be read as Parquet: {str(error).strip():.300}") from None
 
 
-def _split_of_file(file: Path) -> str | None:
+def _split_of_file(file: AnyPath) -> str | None:
     """Return the split that the name of a Parquet file or of its folder begins with; None: neither does."""
     words = (re.split(r"[-_.]", name.lower())[0] for name in (file.name, file.parent.name))
     return next((word for word in words if word in SPLIT_NAMES), None)
 
 
-def _refuse_lists_of_images(file: Path, schema: pa.Schema, image: ImageColumn | None) -> None:
+def _refuse_lists_of_images(file: AnyPath, schema: pa.Schema, image: ImageColumn | None) -> None:
     for column in [] if image else schema:
         value_type = getattr(column.type, "value_type", None)
         if value_type is not None and (pa.types.is_struct(value_type) or pa.types.is_binary(value_type)):
@@ -581,7 +591,7 @@ class _TextColumn:
     """A column read as text: text unchanged, numbers and truth values as in a CSV file, or replaced by their names in
     the metadata of Hugging Face's datasets library."""
 
-    def __init__(self, file: Path, schema: pa.Schema, position: int, is_path: bool, image: ImageColumn | None):
+    def __init__(self, file: AnyPath, schema: pa.Schema, position: int, is_path: bool, image: ImageColumn | None):
         """
         Args:
             image: the column of images, whose paths are read if it has no images.
@@ -629,10 +639,10 @@ def _hugging_face_names(schema: pa.Schema, column: str) -> Sequence[str] | None:
 
 
 def _check_compression_ratio(
-    file: Path, metadata: pq.FileMetaData, text_columns: Sequence[str], image: str | None
+    file: AnyPath, metadata: pq.FileMetaData, text_columns: Sequence[str], image: str | None
 ) -> None:
     """Raise UserError if a small file claims to decompress into a large table, or has too many rows or texts."""
-    size, rows = os.path.getsize(file), metadata.num_rows
+    size, rows = file.stat().st_size, metadata.num_rows
     is_suspicious = False
     text_bytes = num_images = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):

@@ -59,7 +59,8 @@ class DatasetEntry(NamedTuple):
     """An image below data.root; with an empty path, a class folder itself."""
 
     path: str
-    """Relative to the root, with forward slashes; absolute for a manifest's image outside of the root."""
+    """Relative to the root, with forward slashes; absolute for a manifest's image outside of the root, if the manifest
+    has it so."""
     task: str
     class_folder: str
     split: OfficialSplit | None = None

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
-from pipeline.data.contents import read_content
+from pipeline.buckets import AnyPath
+from pipeline.data.contents import ImageContent, read_content, read_contents
 from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.names import escape_for_terminal
 from pipeline.data.splits import ScannedImage
-from pipeline.data.table_images import read_image_bytes
 from pipeline.errors import UserError, escape_controls
 from pipeline.files import atomic_write
 
@@ -91,14 +91,20 @@ class Part:
 
 
 def scan_image(
-    root: Path, path: str, task: str, class_folder: str, decode: Callable[[bytes], object] = decode_rgb
+    root: AnyPath,
+    path: str,
+    task: str,
+    class_folder: str,
+    decode: Callable[[bytes], object] = decode_rgb,
+    content: ImageContent | None = None,
 ) -> ScannedImage:
     """Read and decode one indexed image; `error` of the result says what is wrong with it.
 
     Args:
         decode: may raise BrokenImage.
+        content: the image, if it has been read.
     """
-    content = read_content(root, path)
+    content = content or read_content(root, path)
     error = content.error
     if error is None:
         try:
@@ -128,7 +134,7 @@ def plan_parts(images: Sequence[ScannedImage], split: Split, sizes: dict[str, in
     return parts
 
 
-def write_part(root: Path, part: Part, description: SplitDescription, folder: Path) -> int:
+def write_part(root: AnyPath, part: Part, description: SplitDescription, folder: Path) -> int:
     """Write `part` to a Parquet file below `folder`, one row group in memory at a time; return its number of rows.
 
     Raises:
@@ -141,7 +147,7 @@ def write_part(root: Path, part: Part, description: SplitDescription, folder: Pa
     return len(part.images)
 
 
-def _write_rows(root: Path, part: Part, description: SplitDescription, target: Path) -> None:
+def _write_rows(root: AnyPath, part: Part, description: SplitDescription, target: Path) -> None:
     schema = COLUMNS.with_metadata({"splits": description.to_json()})
     labels = {task: {name: i for i, name in enumerate(names)} for task, names in description.classes.items()}
     # Images are compressed already.
@@ -151,8 +157,9 @@ def _write_rows(root: Path, part: Part, description: SplitDescription, target: P
         rows: list[dict[str, object]] = []
         digests: list[str] = []
         size = 0
-        for position, image in enumerate(part.images):
-            data = _read_unchanged(root, image)
+        contents = read_contents(root, [image.path for image in part.images])
+        for position, (image, content) in enumerate(zip(part.images, contents, strict=True)):
+            data = _unchanged(root, image, content)
             rows.append(
                 {
                     "image": data,
@@ -178,15 +185,12 @@ def _digest(rows: Sequence[dict[str, object]]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _read_unchanged(root: Path, image: ScannedImage) -> bytes:
-    try:
-        data = read_image_bytes(root, image.path)
-    except (OSError, BrokenImage) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{root / image.path} can no longer be read: {reason}; run again") from None
-    if hashlib.sha256(data).hexdigest() != image.sha256:
+def _unchanged(root: AnyPath, image: ScannedImage, content: ImageContent) -> bytes:
+    if content.error:
+        raise UserError(f"{root / image.path} can no longer be read: {content.error}; run again")
+    if content.sha256 != image.sha256:
         raise UserError(f"{root / image.path} changed while the splits were being built; run again")
-    return data
+    return content.data
 
 
 def _file_stem(task: str) -> str:

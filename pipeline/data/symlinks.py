@@ -7,33 +7,37 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from pipeline.buckets import AnyPath
 from pipeline.data.names import escape_for_terminal, truncated_list
+from pipeline.data.walk import resolve
 from pipeline.errors import UserError
 
 
 class SymlinkChecker:
     """Records links under a root that point outside of it, unless that is allowed."""
 
-    def __init__(self, root: Path, allow_external: bool):
+    def __init__(self, root: AnyPath, allow_external: bool):
         self.allow_external = allow_external
         self._root = root
-        self._real = os.path.realpath(root)
+        self._real = resolve(root)
         self._escapes: dict[str, str] = {}
 
-    def escapes_root(self, path: str | Path, real: str | None = None) -> bool:
+    def escapes_root(self, path: str | AnyPath, real: str | None = None) -> bool:
         """Return and record whether `path` is outside of the root; `real`: its resolved path, if known."""
-        real = real or os.path.realpath(path)
-        if self.allow_external or os.path.commonpath((self._real, real)) == self._real:
+        if self.allow_external or not isinstance(self._root, Path):
+            return False
+        real = real or resolve(path)
+        if os.path.commonpath((self._real, real)) == self._real:
             return False
         self._escapes[str(path)] = real
         return True
 
-    def raise_on_escape(self, root: Path, tasks: Collection[str] | None = None) -> None:
+    def raise_on_escape(self, root: AnyPath, tasks: Collection[str] | None = None) -> None:
         """Raise UserError if links at `root`, or in the folders of `tasks` below it, point outside."""
         links = [
-            f"{escape_for_terminal(os.path.relpath(path, self._root))} → {escape_for_terminal(real)}"
+            f"{escape_for_terminal(os.path.relpath(path, str(self._root)))} → {escape_for_terminal(real)}"
             for path, real in sorted(self._escapes.items())
-            if tasks is None or Path(path) == root or Path(path).relative_to(root).parts[0] in tasks
+            if tasks is None or Path(path) == root or Path(path).relative_to(str(root)).parts[0] in tasks
         ]
         if links:
             raise UserError(

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.buckets import AnyPath
 from pipeline.data.images import MAX_BYTES, BrokenImage, read_image
 
 ROW_PATH = re.compile(r"(.+\.parquet)#(\d{8})", re.IGNORECASE | re.DOTALL)
@@ -85,7 +87,12 @@ def _has_only_nulls(metadata: pq.FileMetaData, name: str) -> bool:
     )
 
 
-def read_image_bytes(root: Path, path: str) -> bytes:
+def open_table(file: AnyPath, **options: Any) -> pq.ParquetFile:
+    """Open a Parquet file, with options of pq.ParquetFile."""
+    return pq.ParquetFile(file if isinstance(file, Path) else file.open(), **options)
+
+
+def read_image_bytes(root: AnyPath, path: str) -> bytes:
     """Read the bytes of an indexed image.
 
     Raises:
@@ -97,11 +104,13 @@ def read_image_bytes(root: Path, path: str) -> bytes:
         return read_image(root / path)
     file, row = root / match[1], int(match[2])
     try:
-        status = file.stat()
-        key = (str(file), status.st_size, status.st_mtime_ns)
+        key: tuple[object, ...] = (str(file), id(root))
+        if isinstance(file, Path):  # in a bucket, asking for each row would take longer than reading it
+            status = file.stat()
+            key = (str(file), status.st_size, status.st_mtime_ns)
         if getattr(_cache, "key", None) != key:
             _cache.key, _cache.table = None, _Table(file)
-            _cache.key = key
+            _cache.key, _cache.root = key, root  # which keeps its id
         table: _Table = _cache.table
         return table.read(row)
     except FileNotFoundError:
@@ -115,8 +124,8 @@ def read_image_bytes(root: Path, path: str) -> bytes:
 
 
 class _Table:
-    def __init__(self, file: Path):
-        self._file = pq.ParquetFile(file, buffer_size=1 << 20)
+    def __init__(self, file: AnyPath):
+        self._file = open_table(file, buffer_size=1 << 20)
         column = find_image_column(self._file.schema_arrow)
         if column is None:
             raise LookupError("no image column")

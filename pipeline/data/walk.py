@@ -10,16 +10,21 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.data.images import SUFFIXES_OF_FORMAT
 from pipeline.data.names import escape_for_terminal, pluralize
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.buckets import AnyPath, BucketEntry, BucketPath
+
+    Entry = os.DirEntry[str] | BucketEntry
 
 IMAGE_SUFFIXES = frozenset(chain.from_iterable(SUFFIXES_OF_FORMAT.values()))
 JUNK = (
@@ -74,10 +79,13 @@ CIRCULAR_LINK, BROKEN_LINK, EXTERNAL_LINK = (
 )
 NO_IMAGES, LOOSE_IMAGE = "folder without images", "image outside of class folders"
 BESIDE_SPLITS = "folder beside those of splits"
+EMPTY_NAME = "folder without a name"
+"""Of keys in a bucket with two slashes, which have no path."""
 _REMEDIES = {
     NO_SUFFIX: "images need a suffix: rename them to .jpg or .png",
     LOOSE_IMAGE: "move images into folders of their tasks and classes",
     BROKEN_LINK: "restore the targets of links",
+    EMPTY_NAME: "rename objects whose keys have two slashes",
 }
 _JUNK, _TEMPORARY = (re.compile("|".join(map(translate, patterns))) for patterns in (JUNK, TEMPORARY_FILES))
 _FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in UNREAD_FORMATS.items() for suffix in suffixes}
@@ -102,8 +110,8 @@ class WalkedFolder:
 
 
 def is_junk(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden, or was left by a system or a tool."""
-    return bool(_JUNK.match(name.casefold()))
+    """Return whether a file or folder of this name is hidden, was left by a system or a tool, or has no name."""
+    return not name or bool(_JUNK.match(name.casefold()))
 
 
 def skip_kind(name: str) -> str | None:
@@ -148,13 +156,16 @@ def describe_skipped(skipped: Iterable[Skipped]) -> str:
 
 
 def walk_folders(
-    root: Path, leave_out: Callable[[tuple[str, ...], str], str | None] = lambda parts, real: None
+    root: AnyPath,
+    leave_out: Callable[[tuple[str, ...], str], str | None] = lambda parts, real: None,
+    lists_ahead: bool = True,
 ) -> Iterator[WalkedFolder]:
     """Yield each folder from `root` on, in order of the names.
 
     Args:
         leave_out: called with a folder's path below the root and its resolved path; returns why it is left out, or
             None.
+        lists_ahead: list many folders of a bucket at once; False: the walk may end early.
 
     Raises:
         UserError: a folder cannot be read.
@@ -162,15 +173,17 @@ def walk_folders(
     stack: list[tuple[tuple[str, ...], frozenset[str]]] = [((), frozenset())]
     while stack:
         parts, ancestors = stack.pop()
-        folder = os.path.join(root, *parts)
-        real = os.path.realpath(folder)
+        folder = _join(root, parts)
+        if lists_ahead and len(parts) == 1 and not isinstance(folder, str):
+            folder.load_below()
+        real = resolve(folder)
         visited = ancestors | {real, *map(str, Path(real).parents)}
         walked, subfolders = WalkedFolder(parts, []), []
         for entry in list_folder(folder):
             path, is_folder = (*parts, entry.name), is_directory(entry)
             kind = _kind(entry, is_folder)
             if is_folder:
-                real_path = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                real_path = resolve(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
                 if real_path in visited:
                     kind = kind or CIRCULAR_LINK
                 kind = kind or leave_out(path, real_path)
@@ -184,14 +197,25 @@ def walk_folders(
         stack += reversed(subfolders)
 
 
-def _kind(entry: os.DirEntry[str], is_folder: bool) -> str | None:
+def _join(root: AnyPath, parts: tuple[str, ...]) -> str | BucketPath:
+    return os.path.join(root, *parts) if isinstance(root, Path) else root.joinpath(*parts)
+
+
+def resolve(path: str | AnyPath) -> str:
+    """Return a path without links, which buckets do not have."""
+    return os.path.realpath(path) if isinstance(path, str | Path) else path.location
+
+
+def _kind(entry: Entry, is_folder: bool) -> str | None:
+    if not entry.name:
+        return EMPTY_NAME
     if is_folder:
         return JUNK_KIND if is_junk(entry.name) else None
     kind = skip_kind(entry.name)
-    return BROKEN_LINK if kind and entry.is_symlink() and not os.path.exists(entry.path) else kind
+    return BROKEN_LINK if kind and entry.is_symlink() and not Path(str(entry.path)).exists() else kind
 
 
-def is_directory(entry: os.DirEntry[str]) -> bool:
+def is_directory(entry: Entry) -> bool:
     """Return whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
@@ -199,8 +223,10 @@ def is_directory(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def list_folder(folder: str | Path) -> list[os.DirEntry[str]]:
+def list_folder(folder: str | AnyPath) -> Sequence[Entry]:
     """Return the entries of a folder, sorted by name. Raises UserError if it cannot be read."""
+    if not isinstance(folder, str | Path):
+        return folder.entries()
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)

@@ -24,6 +24,7 @@ import ray.data
 import torch
 from ray.exceptions import RayTaskError
 
+from pipeline.buckets import open_bucket
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.table_images import find_image_column
 from pipeline.data.walk import JUNK_KIND, Skipped, find_images, is_junk, skip_kind, skipped_note
@@ -37,7 +38,6 @@ from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import ModelOptions
 from pipeline.prediction.output_files import check_new_output, write_errors
 from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
-from pipeline.runtime.storage import open_bucket
 
 DECODE_BATCH_SIZE = 64
 PREDICT_BATCH_SIZE = 128

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.buckets import open_bucket
 from pipeline.data.images import MAX_BYTES, BrokenImage, evaluation_pixels, read_image
 from pipeline.data.names import escape_for_terminal
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import escape_controls
 from pipeline.prediction.encoded_images import is_missing, is_url, read_url
-from pipeline.runtime.storage import open_bucket
 
 READING_THREADS = 4
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.buckets import open_bucket
 from pipeline.data.names import truncated_list
 from pipeline.errors import UserError
 from pipeline.files import is_uri
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter
 from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import GROUPED_ADAPTER, ModelOptions, options_file, read_options
-from pipeline.runtime.storage import open_bucket
 
 MLFLOW_ADAPTER = "data/model/adapter.safetensors"
 """The adapter in an MLflow model."""

@@ -55,7 +55,7 @@ def check_new_output(output: str) -> None:
     if is_uri(output):
         from pyarrow.fs import FileSelector, FileType
 
-        from pipeline.runtime.storage import open_bucket
+        from pipeline.buckets import open_bucket
 
         filesystem, folder = open_bucket(output)
         try:

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import interrupts
+from pipeline.buckets import AnyPath
 from pipeline.config import ClusterConfig
 from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.errors import UserError
@@ -205,7 +206,7 @@ def is_alive(node_id: str) -> bool:
     return any(node["NodeID"] == node_id for node in _alive())
 
 
-def check_shared(storage: Storage, paths: Sequence[Path]) -> None:
+def check_shared(storage: Storage, paths: Sequence[AnyPath]) -> None:
     """Check that every machine sees the storage, the data and the weights.
 
     Raises:
@@ -227,15 +228,19 @@ def check_shared(storage: Storage, paths: Sequence[Path]) -> None:
             raise UserError(f"machine {node['NodeManagerAddress']}: {problem}")
 
 
-def _missing_paths(storage: Storage, paths: Sequence[Path]) -> str:
+def _missing_paths(storage: Storage, paths: Sequence[AnyPath]) -> str:
     try:
         storage.verify_access()
     except UserError as error:
         return str(error)
-    if missing := [str(path) for path in paths if not path.exists()]:
+    try:
+        missing = [str(path) for path in paths if not path.exists()]
+    except UserError as error:  # of a bucket, which each machine reads with the credentials in its own environment
+        return str(error)
+    if missing:
         return (
             f"does not see {', '.join(missing)}: data.root and weights files must be on storage that all machines "
-            "mount at the same path"
+            "mount at the same path, or data.root in a bucket that all can read"
         )
     return ""
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.buckets import AnyPath
 from pipeline.config import ClusterConfig, TrackingConfig, content_hash
 from pipeline.errors import UserError
 from pipeline.files import create_folder, is_uri
@@ -62,7 +63,7 @@ class Session:
 
 @contextmanager
 def cluster_connection(
-    cluster: ClusterConfig, storage: Storage, paths: Sequence[Path], console: Console, dashboard: bool = False
+    cluster: ClusterConfig, storage: Storage, paths: Sequence[AnyPath], console: Console, dashboard: bool = False
 ) -> Iterator[WorkerResources]:
     """Connect to the cluster, and disconnect at the end unless this process was connected before.
 

@@ -20,20 +20,18 @@ import json
 import logging
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.buckets import ACCESS_ADVICE, open_bucket, with_retries
 from pipeline.config import content_hash
 from pipeline.errors import UserError
 from pipeline.files import (
@@ -56,10 +54,6 @@ STAGING_PREFIX, DAMAGED_PREFIX, DOWNLOAD_PREFIX = ".staging-", ".damaged-", ".do
 RECOMPUTE_ADVICE = "rerun the command that made it, which moves it aside and computes it again"
 STORAGE_MARKER = ".mmap-storage"
 _CHECKPOINTS = "checkpoints"
-_SAFE_IN_URI = ":/@%!$&'()*+,;="
-"""What `quote` leaves as it is in the URI of a bucket; `#` and spaces belong to a folder's name."""
-RETRY_DELAYS_S = (1, 2, 4, 8, 15, 30, 30, 30)
-"""Delays between attempts to reach a bucket during a run."""
 UPLOAD_THREADS = 8
 HASH_THREADS = 8
 MAX_LISTED = 10
@@ -104,10 +98,7 @@ class Storage:
                 pafs.copy_files(str(marker), path, pafs.LocalFileSystem(), filesystem)
                 filesystem.open_input_file(path).read()
             except (OSError, pa.ArrowException) as error:
-                raise UserError(
-                    f"storage={self.uri} cannot be used: {error}. Check the name of the bucket, AWS_ENDPOINT_URL (or "
-                    "?endpoint_override=), and the credentials in the environment"
-                ) from None
+                raise UserError(f"storage={self.uri} cannot be used: {error}. {ACCESS_ADVICE}") from None
 
     def verify_access(self) -> None:
         """Check that this machine sees the storage. Raises: UserError: It does not."""
@@ -216,19 +207,7 @@ class Storage:
 
     def _with_retries(self, action: Callable[[], T]) -> T:
         """Retry for two minutes while a bucket is unreachable. Raises: UserError: It still is."""
-        delays = iter(RETRY_DELAYS_S)
-        while True:
-            try:
-                return action()
-            except OSError as error:
-                if not self.is_bucket:
-                    raise
-                if (delay := next(delays, None)) is None:
-                    raise UserError(
-                        f"storage={self.uri} cannot be reached: {error}. Rerun the same command to resume"
-                    ) from error
-                log.warning("%s: %s; retrying in %d s", self.uri, error, delay)
-                time.sleep(delay)
+        return with_retries(action, f"storage={self.uri}") if self.is_bucket else action()
 
 
 def existing_storage(location: str) -> Storage:
@@ -249,26 +228,6 @@ def existing_storage(location: str) -> Storage:
 
 def _absolute(location: str) -> Path:
     return Path(location).expanduser().absolute()
-
-
-@lru_cache
-def open_bucket(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return pyarrow's file system, and the base path in it.
-
-    Raises:
-        UserError: pyarrow cannot open the URI, or it holds a password.
-    """
-    if urlsplit(uri).password:
-        raise UserError(
-            "a storage URI must not contain credentials, since it is logged: set them in the environment "
-            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
-        )
-    try:
-        path, separator, options = uri.partition("?")
-        filesystem, base = pafs.FileSystem.from_uri(f"{quote(path, safe=_SAFE_IN_URI)}{separator}{options}")
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{uri} is not a storage URI that pyarrow can open (s3://bucket/folder): {error}") from None
-    return filesystem, base.rstrip("/")
 
 
 @dataclass(frozen=True)

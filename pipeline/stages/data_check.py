@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.markup import escape
 
+from pipeline.buckets import AnyPath
 from pipeline.clip.load import load_tokenizer
 from pipeline.clip.tokenizer import describe_tokenizer
 from pipeline.config import BUILTIN_DIGITS
 from pipeline.data.checked_images import COLUMNS, check_images, read_checked_images, read_samples, sample_paths
-from pipeline.data.contents import dataset_fingerprint, split_into_chunks
+from pipeline.data.contents import dataset_fingerprint, read_contents, split_into_chunks
 from pipeline.data.findings import CheckedImage, Example, Finding, ShownImage, find_issues, tokenize_words
 from pipeline.data.image_stats import thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.index import ImageRecord
 from pipeline.data.splits import sample_splits
-from pipeline.data.table_images import read_image_bytes
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import create_folder, read_json, write_file, write_json
@@ -59,15 +60,16 @@ _scan_lock = threading.Lock()
 class ImageSource:
     """Folder from which workers read images."""
 
-    root: Path
+    root: AnyPath
     embedded: bool
 
     @staticmethod
     def from_plan(plan: Plan) -> ImageSource:
         return ImageSource(plan.dataset_index.root, plan.config.data.root == BUILTIN_DIGITS)
 
-    def local_root(self) -> Path:
+    def open_root(self) -> AnyPath:
         if self.embedded:  # the worker may share no folder with the driver
+            assert isinstance(self.root, Path)
             write_digits(self.root)
         return self.root
 
@@ -122,7 +124,7 @@ def _scan(plan: Plan, stage: Stage) -> pa.Table:
 def _check_chunk(
     source: ImageSource, images: Sequence[ImageRecord], samples: frozenset[str], progress: Any
 ) -> pa.Table:
-    table = check_images(source.local_root(), images, samples)
+    table = check_images(source.open_root(), images, samples)
     progress.advance(_READING, len(images), "images")
     return table
 
@@ -153,7 +155,7 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
         dataset_index.skipped,
     )
     tasks = task_overviews(images, dataset_index.classes)
-    thumbnails = find_thumbnails(ImageSource.from_plan(plan).local_root(), findings)
+    thumbnails = find_thumbnails(ImageSource.from_plan(plan).open_root(), findings)
     page = check_page(
         plan.config.name,
         tasks,
@@ -182,15 +184,14 @@ def _files_not_read(plan: Plan) -> dict[str, int]:
     return dict(sorted(Counter(kind for _, kind in plan.dataset_index.skipped).items()))
 
 
-def find_thumbnails(root: Path, findings: Sequence[Finding]) -> dict[str, bytes]:
+def find_thumbnails(root: AnyPath, findings: Sequence[Finding]) -> dict[str, bytes]:
     """Return path → thumbnail as a JPEG of the images that the page shows and that can be decoded."""
     examples = [example for finding in findings for example in shown_examples(finding)]
     thumbnails = {}
-    for path in sorted({image.path for example in examples for image in example.images}):  # rows of a table in order
-        try:
-            thumbnails[path] = thumbnail(decode_rgb(read_image_bytes(root, path), SHOWN_SIDE), SHOWN_SIDE)
-        except (BrokenImage, OSError):  # it is among the broken ones
-            continue
+    paths = sorted({image.path for example in examples for image in example.images})  # rows of a table in order
+    for path, content in zip(paths, read_contents(root, paths), strict=True):
+        with suppress(BrokenImage):  # it is among the broken ones
+            thumbnails[path] = thumbnail(decode_rgb(content.data, SHOWN_SIDE), SHOWN_SIDE)
     return thumbnails
 
 

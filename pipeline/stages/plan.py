@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.buckets import AnyPath
 from pipeline.clip.load import (
     ClipIdentity,
     assumed_preprocessing,
@@ -31,7 +32,7 @@ from pipeline.config import (
     values_affecting,
 )
 from pipeline.data.contents import UNREADABLE, dataset_fingerprint, read_identities
-from pipeline.data.index import DatasetIndex, index_dataset, unexpected_counts
+from pipeline.data.index import DatasetIndex, index_dataset, open_root, unexpected_counts
 from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
@@ -116,7 +117,7 @@ class Plan:
         return f"{config.name}, {config.data.shots} shots, seed {config.seed} ({self.key[:6]})"
 
     @property
-    def shared_paths(self) -> list[Path]:
+    def shared_paths(self) -> list[AnyPath]:
         """The user's data, model and weights, which all machines must see."""
         data = [self.dataset_index.root] if self.config.data.root != BUILTIN_DIGITS else []
         return [*data, *local_paths(self.config.clip)]
@@ -217,14 +218,14 @@ def _find_data(config: Config, storage: Storage) -> DatasetIndex:
         raise UserError(
             f"data.root is not set: give a folder of images, <root>/<task>/<class>/*, a table, or {BUILTIN_DIGITS}"
         )
-    root = Path(config.data.root).expanduser()
+    root = open_root(config.data.root)
     if config.data.root == BUILTIN_DIGITS:
         root = storage.folder / "datasets" / "digits"
         try:
             write_digits(root)
         except OSError as error:
             raise UserError(f"the embedded digits cannot be written to {root}: {error}; remove this folder") from None
-    return index_dataset(config.data, root.absolute())
+    return index_dataset(config.data, root)
 
 
 def _content_fingerprint(index: DatasetIndex, storage: Storage, console: Console) -> str:

@@ -204,7 +204,7 @@ def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
         plan.storage.display_uri(plan.folder),
         plan.config.name,
         task,
-        [str(images) if images.exists() else "IMAGES"],
+        [str(images) if isinstance(images, Path) and images.exists() else "IMAGES"],
         resolve_tracking_uri(plan.config.tracking.uri, plan.storage.folder),
         methods_table_path(experiment_id) if experiment_id else None,
     )

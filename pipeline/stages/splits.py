@@ -117,7 +117,7 @@ def write_splits(
 def _write(
     source: ImageSource, part: Part, description: SplitDescription, artifact: Artifact, folder: Path, progress: Any
 ) -> dict[str, tuple[int, str]]:
-    rows = write_part(source.local_root(), part, description, folder)
+    rows = write_part(source.open_root(), part, description, folder)
     progress.advance(_WRITING, rows, "images")
     return upload_part(artifact, folder, part.file)
 
