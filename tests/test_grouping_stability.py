@@ -232,7 +232,11 @@ def test_figures_and_page():
             "over_training": [{"first_step": 1, "last_step": 9, "groups": [["ink", "neon"]]}],
         },
     }
-    page = grouping_page(result, "Optimal among 15 partitions", figures)
+    images = {}
+    for title, figure in figures.items():
+        figure.savefig(image := io.BytesIO())
+        images[title] = (image.getvalue(), 640)
+    page = grouping_page(result, "Optimal among 15 partitions", images)
     assert "Optimal among 15 partitions." in page
     assert "25 % of 200 bootstrap resamples of the snapshots give the same groups" in page
     assert "95 % of the affinities is from the first 3 of 30 snapshots (to step 3): these decide" in page

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.data.names import pluralize
 from pipeline.grouping.text import first_snapshots, format_groups
 from pipeline.report.page import embedded_image, html_page, html_table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-
-def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, Figure]) -> str:
+def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, tuple[bytes, int]]) -> str:
     """Return the page as HTML.
 
     Args:
         result: contents of grouping.json.
         search: text of `describe_search`.
-        figures: title of a section → its figure.
+        figures: title of a section → its figure as PNG, and the width in CSS pixels.
     """
     stability = result["stability"]
     frequency = next((row["frequency"] for row in stability["resampled"] if row["groups"] == result["groups"]), 0.0)
@@ -36,8 +32,8 @@ def grouping_page(result: Mapping[str, Any], search: str, figures: Mapping[str, 
         f"give the same groups.</p><p>{_describe_early(stability, result['num_snapshots'])}</p>",
         *(f'<p class="note">{escape(warning)}</p>' for warning in result["warnings"]),
     ]
-    for title, figure in figures.items():
-        image = embedded_image(_png(figure), title, attributes=' class="figure"')
+    for title, (png, width) in figures.items():
+        image = embedded_image(png, title, attributes=f' class="figure" width="{width}"')
         parts.append(f"<h2>{escape(title)}</h2>{image}")
     parts += [
         "<h2>Partitions over bootstrap resamples</h2>",
@@ -65,9 +61,3 @@ def _describe_early(stability: Mapping[str, Any], num_snapshots: int) -> str:
     if early["share"] < 0.5 or num_snapshots < 10:
         return f"{text}."
     return f"{text}: these decide the groups. With <code>--grouping.affinity cosine</code> all have equal weight."
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return stream.getvalue()

@@ -36,6 +36,8 @@ from pipeline.training.snapshots import read_gradients, read_steps
 
 MAX_RESAMPLED_PARTITIONS_SHOWN = 10
 """The most frequent ones."""
+PIXELS_PER_INCH = 110
+"""Of a figure on the page."""
 RESAMPLE_TIME_LIMIT_S = 2.0
 """Per search on a bootstrap resample."""
 
@@ -119,10 +121,12 @@ def write_grouping(
         "Affinity during training": affinity_over_training(affinities, steps, tasks, partition.groups),
         "Partitions with the highest scores": ranked_partitions_figure(ranked),
     }
-    for figure, name in zip(figures.values(), (*FIGURES, *STABILITY_FIGURES), strict=True):
+    images = {}
+    for (title, figure), name in zip(figures.items(), (*FIGURES, *STABILITY_FIGURES), strict=True):
         figure.savefig(folder / name, dpi=150)
+        images[title] = ((folder / name).read_bytes(), round(figure.get_figwidth() * PIXELS_PER_INCH))
     summary = describe_search(result)
-    page = grouping_page(result, summary[0].upper() + summary[1:], figures)
+    page = grouping_page(result, summary[0].upper() + summary[1:], images)
     write_file(folder / PAGE, page)
 
 
