@@ -24,6 +24,7 @@ with interrupts.ending_at_once():  # what follows takes a third of a second
 
     from pipeline.config import JobParser
     from pipeline.errors import UserError
+    from pipeline.imports import no_garbage_collection
     from pipeline.stages.paths import check_paths
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def importing(libraries: str, console: Console | None = None) -> Iterator[None]:
         console.print(text, highlight=False)
     else:
         print_status(text)
-    with interrupts.ending_at_once():
+    with interrupts.ending_at_once(), no_garbage_collection():
         yield
 
 

@@ -107,13 +107,22 @@ def digits(tmp_path_factory):
     return folder
 
 
-USERS_OF_QUICK_RUN = (
+USERS_OF_RAY = (
     "test_pipeline.py",
-    "test_fit.py",
+    "test_golden.py",
+    "test_tuning.py",
+    "test_benchmark.py",
+    "test_added_task.py",
+    "test_grouping_study.py",
     "test_prediction_batch.py",
     "test_prediction_mlflow.py",
     "test_mlflow_page.py",
+    "test_fit.py",
+    "test_splits_stage.py",
+    "test_data_check.py::test_the_job_tells_shows_and_remembers",
+    "test_inputs.py::test_one_task_in_a_table_goes_through_the_whole_pipeline",
 )
+"""Files, or tests, that use `shared_ray`, the longest first; not those marked `fault_injection`."""
 LONGEST_FAULT_INJECTION_TESTS = (
     "test_fault_tolerance.py",
     "test_cluster_faults.py",
@@ -127,7 +136,8 @@ LONGEST_FAULT_INJECTION_TESTS = (
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay in one process, and so do the files that use `quick_run`, so that each fixture is made once.
+    """A file's tests stay in one process, and so do all that use `shared_ray`: one Ray, whose workers import PyTorch
+    once, and each fixture once.
 
     pytest-xdist's `--dist loadgroup` does that by marks, but pytest 9 does not see the names that it gives to tests.
     """
@@ -136,9 +146,13 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFixtures(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "quick run" if Path(file).name in USERS_OF_QUICK_RUN else file
+            return "Ray" if config.option.markexpr != "fault_injection" and uses_ray(nodeid) else file
 
     return ByFixtures(config, log)
+
+
+def uses_ray(nodeid: str) -> bool:
+    return nodeid.partition("[")[0].rpartition("/")[2].startswith(USERS_OF_RAY)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -154,18 +168,21 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files with whole pipelines begin, so that no process is left with a long one at the end."""
+    """Tests that use Ray begin, then files with whole pipelines, so that no process is left with them at the end."""
     if torch := sys.modules.get("torch"):  # not imported where nothing is collected, such as by pytest-xdist itself
         torch.set_num_threads(1)  # small models: more threads only wait for each other
-    users = {
-        item.path.name
-        for item in items
-        if "quick_run" in item.fixturenames and not item.get_closest_marker("fault_injection")
-    }
-    if missing := users - set(USERS_OF_QUICK_RUN):
-        raise pytest.UsageError(f"conftest.USERS_OF_QUICK_RUN lacks {', '.join(sorted(missing))}")
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name not in users, item.path not in slow))
+    for item in items:
+        if "shared_ray" in item.fixturenames and not item.get_closest_marker("fault_injection"):
+            if not uses_ray(item.nodeid):
+                raise pytest.UsageError(f"conftest.USERS_OF_RAY lacks {item.path.name} or {item.nodeid}")
     if config.option.markexpr == "fault_injection":
         longest = {name: index for index, name in enumerate(LONGEST_FAULT_INJECTION_TESTS)}
         items.sort(key=lambda item: longest.get(item.path.name, len(longest)))
+    else:
+        position = {name.partition("::")[0]: index for index, name in enumerate(USERS_OF_RAY)}
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(
+            key=lambda item: (
+                (False, position[item.path.name]) if uses_ray(item.nodeid) else (True, item.path not in slow)
+            )
+        )

@@ -26,6 +26,7 @@ from pipeline.clip.meta_device import SkipInitialization
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, OPENAI_NAMES, brings_weights, did_you_mean, read_text
 from pipeline.errors import UserError
+from pipeline.imports import no_garbage_collection
 
 MAX_DIMENSION = 10**6
 """Limit of a width, a vocabulary, an image side."""
@@ -105,8 +106,9 @@ def resolve_model(model: str) -> ModelSource:
 
 def import_open_clip() -> ModuleType:
     """Import open_clip on first use: it takes seconds."""
-    ensure_torchvision()
-    import open_clip
+    with no_garbage_collection():
+        ensure_torchvision()
+        import open_clip
 
     module: ModuleType = open_clip
     return module
