@@ -40,19 +40,16 @@ def reaper():
     process.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def shared_ray():
     """A Ray of two CPUs that all tests of this process share, whose workers stay."""
-    import ray
     from pipelines import ensure_ray
 
     ensure_ray()
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def run_job(shared_ray):
+def run_job():
     """`run_job("full_pipeline", *arguments)`: a job script in this process, on the shared Ray.
 
     Starting Python, Ray and its workers takes most of a small job's time, so this is how tests run jobs, except for
@@ -122,7 +119,7 @@ USERS_OF_RAY = (
     "test_data_check.py::test_the_job_tells_shows_and_remembers",
     "test_inputs.py::test_one_task_in_a_table_goes_through_the_whole_pipeline",
 )
-"""Files, or tests, that use `shared_ray`, the longest first; not those marked `fault_injection`."""
+"""Files, or tests, that use `shared_ray` or `run_job`, the longest first; not those marked `fault_injection`."""
 LONGEST_FAULT_INJECTION_TESTS = (
     "test_fault_tolerance.py",
     "test_cluster_faults.py",
@@ -136,8 +133,8 @@ LONGEST_FAULT_INJECTION_TESTS = (
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay in one process, and so do all that use `shared_ray`: one Ray, whose workers import PyTorch
-    once, and each fixture once.
+    """A file's tests stay in one process, and so do all that use Ray: one Ray, whose workers import PyTorch once, and
+    each fixture once.
 
     pytest-xdist's `--dist loadgroup` does that by marks, but pytest 9 does not see the names that it gives to tests.
     """
@@ -146,13 +143,28 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFixtures(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "Ray" if config.option.markexpr != "fault_injection" and uses_ray(nodeid) else file
+            return "Ray" if config.option.markexpr != "fault_injection" and is_user_of_ray(nodeid) else file
 
     return ByFixtures(config, log)
 
 
-def uses_ray(nodeid: str) -> bool:
+def needs_ray(item: pytest.Item) -> bool:
+    return not {"shared_ray", "run_job"}.isdisjoint(item.fixturenames)
+
+
+def is_user_of_ray(nodeid: str) -> bool:
     return nodeid.partition("[")[0].rpartition("/")[2].startswith(USERS_OF_RAY)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """End Ray after the last of the tests in a row that use it: idle, it takes a tenth of a core."""
+    result = yield
+    if needs_ray(item) and not (nextitem and needs_ray(nextitem)):
+        import ray
+
+        ray.shutdown()
+    return result
 
 
 @pytest.hookimpl(wrapper=True)
@@ -172,17 +184,19 @@ def pytest_collection_modifyitems(config, items):
     if torch := sys.modules.get("torch"):  # not imported where nothing is collected, such as by pytest-xdist itself
         torch.set_num_threads(1)  # small models: more threads only wait for each other
     for item in items:
-        if "shared_ray" in item.fixturenames and not item.get_closest_marker("fault_injection"):
-            if not uses_ray(item.nodeid):
+        if needs_ray(item) and not item.get_closest_marker("fault_injection"):
+            if item.path.parent == Path(__file__).parent and not is_user_of_ray(item.nodeid):
                 raise pytest.UsageError(f"conftest.USERS_OF_RAY lacks {item.path.name} or {item.nodeid}")
     if config.option.markexpr == "fault_injection":
         longest = {name: index for index, name in enumerate(LONGEST_FAULT_INJECTION_TESTS)}
-        items.sort(key=lambda item: longest.get(item.path.name, len(longest)))
+        items.sort(key=lambda item: (longest.get(item.path.name, len(longest)), not needs_ray(item)))
     else:
         position = {name.partition("::")[0]: index for index, name in enumerate(USERS_OF_RAY)}
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(
             key=lambda item: (
-                (False, position[item.path.name]) if uses_ray(item.nodeid) else (True, item.path not in slow)
+                (0, not needs_ray(item), position[item.path.name])
+                if is_user_of_ray(item.nodeid)
+                else (1, item.path not in slow)
             )
         )

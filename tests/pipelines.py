@@ -116,7 +116,7 @@ def run(storage: Path, *arguments: str, **options) -> Finished:
 
 
 def ensure_ray() -> None:
-    """Starts the Ray of this test process; use the fixtures `shared_ray` and `run_job`, which end it."""
+    """Starts the Ray of this test process; use the fixtures `shared_ray` and `run_job`, after which it ends."""
     import ray
 
     from pipeline.runtime.cluster import local_ray_options

@@ -31,7 +31,7 @@ ONE_MMAP = 4 * (4 * 64 + 1 + 2)
 
 
 @pytest.fixture(scope="module")
-def all_methods(shared_ray, tmp_path_factory):
+def all_methods(run_job, tmp_path_factory):
     """A small run of all methods. Its storage, a few hundred MB, mostly of full fine-tuning, is deleted afterwards."""
     storage = tmp_path_factory.mktemp("all methods") / "storage"
     run_pipeline(ALL_METHODS, storage)
@@ -69,7 +69,7 @@ def test_every_method_reproduces_its_golden_numbers(all_methods):
 
 
 @pytest.mark.fault_injection
-def test_the_demo_reproduces_its_golden_numbers(shared_ray, tmp_path):
+def test_the_demo_reproduces_its_golden_numbers(run_job, tmp_path):
     """Zero-shot CLIP is accurate on its training domain and poor on others; prompts clearly improve it."""
     run_pipeline(DEMO, tmp_path / "storage")
     numbers = read_numbers(tmp_path / "storage")
