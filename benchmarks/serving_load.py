@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Load test of mmap-clip serve with clients on one machine: requests per second, latencies, batch sizes, and requests
-lost when a replica is killed; compared with direct calls of the model, and with the service without batching.
+lost when a replica is killed; compared with direct calls of the model, and with the service without batching. `attacks`
+measures what two attacks from another address leave to four ordinary clients.
 
     python benchmarks/serving_load.py                              the demo's tiny CLIP, 2 replicas of 1 CPU core
     python benchmarks/serving_load.py --clip ViT-B-32 --replicas 1 --cpus-per-replica 2 --side 500
@@ -11,14 +12,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import io
+import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import torch
 from common import table, write_results
+from PIL import Image
 from prediction_speed import jpegs, make_adapter_file
 from servers import free_ports
 from serving import Reply, Service, kill_under_load, run_closed_loop, send_request
@@ -29,6 +35,9 @@ from pipeline.prediction.load import load_model
 TASKS = ("ink", "neon")
 CLASSES = [f"class {number}" for number in range(10)]
 WARM_UP_S = 3
+ATTACK_S = 6
+"""An attack begins after this time and takes three times as long."""
+ATTACKER = "127.0.0.2"
 
 
 def main() -> None:
@@ -101,12 +110,105 @@ def main() -> None:
             finally:
                 service.end()
 
+    if "attacks" in arguments.parts:
+        print(table(["attack", "before", "during", "after", "longest wait, s", "ingress, MiB"], measure_attacks(serve)))
+    if not rows:
+        return
+
     columns = ["", "per second", "p50, ms", "p90, ms", "p99, ms", "images per batch", "lost"]
     print(f"\n{arguments.clip}, {arguments.replicas} x {arguments.cpus_per_replica} CPU, torch {torch.__version__}\n")
     print(table(columns, rows))
     values = {name: getattr(arguments, name) for name in ("clip", "side", "replicas", "cpus_per_replica", "seconds")}
     name = "digits" if arguments.clip == BUILTIN_DIGITS else arguments.clip
     write_results(f"serving_load_{name}", torch.device("cpu"), {**values, "columns": columns, "rows": rows})
+
+
+def measure_attacks(serve: Callable[[], Service]) -> list[tuple[str, ...]]:
+    """Return a row for each attack: requests per second of the ordinary clients before, during and after it, their
+    longest wait, and the ingress's memory before and at most."""
+    rows = []
+    for name, attack in {"slow bodies": send_slow_bodies, "large images": send_large_images}.items():
+        service = serve()
+        try:
+            rows.append((name, *measure_attack(service, attack)))
+        finally:
+            service.end()
+    return rows
+
+
+def measure_attack(service: Service, attack: Callable[[Service], Coroutine[Any, Any, None]]) -> tuple[str, ...]:
+    replies: list[tuple[float, Reply]] = []
+    images = jpegs(64, 64)
+    (ingress,) = service.processes("Ingress")
+    memory = [ingress.memory_info().rss]
+    start, stop = ATTACK_S, 4 * ATTACK_S
+    began = time.perf_counter()
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        while time.perf_counter() - began < stop + ATTACK_S:
+            reply = await send_request(session, predict_url(service), images[len(replies) % len(images)])
+            replies.append((time.perf_counter() - began, reply))
+            await asyncio.sleep(0 if reply.status == 200 else 0.1)
+
+    async def watch_memory() -> None:
+        while time.perf_counter() - began < stop + ATTACK_S:
+            memory.append(ingress.memory_info().rss)
+            await asyncio.sleep(0.1)
+
+    async def run_attack() -> None:
+        await asyncio.sleep(start)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(stop - start):
+                await attack(service)
+
+    async def run() -> None:
+        async with aiohttp.ClientSession() as session:
+            await asyncio.gather(run_attack(), watch_memory(), *(client(session) for _ in range(4)))
+
+    asyncio.run(run())
+    good = [end for end, reply in replies if reply.status == 200]
+    rates = [
+        sum(low <= end < high for end in good) / (high - low)
+        for low, high in ((0, start), (start, stop), (stop, stop + ATTACK_S))
+    ]
+    longest = max(reply.seconds for _, reply in replies)
+    cells = [f"{rate:.0f}" for rate in rates] + [f"{longest:.1f}"]
+    return *cells, f"{memory[0] / 2**20:.0f} → {max(memory) / 2**20:.0f}"
+
+
+async def send_slow_bodies(service: Service) -> None:
+    """256 connections, each of which sends one byte of a body, and connects again a second after it is closed."""
+    host, port = service.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /models/m/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx"
+    )
+
+    async def connect() -> None:
+        while True:
+            with suppress(OSError):
+                reader, writer = await asyncio.open_connection(host, int(port), local_addr=(ATTACKER, 0))
+                try:
+                    writer.write(head.encode())
+                    await reader.read(2**16)
+                finally:
+                    writer.close()
+            await asyncio.sleep(1)
+
+    await asyncio.gather(*(connect() for _ in range(256)))
+
+
+async def send_large_images(service: Service) -> None:
+    """One request after another, each a JSON of 64 PNGs of 88 megapixels, 8 MiB in all."""
+    stream = io.BytesIO()
+    Image.new("L", (9380, 9380)).save(stream, "PNG")
+    body = json.dumps({"images": [base64.b64encode(stream.getvalue()).decode()] * 64, "task": "ink"}).encode()
+    headers = {"Content-Type": "application/json"}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(local_addr=(ATTACKER, 0))) as session:
+        while True:
+            with suppress(aiohttp.ClientError):
+                async with session.post(f"{service.url}/models/m/predict", data=body, headers=headers) as response:
+                    await response.read()
+            await asyncio.sleep(0.1)
 
 
 def client_count_label(count: int) -> str:

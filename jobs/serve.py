@@ -8,47 +8,34 @@
     curl 'localhost:8000/models/digits/predict?task=ink' -H 'Content-Type: image/png' --data-binary @photo.png
 
 The models must have been trained on the same CLIP, whose weights each replica loads once. docs/serving.md describes all
-endpoints, responses and limits. There is no authentication: anyone who can reach the address can use it.
+endpoints, responses and limits. Without --token_file, anyone who can reach the address can use it.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from pipeline.command_line import Field, check_adapter_exists, importing, print_status, report_user_errors
-from pipeline.config import JobArguments, JobOptions, JobParser, parse_config
-from pipeline.cpus import usable_cpus
+from pipeline.config import JobArguments, JobParser, parse_config
 from pipeline.errors import UserError
 from pipeline.interrupts import forget_signals
+from pipeline.serving.options import ServingOptions, parse_models
+from pipeline.serving.tokens import read_token_digests
 
 if TYPE_CHECKING:
     from pipeline.serving.shared_clip import NamedAdapters
 
-MIB = 2**20
 
-
-class Options(JobOptions):
-    undivided: ClassVar[tuple[str, ...]] = ("models",)
-
-    models: tuple[str, ...] = Field(
-        description="NAME=SOURCE of each model: its name in the URLs, and a .safetensors file, a run directory (either "
-        "local or s3://), or an MLflow URI (models:/..., runs:/...)."
-    )
+class Options(ServingOptions):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all interfaces.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
-    max_request_mib: float = Field(10, gt=0, lt=4096, description="Maximum size of a request body in MiB.")
-    max_images: int = Field(64, ge=1, description="Maximum number of images per request.")
-    max_waiting: int = Field(
-        256, ge=1, description="Maximum in-flight requests per ingress; more get 503 with Retry-After."
+    trusted_proxies: tuple[str, ...] = Field(
+        (),
+        description="Addresses or networks of reverse proxies, whose header X-Forwarded-For names the client; on a "
+        "cluster, FORWARDED_ALLOW_IPS of its machines.",
     )
-    timeout_s: float = Field(60, gt=0, description="Request timeout in seconds.")
-    replicas: int = Field(1, ge=1, description="Number of replicas, each with all models.")
-    max_batch: int = Field(64, ge=1, description="Maximum batch size of a replica.")
-    batch_wait_ms: float = Field(5, ge=0, description="Batch wait timeout in milliseconds.")
-    ingress_replicas: int = Field(1, ge=1, description="Number of ingresses, which decode the images.")
 
 
 FIELD_HELP = {
@@ -71,16 +58,23 @@ def serve(arguments: JobArguments[Options]) -> None:
 
     for source in sources.values():
         check_adapter_exists(source)
+    job.check()
+    check_trusted_proxies(job.trusted_proxies)
+    token_digests = read_token_digests(job.token_file) if job.token_file else ()
     is_local = (cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
     if is_local:  # inherited by all processes of Serve; 1.5 times the requests per second
         os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+        os.environ["FORWARDED_ALLOW_IPS"] = ",".join(job.trusted_proxies)  # of uvicorn, Serve's HTTP server
+    elif job.trusted_proxies:
+        raise UserError(
+            "--trusted_proxies has no effect on a cluster: set FORWARDED_ALLOW_IPS on its machines before Ray starts"
+        )
     with importing("PyTorch and Ray Serve"):
         import ray
 
         from pipeline.clip.load import fetch_weights
         from pipeline.prediction.load import read_model
         from pipeline.runtime.cluster import WorkerResources, connect
-        from pipeline.serving.http_api import Limits
         from pipeline.serving.service import ServiceOptions, port_error, running_service, watch_service
         from pipeline.serving.shared_clip import check_one_clip
 
@@ -99,24 +93,18 @@ def serve(arguments: JobArguments[Options]) -> None:
         options = ServiceOptions(
             host=job.host,
             port=job.port,
-            replicas=job.replicas,
-            ingress_replicas=job.ingress_replicas,
             worker_resources=WorkerResources(cluster.cpus_per_worker, gpus),
-            max_batch=job.max_batch,
-            batch_wait_s=job.batch_wait_ms / 1000,
-            limits=Limits(
-                max_request_bytes=int(job.max_request_mib * MIB),
-                max_images=job.max_images,
-                max_waiting=job.max_waiting,
-                timeout_s=job.timeout_s,
-                decoding_threads=usable_cpus()[0],
-            ),
+            serving=job,
+            token_digests=token_digests,
         )
+        if not token_digests and not is_loopback(job.host):
+            print_status(
+                f"warning: anyone who can reach {job.host}:{job.port} can use the service; set --token_file, or put a "
+                "proxy with access control in front of it"
+            )
         with running_service(adapters, options, print_status, ends_with_ray=is_local):
             served = "; ".join(f"{name}: {', '.join(adapter.class_names)}" for name, (adapter, _) in adapters.items())
-            print_status(
-                f"ready: http://{job.host}:{job.port}, {options.replicas} x {options.worker_resources}; {served}"
-            )
+            print_status(f"ready: http://{job.host}:{job.port}, {job.replicas} x {options.worker_resources}; {served}")
             try:
                 watch_service(options, print_status)
             except KeyboardInterrupt:
@@ -126,17 +114,22 @@ def serve(arguments: JobArguments[Options]) -> None:
         ray.shutdown()
 
 
-def parse_models(models: Sequence[str]) -> dict[str, str]:
-    """Parse NAME=SOURCE of each model; UserError if one is malformed or a name occurs twice."""
-    sources: dict[str, str] = {}
-    for model in models:
-        name, _, source = model.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name) or not source:
-            raise UserError(f"--models {model}: expected NAME=SOURCE, with a name of letters, digits, `_`, `.`, `-`")
-        if name in sources:
-            raise UserError(f"--models {model}: duplicate name {name!r}")
-        sources[name] = source
-    return sources
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_trusted_proxies(proxies: tuple[str, ...]) -> None:
+    """Raises: UserError: one is no address and no network."""
+    for proxy in proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            raise UserError(
+                f"--trusted_proxies {proxy}: expected an address or a network, such as 10.0.0.5 or 10.0.0.0/24"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ IMAGE = f"mmap-clip:{tomllib.loads((REPOSITORY / 'pyproject.toml').read_text())[
 RAY = ("head", "worker", "gpu-worker", "submit")
 LAUNCHED = ("aws.yaml", "on_premise.yaml")
 MANIFESTS = {"pvc.yaml": "PersistentVolumeClaim", "raycluster.yaml": "RayCluster", "rayjob.yaml": "RayJob"}
+MANIFESTS["rayservice.yaml"] = "RayService"
 
 
 def loaded(path: Path) -> Any:
@@ -41,7 +42,7 @@ def loaded(path: Path) -> Any:
 
 
 def pod_specs(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    spec = manifest["spec"]
+    spec = manifest["spec"].get("rayClusterConfig", manifest["spec"])
     templates = {"head": spec.get("headGroupSpec"), "submitter": {"template": spec.get("submitterPodTemplate")}}
     templates |= {group["groupName"]: group for group in spec.get("workerGroupSpecs", [])}
     return {name: group["template"]["spec"] for name, group in templates.items() if group and group["template"]}
@@ -187,7 +188,9 @@ def test_versions_and_paths_are_the_same_everywhere(raycluster):
         docker = loaded(CLUSTER / name)["docker"]
         assert docker["image"] == IMAGE
         assert {"--volume=/shared:/shared", "--env=RAY_AUTH_MODE=token", "--cap-drop=ALL"} <= set(docker["run_options"])
-    for manifest in (raycluster, loaded(CLUSTER / "kuberay" / "rayjob.yaml")):
+    rayservice = loaded(CLUSTER / "kuberay" / "rayservice.yaml")
+    assert rayservice["spec"]["rayClusterConfig"]["rayVersion"] == raycluster["spec"]["rayVersion"]
+    for manifest in (raycluster, rayservice, loaded(CLUSTER / "kuberay" / "rayjob.yaml")):
         for pod in pod_specs(manifest).values():
             assert [container["image"] for container in pod["containers"]] == [IMAGE]
 
@@ -279,7 +282,7 @@ def test_manifest_is_valid(name, kind):
 
 
 def test_pods_run_as_no_root_with_limits():
-    for name in ("raycluster.yaml", "rayjob.yaml"):
+    for name in ("raycluster.yaml", "rayjob.yaml", "rayservice.yaml"):
         for pod in pod_specs(loaded(CLUSTER / "kuberay" / name)).values():
             security = pod["securityContext"]
             assert (security["runAsNonRoot"], security["runAsUser"], security["runAsGroup"]) == (True, 1000, 1000)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.models.utils import _enforce_schema
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
 from PIL import Image
@@ -23,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.prediction import encoded_images
 from pipeline.prediction.encoded_images import decode_base64, decode_sent_image
 from pipeline.prediction.image_prediction import COLUMNS
-from pipeline.prediction.mlflow_model import saved_mlflow_model
+from pipeline.prediction.mlflow_model import _load_pyfunc, saved_mlflow_model
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
 GRAY = RGB[..., 0]
@@ -235,6 +238,26 @@ def test_a_bad_row_of_an_mlflow_table_gets_an_error_and_the_others_a_prediction(
     assert [len(by_task) for by_task in table["predictions_by_task"]] == [0, 3, 3, 3] + [0] * 6
     for column in (pd.Categorical(["ink"]), pd.array(["ink"], dtype="string"), np.array(["ink"])):
         assert mlflow_model.predict(pd.DataFrame({"image": [png()], "task": column}))["task"][0] == "ink"
+
+
+def test_a_request_to_mlflow_server_is_limited_and_its_errors_tell_nothing_of_the_server(
+    mlflow_model, monkeypatch, adapter_file, tmp_path
+):
+    with pytest.raises(MlflowException, match="lists of different lengths"):
+        mlflow_model.predict(pd.DataFrame({"image": [[png(), png()]], "task": [["ink"]]}))
+    assert len(mlflow_model.predict(pd.DataFrame({"image": [b"no image"] * 65}))) == 65  # a program of the user's own
+    monkeypatch.setenv("__pyfunc_model_path__", "as MLflow's server does")
+    shutil.copyfile(adapter_file, tmp_path / "adapter.safetensors")
+    served = _load_pyfunc(str(tmp_path))
+    with pytest.raises(MlflowException, match="65 images exceed the limit of 64"):
+        served.predict(pd.DataFrame({"image": [b"no image"] * 65}))
+    monkeypatch.setattr("pipeline.prediction.mlflow_model.MAX_SERVED_PIXELS", 100)
+    with pytest.raises(MlflowException, match="send fewer or smaller images"):
+        served.predict(pd.DataFrame({"image": [png()]}))
+    monkeypatch.setattr(served, "_predict_table", lambda table: Path("/srv/models/secret").read_bytes())
+    with pytest.raises(MlflowException) as error:
+        served.predict(pd.DataFrame({"image": [png()]}))
+    assert "/srv" not in error.value.serialize_as_json() and error.value.get_http_status_code() == 500
 
 
 def test_mlflow_server_decodes_base64_in_every_format(model, mlflow_model):

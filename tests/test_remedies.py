@@ -35,11 +35,12 @@ FILE = re.compile(r"(?<![\w/.-])((?:benchmarks|cluster|configs|docs|jobs|tests)/
 
 
 def job_options() -> set[str]:
-    """Return the jobs' own options: annotated names of the class Options, or their aliases."""
+    """Return the jobs' own options: annotated names of the class Options and its base, or their aliases."""
     names = {"config", "help", "help-all", "help-methods"}
-    for job in job_names():
-        for node in ast.walk(ast.parse((REPOSITORY / "jobs" / f"{job}.py").read_text())):
-            if isinstance(node, ast.ClassDef) and node.name == "Options":
+    files = [*(REPOSITORY / "jobs" / f"{job}.py" for job in job_names()), REPOSITORY / "pipeline/serving/options.py"]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name in ("Options", "ServingOptions"):
                 names |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
             if isinstance(node, ast.keyword) and node.arg == "alias":
                 names.add(node.value.value)

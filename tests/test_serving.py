@@ -1,4 +1,4 @@
-"""The service: several models on one CLIP, mixed batches, HTTP responses to all requests, replica failures."""
+"""The service: several models on one CLIP, mixed batches, replica failures, and the whole as users start it."""
 
 from __future__ import annotations
 
@@ -23,39 +23,44 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pipelines import PATIENCE_S, REPOSITORY
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from servers import RayCluster, free_ports
-from serving import Service, kill_under_load, run_closed_loop, send_request
+from serving import (
+    AUTHORIZATION,
+    GROUP,
+    SERVED,
+    TOKEN,
+    Service,
+    get_response,
+    kill_under_load,
+    make_limits,
+    run_closed_loop,
+    send_request,
+)
 from small_methods import REFERENCES, SMALL, build_method
-from starlette.requests import Request
 
 import pipeline
 from jobs import serve
 from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, MmapConfig
-from pipeline.data.images import evaluation_pixels
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import METHODS
-from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.serving.dynamic_batcher import DynamicBatcher
-from pipeline.serving.http_api import Answer, HttpApi, Limits, NoReplicaError, ServedModel
+from pipeline.serving.http_api import Answer, HttpApi
 from pipeline.serving.ingress import Ingress
 from pipeline.serving.mixed_batch import PredictRequest, predict_batch
 from pipeline.serving.replica import ModelReplica
 from pipeline.serving.shared_clip import check_one_clip, load_models
 
 DIGITS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
-GROUP = {"ink": ["zero", "one", "two"], "neon": ["zero", "one", "two"]}
 MIXED = {
     "a": ("mmap", [GROUP, {"pairs": ["zero", "one"]}]),
     "b": ("mmap", [{"ink": DIGITS}]),
@@ -185,7 +190,7 @@ def run_batches(calls: Sequence[tuple[float, int]], **options) -> tuple[list[lis
 
         async def send(delay: float, size: int) -> int:
             await asyncio.sleep(delay)
-            return await asyncio.wait_for(batcher.submit(size), 0.15 if size == 5 else 5)
+            return await asyncio.wait_for(batcher.submit("client", size), 0.15 if size == 5 else 5)
 
         return await asyncio.gather(*(send(*arguments) for arguments in calls), return_exceptions=True)
 
@@ -209,217 +214,10 @@ def test_a_failed_batch_and_cancelled_calls():
     assert batches == [[8], [2]] and (results[0], results[2]) == (80, 20) and isinstance(results[1], TimeoutError)
 
 
-# HTTP, without Ray
-
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
-SERVED = {"digits": ServedModel("MmAP", "ViT", "0" * 64, GROUP, None, {})}
-
-
-def api(predict=None, preprocessing: Preprocessing | None = None, ready: bool = True, **limits) -> HttpApi:
-    async def first_class(model: str, task: str | None, pixels: np.ndarray) -> Answer:
-        assert pixels.shape[1:] == (3, 32, 32) and pixels.dtype == np.uint8
-        record = ImagePrediction(None, task, "zero", 1.0).to_dict()
-        return Answer([record] * len(pixels), len(pixels))
-
-    async def is_ready() -> bool:
-        return ready
-
-    values = {"max_request_bytes": 2000, "max_images": 3, "max_waiting": 2, "timeout_s": 5.0, "decoding_threads": 1}
-    preprocessing = preprocessing or Preprocessing(32)
-    return HttpApi(SERVED, preprocessing, Limits(**{**values, **limits}), predict or first_class, is_ready)
-
-
-async def send(
-    served: HttpApi,
-    path: str = "/models/digits/predict",
-    body: bytes | Sequence[bytes] = PNG,
-    content_type: str | None = "image/png",
-    query: bytes = b"",
-    method: str = "POST",
-    headers: Sequence[tuple[bytes, bytes]] = (),
-):
-    """Return (status, JSON, headers, number of body chunks that were read)."""
-    chunks = [body] if isinstance(body, bytes) else list(body)
-    remaining_chunks = iter(chunks)
-    num_read = 0
-
-    async def receive():
-        nonlocal num_read
-        num_read += 1
-        return {"type": "http.request", "body": next(remaining_chunks), "more_body": num_read < len(chunks)}
-
-    all_headers = [*headers, *([(b"content-type", content_type.encode("latin-1"))] if content_type else [])]
-    scope = {"type": "http", "method": method, "path": path, "query_string": query, "headers": all_headers}
-    response = await served(Request(scope, receive))
-    return response.status_code, json.loads(response.body), response.headers, num_read
-
-
-def get_response(served: HttpApi, *arguments, **options):
-    return asyncio.run(send(served, *arguments, **options))
-
-
-def json_request(**values) -> dict:
-    return {"body": json.dumps(values).encode(), "content_type": "application/json; charset=utf-8"}
-
-
-def test_images_are_preprocessed_as_the_models_need():
-    served_pixels, preprocessing = [], Preprocessing(32, "squash", "bilinear")
-
-    async def predict(model: str, task: str | None, pixels: np.ndarray) -> Answer:
-        served_pixels.append(pixels)
-        return Answer([{"error": None}] * len(pixels), len(pixels))
-
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(stream, "PNG")
-    get_response(api(predict, preprocessing, max_request_bytes=2**20), body=stream.getvalue())
-    assert np.array_equal(served_pixels[0][0], evaluation_pixels(stream.getvalue(), preprocessing))
-
-
-def test_error_responses_say_what_to_do():
-    image = base64.b64encode(PNG).decode()
-    for arguments, status, message in [
-        ({"path": "/"}, 404, "unknown path; the endpoints are GET /health, GET /models, POST /models/<model>/predict"),
-        ({"path": "/models/digits/predict/"}, 404, "unknown path"),
-        ({"path": "/models/letters/predict"}, 404, "unknown model 'letters'; the models are digits"),
-        ({"method": "GET"}, 405, "method GET not allowed"),
-        ({"path": "/health"}, 405, "method POST not allowed"),
-        (
-            {"content_type": "application/x-www-form-urlencoded"},
-            415,
-            "an image as image/*, or several as application/json",
-        ),
-        ({"content_type": None}, 415, "unsupported Content-Type ''"),
-        ({"query": b"task=oil"}, 422, "unknown task 'oil'; model 'digits' has the tasks ink, neon"),
-        ({"query": b"tsk=ink"}, 422, "unknown query parameter 'tsk'; the only one is task"),
-        ({"query": b"task=ink&task=neon"}, 422, "task is given more than once"),
-        ({"query": b"task=%00%1b[31m%ff"}, 422, "\\x00\\x1b[31m"),
-        ({"body": b""}, 422, "no bytes"),
-        ({"body": PNG[:40]}, 422, "supported format"),
-        ({"body": b"not an image"}, 422, "not an image of a supported format"),
-        ({"body": bytes(2001)}, 413, "exceeds 2,000 bytes"),
-        ({"body": b"{", "content_type": "application/json"}, 400, "the body is not valid JSON"),
-        ({"body": b"[" * 1900, "content_type": "application/json"}, 400, "the body is not valid JSON"),
-        ({"body": b"\xff\xfe\x00", "content_type": "application/json"}, 400, "the body is not valid JSON"),
-        (json_request(images=image), 422, "images must be a list of base64 strings"),
-        (json_request(images=[]), 422, "images must be a list"),
-        (json_request(), 422, "images must be a list"),
-        (json_request(image=[image]), 422, "unknown key 'image'; did you mean images?"),
-        (json_request(images=[image], top_k=3), 422, "unknown key 'top_k'."),
-        (
-            {**json_request(), "body": b'{"images": ["' + image.encode() + b'"], "task": "ink", "task": "neon"}'},
-            400,
-            "twice",
-        ),
-        ({"body": b"--x", "content_type": "multipart/form-data; boundary=x"}, 415, "several as application/json"),
-        (json_request(images=[image], task=["ink"]), 422, "task must be a string"),
-        (json_request(images=[image], task=""), 422, "unknown task ''"),
-        ({"query": b"task="}, 422, "unknown task ''"),
-        (json_request(images=[image], task=3), 422, "task must be a string"),
-        (json_request(images=[image] * 4), 413, "4 images exceed the limit of 3"),
-        (json_request(images=[image], task="oil"), 422, "unknown task 'oil'"),
-        (
-            {**json_request(images=[image], task="ink"), "query": b"task=neon"},
-            422,
-            "task is 'ink' in the body but 'neon' in",
-        ),
-    ]:
-        found_status, content, headers, _ = get_response(api(), **arguments)
-        assert found_status == status and message in content["error"], (arguments, found_status, content)
-        assert (found_status == 405) == ("allow" in headers)
-
-
-def test_answers_have_the_fields_of_mlflow_and_broken_images_their_error():
-    status, record, headers, _ = get_response(api(), query=b"task=ink")
-    assert status == 200 and record["label"] == "zero" and headers["x-batch-size"] == "1"
-    assert list(record) == [*COLUMNS, "probabilities", "predictions_by_task"]
-    valid, broken = base64.b64encode(PNG).decode(), base64.b64encode(b"no image").decode()
-    status, content, headers, _ = get_response(api(), **json_request(images=[broken, valid, "no base64!"], task="ink"))
-    assert status == 200 and headers["x-batch-size"] == "1"
-    broken_record, valid_record, invalid_record = content["predictions"]
-    assert valid_record == record and "supported format" in broken_record["error"]
-    assert invalid_record["error"].startswith("not base64")
-    assert list(broken_record) == list(record) and broken_record["label"] is None and broken_record["task"] == "ink"
-    mixed = [f"data:image/png;base64,{valid.rstrip('=')}", None, 3, "photos/a.png", "file:///etc/passwd"]
-    status, content, _, _ = get_response(api(max_images=5), **json_request(images=mixed))
-    errors = [record["error"] for record in content["predictions"]]
-    assert status == 200 and errors[:2] == [None, "no image but null; expected base64 text"] and all(errors[1:])
-    assert "a service reads no files or addresses" in errors[3] and "a service reads no addresses" in errors[4]
-    status, content, _, _ = get_response(api(), **json_request(images=[broken]))  # the model is not called
-    assert status == 200 and content["predictions"][0]["error"]
-
-
-def test_too_large_a_body_is_not_read_to_its_end():
-    status, _, _, num_read = get_response(api(), headers=[(b"content-length", b"2001")], body=[b"x"] * 9)
-    assert (status, num_read) == (413, 0)
-    status, _, _, num_read = get_response(api(), body=[bytes(700)] * 100)
-    assert (status, num_read) == (413, 3)
-    status, _, _, num_read = get_response(api(), body=[PNG[:30], b"", PNG[30:]])
-    assert (status, num_read) == (200, 3)
-
-
-def test_too_many_requests_get_503_before_they_are_read():
-    async def run():
-        release = asyncio.Event()
-
-        async def slow(model, task, pixels):
-            await release.wait()
-            return Answer([{"error": None}], 1)
-
-        served = api(slow)
-        in_flight = [asyncio.create_task(send(served)) for _ in range(2)]
-        await asyncio.sleep(0.2)
-        status, content, headers, num_read = await send(served)
-        assert (status, headers["retry-after"], num_read) == (503, "1", 0)
-        assert "2 requests are in flight" in content["error"]
-        release.set()
-        assert [(await task)[0] for task in in_flight] == [200, 200]
-        assert (await send(served))[0] == 200  # the slots are free again
-
-    asyncio.run(run())
-
-
-def test_timeouts_and_unavailable_replicas():
-    async def never(model, task, pixels):
-        await asyncio.Event().wait()
-
-    async def unavailable(model, task, pixels):
-        raise NoReplicaError("ActorDiedError")
-
-    status, content, _, _ = get_response(api(never, timeout_s=0.2))
-    assert status == 504 and "timeout after 0.2 s" in content["error"]
-    status, content, headers, _ = get_response(api(unavailable))
-    assert status == 503 and "ActorDiedError" in content["error"] and headers["retry-after"] == "1"
-    assert get_response(api(), path="/health", method="GET")[:2] == (200, {"status": "ready"})
-    assert get_response(api(ready=False), path="/health", method="GET")[0] == 503
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
-ALMOST = st.fixed_dictionaries({}, optional={"images": JSON, "task": JSON, "more": JSON})
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.binary(max_size=300) | (JSON | ALMOST).map(lambda value: json.dumps(value).encode()),
-    st.sampled_from(["application/json", "image/png", "application/octet-stream"]) | st.text(max_size=20),
-    st.binary(max_size=40),
-    st.text(max_size=20).map("/models/digits/{}".format) | st.just("/models/digits/predict") | st.text(max_size=20),
-)
-def test_invalid_requests_get_a_client_error(body, content_type, query, path):
-    content_type = content_type.encode("latin-1", "replace").decode("latin-1")
-    status, content, _, _ = get_response(api(max_request_bytes=10_000), path, body, content_type, query)
-    assert 400 <= status < 500 or (status == 200 and content["predictions"][0]["error"]), (status, content)
-
-
 # Replica failures
 
 
-def ingress(monkeypatch, outcomes: Iterable) -> Ingress:
+def ingress(monkeypatch, outcomes: Iterable) -> HttpApi:
     """Return an ingress whose calls to replicas have these outcomes, in order."""
     monkeypatch.setattr("pipeline.serving.ingress.RETRY_DELAY_S", 0.01)
     calls = iter(outcomes)
@@ -432,7 +230,7 @@ def ingress(monkeypatch, outcomes: Iterable) -> Ingress:
 
     method = SimpleNamespace(remote=predict)
     replicas = SimpleNamespace(predict=method, ready=method)
-    return Ingress(replicas, SERVED, Preprocessing(32), Limits(2000, 3, 2, 5.0, 1))
+    return Ingress(replicas, SERVED, Preprocessing(32), make_limits()).api
 
 
 def test_the_ingress_retries_and_finally_gives_up(monkeypatch):
@@ -443,8 +241,7 @@ def test_the_ingress_retries_and_finally_gives_up(monkeypatch):
     assert status == 503 and "ActorDiedError" in content["error"]
     model_error = RayTaskError("predict", "the model's traceback", RuntimeError("CUDA error"))
     assert get_response(ingress(monkeypatch, [model_error, answer]))[0] == 200  # another replica may work
-    with pytest.raises(RayTaskError):
-        get_response(ingress(monkeypatch, [model_error] * 4 + [answer]))
+    assert get_response(ingress(monkeypatch, [model_error] * 4 + [answer]))[0] == 500
     assert get_response(ingress(monkeypatch, [died]), path="/health", method="GET")[0] == 503
     assert get_response(ingress(monkeypatch, [True]), path="/health", method="GET")[0] == 200
 
@@ -452,21 +249,21 @@ def test_the_ingress_retries_and_finally_gives_up(monkeypatch):
 def test_a_large_request_is_split_into_calls():
     sizes = []
 
-    async def predict(model: str, task: str | None, pixels: np.ndarray) -> Answer:
+    async def predict(client: str, model: str, task: str | None, pixels: np.ndarray) -> Answer:
         sizes.append(pixels.nbytes)
         return Answer([{"label": int(image[0, 0, 0])} for image in pixels], len(pixels))
 
     replicas = SimpleNamespace(predict=SimpleNamespace(remote=predict))
-    server = Ingress(replicas, SERVED, Preprocessing(224), Limits(2000, 64, 2, 5.0, 1))
+    server = Ingress(replicas, SERVED, Preprocessing(224), make_limits())
     pixels = np.zeros((64, 3, 224, 224), np.uint8) + np.arange(64, dtype=np.uint8)[:, None, None, None]
-    answer = asyncio.run(server._predict("digits", "ink", pixels))
+    answer = asyncio.run(server._predict("client", "digits", "ink", pixels))
     assert [record["label"] for record in answer.records] == list(range(64)) and answer.batch_size == 20
     assert len(sizes) == 4 and max(sizes) < 4 * 2**20  # which is what a gRPC server takes by default
 
 
 def test_a_replica_whose_model_fails_is_not_healthy(monkeypatch):
-    monkeypatch.setattr("pipeline.serving.replica.ray", SimpleNamespace(get=lambda reference: reference))
-    replica = ModelReplica([{"m": (trained("mmap", GROUP), ModelOptions())}], WorkerResources(1, 0.0), 4, 0.01)
+    adapters = {"m": (trained("mmap", GROUP), ModelOptions())}
+    replica = ModelReplica(lambda: adapters, WorkerResources(1, 0.0), 4, 0.01)
     asyncio.run(replica.check_health())
 
     def fails(*arguments, **options):
@@ -536,7 +333,11 @@ def service(adapter_files, tmp_path_factory):
     (port,) = free_ports(1, start=8400)
     models = ["--models", *(f"{name}={adapter_file}" for name, adapter_file in adapter_files.items())]
     limits = ["--max_request_mib", "6", "--max_images", "8", "--batch_wait_ms", "20"]
-    running = Service(tmp_path_factory.mktemp("service"), port, *models, "--replicas", "2", *limits)
+    folder = tmp_path_factory.mktemp("service")
+    (folder / "token").write_text(TOKEN)
+    (folder / "token").chmod(0o600)
+    options = ["--replicas", "2", "--token_file", str(folder / "token"), *limits]
+    running = Service(folder, port, *models, *options)
     yield running
     running.kill()
 
@@ -550,7 +351,8 @@ def images(tmp_path_factory) -> list[bytes]:
 
 def fetch_json(url: str, body: bytes | None = None, content_type: str = "image/png"):
     """Return (status, JSON)."""
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": content_type} if body is not None else {})
+    headers = {"Content-Type": content_type, **AUTHORIZATION} if body is not None else AUTHORIZATION
+    request = urllib.request.Request(url, data=body, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=300) as response:
             return response.status, json.load(response)
@@ -609,7 +411,8 @@ def test_limits_and_errors_reach_the_client_through_serve(service, images):
     assert fetch_json(predict, images[0], "text/plain")[0] == 415
     assert fetch_json(predict, json.dumps({"images": ["/w"] * 9}).encode(), "application/json")[0] == 413
     host, port = service.url.removeprefix("http://").split(":")
-    head = f"POST /models/a/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\n"
+    path = f"/models/a/predict HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head = f"POST {path}Content-Type: image/png\r\n"
     for header_end, is_endless in [
         ("Content-Length: 99999999999\r\n\r\n", False),  # and nothing comes: the answer does not wait for it
         ("Transfer-Encoding: chunked\r\n\r\n", True),  # without end
@@ -632,10 +435,52 @@ def test_limits_and_errors_reach_the_client_through_serve(service, images):
             answer = connection.recv(1000).decode()
             stop.set()
         assert answer.startswith("HTTP/1.1 400" if "nonsense" in header_end else "HTTP/1.1 413"), answer
+    websocket = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    websocket += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    expectation = f"{head}Content-Length: {len(images[0])}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    one_request = expectation.replace("Expect: 100-continue\r\nConnection: close\r\n", "").encode() + images[0]
+    for request, expected in [
+        (f"GET {path}{websocket}".encode(), "HTTP/1.1 403"),
+        (expectation.encode() + images[0], "HTTP/1.1 100"),
+        (one_request + one_request.replace(b"Host", b"Connection: close\r\nHost"), "HTTP/1.1 200"),  # pipelined
+        (f"OPTIONS {path}Connection: close\r\n\r\n".encode(), "HTTP/1.1 405"),
+        (f"HEAD {path.replace('/a/predict', '')}Connection: close\r\n\r\n".encode(), "HTTP/1.1 200"),
+        (f"{head}Content-Encoding: gzip\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode(), "HTTP/1.1 415"),
+    ]:
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(request)
+            answer = b""
+            while part := connection.recv(2**16):
+                answer += part
+        assert answer.decode().startswith(expected) and b"Traceback" not in answer, (request, answer)
+        assert answer.count(b"HTTP/1.1 ") == (2 if expected.endswith("100") or request.count(b"POST") == 2 else 1)
     large = io.BytesIO()  # more than Serve's gRPC takes in one message
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (1300, 1300, 3), dtype=np.uint8)).save(large, "PNG")
     assert large.tell() > 5_000_000 and fetch_json(predict, large.getvalue())[0] == 200
     assert fetch_json(predict, images[0])[0] == 200
+
+
+@pytest.mark.slow
+def test_the_token_is_needed_and_shown_nowhere(service, images):
+    predict = f"{service.url}/models/a/predict"
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        for url in (predict, f"{service.url}/metrics"):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+            assert error.value.code == 401 and error.value.headers["WWW-Authenticate"].startswith("Bearer")
+    assert urllib.request.urlopen(f"{service.url}/health", timeout=60).status == 200
+    request = urllib.request.Request(f"{service.url}/metrics", headers=AUTHORIZATION)
+    assert b"mmap_clip_rejected_requests_total" in urllib.request.urlopen(request, timeout=60).read()
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    assert TOKEN not in service.log.read_text()
+    words = [word for process in family for word in process.cmdline()]
+    session = next(word for word in words if word.startswith(("--session-dir=", "--session_dir=")))
+    logs = Path(session.partition("=")[2]) / "logs"
+    assert logs.is_dir()
+    for process in family:
+        assert TOKEN not in " ".join(process.cmdline()) and TOKEN not in str(process.environ())
+    for log in logs.rglob("*"):
+        assert not log.is_file() or TOKEN.encode() not in log.read_bytes(), log
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
+import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,7 +26,7 @@ from pipeline.clip.files.text_files import needs_transformers
 from pipeline.config import ClipConfig, content_hash
 from pipeline.data.images import BrokenImage
 from pipeline.errors import UserError, escape_controls
-from pipeline.prediction.encoded_images import decode_sent_image, is_missing
+from pipeline.prediction.encoded_images import decode_sent_image, is_missing, num_pixels_to_decode
 from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 from pipeline.prediction.load import MLFLOW_ADAPTER, load_model, local_adapter_file, read_model
 from pipeline.prediction.model import TrainedModel
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
 PACKAGES: tuple[str, ...] = ("mlflow", "numpy", "open_clip_torch", "pandas", "pillow", "pyarrow", "pydantic")
 PACKAGES += ("pyyaml", "safetensors", "scipy", "torch", "torchvision")
 """Packages that loading and using the model imports."""
+MAX_SERVED_IMAGES, MAX_SERVED_PIXELS = 64, 256_000_000
+"""Limits of a request to MLflow's server, as by default those of `mmap-clip serve`."""
+_SERVED_MODEL = "__pyfunc_model_path__"
+"""Variable by which MLflow tells the processes of its server which model they serve."""
+_LOGGER = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -133,20 +140,48 @@ def _input_example() -> pd.DataFrame:
 
 
 def _load_pyfunc(data_path: str) -> _Pyfunc:
-    return _Pyfunc(load_model(Path(data_path) / Path(MLFLOW_ADAPTER).name))
+    return _Pyfunc(load_model(Path(data_path) / Path(MLFLOW_ADAPTER).name), _SERVED_MODEL in os.environ)
 
 
 class _Pyfunc:
-    def __init__(self, model: TrainedModel):
-        self._model = model
+    """
+    Args:
+        is_served: MLflow's HTTP server calls it: the images of a call are limited, and an error tells nothing of the
+            server.
+    """
+
+    def __init__(self, model: TrainedModel, is_served: bool = False):
+        self._model, self._is_served = model, is_served
 
     def predict(self, table: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Return the predictions for a table of images; a row with a bad image or task gets an error."""
+        """Return the predictions for a table of images; a row with a bad image or task gets an error.
+
+        Raises:
+            MlflowException: lists of different lengths, or, from MLflow's server, too many images or any error.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._predict_table(table)
+        except UserError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+        except Exception:
+            if not self._is_served:
+                raise
+            _LOGGER.exception("prediction failed")  # MLflow's server would answer with the traceback and its paths
+            raise MlflowException("the prediction failed; see the log of the server") from None
+
+    def _predict_table(self, table: pd.DataFrame) -> pd.DataFrame:
         import pandas as pd
 
         if len(table) == 1 and isinstance(table["image"].iloc[0], list):  # so MLflow reads {"inputs": {"image": [...]}}
-            table = table.explode([name for name in table if isinstance(table[name].iloc[0], list)])
+            lists = [name for name in table if isinstance(table[name].iloc[0], list)]
+            if len({len(table[name].iloc[0]) for name in lists}) > 1:
+                raise UserError("image and task are lists of different lengths; give a task per image, or none")
+            table = table.explode(lists)
         tasks: list[Any] = list(table["task"]) if "task" in table else [None] * len(table)
+        if self._is_served and len(table) > MAX_SERVED_IMAGES:
+            raise UserError(f"{len(table):,} images exceed the limit of {MAX_SERVED_IMAGES}; send several requests")
         predictions = self._predict_rows(list(table["image"]), tasks)
         # A float column would turn None into NaN, which JSON does not have.
         return pd.DataFrame([prediction.to_dict() for prediction in predictions], dtype=object)
@@ -166,6 +201,11 @@ class _Pyfunc:
                 rows_by_task.setdefault(task, []).append(row)
             except (UserError, BrokenImage) as error:
                 prediction_by_row[row] = ImagePrediction(task=name, error=escape_controls(str(error)))
+        if self._is_served and (total := sum(map(num_pixels_to_decode, data_by_row.values()))) > MAX_SERVED_PIXELS:
+            raise UserError(
+                f"the images have {total / 1e6:,.0f} megapixels in all, the limit is {MAX_SERVED_PIXELS / 1e6:,.0f}; "
+                "send fewer or smaller images"
+            )
         for task, rows in rows_by_task.items():
             predictions = self._model.predict([data_by_row[row] for row in rows], task)
             prediction_by_row.update(zip(rows, predictions, strict=True))

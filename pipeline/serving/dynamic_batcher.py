@@ -7,10 +7,11 @@ batches queue up under load.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from pipeline.serving.fair_queue import FairQueue
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
@@ -25,7 +26,7 @@ class _PendingCall(Generic[Call, Result]):
 
 
 class DynamicBatcher(Generic[Call, Result]):
-    """Batcher for the calls of one event loop.
+    """Batcher for the calls of one event loop, which takes turns between clients.
 
     Args:
         run: maps calls to their results, in order; runs one batch at a time.
@@ -42,14 +43,15 @@ class DynamicBatcher(Generic[Call, Result]):
         wait_s: float,
     ):
         self._run, self._get_size, self._max_size, self._wait_s = run, get_size, max_size, wait_s
-        self._queue: deque[_PendingCall[Call, Result]] = deque()
+        self._queue = FairQueue[_PendingCall[Call, Result]]()
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
-    async def submit(self, call: Call) -> Result:
+    async def submit(self, client: str, call: Call) -> Result:
         """Return the result of a call. Raises: the exception of its batch."""
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._queue.append(_PendingCall(call, self._get_size(call), result))
+        size = self._get_size(call)
+        self._queue.push(client, size, _PendingCall(call, size, result))
         self._arrived.set()
         if self._worker is None:
             self._worker = asyncio.create_task(self._run_batches())
@@ -58,7 +60,7 @@ class DynamicBatcher(Generic[Call, Result]):
     async def _run_batches(self) -> None:
         try:
             while self._queue:
-                await self._wait_for_batch(self._queue[0].arrival_time + self._wait_s)
+                await self._wait_for_batch(min(pending.arrival_time for pending in self._queue) + self._wait_s)
                 if batch := self._next_batch():
                     await self._run_batch(batch)
         finally:
@@ -76,8 +78,8 @@ class DynamicBatcher(Generic[Call, Result]):
     def _next_batch(self) -> list[_PendingCall[Call, Result]]:
         batch: list[_PendingCall[Call, Result]] = []
         capacity = self._max_size
-        while self._queue and (not batch or self._queue[0].size <= capacity):
-            pending = self._queue.popleft()
+        while self._queue and (not batch or self._queue.peek().size <= capacity):
+            pending = self._queue.pop()
             if not pending.result.cancelled():  # the caller gave up
                 batch.append(pending)
                 capacity -= pending.size

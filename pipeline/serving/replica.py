@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import ray
 import torch
 
 from pipeline.runtime.cluster import WorkerResources
@@ -16,14 +16,13 @@ from pipeline.serving.mixed_batch import PredictRequest, predict_batch
 from pipeline.serving.shared_clip import NamedAdapters, load_models
 
 _Call = tuple[str, str | None, np.ndarray]
-"""Arguments of `ModelReplica.predict`."""
+"""Model, task and pixels."""
 
 
 class ModelReplica:
     """
     Args:
-        adapters_ref: reference in Ray's object store to the argument of `load_models`; in a list, since Ray would
-            resolve a bare one.
+        get_adapters: returns the argument of `load_models`.
         max_batch: maximum batch size.
         batch_wait_s: batch wait timeout.
 
@@ -33,23 +32,23 @@ class ModelReplica:
 
     def __init__(
         self,
-        adapters_ref: list[ray.ObjectRef[NamedAdapters]],
+        get_adapters: Callable[[], NamedAdapters],
         worker_resources: WorkerResources,
         max_batch: int,
         batch_wait_s: float,
     ):
         if not worker_resources.gpus:
             torch.set_num_threads(worker_resources.cpus)
-        self._models = load_models(ray.get(adapters_ref[0]), "cuda" if worker_resources.gpus else "cpu")
+        self._models = load_models(get_adapters(), "cuda" if worker_resources.gpus else "cpu")
         self._max_batch = max_batch
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._batcher = DynamicBatcher(self._predict_batch, lambda call: len(call[2]), max_batch, batch_wait_s)
         self._has_answered = False
         self._warm_up()
 
-    async def predict(self, model: str, task: str | None, pixels: np.ndarray) -> Answer:
+    async def predict(self, client: str, model: str, task: str | None, pixels: np.ndarray) -> Answer:
         """Predict uint8 pixels (B, 3, S, S); model and task must exist."""
-        return await self._batcher.submit((model, task, pixels))
+        return await self._batcher.submit(client, (model, task, pixels))
 
     async def ready(self) -> bool:
         return True

@@ -3,7 +3,8 @@
     client ── Serve's proxy ── ingress ──┬── replica of all models (a GPU, or CPU cores)
                                          └── replica of all models
 
-There are two Serve applications, so that on shutdown the ingress answers its requests before the replicas stop.
+`running_service` deploys two Serve applications, so that on shutdown the ingress answers its requests before the
+replicas stop. `build_application` builds one, for `serve run`, `serve deploy` and KubeRay's RayService.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -25,25 +27,28 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.clip.load import build_meta_towers
+from pipeline.config.schema import validate
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.methods.registry import get_method
+from pipeline.prediction.load import read_model
 from pipeline.prediction.options import ModelOptions
 from pipeline.runtime.cluster import WorkerResources, cluster_summary, num_slots
-from pipeline.serving.http_api import Limits, ServedModel
-from pipeline.serving.ingress import Ingress
+from pipeline.serving.http_api import ServedModel
+from pipeline.serving.ingress import Ingress, IngressApp
+from pipeline.serving.options import ApplicationOptions, ServingOptions, parse_models
 from pipeline.serving.replica import ModelReplica
-from pipeline.serving.shared_clip import NamedAdapters
+from pipeline.serving.shared_clip import NamedAdapters, check_one_clip
+from pipeline.serving.tokens import read_token_digests
 
 INGRESS_APP, MODELS_APP = "mmap-clip-ingress", "mmap-clip-models"
 HEALTH_CHECK_INTERVAL_S = 5
 POLL_INTERVAL_S = 5
 MAX_LOAD_ATTEMPTS = 3
 """Attempts of a replica to load the models before the service fails."""
-MIN_ONGOING_REQUESTS = 32
-"""Minimum of a replica's `max_ongoing_requests`: with less, most of Serve's routing attempts are rejected."""
 UNLIMITED_REQUESTS = 100_000
-"""`max_ongoing_requests` of the ingress, which has its own limits; Serve's proxy reads waiting requests without any."""
+"""`max_ongoing_requests`: the ingress has its own limits, and requests must wait in the replica, which takes turns
+between clients, rather than in Serve's routers, which do not."""
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
@@ -51,13 +56,10 @@ _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 class ServiceOptions:
     host: str
     port: int
-    replicas: int
-    ingress_replicas: int
     worker_resources: WorkerResources
     """Resources of a replica."""
-    max_batch: int
-    batch_wait_s: float
-    limits: Limits
+    serving: ServingOptions
+    token_digests: tuple[str, ...] = field(default=(), repr=False)
 
 
 @contextmanager
@@ -77,37 +79,15 @@ def running_service(
     """
     _check_cluster(options)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it logs each step
-    adapters_ref = ray.put(dict(adapters))  # once for all replicas; owned by the driver, for replicas that restart
-    models = {name: _describe_model(adapter, saved) for name, (adapter, saved) in adapters.items()}
-    adapter, saved = next(iter(adapters.values()))
-    preprocessing = build_meta_towers(adapter.config.clip.with_weights(saved.pretrained)).preprocessing
-    deployment_options: dict[str, Any] = {
-        "health_check_period_s": HEALTH_CHECK_INTERVAL_S,
-        "graceful_shutdown_wait_loop_s": 0.5,
-        "graceful_shutdown_timeout_s": options.limits.timeout_s + 5,
-    }
-    replica = serve.deployment(
-        num_replicas=options.replicas,
-        ray_actor_options={"num_cpus": options.worker_resources.cpus, "num_gpus": options.worker_resources.gpus},
-        max_ongoing_requests=max(
-            2 * options.max_batch, MIN_ONGOING_REQUESTS
-        ),  # one batch runs while the next one fills
-        max_constructor_retry_count=MAX_LOAD_ATTEMPTS,
-        **deployment_options,
-    )(ModelReplica)
-    ingress = serve.deployment(
-        num_replicas=options.ingress_replicas,
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=UNLIMITED_REQUESTS,
-        **deployment_options,
-    )(Ingress)
+    # Once for all replicas; owned by the driver, for replicas that restart.
+    adapters_ref: ray.ObjectRef[NamedAdapters] = ray.put(adapters)
+    replica = _bind_replica(partial(_get_from_ray, [adapters_ref]), options)
     say("starting Ray Serve ...")
     serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
     try:
         say("starting the replicas, which import PyTorch and load CLIP ...")
-        application = replica.bind([adapters_ref], options.worker_resources, options.max_batch, options.batch_wait_s)
-        replicas = _deploy(application, MODELS_APP, None)
-        _deploy(ingress.bind(replicas, models, preprocessing, options.limits), INGRESS_APP, "/")
+        replicas = _deploy(replica, MODELS_APP, None)
+        _deploy(_bind_ingress(replicas, adapters, options), INGRESS_APP, "/")
         yield
         with suppress(TimeoutError):  # raised after a minute
             serve.delete(INGRESS_APP)
@@ -118,9 +98,73 @@ def running_service(
             serve.shutdown()
 
 
+def build_application(arguments: Mapping[str, Any]) -> serve.Application:
+    """Build the service as one Serve application; its replicas read the models themselves.
+
+    Args:
+        arguments: fields of `ApplicationOptions`, as `args` in a Serve config. Files must exist on all machines.
+
+    Raises:
+        UserError: an invalid argument, a model that cannot be read, or models that cannot share a CLIP.
+    """
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    serving = validate(ApplicationOptions, values)
+    serving.check()
+    digests = read_token_digests(serving.token_file) if serving.token_file else ()
+    read_adapters = partial(_read_adapters, parse_models(serving.models), serving.pretrained)
+    adapters = read_adapters()
+    check_one_clip(adapters)
+    worker_resources = WorkerResources(serving.cpus_per_worker, serving.gpus_per_worker)
+    options = ServiceOptions("", 0, worker_resources, serving, digests)
+    return _bind_ingress(_bind_replica(read_adapters, options), adapters, options)
+
+
+def _bind_replica(get_adapters: Callable[[], NamedAdapters], options: ServiceOptions) -> serve.Application:
+    serving, resources = options.serving, options.worker_resources
+    deployment = serve.deployment(
+        num_replicas=serving.replicas,
+        ray_actor_options={"num_cpus": resources.cpus, "num_gpus": resources.gpus},
+        max_constructor_retry_count=MAX_LOAD_ATTEMPTS,
+        **_deployment_options(serving),
+    )(ModelReplica)
+    return deployment.bind(get_adapters, resources, serving.max_batch, serving.batch_wait_ms / 1000)
+
+
+def _bind_ingress(replicas: Any, adapters: NamedAdapters, options: ServiceOptions) -> serve.Application:
+    serving = options.serving
+    models = {name: _describe_model(adapter, saved) for name, (adapter, saved) in adapters.items()}
+    adapter, saved = next(iter(adapters.values()))
+    preprocessing = build_meta_towers(adapter.config.clip.with_weights(saved.pretrained)).preprocessing
+    deployment = serve.deployment(
+        name=Ingress.__name__,
+        num_replicas=serving.ingress_replicas,
+        ray_actor_options={"num_cpus": 0},
+        **_deployment_options(serving),
+    )(serve.ingress(IngressApp())(Ingress))
+    return deployment.bind(replicas, models, preprocessing, serving.limits(), options.token_digests)
+
+
+def _deployment_options(serving: ServingOptions) -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": UNLIMITED_REQUESTS,
+        "health_check_period_s": HEALTH_CHECK_INTERVAL_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": serving.timeout_s + 5,
+    }
+
+
+def _get_from_ray(reference: list[ray.ObjectRef[NamedAdapters]]) -> NamedAdapters:
+    """Return the object of a reference, which is in a list, since Ray would resolve a bare one."""
+    return ray.get(reference[0])
+
+
+def _read_adapters(sources: Mapping[str, str], pretrained: str | None) -> NamedAdapters:
+    return {name: read_model(source, pretrained)[:2] for name, source in sources.items()}
+
+
 def watch_service(options: ServiceOptions, report: Callable[[str], None]) -> None:
     """Report changes of the number of replicas, until interrupted. Raises: UserError: the service was stopped."""
-    previous = options.replicas
+    previous = options.serving.replicas
     while True:
         time.sleep(POLL_INTERVAL_S)
         try:
@@ -131,14 +175,14 @@ def watch_service(options: ServiceOptions, report: Callable[[str], None]) -> Non
                 f"the service was stopped by another process ({type(error).__name__}); restart it"
             ) from None
         if (num_running := sum(count for state, count in states.items() if state == "RUNNING")) != previous:
-            report(f"{num_running} of {options.replicas} replicas are running")
+            report(f"{num_running} of {options.serving.replicas} replicas are running")
             previous = num_running
 
 
 def _check_cluster(options: ServiceOptions) -> None:
-    if (max_replicas := num_slots(options.worker_resources)) < options.replicas:
+    if (max_replicas := num_slots(options.worker_resources)) < options.serving.replicas:
         raise UserError(
-            f"--replicas {options.replicas} of {options.worker_resources} each do not fit: the cluster has "
+            f"--replicas {options.serving.replicas} of {options.worker_resources} each do not fit: the cluster has "
             f"{cluster_summary()}, enough for {max_replicas}; lower --replicas, --cluster.gpus_per_worker or "
             "cpus_per_worker, or add machines"
         )
