@@ -21,7 +21,7 @@ with interrupts.ending_at_once():
 
 GROUPS = {
     "Train": ("check_data", "full_pipeline", "benchmark", "tune", "grouping_study", "add_task"),
-    "Look": ("runs", "verify", "list_models"),
+    "Look": ("runs", "verify", "list_models", "resend"),
     "Use": ("predict", "serve", "register_model"),
     "Single stages": ("build_splits", "train_global_prompt", "solve_grouping", "train_groups"),
     "Shell": ("completion",),
@@ -37,6 +37,7 @@ USUAL_NAMES = {
     **dict.fromkeys(("register", "export", "publish", "push"), "register-model"),
     **dict.fromkeys(("search", "hpo", "sweep", "optimize"), "tune"),
     **dict.fromkeys(("bench", "compare"), "benchmark"),
+    **dict.fromkeys(("send", "sync", "flush", "upload"), "resend"),
     **dict.fromkeys(("group", "grouping", "cluster"), "solve-grouping"),
     **dict.fromkeys(("split", "splits"), "build-splits"),
     "add": "add-task",

@@ -25,7 +25,7 @@ from pipeline.config import JobOptions, JobParser, did_you_mean
 from pipeline.errors import UserError
 
 FILES = {"config", "search", "output", "inputs", "data.root", "data.class_names", "clip.model", "clip.pretrained"}
-FOLDERS = {"run", "storage", "cache"}
+FOLDERS = {"run", "source", "storage", "cache"}
 
 
 class Options(JobOptions):

@@ -7,11 +7,10 @@
 Running the same command again changes nothing; other options create a new version.
 """
 
-import os
 from pathlib import Path
 
 from pipeline.command_line import Field, importing, report_user_errors
-from pipeline.config import Fraction, JobArguments, JobOptions, JobParser, load_yaml, parse_config
+from pipeline.config import Config, Fraction, JobArguments, JobOptions, JobParser, load_yaml, parse_config
 from pipeline.errors import UserError
 
 
@@ -26,7 +25,7 @@ class Options(JobOptions):
 FIELD_HELP = {
     "clip.pretrained": "CLIP weights where the model is served: an open_clip tag, a file, a folder or hf-hub:ORG/NAME; "
     "null: as in training.",
-    "tracking.uri": "MLflow tracking URI; null: that of the run's config.yaml.",
+    "tracking.uri": "MLflow tracking URI; null: the one that the run was sent to.",
     "tracking.registered_model": "Name of the registered model; null: that of the run's config.yaml.",
 }
 
@@ -38,15 +37,15 @@ def main() -> None:
 
 def register(arguments: JobArguments[Options]) -> None:
     job, fields = arguments.options, arguments.fields
-    run_folder, uri, name = resolve_run(job.run, fields.get("tracking.uri"), fields.get("tracking.registered_model"))
+    uri, name = fields.get("tracking.uri"), fields.get("tracking.registered_model")
+    folder, run_key, uri, name = resolve_run(job.run, uri, name)
 
     with importing("PyTorch and MLflow"):
         from pipeline.prediction.mlflow_model import saved_mlflow_model
         from pipeline.runtime.tracking.mlflow_adapter import find_run, register_version
 
-    client, run_id = find_run(uri, run_folder)
-    folder, separator, query = run_folder.partition("?") if "://" in run_folder else (run_folder, "", "")
-    adapter = f"{folder}/adapters/{job.method}.safetensors{separator}{query}"
+    client, run_id = find_run(uri, run_key)
+    adapter = folder / "adapters" / f"{job.method}.safetensors"
     with saved_mlflow_model(adapter, fields.get("clip.pretrained"), job.temperature, job.threshold) as model:
         try:
             client.log_artifacts(run_id, str(model), model.name)
@@ -58,25 +57,26 @@ def register(arguments: JobArguments[Options]) -> None:
     print(f"models:/{name}/{version}")
 
 
-def resolve_run(run: str, uri: str | None, name: str | None) -> tuple[str, str, str]:
-    """Return the run folder as in the tags of the run, its tracking URI, and the name of the registered model."""
-    from pipeline.files import is_uri
+def resolve_run(run: str, uri: str | None, name: str | None) -> tuple[Path, str, str, str]:
+    """Return the run folder, the key of its MLflow run, its tracking URI, and the name of the registered model."""
+    from pipeline.runtime.session import PARENT
+    from pipeline.runtime.tracking.delivery import read_journal_id
+    from pipeline.runtime.tracking.journal import run_key
     from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
+    from pipeline.runtime.tracking.tracker import read_target
+    from pipeline.stages import finished_run
 
-    if is_uri(run):
-        folder, uri = run.rstrip("/"), uri or os.environ.get("MLFLOW_TRACKING_URI")
-    else:
-        path = Path(run).expanduser().resolve()
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"--run {run} is not a run directory (it has no config.yaml): give <storage>/runs/<run>")
-        tracking = parse_config(load_yaml(path / "config.yaml")).tracking
-        folder, name = str(path), name or tracking.registered_model
-        uri = uri or resolve_tracking_uri(tracking.uri, path.parent.parent)
-    if not uri:
-        raise UserError("--tracking.uri http://HOST:PORT is required for a run in a bucket: the server of the run")
+    storage, folder = finished_run.resolve_run(run, Config().cache)
+    storage.download(folder)
+    journals = sorted(folder.glob("tracking-*"))
+    if not (folder / "config.yaml").is_file() or not journals:
+        raise UserError(f"--run {run} is not a run directory (it has no config.yaml): give <storage>/runs/<run>")
+    name = name or parse_config(load_yaml(folder / "config.yaml")).tracking.registered_model
     if not name:
         raise UserError("--tracking.registered_model NAME is required: the config of the run does not set it")
-    return folder, uri, name
+    key = run_key(read_journal_id(journals[0]), PARENT)
+    uri = uri or resolve_tracking_uri(read_target(storage.folder, journals[0]).uri, storage.folder)
+    return folder, key, uri, name
 
 
 if __name__ == "__main__":

@@ -19,7 +19,23 @@ from pipeline.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
 """Suffix of temporary paths."""
-FREE_SPACE_ADVICE = "free some disk space or change `storage`, then rerun the same command"
+_ERROR_NUMBER = re.compile(r"\((?:os )?error (\d+)\)|\[Errno (\d+)\]|\berrno:? (\d+)")
+"""How torch, safetensors and pyarrow name the number of an error of the operating system."""
+_ADVICE = {
+    errno.ENOSPC: "free some disk space or change {option}",
+    errno.EDQUOT: "remove files of yours or ask for a larger quota, or change {option}",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user write it (ls -ld, chmod, chown) or change {option}"),
+    errno.EROFS: "its file system is mounted read-only: mount it for writing or change {option}",
+    errno.EIO: "its disk or network mount fails (dmesg says how): repair it or change {option}",
+    errno.ESTALE: "its network file system was lost: mount it again or change {option}",
+    errno.ENAMETOOLONG: "give a shorter name or path, with {option} or of the data",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+        "a file and a folder have one name: remove the wrong one or change {option}",
+    ),
+    errno.ENOENT: "its folder was removed or is not mounted: restore it or change {option}",
+}
 SETTLED_NS = 2_000_000_000
 """Age of a file's last change from which its digest is remembered: later changes then have other times, whatever the
 resolution of the file system's clock."""
@@ -58,23 +74,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Like `atomic_replace`, with user errors.
 
     Raises:
-        UserError: the disk is full or the folder is not writable.
+        UserError: the file cannot be written, with the remedy.
     """
     try:
         with atomic_replace(path) as partial:
             yield partial
     except Exception as error:
-        if isinstance(error, OSError) or (disk_is_full(error) and not isinstance(error, UserError)):
+        if isinstance(error, OSError) or (error_number(error) and not isinstance(error, UserError)):
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"cannot write {path}: {reason}; {write_advice(error)}") from error
         raise
-
-
-def write_advice(error: BaseException) -> str:
-    """Return what to do about a file or folder that could not be written."""
-    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "make its folder writable for you or change `storage`, then rerun the same command"
-    return FREE_SPACE_ADVICE
 
 
 def rename_durably(source: Path, target: Path) -> None:
@@ -131,12 +140,20 @@ def create_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror}; give another --storage") from error
+        raise UserError(f"cannot create the folder {path}: {error.strerror}; {write_advice(error)}") from error
     return path
 
 
-def disk_is_full(error: BaseException) -> bool:
-    """Check the error number or, for errors of torch and safetensors, the message."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-        text in str(error) for text in ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
-    )
+def error_number(error: BaseException) -> int | None:
+    """Return the number of an error of the operating system; of torch, safetensors and pyarrow, from its message."""
+    if (number := getattr(error, "errno", None)) is not None:
+        return int(number)
+    if match := _ERROR_NUMBER.search(str(error)):
+        return int(next(filter(None, match.groups())))
+    return next((number for number in (errno.ENOSPC, errno.EDQUOT) if os.strerror(number) in str(error)), None)
+
+
+def write_advice(error: BaseException, option: str = "`storage`") -> str:
+    """Return the remedy for an error of writing below the folder that `option` names."""
+    advice = _ADVICE.get(error_number(error) or 0, "check its disk or change {option}").format(option=option)
+    return f"{advice}, then rerun the same command"

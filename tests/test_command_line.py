@@ -29,10 +29,11 @@ REPLACED_FIELDS = {
     "benchmark": {"seed", "data.shots", "baselines"},
     "grouping_study": {"seed"},
 }
-JOBS_WITH_FEW_FIELDS = {"completion", "list_models", "predict", "register_model", "runs", "serve", "verify"}
+JOBS_WITH_FEW_FIELDS = {"completion", "list_models", "predict", "register_model", "resend", "runs", "serve", "verify"}
 MISSPELLED = {
     "completion": ("halp", "help"),
     "list_models": ("metod", "method"),
+    "resend": ("tracking.urj", "tracking.uri"),
     "runs": ("storag", "storage"),
     "verify": ("halp", "help"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import pytest
 from pipelines import REPOSITORY
 
 from pipeline.errors import UserError
-from pipeline.files import atomic_replace, read_json, write_file, write_json
+from pipeline.files import atomic_replace, atomic_write, read_json, write_file, write_json
 
 KILLED = """
 import os, sys
@@ -22,6 +23,31 @@ from pipeline.files import atomic_replace, write_file
 os.replace = lambda *_: os.kill(os.getpid(), 9)  # written, but not renamed
 write_file(Path(sys.argv[1]), "the new content")
 """
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free some disk space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
+        (PermissionError(errno.EACCES, "Permission denied"), "let this user write"),
+        (OSError(errno.EROFS, "Read-only file system"), "mounted read-only"),
+        (OSError(errno.EIO, "Input/output error"), "dmesg"),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), "a shorter name"),
+        (OSError(errno.ESTALE, "Stale file handle"), "mount it again"),
+        (RuntimeError("I/O error: Permission denied (os error 13)"), "let this user write"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "free some disk space"),
+        (RuntimeError("[enforce fail] unexpected pos: No space left on device"), "free some disk space"),
+    ],
+    ids=str,
+)
+def test_each_reason_has_its_remedy(tmp_path, error, remedy):
+    with pytest.raises(UserError) as caught:
+        with atomic_write(tmp_path / "file"):
+            raise error
+    message = str(caught.value)
+    assert remedy in message and message.endswith("then rerun the same command")
+    assert ("free some" in message) == (remedy == "free some disk space") and list(tmp_path.iterdir()) == []
 
 
 def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path):

@@ -21,11 +21,12 @@ REQUIRED = {
     "add_task": ["--run", "a_run", "--task", "a_task"],
     "predict": ["a_run", "an_image"],
     "register_model": ["--run", "a_run"],
+    "resend": ["a_storage"],
     "serve": ["--models", "a_name=a_run"],
     "tune": ["--search", "a_search.yaml"],
     "verify": ["a_storage"],
 }
-WITHOUT_CONFIG_FIELDS = ("list_models", "predict", "register_model", "serve", "verify")
+WITHOUT_CONFIG_FIELDS = ("list_models", "predict", "register_model", "resend", "serve", "verify")
 JOBS = ["__main__", *job_names()]
 TRACKER = "pipeline.runtime.tracking.tracker"
 DECODING = "pipeline.prediction.decoding"

@@ -17,8 +17,10 @@ from pipelines import QUICK, the_run
 from servers import BIN, Server, free_ports
 
 import pipeline
-from jobs import register_model
+from jobs import register_model, resend
 from pipeline.errors import UserError
+from pipeline.runtime.tracking.database import prepare_database, sqlite_uri
+from pipeline.workflows.run_list import list_runs
 
 pytestmark = pytest.mark.slow
 
@@ -28,16 +30,19 @@ def tracking_uri(quick_run):
     return f"sqlite:///{quick_run[0]}/mlflow.db"
 
 
-def register(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+def run_main(job, monkeypatch, capsys, *arguments) -> tuple[int, str]:
     """Return the exit status, and the output or the error message."""
-    monkeypatch.setattr(sys, "argv", ["register_model.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [job.__name__, *map(str, arguments)])
     status = 0
     try:
-        register_model.main()
+        job.main()
     except SystemExit as end:
         status = end.code
     stdout, stderr = capsys.readouterr()
     return status, stderr if status else stdout.strip()
+
+
+register = partial(run_main, register_model)
 
 
 def find_images(storage: Path, task: str, count: int) -> list[Path]:
@@ -82,16 +87,32 @@ def test_registration_errors_are_reported(quick_run, tmp_path, monkeypatch, caps
         assert status == 2 and message in output, output
 
 
-def test_a_run_registers_itself_where_the_config_says_so(quick_run, run_job, tmp_path):
-    storage = shutil.copytree(quick_run[0], tmp_path / "storage")  # so that only the report is made
-    finished = run_job(
-        "full_pipeline",
-        *("--storage", storage, *QUICK),
-        *("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db", "--tracking.registered_model", "digits by itself"),
-    )
-    assert finished.status == 0, finished.output
-    (version,) = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_model_versions("name='digits by itself'")
-    assert int(version.version) == 1
+def test_a_moved_storage_works_as_before(quick_run, run_job, tmp_path, monkeypatch, capsys):
+    """Also its database, which names the artifacts by absolute paths; nothing is at the old place."""
+    previous = shutil.copytree(quick_run[0], tmp_path / "previous")
+    prepare_database(sqlite_uri(previous / "mlflow.db"))
+    storage = previous.rename(tmp_path / "storage")
+    folder, client = the_run(storage), MlflowClient(sqlite_uri(storage / "mlflow.db"))
+    moved = register(monkeypatch, capsys, "--run", folder, "--tracking.registered_model", "moved")
+    assert moved == (0, "models:/moved/1")
+    assert run_main(resend, monkeypatch, capsys, storage)[0] == 0
+    assert [run.run for run in list_runs(str(storage), (), None)[0]] == [str(folder)]
+    images = find_images(storage, "neon", 5)
+    expected = pipeline.load(the_run(quick_run[0])).predict(images, "neon")
+    assert pipeline.load(folder).predict(images, "neon") == expected
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri(storage / "mlflow.db"))
+    assert pipeline.load("models:/moved/1").predict(images, "neon") == expected
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+
+    num_runs = len(client.search_runs(["1"]))
+    finished = run_job("full_pipeline", "--storage", storage, *QUICK, "--tracking.registered_model", "digits by itself")
+    assert finished.status == 0 and finished.output.count("cached (computed in") == 5, finished.output
+    (version,) = client.search_model_versions("name='digits by itself'")
+    assert int(version.version) == 1 and len(client.search_runs(["1"])) == num_runs
+    assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}
+    (parent,) = client.search_runs(["1"], "tags.level = 'pipeline'")
+    report = client.download_artifacts(parent.info.run_id, "report/report.html")
+    assert Path(report).is_relative_to(storage) and not previous.exists()
 
 
 def test_the_served_model_predicts_as_the_loaded_one(quick_run, tracking_uri, tmp_path, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def test_a_damaged_artifact_that_cannot_be_moved_is_named(tmp_path, monkeypatch)
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("os.replace", refuse)
-    with pytest.raises(UserError, match="part/file.txt.*Read-only file system; make its folder writable"):
+    with pytest.raises(UserError, match="part/file.txt.*Read-only file system; its file system is mounted read-only"):
         artifact.is_complete()
 
 

@@ -2,6 +2,7 @@
 store, and a server that goes away and comes back."""
 
 import json
+import logging
 import shutil
 import socket
 import sqlite3
@@ -9,13 +10,18 @@ import threading
 import uuid
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import requests
+import sqlalchemy.orm
+from filelock import FileLock
 from rich.console import Console
 from servers import free_ports, mlflow_server
 
+from jobs import resend
 from pipeline.config import CONFIGS, TrackingConfig, load_yaml, parse_config
 from pipeline.errors import UserError
 from pipeline.runtime.cluster import WorkerResources
@@ -25,19 +31,22 @@ from pipeline.runtime.stage import Stage
 from pipeline.runtime.storage import Storage
 from pipeline.runtime.tracking import delivery
 from pipeline.runtime.tracking.delivery import PROGRESS, REFUSED, Delivery
-from pipeline.runtime.tracking.journal import JOURNAL, Journal, Operation
+from pipeline.runtime.tracking.journal import DAMAGED, JOURNAL, Journal, Operation
 from pipeline.runtime.tracking.mlflow_adapter import (
     MlflowServer,
     Refused,
+    _refusals,
     check_reachable,
     mlflow_client,
     resolve_tracking_uri,
 )
-from pipeline.runtime.tracking.tracker import Tracker
+from pipeline.runtime.tracking.tracker import Tracker, open_tracker
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.run import run_session
 
 mlflow = pytest.importorskip("mlflow")
+from mlflow.exceptions import RestException  # noqa: E402
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND  # noqa: E402
 
 GROUP = "group: ink+chalk"
 DATASET = {"dataset_name": "office_demo", "digest": "d" * 64, "source": "/data/office_demo"}
@@ -121,6 +130,84 @@ def test_a_full_disk_is_named_and_leaves_the_journal_whole(folder, figure, monke
     figure.write_text("<svg>later</svg>")
     assert (folder / copy).read_text() == "<svg/>" and journal.keep(figure) != copy
     assert len(Journal(folder).operations) == count + 1
+
+
+DAMAGES = {
+    "cut": lambda line: line[: len(line) // 2],
+    "empty": lambda line: b"",
+    "zeros": lambda line: b"\0" * len(line),
+    "not UTF-8": lambda line: b"\xff" + line[1:],
+    "a list": lambda line: b"[1, 2]",
+    "another object": lambda line: b'{"kind": "metrics"}',
+    "another kind": lambda line: line.replace(b'"kind": "', b'"kind": "x'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("number", [0, 3, 4])
+def test_a_damaged_line_loses_no_other(folder, server, caplog, damage, number):
+    """Also of what was sent already, so that positions change; the same MLflow runs go on."""
+    journal = Journal(folder)
+    record_all(journal)
+    journal.record("start", "child", {"parent": "pipeline"})
+    assert delivered(journal, server).waiting == 0
+    journal.record("metrics", "child", {"loss": 0.125}, step=0)  # not sent yet
+    journal.close()
+    lines, sent = (folder / JOURNAL).read_bytes().splitlines(), list(server.sent)
+    damaged = DAMAGES[damage](lines[number])
+    (folder / JOURNAL).write_bytes(b"".join(line + b"\n" for line in [*lines[:number], damaged, *lines[number + 1 :]]))
+
+    journal = Journal(folder)
+    assert (
+        f"damaged in 1 of 10 lines ({number + 1})" in caplog.text and (folder / DAMAGED).read_bytes() == damaged + b"\n"
+    )
+    assert len(journal.operations) == (10 if number == 0 else 9)  # a lost start is made up
+    assert {run: parent for run, parent in journal.parent.items()} == {"pipeline": None, "child": "pipeline"}
+    assert delivered(journal, server).waiting == 0
+    assert len(server.runs) == 2 and server.sent[-1][1:] == ("loss", 0.125)
+    journal.close()
+    caplog.clear()
+    journal = Journal(folder)
+    record_all(journal)  # as the same command does
+    assert not caplog.messages and delivered(journal, server).waiting == 0
+    assert {str(value) for value in sent} <= {str(value) for value in server.sent}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"position": "x", "journal_id": "a"}', b"\0" * 9]
+)
+def test_a_damaged_record_of_the_delivery_loses_nothing(folder, server, caplog, content):
+    journal = Journal(folder)
+    record_all(journal)
+    assert delivered(journal, server).waiting == 0
+    journal.close()
+    sent = len(server.sent)
+    (folder / PROGRESS).write_bytes(content)
+    assert delivered(Journal(folder), server).waiting == 0
+    assert f"{folder / PROGRESS} is damaged" in caplog.text and len(server.sent) == 2 * sent and len(server.runs) == 1
+
+
+def test_a_journal_that_cannot_be_opened_is_named(folder):
+    (folder / JOURNAL).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{JOURNAL}: Is a directory"):
+        Journal(folder)
+
+
+@pytest.mark.parametrize("point", ["os.fsync", "pipeline.runtime.tracking.journal.Journal._index"])
+def test_an_interrupt_while_a_value_is_recorded_leaves_file_and_memory_equal(folder, server, monkeypatch, point):
+    journal = Journal(folder)
+    record_all(journal)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(point, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.record("status", "pipeline", {"status": "FAILED"})
+    journal.record("tags", "pipeline", {"state": "a"})
+    assert journal.status == {"pipeline": "FINISHED"}
+    assert list(map(str, Journal(folder).operations)) == list(map(str, journal.operations))
 
 
 # --- the delivery -------------------------------------------------------------------------------------------
@@ -214,13 +301,16 @@ def test_one_rejected_value_among_many_is_reported(folder, server, caplog):
     assert delivered(Journal(folder), server).refused == 2 and len(server.sent) == 88
 
 
-def test_persistent_failures_end_only_their_own_work(folder, server):
+def test_persistent_failures_hold_up_only_their_own_work(folder, server):
     journal = Journal(folder)
     record_metrics(journal, ["a"], 300)
     server.fault = lambda operations: RuntimeError("a bug") if 123 in [op.value for op in operations] else None
     report = delivered(journal, server)
-    assert (report.delivered, report.waiting, report.refused) == (300, 0, 1)
+    assert (report.delivered, report.waiting, report.refused) == (300, 1, 0)
     assert [value for *_, value in server.sent] == [step for step in range(300) if step != 123]
+    server.fault = lambda operations: None
+    report = delivered(Journal(folder), server)
+    assert (report.delivered, report.waiting) == (301, 0) and server.sent[-1][-1] == 123
 
 
 def test_values_of_a_run_that_is_refused_do_not_hold_up_the_rest(folder, server, monkeypatch):
@@ -233,6 +323,93 @@ def test_values_of_a_run_that_is_refused_do_not_hold_up_the_rest(folder, server,
     assert (report.waiting, report.refused) == (0, 4)
     assert [value for *_, value in server.sent] == [0, 1]
     assert list(server.runs.values()) == ["id of good, of None", "id of grandchild, of id of good, of None"]
+
+
+CANNOT_WRITE = RuntimeError("503: database or disk is full")
+
+
+@pytest.mark.parametrize("is_next_process", [False, True])
+@pytest.mark.parametrize("failing", ["all", "start", "metrics", "status", "artifact"])
+def test_a_server_that_reads_and_cannot_write_gets_all_later(
+    folder, server, figure, monkeypatch, failing, is_next_process
+):
+    """As with a full disk: what it does not write is kept as what it cannot be sent, and statuses stay in order."""
+    monkeypatch.setattr(delivery, "MAX_FAILURES", 3)
+    start_run = server.start_run
+
+    def cannot_write(operations):
+        return CANNOT_WRITE if failing in ("all", operations[0].kind) else None
+
+    def cannot_start(*arguments):
+        raise CANNOT_WRITE
+
+    if failing in ("all", "start"):
+        server.start_run = cannot_start
+    server.fault = cannot_write
+    journal = Journal(folder)
+    sending = Delivery(journal, server)
+    record_metrics(journal, ["parent"], 5)
+    journal.record("start", "child", {"parent": "parent"})
+    journal.record("artifact", "child", {"a.svg": journal.keep(figure)})
+    journal.record("status", "child", {"status": "FAILED"})
+    journal.record("status", "child", {"status": "RUNNING"})
+    report = sending.flush(60)
+    total = len(journal.operations)
+    # All but the status that a later one supersedes.
+    waiting = {"all": total - 1, "start": total - 1, "metrics": 5, "status": 1, "artifact": 1}[failing]
+    assert (report.waiting, report.refused) == (waiting, 0) and report.delivered == total - waiting
+    assert "database or disk is full" in report.message and "mmap-clip resend" in report.message
+    journal.record("status", "child", {"status": "FINISHED"})
+    journal.record("status", "parent", {"status": "FINISHED"})
+    server.start_run, server.fault = start_run, lambda operations: None
+    if is_next_process:
+        sending.stop()
+        journal.close()
+        report = delivered(Journal(folder), server)
+    else:
+        report = sending.flush(60)
+        sending.stop()
+    assert (report.waiting, report.refused) == (0, 0) and not (folder / REFUSED).exists()
+    for run in ("parent", "child"):
+        values = [value for run_id, key, value in server.sent if run_id.startswith(f"id of {run},") and key == "status"]
+        assert values[-1] == "FINISHED", values
+    assert sorted(value for *_, key, value in server.sent if key == "loss") == [0, 1, 2, 3, 4]
+    assert [key for _, key, _ in server.sent].count("a.svg") == 1
+
+
+def test_artifacts_that_a_store_does_not_take_delay_nothing_else(folder, server, figure, monkeypatch):
+    """Such as one without credentials: one artifact is tried often, the others once for each flush."""
+    monkeypatch.setattr(delivery, "MAX_FAILURES", 3)
+    attempts = []
+
+    def fault(operations):
+        attempts.extend(op.key for op in operations if op.kind == "artifact")
+        return CANNOT_WRITE if operations[0].kind == "artifact" else None
+
+    server.fault = fault
+    journal = Journal(folder)
+    record_metrics(journal, ["a"], 1)
+    for number in range(3):
+        journal.record("artifact", "a", {f"{number}.svg": journal.keep(figure)})
+        journal.record("metrics", "a", {"later": number}, step=number)
+    journal.record("model", "a", {"digits": "model"})
+    report = delivered(journal, server)
+    assert (report.waiting, report.refused) == (4, 0) and "model" not in [key for _, key, _ in server.sent]
+    assert [value for _, key, value in server.sent if key == "later"] == [0, 1, 2]
+    assert [attempts.count(f"{number}.svg") for number in range(3)] == [4, 1, 1]
+
+
+def test_a_refused_start_is_sent_again_with_all_of_its_run_when_asked(folder, server):
+    journal = Journal(folder)
+    record_metrics(journal, ["bad", "good"], 2)
+    assert delivered(journal, server).refused == 3
+    assert delivered(Journal(folder), server).refused == 3  # not by itself
+    server.start_run = lambda run_key, *_: server.runs.setdefault(run_key, "an id")
+    sending = Delivery(Journal(folder), server, retry_refused=True)
+    report = sending.flush(60)
+    sending.stop()
+    assert (report.waiting, report.refused) == (0, 0) and not (folder / REFUSED).exists()
+    assert [value for run_id, _, value in server.sent if run_id == "an id"] == [0, 1]
 
 
 def test_another_server_gets_what_one_refused_as_a_whole(folder, server):
@@ -441,6 +618,58 @@ def test_what_is_refused_does_not_hold_up_the_rest(uri, folder, caplog):
     assert sum("MLflow refused" in message for message in caplog.messages) == 1
 
 
+def database_error(error: type, message: str) -> Exception:
+    """What MLflow's store makes of an error of its database."""
+    from mlflow.store.db.utils import _get_managed_session_maker
+
+    engine = sqlalchemy.create_engine("sqlite://")
+    session_maker = _get_managed_session_maker(sqlalchemy.orm.sessionmaker(engine), "sqlite")
+    with pytest.raises(mlflow.MlflowException) as caught, session_maker():
+        raise error("INSERT", {}, sqlite3.OperationalError(message))
+    return caught.value
+
+
+def http_error(status: int) -> Exception:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"{status} of an artifact store", response=response)
+
+
+KEPT = {
+    "full": lambda: database_error(sqlalchemy.exc.OperationalError, "database or disk is full"),
+    "read-only": lambda: database_error(sqlalchemy.exc.OperationalError, "attempt to write a readonly database"),
+    "failed over": lambda: database_error(sqlalchemy.exc.InternalError, "INSERT in a read-only transaction"),
+    **{f"HTTP {status} of a store": partial(http_error, status) for status in (401, 403, 404, 429, 500, 503, 507)},
+    **{
+        code: lambda code=code: RestException({"error_code": code, "message": "later"})
+        for code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "PERMISSION_DENIED")
+    },
+    "of a proxy": lambda: mlflow.MlflowException("<html>404</html>", error_code=ENDPOINT_NOT_FOUND),
+    "local disk": lambda: OSError(28, "No space left on device"),
+    "network": lambda: ConnectionError("reset"),
+}
+REJECTED = {
+    "INVALID_PARAMETER_VALUE": lambda: RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "a bad key"}),
+    "RESOURCE_DOES_NOT_EXIST": lambda: RestException({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no run"}),
+    **{f"HTTP {status} of a store": partial(http_error, status) for status in (400, 413, 422)},
+}
+
+
+@pytest.mark.parametrize(("name", "is_kept"), [*((name, True) for name in KEPT), *((name, False) for name in REJECTED)])
+def test_only_what_mlflow_rejects_for_its_content_is_refused(name, is_kept):
+    error = (KEPT if is_kept else REJECTED)[name]()
+    with pytest.raises(type(error) if is_kept else Refused), _refusals():
+        raise error
+
+
+def test_a_locked_database_prints_one_line(uri, folder, no_pauses, caplog, capfd):
+    """Not MLflow's log of each attempt."""
+    mlflow_client(uri).search_experiments()
+    error = sqlalchemy.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("database is locked"))
+    logging.getLogger("mlflow.store.db.utils").exception("SQLAlchemy database error.", exc_info=error)
+    assert not caplog.messages and "locked" not in "".join(capfd.readouterr())
+
+
 def test_a_lost_acknowledgement_makes_no_second_run(uri, folder, monkeypatch, no_pauses):
     real = mlflow.MlflowClient.create_run
     lost = []
@@ -566,6 +795,45 @@ def test_a_run_that_failed_is_finished_by_the_next_job(plan, uri):
                     raise error
                 session.tracker.end_run("group: ink")
         assert set(statuses(uri).values()) == {"FAILED" if error else "FINISHED"}
+
+
+def test_runs_of_a_killed_job_end(plan, uri, monkeypatch, capsys):
+    """As KILLED by `resend`, which no job at work allows; then the same command takes them up. Also those without a
+    parent, and those that it does not begin again."""
+    journal = plan.folder / f"tracking-{plan.key}"
+    with open_tracker(plan.config.tracking, plan.storage.folder, journal) as tracker:  # and no end of any run
+        tracker.start_run("pipeline", tags={"mlflow.runName": plan.title})
+        for name, parent in (("group_trainings", "pipeline"), ("group: ink", "group_trainings"), ("trial", "pipeline")):
+            tracker.start_run(name, parent=parent)
+        tracker.start_run("method: grouped")
+    (journal / REFUSED).write_text("what an earlier version refused")
+    plan.storage.write_marker()
+
+    def resend_main(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["resend", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            resend.main()
+        return end.value.code, "".join(capsys.readouterr())
+
+    with FileLock(plan.folder / "lock"):
+        status, output = resend_main(plan.folder)
+        assert status == 1 and "in use by a job" in output
+    assert set(statuses(uri).values()) == {"RUNNING"}
+    for source in (plan.storage.folder, plan.folder):
+        status, output = resend_main(source)
+        assert status == 0 and f"{plan.folder}: 11 sent, 0 waiting, 0 refused" in output
+        assert set(statuses(uri).values()) == {"KILLED"} and len(statuses(uri)) == 5
+    with working(plan) as session, Stage(session, "group_trainings", "4 group trainings"):
+        session.tracker.start_run("group: ink", parent="group_trainings")
+        session.tracker.end_run("group: ink")
+    assert statuses(uri) == {
+        **dict.fromkeys((plan.title, "group_trainings", "group: ink"), "FINISHED"),
+        **dict.fromkeys(("trial", "method: grouped"), "KILLED"),
+    }
+    status, output = resend_main(plan.storage.folder.parent)
+    assert status == 2 and "is neither a storage nor a run of one" in output
+    status, output = resend_main(plan.folder, "--tracking.uri", "http://127.0.0.1:9")
+    assert status == 2 and "cannot be used" in output
 
 
 def test_mistakes_of_the_caller_are_named(uri, folder):

@@ -19,6 +19,7 @@ from pipeline.files import is_uri
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter
 from pipeline.prediction.model import TrainedModel
 from pipeline.prediction.options import GROUPED_ADAPTER, ModelOptions, options_file, read_options
+from pipeline.runtime.tracking.database import is_sqlite, prepare_database, sqlite_file
 
 MLFLOW_ADAPTER = "data/model/adapter.safetensors"
 """The adapter in an MLflow model."""
@@ -114,6 +115,9 @@ def _download_from_mlflow(uri: str, folder: Path) -> Path:
     import mlflow
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    tracking_uri = mlflow.get_tracking_uri()
+    if is_sqlite(tracking_uri) and sqlite_file(tracking_uri).exists():
+        prepare_database(tracking_uri)
     try:
         return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
     except Exception as error:  # MLflow's, or of any artifact store

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pipeline.data.names import escape_for_terminal
 from pipeline.errors import UserError
-from pipeline.files import atomic_replace, is_uri
+from pipeline.files import atomic_replace, is_uri, write_advice
 from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 
 TEXT_FORMATS = ("csv", "tsv", "json", "jsonl")
@@ -84,7 +84,7 @@ def write_errors(output: str) -> Iterator[None]:
         if output == STDOUT:
             raise
         raise UserError(
-            f"cannot write --output {output}: {error.strerror or error}; free some disk space, or use another folder"
+            f"cannot write --output {output}: {error.strerror or error}; {write_advice(error, '--output')}"
         ) from None
 
 

@@ -21,8 +21,7 @@ from pipeline.runtime.progress import RunProgress, run_progress
 from pipeline.runtime.run_lock import exclusive_run
 from pipeline.runtime.storage import Storage
 from pipeline.runtime.tracking.journal import JOURNAL
-from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri
-from pipeline.runtime.tracking.tracker import Tracker, end_status
+from pipeline.runtime.tracking.tracker import Tracker, end_status, open_tracker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,17 +103,18 @@ def open_session(
             (size,) = storage.sizes([file := journal / JOURNAL])
             if (size or 0) > (file.stat().st_size if file.exists() else 0):
                 storage.download(folder)
-        tracker = Tracker(resolve_tracking_uri(tracking.uri, storage.folder), tracking.experiment, journal)
+        tracker = open_tracker(tracking, storage.folder, journal)
         try:
             yield Session(storage, folder, cluster, worker_resources, tracker, console, cancelled)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 say("stopping, and sending the rest to MLflow; a second signal stops at once")
             with suppress(UserError):  # a full disk, which `error` reports
-                tracker.end_run(PARENT, end_status(error))
+                tracker.end_all(end_status(error))
             tracker.close(timeout_s=20)  # a database that is being created takes its time
             raise
         tracker.end_run(PARENT)
+        tracker.end_all("KILLED")  # left by an earlier job that was killed, and not begun again by this one
         tracker.close(timeout_s=20)  # reports what could not be sent
         storage.upload(folder)
 

@@ -15,6 +15,7 @@ none, and a stage whose artifact is complete is not run again. Of two attempts a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -35,10 +36,9 @@ from pipeline.buckets import ACCESS_ADVICE, open_bucket, with_retries
 from pipeline.config import content_hash
 from pipeline.errors import UserError
 from pipeline.files import (
-    FREE_SPACE_ADVICE,
     PARTIAL_SUFFIX,
     create_folder,
-    disk_is_full,
+    error_number,
     file_digest,
     is_uri,
     rename_durably,
@@ -341,7 +341,7 @@ class Artifact:
             publish: False for all but one of several workers in the same attempt.
 
         Raises:
-            UserError: The disk is full.
+            UserError: The disk is full, or the folder cannot be written.
         """
         writer = ArtifactWriter(self, create_folder(self.staging_dir / uuid.uuid4().hex))
         try:
@@ -351,12 +351,19 @@ class Artifact:
         except Exception as error:
             if self.is_complete():
                 log.info("%s was published by another attempt", self.folder)
-            elif disk_is_full(error) and not isinstance(error, UserError):
-                raise UserError(f"cannot write {self.folder}: {error}; {FREE_SPACE_ADVICE}") from error
+            elif _is_write_error(error, writer.folder) and not isinstance(error, UserError):
+                raise UserError(f"cannot write {self.folder}: {error}; {write_advice(error)}") from error
             else:
                 raise
         finally:
             shutil.rmtree(writer.folder, ignore_errors=True)
+
+
+def _is_write_error(error: Exception, folder: Path) -> bool:
+    """Return whether an error is one of writing: by its number, or as it names a file in the folder."""
+    return error_number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or (
+        isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))
+    )
 
 
 @dataclass

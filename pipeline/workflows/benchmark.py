@@ -31,8 +31,7 @@ from pipeline.report.scores import binomial_standard_error
 from pipeline.report.summary import merge_results
 from pipeline.runtime.environment import run_environment
 from pipeline.runtime.session import PARENT, Session
-from pipeline.runtime.tracking.mlflow_adapter import resolve_tracking_uri, without_password
-from pipeline.runtime.tracking.tracker import Tracker, end_status
+from pipeline.runtime.tracking.tracker import Tracker, end_status, open_tracker
 from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import train_groups
 from pipeline.stages.plan import Plan
@@ -179,8 +178,7 @@ def _benchmark_tracker(
 ) -> Iterator[Tracker]:
     """Track the benchmark as an MLflow run; its pipeline runs have its name as their tag `benchmark`."""
     config = configs[0]
-    uri = resolve_tracking_uri(config.tracking.uri, folder.parent.parent)
-    tracker = Tracker(uri, config.tracking.experiment, folder / "tracking")
+    tracker = open_tracker(config.tracking, folder.parent.parent, folder / "tracking")
     tracker.start_run(
         PARENT,
         tags={
@@ -197,8 +195,6 @@ def _benchmark_tracker(
             "seeds": ", ".join(str(seed) for seed in dict.fromkeys(config.seed for config in configs)),
         },
     )
-    console.print(f"opening MLflow at {without_password(uri)} ...", markup=False, highlight=False)
-    tracker.flush(30)  # one tracker creates a new database before those of the runs open it
     status = end_status(None)
     try:
         yield tracker

@@ -6,19 +6,21 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
+from pathlib import Path
 
-from pipeline.files import DamagedFile, read_json, write_json
-from pipeline.runtime.tracking.journal import JOURNAL, Journal, Operation
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_json
+from pipeline.runtime.tracking.journal import JOURNAL, Journal, Operation, journal_id
 from pipeline.runtime.tracking.mlflow_adapter import BATCH_LIMITS, MlflowServer, Refused, shortened, without_password
 
 log = logging.getLogger(__name__)
 
 PROGRESS, REFUSED = "delivery.json", "refused.jsonl"
 MIN_RETRY_DELAY_S, MAX_RETRY_DELAY_S = 0.5, 15.0
-MAX_FAILURES = 10  # failures of one operation while the server answers other requests
+MAX_FAILURES = 10  # failures of one operation while the server answers other requests, before it is postponed
+RETRY_POSTPONED_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -33,32 +35,93 @@ class DeliveryReport:
 
 @dataclass
 class _Progress:
-    """Position up to which the journal was sent, as on disk."""
+    """Record on disk of the operations that were sent."""
 
+    journal_id: str
     position: int = 0
-    refused: int = 0
+    """Operations before it were sent, postponed or refused."""
+    postponed: list[int] = field(default_factory=list)
+    """Those that the server could not write while it answered other requests, and those that need them."""
+    refused: list[int] = field(default_factory=list)
+    """Those whose content the server rejects."""
     run_ids: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, journal: Journal) -> _Progress:
+        """Return the progress on disk; position 0 if it or the journal was lost, as sending is idempotent."""
+        file = journal.folder / PROGRESS
+        try:
+            progress = cls(**read_json(file))
+            if not progress._is_valid():
+                raise ValueError("invalid values")
+        except FileNotFoundError:
+            return cls(journal.id)
+        except (ValueError, TypeError) as error:
+            log.warning("%s is damaged (%s): all operations are sent again, none is lost", file, error)
+            return cls(journal.id)
+        if journal.was_mended or progress.position > len(journal.operations):
+            return cls(progress.journal_id)
+        return progress
+
+    def _is_valid(self) -> bool:
+        indices = [self.position, *self.postponed, *self.refused]
+        return (
+            isinstance(self.journal_id, str)
+            and all(isinstance(index, int) and 0 <= index <= self.position for index in indices)
+            and all(isinstance(run_id, str) for run_id in self.run_ids.values())
+        )
+
+
+def read_journal_id(folder: Path) -> str:
+    """Return the id of a journal that another process may be writing.
+
+    Raises: UserError: There is no journal, or it cannot be read.
+    """
+    try:
+        return str(read_json(folder / PROGRESS)["journal_id"])
+    except (OSError, ValueError, TypeError, KeyError):  # nothing was sent yet, or it is damaged
+        pass
+    try:
+        with (folder / JOURNAL).open("rb") as stream:
+            op = Operation.parse(stream.readline())
+    except OSError:
+        op = None
+    if op is None:
+        raise UserError(f"{folder / JOURNAL} is missing or damaged: rerun the command that made the run")
+    return journal_id(folder, op)
 
 
 class Delivery:
     """A thread that sends `journal` to `server` until `stop`."""
 
-    def __init__(self, journal: Journal, server: MlflowServer):
+    def __init__(self, journal: Journal, server: MlflowServer, retry_refused: bool = False):
         self._journal, self._server = journal, server
-        self._progress = self._read_progress()
+        self._progress = _Progress.read(journal)
+        journal.id = self._progress.journal_id or journal.id
+        if journal.was_mended:
+            write_json(journal.folder / PROGRESS, asdict(self._progress))
+        if retry_refused:
+            self._progress.postponed = sorted({*self._progress.postponed, *self._progress.refused})
+            self._progress.refused = []
+        if not self._progress.refused:
+            (journal.folder / REFUSED).unlink(missing_ok=True)
+        self._retries: list[int] = []
+        """Postponed operations that are still to be tried in this round."""
         self._changed = journal.changed
         self._connected = self._flush_requested = self._stopping = False
+        self._round_requested = True
+        """Whether a round of retries is to follow the new operations."""
         self._error: Exception | None = None
         self._failures = 0
         self._thread = threading.Thread(target=self._deliver, name="mlflow-delivery", daemon=True)
         self._thread.start()
 
     def flush(self, timeout_s: float) -> DeliveryReport:
-        """Wait until all is sent, or nothing was sent for `timeout_s`; return a report."""
+        """Wait until all is sent or was tried, or nothing was sent for `timeout_s`; return a report."""
         with self._changed:
-            self._flush_requested = True
+            self._flush_requested = self._round_requested = True
             self._changed.notify_all()
-            while (self._num_waiting() or not self._connected) and self._changed.wait(timeout_s):
+            while (self._round_requested or self._has_work()) and self._changed.wait(timeout_s):
                 pass
             return self._report()
 
@@ -76,14 +139,21 @@ class Delivery:
             try:
                 if not self._connected:
                     self._connect()
-                if self._num_waiting():
+                if self._has_work():
                     self._deliver_next()
                 with self._changed:
-                    if self._error:
+                    if self._round_requested and self._progress.position == len(self._journal.operations):
+                        self._begin_round()
+                    if self._error and not self._progress.postponed:
                         log.warning("MLflow at %s is reachable again.", self._server.address)
-                    self._error, self._failures, delay = None, 0, MIN_RETRY_DELAY_S
+                        self._error = None
+                    self._failures, delay = 0, MIN_RETRY_DELAY_S
                     self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._num_waiting() or self._stopping)
+                    if not self._changed.wait_for(
+                        lambda: self._has_work() or self._round_requested or self._stopping,
+                        RETRY_POSTPONED_S if self._progress.postponed else None,
+                    ):
+                        self._begin_round()
             except Exception as error:
                 with self._changed:
                     previous_error, self._error = self._error, error
@@ -97,42 +167,84 @@ class Delivery:
         self._server.connect()
         run, run_id = next(iter(self._progress.run_ids.items()), (None, None))
         if run is None or self._server.find_run(self._journal.run_key(run)) != run_id:
-            self._progress = _Progress()  # another server, or an emptied one: send the whole journal
+            self._progress = _Progress(self._journal.id)  # another server, or an emptied one: send the whole journal
+            (self._journal.folder / REFUSED).unlink(missing_ok=True)
         self._connected = True
 
+    def _begin_round(self) -> None:
+        """Begin a round of retries of the postponed operations; statuses and tags that have later values are done."""
+        operations, progress = self._journal.operations, self._progress
+        latest = {(op.kind, op.run, op.key): index for index, op in enumerate(operations)} if progress.postponed else {}
+
+        def is_superseded(index: int) -> bool:
+            op = operations[index]
+            return op.kind in ("status", "tags") and latest[op.kind, op.run, op.key] != index
+
+        progress.postponed = [index for index in progress.postponed if not is_superseded(index)]
+        self._retries, self._round_requested = list(progress.postponed), False
+
     def _deliver_next(self) -> None:
-        """Send the operations at the journal's position that fit into one request of each run."""
-        position = self._progress.position
-        kind = self._journal.operations[position].kind
+        """Send the next operations that fit into one request of each run: new ones, then those to retry."""
+        operations, progress = self._journal.operations, self._progress
+        is_retry = progress.position == len(operations)
+        indices: Sequence[int] = self._retries if is_retry else range(progress.position, len(operations))
+        kind = operations[indices[0]].kind
         # After each failure the batch is halved, to find the operation that fails.
         max_batch = max(1, BATCH_LIMITS.get(kind, 1) >> self._failures)
-        batch = list(takewhile(lambda op: op.kind == kind, self._journal.operations[position : position + max_batch]))
-        refused: list[tuple[Operation, Exception]] = []
+        batch = list(takewhile(lambda index: operations[index].kind == kind, islice(indices, max_batch)))
+        postponed = {index for index in batch if self._is_blocked(operations[index], is_retry)}
+        sendable = [index for index in batch if index not in postponed]
+        refused: list[tuple[int, Exception]] = []
+        failure: Exception | None = None
         try:
-            for run in dict.fromkeys(op.run for op in batch):
-                refused += self._send([op for op in batch if op.run == run])
+            for run in dict.fromkeys(operations[index].run for index in sendable):
+                refused += self._send([index for index in sendable if operations[index].run == run])
         except Exception as error:
             self._failures = self._failures + 1 if self._server.answers() else 0
-            if self._failures < MAX_FAILURES or len(batch) > 1:
+            max_failures = 1 if is_retry else MAX_FAILURES
+            if self._failures == 0 or self._failures < max_failures or len(batch) > 1:
                 raise
-            refused = [(batch[0], error)]
-        if not self._stopping:
-            for op, reason in refused:
-                self._note_refused(op, reason)
-            with self._changed:
-                self._progress.position += len(batch)
-                write_json(self._journal.folder / PROGRESS, asdict(self._progress))
+            postponed, failure = set(batch), error
+        if self._stopping:
+            return
+        for index, reason in refused:
+            self._note_refused(operations[index], reason)
+            progress.refused.append(index)
+        with self._changed:
+            settled = {*batch} - postponed
+            progress.postponed = sorted({*progress.postponed, *postponed} - settled)
+            if is_retry:
+                self._retries = [index for index in self._retries if index not in set(batch)]
+            else:
+                progress.position = min(progress.position + len(batch), len(operations))
+            progress.journal_id = self._journal.id
+            write_json(self._journal.folder / PROGRESS, asdict(progress))
+        if failure:
+            self._failures = 0
+            raise failure
 
-    def _send(self, operations: Sequence[Operation]) -> list[tuple[Operation, Exception]]:
+    def _is_blocked(self, op: Operation, is_retry: bool) -> bool:
+        """Return whether an operation has to wait for one that was postponed."""
+        postponed = [self._journal.operations[index] for index in self._progress.postponed]
+        run = op.value if op.kind == "start" else op.run
+        return any(
+            (cause.kind == "start" and cause.run == run)
+            # The artifact store is another server than the database: it is spared the same failure.
+            or (cause.kind == "artifact" and op.kind == "artifact" and not is_retry)
+            or (cause.kind == "artifact" and op.kind == "model" and cause.run == op.run)
+            for cause in postponed
+        )
+
+    def _send(self, indices: Sequence[int]) -> list[tuple[int, Exception]]:
         """Send operations of one kind and run, bisecting a refused batch; return the refused operations."""
         try:
-            self._send_batch(operations)
+            self._send_batch([self._journal.operations[index] for index in indices])
             return []
         except Refused as error:
-            if len(operations) == 1:
-                return [(operations[0], error)]
-            half = len(operations) // 2
-            return self._send(operations[:half]) + self._send(operations[half:])
+            if len(indices) == 1:
+                return [(indices[0], error)]
+            half = len(indices) // 2
+            return self._send(indices[:half]) + self._send(indices[half:])
 
     def _send_batch(self, operations: Sequence[Operation]) -> None:
         op = operations[0]
@@ -158,28 +270,24 @@ class Delivery:
         if not self._progress.refused:
             name = f"{op.key} of run {op.run!r}"
             log.warning("MLflow refused %s: %s. Further refusals are only logged to %s.", name, shortened(error), file)
-        self._progress.refused += 1
 
-    def _read_progress(self) -> _Progress:
-        """Return the progress on disk; position 0 if it or the journal was lost, as sending is idempotent."""
-        with suppress(FileNotFoundError, DamagedFile):
-            progress = _Progress(**read_json(self._journal.folder / PROGRESS))
-            if progress.position <= len(self._journal.operations):
-                return progress
-        return _Progress()
+    def _has_work(self) -> bool:
+        """Return whether an operation is to be sent, or tried again in this round."""
+        return bool(self._retries) or self._progress.position < len(self._journal.operations)
 
     def _num_waiting(self) -> int:
-        return len(self._journal.operations) - self._progress.position
+        return len(self._journal.operations) - self._progress.position + len(self._progress.postponed)
 
     def _report(self) -> DeliveryReport:
         folder, address = self._journal.folder, self._server.address
-        total, waiting, refused = len(self._journal.operations), self._num_waiting(), self._progress.refused
+        total, waiting, refused = len(self._journal.operations), self._num_waiting(), len(self._progress.refused)
         message = f"MLflow at {address} has all {total} tracking operations."
         if waiting:
             reason = f" ({shortened(self._error)})" if self._error else ""
             message = (
                 f"MLflow at {address} lacks {waiting} of {total} tracking operations{reason}. "
-                f"They are kept in {folder / JOURNAL}; rerun the same command to send them."
+                f"They are kept in {folder / JOURNAL}; rerun the same command to send them, or mmap-clip resend with "
+                "the run directory."
             )
         if refused:
             message += f" It refused {refused}: see {folder / REFUSED}."

@@ -5,21 +5,34 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import quote
 
 from pipeline.errors import UserError
-from pipeline.files import FREE_SPACE_ADVICE, atomic_write
+from pipeline.files import atomic_write, write_advice, write_file
 
-JOURNAL = "journal.jsonl"
+log = logging.getLogger(__name__)
+
+JOURNAL, DAMAGED = "journal.jsonl", "journal.damaged"
 Kind = Literal["start", "params", "tags", "metrics", "artifact", "dataset", "model", "status"]
+
+
+def journal_id(folder: Path, operation: Operation) -> str:
+    """Return a name that is unique over all journals: the time of the first operation distinguishes those of one config
+    in different storages."""
+    return f"{folder.name}-{operation.time:x}"
+
+
+def run_key(journal_id: str, run: str) -> str:
+    return f"{journal_id}/{quote(run, safe=' :+,')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +52,25 @@ class Operation:
         """Key that detects duplicates: of a metric its step, otherwise the value itself."""
         return self.kind, self.run, self.key, self.step if self.kind == "metrics" else json.dumps(self.value)
 
+    @classmethod
+    def parse(cls, line: bytes) -> Operation | None:
+        """Return the operation that a line of a journal holds; None if the line is damaged."""
+        try:
+            op = cls(**json.loads(line))
+            fits = all(isinstance(text, str) for text in (op.run, op.key)) and op.kind in get_args(Kind)
+            return op if fits and isinstance(op.time, int) and isinstance(op.step, int) else None
+        except (ValueError, TypeError, RecursionError):
+            return None
+
 
 class Journal:
-    """Append-only file of operations in `folder`, for one process at a time; `changed` is notified of new ones."""
+    """Append-only file of operations in `folder`, for one process at a time; `changed` is notified of new ones.
+
+    Raises:
+        UserError: The file cannot be read or written.
+    """
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.operations: list[Operation] = []
         self.status: dict[str, str] = {}
@@ -54,12 +80,21 @@ class Journal:
         """Run → keys of its params."""
         self._identities: set[tuple[Any, ...]] = set()
         self.changed = threading.Condition(threading.RLock())
-        self._file = (folder / JOURNAL).open("a+b", buffering=0)
-        self._file.seek(0)
-        *lines, partial_line = self._file.read().split(b"\n")
-        self._file.truncate(self._file.tell() - len(partial_line))  # left by a crash
-        for line in lines:
-            self._index(Operation(**json.loads(line)))
+        self.was_mended = False
+        """Whether damaged lines were removed, so that the indices of operations changed."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / JOURNAL).open("a+b", buffering=0)
+            self._file.seek(0)
+            *lines, partial_line = self._file.read().split(b"\n")
+            self._file.truncate(self._file.tell() - len(partial_line))  # left by a crash
+            operations = [Operation.parse(line) for line in lines]
+            for op in self._mended(lines, operations) if None in operations else operations:
+                if op:
+                    self._index(op)
+        except OSError as error:
+            raise UserError(f"cannot use {folder / JOURNAL}: {error.strerror}; {write_advice(error)}") from error
+        self.id = journal_id(folder, self.operations[0]) if self.operations else ""
 
     def record(self, kind: Kind, run: str, values: Mapping[str, Any], step: int = 0) -> None:
         """Append the values that the journal does not hold yet.
@@ -74,9 +109,7 @@ class Journal:
             # A status may recur (failed, resumed, failed again); everything else is recorded once.
             new = [op for op in operations if kind == "status" or op.identity not in self._identities]
             if new:
-                self._append("".join(json.dumps(asdict(op)) + "\n" for op in new).encode())
-                for op in new:
-                    self._index(op)
+                self._append(new)
                 self.changed.notify_all()
 
     def keep(self, file: Path) -> str:
@@ -90,11 +123,8 @@ class Journal:
         return copy.relative_to(self.folder).as_posix()
 
     def run_key(self, run: str) -> str:
-        """Return a name of the run that is unique over all journals.
-
-        The time of the first operation distinguishes journals of the same config in different storages.
-        """
-        return f"{self.folder.name}-{self.operations[0].time:x}/{quote(run, safe=' :+,')}"
+        """Return a name of the run that is unique over all journals."""
+        return run_key(self.id, run)
 
     def close(self) -> None:
         self._file.close()
@@ -110,12 +140,53 @@ class Journal:
         elif op.kind == "params":
             self.params.setdefault(op.run, set()).add(op.key)
 
-    def _append(self, lines: bytes) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+    def _mended(self, lines: Sequence[bytes], operations: Sequence[Operation | None]) -> list[Operation]:
+        """Move damaged lines to another file; return the operations, with a start for each run that lost it."""
+        damaged = [number for number, op in enumerate(operations, 1) if op is None]
+        operations_read = [op for op in operations if op]
+        started = {op.run for op in operations_read if op.kind == "start"}
+        mended: list[Operation] = []
+        for op in operations_read:
+            run = op.value if op.kind == "start" else op.run
+            if run and run not in started:
+                started.add(run)
+                parent = mended[0].run if mended else None
+                mended.append(Operation("start", run, "parent", parent, op.time))
+            mended.append(op)
+        file = self.folder / JOURNAL
+        with (self.folder / DAMAGED).open("ab") as stream:
+            stream.writelines(lines[number - 1] + b"\n" for number in damaged)
+        self._file.close()
+        write_file(file, "".join(json.dumps(asdict(op)) + "\n" for op in mended))
+        self._file = file.open("a+b", buffering=0)
+        self.was_mended = True
+        log.warning(
+            "%s is damaged in %d of %d lines (%s): their values are lost for MLflow unless the same command logs them "
+            "again. The lines are moved to %s; all others are kept and sent",
+            file,
+            len(damaged),
+            len(lines),
+            ", ".join(map(str, damaged[:10])) + (" ..." if len(damaged) > 10 else ""),
+            self.folder / DAMAGED,
+        )
+        return mended
+
+    def _append(self, operations: Sequence[Operation]) -> None:
+        """Append to the file and the index: both, or neither if the disk is full or a signal interrupts."""
+        lines = "".join(json.dumps(asdict(op)) + "\n" for op in operations).encode()
+        size, count, status = os.fstat(self._file.fileno()).st_size, len(self.operations), dict(self.status)
         try:
             if self._file.write(lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
-        except OSError as error:
+            for op in operations:
+                self._index(op)
+            self.id = self.id or journal_id(self.folder, operations[0])
+        except BaseException as error:
             self._file.truncate(size)
-            raise UserError(f"cannot write {self._file.name}: {error.strerror}; {FREE_SPACE_ADVICE}") from error
+            del self.operations[count:]
+            self._identities.difference_update(op.identity for op in operations)
+            self.status = status
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write {self._file.name}: {error.strerror}; {write_advice(error)}") from error
+            raise

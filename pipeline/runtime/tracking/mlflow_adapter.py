@@ -7,7 +7,6 @@ import logging
 import os
 import posixpath
 import re
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
+from pipeline.runtime.tracking.database import (
+    artifact_location,
+    check_database,
+    is_sqlite,
+    prepare_database,
+    sqlite_uri,
+)
 from pipeline.runtime.tracking.journal import Operation
 
 if TYPE_CHECKING:
@@ -103,10 +109,7 @@ class MlflowServer:
             elif op.kind == "artifact":
                 client.log_artifact(run_id, str(self._files / op.value), posixpath.dirname(op.key) or None)
             elif op.kind == "dataset":
-                try:
-                    client.log_inputs(run_id, datasets=[_dataset(op)])
-                except Exception:  # another run may be storing the same data set at this moment; then a retry finds it
-                    client.log_inputs(run_id, datasets=[_dataset(op)])
+                client.log_inputs(run_id, datasets=[_dataset(op)])
             elif op.kind == "model":
                 register_version(client, run_id, op.key, op.value)
             elif op.value == "RUNNING":
@@ -123,20 +126,15 @@ def methods_table_path(experiment_id: str) -> str:
 
 def resolve_tracking_uri(configured: str | None, storage: Path) -> str:
     """Return the configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in `storage`."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(Path(storage).resolve() / "mlflow.db")
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path(storage).resolve() / "mlflow.db")
 
 
 def check_reachable(uri: str, timeout_s: float = 10) -> None:
     """Check that `uri` can be used, before any compute. Raises: UserError: It cannot."""
     remedy = "give --tracking.uri URI; without it and without MLFLOW_TRACKING_URI, results go to a file in the storage"
-    if _is_sqlite(uri):
-        try:
-            folder = _sqlite_folder(uri)
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return
-        except (OSError, ValueError) as error:
-            raise UserError(f"the tracking database {uri} cannot be used: {error}; {remedy}") from error
+    if is_sqlite(uri):
+        check_database(uri)
+        return
     if not re.match(r"https?://[^/]", uri):
         raise UserError(
             f"the tracking URI {without_password(uri)!r} is neither sqlite:////folder/mlflow.db nor "
@@ -163,23 +161,22 @@ def check_reachable(uri: str, timeout_s: float = 10) -> None:
         )
 
 
-def find_run(uri: str, run_folder: str) -> tuple[MlflowClient, str]:
-    """Return a client, and the id of the newest finished run with the tag `run_folder`.
+def find_run(uri: str, run_key: str) -> tuple[MlflowClient, str]:
+    """Return a client, and the id of the finished run with this key.
 
     Raises: UserError: There is none, or MLflow cannot be used.
     """
     check_reachable(uri)
     client = mlflow_client(uri)
-    quote_mark = '"' if "'" in run_folder else "'"
     runs = client.search_runs(
         [experiment.experiment_id for experiment in client.search_experiments()],
-        f"tags.run_folder = {quote_mark}{run_folder}{quote_mark} AND attributes.status = 'FINISHED'",
+        f"tags.`{RUN_KEY}` = '{run_key}' AND attributes.status = 'FINISHED'",
         max_results=1,
     )
     if not runs:
         raise UserError(
-            f"MLflow at {without_password(uri)} has no finished run of {run_folder}: give the folder as the run's "
-            "report shows it and the server that the run was sent to, or finish the run"
+            f"MLflow at {without_password(uri)} has no finished run of this folder: give the server that the run was "
+            "sent to with --tracking.uri, finish the run, or send what waits with mmap-clip resend"
         )
     return client, runs[0].info.run_id
 
@@ -200,15 +197,26 @@ def register_version(client: MlflowClient, run_id: str, registered_model: str, a
 
 
 def mlflow_client(uri: str) -> MlflowClient:
-    """Return a client that does not wait for an unreachable server, and logs only warnings."""
+    """Return a client that does not wait for an unreachable server, and logs only warnings; a SQLite database is
+    created.
+
+    Raises: UserError: The SQLite database cannot be used.
+    """
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import mlflow
 
-    # The outbox logs one line per outage; schema migrations and failed attempts are noise.
-    quiet = {"mlflow": logging.WARNING, "alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
+    # The outbox logs one line per outage; schema migrations and failed attempts, with tracebacks, are noise.
+    quiet = {
+        "mlflow": logging.WARNING,
+        "mlflow.store.db.utils": logging.CRITICAL,
+        "alembic": logging.WARNING,
+        "urllib3.connectionpool": logging.ERROR,
+    }
     for name, level in quiet.items():
         logging.getLogger(name).setLevel(level)
+    if is_sqlite(uri):
+        prepare_database(uri)
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
@@ -216,7 +224,7 @@ def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # A server knows its artifact location; a database file does not.
-        location = (_sqlite_folder(uri) / "mlartifacts").as_uri() if _is_sqlite(uri) else None
+        location = artifact_location(uri) if is_sqlite(uri) else None
         try:
             return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except Exception:
@@ -237,14 +245,22 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        # A 404 without MLflow's error code comes from a proxy whose server is down.
-        if status is None and getattr(error, "error_code", "ENDPOINT_NOT_FOUND") != "ENDPOINT_NOT_FOUND":
-            # Only MLflow's own exceptions, whose methods are untyped, have an error_code.
-            status = cast(Any, error).get_http_status_code()
-        if status not in REFUSALS:
-            raise
-        raise Refused(str(error)) from error
+        if _is_refusal(error):
+            raise Refused(str(error)) from error
+        raise
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether MLflow rejected the content of a request; else it, a proxy or a store could not handle it now."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:  # of an upload
+        return status in REFUSALS and status != 404  # of a proxy whose server is down
+    # BAD_REQUEST is what MLflow makes of most errors of its database, such as one that became read-only, and of answers
+    # of proxies; a 404 without MLflow's error code comes from a proxy whose server is down.
+    if getattr(error, "error_code", "ENDPOINT_NOT_FOUND") in ("ENDPOINT_NOT_FOUND", "BAD_REQUEST"):
+        return False
+    # Only MLflow's own exceptions, whose methods are untyped, have an error_code.
+    return cast(Any, error).get_http_status_code() in REFUSALS
 
 
 def _entity(op: Operation) -> Metric | Param | RunTag:
@@ -272,30 +288,3 @@ def shortened(error: Exception) -> str:
     """Return the error as one line of at most 200 characters."""
     text = " ".join(without_password(f"{type(error).__name__}: {error}").split())
     return text if len(text) <= 200 else text[:200] + " ..."
-
-
-def _is_sqlite(uri: str) -> bool:
-    return uri.startswith(("sqlite:", "sqlite+"))
-
-
-def _sqlite_uri(file: Path) -> str:
-    """Return the URI of a database file: SQLAlchemy quotes what would be a part of the URI."""
-    if not set("%?") & set(str(file)):
-        return f"sqlite:///{file}"
-    from sqlalchemy.engine import URL
-
-    # With the driver, as MLflow creates the folder of what follows sqlite:///, which is quoted here.
-    return URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
-
-
-def _sqlite_folder(uri: str) -> Path:
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        database = make_url(uri).database
-    except ArgumentError:
-        database = None
-    if not database:
-        raise ValueError("a database file looks like sqlite:////folder/mlflow.db")
-    return Path(database).resolve().parent

@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import TrackingConfig
+from pipeline.files import read_json, write_json
+from pipeline.runtime.tracking.database import is_sqlite, sqlite_file, sqlite_uri
 from pipeline.runtime.tracking.delivery import Delivery, DeliveryReport
 from pipeline.runtime.tracking.journal import Journal
-from pipeline.runtime.tracking.mlflow_adapter import MlflowServer
+from pipeline.runtime.tracking.mlflow_adapter import MlflowServer, resolve_tracking_uri, without_password
 
 log = logging.getLogger(__name__)
+
+TARGET = "target.json"
+"""File beside a journal: tracking URI and experiment, by which a later job finds its runs."""
 
 LENGTH_LIMITS = {"params": 6000, "tags": 8000}  # MLflow's, in characters
 
@@ -25,16 +31,51 @@ def end_status(error: BaseException | None) -> str:
     return "KILLED" if isinstance(error, KeyboardInterrupt | InterruptedError) else "FAILED"
 
 
+def open_tracker(tracking: TrackingConfig, storage: Path, folder: Path, retry_refused: bool = False) -> Tracker:
+    """Open the tracker of the journal in `folder`, and write where it sends its runs.
+
+    Raises:
+        UserError: The journal cannot be read or written.
+    """
+    uri = resolve_tracking_uri(tracking.uri, storage)
+    tracker = Tracker(uri, tracking.experiment, folder, retry_refused)
+    target: dict[str, str | None] = {"uri": tracking.uri and without_password(tracking.uri)}
+    if is_sqlite(uri):  # a storage may be moved
+        file = sqlite_file(uri)
+        target["uri"] = sqlite_uri(file)
+        if file.is_relative_to(storage.resolve()):
+            target = {"database": file.relative_to(storage.resolve()).as_posix()}
+    write_json(folder / TARGET, target | {"experiment": tracking.experiment})
+    return tracker
+
+
+def read_target(storage: Path, folder: Path) -> TrackingConfig:
+    """Return where the runs of the journal in `folder` were sent; the defaults if that is unknown."""
+    try:
+        target = read_json(folder / TARGET)
+        uri = sqlite_uri(storage.resolve() / target["database"]) if "database" in target else target["uri"]
+        return TrackingConfig(uri=uri, experiment=target["experiment"])
+    except FileNotFoundError:
+        return TrackingConfig()
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("%s is damaged (%s): give --tracking.uri and --tracking.experiment", folder / TARGET, error)
+        return TrackingConfig()
+
+
 class Tracker:
     """Records runs in `folder`, which belongs to one pipeline run and one driver at a time, and sends them.
 
     Runs have local names. No method waits for the server or raises its errors; a full disk is a UserError.
     """
 
-    def __init__(self, uri: str, experiment: str, folder: Path):
+    def __init__(self, uri: str, experiment: str, folder: Path, retry_refused: bool = False):
+        """
+        Args:
+            retry_refused: whether operations that MLflow refused earlier are sent again.
+        """
         self._journal = Journal(Path(folder))
         self._server = MlflowServer(uri, experiment, self._journal.folder)
-        self._delivery = Delivery(self._journal, self._server)
+        self._delivery = Delivery(self._journal, self._server, retry_refused)
 
     @property
     def experiment_id(self) -> str:
@@ -98,6 +139,12 @@ class Tracker:
                     self.end_run(child, status)
         if journal.status.get(name) != status:
             self._journal.record("status", name, {"status": status})
+
+    def end_all(self, status: str) -> None:
+        """End all runs that are still running, also those that an earlier, killed process left."""
+        for name, current in list(self._journal.status.items()):
+            if current == "RUNNING":
+                self._journal.record("status", name, {"status": status})
 
     def flush(self, timeout_s: float = 60) -> DeliveryReport:
         """Wait until all is sent, or nothing was sent for `timeout_s`; return a report."""

@@ -1,0 +1,103 @@
+"""Sending what the runs of a storage still have for MLflow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from pipeline.config import content_hash
+from pipeline.errors import UserError
+from pipeline.files import is_uri
+from pipeline.runtime.run_lock import exclusive_run
+from pipeline.runtime.storage import Storage
+from pipeline.runtime.tracking.delivery import DeliveryReport
+from pipeline.runtime.tracking.journal import JOURNAL
+from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
+from pipeline.runtime.tracking.tracker import open_tracker, read_target
+
+KINDS = ("runs", "benchmarks", "searches")
+"""Folders of a storage whose folders have journals."""
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Resent:
+    """Outcome for one run, benchmark or search."""
+
+    uri: str
+    report: DeliveryReport | None
+    """None: a job is at work on it, and sends its operations itself."""
+
+
+def resend(
+    source: str, cache: str, uri: str | None, experiment: str | None, say: Callable[[str], None]
+) -> Iterator[Resent]:
+    """Send what waits and what was refused, of a run or of all of a storage; runs whose job was killed end as KILLED.
+
+    Args:
+        uri: tracking URI; None: the one that each run was sent to.
+        experiment: likewise.
+
+    Raises:
+        UserError: There is no such run or storage, or MLflow cannot be used.
+    """
+    storage, folders = _find_folders(source, cache)
+    checked: set[str] = set()
+    for folder in folders:
+        storage.download(folder)
+        for journal in sorted(path.parent for path in folder.glob(f"tracking*/{JOURNAL}")):
+            tracking = read_target(storage.folder, journal)
+            changes = {"uri": uri or tracking.uri, "experiment": experiment or tracking.experiment}
+            tracking = tracking.model_copy(update=changes)
+            target = resolve_tracking_uri(tracking.uri, storage.folder)
+            if target not in checked:
+                check_reachable(target)
+                checked.add(target)
+            try:
+                with exclusive_run(storage, folder if (folder / "lock").exists() else journal, say, lambda: True):
+                    tracker = open_tracker(tracking, storage.folder, journal, retry_refused=True)
+                    tracker.end_all("KILLED")
+                    report: DeliveryReport | None = tracker.close(TIMEOUT_S)
+                    storage.upload(journal)
+            except InterruptedError:
+                report = None
+            yield Resent(storage.display_uri(folder), report)
+
+
+def _find_folders(source: str, cache: str) -> tuple[Storage, list[Path]]:
+    path, _, options = source.partition("?") if is_uri(source) else (os.path.abspath(Path(source).expanduser()), "", "")
+    path = path.rstrip("/")
+
+    def storage_at(root: str) -> Storage:
+        if not is_uri(root):
+            return Storage.from_folder(Path(root))
+        uri = root + (f"?{options}" if options else "")
+        return Storage(uri, Path(cache).expanduser().absolute() / content_hash(uri))
+
+    root, _, kind = path.rpartition("/")[0].rpartition("/")
+    if kind in KINDS and _is_storage(storage := storage_at(root)):
+        folder = storage.folder / kind / path.rpartition("/")[2]
+        if _subfolders(storage, folder):
+            return storage, [folder]
+    elif _is_storage(storage := storage_at(path)):
+        return storage, [folder for kind in KINDS for folder in _subfolders(storage, storage.folder / kind)]
+    raise UserError(f"{source} is neither a storage nor a run of one: give <storage> or <storage>/runs/<run>")
+
+
+def _subfolders(storage: Storage, folder: Path) -> list[Path]:
+    """Return the folders below `folder` in the storage; of a run, those with its journals."""
+    filesystem, name = storage.filesystem(folder)
+    infos = filesystem.get_file_info(pafs.FileSelector(name, allow_not_found=True))
+    return sorted(folder / info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+
+def _is_storage(storage: Storage) -> bool:
+    try:
+        storage.verify_access()
+        return True
+    except UserError:
+        return False
