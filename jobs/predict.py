@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pipeline.command_line import Field, check_adapter_exists, importing, print_status, report_user_errors
 from pipeline.config import Fraction, JobArguments, JobOptions, JobParser, did_you_mean, parse_config
 from pipeline.errors import UserError
+from pipeline.runtime.ray_start import check_ray
 
 if TYPE_CHECKING:
     from pipeline.methods.adapter_file import TrainedAdapter
@@ -80,6 +81,8 @@ def predict(arguments: JobArguments[Options]) -> int:
     if is_parquet and job.device is not None:
         raise UserError("--device has no effect on Parquet output; use --cluster.gpus_per_worker")
     check_new_output(job.output)
+    if is_parquet:
+        check_ray(parse_config(arguments.nested_fields()).cluster)
     images = [] if is_parquet else list_images(job.inputs)
     check_adapter_exists(job.run)
     with importing("PyTorch"):

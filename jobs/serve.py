@@ -21,6 +21,7 @@ from pipeline.command_line import Field, check_adapter_exists, importing, print_
 from pipeline.config import JobArguments, JobParser, parse_config
 from pipeline.errors import UserError
 from pipeline.interrupts import forget_signals
+from pipeline.runtime.ray_start import LOCAL, check_ray, ray_address
 from pipeline.serving.options import ServingOptions, parse_models
 from pipeline.serving.tokens import read_token_digests
 
@@ -61,7 +62,8 @@ def serve(arguments: JobArguments[Options]) -> None:
     job.check()
     check_trusted_proxies(job.trusted_proxies)
     token_digests = read_token_digests(job.token_file) if job.token_file else ()
-    is_local = (cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    check_ray(cluster)
+    is_local = ray_address(cluster) == LOCAL
     if is_local:  # inherited by all processes of Serve; 1.5 times the requests per second
         os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
         os.environ["FORWARDED_ALLOW_IPS"] = ",".join(job.trusted_proxies)  # of uvicorn, Serve's HTTP server

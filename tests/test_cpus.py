@@ -1,20 +1,14 @@
-"""CPU cores that a process may use, and what follows them: the local Ray, threads of torch and pyarrow."""
+"""CPU cores that a process may use; threads of torch and pyarrow follow them."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
-from unittest.mock import Mock
 
 import pyarrow
 import pytest
-import ray
 import torch
 
-from pipeline.config import ClusterConfig
 from pipeline.cpus import SLURM_VARIABLES, limit_threads, usable_cpus
-from pipeline.errors import UserError
-from pipeline.runtime import cluster
 
 MACHINE = 128
 
@@ -101,34 +95,3 @@ def test_threads_follow(monkeypatch):
         assert (torch.get_num_threads(), pyarrow.cpu_count()) == (3, 3)
     finally:
         torch.set_num_threads(before[0]), pyarrow.set_cpu_count(before[1])
-
-
-@pytest.mark.parametrize(("num_cpus", "started"), [(None, 3), (7, 7)])
-def test_a_local_ray_has_the_cores_of_the_job(num_cpus, started, monkeypatch):
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    options, messages = start(ClusterConfig(num_cpus=num_cpus), monkeypatch)
-    assert options["address"] == "local" and options["num_cpus"] == started
-    assert messages == [
-        "starting Ray ..." if num_cpus else f"starting Ray on 3 of {MACHINE} CPU cores (SLURM_CPUS_PER_TASK) ..."
-    ]
-
-
-def test_the_cores_of_a_cluster_are_its_own(monkeypatch):
-    with pytest.raises(UserError, match="cluster.num_cpus=2 .*10.0.0.1:6379.* remove cluster.num_cpus"):
-        start(ClusterConfig(num_cpus=2, address="10.0.0.1:6379"), monkeypatch)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(UserError, match="cluster.num_cpus=2 .*10.0.0.1:6379"):
-        start(ClusterConfig(num_cpus=2), monkeypatch)
-    options, _ = start(ClusterConfig(), monkeypatch)
-    assert "num_cpus" not in options
-
-
-def start(config: ClusterConfig, monkeypatch) -> tuple[dict[str, Any], list[str]]:
-    """Return the options with which Ray would be started, and what is told."""
-    messages: list[str] = []
-    with monkeypatch.context() as patches:
-        ray_init = Mock()
-        patches.setattr(ray, "is_initialized", lambda: False)
-        patches.setattr(ray, "init", ray_init)
-        cluster._join_or_start(config, False, messages.append)
-    return ray_init.call_args.kwargs, messages

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -263,6 +264,18 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
                 assert row["label"] == words[expected[relative]["predicted"]]
                 assert float(row["probability"]) == pytest.approx(expected[relative]["probability"], abs=1e-4)
         assert compared == 10 * (22 - 8)
+
+
+def test_a_local_ray_listens_on_this_machine_only(shared_ray):
+    process = psutil.Process()
+    pids = {process.pid, *(child.pid for child in process.children(recursive=True))}
+    addresses = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for connection in psutil.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and connection.pid in pids
+    }
+    assert addresses == {"127.0.0.1"}
+    assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
 
 
 def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):

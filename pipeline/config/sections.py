@@ -256,8 +256,8 @@ class GroupingConfig(Section, affects=("grouping",)):
 
 class ClusterConfig(Section, affects=()):
     address: str | None = None
-    """Ray cluster to join (`auto`, host:port); null: the one that the process is connected to (in a notebook), else
-    RAY_ADDRESS, else a local Ray is started."""
+    """Ray cluster to join (`auto`, host:port), or `local`; null: the one that the process is connected to (in a
+    notebook), else RAY_ADDRESS, else a local Ray is started."""
     num_cpus: PositiveInt | None = None
     """CPU cores of a local Ray; null: those that the job may use (CPU affinity, quota of the container, Slurm job)."""
     workers_per_training: PositiveInt = 1

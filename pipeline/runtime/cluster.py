@@ -24,6 +24,17 @@ from pipeline.buckets import AnyPath
 from pipeline.config import ClusterConfig
 from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.errors import UserError
+from pipeline.runtime.ray_start import (
+    LOCAL,
+    SHARED_MEMORY,
+    address_source,
+    check_ray,
+    has_shared_memory,
+    limits_advice,
+    private_token,
+    ray_address,
+    temporary_folder,
+)
 from pipeline.runtime.storage import Storage
 
 IN_SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -31,6 +42,10 @@ POLL_INTERVAL_S = 2
 FIRST_MESSAGE_AFTER_S = 20
 """Time without any running work until the first message about it."""
 NEXT_MESSAGE_AFTER_S = 60
+OBJECT_STORE_BYTES = 512 << 20
+"""Size of Ray's object store where there is no shared memory."""
+MAX_REASON = 500
+"""Characters of Ray's own errors that a message quotes."""
 
 _is_private = False
 """Whether this process started its Ray, which has no other work."""
@@ -127,59 +142,83 @@ def local_ray_options(dashboard: bool, num_cpus: int) -> dict[str, Any]:
 
 
 def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], None]) -> None:
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    check_ray(config)
+    global _is_private
+    address = ray_address(config)
+    _is_private = address == LOCAL
     options: dict[str, Any] = {}
-    if address == "local":
+    folder = None
+    if _is_private:
         limit_threads()
         cpus, limit = usable_cpus()
+        folder, *notes = temporary_folder()
+        for note in (*notes, private_token()):
+            if note:
+                say(note)
         # Ray Train needs the dashboard to release placement groups.
         options = local_ray_options(dashboard or config.workers_per_training > 1, config.num_cpus or cpus)
+        options["_temp_dir"] = str(folder)
+        if not has_shared_memory():
+            say(f"{SHARED_MEMORY} cannot be written: Ray's object store is in {folder}, which is slower")
+            options |= {"_plasma_directory": str(folder), "object_store_memory": OBJECT_STORE_BYTES}
         is_limited = limit and not config.num_cpus
         say(f"starting Ray on {cpus} of {os.cpu_count()} CPU cores ({limit}) ..." if is_limited else "starting Ray ...")
     else:
-        if config.num_cpus:
-            raise UserError(
-                f"cluster.num_cpus={config.num_cpus} is for a local Ray, but this job joins the cluster at {address}, "
-                "where each machine has the cores that `ray start --num-cpus` gives it: remove cluster.num_cpus "
-                "(--cluster.num_cpus null)"
-            )
         if not IN_SUBMITTED_JOB:  # Ray gives the working directory of a submitted job to all workers
             options["runtime_env"] = {"py_modules": [str(Path(__file__).parent.parent)]}  # the package
         say(f"connecting to Ray at {address} ...")
-    global _is_private
-    _is_private = address == "local"
     try:
-        with _signals_end_the_start():
+        with _signals_end_the_start(folder), loopback_only(_is_private):
             ray.init(address=address, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(
-            f"cannot connect to a Ray cluster at {address}: {error}; change cluster.address or RAY_ADDRESS. If the "
-            "cluster requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-        ) from None
     except Exception as error:
-        if type(error) is not Exception:  # the class of Ray's own time limit
-            raise
-        raise UserError(f"Ray did not start: {error} Rerun the same command when the machine is less busy") from None
+        reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:MAX_REASON].rstrip(".")
+        if _is_private:
+            logs = f" ({folder}/session_latest/logs)"
+            raise UserError(f"Ray did not start: {reason}{logs}. {limits_advice()}") from error
+        stale = " `auto` found it in a file of a Ray that may have ended: `ray stop` removes it." * (address == "auto")
+        raise UserError(
+            f"cannot join the Ray cluster at {address} ({address_source(config)}): {reason}.{stale} The job must run "
+            "on a machine of the cluster, with its versions of Ray and Python; from elsewhere, `ray job submit "
+            "--address http://HEAD:8265 -- ...`. If the cluster requires a token, set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN"
+        ) from error
 
 
 @contextmanager
-def _signals_end_the_start() -> Iterator[None]:
+def loopback_only(is_local: bool = True) -> Iterator[None]:
+    """Let a local Ray that the block starts listen on 127.0.0.1 only, as Ray does by default on macOS and Windows."""
+    constants = ray._private.ray_constants
+    previous = constants.ENABLE_RAY_CLUSTER
+    if is_local:
+        constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = previous
+
+
+@contextmanager
+def _signals_end_the_start(folder: Path | None = None) -> Iterator[None]:
     """Let a signal end a job at once while Ray starts, whose processes end with this one.
 
     Ray's own handlers of SIGTERM raise SystemExit in the midst of its start, where it may be dropped, and print
-    addresses of machine code; what it prints until it has started is held back for that time.
+    addresses of machine code; what it prints until it has started is held back for that time, in a file in `folder`
+    (None: the system's for temporary files), and dropped if it does not start, which an error reports.
     """
     if not interrupts.are_handled():
         yield
         return
     set_handler = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile(dir=folder) as output:
         stderr = os.dup(interrupts.STDERR)
         os.dup2(output.fileno(), interrupts.STDERR)
         try:
             with interrupts.ending_at_once("rerun the same command to resume", stderr):
                 yield
+        except Exception:
+            output.truncate(0)
+            raise
         finally:
             ray._private.utils.set_sigterm_handler = set_handler
             interrupts.handle_signals()  # in place of those of Ray's core

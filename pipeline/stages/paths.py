@@ -1,4 +1,4 @@
-"""Check of the paths in a config, before the imports that its full check needs: PyTorch takes seconds."""
+"""Check of the paths and the cluster in a config, before its full check, whose imports take seconds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pipeline.clip.files.model_files import check_weights_exist
 from pipeline.config import BUILTIN_DIGITS, Config
 from pipeline.errors import UserError
 from pipeline.files import is_uri
+from pipeline.runtime.ray_start import check_ray
 
 
 def check_paths(config: Config) -> None:
-    """Check that the data and the weights that a config names are on this machine, unless they are in a bucket.
+    """Check that the data and the weights that a config names are on this machine, unless they are in a bucket, and
+    that its Ray can be reached or started.
 
     Raises:
         UserError: one is not.
@@ -23,3 +25,4 @@ def check_paths(config: Config) -> None:
         raise UserError(f"data.root={root} is not a folder or file on this machine")
     if config.clip.pretrained:
         check_weights_exist(config.clip.pretrained)
+    check_ray(config.cluster)
