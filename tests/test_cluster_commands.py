@@ -162,7 +162,7 @@ class Composed:
                 os.chown(path, user.pw_uid, user.pw_gid)
         subprocess.run(
             [*as_postgres, "initdb", f"--pgdata={data}", f"--username={env['POSTGRES_USER']}", f"--pwfile={password}"]
-            + ["--auth=scram-sha-256", "--no-sync"],
+            + ["--auth=scram-sha-256", "--encoding=UTF8", "--no-sync"],
             env=env,
             cwd=self._temporary,
             check=True,
