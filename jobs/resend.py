@@ -12,7 +12,7 @@ The exit status is 1 if something still waits.
 import sys
 from typing import ClassVar
 
-from pipeline.command_line import Field, importing, report_user_errors
+from pipeline.command_line import Field, importing, print_status, report_user_errors
 from pipeline.config import Config, JobOptions, JobParser
 
 
@@ -35,7 +35,7 @@ def main() -> None:
         with importing("MLflow"):
             from pipeline.workflows.resend import resend
 
-        total = still_waiting = 0
+        count = num_waiting = 0
         for resent in resend(
             arguments.options.source,
             Config().cache,
@@ -43,16 +43,21 @@ def main() -> None:
             fields.get("tracking.experiment"),
             lambda text: console.print(f"  {text}", markup=False, highlight=False),
         ):
-            total += 1
+            count += 1
             report = resent.report
             if report is None:
                 state = "in use by a job, which sends its values itself"
             else:
-                state = f"{report.delivered} sent, {report.waiting} waiting, {report.refused} refused"
-            still_waiting += report is None or report.waiting > 0
+                missing = report.waiting + report.refused
+                state = f"MLflow has all {report.delivered} operations"
+                if missing:
+                    state = f"MLflow has {report.delivered} of {report.delivered + missing} operations"
+                    state += f"; {report.waiting} waiting, {report.refused} refused"
+            num_waiting += report is None or report.waiting > 0
             console.print(f"{resent.uri}: {state}", markup=False, highlight=False)
-        console.print(f"MLflow has all of {total - still_waiting} of {total}", markup=False, highlight=False)
-    sys.exit(1 if still_waiting else 0)
+        if not count:
+            print_status(f"nothing to send: {arguments.options.source} has no run with values for MLflow")
+    sys.exit(1 if num_waiting else 0)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from pipeline.runtime.tracking.mlflow_adapter import (
     mlflow_client,
     resolve_tracking_uri,
 )
-from pipeline.runtime.tracking.tracker import Tracker, open_tracker
+from pipeline.runtime.tracking.tracker import TARGET, Tracker, open_tracker, read_target
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.run import run_session
 
@@ -153,7 +153,7 @@ def test_a_damaged_line_loses_no_other(folder, server, caplog, damage, number):
     assert delivered(journal, server).waiting == 0
     journal.record("metrics", "child", {"loss": 0.125}, step=0)  # not sent yet
     journal.close()
-    lines, sent = (folder / JOURNAL).read_bytes().splitlines(), list(server.sent)
+    lines, values = (folder / JOURNAL).read_bytes().splitlines(), list(server.sent)
     damaged = DAMAGES[damage](lines[number])
     (folder / JOURNAL).write_bytes(b"".join(line + b"\n" for line in [*lines[:number], damaged, *lines[number + 1 :]]))
 
@@ -170,7 +170,7 @@ def test_a_damaged_line_loses_no_other(folder, server, caplog, damage, number):
     journal = Journal(folder)
     record_all(journal)  # as the same command does
     assert not caplog.messages and delivered(journal, server).waiting == 0
-    assert {str(value) for value in sent} <= {str(value) for value in server.sent}
+    assert {str(value) for value in values} <= {str(value) for value in server.sent}
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,14 @@ def test_a_damaged_record_of_the_delivery_loses_nothing(folder, server, caplog, 
     record_all(journal)
     assert delivered(journal, server).waiting == 0
     journal.close()
-    sent = len(server.sent)
+    num_operations = len(server.sent)
     (folder / PROGRESS).write_bytes(content)
     assert delivered(Journal(folder), server).waiting == 0
-    assert f"{folder / PROGRESS} is damaged" in caplog.text and len(server.sent) == 2 * sent and len(server.runs) == 1
+    assert (
+        f"{folder / PROGRESS} is damaged" in caplog.text
+        and len(server.sent) == 2 * num_operations
+        and len(server.runs) == 1
+    )
 
 
 def test_a_journal_that_cannot_be_opened_is_named(folder):
@@ -797,6 +801,26 @@ def test_a_run_that_failed_is_finished_by_the_next_job(plan, uri):
         assert set(statuses(uri).values()) == {"FAILED" if error else "FINISHED"}
 
 
+@pytest.mark.parametrize("content", [None, "", "[]", '{"uri": 1}', '{"database": "mlflow.db"}'])
+def test_where_the_runs_of_a_journal_are(tmp_path, folder, monkeypatch, content):
+    """In a moved storage its own database; where that is unknown or damaged, the default."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uris = {"mlflow.db": None, "own.db": f"sqlite:///{tmp_path}/old/own.db", "else": "http://anna:secret@127.0.0.1:9"}
+    for name, uri in uris.items():
+        journal = tmp_path / "old" / name
+        open_tracker(TrackingConfig(uri=uri, experiment="e"), tmp_path / "old", journal).close(timeout_s=0)
+    (tmp_path / "old").rename(tmp_path / "new")
+    targets = {name: read_target(tmp_path / "new", tmp_path / "new" / name) for name in uris}
+    assert {target.experiment for target in targets.values()} == {"e"}
+    databases = [f"sqlite:///{tmp_path}/new/{name}" for name in ("mlflow.db", "own.db")]
+    assert [target.uri for target in targets.values()] == [*databases, "http://127.0.0.1:9"]
+    if content is None:
+        (tmp_path / "new" / "else" / TARGET).unlink()
+    else:
+        (tmp_path / "new" / "else" / TARGET).write_text(content)
+    assert read_target(tmp_path / "new", tmp_path / "new" / "else") == TrackingConfig()
+
+
 def test_runs_of_a_killed_job_end(plan, uri, monkeypatch, capsys):
     """As KILLED by `resend`, which no job at work allows; then the same command takes them up. Also those without a
     parent, and those that it does not begin again."""
@@ -821,7 +845,7 @@ def test_runs_of_a_killed_job_end(plan, uri, monkeypatch, capsys):
     assert set(statuses(uri).values()) == {"RUNNING"}
     for source in (plan.storage.folder, plan.folder):
         status, output = resend_main(source)
-        assert status == 0 and f"{plan.folder}: 11 sent, 0 waiting, 0 refused" in output
+        assert status == 0 and f"{plan.folder}: MLflow has all 11 operations" in output
         assert set(statuses(uri).values()) == {"KILLED"} and len(statuses(uri)) == 5
     with working(plan) as session, Stage(session, "group_trainings", "4 group trainings"):
         session.tracker.start_run("group: ink", parent="group_trainings")

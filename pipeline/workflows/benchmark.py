@@ -30,6 +30,7 @@ from pipeline.report.benchmark_tables import (
 from pipeline.report.scores import binomial_standard_error
 from pipeline.report.summary import merge_results
 from pipeline.runtime.environment import run_environment
+from pipeline.runtime.run_lock import exclusive_run
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.tracking.tracker import Tracker, end_status, open_tracker
 from pipeline.stages.flow import run_stages
@@ -63,9 +64,15 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
     storage = plans[0].storage
     key = content_hash({"runs": [plan.key for plan in plans], "methods": list(methods)})
     folder = create_folder(storage.folder / "benchmarks" / f"{name}-{key}")
+    create_folder(folder / "tracking")
+
+    def say(text: str) -> None:
+        console.print(f"  {text}", markup=False, highlight=False)
+
     with (
         connect_cluster(plans[0], console) as resources,
-        _benchmark_tracker(name, configs, methods, folder, console) as tracker,
+        exclusive_run(storage, folder / "tracking", say, lambda: False),  # two jobs must not write one journal
+        _benchmark_tracker(name, configs, methods, folder) as tracker,
     ):
         errors: list[BaseException] = []
         completed: list[Plan] = []
@@ -173,9 +180,7 @@ def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _benchmark_tracker(
-    name: str, configs: Sequence[Config], methods: Sequence[str], folder: Path, console: Console
-) -> Iterator[Tracker]:
+def _benchmark_tracker(name: str, configs: Sequence[Config], methods: Sequence[str], folder: Path) -> Iterator[Tracker]:
     """Track the benchmark as an MLflow run; its pipeline runs have its name as their tag `benchmark`."""
     config = configs[0]
     tracker = open_tracker(config.tracking, folder.parent.parent, folder / "tracking")

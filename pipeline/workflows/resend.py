@@ -19,7 +19,8 @@ from pipeline.runtime.tracking.journal import JOURNAL
 from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri
 from pipeline.runtime.tracking.tracker import open_tracker, read_target
 
-KINDS = ("runs", "benchmarks", "searches")
+BENCHMARKS = "benchmarks"
+KINDS = ("runs", BENCHMARKS, "searches")
 """Folders of a storage whose folders have journals."""
 TIMEOUT_S = 60.0
 
@@ -58,7 +59,7 @@ def resend(
                 check_reachable(target)
                 checked.add(target)
             try:
-                with exclusive_run(storage, folder if (folder / "lock").exists() else journal, say, lambda: True):
+                with exclusive_run(storage, journal if folder.parent.name == BENCHMARKS else folder, say, lambda: True):
                     tracker = open_tracker(tracking, storage.folder, journal, retry_refused=True)
                     tracker.end_all("KILLED")
                     report: DeliveryReport | None = tracker.close(TIMEOUT_S)
