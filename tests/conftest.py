@@ -16,6 +16,7 @@ os.environ["MMAP_CLIP_TESTS"] = uuid.uuid4().hex
 
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -72,14 +73,20 @@ def quick_run(tmp_path_factory, run_job):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, run_job):
-    """Storage of one run that nothing breaks, which the others are compared with."""
-    from pipelines import FEW_TASKS
+def undisturbed(tmp_path_factory):
+    """Storage of one run that nothing breaks, which the others are compared with; all processes share it."""
+    from filelock import FileLock
+    from pipelines import FEW_TASKS, run_in_process
 
-    storage = tmp_path_factory.mktemp("undisturbed") / "storage"
-    finished = run_job("full_pipeline", "--storage", storage, *FEW_TASKS)
-    assert finished.status == 0, finished.output
-    return storage
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "undisturbed"
+    with FileLock(f"{folder}.lock"):
+        folder.mkdir(exist_ok=True)
+        if not (folder / "finished").exists():
+            finished = run_in_process("full_pipeline", "--storage", folder / "storage", *FEW_TASKS)
+            assert finished.status == 0, finished.output
+            (folder / "finished").touch()
+    return folder / "storage"
 
 
 @pytest.fixture(scope="module")
@@ -120,21 +127,42 @@ USERS_OF_RAY = (
     "test_inputs.py::test_one_task_in_a_table_goes_through_the_whole_pipeline",
 )
 """Files, or tests, that use `shared_ray` or `run_job`, the longest first; not those marked `fault_injection`."""
+LONGEST_TESTS = (
+    "test_serving.py",
+    "test_methods.py",
+    "test_keys.py",
+    "test_grouping_search.py",
+    "test_docs_code.py",
+    "test_grouping.py",
+    "test_data_parallel.py",
+    "test_tracking.py",
+    "test_weights.py",
+    "test_towers.py",
+    "test_families.py",
+    "test_inputs.py",
+    "test_hostile_input.py",
+    "test_data.py",
+    "test_families_text.py",
+    "test_benchmark_report.py",
+)
+"""Those of the other files that take most CPU time."""
 LONGEST_FAULT_INJECTION_TESTS = (
-    "test_fault_tolerance.py",
     "test_cluster_faults.py",
     "test_soak.py",
+    "test_fault_tolerance.py",
     "test_tutorial.py",
     "test_cluster_commands.py",
     "test_cluster.py",
     "test_serving.py",
     "test_golden.py",
 )
+WITHOUT_OWN_FIXTURES = ("test_fault_tolerance.py", "test_interrupts.py")
+"""Files with fault-injection tests that may run in any process, one by one."""
 
 
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests stay in one process, and so do all that use Ray: one Ray, whose workers import PyTorch once, and
-    each fixture once.
+    each fixture once. `test_docs_code.py` has described all models of open_clip before `test_list_models.py` does.
 
     pytest-xdist's `--dist loadgroup` does that by marks, but pytest 9 does not see the names that it gives to tests.
     """
@@ -142,8 +170,10 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByFixtures(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "Ray" if config.option.markexpr != "fault_injection" and is_user_of_ray(nodeid) else file
+            file = Path(nodeid.partition("::")[0]).name
+            if config.option.markexpr == "fault_injection":
+                return nodeid if file in WITHOUT_OWN_FIXTURES else file
+            return "Ray" if is_user_of_ray(nodeid) else {"test_list_models.py": "test_docs_code.py"}.get(file, file)
 
     return ByFixtures(config, log)
 
@@ -160,9 +190,7 @@ def is_user_of_ray(nodeid: str) -> bool:
 def pytest_runtest_teardown(item, nextitem):
     """End Ray after the last of the tests in a row that use it: idle, it takes a tenth of a core."""
     result = yield
-    if needs_ray(item) and not (nextitem and needs_ray(nextitem)):
-        import ray
-
+    if (ray := sys.modules.get("ray")) and not (nextitem and needs_ray(nextitem)):
         ray.shutdown()
     return result
 
@@ -180,23 +208,25 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that use Ray begin, then files with whole pipelines, so that no process is left with them at the end."""
+    """Tests that use Ray begin, then the longest files, so that no process is left with them at the end."""
     if torch := sys.modules.get("torch"):  # not imported where nothing is collected, such as by pytest-xdist itself
         torch.set_num_threads(1)  # small models: more threads only wait for each other
     for item in items:
         if needs_ray(item) and not item.get_closest_marker("fault_injection"):
             if item.path.parent == Path(__file__).parent and not is_user_of_ray(item.nodeid):
                 raise pytest.UsageError(f"conftest.USERS_OF_RAY lacks {item.path.name} or {item.nodeid}")
+
+    def position(item: pytest.Item, names: Sequence[str]) -> int:
+        files = [name.partition("::")[0] for name in names]
+        return files.index(item.path.name) if item.path.name in files else len(files)
+
     if config.option.markexpr == "fault_injection":
-        longest = {name: index for index, name in enumerate(LONGEST_FAULT_INJECTION_TESTS)}
-        items.sort(key=lambda item: (longest.get(item.path.name, len(longest)), not needs_ray(item)))
+        items.sort(key=lambda item: (position(item, LONGEST_FAULT_INJECTION_TESTS), not needs_ray(item)))
     else:
-        position = {name.partition("::")[0]: index for index, name in enumerate(USERS_OF_RAY)}
-        slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(
             key=lambda item: (
-                (0, not needs_ray(item), position[item.path.name])
+                (0, not needs_ray(item), position(item, USERS_OF_RAY))
                 if is_user_of_ray(item.nodeid)
-                else (1, item.path not in slow)
+                else (1, position(item, LONGEST_TESTS))
             )
         )
