@@ -34,8 +34,9 @@ _REFUSALS = (
     *("SIGNATURE_DOES_NOT_MATCH", "HTTP status 400", "HTTP status 401", "HTTP status 403", "ExpiredToken"),
 )
 """Parts of errors that another attempt cannot change."""
-_last_warning: dict[str, float] = {}
-"""Name of a bucket → time of the last warning about it."""
+SAME_OUTAGE_S = 60
+_last_warning: dict[tuple[str, float], float] = {}
+"""Name of a bucket and delay → time of the last warning of it: one line for all threads that wait."""
 ACCESS_ADVICE = (
     "Check the name of the bucket, AWS_ENDPOINT_URL (or ?endpoint_override=), and the credentials in the environment"
 )
@@ -97,8 +98,8 @@ def with_retries(action: Callable[[], T], name: str, is_final: Callable[[OSError
                 raise
             if (delay := next(delays, None)) is None:
                 raise UserError(f"{name} cannot be reached: {error}. Rerun the same command to resume") from error
-            if time.monotonic() - _last_warning.get(name, -math.inf) > delay / 2:  # one line for all threads
-                _last_warning[name] = time.monotonic()
+            if time.monotonic() - _last_warning.get((name, delay), -math.inf) > SAME_OUTAGE_S:
+                _last_warning[name, delay] = time.monotonic()
                 log.warning("%s: %s; retrying in %d s", name, error, delay)
             time.sleep(delay)
 
@@ -245,6 +246,11 @@ class BucketPath:
             raise UserError(
                 f"{name} cannot be read: {error}. {ACCESS_ADVICE}; a public bucket may need ?anonymous=true"
             ) from None
+
+    @property
+    def key(self) -> str:
+        """Name of the path in pyarrow's file system."""
+        return self._open()[1]
 
     def is_dir(self) -> bool:
         return self._listing() is not None

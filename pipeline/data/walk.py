@@ -234,8 +234,9 @@ def list_folder(folder: str | AnyPath) -> Sequence[Entry]:
         raise UserError(f"cannot read {escape_for_terminal(str(error.filename))}: {error.strerror}") from None
 
 
-def find_images(path: str, other_suffixes: tuple[str, ...] = ()) -> tuple[list[str], list[Skipped]]:
-    """Return the images below a folder, in order of the names, or the file itself; and what was left out.
+def find_images(path: str | BucketPath, other_suffixes: tuple[str, ...] = ()) -> tuple[list[str], list[Skipped]]:
+    """Return the images below a folder, in order of the names, or the file itself; and what was left out. Files of a
+    bucket are named as in pyarrow's file system.
 
     Args:
         other_suffixes: suffixes of files to return, too.
@@ -243,20 +244,21 @@ def find_images(path: str, other_suffixes: tuple[str, ...] = ()) -> tuple[list[s
     Raises:
         UserError: there is nothing at `path`, or a folder cannot be read.
     """
-    if not os.path.exists(path):
+    root, name = (Path(path), path) if isinstance(path, str) else (path, path.key)
+    if not root.exists():
         raise UserError(f"{path}: no such file or folder")
-    if not os.path.isdir(path):
-        return [path], []
+    if not root.is_dir():
+        return [name], []
     files: list[str] = []
     skipped: list[Skipped] = []
-    for folder in walk_folders(Path(path)):
+    for folder in walk_folders(root):
         names = list(folder.images)
         for file in folder.skipped:
             if file.kind != JUNK_KIND and file.path.lower().endswith(other_suffixes):
                 names.append(os.path.basename(file.path))
             else:
                 skipped.append(file)
-        files += [os.path.join(path, *folder.parts, name) for name in sorted(names)]
+        files += [os.path.join(name, *folder.parts, image) for image in sorted(names)]
     return files, skipped
 
 

@@ -24,10 +24,10 @@ import ray.data
 import torch
 from ray.exceptions import RayTaskError
 
-from pipeline.buckets import open_bucket
+from pipeline.buckets import BucketPath, open_bucket
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.table_images import find_image_column
-from pipeline.data.walk import JUNK_KIND, Skipped, find_images, is_junk, skip_kind, skipped_note
+from pipeline.data.walk import Skipped, find_images, skipped_note
 from pipeline.errors import UserError
 from pipeline.files import atomic_replace, is_uri
 from pipeline.methods.adapter_file import TrainedAdapter
@@ -84,7 +84,7 @@ def find_batch_input(inputs: Sequence[str]) -> BatchInput:
         if is_url(source):
             files.append(source)
             continue
-        source_files, source_skipped = _list_bucket(source) if uris else find_images(source, (".parquet",))
+        source_files, source_skipped = find_images(_bucket_path(source) if uris else source, (".parquet",))
         files += source_files
         skipped += source_skipped
     suffixes = {file.lower().endswith(".parquet") for file in files}
@@ -306,25 +306,10 @@ def progress_lines(report: Callable[[str], None], interval_s: float) -> Callable
     return on_progress
 
 
-def _list_bucket(uri: str) -> tuple[list[str], list[Skipped]]:
-    """List a file, or the images and Parquet files of a folder and what is left out, as `find_images`."""
-    filesystem, path = open_bucket(uri)
-    try:
-        if filesystem.get_file_info(path).type == pafs.FileType.File:
-            return [path], []
-        infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot list {uri}: {error}; check AWS_ENDPOINT_URL and the credentials") from None
-    files: list[str] = []
-    skipped: list[Skipped] = []
-    for file in sorted(info.path for info in infos if info.type == pafs.FileType.File):
-        *folders, name = file.removeprefix(path).strip("/").split("/")
-        kind = JUNK_KIND if any(map(is_junk, folders)) else skip_kind(name)
-        if kind is None or kind == ".parquet":
-            files.append(file)
-        else:
-            skipped.append(Skipped(file, kind))
-    return files, skipped
+def _bucket_path(uri: str) -> BucketPath:
+    path = BucketPath(uri)
+    path.check_access(uri)
+    return path
 
 
 def _image_column(batch_input: BatchInput, file: str) -> str:
