@@ -77,7 +77,7 @@ def test_registration_errors_are_reported(quick_run, tmp_path, monkeypatch, caps
         (["--run", tmp_path, *model_name], "is not a run directory"),
         (
             ["--run", folder, *model_name, "--tracking.uri", f"sqlite:///{tmp_path}/other.db"],
-            "has no finished run of",
+            "other.db does not exist",
         ),
         (["--run", folder, *model_name, "--method", "coop"], "coop.safetensors does not exist"),
         (["--run", folder, *model_name, "--threshold", "7"], "threshold=7: must be"),

@@ -11,6 +11,7 @@ import uuid
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -664,6 +665,55 @@ def test_only_what_mlflow_rejects_for_its_content_is_refused(name, is_kept):
     error = (KEPT if is_kept else REJECTED)[name]()
     with pytest.raises(type(error) if is_kept else Refused), _refusals():
         raise error
+
+
+ANSWERS = {
+    "500": (500, b"Internal Server Error", True),
+    "503": (503, b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "database or disk is full"}', True),
+    "507": (507, b"<html>Insufficient Storage</html>", True),
+    "400 of a proxy": (400, b"<html>Bad Request</html>", True),
+    "404 of a proxy": (404, b"<html>Not Found</html>", True),
+    "400": (400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "a bad name"}', False),
+}
+
+
+@pytest.fixture(scope="module")
+def answering():
+    """An HTTP server that reads, and answers the creation of a run with `answer`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(200, b'{"experiment": {"experiment_id": "1", "name": "demo", "lifecycle_stage": "active"}}')
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(*(self.server.answer if self.path.endswith("runs/create") else (200, b"{}")))
+
+        def answer(self, status, content):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_what_an_http_server_cannot_write_is_kept(answering, folder, monkeypatch, name):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    status, content, is_kept = ANSWERS[name]
+    answering.answer = (status, content)
+    server = MlflowServer(f"http://127.0.0.1:{answering.server_port}", "demo", folder)
+    server.connect()
+    assert server.answers()
+    with pytest.raises(mlflow.MlflowException if is_kept else Refused):
+        server.start_run("key", "run", None, 1)
 
 
 def test_a_locked_database_prints_one_line(uri, folder, no_pauses, caplog, capfd):

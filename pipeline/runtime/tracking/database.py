@@ -38,6 +38,7 @@ SETTLED_AFTER_S = 5.0
 """Another program, such as `mlflow ui`, may be making the tables of a database that changes."""
 MAX_SETTLING_S = 60.0
 BUSY_TIMEOUT_S = 5.0
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _MAGIC = b"SQLite format 3\0"
 _SEEDED_TABLES = {"alembic_version", "experiments", "experiment_tags", "workspaces"}
 """Tables that have rows in a database without runs."""
@@ -174,7 +175,7 @@ class _Contents:
             with closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
                 return cls._query(file, connection)
         except sqlite3.Error as error:
-            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            if error.sqlite_errorcode & 0xFF in _BUSY:
                 return cls(file, exists=True, is_busy=True)
             if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED:  # another job set it aside at this moment
                 return cls.read(file)
@@ -254,12 +255,22 @@ def _schema_revisions() -> tuple[frozenset[str], str]:
     return frozenset(revisions), head
 
 
+@contextmanager
+def _database_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _database_error(file, error) from error
+
+
 def _database_error(file: Path, error: sqlite3.Error) -> UserError:
     code = error.sqlite_errorcode & 0xFF
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         remedy = _replacement(file)
     elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         remedy = "let this user write the file and its folder, or give another database with --tracking.uri"
+    elif code in _BUSY:
+        remedy = "wait for the program that writes it, or end it, then rerun the same command"
     elif code == sqlite3.SQLITE_FULL:
         remedy = "free some disk space, or give another database with --tracking.uri"
     else:
@@ -356,7 +367,7 @@ def _relocate_artifacts(file: Path) -> None:
     """Replace the URIs of artifacts in a database that was moved or copied together with them: MLflow stores absolute
     paths."""
     artifacts = file.parent / ARTIFACTS
-    with closing(sqlite3.connect(file, timeout=20, isolation_level=None)) as connection:
+    with _database_errors(file), closing(sqlite3.connect(file, timeout=20, isolation_level=None)) as connection:
         used = connection.execute("select distinct artifact_location from experiments").fetchall()
         for (previous,) in used:
             if not _is_moved(previous, artifacts):

@@ -192,7 +192,7 @@ class Delivery:
         # After each failure the batch is halved, to find the operation that fails.
         max_batch = max(1, BATCH_LIMITS.get(kind, 1) >> self._failures)
         batch = list(takewhile(lambda index: operations[index].kind == kind, islice(indices, max_batch)))
-        postponed = {index for index in batch if self._is_blocked(operations[index], is_retry)}
+        postponed = self._blocked(batch, is_retry)
         sendable = [index for index in batch if index not in postponed]
         refused: list[tuple[int, Exception]] = []
         failure: Exception | None = None
@@ -223,17 +223,22 @@ class Delivery:
             self._failures = 0
             raise failure
 
-    def _is_blocked(self, op: Operation, is_retry: bool) -> bool:
-        """Return whether an operation has to wait for one that was postponed."""
-        postponed = [self._journal.operations[index] for index in self._progress.postponed]
-        run = op.value if op.kind == "start" else op.run
-        return any(
-            (cause.kind == "start" and cause.run == run)
-            # The artifact store is another server than the database: it is spared the same failure.
-            or (cause.kind == "artifact" and op.kind == "artifact" and not is_retry)
-            or (cause.kind == "artifact" and op.kind == "model" and cause.run == op.run)
-            for cause in postponed
-        )
+    def _blocked(self, indices: Sequence[int], is_retry: bool) -> set[int]:
+        """Return those of the operations that have to wait for one that was postponed."""
+        operations = self._journal.operations
+        runs: dict[str, set[str]] = {"start": set(), "artifact": set()}
+        for index in self._progress.postponed:
+            if (op := operations[index]).kind in runs:
+                runs[op.kind].add(op.run)
+
+        def is_blocked(op: Operation) -> bool:
+            if (op.value if op.kind == "start" else op.run) in runs["start"]:
+                return True
+            if op.kind == "artifact":  # its store is another server than the database: spare it the same failure
+                return bool(runs["artifact"]) and not is_retry
+            return op.kind == "model" and op.run in runs["artifact"]
+
+        return {index for index in indices if is_blocked(operations[index])}
 
     def _send(self, indices: Sequence[int]) -> list[tuple[int, Exception]]:
         """Send operations of one kind and run, bisecting a refused batch; return the refused operations."""

@@ -20,6 +20,7 @@ from pipeline.runtime.tracking.database import (
     check_database,
     is_sqlite,
     prepare_database,
+    sqlite_file,
     sqlite_uri,
 )
 from pipeline.runtime.tracking.journal import Operation
@@ -166,6 +167,12 @@ def find_run(uri: str, run_key: str) -> tuple[MlflowClient, str]:
 
     Raises: UserError: There is none, or MLflow cannot be used.
     """
+    remedy = (
+        "give the server that the run was sent to with --tracking.uri, finish the run, or send what waits with "
+        "mmap-clip resend"
+    )
+    if is_sqlite(uri) and not sqlite_file(uri).exists():
+        raise UserError(f"the tracking database {sqlite_file(uri)} does not exist: {remedy}")
     check_reachable(uri)
     client = mlflow_client(uri)
     runs = client.search_runs(
@@ -174,10 +181,7 @@ def find_run(uri: str, run_key: str) -> tuple[MlflowClient, str]:
         max_results=1,
     )
     if not runs:
-        raise UserError(
-            f"MLflow at {without_password(uri)} has no finished run of this folder: give the server that the run was "
-            "sent to with --tracking.uri, finish the run, or send what waits with mmap-clip resend"
-        )
+        raise UserError(f"MLflow at {without_password(uri)} has no finished run of this folder: {remedy}")
     return client, runs[0].info.run_id
 
 
