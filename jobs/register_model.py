@@ -71,7 +71,7 @@ def resolve_run(run: str, uri: str | None, name: str | None) -> tuple[Path, str,
     journals = sorted(folder.glob("tracking-*"))
     if not (folder / "config.yaml").is_file() or not journals:
         raise UserError(f"--run {run} is not a run directory (it has no config.yaml): give <storage>/runs/<run>")
-    name = name or parse_config(load_yaml(folder / "config.yaml")).tracking.registered_model
+    name = name or parse_config(load_yaml(finished_run.run_config_file(folder))).tracking.registered_model
     if not name:
         raise UserError("--tracking.registered_model NAME is required: the config of the run does not set it")
     key = run_key(read_journal_id(journals[0]), PARENT)

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ _ADVICE = {
 SETTLED_NS = 2_000_000_000
 """Age of a file's last change from which its digest is remembered: later changes then have other times, whatever the
 resolution of the file system's clock."""
+_DIGEST = "sha256"
+"""Key in a record."""
 _digests: dict[tuple[int, ...], str] = {}
 """Digests of this process: device, inode, size and times of a file → SHA-256."""
 
@@ -121,6 +123,31 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise DamagedFile(f"{path} is damaged: it is not JSON; remove it and rerun the command that made it") from None
+
+
+def write_record(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object with the SHA-256 of its values, which `read_record` compares."""
+    write_json(path, {**values, _DIGEST: _values_digest(values)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the values of `write_record`. Raises: FileNotFoundError: There is no such file. DamagedFile: It was
+    changed."""
+    return parse_record(path.read_bytes(), path)
+
+
+def parse_record(data: bytes, name: Path | str) -> dict[str, Any]:
+    """Return the values in the content of a file of `write_record`. Raises: DamagedFile: It was changed."""
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):
+        values: dict[str, Any] = json.loads(data)
+        is_whole = to_json(values).encode() == data
+        if values.pop(_DIGEST, "") == _values_digest(values) and is_whole:
+            return values
+    raise DamagedFile(f"{name} is damaged, or of an older version: rerun the command that made it")
+
+
+def _values_digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(to_json(values).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -39,7 +39,7 @@ from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_c
 from pipeline.data.index import index_dataset, read_class_names
 from pipeline.data.layouts import OFFICE_HOME_TASKS
 from pipeline.demo.digits import write_digits
-from pipeline.files import write_json
+from pipeline.files import write_record
 from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.registry import METHODS
 from pipeline.prediction.options import GROUPED_ADAPTER
@@ -168,10 +168,10 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     (folder / SUMMARY).parent.mkdir()
     methods = {"grouped": {"accuracy": dict.fromkeys(group, 0.5), "average": 0.5}}
     summary = {"tasks": [*group], "groups": [[*group]], "methods": methods, "num_test_images": dict.fromkeys(group, 1)}
-    write_json(folder / SUMMARY, summary)
+    write_record(folder / SUMMARY, summary)
     row = {"task": "ink", "method": "grouped", "true_label": "one", "label": "two", "probability": 0.5}
     pq.write_table(pa.Table.from_pylist([row], schema=PREDICTIONS), folder / "report" / "predictions.parquet")
-    write_json(folder / GROUPING, {"tasks": [*group], "groups": [[*group]], "affinity": [[1, 0], [0, 1]]})
+    write_record(folder / GROUPING, {"tasks": [*group], "groups": [[*group]], "affinity": [[1, 0], [0, 1]]})
     snapshots = Artifact(Storage.from_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
     with snapshots.writer():
         pass

@@ -14,7 +14,17 @@ import pytest
 from pipelines import REPOSITORY
 
 from pipeline.errors import UserError
-from pipeline.files import atomic_replace, atomic_write, read_json, write_file, write_json
+from pipeline.files import (
+    DamagedFile,
+    atomic_replace,
+    atomic_write,
+    parse_record,
+    read_json,
+    read_record,
+    write_file,
+    write_json,
+    write_record,
+)
 
 KILLED = """
 import os, sys
@@ -124,3 +134,26 @@ def test_no_other_module_renames_files():
     for file in (REPOSITORY / "pipeline").rglob("*.py"):
         if file != REPOSITORY / "pipeline" / "files.py":
             assert not re.search(r"\bos\.(replace|rename)\b|\.rename\(", file.read_text()), file
+
+
+def test_every_changed_bit_of_a_record_is_noticed(tmp_path):
+    file, values = tmp_path / "summary.json", {"tasks": ["é", "b"], "average": 1e-05, "methods": {"a": [1, None]}}
+    write_record(file, values)
+    assert read_record(file) == values
+    content = file.read_bytes()
+    for position in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[position // 8] ^= 1 << position % 8
+        with pytest.raises(DamagedFile, match="summary.json is damaged.*rerun the command"):
+            parse_record(bytes(changed), file)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b"null", b"\xff", b"[" * 100_000])
+def test_damaged_json_is_named(tmp_path, content):
+    file = tmp_path / "summary.json"
+    file.write_bytes(content)
+    with pytest.raises(DamagedFile, match="summary.json is damaged"):
+        read_record(file)
+    if content not in (b"[1]", b"{}", b"null"):
+        with pytest.raises(DamagedFile, match="summary.json is damaged.*remove it"):
+            read_json(file)

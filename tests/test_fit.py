@@ -207,7 +207,7 @@ def test_a_report_of_an_older_version_is_refused(run, tmp_path):
     shutil.copytree(run.folder, tmp_path / "runs" / "older", ignore=shutil.ignore_patterns("tracking-*", "adapters"))
     file = tmp_path / "runs" / "older" / "report" / "summary.json"
     file.write_text(json.dumps({"tasks": [], "groups": [], "methods": {}}))
-    with pytest.raises(pipeline.UserError, match="is of an older version: run it again with pipeline.fit"):
+    with pytest.raises(pipeline.UserError, match="summary.json is damaged, or of an older version: rerun"):
         _ = pipeline.open_run(tmp_path / "runs" / "older").accuracy
 
 

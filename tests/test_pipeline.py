@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS, QUICK, REPOSITORY, every_step_once, numbers, summary, the_run
 from safetensors.torch import load_file
 
+import pipeline
 from pipeline import command_line
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
@@ -197,6 +198,39 @@ def test_rerunning_reports_cached_stages(quick_run, run_job):
     assert finished.status == 0, finished.output
     assert finished.output.count("cached (computed in") == 5
     assert numbers(storage) == numbers_before
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def test_a_changed_bit_in_any_stored_file_is_noticed_and_mended(quick_run, run_job, tmp_path):
+    storage = tmp_path / "storage"
+    shutil.copytree(quick_run[0], storage)
+    run = pipeline.open_run(the_run(storage))
+    stages = ["data_check", "splits", "global_prompt", "grouping", "image_features", "group_trainings"]
+    artifacts = [sorted((storage / stage).glob("[!.]*"))[0] for stage in stages]
+    for artifact in artifacts:
+        flip_a_bit(max(artifact.rglob("*.*"), key=lambda file: file.stat().st_size))
+    records = ["grouping.json", "report/summary.json", "artifacts.json", "stage_seconds.json", "data_check/check.json"]
+    for name in (*records, "config.yaml", "report/predictions.parquet"):
+        flip_a_bit(run.folder / name)
+    for read in (lambda: run.grouping, lambda: run.accuracy, lambda: run.predictions, lambda: run.config):
+        with pytest.raises(UserError, match="is damaged.*rerun the command that made it"):
+            read()
+    assert "damaged" in run_job("runs", "--storage", storage).output
+    verified = run_job("verify", storage)
+    assert verified.status == 1 and f"{len(artifacts) + 3} damaged or missing" in verified.output, verified.output
+    added = run_job("add_task", "--run", run.folder, "--task", "neon", "--data.root", tmp_path)
+    assert added.status == 2 and "is damaged" in added.output, added.output
+    finished = run_job("full_pipeline", "--storage", storage, *QUICK)
+    assert finished.status == 0, finished.output
+    assert numbers(storage) == numbers(quick_run[0])
+    assert [len([*(storage / stage).glob(".damaged-*")]) for stage in stages] == [1] * len(stages)
+    assert run_job("verify", storage).status == 0
+    assert pipeline.open_run(run.folder).accuracy.equals(pipeline.open_run(the_run(quick_run[0])).accuracy)
 
 
 def demo_clip_folder(folder: Path) -> Path:

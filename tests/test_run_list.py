@@ -13,6 +13,7 @@ import pytest
 from pipelines import REPOSITORY
 
 from pipeline.config import parse_config, to_yaml
+from pipeline.files import write_record
 
 METHODS = {"zero_shot": 0.5, "coop": 0.6, "all_in_one": 0.714, "grouped": 0.75}
 
@@ -21,10 +22,10 @@ def write_run(storage: Path, folder_name: str, age_s: int, stages=(), finished=F
     folder = storage / "runs" / folder_name
     (folder / "report").mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(parse_config(values)))
-    (folder / "stage_seconds.json").write_text(json.dumps(dict.fromkeys(stages, 1.5)))
+    write_record(folder / "stage_seconds.json", dict.fromkeys(stages, 1.5))
     if finished:
         methods = {method: {"average": average, "accuracy": {}} for method, average in METHODS.items()}
-        (folder / "report/summary.json").write_text(json.dumps({"tasks": ["a", "b", "c"], "methods": methods}))
+        write_record(folder / "report/summary.json", {"tasks": ["a", "b", "c"], "methods": methods})
     for file in folder.rglob("*.*"):
         os.utime(file, (1.7e9 - age_s,) * 2)
     return folder

@@ -175,12 +175,12 @@ def test_results_and_journals_of_two_holders_at_once_are_complete(bucket, monkey
 def test_a_lease_that_another_job_took_is_left_to_it(bucket):
     storage = bucket("one")
     file = folder_of(storage) / "lease.json"
-    other = {"id": "other", "local_copy": None, "job": "process 7 on other", "renewed": 0}
+    newer_lease = {"id": "other", "local_copy": None, "job": "process 7 on other", "renewed": 0}
     with exclusive_run(storage, file.parent, print, lambda: False):
-        run_lock._write(storage, file, other)
+        run_lock._write(storage, file, newer_lease)
         time.sleep(0.5)  # several renewals
-        assert run_lock._read(storage, file) == other
-    assert run_lock._read(storage, file) == other
+        assert run_lock._read(storage, file) == newer_lease
+    assert run_lock._read(storage, file) == newer_lease
 
 
 def test_waiting_can_be_stopped(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import runpy
 import sys
@@ -10,7 +11,7 @@ import pytest
 from pipelines import REPOSITORY
 from servers import S3Server, free_ports
 
-from pipeline.files import write_json
+from pipeline.files import write_record
 from pipeline.runtime.storage import Artifact, Storage
 
 
@@ -32,7 +33,11 @@ def storage(request, tmp_path):
             (writer.folder / "grouping.json").write_text("{}")
     run = storage.folder / "runs" / "demo-0123"
     run.mkdir(parents=True)
-    write_json(run / "artifacts.json", {"snapshots": [{"stage": "grouping", "inputs": {"seed": 2}}]})
+    (run / "config.yaml").write_text("seed: 1")
+    snapshots = [{"stage": "grouping", "inputs": {"seed": 2}}]
+    digests = {"config.yaml": hashlib.sha256(b"seed: 1").hexdigest()}
+    write_record(run / "artifacts.json", {"snapshots": snapshots, "sha256_of_files": digests})
+    write_record(run / "grouping.json", {"groups": [["a", "b"]]})
     storage.upload(run)
     yield storage
     if server:
@@ -72,26 +77,29 @@ def test_a_storage_is_verified(storage, verify):
     assert status == 0 and "2 artifacts, 4 files, 6.3 MB verified" in output and "nothing damaged" in output
     content = bytearray(3 << 20)
     content[2 << 20] ^= 4
-    first, second = artifact(storage, 1).folder, artifact(storage, 2).folder
-    write(storage, first / "part" / "file.bin", content)
-    delete(storage, first / "grouping.json")
-    write(storage, first / "notes.txt", b"mine")
-    delete(storage, second / "artifact.json")
+    damaged, incomplete = artifact(storage, 1).folder, artifact(storage, 2).folder
+    write(storage, damaged / "part" / "file.bin", content)
+    delete(storage, damaged / "grouping.json")
+    write(storage, damaged / "notes.txt", b"mine")
+    delete(storage, incomplete / "artifact.json")
     write(storage, storage.folder / "splits" / ".staging-0123456789abcdef" / "checkpoint.pt", bytes(1_500_000))
     write(storage, storage.folder / "runs" / "demo-0123" / "config.yaml.0a.partial", b"half")
+    write(storage, storage.folder / "runs" / "demo-0123" / "config.yaml", b"seed: 3")
+    write(storage, storage.folder / "runs" / "demo-0123" / "grouping.json", b'{"groups": [["a", "c"]]}')
     status, output, _ = verify(storage.uri)
     assert status == 1
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in output.splitlines() if "/" in line.split()[0]}
-    name, other = f"grouping/{first.name}", f"grouping/{second.name}"
+    name, incomplete_name = f"grouping/{damaged.name}", f"grouping/{incomplete.name}"
     assert lines[f"{name}/part/file.bin"].startswith("changed")
     assert lines[f"{name}/grouping.json"].startswith("missing")
     assert lines[f"{name}/notes.txt"].startswith("not in artifact.json")
-    assert lines[other].startswith("artifact.json is missing")
+    assert lines[incomplete_name].startswith("artifact.json is missing")
     assert lines["splits/.staging-0123456789abcdef"].startswith("an unfinished attempt 1.5")
-    assert lines["runs/demo-0123"].startswith(f"{other} is missing")
-    assert "runs/demo-0123/config.yaml.0a.partial" in lines and len(lines) == 7
-    before = {path: path.read_bytes() for path in storage.folder.rglob("*") if path.is_file()}
-    assert verify(storage.uri)[0] == 1 and before == {
+    assert lines["runs/demo-0123"].startswith(f"{incomplete_name} is missing")
+    assert "runs/demo-0123/config.yaml.0a.partial" in lines and len(lines) == 9
+    assert "changed" in lines["runs/demo-0123/config.yaml"] and "damaged" in lines["runs/demo-0123/grouping.json"]
+    contents = {path: path.read_bytes() for path in storage.folder.rglob("*") if path.is_file()}
+    assert verify(storage.uri)[0] == 1 and contents == {
         path: path.read_bytes() for path in storage.folder.rglob("*") if path.is_file()
     }
 

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from pipeline.errors import UserError
-from pipeline.files import read_json, write_json
+from pipeline.files import DamagedFile, read_record, write_record
 from pipeline.interrupts import set_resume_point
 from pipeline.runtime.cluster import StallReporter, WorkerResources, num_slots
 from pipeline.runtime.data_parallel import train_on_workers
@@ -79,10 +79,12 @@ class Stage:
             return
         # A cached stage keeps the seconds that computing it took.
         file = self.session.folder / "stage_seconds.json"
-        recorded = read_json(file) if file.exists() else {}
+        recorded: dict[str, float] = {}
+        with suppress(FileNotFoundError, DamagedFile):  # seconds that are lost are only not shown
+            recorded = read_record(file)
         if self.computed or self.name not in recorded:
             recorded[self.name] = round(time.monotonic() - self._started_at, 3)
-            write_json(file, recorded)
+            write_record(file, recorded)
         self.session.stage_seconds[self.name] = recorded[self.name]
         tracker.log_metrics(self.name, {"seconds": recorded[self.name]}, step=0)
         tracker.end_run(self.name)

@@ -28,7 +28,7 @@ from pipeline.data.index import ImageRecord
 from pipeline.data.splits import sample_splits
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.files import create_folder, read_json, write_file, write_json
+from pipeline.files import DamagedFile, create_folder, read_record, write_file, write_record
 from pipeline.report.data_check import (
     COLORS,
     SHOWN_SIDE,
@@ -175,7 +175,7 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
         "tasks": [asdict(task) for task in tasks],
         "findings": [asdict(finding) for finding in findings],
     }
-    write_json(folder / FINDINGS, values)
+    write_record(folder / FINDINGS, values)
     return findings, tasks
 
 
@@ -198,11 +198,14 @@ def find_thumbnails(root: AnyPath, findings: Sequence[Finding]) -> dict[str, byt
 def read_results(
     file: Path, files_not_read: Mapping[str, int] | None = None
 ) -> tuple[list[Finding], list[TaskOverview]] | None:
-    """Return what `_analyze` wrote in this run folder, whose name identifies config and images; None: nothing, or other
-    files were not read."""
+    """Return what `_analyze` wrote in this run folder, whose name identifies config and images; None: nothing, other
+    files were not read, or it is damaged."""
     if not file.is_file() or not (file.parent / PAGE).is_file():
         return None
-    values = read_json(file)
+    try:
+        values = read_record(file)
+    except DamagedFile:
+        return None
     if values["format"] != FORMAT or files_not_read not in (None, values["files_not_read"]):
         return None
     findings = [

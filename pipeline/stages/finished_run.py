@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.files import is_uri, read_json, write_json
+from pipeline.files import DamagedFile, file_digest, is_uri, read_record, write_record
 from pipeline.prediction.options import GROUPED_ADAPTER
 from pipeline.runtime.storage import Artifact, Storage
 
@@ -22,6 +22,8 @@ RUNS = "runs"
 PROVENANCE = "artifacts.json"
 GROUPING = "grouping.json"
 SUMMARY, REPORT_PAGE = "report/summary.json", "report/report.html"
+CONFIG = "config.yaml"
+TABLES = ("report/predictions.parquet", "report/class_accuracy.parquet", "report/confusions.parquet")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class FinishedRun:
 
     @property
     def config_file(self) -> Path:
-        return self.folder / "config.yaml"
+        return self.folder / CONFIG
 
     @property
     def groups(self) -> list[list[str]]:
@@ -56,9 +58,24 @@ class FinishedRun:
 
 
 def write_provenance(plan: Plan, snapshots: Sequence[Artifact]) -> None:
-    """Write to the run's folder the inputs of its snapshots, by which a later job finds them without the data."""
+    """Write to the run's folder the inputs of its snapshots, by which a later job finds them without the data, and the
+    SHA-256 of its config and tables."""
     records = [{"stage": artifact.stage, "inputs": artifact.inputs} for artifact in snapshots]
-    write_json(plan.folder / PROVENANCE, {"snapshots": records})
+    digests = {name: file_digest(plan.folder / name) for name in (CONFIG, *TABLES) if (plan.folder / name).is_file()}
+    write_record(plan.folder / PROVENANCE, {"snapshots": records, "sha256_of_files": digests})
+
+
+def check_unchanged(folder: Path, name: str) -> None:
+    """Compare a file of a finished run with the SHA-256 in its PROVENANCE. Raises: DamagedFile: It was changed."""
+    if file_digest(folder / name) != read_record(folder / PROVENANCE)["sha256_of_files"].get(name):
+        raise DamagedFile(f"{folder / name} was changed since the run finished: rerun the command that made the run")
+
+
+def run_config_file(folder: Path) -> Path:
+    """Return the config of a run; of a finished one, after a check that it was not changed."""
+    if (folder / PROVENANCE).is_file():
+        check_unchanged(folder, CONFIG)
+    return folder / CONFIG
 
 
 def read_finished_run(source: str, cache: str) -> FinishedRun:
@@ -69,23 +86,22 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
     """
     storage, folder = resolve_run(source, cache)
     storage.download(folder)
-    missing = [name for name in ("config.yaml", SUMMARY, GROUPED_ADAPTER, PROVENANCE) if not (folder / name).is_file()]
-    summary = {} if missing else read_json(folder / SUMMARY)
-    if not missing and "num_test_images" not in summary:
-        missing = [f"num_test_images in {SUMMARY}"]
+    missing = [name for name in (CONFIG, SUMMARY, GROUPED_ADAPTER, PROVENANCE) if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"--run {source} is not a finished run ({missing[0]} is missing): give <storage>/{RUNS}/<run>, "
             "or rerun the command that made it, if it did not finish or is of an older version"
         )
+    summary = read_record(folder / SUMMARY)
+    run_config_file(folder)
     snapshots = tuple(
-        Artifact(storage, record["stage"], record["inputs"]) for record in read_json(folder / PROVENANCE)["snapshots"]
+        Artifact(storage, record["stage"], record["inputs"]) for record in read_record(folder / PROVENANCE)["snapshots"]
     )
     for artifact in snapshots:
         if not artifact.is_complete():
             raise UserError(
-                f"--run {source} needs {storage.display_uri(artifact.folder)}, which is missing: rerun the command "
-                "that made the run"
+                f"--run {source} needs {storage.display_uri(artifact.folder)}, which is missing or damaged: rerun the "
+                "command that made the run"
             )
     return FinishedRun(storage, folder, snapshots, summary)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config import GroupingConfig, values_affecting
-from pipeline.files import read_json
+from pipeline.files import read_json, write_record
 from pipeline.grouping.text import format_groups
 from pipeline.runtime.session import PARENT, Session
 from pipeline.runtime.stage import Stage
@@ -85,7 +84,7 @@ def track_grouping(session: Session, artifact: Artifact, config: GroupingConfig)
     session.tracker.log_params(NAME, {**options, "groups": format_groups(result["groups"])})
     session.tracker.log_metrics(NAME, {"score": result["score"], "num_groups": len(result["groups"])}, step=0)
     session.tracker.log_params(PARENT, {"groups": format_groups(result["groups"])})
-    shutil.copyfile(artifact.download() / GROUPING, session.folder / GROUPING)
+    write_record(session.folder / GROUPING, result)
     for name in (GROUPING, PAGE, *FIGURES, *STABILITY_FIGURES):
         session.tracker.log_artifact(NAME, artifact.download() / name)
     for warning in result["warnings"]:

@@ -44,6 +44,7 @@ from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, train
 from pipeline.runtime.session import is_below_home, open_storage
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri, without_password
+from pipeline.stages.finished_run import CONFIG, PROVENANCE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,7 +200,10 @@ def make_plan(
         {"format": FORMAT, "images": images, "config": values_affecting(config, "splits")},
     )
     plan = Plan(config, storage, dataset_index, images, clip, shape, splits, output_kind, extra_key_inputs or {})
-    write_file(create_folder(plan.folder) / "config.yaml", to_yaml(config))
+    file, text = create_folder(plan.folder) / CONFIG, to_yaml(config)
+    if not file.is_file() or file.read_bytes() != text.encode():
+        storage.remove(plan.folder / PROVENANCE)  # it has the SHA-256 of the earlier config
+    write_file(file, text)
     return plan
 
 

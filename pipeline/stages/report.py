@@ -16,7 +16,7 @@ from pipeline.data.image_stats import thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.names import pluralize, split_synonyms
 from pipeline.data.parquet import SplitReader
-from pipeline.files import create_folder, read_json, write_file, write_json
+from pipeline.files import create_folder, read_record, write_file, write_record
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_config
@@ -83,7 +83,7 @@ def make_report(
         num_test_images=plan.num_test_images,
         differences=differences_from_main(scores),
     )
-    write_json(folder / "summary.json", vars(summary))
+    write_record(folder / "summary.json", vars(summary))
     steps = next_steps_after(plan, session)
     write_run_page(plan, summary, scores, steps)
 
@@ -134,7 +134,7 @@ def write_run_page(
     reader = SplitReader(plan.splits.download())
     counts = {split: sum(by_task.values()) for split, by_task in reader.description.counts.items()}
     findings_file = plan.folder / DATA_CHECK / FINDINGS
-    findings = read_json(findings_file)["findings"] if findings_file.is_file() else []
+    findings = read_record(findings_file)["findings"] if findings_file.is_file() else []
     details = RunDetails(
         title_facts=(
             datetime.now().strftime("%Y-%m-%d %H:%M"),

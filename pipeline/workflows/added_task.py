@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.config import Config
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
-from pipeline.files import create_folder, read_json, write_json
+from pipeline.files import create_folder, read_record, write_record
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
@@ -157,7 +157,7 @@ def _add(addition: TaskAddition, session: Session) -> None:
     if addition.rerun:
         with run_session(addition.rerun, session.worker_resources, session.console) as rerun_session:
             run_stages(addition.rerun, rerun_session)
-        rerun_summary = read_json(addition.rerun.folder / SUMMARY)
+        rerun_summary = read_record(addition.rerun.folder / SUMMARY)
     _report(addition, session, grouping, trained, adapter, rerun_summary)
     write_provenance(plan, [*finished.snapshots, gradients])
 
@@ -237,7 +237,7 @@ def _report(
         rerun=rerun_summary,
     )
     summary, steps = added.summary(), next_steps_after(plan, session)
-    write_json(folder / "summary.json", vars(summary))
+    write_record(folder / "summary.json", vars(summary))
     write_run_page(plan, summary, scores, steps, added_task_cells(added), added_task_notes(added))
     track_results(plan, session, summary.methods, {"zero_shot": [summary.tasks], "grouped": summary.groups})
     session.tracker.log_artifact(PARENT, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,11 +16,12 @@ from rich.table import Table
 
 from pipeline.config.files import parse_yaml
 from pipeline.errors import UserError
+from pipeline.files import parse_record
 from pipeline.runtime.storage import existing_storage
-from pipeline.stages.finished_run import GROUPING, RUNS, SUMMARY
+from pipeline.stages.finished_run import CONFIG, GROUPING, PROVENANCE, RUNS, SUMMARY
 from pipeline.stages.flow import NAMES, stage_title
 
-CONFIG, STAGE_SECONDS = "config.yaml", "stage_seconds.json"
+STAGE_SECONDS = "stage_seconds.json"
 SHOWN_METHODS = {"zero_shot": "zero-shot", "all_in_one": "one group", "grouped": "grouped"}
 """Method → title of its column."""
 MIN_WIDTH = 132
@@ -139,29 +140,35 @@ def to_json(run: ListedRun) -> dict[str, Any]:
 def _read(run: ListedRun, filesystem: pafs.FileSystem, folder: str) -> None:
     """Fill in what the files of a run say. Raises: an error of the file system or of a parser."""
 
-    def read(name: str) -> str:
+    def read(name: str) -> bytes:
         try:
             with filesystem.open_input_file(f"{folder}/{name}") as stream:
-                return str(stream.read(), "utf-8")
+                content: bytes = stream.read()
+                return content
         except FileNotFoundError:
-            return ""
+            return b""
 
-    if not (config_text := read(CONFIG)):
+    def read_values(name: str) -> dict[str, Any] | None:
+        return parse_record(content, name) if (content := read(name)) else None
+
+    if not (config_content := read(CONFIG)):
         run.problem = f"{CONFIG} is missing or empty"
         return
-    config = parse_yaml(config_text, CONFIG)
+    provenance = read_values(PROVENANCE)
+    if provenance and provenance["sha256_of_files"][CONFIG] != hashlib.sha256(config_content).hexdigest():
+        run.problem = f"{CONFIG} was changed since the run finished: rerun the command that made it"
+        return
+    config = parse_yaml(str(config_content, "utf-8"), CONFIG)
     data = config["data"]
     run.name, run.data = config["name"], data["root"]
     run.shots, run.seed = data["shots"], config["seed"]
     if isinstance(data["tasks"], list):
         run.tasks = data["tasks"]
-    if grouping := read(GROUPING):
-        run.tasks = json.loads(grouping)["tasks"]
-    if seconds := read(STAGE_SECONDS):
-        finished_stages = json.loads(seconds)
+    if grouping := read_values(GROUPING):
+        run.tasks = grouping["tasks"]
+    if finished_stages := read_values(STAGE_SECONDS):
         run.last_stage = next((name for name in reversed(NAMES) if name in finished_stages), "")
-    if summary_text := read(SUMMARY):
-        summary = json.loads(summary_text)
+    if summary := read_values(SUMMARY):
         run.tasks = summary["tasks"]
         run.accuracy = {name: float(method["average"]) for name, method in summary["methods"].items()}
         run.finished, run.last_stage = True, NAMES[-1]

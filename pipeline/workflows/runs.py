@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, load_yaml, parse_config
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import read_record
 from pipeline.grouping.text import format_groups
 from pipeline.runtime.storage import Storage
-from pipeline.stages.finished_run import GROUPING, REPORT_PAGE, RUNS, SUMMARY, resolve_run
+from pipeline.stages.finished_run import (
+    CONFIG,
+    GROUPING,
+    PROVENANCE,
+    REPORT_PAGE,
+    RUNS,
+    SUMMARY,
+    check_unchanged,
+    resolve_run,
+    run_config_file,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +58,7 @@ class Run:
     @cached_property
     def config(self) -> Config:
         """All settings."""
-        return parse_config(load_yaml(self.folder / "config.yaml"))
+        return parse_config(load_yaml(run_config_file(self.folder)))
 
     @property
     def is_finished(self) -> bool:
@@ -92,10 +102,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """Content of report/summary.json: methods, groups, seconds of the stages, warnings and more."""
-        summary = self._read(SUMMARY, "report")
-        if "num_test_images" not in summary:
-            raise UserError(f"the report of {self.uri} is of an older version: run it again with pipeline.fit")
-        return summary
+        return self._read(SUMMARY, "report")
 
     @property
     def accuracy(self) -> pd.DataFrame:
@@ -218,7 +225,9 @@ class Run:
 
         results = read_results(self._file(f"{NAME}/{FINDINGS}", "data check"))
         if results is None:
-            raise UserError(f"the data check of {self.uri} is of another version: run it again with pipeline.check")
+            raise UserError(
+                f"the data check of {self.uri} is damaged, or of another version: run it again with pipeline.check"
+            )
         return results
 
     def _by_task_and_method(self, value: str) -> pd.DataFrame:
@@ -231,11 +240,13 @@ class Run:
     def _table(self, name: str) -> pd.DataFrame:
         import pyarrow.parquet as pq
 
-        return pq.read_table(self._file(f"report/{name}.parquet", "report")).to_pandas()
+        file = self._file(f"report/{name}.parquet", "report")
+        self._file(PROVENANCE, "report")
+        check_unchanged(self.folder, f"report/{name}.parquet")
+        return pq.read_table(file).to_pandas()
 
     def _read(self, name: str, stage: str) -> dict[str, Any]:
-        content: dict[str, Any] = read_json(self._file(name, stage))
-        return content
+        return read_record(self._file(name, stage))
 
     def _file(self, name: str, stage: str) -> Path:
         """Return a file of the run. Raises: UserError: The stage that writes it has not run."""
@@ -255,7 +266,7 @@ def open_run(source: str | os.PathLike[str]) -> Run:
     """
     storage, folder = resolve_run(os.fspath(source), Config().cache)
     storage.download(folder)
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise UserError(f"{source} is not a run directory (config.yaml is missing): give <storage>/{RUNS}/<run>")
     return Run(storage, folder)
 

@@ -25,7 +25,7 @@ from pipeline.config import Config, content_hash, to_yaml
 from pipeline.data.index import DatasetIndex
 from pipeline.data.names import pluralize
 from pipeline.errors import UserError
-from pipeline.files import read_json, write_file, write_json
+from pipeline.files import DamagedFile, read_record, write_file, write_record
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
 from pipeline.report.summary import method_title
@@ -108,10 +108,14 @@ _towers = cache(build_meta_towers)  # not an argument of the check, which Ray Tu
 def _run_trials(plan: Plan, session: Session, search: Search, planned: PlannedTrials, check: Check) -> list[Trial]:
     """Run the trials that have not ended, and return all."""
     console, state = session.console, plan.folder / "tune"
-    if (plan.folder / RESULT).exists():
-        trials = [Trial(**trial) for trial in read_json(plan.folder / RESULT)["trials"]]
+    try:
+        trials = [Trial(**trial) for trial in read_record(plan.folder / RESULT)["trials"]]
         console.print(f"  cached: {pluralize(len(trials), 'trial')}", highlight=False)
         return trials
+    except FileNotFoundError:
+        pass
+    except DamagedFile as error:
+        console.print(f"  {error}; all trials run again", style="yellow", markup=False, highlight=False)
     if planned.num_invalid and search.options.searcher != "optuna":
         message = f"skipped {pluralize(planned.num_invalid, 'invalid configuration')}, such as: {planned.reason}"
         console.print(f"  {escape(message)}", highlight=False)
@@ -133,7 +137,7 @@ def _run_trials(plan: Plan, session: Session, search: Search, planned: PlannedTr
     )
     console.print("  starting the trials, whose workers import PyTorch and load CLIP ...", highlight=False)
     tuner.fit()
-    write_json(
+    write_record(
         plan.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in TrialListener.trials]}
     )
     plan.storage.remove(checkpoints)
@@ -252,5 +256,5 @@ def _run_pipeline(search: Plan, session: Session, config: Config, method: str) -
     with run_session(plan, session.worker_resources, session.console) as pipeline_session:
         pipeline_session.tracker.set_tags(PARENT, {"search": search.folder.name})
         report = run_stages(plan, pipeline_session)["report"]
-    accuracy: float = read_json(report / "summary.json")["methods"][method]["average"]
+    accuracy: float = read_record(report / "summary.json")["methods"][method]["average"]
     return accuracy

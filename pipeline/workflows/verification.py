@@ -3,7 +3,6 @@ and what interrupted jobs left behind. Nothing is changed."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from pipeline.config import content_hash
 from pipeline.errors import UserError, escape_controls
-from pipeline.files import PARTIAL_SUFFIX
+from pipeline.files import PARTIAL_SUFFIX, parse_record
 from pipeline.runtime.storage import (
     DAMAGED_PREFIX,
     DOWNLOAD_PREFIX,
@@ -26,9 +25,10 @@ from pipeline.runtime.storage import (
     existing_storage,
     read_manifest,
 )
-from pipeline.stages.finished_run import PROVENANCE, RUNS
+from pipeline.stages.finished_run import GROUPING, PROVENANCE, RUNS, SUMMARY
 
 ARTIFACT_KEY = re.compile("[0-9a-f]{16}")
+RERUN = "rerun the command that made the run"
 RECOMPUTE = "rerun the command that made it: it is recomputed"
 LEFTOVERS = {
     STAGING_PREFIX: ("an unfinished attempt", "rerun its command to resume; or remove it, if no job is running"),
@@ -164,16 +164,33 @@ def _verify_run(storage: Storage, folder: Path) -> list[Issue]:
             text, remedy = "a file that was being written", "remove it, if no job is running"
             issues.append(Issue(path.relative_to(storage.folder).as_posix(), text, remedy, size, is_damage=False))
     try:
-        for snapshot in json.loads(storage.read(folder / PROVENANCE))["snapshots"]:
+        provenance = parse_record(storage.read(folder / PROVENANCE), PROVENANCE)
+        for file, digest in provenance["sha256_of_files"].items():
+            if _digest(storage, folder / file) != digest:
+                issues.append(Issue(f"{name}/{file}", "missing or changed: another SHA-256", RERUN))
+        for snapshot in provenance["snapshots"]:
             artifact = f"{snapshot['stage']}/{content_hash(snapshot['inputs'])}"
             if storage.sizes([storage.folder / artifact / MANIFEST]) == [None]:
-                text, remedy = f"{artifact} is missing", "needed to add tasks: rerun the command that made the run"
-                issues.append(Issue(name, text, remedy))
+                issues.append(Issue(name, f"{artifact} is missing", f"needed to add tasks: {RERUN}"))
     except FileNotFoundError:  # the run did not finish
         pass
     except (ValueError, TypeError, LookupError, OSError):
-        issues.append(Issue(f"{name}/{PROVENANCE}", "cannot be read", "rerun the command that made the run"))
+        issues.append(Issue(f"{name}/{PROVENANCE}", "damaged, or of an older version", RERUN))
+    for file in (SUMMARY, GROUPING):
+        try:
+            parse_record(storage.read(folder / file), file)
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError):
+            issues.append(Issue(f"{name}/{file}", "damaged, or of an older version", RERUN))
     return issues
+
+
+def _digest(storage: Storage, path: Path) -> str | None:
+    try:
+        return storage.digest(path)
+    except OSError:
+        return None
 
 
 def _leftover(storage: Storage, path: Path) -> Issue | None:
