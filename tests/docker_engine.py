@@ -95,9 +95,8 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         """The first process of the namespaces takes all others with it, and its mounts."""
         for child in psutil.Process(self.process.pid).children() if self.process.poll() is None else []:
-            child.terminate()  # dockerd stops its containers
-            _, alive = psutil.wait_procs([child], timeout=90)
-            for process in alive:
+            child.terminate()  # so that dockerd completes what it writes
+            for process in psutil.wait_procs([child], timeout=15)[1]:
                 process.kill()
         self.process.kill()
         self.process.wait()
