@@ -23,10 +23,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pipelines import PATIENCE_S, REPOSITORY
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
-from servers import RayCluster, free_ports
+from servers import BIN, RayCluster, Server, free_ports
 from serving import (
     AUTHORIZATION,
     GROUP,
@@ -303,6 +304,10 @@ def test_errors_in_the_command_exit_with_status_2(tmp_path, monkeypatch, capsys)
                 [*valid, "--cluster.gpus_per_worker", "-1"],
                 "cluster.gpus_per_worker=-1: must be greater than",
             ),
+            ([*valid, "--token_file", str(tmp_path / "absent")], "absent cannot be read: No such file or directory"),
+            ([*valid, "--trusted_proxies", "proxy.example"], "expected an address or a network, such as 10.0.0.5"),
+            ([*valid, "--max_buffered_mib", "5"], "--max_buffered_mib 5 is less than --max_request_mib 10"),
+            ([*valid, "--max_client_share", "2"], "max_client_share=2: must be less than or equal to 1"),
             ([*valid, "--max_request_mib", "nan"], "max_request_mib='nan': must be"),
             ([*valid, "--timeout_s", "inf"], "timeout_s='inf': must be a finite number"),
             ([*valid, "--batch_wait_ms", "-1"], "batch_wait_ms=-1: must be greater than or equal to 0"),
@@ -312,6 +317,11 @@ def test_errors_in_the_command_exit_with_status_2(tmp_path, monkeypatch, capsys)
                 serve.main()
             assert end.value.code == 2, arguments
             assert message in capsys.readouterr().err, arguments
+
+
+def test_addresses_that_only_this_machine_reaches():
+    assert all(map(serve.is_loopback, ("127.0.0.1", "127.8.0.1", "::1", "localhost")))
+    assert not any(map(serve.is_loopback, ("0.0.0.0", "::", "10.0.0.1", "a.example")))
 
 
 # The service itself
@@ -478,6 +488,7 @@ def test_the_token_is_needed_and_shown_nowhere(service, images):
     logs = Path(session.partition("=")[2]) / "logs"
     assert logs.is_dir()
     for process in family:
+        assert process.environ()["FORWARDED_ALLOW_IPS"] == ""  # without --trusted_proxies no header names the client
         assert TOKEN not in " ".join(process.cmdline()) and TOKEN not in str(process.environ())
     for log in logs.rglob("*"):
         assert not log.is_file() or TOKEN.encode() not in log.read_bytes(), log
@@ -558,8 +569,33 @@ def test_on_a_cluster_it_is_the_only_service_and_leaves_the_address_free(adapter
         save_adapter(tmp_path / "misfit.safetensors", misfit)
         status, stderr = job(tmp_path / "misfit.safetensors")
         assert status == 2 and "a replica failed to start: the adapter of ink, neon does not fit MmAP" in stderr
+        run_the_rayservice(tmp_path, cluster.gcs, port, adapter_files["a"], images[0], expected)
     finally:
         cluster.stop()
+
+
+def run_the_rayservice(folder: Path, address: str, port: int, adapter_file: Path, image: bytes, label: str) -> None:
+    """The Serve config of KubeRay's RayService, with a model, a port and resources of this machine."""
+    manifest = yaml.safe_load((REPOSITORY / "cluster" / "kuberay" / "rayservice.yaml").read_text())
+    config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    config["http_options"] = {"host": "127.0.0.1", "port": port}
+    (folder / "token").write_text(TOKEN)
+    (folder / "token").chmod(0o600)
+    changes = {"models": [f"a={adapter_file}"], "token_file": str(folder / "token"), "replicas": 1}
+    config["applications"][0]["args"] |= {**changes, "cpus_per_worker": 1, "gpus_per_worker": 0}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    url = f"http://127.0.0.1:{port}"
+    command = [str(BIN / "serve"), "run", "--address", address, str(folder / "serve.yaml")]
+    environment = {"PYTHONPATH": str(REPOSITORY)}
+    server = Server(command, folder / "serve-run.log", environment, f"{url}/health")
+    try:
+        predict = f"{url}/models/a/predict?task=ink"
+        assert fetch_json(predict, image)[1]["label"] == label
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(predict, data=image)
+        assert TOKEN not in (folder / "serve-run.log").read_text()
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow

@@ -86,8 +86,8 @@ def running_service(
     serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
     try:
         say("starting the replicas, which import PyTorch and load CLIP ...")
-        replicas = _deploy(replica, MODELS_APP, None)
-        _deploy(_bind_ingress(replicas, adapters, options), INGRESS_APP, "/")
+        ingress = _bind_ingress(DeploymentHandle(ModelReplica.__name__, MODELS_APP), adapters, options)
+        _deploy({MODELS_APP: (replica, None), INGRESS_APP: (ingress, "/")})  # together, so that imports overlap
         yield
         with suppress(TimeoutError):  # raised after a minute
             serve.delete(INGRESS_APP)
@@ -223,11 +223,13 @@ def _describe_model(adapter: TrainedAdapter, options: ModelOptions) -> ServedMod
     )
 
 
-def _deploy(application: serve.Application, name: str, path: str | None) -> DeploymentHandle[Any]:
+def _deploy(applications: Mapping[str, tuple[serve.Application, str | None]]) -> None:
+    """Deploy applications, each with its route, and wait until they run."""
+    targets = [serve.RunTarget(built, name, route, _QUIET) for name, (built, route) in applications.items()]
     try:
-        return serve.run(application, name=name, route_prefix=path, logging_config=_QUIET)
+        serve.run_many(targets)
     except RuntimeError:
-        deployments = serve.status().applications[name].deployments.values()
+        deployments = (item for name in applications for item in serve.status().applications[name].deployments.values())
         if match := re.search(r"UserError: (.+)", "\n".join(deployment.message for deployment in deployments)):
             raise UserError(f"a replica failed to start: {match[1]}") from None
         raise
