@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 
 MIN_TOKEN_LENGTH = 16
 MAX_FILE_BYTES = 64 * 2**10
-_CREATE = "create one with (umask 077; openssl rand -hex 32 > FILE)"
+_CREATE = "create one: install --mode 600 /dev/null FILE && openssl rand -hex 32 > FILE"
 
 
 def read_token_digests(file: str) -> tuple[str, ...]:
