@@ -724,6 +724,17 @@ def test_a_locked_database_prints_one_line(uri, folder, no_pauses, caplog, capfd
     assert not caplog.messages and "locked" not in "".join(capfd.readouterr())
 
 
+def test_an_artifact_whose_copy_was_removed_holds_nothing_up(uri, folder, figure):
+    tracker = Tracker("http://127.0.0.1:9", "demo", folder)
+    log_pipeline(tracker, figure)
+    tracker.close(timeout_s=0)
+    shutil.rmtree(folder / "files")
+    with Tracker(uri, "demo", folder) as tracker:
+        report = tracker.flush()
+    assert (report.waiting, report.refused) == (0, 1) and "was removed" in (folder / REFUSED).read_text()
+    assert {run.info.status for run in read_runs(uri)[1].values()} == {"FINISHED"}
+
+
 def test_a_lost_acknowledgement_makes_no_second_run(uri, folder, monkeypatch, no_pauses):
     real = mlflow.MlflowClient.create_run
     lost = []

@@ -108,7 +108,9 @@ class MlflowServer:
                 entities: list[Any] = list(map(_entity, operations))  # all of one kind
                 client.log_batch(run_id, **{str(op.kind): entities}, synchronous=True)
             elif op.kind == "artifact":
-                client.log_artifact(run_id, str(self._files / op.value), posixpath.dirname(op.key) or None)
+                if not (file := self._files / op.value).is_file():
+                    raise Refused(f"{file} was removed")
+                client.log_artifact(run_id, str(file), posixpath.dirname(op.key) or None)
             elif op.kind == "dataset":
                 client.log_inputs(run_id, datasets=[_dataset(op)])
             elif op.kind == "model":
