@@ -11,8 +11,8 @@ import threading
 import time
 from itertools import product
 
+import pyarrow.fs as pafs
 import pytest
-from pyarrow.fs import FileType
 from rich.console import Console
 from servers import S3Server, free_ports
 
@@ -167,6 +167,68 @@ def test_files_of_another_user_are_named(tmp_path, monkeypatch):
         artifact.is_complete()
 
 
+def test_a_bucket_that_is_away_is_not_taken_for_damage(tmp_path, monkeypatch):
+    artifact = Artifact(Storage("s3://bucket/storage", tmp_path), "splits", {})
+
+    def fail(*_):
+        raise UserError("storage=s3://bucket/storage cannot be reached")
+
+    monkeypatch.setattr(Storage, "read", fail)
+    monkeypatch.setattr(Storage, "remove", lambda *_: pytest.fail("a whole artifact is removed"))
+    with pytest.raises(UserError, match="cannot be reached"):
+        artifact.is_complete()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to become another user")
+def test_a_storage_of_another_user_is_named(tmp_path):
+    """Written under umask 077; tests run as root read it all the same."""
+    artifact = Artifact(Storage.from_folder(tmp_path), "splits", {})
+    make(artifact)
+    (tmp_path / "splits").chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match="cannot be read: Permission denied; ask its owner"):
+            artifact.is_complete()
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    ("storage", "failing"),
+    [("folder", "rename_durably"), ("folder", "write_json"), ("bucket", "write_json"), ("bucket", "copy_files")],
+    indirect=["storage"],
+)
+def test_a_disk_that_is_full_while_publishing_leaves_nothing_half(storage, monkeypatch, failing):
+    artifact = Artifact(storage, "splits", {"seed": 1})
+    copy_files = pafs.copy_files
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if failing == "copy_files":  # artifact.json could be sent
+        monkeypatch.setattr("pipeline.buckets.RETRY_DELAYS_S", ())
+        monkeypatch.setattr(
+            pafs, failing, lambda file, *args: fail() if "file.txt" in file else copy_files(file, *args)
+        )
+    else:
+        monkeypatch.setattr(f"pipeline.runtime.storage.{failing}", fail)
+    with pytest.raises(UserError, match="disk space|cannot be reached"):
+        make(artifact)
+    monkeypatch.undo()
+    assert not artifact.is_complete()
+    make(artifact)
+    assert (artifact.download() / "part" / "file.txt").read_text() == "content"
+
+
+@pytest.mark.parametrize("location", ["{folder}/", "{folder}/a/..", "{folder}/a/../link", "link", "link/a/../"])
+def test_any_spelling_of_a_folder_is_one_storage(location, tmp_path, monkeypatch):
+    (tmp_path / "storage" / "a").mkdir(parents=True)
+    (tmp_path / "storage" / "link").symlink_to(".")
+    monkeypatch.chdir(tmp_path / "storage")
+    storage = session.open_storage(location.format(folder=tmp_path / "storage"), "cache")
+    assert storage == Storage.from_folder(tmp_path / "storage")
+
+
 def test_the_slower_of_two_makers_gives_way(storage):
     artifact = Artifact(storage, "splits", {"seed": 1})
     with artifact.writer() as slower:
@@ -238,7 +300,7 @@ def test_checkpoints_of_a_machine_that_is_lost_are_in_the_bucket(s3, tmp_path):
         pass
     assert artifacts[0].is_complete()
     filesystem, path = artifacts[0].storage.filesystem(artifacts[0].staging_dir)
-    assert filesystem.get_file_info(path).type == FileType.NotFound
+    assert filesystem.get_file_info(path).type == pafs.FileType.NotFound
 
 
 def test_changed_bytes_in_a_bucket_are_noticed(s3, tmp_path):

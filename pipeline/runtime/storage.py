@@ -271,13 +271,21 @@ class Artifact:
 
     def _find_damage(self, names: Sequence[str] = ()) -> str | None:
         """Return what is wrong with the folder on this machine; None if there is none."""
-        return find_damage(self.folder, self.stage, self.key, names) if self.folder.exists() else None
+        try:
+            self.folder.stat()
+        except FileNotFoundError:
+            return None
+        except PermissionError as error:
+            raise _unreadable(error, self.folder.parent) from None
+        return find_damage(self.folder, self.stage, self.key, names)
 
     def _find_damage_in_bucket(self) -> str | None:
         try:
-            files = read_manifest(self.storage.read(self.folder / MANIFEST), self.stage, self.key)
+            content = self.storage.read(self.folder / MANIFEST)
         except FileNotFoundError:
             return None
+        try:
+            files = read_manifest(content, self.stage, self.key)
         except ValueError as error:
             return str(error)
         actual_sizes = self.storage.sizes([self.folder / name for name in files])
@@ -462,12 +470,14 @@ def find_damage(folder: Path, stage: str, key: str, names: Sequence[str] = ()) -
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except PermissionError as error:
-        raise UserError(
-            f"{error.filename} cannot be read: {error.strerror}; ask its owner for the right to read {folder}"
-        ) from None
+        raise _unreadable(error, folder) from None
     except (ValueError, OSError) as error:
         return str(error)
     return _list_changed(changed)
+
+
+def _unreadable(error: OSError, folder: Path) -> UserError:
+    return UserError(f"{error.filename} cannot be read: {error.strerror}; ask its owner for the right to read {folder}")
 
 
 def _list_changed(names: Sequence[str]) -> str:

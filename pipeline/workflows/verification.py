@@ -8,12 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from pipeline.config import content_hash
 from pipeline.errors import UserError, escape_controls
-from pipeline.files import PARTIAL_SUFFIX, parse_record
+from pipeline.files import PARTIAL_SUFFIX, DamagedFile, parse_record
 from pipeline.runtime.storage import (
     DAMAGED_PREFIX,
     DOWNLOAD_PREFIX,
@@ -119,15 +120,16 @@ def issue_table(issues: list[Issue]) -> Table:
 def _verify_artifact(storage: Storage, folder: Path, threads: ThreadPoolExecutor) -> Verification:
     name, stage = folder.relative_to(storage.folder).as_posix(), folder.parent.name
     result = Verification(artifacts=1)
-    try:
-        files = read_manifest(storage.read(folder / MANIFEST), stage, folder.name)
-    except FileNotFoundError:
+    content, error_text = _read(storage, folder / MANIFEST)
+    if content is None and not error_text:
         # In a bucket, files are there before artifact.json is, and stay if the job is killed.
         text, remedy = f"{MANIFEST} is missing", f"{RECOMPUTE}; or remove it, if no job is running"
         result.issues = [Issue(name, text, remedy, _folder_size(storage, folder), is_damage=not storage.is_bucket)]
         return result
-    except (ValueError, OSError) as error:
-        result.issues = [Issue(name, str(error), RECOMPUTE)]
+    try:
+        files = read_manifest(content or b"", stage, folder.name)
+    except ValueError as error:
+        result.issues = [Issue(name, error_text or str(error), RECOMPUTE)]
         return result
     sizes = {path.relative_to(folder).as_posix(): size for path, size in storage.list(folder, recursive=True)}
     result.files, result.bytes = len(files), sum(sizes.get(file) or 0 for file in files)
@@ -163,27 +165,33 @@ def _verify_run(storage: Storage, folder: Path) -> list[Issue]:
         if path.suffix == PARTIAL_SUFFIX:
             text, remedy = "a file that was being written", "remove it, if no job is running"
             issues.append(Issue(path.relative_to(storage.folder).as_posix(), text, remedy, size, is_damage=False))
-    try:
-        provenance = parse_record(storage.read(folder / PROVENANCE), PROVENANCE)
-        for file, digest in provenance["sha256_of_files"].items():
-            if _digest(storage, folder / file) != digest:
-                issues.append(Issue(f"{name}/{file}", "missing or changed: another SHA-256", RERUN))
-        for snapshot in provenance["snapshots"]:
-            artifact = f"{snapshot['stage']}/{content_hash(snapshot['inputs'])}"
-            if storage.sizes([storage.folder / artifact / MANIFEST]) == [None]:
-                issues.append(Issue(name, f"{artifact} is missing", f"needed to add tasks: {RERUN}"))
-    except FileNotFoundError:  # the run did not finish
-        pass
-    except (ValueError, TypeError, LookupError, OSError):
-        issues.append(Issue(f"{name}/{PROVENANCE}", "damaged, or of an older version", RERUN))
-    for file in (SUMMARY, GROUPING):
+    records: dict[str, dict[str, Any]] = {}
+    for file in (PROVENANCE, SUMMARY, GROUPING):
+        content, error_text = _read(storage, folder / file)
         try:
-            parse_record(storage.read(folder / file), file)
-        except FileNotFoundError:
-            pass
-        except (ValueError, OSError):
-            issues.append(Issue(f"{name}/{file}", "damaged, or of an older version", RERUN))
+            if content is not None or error_text:  # else its stage has not run
+                records[file] = parse_record(content or b"", file)
+        except DamagedFile:
+            issues.append(Issue(f"{name}/{file}", error_text or "damaged, or of an older version", RERUN))
+    provenance = records.get(PROVENANCE, {"sha256_of_files": {}, "snapshots": []})
+    for file, digest in provenance["sha256_of_files"].items():
+        if _digest(storage, folder / file) != digest:
+            issues.append(Issue(f"{name}/{file}", "missing or changed: another SHA-256", RERUN))
+    for snapshot in provenance["snapshots"]:
+        artifact = f"{snapshot['stage']}/{content_hash(snapshot['inputs'])}"
+        if storage.sizes([storage.folder / artifact / MANIFEST]) == [None]:
+            issues.append(Issue(name, f"{artifact} is missing", f"needed to add tasks: {RERUN}"))
     return issues
+
+
+def _read(storage: Storage, path: Path) -> tuple[bytes | None, str]:
+    """Return the content of a file and why it cannot be read; None and an empty text: there is no such file."""
+    try:
+        return storage.read(path), ""
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"cannot be read: {error}"
 
 
 def _digest(storage: Storage, path: Path) -> str | None:
