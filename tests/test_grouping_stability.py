@@ -203,6 +203,13 @@ def test_bars_of_many_tasks_and_methods_stay_on_a_page(num_tasks, num_methods):
     assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
 
 
+def test_the_title_of_a_small_map_is_not_cut_off():
+    figure = co_assignment_map(np.eye(2), ["ink", "neon"], [(0,), (1,)])
+    figure.savefig(io.BytesIO())  # runs the layout
+    extent = figure.get_tightbbox().transformed(figure.dpi_scale_trans)
+    assert extent.x0 >= -1 and extent.x1 <= figure.bbox.x1 + 1
+
+
 def test_figures_and_page():
     affinities = alternating(30, 12)
     groups = search(affinities.mean(axis=0))

@@ -63,7 +63,7 @@ def co_assignment_map(co_assignment: np.ndarray, task_names: Sequence[str], grou
     """
     matrix = 100 * np.asarray(co_assignment, dtype=np.float64)
     figure = _matrix_map(matrix, task_names, groups, "Blues", (0, 100), "co-assignment frequency (%)")
-    figure.axes[0].set_title("Co-assignment frequency over bootstrap resamples", fontsize=12)
+    figure.axes[0].set_title("Co-assignment over resamples", fontsize=12)
     return figure
 
 

@@ -44,6 +44,7 @@ _SEEDED_TABLES = {"alembic_version", "experiments", "experiment_tags", "workspac
 """Tables that have rows in a database without runs."""
 _SIDE_FILES = ("-journal", "-wal", "-shm")
 _MIGRATION_PREFIX = "_alembic_tmp_"
+_empty_database: bytes | None = None
 _LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -353,6 +354,12 @@ def _create(file: Path) -> None:
 
 
 def _make_tables(file: Path) -> None:
+    """Write a database without runs. MLflow takes a second for it: the later ones of a process are copies of its first,
+    which has no path in it."""
+    global _empty_database
+    if _empty_database is not None:
+        file.write_bytes(_empty_database)
+        return
     from mlflow.store.db import utils
 
     mlflow_db = cast(Any, utils)  # untyped
@@ -361,6 +368,7 @@ def _make_tables(file: Path) -> None:
         mlflow_db._initialize_tables(engine)
     finally:
         engine.dispose()
+    _empty_database = file.read_bytes()
 
 
 def _relocate_artifacts(file: Path) -> None:
