@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +53,7 @@ def listening():
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def start(config: ClusterConfig, monkeypatch, error: BaseException | None = None) -> tuple[dict[str, Any], list[str]]:
+def start(config: ClusterConfig, monkeypatch, error: Any = None) -> tuple[dict[str, Any], list[str]]:
     """Return the options with which Ray would be started, and what is told."""
     messages: list[str] = []
     with monkeypatch.context() as patches:
@@ -203,6 +206,21 @@ def test_whatever_ray_raises_is_reported_without_a_traceback(error, unconnected,
     with pytest.raises(UserError, match=f"cannot join .*{listening}.*{type(error).__name__}.*ray job submit .*token"):
         start(ClusterConfig(address=listening), monkeypatch, error)
     assert capfd.readouterr().err == ""
+
+
+def test_a_slow_start_is_tried_again(unconnected, short_folder, monkeypatch):
+    """A loaded machine, or packages on a slow file system: the second time they are in memory."""
+    monkeypatch.setenv("TMPDIR", str(short_folder))
+    left = subprocess.Popen([sys.executable, "-c", "input()", f"{short_folder}/ray/session_1/raylet"], stdin=-1)
+    other = subprocess.Popen([sys.executable, "-c", "input()", "of the user"], stdin=-1)
+    slow = Exception("The current node timed out during startup.")
+    with left, other:
+        _, messages = start(ClusterConfig(), monkeypatch, [slow, None])
+        assert "again" in messages[-1]
+        assert left.wait(60) == -signal.SIGKILL and other.poll() is None
+        other.communicate(b"\n")
+    with pytest.raises(UserError, match="Ray did not start: Exception: .*timed out"):
+        start(ClusterConfig(), monkeypatch, [slow, slow])
 
 
 def test_limits_that_are_a_reason_are_named(monkeypatch):

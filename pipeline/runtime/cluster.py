@@ -9,11 +9,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
@@ -167,9 +168,20 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
         if not IN_SUBMITTED_JOB:  # Ray gives the working directory of a submitted job to all workers
             options["runtime_env"] = {"py_modules": [str(Path(__file__).parent.parent)]}  # the package
         say(f"connecting to Ray at {address} ...")
-    try:
+
+    def initialize() -> None:
         with _signals_end_the_start(folder), loopback_only(_is_private):
             ray.init(address=address, logging_level=logging.ERROR, **options)
+
+    try:
+        try:
+            initialize()
+        except Exception as error:
+            if folder is None or type(error) is not Exception:  # the class of Ray's own time limit, which is fixed
+                raise
+            say(f"Ray did not start: {error} Starting it again ...")
+            _kill_processes_of_ray(folder)
+            initialize()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:MAX_REASON].rstrip(".")
         if _is_private:
@@ -182,6 +194,14 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
             "--address http://HEAD:8265 -- ...`. If the cluster requires a token, set RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN"
         ) from error
+
+
+def _kill_processes_of_ray(folder: Path) -> None:
+    """Kill what is left of a local Ray with this folder of temporary files, which did not start."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(str(folder / "session_") in argument for argument in child.cmdline()):
+                child.kill()
 
 
 @contextmanager

@@ -162,9 +162,11 @@ class Stage:
         min_workers = cluster.min_workers_per_training or item.num_workers
         assert item.artifact is not None  # a training writes one
         name = f"{item.artifact.stage}-{item.artifact.key}"
+        # Ray Train's actors look for the cluster in the environment, then for any Ray of the machine, also another one.
+        environment = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
         return (
             ray.remote(train_on_workers)
-            .options(num_cpus=0, retry_exceptions=[TrainingFailedError], **options)
+            .options(num_cpus=0, retry_exceptions=[TrainingFailedError], runtime_env=environment, **options)
             .remote(_run_item, arguments, (min_workers, item.num_workers), resources, name, session.storage)
         )
 
