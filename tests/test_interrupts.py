@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -20,10 +22,12 @@ from rich.console import Console
 
 from pipeline import interrupts
 from pipeline.command_line import report_user_errors
+from pipeline.config import Config
 from pipeline.interrupts import Interrupted
-from pipeline.runtime.cluster import _signals_end_the_start
+from pipeline.runtime.cluster import WorkerResources, _signals_end_the_start
 from pipeline.runtime.progress import ProgressDisplay, Report
 from pipeline.runtime.stage import Stage
+from pipeline.workflows import many_runs
 
 STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -132,6 +136,29 @@ def stage_at(*reports: Report) -> Stage:
 )
 def test_the_line_says_where_the_same_command_resumes(reports, resume_point):
     assert stage_at(*reports)._resume_point() == resume_point
+
+
+def test_several_runs_at_once_say_how_many_are_left(monkeypatch, capsys):
+    """As in a benchmark, whose runs are in threads: the signal cancels them, and each ends its MLflow run."""
+
+    @contextmanager
+    def run_session(plan, resources, console, cancelled):
+        yield cancelled
+
+    def work(plan, cancelled):
+        if plan.number == 1:
+            return
+        if plan.number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert cancelled.wait(60)
+        raise InterruptedError
+
+    monkeypatch.setattr(many_runs, "run_session", run_session)
+    plans = [SimpleNamespace(number=number, config=Config()) for number in (1, 2, 3)]
+    with pytest.raises(SystemExit) as exited, report_user_errors():
+        list(many_runs.map_concurrently(plans, WorkerResources(1, 0), work))
+    assert exited.value.code == 143
+    assert re.search(r"SIGTERM: rerun the same command to resume at the [123] of 3 runs that have", line_of(capsys))
 
 
 @pytest.mark.parametrize("saved", [0, 50])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from pipeline.config import Config, parse_config
 from pipeline.data.names import pluralize
+from pipeline.interrupts import set_resume_point
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.session import Session
 from pipeline.stages.plan import Plan, make_plan
@@ -52,8 +53,9 @@ def map_concurrently(
             return work(plan, session)
 
     with ThreadPoolExecutor(len(plans), "run") as threads:
-        futures = [threads.submit(run, plan) for plan in plans]
+        futures: list[Future[Any]] = []
         try:
+            futures += [threads.submit(run, plan) for plan in plans]
             for plan, future in zip(plans, futures):
                 error = future.exception()
                 if error:
@@ -61,6 +63,8 @@ def map_concurrently(
                 yield plan, error or future.result()
         except BaseException:
             cancelled.set()
+            unfinished = len(plans) - sum(future.done() and not future.exception() for future in futures)
+            set_resume_point(f"the {unfinished} of {pluralize(len(plans), 'run')} that have not finished")
             raise
 
 

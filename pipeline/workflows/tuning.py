@@ -27,6 +27,7 @@ from pipeline.data.names import pluralize
 from pipeline.errors import UserError
 from pipeline.files import DamagedFile, read_record, write_file, write_record
 from pipeline.grouping.search.constraints import check_constraints
+from pipeline.interrupts import set_resume_point
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
 from pipeline.report.summary import method_title
 from pipeline.report.tuning import format_params, search_figure, trials_table, trials_to_csv
@@ -136,7 +137,12 @@ def _run_trials(plan: Plan, session: Session, search: Search, planned: PlannedTr
         plan, session, search, planned, check, state, trainable
     )
     console.print("  starting the trials, whose workers import PyTorch and load CLIP ...", highlight=False)
-    tuner.fit()
+    try:
+        tuner.fit()
+    except KeyboardInterrupt:
+        ended = sum(trial.state != "running" for trial in TrialListener.trials)
+        set_resume_point(f"the search, in which {pluralize(ended, 'trial')} had ended")
+        raise
     write_record(
         plan.folder / RESULT, {"search": search.to_json(), "trials": [asdict(trial) for trial in TrialListener.trials]}
     )
