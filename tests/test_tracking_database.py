@@ -123,8 +123,10 @@ def test_a_job_that_is_killed_while_it_makes_the_tables_leaves_none(file, creati
         with pytest.raises(KeyboardInterrupt):
             prepare_database(sqlite_uri(file))
     assert not file.exists()
+    file.with_name("mlflow.db.123.partial").touch()  # by SIGKILL
     prepare_database(sqlite_uri(file))
     check_database(sqlite_uri(file))
+    assert {path.name for path in file.parent.iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
 
 
 def test_a_half_made_database_that_another_program_works_on_is_left_alone(file, creations, monkeypatch):

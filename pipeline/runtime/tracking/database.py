@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
@@ -131,6 +132,9 @@ def prepare_database(uri: str) -> None:
                     "wait for it"
                 )
             _set_aside(file)
+        if is_locked:
+            for partial in file.parent.glob(f"{escape(file.name)}.*{PARTIAL_SUFFIX}*"):  # left by a killed job
+                partial.unlink(missing_ok=True)
         _create(file)
 
 
