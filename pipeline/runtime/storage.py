@@ -57,7 +57,7 @@ _CHECKPOINTS = "checkpoints"
 UPLOAD_THREADS = 8
 HASH_THREADS = 8
 MAX_LISTED = 10
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 8 << 20
 T = TypeVar("T")
 
 
