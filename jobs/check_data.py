@@ -2,6 +2,7 @@
 """Check a data set before training, and report issues with examples and suggested fixes. Trains nothing.
 
     mmap-clip check-data --data.root /data/shops
+    mmap-clip check-data --data.root s3://bucket/shops
     mmap-clip check-data --config configs/office_home.yaml --data.root /data/OfficeHome --data.shots 12
 
 Every image is read and decoded once, in parallel. Severities of the findings:

@@ -352,7 +352,7 @@ def test_images_are_read_again_only_when_a_file_may_have_changed(folder, tmp_pat
         return len(num_read)
 
     assert [num_read_for_plan(), num_read_for_plan()] == [30, 30], "files that changed a moment ago may change again"
-    monkeypatch.setattr(plans, "UNSETTLED_S", -1)
+    monkeypatch.setattr(plans, "SETTLED_NS", -1)
     assert [num_read_for_plan(), num_read_for_plan()] == [30, 0]
     times, content = image.stat(), image.read_bytes()
     image.write_bytes(content)

@@ -116,7 +116,13 @@ class DatasetIndex:
 
 
 def open_root(root: str) -> AnyPath:
-    """Return the path of data.root: a folder, a file, or the URI of one in a bucket."""
+    """Return the path of data.root: a folder, a file, or the URI of one in a bucket.
+
+    Raises:
+        UserError: a URI of a file, or with credentials.
+    """
+    if root.startswith("file://"):
+        raise UserError(f"data.root={root} is a path on this machine: give it without file://")
     return BucketPath(root) if is_uri(root) else Path(root).expanduser().absolute()
 
 

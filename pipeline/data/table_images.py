@@ -107,7 +107,7 @@ def read_image_bytes(root: AnyPath, path: str) -> bytes:
         key: tuple[object, ...] = (str(file), id(root))
         if isinstance(file, Path):  # in a bucket, asking for each row would take longer than reading it
             status = file.stat()
-            key = (str(file), status.st_size, status.st_mtime_ns)
+            key = (str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if getattr(_cache, "key", None) != key:
             _cache.key, _cache.table = None, _Table(file)
             _cache.key, _cache.root = key, root  # which keeps its id

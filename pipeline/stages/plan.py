@@ -36,7 +36,7 @@ from pipeline.data.index import DatasetIndex, index_dataset, open_root, unexpect
 from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.files import create_folder, read_json, write_file, write_json
+from pipeline.files import SETTLED_NS, create_folder, read_json, write_file, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.method import Method
 from pipeline.methods.mmap import MmapShape
@@ -55,8 +55,6 @@ earlier artifacts and runs are not reused."""
 
 IMAGE_CONTENTS = "image_contents"
 FINGERPRINT = "fingerprint.json"
-UNSETTLED_S = 2
-"""Files that changed this recently may change again without another time, on file systems with coarse times."""
 FIRST_MESSAGE_AFTER_S, NEXT_MESSAGE_AFTER_S = 3, 15
 
 
@@ -251,7 +249,7 @@ def _content_fingerprint(index: DatasetIndex, storage: Storage, console: Console
 
     identities = list(read_identities(index, on_read))
     images = dataset_fingerprint(index, identities)
-    is_settled = all(abs(started_ns - image.changed_ns) > UNSETTLED_S * 10**9 for image in index.images)
+    is_settled = all(abs(started_ns - image.changed_ns) > SETTLED_NS for image in index.images)
     if is_settled and not any(identity.startswith(UNREADABLE) for identity in identities):
         with artifact.writer() as writer:
             write_json(writer.folder / FINGERPRINT, images)

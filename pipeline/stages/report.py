@@ -199,12 +199,14 @@ def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
     session.tracker.flush(timeout_s=5)  # the experiment's id is known when MLflow was reached
     experiment_id = session.tracker.experiment_id
     root, task = plan.dataset_index.root, plan.tasks[0]
-    images = root / task if (root / task).is_dir() else root / plan.dataset_index.images[0].path
+    images = None
+    if isinstance(root, Path):  # no stage but the first two needs a bucket
+        images = root / task if (root / task).is_dir() else root / plan.dataset_index.images[0].path
     return next_steps(
         plan.storage.display_uri(plan.folder),
         plan.config.name,
         task,
-        [str(images) if isinstance(images, Path) and images.exists() else "IMAGES"],
+        [str(images) if images and images.exists() else "IMAGES"],
         resolve_tracking_uri(plan.config.tracking.uri, plan.storage.folder),
         methods_table_path(experiment_id) if experiment_id else None,
     )
