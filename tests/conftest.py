@@ -190,7 +190,7 @@ def is_user_of_ray(nodeid: str) -> bool:
 def pytest_runtest_teardown(item, nextitem):
     """End Ray after the last of the tests in a row that use it: idle, it takes a tenth of a core."""
     result = yield
-    if (ray := sys.modules.get("ray")) and not (nextitem and needs_ray(nextitem)):
+    if (ray := sys.modules.get("ray")) and ray.is_initialized() and not (nextitem and needs_ray(nextitem)):
         ray.shutdown()
     return result
 
