@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
+from pipeline.config import CONFIGS, load_yaml, parse_config
 from pipeline.demo.digits import (
     CLASSES,
     CLIP_IMAGES_PER_CLASS,
@@ -19,6 +21,8 @@ from pipeline.demo.digits import (
     split_base_digits,
     write_digits,
 )
+from pipeline.errors import UserError
+from pipeline.stages.plan import make_plan
 
 DEMO = Path(__file__).parent.parent / "pipeline" / "demo"
 WEIGHTS = DEMO / "digits_clip.safetensors"
@@ -34,6 +38,19 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _fingerprint(root: Path) -> dict[str, str]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_digits_that_cannot_be_written_are_named_with_the_remedy(tmp_path, monkeypatch, is_there):
+    def fail(root: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(root))
+
+    monkeypatch.setattr("pipeline.stages.plan.write_digits", fail)
+    if is_there:
+        (tmp_path / "datasets" / "digits").mkdir(parents=True)
+    config = parse_config(load_yaml(CONFIGS / "demo.yaml") | {"storage": str(tmp_path)})
+    with pytest.raises(UserError, match="remove this folder" if is_there else "let this user write"):
+        make_plan(config, Console(quiet=True))
 
 
 def test_writing_twice_gives_the_same_bytes(digits: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from pipeline.data.index import DatasetIndex, index_dataset, open_root, unexpect
 from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
-from pipeline.files import SETTLED_NS, create_folder, read_json, write_file, write_json
+from pipeline.files import SETTLED_NS, create_folder, read_json, write_advice, write_file, write_json
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.method import Method
 from pipeline.methods.mmap import MmapShape
@@ -226,7 +226,8 @@ def _find_data(config: Config, storage: Storage) -> DatasetIndex:
         try:
             write_digits(root)
         except OSError as error:
-            raise UserError(f"the embedded digits cannot be written to {root}: {error}; remove this folder") from None
+            advice = "remove this folder" if root.exists() else write_advice(error)
+            raise UserError(f"the embedded digits cannot be written to {root}: {error}; {advice}") from None
     return index_dataset(config.data, root)
 
 

@@ -292,6 +292,12 @@ def _replacement(file: Path) -> str:
     )
 
 
+@cache
+def _report_waiting(file: Path) -> None:
+    """Log it once, not for each of the runs of a benchmark."""
+    log.warning("waiting for another job, which creates the tracking database %s", file)
+
+
 @contextmanager
 def _creation_lock(file: Path) -> Iterator[bool]:
     """Let one process after the other create the database; yield False where locks are not possible or take too long:
@@ -301,7 +307,7 @@ def _creation_lock(file: Path) -> Iterator[bool]:
         try:
             lock.acquire(timeout=WAIT_MESSAGE_AFTER_S)
         except Timeout:
-            log.warning("waiting for another job, which creates the tracking database %s", file)
+            _report_waiting(file)
             lock.acquire(timeout=MAX_WAIT_S)
     except Timeout:
         log.warning("another job holds %s for %d s; going on without it", lock.lock_file, MAX_WAIT_S)
