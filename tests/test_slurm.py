@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from servers import BIN
 SCRIPT = REPOSITORY / "cluster" / "slurm" / "mmap-clip.sbatch"
 HEAD = "127.0.0.2"
 TOKEN_LENGTH = 64
+KILLED = 128 + signal.SIGKILL
 
 COMMANDS = {
     # A process for each node, with the variables of a step; the highest status is that of the step.
@@ -170,7 +172,10 @@ class Batch:
             if (other.info["environ"] or {}).get("LAB") == str(self.lab)
         ]
         assert not psutil.wait_procs(left, timeout=60)[1]
-        assert not [folder for folder in self.ray_folders() if Path(folder).exists()]
+        remaining = [folder for folder in self.ray_folders() if Path(folder).exists()]
+        for folder in remaining:
+            shutil.rmtree(folder)
+        assert not remaining or process.returncode == KILLED
         return process.returncode, output
 
     def ray_folders(self) -> list[str]:
@@ -259,7 +264,7 @@ def test_of_jobs_that_end_by_a_signal_to_their_tasks_those_preempted_are_queued_
 def test_a_node_whose_ray_does_not_start_ends_the_job(batch, node):
     batch.script = batch.script.replace("--wait=60", "--wait=1")
     status, output = batch.run("full-pipeline", nodes=2, NOT_STARTING=node)
-    assert status and f"error: n{node}: Ray did not start" in output and "no room for Ray" in output
+    assert status == KILLED and f"error: n{node}: Ray did not start" in output and "no room for Ray" in output
     assert "mmap-clip full-pipeline" not in output
 
 
@@ -270,16 +275,12 @@ def test_a_node_that_does_not_join_in_time_ends_the_job(batch):
     assert "mmap-clip full-pipeline" not in output
 
 
-def dockerfile_and_recipe() -> list[str]:
-    return [(REPOSITORY / "cluster" / file).read_text() for file in ("Dockerfile", "slurm/mmap-clip.def")]
-
-
 def test_apptainers_recipe_installs_what_the_dockerfile_does():
-    bases, installs = [], []
-    for text in dockerfile_and_recipe():
-        bases.append(re.search(r"^(?:FROM|From:) (.*)", text, re.MULTILINE).group(1))
-        installs.append(re.search(r"pip install --constraint constraints.txt ('.*')", text).group(1))
-    assert len(set(bases)) == len(set(installs)) == 1
+    texts = [(REPOSITORY / "cluster" / file).read_text() for file in ("Dockerfile", "slurm/mmap-clip.def")]
+    for pattern in (r"(?:FROM|From:) (.*)", r".*pip install (--constraint constraints.txt '.*')"):
+        assert len({re.search(rf"^{pattern}", text, re.MULTILINE).group(1) for text in texts}) == 1
+    copied = {word for words in re.findall("^COPY (.*) [^ ]+$", texts[0], re.MULTILINE) for word in words.split()}
+    assert set(re.findall("^    (.*) /app/", texts[1], re.MULTILINE)) == copied - {"cluster/mlflow_auth.ini"}
 
 
 @pytest.mark.fault_injection
