@@ -76,6 +76,7 @@ def test_every_service_is_pinned_watched_and_restarted(services):
         assert service["image"] == (IMAGE if name != "postgres" else "postgres:16.14-bookworm")
         assert service["init"] and service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}, name
         if name == "submit":  # runs once
             assert service["restart"] == "no" and service["healthcheck"] == {"disable": True}
         else:
