@@ -374,6 +374,17 @@ def test_images_that_change_between_their_fingerprint_and_the_scan_stop_the_run(
         data_check._scan(plan, stage)
 
 
+def test_images_that_nobody_may_read_stop_the_run_at_once(folder, tmp_path, monkeypatch):
+    def refuse(*image: object) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(contents, "read_image_bytes", refuse)
+    with pytest.raises(
+        UserError, match="no image of .* can be read .Permission denied.: give this user the permission"
+    ):
+        make_plan(config_with(folder, ("storage", str(tmp_path / "storage"))), Console(quiet=True))
+
+
 def test_a_field_must_declare_what_it_affects():
     with pytest.raises(TypeError, match=r"Undeclared\.value does not declare what it affects.*affects\("):
 

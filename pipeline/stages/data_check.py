@@ -20,7 +20,7 @@ from pipeline.clip.load import load_tokenizer
 from pipeline.clip.tokenizer import describe_tokenizer
 from pipeline.config import BUILTIN_DIGITS
 from pipeline.data.checked_images import COLUMNS, check_images, read_checked_images, read_samples, sample_paths
-from pipeline.data.contents import dataset_fingerprint, read_contents, split_into_chunks
+from pipeline.data.contents import UNREADABLE, dataset_fingerprint, read_contents, split_into_chunks
 from pipeline.data.findings import CheckedImage, Example, Finding, ShownImage, find_issues, tokenize_words
 from pipeline.data.image_stats import thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
@@ -112,8 +112,12 @@ def _scan(plan: Plan, stage: Stage) -> pa.Table:
         for number, chunk in enumerate(split_into_chunks(images, IMAGES_PER_CHUNK))
     ]
     table = pa.concat_tables([COLUMNS.empty_table(), *stage.execute(work)]).unify_dictionaries()
-    identities = (sha256 or error for sha256, error in zip(table["sha256"].to_pylist(), table["error"].to_pylist()))
+    errors = table["error"].to_pylist()
+    identities = (sha256 or error for sha256, error in zip(table["sha256"].to_pylist(), errors))
     if dataset_fingerprint(plan.dataset_index, identities) != plan.images:
+        for path, error in zip(table["path"].to_pylist(), errors):
+            if error and error.startswith(UNREADABLE):
+                raise UserError(f"{plan.dataset_index.root / path} {error}; rerun the command when it can be read")
         raise UserError(
             f"images of {plan.dataset_index.root} changed while they were read: rerun the command when nothing writes "
             "to them"

@@ -249,6 +249,11 @@ def _content_fingerprint(index: DatasetIndex, storage: Storage, console: Console
             )
 
     identities = list(read_identities(index, on_read))
+    if identities and all(identity.startswith(UNREADABLE) for identity in identities):
+        raise UserError(
+            f"no image of {index.root} can be read ({identities[0].removeprefix(UNREADABLE)}): give this user the "
+            "permission to read the files, not only to list them"
+        )
     images = dataset_fingerprint(index, identities)
     is_settled = all(abs(started_ns - image.changed_ns) > SETTLED_NS for image in index.images)
     if is_settled and not any(identity.startswith(UNREADABLE) for identity in identities):
