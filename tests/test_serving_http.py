@@ -280,15 +280,18 @@ def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch):
     assert status == 413 and not decoded  # each scan is a pass over all pixels
 
 
-def test_small_images_do_not_wait_for_large_ones_and_clients_take_turns():
+@pytest.mark.parametrize("num_threads, cost", [(2, MAX_PIXELS // 3), (4, MAX_PIXELS)], ids=["threads", "memory"])
+def test_small_images_do_not_wait_for_large_ones_and_clients_take_turns(num_threads, cost):
+    """Of large images one is decoded at a time: a thread is left for small ones, or the memory is used up."""
+
     async def run():
-        pool, release, done = FairPool(2), threading.Event(), []
+        pool, release, done = FairPool(num_threads), threading.Event(), []
 
         async def decode(client: str, cost: int, name: str, wait: bool = False) -> None:
             await pool.run(client, cost, lambda: release.wait(30) if wait else None)
             done.append(name)
 
-        large = [asyncio.create_task(decode("a", MAX_PIXELS, f"large {i}", wait=True)) for i in range(3)]
+        large = [asyncio.create_task(decode("a", cost, f"large {i}", wait=True)) for i in range(3)]
         await asyncio.sleep(0)
         await asyncio.wait_for(decode("b", 1000, "small"), 20)
         assert done == ["small"]
