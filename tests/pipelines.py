@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import runpy
 import signal
@@ -119,7 +118,8 @@ def ensure_ray() -> None:
     """Starts the Ray of this test process; use the fixtures `shared_ray` and `run_job`, after which it ends."""
     import ray
 
-    from pipeline.runtime.cluster import local_ray_options, loopback_only
+    from pipeline.runtime.cluster import local_ray_options, start_local_ray
+    from pipeline.runtime.ray_start import temporary_folder
 
     if not ray.is_initialized():  # with a dashboard, which Ray Train and Ray Tune ask about placement groups
         on_termination = signal.getsignal(signal.SIGTERM)
@@ -127,8 +127,7 @@ def ensure_ray() -> None:
         # Else Ray ends a worker that is idle for a second wherever there are more than CPUs, counting actors, and the
         # next work waits for another one to import PyTorch.
         options["_system_config"] = {"num_workers_soft_limit": 4}
-        with loopback_only():
-            ray.init(address="local", logging_level=logging.ERROR, **options)
+        start_local_ray(temporary_folder()[0], options, print)
         signal.signal(signal.SIGTERM, on_termination)  # Ray's own would end one test, and pytest go on to the next
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from pipelines import REPOSITORY
@@ -24,7 +24,7 @@ def test_a_python_that_cannot_install(modules, message, tmp_path):
     for name, content in modules.items():
         (tmp_path / f"{name}.py").write_text(content)
     python, venv = tmp_path / "python", tmp_path / "venv"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {Path(sys.executable)} "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     command = ["make", f"PYTHON={python}", f"VENV={venv}", f"{venv}/.installed"]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow.parquet as pq
@@ -24,7 +26,9 @@ import pipeline
 from pipeline import command_line
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
-from pipeline.runtime.cluster import ray_connection
+from pipeline.runtime import stage as runtime_stage
+from pipeline.runtime.cluster import WorkerResources, ray_connection
+from pipeline.runtime.stage import Stage, WorkItem
 
 pytestmark = pytest.mark.slow
 TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
@@ -310,6 +314,21 @@ def test_a_local_ray_listens_on_this_machine_only(shared_ray):
     }
     assert addresses == {"127.0.0.1"}
     assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
+
+
+def test_ray_train_is_told_its_cluster(shared_ray, monkeypatch):
+    """Else its actors ask another Ray of the machine, and take a living training for a dead one."""
+    monkeypatch.setattr(runtime_stage, "train_on_workers", lambda *arguments: os.environ.get("RAY_ADDRESS"))
+    stage = Stage.__new__(Stage)
+    stage.session = SimpleNamespace(
+        cluster=ClusterConfig(workers_per_training=2),
+        worker_resources=WorkerResources(1, 0),
+        storage=None,
+        progress=None,
+    )
+    artifact = SimpleNamespace(stage="global_prompt", key="0")
+    training = WorkItem("global prompt", print, (), artifact, uses_gpu=True, num_workers=2)
+    assert ray.get(stage._submit(training)) == ray.get_runtime_context().gcs_address
 
 
 def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):

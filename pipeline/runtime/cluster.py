@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +158,6 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
                 say(note)
         # Ray Train needs the dashboard to release placement groups.
         options = local_ray_options(dashboard or config.workers_per_training > 1, config.num_cpus or cpus)
-        options["_temp_dir"] = str(folder)
         if not has_shared_memory():
             say(f"{SHARED_MEMORY} cannot be written: Ray's object store is in {folder}, which is slower")
             options |= {"_plasma_directory": str(folder), "object_store_memory": OBJECT_STORE_BYTES}
@@ -168,20 +167,12 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
         if not IN_SUBMITTED_JOB:  # Ray gives the working directory of a submitted job to all workers
             options["runtime_env"] = {"py_modules": [str(Path(__file__).parent.parent)]}  # the package
         say(f"connecting to Ray at {address} ...")
-
-    def initialize() -> None:
-        with _signals_end_the_start(folder), loopback_only(_is_private):
-            ray.init(address=address, logging_level=logging.ERROR, **options)
-
     try:
-        try:
-            initialize()
-        except Exception as error:
-            if folder is None or type(error) is not Exception:  # the class of Ray's own time limit, which is fixed
-                raise
-            say(f"Ray did not start: {error} Starting it again ...")
-            _kill_processes_of_ray(folder)
-            initialize()
+        if folder:
+            start_local_ray(folder, options, say)
+        else:
+            with _signals_end_the_start():
+                ray.init(address=address, logging_level=logging.ERROR, **options)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:MAX_REASON].rstrip(".")
         if _is_private:
@@ -196,6 +187,25 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
         ) from error
 
 
+def start_local_ray(folder: Path, options: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Start a Ray that listens on 127.0.0.1 only; once more, if it exceeds its own time limit.
+
+    Args:
+        folder: folder for its temporary files.
+        options: other options of ray.init.
+    """
+    for is_last in (False, True):
+        try:
+            with _signals_end_the_start(folder), _loopback_only():
+                ray.init(address=LOCAL, logging_level=logging.ERROR, _temp_dir=str(folder), **options)
+            return
+        except Exception as error:
+            if is_last or type(error) is not Exception:  # the class of that time limit, which is fixed
+                raise
+            say(f"Ray did not start: {error} Starting it again ...")
+            _kill_processes_of_ray(folder)
+
+
 def _kill_processes_of_ray(folder: Path) -> None:
     """Kill what is left of a local Ray with this folder of temporary files, which did not start."""
     for child in psutil.Process().children(recursive=True):
@@ -205,12 +215,11 @@ def _kill_processes_of_ray(folder: Path) -> None:
 
 
 @contextmanager
-def loopback_only(is_local: bool = True) -> Iterator[None]:
+def _loopback_only() -> Iterator[None]:
     """Let a local Ray that the block starts listen on 127.0.0.1 only, as Ray does by default on macOS and Windows."""
     constants = ray._private.ray_constants
     previous = constants.ENABLE_RAY_CLUSTER
-    if is_local:
-        constants.ENABLE_RAY_CLUSTER = False
+    constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
