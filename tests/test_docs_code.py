@@ -44,7 +44,9 @@ from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
 from pipeline.methods.registry import METHODS
 from pipeline.prediction.options import GROUPED_ADAPTER
 from pipeline.report.scores import PREDICTIONS
+from pipeline.runtime.session import PARENT
 from pipeline.runtime.storage import Artifact, Storage
+from pipeline.runtime.tracking.journal import Journal
 from pipeline.stages.finished_run import GROUPING, SUMMARY, write_provenance
 from pipeline.tuning.search_file import read_search
 from pipeline.workflows.fit import make_config
@@ -178,6 +180,8 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     with snapshots.writer():
         pass
     write_provenance(SimpleNamespace(folder=folder), [snapshots])
+    Journal(folder / "tracking-finished").record("start", PARENT, {"parent": None})
+    Storage.from_folder(storage).write_marker()
 
 
 def names_of(page: str, world: Path) -> dict[str, object]:
@@ -346,7 +350,11 @@ def check_job(script: str, options: list[str]) -> None:
 
     with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", [script, *options])
-        for function in ("pipeline.runtime.cluster.connect", "pipeline.runtime.tracking.mlflow_adapter.find_run"):
+        for function in (
+            "pipeline.runtime.cluster.connect",
+            "pipeline.runtime.tracking.mlflow_adapter.find_run",
+            "pipeline.workflows.resend.check_reachable",
+        ):
             patched.setattr(function, stop)
         patched.setattr("pipeline.stages.plan.fetch_weights", fetch_weights)
         patched.setattr("pipeline.serving.service.port_error", lambda host, port: None)  # it may be in use
