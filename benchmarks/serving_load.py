@@ -177,7 +177,7 @@ def measure_attack(service: Service, attack: Callable[[Service], Coroutine[Any, 
 
 
 async def send_slow_bodies(service: Service) -> None:
-    """256 connections, each of which sends one byte of a body, and connects again a second after it is closed."""
+    """256 connections, each of which sends one byte of a body, and connects again when it is closed."""
     host, port = service.url.removeprefix("http://").split(":")
     head = (
         f"POST /models/m/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx"
@@ -192,7 +192,7 @@ async def send_slow_bodies(service: Service) -> None:
                     await reader.read(2**16)
                 finally:
                     writer.close()
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.1)
 
     await asyncio.gather(*(connect() for _ in range(256)))
 
