@@ -93,6 +93,7 @@ def world(tmp_path_factory) -> Path:
     write_finished_run(folder / "mmap-runs", data_root=folder / "data" / "new")
     (folder / "mmap-runs" / "images").symlink_to(digits / "ink")
     (folder / "bucket").symlink_to(folder / "mmap-runs")
+    (folder / "mmap-runs" / "shops").symlink_to(folder / "data" / "shops")
     for path in ("photos", "data/photos"):
         (folder / path).symlink_to(digits / "ink")
     for name in ("a.png", "b.jpg"):
