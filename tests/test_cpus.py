@@ -84,7 +84,7 @@ def test_the_least_limit_counts(monkeypatch, tmp_path):
 
 
 def test_threads_follow(monkeypatch):
-    before = torch.get_num_threads(), pyarrow.cpu_count()
+    defaults = torch.get_num_threads(), pyarrow.cpu_count()
     try:
         torch.set_num_threads(MACHINE), pyarrow.set_cpu_count(MACHINE)
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
@@ -94,4 +94,4 @@ def test_threads_follow(monkeypatch):
         limit_threads()  # never more than someone has set
         assert (torch.get_num_threads(), pyarrow.cpu_count()) == (3, 3)
     finally:
-        torch.set_num_threads(before[0]), pyarrow.set_cpu_count(before[1])
+        torch.set_num_threads(defaults[0]), pyarrow.set_cpu_count(defaults[1])
