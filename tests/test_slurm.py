@@ -166,12 +166,12 @@ class Batch:
     def end(self, process: subprocess.Popen) -> tuple[int, str]:
         """Status and output; nothing that the job started may be left, neither processes nor Ray's folders."""
         output = process.communicate(timeout=PATIENCE_S)[0]
-        left = [
+        survivors = [
             other
             for other in psutil.process_iter(["environ"])
             if (other.info["environ"] or {}).get("LAB") == str(self.lab)
         ]
-        assert not psutil.wait_procs(left, timeout=60)[1]
+        assert not psutil.wait_procs(survivors, timeout=60)[1]
         remaining = [folder for folder in self.ray_folders() if Path(folder).exists()]
         for folder in remaining:
             shutil.rmtree(folder)
