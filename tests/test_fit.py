@@ -22,6 +22,7 @@ from pipelines import EPOCHS, GLOBAL_PROMPT_EPOCHS
 
 import pipeline
 from pipeline.config import Config, JobParser
+from pipeline.files import read_record
 from pipeline.workflows import fit as fit_module
 from pipeline.workflows.fit import make_config
 
@@ -130,7 +131,7 @@ def run(storage):
 def test_the_run_of_a_call_is_that_of_the_command_line(quick_run, run):
     assert f"/runs/{run.folder.name}/adapters/grouped.safetensors" in quick_run[1]
     assert run.adapters["grouped"] == run.folder / "adapters" / "grouped.safetensors"
-    report = json.loads((run.folder / "report" / "summary.json").read_text())
+    report = read_record(run.folder / "report" / "summary.json")
     assert run.is_finished and run.summary == report
     assert run.tasks == report["tasks"] and run.groups == report["groups"]
     assert run.accuracy.to_dict() == {name: method["accuracy"] for name, method in report["methods"].items()}
