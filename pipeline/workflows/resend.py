@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.fs as pafs
-
 from pipeline.config import content_hash
 from pipeline.errors import UserError
 from pipeline.files import is_uri
@@ -91,9 +89,7 @@ def _find_folders(source: str, cache: str) -> tuple[Storage, list[Path]]:
 
 def _subfolders(storage: Storage, folder: Path) -> list[Path]:
     """Return the folders below `folder` in the storage; of a run, those with its journals."""
-    filesystem, name = storage.filesystem(folder)
-    infos = filesystem.get_file_info(pafs.FileSelector(name, allow_not_found=True))
-    return sorted(folder / info.base_name for info in infos if info.type == pafs.FileType.Directory)
+    return [entry for entry, size in storage.list(folder) if size is None]
 
 
 def _is_storage(storage: Storage) -> bool:

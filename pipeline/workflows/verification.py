@@ -100,8 +100,9 @@ def verify_storage(location: str, on_progress: Callable[[int, int, int], None]) 
     finally:
         for pool in (threads, file_threads):
             pool.shutdown(cancel_futures=True)
-    for run, _ in storage.list(storage.folder / RUNS):
-        result.issues += _verify_run(storage, run)
+    for run, size in storage.list(storage.folder / RUNS):
+        if size is None:
+            result.issues += _verify_run(storage, run)
     result.issues.sort(key=lambda issue: (not issue.is_damage, issue.path))
     return result
 
