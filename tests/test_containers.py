@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("TEST_CONTAINERS"), reason="builds images for minutes: TEST_CONTAINERS=1"),
 ]
 SERVICES = ("head", "worker", "mlflow", "postgres")
-JOB = ("python", "jobs/full_pipeline.py", "--training.checkpoint_every", "1")
+JOB = ("python", "jobs/full_pipeline.py", "--training.checkpoint_every", "1", "--cluster.wait_for_nodes_s", "300")
 OPEN_FILES = min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 """As many as compose asks for, if this machine has them."""
 COUNT_RUNS = """
