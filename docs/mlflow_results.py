@@ -64,6 +64,8 @@ def open_experiment(uri: str, name: str) -> Experiment:
         client = mlflow_client(uri)
         experiment = client.get_experiment_by_name(name)
         names = [known.name for known in client.search_experiments()]
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"cannot read the MLflow store: {_first_line(error)}. Use another URI") from error
     if experiment is None:

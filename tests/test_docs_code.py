@@ -255,11 +255,11 @@ def check_sh(block: Block, world: Path) -> None:
 def commands(code: str) -> Iterator[list[str]]:
     """Yield the words of each command, without variable assignments and redirections."""
     for line in code.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>()")
         lexer.whitespace_split = True
         words: list[str] = []
         for word in [*lexer, ";"]:
-            if word not in (";", "&&", "|"):
+            if word not in (";", "&&", "|", "(", ")"):
                 words.append(word)
                 continue
             while words and re.match(r"\w+=", words[0]):
@@ -320,7 +320,7 @@ def check_command(words: list[str]) -> None:
             check_command(command)
         case ["nginx", "-t"] | ["nginx", "-s", "reload"]:
             pass
-        case ["bash", ".ci/run"] | ["cd" | "set" | "." | "git" | "docker" | "kubectl", *_]:
+        case ["bash", ".ci/run"] | ["cd" | "set" | "." | "umask" | "git" | "docker" | "kubectl", *_]:
             pass
         case _:
             pytest.fail(f"no check for the command: {shlex.join(words)}")

@@ -50,7 +50,7 @@ def test_an_empty_experiment_gives_the_commands_to_run(tmp_path):
     ("uri", "message"),
     [
         ("sqlite:///{folder}/other.db", "the MLflow database {folder}/other.db does not exist: use the URI of yours"),
-        ("sqlite:///{folder}/text.db", "cannot read the MLflow store: .* file is not a database"),
+        ("sqlite:///{folder}/text.db", "the tracking database {folder}/text.db is not a SQLite database: move it away"),
         ("sqlite:///{folder}/mlflow.db", "has no experiment 'mine'; it has: 'theirs', 'Default'. Choose one of them"),
         ("http://127.0.0.1:9", "MLflow at http://127.0.0.1:9 cannot be used: .*Start the server"),
         ("/folder", "the tracking URI '/folder' is neither sqlite"),
