@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from itertools import product
+from unittest.mock import Mock
 
 import pyarrow.fs as pafs
 import pytest
@@ -20,7 +21,7 @@ from pipeline.buckets import open_bucket
 from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.files import is_uri, write_file
-from pipeline.runtime import session
+from pipeline.runtime import session, stage
 from pipeline.runtime.storage import Artifact, ArtifactWriter, Storage, upload_part
 from pipeline.stages.plan import make_plan
 from pipeline.training.checkpoint import Checkpoints
@@ -68,6 +69,14 @@ def test_an_artifact_appears_whole(storage):
     assert not Artifact(storage, "splits", {"seed": 2, "task": "Real World"}).is_complete()
     assert Artifact(storage, "splits", {"task": "Real World", "seed": 1}).key == artifact.key
     assert (artifact.download() / "part" / "file.txt").read_text() == "content"
+
+
+def test_a_worker_killed_just_after_publishing_leaves_nothing(storage, monkeypatch):
+    make(artifact := Artifact(storage, "splits", {"seed": 1}))
+    artifact.checkpoints.mkdir(parents=True)  # as if it had been killed before it removed them
+    monkeypatch.setattr(stage, "ray", Mock())
+    assert stage._run_item(storage, stage.WorkItem("splits", make, (artifact,), artifact), Mock()) is None
+    assert artifact.is_complete() and not artifact.staging_dir.exists()
 
 
 def test_a_damaged_artifact_is_set_aside_with_a_warning(storage, caplog):

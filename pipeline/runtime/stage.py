@@ -46,6 +46,7 @@ def _run_item(storage: Storage, item: WorkItem, progress: Any) -> Any:
     if not storage.is_bucket:
         storage.verify_access()  # this machine may have joined after the run started
     if item.artifact and item.artifact.is_complete():  # by an attempt whose worker died before it returned
+        storage.remove(item.artifact.staging_dir)
         return None
     return item.function(*item.arguments, progress)
 
