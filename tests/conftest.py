@@ -129,13 +129,15 @@ USERS_OF_RAY = (
 """Files, or tests, that use `shared_ray` or `run_job`, the longest first; not those marked `fault_injection`."""
 LONGEST_TESTS = (
     "test_serving.py",
+    "test_slurm.py",
+    "test_run_lock.py",
+    "test_tracking.py",
     "test_methods.py",
     "test_keys.py",
     "test_grouping_search.py",
     "test_docs_code.py",
     "test_grouping.py",
     "test_data_parallel.py",
-    "test_tracking.py",
     "test_weights.py",
     "test_towers.py",
     "test_families.py",
@@ -145,7 +147,7 @@ LONGEST_TESTS = (
     "test_families_text.py",
     "test_benchmark_report.py",
 )
-"""Those of the other files that take most CPU time."""
+"""Those of the other files that take most time: of waiting, next to the tests that use Ray, then of the CPU."""
 LONGEST_FAULT_INJECTION_TESTS = (
     "test_cluster_faults.py",
     "test_soak.py",
