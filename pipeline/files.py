@@ -53,6 +53,14 @@ def is_uri(location: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
 
 
+def split_location(location: str) -> tuple[str, str]:
+    """Return an absolute path, or a URI without its options, and these: `?region=...` or an empty text."""
+    if not is_uri(location):
+        return os.path.abspath(os.path.expanduser(location)), ""
+    path, separator, options = location.partition("?")
+    return path.rstrip("/"), separator + options
+
+
 @contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a new file or folder, which replaces `path` if the block succeeds.

@@ -81,6 +81,7 @@ def test_a_storage_is_verified(storage, verify):
     write(storage, damaged / "part" / "file.bin", content)
     delete(storage, damaged / "grouping.json")
     write(storage, damaged / "notes.txt", b"mine")
+    write(storage, damaged.parent / "copy.txt", b"mine, too")
     delete(storage, incomplete / "artifact.json")
     write(storage, storage.folder / "splits" / ".staging-0123456789abcdef" / "checkpoint.pt", bytes(1_500_000))
     write(storage, storage.folder / "runs" / "demo-0123" / "config.yaml.0a.partial", b"half")
@@ -93,10 +94,11 @@ def test_a_storage_is_verified(storage, verify):
     assert lines[f"{name}/part/file.bin"].startswith("changed")
     assert lines[f"{name}/grouping.json"].startswith("missing")
     assert lines[f"{name}/notes.txt"].startswith("not in artifact.json")
+    assert lines["grouping/copy.txt"].startswith("not an artifact")
     assert lines[incomplete_name].startswith("artifact.json is missing")
     assert lines["splits/.staging-0123456789abcdef"].startswith("an unfinished attempt 1.5")
     assert lines["runs/demo-0123"].startswith(f"{incomplete_name} is missing")
-    assert "runs/demo-0123/config.yaml.0a.partial" in lines and len(lines) == 9
+    assert "runs/demo-0123/config.yaml.0a.partial" in lines and len(lines) == 10
     assert "changed" in lines["runs/demo-0123/config.yaml"] and "damaged" in lines["runs/demo-0123/grouping.json"]
     contents = {path: path.read_bytes() for path in storage.folder.rglob("*") if path.is_file()}
     assert verify(storage.uri)[0] == 1 and contents == {

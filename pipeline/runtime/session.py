@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.buckets import AnyPath
-from pipeline.config import ClusterConfig, TrackingConfig, content_hash
+from pipeline.config import ClusterConfig, TrackingConfig
 from pipeline.errors import UserError
 from pipeline.files import create_folder, is_uri
 from pipeline.runtime.cluster import IN_SUBMITTED_JOB, WorkerResources, check_shared, ray_connection
@@ -131,11 +131,10 @@ def open_storage(location: str, cache: str) -> Storage:
     Raises:
         UserError: The folder or bucket cannot be written, or the disk is nearly full.
     """
-    cache_folder = Path(cache).expanduser().absolute()
     if is_uri(location):
-        storage = Storage(location, cache_folder / content_hash(location))
+        storage = Storage.from_bucket(location, cache)
         storage.write_marker()
-        _check_space("cache", cache_folder)
+        _check_space("cache", storage.folder.parent)
         return storage
     path = (Path.home() if is_below_home(location) else Path.cwd()) / Path(location).expanduser()
     create_folder(path)

@@ -74,6 +74,11 @@ class Storage:
     def from_folder(folder: Path) -> Storage:
         return Storage(str(folder), folder)
 
+    @staticmethod
+    def from_bucket(uri: str, cache: str) -> Storage:
+        """Return the storage in a bucket; `cache`: folder of the local copies of all buckets."""
+        return Storage(uri, _absolute(cache) / content_hash(uri))
+
     @property
     def is_bucket(self) -> bool:
         return is_uri(self.uri)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.files import DamagedFile, file_digest, is_uri, read_record, write_record
+from pipeline.files import DamagedFile, file_digest, is_uri, read_record, split_location, write_record
 from pipeline.prediction.options import GROUPED_ADAPTER
 from pipeline.runtime.storage import Artifact, Storage
 
@@ -112,10 +111,8 @@ def resolve_run(source: str, cache: str) -> tuple[Storage, Path]:
     Raises:
         UserError: `source` is not <storage>/runs/<run>, or does not exist.
     """
-    path, _, options = (
-        source.partition("?") if is_uri(source) else (os.path.abspath(os.path.expanduser(source)), "", "")
-    )
-    root, _, name = path.rstrip("/").rpartition(f"/{RUNS}/")
+    path, options = split_location(source)
+    root, _, name = path.rpartition(f"/{RUNS}/")
     if not root or "/" in name:
         raise UserError(f"--run {source} is not a run directory: give <storage>/{RUNS}/<run>")
     if not is_uri(source):
@@ -125,5 +122,5 @@ def resolve_run(source: str, cache: str) -> tuple[Storage, Path]:
 
     from pipeline.runtime.session import open_storage
 
-    storage = open_storage(root + (f"?{options}" if options else ""), cache)
+    storage = open_storage(root + options, cache)
     return storage, storage.folder / RUNS / name

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import content_hash
 from pipeline.errors import UserError
-from pipeline.files import is_uri
+from pipeline.files import is_uri, split_location
 from pipeline.runtime.run_lock import exclusive_run
 from pipeline.runtime.storage import Storage
 from pipeline.runtime.tracking.delivery import DeliveryReport
@@ -68,14 +66,10 @@ def resend(
 
 
 def _find_folders(source: str, cache: str) -> tuple[Storage, list[Path]]:
-    path, _, options = source.partition("?") if is_uri(source) else (os.path.abspath(Path(source).expanduser()), "", "")
-    path = path.rstrip("/")
+    path, options = split_location(source)
 
     def storage_at(root: str) -> Storage:
-        if not is_uri(root):
-            return Storage.from_folder(Path(root))
-        uri = root + (f"?{options}" if options else "")
-        return Storage(uri, Path(cache).expanduser().absolute() / content_hash(uri))
+        return Storage.from_bucket(root + options, cache) if is_uri(root) else Storage.from_folder(Path(root))
 
     root, _, kind = path.rpartition("/")[0].rpartition("/")
     if kind in KINDS and _is_storage(storage := storage_at(root)):

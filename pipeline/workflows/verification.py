@@ -87,11 +87,16 @@ def verify_storage(location: str, on_progress: Callable[[int, int, int], None]) 
         raise UserError(f"storage={location} is not a storage of mmap-clip: give the --storage of a run")
     result, artifacts = Verification(), list[Path]()
     for folder in folders.values():
-        for entry, size in storage.list(folder):
-            if size is None and ARTIFACT_KEY.fullmatch(entry.name):
-                artifacts.append(entry)
-            elif issue := _leftover(storage, entry):
+        entries = storage.list(folder)
+        keys = [entry for entry, size in entries if size is None and ARTIFACT_KEY.fullmatch(entry.name)]
+        artifacts += keys
+        for entry, size in entries:
+            if issue := _leftover(storage, entry):
                 result.issues.append(issue)
+            elif keys and entry not in keys:
+                name = entry.relative_to(storage.folder).as_posix()
+                size = _folder_size(storage, entry) if size is None else size
+                result.issues.append(Issue(name, "not an artifact, never read", "remove it", size, is_damage=False))
     file_threads, threads = ThreadPoolExecutor(HASH_THREADS), ThreadPoolExecutor(HASH_THREADS)
     try:
         for verified in threads.map(lambda artifact: _verify_artifact(storage, artifact, file_threads), artifacts):
