@@ -13,6 +13,7 @@ from servers import RayCluster, free_ports, in_a_mount_namespace, mlflow_server,
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
+from pipeline.methods.registry import DEFAULT_VARIANTS
 from pipeline.runtime.cluster import WorkerResources, check_shared, cluster_summary, connect, num_slots
 from pipeline.runtime.storage import Storage
 
@@ -131,8 +132,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
         history = client.get_metric_history(training.info.run_id, "train_loss/ink")
         assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 5 * LONG_EPOCHS
         assert {file.path for file in client.list_artifacts(parent.info.run_id, "adapters")} == {
-            "adapters/all_in_one.safetensors",
-            "adapters/grouped.safetensors",
+            f"adapters/{name}.safetensors" for name in DEFAULT_VARIANTS
         }
     finally:
         server.kill()

@@ -25,6 +25,8 @@ from mlflow import MlflowClient
 from pipelines import PATIENCE_S, REPOSITORY, summary
 from servers import BIN, Server, free_ports
 
+from pipeline.methods.registry import DEFAULT_VARIANTS
+
 pytestmark = pytest.mark.fault_injection
 
 SMALL = (
@@ -273,11 +275,10 @@ def test_a_submitted_job_ends_with_its_results_in_mlflow(composed, submitted):
     for method, values in summary(composed.folder / "shared" / "runs")["methods"].items():
         assert parent.data.metrics[f"accuracy/{method}/average"] == pytest.approx(values["average"])
     prompts = {file.path for file in client.list_artifacts(parent.info.run_id, "adapters")}
-    assert prompts == {"adapters/all_in_one.safetensors", "adapters/grouped.safetensors"}
+    assert prompts == {f"adapters/{name}.safetensors" for name in DEFAULT_VARIANTS}
     # The server itself has them, not a folder that happens to be shared.
     assert {path.name for path in (composed.folder / "artifacts").rglob("adapters/*")} == {
-        "all_in_one.safetensors",
-        "grouped.safetensors",
+        f"{name}.safetensors" for name in DEFAULT_VARIANTS
     }
     with closing(composed.database()) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'")

@@ -46,9 +46,9 @@ def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
     storage = tmp_path / "storage"
     job = Job(storage, *FEW_TASKS)
     try:
-        for label in ("check 1", "write ", "global prompt", "image features", "group: "):
-            if label in ("global prompt", "group: "):  # where it goes on from
-                stage = "group_trainings" if label == "group: " else "global_prompt"
+        for label in ("check 1", "write ", "global prompt", "image features", "all in one"):
+            if label in ("global prompt", "all in one"):  # where it goes on from
+                stage = "group_trainings" if label == "all in one" else "global_prompt"
                 job.wait_until(lambda stage=stage: checkpoints(storage, stage))
             kill_a_worker(job, label)
     finally:

@@ -136,7 +136,7 @@ def test_the_run_of_a_call_is_that_of_the_command_line(quick_run, run):
     assert run.tasks == report["tasks"] and run.groups == report["groups"]
     assert run.accuracy.to_dict() == {name: method["accuracy"] for name, method in report["methods"].items()}
     assert run.affinities.loc["ink", "neon"] == run.affinities.loc["neon", "ink"]
-    assert list(run.affinities) == run.tasks and list(run.adapters) == ["all_in_one", "grouped"]
+    assert list(run.affinities) == run.tasks and list(run.adapters) == ["all_in_one", "each_alone", "grouped"]
     assert run.config.training.epochs == EPOCHS
     assert f"pipeline.fit(epochs={EPOCHS}, storage=" in unescape(run.report.read_text())
     assert {finding.severity for finding in run.findings} >= {"warning"}
@@ -166,7 +166,9 @@ def test_a_run_predicts(run):
     hits = [prediction.label == image.parent.name for prediction, image in zip(predictions, images)]
     assert sum(hits) / len(hits) > 0.8
     assert run.model is run.model and run.load("all_in_one").tasks == run.tasks
-    with pytest.raises(pipeline.UserError, match="has no adapter of 'zero_shot'; it has: all_in_one, grouped"):
+    with pytest.raises(
+        pipeline.UserError, match="has no adapter of 'zero_shot'; it has: all_in_one, each_alone, grouped"
+    ):
         run.load("zero_shot")
 
 

@@ -26,6 +26,7 @@ import pipeline
 from pipeline import command_line
 from pipeline.config import ClusterConfig
 from pipeline.errors import UserError
+from pipeline.methods.registry import DEFAULT_VARIANTS
 from pipeline.runtime import stage as runtime_stage
 from pipeline.runtime.cluster import WorkerResources, ray_connection
 from pipeline.runtime.stage import Stage, WorkItem
@@ -41,7 +42,7 @@ def test_report(quick_run):
     assert sorted(task for group in result["groups"] for task in group) == TASKS
     assert list(result["stages"]) == ["data_check", "splits", "global_prompt", "grouping", "group_trainings", "report"]
     assert all(seconds >= 0 for seconds in result["stages"].values())
-    assert list(result["methods"]) == ["zero_shot", "all_in_one", "grouped"]
+    assert list(result["methods"]) == ["zero_shot", *DEFAULT_VARIANTS]
     for method in result["methods"].values():
         assert list(method["accuracy"]) == TASKS
         assert all(0 <= value <= 1 for value in method["accuracy"].values())
@@ -49,6 +50,7 @@ def test_report(quick_run):
     methods = result["methods"]
     assert methods["zero_shot"]["trained_parameters"] == 0
     one_mmap = 4 * (4 * 64 + 1 + 2)
+    assert methods["each_alone"]["trained_parameters"] == 12 * one_mmap
     assert methods["all_in_one"]["trained_parameters"] == 7 * one_mmap
     assert methods["grouped"]["trained_parameters"] == (6 + len(result["groups"])) * one_mmap
     assert result["num_test_images"] == dict.fromkeys(TASKS, 140)
@@ -69,15 +71,15 @@ def test_predictions_of_all_test_images_are_stored(quick_run):
     folder = the_run(quick_run[0]) / "report"
     predictions = pq.read_table(folder / "predictions.parquet").to_pandas()
     assert list(predictions) == ["path", "task", "method", "true_label", "label", "probability"]
-    assert len(predictions) == 3 * 840
+    assert len(predictions) == 4 * 840
     correct = predictions.label == predictions.true_label
     accuracy = correct.groupby([predictions.method, predictions.task]).mean()
     for method, values in summary(quick_run[0])["methods"].items():
         assert accuracy[method].to_dict() == pytest.approx(values["accuracy"])
     classes = pq.read_table(folder / "class_accuracy.parquet").to_pandas()
-    assert classes.images.sum() == 3 * 840 and classes.correct.sum() == correct.sum()
+    assert classes.images.sum() == 4 * 840 and classes.correct.sum() == correct.sum()
     confusions = pq.read_table(folder / "confusions.parquet").to_pandas()
-    assert confusions.images.sum() == 3 * 840
+    assert confusions.images.sum() == 4 * 840
     assert confusions.images[confusions.label == confusions.true_label].sum() == correct.sum()
 
 
@@ -116,8 +118,8 @@ def test_mlflow_holds_the_run(quick_run):
     assert "env.torch" in parent.data.tags
     assert "tags.level = 'method'" in experiment.tags["mlflow.note.content"]
     levels = Counter(r.data.tags["level"] for r in runs)
-    trainings = {tuple(group) for group in result["groups"]} | {tuple(TASKS)}
-    assert levels == {"pipeline": 1, "stage": 6, "method": 3, "training": 1 + len(trainings)}
+    trainings = {tuple(group) for group in result["groups"]} | {(task,) for task in TASKS} | {tuple(TASKS)}
+    assert levels == {"pipeline": 1, "stage": 6, "method": 4, "training": 1 + len(trainings)}
     method_runs = {r.data.tags["method"]: r for r in runs if r.data.tags["level"] == "method"}
     for method, values in result["methods"].items():
         run = method_runs[method].data

@@ -145,6 +145,7 @@ class GroupMmap(Method):
     Options = MmapConfig
     variants = {
         "mmap_random_groups": Variant("MmAP, random groups", "mmap", "random groups"),
+        "each_alone": Variant("MmAP, each task alone", "mmap", "single-task"),
         "all_in_one": Variant("MmAP, all in one group", "mmap", "multi-task"),
         "grouped": Variant("MmAP, grouped", "mmap", "found groups"),
     }

@@ -48,7 +48,7 @@ VARIANTS = {
     **_declared,
 }
 """Columns of a report, in its order."""
-DEFAULT_VARIANTS = ("all_in_one", "grouped")
+DEFAULT_VARIANTS = ("each_alone", "all_in_one", "grouped")
 """Variants that are always trained, in addition to config.baselines."""
 
 

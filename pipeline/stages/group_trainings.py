@@ -89,7 +89,7 @@ def train_groups(
 
     Args:
         grouping: required for variants with `uses_grouping`.
-        names: None: zero-shot CLIP, config.baselines, and MmAP with all tasks in one group and with the found groups.
+        names: None: zero-shot CLIP, config.baselines, and registry.DEFAULT_VARIANTS.
     """
     names = tuple(names or ("zero_shot", *plan.config.baselines, *DEFAULT_VARIANTS))
     result = read_grouping(grouping) if grouping else None
@@ -125,7 +125,7 @@ def train_added_task(plan: Plan, session: Session, frozen_group_prompt: TrainedA
 def _train_planned(session: Session, planned: Mapping[str, Sequence[Training]]) -> None:
     trainings: dict[str, Training] = {}
     for training in chain.from_iterable(planned.values()):
-        trainings.setdefault(training.artifact.key, training)  # with a single group, `grouped` equals `all_in_one`
+        trainings.setdefault(training.artifact.key, training)  # variants may have groups in common
     with Stage(session, NAME, stage_title(NAME)) as stage:
         for training in trainings.values():
             tags = {"level": "training", "method": training.variant, "tasks": ", ".join(training.spec.tasks)}
