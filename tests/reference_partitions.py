@@ -1,24 +1,24 @@
 """Reference implementations of partitions, scores and constraints by plain loops, for comparison in tests.
 
-`REFERENCE_SCORES` and `REFERENCE_AFFINITIES` define every registered objective and affinity: tests iterate over the
-registries.
+`REFERENCE_SCORES` and `REFERENCE_AFFINITIES` define every registered objective and similarity of gradients: tests
+iterate over the registries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import combinations
 
 import numpy as np
 
-from pipeline.grouping.affinities import AFFINITIES
+from pipeline.grouping.affinities import SIMILARITIES
 from pipeline.grouping.objectives import OBJECTIVES as REGISTERED
 from pipeline.grouping.search.problem import Groups
 
 OBJECTIVES = tuple(REGISTERED)
-KINDS = tuple(AFFINITIES)
+SIMILARITY_NAMES = tuple(SIMILARITIES)
 
 
 @cache
@@ -59,16 +59,35 @@ REFERENCE_SCORES: dict[str, Callable[[np.ndarray, tuple[int, ...]], float]] = {
 """Objective → score of a group."""
 
 
-def _dot(a: Iterable[float], b: Iterable[float]) -> float:
+Vector = Sequence[float]
+
+
+def _dot(a: Vector, b: Vector, rms: Vector) -> float:
     return float(sum(x * y for x, y in zip(a, b)))
 
 
-def _cosine(a: Iterable[float], b: Iterable[float]) -> float:
-    return _dot(a, b) / math.sqrt(_dot(a, a) * _dot(b, b))
+def _cosine(a: Vector, b: Vector, rms: Vector) -> float:
+    return _dot(a, b, rms) / math.sqrt(_dot(a, a, rms) * _dot(b, b, rms))
 
 
-REFERENCE_AFFINITIES: dict[str, Callable[[Iterable[float], Iterable[float]], float]] = {"dot": _dot, "cosine": _cosine}
-"""Affinity → its value for two tasks' gradients, neither of which is zero."""
+def _adam_cosine(a: Vector, b: Vector, rms: Vector) -> float:
+    return _cosine([x / scale for x, scale in zip(a, rms)], [y / scale for y, scale in zip(b, rms)], rms)
+
+
+REFERENCE_AFFINITIES: dict[str, Callable[[Vector, Vector, Vector], float]] = {
+    "dot": _dot,
+    "cosine": _cosine,
+    "adam_cosine": _adam_cosine,
+}
+"""Similarity → its value for two tasks' gradients, neither of which is zero; the third vector is `reference_rms`."""
+
+
+def reference_rms(gradients: np.ndarray) -> list[float]:
+    """Return each parameter's root mean square over all snapshots and tasks of gradients (S, T, P)."""
+    return [
+        math.sqrt(sum(g[p] ** 2 for snapshot in gradients for g in snapshot) / (len(gradients) * len(gradients[0])))
+        for p in range(gradients.shape[2])
+    ]
 
 
 def reference_score(affinity: np.ndarray, groups: Groups, objective: str) -> float:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import sys
 import warnings
@@ -17,13 +18,14 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 from pipelines import REPOSITORY
 from reference_partitions import (
-    KINDS,
     OBJECTIVES,
     REFERENCE_AFFINITIES,
     REFERENCE_SCORES,
+    SIMILARITY_NAMES,
     all_partitions,
     best_by_enumeration,
     meets_constraints,
+    reference_rms,
     reference_score,
 )
 from small_clip import small_towers
@@ -34,14 +36,16 @@ from pipeline.config import Config, GroupingConfig, choices
 from pipeline.errors import UserError
 from pipeline.grouping import stability
 from pipeline.grouping.advice import grouping_warnings
-from pipeline.grouping.affinities import get_affinity
-from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.affinities import get_similarity
+from pipeline.grouping.affinity import affinity_matrix, snapshot_affinities
+from pipeline.grouping.features import feature_affinity, resampled_feature_affinity
 from pipeline.grouping.gradient_blocks import SOURCE, gradient_blocks, read_layout
 from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.objectives import get_objective
 from pipeline.grouping.partition import Partition, best_partition
 from pipeline.grouping.stability import ranked_partitions
 from pipeline.grouping.study import partition_score
+from pipeline.grouping.transfer import TransferLosses, transfer_affinity
 from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_figure, affinity_heat_map
 from pipeline.runtime.storage import Artifact, Storage
@@ -61,23 +65,41 @@ def random_symmetric(num_tasks: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SIMILARITY_NAMES)
 def test_affinity_equals_explicit_loops(kind, dtype):
-    gradients = np.random.default_rng(0).normal(size=(7, 5, 33)).astype(dtype)
+    rng = np.random.default_rng(0)
+    gradients = (rng.normal(size=(7, 5, 33)) * rng.uniform(0.1, 10, size=33)).astype(dtype)
+    rms = reference_rms(gradients.astype(np.float64))
     expected = np.zeros((5, 5))
     for snapshot in gradients.astype(np.float64):
         for i in range(5):
             for j in range(5):
-                expected[i, j] += REFERENCE_AFFINITIES[kind](snapshot[i], snapshot[j]) / len(gradients)
+                expected[i, j] += REFERENCE_AFFINITIES[kind](snapshot[i], snapshot[j], rms) / len(gradients)
     affinity = affinity_matrix(gradients, kind)
     assert affinity.dtype == np.float64
     np.testing.assert_allclose(affinity, expected, rtol=1e-12, atol=1e-12)
     np.testing.assert_array_equal(affinity, affinity.T)
+    np.testing.assert_allclose(snapshot_affinities(gradients, kind).mean(axis=0), affinity, rtol=1e-12, atol=1e-12)
 
 
 def test_cosine_of_zero_gradient_is_zero_and_the_snapshot_counts():
     gradients = np.array([[[1.0, 0.0], [2.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]]])
     np.testing.assert_allclose(affinity_matrix(gradients, "cosine"), [[1.0, 0.5], [0.5, 0.5]])
+
+
+def test_a_parameter_without_gradients_does_not_count_for_adams_scale():
+    gradients = np.array([[[1.0, 0.0, 4.0], [1.0, 0.0, -4.0]]])
+    np.testing.assert_allclose(affinity_matrix(gradients, "adam_cosine"), np.eye(2), atol=1e-15)
+    np.testing.assert_array_equal(affinity_matrix(np.zeros((2, 3, 4)), "adam_cosine"), np.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-30, 1e200])
+def test_adams_scale_makes_cosines_independent_of_the_size_of_parameters(size):
+    gradients = np.random.default_rng(1).normal(size=(3, 4, 10))
+    scaled = gradients * np.where(np.arange(10) < 5, size, 1.0)
+    cosines = affinity_matrix(gradients, "adam_cosine")
+    np.testing.assert_allclose(affinity_matrix(scaled, "adam_cosine"), cosines, atol=1e-14)
+    assert np.abs(affinity_matrix(scaled, "cosine") - cosines).max() > 0.1
 
 
 @pytest.mark.parametrize("size", [1e-200, 1e-30, 1e200])
@@ -104,7 +126,7 @@ def test_affinity_errors_name_snapshot_and_task():
         (np.ones((3, 5)), "dot", None, r"shape \(3, 5\), expected \(snapshots, tasks, parameters\)"),
         (np.ones((3, 5, 0)), "dot", None, "no task or no parameter"),
         (np.ones((3, 5, 2)), "dot", ["a"], "1 task names for gradients of 5 tasks"),
-        (np.ones((3, 5, 2)), "euclid", None, "'euclid' is unknown; choose from dot, cosine"),
+        (np.ones((3, 5, 2)), "euclid", None, "'euclid' is unknown; choose from dot, cosine, adam_cosine"),
     ],
 )
 def test_affinity_errors(gradients, kind, tasks, message):
@@ -112,14 +134,14 @@ def test_affinity_errors(gradients, kind, tasks, message):
         affinity_matrix(gradients, kind, tasks=tasks)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SIMILARITY_NAMES)
 def test_affinity_of_blocks_is_the_mean_of_their_own(kind):
     gradients = np.random.default_rng(3).normal(size=(4, 3, 10))
     blocks = [np.array([0, 1, 2]), np.array([5, 9]), np.array([3, 4])]
     expected = np.mean([affinity_matrix(gradients[:, :, block], kind) for block in blocks], axis=0)
     np.testing.assert_allclose(affinity_matrix(gradients, kind, blocks=blocks), expected, atol=1e-14)
     full = affinity_matrix(gradients, kind, blocks=[np.arange(10)])
-    np.testing.assert_array_equal(full, affinity_matrix(gradients, kind))
+    np.testing.assert_allclose(full, affinity_matrix(gradients, kind), rtol=1e-15, atol=1e-15)
 
 
 def test_the_global_prompts_layout_has_the_source():
@@ -158,6 +180,97 @@ def test_per_layer_dot_products_group_as_the_whole_ones():
     np.testing.assert_allclose(
         affinity_matrix(gradients, "dot", blocks=gradient_blocks(LAYOUT, per_layer=True)), full / 3
     )
+
+
+# --- transfer and features --------------------------------------------------------------------------------
+
+
+def small_losses(seed: int = 0) -> TransferLosses:
+    rng, sizes = np.random.default_rng(seed), (3, 7, 1, 5)
+    return TransferLosses([rng.gamma(2, size=size) for size in sizes], [rng.gamma(2, size=(4, size)) for size in sizes])
+
+
+def reference_transfer(zero_shot, adapted) -> np.ndarray:
+    """1/2 [(zero-shot loss of j - loss of j under the prompts of i) + its mirror], image by image."""
+    num_tasks = len(zero_shot)
+    gain = {
+        (i, j): sum(zero_shot[j]) / len(zero_shot[j]) - sum(adapted[j][i]) / len(adapted[j][i])
+        for i in range(num_tasks)
+        for j in range(num_tasks)
+    }
+    return np.array([[(gain[i, j] + gain[j, i]) / 2 for j in range(num_tasks)] for i in range(num_tasks)])
+
+
+def test_transfer_equals_explicit_loops():
+    losses = small_losses()
+    affinity = transfer_affinity(losses.gains)
+    np.testing.assert_allclose(affinity, reference_transfer(losses.zero_shot, losses.adapted), rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(affinity, affinity.T)
+    names = ["a", "b", "c", "d"]
+    zero_shot = dict(zip(names, losses.zero_shot))
+    adapted = {(i, j): losses.adapted[q][p] for p, i in enumerate(names) for q, j in enumerate(names)}
+    by_name = TransferLosses.from_mappings(names[::-1], zero_shot, adapted)
+    np.testing.assert_array_equal(by_name.gains, losses.gains[::-1, ::-1])
+    adapted["b", "d"] = np.array([1.0, np.nan, 1.0, 1.0, 1.0])
+    with pytest.raises(UserError, match="task 'd' under the prompts of 'b' are not finite: lower"):
+        TransferLosses.from_mappings(names, zero_shot, adapted)
+
+
+def test_transfer_resamples_the_same_images_under_all_prompts():
+    losses = small_losses()
+    rng = np.random.default_rng(3)
+    drawn = [rng.integers(0, len(values), len(values)) for values in losses.zero_shot]
+    expected = reference_transfer(
+        [values[images] for values, images in zip(losses.zero_shot, drawn)],
+        [values[:, images] for values, images in zip(losses.adapted, drawn)],
+    )
+    resampled = losses.resampled_affinity(np.random.default_rng(3))
+    np.testing.assert_allclose(resampled, expected, rtol=0, atol=1e-12)
+    constant = TransferLosses(losses.zero_shot, [np.tile(values - 0.25, (4, 1)) for values in losses.zero_shot])
+    assert np.allclose(constant.resampled_affinity(rng), 0.25)  # paired: the images do not matter
+
+
+def reference_features(features, labels) -> np.ndarray:
+    """Cosines of centered centroids, image by image and class by class."""
+    centroids = []
+    for task_features, task_labels in zip(features, labels):
+        means = []
+        for label in sorted(set(task_labels.tolist())):
+            rows = [f / math.sqrt(sum(f * f)) for f, other in zip(task_features, task_labels) if other == label]
+            means.append(sum(rows) / len(rows))
+        centroids.append(sum(means) / len(means))
+    center = sum(centroids) / len(centroids)
+    centered = [centroid - center for centroid in centroids]
+    return np.array([[sum(a * b) / math.sqrt(sum(a * a) * sum(b * b)) for b in centered] for a in centered])
+
+
+def test_features_equal_explicit_loops():
+    rng = np.random.default_rng(0)
+    sizes = (9, 4, 6)
+    features = [rng.normal(size=(size, 5)) + 2 for size in sizes]
+    labels = [np.concatenate([[0, 1, 2], rng.integers(0, 3, size - 3)]) for size in sizes]
+    labels[1] = np.array([0, 2, 2, 2])  # another number of classes
+    affinity = feature_affinity(features, labels)
+    np.testing.assert_allclose(affinity, reference_features(features, labels), rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(affinity, affinity.T)
+    scaled = [values * rng.uniform(0.1, 9, size=(len(values), 1)) for values in features]
+    np.testing.assert_allclose(feature_affinity(scaled, labels), affinity, atol=1e-12)
+    rng, twin = np.random.default_rng(3), np.random.default_rng(3)
+    drawn = [rng.integers(0, size, size) for size in sizes]
+    expected = reference_features([f[d] for f, d in zip(features, drawn)], [y[d] for y, d in zip(labels, drawn)])
+    np.testing.assert_allclose(resampled_feature_affinity(features, labels, twin), expected, rtol=0, atol=1e-12)
+
+
+def test_features_weigh_classes_equally_and_are_relative_to_the_average_task():
+    rng = np.random.default_rng(1)
+    features, labels = [rng.normal(size=(4, 6)) for _ in range(3)], [np.array([0, 0, 1, 1])] * 3
+    repeated = [np.concatenate([features[0], features[0][:2]]), *features[1:]]  # class 0 has its images twice
+    more_labels = [np.array([0, 0, 1, 1, 0, 0]), *labels[1:]]
+    expected = feature_affinity(features, labels)
+    np.testing.assert_allclose(feature_affinity(repeated, more_labels), expected, atol=1e-12)
+    np.testing.assert_allclose(feature_affinity(features[:2], labels[:2]), [[1, -1], [-1, 1]], atol=1e-12)
+    for same in (features[:1], [features[0]] * 3):
+        np.testing.assert_array_equal(feature_affinity(same, labels[: len(same)]), np.zeros((len(same), len(same))))
 
 
 # --- the stage --------------------------------------------------------------------------------------------
@@ -270,13 +383,15 @@ def reference_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, sc
     blocks = layers if per_layer else [sum(layers, [])]
     num_tasks = gradients.shape[1]
     expected = np.zeros((num_tasks, num_tasks))
+    stored = gradients.astype(np.float32).astype(np.float64)
+    rms = np.array(reference_rms(stored))
     for i in range(num_tasks):
         for j in range(num_tasks):
             products = []
-            for snapshot in gradients.astype(np.float32).astype(np.float64):
+            for snapshot in stored:
                 for block in blocks:
-                    pair = snapshot[i, block].tolist(), snapshot[j, block].tolist()
-                    products.append(REFERENCE_AFFINITIES[affinity](*pair))
+                    values = snapshot[i, block].tolist(), snapshot[j, block].tolist(), rms[block].tolist()
+                    products.append(REFERENCE_AFFINITIES[affinity](*values))
             expected[i, j] = np.mean(products)
     return expected
 
@@ -307,7 +422,7 @@ CONSTRAINTS = {
 }
 AFFINITIES = [
     {"affinity": affinity, "per_layer": per_layer, "scaling_matrices": scaling_matrices}
-    for affinity in KINDS
+    for affinity in SIMILARITY_NAMES
     for per_layer in (False, True)
     for scaling_matrices in (False, True)
 ]
@@ -452,10 +567,17 @@ def test_constraints_are_checked_before_the_job_starts(tmp_path, monkeypatch, ca
 # --- warnings -------------------------------------------------------------------------------------------
 
 
-def get_warnings(affinity, *, objective="sum", kind="dot", per_layer=False, **constraints) -> list[str]:
+ALL_KINDS = [("transfer", None), ("features", None), *(("gradient", name) for name in SIMILARITY_NAMES)]
+
+
+def get_warnings(
+    affinity, *, objective="sum", kind="gradient", similarity="dot", per_layer=False, **constraints
+) -> list[str]:
     names = [f"task{index}" for index in range(len(affinity))]
     partition = best_partition(affinity, objective=objective, **constraints)
-    return grouping_warnings(affinity, partition, names, objective=objective, kind=kind, per_layer=per_layer)
+    return grouping_warnings(
+        affinity, partition, names, objective=objective, kind=kind, similarity=similarity, per_layer=per_layer
+    )
 
 
 def test_collapse_into_one_group_says_what_to_do():
@@ -463,10 +585,10 @@ def test_collapse_into_one_group_says_what_to_do():
     (message,) = get_warnings(affinity)
     assert "All 4 tasks are in one group: every pairwise affinity is positive" in message
     assert "objective mean" in message and "density" in message and "num_groups 2" in message and "cosine" in message
-    (message,) = get_warnings(affinity, objective="mean", kind="cosine")
-    assert "objective" not in message and "affinity cosine" not in message and "num_groups 2" in message
+    (message,) = get_warnings(affinity, objective="mean", similarity="cosine")
+    assert "objective" not in message and "similarity cosine" not in message and "num_groups 2" in message
     assert "--grouping.per_layer true" in message
-    (message,) = get_warnings(affinity, objective="density", kind="cosine", per_layer=True)
+    (message,) = get_warnings(affinity, objective="density", similarity="cosine", per_layer=True)
     assert "objective mean" in message and "density" not in message and "per_layer" not in message
     assert get_warnings(affinity, num_groups=1) == []  # requested: no warning
     assert get_warnings(affinity, must_link=[[0, 1, 2, 3]]) == []
@@ -479,32 +601,40 @@ def test_collapse_into_one_group_says_what_to_do():
     assert "no pairwise affinity is negative" in message
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "similarity"), ALL_KINDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_and_affinity_advises_what_splits_more(objective, kind):
+def test_every_objective_and_affinity_advises_what_splits_more(objective, kind, similarity):
     """An objective is advised if it splits a triple that this one keeps: 0-1-2 with one strong pair."""
 
     def pair_share(name: str) -> float:
         return REFERENCE_SCORES[name](np.ones((3, 3)), (0, 1)) / REFERENCE_SCORES[name](np.ones((3, 3)), (0, 1, 2))
 
-    (message,) = get_warnings(np.ones((4, 4)), objective=objective, kind=kind)
+    (message,) = get_warnings(np.ones((4, 4)), objective=objective, kind=kind, similarity=similarity)
     for name in OBJECTIVES:
         advised = re.search(rf"(--grouping.objective|or) {name}\b", message.partition("To split it, try ")[2])
         assert bool(advised) == (pair_share(name) > pair_share(objective) + 1e-9), name
-    assert f"affinity {kind}" not in message.partition("To split it, try ")[2]
+    advice = message.partition("To split it, try ")[2]
+    assert f"--grouping.affinity {kind}" not in advice and f"--grouping.affinity {similarity}" not in advice
     assert message.count("; ") == 1  # the advice of the affinity
 
 
+def test_tasks_that_gain_nothing_from_their_own_prompts_are_named():
+    affinity = np.array([[0.5, 0.1, -0.3], [0.1, -0.02, 0.2], [-0.3, 0.2, 0.4]])
+    (message,) = get_warnings(affinity, kind="transfer")
+    assert "zero-shot CLIP's: task1 (-0.02)." in message and "training.epochs" in message
+    assert get_warnings(affinity, kind="features") == []
+
+
 def test_names_are_those_of_the_registries_everywhere():
-    assert set(REFERENCE_SCORES) == set(OBJECTIVES) and set(REFERENCE_AFFINITIES) == set(KINDS)
+    assert set(REFERENCE_SCORES) == set(OBJECTIVES) and set(REFERENCE_AFFINITIES) == set(SIMILARITY_NAMES)
     fields = GroupingConfig.model_fields
-    assert choices(fields["objective"]) == OBJECTIVES and choices(fields["affinity"]) == KINDS
+    assert choices(fields["objective"]) == OBJECTIVES and choices(fields["affinity"]) == SIMILARITY_NAMES
     for objective in OBJECTIVES:
         assert get_objective(objective).summary in fields["objective"].description
-    for kind in KINDS:
-        assert get_affinity(kind).summary in fields["affinity"].description
+    for kind in SIMILARITY_NAMES:
+        assert get_similarity(kind).summary in fields["affinity"].description
     table = (REPOSITORY / "docs" / "task_grouping.md").read_text()
-    assert all(f"\n| `{name}` | `" in table for name in (*OBJECTIVES, *KINDS))  # its name, its formula
+    assert all(f"\n| `{name}` | `" in table for name in (*OBJECTIVES, *SIMILARITY_NAMES))  # its name, its formula
 
 
 def test_an_unknown_name_cannot_be_scored():
@@ -513,8 +643,13 @@ def test_an_unknown_name_cannot_be_scored():
         lambda: best_partition(np.ones((2, 2)), objective="most"),
         lambda: partition_score(np.ones((2, 2)), ((0, 1),), "most"),
         lambda: ranked_partitions(np.ones((2, 2)), ((0, 1),), "most", ["a", "b"]),
-        lambda: grouping_warnings(np.ones((2, 2)), partition, ["a", "b"], objective="most", kind="dot"),
+        lambda: grouping_warnings(
+            np.ones((2, 2)), partition, ["a", "b"], objective="most", kind="gradient", similarity="dot"
+        ),
         lambda: grouping_warnings(np.ones((2, 2)), partition, ["a", "b"], objective="sum", kind="most"),
+        lambda: grouping_warnings(
+            np.ones((2, 2)), partition, ["a", "b"], objective="sum", kind="gradient", similarity="most"
+        ),
         lambda: affinity_matrix(np.ones((1, 2, 3)), "most"),
     ):
         with pytest.raises(UserError, match="'most' is unknown; choose from "):
@@ -524,7 +659,9 @@ def test_an_unknown_name_cannot_be_scored():
 def test_warning_about_a_search_without_proof():
     partition = Partition(((0, 1), (2,)), 1.5, 5, "integer program", 2.25)
     affinity = np.array([[1, 1.5, -1], [1.5, 1, -1], [-1, -1, 1]])
-    (message,) = grouping_warnings(affinity, partition, ["a", "b", "c"], objective="sum", kind="dot")
+    (message,) = grouping_warnings(
+        affinity, partition, ["a", "b", "c"], objective="sum", kind="gradient", similarity="dot"
+    )
     assert "Not proven optimal" in message and "1.5" in message and "2.25" in message and "time_limit_s" in message
 
 
@@ -548,13 +685,13 @@ def test_dominant_and_missing_gradients_are_named():
     messages = "\n".join(get_warnings(affinity_matrix(gradients, "dot")))
     assert "Task 'task1' has by far the largest gradients" in messages
     assert "zero in every snapshot for: 'task3'" in messages
-    assert "largest gradients" not in "\n".join(get_warnings(affinity_matrix(gradients, "cosine"), kind="cosine"))
+    assert "largest gradients" not in "\n".join(get_warnings(affinity_matrix(gradients, "cosine"), similarity="cosine"))
 
 
 def test_warnings_check_the_number_of_names():
     partition = best_partition(np.eye(3))
     with pytest.raises(ValueError, match="2 task names for an affinity matrix of 3 tasks"):
-        grouping_warnings(np.eye(3), partition, ["a", "b"], objective="sum", kind="dot")
+        grouping_warnings(np.eye(3), partition, ["a", "b"], objective="sum", kind="gradient", similarity="dot")
 
 
 # --- graph and figures ----------------------------------------------------------------------------------

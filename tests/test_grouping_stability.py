@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.affinity import affinity_matrix, snapshot_affinities
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.stability import (
     MAX_TASKS_RANKED_ALL,
@@ -19,8 +19,8 @@ from pipeline.grouping.stability import (
     early_share,
     groups_over_training,
     ranked_partitions,
+    resample_snapshots,
     satisfies,
-    snapshot_affinities,
 )
 from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.methods.registry import VARIANTS
@@ -52,18 +52,18 @@ def test_mean_of_the_snapshot_affinities_is_the_affinity_matrix():
 
 
 def test_resamples_agree_where_all_snapshots_do_and_differ_where_they_do_not():
-    stable = bootstrap(alternating(30, 30), search)
+    stable = bootstrap(resample_snapshots(alternating(30, 30)), search)
     assert stable.frequencies == {((0, 1), (2,), (3,)): 1.0} and stable.num_resamples == 200
     matrix = stable.co_assignment
     assert matrix[0, 1] == 1 and matrix[0, 2] == 0 and (np.diag(matrix) == 1).all()
-    unstable = bootstrap(alternating(30, 15), search)
+    unstable = bootstrap(resample_snapshots(alternating(30, 15)), search)
     assert 0.2 < unstable.co_assignment[0, 1] < 0.8 and (unstable.co_assignment == unstable.co_assignment.T).all()
     assert sum(unstable.frequencies.values()) == pytest.approx(1) and len(unstable.frequencies) > 1
     assert list(unstable.frequencies.values()) == sorted(unstable.frequencies.values(), reverse=True)
-    repeated = bootstrap(alternating(30, 15), search)
+    repeated = bootstrap(resample_snapshots(alternating(30, 15)), search)
     assert repeated.frequencies == unstable.frequencies and (repeated.co_assignment == unstable.co_assignment).all()
-    assert bootstrap(alternating(30, 15), search, seed=1).frequencies != unstable.frequencies
-    assert bootstrap(alternating(30, 15), search, time_limit_s=0).num_resamples == 1
+    assert bootstrap(resample_snapshots(alternating(30, 15)), search, seed=1).frequencies != unstable.frequencies
+    assert bootstrap(resample_snapshots(alternating(30, 15)), search, time_limit_s=0).num_resamples == 1
 
 
 def test_the_bootstrap_draws_blocks_of_neighbors():
@@ -73,7 +73,7 @@ def test_the_bootstrap_draws_blocks_of_neighbors():
     drift = np.repeat((values - values.mean()) / values.std(), 8)  # eight values, constant for eight snapshots each
     affinities = np.full((64, 2, 2), 0.0)
     affinities[:, 0, 1] = affinities[:, 1, 0] = drift + 0.25
-    share = bootstrap(affinities, search).co_assignment[0, 1]
+    share = bootstrap(resample_snapshots(affinities), search).co_assignment[0, 1]
     single = [np.mean(rng.choice(affinities[:, 0, 1], 64)) > 0 for _ in range(400)]
     assert abs(share - 0.5) < abs(np.mean(single) - 0.5) - 0.03
 
@@ -213,7 +213,7 @@ def test_the_title_of_a_small_map_is_not_cut_off():
 def test_figures_and_page():
     affinities = alternating(30, 12)
     groups = search(affinities.mean(axis=0))
-    stable = bootstrap(affinities, search)
+    stable = bootstrap(resample_snapshots(affinities), search)
     ranked = ranked_partitions(affinities.mean(axis=0), groups, "sum", NAMES)
     figures = {
         "Co-assignment": co_assignment_map(stable.co_assignment, NAMES, groups),

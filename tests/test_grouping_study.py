@@ -12,7 +12,14 @@ import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import the_run
-from reference_partitions import KINDS, OBJECTIVES, REFERENCE_AFFINITIES, all_partitions, reference_score
+from reference_partitions import (
+    OBJECTIVES,
+    REFERENCE_AFFINITIES,
+    SIMILARITY_NAMES,
+    all_partitions,
+    reference_rms,
+    reference_score,
+)
 
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.partition import best_partition
@@ -52,20 +59,22 @@ def test_each_objective_has_the_reference_score(objective):
 
 
 def reference_affinity(gradients: np.ndarray, kind: str) -> np.ndarray:
-    pair = REFERENCE_AFFINITIES[kind]
+    pair, rms = REFERENCE_AFFINITIES[kind], reference_rms(gradients)
     tasks = range(gradients.shape[1])
-    return np.mean([[[pair(snapshot[i], snapshot[j]) for j in tasks] for i in tasks] for snapshot in gradients], axis=0)
+    return np.mean(
+        [[[pair(snapshot[i], snapshot[j], rms) for j in tasks] for i in tasks] for snapshot in gradients], axis=0
+    )
 
 
 def test_each_criterion_has_its_own_scores():
     """All criteria choose different partitions of these gradients, so that none can be mistaken for another."""
     excluded = {"density"}  # in between
-    assert CRITERIA == tuple((kind, name) for kind in KINDS for name in OBJECTIVES if name not in excluded)
+    assert CRITERIA == tuple((kind, name) for kind in SIMILARITY_NAMES for name in OBJECTIVES if name not in excluded)
     partitions = list(all_partitions(4))
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         gradients = rng.normal(size=(10, 4, 6)) * rng.uniform(0.2, 5, size=(10, 4, 1))
-        affinities = {kind: reference_affinity(gradients, kind) for kind in KINDS}
+        affinities = {kind: reference_affinity(gradients, kind) for kind in SIMILARITY_NAMES}
         scores = {
             (kind, objective): [reference_score(affinities[kind], groups, objective) for groups in partitions]
             for kind, objective in CRITERIA

@@ -12,16 +12,16 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config.fields import Fraction, NonNegative, NonNegativeInt, PositiveInt, Section, Template, affects
 from pipeline.errors import UserError
-from pipeline.grouping.affinities import AFFINITIES
+from pipeline.grouping.affinities import SIMILARITIES
 from pipeline.grouping.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     AffinityName = str
     ObjectiveName = str
 else:
-    AffinityName = Literal[*AFFINITIES]
+    AffinityName = Literal[*SIMILARITIES]
     ObjectiveName = Literal[*OBJECTIVES]
-_AFFINITIES = ", or ".join(affinity.summary for affinity in AFFINITIES.values())
+_AFFINITIES = ", or ".join(affinity.summary for affinity in SIMILARITIES.values())
 _OBJECTIVES = "; ".join(f"{objective.name}: {objective.summary}" for objective in OBJECTIVES.values())
 
 BUILTIN_DIGITS = "builtin:digits"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.grouping.affinities import get_affinity
+from pipeline.grouping.affinities import Advice, Gradient, Transfer, get_advice
 from pipeline.grouping.objectives import get_objective
 from pipeline.grouping.partition import Partition, validate_affinity
 
@@ -22,13 +22,14 @@ def grouping_warnings(
     *,
     objective: str,
     kind: str,
+    similarity: str | None = None,
     per_layer: bool = False,
 ) -> list[str]:
     """Return warnings as sentences; an empty list if there are none.
 
     They cover a search without proof of optimality, a collapse into one group or into single tasks although other
-    partitions were allowed, affinities that are all zero, tasks with zero gradients, and, for dot products, a task
-    whose gradient norm dominates.
+    partitions were allowed, affinities that are all zero; for gradients tasks with zero gradients and, for dot
+    products, a task whose gradient norm dominates; for transfer tasks whose own prompts do not help them.
 
     Args:
         affinity: (T, T), the matrix that was partitioned.
@@ -36,6 +37,7 @@ def grouping_warnings(
         task_names: T names.
         objective: name of the objective that the partition maximizes.
         kind: name of the affinity; with the objective it determines the advice.
+        similarity: name of the similarity of gradients, for the affinity `gradient`.
         per_layer: whether affinities are means over layers.
 
     Raises:
@@ -50,12 +52,17 @@ def grouping_warnings(
             f"Not proven optimal: the search reached its time limit. The groups score {partition.score:.6g}, the upper "
             f"bound is {partition.upper_bound:.6g}. Increase --grouping.time_limit_s."
         )
-    warnings += _collapse_warnings(affinity, partition, objective, kind, per_layer)
-    return warnings + _norm_warnings(affinity, task_names, kind)
+    advice = get_advice(kind, similarity)
+    warnings += _collapse_warnings(affinity, partition, objective, advice, per_layer)
+    if kind == Gradient.name:
+        warnings += _norm_warnings(affinity, task_names, advice)
+    if kind == Transfer.name:
+        warnings += _gain_warnings(affinity, task_names)
+    return warnings
 
 
 def _collapse_warnings(
-    affinity: np.ndarray, partition: Partition, objective: str, kind: str, per_layer: bool
+    affinity: np.ndarray, partition: Partition, objective: str, measure: Advice, per_layer: bool
 ) -> list[str]:
     num_tasks = len(affinity)
     pairs = affinity[np.triu_indices(num_tasks, 1)]
@@ -64,7 +71,7 @@ def _collapse_warnings(
     if not pairs.any():
         return ["All affinities between tasks are zero: the grouping carries no information about the tasks."]
     if len(partition.groups) == 1:
-        goal, measure = get_objective(objective), get_affinity(kind)
+        goal = get_objective(objective)
         if (pairs > 0).all():
             reason = "every pairwise affinity is positive" + (
                 f", so under objective {objective!r} no split can score higher" if goal.split_reward == 1 else ""
@@ -88,7 +95,19 @@ def _collapse_warnings(
     return []
 
 
-def _norm_warnings(affinity: np.ndarray, task_names: Sequence[str], kind: str) -> list[str]:
+def _gain_warnings(affinity: np.ndarray, task_names: Sequence[str]) -> list[str]:
+    """Return a warning if tasks do not gain from their own prompts; gains of others then say little."""
+    losing = [f"{name} ({gain:+.3g})" for name, gain in zip(task_names, np.diag(affinity)) if gain <= 0]
+    if not losing:
+        return []
+    return [
+        "Prompts that were trained on a task alone do not lower the loss of its own training images below zero-shot "
+        f"CLIP's: {', '.join(losing)}. The affinities of these tasks say little; change --training.epochs or "
+        "--training.learning_rate until training alone helps."
+    ]
+
+
+def _norm_warnings(affinity: np.ndarray, task_names: Sequence[str], measure: Advice) -> list[str]:
     warnings = []
     norms = np.sqrt(np.clip(np.diag(affinity), 0, None))
     zero_tasks = [repr(name) for name, norm in zip(task_names, norms, strict=True) if norm == 0]
@@ -100,7 +119,7 @@ def _norm_warnings(affinity: np.ndarray, task_names: Sequence[str], kind: str) -
     largest = int(np.argmax(norms))
     other_norms = np.delete(norms, largest)
     other_norms = other_norms[other_norms > 0]
-    remedy = get_affinity(kind).dominance_advice
+    remedy = measure.dominance_advice
     if remedy and other_norms.size and norms[largest] >= DOMINANT_NORM_RATIO * np.median(other_norms):
         warnings.append(
             f"Task {task_names[largest]!r} has by far the largest gradients (root mean square norm "

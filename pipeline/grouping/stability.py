@@ -1,7 +1,8 @@
-"""Stability of a grouping: bootstrap over gradient snapshots, next best partitions, groups by phase of the training.
+"""Stability of a grouping: bootstrap, next best partitions, groups by phase of the training.
 
-Snapshots of neighboring steps are correlated, so this is a block bootstrap: resampling single snapshots would make any
-grouping look stable.
+Gradient affinities are resampled over snapshots, transfer and features over the training images of each task
+(`Resample`). Snapshots of neighboring steps are correlated, so theirs is a block bootstrap: resampling single snapshots
+would make any grouping look stable.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.grouping.text import format_groups
@@ -26,6 +26,8 @@ MAX_TASKS_RANKED_ALL = 8
 """Up to this many tasks (4,140 partitions) all partitions are ranked; above, the neighbors of the best one."""
 Search = Callable[[np.ndarray], Groups]
 """Affinities (T, T) → the best groups."""
+Resample = Callable[[np.random.Generator], np.ndarray]
+"""Draws the affinities (T, T) of a bootstrap resample."""
 
 
 @dataclass(frozen=True)
@@ -45,37 +47,42 @@ class RankedPartition:
     """Its groups as text, or how it differs from the best partition."""
 
 
-def snapshot_affinities(gradients: np.ndarray, kind: str, blocks: Sequence[np.ndarray] | None = None) -> np.ndarray:
-    """Return the affinities of each snapshot (S, T, T) of gradients (S, T, P); their mean is `affinity_matrix`."""
-    return np.stack([affinity_matrix(snapshot[None], kind, blocks=blocks) for snapshot in gradients])
+def resample_snapshots(affinities: np.ndarray) -> Resample:
+    """Return the resampling of blocks of about √S neighboring snapshots; affinities (S, T, T) in the order of the
+    steps."""
+    num_snapshots = len(affinities)
+    length = max(1, round(math.sqrt(num_snapshots)))
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        starts = rng.integers(0, num_snapshots, math.ceil(num_snapshots / length))
+        indices = (starts[:, None] + np.arange(length)).ravel()[:num_snapshots] % num_snapshots  # wraps around the end
+        mean: np.ndarray = affinities[indices].mean(axis=0)
+        return mean
+
+    return draw
 
 
 def bootstrap(
-    affinities: np.ndarray, search: Search, *, seed: int = 0, time_limit_s: float = BOOTSTRAP_TIME_LIMIT_S
+    resample: Resample, search: Search, *, seed: int = 0, time_limit_s: float = BOOTSTRAP_TIME_LIMIT_S
 ) -> Bootstrap:
-    """Repeat the search on means over resampled blocks of about √S neighboring snapshots.
-
-    Args:
-        affinities: (S, T, T), by snapshot, in the order of the steps.
-        search: the search that found the grouping.
-    """
-    num_snapshots, num_tasks, _ = affinities.shape
-    length = max(1, round(math.sqrt(num_snapshots)))
+    """Repeat the search that found the grouping on resampled affinities."""
     rng = np.random.default_rng(seed)
-    co_assignment = np.zeros((num_tasks, num_tasks))
+    co_assignment: np.ndarray | float = 0.0
     counts: Counter[Groups] = Counter()
     started = time.monotonic()
     for _ in range(NUM_RESAMPLES):
-        starts = rng.integers(0, num_snapshots, math.ceil(num_snapshots / length))
-        indices = (starts[:, None] + np.arange(length)).ravel()[:num_snapshots] % num_snapshots  # wraps around the end
-        groups = search(affinities[indices].mean(axis=0))
+        affinity = resample(rng)
+        groups = search(affinity)
         counts[groups] += 1
+        is_together = np.zeros_like(affinity)
         for group in groups:
-            co_assignment[np.ix_(group, group)] += 1
+            is_together[np.ix_(group, group)] = 1
+        co_assignment = co_assignment + is_together
         if time.monotonic() - started > time_limit_s:
             break
     total = counts.total()
-    return Bootstrap(co_assignment / total, {groups: count / total for groups, count in counts.most_common()}, total)
+    frequencies = {groups: count / total for groups, count in counts.most_common()}
+    return Bootstrap(np.asarray(co_assignment) / total, frequencies, total)
 
 
 def ranked_partitions(

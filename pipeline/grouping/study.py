@@ -13,16 +13,16 @@ from statistics import fmean
 
 import numpy as np
 
-from pipeline.grouping.affinities import AFFINITIES
+from pipeline.grouping.affinities import SIMILARITIES
 from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.objectives import OBJECTIVES, get_objective
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.search.problem import Groups
 
 CRITERIA = tuple(
-    (kind, name) for kind in AFFINITIES for name, objective in OBJECTIVES.items() if objective.included_in_study
+    (kind, name) for kind in SIMILARITIES for name, objective in OBJECTIVES.items() if objective.included_in_study
 )
-"""Pairs of affinity and objective that score partitions."""
+"""Pairs of gradient similarity and objective that score partitions."""
 
 
 @dataclass(frozen=True)

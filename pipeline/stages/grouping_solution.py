@@ -12,7 +12,7 @@ from pipeline.config import GroupingConfig
 from pipeline.errors import UserError
 from pipeline.files import write_file, write_json
 from pipeline.grouping.advice import grouping_warnings
-from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.affinity import affinity_matrix, snapshot_affinities
 from pipeline.grouping.gradient_blocks import gradient_blocks, read_layout
 from pipeline.grouping.graph import affinity_graph
 from pipeline.grouping.partition import best_partition
@@ -24,8 +24,8 @@ from pipeline.grouping.stability import (
     groups_over_training,
     num_early_snapshots,
     ranked_partitions,
+    resample_snapshots,
     satisfies,
-    snapshot_affinities,
 )
 from pipeline.report.grouping_figures import affinity_graph_figure, affinity_heat_map, co_assignment_map
 from pipeline.report.grouping_page import grouping_page
@@ -57,7 +57,13 @@ def write_grouping(
         time_limit_s=options.time_limit_s,
     )
     warnings = grouping_warnings(
-        affinity, partition, tasks, objective=options.objective, kind=options.affinity, per_layer=options.per_layer
+        affinity,
+        partition,
+        tasks,
+        objective=options.objective,
+        kind="gradient",
+        similarity=options.affinity,
+        per_layer=options.per_layer,
     )
     affinities = snapshot_affinities(gradients, options.affinity, blocks)
 
@@ -71,7 +77,7 @@ def write_grouping(
         return [[tasks[i] for i in group] for group in groups]
 
     links = {name: task_indices(tasks, name, options.constraints[name]) for name in ("must_link", "cannot_link")}
-    stability = bootstrap(affinities, search)
+    stability = bootstrap(resample_snapshots(affinities), search)
     ranked = ranked_partitions(
         affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **links})
     )
