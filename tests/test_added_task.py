@@ -182,7 +182,7 @@ def to_names(groups):
 
 def run_summary(accuracy: dict[str, float], parameters: int) -> dict:
     methods = {
-        name: {"accuracy": accuracy, "average": 0.0, "trained_parameters": count}
+        name: {"accuracy": accuracy, "test_loss": accuracy, "average": 0.0, "trained_parameters": count}
         for name, count in (("zero_shot", 0), ("grouped", parameters))
     }
     return {
@@ -201,7 +201,7 @@ def run_summary(accuracy: dict[str, float], parameters: int) -> dict:
 def test_the_report_compares_with_retraining_all_tasks():
     finished = run_summary({"b": 0.5, "c": 0.7}, 100)
     rerun = run_summary({"a": 0.6, "b": 0.4, "c": 0.8}, 400)
-    added = AddedTask(finished, "a", [["a", "c"], ["b"]], 0.2, 0.45, 30, 25, {"splits": 3.0}, [], rerun)
+    added = AddedTask(finished, "a", [["a", "c"], ["b"]], 0.2, 0.45, 2.0, 1.25, 30, 25, {"splits": 3.0}, [], rerun)
     assert added_task_cells(added) == [
         ["task", "zero-shot", "finished run", "a added", "all retrained", "test images"],
         ["a", "20.0 ± 8.0", "", "45.0 ± 9.9", "60.0 ± 9.8", "25"],
@@ -217,8 +217,10 @@ def test_the_report_compares_with_retraining_all_tasks():
     summary = added.summary()
     assert summary.tasks == ["a", "b", "c"] and summary.methods["grouped"]["trained_parameters"] == 130
     assert summary.methods["grouped"]["average"] == pytest.approx((0.45 + 0.5 + 0.7) / 3)
+    assert summary.methods["grouped"]["test_loss"] == {"a": 1.25, "b": 0.5, "c": 0.7}
+    assert summary.methods["zero_shot"]["average_test_loss"] == pytest.approx((2 + 0.5 + 0.7) / 3)
     assert summary.num_test_images == {"a": 25, "b": 100, "c": 100}
-    new_group = AddedTask(finished, "a", [["a"], ["b"], ["c"]], 0.2, 0.45, 60, 25, {"splits": 3.0}, [], None)
+    new_group = AddedTask(finished, "a", [["a"], ["b"], ["c"]], 0.2, 0.45, 2.0, 1.25, 60, 25, {"splits": 3.0}, [], None)
     assert "a forms a new group." in added_task_notes(new_group)[0]
     assert "retrained" not in " ".join(added_task_notes(new_group))
 
@@ -266,8 +268,9 @@ def test_a_task_is_added_and_existing_tasks_do_not_change(finished, added):
     existing_groups = [[task for task in group if task != ADDED[0]] for group in report["groups"]]
     assert [group for group in existing_groups if group] == finished_report["groups"]
     for name in ("zero_shot", "grouped"):
-        accuracy, finished_accuracy = (r["methods"][name]["accuracy"] for r in (report, finished_report))
-        assert {task: accuracy[task] for task in EXISTING} == finished_accuracy
+        for value in ("accuracy", "test_loss"):
+            ours, expected = (r["methods"][name][value] for r in (report, finished_report))
+            assert {task: ours[task] for task in EXISTING} == expected
     assert (folder / "report" / "grouping.html").is_file()
     page = (folder / "report" / "report.html").read_text()
     assert f"{ADDED[0]} added" in page and page.count("data:image/jpeg") > 3 and f">{ADDED[0]}</h2>" in page

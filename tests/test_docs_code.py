@@ -171,10 +171,12 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     )
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / SUMMARY).parent.mkdir()
-    methods = {"grouped": {"accuracy": dict.fromkeys(group, 0.5), "average": 0.5}}
+    methods = {
+        "grouped": {"accuracy": dict.fromkeys(group, 0.5), "average": 0.5, "test_loss": dict.fromkeys(group, 1.0)}
+    }
     summary = {"tasks": [*group], "groups": [[*group]], "methods": methods, "num_test_images": dict.fromkeys(group, 1)}
     write_record(folder / SUMMARY, summary)
-    row = {"task": "ink", "method": "grouped", "true_label": "one", "label": "two", "probability": 0.5}
+    row = {"task": "ink", "method": "grouped", "true_label": "one", "label": "two", "probability": 0.5, "loss": 0.7}
     pq.write_table(pa.Table.from_pylist([row], schema=PREDICTIONS), folder / "report" / "predictions.parquet")
     write_record(folder / GROUPING, {"tasks": [*group], "groups": [[*group]], "affinity": [[1, 0], [0, 1]]})
     snapshots = Artifact(Storage.from_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})

@@ -134,6 +134,7 @@ def test_the_run_of_a_call_is_that_of_the_command_line(quick_run, run):
     report = read_record(run.folder / "report" / "summary.json")
     assert run.is_finished and run.summary == report
     assert run.tasks == report["tasks"] and run.groups == report["groups"]
+    assert run.test_loss.to_dict() == {name: method["test_loss"] for name, method in report["methods"].items()}
     assert run.accuracy.to_dict() == {name: method["accuracy"] for name, method in report["methods"].items()}
     assert run.affinities.loc["ink", "neon"] == run.affinities.loc["neon", "ink"]
     assert list(run.affinities) == run.tasks and list(run.adapters) == ["all_in_one", "each_alone", "grouped"]

@@ -378,6 +378,7 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
     for ours, expected in zip(predictions_from_features, predictions_from_images, strict=True):
         assert astuple(ours)[:4] == astuple(expected)[:4]
         assert ours.probability == pytest.approx(expected.probability, rel=1e-9)
+        assert ours.loss == pytest.approx(expected.loss, rel=1e-9)
 
 
 def first_losses(name, config, towers, model):

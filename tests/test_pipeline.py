@@ -70,12 +70,16 @@ def test_predictions_of_all_test_images_are_stored(quick_run):
     """The tables of accuracies, classes and confusions follow from them."""
     folder = the_run(quick_run[0]) / "report"
     predictions = pq.read_table(folder / "predictions.parquet").to_pandas()
-    assert list(predictions) == ["path", "task", "method", "true_label", "label", "probability"]
+    assert list(predictions) == ["path", "task", "method", "true_label", "label", "probability", "loss"]
     assert len(predictions) == 4 * 840
     correct = predictions.label == predictions.true_label
-    accuracy = correct.groupby([predictions.method, predictions.task]).mean()
+    accuracy, loss = (
+        values.groupby([predictions.method, predictions.task]).mean() for values in (correct, predictions.loss)
+    )
     for method, values in summary(quick_run[0])["methods"].items():
         assert accuracy[method].to_dict() == pytest.approx(values["accuracy"])
+        assert loss[method].to_dict() == pytest.approx(values["test_loss"])  # stored in float32
+        assert values["average_test_loss"] == pytest.approx(loss[method].mean())
     classes = pq.read_table(folder / "class_accuracy.parquet").to_pandas()
     assert classes.images.sum() == 4 * 840 and classes.correct.sum() == correct.sum()
     confusions = pq.read_table(folder / "confusions.parquet").to_pandas()
@@ -109,6 +113,7 @@ def test_mlflow_holds_the_run(quick_run):
     for method, values in result["methods"].items():
         for task in TASKS:
             assert parent.data.metrics[f"accuracy/{method}/{task}"] == values["accuracy"][task]
+            assert parent.data.metrics[f"test_loss/{method}/{task}"] == values["test_loss"][task]
         assert parent.data.metrics[f"trained_parameters/{method}"] == values["trained_parameters"]
     assert parent.data.tags["mlflow.runName"].startswith("demo, 8 shots, seed 1 (")
     assert "| average |" in parent.data.tags["mlflow.note.content"]
@@ -123,8 +128,10 @@ def test_mlflow_holds_the_run(quick_run):
     method_runs = {r.data.tags["method"]: r for r in runs if r.data.tags["level"] == "method"}
     for method, values in result["methods"].items():
         run = method_runs[method].data
-        assert run.metrics == {f"accuracy/{task}": value for task, value in values["accuracy"].items()} | {
+        by_task = {f"{name}/{task}": values[name][task] for name in ("accuracy", "test_loss") for task in TASKS}
+        assert run.metrics == by_task | {
             "accuracy/average": values["average"],
+            "test_loss/average": values["average_test_loss"],
             "trained_parameters": values["trained_parameters"],
         }
         assert (run.params["shots"], run.params["seed"], run.params["data"]) == ("8", "1", "demo")
@@ -163,12 +170,17 @@ def test_mlflow_holds_each_trainings_results(quick_run):
         method = "zero_shot" if training.data.tags["method"] == "zero_shot" else "mmap"
         result = results[method, tuple(training.data.tags["tasks"].split(", "))]
         accuracy = result["accuracy"]
-        expected = {f"accuracy/{task}": value for task, value in accuracy.items()}
-        expected["accuracy/average"] = pytest.approx(sum(accuracy.values()) / len(accuracy), abs=1e-12)
+        expected = {}
+        for metric in ("accuracy", "test_loss"):
+            expected |= {f"{metric}/{task}": value for task, value in result[metric].items()}
+            mean = sum(result[metric].values()) / len(accuracy)
+            expected[f"{metric}/average"] = pytest.approx(mean, abs=1e-12)
         expected |= {"trained_parameters": result["trained_parameters"], "training_seconds": result["seconds"]}
         metrics = training.data.metrics
         assert {
-            name: value for name, value in metrics.items() if name in expected or "accuracy/" in name[:9]
+            name: value
+            for name, value in metrics.items()
+            if name in expected or name.startswith(("accuracy/", "test_loss/"))
         } == expected
         logged_tasks = {name.split("/")[1] for name in metrics if name.startswith(("train_loss/", "train_accuracy/"))}
         assert logged_tasks == (set() if method == "zero_shot" else set(accuracy))

@@ -95,7 +95,7 @@ def test_warnings_name_the_method_the_task_and_the_size():
 
 def test_predictions_of_a_run_are_read_and_written(tmp_path):
     def prediction(task, number, label, predicted):
-        return Prediction(task, f"{task}/{number}.png", label, predicted, 0.25 + number / 8)
+        return Prediction(task, f"{task}/{number}.png", label, predicted, 0.25 + number / 8, 1.5)
 
     group_b = [prediction("b", 0, 0, 1), prediction("b", 1, 1, 1)]
     group_ac = [prediction("a", 0, 2, 2), prediction("c", 0, 0, 0), prediction("c", 1, 0, 1)]
@@ -112,7 +112,7 @@ def test_predictions_of_a_run_are_read_and_written(tmp_path):
     assert len(rows) == 10 and {row["method"] for row in rows} == {"grouped", "zero_shot"}
     assert rows[0] == {
         **{"path": "b/0.png", "task": "b", "method": "grouped"},
-        **{"true_label": "cat", "label": "dog", "probability": 0.25},
+        **{"true_label": "cat", "label": "dog", "probability": 0.25, "loss": 1.5},
     }
 
 
@@ -149,7 +149,9 @@ def make_page(scores: dict[str, dict[str, TaskScores]], mistakes=None, tasks=Non
     """Build the page of methods → scores."""
     counts = {task: task_scores.num_images for task, task_scores in scores["grouped"].items()}
     results = {
-        method: method_result({task: s.accuracy for task, s in by_task.items()}, counts, 10)
+        method: method_result(
+            {task: s.accuracy for task, s in by_task.items()}, dict.fromkeys(by_task, 1.0), counts, 10
+        )
         for method, by_task in scores.items()
     }
     summary = Summary(
@@ -203,7 +205,7 @@ def test_the_page_is_self_contained_and_fits_a_phone_and_paper():
 def test_methods_and_thumbnails_on_the_page_are_bounded():
     names = ["zero_shot", "coop", "vpt", "maple", "clip_adapter", "all_in_one", "grouped"]
     counts = {"a": 100}
-    averages = {name: method_result({"a": 0.1 * i}, counts, 0) for i, name in enumerate(names)}
+    averages = {name: method_result({"a": 0.1 * i}, {"a": 1.0}, counts, 0) for i, name in enumerate(names)}
     summary = Summary("x", ["a"], [["a"]], {}, averages, 1, 1, "", [], counts)
     assert shown_methods(summary) == ["grouped", "all_in_one", "clip_adapter", "zero_shot"]
     assert mistakes_per_task(6, 4) == run_page.MAX_MISTAKES
@@ -225,7 +227,7 @@ def test_the_conclusion_says_what_is_significant(correct_in_one_group, compariso
         "grouped": {"a": with_accuracy(150, 200)},
     }
     counts = {"a": 200}
-    results = {name: method_result({"a": s["a"].accuracy}, counts, 0) for name, s in scores.items()}
+    results = {name: method_result({"a": s["a"].accuracy}, {"a": 1.0}, counts, 0) for name, s in scores.items()}
     summary = Summary("x", ["a"], [["a"]], {}, results, 1, 1, "", [], counts, differences_from_main(scores))
     sentence = conclusion(summary)
     assert "25.0 ± 3.1 points above zero-shot;" in sentence

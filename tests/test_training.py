@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,15 @@ from pipeline.training import evaluate as evaluation
 from pipeline.training import frozen_features
 from pipeline.training.batches import TrainingSet, batch_indices
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.evaluate import PREFETCH_BATCHES, accuracy, decoded_batches, evaluate, evaluate_features
+from pipeline.training.evaluate import (
+    PREFETCH_BATCHES,
+    accuracy,
+    decoded_batches,
+    evaluate,
+    evaluate_decoded,
+    evaluate_features,
+    mean_loss,
+)
 from pipeline.training.frozen_features import frozen_test_features, frozen_training_features
 from pipeline.training.snapshots import read_gradients, read_trajectory, write_snapshots, write_trajectory
 from pipeline.training.trainer import OPTIMIZERS, Snapshot, StepRecord, Trainer, learning_rate
@@ -423,19 +432,39 @@ def test_predictions_equal_a_simple_loop(split_reader, monkeypatch, device):
         assert (prediction.task, prediction.path, prediction.label) == (task, row["path"], row["label"])
         assert prediction.predicted == int(np.argmax(probabilities))
         assert prediction.probability == pytest.approx(max(probabilities), rel=1e-9)
-    assert list(accuracy(predictions)) == list(tasks)
+        assert prediction.loss == pytest.approx(-math.log(probabilities[row["label"]]), rel=1e-9)
+    assert list(accuracy(predictions)) == list(mean_loss(predictions)) == list(tasks)
+    for task in tasks:
+        losses = [prediction.loss for prediction in predictions if prediction.task == task]
+        assert mean_loss(predictions)[task] == pytest.approx(sum(losses) / TEST_COUNTS[task], rel=1e-12)
 
 
-def zero_shot(towers, tasks=tuple(TEST_COUNTS)) -> Classifier:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_losses_are_of_the_logits_in_float64(split_reader, precision):
+    """A sure prediction has a loss that float32 rounds to 0."""
+    towers, _ = small_towers()
+    towers.float().logit_scale.data.fill_(6)
+    classifier = zero_shot(towers, precision=precision)
+    batches = list(decoded_batches(split_reader, list(TEST_COUNTS), towers.preprocessing, 1))
+    logits = [row.tolist() for task, _, pixels in batches for row in classifier.logits([task], pixels)[task]]
+    predictions = evaluate_decoded(classifier, batches)
+    for prediction, values in zip(predictions, logits, strict=True):
+        true_value = values.pop(prediction.label)
+        expected = math.log1p(sum(math.exp(value - true_value) for value in values))
+        assert prediction.loss == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert min(prediction.loss for prediction in predictions) < 1e-7
+
+
+def zero_shot(towers, tasks=tuple(TEST_COUNTS), precision="auto") -> Classifier:
     tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES] * len(tasks))
-    return Classifier(towers, [(tasks, tokens, Adaptation())])
+    return Classifier(towers, [(tasks, tokens, Adaptation())], precision)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 5 images, or of as many steps as have no more."""
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
-    monkeypatch.setattr(evaluation, "FEATURE_BATCH_SIZE", 5)
+    monkeypatch.setattr(evaluation, "FEATURE_BATCH_SIZE", 4)  # the labels of these images repeat after 5
     monkeypatch.setattr(frozen_features, "BATCH_SIZE", 5)
 
 
@@ -450,12 +479,12 @@ def test_evaluation_beyond_one_chunk_keeps_paths_and_labels(split_reader, small_
         predictions = evaluate_features(classifier, split_reader, dict(zip(TEST_COUNTS, features)))
     else:
         predictions = evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
-    probabilities, labels = classifier.probabilities("ink", pixels).max(dim=1)
-    expected = zip(rows, labels.tolist(), probabilities.tolist(), strict=True)
-    for prediction, ((task, row), predicted, probability) in zip(predictions, expected, strict=True):
+    probabilities = classifier.probabilities("ink", pixels).tolist()
+    for prediction, (task, row), row_probabilities in zip(predictions, rows, probabilities, strict=True):
         assert (prediction.task, prediction.path, prediction.label) == (task, row["path"], row["label"])
-        assert prediction.predicted == predicted
-        assert prediction.probability == pytest.approx(probability, rel=1e-9)
+        assert prediction.predicted == int(np.argmax(row_probabilities))
+        assert prediction.probability == pytest.approx(max(row_probabilities), rel=1e-9)
+        assert prediction.loss == pytest.approx(-math.log(row_probabilities[row["label"]]), rel=1e-9)
 
 
 @pytest.mark.parametrize("batch_size, counts", [(2, [2, 4, 6, 7]), (3, [1, 2, 3, 4, 5, 6, 7])])

@@ -81,8 +81,7 @@ class Classifier:
         return adaptation.logits(self.towers, x, text_features)
 
     @torch.inference_mode()
-    def probabilities_from_frozen_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
-        """Return class probabilities (B, C) of the frozen image tower's features (B, E), if the method does not modify
-        it."""
+    def logits_from_frozen_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, C) of the frozen image tower's features (B, E), if the method does not modify it."""
         assert not self.adaptation(task).modifies_image_encoder
-        return self.logits_from_features(task, features.to(self.towers.device)).softmax(dim=1)
+        return self.logits_from_features(task, features.to(self.towers.device))

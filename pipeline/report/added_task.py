@@ -25,13 +25,15 @@ EXISTING_AVERAGE_ROW, SECONDS_ROW = "average of existing tasks", "seconds"
 @dataclass(frozen=True)
 class AddedTask:
     """`finished`, `rerun`: summary.json of the finished run and of a run with all tasks; `groups`: including the new
-    task; accuracies 0 to 1; `trained_parameters`: of the new task."""
+    task; accuracies 0 to 1, test losses in nats; `trained_parameters`: of the new task."""
 
     finished: dict[str, Any]
     task: str
     groups: list[list[str]]
     zero_shot: float
     accuracy: float
+    zero_shot_test_loss: float
+    test_loss: float
     trained_parameters: int
     num_test_images: int
     """Test images of the new task."""
@@ -46,16 +48,20 @@ class AddedTask:
     def summary(self) -> Summary:
         """Return the summary of the new run, with all tasks."""
         finished = self.finished["methods"]
-        new = {"zero_shot": (self.zero_shot, 0), "grouped": (self.accuracy, self.trained_parameters)}
+        new = {
+            "zero_shot": (self.zero_shot, self.zero_shot_test_loss, 0),
+            "grouped": (self.accuracy, self.test_loss, self.trained_parameters),
+        }
         num_test_images = {**self.finished["num_test_images"], self.task: self.num_test_images}
         counts = {task: num_test_images[task] for task in self.tasks}
         methods = {
             name: method_result(
                 {**finished[name]["accuracy"], self.task: accuracy},
+                {**finished[name]["test_loss"], self.task: test_loss},
                 counts,
                 finished[name]["trained_parameters"] + parameters,
             )
-            for name, (accuracy, parameters) in new.items()
+            for name, (accuracy, test_loss, parameters) in new.items()
         }
         shared = {name: self.finished[name] for name in ("name", "shots", "seed", "clip")}
         return Summary(

@@ -18,9 +18,10 @@ from pipeline.files import atomic_write
 
 PREDICTIONS = pa.schema(
     [(name, pa.string()) for name in ("path", "task", "method", "true_label", "label")]
-    + [("probability", pa.float32())]
+    + [("probability", pa.float32()), ("loss", pa.float32())]
 )
-"""Rows of a run's predictions.parquet: columns of the output of mmap-clip predict, and the truth."""
+"""Rows of a run's predictions.parquet: columns of the output of mmap-clip predict, the truth, and its cross-entropy in
+nats."""
 
 
 class Confusion(NamedTuple):
@@ -174,7 +175,7 @@ def write_run_predictions(
     with atomic_write(target) as partial, pq.ParquetWriter(partial, PREDICTIONS, compression="zstd") as writer:
         for method, files in files_by_method.items():
             for file in files:
-                for task, table in _tables_by_task(file, ("path", "label", "predicted", "probability")):
+                for task, table in _tables_by_task(file, ("path", "label", "predicted", "probability", "loss")):
                     names = pa.array(class_names[task])
                     columns = [
                         table["path"],
@@ -183,6 +184,7 @@ def write_run_predictions(
                         names.take(table["label"].combine_chunks()),
                         names.take(table["predicted"].combine_chunks()),
                         table["probability"],
+                        table["loss"],
                     ]
                     writer.write_table(pa.table(columns, names=PREDICTIONS.names).cast(PREDICTIONS))
 

@@ -58,9 +58,13 @@ class Summary:
 
 
 def method_result(
-    accuracy: Mapping[str, float], num_test_images: Mapping[str, int], trained_parameters: int
+    accuracy: Mapping[str, float],
+    test_loss: Mapping[str, float],
+    num_test_images: Mapping[str, int],
+    trained_parameters: int,
 ) -> dict[str, Any]:
-    """Return a method's entry: accuracies (task → 0-1), their plain mean, standard errors of both, trained parameters.
+    """Return a method's entry: accuracies (task → 0-1), their plain mean, standard errors of both, test losses (task →
+    nats), their plain mean, trained parameters.
 
     Args:
         num_test_images: task → number, in the order of the result.
@@ -71,14 +75,19 @@ def method_result(
         "standard_error": errors,
         "average": sum(accuracy.values()) / len(accuracy),
         "average_standard_error": average_standard_error(list(errors.values())),
+        "test_loss": {task: test_loss[task] for task in num_test_images},
+        "average_test_loss": sum(test_loss.values()) / len(test_loss),
         "trained_parameters": trained_parameters,
     }
 
 
 def merge_results(results: Sequence[Mapping[str, Any]], num_test_images: Mapping[str, int]) -> dict[str, Any]:
     """Return a method's entry from the result.json of each of its groups."""
-    accuracy = {task: value for result in results for task, value in result["accuracy"].items()}
-    return method_result(accuracy, num_test_images, sum(result["trained_parameters"] for result in results))
+    accuracy, test_loss = (
+        {task: value for result in results for task, value in result[name].items()}
+        for name in ("accuracy", "test_loss")
+    )
+    return method_result(accuracy, test_loss, num_test_images, sum(result["trained_parameters"] for result in results))
 
 
 def differences_from_main(scores: Mapping[str, ScoresByTask]) -> dict[str, dict[str, float]]:

@@ -92,6 +92,8 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
             "or rerun the command that made it, if it did not finish or is of an older version"
         )
     summary = read_record(folder / SUMMARY)
+    if not all("test_loss" in method for method in summary["methods"].values()):
+        raise UserError(f"--run {source} is of an older version, without test losses: rerun the command that made it")
     run_config_file(folder)
     snapshots = tuple(
         Artifact(storage, record["stage"], record["inputs"]) for record in read_record(folder / PROVENANCE)["snapshots"]

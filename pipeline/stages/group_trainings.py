@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -34,7 +35,7 @@ from pipeline.stages.image_features import ImageFeatures, test_features, trainin
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_spec import TrainingSpec, track_history, training_inputs
 from pipeline.training.distributed import DistributedShard
-from pipeline.training.evaluate import Prediction, accuracy, write_predictions
+from pipeline.training.evaluate import Prediction, accuracy, mean_loss, write_predictions
 
 NAME = "group_trainings"
 ADAPTER, PREDICTIONS = "adapter.safetensors", "predictions.parquet"
@@ -49,7 +50,8 @@ class MethodArtifacts:
     artifacts: tuple[Artifact, ...]
 
     def results(self) -> list[dict[str, Any]]:
-        """Return each artifact's result.json: accuracy (task → 0-1), trained_parameters, seconds."""
+        """Return each artifact's result.json: accuracy (task → 0-1), test_loss (task → nats), trained_parameters,
+        seconds."""
         return [read_json(artifact.download() / "result.json") for artifact in self.artifacts]
 
 
@@ -230,8 +232,8 @@ def _track(session: Session, training: Training) -> None:
     session.tracker.log_metrics(
         label,
         {
-            **{f"accuracy/{task}": value for task, value in result["accuracy"].items()},
-            "accuracy/average": sum(result["accuracy"].values()) / len(result["accuracy"]),
+            **{f"{name}/{task}": result[name][task] for name in ("accuracy", "test_loss") for task in result[name]},
+            **{f"{name}/average": fmean(result[name].values()) for name in ("accuracy", "test_loss")},
             "trained_parameters": result["trained_parameters"],
             "training_seconds": result["seconds"],
         },
@@ -281,6 +283,7 @@ def _train_group(
             write_predictions(writer.folder / PREDICTIONS, predictions)
             result = {
                 "accuracy": accuracy(predictions),
+                "test_loss": mean_loss(predictions),
                 "trained_parameters": trained.num_parameters - sum(p.numel() for p in frozen),
                 "seconds": time.monotonic() - started,
             }

@@ -49,7 +49,7 @@ from pipeline.stages.finished_run import CONFIG, PROVENANCE
 if TYPE_CHECKING:
     from rich.console import Console
 
-RESULTS_VERSION = 8
+RESULTS_VERSION = 9
 """Part of all keys; increased with every change of the code that changes results of a training or evaluation, so that
 earlier artifacts and runs are not reused."""
 

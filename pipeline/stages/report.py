@@ -247,15 +247,22 @@ def track_results(
     folds nested ones.
 
     Args:
-        results: method → accuracy (task → 0-1), average, trained_parameters.
+        results: method → `method_result`.
         groups: method → the tasks that trained together.
     """
     for method, result in results.items():
-        accuracies = {**result["accuracy"], "average": result["average"]}
+        values = {
+            "accuracy": {**result["accuracy"], "average": result["average"]},
+            "test_loss": {**result["test_loss"], "average": result["average_test_loss"]},
+        }
         parameters = result["trained_parameters"]
         session.tracker.log_metrics(
             PARENT,
-            {f"accuracy/{method}/{task}": value for task, value in accuracies.items()}
+            {
+                f"{metric}/{method}/{task}": value
+                for metric, by_task in values.items()
+                for task, value in by_task.items()
+            }
             | {f"trained_parameters/{method}": parameters},
             step=0,
         )
@@ -286,7 +293,8 @@ def track_results(
         )
         session.tracker.log_metrics(
             name,
-            {f"accuracy/{task}": value for task, value in accuracies.items()} | {"trained_parameters": parameters},
+            {f"{metric}/{task}": value for metric, by_task in values.items() for task, value in by_task.items()}
+            | {"trained_parameters": parameters},
             step=0,
         )
         session.tracker.end_run(name)

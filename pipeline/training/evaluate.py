@@ -11,12 +11,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 
 from pipeline.data.images import BrokenImage, evaluation_pixels
 from pipeline.data.parquet import SplitReader
@@ -35,27 +37,36 @@ PREFETCH_BATCHES = 3
 
 Row = dict[str, Any]
 """Row of a split file: column → value."""
-Top1 = Callable[[], tuple[list[float], list[int]]]
-"""Waits for a batch's largest probabilities and their labels, and returns them."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction of one test image: true class `label`, most probable class `predicted` with its probability."""
+    """Prediction of one test image: true class `label`, most probable class `predicted` with its probability,
+    cross-entropy `loss` of the true class in nats."""
 
     task: str
     path: str
     label: int
     predicted: int
     probability: float
+    loss: float
 
 
 def accuracy(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Return task → fraction of its images that are classified correctly."""
-    hits: dict[str, list[bool]] = {}
+    return _mean_by_task(predictions, lambda prediction: prediction.label == prediction.predicted)
+
+
+def mean_loss(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Return task → mean cross-entropy over its images, in nats."""
+    return _mean_by_task(predictions, lambda prediction: prediction.loss)
+
+
+def _mean_by_task(predictions: Sequence[Prediction], value: Callable[[Prediction], float]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
     for prediction in predictions:
-        hits.setdefault(prediction.task, []).append(prediction.label == prediction.predicted)
-    return {task: sum(task_hits) / len(task_hits) for task, task_hits in hits.items()}
+        values.setdefault(prediction.task, []).append(value(prediction))
+    return {task: fmean(task_values) for task, task_values in values.items()}
 
 
 def evaluate(
@@ -82,11 +93,11 @@ def evaluate(
     )
     with closing(stream), memory:
         running = (
-            (task, rows, _copy_to_host_async(classifier.probabilities(task, pixels).max(dim=1)))
+            (task, rows, _copy_to_host_async(_scores(classifier.logits([task], pixels)[task], rows)))
             for task, rows, pixels in stream
         )
-        for task, rows, top1 in prefetch(running, 1):
-            batches.append([Prediction(task, r["path"], r["label"], p, q) for r, q, p in zip(rows, *top1())])
+        for task, rows, scores in prefetch(running, 1):
+            batches.append(_predictions(task, rows, scores()))
             on_images(len(rows))
     return [prediction for batch in shard.gather_interleaved(batches) for prediction in batch]
 
@@ -97,9 +108,7 @@ def evaluate_decoded(
     """Evaluate on batches of `decoded_batches`, for images that are evaluated repeatedly."""
     predictions = []
     for task, rows, pixels in batches:
-        top1 = classifier.probabilities(task, pixels).max(dim=1)
-        values = zip(rows, *(tensor.tolist() for tensor in top1))
-        predictions += [Prediction(task, row["path"], row["label"], q, p) for row, p, q in values]
+        predictions += _predictions(task, rows, _scores(classifier.logits([task], pixels)[task], rows))
     return predictions
 
 
@@ -112,31 +121,39 @@ def evaluate_features(
         rows = list(reader.rows("test", task, ("label", "path")))
         for start in range(0, len(rows), FEATURE_BATCH_SIZE):
             batch = slice(start, min(start + FEATURE_BATCH_SIZE, len(rows)))
-            top1 = classifier.probabilities_from_frozen_features(task, task_features[batch]).max(dim=1)
-            values = zip(rows[batch], *(tensor.tolist() for tensor in top1))
-            predictions += [Prediction(task, row["path"], row["label"], q, p) for row, p, q in values]
+            logits = classifier.logits_from_frozen_features(task, task_features[batch])
+            predictions += _predictions(task, rows[batch], _scores(logits, rows[batch]))
     return predictions
 
 
-def _copy_to_host_async(top1: Sequence[torch.Tensor]) -> Top1:
+def _scores(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
+    """Return the most probable classes (B,), their probabilities, and the cross-entropies of the true classes in
+    float64, where the loss of a sure prediction is not rounded to 0."""
+    probabilities, predicted = logits.softmax(dim=1).max(dim=1)
+    on_gpu = logits.device.type == "cuda"
+    labels = torch.tensor([row["label"] for row in rows], pin_memory=on_gpu).to(logits.device, non_blocking=on_gpu)
+    return predicted, probabilities, F.cross_entropy(logits.double(), labels, reduction="none")
+
+
+def _predictions(task: str, rows: Sequence[Row], scores: Sequence[torch.Tensor]) -> list[Prediction]:
+    values = zip(rows, *(tensor.tolist() for tensor in scores), strict=True)
+    return [Prediction(task, row["path"], row["label"], *row_scores) for row, *row_scores in values]
+
+
+def _copy_to_host_async(tensors: Sequence[torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
     """Start to copy tensors from their device, before work that is queued later; the returned function waits only for
     that copy."""
-    if top1[0].device.type != "cuda":
-        return lambda: _to_lists(top1)
-    copies = [values.to("cpu", non_blocking=True) for values in top1]
+    if tensors[0].device.type != "cuda":
+        return lambda: tensors
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
     copied = torch.cuda.Event()
     copied.record()
 
-    def wait() -> tuple[list[float], list[int]]:
+    def wait() -> Sequence[torch.Tensor]:
         copied.synchronize()
-        return _to_lists(copies)
+        return copies
 
     return wait
-
-
-def _to_lists(top1: Sequence[torch.Tensor]) -> tuple[list[float], list[int]]:
-    probabilities, labels = top1
-    return probabilities.tolist(), labels.tolist()
 
 
 def decoded_batches(

@@ -230,6 +230,8 @@ def _report(
         groups=read_grouping(grouping)["groups"],
         zero_shot=results["zero_shot"]["accuracy"][addition.task],
         accuracy=results["grouped"]["accuracy"][addition.task],
+        zero_shot_test_loss=results["zero_shot"]["test_loss"][addition.task],
+        test_loss=results["grouped"]["test_loss"][addition.task],
         trained_parameters=results["grouped"]["trained_parameters"],
         num_test_images=plan.num_test_images[addition.task],
         stages=dict(session.stage_seconds),

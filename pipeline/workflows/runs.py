@@ -115,8 +115,13 @@ class Run:
         return self._by_task_and_method("standard_error")
 
     @property
+    def test_loss(self) -> pd.DataFrame:
+        """Mean cross-entropy over the test images in nats: a row per task, a column per method."""
+        return self._by_task_and_method("test_loss")
+
+    @property
     def predictions(self) -> pd.DataFrame:
-        """A row per test image and method: path, task, method, true_label, label, probability (0 to 1)."""
+        """A row per test image and method: path, task, method, true_label, label, probability (0 to 1), loss (nats)."""
         return self._table("predictions")
 
     @property
