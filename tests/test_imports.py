@@ -4,6 +4,7 @@ cycles, as docs/pipeline.md shows."""
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from pipelines import REPOSITORY
 
 from jobs.__main__ import job_names
+from pipeline.imports import deferred
 
 HEAVY = {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib", "sklearn", "open_clip", "pyarrow"}
 REQUIRED = {
@@ -123,41 +125,97 @@ import importlib, json, sys
 for modules in json.loads(sys.argv[1]):
     [*map(importlib.import_module, modules)]
     print("imported", *sys.modules)
+from pipeline.clip.files.source import import_open_clip
+import_open_clip()
+print("imported", *sys.modules)
 """
 
 
 @pytest.fixture(scope="module")
 def imported() -> list[set[str]]:
     """All modules of one process after importing the tracker, then the decoding of batch images, then the training
-    modules, then the other modules of workers."""
+    modules, then the other modules of workers, then open_clip."""
     lines = run_code(MODULES_AFTER_IMPORTING, [TRACKER], [DECODING], TRAINING_MODULES, OTHER_WORKER_MODULES)
     return [set(line.split()[1:]) for line in lines if line.startswith("imported ")]
 
 
 def test_a_training_worker_imports_no_unused_libraries(imported):
-    _, _, modules, _ = imported
+    modules = imported[2]
     assert "torch" in modules
     unused = {"mlflow", "matplotlib", "pandas", "scipy", "sklearn", "networkx", "optuna", "rich", "ray.train"}
     assert not unused & modules
 
 
 def test_no_worker_imports_libraries_of_the_driver(imported):
-    _, _, _, modules = imported
+    modules = imported[3]
     assert {*TRAINING_MODULES, *OTHER_WORKER_MODULES} <= modules
     assert not {"mlflow", "matplotlib", "sklearn", "optuna"} & modules
 
 
 def test_decoding_of_batch_images_imports_no_torch(imported):
     """It runs in many processes, and torch would add seconds to the start of each."""
-    _, modules, _, _ = imported
+    modules = imported[1]
     assert DECODING in modules
     assert not {"torch", "open_clip", "mlflow"} & modules
 
 
 def test_the_tracker_imports_mlflow_lazily(imported):
-    modules, _, _, _ = imported
+    modules = imported[0]
     assert TRACKER in modules
     assert not {"mlflow", "torch", "ray"} & modules
+
+
+def test_open_clip_is_imported_without_what_only_some_towers_need(imported):
+    modules = imported[4]
+    assert {"open_clip", "torchvision"} <= modules
+    assert not {"timm", "transformers", "torch._dynamo"} & modules
+
+
+@pytest.fixture
+def libraries(tmp_path, monkeypatch):
+    """`large`, with a module `large.inner`, and `user`, which imports them; `large` is imported when it is used."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large/__init__.py").write_text("VALUE = 3\n\nclass Base: pass\n")
+    (tmp_path / "large/inner.py").write_text("def double(number): return 2 * number\n")
+    (tmp_path / "user.py").write_text(
+        "import large\nfrom large.inner import double\nimport large.inner as inner\nfrom large import Base\n"
+        "try: import missing\nexcept ImportError: missing = None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before, finders = set(sys.modules), [*sys.meta_path]
+    with deferred("large", "missing"):
+        user = importlib.import_module("user")
+    assert sys.meta_path == finders and set(sys.modules) - before == {"user"}
+    yield user
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda user: user.double(2) == 4,
+        lambda user: user.inner.double(2) == 4,
+        lambda user: user.large.VALUE.real == 3,
+        lambda user: isinstance(user.Base(), user.Base) and not isinstance(3, user.Base),
+    ],
+)
+def test_a_deferred_library_is_imported_when_it_is_used(libraries, use):
+    assert libraries.missing is None and use(libraries)
+    assert libraries.double(1) == importlib.import_module("large.inner").double(1)
+
+
+def test_a_library_that_is_used_in_the_block_is_imported_there(libraries):
+    with deferred("large"):
+        import large
+
+        assert large.Base() and isinstance(sys.modules["large"].VALUE, int)
+
+
+def test_an_imported_library_is_not_deferred(libraries):
+    large = importlib.import_module("large")
+    with deferred("large"):
+        assert importlib.import_module("large") is large
 
 
 # --- packages, as in docs/pipeline.md --------------------------------------------------------------------------
