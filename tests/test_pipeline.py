@@ -39,6 +39,8 @@ def test_report(quick_run):
     storage, output = quick_run
     result = summary(storage)
     assert result["tasks"] == TASKS
+    assert result["recommended"] in result["methods"] and result["conclusion"].startswith("Train ")
+    assert {result["conclusion"], result["grouping"]} <= set(output.splitlines())
     assert sorted(task for group in result["groups"] for task in group) == TASKS
     assert list(result["stages"]) == ["data_check", "splits", "global_prompt", "grouping", "group_trainings", "report"]
     assert all(seconds >= 0 for seconds in result["stages"].values())

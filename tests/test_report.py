@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import sys
+from html import unescape
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from small_problem import TEST_COUNTS, write_test_splits
 
 from jobs.serve import parse_models
 from pipeline.data import parquet
 from pipeline.data.parquet import SplitReader
+from pipeline.grouping.text import describe_candidates
+from pipeline.methods.registry import DEFAULT_VARIANTS
 from pipeline.report import run_page
 from pipeline.report.next_steps import comparison_step, format_next_steps, next_steps
+from pipeline.report.recommendation import (
+    STRATEGIES,
+    recommendation,
+    recommended_strategy,
+    strategy_differences,
+)
 from pipeline.report.run_page import Mistake, RunDetails, mistakes_per_task, shown_methods
 from pipeline.report.scores import (
     Confusion,
+    Estimate,
     TaskScores,
     average_difference,
     paired_difference,
     read_scores,
     write_run_predictions,
 )
-from pipeline.report.summary import Summary, conclusion, differences_from_main, method_result, result_warnings
+from pipeline.report.summary import (
+    Summary,
+    accuracy_table,
+    method_result,
+    result_warnings,
+    to_mlflow_description,
+)
+from pipeline.stages.report import print_notes
 from pipeline.training.evaluate import Prediction, write_predictions
 
 
@@ -58,8 +78,8 @@ def test_differences_are_paired_by_image():
     difference = paired_difference(a, b)
     assert difference.value == pytest.approx(0.1)
     # Ten images differ, all in one direction: variance 0.1 - 0.1², far below that of two separate test sets.
-    assert difference.standard_error == pytest.approx((0.09 / 100) ** 0.5) and difference.is_significant
-    assert paired_difference(a, a) == (0, 0) and not paired_difference(a, a).is_significant
+    assert difference.standard_error == pytest.approx((0.09 / 100) ** 0.5)
+    assert paired_difference(a, a) == (0, 0)
     average = average_difference({"x": a, "y": a}, {"x": b, "y": a})
     assert average == pytest.approx((0.05, 0.03 / 2))
 
@@ -158,7 +178,8 @@ def make_page(scores: dict[str, dict[str, TaskScores]], mistakes=None, tasks=Non
         *("a <i>name</i>", list(counts), [list(counts)], {"report": 1.0}, results, 8, 1, "small"),
         result_warnings(scores),
         counts,
-        differences_from_main(scores),
+        conclusion=recommendation(strategy_differences(scores), [list(counts)]),
+        grouping="Groups by <affinity>.",
     )
     return run_page.run_page(summary, scores, mistakes or {}, DETAILS)
 
@@ -213,25 +234,196 @@ def test_methods_and_thumbnails_on_the_page_are_bounded():
         assert num_tasks * 4 * mistakes_per_task(num_tasks, 4) <= run_page.MAX_THUMBNAILS
 
 
+# --- what follows -----------------------------------------------------------------------------------------
+
+
+def scores_with(correct: np.ndarray) -> TaskScores:
+    return scores_of(np.zeros(len(correct), int), 1 - correct)
+
+
+def test_average_differences_equal_their_definition():
+    rng = np.random.default_rng(0)
+    correct = {task: rng.integers(0, 2, (2, number)) for task, number in (("a", 40), ("b", 300), ("c", 7))}
+    ours, baseline = ({task: scores_with(rows[row]) for task, rows in correct.items()} for row in (0, 1))
+    estimate = average_difference(ours, baseline)
+    value, variance = 0.0, 0.0
+    for rows in correct.values():
+        differences = [float(a) - float(b) for a, b in zip(*rows)]
+        mean = sum(differences) / len(differences)
+        value += mean / 3
+        variance += sum((difference - mean) ** 2 for difference in differences) / len(differences) ** 2 / 9
+    assert estimate == pytest.approx((value, variance**0.5), abs=1e-9)
+    resampled = sum(
+        (rows[0] - rows[1])[rng.integers(0, rows.shape[1], (4000, rows.shape[1]))].mean(1) / 3
+        for rows in correct.values()
+    )
+    assert estimate.standard_error == pytest.approx(resampled.std(), rel=0.05)
+
+
+FOUND, ALONE, ONE_GROUP = [["a", "b"], ["c"]], [["a"], ["b"], ["c"]], [["a", "b", "c"]]
+FOUND_NAME, IN_ONE, CHOSEN = "the groups found (a + b | c)", "all tasks in one group", "(the grouping's choice)"
+
+
+def made_up_differences(error: float = 0.006, **accuracies: float) -> dict[str, dict[str, Estimate]]:
+    """Differences of these accuracies, all with the same standard error."""
+    return {
+        name: {
+            rival: Estimate(value - accuracies[rival], error * (value != accuracies[rival]))
+            for rival in accuracies
+            if rival != name
+        }
+        for name, value in accuracies.items()
+        if name in STRATEGIES
+    }
+
+
 @pytest.mark.parametrize(
-    ("correct_in_one_group", "comparison"),
+    ("accuracies", "groups", "recommended", "sentence"),
     [
-        (149, "0.5 ± 0.5 points above MmAP, all in one group, which is not significant"),
-        (150, "right on the same images as MmAP, all in one group"),
+        pytest.param(
+            (0.7, 0.78, 0.761, 0.782), FOUND, "each_alone",
+            f"Train each task alone: 1.9 ± 0.6 points above {IN_ONE}; "
+            f"on a level with {FOUND_NAME}, -0.2 ± 0.6 points; 8.0 ± 0.6 points above zero-shot CLIP.",
+            id="each alone, as the groups are on a level",
+        ),
+        pytest.param(
+            (0.7, 0.76, 0.77, 0.79), FOUND, "grouped",
+            f"Train {FOUND_NAME}: 3.0 ± 0.6 points above each task alone; 2.0 ± 0.6 points above {IN_ONE}; "
+            "9.0 ± 0.6 points above zero-shot CLIP.",
+            id="the groups",
+        ),
+        pytest.param(
+            (0.7, 0.76, 0.77, 0.777), FOUND, "grouped",
+            f"Train {FOUND_NAME}: 1.7 ± 0.6 points above each task alone; "
+            f"0.7 ± 0.6 points above {IN_ONE}, which may be chance; 7.7 ± 0.6 points above zero-shot CLIP.",
+            id="the groups, perhaps",
+        ),
+        pytest.param(
+            (0.7, 0.74, 0.78, 0.75), FOUND, "all_in_one",
+            f"Train {IN_ONE}: 4.0 ± 0.6 points above each task alone; 3.0 ± 0.6 points above {FOUND_NAME}; "
+            "8.0 ± 0.6 points above zero-shot CLIP.",
+            id="one group",
+        ),
+        pytest.param(
+            (0.7, 0.7, 0.69, 0.703), FOUND, "zero_shot",
+            "Train nothing and use zero-shot CLIP: equal to each task alone; "
+            f"1.0 ± 0.6 points above {IN_ONE}, which may be chance; "
+            f"on a level with {FOUND_NAME}, -0.3 ± 0.6 points.",
+            id="nothing",
+        ),
+        pytest.param(
+            (0.7, 0.78, 0.75, 0.78), ALONE, "each_alone",
+            f"Train each task alone {CHOSEN}: 3.0 ± 0.6 points above {IN_ONE}; "
+            "8.0 ± 0.6 points above zero-shot CLIP.",
+            id="groups of one task",
+        ),
+        pytest.param(
+            (0.7, 0.76, 0.78, 0.78), ONE_GROUP, "all_in_one",
+            f"Train {IN_ONE} {CHOSEN}: 2.0 ± 0.6 points above each task alone; "
+            "8.0 ± 0.6 points above zero-shot CLIP.",
+            id="one group found",
+        ),
+        pytest.param(
+            (0.7, 0.79, 0.78, 0.78), ONE_GROUP, "each_alone",
+            f"Train each task alone: 1.0 ± 0.6 points above {IN_ONE} {CHOSEN}, which may be chance; "
+            "9.0 ± 0.6 points above zero-shot CLIP.",
+            id="not the group found",
+        ),
+        pytest.param(
+            (0.7, 0.78, 0.78, 0.78), [["a"]], "each_alone",
+            "Train the task: 8.0 ± 0.6 points above zero-shot CLIP.",
+            id="one task",
+        ),
+        pytest.param(
+            (0.7, 0.78, 0.78, 0.76), None, "each_alone",
+            f"Train each task alone: equal to {IN_ONE}; 2.0 ± 0.6 points above the groups found; "
+            "8.0 ± 0.6 points above zero-shot CLIP.",
+            id="groupings of several runs",
+        ),
+    ],
+)  # fmt: skip
+def test_the_simplest_training_that_none_exceeds_is_recommended(accuracies, groups, recommended, sentence):
+    differences = made_up_differences(**dict(zip(STRATEGIES, accuracies)))
+    assert recommended_strategy(differences, groups) == recommended
+    assert recommendation(differences, groups) == sentence
+
+
+def test_a_training_is_recommended_whatever_the_standard_errors():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        differences = made_up_differences(rng.random() / 50, **dict(zip(STRATEGIES, 0.7 + rng.random(4) / 50)))
+        name = recommended_strategy(differences, FOUND)
+        estimates = [differences[rival][name] for rival in STRATEGIES if rival != name]
+        assert all(estimate.value <= estimate.standard_error for estimate in estimates)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "comparison"),
+    [
+        (0.84, "4.0 ± 0.6 points above that"),
+        (0.799, "on a level with that, -0.1 ± 0.6 points"),
+        (0.79, "1.0 ± 0.6 points below that, which may be chance"),
     ],
 )
-def test_the_conclusion_says_what_is_significant(correct_in_one_group, comparison):
-    scores = {
-        "zero_shot": {"a": with_accuracy(100, 200)},
-        "all_in_one": {"a": with_accuracy(correct_in_one_group, 200)},
-        "grouped": {"a": with_accuracy(150, 200)},
+def test_the_best_other_method_is_compared_with_the_recommended(accuracy, comparison):
+    accuracies = {"zero_shot": 0.7, "coop": 0.6, "clip_lora": accuracy, **dict.fromkeys(DEFAULT_VARIANTS, 0.8)}
+    sentences = recommendation(made_up_differences(**accuracies), FOUND)
+    assert sentences.startswith("Train each task alone: equal to ")
+    assert sentences.endswith(f"The best other method, CLIP-LoRA, is {comparison}.")
+
+
+def test_many_groups_are_counted():
+    groups = [[f"domain {number}", f"style {number}"] for number in range(40)]
+    sentence = recommendation(made_up_differences(zero_shot=0.7, each_alone=0.7, all_in_one=0.7, grouped=0.8), groups)
+    assert sentence.startswith("Train the groups found (40 groups): ")
+
+
+def candidate(affinity: str, groups: list[list[str]], similarity: str | None = None) -> dict[str, object]:
+    return {"affinity": affinity, "similarity": similarity, "groups": groups}
+
+
+def test_the_groups_of_other_affinities_are_told():
+    taken = candidate("transfer", FOUND)
+    assert describe_candidates([taken]) == "Groups by transfer: a + b | c."
+    candidates = [candidate("gradient", ONE_GROUP, "adam_cosine"), candidate("features", [["c"], ["b", "a"]])]
+    assert describe_candidates([taken, *candidates]) == (
+        "Groups by transfer: a + b | c. They would be by gradient (adam cosine): all tasks in one group; "
+        "by features: the same."
+    )
+    candidates = [candidate("gradient", ALONE, "dot"), candidate("features", ALONE)]
+    assert describe_candidates([taken, *candidates]).endswith("by gradient (dot) and features: each task alone.")
+
+
+def made_up_summary(num_tasks: int) -> Summary:
+    tasks = [f"task {number}" for number in range(num_tasks)]
+    counts = dict.fromkeys(tasks, 1234)
+    results = {
+        name: method_result(dict.fromkeys(tasks, 0.775), dict.fromkeys(tasks, 1.0), counts, 99_999)
+        for name in STRATEGIES
     }
-    counts = {"a": 200}
-    results = {name: method_result({"a": s["a"].accuracy}, {"a": 1.0}, counts, 0) for name, s in scores.items()}
-    summary = Summary("x", ["a"], [["a"]], {}, results, 1, 1, "", [], counts, differences_from_main(scores))
-    sentence = conclusion(summary)
-    assert "25.0 ± 3.1 points above zero-shot;" in sentence
-    assert comparison in sentence
+    return Summary(
+        "x", tasks, [tasks], {}, results, 1, 1, "", [], counts, conclusion="Train <all>.", grouping="By <a>."
+    )
+
+
+def test_all_outputs_have_the_same_sentences():
+    summary = made_up_summary(2)
+    console = Console(file=io.StringIO(), width=200)
+    print_notes(SimpleNamespace(console=console), summary)
+    scores = {name: {task: with_accuracy(3, 4) for task in summary.tasks} for name in STRATEGIES}
+    page = unescape(run_page.run_page(summary, scores, {}, DETAILS))
+    for text in (console.file.getvalue(), to_mlflow_description(summary), page):
+        assert "Train <all>." in text and "By <a>." in text
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 6, 30])
+def test_the_table_fits_80_columns(num_tasks):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(accuracy_table(made_up_summary(num_tasks)))
+    table = console.file.getvalue()
+    assert max(map(len, table.splitlines())) <= 80
+    assert table.count("77.5 ± 1.2") == 4 * (num_tasks + (num_tasks == 1)) and table.count("99,999") == 4
+    assert "MmAP, each" in table
 
 
 # --- next steps -------------------------------------------------------------------------------------------

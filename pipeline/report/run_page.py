@@ -20,7 +20,6 @@ from pipeline.report.summary import (
     Summary,
     accuracy_cells,
     best_columns,
-    conclusion,
     method_title,
     percent,
     transpose_if_wide,
@@ -150,14 +149,15 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
         f'<nav class="screen"><a href="#results">Results</a><a href="#groups">Groups</a>{task_links}'
         '<a href="#data">Data</a><a href="#next">Next</a><a href="#run">Run</a></nav>',
         '<h2 id="results">Results</h2>',
-        *(f"<p>{escape(note)}</p>" for note in (conclusion(summary), *details.notes) if note),
+        *(f"<p>{escape(note)}</p>" for note in (summary.conclusion, *details.notes) if note),
         html_table(details.comparison[0], details.comparison[1:], numbers=True)
         if details.comparison
         else _results_table(summary),
         '<p class="muted">Accuracy (%) ± standard error of the test set'
         + ("" if details.comparison else "; the best of each task in bold")
-        + ". Differences are compared image by image; those below two standard errors are not significant. "
-        "Another draw of the training images changes the numbers too: compare several seeds with "
+        + ". Differences are compared image by image; "
+        + ("on a level: within one standard error; may be chance: within 2.4. " if summary.conclusion else "")
+        + "Another draw of the training images changes the numbers too: compare several seeds with "
         "<code>mmap-clip benchmark</code>.</p>",
         '<div class="wide">'
         + embedded_image(details.accuracy_figure, "Test accuracy of each method", attributes=' class="figure"')
@@ -165,7 +165,7 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
         '<h2 id="groups">Groups</h2>',
         "<p>"
         + "".join(f'<span class="group">{escape(format_groups([group]))}</span>' for group in summary.groups)
-        + '</p><p><a href="grouping.html">How sure the groups are</a></p>',
+        + f'</p><p>{escape(summary.grouping)} <a href="grouping.html">How sure the groups are</a></p>',
         '<div class="pictures">'
         + "".join(
             f"<figure>{embedded_image(image, title, attributes=' class=figure')}</figure>"

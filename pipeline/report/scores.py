@@ -38,11 +38,6 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float
 
-    @property
-    def is_significant(self) -> bool:
-        """Whether it differs from 0 by more than two standard errors."""
-        return abs(self.value) > 2 * self.standard_error
-
 
 @dataclass(frozen=True)
 class TaskScores:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.data.names import pluralize
-from pipeline.grouping.text import format_groups
 from pipeline.methods.registry import VARIANTS
 from pipeline.report.scores import (
-    Estimate,
     ScoresByTask,
-    average_difference,
     average_standard_error,
     binomial_standard_error,
     paired_difference,
@@ -23,6 +21,7 @@ from pipeline.report.scores import (
 
 ZERO_SHOT, MAIN = "zero_shot", "grouped"
 AVERAGE_ROW, PARAMETERS_ROW, TEST_IMAGES = "average", "trained parameters", "test images"
+NUMBER_WIDTH = len("77.5 ± 1.4")
 MAX_STANDARD_ERROR = 0.05
 """Test sets whose standard error can be larger are reported as small: those of fewer than 100 images."""
 
@@ -40,8 +39,11 @@ class Summary:
         stages: name → seconds.
         methods: name → result, see `method_result`.
         num_test_images: task → number.
-        differences: method → mean over tasks of the accuracy of MAIN minus that of the method (an Estimate), on the
-            same images.
+        differences: strategy → other method → mean over tasks of the strategy's accuracy minus the other's, on the
+            same images: see report/recommendation.py.
+        recommended: strategy that follows; empty if nothing was compared, as `conclusion`.
+        conclusion: the sentence that names it.
+        grouping: sentence about the groups that were taken, and those of other affinities.
     """
 
     name: str
@@ -54,7 +56,10 @@ class Summary:
     clip: str
     warnings: list[str]
     num_test_images: dict[str, int]
-    differences: dict[str, dict[str, float]] = field(default_factory=dict)
+    differences: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    recommended: str = ""
+    conclusion: str = ""
+    grouping: str = ""
 
 
 def method_result(
@@ -88,36 +93,6 @@ def merge_results(results: Sequence[Mapping[str, Any]], num_test_images: Mapping
         for name in ("accuracy", "test_loss")
     )
     return method_result(accuracy, test_loss, num_test_images, sum(result["trained_parameters"] for result in results))
-
-
-def differences_from_main(scores: Mapping[str, ScoresByTask]) -> dict[str, dict[str, float]]:
-    """Return `Summary.differences` for methods → scores; empty without MAIN."""
-    if MAIN not in scores:
-        return {}
-    return {
-        name: average_difference(scores[MAIN], baseline)._asdict() for name, baseline in scores.items() if name != MAIN
-    }
-
-
-def conclusion(summary: Summary) -> str:
-    """Return a sentence that compares MAIN with zero-shot CLIP and with the best other method; empty without MAIN."""
-    trained = [name for name in summary.differences if name != ZERO_SHOT]
-    compared = [name for name in (ZERO_SHOT,) if name in summary.differences]
-    compared += [max(trained, key=lambda name: float(summary.methods[name]["average"]))] if trained else []
-    if not compared:
-        return ""
-    parts = []
-    for name in compared:
-        estimate = Estimate(**summary.differences[name])
-        if estimate == (0, 0):  # grouped MmAP with all tasks in one group, for one
-            parts.append(f"right on the same images as {method_title(name)}")
-            continue
-        side = "above" if estimate.value >= 0 else "below"
-        verdict = "" if estimate.is_significant else ", which is not significant"
-        points = f"{abs(100 * estimate.value):.1f} ± {100 * estimate.standard_error:.1f} points"
-        parts.append(f"{points} {side} {method_title(name)}{verdict}")
-    tasks = pluralize(len(summary.tasks), "task")
-    return f"{method_title(MAIN)}, averaged over {tasks}: {'; '.join(parts)}."
 
 
 def result_warnings(scores: Mapping[str, ScoresByTask]) -> list[str]:
@@ -169,11 +144,16 @@ def accuracy_table(summary: Summary) -> Table:
         [escape(name), *(f"[bold]{cell}[/]" if column in best else cell for column, cell in enumerate(cells, 1))]
         for (name, *cells), best in zip(rows, best_columns(rows))
     ]
-    first_columns, *lines = transpose_if_wide(summary, [header, *marked])
-    num_results = min(len(summary.tasks), len(lines)) if len(summary.methods) <= len(summary.tasks) else len(lines) - 1
+    titles, *lines = transpose_if_wide(summary, [header, *marked])
+    num_results = len(lines) - 1 if is_transposed(summary) else len(summary.tasks)
     table = Table(title=f"{summary.name}: {summary.shots}-shot test accuracy (%)")
-    for position, name in enumerate(first_columns):
-        table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0, overflow="fold")
+    for position, title in enumerate(titles):
+        table.add_column(
+            escape(fill(title, NUMBER_WIDTH, break_long_words=False) if position else title),
+            justify="right" if position else "left",
+            no_wrap=not position and is_transposed(summary),  # titles of methods, which are shorter than tasks may be
+            overflow="fold",
+        )
     for position, line in enumerate(lines):
         if position >= num_results:  # average and parameters, or the numbers of test images
             table.add_section()
@@ -192,8 +172,8 @@ def to_mlflow_description(summary: Summary) -> str:
         "",
         *markdown_table(header, rows),
         "",
-        *([conclusion(summary), ""] if summary.differences else []),
-        f"Groups: {format_groups(summary.groups)}.",
+        *([summary.conclusion, ""] if summary.conclusion else []),
+        summary.grouping,
         *(line for warning in summary.warnings for line in ("", f"Note: {warning}")),
         "",
         *markdown_table(("stage", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in summary.stages.items()]),
@@ -245,9 +225,14 @@ def percent(accuracy: float, standard_error: float) -> str:
     return f"{100 * accuracy:.1f} ± {100 * standard_error:.1f}"
 
 
+def is_transposed(summary: Summary) -> bool:
+    """Return True if the table has a row per method, and average and parameters as columns, as that is narrower."""
+    return len(summary.tasks) + 2 < len(summary.methods) + 1
+
+
 def transpose_if_wide(summary: Summary, cells: list[list[str]]) -> list[list[str]]:
-    """Return a row per method if there are more methods than tasks."""
-    if len(summary.methods) <= len(summary.tasks):
+    """Return a row per method if that has fewer columns."""
+    if not is_transposed(summary):
         return cells
     (_, *titles), *rows = cells
     return [["method", *(row[0] for row in rows)], *map(list, zip(titles, *(row[1:] for row in rows)))]

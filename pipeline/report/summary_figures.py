@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pipeline.data.names import shorten
 from pipeline.report.summary import AVERAGE_ROW, method_title
 
-COLORS = {"zero_shot": "#b3b3b3", "all_in_one": "#7aa6c2", "grouped": "#1f5a85"}
+COLORS = {"zero_shot": "#b3b3b3", "each_alone": "#bcd6e6", "all_in_one": "#7aa6c2", "grouped": "#1f5a85"}
 OTHER_COLORS: Sequence[Any] = cast(Any, colormaps["Set2"]).colors  # a list of colors
 
 

@@ -17,10 +17,11 @@ from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.names import pluralize, split_synonyms
 from pipeline.data.parquet import SplitReader
 from pipeline.files import create_folder, read_record, write_file, write_record
-from pipeline.grouping.text import format_groups
+from pipeline.grouping.text import describe_candidates, format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_config
 from pipeline.report.next_steps import NextStep, format_next_steps, next_steps
+from pipeline.report.recommendation import recommendation, recommended_strategy, strategy_differences
 from pipeline.report.run_page import THUMBNAIL, Mistake, RunDetails, mistakes_per_task, run_page, shown_methods
 from pipeline.report.scores import (
     ScoresByTask,
@@ -32,8 +33,6 @@ from pipeline.report.scores import (
 from pipeline.report.summary import (
     Summary,
     accuracy_table,
-    conclusion,
-    differences_from_main,
     merge_results,
     method_title,
     result_warnings,
@@ -70,6 +69,7 @@ def make_report(
         copy_grouping_pages(grouping, folder)
         results = {method.name: merge_results(method.results(), plan.num_test_images) for method in methods}
         scores = write_scores(plan, methods, folder)
+    differences = strategy_differences(scores)
     summary = Summary(
         name=plan.config.name,
         tasks=plan.tasks,
@@ -81,7 +81,14 @@ def make_report(
         clip=f"{plan.config.clip.model}, weights {plan.config.clip.pretrained or 'random'}",
         warnings=[*result_warnings(scores), *result["warnings"]],
         num_test_images=plan.num_test_images,
-        differences=differences_from_main(scores),
+        differences={
+            name: {rival: estimate._asdict() for rival, estimate in row.items()} for name, row in differences.items()
+        },
+        recommended=recommended_strategy(differences, result["groups"]),
+        conclusion=recommendation(differences, result["groups"]),
+        grouping=describe_candidates(result["candidates"])
+        if "candidates" in result
+        else f"Groups: {format_groups(result['groups'])}.",
     )
     write_record(folder / "summary.json", vars(summary))
     steps = next_steps_after(plan, session)
@@ -217,8 +224,9 @@ def print_notes(session: Session, summary: Summary) -> None:
     session.console.print(
         "± is the standard error of the test set; differences are compared image by image", style="dim", highlight=False
     )
-    if summary.differences:
-        session.console.print(conclusion(summary), markup=False, highlight=False)
+    for sentence in (summary.conclusion, summary.grouping):
+        if sentence:
+            session.console.print(sentence, markup=False, highlight=False)
     for warning in summary.warnings:
         session.console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
 
