@@ -22,8 +22,10 @@ import rich.table
 from rich.text import Text
 
 from pipeline.data.names import pluralize
-from pipeline.methods.registry import VARIANTS
+from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
 from pipeline.report.paper_results import TRAINED_PARAMETERS, PaperResults, Printed, paper_results_for
+from pipeline.report.recommendation import QUANTILE, STRATEGIES, recommendation
+from pipeline.report.scores import Estimate
 from pipeline.report.summary import AVERAGE_ROW, PARAMETERS_ROW, method_title
 
 ZERO_SHOT, OURS = "zero_shot", "grouped"
@@ -235,6 +237,38 @@ def comparison_table(benchmark: Benchmark) -> Table | None:
             "95 % quantile of Student's t is 4.3 for 3 seeds), not corrected for the number of rows.",
         ),
     )
+
+
+def recommendations(benchmark: Benchmark) -> list[str]:
+    """Return a `recommendation` for each number of shots at which all strategies but zero-shot CLIP have common seeds,
+    at least two; standard errors are over these seeds."""
+    from scipy.stats import t  # lazily: help imports this module
+
+    sentences = []
+    for shots in benchmark.shots:
+        accuracies = {method: benchmark.accuracy_by_seed(method, shots) for method in benchmark.methods}
+        if not accuracies.keys() >= set(DEFAULT_VARIANTS):
+            continue
+        seeds = set.intersection(*(set(accuracies[name]) for name in accuracies if name in STRATEGIES))
+        if len(seeds) < 2:
+            continue
+        complete = {name: by_seed for name, by_seed in accuracies.items() if by_seed.keys() >= seeds}
+        differences = {
+            strategy: {
+                name: _mean_difference([complete[strategy][seed] - by_seed[seed] for seed in seeds])
+                for name, by_seed in complete.items()
+                if name != strategy
+            }
+            for strategy in STRATEGIES
+            if strategy in complete
+        }
+        sentence = recommendation(differences, None, float(t.ppf(QUANTILE, len(seeds) - 1)))
+        sentences.append(f"{pluralize(shots, 'shot')}, ± over {pluralize(len(seeds), 'seed')}: {sentence}")
+    return sentences
+
+
+def _mean_difference(differences: Sequence[float]) -> Estimate:
+    return Estimate(fmean(differences), stdev(differences) / sqrt(len(differences)))
 
 
 def _comparison(differences: Sequence[float]) -> tuple[str, str, str, str]:

@@ -17,8 +17,9 @@ STRATEGIES = (ZERO_SHOT, EACH_ALONE, ALL_IN_ONE, GROUPED)
 FAMILY_ERROR, NUM_COMPARISONS = 0.05, 3
 """Probability that chance alone makes one of the three trainings differ significantly from another, and the number of
 their pairs (Bonferroni)."""
-SIGNIFICANT_ERRORS = NormalDist().inv_cdf(1 - FAMILY_ERROR / NUM_COMPARISONS / 2)
-"""2.39 standard errors."""
+QUANTILE = 1 - FAMILY_ERROR / NUM_COMPARISONS / 2
+SIGNIFICANT_ERRORS = NormalDist().inv_cdf(QUANTILE)
+"""2.39 standard errors; of a mean over few runs more, by Student's t."""
 
 Groups = Sequence[Sequence[str]]
 Differences = Mapping[str, Mapping[str, Estimate]]

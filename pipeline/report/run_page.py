@@ -40,6 +40,7 @@ MAX_CLASSES, MAX_PAIRS = 15, 10
 
 RUN_STYLE = """
 table.results td { white-space: nowrap; } table.results th { vertical-align: bottom; }
+.conclusion { border-left: 3px solid var(--accent); padding: .1rem 0 .1rem .8rem; font-size: 1.05rem; }
 table.results tr.total td { border-top: 1px solid var(--line); }
 table.classes { width: 100%; } table.classes td { padding-top: .1rem; padding-bottom: .1rem; }
 table.classes td:first-child { max-width: 14rem; overflow-wrap: break-word; }
@@ -149,7 +150,8 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
         f'<nav class="screen"><a href="#results">Results</a><a href="#groups">Groups</a>{task_links}'
         '<a href="#data">Data</a><a href="#next">Next</a><a href="#run">Run</a></nav>',
         '<h2 id="results">Results</h2>',
-        *(f"<p>{escape(note)}</p>" for note in (summary.conclusion, *details.notes) if note),
+        *([f'<p class="conclusion">{escape(summary.conclusion)}</p>'] if summary.conclusion else []),
+        *(f"<p>{escape(note)}</p>" for note in details.notes),
         html_table(details.comparison[0], details.comparison[1:], numbers=True)
         if details.comparison
         else _results_table(summary),

@@ -22,6 +22,7 @@ from pipeline.report.benchmark_tables import (
     comparison_table,
     framework_table,
     main_tables,
+    recommendations,
     to_csv,
     to_latex,
     to_markdown,
@@ -111,7 +112,8 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     settings = [f"CLIP: {benchmark.clip}.", *benchmark.protocol]
     for table in tables:
         console.print(to_rich(table))
-    console.print("\n".join(settings), highlight=False)
+    sentences = recommendations(benchmark)
+    console.print("\n".join([*settings, *sentences]), highlight=False)
     figures = []
     for shots in benchmark.shots:
         figures.append((f"accuracy_parameters_{shots}_shots", accuracy_parameters_figure(benchmark, shots)))
@@ -122,7 +124,8 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     for name, figure in figures:
         for kind in FIGURE_FORMATS:
             figure.savefig(folder / f"{name}.{kind}", dpi=150)
-    markdown = [f"# {benchmark.name}", "\n".join(f"- {sentence}" for sentence in settings), *map(to_markdown, tables)]
+    markdown = [f"# {benchmark.name}", "\n".join(f"- {sentence}" for sentence in settings), *sentences]
+    markdown += map(to_markdown, tables)
     markdown += [f"![{name}]({name}.png)" for name, _ in figures]
     write_file(folder / "benchmark.md", "\n\n".join(markdown) + "\n")
     latex = ["\n".join(f"% {sentence}" for sentence in settings), *map(to_latex, tables)]
