@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Measure whether grouping helps: train MmAP for every possible group of the tasks (63 trainings for six tasks) and
-compare the accuracy of every partition with its score, with a single group, and with random partitions.
+"""Measure whether grouping helps: train MmAP for every possible group of the tasks (63 trainings per seed for six) and
+compare what every affinity and objective chooses with all tasks in one group, each alone, random groups and the best
+ones.
 
     mmap-clip grouping-study                                          the demo, seeds 1, 2, 3
+    mmap-clip grouping-study --seeds 1 2 3 4 5 6 7 8 9 10             smaller standard errors
     mmap-clip grouping-study --config configs/office_home.yaml --data.root /data/OfficeHome --seeds 1 2
 
 Rerun the same command to resume; trainings are shared with the pipeline and the benchmark.

@@ -1,32 +1,45 @@
-"""The grouping study: partitions' scores against their accuracies after training."""
+"""The grouping study: scores of partitions, and other predictors, against their results after training."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
+from itertools import combinations
+from math import isnan, nan, sqrt
+from statistics import fmean, stdev
 
 import numpy as np
 import pytest
-import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import the_run
-from reference_partitions import (
-    OBJECTIVES,
-    REFERENCE_AFFINITIES,
-    SIMILARITY_NAMES,
-    all_partitions,
-    reference_rms,
-    reference_score,
+from reference_partitions import OBJECTIVES, all_partitions, reference_score
+
+from pipeline.grouping.partition import best_partition
+from pipeline.grouping.study import (
+    best_on_other_seeds,
+    ceiling,
+    mean_and_error,
+    partition_score,
+    set_partitions,
+    study_grouping,
+)
+from pipeline.report.grouping_study import (
+    pair_gains_figure,
+    pair_gains_to_csv,
+    study_figure,
+    study_to_csv,
+    study_to_html,
+    study_to_markdown,
 )
 
-from pipeline.grouping.affinity import affinity_matrix
-from pipeline.grouping.partition import best_partition
-from pipeline.grouping.study import CRITERIA, partition_score, set_partitions, study_grouping
-from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
-
-TASKS = ("ink", "neon", "chalk", "noise")
+TASKS = ("ink", "neon", "chalk", "noise", "dots")
+T = len(TASKS)
+PARTITIONS = all_partitions(T)
+AFFINITY_NAMES = ("transfer", "gradient dot")
+HIGHER_IS_BETTER = {"accuracy": True, "test_loss": False}
 
 
 def test_every_partition_is_enumerated_once():
@@ -42,8 +55,7 @@ def test_every_partition_is_enumerated_once():
 @settings(max_examples=40, deadline=None)
 @given(num_tasks=st.integers(1, 6), seed=st.integers(0, 10**6), objective=st.sampled_from(OBJECTIVES))
 def test_the_highest_score_is_that_of_the_search(num_tasks, seed, objective):
-    half = np.random.default_rng(seed).normal(size=(num_tasks, num_tasks))
-    affinity = half + half.T
+    affinity = symmetric(np.random.default_rng(seed), num_tasks)
     best = best_partition(affinity, objective=objective)
     scores = {groups: partition_score(affinity, groups, objective) for groups in set_partitions(num_tasks)}
     assert scores[best.groups] == pytest.approx(best.score, abs=1e-12)
@@ -52,146 +64,284 @@ def test_the_highest_score_is_that_of_the_search(num_tasks, seed, objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_has_the_reference_score(objective):
-    half = np.random.default_rng(7).normal(size=(5, 5))
-    for groups in all_partitions(5):
-        expected = reference_score(half + half.T, groups, objective)
-        assert partition_score(half + half.T, groups, objective) == pytest.approx(expected, abs=1e-12)
+    affinity = symmetric(np.random.default_rng(7), T)
+    for groups in PARTITIONS:
+        expected = reference_score(affinity, groups, objective)
+        assert partition_score(affinity, groups, objective) == pytest.approx(expected, abs=1e-12)
 
 
-def reference_affinity(gradients: np.ndarray, kind: str) -> np.ndarray:
-    pair, rms = REFERENCE_AFFINITIES[kind], reference_rms(gradients)
-    tasks = range(gradients.shape[1])
-    return np.mean(
-        [[[pair(snapshot[i], snapshot[j], rms) for j in tasks] for i in tasks] for snapshot in gradients], axis=0
-    )
+def symmetric(rng: np.random.Generator, num_tasks: int) -> np.ndarray:
+    half = rng.normal(size=(num_tasks, num_tasks))
+    return half + half.T
 
 
-def test_each_criterion_has_its_own_scores():
-    """All criteria choose different partitions of these gradients, so that none can be mistaken for another."""
-    excluded = {"density"}  # in between
-    assert CRITERIA == tuple((kind, name) for kind in SIMILARITY_NAMES for name in OBJECTIVES if name not in excluded)
-    partitions = list(all_partitions(4))
-    for seed in range(1000):
-        rng = np.random.default_rng(seed)
-        gradients = rng.normal(size=(10, 4, 6)) * rng.uniform(0.2, 5, size=(10, 4, 1))
-        affinities = {kind: reference_affinity(gradients, kind) for kind in SIMILARITY_NAMES}
-        scores = {
-            (kind, objective): [reference_score(affinities[kind], groups, objective) for groups in partitions]
-            for kind, objective in CRITERIA
-        }
-        chosen = {criterion: partitions[int(np.argmax(values))] for criterion, values in scores.items()}
-        if len(set(chosen.values())) == len(CRITERIA):
-            break
-    else:
-        pytest.fail("no gradients tell the criteria apart")
-    accuracies_by_group = {group: rng.random(len(group)) for groups in partitions for group in groups}
-    accuracies = [sum(sum(accuracies_by_group[group]) for group in groups) / 4 for groups in partitions]
-
-    study = study_grouping(gradients, accuracies_by_group)
-    assert sorted(study.partitions) == sorted(partitions)
-    indices = [partitions.index(groups) for groups in study.partitions]
-    assert study.accuracies == pytest.approx([accuracies[index] for index in indices])
-    assert [(outcome.affinity, outcome.objective) for outcome in study.criteria] == list(CRITERIA)
-    for outcome in study.criteria:
-        criterion = (outcome.affinity, outcome.objective)
-        assert outcome.scores == pytest.approx([scores[criterion][index] for index in indices])
-        assert outcome.chosen == chosen[criterion]
-        assert outcome.accuracy == pytest.approx(accuracies[partitions.index(outcome.chosen)])
-        assert outcome.fraction_better == sum(accuracy > outcome.accuracy for accuracy in accuracies) / 15
-        assert outcome.rank_correlation == pytest.approx(scipy.stats.spearmanr(scores[criterion], accuracies).statistic)
-        late_affinity = reference_affinity(gradients[2:], outcome.affinity)
-        late_scores = [reference_score(late_affinity, groups, outcome.objective) for groups in partitions]
-        assert outcome.late_correlation == pytest.approx(scipy.stats.spearmanr(late_scores, accuracies).statistic)
-
-    names = {f"{kind} {objective}": (kind, objective) for kind, objective in CRITERIA}
-    texts = [" | ".join(" + ".join(TASKS[task] for task in group) for group in groups) for groups in partitions]
-    for row in csv.DictReader(io.StringIO(study_to_csv(TASKS, {1: study}))):
-        index = texts.index(row["groups"])
-        assert float(row["accuracy"]) == pytest.approx(accuracies[index])
-        for name, criterion in names.items():
-            assert float(row[name]) == pytest.approx(scores[criterion][index])
-    text = study_to_markdown("demo", TASKS, {1: study})
-    for kind, objective in CRITERIA:
-        assert f"- seed 1, `{kind}`, `{objective}`: {texts[partitions.index(chosen[kind, objective])]}" in text
-        correlation = f"{scipy.stats.spearmanr(scores[kind, objective], accuracies).statistic:.2f}".replace("-", "−")
-        assert f"| `{kind}`, `{objective}` | {correlation} |" in text
-        accuracy = 100 * accuracies[partitions.index(chosen[kind, objective])]
-        assert f"| chosen by `{kind}`, `{objective}` | {accuracy:.2f} |" in text
-
-
-def synthetic_study(seed: int, noise: float):
-    """Accuracies are a function of the dot-product affinity within a group, plus noise."""
+def random_inputs(seed: int):
+    """Return affinities by name, and results by measure; accuracies have ties."""
     rng = np.random.default_rng(seed)
-    gradients = rng.normal(size=(3, 4, 10))
-    affinity = affinity_matrix(gradients, "dot")
-    accuracies_by_group = {
-        group: [
-            0.5 + sum(affinity[task, peer] for peer in group if peer != task) / 400 + noise * rng.normal()
-            for task in group
-        ]
-        for groups in set_partitions(4)
-        for group in groups
+    groups = [group for size in range(1, T + 1) for group in combinations(range(T), size)]
+    results = {
+        "accuracy": {group: [round(float(value), 1) for value in rng.random(len(group))] for group in groups},
+        "test_loss": {group: rng.random(len(group)).tolist() for group in groups},
     }
-    return study_grouping(gradients, accuracies_by_group), accuracies_by_group
+    return {name: symmetric(rng, T) for name in AFFINITY_NAMES}, results
 
 
-def test_a_perfect_criterion_has_correlation_one():
-    study, accuracies_by_group = synthetic_study(1, noise=0)
-    dot_sum = study.criteria[CRITERIA.index(("dot", "sum"))]
-    assert dot_sum.rank_correlation == dot_sum.same_num_groups_correlation == pytest.approx(1)
-    assert dot_sum.late_correlation == pytest.approx(1)  # a fifth of three snapshots is none
-    assert dot_sum.accuracy == max(study.accuracies) and dot_sum.fraction_better == 0
-    assert study.single_group == pytest.approx(sum(accuracies_by_group[0, 1, 2, 3]) / 4)
-    assert study.all_singletons == pytest.approx(sum(accuracies_by_group[task,][0] for task in range(4)) / 4)
-    assert study.random == pytest.approx(np.mean(study.accuracies))
+# --- plain references ------------------------------------------------------------------------------------------------
 
 
-def test_correlations_of_equally_many_groups_and_of_later_snapshots():
-    rng = np.random.default_rng(3)
-    gradients = rng.normal(size=(10, 4, 6))
-    accuracies_by_group = {group: rng.random(len(group)) for groups in set_partitions(4) for group in groups}
-    study = study_grouping(gradients, accuracies_by_group)
-    late = affinity_matrix(gradients[2:], "cosine")
-    outcome = study.criteria[CRITERIA.index(("cosine", "mean"))]
-    scores = [partition_score(late, groups, "mean") for groups in study.partitions]
-    assert outcome.late_correlation == pytest.approx(scipy.stats.spearmanr(scores, study.accuracies).statistic)
-    correlations = [
-        scipy.stats.spearmanr(*zip(*pairs)).statistic
-        for number in (2, 3)  # one or four groups leave a single partition
-        if (
-            pairs := [
-                (score, accuracy)
-                for groups, score, accuracy in zip(study.partitions, outcome.scores, study.accuracies)
-                if len(groups) == number
-            ]
-        )
+def reference_results(results: dict) -> dict[tuple, float]:
+    """Return partition → mean over its tasks."""
+    return {groups: sum(sum(results[group]) for group in groups) / T for groups in PARTITIONS}
+
+
+def reference_ranks(values: list[float]) -> list[float]:
+    return [
+        sum(rival < value for rival in values) + (sum(rival == value for rival in values) + 1) / 2 for value in values
     ]
-    assert outcome.same_num_groups_correlation == pytest.approx(np.mean(correlations))
 
 
-def test_report():
-    studies = {seed: synthetic_study(seed, noise=0.01)[0] for seed in (1, 2, 3)}
+def reference_correlation(x: list[float], y: list[float]) -> float:
+    ranks = reference_ranks(x), reference_ranks(y)
+    means = [sum(values) / len(values) for values in ranks]
+    products = sum((a - means[0]) * (b - means[1]) for a, b in zip(*ranks))
+    squares = [sum((value - mean) ** 2 for value in values) for values, mean in zip(ranks, means)]
+    return products / sqrt(squares[0] * squares[1]) if squares[0] * squares[1] else nan
+
+
+def reference_correlations(predictor: dict, results: dict, higher_is_better: bool) -> tuple[float, float]:
+    quality = {groups: value if higher_is_better else -value for groups, value in results.items()}
+    overall = reference_correlation([predictor[g] for g in PARTITIONS], [quality[g] for g in PARTITIONS])
+    within = []
+    for number in range(2, T):  # one group and T groups leave a single partition
+        subset = [groups for groups in PARTITIONS if len(groups) == number]
+        within.append(reference_correlation([predictor[g] for g in subset], [quality[g] for g in subset]))
+    return overall, sum(within) / len(within)
+
+
+@pytest.mark.parametrize("measure", HIGHER_IS_BETTER)
+def test_the_study_is_that_of_plain_enumeration(measure):
+    affinities, results = random_inputs(3)
+    study = study_grouping(affinities, results)
+    assert sorted(study.partitions) == sorted(PARTITIONS)
+    expected = reference_results(results[measure])
+    sign = 1 if HIGHER_IS_BETTER[measure] else -1
+    for index, groups in enumerate(study.partitions):
+        value = expected[groups]
+        assert study.values[measure][index] == pytest.approx(value, abs=1e-9)
+        assert study.fraction_better(measure, index) == pytest.approx(
+            sum(sign * rival > sign * value + 1e-9 for rival in expected.values()) / len(expected), abs=1e-9
+        )
+        sizes = sorted(len(group) for group in groups)
+        alike = [expected[partition] for partition in PARTITIONS if sorted(len(group) for group in partition) == sizes]
+        assert study.random_of_sizes(measure, index) == pytest.approx(sum(alike) / len(alike), abs=1e-9)
+    assert study.random(measure) == pytest.approx(sum(expected.values()) / len(expected), abs=1e-9)
+    assert study.partitions[study.all_in_one] == ((0, 1, 2, 3, 4),)
+    assert study.partitions[study.each_alone] == ((0,), (1,), (2,), (3,), (4,))
+    best = max(expected.values()) if HIGHER_IS_BETTER[measure] else min(expected.values())
+    assert expected[study.partitions[study.best(measure)]] == pytest.approx(best, abs=1e-9)
+
+    criteria = [(criterion.affinity, criterion.objective) for criterion in study.criteria]
+    assert criteria == [(name, objective) for name in AFFINITY_NAMES for objective in OBJECTIVES]
+    for criterion in study.criteria:
+        scores = {
+            groups: reference_score(affinities[criterion.affinity], groups, criterion.objective)
+            for groups in PARTITIONS
+        }
+        assert criterion.scores.tolist() == pytest.approx([scores[groups] for groups in study.partitions], abs=1e-9)
+        assert study.partitions[criterion.chosen] == max(scores, key=scores.get)
+        ours = study.correlations(criterion.scores, measure)
+        rounded = {groups: round(value, 9) for groups, value in expected.items()}  # equal accuracies are equal
+        assert ours == pytest.approx(reference_correlations(scores, rounded, HIGHER_IS_BETTER[measure]), abs=1e-9)
+
+
+@pytest.mark.parametrize("measure", HIGHER_IS_BETTER)
+def test_pairs_are_compared_with_training_alone(measure):
+    affinities, results = random_inputs(4)
+    study, by_group = study_grouping(affinities, results), results[measure]
+
+    def result_with(task: int, mate: int) -> float:
+        pair = tuple(sorted((task, mate)))
+        return by_group[pair][pair.index(task)]
+
+    for task in range(T):
+        assert isnan(study.pair_gains[measure][task, task])
+        for mate in set(range(T)) - {task}:
+            change = result_with(task, mate) - by_group[task,][0]
+            gain = change if HIGHER_IS_BETTER[measure] else -change
+            assert study.pair_gains[measure][mate, task] == pytest.approx(gain, abs=1e-9)
+    for groups, estimate in zip(study.partitions, study.pair_estimates[measure]):
+        estimates = []
+        for group in groups:
+            for task in group:
+                mates = [result_with(task, mate) for mate in group if mate != task]
+                estimates.append(sum(mates) / len(mates) if mates else by_group[task,][0])
+        assert estimate == pytest.approx(sum(estimates) / T, abs=1e-9)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 4])
+def test_the_ceiling_is_the_correlation_of_other_seeds(num_seeds):
+    inputs = [random_inputs(seed) for seed in range(num_seeds)]
+    studies = [study_grouping(*values) for values in inputs]
+    expected = [reference_results(results["test_loss"]) for _, results in inputs]
+    by_pair = {
+        (i, j): reference_correlations({g: -value for g, value in expected[i].items()}, expected[j], False)
+        for i, j in combinations(range(num_seeds), 2)
+    }
+    for position, (mean, error) in enumerate(ceiling(studies, "test_loss")):
+        assert mean == pytest.approx(fmean(values[position] for values in by_pair.values()), abs=1e-9)
+        if num_seeds == 2:
+            assert isnan(error)
+            continue
+        left_out = [
+            fmean(values[position] for pair, values in by_pair.items() if seed not in pair) for seed in range(num_seeds)
+        ]
+        variance = sum((value - fmean(left_out)) ** 2 for value in left_out) * (num_seeds - 1) / num_seeds
+        assert error == pytest.approx(sqrt(variance), abs=1e-9)
+
+    for seed, index in enumerate(best_on_other_seeds(studies, "test_loss")):
+        remaining = [results for number, results in enumerate(expected) if number != seed]
+        lowest = min(PARTITIONS, key=lambda groups: sum(results[groups] for results in remaining))
+        assert studies[seed].partitions[index] == lowest
+
+
+def test_means_have_standard_errors():
+    values = [1.0, 2.5, 4.0, -1.0]
+    assert mean_and_error(values) == pytest.approx((fmean(values), stdev(values) / 2))
+    assert mean_and_error([3.0])[0] == 3 and isnan(mean_and_error([3.0])[1])
+
+
+def test_a_perfect_affinity_has_correlation_one():
+    affinity = symmetric(np.random.default_rng(1), T)
+    groups = [group for size in range(1, T + 1) for group in combinations(range(T), size)]
+    losses = {g: [1 - sum(affinity[task, mate] for mate in g if mate != task) for task in g] for g in groups}
+    accuracies = {g: [-loss for loss in group_losses] for g, group_losses in losses.items()}
+    study = study_grouping({"perfect": affinity}, {"accuracy": accuracies, "test_loss": losses})
+    (perfect,) = [criterion for criterion in study.criteria if criterion.objective == "sum"]
+    for measure in HIGHER_IS_BETTER:
+        assert study.correlations(perfect.scores, measure) == pytest.approx((1, 1))
+        assert perfect.chosen == study.best(measure) and study.fraction_better(measure, perfect.chosen) == 0
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+SEEDS = (1, 2, 5)
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return {seed: study_grouping(*random_inputs(seed)) for seed in SEEDS}
+
+
+def table_rows(markdown: str, title: str) -> dict[str, list[str]]:
+    """Return the rows of the table in a section: first cell → other cells."""
+    section = markdown.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return {row[0]: row[1:] for row in cells}
+
+
+def shown(values: list[float], digits: int) -> str:
+    text = f"{fmean(values):.{digits}f} ± {stdev(values) / sqrt(len(values)):.{digits}f}"
+    return text.replace("-", "−")
+
+
+def test_the_report_compares_what_each_criterion_chooses(studies):
     text = study_to_markdown("demo", TASKS, studies)
-    gains = [100 * (study.criteria[0].accuracy - study.single_group) for study in studies.values()]
-    expected = f"{np.mean(gains):.2f} ± {np.std(gains, ddof=1) / 3**0.5:.2f}".replace("-", "−")
-    (row,) = [line for line in text.splitlines() if line.startswith("| chosen by `dot`, `sum`")]
-    assert row.split(" | ")[2] == expected
+    for measure, title, scale, digits in (("accuracy", "Test accuracy", 100, 2), ("test_loss", "Test loss", -1, 3)):
+        rows = table_rows(text, title)
+        criteria = [f"{name}, {objective}" for name in AFFINITY_NAMES for objective in OBJECTIVES]
+        baselines = ["all in one", "each alone", "random partition", "best in hindsight", "best on the other seeds"]
+        header, rule, *titles = rows
+        assert titles == [*baselines, *criteria]
+        other_seeds = best_on_other_seeds(list(studies.values()), measure)
+        for number, name in enumerate(["all in one", "best on the other seeds", *criteria]):
+            values, gains, better = [], [], []
+            for seed_number, study in enumerate(studies.values()):
+                index = (study.all_in_one, other_seeds[seed_number])[number] if number < 2 else 0
+                if number >= 2:
+                    index = study.criteria[number - 2].chosen
+                results = study.values[measure]
+                references = (study.all_in_one, study.each_alone, study.best(measure))
+                of_all, alone, best = (scale * (results[index] - results[reference]) for reference in references)
+                random = scale * (results[index] - results.mean())
+                same_sizes = scale * (results[index] - study.random_of_sizes(measure, index))
+                values.append(abs(scale) * results[index])
+                gains.append([of_all, alone, random, same_sizes, best])
+                better.append(100 * study.fraction_better(measure, index))
+            expected = [shown(values, digits), *(shown(list(column), digits) for column in zip(*gains))]
+            assert rows[name] == [re.sub(r"^−(0\.0+) ", r"\1 ", cell) for cell in expected] + [shown(better, 0)]
+        zero = f"{0:.{digits}f} ± {0:.{digits}f}"
+        assert rows["random partition"][3:5] == rows["each alone"][2:5:2] == [zero, zero]
+
+
+def test_the_report_has_correlations_beside_their_ceiling(studies):
+    text = study_to_markdown("demo", TASKS, studies)
+    rows = table_rows(text, "Rank correlation")
+    seed_studies = list(studies.values())
+    predictors = {
+        "number of groups": lambda study, sign, measure: study.num_groups,
+        "results of all pairs": lambda study, sign, measure: sign * study.pair_estimates[measure],
+        "gradient dot, mean": lambda study, sign, measure: study.criteria[4].scores,
+    }
+    assert [(c.affinity, c.objective) for c in seed_studies[0].criteria][4] == ("gradient dot", "mean")
+    for name, predictor in predictors.items():
+        cells = []
+        for measure, sign in (("accuracy", 1), ("test_loss", -1)):
+            values = [study.correlations(predictor(study, sign, measure), measure) for study in seed_studies]
+            cells += ["undefined" if isnan(v[0]) else shown(list(v), 2) for v in zip(*values)]
+        assert rows[name] == cells
+    assert rows["number of groups"][1] == rows["number of groups"][3] == "undefined"
+    ceilings = [value for measure in ("accuracy", "test_loss") for value in ceiling(seed_studies, measure)]
+    assert rows["another seed of the results"] == [f"{m:.2f} ± {e:.2f}".replace("-", "−") for m, e in ceilings]
+    assert "another seed" not in study_to_markdown("demo", TASKS, {1: studies[1]})
+
+
+def test_the_report_has_gains_of_pairs_and_chosen_groups(studies):
+    text = study_to_markdown("demo", TASKS, studies)
+    gains = [100 * study.pair_gains["accuracy"][1, 3] for study in studies.values()]
+    row = table_rows(text, "Test accuracy: gains of pairs")["with neon"]
+    assert row[3] == shown(gains, 1) and row[1] == ""
+    chosen = studies[2].partitions[studies[2].criteria[0].chosen]
+    names = " \\| ".join(" + ".join(TASKS[task] for task in group) for group in chosen)
+    assert re.search(rf"^\| transfer, sum \| [\d, ]*\b2\b[\d, ]* \| {re.escape(names)} \|$", text, re.MULTILINE)
+    page = study_to_html("a <b>", TASKS, studies, {"grouping_study.png": b"1", "pair_gains.png": b"2"})
+    assert "a &lt;b&gt;" in page and page.count("<table>") == 6 and shown(gains, 1) in page
+
+
+def test_tables_as_data(studies):
     rows = list(csv.DictReader(io.StringIO(study_to_csv(TASKS, studies))))
-    assert len(rows) == 3 * 15
-    assert float(rows[0]["cosine mean"]) == studies[1].criteria[CRITERIA.index(("cosine", "mean"))].scores[0]
-    assert rows[0]["groups"] == "ink + neon + chalk + noise"
-    figure = study_figure(studies)
-    assert len(figure.axes) == 3 * len(CRITERIA)
-    for axes, outcome in zip(figure.axes, studies[1].criteria):
-        assert f"{outcome.rank_correlation:.2f}".replace("-", "−") in axes.texts[0].get_text()
+    assert len(rows) == len(SEEDS) * len(PARTITIONS)
+    row, study, index = rows[len(PARTITIONS) + 7], studies[2], 7
+    groups = " | ".join(" + ".join(TASKS[task] for task in group) for group in study.partitions[index])
+    assert (row["seed"], row["groups"]) == ("2", groups)
+    for measure in HIGHER_IS_BETTER:
+        assert float(row[measure]) == study.values[measure][index]
+    assert float(row["gradient dot, density"]) == study.criteria[5].scores[index]
+    pairs = list(csv.DictReader(io.StringIO(pair_gains_to_csv(TASKS, studies))))
+    assert len(pairs) == len(SEEDS) * T * (T - 1)
+    (pair,) = [p for p in pairs if (p["seed"], p["task"], p["with"]) == ("5", "chalk", "ink")]
+    assert float(pair["gain in test_loss"]) == studies[5].pair_gains["test_loss"][0, 2]
 
 
-def test_constant_accuracies_have_no_correlation():
-    gradients = np.random.default_rng(1).normal(size=(3, 4, 10))
-    same = {group: [0.5] * len(group) for groups in set_partitions(4) for group in groups}
-    studies = {seed: study_grouping(gradients, same) for seed in (1, 2)}
-    assert study_to_markdown("demo", TASKS, studies).count("undefined") >= 4
-    assert len(study_figure(studies).axes) == 2 * len(CRITERIA)
+@pytest.mark.parametrize("seeds", [SEEDS, SEEDS[:1]], ids=["three seeds", "one seed"])
+def test_figures_show_every_criterion_and_pair(studies, seeds):
+    selected = {seed: studies[seed] for seed in seeds}
+    figure = study_figure(selected)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [f"{name}, {objective}" for name in AFFINITY_NAMES for objective in OBJECTIVES] == labels[-6:]
+    texts = [text.get_text() for text in pair_gains_figure(TASKS, selected).axes[1].texts]
+    gains = [studies[seed].pair_gains["test_loss"][0, 1] for seed in seeds]
+    expected = shown(gains, 3).replace(" ± ", "\n± ") if len(seeds) > 1 else f"{gains[0]:.3f}".replace("-", "−")
+    assert len(texts) == T * (T - 1) and texts[0] == expected
+
+
+def test_constant_results_have_no_correlation():
+    affinities, results = random_inputs(1)
+    constant = {measure: {group: [0.5] * len(group) for group in results[measure]} for measure in results}
+    studies = {seed: study_grouping(affinities, constant) for seed in (1, 2)}
+    rows = table_rows(study_to_markdown("demo", TASKS, studies), "Rank correlation")
+    assert rows["transfer, sum"] == rows["another seed of the results"] == ["undefined"] * 4
+    assert study_figure(studies) and pair_gains_figure(TASKS, studies)
 
 
 @pytest.mark.slow
@@ -200,18 +350,25 @@ def test_the_study_trains_every_group(run_job, tmp_path):
     storage = tmp_path / "storage"
     finished = run_job("grouping_study", "--storage", storage, *quick, "--seeds", "1")
     assert finished.status == 0, finished.output
+    assert "3 tasks for 1 seed: 7 trainings per seed, 7 in all" in finished.output
     groups = {
         tuple(json.loads(file.read_text())["inputs"]["group"]): json.loads((file.parent / "result.json").read_text())
         for file in (storage / "group_trainings").glob("[!.]*/artifact.json")
     }
     assert len(groups) == 7
     (folder,) = (storage / "grouping_studies").iterdir()
-    assert (folder / "grouping_study.png").stat().st_size > 5000
-    rows = {row["groups"]: float(row["accuracy"]) for row in csv.DictReader((folder / "grouping_study.csv").open())}
+    for name in ("grouping_study.png", "grouping_study.html", "pair_gains.svg"):
+        assert (folder / name).stat().st_size > 5000
+    rows = {row["groups"]: row for row in csv.DictReader((folder / "grouping_study.csv").open())}
     assert len(rows) == 5
-    measured = [groups["ink", "noise"]["accuracy"][task] for task in ("ink", "noise")]
-    measured.append(groups["neon",]["accuracy"]["neon"])
-    assert rows["ink + noise | neon"] == pytest.approx(sum(measured) / 3)
+    for measure in ("accuracy", "test_loss"):
+        measured = [groups["ink", "noise"][measure][task] for task in ("ink", "noise")]
+        measured.append(groups["neon",][measure]["neon"])
+        assert float(rows["ink + noise | neon"][measure]) == pytest.approx(sum(measured) / 3)
+    pairs = list(csv.DictReader((folder / "pair_gains.csv").open()))
+    (pair,) = [row for row in pairs if (row["task"], row["with"]) == ("neon", "ink")]
+    gain = groups["neon",]["test_loss"]["neon"] - groups["ink", "neon"]["test_loss"]["neon"]
+    assert float(pair["gain in test_loss"]) == pytest.approx(gain)
     assert the_run(storage).is_dir()
 
     single_task = run_job("grouping_study", "--storage", storage, "--data.tasks", "[ink]")

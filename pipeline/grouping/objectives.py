@@ -21,8 +21,6 @@ class Objective(ABC):
     """The maximized quantity, in the config's help."""
     remark: ClassVar[str] = ""
     """Appended to its name in advice."""
-    included_in_study: ClassVar[bool] = True
-    """Whether the grouping study compares its scores with accuracies."""
 
     def __init_subclass__(cls) -> None:
         OBJECTIVES[cls.name] = cls()
@@ -82,7 +80,6 @@ class Density(Objective):
 
     name = "density"
     summary = "the affinities in a group divided by its number of tasks, in between"
-    included_in_study = False
 
     def pair_weight(self, size: int) -> float:
         return 1 / size

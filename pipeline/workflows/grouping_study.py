@@ -1,18 +1,29 @@
-"""Grouping study: train every possible group, and compare the partitions' scores with their accuracies."""
+"""Grouping study: train every possible group, and compare the results of all partitions with what predicts them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from pipeline.config import Config, content_hash
 from pipeline.data.names import pluralize
 from pipeline.errors import UserError
 from pipeline.files import create_folder, write_file
-from pipeline.grouping.study import GroupingStudy, study_grouping
-from pipeline.report.grouping_study import study_figure, study_to_csv, study_to_markdown
+from pipeline.grouping.affinities import SIMILARITIES
+from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.study import SIGNS, GroupingStudy, study_grouping
+from pipeline.report.grouping_study import (
+    FIGURES,
+    pair_gains_figure,
+    pair_gains_to_csv,
+    study_figure,
+    study_to_csv,
+    study_to_html,
+    study_to_markdown,
+)
 from pipeline.runtime.session import PARENT, Session
 from pipeline.stages.flow import run_stages
 from pipeline.stages.global_prompt import SNAPSHOTS
@@ -34,11 +45,17 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
     """
     name, plans = configs[0].name, make_plans(configs, console)
     tasks, storage = plans[0].tasks, plans[0].storage
+    trainings = pluralize(2 ** len(tasks) - 1, "training")
     if not 2 <= len(tasks) <= MAX_TASKS:
         raise UserError(
-            f"a study of {pluralize(len(tasks), 'task')} takes {pluralize(2 ** len(tasks) - 1, 'training')} per seed; "
+            f"a study of {pluralize(len(tasks), 'task')} takes {trainings} per seed; "
             f"choose 2 to {MAX_TASKS} tasks with data.tasks"
         )
+    console.print(
+        f"every group of {pluralize(len(tasks), 'task')} for {pluralize(len(plans), 'seed')}: {trainings} per seed, "
+        f"{len(plans) * (2 ** len(tasks) - 1):,} in all; those that the storage has are not repeated",
+        highlight=False,
+    )
     key = content_hash([plan.key for plan in plans])
     folder = create_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
     with connect_cluster(plans[0], console) as resources:
@@ -47,30 +64,48 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
             if isinstance(outcome, BaseException):
                 raise outcome
             studies[plan.config.seed] = outcome
-    markdown = study_to_markdown(name, tasks, studies)
-    write_file(folder / "grouping_study.md", markdown)
-    write_file(folder / "grouping_study.csv", study_to_csv(tasks, studies))
-    for kind in ("png", "svg"):
-        study_figure(studies).savefig(folder / f"grouping_study.{kind}", dpi=150)
+    markdown = write_study(folder, name, tasks, studies)
     console.print(markdown, markup=False, highlight=False)
     storage.upload(folder)
-    console.print(f"report: {storage.display_uri(folder / 'grouping_study.md')}", markup=False, highlight=False)
+    console.print(f"report: {storage.display_uri(folder / 'grouping_study.html')}", markup=False, highlight=False)
     return folder
 
 
+def write_study(folder: Path, name: str, tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> str:
+    """Write page, Markdown, tables and figures; return the Markdown."""
+    for file, figure in zip(FIGURES, (study_figure(studies), pair_gains_figure(tasks, studies)), strict=True):
+        for path in (folder / file, (folder / file).with_suffix(".svg")):
+            figure.savefig(path, dpi=150)
+    markdown = study_to_markdown(name, tasks, studies)
+    figures = {file: (folder / file).read_bytes() for file in FIGURES}
+    write_file(folder / "grouping_study.md", markdown)
+    write_file(folder / "grouping_study.html", study_to_html(name, tasks, studies, figures))
+    write_file(folder / "grouping_study.csv", study_to_csv(tasks, studies))
+    write_file(folder / "pair_gains.csv", pair_gains_to_csv(tasks, studies))
+    return markdown
+
+
 def _study(plan: Plan, session: Session) -> GroupingStudy:
-    global_prompt = run_stages(plan, session, "global_prompt")["global_prompt"]
+    affinities = _affinities(plan, session)
     trained = train_every_group(plan, session)
     task_to_index = {task: index for index, task in enumerate(plan.tasks)}
-    accuracies_by_group = {
-        tuple(task_to_index[task] for task in group): [result["accuracy"][task] for task in group]
-        for group, result in zip(trained.groups, trained.results())
-    }
-    gradients = read_gradients(global_prompt.download() / SNAPSHOTS, plan.tasks)
-    study = study_grouping(gradients, accuracies_by_group)
-    session.tracker.log_metrics(
-        PARENT,
-        {f"rank_correlation/{item.affinity}_{item.objective}": item.rank_correlation for item in study.criteria},
-        step=0,
-    )
+    results: dict[str, dict[tuple[int, ...], list[float]]] = {measure: {} for measure in SIGNS}
+    for group, result in zip(trained.groups, trained.results()):
+        indices = tuple(task_to_index[task] for task in group)
+        for measure, by_group in results.items():
+            by_group[indices] = [result[measure][task] for task in group]
+    study = study_grouping(affinities, results)
+    metrics = {}
+    for criterion in study.criteria:
+        name = f"{criterion.affinity}_{criterion.objective}".replace(" ", "_")
+        for measure in SIGNS:
+            metrics[f"rank_correlation/{measure}/{name}"] = study.correlations(criterion.scores, measure)[0]
+    session.tracker.log_metrics(PARENT, metrics, step=0)
     return study
+
+
+def _affinities(plan: Plan, session: Session) -> dict[str, np.ndarray]:
+    """Return the name of every affinity → (T, T)."""
+    global_prompt = run_stages(plan, session, "global_prompt")["global_prompt"]
+    gradients = read_gradients(global_prompt.download() / SNAPSHOTS, plan.tasks)
+    return {f"gradient {name}": affinity_matrix(gradients, name, tasks=plan.tasks) for name in SIMILARITIES}
