@@ -34,19 +34,14 @@ def execute_in_process(notebook: Path, **settings: object) -> dict[str, object]:
         InteractiveShell.clear_instance()
 
 
-def execute_notebook(uri: str, folder: Path, **settings: object) -> dict[str, list[dict]]:
-    """Execute the committed notebook and return cell → outputs; an error in a cell is raised.
+def execute_repeatedly(uri: str, folder: Path, *settings: dict[str, object]) -> list[dict[str, list[dict]]]:
+    """Execute the committed notebook with each of these settings in turn, in one kernel, and return cell → outputs of
+    each; an error in a cell is raised.
 
     Args:
         folder: folder for Jupyter's files.
         settings: values that replace those of the notebook's first cell.
     """
-    (outputs,) = execute_repeatedly(uri, folder, settings)
-    return outputs
-
-
-def execute_repeatedly(uri: str, folder: Path, *settings: dict[str, object]) -> list[dict[str, list[dict]]]:
-    """Execute the notebook with each of these settings in turn, in one kernel."""
     notebooks = [nbformat.read(NOTEBOOK, 4) for _ in settings]
     for notebook, values in zip(notebooks, settings):
         for cell in notebook.cells:
