@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import uuid
 
 # A Ray or MLflow server that runs on this machine, or is named in the environment, must not be used by any test.
@@ -11,11 +12,13 @@ for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
 # Those of the tests' own S3 server, for all that is started here, and nobody's real ones.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded from the Hugging Face Hub
+# Else every process that tests start compiles the package anew, and pytest the tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # All that this process starts inherits this mark; `reaper.py` ends it when this process is gone, however it ended.
 os.environ["MMAP_CLIP_TESTS"] = uuid.uuid4().hex
 
 import subprocess  # noqa: E402
-import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -207,6 +210,13 @@ def pytest_collection():
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Import only the files with fault-injection tests to run these: the others take seconds."""
+    if config.option.markexpr == "fault_injection" and collection_path.name.startswith("test_"):
+        return "fault_injection" not in collection_path.read_text() or None
+    return None
 
 
 def pytest_collection_modifyitems(config, items):
