@@ -1,8 +1,8 @@
 # `make demo` and `make test` do all set-up themselves; they need Python 3.11 or newer, and make.
 PYTHON ?= python3
 VENV ?= .venv
-# Whole pipelines take all cores by themselves: more processes than these would only wait for each other.
-IN_PARALLEL := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
+# One process more than cores (tests/conftest.py), and no more than four: all tests that use Ray are in one process.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --no-loadscope-reorder
 # Fault-injection tests mostly wait: for servers to start, for machines to be missed.
 THREE_AT_A_TIME := --numprocesses 3 --no-loadscope-reorder
 PYTEST_OPTIONS ?=

@@ -183,6 +183,13 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFixtures(config, log)
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One process more than cores: at any time, one of them waits for a server, a signal or a lock."""
+    from pipeline.cpus import usable_cpus
+
+    return usable_cpus()[0] + 1
+
+
 def needs_ray(item: pytest.Item) -> bool:
     return not {"shared_ray", "run_job"}.isdisjoint(item.fixturenames)
 
