@@ -206,7 +206,7 @@ def run_in_one_process(config: Config, folder: Path) -> None:
     shared = SharedMmap(shape, tasks, config.seed, config.mmap.init_std)
     snapshots = train(shared, config.global_prompt.epochs, snapshot_fn=shared.task_gradients)
     gradients = torch.stack([taken.gradients for taken in snapshots]).double().numpy()
-    affinity = affinity_matrix(gradients, config.grouping.affinity)
+    affinity = affinity_matrix(gradients, config.grouping.gradient_similarity)
     partition = best_partition(affinity, objective=config.grouping.objective)
     accuracies = {"zero_shot": test_accuracy(tasks, Adaptation()), "all_in_one": {}, "grouped": {}}
     groups = [[tasks[i] for i in group] for group in partition.groups]

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Stages 1-3: group the tasks by the affinities of their gradient snapshots. Finished stages are cached, so other
-objectives and constraints can be tried on an existing run in seconds.
+"""Stages 0-4: group the tasks by their affinities. Finished stages are cached, so other affinities, objectives and
+constraints can be tried on an existing run in seconds.
 
     mmap-clip solve-grouping --config configs/demo.yaml --grouping.objective mean --grouping.max_size 3
 """

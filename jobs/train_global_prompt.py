@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 1-2: train the global prompt and store snapshots of the tasks' gradients. Finished stages are cached.
+"""Stages 0-2: train the global prompt and store snapshots of the tasks' gradients. Finished stages are cached.
 
 mmap-clip train-global-prompt --config configs/office_home.yaml --data.root /data/OfficeHome
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stages 1-4: train and evaluate the groups, without the report. Finished stages are cached.
+"""Stages 0-5: train and evaluate the groups, without the report. Finished stages are cached.
 
 mmap-clip train-groups --config configs/office_home.yaml --data.root /data/OfficeHome
 """

@@ -78,7 +78,8 @@ ALL_METHODS = GoldenRun(
     (
         *("--data.tasks", "[noise, outline, rotated]", "--data.class_names", str(FOLDER / "class_names.txt")),
         *("--data.shots", "2", "--training.batch_size", "4", "--training.epochs", "2", "--global_prompt.epochs", "2"),
-        *("--baselines", f"[{', '.join(BASELINES)}]"),
+        *("--baselines", f"[{', '.join(BASELINES)}]", "--grouping.affinity", "gradient"),
+        *("--grouping.objective", "mean"),
     ),
     Tolerance(losses=1e-4, mean_probability=2e-5, affinity=1e-5, images=1),
 )

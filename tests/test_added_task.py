@@ -315,7 +315,7 @@ def test_a_task_is_added_and_existing_tasks_do_not_change(finished, added):
 def test_tasks_are_added_successively_and_compared_with_retraining(finished, added, run_job):
     _, first_run = added(finished, ADDED[0])
     repeated, same_run = added(finished, ADDED[0])
-    assert same_run == first_run and repeated.output.count("cached (computed in") == 5  # all but the report
+    assert same_run == first_run and repeated.output.count("cached (computed in") == 6  # all but the report
     _, second_run = added(
         first_run, ADDED[1], "--rerun", "--grouping.num_groups", str(len(read_summary(first_run)["groups"]))
     )
@@ -333,7 +333,7 @@ def test_tasks_are_added_successively_and_compared_with_retraining(finished, add
     storage = first_run.parent.parent
     num_groups = str(len(report["groups"]))
     full_run = run_job("full_pipeline", "--storage", storage, *QUICK, "--grouping.num_groups", num_groups)
-    assert full_run.status == 0 and full_run.output.count("cached (computed in") == 5
+    assert full_run.status == 0 and full_run.output.count("cached (computed in") == 6
     assert read_finished_run(str(second_run), "").groups == report["groups"]
 
 

@@ -116,7 +116,7 @@ def test_every_field_has_help():
     [
         ({"trainning": {}}, r"unknown config field trainning; did you mean training\? Valid here: name, seed"),
         ({"training": {"epoch": 3}}, r"unknown config field training\.epoch; did you mean training\.epochs\?"),
-        ({"grouping": {"affinity": "euclid"}}, r"grouping\.affinity='euclid'.*'dot', 'cosine' or 'adam_cosine'"),
+        ({"grouping": {"affinity": "euclid"}}, r"grouping\.affinity='euclid'.*'transfer', 'gradient' or 'features'"),
         ({"training": {"epochs": 0}}, r"training\.epochs=0.*greater than or equal to 1"),
         ({"training": {"learning_rate": "fast"}}, r"training\.learning_rate='fast'"),
         ({"mmap": {"prompt_length": 8, "source_rows": 3}}, r"source_rows=3 does not divide.*valid: \[1, 2, 4, 8\]"),

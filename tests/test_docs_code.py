@@ -48,6 +48,7 @@ from pipeline.runtime.session import PARENT
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.journal import Journal
 from pipeline.stages.finished_run import GROUPING, SUMMARY, write_provenance
+from pipeline.stages.grouping_sources import SingleTasks
 from pipeline.tuning.search_file import read_search
 from pipeline.workflows.fit import make_config
 
@@ -182,7 +183,7 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     snapshots = Artifact(Storage.from_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
     with snapshots.writer():
         pass
-    write_provenance(SimpleNamespace(folder=folder), [snapshots])
+    write_provenance(SimpleNamespace(folder=folder), [snapshots], SingleTasks())
     Journal(folder / "tracking-finished").record("start", PARENT, {"parent": None})
     Storage.from_folder(storage).write_marker()
 

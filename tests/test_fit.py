@@ -260,7 +260,7 @@ def test_the_notebook_goes_from_images_to_mistakes(storage, run, tmp_path, monke
     assert set(names["wrong"]["task"]) == {names["task"]}
     assert not list(storage.glob("runs/*/tracking-*/refused.jsonl"))  # by MLflow, of another data.root
     output = capsys.readouterr().out
-    assert "3 grouping" in output and "4 group trainings" not in output and str(run.report) in output
+    assert "4 grouping" in output and "5 group trainings" not in output and str(run.report) in output
 
 
 def test_the_committed_notebook_has_outputs_and_no_local_paths():

@@ -237,7 +237,7 @@ def test_hipros_tree_first_merges_the_tasks_with_the_largest_affinity(all_method
     finished = run_job(
         "full_pipeline",
         *("--storage", all_methods.storage, *ALL_METHODS.options),
-        *("--baselines", "[hipro]", "--grouping.affinity", "cosine"),
+        *("--baselines", "[hipro]", "--grouping.gradient_similarity", "cosine"),
     )
     assert finished.status == 0, finished.output
     (cosine_run,) = set(all_methods.storage.glob("runs/*")) - previous_runs

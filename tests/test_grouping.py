@@ -32,11 +32,12 @@ from small_clip import small_towers
 from small_problem import mmap_shape
 
 from pipeline import command_line
-from pipeline.config import Config, GroupingConfig, choices
+from pipeline.config import CONFIGS, Config, GroupingConfig, choices, load_yaml
 from pipeline.errors import UserError
 from pipeline.grouping import stability
 from pipeline.grouping.advice import grouping_warnings
-from pipeline.grouping.affinities import get_similarity
+from pipeline.grouping.affinities import AFFINITIES as AFFINITY_REGISTRY
+from pipeline.grouping.affinities import get_affinity, get_similarity
 from pipeline.grouping.affinity import affinity_matrix, snapshot_affinities
 from pipeline.grouping.features import feature_affinity, resampled_feature_affinity
 from pipeline.grouping.gradient_blocks import SOURCE, gradient_blocks, read_layout
@@ -50,10 +51,19 @@ from pipeline.methods.mmap import SharedMmap
 from pipeline.report.grouping_figures import affinity_graph_figure, affinity_heat_map
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.stages.global_prompt import SNAPSHOTS
-from pipeline.stages.grouping import compute_grouping, describe_search, grouping_artifact, read_grouping
+from pipeline.stages.grouping import (
+    compute_grouping,
+    describe_search,
+    grouping_artifact,
+    read_grouping,
+)
 from pipeline.stages.grouping_solution import write_grouping
+from pipeline.stages.grouping_sources import PROMPTS_OF, GroupingSources, SingleTasks
+from pipeline.stages.single_tasks import LOSSES
+from pipeline.training.evaluate import Prediction
 from pipeline.training.snapshots import write_snapshots
 from pipeline.training.trainer import Snapshot, StepRecord
+from pipeline.training.training_losses import read_losses, write_losses
 
 
 def random_symmetric(num_tasks: int, seed: int) -> np.ndarray:
@@ -269,8 +279,9 @@ def test_features_weigh_classes_equally_and_are_relative_to_the_average_task():
     expected = feature_affinity(features, labels)
     np.testing.assert_allclose(feature_affinity(repeated, more_labels), expected, atol=1e-12)
     np.testing.assert_allclose(feature_affinity(features[:2], labels[:2]), [[1, -1], [-1, 1]], atol=1e-12)
-    for same in (features[:1], [features[0]] * 3):
-        np.testing.assert_array_equal(feature_affinity(same, labels[: len(same)]), np.zeros((len(same), len(same))))
+    for copies in (features[:1], [features[0]] * 3):
+        zeros = np.zeros((len(copies), len(copies)))
+        np.testing.assert_array_equal(feature_affinity(copies, labels[: len(copies)]), zeros)
 
 
 # --- the stage --------------------------------------------------------------------------------------------
@@ -287,11 +298,9 @@ def no_figures(monkeypatch):
 
 def solve(tmp_path, gradients: np.ndarray, **options) -> dict:
     """Return grouping.json of the stage for gradients (S, T, 21)."""
-    file = tmp_path / "snapshots.parquet"
-    records = [StepRecord(step, 1, 0.1, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5)) for step in range(1, len(gradients) + 1)]
-    values = torch.tensor(gradients, dtype=torch.float32)
-    write_snapshots(file, TASKS, [Snapshot(*pair, torch.zeros(21)) for pair in zip(records, values)], LAYOUT)
-    write_grouping(TASKS, {file: TASKS}, GroupingConfig(**options), tmp_path)
+    snapshots = write_gradients(Storage.from_folder(tmp_path / "storage"), TASKS, gradients)
+    options = {"affinity": "gradient", **options}
+    write_grouping(TASKS, GroupingSources({tuple(TASKS): snapshots}), GroupingConfig(**options), tmp_path)
     return json.loads((tmp_path / "grouping.json").read_text())
 
 
@@ -308,7 +317,7 @@ def test_the_stage_applies_its_options_and_records_them(no_figures, tmp_path):
     result = solve(tmp_path, gradients, scaling_matrices=False, objective="density")
     assert result["groups"] == [["ink", "chalk"], ["neon"]]
     assert (result["scaling_matrices"], result["per_layer"], result["objective"]) == (False, False, "density")
-    result = solve(tmp_path, gradients, scaling_matrices=False, per_layer=True, affinity="cosine")
+    result = solve(tmp_path, gradients, scaling_matrices=False, per_layer=True, gradient_similarity="cosine")
     assert result["groups"] == [["ink"], ["chalk", "neon"]]
     result = solve(tmp_path, gradients, must_link=[["ink", "chalk"]], cannot_link=[["neon", "ink"]])
     assert result["groups"] == [["ink", "chalk"], ["neon"]]
@@ -322,12 +331,13 @@ def small_plan(storage: Storage, tasks: list[str], **options) -> SimpleNamespace
     def artifact(stage: str, inputs: dict) -> Artifact:
         return Artifact(storage, stage, inputs)
 
+    options = {"affinity": "gradient", **options}
     return SimpleNamespace(tasks=tasks, config=Config(grouping=GroupingConfig(**options)), artifact=artifact)
 
 
 def write_gradients(storage: Storage, tasks: list[str], gradients: np.ndarray) -> Artifact:
     """Return a complete global prompt artifact with gradients (S, T, 21)."""
-    artifact = Artifact(storage, "global_prompt", {"gradients": gradients.tolist()})
+    artifact = Artifact(storage, "global_prompt", {"gradients": gradients.tolist(), "tasks": tasks})
     losses = (1.0,) * len(tasks)
     records = [StepRecord(step, 1, 0.1, losses, losses) for step in range(1, len(gradients) + 1)]
     pairs = zip(records, torch.tensor(gradients, dtype=torch.float32))
@@ -363,10 +373,12 @@ def run_grouping(tmp_path, no_figures, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", store)
     storage = Storage.from_folder(tmp_path / "storage")
 
-    def run(tasks: list[str], gradients: np.ndarray, **options) -> GroupingResult:
-        plan, snapshots = small_plan(storage, tasks, **options), write_gradients(storage, tasks, gradients)
-        artifact = grouping_artifact(plan, snapshots)
-        assert compute_grouping(plan, snapshots, artifact)
+    def run(tasks: list[str], sources: np.ndarray | GroupingSources, **options) -> GroupingResult:
+        plan = small_plan(storage, tasks, **options)
+        if isinstance(sources, np.ndarray):
+            sources = GroupingSources.of(write_gradients(storage, tasks, sources), None)
+        artifact = grouping_artifact(plan, sources)
+        assert compute_grouping(plan, sources, artifact)
         page = (artifact.download() / "grouping.html").read_text()
         images = re.findall('<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', page)
         page_figures = {title: figures_by_file[base64.b64decode(token).decode()] for title, token in images}
@@ -375,7 +387,9 @@ def run_grouping(tmp_path, no_figures, monkeypatch):
     return run
 
 
-def reference_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, scaling_matrices: bool) -> np.ndarray:
+def reference_affinity(
+    gradients: np.ndarray, gradient_similarity: str, per_layer: bool, scaling_matrices: bool
+) -> np.ndarray:
     """Affinities of gradients with the layout above, pair by pair."""
     source = [[4 * layer + offset for offset in range(4)] for layer in range(3)]
     scaling = [[12 + layer, 15 + 2 * layer, 16 + 2 * layer] for layer in range(3)]
@@ -391,7 +405,7 @@ def reference_affinity(gradients: np.ndarray, affinity: str, per_layer: bool, sc
             for snapshot in stored:
                 for block in blocks:
                     values = snapshot[i, block].tolist(), snapshot[j, block].tolist(), rms[block].tolist()
-                    products.append(REFERENCE_AFFINITIES[affinity](*values))
+                    products.append(REFERENCE_AFFINITIES[gradient_similarity](*values))
             expected[i, j] = np.mean(products)
     return expected
 
@@ -421,8 +435,8 @@ CONSTRAINTS = {
     },
 }
 AFFINITIES = [
-    {"affinity": affinity, "per_layer": per_layer, "scaling_matrices": scaling_matrices}
-    for affinity in SIMILARITY_NAMES
+    {"gradient_similarity": similarity, "per_layer": per_layer, "scaling_matrices": scaling_matrices}
+    for similarity in SIMILARITY_NAMES
     for per_layer in (False, True)
     for scaling_matrices in (False, True)
 ]
@@ -447,9 +461,9 @@ def discriminating_gradients(objective: str, affinity: dict, constraints: dict) 
         alternatives = [(objective, affinity)]
         if not constraints:
             alternatives = [(name, affinity) for name in OBJECTIVES if name != objective]
-            if affinity["affinity"] != "dot":  # with which per_layer changes nothing
+            if affinity["gradient_similarity"] != "dot":  # with which per_layer changes nothing
                 alternatives += [(objective, affinity | {"per_layer": not affinity["per_layer"]})]
-                alternatives += [(objective, affinity | {"affinity": "dot"})]
+                alternatives += [(objective, affinity | {"gradient_similarity": "dot"})]
             alternatives += [(objective, affinity | {"scaling_matrices": not affinity["scaling_matrices"]})]
         if all(best != best_groups_text(gradients, *alternative) for alternative in alternatives):
             return gradients
@@ -483,10 +497,14 @@ def test_all_outputs_follow_the_configured_score_and_constraints(run_grouping, o
     assert to_text(result["groups"]) == best
     assert result["score"] == result["upper_bound"] == pytest.approx(scores[best]) and result["is_optimal"]
     assert result["num_candidates"] == len(scores)
-    assert (result["objective"], result["affinity_kind"]) == (objective, affinity["affinity"])
+    assert (result["objective"], result["affinity_kind"]) == (objective, "gradient")
+    assert result["gradient_similarity"] == affinity["gradient_similarity"]
+    expected_candidate = {"affinity": "gradient", "similarity": affinity["gradient_similarity"], "is_taken": True}
+    (candidate,) = result["candidates"]
+    assert candidate == expected_candidate | {name: result[name] for name in ("objective", "groups", "score")}
     assert {name: result["constraints"][name] for name in options} == options
     assert [(to_text(row["groups"]), row["frequency"]) for row in stats["resampled"]] == [(best, 1.0)]
-    assert {to_text(row["groups"]) for row in stats["over_training"]} == {best}
+    assert {to_text(row["groups"]) for row in result["training"]["phases"]} == {best}
     task_to_group = {task: group for group in best.split(" | ") for task in group.split(" + ")}
     assert stats["co_assignment"] == [
         [float(task_to_group[i] == task_to_group[j]) for j in MORE_TASKS] for i in MORE_TASKS
@@ -494,7 +512,8 @@ def test_all_outputs_follow_the_configured_score_and_constraints(run_grouping, o
     assert [to_text(row["groups"]) for row in stats["ranked"]] == ranked[:10]
     assert [row["score"] for row in stats["ranked"]] == pytest.approx([scores[groups] for groups in ranked[:10]])
 
-    assert f"Objective <code>{objective}</code> of <code>{affinity['affinity']}</code> affinities" in run.page
+    similarity = affinity["gradient_similarity"].replace("_", " ")
+    assert f"Objective <code>{objective}</code> of <code>gradient ({similarity})</code> affinities" in run.page
     assert "100 % of 12 bootstrap resamples of the snapshots give the same groups" in run.page
     bars = run.bars(run.figures["Partitions with the highest scores"])
     assert list(bars) == ranked[:10] and bars == pytest.approx({groups: scores[groups] for groups in ranked[:10]})
@@ -512,7 +531,7 @@ def test_all_reported_partitions_of_many_tasks_meet_the_constraints_and_have_the
         run.result,
         *stats["ranked"],
         *stats["resampled"],
-        *stats["over_training"],
+        *run.result["training"]["phases"],
     ]
     assert len(stats["ranked"]) > 3 and len(stats["resampled"]) > 1
 
@@ -524,6 +543,98 @@ def test_all_reported_partitions_of_many_tasks_meet_the_constraints_and_have_the
     scores = [reference_score(affinity, to_indices(row["groups"]), objective) for row in stats["ranked"]]
     assert [row["score"] for row in stats["ranked"]] == pytest.approx(scores) and scores[0] == max(scores)
     assert list(run.bars(run.figures["Partitions with the highest scores"]).values()) == pytest.approx(scores)
+
+
+def write_measured(storage: Storage, tasks: list[str], seed: int = 0) -> tuple[Artifact, SingleTasks, dict]:
+    """Return a global prompt, and losses and features as of stage 3, with random values, and these values."""
+    rng, sizes = np.random.default_rng(seed), range(4, 4 + len(tasks))
+    labels = {task: np.arange(size) % 3 for task, size in zip(tasks, sizes)}
+    features = {task: rng.normal(size=(size, 5)).astype(np.float32) for task, size in zip(tasks, sizes)}
+    losses = {(i, j): rng.gamma(2, size=len(labels[j])) for i in (None, *tasks) for j in tasks}
+    artifacts = []
+    for prompts_of in (None, *tasks):
+        artifact = Artifact(storage, "single_tasks", {PROMPTS_OF: prompts_of, "tasks": tasks, "seed": seed})
+        predictions = [
+            Prediction(task, "", int(label), 0, 0.5, float(loss))
+            for task in tasks
+            for label, loss in zip(labels[task], losses[prompts_of, task])
+        ]
+        stored = {} if prompts_of else {task: torch.tensor(values) for task, values in features.items()}
+        with artifact.writer() as writer:
+            write_losses(writer.folder / LOSSES, predictions, stored)
+        artifacts.append(artifact)
+    gradients = rng.normal(size=(4, len(tasks), 21))
+    expected = {
+        "transfer": reference_transfer(
+            [losses[None, j] for j in tasks], [np.array([losses[i, j] for i in tasks]) for j in tasks]
+        ),
+        "gradient": reference_affinity(gradients, "dot", False, True),
+        "features": reference_features(
+            [values.astype(np.float64) for values in features.values()], list(labels.values())
+        ),
+    }
+    return write_gradients(storage, tasks, gradients), SingleTasks({}, tuple(artifacts)), expected
+
+
+@pytest.mark.parametrize("taken", AFFINITY_REGISTRY)
+def test_every_affinity_has_its_groups_and_the_configs_decides(run_grouping, tmp_path, taken):
+    storage = Storage.from_folder(tmp_path / "storage")
+    for seed in range(100):
+        global_prompt, single_tasks, expected = write_measured(storage, TASKS, seed)
+        best = {kind: best_by_enumeration(matrix, "sum") for kind, matrix in expected.items()}
+        if len({groups for groups, *_ in best.values()}) == 3:
+            break
+    run = run_grouping(TASKS, GroupingSources.of(global_prompt, single_tasks), affinity=taken)
+    result, candidates = run.result, run.result["candidates"]
+    np.testing.assert_allclose(result["affinity"], expected[taken], rtol=1e-6, atol=1e-9)
+    assert result["groups"] == to_names(best[taken][0], TASKS) and result["score"] == pytest.approx(best[taken][1])
+    assert [item["affinity"] for item in candidates][0] == taken == result["affinity_kind"]
+    assert {item["affinity"]: item["groups"] for item in candidates} == {
+        kind: to_names(groups, TASKS) for kind, (groups, *_) in best.items()
+    }
+    assert {item["affinity"]: item["score"] for item in candidates} == pytest.approx(
+        {kind: score for kind, (_, score, _) in best.items()}
+    )
+    assert [item["is_taken"] for item in candidates] == [True, False, False]
+    assert {item["affinity"]: item["similarity"] for item in candidates}["gradient"] == "dot"
+    assert all(to_text(item["groups"]) in run.page for item in candidates)
+    assert ("training" in result) == ("affinity_over_training.png" in run.figures_by_file) == (taken == "gradient")
+    assert (result["gains"] is not None) == ("Gains from each other" in run.page) == (taken == "transfer")
+    stability = result["stability"]
+    assert stability["resampled_from"] == ("snapshots" if taken == "gradient" else "training images")
+    assert stability["num_resampled"] == (4 if taken == "gradient" else 15)
+    assert stability["num_resamples"] == 12 and sum(row["frequency"] for row in stability["resampled"]) <= 1.0001
+
+
+@pytest.mark.parametrize("preset", ["office_home", "mini_domainnet", "paper_protocol"])
+def test_the_papers_presets_take_the_papers_affinity_and_objective(run_grouping, tmp_path, preset):
+    """Sums of dot products (Eq. 8), although transfer and features would choose other groups."""
+    options = load_yaml(CONFIGS / f"{preset}.yaml")["grouping"]
+    storage = Storage.from_folder(tmp_path / "storage")
+    global_prompt, single_tasks, expected = write_measured(storage, TASKS, seed=1)
+    paper, transfer = (best_by_enumeration(expected[kind], "sum")[0] for kind in ("gradient", "transfer"))
+    assert paper != transfer
+    result = run_grouping(TASKS, GroupingSources.of(global_prompt, single_tasks), **options).result
+    assert result["groups"] == to_names(paper, TASKS) and result["objective"] == "sum"
+    np.testing.assert_allclose(result["affinity"], expected["gradient"], rtol=1e-6, atol=1e-9)
+    assert run_grouping(TASKS, GroupingSources.of(global_prompt, single_tasks), affinity="transfer").result[
+        "groups"
+    ] == to_names(transfer, TASKS)
+
+
+def test_sources_determine_only_the_affinities_that_they_measure(tmp_path):
+    global_prompt, single_tasks, _ = write_measured(Storage.from_folder(tmp_path), TASKS)
+    assert list(GroupingSources.of(global_prompt, single_tasks).affinities(TASKS)) == list(AFFINITY_REGISTRY)
+    assert list(GroupingSources.of(global_prompt, None).affinities(TASKS)) == ["gradient"]
+    assert list(GroupingSources.of(None, SingleTasks({}, single_tasks.losses[:1])).affinities(TASKS)) == ["features"]
+    assert list(GroupingSources.of(None, SingleTasks({}, single_tasks.losses[:3])).affinities(TASKS)) == ["features"]
+    assert list(GroupingSources.of(None, single_tasks).affinities(TASKS)) == ["transfer", "features"]
+    assert list(GroupingSources.of(global_prompt, single_tasks).affinities([*TASKS, "oil"])) == []
+
+
+def test_damaged_losses_are_named(tmp_path):
+    with pytest.raises(UserError, match="losses.parquet cannot be read as losses .*: remove .* and run again"):
+        read_losses(tmp_path / LOSSES)
 
 
 def test_description_of_a_search():
@@ -543,9 +654,10 @@ def test_bad_snapshots_are_named(no_figures, tmp_path):
     with pytest.raises(UserError, match="no gradient snapshots; train the global prompt again"):
         read_layout(tmp_path / "nowhere.parquet")
     solve(tmp_path, np.ones((3, 3, 21)))
-    tasks = [*TASKS, "oil"]
+    tasks, storage = [*TASKS, "oil"], Storage.from_folder(tmp_path / "storage")
+    snapshots = write_gradients(storage, TASKS, np.ones((3, 3, 21)))
     with pytest.raises(UserError, match="step 1 lacks the tasks oil"):
-        write_grouping(tasks, {tmp_path / "snapshots.parquet": tasks}, GroupingConfig(), tmp_path)
+        write_grouping(tasks, GroupingSources({tuple(tasks): snapshots}), GroupingConfig(affinity="gradient"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -614,7 +726,7 @@ def test_every_objective_and_affinity_advises_what_splits_more(objective, kind, 
         advised = re.search(rf"(--grouping.objective|or) {name}\b", message.partition("To split it, try ")[2])
         assert bool(advised) == (pair_share(name) > pair_share(objective) + 1e-9), name
     advice = message.partition("To split it, try ")[2]
-    assert f"--grouping.affinity {kind}" not in advice and f"--grouping.affinity {similarity}" not in advice
+    assert f"--grouping.affinity {kind}" not in advice and f"--grouping.gradient_similarity {similarity}" not in advice
     assert message.count("; ") == 1  # the advice of the affinity
 
 
@@ -628,13 +740,18 @@ def test_tasks_that_gain_nothing_from_their_own_prompts_are_named():
 def test_names_are_those_of_the_registries_everywhere():
     assert set(REFERENCE_SCORES) == set(OBJECTIVES) and set(REFERENCE_AFFINITIES) == set(SIMILARITY_NAMES)
     fields = GroupingConfig.model_fields
-    assert choices(fields["objective"]) == OBJECTIVES and choices(fields["affinity"]) == SIMILARITY_NAMES
+    assert choices(fields["objective"]) == OBJECTIVES and choices(fields["affinity"]) == tuple(AFFINITY_REGISTRY)
+    assert choices(fields["gradient_similarity"]) == SIMILARITY_NAMES
     for objective in OBJECTIVES:
         assert get_objective(objective).summary in fields["objective"].description
-    for kind in SIMILARITY_NAMES:
-        assert get_similarity(kind).summary in fields["affinity"].description
+    for kind in AFFINITY_REGISTRY:
+        assert get_affinity(kind).summary in fields["affinity"].description
+    for similarity in SIMILARITY_NAMES:
+        assert get_similarity(similarity).summary in fields["gradient_similarity"].description
     table = (REPOSITORY / "docs" / "task_grouping.md").read_text()
-    assert all(f"\n| `{name}` | `" in table for name in (*OBJECTIVES, *SIMILARITY_NAMES))  # its name, its formula
+    assert all(
+        f"\n| `{name}` | `" in table for name in (*OBJECTIVES, *AFFINITY_REGISTRY, *SIMILARITY_NAMES)
+    )  # its name, its formula
 
 
 def test_an_unknown_name_cannot_be_scored():

@@ -226,17 +226,26 @@ def test_figures_and_page():
         "tasks": list(NAMES),
         "groups": [["ink", "chalk"], ["neon"], ["<b>noise"]],
         "objective": "sum",
-        "affinity_kind": "dot",
-        "num_snapshots": 30,
+        "affinity_kind": "gradient",
+        "gradient_similarity": "dot",
+        "gains": None,
+        "candidates": [
+            {"affinity": "gradient", "similarity": "dot", "groups": [["ink", "chalk"]], "is_taken": True},
+            {"affinity": "features", "similarity": None, "groups": [["<i>", "neon"]], "is_taken": False},
+        ],
         "warnings": ["beware & think"],
         "stability": {
             "num_resamples": 200,
-            "early": {"num_snapshots": 3, "last_step": 3, "share": 0.954},
+            "resampled_from": "snapshots",
+            "num_resampled": 30,
             "resampled": [
                 {"groups": [["ink"], ["neon"]], "frequency": 0.5},
                 {"groups": [["ink", "chalk"], ["neon"], ["<b>noise"]], "frequency": 0.25},
             ],
-            "over_training": [{"first_step": 1, "last_step": 9, "groups": [["ink", "neon"]]}],
+        },
+        "training": {
+            "early": {"num_snapshots": 3, "last_step": 3, "share": 0.954},
+            "phases": [{"first_step": 1, "last_step": 9, "groups": [["ink", "neon"]]}],
         },
     }
     images = {}
@@ -251,3 +260,9 @@ def test_figures_and_page():
     assert "&lt;b&gt;noise" in page and "<b>noise" not in page and "During &lt;training&gt;" in page
     assert len(re.findall("data:image/png;base64,[A-Za-z0-9+/=]{5000,}", page)) == 3
     assert "<td>1 to 9</td><td>ink + neon</td>" in page
+    assert "<td>gradient (dot) (taken)</td><td>ink + chalk</td>" in page
+    assert "<td>features</td><td>&lt;i&gt; + neon</td>" in page
+    others = {**result, "training": None, "gains": [[0.1, -0.25], [0.3, 0.4]]}
+    page = grouping_page(others, "Optimal", {})
+    assert "phase of the training" not in page and "these decide" not in page
+    assert ">−0.250</td>" in page and ">+0.300</td>" in page

@@ -42,7 +42,9 @@ from pipeline.stages import splits as splits_stage
 from pipeline.stages.global_prompt import global_prompt_work_item
 from pipeline.stages.group_trainings import plan_trainings
 from pipeline.stages.grouping import compute_grouping, grouping_artifact
+from pipeline.stages.grouping_sources import GroupingSources, SingleTasks
 from pipeline.stages.plan import Plan, make_plan
+from pipeline.stages.single_tasks import loss_work_items, single_tasks
 from pipeline.stages.training_spec import TrainingSpec
 
 TASKS, CLASSES, PER_CLASS = ("ink", "chalk", "neon"), ("one", "two"), 5
@@ -181,10 +183,14 @@ def prepare_plan(config: Config) -> Plan:
     return plan
 
 
-def fake_grouping(plan: Plan, key: str) -> dict[str, Any]:
-    """Return a possible result of stage 3: fixed groups, and affinities that depend on the key."""
-    affinity = np.full((len(plan.tasks), len(plan.tasks)), int(key, 16) / 2**64)
-    return {"groups": [list(plan.tasks[:2]), list(plan.tasks[2:])], "affinity": affinity.tolist()}
+def fake_grouping(plan: Plan) -> dict[str, Any]:
+    """Return a possible result of stage 4: fixed groups."""
+    return {"groups": [list(plan.tasks[:2]), list(plan.tasks[2:])]}
+
+
+def fake_affinities(plan: Plan, key: str) -> list[list[float]]:
+    """Return affinities of gradients that depend on the key."""
+    return np.full((len(plan.tasks), len(plan.tasks)), int(key, 16) / 2**64).tolist()
 
 
 def compute_keys(config: Config) -> dict[str, ExpectedKey]:
@@ -205,11 +211,10 @@ def compute_keys(config: Config) -> dict[str, ExpectedKey]:
     keys["global prompt"] = ExpectedKey(
         global_prompt.key, frozenset({"training", "method", "global_prompt"}), training_inputs, "mmap"
     )
-    grouping = grouping_artifact(plan, global_prompt)
-    keys["grouping"] = ExpectedKey(grouping.key, frozenset({"grouping"}), ("global prompt",))
     trainings = {}
     for variant in VARIANTS:
-        plan_trainings(plan, variant, fake_grouping(plan, grouping.key), trainings)
+        plan_trainings(plan, variant, fake_grouping(plan), trainings, fake_affinities(plan, global_prompt.key))
+    losses = [item.artifact for item in loss_work_items(plan, trainings["each_alone"])]
     for variant, variant_trainings in trainings.items():
         for training in variant_trainings:
             method, tasks = training.spec.method, training.spec.tasks
@@ -220,12 +225,19 @@ def compute_keys(config: Config) -> dict[str, ExpectedKey]:
                 effects = frozenset({"training_features"})
                 name = f"training features of {set_tasks} for {method}"
                 keys[name] = ExpectedKey(artifact.key, effects, feature_inputs, method, set_tasks)
-            depends_on = [*training_inputs, *(["grouping"] if get_method(method).uses_affinities else [])]
+            depends_on = [*training_inputs, *(["global prompt"] if get_method(method).uses_affinities else [])]
             if training.init_from:
                 depends_on.append(f"{training.init_from.variant}: {training.init_from.spec.tasks}")
             names = ("method", "training", "evaluation") if get_method(method).trainable else ("evaluation",)
             name, effects = f"{variant}: {tasks}", frozenset(names)
             keys[name] = ExpectedKey(training.artifact.key, effects, tuple(depends_on), method, tasks)
+    evaluation, losses_of = frozenset({"evaluation"}), []
+    for artifact, task in zip(losses, (None, *plan.tasks), strict=True):
+        losses_of.append(f"losses under the prompts of {task}")
+        depends_on = (*training_inputs, *([f"each_alone: {(task,)}"] if task else []))
+        keys[losses_of[-1]] = ExpectedKey(artifact.key, evaluation, depends_on, "mmap")
+    grouping = grouping_artifact(plan, GroupingSources.of(global_prompt, SingleTasks({}, tuple(losses))))
+    keys["grouping"] = ExpectedKey(grouping.key, frozenset({"grouping"}), ("global prompt", *losses_of))
     return keys
 
 
@@ -414,7 +426,10 @@ CHANGES_NO_NUMBER = {
 }
 VALIDATORS = ("_rows_divide_length", "_ordered")
 """Validators read fields of every config, such as that of an adapter file."""
-READERS = ("splits", "test_features", "training_features", "global_prompt", "grouping", *VARIANTS)
+READERS = (
+    *("splits", "test_features", "training_features", "global_prompt", "zero-shot losses", "losses", "grouping"),
+    *VARIANTS,
+)
 
 
 @pytest.fixture(scope="module")
@@ -423,16 +438,22 @@ def work(folder):
     changes = {"storage": "worked", "training.epochs": 1, "data.root": "broken.csv", "data.max_broken_fraction": 0.5}
     plan = prepare_plan(config_with(folder, *changes.items()))
     global_prompt = global_prompt_work_item(plan)
-    grouping = grouping_artifact(plan, global_prompt.artifact)
-    solve = WorkItem("grouping", solve_grouping, (plan, global_prompt, grouping), grouping)
+    trainings = {}
+    alone = plan_trainings(plan, "each_alone", None, trainings)
+    losses = loss_work_items(plan, alone)
+    sources = GroupingSources.of(global_prompt.artifact, single_tasks(plan, alone, losses))
+    grouping = grouping_artifact(plan, sources)
+    solve = WorkItem("grouping", solve_grouping, (plan, sources, grouping), grouping)
+    measured = [global_prompt, *(training.work_item for training in alone), *losses]
     work_by_name = {
         "splits": ([WorkItem("splits", build_splits, (plan, plan.splits), plan.splits)], "mmap", {"splits"}),
         "global_prompt": ([global_prompt], "mmap", {"training", "global_prompt"}),
-        "grouping": ([global_prompt, solve], "mmap", {"grouping"}),
+        "zero-shot losses": (losses[:1], "mmap", {"evaluation"}),
+        "losses": ([alone[0].work_item, losses[1]], "mmap", {"training", "evaluation"}),
+        "grouping": ([*measured, solve], "mmap", {"grouping"}),
     }
-    trainings = {}
     for variant in VARIANTS:
-        (training, *_) = plan_trainings(plan, variant, fake_grouping(plan, "ff"), trainings)
+        (training, *_) = plan_trainings(plan, variant, fake_grouping(plan), trainings, fake_affinities(plan, "ff"))
         dependencies = [features.work_item for features in training.features]
         if training.init_from:
             dependencies += [
@@ -503,5 +524,5 @@ def build_splits(plan: Plan, artifact: Artifact, progress: Any) -> None:
         splits_stage._build(plan, stage, writer)
 
 
-def solve_grouping(plan: Plan, global_prompt: WorkItem, artifact: Artifact, progress: Any) -> None:
-    compute_grouping(plan, global_prompt.artifact, artifact)
+def solve_grouping(plan: Plan, sources: GroupingSources, artifact: Artifact, progress: Any) -> None:
+    compute_grouping(plan, sources, artifact)

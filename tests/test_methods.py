@@ -52,7 +52,7 @@ from pipeline.stages.group_trainings import random_groups
 from pipeline.stages.training_spec import TrainingSpec
 from pipeline.training.batches import batch_indices
 from pipeline.training.evaluate import evaluate, evaluate_features
-from pipeline.training.frozen_features import StoredFeatures, frozen_test_features, save_features
+from pipeline.training.frozen_features import StoredFeatures, frozen_split_features, save_features
 from pipeline.training.trainer import Trainer
 
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
@@ -366,7 +366,7 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
     reader, words = SplitReader(tmp_path / "splits"), dict.fromkeys(TEST_COUNTS, CLASS_NAMES)
     stored = {}
     for task in words:
-        save_features(tmp_path / task, frozen_test_features(towers, reader, task, 2, "auto"))
+        save_features(tmp_path / task, frozen_split_features(towers, reader, task, 2, "auto"))
         stored[task] = StoredFeatures(tmp_path / task)
         assert len(stored[task]) == TEST_COUNTS[task]
     with torch.no_grad():

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -25,11 +26,14 @@ from safetensors.torch import load_file
 import pipeline
 from pipeline import command_line
 from pipeline.config import ClusterConfig
+from pipeline.data.images import decode_rgb
+from pipeline.data.parquet import SplitReader
 from pipeline.errors import UserError
 from pipeline.methods.registry import DEFAULT_VARIANTS
 from pipeline.runtime import stage as runtime_stage
 from pipeline.runtime.cluster import WorkerResources, ray_connection
 from pipeline.runtime.stage import Stage, WorkItem
+from pipeline.stages.flow import NAMES
 
 pytestmark = pytest.mark.slow
 TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
@@ -42,7 +46,7 @@ def test_report(quick_run):
     assert result["recommended"] in result["methods"] and result["conclusion"].startswith("Train ")
     assert {result["conclusion"], result["grouping"]} <= set(output.splitlines())
     assert sorted(task for group in result["groups"] for task in group) == TASKS
-    assert list(result["stages"]) == ["data_check", "splits", "global_prompt", "grouping", "group_trainings", "report"]
+    assert list(result["stages"]) == list(NAMES)
     assert all(seconds >= 0 for seconds in result["stages"].values())
     assert list(result["methods"]) == ["zero_shot", *DEFAULT_VARIANTS]
     for method in result["methods"].values():
@@ -62,6 +66,7 @@ def test_report(quick_run):
         "affinity_heat_map.png",
         "affinity_graph.png",
         "co_assignment_map.png",
+        "ranked_partitions.png",
         "grouping.html",
         "report.html",
     ):
@@ -126,7 +131,7 @@ def test_mlflow_holds_the_run(quick_run):
     assert "tags.level = 'method'" in experiment.tags["mlflow.note.content"]
     levels = Counter(r.data.tags["level"] for r in runs)
     trainings = {tuple(group) for group in result["groups"]} | {(task,) for task in TASKS} | {tuple(TASKS)}
-    assert levels == {"pipeline": 1, "stage": 6, "method": 4, "training": 1 + len(trainings)}
+    assert levels == {"pipeline": 1, "stage": 7, "method": 4, "training": 1 + len(trainings)}
     method_runs = {r.data.tags["method"]: r for r in runs if r.data.tags["level"] == "method"}
     for method, values in result["methods"].items():
         run = method_runs[method].data
@@ -191,10 +196,14 @@ def test_mlflow_holds_each_trainings_results(quick_run):
 def test_mlflow_nests_trainings_in_their_stage_and_stages_in_the_run(quick_run):
     runs = runs_in_mlflow(quick_run[0])
     (pipeline,) = [run for run in runs if run.data.tags["level"] == "pipeline"]
-    (trainings,) = [run for run in runs if run.data.tags.get("stage") == "group_trainings"]
-    parent_of = {"pipeline": None, "method": None, "stage": pipeline, "training": trainings}
+    stages = {run.data.tags["stage"]: run for run in runs if run.data.tags["level"] == "stage"}
+    assert set(stages) == set(NAMES)
     for run in runs:
-        parent = parent_of[run.data.tags["level"]]
+        tags = run.data.tags
+        is_single = tags.get("method") == "each_alone"
+        trainings = stages["single_tasks" if is_single else "group_trainings"]
+        parent_of = {"pipeline": None, "method": None, "stage": pipeline, "training": trainings}
+        parent = parent_of[tags["level"]]
         assert run.data.tags.get("mlflow.parentRunId") == (parent and parent.info.run_id), run.data.tags
 
 
@@ -207,7 +216,47 @@ def test_mlflow_holds_the_grouping(quick_run):
     assert stage.data.metrics["num_groups"] == len(grouping["groups"])
     assert stage.data.params["groups"] == " | ".join(" + ".join(group) for group in grouping["groups"])
     assert stage.data.params["objective"] == grouping["objective"]
-    assert stage.data.params["affinity"] == grouping["affinity_kind"]
+    assert stage.data.params["affinity"] == grouping["affinity_kind"] == "transfer"
+    for candidate in grouping["candidates"]:
+        groups = " | ".join(" + ".join(group) for group in candidate["groups"])
+        assert stage.data.params[f"groups/{candidate['affinity']}"] == groups
+    assert [candidate["affinity"] for candidate in grouping["candidates"]] == ["transfer", "gradient", "features"]
+
+
+def test_transfer_is_the_gain_of_training_images_from_the_prompts_of_other_tasks(quick_run):
+    """The tasks have the same classes and template, so the adapter of each predicts the images of all."""
+    storage, output = quick_run
+    (file,) = storage.glob("grouping/[!.]*/grouping.json")
+    grouping = json.loads(file.read_text())
+    gains, tasks = np.array(grouping["gains"]), grouping["tasks"]
+    np.testing.assert_allclose(grouping["affinity"], (gains + gains.T) / 2, atol=1e-12)
+    model = pipeline.load(the_run(storage) / "adapters" / "each_alone.safetensors", device="cpu")
+    reader = SplitReader(next(storage.glob("splits/[!.]*")))
+    rows = list(reader.rows("train", "noise"))
+    images = [decode_rgb(row["image"]) for row in rows]
+
+    def mean_loss(trained_on: str) -> float:
+        predictions = model.predict(images, trained_on)
+        pairs = zip(predictions, rows, strict=True)
+        return -np.mean([np.log(list(prediction.probabilities.values())[row["label"]]) for prediction, row in pairs])
+
+    losses = {task: mean_loss(task) for task in ("noise", "ink", "rotated")}
+    noise = tasks.index("noise")
+    for task, loss in losses.items():
+        gain_over_ink = gains[tasks.index(task), noise] - gains[tasks.index("ink"), noise]
+        assert gain_over_ink == pytest.approx(losses["ink"] - loss, abs=1e-4)
+    assert abs(losses["ink"] - losses["noise"]) > 0.01
+    assert "affinity transfer: 6 trainings of a task alone, 36 forward passes of a task's training images" in output
+
+
+def test_a_task_that_is_alone_in_its_group_is_not_trained_twice(quick_run):
+    """Its training, that of stage 3, is the group's: there is one artifact for each group of tasks."""
+    storage, _ = quick_run
+    groups = [
+        json.loads(file.read_text())["inputs"]["group"] for file in storage.glob("group_trainings/[!.]*/artifact.json")
+    ]
+    expected = {(task,) for task in TASKS} | {tuple(TASKS)} | {tuple(group) for group in summary(storage)["groups"]}
+    assert sorted(map(tuple, groups)) == sorted([*expected, tuple(TASKS)])  # and zero-shot CLIP
 
 
 def test_rerunning_reports_cached_stages(quick_run, run_job):
@@ -216,7 +265,7 @@ def test_rerunning_reports_cached_stages(quick_run, run_job):
     numbers_before = numbers(storage)
     finished = run_job("full_pipeline", "--storage", storage, *QUICK)
     assert finished.status == 0, finished.output
-    assert finished.output.count("cached (computed in") == 5
+    assert finished.output.count("cached (computed in") == 6
     assert numbers(storage) == numbers_before
 
 
@@ -230,7 +279,7 @@ def test_a_changed_bit_in_any_stored_file_is_noticed_and_mended(quick_run, run_j
     storage = tmp_path / "storage"
     shutil.copytree(quick_run[0], storage)
     run = pipeline.open_run(the_run(storage))
-    stages = ["data_check", "splits", "global_prompt", "grouping", "image_features", "group_trainings"]
+    stages = ["data_check", "splits", "global_prompt", "single_tasks", "grouping", "image_features", "group_trainings"]
     artifacts = [sorted((storage / stage).glob("[!.]*"))[0] for stage in stages]
     for artifact in artifacts:
         flip_a_bit(max(artifact.rglob("*.*"), key=lambda file: file.stat().st_size))
@@ -270,18 +319,19 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
     model = demo_clip_folder(tmp_path / "clip")  # the same CLIP, in another form
     finished = run_job(
         *("full_pipeline", "--until", "grouping", "--storage", storage, *QUICK, "--grouping.num_groups", "2"),
-        *("--clip.model", model, "--clip.pretrained", model),
+        *("--grouping.affinity", "gradient", "--clip.model", model, "--clip.pretrained", model),
     )
     assert finished.status == 0, finished.output
-    assert finished.output.count("cached (computed in") == 3 and "4 group trainings" not in finished.output
+    assert finished.output.count("cached (computed in") == 4 and "5 group trainings" not in finished.output
     assert "optimal among 31 partitions" in finished.output
     groupings = [json.loads(file.read_text()) for file in storage.glob("grouping/[!.]*/grouping.json")]
     (of_two,) = [grouping for grouping in groupings if len(grouping["groups"]) == 2]
     assert of_two["stability"]["ranked"][0]["groups"] == of_two["groups"]
+    assert all(len(candidate["groups"]) == 2 for candidate in of_two["candidates"])
     assert all(len(ranked["groups"]) == 2 for ranked in of_two["stability"]["ranked"])
     assert sum(resampled["frequency"] for resampled in of_two["stability"]["resampled"]) == pytest.approx(1, abs=0.2)
     num_steps = 5 * GLOBAL_PROMPT_EPOCHS
-    assert [part["first_step"] for part in of_two["stability"]["over_training"]] == list(
+    assert [part["first_step"] for part in of_two["training"]["phases"]] == list(
         range(1, num_steps + 1, num_steps // 5)
     )
     runs = MlflowClient(f"sqlite:///{storage}/mlflow.db").search_runs(["1"], "tags.`mlflow.runName` = 'global_prompt'")

@@ -829,7 +829,7 @@ def test_a_run_its_stage_and_its_trainings_end_as_the_work_did(plan, uri, error,
     with suppress(type(error) if error else ()), working(plan) as session:
         with Stage(session, "splits", "1 splits"):
             pass
-        with Stage(session, "group_trainings", "4 group trainings"):
+        with Stage(session, "group_trainings", "5 group trainings"):
             tracker = session.tracker
             for name in ("group: ink", "group: chalk"):
                 tracker.start_run(name, parent="group_trainings")
@@ -854,7 +854,7 @@ def test_a_run_its_stage_and_its_trainings_end_as_the_work_did(plan, uri, error,
 def test_a_run_that_failed_is_finished_by_the_next_job(plan, uri):
     for error in (UserError("out of memory"), None):
         with suppress(UserError), working(plan) as session:
-            with Stage(session, "group_trainings", "4 group trainings"):
+            with Stage(session, "group_trainings", "5 group trainings"):
                 session.tracker.start_run("group: ink", parent="group_trainings")
                 if error:
                     raise error
@@ -908,7 +908,7 @@ def test_runs_of_a_killed_job_end(plan, uri, monkeypatch, capsys):
         status, output = resend_main(source)
         assert status == 0 and f"{plan.folder}: MLflow has all 11 operations" in output
         assert set(statuses(uri).values()) == {"KILLED"} and len(statuses(uri)) == 5
-    with working(plan) as session, Stage(session, "group_trainings", "4 group trainings"):
+    with working(plan) as session, Stage(session, "group_trainings", "5 group trainings"):
         session.tracker.start_run("group: ink", parent="group_trainings")
         session.tracker.end_run("group: ink")
     assert statuses(uri) == {

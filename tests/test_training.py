@@ -53,7 +53,7 @@ from pipeline.training.evaluate import (
     evaluate_features,
     mean_loss,
 )
-from pipeline.training.frozen_features import frozen_test_features, frozen_training_features
+from pipeline.training.frozen_features import frozen_split_features, frozen_training_features
 from pipeline.training.snapshots import read_gradients, read_trajectory, write_snapshots, write_trajectory
 from pipeline.training.trainer import OPTIMIZERS, Snapshot, StepRecord, Trainer, learning_rate
 
@@ -500,10 +500,10 @@ def test_frozen_features_beyond_one_chunk_are_those_of_each_step(problem, small_
     assert len(features) == 7
 
 
-def test_frozen_test_features_beyond_one_chunk_are_those_of_each_image(split_reader, small_chunks):
+def test_frozen_split_features_beyond_one_chunk_are_those_of_each_image(split_reader, small_chunks):
     towers, _ = small_towers()
     reported = []
-    features = frozen_test_features(towers, split_reader, "chalk", 2, "float32", reported.append)
+    features = frozen_split_features(towers, split_reader, "chalk", 2, "float32", reported.append)
     assert reported == [5, 10, 15, 20, 23]
     pixels = [
         torch.from_numpy(evaluation_pixels(row["image"], towers.preprocessing))

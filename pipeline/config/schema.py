@@ -103,11 +103,11 @@ class Config(Section):
     """Methods to compare with MmAP: single-task, or multi-task with the suffix `_mt`; also ablations of MmAP
     (docs/methods.md)."""
     training: TrainingConfig = TrainingConfig()
-    """Training of prompts (stages 2 and 4)."""
+    """Training of prompts (stages 2, 3 and 5)."""
     global_prompt: GlobalPromptConfig = GlobalPromptConfig()
     """Global prompt, shared by all tasks, and its gradient snapshots (stage 2)."""
     grouping: GroupingConfig = GroupingConfig()
-    """Partition of the tasks into groups (stage 3)."""
+    """Partition of the tasks into groups (stage 4)."""
     cluster: ClusterConfig = ClusterConfig()
     """Ray cluster and resources."""
     tracking: TrackingConfig = TrackingConfig()

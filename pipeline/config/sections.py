@@ -12,16 +12,19 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config.fields import Fraction, NonNegative, NonNegativeInt, PositiveInt, Section, Template, affects
 from pipeline.errors import UserError
-from pipeline.grouping.affinities import SIMILARITIES
+from pipeline.grouping.affinities import AFFINITIES, SIMILARITIES
 from pipeline.grouping.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     AffinityName = str
+    SimilarityName = str
     ObjectiveName = str
 else:
-    AffinityName = Literal[*SIMILARITIES]
+    AffinityName = Literal[*AFFINITIES]
+    SimilarityName = Literal[*SIMILARITIES]
     ObjectiveName = Literal[*OBJECTIVES]
-_AFFINITIES = ", or ".join(affinity.summary for affinity in SIMILARITIES.values())
+_AFFINITIES = "; ".join(f"{affinity.name}: {affinity.summary}" for affinity in AFFINITIES.values())
+_SIMILARITIES = "; ".join(f"{similarity.name}: {similarity.summary}" for similarity in SIMILARITIES.values())
 _OBJECTIVES = "; ".join(f"{objective.name}: {objective.summary}" for objective in OBJECTIVES.values())
 
 BUILTIN_DIGITS = "builtin:digits"
@@ -227,11 +230,14 @@ class GlobalPromptConfig(Section, affects=("global_prompt",)):
 
 
 class GroupingConfig(Section, affects=("grouping",)):
-    affinity: Annotated[AffinityName, Field(description=f"Affinity of two tasks: {_AFFINITIES}.")] = "dot"
+    affinity: Annotated[AffinityName, Field(description=f"Affinity of two tasks. {_AFFINITIES}.")] = "transfer"
+    gradient_similarity: Annotated[
+        SimilarityName, Field(description=f"Similarity of two tasks' gradients. {_SIMILARITIES}.")
+    ] = "dot"
     per_layer: bool = False
-    """Compute affinities per layer and average them; with cosine, all layers then have equal weight."""
+    """Compute gradient affinities per layer and average them; with cosine, all layers then have equal weight."""
     scaling_matrices: bool = True
-    """Include the gradients of the scaling matrices, beside those of the source prompt."""
+    """Include the gradients of the scaling matrices, beside those of the source prompt, in gradient affinities."""
     objective: Annotated[ObjectiveName, Field(description=f"Objective to maximize. {_OBJECTIVES}.")] = "sum"
     num_groups: PositiveInt | None = None
     """Exact number of groups; null: chosen by the objective."""

@@ -87,7 +87,7 @@ def _collapse_warnings(
             advice += f"; {measure.one_group_advice}"
         return [f"All {num_tasks} tasks are in one group: {reason}. To split it, try {advice}."]
     if len(partition.groups) == num_tasks:
-        reason = "no pairwise affinity is positive" if (pairs <= 0).all() else "no group scores higher"
+        reason = measure.conflict if (pairs <= 0).all() else "no group scores higher"
         return [
             f"Every group has a single task: {reason}, so no two tasks share a prompt. To group the least conflicting "
             "tasks anyway, set --grouping.num_groups or --grouping.min_size 2."

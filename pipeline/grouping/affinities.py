@@ -27,6 +27,8 @@ class Advice:
     """Definition for two tasks, in the config's help."""
     one_group_advice: ClassVar[str]
     """How to split a single group, beside constraints and another objective."""
+    conflict: ClassVar[str] = "no pairwise affinity is positive"
+    """Reason for groups of single tasks."""
     per_layer_helps: ClassVar[bool] = False
     """Whether affinities per layer help with that."""
     dominance_advice: ClassVar[str | None] = None
@@ -51,6 +53,7 @@ class Transfer(Affinity):
         "what each gains from prompts that were trained on the other alone: zero-shot loss minus loss on its training "
         "images, averaged over both directions"
     )
+    conflict = "no two tasks gain from each other's prompts (no pairwise affinity is positive)"
     one_group_advice = "with --grouping.affinity features not all affinities can be positive"
     resampled = "training images"
 
@@ -92,9 +95,11 @@ class Dot(Similarity):
 
     name = "dot"
     summary = "dot product (the paper's Eq. 8)"
-    one_group_advice = "--grouping.affinity cosine helps if a few snapshots with large gradients determine the signs"
+    one_group_advice = (
+        "--grouping.gradient_similarity cosine helps if a few snapshots with large gradients determine the signs"
+    )
     dominance_advice = (
-        "its dot products dominate the grouping. --grouping.affinity cosine gives every task the same weight"
+        "its dot products dominate the grouping. --grouping.gradient_similarity cosine gives every task the same weight"
     )
 
     def normalize(self, gradients: np.ndarray) -> np.ndarray:

@@ -28,10 +28,10 @@ def describe_candidates(candidates: Sequence[Mapping[str, Any]]) -> str:
     """Describe grouping.json's `candidates`: the groups that were taken, the first, and those of other affinities."""
     titles: dict[frozenset[frozenset[str]], list[str]] = {}
     for candidate in candidates[1:]:
-        titles.setdefault(_partition(candidate), []).append(_affinity_title(candidate))
+        titles.setdefault(_partition(candidate), []).append(affinity_title(candidate))
     groups = {_partition(candidate): describe_groups(candidate["groups"]) for candidate in reversed(candidates)}
     taken = candidates[0]
-    text = f"Groups by {_affinity_title(taken)}: {groups[_partition(taken)]}."
+    text = f"Groups by {affinity_title(taken)}: {groups[_partition(taken)]}."
     choices = [
         f"by {' and '.join(names)}: {'the same' if partition == _partition(taken) else groups[partition]}"
         for partition, names in titles.items()
@@ -43,7 +43,7 @@ def _partition(candidate: Mapping[str, Any]) -> frozenset[frozenset[str]]:
     return frozenset(map(frozenset, candidate["groups"]))
 
 
-def _affinity_title(candidate: Mapping[str, Any]) -> str:
+def affinity_title(candidate: Mapping[str, Any]) -> str:
     similarity = candidate["similarity"]
     return f"{candidate['affinity']} ({similarity.replace('_', ' ')})" if similarity else str(candidate["affinity"])
 

@@ -36,8 +36,13 @@ class Variant:
 
     @property
     def uses_grouping(self) -> bool:
-        """True if the tasks' affinities or groups are needed before the training."""
-        return self.scope in ("found groups", "random groups") or REGISTRY[self.method].uses_affinities
+        """True if the tasks' groups are needed before the training."""
+        return self.scope in ("found groups", "random groups")
+
+    @property
+    def uses_gradients(self) -> bool:
+        """True if the affinities of the tasks' gradients are needed before the training."""
+        return REGISTRY[self.method].uses_affinities
 
 
 class TrainingOverrides(Section, affects=("method",)):

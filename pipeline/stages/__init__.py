@@ -1,1 +1,2 @@
-"""Stages of the pipeline, in order: data check, splits, global prompt, grouping, group trainings, report."""
+"""Stages of the pipeline, in order: data check, splits, global prompt, single tasks, grouping, group trainings,
+report."""

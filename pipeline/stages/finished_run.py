@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.files import DamagedFile, file_digest, is_uri, read_record, split_location, write_record
 from pipeline.prediction.options import GROUPED_ADAPTER
 from pipeline.runtime.storage import Artifact, Storage
+from pipeline.stages.grouping_sources import SingleTasks
 
 if TYPE_CHECKING:
     from pipeline.methods.adapter_file import TrainedAdapter
@@ -31,8 +32,19 @@ class FinishedRun:
     folder: Path
     snapshots: tuple[Artifact, ...]
     """Gradients of the tasks on the global prompt: from its training, then of each added task."""
+    single_tasks: SingleTasks
+    """Trainings of each task alone, and the losses of all training images under their prompts."""
     summary: dict[str, Any]
     """Content of summary.json."""
+
+    def require(self, artifacts: Iterable[Artifact], source: str) -> None:
+        """Check that artifacts exist. Raises: UserError: One is missing or damaged."""
+        for artifact in artifacts:
+            if not artifact.is_complete():
+                raise UserError(
+                    f"--run {source} needs {self.storage.display_uri(artifact.folder)}, which is missing or damaged: "
+                    "rerun the command that made the run"
+                )
 
     @cached_property
     def adapter(self) -> TrainedAdapter:
@@ -56,12 +68,21 @@ class FinishedRun:
         return tasks
 
 
-def write_provenance(plan: Plan, snapshots: Sequence[Artifact]) -> None:
-    """Write to the run's folder the inputs of its snapshots, by which a later job finds them without the data, and the
-    SHA-256 of its config and tables."""
-    records = [{"stage": artifact.stage, "inputs": artifact.inputs} for artifact in snapshots]
+def write_provenance(plan: Plan, snapshots: Sequence[Artifact], single_tasks: SingleTasks) -> None:
+    """Write to the run's folder the inputs of the artifacts that its affinities are from, by which a later job finds
+    them without the data, and the SHA-256 of its config and tables."""
+    records = {
+        "snapshots": [_record(artifact) for artifact in snapshots],
+        "adapters": {task: _record(artifact) for task, artifact in single_tasks.adapters.items()},
+        "losses": [_record(artifact) for artifact in single_tasks.losses],
+        "splits": [_record(artifact) for artifact in single_tasks.splits],
+    }
     digests = {name: file_digest(plan.folder / name) for name in (CONFIG, *TABLES) if (plan.folder / name).is_file()}
-    write_record(plan.folder / PROVENANCE, {"snapshots": records, "sha256_of_files": digests})
+    write_record(plan.folder / PROVENANCE, {**records, "sha256_of_files": digests})
+
+
+def _record(artifact: Artifact) -> dict[str, Any]:
+    return {"stage": artifact.stage, "inputs": artifact.inputs}
 
 
 def check_unchanged(folder: Path, name: str) -> None:
@@ -95,16 +116,23 @@ def read_finished_run(source: str, cache: str) -> FinishedRun:
     if not all("test_loss" in method for method in summary["methods"].values()):
         raise UserError(f"--run {source} is of an older version, without test losses: rerun the command that made it")
     run_config_file(folder)
-    snapshots = tuple(
-        Artifact(storage, record["stage"], record["inputs"]) for record in read_record(folder / PROVENANCE)["snapshots"]
-    )
-    for artifact in snapshots:
-        if not artifact.is_complete():
-            raise UserError(
-                f"--run {source} needs {storage.display_uri(artifact.folder)}, which is missing or damaged: rerun the "
-                "command that made the run"
-            )
-    return FinishedRun(storage, folder, snapshots, summary)
+    records = read_record(folder / PROVENANCE)
+    if "losses" not in records:
+        raise UserError(
+            f"--run {source} is of an older version, without losses of tasks trained alone: rerun the command that "
+            "made the run"
+        )
+
+    def artifacts(name: str) -> tuple[Artifact, ...]:
+        return tuple(Artifact(storage, record["stage"], record["inputs"]) for record in records[name])
+
+    adapters = {
+        task: Artifact(storage, record["stage"], record["inputs"]) for task, record in records["adapters"].items()
+    }
+    single_tasks = SingleTasks(adapters, artifacts("losses"), artifacts("splits"))
+    finished = FinishedRun(storage, folder, artifacts("snapshots"), single_tasks, summary)
+    finished.require(finished.snapshots + single_tasks.losses, source)
+    return finished
 
 
 def resolve_run(source: str, cache: str) -> tuple[Storage, Path]:

@@ -33,14 +33,27 @@ FLOW = (
     FlowStage("data_check", "data check", "issues of the images", "check_data"),
     FlowStage("splits", "few-shot splits", "training and test images in Parquet", "build_splits"),
     FlowStage("global_prompt", "global prompt", "snapshots of the gradient of each task", "train_global_prompt"),
-    FlowStage("grouping", "grouping", "the best partition of the tasks", "solve_grouping", ("global_prompt",)),
-    FlowStage("group_trainings", "group trainings", "adapters and test accuracies", "train_groups", ("grouping",)),
+    FlowStage("single_tasks", "single tasks", "what each task gains from each other's prompts", "train_single_tasks"),
+    FlowStage(
+        "grouping",
+        "grouping",
+        "the best partition of the tasks",
+        "solve_grouping",
+        ("global_prompt", "single_tasks"),
+    ),
+    FlowStage(
+        "group_trainings",
+        "group trainings",
+        "adapters and test accuracies",
+        "train_groups",
+        ("global_prompt", "single_tasks", "grouping"),
+    ),
     FlowStage(
         "report",
         "report",
         "tables, figures, one adapter file per method",
         "make_report",
-        ("global_prompt", "grouping", "group_trainings"),
+        ("global_prompt", "single_tasks", "grouping", "group_trainings"),
     ),
 )
 NAMES = tuple(stage.name for stage in FLOW)
@@ -48,6 +61,9 @@ NAMES = tuple(stage.name for stage in FLOW)
 
 def run_stages(plan: Plan, session: Session, last_stage: str = NAMES[-1]) -> dict[str, Any]:
     """Run all stages up to `last_stage`, using cached artifacts; return stage → result of its function."""
+    if NAMES.index(last_stage) >= NAMES.index("single_tasks"):
+        for line in plan.grouping_costs():
+            session.console.print(f"  {line}", markup=False, highlight=False)
     results: dict[str, Any] = {}
     for stage in FLOW[: NAMES.index(last_stage) + 1]:
         function = getattr(import_module(f"pipeline.stages.{stage.name}"), stage.function)

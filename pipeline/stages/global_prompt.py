@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.grouping.affinities import Gradient
 from pipeline.methods.mmap import SharedMmap
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
@@ -22,8 +23,11 @@ FORMAT = 2
 """Version of the format of those files."""
 
 
-def train_global_prompt(plan: Plan, session: Session) -> Artifact:
-    """Train the global prompt unless its artifact is complete; the splits must be complete."""
+def train_global_prompt(plan: Plan, session: Session) -> Artifact | None:
+    """Train the global prompt unless its artifact is complete, or the run does not need its gradients; the splits must
+    be complete."""
+    if Gradient.name not in plan.affinities:
+        return None
     work_item = global_prompt_work_item(plan)
     assert work_item.artifact is not None
     with Stage(session, NAME, stage_title(NAME)) as stage:

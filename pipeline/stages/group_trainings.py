@@ -1,4 +1,4 @@
-"""Stage 4: one training per group, in parallel (Eqs. 9-12), with baselines: all tasks in one group, other methods, and
+"""Stage 5: one training per group, in parallel (Eqs. 9-12), with baselines: all tasks in one group, other methods, and
 zero-shot CLIP."""
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.runtime.storage import Artifact
 from pipeline.seeds import derive_seed
 from pipeline.stages.flow import stage_title
-from pipeline.stages.grouping import read_grouping
+from pipeline.stages.grouping import gradient_affinity, read_grouping
+from pipeline.stages.grouping_sources import SingleTasks
 from pipeline.stages.image_features import ImageFeatures, test_features, training_features
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_spec import TrainingSpec, track_history, training_inputs
@@ -67,7 +68,7 @@ class Training:
     init_from: Training | None
     """Training from whose final state it starts."""
     affinities: list[list[float]] | None
-    """Affinities of the tasks, for a method that uses them."""
+    """Affinities of the tasks' gradients, for a method that uses them."""
     frozen_group_prompt: TrainedAdapter | None = None
     """MmAP of a group whose group prompt is frozen: only task prompts are trained."""
 
@@ -85,20 +86,31 @@ class Training:
 
 
 def train_groups(
-    plan: Plan, session: Session, grouping: Artifact | None = None, names: Sequence[str] | None = None
+    plan: Plan,
+    session: Session,
+    global_prompt: Artifact | None = None,
+    single_tasks: SingleTasks | None = None,
+    grouping: Artifact | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[MethodArtifacts]:
     """Train and evaluate some of registry.VARIANTS, the largest groups first, using cached artifacts.
 
     Args:
+        global_prompt: required for variants with `uses_gradients`.
+        single_tasks: trainings of an earlier stage.
         grouping: required for variants with `uses_grouping`.
         names: None: zero-shot CLIP, config.baselines, and registry.DEFAULT_VARIANTS.
     """
     names = tuple(names or ("zero_shot", *plan.config.baselines, *DEFAULT_VARIANTS))
     result = read_grouping(grouping) if grouping else None
+    affinities = None
+    if any(VARIANTS[name].uses_gradients for name in names):
+        assert global_prompt is not None  # a run with such a variant trains it
+        affinities = gradient_affinity(plan, global_prompt)
     planned: dict[str, list[Training]] = {}
     for name in names:
-        plan_trainings(plan, name, result, planned)
-    _train_planned(session, planned)
+        plan_trainings(plan, name, result, planned, affinities)
+    _train_planned(session, planned, single_tasks)
     return [_method_artifacts(name, planned[name]) for name in names]
 
 
@@ -124,25 +136,30 @@ def train_added_task(plan: Plan, session: Session, frozen_group_prompt: TrainedA
     return [_method_artifacts(name, trainings) for name, trainings in planned.items()]
 
 
-def _train_planned(session: Session, planned: Mapping[str, Sequence[Training]]) -> None:
+def _train_planned(
+    session: Session, planned: Mapping[str, Sequence[Training]], single_tasks: SingleTasks | None = None
+) -> None:
+    finished = {artifact.key for artifact in single_tasks.adapters.values()} if single_tasks else set()
     trainings: dict[str, Training] = {}
     for training in chain.from_iterable(planned.values()):
-        trainings.setdefault(training.artifact.key, training)  # variants may have groups in common
+        if training.artifact.key not in finished:
+            trainings.setdefault(training.artifact.key, training)  # variants may have groups in common
     with Stage(session, NAME, stage_title(NAME)) as stage:
-        for training in trainings.values():
-            tags = {"level": "training", "method": training.variant, "tasks": ", ".join(training.spec.tasks)}
-            session.tracker.start_run(training.spec.label, parent=NAME, tags=tags)
-        features = {
-            features.artifact.key: features.work_item
-            for training in trainings.values()
-            for features in training.features
-        }
-        for depth in range(max(training.depth for training in trainings.values()) + 1):
-            runnable = [training for training in trainings.values() if training.depth == depth]
-            runnable.sort(key=lambda training: -len(training.spec.tasks))
-            stage.execute([*(features.values() if depth == 0 else ()), *(training.work_item for training in runnable)])
-        for training in trainings.values():
-            _track(session, training)
+        execute_trainings(session, stage, list(trainings.values()))
+
+
+def execute_trainings(session: Session, stage: Stage, trainings: Sequence[Training]) -> None:
+    """Run trainings in a stage, the largest groups first, each with an MLflow run below the stage's."""
+    for training in trainings:
+        tags = {"level": "training", "method": training.variant, "tasks": ", ".join(training.spec.tasks)}
+        session.tracker.start_run(training.spec.label, parent=stage.name, tags=tags)
+    features = {features.artifact.key: features.work_item for training in trainings for features in training.features}
+    for depth in range(max((training.depth for training in trainings), default=-1) + 1):
+        runnable = [training for training in trainings if training.depth == depth]
+        runnable.sort(key=lambda training: -len(training.spec.tasks))
+        stage.execute([*(features.values() if depth == 0 else ()), *(training.work_item for training in runnable)])
+    for training in trainings:
+        _track(session, training)
 
 
 def _method_artifacts(name: str, trainings: Sequence[Training]) -> MethodArtifacts:
@@ -151,18 +168,23 @@ def _method_artifacts(name: str, trainings: Sequence[Training]) -> MethodArtifac
 
 
 def plan_trainings(
-    plan: Plan, name: str, grouping: dict[str, Any] | None, planned: dict[str, list[Training]]
+    plan: Plan,
+    name: str,
+    grouping: dict[str, Any] | None,
+    planned: dict[str, list[Training]],
+    affinities: list[list[float]] | None = None,
 ) -> list[Training]:
-    """Add a variant's trainings to `planned`, and those of the variant that it starts from; `grouping` as in
-    grouping.json."""
+    """Add a variant's trainings to `planned`, and those of the variant that it starts from.
+
+    Args:
+        grouping: as in grouping.json; required for variants with `uses_grouping`.
+        affinities: of the tasks' gradients; required for variants with `uses_gradients`.
+    """
     if name in planned:
         return planned[name]
     variant = VARIANTS[name]
     init_candidates = plan_trainings(plan, variant.init_from, grouping, planned) if variant.init_from else []
-    affinities = None
-    if get_method(variant.method).uses_affinities:
-        assert grouping is not None  # Variant.uses_grouping
-        affinities = grouping["affinity"]
+    assert affinities is not None or not variant.uses_gradients
     groups = _groups(plan, variant.scope, grouping)
     planned[name] = []
     for tasks in groups:
@@ -170,7 +192,8 @@ def plan_trainings(
         if name == "grouped" or len(groups) > 1:
             label = f"{'group' if name == 'grouped' else label}: {format_groups([tasks])}"
         init_from = next((training for training in init_candidates if set(tasks) <= set(training.spec.tasks)), None)
-        planned[name].append(_training(plan, name, variant.method, tasks, label, init_from, affinities))
+        used_affinities = affinities if variant.uses_gradients else None
+        planned[name].append(_training(plan, name, variant.method, tasks, label, init_from, used_affinities))
     return planned[name]
 
 

@@ -1,21 +1,20 @@
-"""Computation of stage 3; a separate module because it imports scipy and matplotlib, which trainings do not need."""
+"""Computation of stage 4; a separate module because it imports scipy and matplotlib, which trainings do not need."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.config import GroupingConfig
-from pipeline.errors import UserError
 from pipeline.files import write_file, write_json
 from pipeline.grouping.advice import grouping_warnings
-from pipeline.grouping.affinity import affinity_matrix, snapshot_affinities
-from pipeline.grouping.gradient_blocks import gradient_blocks, read_layout
+from pipeline.grouping.affinities import Gradient, get_affinity
 from pipeline.grouping.graph import affinity_graph
-from pipeline.grouping.partition import best_partition
+from pipeline.grouping.partition import Partition, best_partition
 from pipeline.grouping.search.constraints import task_indices
 from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.stability import (
@@ -24,15 +23,15 @@ from pipeline.grouping.stability import (
     groups_over_training,
     num_early_snapshots,
     ranked_partitions,
-    resample_snapshots,
     satisfies,
 )
 from pipeline.report.grouping_figures import affinity_graph_figure, affinity_heat_map, co_assignment_map
 from pipeline.report.grouping_page import grouping_page
 from pipeline.report.grouping_stability_figures import affinity_over_training, ranked_partitions_figure
 from pipeline.stages.finished_run import GROUPING
-from pipeline.stages.grouping import FIGURES, PAGE, STABILITY_FIGURES, describe_search
-from pipeline.training.snapshots import read_gradients, read_steps
+from pipeline.stages.grouping import FIGURES, GRADIENT_FIGURES, PAGE, STABILITY_FIGURES, describe_search
+from pipeline.stages.grouping_sources import GroupingSources
+from pipeline.stages.measures import MEASURES
 
 MAX_RESAMPLED_PARTITIONS_SHOWN = 10
 """The most frequent ones."""
@@ -42,47 +41,34 @@ RESAMPLE_TIME_LIMIT_S = 2.0
 """Per search on a bootstrap resample."""
 
 
-def write_grouping(
-    tasks: Sequence[str], files: Mapping[Path, Sequence[str]], options: GroupingConfig, folder: Path
-) -> None:
-    """Write grouping.json, the figures and the page; `files`: snapshot file → the tasks whose gradients it provides."""
-    layout, steps, gradients = _read_snapshots(tasks, files)
-    blocks = gradient_blocks(layout, per_layer=options.per_layer, scaling_matrices=options.scaling_matrices)
-    affinity = affinity_matrix(gradients, options.affinity, tasks=tasks, blocks=blocks)
-    partition = best_partition(
-        affinity,
-        objective=options.objective,
-        **options.constraints,
-        tasks=tasks,
-        time_limit_s=options.time_limit_s,
-    )
+def write_grouping(tasks: Sequence[str], sources: GroupingSources, options: GroupingConfig, folder: Path) -> None:
+    """Write grouping.json, the figures and the page."""
+    measures = {name: MEASURES[name](tasks, sources, options) for name in sources.affinities(tasks)}
+    partitions = {name: _search(measure.affinity, tasks, options) for name, measure in measures.items()}
+    measure, partition = measures[options.affinity], partitions[options.affinity]
+    affinity, is_gradient = measure.affinity, options.affinity == Gradient.name
     warnings = grouping_warnings(
         affinity,
         partition,
         tasks,
         objective=options.objective,
-        kind="gradient",
-        similarity=options.affinity,
+        kind=options.affinity,
+        similarity=options.gradient_similarity,
         per_layer=options.per_layer,
     )
-    affinities = snapshot_affinities(gradients, options.affinity, blocks)
 
     def search(matrix: np.ndarray) -> Groups:
-        seconds = min(options.time_limit_s, RESAMPLE_TIME_LIMIT_S)
-        return best_partition(
-            matrix, objective=options.objective, **options.constraints, tasks=tasks, time_limit_s=seconds
-        ).groups
+        return _search(matrix, tasks, options, RESAMPLE_TIME_LIMIT_S).groups
 
     def to_names(groups: Groups) -> list[list[str]]:
         return [[tasks[i] for i in group] for group in groups]
 
     links = {name: task_indices(tasks, name, options.constraints[name]) for name in ("must_link", "cannot_link")}
-    stability = bootstrap(resample_snapshots(affinities), search)
+    stability = bootstrap(measure.resample, search)
     ranked = ranked_partitions(
         affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **links})
     )
-    num_early = num_early_snapshots(len(steps))
-    result = {
+    result: dict[str, Any] = {
         "tasks": tasks,
         "groups": to_names(partition.groups),
         "score": partition.score,
@@ -92,13 +78,27 @@ def write_grouping(
         "num_candidates": partition.num_candidates,
         "objective": options.objective,
         "affinity_kind": options.affinity,
+        "gradient_similarity": options.gradient_similarity if is_gradient else None,
         "per_layer": options.per_layer,
         "scaling_matrices": options.scaling_matrices,
         "constraints": options.constraints,
-        "num_snapshots": len(gradients),
         "affinity": affinity.tolist(),
+        "gains": None if measure.gains is None else measure.gains.tolist(),
+        "candidates": [
+            {
+                "affinity": name,
+                "similarity": options.gradient_similarity if name == Gradient.name else None,
+                "objective": options.objective,
+                "groups": to_names(partitions[name].groups),
+                "score": partitions[name].score,
+                "is_taken": name == options.affinity,
+            }
+            for name in sorted(partitions, key=lambda name: name != options.affinity)
+        ],
         "warnings": warnings,
         "stability": {
+            "resampled_from": get_affinity(options.affinity).resampled,
+            "num_resampled": measure.num_resampled,
             "num_resamples": stability.num_resamples,
             "co_assignment": stability.co_assignment.tolist(),
             "resampled": [
@@ -106,29 +106,34 @@ def write_grouping(
                 for groups, frequency in list(stability.frequencies.items())[:MAX_RESAMPLED_PARTITIONS_SHOWN]
             ],
             "ranked": [{"groups": to_names(item.groups), "score": float(item.score)} for item in ranked],
-            "early": {
-                "num_snapshots": num_early,
-                "last_step": steps[num_early - 1],
-                "share": early_share(affinities),
-            },
-            "over_training": [
-                {"first_step": first_step, "last_step": last_step, "groups": to_names(groups)}
-                for first_step, last_step, groups in groups_over_training(affinities, steps, search)
-            ],
         },
     }
-    write_json(folder / GROUPING, result)
     figures = {
         "Affinity matrix": affinity_heat_map(affinity, tasks, partition.groups),
         "Affinity graph": affinity_graph_figure(affinity_graph(affinity, tasks, partition.groups)),
         "Co-assignment frequency over bootstrap resamples": co_assignment_map(
             stability.co_assignment, tasks, partition.groups
         ),
-        "Affinity during training": affinity_over_training(affinities, steps, tasks, partition.groups),
         "Partitions with the highest scores": ranked_partitions_figure(ranked),
     }
+    if measure.by_snapshot is not None:
+        by_snapshot, steps = measure.by_snapshot, measure.steps
+        num_early = num_early_snapshots(len(steps))
+        result["training"] = {
+            "early": {
+                "num_snapshots": num_early,
+                "last_step": steps[num_early - 1],
+                "share": early_share(by_snapshot),
+            },
+            "phases": [
+                {"first_step": first_step, "last_step": last_step, "groups": to_names(groups)}
+                for first_step, last_step, groups in groups_over_training(by_snapshot, steps, search)
+            ],
+        }
+        figures["Affinity during training"] = affinity_over_training(by_snapshot, steps, tasks, partition.groups)
+    write_json(folder / GROUPING, result)
     images = {}
-    for (title, figure), name in zip(figures.items(), (*FIGURES, *STABILITY_FIGURES), strict=True):
+    for (title, figure), name in zip(figures.items(), (*FIGURES, *STABILITY_FIGURES, *GRADIENT_FIGURES)):
         figure.savefig(folder / name, dpi=150)
         images[title] = ((folder / name).read_bytes(), round(figure.get_figwidth() * PIXELS_PER_INCH))
     summary = describe_search(result)
@@ -136,22 +141,13 @@ def write_grouping(
     write_file(folder / PAGE, page)
 
 
-def _read_snapshots(
-    tasks: Sequence[str], files: Mapping[Path, Sequence[str]]
-) -> tuple[dict[str, list[int]], list[int], np.ndarray]:
-    """Return layout, steps (S,), and gradients (S, T, P) of the tasks, in their order.
-
-    Raises:
-        UserError: a file is damaged, or its layout or steps differ from the first file's.
-    """
-    gradients_by_task: dict[str, np.ndarray] = {}
-    layouts, steps = [], []
-    for file, file_tasks in files.items():
-        layouts.append(read_layout(file))
-        steps.append(read_steps(file))
-        gradients_by_task |= zip(file_tasks, read_gradients(file, file_tasks).swapaxes(0, 1))
-        if (layouts[-1], steps[-1]) != (layouts[0], steps[0]):
-            raise UserError(
-                f"{file} has other steps or layers than {next(iter(files))}; remove its folder and run again"
-            )
-    return layouts[0], steps[0], np.stack([gradients_by_task[task] for task in tasks], axis=1)
+def _search(
+    affinity: np.ndarray, tasks: Sequence[str], options: GroupingConfig, time_limit_s: float | None = None
+) -> Partition:
+    return best_partition(
+        affinity,
+        objective=options.objective,
+        **options.constraints,
+        tasks=tasks,
+        time_limit_s=min(options.time_limit_s, time_limit_s or options.time_limit_s),
+    )

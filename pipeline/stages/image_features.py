@@ -17,7 +17,7 @@ from pipeline.runtime.storage import Artifact
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_spec import FEATURES, TrainingSpec, feature_inputs, training_config_values
 from pipeline.training.batches import TrainingSet, load_training_sets
-from pipeline.training.frozen_features import frozen_test_features, frozen_training_features, save_features
+from pipeline.training.frozen_features import frozen_split_features, frozen_training_features, save_features
 from pipeline.training.trainer import num_steps_per_epoch
 
 NAME = "image_features"
@@ -79,7 +79,7 @@ def _write_features(
 def _encode_test_images(spec: TrainingSpec, reporter: Reporter) -> torch.Tensor:
     (task,), reader, config = spec.tasks, spec.reader(), spec.config
     total = reader.description.counts["test"][task]
-    return frozen_test_features(
+    return frozen_split_features(
         spec.towers(),
         reader,
         task,

@@ -33,10 +33,12 @@ from pipeline.config import (
 )
 from pipeline.data.contents import UNREADABLE, dataset_fingerprint, read_identities
 from pipeline.data.index import DatasetIndex, index_dataset, open_root, unexpected_counts
+from pipeline.data.names import pluralize
 from pipeline.data.parquet import FORMAT, SplitDescription, SplitReader
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.files import SETTLED_NS, create_folder, read_json, write_advice, write_file, write_json
+from pipeline.grouping.affinities import AFFINITIES, Features, Gradient, Transfer
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.method import Method
 from pipeline.methods.mmap import MmapShape
@@ -75,6 +77,8 @@ class Plan:
     """Folder of the storage that contains the run's folder."""
     extra_key_inputs: Mapping[str, Any] = field(default_factory=dict)
     """Inputs of the key besides the config."""
+    affinities: tuple[str, ...] = tuple(AFFINITIES)
+    """Affinities that the run measures; the groups are by that of the config."""
 
     @cached_property
     def key(self) -> str:
@@ -99,6 +103,24 @@ class Plan:
         """Task → number of its test images; the splits must be complete."""
         counts = self.split_description.counts["test"]
         return {task: counts[task] for task in self.tasks}
+
+    def grouping_costs(self) -> list[str]:
+        """Describe the work that the affinities take, a line for each affinity."""
+        num_tasks, similarity = len(self.tasks), self.config.grouping.gradient_similarity
+        num_images = self.config.data.shots * sum(map(len, self.dataset_index.classes.values()))
+        costs = {
+            Transfer.name: f"{pluralize(num_tasks, 'training')} of a task alone, "
+            f"{pluralize(num_tasks**2, 'forward pass')} of a task's training images "
+            f"({num_tasks * num_images:,} images)",
+            Gradient.name: f"one training of all tasks ({similarity})",
+            Features.name: f"one forward pass of all training images ({num_images:,} images)",
+        }
+        taken = self.config.grouping.affinity
+        return [
+            f"affinity {name}: {costs[name]}"
+            + (f"; it decides the groups ({self.config.grouping.objective})" * (name == taken))
+            for name in sorted(self.affinities, key=lambda name: name != taken)
+        ]
 
     @property
     def folder(self) -> Path:
@@ -197,12 +219,24 @@ def make_plan(
         "splits",
         {"format": FORMAT, "images": images, "config": values_affecting(config, "splits")},
     )
-    plan = Plan(config, storage, dataset_index, images, clip, shape, splits, output_kind, extra_key_inputs or {})
+    affinities = reuse_checks_of.affinities if reuse_checks_of else _measured_affinities(config, variants)
+    inputs = extra_key_inputs or {}
+    plan = Plan(config, storage, dataset_index, images, clip, shape, splits, output_kind, inputs, affinities)
     file, text = create_folder(plan.folder) / CONFIG, to_yaml(config)
     if not file.is_file() or file.read_bytes() != text.encode():
         storage.remove(plan.folder / PROVENANCE)  # it has the SHA-256 of the earlier config
     write_file(file, text)
     return plan
+
+
+def _measured_affinities(config: Config, variants: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the affinities that a run of these variants needs; the pipeline itself measures all."""
+    if variants is None:
+        return tuple(AFFINITIES)
+    used = [VARIANTS[name] for name in variants]
+    needed = {config.grouping.affinity} if any(variant.uses_grouping for variant in used) else set()
+    needed |= {Gradient.name} if any(variant.uses_gradients for variant in used) else set()
+    return tuple(name for name in AFFINITIES if name in needed)
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -268,7 +302,10 @@ def _check_model(
     identity, towers = clip_identity(config.clip), build_meta_towers(config.clip)
     check_methods(config, dataset_index, towers, variants)
     used = [VARIANTS[name] for name in variants]
-    uses_mmap = any(variant.uses_grouping or METHODS[variant.method].Options is MmapConfig for variant in used)
+    uses_mmap = any(
+        variant.uses_grouping or variant.uses_gradients or METHODS[variant.method].Options is MmapConfig
+        for variant in used
+    )
     return identity, MmapShape.of(config.mmap, towers) if uses_mmap else None
 
 

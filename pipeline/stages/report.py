@@ -1,4 +1,4 @@
-"""Stage 5: the report, which compares the methods in the terminal, as HTML, JSON and Parquet, and in MLflow."""
+"""Stage 6: the report, which compares the methods in the terminal, as HTML, JSON and Parquet, and in MLflow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ from pipeline.stages.data_check import PAGE as DATA_PAGE
 from pipeline.stages.finished_run import REPORT_PAGE, write_provenance
 from pipeline.stages.flow import stage_title
 from pipeline.stages.group_trainings import ADAPTER, PREDICTIONS, MethodArtifacts
-from pipeline.stages.grouping import FIGURES, PAGE, STABILITY_FIGURES, read_grouping
+from pipeline.stages.grouping import FIGURES, output_files, read_grouping
+from pipeline.stages.grouping_sources import SingleTasks
 from pipeline.stages.plan import Plan
 from pipeline.stages.splits import unused_images
 
@@ -58,7 +59,12 @@ ACCURACY_FIGURE = "accuracy.png"
 
 
 def make_report(
-    plan: Plan, session: Session, global_prompt: Artifact, grouping: Artifact, methods: Sequence[MethodArtifacts]
+    plan: Plan,
+    session: Session,
+    global_prompt: Artifact,
+    single_tasks: SingleTasks,
+    grouping: Artifact,
+    methods: Sequence[MethodArtifacts],
 ) -> Path:
     """Write <run folder>/report and <run folder>/adapters, and print the table; return the folder of the report."""
     folder = create_folder(plan.folder / "report")
@@ -86,9 +92,7 @@ def make_report(
         },
         recommended=recommended_strategy(differences, result["groups"]),
         conclusion=recommendation(differences, result["groups"]),
-        grouping=describe_candidates(result["candidates"])
-        if "candidates" in result
-        else f"Groups: {format_groups(result['groups'])}.",
+        grouping=describe_candidates(result["candidates"]),
     )
     write_record(folder / "summary.json", vars(summary))
     steps = next_steps_after(plan, session)
@@ -104,7 +108,7 @@ def make_report(
     session.console.print(accuracy_table(summary))
     print_notes(session, summary)
     print_outputs(plan, session, adapter_files[-1], steps)
-    write_provenance(plan, [global_prompt])
+    write_provenance(plan, [global_prompt], single_tasks)
     return folder
 
 
@@ -240,7 +244,7 @@ def print_outputs(plan: Plan, session: Session, adapter_file: Path, steps: Seque
 
 def copy_grouping_pages(grouping: Artifact, folder: Path) -> None:
     """Copy figures and page of the grouping to a report."""
-    for name in (*FIGURES, *STABILITY_FIGURES, PAGE):
+    for name in output_files(grouping):
         shutil.copyfile(grouping.download() / name, folder / name)
 
 

@@ -1,4 +1,4 @@
-"""Training spec: the picklable description of a training in stages 2 and 4, from which a worker builds its tensors.
+"""Training spec: the picklable description of a training in stages 2, 3 and 5, from which a worker builds its tensors.
 
 An open_clip model is never sent to a worker, which gets names and paths and loads the model itself.
 """

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.data.images import BrokenImage, evaluation_pixels
-from pipeline.data.parquet import SplitReader
+from pipeline.data.parquet import Split, SplitReader
 from pipeline.data.prefetch import prefetch, prefetch_in_thread
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
@@ -75,8 +75,10 @@ def evaluate(
     tasks: Sequence[str],
     threads: int,
     on_images: Callable[[int], None] = lambda count: None,
+    split: Split = "test",
 ) -> list[Prediction]:
-    """Predict the tasks' test sets, in stored order; `on_images` is called with the number of images of each batch.
+    """Predict the tasks' images of a split, in stored order; `on_images` is called with the number of images of each
+    batch.
 
     In a process group, workers take the batches in turn, and each gets all predictions.
 
@@ -89,7 +91,7 @@ def evaluate(
         towers.device, "evaluation: run fewer at a time with a larger cluster.gpus_per_worker"
     )
     stream = decoded_batches(
-        reader, tasks, towers.preprocessing, threads, pinned=towers.device.type == "cuda", shard=shard
+        reader, tasks, towers.preprocessing, threads, pinned=towers.device.type == "cuda", shard=shard, split=split
     )
     with closing(stream), memory:
         running = (
@@ -113,12 +115,12 @@ def evaluate_decoded(
 
 
 def evaluate_features(
-    classifier: Classifier, reader: SplitReader, features: Mapping[str, Features]
+    classifier: Classifier, reader: SplitReader, features: Mapping[str, Features], split: Split = "test"
 ) -> list[Prediction]:
-    """Evaluate on features (N, E) of each task's test set by the frozen image tower, in stored order."""
+    """Evaluate on features (N, E) of each task's images of a split by the frozen image tower, in stored order."""
     predictions = []
     for task, task_features in features.items():
-        rows = list(reader.rows("test", task, ("label", "path")))
+        rows = list(reader.rows(split, task, ("label", "path")))
         for start in range(0, len(rows), FEATURE_BATCH_SIZE):
             batch = slice(start, min(start + FEATURE_BATCH_SIZE, len(rows)))
             logits = classifier.logits_from_frozen_features(task, task_features[batch])
@@ -164,21 +166,27 @@ def decoded_batches(
     batch_size: int | None = None,
     pinned: bool = False,
     shard: DistributedShard | None = None,
+    split: Split = "test",
 ) -> Generator[tuple[str, list[Row], torch.Tensor], None, None]:
-    """Yield the tasks' test sets in batches of one task: its name, rows (label, path), pixels uint8 (B, 3, S, S).
+    """Yield the tasks' images of a split in batches of one task: its name, rows (label, path), pixels uint8
+    (B, 3, S, S).
 
     One thread reads Parquet and `threads` decode (Pillow frees the GIL), AHEAD batches before the consumer, across
     task boundaries. `batch_size`: BATCH_SIZE if None. `pinned`: pixels lie in pinned memory, for asynchronous copies to
     a GPU. Of several workers, each decodes only the batches of its `shard`.
     """
     shard, size = shard or DistributedShard(), preprocessing.image_size
-    batches = islice(_batches_of_rows(reader, tasks, batch_size or BATCH_SIZE), shard.rank, None, shard.world_size)
+    batches = islice(
+        _batches_of_rows(reader, split, tasks, batch_size or BATCH_SIZE), shard.rank, None, shard.world_size
+    )
     decoding = ThreadPoolExecutor(threads, "decode")
 
     def submitted() -> Iterator[tuple[str, list[Row], torch.Tensor, list[Future[None]]]]:
         for task, rows in batches:
             pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, pin_memory=pinned)
-            decoded = [decoding.submit(_decode, task, preprocessing, *pair) for pair in zip(rows, pixels.numpy())]
+            decoded = [
+                decoding.submit(_decode, split, task, preprocessing, *pair) for pair in zip(rows, pixels.numpy())
+            ]
             yield task, rows, pixels, decoded
 
     try:
@@ -193,21 +201,23 @@ def decoded_batches(
         decoding.shutdown(cancel_futures=True)
 
 
-def _batches_of_rows(reader: SplitReader, tasks: Sequence[str], size: int) -> Iterator[tuple[str, list[Row]]]:
+def _batches_of_rows(
+    reader: SplitReader, split: Split, tasks: Sequence[str], size: int
+) -> Iterator[tuple[str, list[Row]]]:
     for task in tasks:
-        rows = reader.rows("test", task, ("image", "label", "path"))
+        rows = reader.rows(split, task, ("image", "label", "path"))
         while batch := list(islice(rows, size)):
             yield task, batch
 
 
-def _decode(task: str, preprocessing: Preprocessing, row: Row, slot: np.ndarray) -> None:
+def _decode(split: Split, task: str, preprocessing: Preprocessing, row: Row, slot: np.ndarray) -> None:
     """Write the row's pixels into `slot` (3, S, S) and drop its encoded image."""
     try:
         slot[:] = evaluation_pixels(row.pop("image"), preprocessing)
     except BrokenImage as error:
         raise UserError(
-            f"the test image {row['path']} of task {task!r} cannot be decoded ({error}): the split folder "
-            "is damaged; remove it and rebuild it"
+            f"the {'training' if split == 'train' else split} image {row['path']} of task {task!r} cannot be decoded "
+            f"({error}): the split folder is damaged; remove it and rebuild it"
         ) from None
 
 

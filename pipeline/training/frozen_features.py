@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
-from pipeline.data.parquet import SplitReader
+from pipeline.data.parquet import Split, SplitReader
 from pipeline.errors import UserError
 from pipeline.training.batches import TrainingSet
 from pipeline.training.evaluate import BATCH_SIZE, decoded_batches
@@ -52,18 +52,20 @@ def frozen_training_features(
 
 
 @torch.no_grad()
-def frozen_test_features(
+def frozen_split_features(
     towers: ClipTowers,
     reader: SplitReader,
     task: str,
     threads: int,
     precision: str,
     on_images: Callable[[int], None] = lambda count: None,
+    split: Split = "test",
 ) -> torch.Tensor:
-    """Return features (N, E) of a task's test set in stored order; `on_images` is called with the images done."""
+    """Return features (N, E) of a task's images of a split, in stored order; `on_images` is called with the images
+    done."""
     features, num_done = [], 0
     pinned = towers.device.type == "cuda"
-    for _, rows, pixels in decoded_batches(reader, [task], towers.preprocessing, threads, pinned=pinned):
+    for _, rows, pixels in decoded_batches(reader, [task], towers.preprocessing, threads, pinned=pinned, split=split):
         with autocast(towers.device, precision):
             images = towers.normalize_pixels(pixels.to(towers.device, non_blocking=pinned))
             features.append(towers.encode_image(images).cpu())

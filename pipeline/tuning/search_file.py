@@ -12,7 +12,7 @@ fields:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,10 +33,13 @@ from pipeline.config import (
 from pipeline.config.messages import show_value, validation_messages, value_message
 from pipeline.config.values import resolve_scalars
 from pipeline.errors import UserError
+from pipeline.grouping.affinities import Gradient
 from pipeline.methods.registry import METHODS, VARIANTS
 
 METHOD = "method"
 """The one field outside the config: the variant in registry.VARIANTS that a trial trains."""
+GRADIENT_FIELDS = ("gradient_similarity", "per_layer", "scaling_matrices")
+"""Fields of `grouping` that gradient affinities depend on."""
 RANGE_KINDS = ("choice", "uniform", "loguniform", "integer")
 MAX_TRIALS = 10_000
 NOT_SEARCHABLE = {
@@ -255,7 +258,7 @@ def _checked_search(options: SearchOptions, space: Mapping[str, Range], base: Co
         )
     names = [name for name in space if name != METHOD]
     applicable_methods = {
-        name: frozenset(method for method in methods if _affects(name, method, base)) for name in names
+        name: frozenset(method for method in methods if _affects(name, method, base, space)) for name in names
     }
     for name, affected in applicable_methods.items():
         if not affected:
@@ -264,13 +267,17 @@ def _checked_search(options: SearchOptions, space: Mapping[str, Range], base: Co
     return Search(options, space, applicable_methods)
 
 
-def _affects(name: str, method: str, base: Config) -> bool:
+def _affects(name: str, method: str, base: Config, space: Collection[str]) -> bool:
     variant = VARIANTS[method]
     section, _, field_name = name.partition(".")
+    by_gradients = base.grouping.affinity == Gradient.name or "grouping.affinity" in space
+    uses_gradients = variant.uses_gradients or (variant.uses_grouping and by_gradients)
     method_section = METHODS[variant.method].section
     if section == method_section or (section != "training" and "training" in field_effects(_FIELDS[name])):
         return True
-    if variant.uses_grouping and section in ("mmap", "global_prompt", "grouping", "training"):
+    if variant.uses_grouping and section in ("mmap", "grouping", "training"):
+        return True
+    if uses_gradients and (section in ("mmap", "global_prompt", "training") or field_name in GRADIENT_FIELDS):
         return True
     if section != "training":
         return False

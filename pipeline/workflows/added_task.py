@@ -4,7 +4,7 @@ it forms its own; then its task prompt is trained. Images and prompts of the exi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.config import Config
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.files import create_folder, read_record, write_record
+from pipeline.grouping.affinities import Features, Gradient, Transfer
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
@@ -32,6 +33,7 @@ from pipeline.stages.global_prompt import NAME as GLOBAL_PROMPT
 from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
 from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts, train_added_task
 from pipeline.stages.grouping import assign_task, read_grouping, with_fixed_groups
+from pipeline.stages.grouping_sources import GroupingSources
 from pipeline.stages.plan import Plan, make_plan
 from pipeline.stages.report import NAME as REPORT
 from pipeline.stages.report import (
@@ -45,6 +47,7 @@ from pipeline.stages.report import (
     write_scores,
 )
 from pipeline.stages.run import connect_cluster, run_session
+from pipeline.stages.single_tasks import train_single_tasks
 from pipeline.stages.training_spec import TrainingSpec, training_inputs
 from pipeline.training.batches import load_training_sets
 from pipeline.training.gradient_replay import replay_gradients
@@ -99,9 +102,16 @@ def plan_addition(finished: FinishedRun, config: Config, task: str, rerun: bool,
         extra_key_inputs={
             "joins": finished.adapter.digest,
             "snapshots": [artifact.key for artifact in finished.snapshots],
+            "losses": [artifact.key for artifact in finished.single_tasks.losses],
         },
         other_tasks=finished.tasks,
     )
+    # What is cheap, and what decides; a training of the task alone only where it does.
+    measured = {Gradient.name, Features.name, config.grouping.affinity}
+    plan = replace(plan, affinities=tuple(name for name in plan.affinities if name in measured))
+    if Transfer.name in measured:
+        adapters, splits = finished.single_tasks.adapters.values(), finished.single_tasks.splits
+        finished.require([*adapters, *splits], finished.storage.display_uri(finished.folder))
     trained_clip = finished.snapshots[0].inputs["clip"]
     if trained_clip != vars(plan.clip):
         raise UserError(
@@ -147,8 +157,12 @@ def _add(addition: TaskAddition, session: Session) -> None:
     session.tracker.set_tags(PARENT, {"added_task": addition.task, "joins_run": finished.folder.name})
     run_stages(plan, session, "splits")
     gradients = measure_gradients(plan, session, finished.snapshots[0])
+    added = train_single_tasks(plan, session, finished.single_tasks)
+    assert added is not None  # its features are always measured
+    single_tasks = finished.single_tasks + added
     snapshots = {tuple(artifact.inputs["tasks"]): artifact for artifact in (*finished.snapshots, gradients)}
-    grouping = assign_task(plan, session, snapshots, finished.groups, plan.config.grouping)
+    sources = GroupingSources(snapshots, single_tasks.losses)
+    grouping = assign_task(plan, session, sources, finished.groups, plan.config.grouping)
     groups = read_grouping(grouping)["groups"]
     group_mates = next([name for name in group if name != addition.task] for group in groups if addition.task in group)
     trained = train_added_task(plan, session, finished.adapter.select_group(group_mates[0]) if group_mates else None)
@@ -159,7 +173,7 @@ def _add(addition: TaskAddition, session: Session) -> None:
             run_stages(addition.rerun, rerun_session)
         rerun_summary = read_record(addition.rerun.folder / SUMMARY)
     _report(addition, session, grouping, trained, adapter, rerun_summary)
-    write_provenance(plan, [*finished.snapshots, gradients])
+    write_provenance(plan, [*finished.snapshots, gradients], single_tasks)
 
 
 def measure_gradients(plan: Plan, session: Session, global_prompt: Artifact) -> Artifact:

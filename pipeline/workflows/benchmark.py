@@ -136,8 +136,11 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
 def _run_methods(methods: Sequence[str], benchmark: str, plan: Plan, session: Session) -> dict[str, dict[str, Any]]:
     session.tracker.set_tags(PARENT, {"benchmark": benchmark})
     uses_grouping = any(VARIANTS[name].uses_grouping for name in methods)
-    outputs = run_stages(plan, session, "grouping" if uses_grouping else "splits")
-    artifacts = train_groups(plan, session, outputs.get("grouping"), methods)
+    uses_gradients = any(VARIANTS[name].uses_gradients for name in methods)
+    last_stage = "grouping" if uses_grouping else "global_prompt" if uses_gradients else "splits"
+    outputs = run_stages(plan, session, last_stage)
+    earlier = {name: outputs.get(name) for name in ("global_prompt", "single_tasks", "grouping")}
+    artifacts = train_groups(plan, session, **earlier, names=methods)
     results = {method.name: merge_results(method.results(), plan.num_test_images) for method in artifacts}
     track_results(plan, session, results, {method.name: method.groups for method in artifacts})
     session.console.print("done", highlight=False)

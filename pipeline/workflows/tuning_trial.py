@@ -17,14 +17,18 @@ from pipeline.config import content_hash
 from pipeline.data.parquet import SplitReader
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
+from pipeline.grouping.affinities import Gradient
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.mmap import MmapShape
 from pipeline.methods.registry import VARIANTS, get_method, training_config
 from pipeline.runtime.stage import WorkItem
+from pipeline.runtime.storage import Artifact
 from pipeline.stages.global_prompt import global_prompt_work_item
 from pipeline.stages.group_trainings import Training, build_method, plan_trainings
-from pipeline.stages.grouping import compute_grouping, grouping_artifact, read_grouping
+from pipeline.stages.grouping import compute_grouping, gradient_affinity, grouping_artifact, read_grouping
+from pipeline.stages.grouping_sources import GroupingSources
 from pipeline.stages.plan import Plan
+from pipeline.stages.single_tasks import loss_work_items, single_task_trainings, single_tasks
 from pipeline.stages.training_spec import TrainingSpec
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.evaluate import accuracy, decoded_batches, evaluate_decoded
@@ -68,7 +72,8 @@ def train_epochs(params: dict[str, Any], setup: TrialSetup, checkpoints: Path) -
     """
     plan, method = _trial_plan(params, setup)
     grouping = _grouping(plan) if VARIANTS[method].uses_grouping else None
-    trainings = plan_trainings(plan, method, grouping, {})
+    affinities = gradient_affinity(plan, _global_prompt(plan)) if VARIANTS[method].uses_gradients else None
+    trainings = plan_trainings(plan, method, grouping, {}, affinities)
     for training in trainings:
         for features in training.features:
             _run_unless_finished(features.work_item)
@@ -159,13 +164,28 @@ def _trial_plan(params: dict[str, Any], setup: TrialSetup) -> tuple[Plan, str]:
 
 
 def _grouping(plan: Plan) -> dict[str, Any]:
-    """Return grouping.json of the global prompt, trained without the validation images, or reuse another trial's."""
-    global_prompt = global_prompt_work_item(plan)
-    _run_unless_finished(global_prompt)
-    assert global_prompt.artifact is not None  # checked above
-    artifact = grouping_artifact(plan, global_prompt.artifact)
-    compute_grouping(plan, global_prompt.artifact, artifact)
+    """Return grouping.json of the affinity that decides, measured without the validation images, or reuse another
+    trial's."""
+    plan = replace(plan, affinities=(plan.config.grouping.affinity,))
+    if Gradient.name in plan.affinities:
+        sources = GroupingSources.of(_global_prompt(plan), None)
+    else:
+        trainings = single_task_trainings(plan)
+        losses = loss_work_items(plan, trainings)
+        for work in (*(training.work_item for training in trainings), *losses):
+            _run_unless_finished(work)
+        sources = GroupingSources.of(None, single_tasks(plan, trainings, losses))
+    artifact = grouping_artifact(plan, sources)
+    compute_grouping(plan, sources, artifact)
     return read_grouping(artifact)
+
+
+def _global_prompt(plan: Plan) -> Artifact:
+    """Return the global prompt, trained without the validation images, or reuse another trial's."""
+    work = global_prompt_work_item(plan)
+    _run_unless_finished(work)
+    assert work.artifact is not None  # checked above
+    return work.artifact
 
 
 def _run_unless_finished(work: WorkItem) -> None:
