@@ -219,6 +219,8 @@ def test_a_run_is_shown_with_groups_and_accuracies(run):
     average = f"{100 * run.summary['methods']['grouped']['average']:.1f}"
     for text in (repr(run), run._repr_html_()):
         assert str(run.folder) in text and " + ".join(run.groups[0]) in text and average in text
+    assert run.conclusion and run.conclusion in unescape(run._repr_html_())
+    assert run.conclusion in unescape(run.report.read_text())
 
 
 def test_check_returns_the_findings_and_prints_tables(storage, run, capsys):

@@ -153,6 +153,12 @@ class Run:
         return warnings
 
     @property
+    def conclusion(self) -> str:
+        """Sentence of the report on what follows: train each task alone, all in one group, or the groups found."""
+        conclusion: str = self.summary["conclusion"]
+        return conclusion
+
+    @property
     def report(self) -> Path:
         """The report, an HTML page; in its folder are figures and tables."""
         return self._file(REPORT_PAGE, "report")
@@ -202,6 +208,7 @@ class Run:
         if self.is_finished:
             parts[0] += f": {self._table_title()} ± standard error"
             parts.append(self._accuracy_cells().to_html())
+            parts.append(escape(self.conclusion))
         if (self.folder / GROUPING).is_file():
             parts.append(f"Groups: {escape(format_groups(self.groups))}")
         path = f"{self._location()}/{REPORT_PAGE if self.is_finished else ''}"
