@@ -11,12 +11,14 @@ from math import isnan, nan, sqrt
 from statistics import fmean, stdev
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import the_run
 from reference_partitions import OBJECTIVES, all_partitions, reference_score
 
+from pipeline.grouping.affinity import affinity_matrix
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.study import (
     best_on_other_seeds,
@@ -34,6 +36,8 @@ from pipeline.report.grouping_study import (
     study_to_html,
     study_to_markdown,
 )
+from pipeline.stages.global_prompt import SNAPSHOTS
+from pipeline.training.snapshots import read_gradients
 
 TASKS = ("ink", "neon", "chalk", "noise", "dots")
 T = len(TASKS)
@@ -355,7 +359,7 @@ def test_the_study_trains_every_group(run_job, tmp_path):
         tuple(json.loads(file.read_text())["inputs"]["group"]): json.loads((file.parent / "result.json").read_text())
         for file in (storage / "group_trainings").glob("[!.]*/artifact.json")
     }
-    assert len(groups) == 7
+    assert len(groups) == 7  # each task alone is also what transfer needs
     (folder,) = (storage / "grouping_studies").iterdir()
     for name in ("grouping_study.png", "grouping_study.html", "pair_gains.svg"):
         assert (folder / name).stat().st_size > 5000
@@ -365,6 +369,7 @@ def test_the_study_trains_every_group(run_job, tmp_path):
         measured = [groups["ink", "noise"][measure][task] for task in ("ink", "noise")]
         measured.append(groups["neon",][measure]["neon"])
         assert float(rows["ink + noise | neon"][measure]) == pytest.approx(sum(measured) / 3)
+    check_scores_of_pairs(rows, storage)
     pairs = list(csv.DictReader((folder / "pair_gains.csv").open()))
     (pair,) = [row for row in pairs if (row["task"], row["with"]) == ("neon", "ink")]
     gain = groups["neon",]["test_loss"]["neon"] - groups["ink", "neon"]["test_loss"]["neon"]
@@ -375,3 +380,33 @@ def test_the_study_trains_every_group(run_job, tmp_path):
     assert (
         single_task.status == 2 and "a study of 1 task takes 1 training per seed; choose 2 to 8" in single_task.output
     )
+
+
+def check_scores_of_pairs(rows: dict[str, dict[str, str]], storage) -> None:
+    """The scores under `sum` of partitions into a pair and a single task are the pairs' affinities."""
+    tasks = ["ink", "neon", "noise"]
+    (file,) = (storage / "global_prompt").glob("[!.]*/" + SNAPSHOTS)
+    gradients = read_gradients(file, tasks)
+    expected = {f"gradient {name}": affinity_matrix(gradients, name) for name in ("dot", "cosine", "adam_cosine")}
+    losses = {
+        json.loads((file.parent / "artifact.json").read_text())["inputs"]["prompts_of"]: pq.read_table(file).to_pandas()
+        for file in (storage / "single_tasks").glob("[!.]*/losses.parquet")
+    }
+    mean_losses = {prompts_of: table.groupby("task")["loss"].mean() for prompts_of, table in losses.items()}
+    gains = np.array([[mean_losses[None][task] - mean_losses[mate][task] for task in tasks] for mate in tasks])
+    expected["transfer"] = (gains + gains.T) / 2
+    centroids = (
+        losses[None]
+        .groupby(["task", "label"])["features"]
+        .apply(lambda features: np.mean([row / np.linalg.norm(row) for row in features], axis=0))
+    )
+    centered = np.stack([np.mean(list(centroids[task]), axis=0) for task in tasks])
+    centered -= centered.mean(axis=0)
+    unit = centered / np.linalg.norm(centered, axis=1, keepdims=True)
+    expected["features"] = unit @ unit.T
+    for i, j in combinations(range(3), 2):
+        pair, single = [tasks[i], tasks[j]], tasks[3 - i - j]
+        groups = [" + ".join(pair), single]
+        row = rows[" | ".join(sorted(groups, key=lambda group: tasks.index(group.split(" ")[0])))]
+        for name, affinity in expected.items():
+            assert float(row[f"{name}, sum"]) == pytest.approx(affinity[i, j], rel=1e-5)  # features are float32

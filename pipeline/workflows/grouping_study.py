@@ -12,8 +12,7 @@ from pipeline.config import Config, content_hash
 from pipeline.data.names import pluralize
 from pipeline.errors import UserError
 from pipeline.files import create_folder, write_file
-from pipeline.grouping.affinities import SIMILARITIES
-from pipeline.grouping.affinity import affinity_matrix
+from pipeline.grouping.affinities import AFFINITIES, SIMILARITIES, Gradient
 from pipeline.grouping.study import SIGNS, GroupingStudy, study_grouping
 from pipeline.report.grouping_study import (
     FIGURES,
@@ -26,11 +25,11 @@ from pipeline.report.grouping_study import (
 )
 from pipeline.runtime.session import PARENT, Session
 from pipeline.stages.flow import run_stages
-from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.group_trainings import train_every_group
+from pipeline.stages.grouping_sources import GroupingSources
+from pipeline.stages.measures import MEASURES
 from pipeline.stages.plan import Plan
 from pipeline.stages.run import connect_cluster
-from pipeline.training.snapshots import read_gradients
 from pipeline.workflows.many_runs import make_plans, map_concurrently
 
 MAX_TASKS = 8
@@ -105,7 +104,14 @@ def _study(plan: Plan, session: Session) -> GroupingStudy:
 
 
 def _affinities(plan: Plan, session: Session) -> dict[str, np.ndarray]:
-    """Return the name of every affinity → (T, T)."""
-    global_prompt = run_stages(plan, session, "global_prompt")["global_prompt"]
-    gradients = read_gradients(global_prompt.download() / SNAPSHOTS, plan.tasks)
-    return {f"gradient {name}": affinity_matrix(gradients, name, tasks=plan.tasks) for name in SIMILARITIES}
+    """Return the name of every affinity, and of every similarity of gradients → (T, T)."""
+    outputs = run_stages(plan, session, "single_tasks")
+    sources = GroupingSources.of(outputs["global_prompt"], outputs["single_tasks"])
+    affinities = {}
+    for name in AFFINITIES:
+        similarities = SIMILARITIES if name == Gradient.name else [plan.config.grouping.gradient_similarity]
+        for similarity in similarities:
+            options = plan.config.grouping.model_copy(update={"gradient_similarity": similarity})
+            title = f"{name} {similarity}" if name == Gradient.name else name
+            affinities[title] = MEASURES[name](plan.tasks, sources, options).affinity
+    return affinities
