@@ -125,8 +125,11 @@ import importlib, json, sys
 for modules in json.loads(sys.argv[1]):
     [*map(importlib.import_module, modules)]
     print("imported", *sys.modules)
-from pipeline.clip.files.source import import_open_clip
-import_open_clip()
+from pipeline.clip.load import build_meta_towers, clip_identity
+from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
+config = parse_config(load_yaml(DEMO_CONFIG)).clip
+clip_identity(config)
+build_meta_towers(config)
 print("imported", *sys.modules)
 """
 
@@ -134,7 +137,7 @@ print("imported", *sys.modules)
 @pytest.fixture(scope="module")
 def imported() -> list[set[str]]:
     """All modules of one process after importing the tracker, then the decoding of batch images, then the training
-    modules, then the other modules of workers, then open_clip."""
+    modules, then the other modules of workers, then after checking a CLIP and its weights."""
     lines = run_code(MODULES_AFTER_IMPORTING, [TRACKER], [DECODING], TRAINING_MODULES, OTHER_WORKER_MODULES)
     return [set(line.split()[1:]) for line in lines if line.startswith("imported ")]
 
@@ -165,10 +168,10 @@ def test_the_tracker_imports_mlflow_lazily(imported):
     assert not {"mlflow", "torch", "ray"} & modules
 
 
-def test_open_clip_is_imported_without_what_only_some_towers_need(imported):
+def test_a_clip_is_checked_without_libraries_that_only_some_towers_need(imported):
     modules = imported[4]
     assert {"open_clip", "torchvision"} <= modules
-    assert not {"timm", "transformers", "torch._dynamo"} & modules
+    assert not {"timm", "transformers", "torch._dynamo", "sympy"} & modules
 
 
 @pytest.fixture

@@ -228,8 +228,8 @@ def test_a_model_without_initialization_has_the_same_tensors(name, monkeypatch):
 
 def test_only_tensors_on_the_meta_device_are_not_initialized():
     torch.manual_seed(0)
-    expected = torch.nn.Linear(3, 2).weight
+    expected, scaled = torch.nn.Linear(3, 2).weight, 0.5 * torch.randn(3)
     torch.manual_seed(0)
     with SkipInitialization():
-        assert torch.equal(torch.nn.Linear(3, 2).weight, expected)
+        assert torch.equal(torch.nn.Linear(3, 2).weight, expected) and torch.equal(0.5 * torch.randn(3), scaled)
         assert torch.equal(torch.nn.init.constant_(tensor=torch.zeros(2), val=3).mul_(2), torch.full((2,), 6.0))

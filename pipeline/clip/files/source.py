@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,9 +108,11 @@ def resolve_model(model: str) -> ModelSource:
 
 def import_open_clip() -> ModuleType:
     """Import open_clip on first use: it takes half a second, and three times that with what only some towers need."""
-    with no_garbage_collection(), deferred("torch._dynamo", "timm", "transformers"):
-        ensure_torchvision()
-        import open_clip
+    if "open_clip" not in sys.modules:
+        with no_garbage_collection(), deferred("torch._dynamo", "timm", "transformers"):
+            ensure_torchvision()
+            import_module("open_clip")
+    import open_clip
 
     module: ModuleType = open_clip
     return module
