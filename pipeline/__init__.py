@@ -54,7 +54,7 @@ def fit(
         name: name of the run in reports and MLflow.
         storage: root of all outputs, a folder or a bucket.
         config: YAML file or files, a mapping of fields, or a Config; the other arguments override it.
-        until: last stage: data_check, splits, global_prompt, grouping, group_trainings or report.
+        until: last stage: data_check, splits, global_prompt, single_tasks, grouping, group_trainings or report.
         verbose: print progress and warnings.
         sections: all other settings (docs/configuration.md), by section: grouping={"objective": "mean"}.
 

@@ -163,10 +163,10 @@ def numbers(storage: Path) -> dict[str, object]:
     (splits,) = (storage / "splits").glob("[!.]*")
     for file in sorted(splits.rglob("*.parquet")) + [splits / "splits.json"]:
         files[str(file.relative_to(splits))] = file.read_bytes()
-    for stage in ("global_prompt", "grouping", "image_features", "group_trainings"):
+    for stage in ("global_prompt", "single_tasks", "grouping", "image_features", "group_trainings"):
         for folder in (storage / stage).glob("[!.]*"):
             inputs = json.loads((folder / "artifact.json").read_text())["inputs"]
-            name = " ".join(str(inputs.get(part, "")) for part in ("method", "group", "task", "split"))
+            name = " ".join(str(inputs.get(part, "")) for part in ("method", "group", "task", "split", "prompts_of"))
             for file in sorted(folder.glob("*")):
                 if file.suffix in (".parquet", ".safetensors") or file.name == "grouping.json":
                     assert f"{stage} {name} {file.name}" not in files

@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlflow import MlflowClient
 from pipelines import the_run
 from reference_partitions import OBJECTIVES
 from reference_towers import reference_encode_image, reference_encode_text
+from rich.console import Console
 from safetensors.torch import load_file
 from servers import S3Server, free_ports
 from small_clip import CLASS_NAMES, small_towers, tokenizer
@@ -29,16 +31,19 @@ from small_problem import CONFIG, TASKS, TEMPLATE, group_prompts, mmap_shape, sm
 
 import pipeline
 from pipeline.clip.class_tokens import class_tokens
-from pipeline.config import GroupingConfig
+from pipeline.config import GroupingConfig, load_yaml, parse_config
 from pipeline.data.images import read_image
+from pipeline.errors import UserError
 from pipeline.grouping.partition import best_partition
 from pipeline.grouping.study import partition_score, set_partitions
 from pipeline.methods.mmap import GroupMmap, SharedMmap
 from pipeline.report.added_task import AddedTask, added_task_cells, added_task_notes
+from pipeline.runtime.storage import Artifact
 from pipeline.stages.finished_run import read_finished_run
 from pipeline.stages.grouping import with_fixed_groups
 from pipeline.training.gradient_replay import replay_gradients
 from pipeline.training.trainer import Trainer
+from pipeline.workflows.added_task import plan_addition
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 EXISTING, ADDED = ["chalk", "ink", "noise", "rotated"], ["neon", "outline"]
@@ -272,6 +277,14 @@ def test_a_task_is_added_and_existing_tasks_do_not_change(finished, added):
             ours, expected = (r["methods"][name][value] for r in (report, finished_report))
             assert {task: ours[task] for task in EXISTING} == expected
     assert (folder / "report" / "grouping.html").is_file()
+
+    # The gains of existing tasks are the finished run's; the new one's, in both directions, are measured.
+    old_grouping, grouping = (pipeline.open_run(run).grouping for run in (finished, folder))
+    positions = [grouping["tasks"].index(task) for task in old_grouping["tasks"]]
+    gains = np.array(grouping["gains"])
+    np.testing.assert_array_equal(gains[np.ix_(positions, positions)], old_grouping["gains"])
+    assert gains.shape == (5, 5) and gains.all() and grouping["affinity_kind"] == "transfer"
+    assert {item["affinity"] for item in grouping["candidates"]} == {"transfer", "gradient", "features"}
     page = (folder / "report" / "report.html").read_text()
     assert f"{ADDED[0]} added" in page and page.count("data:image/jpeg") > 3 and f">{ADDED[0]}</h2>" in page
     predictions = pq.read_table(folder / "report" / "predictions.parquet").to_pandas()
@@ -311,6 +324,43 @@ def test_a_task_is_added_and_existing_tasks_do_not_change(finished, added):
     assert version.run_id == tracked.info.run_id
 
 
+def test_only_transfer_trains_the_new_task_alone_and_needs_the_images_of_the_others(finished, monkeypatch):
+    """Adapters and splits of the finished run are needed by transfer, its losses by all."""
+    run, console = read_finished_run(str(finished), ""), Console(quiet=True)
+    config = parse_config(load_yaml(run.config_file))
+
+    def plan(affinity: str):
+        grouping = config.grouping.model_copy(update={"affinity": affinity})
+        return plan_addition(run, config.model_copy(update={"grouping": grouping}), ADDED[0], False, console).plan
+
+    measured = {affinity: set(plan(affinity).affinities) for affinity in ("transfer", "gradient", "features")}
+    assert measured["transfer"] == {"transfer", "gradient", "features"}
+    assert measured["gradient"] == measured["features"] == {"gradient", "features"}
+    costs = "\n".join(plan("transfer").grouping_costs())
+    assert "1 training of a task alone, 9 forward passes" in costs
+    is_complete = Artifact.is_complete
+
+    def others_complete(missing: Artifact, artifact: Artifact) -> bool:
+        return artifact.key != missing.key and is_complete(artifact)
+
+    for artifact in (run.single_tasks.splits[0], run.single_tasks.adapters["noise"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(Artifact, "is_complete", lambda other, missing=artifact: others_complete(missing, other))
+            with pytest.raises(UserError, match=f"needs .*{artifact.key}, which is missing .*: rerun the command"):
+                plan("transfer")
+            plan("features")
+    single = run.single_tasks
+    adapters = {task: adapter for task, adapter in single.adapters.items() if task != "noise"}
+    run = replace(run, single_tasks=replace(single, adapters=adapters))
+    plan("gradient")
+    with pytest.raises(UserError, match="noise was added by another affinity: set --grouping.affinity features"):
+        plan("transfer")
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifact, "is_complete", lambda other: others_complete(single.losses[-1], other))
+        with pytest.raises(UserError, match=f"needs .*{single.losses[-1].key}, which is missing"):
+            read_finished_run(str(finished), "")
+
+
 @pytest.mark.fault_injection
 def test_tasks_are_added_successively_and_compared_with_retraining(finished, added, run_job):
     _, first_run = added(finished, ADDED[0])
@@ -319,6 +369,7 @@ def test_tasks_are_added_successively_and_compared_with_retraining(finished, add
     _, second_run = added(
         first_run, ADDED[1], "--rerun", "--grouping.num_groups", str(len(read_summary(first_run)["groups"]))
     )
+    assert len(read_finished_run(str(second_run), "").single_tasks.adapters) == 6
     report = read_summary(second_run)
     assert report["tasks"] == sorted([*EXISTING, *ADDED])
     assert len(report["groups"]) == len(read_summary(first_run)["groups"])  # so it had to join a group

@@ -1,7 +1,7 @@
 """Storage of artifacts, in folders named by the hash of their inputs.
 
     <storage>/<stage>/<key>/             complete artifacts of data_check, splits, global_prompt, task_gradients,
-                                         grouping, image_features and group_trainings
+                                         single_tasks, grouping, image_features and group_trainings
     <storage>/<stage>/.staging-<key>/    incomplete ones: checkpoints of the training, and a folder for each attempt
     <storage>/runs/<name>-<key>/         reports, by run
     <storage>/benchmarks/<name>-<key>/   reports on several runs

@@ -104,15 +104,22 @@ class Plan:
         counts = self.split_description.counts["test"]
         return {task: counts[task] for task in self.tasks}
 
-    def grouping_costs(self) -> list[str]:
-        """Describe the work that the affinities take, a line for each affinity."""
+    def grouping_costs(self, num_existing: int = 0, num_existing_images: int = 0) -> list[str]:
+        """Describe the work that the affinities take, a line for each affinity.
+
+        Args:
+            num_existing: number of tasks of a finished run to which the run's tasks are added.
+            num_existing_images: number of their training images.
+        """
         num_tasks, similarity = len(self.tasks), self.config.grouping.gradient_similarity
         num_images = self.config.data.shots * sum(map(len, self.dataset_index.classes.values()))
+        num_passes = num_tasks * (num_tasks + 2 * num_existing)
+        num_passed = num_images * (num_tasks + num_existing) + num_tasks * num_existing_images
+        gradients = "gradients at the global prompt's snapshots" if num_existing else "one training of all tasks"
         costs = {
             Transfer.name: f"{pluralize(num_tasks, 'training')} of a task alone, "
-            f"{pluralize(num_tasks**2, 'forward pass')} of a task's training images "
-            f"({num_tasks * num_images:,} images)",
-            Gradient.name: f"one training of all tasks ({similarity})",
+            f"{pluralize(num_passes, 'forward pass')} of a task's training images ({num_passed:,} images)",
+            Gradient.name: f"{gradients} ({similarity})",
             Features.name: f"one forward pass of all training images ({num_images:,} images)",
         }
         taken = self.config.grouping.affinity

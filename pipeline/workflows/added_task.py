@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config import Config
+from pipeline.data.parquet import SplitReader
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError
 from pipeline.files import create_folder, read_record, write_record
@@ -109,9 +110,7 @@ def plan_addition(finished: FinishedRun, config: Config, task: str, rerun: bool,
     # What is cheap, and what decides; a training of the task alone only where it does.
     measured = {Gradient.name, Features.name, config.grouping.affinity}
     plan = replace(plan, affinities=tuple(name for name in plan.affinities if name in measured))
-    if Transfer.name in measured:
-        adapters, splits = finished.single_tasks.adapters.values(), finished.single_tasks.splits
-        finished.require([*adapters, *splits], finished.storage.display_uri(finished.folder))
+    num_images = _check_transfer(finished) if Transfer.name in measured else 0
     trained_clip = finished.snapshots[0].inputs["clip"]
     if trained_clip != vars(plan.clip):
         raise UserError(
@@ -121,8 +120,27 @@ def plan_addition(finished: FinishedRun, config: Config, task: str, rerun: bool,
     check_constraints(
         sorted([*finished.tasks, task]), **with_fixed_groups(config.grouping, finished.groups).constraints
     )
+    for line in plan.grouping_costs(len(finished.tasks), num_images):
+        console.print(f"  {line}", markup=False, highlight=False)
     rerun_plan = make_plan(_for_tasks(config, sorted([*finished.tasks, task])), console) if rerun else None
     return TaskAddition(plan, finished, rerun_plan)
+
+
+def _check_transfer(finished: FinishedRun) -> int:
+    """Check that the existing tasks' images and prompts are in the storage; return the number of their training images.
+
+    Raises:
+        UserError: a task was not trained alone, or an artifact is missing.
+    """
+    single = finished.single_tasks
+    if missing := [task for task in finished.tasks if task not in single.adapters]:
+        raise UserError(
+            f"grouping.affinity=transfer needs every task trained alone, and {', '.join(missing)} was added by another "
+            "affinity: set --grouping.affinity features or gradient, or run mmap-clip full-pipeline with all tasks"
+        )
+    finished.require([*single.adapters.values(), *single.splits], finished.storage.display_uri(finished.folder))
+    descriptions = [SplitReader(splits.download("splits.json")).description for splits in single.splits]
+    return sum(sum(description.counts["train"].values()) for description in descriptions)
 
 
 def _for_tasks(config: Config, tasks: Sequence[str]) -> Config:
