@@ -417,6 +417,30 @@ def test_a_field_must_declare_what_it_affects():
         affects("trainings")
 
 
+@pytest.mark.parametrize(
+    "variants, affinity, measured",
+    [
+        (None, "gradient", ["transfer", "gradient", "features"]),
+        (["coop", "zero_shot", "all_in_one"], "transfer", []),
+        (["coop", "grouped"], "transfer", ["transfer"]),
+        (["mmap_random_groups"], "features", ["features"]),
+        (["grouped"], "gradient", ["gradient"]),
+        (["hipro"], "transfer", ["gradient"]),
+        (["hipro", "grouped"], "transfer", ["transfer", "gradient"]),
+    ],
+)
+def test_a_run_measures_the_affinities_that_its_methods_need(folder, variants, affinity, measured):
+    """A benchmark trains a global prompt, or each task alone, only if a method needs it; the pipeline measures all."""
+    plan = make_plan(config_with(folder, ("grouping.affinity", affinity)), Console(quiet=True), variants=variants)
+    assert list(plan.affinities) == measured
+    assert len(plan.grouping_costs()) == len(measured)
+    costs = "\n".join(plan.grouping_costs())
+    assert ("3 trainings of a task alone, 9 forward passes of a task's training images (36 images)" in costs) == (
+        "transfer" in measured
+    )
+    assert costs.startswith(f"affinity {affinity}: ") == ("decides the groups (sum)" in costs) == (affinity in measured)
+
+
 # Fields that work items read
 
 CHANGES_NO_NUMBER = {

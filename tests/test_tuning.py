@@ -95,6 +95,21 @@ def test_fields_that_affect_all_trainings_affect_every_method(tmp_path, name, va
     assert search.fields_for("joint_prompts_mt") == [name]
 
 
+def test_the_global_prompt_affects_groups_by_gradients_and_hipro_only(tmp_path):
+    fields = {"global_prompt.snapshot_every": {"choice": [1, 2]}, "grouping.gradient_similarity": {"choice": ["dot"]}}
+
+    def affected(base, *methods, **more_fields) -> list[str]:
+        space = {"method": {"choice": list(methods)}, "mmap.prompt_length": {"choice": [4, 8]}, **fields, **more_fields}
+        search = read_search(search_file(tmp_path, fields=space), base)
+        return [name for name in fields if name in search.fields_for(methods[0])]
+
+    gradient = BASE.model_copy(update={"grouping": BASE.grouping.model_copy(update={"affinity": "gradient"})})
+    assert affected(BASE, "hipro", "grouped") == affected(gradient, "grouped") == list(fields)
+    assert affected(BASE, "grouped", **{"grouping.affinity": {"choice": ["transfer", "gradient"]}}) == list(fields)
+    with pytest.raises(UserError, match="global_prompt.snapshot_every has no effect on method grouped"):
+        affected(BASE, "grouped")
+
+
 def test_the_shipped_search_files_can_be_read():
     files = sorted((DEMO_CONFIG.parent / "searches").glob("*.yaml"))
     assert len(files) >= 2
