@@ -250,7 +250,7 @@ def shown(values: list[float], digits: int) -> str:
 
 
 def test_the_report_compares_what_each_criterion_chooses(studies):
-    text = study_to_markdown("demo", TASKS, studies)
+    text = study_to_markdown("demo", TASKS, studies, "transfer, sum")
     for measure, title, scale, digits in (("accuracy", "Test accuracy", 100, 2), ("test_loss", "Test loss", -1, 3)):
         rows = table_rows(text, title)
         criteria = [f"{name}, {objective}" for name in AFFINITY_NAMES for objective in OBJECTIVES]
@@ -278,8 +278,24 @@ def test_the_report_compares_what_each_criterion_chooses(studies):
         assert rows["random partition"][3:5] == rows["each alone"][2:5:2] == [zero, zero]
 
 
+def test_the_report_says_what_follows():
+    """Its sentence is about the groups of the config's affinity and objective."""
+    affinities, results = random_inputs(1)
+    groups = [group for size in range(1, T + 1) for group in combinations(range(T), size)]
+    results["accuracy"] = {group: [0.9 if group in ((0, 1), (2, 3, 4)) else 0.5] * len(group) for group in groups}
+    right = np.array([[1.0 if (i < 2) == (j < 2) else -1.0 for j in range(T)] for i in range(T)])
+    studies = {seed: study_grouping({"transfer": right, "features": -right}, results) for seed in SEEDS}
+    introduction = study_to_markdown("demo", TASKS, studies, "transfer, sum").split("## ")[0]
+    assert (
+        "(transfer, sum): Train the groups found: 40.0 ± 0.0 points above each task alone; 40.0 ± 0.0" in introduction
+    )
+    introduction = study_to_markdown("demo", TASKS, studies, "features, sum").split("## ")[0]
+    assert "(features, sum): Train each task alone" in introduction
+    assert "Train" not in study_to_markdown("demo", TASKS, {1: studies[1]}, "transfer, sum")  # no error of one seed
+
+
 def test_the_report_has_correlations_beside_their_ceiling(studies):
-    text = study_to_markdown("demo", TASKS, studies)
+    text = study_to_markdown("demo", TASKS, studies, "transfer, sum")
     rows = table_rows(text, "Rank correlation")
     seed_studies = list(studies.values())
     predictors = {
@@ -297,18 +313,18 @@ def test_the_report_has_correlations_beside_their_ceiling(studies):
     assert rows["number of groups"][1] == rows["number of groups"][3] == "undefined"
     ceilings = [value for measure in ("accuracy", "test_loss") for value in ceiling(seed_studies, measure)]
     assert rows["another seed of the results"] == [f"{m:.2f} ± {e:.2f}".replace("-", "−") for m, e in ceilings]
-    assert "another seed" not in study_to_markdown("demo", TASKS, {1: studies[1]})
+    assert "another seed" not in study_to_markdown("demo", TASKS, {1: studies[1]}, "transfer, sum")
 
 
 def test_the_report_has_gains_of_pairs_and_chosen_groups(studies):
-    text = study_to_markdown("demo", TASKS, studies)
+    text = study_to_markdown("demo", TASKS, studies, "transfer, sum")
     gains = [100 * study.pair_gains["accuracy"][1, 3] for study in studies.values()]
     row = table_rows(text, "Test accuracy: gains of pairs")["with neon"]
     assert row[3] == shown(gains, 1) and row[1] == ""
     chosen = studies[2].partitions[studies[2].criteria[0].chosen]
     names = " \\| ".join(" + ".join(TASKS[task] for task in group) for group in chosen)
     assert re.search(rf"^\| transfer, sum \| [\d, ]*\b2\b[\d, ]* \| {re.escape(names)} \|$", text, re.MULTILINE)
-    page = study_to_html("a <b>", TASKS, studies, {"grouping_study.png": b"1", "pair_gains.png": b"2"})
+    page = study_to_html("a <b>", TASKS, studies, "transfer, sum", {"grouping_study.png": b"1", "pair_gains.png": b"2"})
     assert "a &lt;b&gt;" in page and page.count("<table>") == 6 and shown(gains, 1) in page
 
 
@@ -343,7 +359,7 @@ def test_constant_results_have_no_correlation():
     affinities, results = random_inputs(1)
     constant = {measure: {group: [0.5] * len(group) for group in results[measure]} for measure in results}
     studies = {seed: study_grouping(affinities, constant) for seed in (1, 2)}
-    rows = table_rows(study_to_markdown("demo", TASKS, studies), "Rank correlation")
+    rows = table_rows(study_to_markdown("demo", TASKS, studies, "transfer, sum"), "Rank correlation")
     assert rows["transfer, sum"] == rows["another seed of the results"] == ["undefined"] * 4
     assert study_figure(studies) and pair_gains_figure(TASKS, studies)
 

@@ -16,7 +16,10 @@ import numpy as np
 from pipeline.data.names import shorten
 from pipeline.grouping.study import SIGNS, GroupingStudy, best_on_other_seeds, ceiling, mean_and_error
 from pipeline.grouping.text import format_groups
+from pipeline.report import recommendation
 from pipeline.report.page import embedded_image, html_page, html_table
+from pipeline.report.scores import Estimate
+from pipeline.report.summary import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +39,7 @@ ALL_IN_ONE, EACH_ALONE, RANDOM = "all in one", "each alone", "random partition"
 OTHER_SEEDS, HINDSIGHT = "best on the other seeds", "best in hindsight"
 ANOTHER_SEED, NUM_GROUPS, PAIRS = "another seed of the results", "number of groups", "results of all pairs"
 
-Estimate = tuple[float, float]
+MeanAndError = tuple[float, float]
 """Mean over seeds and its standard error, NaN if unknown."""
 Choices = Mapping[str, Sequence[int | None]]
 """Title of a row → index of its partition for each seed; None: a partition drawn at random."""
@@ -56,28 +59,30 @@ def criterion_titles(study: GroupingStudy) -> list[str]:
     return [f"{criterion.affinity}, {criterion.objective}" for criterion in study.criteria]
 
 
-def study_to_markdown(name: str, tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> str:
-    """Return a report of the studies (by seed): means over seeds, ± standard error for two or more seeds."""
-    lines = [f"# {name}: which tasks help each other?", "", _introduction(tasks, studies), ""]
+def study_to_markdown(name: str, tasks: Sequence[str], studies: Mapping[int, GroupingStudy], config_title: str) -> str:
+    """Return a report of the studies (by seed): means over seeds, ± standard error for two or more seeds.
+
+    Args:
+        config_title: one of `criterion_titles`, the affinity and objective of the config.
+    """
+    lines = [f"# {name}: which tasks help each other?", "", *_introduction(tasks, studies, config_title)]
     lines += [f"![{alt}]({file})" for file, alt in FIGURES.items()]
     for section in _sections(tasks, studies):
         lines += ["", f"## {section.title}", "", section.text, ""]
-        alignment = " ---: |" if section.is_numeric else " --- |"
-        lines += [_markdown_row(section.header), f"| --- |{alignment * (len(section.header) - 1)}"]
-        lines += map(_markdown_row, section.rows)
+        lines += markdown_table(section.header, [[cell.replace("|", r"\|") for cell in row] for row in section.rows])
     return "\n".join([*lines, ""])
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    escaped = [cell.replace("|", r"\|") for cell in cells]
-    return f"| {' | '.join(escaped)} |"
-
-
 def study_to_html(
-    name: str, tasks: Sequence[str], studies: Mapping[int, GroupingStudy], figures: Mapping[str, bytes]
+    name: str,
+    tasks: Sequence[str],
+    studies: Mapping[int, GroupingStudy],
+    config_title: str,
+    figures: Mapping[str, bytes],
 ) -> str:
     """Return the same as a page; `figures`: the content (PNG) of the files in FIGURES."""
-    body = [f"<h1>{escape(name)}: which tasks help each other?</h1>", f"<p>{escape(_introduction(tasks, studies))}</p>"]
+    body = [f"<h1>{escape(name)}: which tasks help each other?</h1>"]
+    body += [f"<p>{escape(text)}</p>" for text in _introduction(tasks, studies, config_title) if text]
     body += [embedded_image(figures[file], alt, attributes=' class="figure"') for file, alt in FIGURES.items()]
     for section in _sections(tasks, studies):
         body += [f"<h2>{escape(section.title)}</h2>", f"<p>{escape(section.text)}</p>"]
@@ -87,13 +92,44 @@ def study_to_html(
     )
 
 
-def _introduction(tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> str:
+def _introduction(tasks: Sequence[str], studies: Mapping[int, GroupingStudy], config_title: str) -> list[str]:
+    """Return paragraphs, each followed by an empty line."""
     num_partitions = len(next(iter(studies.values())).partitions)
     seeds = f"seed{'s' if len(studies) > 1 else ''} {', '.join(map(str, studies))}"
-    return (
-        f"All {num_partitions} partitions of {len(tasks)} tasks, from {2 ** len(tasks) - 1} trainings per seed; "
-        f"{seeds}. Results are means over tasks; ± is the standard error over seeds."
-    )
+    lines = [
+        f"All {num_partitions:,} partitions of {len(tasks)} tasks, from {2 ** len(tasks) - 1} trainings per seed; "
+        f"{seeds}. Results are means over tasks; ± is the standard error over seeds.",
+        "",
+    ]
+    if len(studies) > 1:
+        sentence = _recommendation(list(studies.values()), config_title)
+        lines += [f"For the config's affinity and objective ({config_title}): {sentence}", ""]
+    return lines
+
+
+def _recommendation(studies: Sequence[GroupingStudy], config_title: str) -> str:
+    """Return what follows from the accuracies for a run with this affinity and objective."""
+    from scipy.stats import t  # lazily: help imports this module
+
+    position = criterion_titles(studies[0]).index(config_title)
+    chosen = {
+        recommendation.EACH_ALONE: [study.each_alone for study in studies],
+        recommendation.ALL_IN_ONE: [study.all_in_one for study in studies],
+        recommendation.GROUPED: [study.criteria[position].chosen for study in studies],
+    }
+    accuracies = {
+        name: np.array([study.values["accuracy"][index] for study, index in zip(studies, indices)])
+        for name, indices in chosen.items()
+    }
+    differences = {
+        name: {
+            rival: Estimate(*mean_and_error((accuracies[name] - accuracies[rival]).tolist()))
+            for rival in accuracies
+            if rival != name
+        }
+        for name in accuracies
+    }
+    return recommendation.recommendation(differences, None, float(t.ppf(recommendation.QUANTILE, len(studies) - 1)))
 
 
 def _sections(tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> Iterator[_Section]:
@@ -127,7 +163,7 @@ def _gain(
     measure: str,
     chosen: Sequence[int | None],
     reference: Callable[[GroupingStudy, int | None], float],
-) -> Estimate:
+) -> MeanAndError:
     """Return the gain of the chosen partitions over a reference result, in UNITS."""
     gains = [
         SCALES[measure] * SIGNS[measure] * (_result(study, measure, index) - reference(study, index))
@@ -180,7 +216,7 @@ def _choices_section(measure: str, studies: Sequence[GroupingStudy]) -> _Section
 # --- correlations ----------------------------------------------------------------------------------------------------
 
 
-def _correlations(studies: Sequence[GroupingStudy], measure: str) -> dict[str, tuple[Estimate, Estimate]]:
+def _correlations(studies: Sequence[GroupingStudy], measure: str) -> dict[str, tuple[MeanAndError, MeanAndError]]:
     """Return row → correlations with the results: over all partitions, and among those with equally many groups."""
 
     predictors = {
@@ -228,7 +264,7 @@ def _correlations_section(studies: Sequence[GroupingStudy]) -> _Section:
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def _pair_gains(studies: Sequence[GroupingStudy], measure: str) -> list[list[Estimate]]:
+def _pair_gains(studies: Sequence[GroupingStudy], measure: str) -> list[list[MeanAndError]]:
     """Return the gains [mate][task] in UNITS; NaN on the diagonal."""
     gains = SCALES[measure] * np.stack([study.pair_gains[measure] for study in studies])
     tasks = range(gains.shape[1])
@@ -259,7 +295,7 @@ def _chosen_section(tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) 
     return _Section("Chosen groups", text, header, rows, is_numeric=False)
 
 
-def _format(estimate: Estimate, digits: int) -> str:
+def _format(estimate: MeanAndError, digits: int) -> str:
     mean, error = estimate
     if isnan(mean):
         return "undefined"
@@ -348,7 +384,7 @@ def study_figure(studies: Mapping[int, GroupingStudy]) -> Figure:
     return figure
 
 
-def _draw_estimate(axes: Axes, estimate: Estimate, y: float, color: str) -> None:
+def _draw_estimate(axes: Axes, estimate: MeanAndError, y: float, color: str) -> None:
     mean, error = estimate
     axes.errorbar(mean, y, xerr=None if isnan(error) else error, fmt="o", markersize=4, linewidth=1.2, color=color)
 

@@ -63,22 +63,24 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
             if isinstance(outcome, BaseException):
                 raise outcome
             studies[plan.config.seed] = outcome
-    markdown = write_study(folder, name, tasks, studies)
+    markdown = write_study(folder, plans[0].config, tasks, studies)
     console.print(markdown, markup=False, highlight=False)
     storage.upload(folder)
     console.print(f"report: {storage.display_uri(folder / 'grouping_study.html')}", markup=False, highlight=False)
     return folder
 
 
-def write_study(folder: Path, name: str, tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> str:
+def write_study(folder: Path, config: Config, tasks: Sequence[str], studies: Mapping[int, GroupingStudy]) -> str:
     """Write page, Markdown, tables and figures; return the Markdown."""
+    grouping = config.grouping
+    config_title = f"{_title(grouping.affinity, grouping.gradient_similarity)}, {grouping.objective}"
     for file, figure in zip(FIGURES, (study_figure(studies), pair_gains_figure(tasks, studies)), strict=True):
         for path in (folder / file, (folder / file).with_suffix(".svg")):
             figure.savefig(path, dpi=150)
-    markdown = study_to_markdown(name, tasks, studies)
+    markdown = study_to_markdown(config.name, tasks, studies, config_title)
     figures = {file: (folder / file).read_bytes() for file in FIGURES}
     write_file(folder / "grouping_study.md", markdown)
-    write_file(folder / "grouping_study.html", study_to_html(name, tasks, studies, figures))
+    write_file(folder / "grouping_study.html", study_to_html(config.name, tasks, studies, config_title, figures))
     write_file(folder / "grouping_study.csv", study_to_csv(tasks, studies))
     write_file(folder / "pair_gains.csv", pair_gains_to_csv(tasks, studies))
     return markdown
@@ -112,6 +114,9 @@ def _affinities(plan: Plan, session: Session) -> dict[str, np.ndarray]:
         similarities = SIMILARITIES if name == Gradient.name else [plan.config.grouping.gradient_similarity]
         for similarity in similarities:
             options = plan.config.grouping.model_copy(update={"gradient_similarity": similarity})
-            title = f"{name} {similarity}" if name == Gradient.name else name
-            affinities[title] = MEASURES[name](plan.tasks, sources, options).affinity
+            affinities[_title(name, similarity)] = MEASURES[name](plan.tasks, sources, options).affinity
     return affinities
+
+
+def _title(affinity: str, similarity: str) -> str:
+    return f"{affinity} {similarity}" if affinity == Gradient.name else affinity
