@@ -388,11 +388,13 @@ def test_the_groups_of_other_affinities_are_told():
     assert describe_candidates([taken]) == "Groups by transfer: a + b | c."
     candidates = [candidate("gradient", ONE_GROUP, "adam_cosine"), candidate("features", [["c"], ["b", "a"]])]
     assert describe_candidates([taken, *candidates]) == (
-        "Groups by transfer: a + b | c. They would be by gradient (adam cosine): all tasks in one group; "
-        "by features: the same."
+        "Groups by transfer: a + b | c. Gradient (adam cosine) would choose all tasks in one group; "
+        "features would choose the same."
     )
     candidates = [candidate("gradient", ALONE, "dot"), candidate("features", ALONE)]
-    assert describe_candidates([taken, *candidates]).endswith("by gradient (dot) and features: each task alone.")
+    assert describe_candidates([taken, *candidates]).endswith(
+        " Gradient (dot) and features would choose each task alone."
+    )
 
 
 def made_up_summary(num_tasks: int) -> Summary:

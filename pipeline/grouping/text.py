@@ -33,10 +33,11 @@ def describe_candidates(candidates: Sequence[Mapping[str, Any]]) -> str:
     taken = candidates[0]
     text = f"Groups by {affinity_title(taken)}: {groups[_partition(taken)]}."
     choices = [
-        f"by {' and '.join(names)}: {'the same' if partition == _partition(taken) else groups[partition]}"
+        f"{' and '.join(names)} would choose {'the same' if partition == _partition(taken) else groups[partition]}"
         for partition, names in titles.items()
     ]
-    return f"{text} They would be {'; '.join(choices)}." if choices else text
+    sentence = "; ".join(choices)
+    return f"{text} {sentence[0].upper()}{sentence[1:]}." if choices else text
 
 
 def _partition(candidate: Mapping[str, Any]) -> frozenset[frozenset[str]]:
