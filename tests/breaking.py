@@ -12,6 +12,11 @@ def checkpoints(storage: Path, stage: str, name: str = "checkpoint.pt") -> list[
     return list((storage / stage).glob(f".staging-*/checkpoints/{name}"))
 
 
+def group_checkpoints(storage: Path) -> list[Path]:
+    """Return the checkpoints of stage 5; before the tasks are grouped, those of that folder are of stage 3."""
+    return checkpoints(storage, "group_trainings") if list((storage / "grouping").glob("[!.]*")) else []
+
+
 def lost(server: Server, job: Job, condition) -> Finished:
     """A server is killed in the midst of a job, which ends by itself."""
     try:

@@ -120,7 +120,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
     server = mlflow_server(tmp_path, port)
     try:
         repeated = run_job("full_pipeline", *options, "--cluster.gpus_per_worker", "0")  # elsewhere
-        assert repeated.status == 0 and repeated.output.count("cached (computed in") == 5, repeated.output
+        assert repeated.status == 0 and repeated.output.count("cached (computed in") == 6, repeated.output
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("mmap-clip")
         runs = client.search_runs([experiment.experiment_id])

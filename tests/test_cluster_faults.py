@@ -8,7 +8,7 @@ import psutil
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from breaking import checkpoints, lost, same
+from breaking import checkpoints, group_checkpoints, lost, same
 from pipelines import FEW_TASKS, Job, every_step_once, run, title
 from servers import RayCluster, S3Server, Server, free_ports, in_a_mount_namespace
 
@@ -82,14 +82,14 @@ def test_a_shared_training_goes_on_with_fewer_workers(undisturbed, cluster, tmp_
 def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
     storage = tmp_path / "storage"
     node = cluster.add_node(2, 1)
-    finished = lost(cluster.head, Job(storage, *on(cluster)), lambda: checkpoints(storage, "group_trainings"))
+    finished = lost(cluster.head, Job(storage, *on(cluster)), lambda: group_checkpoints(storage))
     assert finished.status != 0
     node.kill()
     cluster.start_head(num_cpus=0)
     cluster.add_node(2, 1)
     finished = run(storage, *on(cluster))
     assert finished.status == 0, finished.output
-    assert finished.output.count("cached (computed in") == 4
+    assert finished.output.count("cached (computed in") == 5
     assert same(storage, undisturbed) and every_step_once(storage)
 
 

@@ -8,12 +8,13 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from breaking import checkpoints, same
+from breaking import checkpoints, group_checkpoints, same
 from mlflow import MlflowClient
 from pipelines import FEW_TASKS, Job, every_step_once, run, summary, title
 from servers import free_ports, mlflow_server
@@ -46,10 +47,14 @@ def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
     storage = tmp_path / "storage"
     job = Job(storage, *FEW_TASKS)
     try:
-        for label in ("check 1", "write ", "global prompt", "image features", "all in one"):
-            if label in ("global prompt", "all in one"):  # where it goes on from
-                stage = "group_trainings" if label == "all in one" else "global_prompt"
-                job.wait_until(lambda stage=stage: checkpoints(storage, stage))
+        resumed = {
+            "global prompt": partial(checkpoints, storage, "global_prompt"),
+            "each alone": partial(checkpoints, storage, "group_trainings"),
+            "all in one": partial(group_checkpoints, storage),
+        }
+        for label in ("check 1", "write ", "global prompt", "each alone", "image features", "all in one"):
+            if label in resumed:  # where it goes on from
+                job.wait_until(resumed[label])
             kill_a_worker(job, label)
     finally:
         finished = job.finish()
@@ -71,7 +76,7 @@ def test_the_job_is_killed_in_each_stage(undisturbed, run_job, tmp_path):
         assert finished.status == -signal.SIGKILL, (point, finished.output)
     finished = run_job("full_pipeline", "--storage", storage, *FEW_TASKS)
     assert finished.status == 0, finished.output
-    assert finished.output.count("cached (computed in") == 5
+    assert finished.output.count("cached (computed in") == 6
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
@@ -108,7 +113,7 @@ def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
         f"waiting for process {first_job.process.pid} on {os.uname().nodename}, which holds the run lock"
         in second_result.output
     )
-    assert second_result.output.count("cached (computed in") == 5
+    assert second_result.output.count("cached (computed in") == 6
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
@@ -193,7 +198,7 @@ def test_two_workers_share_each_training(undisturbed, run_job, tmp_path):
     two = (*FEW_TASKS, "--cluster.workers_per_training", "2")
     for name in ("storage", "fault"):  # with the splits, and nothing that was trained
         shutil.copytree(undisturbed, tmp_path / name)
-        for stage in ("global_prompt", "image_features", "group_trainings", "runs"):
+        for stage in ("global_prompt", "single_tasks", "image_features", "group_trainings", "runs"):
             shutil.rmtree(tmp_path / name / stage)
         (tmp_path / name / "mlflow.db").unlink()
     fault, storage = tmp_path / "fault", tmp_path / "storage"

@@ -106,7 +106,7 @@ def test_a_moved_storage_works_as_before(quick_run, run_job, tmp_path, monkeypat
 
     num_runs = len(client.search_runs(["1"]))
     finished = run_job("full_pipeline", "--storage", storage, *QUICK, "--tracking.registered_model", "digits by itself")
-    assert finished.status == 0 and finished.output.count("cached (computed in") == 5, finished.output
+    assert finished.status == 0 and finished.output.count("cached (computed in") == 6, finished.output
     (version,) = client.search_model_versions("name='digits by itself'")
     assert int(version.version) == 1 and len(client.search_runs(["1"])) == num_runs
     assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}
