@@ -395,13 +395,13 @@ def test_the_recommendation_is_over_common_seeds():
         constant("all_in_one", {1: 0.781, 2: 0.78, 3: 0.779}),
         constant("grouped", {1: 0.8, 2: 0.8, 3: 0.8, 4: 0.8}),
     )
-    one, two = 0.01 / 3**0.5, 0.001 / 3**0.5
-    chance = ", which may be chance" if 0.02 / one < t.ppf(1 - 0.05 / 6, 2) else ""
-    assert chance and 0.02 / two > t.ppf(1 - 0.05 / 6, 2)
+    error, small_error = 0.01 / 3**0.5, 0.001 / 3**0.5
+    chance = ", which may be chance" if 0.02 / error < t.ppf(1 - 0.05 / 6, 2) else ""
+    assert chance and 0.02 / small_error > t.ppf(1 - 0.05 / 6, 2)
     assert recommendations(benchmark) == [
-        f"6 shots, ± over 3 seeds: Train the groups found: 2.0 ± {100 * one:.1f} points above each task alone{chance}; "
-        f"2.0 ± {100 * two:.1f} points above all tasks in one group. The best other method, CoOp, is 20.0 ± 0.0 points "
-        "below that."
+        f"6 shots, ± over 3 seeds: Train the groups found: 2.0 ± {100 * error:.1f} points above each task alone"
+        f"{chance}; 2.0 ± {100 * small_error:.1f} points above all tasks in one group. The best other method, CoOp, is "
+        "20.0 ± 0.0 points below that."
     ]
     assert not recommendations(drop(benchmark, lambda result: result.method == "each_alone"))
     assert not recommendations(drop(benchmark, lambda result: result.method == "each_alone" and result.seed < 4))

@@ -463,17 +463,17 @@ def work(folder):
     plan = prepare_plan(config_with(folder, *changes.items()))
     global_prompt = global_prompt_work_item(plan)
     trainings = {}
-    alone = plan_trainings(plan, "each_alone", None, trainings)
-    losses = loss_work_items(plan, alone)
-    sources = GroupingSources.of(global_prompt.artifact, single_tasks(plan, alone, losses))
+    singles = plan_trainings(plan, "each_alone", None, trainings)
+    losses = loss_work_items(plan, singles)
+    sources = GroupingSources.of(global_prompt.artifact, single_tasks(plan, singles, losses))
     grouping = grouping_artifact(plan, sources)
     solve = WorkItem("grouping", solve_grouping, (plan, sources, grouping), grouping)
-    measured = [global_prompt, *(training.work_item for training in alone), *losses]
+    measured = [global_prompt, *(training.work_item for training in singles), *losses]
     work_by_name = {
         "splits": ([WorkItem("splits", build_splits, (plan, plan.splits), plan.splits)], "mmap", {"splits"}),
         "global_prompt": ([global_prompt], "mmap", {"training", "global_prompt"}),
         "zero-shot losses": (losses[:1], "mmap", {"evaluation"}),
-        "losses": ([alone[0].work_item, losses[1]], "mmap", {"training", "evaluation"}),
+        "losses": ([singles[0].work_item, losses[1]], "mmap", {"training", "evaluation"}),
         "grouping": ([*measured, solve], "mmap", {"grouping"}),
     }
     for variant in VARIANTS:

@@ -260,7 +260,7 @@ def test_average_differences_equal_their_definition():
     assert estimate.standard_error == pytest.approx(resampled.std(), rel=0.05)
 
 
-FOUND, ALONE, ONE_GROUP = [["a", "b"], ["c"]], [["a"], ["b"], ["c"]], [["a", "b", "c"]]
+FOUND, SINGLETONS, ONE_GROUP = [["a", "b"], ["c"]], [["a"], ["b"], ["c"]], [["a", "b", "c"]]
 FOUND_NAME, IN_ONE, CHOSEN = "the groups found (a + b | c)", "all tasks in one group", "(the grouping's choice)"
 
 
@@ -312,7 +312,7 @@ def made_up_differences(error: float = 0.006, **accuracies: float) -> dict[str, 
             id="nothing",
         ),
         pytest.param(
-            (0.7, 0.78, 0.75, 0.78), ALONE, "each_alone",
+            (0.7, 0.78, 0.75, 0.78), SINGLETONS, "each_alone",
             f"Train each task alone {CHOSEN}: 3.0 ± 0.6 points above {IN_ONE}; "
             "8.0 ± 0.6 points above zero-shot CLIP.",
             id="groups of one task",
@@ -391,7 +391,7 @@ def test_the_groups_of_other_affinities_are_told():
         "Groups by transfer: a + b | c. Gradient (adam cosine) would choose all tasks in one group; "
         "features would choose the same."
     )
-    candidates = [candidate("gradient", ALONE, "dot"), candidate("features", ALONE)]
+    candidates = [candidate("gradient", SINGLETONS, "dot"), candidate("features", SINGLETONS)]
     assert describe_candidates([taken, *candidates]).endswith(
         " Gradient (dot) and features would choose each task alone."
     )
