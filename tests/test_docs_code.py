@@ -162,7 +162,8 @@ def touch(root: Path, tasks, classes) -> None:
 def write_finished_run(storage: Path, data_root: Path) -> None:
     """Write the files of a finished run of the demo's CLIP on two tasks, with initial prompts."""
     values = load_yaml(DEMO_CONFIG)
-    config = parse_config(values | {"data": values["data"] | {"root": str(data_root)}})
+    data = values["data"] | {"root": str(data_root)}
+    config = parse_config(values | {"data": data, "grouping": {"affinity": "gradient"}})  # no task was trained alone
     group, towers = {"Clipart": DIGITS, "ink": DIGITS}, load_clip(config.clip)
     state = METHODS["mmap"].build(config, towers, group).state_dict()
     folder = storage / "runs" / "finished"
