@@ -54,6 +54,7 @@ from pipeline.stages.global_prompt import SNAPSHOTS
 from pipeline.stages.grouping import (
     compute_grouping,
     describe_search,
+    gradient_affinity,
     grouping_artifact,
     read_grouping,
 )
@@ -620,6 +621,15 @@ def test_the_papers_presets_take_the_papers_affinity_and_objective(run_grouping,
     assert run_grouping(TASKS, GroupingSources.of(global_prompt, single_tasks), affinity="transfer").result[
         "groups"
     ] == to_names(transfer, TASKS)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_hipros_tree_is_from_the_gradients_whatever_the_groups_are_by(tmp_path, similarity):
+    storage = Storage.from_folder(tmp_path)
+    gradients = np.random.default_rng(2).normal(size=(4, 3, 21))
+    plan = small_plan(storage, TASKS, affinity="transfer", gradient_similarity=similarity)
+    affinities = gradient_affinity(plan, write_gradients(storage, TASKS, gradients))
+    np.testing.assert_allclose(affinities, reference_affinity(gradients, similarity, False, True), rtol=1e-6, atol=1e-9)
 
 
 def test_sources_determine_only_the_affinities_that_they_measure(tmp_path):
