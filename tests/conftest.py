@@ -75,6 +75,14 @@ def quick_run(tmp_path_factory, run_job):
     return storage, finished.output
 
 
+@pytest.fixture
+def new_storage(tmp_path, digits):
+    """A new storage with the demo's images and MLflow's tables, which else take every job three seconds."""
+    from pipelines import prepare
+
+    return prepare(tmp_path / "storage", digits)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """Storage of one run that nothing breaks, which the others are compared with; all processes share it."""

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ QUICK = (
     *("--training.epochs", str(EPOCHS), "--global_prompt.epochs", str(GLOBAL_PROMPT_EPOCHS)),
     *("--training.checkpoint_every", "1"),
 )
-LONG_EPOCHS = 12
+LONG_EPOCHS = 8
 FEW_TASKS = (*QUICK, "--data.tasks", "[chalk, ink, neon]", "--training.epochs", str(LONG_EPOCHS))
 """Two groups, with trainings long enough to be hit: for runs that are broken, and the undisturbed one."""
 PATIENCE_S = 900
@@ -43,6 +44,15 @@ def title(process: psutil.Process) -> str:
 class Finished:
     status: int
     output: str
+
+
+def prepare(storage: Path, digits: Path) -> Path:
+    """Make a storage with a copy of the demo's images and an MLflow database without runs."""
+    from pipeline.runtime.tracking.database import prepare_database, sqlite_uri
+
+    shutil.copytree(digits, storage / "datasets" / "digits")
+    prepare_database(sqlite_uri(storage / "mlflow.db"))
+    return storage
 
 
 class Job:

@@ -211,10 +211,10 @@ def test_methods_are_selected_by_name_or_set():
     ],
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
 )
-def test_errors_are_reported_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--storage", str(tmp_path / "storage"), *arguments])
+def test_errors_are_reported_before_any_work(new_storage, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--storage", str(new_storage), *arguments])
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "storage" / "splits").exists()
+    assert not (new_storage / "splits").exists()

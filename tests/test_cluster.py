@@ -70,7 +70,7 @@ def test_every_machine_must_see_storage_and_data(tmp_path):
         cluster.stop()
 
 
-def test_waiting_work_reports_missing_resources(tmp_path):
+def test_waiting_work_reports_missing_resources(new_storage, tmp_path):
     cluster = RayCluster(tmp_path, num_cpus=2, num_gpus=1)
     try:
         ray.init(address=cluster.gcs)
@@ -83,7 +83,7 @@ def test_waiting_work_reports_missing_resources(tmp_path):
         while ray.available_resources().get("GPU"):
             time.sleep(0.1)
         options = ("--cluster.address", cluster.gcs, *FEW_TASKS)
-        job = Job(tmp_path / "storage", *options, prefix=("jobs/train_global_prompt.py",))
+        job = Job(new_storage, *options, prefix=("jobs/train_global_prompt.py",))
         try:
             job.wait_until(lambda: "waiting: 'global prompt'" in job.output.read_text())
             ray.cancel(blocker, force=True)

@@ -50,8 +50,8 @@ def on(cluster: RayCluster, *options: str) -> tuple[str, ...]:
     return ("--cluster.address", cluster.gcs, "--cluster.gpus_per_worker", "0.5", *options, *FEW_TASKS)
 
 
-def test_machines_differ_in_clock_locale_and_hash_seed_and_one_is_lost(undisturbed, cluster, tmp_path):
-    storage, ahead = tmp_path / "storage", tmp_path / "ahead"
+def test_machines_differ_in_clock_locale_and_hash_seed_and_one_is_lost(undisturbed, cluster, new_storage, tmp_path):
+    ahead = tmp_path / "ahead"
     ahead.mkdir()
     (ahead / "sitecustomize.py").write_text(
         "import time\nreal = time.time\ntime.time = lambda: real() + 3 * 24 * 3600\n"
@@ -60,37 +60,35 @@ def test_machines_differ_in_clock_locale_and_hash_seed_and_one_is_lost(undisturb
         cluster.add_node(1, 1, {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "7", "PYTHONPATH": str(ahead)}),
         cluster.add_node(1, 1, {"TZ": "America/Lima", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "1"}),
     ]
-    finished = lost(nodes[1], Job(storage, *on(cluster)), lambda: checkpoints(storage, "group_trainings"))
+    finished = lost(nodes[1], Job(new_storage, *on(cluster)), lambda: checkpoints(new_storage, "group_trainings"))
     assert finished.status == 0, finished.output
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(new_storage, undisturbed) and every_step_once(new_storage)
 
 
-def test_a_shared_training_goes_on_with_fewer_workers(undisturbed, cluster, tmp_path):
-    storage = tmp_path / "storage"
+def test_a_shared_training_goes_on_with_fewer_workers(undisturbed, cluster, new_storage):
     nodes = [cluster.add_node(1, 0), cluster.add_node(1, 0)]
     options = ("--cluster.workers_per_training", "2", "--cluster.min_workers_per_training", "1", *FEW_TASKS)
-    job = Job(storage, "--cluster.address", cluster.gcs, *options, prefix=("jobs/train_global_prompt.py",))
-    finished = lost(nodes[0], job, lambda: checkpoints(storage, "global_prompt"))
+    job = Job(new_storage, "--cluster.address", cluster.gcs, *options, prefix=("jobs/train_global_prompt.py",))
+    finished = lost(nodes[0], job, lambda: checkpoints(new_storage, "global_prompt"))
     assert finished.status == 0, finished.output
     losses = [
         pq.read_table(next(folder.glob("global_prompt/[!.]*/history.parquet")))["loss"].to_numpy()
-        for folder in (storage, undisturbed)
+        for folder in (new_storage, undisturbed)
     ]
     assert len(losses[0]) == len(losses[1]) and abs(losses[0] - losses[1]).max() < 1e-3  # another order of sums
 
 
-def test_the_head_is_lost_and_started_again(undisturbed, cluster, tmp_path):
-    storage = tmp_path / "storage"
+def test_the_head_is_lost_and_started_again(undisturbed, cluster, new_storage):
     node = cluster.add_node(2, 1)
-    finished = lost(cluster.head, Job(storage, *on(cluster)), lambda: group_checkpoints(storage))
+    finished = lost(cluster.head, Job(new_storage, *on(cluster)), lambda: group_checkpoints(new_storage))
     assert finished.status != 0
     node.kill()
     cluster.start_head(num_cpus=0)
     cluster.add_node(2, 1)
-    finished = run(storage, *on(cluster))
+    finished = run(new_storage, *on(cluster))
     assert finished.status == 0, finished.output
     assert finished.output.count("cached (computed in") == 5
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(new_storage, undisturbed) and every_step_once(new_storage)
 
 
 def test_machines_that_share_nothing_but_a_bucket_and_one_is_lost(undisturbed, tmp_path):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from breaking import checkpoints, group_checkpoints, same
 from mlflow import MlflowClient
-from pipelines import FEW_TASKS, Job, every_step_once, run, summary, title
+from pipelines import FEW_TASKS, Job, every_step_once, prepare, run, summary, title
 from servers import free_ports, mlflow_server
 
 pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1200)]
@@ -43,14 +43,13 @@ def kill_the_job(job: Job, condition) -> None:
         job.stop()
 
 
-def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
-    storage = tmp_path / "storage"
-    job = Job(storage, *FEW_TASKS)
+def test_a_worker_is_killed_in_each_stage(undisturbed, new_storage):
+    job = Job(new_storage, *FEW_TASKS)
     try:
         resumed = {
-            "global prompt": partial(checkpoints, storage, "global_prompt"),
-            "each alone": partial(checkpoints, storage, "group_trainings"),
-            "all in one": partial(group_checkpoints, storage),
+            "global prompt": partial(checkpoints, new_storage, "global_prompt"),
+            "each alone": partial(checkpoints, new_storage, "group_trainings"),
+            "all in one": partial(group_checkpoints, new_storage),
         }
         for label in ("check 1", "write ", "global prompt", "each alone", "image features", "all in one"):
             if label in resumed:  # where it goes on from
@@ -59,11 +58,10 @@ def test_a_worker_is_killed_in_each_stage(undisturbed, tmp_path):
     finally:
         finished = job.finish()
     assert finished.status == 0, finished.output
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(new_storage, undisturbed) and every_step_once(new_storage)
 
 
-def test_the_job_is_killed_in_each_stage(undisturbed, run_job, tmp_path):
-    storage = tmp_path / "storage"
+def test_the_job_is_killed_in_each_stage(undisturbed, run_job, new_storage):
     for point in (
         "pipeline.stages.splits:write_json",
         "report:global prompt:8",
@@ -71,39 +69,37 @@ def test_the_job_is_killed_in_each_stage(undisturbed, run_job, tmp_path):
         "report:all in one:8",
         "pipeline.stages.report:to_mlflow_description",
     ):
-        job = Job(storage, *FEW_TASKS, prefix=("tests/kill_driver.py", point))
+        job = Job(new_storage, *FEW_TASKS, prefix=("tests/kill_driver.py", point))
         finished = job.finish()
         assert finished.status == -signal.SIGKILL, (point, finished.output)
-    finished = run_job("full_pipeline", "--storage", storage, *FEW_TASKS)
+    finished = run_job("full_pipeline", "--storage", new_storage, *FEW_TASKS)
     assert finished.status == 0, finished.output
     assert finished.output.count("cached (computed in") == 6
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(new_storage, undisturbed) and every_step_once(new_storage)
 
 
-def test_checkpoints_are_damaged(undisturbed, tmp_path):
+def test_checkpoints_are_damaged(undisturbed, new_storage):
     """One is cut, one has a changed byte, one is empty: the one before is used, and told of."""
-    storage = tmp_path / "storage"
-    job = Job(storage, *FEW_TASKS)
-    kill_the_job(job, lambda: len(checkpoints(storage, "group_trainings", "checkpoint.previous.pt")) > 1)
-    damaged = checkpoints(storage, "group_trainings")
+    job = Job(new_storage, *FEW_TASKS)
+    kill_the_job(job, lambda: len(checkpoints(new_storage, "group_trainings", "checkpoint.previous.pt")) > 1)
+    damaged = checkpoints(new_storage, "group_trainings")
     for number, file in enumerate(damaged):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes([content, content[:5000], b""][number % 3])
-    finished = run(storage, *FEW_TASKS)
+    finished = run(new_storage, *FEW_TASKS)
     assert finished.status == 0, finished.output
     for file in damaged:
         assert f"checkpoint {file} is damaged; using the previous one" in finished.output
-    assert same(storage, undisturbed)
+    assert same(new_storage, undisturbed)
 
 
-def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
-    storage = tmp_path / "storage"
-    first_job = Job(storage, *FEW_TASKS)
+def test_two_jobs_are_started_on_one_run(undisturbed, new_storage):
+    first_job = Job(new_storage, *FEW_TASKS)
     try:
-        first_job.wait_until(lambda: list((storage / "splits").glob("*")))
+        first_job.wait_until(lambda: list((new_storage / "splits").glob("*")))
         first_job.process.send_signal(signal.SIGSTOP)  # until the second one waits
-        second_job = Job(storage, *FEW_TASKS)
+        second_job = Job(new_storage, *FEW_TASKS)
         second_job.wait_until(lambda: "waiting for process" in second_job.output.read_text())
     finally:
         first_job.process.send_signal(signal.SIGCONT)
@@ -114,7 +110,7 @@ def test_two_jobs_are_started_on_one_run(undisturbed, tmp_path):
         in second_result.output
     )
     assert second_result.output.count("cached (computed in") == 6
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(new_storage, undisturbed) and every_step_once(new_storage)
 
 
 class SmallDisk:
@@ -149,9 +145,9 @@ def disk(tmp_path) -> Iterator[SmallDisk]:
     disk.unmount()
 
 
-def test_the_disk_is_full(undisturbed, run_job, disk):
+def test_the_disk_is_full(undisturbed, run_job, disk, digits):
     """Once while splits are written, once while checkpoints are: a plain message, and the same command goes on."""
-    storage = disk.folder / "storage"
+    storage = prepare(disk.folder / "storage", digits)
     for condition in (
         lambda: list(storage.glob("splits/.staging-*")),
         lambda: checkpoints(storage, "group_trainings"),
@@ -171,20 +167,20 @@ def test_the_disk_is_full(undisturbed, run_job, disk):
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
-def test_the_tracking_server_is_away_for_a_while(undisturbed, tmp_path):
-    storage, (port,) = tmp_path / "storage", free_ports(1, start=8700)
+def test_the_tracking_server_is_away_for_a_while(undisturbed, new_storage, tmp_path):
+    (port,) = free_ports(1, start=8700)
     uri = f"http://127.0.0.1:{port}"
     server = mlflow_server(tmp_path, port)
-    job = Job(storage, *FEW_TASKS, "--tracking.uri", uri)
+    job = Job(new_storage, *FEW_TASKS, "--tracking.uri", uri)
     try:
-        job.wait_until(lambda: checkpoints(storage, "global_prompt"))
+        job.wait_until(lambda: checkpoints(new_storage, "global_prompt"))
         server.kill()
-        job.wait_until(lambda: checkpoints(storage, "group_trainings"))
+        job.wait_until(lambda: checkpoints(new_storage, "group_trainings"))
         server = mlflow_server(tmp_path, port)
         finished = job.finish()
         assert finished.status == 0, finished.output
         assert "is reachable again" in finished.output
-        assert same(storage, undisturbed) and every_step_once(storage, uri)
+        assert same(new_storage, undisturbed) and every_step_once(new_storage, uri)
         client = MlflowClient(uri)
         runs = client.search_runs([client.get_experiment_by_name("mmap-clip").experiment_id])
         assert {run.info.status for run in runs} == {"FINISHED"}

@@ -234,15 +234,14 @@ def test_a_run_that_begins(moment, number, message, tmp_path):
 
 @pytest.mark.fault_injection
 @pytest.mark.timeout(1200)
-def test_a_training_resumes_at_the_step_that_the_line_names(tmp_path):
-    storage = tmp_path / "storage"
+def test_a_training_resumes_at_the_step_that_the_line_names(new_storage):
     options = (*QUICK, "--data.tasks", "ink", "chalk", "--global_prompt.epochs", "300")
     script = ("jobs/train_global_prompt.py",)
-    job = Job(storage, *options, prefix=script)
-    finished = interrupted(job, lambda job: checkpoints(storage, "global_prompt"), signal.SIGTERM)
+    job = Job(new_storage, *options, prefix=script)
+    finished = interrupted(job, lambda job: checkpoints(new_storage, "global_prompt"), signal.SIGTERM)
     named = re.search(r"resume at stage 2 global prompt, step (\d+) of 1500$", finished.output.strip())
     assert named and int(named[1]) > 0, finished.output
-    job = Job(storage, *options, prefix=script)
+    job = Job(new_storage, *options, prefix=script)
     finished = interrupted(job, lambda job: "resumes at step" in job.output.read_text(), signal.SIGINT)
     resumed = re.search(r"global prompt: resumes at step (\d+) of 1500", finished.output)
     assert 0 <= int(resumed[1]) - int(named[1]) <= 5 * EPOCHS_IN_BETWEEN, finished.output

@@ -432,10 +432,10 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
     ],
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
 )
-def test_user_errors_are_reported_up_front(shared_ray, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *arguments])
+def test_user_errors_are_reported_up_front(shared_ray, new_storage, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(new_storage), *arguments])
     with pytest.raises(SystemExit) as end:
         command_line.run_job("", lambda run: pytest.fail("the job started"))
     assert end.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "storage" / "splits").exists()
+    assert not (new_storage / "splits").exists()

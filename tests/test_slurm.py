@@ -285,12 +285,12 @@ def test_apptainers_recipe_installs_what_the_dockerfile_does():
 
 @pytest.mark.fault_injection
 @pytest.mark.timeout(1200)
-def test_a_preempted_pipeline_on_two_nodes_resumes_with_the_same_numbers(undisturbed, tmp_path):
-    batch, storage = Batch(tmp_path / "lab", real_ray=True), tmp_path / "storage"
-    command = ("full-pipeline", "--storage", str(storage), *FEW_TASKS)
+def test_a_preempted_pipeline_on_two_nodes_resumes_with_the_same_numbers(undisturbed, new_storage, tmp_path):
+    batch = Batch(tmp_path / "lab", real_ray=True)
+    command = ("full-pipeline", "--storage", str(new_storage), *FEW_TASKS)
     process = batch.start(*command, nodes=2, PREEMPTED="2026-01-01T00:00:00")
     try:
-        batch.wait_until(lambda: checkpoints(storage, "group_trainings"), process)
+        batch.wait_until(lambda: checkpoints(new_storage, "group_trainings"), process)
         for pid in (batch.lab / "tasks").read_text().split():
             os.kill(int(pid), signal.SIGTERM)
         status, output = batch.end(process)
@@ -303,4 +303,4 @@ def test_a_preempted_pipeline_on_two_nodes_resumes_with_the_same_numbers(undistu
         for other in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
             other.kill()
     assert status == 0, output
-    assert same(storage, undisturbed) and every_step_once(storage)
+    assert same(new_storage, undisturbed) and every_step_once(new_storage)

@@ -203,14 +203,16 @@ def test_all_invalid_fields_are_reported_together(tmp_path):
     ],
     ids=["rows", "columns", "groups"],
 )
-def test_a_search_without_a_valid_configuration_is_rejected_early(tmp_path, monkeypatch, capsys, values, message):
-    arguments = ["--search", str(search_file(tmp_path, **values)), "--storage", str(tmp_path / "storage")]
+def test_a_search_without_a_valid_configuration_is_rejected_early(
+    tmp_path, new_storage, monkeypatch, capsys, values, message
+):
+    arguments = ["--search", str(search_file(tmp_path, **values)), "--storage", str(new_storage)]
     monkeypatch.setattr(sys, "argv", ["tune.py", *arguments])
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "storage" / "splits").exists()
+    assert not (new_storage / "splits").exists()
 
 
 # Planned trials
