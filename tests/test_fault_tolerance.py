@@ -19,6 +19,8 @@ from mlflow import MlflowClient
 from pipelines import FEW_TASKS, Job, every_step_once, prepare, run, summary, title
 from servers import free_ports, mlflow_server
 
+from pipeline.files import read_json
+
 pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1200)]
 
 
@@ -192,10 +194,13 @@ def test_the_tracking_server_is_away_for_a_while(undisturbed, new_storage, tmp_p
 def test_two_workers_share_each_training(undisturbed, run_job, tmp_path):
     """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
     two = (*FEW_TASKS, "--cluster.workers_per_training", "2")
-    for name in ("storage", "fault"):  # with the splits, and nothing that was trained
+    for name in ("storage", "fault"):  # with the splits, and nothing that was trained but each task alone
         shutil.copytree(undisturbed, tmp_path / name)
-        for stage in ("global_prompt", "single_tasks", "image_features", "group_trainings", "runs"):
-            shutil.rmtree(tmp_path / name / stage)
+        trainings = list((tmp_path / name).glob("group_trainings/[!.]*"))
+        together = [folder for folder in trainings if len(read_json(folder / "artifact.json")["inputs"]["group"]) > 1]
+        assert len(trainings) > len(together) > 1
+        for folder in [*together, *(tmp_path / name / stage for stage in ("global_prompt", "image_features", "runs"))]:
+            shutil.rmtree(folder)
         (tmp_path / name / "mlflow.db").unlink()
     fault, storage = tmp_path / "fault", tmp_path / "storage"
     failed = run_job("train_global_prompt", "--storage", fault, *two, "--training.learning_rate", "1e30")
