@@ -185,12 +185,12 @@ def libraries(tmp_path, monkeypatch):
         "try: import missing\nexcept ImportError: missing = None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    before, finders = set(sys.modules), [*sys.meta_path]
+    loaded, finders = set(sys.modules), [*sys.meta_path]
     with deferred("large", "missing"):
         user = importlib.import_module("user")
-    assert sys.meta_path == finders and set(sys.modules) - before == {"user"}
+    assert sys.meta_path == finders and set(sys.modules) - loaded == {"user"}
     yield user
-    for name in set(sys.modules) - before:
+    for name in set(sys.modules) - loaded:
         del sys.modules[name]
 
 

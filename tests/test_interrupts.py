@@ -36,6 +36,8 @@ STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 def handlers():
     """Install the handlers of a job during a test, and pytest's afterwards."""
     previous = {number: signal.getsignal(number) for number in STATUSES}
+    for number in STATUSES:
+        signal.signal(number, signal.SIG_DFL)  # the tests may run in the background, where interrupts are ignored
     interrupts._State.received_at = -1e9
     interrupts.handle_signals()
     yield

@@ -35,7 +35,7 @@ def server_and_run(quick_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page():
-    with browser_page(height=2400) as page:  # only the visible part is drawn
+    with browser_page(height=4000) as page:  # only the visible part is drawn
         yield page
 
 

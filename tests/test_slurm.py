@@ -167,9 +167,9 @@ class Batch:
         """Status and output; nothing that the job started may be left, neither processes nor Ray's folders."""
         output = process.communicate(timeout=PATIENCE_S)[0]
         survivors = [
-            other
-            for other in psutil.process_iter(["environ"])
-            if (other.info["environ"] or {}).get("LAB") == str(self.lab)
+            process
+            for process in psutil.process_iter(["environ"])
+            if (process.info["environ"] or {}).get("LAB") == str(self.lab)
         ]
         assert not psutil.wait_procs(survivors, timeout=60)[1]
         remaining = [folder for folder in self.ray_folders() if Path(folder).exists()]
@@ -300,7 +300,7 @@ def test_a_preempted_pipeline_on_two_nodes_resumes_with_the_same_numbers(undistu
         process = batch.start(*command, nodes=2, SLURM_RESTART_COUNT="1")
         status, output = batch.end(process)
     finally:
-        for other in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
-            other.kill()
+        for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+            child.kill()
     assert status == 0, output
     assert same(new_storage, undisturbed) and every_step_once(new_storage)

@@ -414,7 +414,8 @@ def check_resumed(folder: Path, output: str) -> None:
     for trial in trials.values():
         if trial["params"].get("training.learning_rate") == 1e30:
             assert trial["state"] == "failed" and "lower the learning_rate" in trial["error"]
-            assert trial["validation_accuracy"] == 0 and trial["epochs"] == 1
+            # grouped MmAP: the prompts of each task alone are not finite, before its own first epoch
+            assert trial["params"]["method"] == "grouped" and trial["validation_accuracy"] == trial["epochs"] == 0
         else:
             assert trial["state"] == "completed" and trial["epochs"] == 2
             assert trial["validation_accuracy"] == pytest.approx(fmean(trial["accuracy"].values()))
