@@ -27,7 +27,10 @@ QUICK = (
     *("--training.checkpoint_every", "1"),
 )
 LONG_EPOCHS = 8
-FEW_TASKS = (*QUICK, "--data.tasks", "[chalk, ink, neon]", "--training.epochs", str(LONG_EPOCHS))
+FEW_TASKS = (
+    *(*QUICK, "--data.tasks", "[chalk, ink, neon]", "--training.epochs", str(LONG_EPOCHS)),
+    *("--grouping.num_groups", "2"),
+)
 """Two groups, with trainings long enough to be hit: for runs that are broken, and the undisturbed one."""
 PATIENCE_S = 900
 """No test waits longer for a job; ten times what one takes on two quiet cores."""
@@ -82,12 +85,12 @@ class Job:
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})},
             )
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = PATIENCE_S) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = PATIENCE_S, pause: float = 0.05) -> None:
         """Raises AssertionError with the job's output if the job ends or the time passes first."""
         end = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None and time.monotonic() < end, self.output.read_text()
-            time.sleep(0.05)
+            time.sleep(pause)
 
     def workers(self, label: str) -> list[psutil.Process]:
         """Ray worker processes that are now running the work `label`."""

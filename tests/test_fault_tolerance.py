@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1200)]
 def kill_a_worker(job: Job, label: str) -> None:
     """Kill a worker during the work `label`."""
     while True:
-        job.wait_until(lambda: job.workers(label))
+        job.wait_until(lambda: job.workers(label), pause=0)  # splits are written in a tenth of a second
         for worker in job.workers(label):
             with suppress(psutil.NoSuchProcess):
                 worker.suspend()

@@ -51,7 +51,7 @@ class Killer(Thread):
                 process
                 for node in self.cluster.nodes
                 for process in psutil.Process(node.process.pid).children(recursive=True)
-                if title(process).startswith(("ray::group", "ray::scan", "ray::write", "ray::global"))
+                if title(process).startswith(("ray::group", "ray::each", "ray::losses", "ray::write", "ray::global"))
             ]
             if workers:
                 self._random.choice(workers).kill()
@@ -59,13 +59,18 @@ class Killer(Thread):
                 self.samples.append(self._held())
 
     def _held(self) -> dict[str, tuple[float, int]]:
-        """Memory in MiB and open files of the driver and of Ray's servers."""
-        servers = {f"node {index}": node.process.pid for index, node in enumerate(self.cluster.nodes)}
-        roots = {"driver": self.job.process.pid, "head": self.cluster.head.process.pid, **servers}
+        """Memory in MiB and open files of the driver and of Ray's servers; of all nodes together, since workers, and
+        what a node holds open for each, come and go on either."""
+        roots = {
+            "driver": [self.job.process.pid],
+            "head": [self.cluster.head.process.pid],
+            "nodes": [node.process.pid for node in self.cluster.nodes],
+        }
         usage = {}
-        for name, pid in roots.items():
+        for name, pids in roots.items():
             try:
-                family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+                processes = [psutil.Process(pid) for pid in pids]
+                family = [*processes, *(child for root in processes for child in root.children(recursive=True))]
                 family = [process for process in family if stays(process)]
                 memory = sum(process.memory_info().rss for process in family) / 2**20
                 usage[name] = (round(memory), sum(process.num_fds() for process in family))
