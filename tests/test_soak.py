@@ -6,7 +6,6 @@ import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from threading import Event, Thread
 
 import psutil
@@ -115,7 +114,7 @@ def test_soak(run_job, few_digits, tmp_path, capsys):
     assert not list(storage.glob("*/.staging-*"))
 
     lines = [f"{TRAININGS} trainings in {seconds:.0f} s, {killer.killed} workers killed"]
-    early, late = (typical(killer.samples, part) for part in (0.25, 0.85))
+    early, late = least(killer.samples, 0.25, 0.5), least(killer.samples, 0.75, 1)
     for name in sorted(early.keys() & late.keys()):
         (memory, files), (later_memory, later_files) = early[name], late[name]
         lines.append(f"{name}: {memory} to {later_memory} MiB, {files} to {later_files} open files")
@@ -140,14 +139,14 @@ def stays(process: psutil.Process) -> bool:
     return not title(process).startswith("ray::") and not {"default_worker.py", "log_monitor.py"} & set(programs)
 
 
-def typical(samples: list[dict[str, tuple[float, int]]], fraction: float) -> dict[str, tuple[float, int]]:
-    """Medians over a tenth of the samples: a program that is just starting another one holds everything twice."""
-    start = int(len(samples) * fraction)
+def least(samples: list[dict[str, tuple[float, int]]], start: float, end: float) -> dict[str, tuple[float, int]]:
+    """Return the minima over a part of the samples: what piles up stays, whereas a worker that is alive, and a program
+    that is just starting another one, hold more for a moment."""
     values_by_name: dict[str, list[tuple[float, int]]] = {}
-    for sample in samples[start : start + max(3, len(samples) // 10)]:
+    for sample in samples[int(len(samples) * start) : int(len(samples) * end)]:
         for name, usage in sample.items():
             values_by_name.setdefault(name, []).append(usage)
-    return {name: tuple(median(values) for values in zip(*usage)) for name, usage in values_by_name.items()}
+    return {name: tuple(map(min, zip(*usage))) for name, usage in values_by_name.items()}
 
 
 def same_training(storage: Path, reference: Path, name: str) -> Path:
