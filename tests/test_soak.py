@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -53,9 +54,10 @@ class Killer(Thread):
                 if title(process).startswith(("ray::group", "ray::each", "ray::losses", "ray::write", "ray::global"))
             ]
             if workers:
-                self._random.choice(workers).kill()
-                self.killed += 1
-                self.samples.append(self._held())
+                self.samples.append(self._held())  # before the kill, after which Ray is starting another worker
+                with suppress(psutil.NoSuchProcess):
+                    self._random.choice(workers).kill()
+                    self.killed += 1
 
     def _held(self) -> dict[str, tuple[float, int]]:
         """Memory in MiB and open files of the driver and of Ray's servers; of all nodes together, since workers, and
