@@ -225,6 +225,9 @@ def test_transfer_equals_explicit_loops():
     adapted["b", "d"] = np.array([1.0, np.nan, 1.0, 1.0, 1.0])
     with pytest.raises(UserError, match="task 'd' under the prompts of 'b' are not finite: lower"):
         TransferLosses.from_mappings(names, zero_shot, adapted)
+    zero_shot["c"] = np.full_like(zero_shot["c"], np.inf)
+    with pytest.raises(UserError, match="task 'c' under zero-shot CLIP are not finite"):
+        TransferLosses.from_mappings(names, zero_shot, adapted)
 
 
 def test_transfer_resamples_the_same_images_under_all_prompts():

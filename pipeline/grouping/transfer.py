@@ -38,8 +38,14 @@ class TransferLosses:
         Raises:
             UserError: a loss is not finite.
         """
-        for trained_on, task in adapted:
-            if not np.isfinite(adapted[trained_on, task]).all():
+        for task, losses in zero_shot.items():
+            if not np.isfinite(losses).all():
+                raise UserError(
+                    f"losses of task {task!r} under zero-shot CLIP are not finite: set clip.precision=float32, or "
+                    "other weights with clip.pretrained"
+                )
+        for (trained_on, task), losses in adapted.items():
+            if not np.isfinite(losses).all():
                 raise UserError(
                     f"losses of task {task!r} under the prompts of {trained_on!r} are not finite: lower "
                     "training.learning_rate, or set clip.precision=float32"
