@@ -97,7 +97,7 @@ def train() -> torch.nn.Module:
     model.train()
 
     base = load_digits()
-    indices = split_base_digits(base.target)["clip"]
+    indices = split_base_digits(base.target)["clip", "train"]
     stroke = torch.from_numpy(strokes(base.images[indices.ravel()])).float().unsqueeze(1)
     label = torch.arange(len(CLASSES)).repeat_interleave(indices.shape[1])
 

@@ -114,7 +114,7 @@ def adapter_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """The demo's images, <task>/<class>/*.png."""
+    """The demo's images, <task>/<train or test>/<class>/*.png."""
     from pipeline.demo.digits import write_digits
 
     folder = tmp_path_factory.mktemp("digits") / "digits"

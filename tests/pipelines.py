@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import runpy
 import shutil
@@ -24,11 +25,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 EPOCHS, GLOBAL_PROMPT_EPOCHS = 6, 4
 QUICK = (
     *("--training.epochs", str(EPOCHS), "--global_prompt.epochs", str(GLOBAL_PROMPT_EPOCHS)),
-    *("--training.checkpoint_every", "1"),
+    *("--training.batch_size", "8", "--training.checkpoint_every", "1"),
 )
+"""An epoch has five steps."""
 LONG_EPOCHS = 8
 FEW_TASKS = (
-    *(*QUICK, "--data.tasks", "[chalk, ink, neon]", "--training.epochs", str(LONG_EPOCHS)),
+    *(*QUICK, "--data.tasks", "[blur_left, blur_right, ink_left]", "--training.epochs", str(LONG_EPOCHS)),
     *("--grouping.num_groups", "2"),
 )
 """Two groups, with trainings long enough to be hit: for runs that are broken, and the undisturbed one."""
@@ -196,9 +198,10 @@ def every_step_once(storage: Path, uri: str | None = None) -> bool:
     client = MlflowClient(uri or f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("mmap-clip")
     config = parse_config(load_yaml(the_run(storage) / "config.yaml"))
+    num_steps = math.ceil(10 * config.data.shots / config.training.batch_size)  # of an epoch, with the digits
     for name, epochs in (("all in one", config.training.epochs), ("global_prompt", config.global_prompt.epochs)):
         run, *_ = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
-        losses = client.get_metric_history(run.info.run_id, "train_loss/ink")
-        if sorted(loss.step for loss in losses) != list(range(1, 5 * epochs + 1)):
+        losses = client.get_metric_history(run.info.run_id, "train_loss/blur_right")
+        if sorted(loss.step for loss in losses) != list(range(1, num_steps * epochs + 1)):
             return False
     return True

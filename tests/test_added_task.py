@@ -47,7 +47,7 @@ from pipeline.training.trainer import Trainer
 from pipeline.workflows.added_task import plan_addition
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-EXISTING, ADDED = ["chalk", "ink", "noise", "rotated"], ["neon", "outline"]
+EXISTING, ADDED = ["blur_left", "blur_right", "ink_right", "thick_right"], ["ink_left", "thick_left"]
 QUICK = ("--training.epochs", "3", "--global_prompt.epochs", "2")
 JOB = ("jobs/add_task.py",)
 
@@ -242,7 +242,7 @@ def finished(tmp_path_factory, run_job):
     job = run_job("full_pipeline", "--storage", storage, *QUICK, *options)
     assert job.status == 0, job.output
     folder = the_run(storage)
-    pipeline.load(folder, temperature={"ink": 2.5}).save_options()
+    pipeline.load(folder, temperature={"blur_right": 2.5}).save_options()
     return folder
 
 
@@ -294,12 +294,13 @@ def test_a_task_is_added_and_existing_tasks_do_not_change(finished, added):
     # Prompts and probabilities of existing tasks are bit-identical.
     old, new = (load_file(run / "adapters" / "grouped.safetensors") for run in (finished, folder))
     assert all(torch.equal(new[name], value) for name, value in old.items()) and len(new) > len(old)
-    images = [read_image(path) for path in sorted((finished.parent.parent / "datasets/digits/ink").rglob("*.png"))[:70]]
+    folder_of_images = finished.parent.parent / "datasets/digits/blur_right"
+    images = [read_image(path) for path in sorted(folder_of_images.rglob("*.png"))[:70]]
     models = [pipeline.load(run) for run in (finished, folder)]
     for task in EXISTING:
         assert models[0].predict(images, task) == models[1].predict(images, task)
-    assert models[1].temperature("ink") == 2.5
-    assert models[1].labels(ADDED[0]) == models[1].labels("ink")
+    assert models[1].temperature("blur_right") == 2.5
+    assert models[1].labels(ADDED[0]) == models[1].labels("blur_right")
 
     # It has the group prompt of the group that it joined, and its own task prompt.
     joined = next(group for group in report["groups"] if ADDED[0] in group)
@@ -343,17 +344,17 @@ def test_only_transfer_trains_the_new_task_alone_and_needs_the_images_of_the_oth
     def others_complete(missing: Artifact, artifact: Artifact) -> bool:
         return artifact.key != missing.key and is_complete(artifact)
 
-    for artifact in (run.single_tasks.splits[0], run.single_tasks.adapters["noise"]):
+    for artifact in (run.single_tasks.splits[0], run.single_tasks.adapters["ink_right"]):
         with monkeypatch.context() as patch:
             patch.setattr(Artifact, "is_complete", lambda other, missing=artifact: others_complete(missing, other))
             with pytest.raises(UserError, match=f"needs .*{artifact.key}, which is missing .*: rerun the command"):
                 plan("transfer")
             plan("features")
     single = run.single_tasks
-    adapters = {task: adapter for task, adapter in single.adapters.items() if task != "noise"}
+    adapters = {task: adapter for task, adapter in single.adapters.items() if task != "ink_right"}
     run = replace(run, single_tasks=replace(single, adapters=adapters))
     plan("gradient")
-    with pytest.raises(UserError, match="noise was added by another affinity: set --grouping.affinity features"):
+    with pytest.raises(UserError, match="ink_right was added by another affinity: set --grouping.affinity features"):
         plan("transfer")
     with monkeypatch.context() as patch:
         patch.setattr(Artifact, "is_complete", lambda other: others_complete(single.losses[-1], other))
@@ -376,7 +377,7 @@ def test_tasks_are_added_successively_and_compared_with_retraining(finished, add
     assert "all retrained" in (second_run / "report" / "report.html").read_text()
     models = [pipeline.load(run) for run in (first_run, second_run)]
     images = [
-        read_image(path) for path in sorted((first_run.parent.parent / "datasets/digits/neon").rglob("*.png"))[:30]
+        read_image(path) for path in sorted((first_run.parent.parent / "datasets/digits/ink_left").rglob("*.png"))[:30]
     ]
     for task in (*EXISTING, ADDED[0]):
         assert models[0].predict(images, task) == models[1].predict(images, task)
@@ -395,17 +396,17 @@ def test_a_task_is_added_to_a_run_in_a_bucket_from_another_machine(run_job, tmp_
         bucket, options = server.uri.split("?")
         tracking = ("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
         options = ("--storage", f"{bucket}/folder?{options}", "--cache", tmp_path / "first_cache", *tracking, *QUICK)
-        pipeline_job = run_job("full_pipeline", *options, "--data.tasks", "[chalk, ink, noise]")
+        pipeline_job = run_job("full_pipeline", *options, "--data.tasks", "[blur_left, blur_right, ink_right]")
         assert pipeline_job.status == 0, pipeline_job.output
         report = next(line for line in pipeline_job.output.splitlines() if line.startswith("report: "))
         finished = report.removeprefix("report: ").replace("/report/report.html?", "?")
         assert finished.startswith(f"{bucket}/folder/runs/demo-")
-        options = ("--run", finished, "--task", "neon", "--cache", tmp_path / "second_cache", *tracking)
+        options = ("--run", finished, "--task", "ink_left", "--cache", tmp_path / "second_cache", *tracking)
         addition = run_job("add_task", *options)
         assert addition.status == 0, addition.output
         (adapter,) = re.findall("^adapter: (.+)$", addition.output, re.MULTILINE)
         assert adapter.startswith(f"{bucket}/folder/runs/demo-")
-        assert sorted(pipeline.load(adapter).tasks) == ["chalk", "ink", "neon", "noise"]
+        assert sorted(pipeline.load(adapter).tasks) == ["blur_left", "blur_right", "ink_left", "ink_right"]
     finally:
         server.kill()
 
@@ -424,23 +425,25 @@ def test_errors_are_reported_before_any_work(finished, tmp_path, monkeypatch, ca
         return " ".join(capsys.readouterr().err.split())
 
     run = ("--run", str(finished))
-    assert "--task ink is already in the run; its tasks are chalk, ink, noise, rotated" in error(*run, "--task", "ink")
+    is_there = error(*run, "--task", "blur_right")
+    assert f"--task blur_right is already in the run; its tasks are {', '.join(EXISTING)}" in is_there
     assert "data.tasks: oil not found under" in error(*run, "--task", "oil")
     assert "mmap.prompt_length=8: the run's prompts were trained with 4" in error(
-        *run, "--task", "neon", "--mmap.prompt_length", "8", "--mmap.source_rows", "8"
+        *run, "--task", "ink_left", "--mmap.prompt_length", "8", "--mmap.source_rows", "8"
     )
-    squash = error(*run, "--task", "neon", "--clip.resize_mode", "squash")
+    squash = error(*run, "--task", "ink_left", "--clip.resize_mode", "squash")
     assert "clip.resize_mode=squash: the run's prompts were trained with shortest" in squash
-    assert "clip.template=a {}.: the run's" in error(*run, "--task", "neon", "--clip.template", "a {}.")
+    assert "clip.template=a {}.: the run's" in error(*run, "--task", "ink_left", "--clip.template", "a {}.")
     assert "clip.pretrained=None differs from the run's CLIP" in error(
-        *run, "--task", "neon", "--clip.pretrained", "null"
+        *run, "--task", "ink_left", "--clip.pretrained", "null"
     )
-    assert "--storage is not an option of this job: use --run" in error(*run, "--task", "neon", "--storage", "other")
-    assert "does not exist" in error("--run", str(tmp_path / "runs" / "none"), "--task", "neon")
-    assert "give <storage>/runs/<run>" in error("--run", str(tmp_path), "--task", "neon")
+    storage = ("--storage", "other")
+    assert "--storage is not an option of this job: use --run" in error(*run, "--task", "ink_left", *storage)
+    assert "does not exist" in error("--run", str(tmp_path / "runs" / "none"), "--task", "ink_left")
+    assert "give <storage>/runs/<run>" in error("--run", str(tmp_path), "--task", "ink_left")
     assert len(read_summary(finished)["groups"]) > 1
-    assert "no partition of the 5 tasks meets" in error(*run, "--task", "neon", "--grouping.num_groups", "1")
+    assert "no partition of the 5 tasks meets" in error(*run, "--task", "ink_left", "--grouping.num_groups", "1")
     unfinished = tmp_path / "runs" / "demo-0"
     unfinished.mkdir(parents=True)
     (unfinished / "config.yaml").write_text("name: demo\n")
-    assert "(report/summary.json is missing)" in error("--run", str(unfinished), "--task", "neon")
+    assert "(report/summary.json is missing)" in error("--run", str(unfinished), "--task", "ink_left")

@@ -129,7 +129,7 @@ def test_submitted_job_outlives_its_tracking_server(ray_head, run_job, tmp_path)
         for method, values in expected.items():
             assert parent.data.metrics[f"accuracy/{method}/average"] == pytest.approx(values["average"])
         (training,) = [run for run in runs if run.data.tags["mlflow.runName"] == "all in one"]
-        history = client.get_metric_history(training.info.run_id, "train_loss/ink")
+        history = client.get_metric_history(training.info.run_id, "train_loss/blur_right")
         assert [value.step for value in history] == list(range(1, len(history) + 1)) and len(history) == 5 * LONG_EPOCHS
         assert {file.path for file in client.list_artifacts(parent.info.run_id, "adapters")} == {
             f"adapters/{name}.safetensors" for name in DEFAULT_VARIANTS

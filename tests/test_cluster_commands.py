@@ -30,7 +30,7 @@ from pipeline.methods.registry import DEFAULT_VARIANTS
 pytestmark = pytest.mark.fault_injection
 
 SMALL = (
-    *("--data.tasks", "[chalk, ink, neon]", "--training.epochs", "2", "--global_prompt.epochs", "2"),
+    *("--data.tasks", "[blur_left, blur_right, ink_left]", "--training.epochs", "2", "--global_prompt.epochs", "2"),
     *("--training.checkpoint_every", "1"),
 )
 

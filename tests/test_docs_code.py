@@ -92,13 +92,13 @@ def world(tmp_path_factory) -> Path:
     write_digits(digits)
     write_data_sets(folder / "data")
     write_finished_run(folder / "mmap-runs", data_root=folder / "data" / "new")
-    (folder / "mmap-runs" / "images").symlink_to(digits / "ink")
+    (folder / "mmap-runs" / "images").symlink_to(digits / "ink_left" / "test")
     (folder / "bucket").symlink_to(folder / "mmap-runs")
     (folder / "mmap-runs" / "shops").symlink_to(folder / "data" / "shops")
     for path in ("photos", "data/photos"):
-        (folder / path).symlink_to(digits / "ink")
+        (folder / path).symlink_to(digits / "ink_left" / "test")
     for name in ("a.png", "b.jpg"):
-        (folder / name).symlink_to(digits / "ink" / "one" / "0000.png")
+        (folder / name).symlink_to(digits / "ink_left" / "test" / "one" / "0000.png")
     (folder / "shops.yaml").write_text("name: shops\n")
     (folder / "token").write_text("0123456789abcdef")
     (folder / "token").chmod(0o600)
@@ -125,7 +125,7 @@ def write_data_sets(root: Path) -> None:
     for name, preset in PUBLISHED.items():
         config = parse_config(load_yaml(CONFIGS / f"{preset}.yaml")).data
         touch(root / name, config.tasks or OFFICE_HOME_TASKS, classes_of(preset))
-    touch(root / "new", ["ink", "Clipart", "sketch"], DIGITS)
+    touch(root / "new", ["ink_left", "Clipart", "sketch"], DIGITS)
     page = REPOSITORY / "docs" / "datasets.md"
     for path in re.findall(r"^/data/(shops/.+)$", page.read_text(), re.MULTILINE):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -162,9 +162,9 @@ def touch(root: Path, tasks, classes) -> None:
 def write_finished_run(storage: Path, data_root: Path) -> None:
     """Write the files of a finished run of the demo's CLIP on two tasks, with initial prompts."""
     values = load_yaml(DEMO_CONFIG)
-    data = values["data"] | {"root": str(data_root)}
+    data = values["data"] | {"root": str(data_root), "use_official_splits": False}
     config = parse_config(values | {"data": data, "grouping": {"affinity": "gradient"}})  # no task was trained alone
-    group, towers = {"Clipart": DIGITS, "ink": DIGITS}, load_clip(config.clip)
+    group, towers = {"Clipart": DIGITS, "ink_left": DIGITS}, load_clip(config.clip)
     state = METHODS["mmap"].build(config, towers, group).state_dict()
     folder = storage / "runs" / "finished"
     (folder / GROUPED_ADAPTER).parent.mkdir(parents=True)
@@ -178,7 +178,8 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     }
     summary = {"tasks": [*group], "groups": [[*group]], "methods": methods, "num_test_images": dict.fromkeys(group, 1)}
     write_record(folder / SUMMARY, summary)
-    row = {"task": "ink", "method": "grouped", "true_label": "one", "label": "two", "probability": 0.5, "loss": 0.7}
+    row = {"task": "ink_left", "method": "grouped", "true_label": "one", "label": "two", "probability": 0.5}
+    row["loss"] = 0.7
     pq.write_table(pa.Table.from_pylist([row], schema=PREDICTIONS), folder / "report" / "predictions.parquet")
     write_record(folder / GROUPING, {"tasks": [*group], "groups": [[*group]], "affinity": [[1, 0], [0, 1]]})
     snapshots = Artifact(Storage.from_folder(storage), "global_prompt", {"clip": vars(clip_identity(config.clip))})
@@ -194,7 +195,7 @@ def names_of(page: str, world: Path) -> dict[str, object]:
     if page == "task_grouping.md":
         steps = np.array([[[2, 0], [-1, 2], [2, 1], [-1, 3]]] * 4)
         return {"names": ["photo", "sketch", "art", "clipart"], "gradients": steps}
-    noisy = sorted((world / "mmap-runs" / "datasets" / "digits" / "noise").glob("*/*.png"))[::5]
+    noisy = sorted((world / "mmap-runs" / "datasets" / "digits" / "ink_right").glob("test/*/*.png"))[::8]
     return {"images": noisy, "labels": [path.parent.name for path in noisy], "source": "mmap-runs/runs/finished"}
 
 

@@ -26,7 +26,10 @@ from pipeline.files import read_record
 from pipeline.workflows import fit as fit_module
 from pipeline.workflows.fit import make_config
 
-QUICK = {"epochs": EPOCHS, "global_prompt": {"epochs": GLOBAL_PROMPT_EPOCHS}, "training": {"checkpoint_every": 1}}
+QUICK = {
+    **{"epochs": EPOCHS, "global_prompt": {"epochs": GLOBAL_PROMPT_EPOCHS}},
+    "training": {"batch_size": 8, "checkpoint_every": 1},
+}
 """The settings of `quick_run`."""
 
 
@@ -136,7 +139,7 @@ def test_the_run_of_a_call_is_that_of_the_command_line(quick_run, run):
     assert run.tasks == report["tasks"] and run.groups == report["groups"]
     assert run.test_loss.to_dict() == {name: method["test_loss"] for name, method in report["methods"].items()}
     assert run.accuracy.to_dict() == {name: method["accuracy"] for name, method in report["methods"].items()}
-    assert run.affinities.loc["ink", "neon"] == run.affinities.loc["neon", "ink"]
+    assert run.affinities.loc["blur_right", "ink_left"] == run.affinities.loc["ink_left", "blur_right"]
     assert list(run.affinities) == run.tasks and list(run.adapters) == ["all_in_one", "each_alone", "grouped"]
     assert run.config.training.epochs == EPOCHS
     assert f"pipeline.fit(epochs={EPOCHS}, storage=" in unescape(run.report.read_text())
@@ -149,23 +152,26 @@ def test_the_tables_of_a_run_agree(run):
     assert np.allclose(accuracy.loc[run.tasks, list(run.accuracy)], run.accuracy)
     assert (run.standard_error > 0).any(axis=None) and run.standard_error.shape == run.accuracy.shape
     for method in run.accuracy:
-        matrix = run.confusion_matrix("neon", method)
-        assert list(matrix.index) == list(matrix) == run.model.labels("neon")
-        assert np.trace(matrix) / matrix.sum(axis=None) == pytest.approx(run.accuracy.loc["neon", method])
-        classes = run.class_accuracy.query("task == 'neon' and method == @method")
+        matrix = run.confusion_matrix("ink_left", method)
+        assert list(matrix.index) == list(matrix) == run.model.labels("ink_left")
+        assert np.trace(matrix) / matrix.sum(axis=None) == pytest.approx(run.accuracy.loc["ink_left", method])
+        classes = run.class_accuracy.query("task == 'ink_left' and method == @method")
         assert classes["correct"].tolist() == np.diag(matrix).tolist()
         assert classes["images"].tolist() == matrix.sum(axis=1).tolist()
-    with pytest.raises(pipeline.UserError, match="unknown task 'oil'; the run has: chalk, "):
+    with pytest.raises(pipeline.UserError, match="unknown task 'oil'; the run has: blur_left, "):
         run.confusion_matrix("oil")
     with pytest.raises(pipeline.UserError, match="unknown method 'coop'; the run has: "):
-        run.confusion_matrix("neon", "coop")
+        run.confusion_matrix("ink_left", "coop")
 
 
 def test_a_run_predicts(run):
-    images = sorted((run.storage.folder / "datasets" / "digits" / "ink").glob("*/*.png"))[::20]
-    predictions = run.predict([str(image) for image in images], task="ink")
-    hits = [prediction.label == image.parent.name for prediction, image in zip(predictions, images)]
-    assert sum(hits) / len(hits) > 0.8
+    digits = run.storage.folder / "datasets" / "digits"
+    images = sorted((digits / "blur_right").glob("test/*/*.png"))[::20]
+    predictions = run.predict([str(image) for image in images], task="blur_right")
+    stored = run.predictions.query("task == 'blur_right' and method == 'grouped'").set_index("path")["label"]
+    assert [prediction.label for prediction in predictions] == [
+        stored[str(image.relative_to(digits))] for image in images
+    ]
     assert run.model is run.model and run.load("all_in_one").tasks == run.tasks
     with pytest.raises(
         pipeline.UserError, match="has no adapter of 'zero_shot'; it has: all_in_one, each_alone, grouped"
@@ -258,7 +264,7 @@ def test_the_notebook_goes_from_images_to_mistakes(storage, run, tmp_path, monke
     assert artifacts(storage) == existing
     assert names["run"].accuracy.equals(run.accuracy)
     assert names["matrix"].equals(run.confusion_matrix(names["task"]))
-    assert {prediction.label for prediction in names["predictions"]} <= set(run.model.labels("noise"))
+    assert {prediction.label for prediction in names["predictions"]} <= set(run.model.labels("thick_left"))
     assert set(names["wrong"]["task"]) == {names["task"]}
     assert not list(storage.glob("runs/*/tracking-*/refused.jsonl"))  # by MLflow, of another data.root
     output = capsys.readouterr().out
@@ -269,6 +275,6 @@ def test_the_committed_notebook_has_outputs_and_no_local_paths():
     cells = [cell for cell in nbformat.read(FROM_PYTHON, 4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
-    assert num_images(outputs) == 4 and "chalk + neon | ink" in stdout(outputs)
+    assert num_images(outputs) == 4 and "blur_left + ink_left + thick_left | blur_right" in stdout(outputs)
     assert not re.findall(r"(?<![\w:/<])/(?:home|root|tmp|work|Users|mnt|data)/\S*", FROM_PYTHON.read_text())
     assert FROM_PYTHON.stat().st_size < 400_000

@@ -19,13 +19,14 @@ from pipelines import REPOSITORY, the_run
 import pipeline
 from pipeline.config import load_yaml, parse_config
 from pipeline.data.parquet import SplitReader
+from pipeline.demo.digits import ANGLES, PENS
 from pipeline.methods.adapter_file import load_adapter
 from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
 from pipeline.stages.plan import RESULTS_VERSION
 from pipeline.training.batches import load_training_sets
 from pipeline.training.trainer import Trainer
 
-TASKS = ["noise", "outline", "rotated"]
+TASKS = ["blur_left", "blur_right", "ink_right"]
 ONE_MMAP = 4 * (4 * 64 + 1 + 2)
 """Parameters of one MmAP: in each of 4 layers the source prompt, and the scaling matrices of text and images."""
 
@@ -70,15 +71,18 @@ def test_every_method_reproduces_its_golden_numbers(all_methods):
 
 @pytest.mark.fault_injection
 def test_the_demo_reproduces_its_golden_numbers(run_job, tmp_path):
-    """Zero-shot CLIP is accurate on its training domain and poor on others; prompts clearly improve it."""
+    """Zero-shot CLIP is poor on all turned digits; prompts clearly improve it, most in groups of the same turn."""
     run_pipeline(DEMO, tmp_path / "storage")
     numbers = read_numbers(tmp_path / "storage")
     check_golden(DEMO, numbers)
     methods = numbers["methods"]
     zero_shot = methods["zero_shot"]["accuracy"]
-    assert zero_shot["ink"] > 0.9 and min(zero_shot.values()) < 0.5 and min(zero_shot.values()) > 0.25
+    assert 0.5 < methods["zero_shot"]["average"] < 0.65
+    assert min(zero_shot.values()) > 0.45 and max(zero_shot.values()) < 0.7
     for name in DEFAULT_VARIANTS:
         assert methods[name]["average"] > methods["zero_shot"]["average"] + 0.05
+    assert numbers["groups"] == [[f"{pen}_{side}" for pen in sorted(PENS)] for side in ANGLES]
+    assert methods["grouped"]["average"] == max(methods[name]["average"] for name in DEFAULT_VARIANTS)
 
 
 def test_the_readme_shows_the_demos_golden_numbers():
@@ -108,25 +112,37 @@ def change_labels(count):
     return lambda labels: "".join(str((int(label) + 1) % 4) for label in labels[:count]) + labels[count:]
 
 
-COOP = ("trainings", "coop: noise")
+COOP = ("trainings", "coop: ink_right")
 
 
 @pytest.mark.parametrize(
     "path, value, message",
     [
         (("results_version",), RESULTS_VERSION + 1, "results_version: "),
-        (("splits", "test noise", "digest"), "0", "splits test noise: digest 02e4"),
-        (("groups", 0), ["noise", "outline"], "groups 1: 2 rotated -> outline"),
-        (("affinity", 0, 1), lambda value: value + 1, "affinity 1: 2 100.7322 -> 101.7322 (1)"),
-        (("methods", "coop", "accuracy", "noise"), lambda value: value + 0.03, "methods coop: accuracy noise 0.75 -> "),
+        (("splits", "test ink_right", "digest"), "0", "splits test ink_right: digest a86b"),
+        (("groups", 1), ["blur_right", "blur_left"], "groups 2: 2 ink_right -> blur_left"),
+        (("affinity", 0, 1), lambda value: value + 1, "affinity 1: 2 -0.1312713 -> 0.8687287 (1)"),
+        (
+            ("methods", "coop", "accuracy", "ink_right"),
+            lambda value: value + 0.03,
+            "methods coop: accuracy ink_right 0.8819444 -> ",
+        ),
         (("methods", "coop", "trained_parameters"), 769, "methods coop: trained_parameters 768 -> 769 (1)"),
-        ((*COOP, "losses", 3, 0), lambda value: value + 1e-3, "trainings coop: noise: losses 4 1 0.499877 -> 0.500877"),
-        ((*COOP, "losses", 3, 0), math.nan, "trainings coop: noise: losses 4 1 0.499877 -> nan"),
-        ((*COOP, "losses", 3), [], "trainings coop: noise: losses 4 1 0.499877 -> None"),
-        ((*COOP, "learning_rate", 1), 2e-5, "trainings coop: noise: learning_rate 2 1e-05 -> 2e-05"),
-        ((*COOP, "predictions", "noise", "labels"), change_labels(2), "noise labels of 2 images"),
-        ((*COOP, "predictions", "noise", "mean_probability"), lambda value: value + 1e-3, "noise mean_probability 0.7"),
-        (("trainings", "new: noise"), {"losses": [[1.0]]}, "trainings new: noise: new"),
+        (
+            (*COOP, "losses", 3, 0),
+            lambda value: value + 1e-3,
+            "trainings coop: ink_right: losses 4 1 0.9062233 -> 0.9072233",
+        ),
+        ((*COOP, "losses", 3, 0), math.nan, "trainings coop: ink_right: losses 4 1 0.9062233 -> nan"),
+        ((*COOP, "losses", 3), [], "trainings coop: ink_right: losses 4 1 0.9062233 -> None"),
+        ((*COOP, "learning_rate", 1), 2e-5, "trainings coop: ink_right: learning_rate 2 1e-05 -> 2e-05"),
+        ((*COOP, "predictions", "ink_right", "labels"), change_labels(2), "ink_right labels of 2 images"),
+        (
+            (*COOP, "predictions", "ink_right", "mean_probability"),
+            lambda value: value + 1e-3,
+            "ink_right mean_probability 0.7196703 -> 0.7206703",
+        ),
+        (("trainings", "new: ink_right"), {"losses": [[1.0]]}, "trainings new: ink_right: new"),
     ],
 )
 def test_differences_from_the_golden_numbers_are_reported(path, value, message):
@@ -140,8 +156,8 @@ def test_a_borderline_image_and_rounding_are_tolerated():
     stored = ALL_METHODS.stored()
     for path, value in (
         ((*COOP, "losses", 3, 0), lambda value: value + 1e-5),
-        ((*COOP, "predictions", "noise", "labels"), change_labels(1)),
-        ((*COOP, "predictions", "noise", "accuracy"), lambda value: value + 1 / 80),
+        ((*COOP, "predictions", "ink_right", "labels"), change_labels(1)),
+        ((*COOP, "predictions", "ink_right", "accuracy"), lambda value: value + 1 / 144),
     ):
         assert differences(stored, changed(path, value)) and not differences(
             stored, changed(path, value), ALL_METHODS.tolerance
@@ -227,11 +243,11 @@ def first_merged_tasks(hipro):
 
 @pytest.mark.slow
 def test_hipros_tree_first_merges_the_tasks_with_the_largest_affinity(all_methods, run_job):
-    """The same gradients merge noise + rotated by dot products, outline + rotated by cosines."""
+    """The same gradients merge blur_right + ink_right by dot products, blur_left + blur_right by cosines."""
     affinity = all_methods.numbers["affinity"]
-    assert affinity[0][2] == max(affinity[0][1], affinity[0][2], affinity[1][2])
+    assert affinity[1][2] == max(affinity[0][1], affinity[0][2], affinity[1][2])
     assert all_methods.groups["hipro"] == [TASKS]
-    assert first_merged_tasks(all_methods.adapters["hipro"]) == ["noise", "rotated"]
+    assert first_merged_tasks(all_methods.adapters["hipro"]) == ["blur_right", "ink_right"]
 
     previous_runs = set(all_methods.storage.glob("runs/*"))
     finished = run_job(
@@ -242,7 +258,10 @@ def test_hipros_tree_first_merges_the_tasks_with_the_largest_affinity(all_method
     assert finished.status == 0, finished.output
     (cosine_run,) = set(all_methods.storage.glob("runs/*")) - previous_runs
     affinity = json.loads((cosine_run / "report" / "summary.json").read_text())["methods"]["hipro"]["accuracy"]
-    assert first_merged_tasks(load_adapter(cosine_run / "adapters" / "hipro.safetensors")) == ["outline", "rotated"]
+    assert first_merged_tasks(load_adapter(cosine_run / "adapters" / "hipro.safetensors")) == [
+        "blur_left",
+        "blur_right",
+    ]
     assert affinity != all_methods.numbers["methods"]["hipro"]["accuracy"]
 
 
@@ -252,7 +271,7 @@ def test_contexts_of_multi_task_methods(all_methods, name, is_shared):
     """SoftCPT generates a context per task from its name, HiPro has one per leaf; CoOp shares one."""
     assert all_methods.groups[name] == [TASKS]
     model = pipeline.load(all_methods.adapters_folder / f"{name}.safetensors", device="cpu")
-    image = next(all_methods.storage.glob("datasets/digits/outline/two/*"))
+    image = next(all_methods.storage.glob("datasets/digits/ink_right/test/two/*"))
     probabilities = [model.predict([image], task)[0].probabilities for task in TASKS]
     for task_probabilities in probabilities[1:]:
         assert (task_probabilities == pytest.approx(probabilities[0], abs=1e-5)) == is_shared

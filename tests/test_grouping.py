@@ -676,12 +676,12 @@ def test_bad_snapshots_are_named(no_figures, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[[ink, oil]]", "cannot_link: [ink, oil]: 'oil' is not a task; tasks: "),
-        ("[[ink, chalk]]", "must_link puts 'chalk' and 'ink' in one group, cannot_link forbids it"),
+        ("[[ink_left, oil]]", "cannot_link: [ink_left, oil]: 'oil' is not a task; tasks: "),
+        ("[[ink_left, blur_left]]", "must_link puts 'blur_left' and 'ink_left' in one group, cannot_link forbids it"),
     ],
 )
 def test_constraints_are_checked_before_the_job_starts(tmp_path, monkeypatch, capsys, value, message):
-    options = ["--grouping.must_link", "[[chalk, ink]]", "--grouping.cannot_link", value]
+    options = ["--grouping.must_link", "[[blur_left, ink_left]]", "--grouping.cannot_link", value]
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", "--storage", str(tmp_path / "storage"), *options])
     with pytest.raises(SystemExit) as end:
         command_line.run_job("", lambda run: pytest.fail("the job started"))

@@ -366,7 +366,8 @@ def test_constant_results_have_no_correlation():
 
 @pytest.mark.slow
 def test_the_study_trains_every_group(run_job, tmp_path):
-    quick = ("--training.epochs", "1", "--global_prompt.epochs", "1", "--data.tasks", "[ink, neon, noise]")
+    tasks = ("--data.tasks", "[blur_right, ink_left, ink_right]")
+    quick = ("--training.epochs", "1", "--global_prompt.epochs", "1", *tasks)
     storage = tmp_path / "storage"
     finished = run_job("grouping_study", "--storage", storage, *quick, "--seeds", "1")
     assert finished.status == 0, finished.output
@@ -382,17 +383,17 @@ def test_the_study_trains_every_group(run_job, tmp_path):
     rows = {row["groups"]: row for row in csv.DictReader((folder / "grouping_study.csv").open())}
     assert len(rows) == 5
     for measure in ("accuracy", "test_loss"):
-        measured = [groups["ink", "noise"][measure][task] for task in ("ink", "noise")]
-        measured.append(groups["neon",][measure]["neon"])
-        assert float(rows["ink + noise | neon"][measure]) == pytest.approx(sum(measured) / 3)
+        measured = [groups["blur_right", "ink_right"][measure][task] for task in ("blur_right", "ink_right")]
+        measured.append(groups["ink_left",][measure]["ink_left"])
+        assert float(rows["blur_right + ink_right | ink_left"][measure]) == pytest.approx(sum(measured) / 3)
     check_scores_of_pairs(rows, storage)
     pairs = list(csv.DictReader((folder / "pair_gains.csv").open()))
-    (pair,) = [row for row in pairs if (row["task"], row["with"]) == ("neon", "ink")]
-    gain = groups["neon",]["test_loss"]["neon"] - groups["ink", "neon"]["test_loss"]["neon"]
+    (pair,) = [row for row in pairs if (row["task"], row["with"]) == ("ink_left", "blur_right")]
+    gain = groups["ink_left",]["test_loss"]["ink_left"] - groups["blur_right", "ink_left"]["test_loss"]["ink_left"]
     assert float(pair["gain in test_loss"]) == pytest.approx(gain)
     assert the_run(storage).is_dir()
 
-    single_task = run_job("grouping_study", "--storage", storage, "--data.tasks", "[ink]")
+    single_task = run_job("grouping_study", "--storage", storage, "--data.tasks", "[blur_right]")
     assert (
         single_task.status == 2 and "a study of 1 task takes 1 training per seed; choose 2 to 8" in single_task.output
     )
@@ -400,7 +401,7 @@ def test_the_study_trains_every_group(run_job, tmp_path):
 
 def check_scores_of_pairs(rows: dict[str, dict[str, str]], storage) -> None:
     """The scores under `sum` of partitions into a pair and a single task are the pairs' affinities."""
-    tasks = ["ink", "neon", "noise"]
+    tasks = ["blur_right", "ink_left", "ink_right"]
     (file,) = (storage / "global_prompt").glob("[!.]*/" + SNAPSHOTS)
     gradients = read_gradients(file, tasks)
     expected = {f"gradient {name}": affinity_matrix(gradients, name) for name in ("dot", "cosine", "adam_cosine")}

@@ -1461,30 +1461,35 @@ def test_one_task_has_pictures_of_its_grouping():
 @pytest.mark.slow
 def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, tmp_path):
     write_digits(tmp_path / "digits")
-    files = sorted((tmp_path / "digits/neon").rglob("*.png"))
+    files = sorted((tmp_path / "digits/ink_left").rglob("*.png"))
     table = pa.table(
         {
             "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
-            "domain": ["neon"] * len(files),
+            "domain": ["ink_left"] * len(files),
             "label": [file.parent.name for file in files],
-            "split": ["test" if int(file.stem) % 2 else "train" for file in files],
+            "split": [file.parent.parent.name for file in files],
         }
     )
-    pq.write_table(table, tmp_path / "neon.parquet", row_group_size=50)
+    pq.write_table(table, tmp_path / "ink_left.parquet", row_group_size=50)
     finished = run_job(
         "full_pipeline",
         *("--storage", tmp_path / "storage", "--config", "configs/demo.yaml"),
-        *("--data.root", str(tmp_path / "neon.parquet"), "--data.columns", "{task: domain}"),
-        *("--data.use_official_splits", "true", "--clip.task_templates", '{neon: "a neon sign of the digit {}."}'),
+        *("--data.root", str(tmp_path / "ink_left.parquet"), "--data.columns", "{task: domain}"),
+        *(
+            "--data.use_official_splits",
+            "true",
+            "--clip.task_templates",
+            '{ink_left: "the digit {}, turned to the left."}',
+        ),
         *("--training.epochs", "2", "--global_prompt.epochs", "2"),
     )
     assert finished.status == 0, finished.output
-    assert "80 training and" in finished.output
+    assert "40 training and 360 test images" in finished.output
     assert (
         "for other images leave out clip.model, clip.pretrained and configs/demo.yaml, to get ViT-B-16-quickgelu"
         in finished.output
     )
     methods = summary(tmp_path / "storage")["methods"]
-    assert all(set(result["accuracy"]) == {"neon"} for result in methods.values()) and "grouped" in methods
+    assert all(set(result["accuracy"]) == {"ink_left"} for result in methods.values()) and "grouped" in methods
     prompts = load_adapter(the_run(tmp_path / "storage") / "adapters/grouped.safetensors")
-    assert prompts.config.clip.task_templates == {"neon": "a neon sign of the digit {}."}
+    assert prompts.config.clip.task_templates == {"ink_left": "the digit {}, turned to the left."}

@@ -237,7 +237,7 @@ def test_a_run_that_begins(moment, number, message, tmp_path):
 @pytest.mark.fault_injection
 @pytest.mark.timeout(1200)
 def test_a_training_resumes_at_the_step_that_the_line_names(new_storage):
-    options = (*QUICK, "--data.tasks", "ink", "chalk", "--global_prompt.epochs", "300")
+    options = (*QUICK, "--data.tasks", "blur_right", "blur_left", "--global_prompt.epochs", "300")
     script = ("jobs/train_global_prompt.py",)
     job = Job(new_storage, *options, prefix=script)
     finished = interrupted(job, lambda job: checkpoints(new_storage, "global_prompt"), signal.SIGTERM)

@@ -44,9 +44,9 @@ def test_the_experiment_has_a_row_for_each_method(server_and_run, page):
     open_runs(page, address, experiment)
     page.get_by_text(f"{len(result['methods'])} matching runs").wait_for()
     for method in result["methods"]:
-        page.get_by_role("link", name=f"{method_title(method)} (8 shots, seed 1, ").wait_for()  # rows appear one by one
+        page.get_by_role("link", name=f"{method_title(method)} (4 shots, seed 1, ").wait_for()  # rows appear one by one
     open_runs(page, address, experiment, "tags.level = 'pipeline'")
-    page.get_by_role("link", name="demo, 8 shots, seed 1").wait_for()
+    page.get_by_role("link", name="demo, 4 shots, seed 1").wait_for()
 
 
 def test_the_link_that_a_run_prints_opens_the_table_with_accuracies(server_and_run, page):

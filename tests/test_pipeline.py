@@ -36,7 +36,7 @@ from pipeline.runtime.stage import Stage, WorkItem
 from pipeline.stages.flow import NAMES
 
 pytestmark = pytest.mark.slow
-TASKS = ["chalk", "ink", "neon", "noise", "outline", "rotated"]
+TASKS = ["blur_left", "blur_right", "ink_left", "ink_right", "thick_left", "thick_right"]
 
 
 def test_report(quick_run):
@@ -59,7 +59,7 @@ def test_report(quick_run):
     assert methods["each_alone"]["trained_parameters"] == 12 * one_mmap
     assert methods["all_in_one"]["trained_parameters"] == 7 * one_mmap
     assert methods["grouped"]["trained_parameters"] == (6 + len(result["groups"])) * one_mmap
-    assert result["num_test_images"] == dict.fromkeys(TASKS, 140)
+    assert result["num_test_images"] == dict.fromkeys(TASKS, 360)
     assert "trained parameters" in output and "cached (computed in" not in output
     for picture in (
         "accuracy.png",
@@ -78,7 +78,7 @@ def test_predictions_of_all_test_images_are_stored(quick_run):
     folder = the_run(quick_run[0]) / "report"
     predictions = pq.read_table(folder / "predictions.parquet").to_pandas()
     assert list(predictions) == ["path", "task", "method", "true_label", "label", "probability", "loss"]
-    assert len(predictions) == 4 * 840
+    assert len(predictions) == 4 * 2160
     correct = predictions.label == predictions.true_label
     accuracy, loss = (
         values.groupby([predictions.method, predictions.task]).mean() for values in (correct, predictions.loss)
@@ -88,9 +88,9 @@ def test_predictions_of_all_test_images_are_stored(quick_run):
         assert loss[method].to_dict() == pytest.approx(values["test_loss"])  # stored in float32
         assert values["average_test_loss"] == pytest.approx(loss[method].mean())
     classes = pq.read_table(folder / "class_accuracy.parquet").to_pandas()
-    assert classes.images.sum() == 4 * 840 and classes.correct.sum() == correct.sum()
+    assert classes.images.sum() == 4 * 2160 and classes.correct.sum() == correct.sum()
     confusions = pq.read_table(folder / "confusions.parquet").to_pandas()
-    assert confusions.images.sum() == 4 * 840
+    assert confusions.images.sum() == 4 * 2160
     assert confusions.images[confusions.label == confusions.true_label].sum() == correct.sum()
 
 
@@ -122,7 +122,7 @@ def test_mlflow_holds_the_run(quick_run):
             assert parent.data.metrics[f"accuracy/{method}/{task}"] == values["accuracy"][task]
             assert parent.data.metrics[f"test_loss/{method}/{task}"] == values["test_loss"][task]
         assert parent.data.metrics[f"trained_parameters/{method}"] == values["trained_parameters"]
-    assert parent.data.tags["mlflow.runName"].startswith("demo, 8 shots, seed 1 (")
+    assert parent.data.tags["mlflow.runName"].startswith("demo, 4 shots, seed 1 (")
     assert "| average |" in parent.data.tags["mlflow.note.content"]
     assert "mmap.prompt_length" in parent.data.params and "coop.context_length" not in parent.data.params
     assert parent.data.params["training.epochs"] == str(EPOCHS)
@@ -141,7 +141,7 @@ def test_mlflow_holds_the_run(quick_run):
             "test_loss/average": values["average_test_loss"],
             "trained_parameters": values["trained_parameters"],
         }
-        assert (run.params["shots"], run.params["seed"], run.params["data"]) == ("8", "1", "demo")
+        assert (run.params["shots"], run.params["seed"], run.params["data"]) == ("4", "1", "demo")
     assert method_runs["grouped"].data.tags["groups"] == parent.data.params["groups"]
     assert method_runs["grouped"].data.params["num_groups"] == str(len(result["groups"]))
     system = client.get_metric_history(names["all in one"].info.run_id, "system/process_memory_usage_megabytes")
@@ -232,7 +232,7 @@ def test_transfer_is_the_gain_of_training_images_from_the_prompts_of_other_tasks
     np.testing.assert_allclose(grouping["affinity"], (gains + gains.T) / 2, atol=1e-12)
     model = pipeline.load(the_run(storage) / "adapters" / "each_alone.safetensors", device="cpu")
     reader = SplitReader(next(storage.glob("splits/[!.]*")))
-    rows = list(reader.rows("train", "noise"))
+    rows = list(reader.rows("train", "ink_right"))
     images = [decode_rgb(row["image"]) for row in rows]
 
     def mean_loss(trained_on: str) -> float:
@@ -240,12 +240,12 @@ def test_transfer_is_the_gain_of_training_images_from_the_prompts_of_other_tasks
         pairs = zip(predictions, rows, strict=True)
         return -np.mean([np.log(list(prediction.probabilities.values())[row["label"]]) for prediction, row in pairs])
 
-    losses = {task: mean_loss(task) for task in ("noise", "ink", "rotated")}
-    noise = tasks.index("noise")
+    losses = {task: mean_loss(task) for task in ("ink_right", "blur_right", "thick_right")}
+    ink_right = tasks.index("ink_right")
     for task, loss in losses.items():
-        gain_over_ink = gains[tasks.index(task), noise] - gains[tasks.index("ink"), noise]
-        assert gain_over_ink == pytest.approx(losses["ink"] - loss, abs=1e-4)
-    assert abs(losses["ink"] - losses["noise"]) > 0.01
+        gain_over_blur_right = gains[tasks.index(task), ink_right] - gains[tasks.index("blur_right"), ink_right]
+        assert gain_over_blur_right == pytest.approx(losses["blur_right"] - loss, abs=1e-4)
+    assert abs(losses["blur_right"] - losses["ink_right"]) > 0.01
     assert "affinity transfer: 6 trainings of a task alone, 36 forward passes of a task's training images" in output
 
 
@@ -292,7 +292,7 @@ def test_a_changed_bit_in_any_stored_file_is_noticed_and_mended(quick_run, run_j
     assert "damaged" in run_job("runs", "--storage", storage).output
     verified = run_job("verify", storage)
     assert verified.status == 1 and f"{len(artifacts) + 3} damaged or missing" in verified.output, verified.output
-    added = run_job("add_task", "--run", run.folder, "--task", "neon", "--data.root", tmp_path)
+    added = run_job("add_task", "--run", run.folder, "--task", "ink_left", "--data.root", tmp_path)
     assert added.status == 2 and "is damaged" in added.output, added.output
     finished = run_job("full_pipeline", "--storage", storage, *QUICK)
     assert finished.status == 0, finished.output
@@ -318,20 +318,20 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
     shutil.copytree(quick_run[0], storage)
     model = demo_clip_folder(tmp_path / "clip")  # the same CLIP, in another form
     finished = run_job(
-        *("full_pipeline", "--until", "grouping", "--storage", storage, *QUICK, "--grouping.num_groups", "2"),
+        *("full_pipeline", "--until", "grouping", "--storage", storage, *QUICK, "--grouping.num_groups", "3"),
         *("--grouping.affinity", "gradient", "--clip.model", model, "--clip.pretrained", model),
     )
     assert finished.status == 0, finished.output
     assert finished.output.count("cached (computed in") == 4 and "5 group trainings" not in finished.output
-    assert "optimal among 31 partitions" in finished.output
+    assert "optimal among 90 partitions" in finished.output
     groupings = [json.loads(file.read_text()) for file in storage.glob("grouping/[!.]*/grouping.json")]
-    (of_two,) = [grouping for grouping in groupings if len(grouping["groups"]) == 2]
-    assert of_two["stability"]["ranked"][0]["groups"] == of_two["groups"]
-    assert all(len(candidate["groups"]) == 2 for candidate in of_two["candidates"])
-    assert all(len(ranked["groups"]) == 2 for ranked in of_two["stability"]["ranked"])
-    assert sum(resampled["frequency"] for resampled in of_two["stability"]["resampled"]) == pytest.approx(1, abs=0.2)
+    (of_three,) = [grouping for grouping in groupings if len(grouping["groups"]) == 3]
+    assert of_three["stability"]["ranked"][0]["groups"] == of_three["groups"]
+    assert all(len(candidate["groups"]) == 3 for candidate in of_three["candidates"])
+    assert all(len(ranked["groups"]) == 3 for ranked in of_three["stability"]["ranked"])
+    assert sum(resampled["frequency"] for resampled in of_three["stability"]["resampled"]) == pytest.approx(1, abs=0.2)
     num_steps = 5 * GLOBAL_PROMPT_EPOCHS
-    assert [part["first_step"] for part in of_two["training"]["phases"]] == list(
+    assert [part["first_step"] for part in of_three["training"]["phases"]] == list(
         range(1, num_steps + 1, num_steps // 5)
     )
     runs = MlflowClient(f"sqlite:///{storage}/mlflow.db").search_runs(["1"], "tags.`mlflow.runName` = 'global_prompt'")
@@ -339,7 +339,7 @@ def test_another_grouping_reuses_the_global_prompt(quick_run, run_job, tmp_path)
         {k: v for k, v in run.data.metrics.items() if k != "seconds" and not k.startswith("system/")} for run in runs
     )
     assert (
-        first_history == second_history and "train_loss/ink" in first_history
+        first_history == second_history and "train_loss/blur_right" in first_history
     )  # whoever finds a training finished has its steps too
 
 
@@ -352,11 +352,11 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
             for row in pq.read_table(folder / "predictions.parquet").to_pylist():
                 expected[row["path"]] = row
     words = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
-    for task in ("noise", "rotated"):
+    for task in ("ink_right", "thick_right"):
         output = tmp_path / f"{task}.csv"
         prompts = the_run(storage) / "adapters" / "all_in_one.safetensors"
         images = storage / "datasets" / "digits" / task
-        weights = ["--clip.pretrained", demo_clip_folder(tmp_path / "clip")] if task == "rotated" else []
+        weights = ["--clip.pretrained", demo_clip_folder(tmp_path / "clip")] if task == "thick_right" else []
         finished = run_job("predict", prompts, images, "--task", task, "--output", output, *weights)
         assert finished.status == 0, finished.output
         rows = {row["path"]: row for row in csv.DictReader(output.open())}
@@ -367,7 +367,7 @@ def test_saved_prompts_give_the_same_predictions(quick_run, run_job, tmp_path):
                 compared += 1
                 assert row["label"] == words[expected[relative]["predicted"]]
                 assert float(row["probability"]) == pytest.approx(expected[relative]["probability"], abs=1e-4)
-        assert compared == 10 * (22 - 8)
+        assert compared == 10 * 36
 
 
 def test_a_local_ray_listens_on_this_machine_only(shared_ray):
@@ -414,7 +414,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
     "arguments, message",
     [
         (["--data.root", "/nowhere"], "data.root=/nowhere is not a folder"),
-        (["--data.tasks", "[ink, oil]"], "data.tasks: oil not found"),
+        (["--data.tasks", "[blur_right, oil]"], "data.tasks: oil not found"),
         (["--clip.model", "ViT-B-99"], "clip.model='ViT-B-99' is not an open_clip model"),
         (["--clip.model", "ViT-B-32", "--clip.pretrained", "opennai"], "'opennai' is neither a file nor a tag"),
         (["--mmap.source_columns", "48"], "mmap.source_columns=48 must divide"),
@@ -425,7 +425,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
         (["--cluster.gpus_per_worker", "1"], "but the cluster has 0 GPUs"),
         (
             ["--cluster.workers_per_training", "11"],
-            "images of a batch (16, batch_size of MmAP) or the classes of a task (10): use fewer",
+            "images of a batch (8, batch_size of MmAP) or the classes of a task (10): use fewer",
         ),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),
         (["--training.epochs", "0"], "training.epochs=0"),

@@ -41,7 +41,7 @@ def test_importing_the_package_imports_no_torch():
 def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(adapter_file, digits):
     model = pipeline.load(adapter_file)
     assert model.tasks == ["ink", "neon", "pairs"] and model.labels("pairs") == ["zero", "one"]
-    paths = sorted((digits / "ink").rglob("*.png"))[: BATCH_SIZE + 3]
+    paths = sorted((digits / "ink_left").rglob("*.png"))[: BATCH_SIZE + 3]
     pixels = torch.stack([torch.from_numpy(evaluation_pixels(path.read_bytes(), PREPROCESSING)) for path in paths])
     expected = load_adapter(adapter_file).classifier().probabilities("ink", pixels)
     decoded = [Image.open(path) for path in paths]
@@ -66,7 +66,7 @@ def test_probabilities_are_those_of_the_classifier_in_every_form_of_image(adapte
 
 
 def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(adapter_file, digits, monkeypatch):
-    images = [path.read_bytes() for path in sorted((digits / "ink").rglob("*.png"))[::17]]
+    images = [path.read_bytes() for path in sorted((digits / "ink_left").rglob("*.png"))[::31]]
     images[7:7] = [b"no image"]
     labels = [DIGITS[number % 10] for number in range(len(images))]
     calibration = {"images": [*images[:7], *images[8:]], "labels": [*labels[:7], *labels[8:]], "task": "neon"}
@@ -84,7 +84,7 @@ def test_predictions_and_calibration_beyond_one_batch_are_those_of_one(adapter_f
 
 def test_an_endless_stream_is_answered_from_as_few_images_as_are_decoded_ahead(adapter_file, digits, monkeypatch):
     monkeypatch.setattr("pipeline.prediction.model.BATCH_SIZE", 5)
-    image, taken = next((digits / "ink").rglob("*.png")).read_bytes(), count()
+    image, taken = next((digits / "ink_left").rglob("*.png")).read_bytes(), count()
     answers = pipeline.load(adapter_file).predict_stream((image for _ in taken), "ink")
     assert all(next(answers).label for _ in range(10))
     assert next(taken) == 5 * (2 + PREFETCH_BATCHES)
@@ -92,7 +92,7 @@ def test_an_endless_stream_is_answered_from_as_few_images_as_are_decoded_ahead(a
 
 def test_probabilities_by_class_do_not_depend_on_the_order_of_the_labels(tmp_path, digits):
     """Compare a task whose classes are in alphabetical order with one of the same classes in another order."""
-    paths = [path for name in DIGITS for path in sorted((digits / "ink" / name).iterdir())[:2]]
+    paths = [path for name in DIGITS for path in sorted((digits / "ink_left" / "test" / name).iterdir())[:2]]
     images, names = [path.read_bytes() for path in paths], [path.parent.name for path in paths]
     models = {}
     for order, labels in (("sorted", sorted(DIGITS)), ("given", DIGITS)):
@@ -131,7 +131,7 @@ def test_images_that_are_not_8_bit_rgb_are_read_as_their_files_are(adapter_file)
 
 def test_without_a_task_all_tasks_are_predicted(adapter_file, digits):
     model = pipeline.load(adapter_file)
-    images = sorted((digits / "neon").rglob("*.png"))[:7]
+    images = sorted((digits / "ink_right").rglob("*.png"))[:7]
     for prediction, *single_task in zip(model.predict(images), *(model.predict(images, task) for task in model.tasks)):
         assert list(prediction.predictions_by_task) == model.tasks
         for guess, expected in zip(prediction.predictions_by_task.values(), single_task):
@@ -185,7 +185,7 @@ def test_broken_images_get_an_error_and_the_others_a_prediction(adapter_file, tm
 
 
 def test_below_the_threshold_the_label_is_none(adapter_file, digits):
-    images = sorted((digits / "ink").rglob("*.png"))[::9]
+    images = sorted((digits / "ink_left").rglob("*.png"))[::16]
     references = pipeline.load(adapter_file).predict(images, "ink")
     threshold = sorted(p.probability for p in references)[len(references) // 2]
     predictions = pipeline.load(adapter_file, threshold=threshold).predict(images, "ink")
@@ -194,7 +194,7 @@ def test_below_the_threshold_the_label_is_none(adapter_file, digits):
 
 
 def test_temperature_divides_the_logits(adapter_file, digits):
-    image = next((digits / "ink").rglob("*.png"))
+    image = next((digits / "ink_left").rglob("*.png"))
     (reference,) = pipeline.load(adapter_file).predict([image], "ink")
     (warm,) = pipeline.load(adapter_file, temperature=4).predict([image], "ink")
     (other_task,) = pipeline.load(adapter_file, temperature={"neon": 4.0}).predict([image], "ink")
@@ -225,7 +225,7 @@ def test_calibration_is_saved_with_the_adapter(adapter_file, digits, tmp_path):
     file = tmp_path / "grouped.safetensors"
     file.write_bytes(adapter_file.read_bytes())
     model = pipeline.load(file, threshold=0.3)
-    images = sorted((digits / "neon").rglob("*.png"))[::3]
+    images = sorted((digits / "ink_right").rglob("*.png"))[::5]
     labels = [path.parent.name for path in images]
     uncalibrated = model.predict(images, "neon")
     temperature = model.calibrate(images, labels, "neon")

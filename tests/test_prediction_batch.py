@@ -48,7 +48,7 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
         monkeypatch.setattr(batch, name, 5)
     folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
-    valid = sorted((digits / "ink").rglob("*.png"))[::2]
+    valid = sorted((digits / "ink_left").rglob("*.png"))[::4]
     for number, path in enumerate(valid):
         (folder / "deep" / f"{number:03d}.png").write_bytes(path.read_bytes())
     (folder / "broken.jpg").write_bytes(b"no image")
@@ -58,7 +58,7 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
     os.mkfifo(folder / "pipe.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "notes.txt").write_text("not looked at")
-    paths = list(map(str, sorted((digits / "ink").rglob("*.png"))[::10]))
+    paths = list(map(str, sorted((digits / "ink_left").rglob("*.png"))[::20]))
     progress = []
     counts, all_rows = run_prediction(
         adapter_file,
@@ -69,7 +69,7 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
         on_progress=lambda *counts: progress.append(counts),
     )
     total = len(valid) + 6 + len(paths)
-    assert counts == (total, 4) and progress[-1] == (total, total) and len(paths) == 22
+    assert counts == (total, 4) and progress[-1] == (total, total) and len(paths) == 20
     assert len(list((tmp_path / "out").iterdir())) > 2
     rows, file_rows = all_rows[: -len(paths)], all_rows[-len(paths) :]
     expected_paths = [f"{folder}/deep/{number:03d}.png" for number in range(len(valid))]
@@ -92,7 +92,7 @@ def test_a_folder_with_broken_images_and_odd_names_and_files_beyond_one_chunk(
 
 
 def test_parquet_with_tasks_in_a_column(adapter_file, digits, cluster, tmp_path):
-    images = sorted((digits / "neon").rglob("*.png"))[:150]
+    images = sorted((digits / "ink_right").rglob("*.png"))[:150]
     tasks = ["ink", "neon", None, "pairs", "oil"] * 30
     table = {"image": [path.read_bytes() for path in images], "task": tasks, "more": range(150)}
     table["image"][7] = b"no image"
@@ -168,7 +168,7 @@ def test_from_a_bucket_to_a_bucket(adapter_file, digits, run_job, tmp_path):
 
         uri, query = server.uri.split("?")
         filesystem, bucket = open_bucket(server.uri)
-        images = sorted((digits / "ink").rglob("*.png"))[:5]
+        images = sorted((digits / "ink_left").rglob("*.png"))[:5]
         files = {f"runs/x/adapters/{adapter_file.name}": adapter_file.read_bytes()}
         files |= {f"photos/deep/{number}.png": path.read_bytes() for number, path in enumerate(images)}
         files |= dict.fromkeys(
@@ -240,7 +240,7 @@ def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_pa
     finished = run_job("predict", the_run(storage), *test_splits, "--output", tmp_path / "out.parquet")
     assert finished.status == 0, finished.output
     rows = {(row["task"], row["path"]): row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
-    assert len(rows) == 6 * 140 and "840 of 840 images" in finished.output
+    assert len(rows) == 6 * 360 and "2,160 of 2,160 images" in finished.output
     model = load_adapter(the_run(storage) / "adapters" / "grouped.safetensors")
     groups = [set(group) for group in model.groups]
     compared = 0
@@ -252,7 +252,7 @@ def test_the_splits_of_a_run_give_its_own_predictions(quick_run, run_job, tmp_pa
                 compared += 1
                 assert row["label"] == model.class_names[row["task"]][expected["predicted"]]
                 assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
-    assert compared == 840
+    assert compared == 6 * 360
 
 
 def pipeline_artifact(folder: Path) -> dict:

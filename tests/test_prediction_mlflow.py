@@ -46,7 +46,7 @@ register = partial(run_main, register_model)
 
 
 def find_images(storage: Path, task: str, count: int) -> list[Path]:
-    return sorted((storage / "datasets" / "digits" / task).rglob("*.png"))[:: 220 // count][:count]
+    return sorted((storage / "datasets" / "digits" / task).rglob("*.png"))[:: 400 // count][:count]
 
 
 def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch, capsys):
@@ -60,11 +60,11 @@ def test_a_finished_run_is_registered_once(quick_run, tracking_uri, monkeypatch,
     assert {v.run_id for v in MlflowClient(tracking_uri).search_model_versions("name='once'")} == {parent.info.run_id}
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-    images = find_images(quick_run[0], "neon", 5)
-    expected = pipeline.load(folder).predict(images, "neon")
-    assert pipeline.load("models:/once@here").predict(images, "neon") == expected
+    images = find_images(quick_run[0], "ink_left", 5)
+    expected = pipeline.load(folder).predict(images, "ink_left")
+    assert pipeline.load("models:/once@here").predict(images, "ink_left") == expected
     logged = f"runs:/{parent.info.run_id}/adapters/grouped.safetensors"
-    assert pipeline.load(logged).predict(images, "neon") == expected
+    assert pipeline.load(logged).predict(images, "ink_left") == expected
     assert pipeline.load("models:/once/2").options.threshold == 0.5
     with pytest.raises(UserError, match="cannot download models:/nothing/1 from MLflow"):
         pipeline.load("models:/nothing/1")
@@ -97,11 +97,11 @@ def test_a_moved_storage_works_as_before(quick_run, run_job, tmp_path, monkeypat
     assert moved == (0, "models:/moved/1")
     assert run_main(resend, monkeypatch, capsys, storage)[0] == 0
     assert [run.run for run in list_runs(str(storage), (), None)[0]] == [str(folder)]
-    images = find_images(storage, "neon", 5)
-    expected = pipeline.load(the_run(quick_run[0])).predict(images, "neon")
-    assert pipeline.load(folder).predict(images, "neon") == expected
+    images = find_images(storage, "ink_left", 5)
+    expected = pipeline.load(the_run(quick_run[0])).predict(images, "ink_left")
+    assert pipeline.load(folder).predict(images, "ink_left") == expected
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri(storage / "mlflow.db"))
-    assert pipeline.load("models:/moved/1").predict(images, "neon") == expected
+    assert pipeline.load("models:/moved/1").predict(images, "ink_left") == expected
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
 
     num_runs = len(client.search_runs(["1"]))
@@ -142,10 +142,11 @@ def test_the_served_model_predicts_as_the_loaded_one(quick_run, tracking_uri, tm
         def encoded(image: bytes) -> str:
             return base64.b64encode(image).decode()
 
-        images = [path.read_bytes() for path in (*find_images(storage, "noise", 3), *find_images(storage, "ink", 2))]
-        answers = send(*({"image": encoded(image), "task": "noise"} for image in images))
-        for answer, expected in zip(answers, model.predict(images, "noise"), strict=True):
-            assert (answer["task"], answer["label"], answer["error"]) == ("noise", expected.label, None)
+        paths = (*find_images(storage, "ink_right", 3), *find_images(storage, "blur_right", 2))
+        images = [path.read_bytes() for path in paths]
+        answers = send(*({"image": encoded(image), "task": "ink_right"} for image in images))
+        for answer, expected in zip(answers, model.predict(images, "ink_right"), strict=True):
+            assert (answer["task"], answer["label"], answer["error"]) == ("ink_right", expected.label, None)
             assert answer["probability"] == pytest.approx(expected.probability, abs=1e-6)
             assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
             assert answer["predictions_by_task"] == []
@@ -161,12 +162,12 @@ def test_the_served_model_predicts_as_the_loaded_one(quick_run, tracking_uri, tm
             )
 
         mixed = send(
-            {"image": encoded(images[0]), "task": "ink"},
+            {"image": encoded(images[0]), "task": "blur_right"},
             {"image": encoded(b"no image")},
             {"image": encoded(images[1])},
             {"image": encoded(images[0]), "task": "oil"},
         )
-        assert mixed[0]["task"] == "ink" and mixed[0]["predictions_by_task"] == []
+        assert mixed[0]["task"] == "blur_right" and mixed[0]["predictions_by_task"] == []
         assert mixed[1]["label"] is None and mixed[1]["probability"] is None and "supported format" in mixed[1]["error"]
         assert len(mixed[2]["predictions_by_task"]) == 6
         assert "unknown task 'oil'" in mixed[3]["error"]

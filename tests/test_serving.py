@@ -357,7 +357,7 @@ def service(adapter_files, tmp_path_factory):
 def images(tmp_path_factory) -> list[bytes]:
     folder = tmp_path_factory.mktemp("digits") / "digits"
     write_digits(folder)
-    return [path.read_bytes() for path in sorted((folder / "ink").rglob("*.png"))[::6]]
+    return [path.read_bytes() for path in sorted((folder / "ink_left").rglob("*.png"))[::11]]
 
 
 def fetch_json(url: str, body: bytes | None = None, content_type: str = "image/png"):

@@ -17,7 +17,7 @@ from servers import RayCluster
 from pipeline.demo.digits import write_digits
 
 pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1500)]
-TASKS = ("chalk", "ink", "neon", "outline", "rotated")
+TASKS = ("blur_left", "blur_right", "ink_left", "thick_left", "thick_right")
 SEEDS = range(1, 4)
 TRAININGS = len(SEEDS) * (2 ** len(TASKS) - 1)
 OPTIONS = (
@@ -82,12 +82,13 @@ class Killer(Thread):
 
 @pytest.fixture
 def few_digits(tmp_path) -> Path:
-    """Six images of each class, so that trainings are begun and ended, and little else."""
+    """Two training and four test images of each class, so that trainings are begun and ended, and little else."""
     root = tmp_path / "digits"
     write_digits(root)
-    for folder in root.glob("*/*"):
-        for file in sorted(folder.iterdir())[6:]:
-            file.unlink()
+    for split, number in (("train", 2), ("test", 4)):
+        for folder in root.glob(f"*/{split}/*"):
+            for file in sorted(folder.iterdir())[number:]:
+                file.unlink()
     return root
 
 

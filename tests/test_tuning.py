@@ -47,7 +47,7 @@ from pipeline.workflows.validation_split import split_train_validation
 BASE = parse_config(load_yaml(DEMO_CONFIG))
 TUNE = ("jobs/tune.py",)
 TRIALS = 3
-TWO_TASKS = ("--data.tasks", "[ink, neon]", "--global_prompt.epochs", "1")
+TWO_TASKS = ("--data.tasks", "[blur_right, ink_left]", "--global_prompt.epochs", "1")
 SPACE = {
     "method": {"choice": ["all_in_one", "grouped", "clip_adapter_mt"]},
     "training.learning_rate": {"loguniform": [0.0003, 0.03]},
@@ -126,7 +126,7 @@ def test_the_shipped_search_files_can_be_read():
         ({"trials": None}, "trials is required"),
         ({"searcher": "grid"}, "searcher grid runs all points: remove trials"),
         ({"searcher": "bayes"}, "searcher='bayes'"),
-        ({"validation_shots": 8}, "leaves no training images of data.shots=8"),
+        ({"validation_shots": 4}, "leaves no training images of data.shots=4"),
         ({"fields": {}}, "fields is required"),
         ({"method": "grouped"}, "method is given twice, at the top level and under fields"),
         ({"method": "groupd", "fields": {"training.momentum": {"choice": [0.5]}}}, "'groupd' cannot be searched"),
@@ -490,7 +490,7 @@ def test_a_search_is_reported_and_runs_the_pipeline(searched):
     assert f"best: trial {rows[0]['trial']}:" in output
 
     config = parse_config(load_yaml(folder / "best.yaml"))
-    assert config.data.shots == 8 and config.training.epochs == 2
+    assert config.data.shots == 4 and config.training.epochs == 2
     if rows[0]["mmap.prompt_length"]:
         assert config.mmap.prompt_length == int(rows[0]["mmap.prompt_length"])
     (best_run,) = (storage / "runs").iterdir()
@@ -559,7 +559,7 @@ def test_trials_do_not_read_the_test_set(searched, run_job, tmp_path):
         | {
             "storage": str(storage),
             "training": {**BASE.training.model_dump(), "epochs": 3, "checkpoint_every": 1},
-            "data": {**BASE.data.model_dump(), "tasks": ["ink", "neon"]},
+            "data": {**BASE.data.model_dump(), "tasks": ["blur_right", "ink_left"]},
             "global_prompt": {"epochs": 1},
             "grouping": {"num_groups": 2},
         }

@@ -72,9 +72,9 @@ def test_every_command_of_the_tutorial_works(tmp_path):
         if server:
             server.kill()
     output = "\n".join(outputs)
-    assert "MmAP, grouped" in output and "photos/ink/three/0000.png,ink,three," in output
-    assert "outline added" in output and "models:/photos/1" in output
+    assert "MmAP, grouped" in output and "photos/ink_left/test/three/0000.png,ink_left,three," in output
+    assert "thick_right added" in output and "models:/photos/1" in output
     documents = re.findall(r"^\{.*?\}$", outputs[-1].replace("}{", "}\n{"), re.MULTILINE)
     responses = [json.dumps(json.loads(document)) for document in documents]
-    assert "outline" in responses[0] and "two" in responses[1] and "five" in responses[2]
+    assert "thick_right" in responses[0] and "two" in responses[1] and "five" in responses[2]
     assert Path(tmp_path / "predictions.parquet").is_dir()

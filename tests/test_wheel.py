@@ -42,7 +42,7 @@ def test_one_command_runs_the_demo_of_an_installed_wheel(wheel, tmp_path):
     subprocess.run(command, check=True)
     finished = run(
         tmp_path / "storage",
-        *("--data.tasks", "[chalk, ink]", "--training.epochs", "2", "--global_prompt.epochs", "2"),
+        *("--data.tasks", "[blur_left, blur_right]", "--training.epochs", "2", "--global_prompt.epochs", "2"),
         prefix=(str(target / "bin" / "mmap-clip"), "full_pipeline"),
         env={"PYTHONPATH": str(target)},
         cwd=tmp_path,

@@ -1,10 +1,11 @@
-"""The demo's data set: handwritten digits, rendered in six visual domains.
+"""The demo's data set: handwritten digits in six visual domains, drawn with three pens and turned to the left or right.
 
-    python -m pipeline.demo.digits FOLDER      writes FOLDER/<domain>/<class>/*.png
+    python -m pipeline.demo.digits FOLDER      writes FOLDER/<domain>/<train or test>/<class>/*.png
 
-The 8x8 digits of scikit-learn are partitioned, class by class, into the tiny CLIP's training set and the six domains,
-so that no digit is used twice. Three domains are dark on light (ink, noise, rotated) and three light on dark (chalk,
-neon, outline): similar tasks that task grouping can find.
+The 8x8 digits of scikit-learn are partitioned, class by class, into the tiny CLIP's training set, a few training images
+of each domain, and test digits. A test digit is drawn twice, once turned left and once right, with different pens: more
+test images make differences between methods visible. So domains that are turned the same way are similar tasks, which
+task grouping can find.
 """
 
 import os
@@ -19,76 +20,71 @@ from pipeline.files import atomic_replace
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 32
-IMAGES_PER_CLASS = 22
 CLIP_IMAGES_PER_CLASS = 42
+IMAGES_PER_CLASS = {"train": 4, "test": 36}
+"""Split → images of each class and domain."""
 SEED = 20240
 MODIFIED_S = 946_684_800
 """Modification time of the files, the same on all machines: the data set's fingerprint includes it."""
 
 
-def ink(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Blue-black ink on cream paper with a faint grain."""
-    paper = np.array([0.96, 0.93, 0.84]) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
-    return _blend(paper, np.array([0.08, 0.10, 0.28]), stroke)
+def ink(stroke: np.ndarray) -> np.ndarray:
+    """The stroke as it is."""
+    return stroke
 
 
-def noise(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ink on paper with strong sensor noise."""
-    return ink(stroke, rng) + rng.normal(0, 0.45, (SIZE, SIZE, 3))
-
-
-def rotated(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ink on paper, rotated clockwise by 40 to 55 degrees."""
+def thick(stroke: np.ndarray) -> np.ndarray:
+    """A stroke two pixels wider."""
     from scipy import ndimage  # lazily: every worker imports this module, and few draw digits
 
-    turned = ndimage.rotate(stroke, -rng.uniform(40, 55), reshape=False, order=1)
-    return ink(turned, rng)
+    widened: np.ndarray = ndimage.grey_dilation(stroke, (3, 3))
+    return widened
 
 
-def chalk(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Grainy white chalk on a dark green board."""
-    board = np.array([0.10, 0.24, 0.17]) + rng.normal(0, 0.03, (SIZE, SIZE, 1))
-    return _blend(board, np.array([0.93, 0.93, 0.88]), stroke * rng.uniform(0.45, 1.0, (SIZE, SIZE)))
-
-
-def neon(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Glowing neon tube of a random hue on near black."""
+def blur(stroke: np.ndarray) -> np.ndarray:
+    """A stroke out of focus."""
     from scipy import ndimage
 
-    hue = rng.permutation([1.0, rng.uniform(0.2, 0.9), 0.1])
-    glow = np.clip(stroke + 0.8 * ndimage.gaussian_filter(stroke, 2.0), 0, 1)
-    return _blend(np.full((SIZE, SIZE, 3), 0.03), hue, glow)
+    return np.clip(1.3 * ndimage.gaussian_filter(stroke, 1.5), 0, 1)
 
 
-def outline(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Contour of the stroke, a pale line on a dark blueprint."""
+PENS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"ink": ink, "thick": thick, "blur": blur}
+ANGLES = {"left": 45, "right": -45}
+"""Degrees that digits are turned by; five more or less for each of them."""
+DOMAINS = tuple(f"{pen}_{side}" for pen in PENS for side in ANGLES)
+
+
+def draw(stroke: np.ndarray, domain: str, rng: np.random.Generator) -> np.ndarray:
+    """Draw a stroke (32, 32) on cream paper with a faint grain → pixels (32, 32, 3) in 0..1."""
     from scipy import ndimage
 
-    contour = ndimage.morphological_gradient(stroke, size=(3, 3))
-    blueprint = np.array([0.08, 0.16, 0.42]) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
-    return _blend(blueprint, np.array([0.85, 0.92, 1.0]), contour)
+    pen, side = domain.split("_")
+    angle = ANGLES[side] + rng.uniform(-5, 5)
+    turned = ndimage.rotate(PENS[pen](stroke), angle, reshape=False, order=1)
+    paper = np.array([0.96, 0.93, 0.84]) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
+    blue_black = np.array([0.08, 0.10, 0.28])
+    return np.clip(paper + turned[..., None] * (blue_black - paper), 0, 1)
 
 
-DOMAINS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    "ink": ink,
-    "noise": noise,
-    "rotated": rotated,
-    "chalk": chalk,
-    "neon": neon,
-    "outline": outline,
-}
+def split_base_digits(labels: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    """Split the base digits: (domain, "train" or "test"), or ("clip", "train") → indices (classes, images).
 
-
-def split_base_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Split the base digits: domain, or "clip" → indices (classes, images), all disjoint."""
+    All are disjoint, but for the test digits of a domain that is turned left and one that is turned right.
+    """
     rng = np.random.default_rng(SEED)
     shuffled = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(len(CLASSES))]
-    sizes = {"clip": CLIP_IMAGES_PER_CLASS, **dict.fromkeys(DOMAINS, IMAGES_PER_CLASS)}
-    ends = np.cumsum(list(sizes.values()))
-    return {
-        name: np.stack([indices[end - size : end] for indices in shuffled])
-        for (name, size), end in zip(sizes.items(), ends, strict=True)
+    parts: dict[tuple[str, str], int] = {("clip", "train"): CLIP_IMAGES_PER_CLASS}
+    parts |= {(domain, "train"): IMAGES_PER_CLASS["train"] for domain in DOMAINS}
+    parts |= {(f"{pen}_left", "test"): IMAGES_PER_CLASS["test"] for pen in PENS}
+    ends = np.cumsum(list(parts.values()))
+    indices = {
+        part: np.stack([digits[end - size : end] for digits in shuffled])
+        for (part, size), end in zip(parts.items(), ends, strict=True)
     }
+    pens = list(PENS)
+    for pen, next_pen in zip(pens, pens[1:] + pens[:1], strict=True):
+        indices[f"{next_pen}_right", "test"] = indices[f"{pen}_left", "test"]
+    return indices
 
 
 def strokes(images: np.ndarray) -> np.ndarray:
@@ -102,7 +98,7 @@ def strokes(images: np.ndarray) -> np.ndarray:
 
 
 def write_digits(root: Path) -> None:
-    """Write the data set as <root>/<domain>/<class>/<nnnn>.png, 32x32 RGB; a complete set is kept.
+    """Write the data set as <root>/<domain>/<split>/<class>/<nnnn>.png, 32x32 RGB; a complete set is kept.
 
     Raises:
         OSError: root contains something else.
@@ -120,8 +116,12 @@ def write_digits(root: Path) -> None:
 
 
 def _is_complete(root: Path) -> bool:
-    images = sum(1 for domain in DOMAINS for name in CLASSES for _ in (root / domain / name).glob("*.png"))
-    return images == len(DOMAINS) * len(CLASSES) * IMAGES_PER_CLASS
+    return all(
+        sum(1 for _ in (root / domain / split / name).glob("*.png")) == number
+        for domain in DOMAINS
+        for split, number in IMAGES_PER_CLASS.items()
+        for name in CLASSES
+    )
 
 
 def _write(root: Path) -> None:
@@ -129,22 +129,17 @@ def _write(root: Path) -> None:
 
     digits = load_digits()
     allocation = split_base_digits(digits.target)
-    for number, (domain, render) in enumerate(DOMAINS.items()):
+    for number, domain in enumerate(DOMAINS):
         rng = np.random.default_rng([SEED, number])
-        for name, indices in zip(CLASSES, allocation[domain], strict=True):
-            folder = root / domain / name
-            folder.mkdir(parents=True)
-            for position, stroke in enumerate(strokes(digits.images[indices])):
-                pixels = np.clip(render(stroke, rng), 0, 1)
-                file = folder / f"{position:04}.png"
-                Image.fromarray(np.rint(pixels * 255).astype(np.uint8)).save(file)
-                os.utime(file, (MODIFIED_S, MODIFIED_S))
-
-
-def _blend(background: np.ndarray, color: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-    """Blend a color (3,) over a background (32, 32, 3 or 1) with opacity `coverage` (32, 32)."""
-    blended: np.ndarray = background + coverage[..., None] * (color - background)
-    return blended
+        for split in IMAGES_PER_CLASS:
+            for name, indices in zip(CLASSES, allocation[domain, split], strict=True):
+                folder = root / domain / split / name
+                folder.mkdir(parents=True)
+                for position, stroke in enumerate(strokes(digits.images[indices])):
+                    file = folder / f"{position:04}.png"
+                    pixels = np.rint(draw(stroke, domain, rng) * 255).astype(np.uint8)
+                    Image.fromarray(pixels).save(file)
+                    os.utime(file, (MODIFIED_S, MODIFIED_S))
 
 
 if __name__ == "__main__":

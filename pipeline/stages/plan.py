@@ -142,7 +142,7 @@ class Plan:
     def title(self) -> str:
         """Title for the user; it ends with a part of the key, as runs may differ in other options."""
         config = self.config
-        return f"{config.name}, {config.data.shots} shots, seed {config.seed} ({self.key[:6]})"
+        return f"{config.name}, {pluralize(config.data.shots, 'shot')}, seed {config.seed} ({self.key[:6]})"
 
     @property
     def shared_paths(self) -> list[AnyPath]:

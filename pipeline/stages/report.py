@@ -279,11 +279,12 @@ def track_results(
             step=0,
         )
         title, config, kind = method_title(method), plan.config, VARIANTS[method].method
+        shots = pluralize(config.data.shots, "shot")
         name = f"method: {title}"
         session.tracker.start_run(
             name,
             tags={
-                "mlflow.runName": f"{title} ({config.data.shots} shots, seed {config.seed}, {plan.key[:6]})",
+                "mlflow.runName": f"{title} ({shots}, seed {config.seed}, {plan.key[:6]})",
                 "mlflow.source.name": source_name(),
                 "level": "method",
                 "method": method,

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from pipeline.data.names import pluralize
 from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, write_part
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
 from pipeline.data.walk import unread_images_note
@@ -156,7 +157,7 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
     session.tracker.log_artifact(NAME, file)
     train, test = (sum(description.counts[split].values()) for split in ("train", "test"))
     session.console.print(
-        f"  {train} training and {test} test images, {description.shots} shots per class, "
+        f"  {train} training and {test} test images, {pluralize(description.shots, 'shot')} per class, "
         f"{max(map(len, description.classes.values()))} classes",
         highlight=False,
     )

@@ -73,7 +73,7 @@ class _RunConsole(Console):
 
     def __init__(self, config: Config):
         super().__init__(soft_wrap=True, force_terminal=False, highlight=False)
-        self._run = f"{config.data.shots} shots, seed {config.seed}:"
+        self._run = f"{pluralize(config.data.shots, 'shot')}, seed {config.seed}:"
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(self._run, *objects, **options)
