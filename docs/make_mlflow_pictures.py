@@ -2,7 +2,7 @@
 
 The committed ones show the demo:
 
-    mmap-clip benchmark --methods zero_shot coop_mt vpt_mt clip_adapter all_in_one grouped --shots 4 8 --seeds 1 2 3 \\
+    mmap-clip benchmark --methods zero_shot coop_mt vpt_mt clip_adapter all_in_one grouped --shots 2 4 --seeds 1 2 3 \\
         --training.epochs 12 --global_prompt.epochs 8            and again with --grouping.objective sum
 """
 
@@ -23,8 +23,8 @@ ANIMATION_MS = 3000
 def main(server: str) -> None:
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("mmap-clip").experiment_id
-    eight_shots = f"{METHODS} and params.shots = '8' and params.objective = 'mean'"
-    methods = client.search_runs([experiment], eight_shots, order_by=["attributes.start_time DESC"])
+    four_shots = f"{METHODS} and params.shots = '4' and params.objective = 'mean'"
+    methods = client.search_runs([experiment], four_shots, order_by=["attributes.start_time DESC"])
     (training, *_) = client.search_runs([experiment], "tags.level = 'training' and tags.method = 'all_in_one'")
     (pipeline, *_) = client.search_runs([experiment], "tags.level = 'pipeline'")
     with browser_page(1400, 800) as page:
@@ -33,16 +33,16 @@ def main(server: str) -> None:
             page.wait_for_timeout(ANIMATION_MS)
             page.screenshot(path=PICTURES / f"mlflow_{name}.png", clip=PAGE_WITHOUT_MENU)
 
-        open_runs(page, server, experiment, eight_shots)
+        open_runs(page, server, experiment, four_shots)
         page.get_by_test_id("column-selection-dropdown").first.click()
-        for column in ("Dataset", "Source", "Models", "accuracy/average", "accuracy/outline", "trained_parameters"):
+        for column in ("Dataset", "Source", "Models", "accuracy/average", "accuracy/thick_left", "trained_parameters"):
             page.get_by_role("textbox", name="Search columns").or_(page.get_by_placeholder("Search columns")).fill(
                 column
             )
             page.get_by_text(column, exact=True).last.click()
         page.keyboard.press("Escape")
         take_screenshot("methods")
-        open_runs(page, server, experiment, eight_shots, charts=True)
+        open_runs(page, server, experiment, four_shots, charts=True)
         take_screenshot("charts")
         open_comparison(page, server, experiment, [run.info.run_id for run in methods])
         take_screenshot("comparison")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Classify images with a trained model; needs its adapter and the CLIP weights.
 
-    mmap-clip predict mmap-runs/runs/<run> photos/ --task ink
+    mmap-clip predict mmap-runs/runs/<run> photos/ --task ink_left
     mmap-clip predict mmap-runs/runs/<run> a.jpg https://example.org/b.jpg --output predictions.json
-    mmap-clip predict s3://bucket/runs/<run> /data/photos --task ink --output predictions.parquet
+    mmap-clip predict s3://bucket/runs/<run> /data/photos --task ink_left --output predictions.parquet
 
 Prints CSV with the columns path, task, label, probability, error, or writes it where --output says: .csv, .tsv, .json
 and .jsonl (with all probabilities) in this process; .parquet or a folder with Ray Data, on this machine or a cluster,

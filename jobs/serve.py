@@ -5,7 +5,7 @@
     mmap-clip serve --models a=mmap-runs/runs/<run> b=models:/digits@champion --replicas 2 --port 8000
 
     curl localhost:8000/models
-    curl 'localhost:8000/models/digits/predict?task=ink' -H 'Content-Type: image/png' --data-binary @photo.png
+    curl 'localhost:8000/models/digits/predict?task=ink_left' -H 'Content-Type: image/png' --data-binary @photo.png
 
 The models must have been trained on the same CLIP, whose weights each replica loads once. docs/serving.md describes all
 endpoints, responses and limits. Without --token_file, anyone who can reach the address can use it.
