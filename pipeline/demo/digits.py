@@ -45,7 +45,8 @@ def blur(stroke: np.ndarray) -> np.ndarray:
     """A stroke out of focus."""
     from scipy import ndimage
 
-    return np.clip(1.3 * ndimage.gaussian_filter(stroke, 1.5), 0, 1)
+    blurred: np.ndarray = ndimage.gaussian_filter(stroke, 1.5)
+    return np.clip(1.3 * blurred, 0, 1)
 
 
 PENS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"ink": ink, "thick": thick, "blur": blur}
@@ -60,7 +61,7 @@ def draw(stroke: np.ndarray, domain: str, rng: np.random.Generator) -> np.ndarra
 
     pen, side = domain.split("_")
     angle = ANGLES[side] + rng.uniform(-5, 5)
-    turned = ndimage.rotate(PENS[pen](stroke), angle, reshape=False, order=1)
+    turned: np.ndarray = ndimage.rotate(PENS[pen](stroke), angle, reshape=False, order=1)
     paper = np.array([0.96, 0.93, 0.84]) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
     blue_black = np.array([0.08, 0.10, 0.28])
     return np.clip(paper + turned[..., None] * (blue_black - paper), 0, 1)
