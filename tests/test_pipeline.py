@@ -425,7 +425,7 @@ def test_a_ray_that_the_process_has_joined_is_used_and_kept(shared_ray):
         (["--cluster.gpus_per_worker", "1"], "but the cluster has 0 GPUs"),
         (
             ["--cluster.workers_per_training", "11"],
-            "images of a batch (8, batch_size of MmAP) or the classes of a task (10): use fewer",
+            "images of a batch (16, batch_size of MmAP) or the classes of a task (10): use fewer",
         ),
         (["--training.epoch", "3"], "did you mean --training.epochs?"),
         (["--training.epochs", "0"], "training.epochs=0"),
