@@ -601,6 +601,18 @@ def titles_and_circles(figure: Figure):
     return axes, labels, circles
 
 
+def check_titles(figure: Figure, num_titles: int, num_circles: int) -> None:
+    axes, labels, circles = titles_and_circles(figure)
+    assert len(labels) == num_titles and len(circles) == num_circles
+    bounds = axes.get_window_extent()
+    boxes = list(labels.values())
+    for number, box in enumerate(boxes):
+        assert bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0 and box.y1 <= bounds.y1
+        assert not any(box.overlaps(other_box) for other_box in boxes[number + 1 :])
+        for x, y, radius in circles:
+            assert np.hypot(x - np.clip(x, box.x0, box.x1), y - np.clip(y, box.y0, box.y1)) >= radius
+
+
 @pytest.mark.parametrize("num_methods", [1, 12, 30])
 @pytest.mark.parametrize("with_paper", [False, True])
 def test_titles_of_circles_are_inside_and_overlap_nothing(num_methods, with_paper):
@@ -610,16 +622,56 @@ def test_titles_of_circles_are_inside_and_overlap_nothing(num_methods, with_pape
     else:
         methods = wide_benchmark(num_methods).methods
         figure = accuracy_parameters_figure(wide_benchmark(num_methods), 16)
-    axes, labels, circles = titles_and_circles(figure)
     num_paper = len([method for method in methods if method in PAPER_METHODS]) if with_paper else 0
-    assert len(labels) == len(methods) and len(circles) == len(methods) + num_paper
-    bounds = axes.get_window_extent()
-    boxes = list(labels.values())
-    for number, box in enumerate(boxes):
-        assert bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0 and box.y1 <= bounds.y1
-        assert not any(box.overlaps(other_box) for other_box in boxes[number + 1 :])
-        for x, y, radius in circles:
-            assert np.hypot(x - np.clip(x, box.x0, box.x1), y - np.clip(y, box.y0, box.y1)) >= radius
+    check_titles(figure, len(methods), len(methods) + num_paper)
+
+
+def test_titles_in_a_crowd_overlap_nothing():
+    """Methods around one point: some leaders must cross titles, and no two titles are in one place."""
+    crowd = {
+        "zero_shot": (0, 56.9),
+        "coop": (1_536, 56.7),
+        "coop_mt": (256, 58.2),
+        "vpt": (24_576, 70.3),
+        "vpt_mt": (4_096, 71.8),
+        "maple": (202_752, 66.5),
+        "maple_mt": (33_792, 68.3),
+        "clip_adapter": (12_768, 70.3),
+        "clip_adapter_mt": (2_128, 74.6),
+        "joint_prompts": (36_864, 67.9),
+        "joint_prompts_mt": (6_144, 72.6),
+        "mlp_prompts": (305_664, 63.5),
+        "mlp_prompts_mt": (50_944, 68.7),
+        "linear_probe": (3_840, 73.1),
+        "linear_probe_mt": (640, 78.0),
+        "lamm": (3_840, 67.6),
+        "lamm_mt": (640, 63.5),
+        "promptsrc": (18_432, 66.8),
+        "promptsrc_mt": (3_072, 67.0),
+        "bitfit": (52_608, 74.7),
+        "bitfit_mt": (8_768, 79.5),
+        "layernorm": (22_272, 80.1),
+        "layernorm_mt": (3_712, 85.1),
+        "full_finetune": (25_199_238, 83.9),
+        "full_finetune_mt": (4_199_873, 90.8),
+        "clip_lora": (55_296, 79.4),
+        "clip_lora_mt": (9_216, 82.7),
+        "mvlpt": (165_312, 67.5),
+        "mvlpt_mt": (27_552, 64.3),
+        "softcpt": (16_640, 59.1),
+        "hipro": (2_816, 63.9),
+        "mmap_group_only": (2_072, 65.5),
+        "mmap_task_only": (6_216, 63.4),
+        "each_alone": (12_432, 62.8),
+        "all_in_one": (7_252, 63.0),
+        "mmap_random_groups": (8_288, 62.5),
+        "grouped": (8_288, 63.8),
+    }
+    methods = [constant(method, {1: accuracy / 100, 2: accuracy / 100}, 4) for method, (_, accuracy) in crowd.items()]
+    benchmark = make_benchmark(*methods)
+    results = [replace(run, trained_parameters=crowd[run.method][0]) for run in benchmark.results]
+    figure = accuracy_parameters_figure(replace(benchmark, results=tuple(results)), 4)
+    check_titles(figure, len(crowd), len(crowd))
 
 
 def test_circles_are_at_their_values():
