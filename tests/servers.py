@@ -140,14 +140,22 @@ class RayCluster:
         (agent,) = free_ports(1, start=7600 + 20 * number)
         command = [*prefix, str(BIN / "ray"), "start", "--block", *options, f"--node-ip-address=127.0.0.{number}"]
         command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}", f"--dashboard-agent-listen-port={agent}"]
-        return Server(
-            [*command, "--object-store-memory=150000000", "--disable-usage-stats"],
-            self._folder / f"ray-{number}.log",
-            {"PATH": f"{BIN}:{os.environ['PATH']}", **env},
-            f"{self.address}/api/version"
-            if number == 1
-            else f"http://127.0.0.{number}:{agent}/api/local_raylet_healthz",
-        )
+        command += ["--object-store-memory=150000000", "--disable-usage-stats"]
+        health = f"http://127.0.0.{number}:{agent}/api/local_raylet_healthz"
+        attempts = 3
+        while True:
+            attempts -= 1
+            try:
+                return Server(
+                    command,
+                    self._folder / f"ray-{number}.log",
+                    {"PATH": f"{BIN}:{os.environ['PATH']}", **env},
+                    f"{self.address}/api/version" if number == 1 else health,
+                )
+            except AssertionError as error:
+                # Ray gives a node 30 s to start, and a busy machine may need more.
+                if not attempts or "timed out during startup" not in str(error):
+                    raise
 
 
 def mlflow_server(folder: Path, port: int, store: str | None = None) -> Server:
