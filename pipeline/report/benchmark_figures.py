@@ -133,21 +133,21 @@ def _label_points(
     def center_and_radius(circle: tuple[float, float, float]) -> tuple[np.ndarray, float]:
         return axes.transData.transform(circle[:2]), point * (circle[2] / pi) ** 0.5
 
-    places = {method: center_and_radius(circle) for method, circle in circles.items()}
+    disks = {method: center_and_radius(circle) for method, circle in circles.items()}
     obstacles = np.empty((0, 4))
-    for center, radius in (*places.values(), *map(center_and_radius, paper_circles.values())):
+    for center, radius in (*disks.values(), *map(center_and_radius, paper_circles.values())):
         clearance = radius + 3 * point  # keeps titles away from neighboring circles
         obstacles = np.vstack([obstacles, np.hstack([center - clearance, center + clearance])])
     for method, circle in paper_circles.items():
-        obstacles = np.vstack([obstacles, _boxes_along(places[method][0], center_and_radius(circle)[0])])
+        obstacles = np.vstack([obstacles, _boxes_along(disks[method][0], center_and_radius(circle)[0])])
 
     def num_neighbors(method: str) -> int:
-        return sum(bool(np.linalg.norm(places[method][0] - center) < 40 * point) for center, _ in places.values())
+        return sum(bool(np.linalg.norm(disks[method][0] - center) < 40 * point) for center, _ in disks.values())
 
     labels = np.empty((0, 4))
     for method in sorted(circles, key=lambda name: (name != OURS, -num_neighbors(name), -circles[name][1])):
-        center, radius = places[method]
-        others = [place for name, place in places.items() if name != method]
+        center, radius = disks[method]
+        other_disks = [disk for name, disk in disks.items() if name != method]
         style: dict[str, Any] = {"color": "#222222"}
         if method == OURS:
             style = {"fontweight": "bold", "color": VERMILION}
@@ -167,8 +167,10 @@ def _label_points(
             is_outside = bool((box[:2] < bounds[:2]).any() or (box[2:] > bounds[2:]).any())
             # Among many circles a leader may have to cross a title: legible, which two titles in one place are not.
             overlaps = 100 * _count_overlaps(box, obstacles) + _count_overlaps(leader, labels) + 10_000 * is_outside
-            if np.linalg.norm(leader[-1] - leader[0]) <= 8 * point:  # drawn without it, the title is the nearest circle's
-                overlaps += 10 * sum(_distance(place, box) < _distance(places[method], box) for place in others)
+            if (
+                np.linalg.norm(leader[-1] - leader[0]) <= 8 * point
+            ):  # drawn without it, the title is the nearest circle's
+                overlaps += 10 * sum(_distance(disk, box) < _distance(disks[method], box) for disk in other_disks)
             if overlaps < min_overlaps:
                 min_overlaps, best = overlaps, (middle, box, leader)
                 if overlaps == 0:
@@ -187,9 +189,9 @@ def _boxes_along(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return np.tile(np.linspace(start, end, 2 + int(np.linalg.norm(end - start) / 4)), 2)
 
 
-def _distance(place: tuple[np.ndarray, float], box: np.ndarray) -> float:
+def _distance(disk: tuple[np.ndarray, float], box: np.ndarray) -> float:
     """Return the distance of a circle's edge, by center and radius, from a box."""
-    center, radius = place
+    center, radius = disk
     return float(np.linalg.norm(center - np.clip(center, box[:2], box[2:]))) - radius
 
 

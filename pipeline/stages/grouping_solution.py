@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from pipeline.config import GroupingConfig
 from pipeline.files import write_file, write_json
@@ -18,6 +20,9 @@ from pipeline.grouping.partition import Partition, best_partition
 from pipeline.grouping.search.constraints import task_indices
 from pipeline.grouping.search.problem import Groups
 from pipeline.grouping.stability import (
+    Bootstrap,
+    RankedPartition,
+    Search,
     bootstrap,
     early_share,
     groups_over_training,
@@ -31,7 +36,7 @@ from pipeline.report.grouping_stability_figures import affinity_over_training, r
 from pipeline.stages.finished_run import GROUPING
 from pipeline.stages.grouping import FIGURES, GRADIENT_FIGURES, PAGE, STABILITY_FIGURES, describe_search
 from pipeline.stages.grouping_sources import GroupingSources
-from pipeline.stages.measures import MEASURES
+from pipeline.stages.measures import MEASURES, Measure
 
 MAX_RESAMPLED_PARTITIONS_SHOWN = 10
 """The most frequent ones."""
@@ -41,36 +46,68 @@ RESAMPLE_TIME_LIMIT_S = 2.0
 """Per search on a bootstrap resample."""
 
 
+@dataclass(frozen=True)
+class Solution:
+    """The best partition by each measured affinity, and how stable that by the config's affinity is."""
+
+    tasks: Sequence[str]
+    options: GroupingConfig
+    measure: Measure
+    """Of the config's affinity."""
+    partitions: dict[str, Partition]
+    """By affinity."""
+    search: Search
+    """Within a short time, for resamples."""
+    stability: Bootstrap
+    ranked: Sequence[RankedPartition]
+    """Those with the highest scores."""
+
+    @property
+    def partition(self) -> Partition:
+        """The one that is taken."""
+        return self.partitions[self.options.affinity]
+
+    def names(self, groups: Groups) -> list[list[str]]:
+        """Return the names of each group's tasks."""
+        return [[self.tasks[i] for i in group] for group in groups]
+
+
 def write_grouping(tasks: Sequence[str], sources: GroupingSources, options: GroupingConfig, folder: Path) -> None:
     """Write grouping.json, the figures and the page."""
+    solution = _solve(tasks, sources, options)
+    result = _to_json(solution)
+    write_json(folder / GROUPING, result)
+    images = {}
+    for (title, figure), name in zip(_figures(solution).items(), (*FIGURES, *STABILITY_FIGURES, *GRADIENT_FIGURES)):
+        figure.savefig(folder / name, dpi=150)
+        images[title] = ((folder / name).read_bytes(), round(figure.get_figwidth() * PIXELS_PER_INCH))
+    summary = describe_search(result)
+    page = grouping_page(result, summary[0].upper() + summary[1:], images)
+    write_file(folder / PAGE, page)
+
+
+def _solve(tasks: Sequence[str], sources: GroupingSources, options: GroupingConfig) -> Solution:
     measures = {name: MEASURES[name](tasks, sources, options) for name in sources.affinities(tasks)}
     partitions = {name: _search(measure.affinity, tasks, options) for name, measure in measures.items()}
     measure, partition = measures[options.affinity], partitions[options.affinity]
-    affinity, is_gradient = measure.affinity, options.affinity == Gradient.name
-    warnings = grouping_warnings(
-        affinity,
-        partition,
-        tasks,
-        objective=options.objective,
-        kind=options.affinity,
-        similarity=options.gradient_similarity,
-        per_layer=options.per_layer,
-    )
 
-    def search(matrix: np.ndarray) -> Groups:
-        return _search(matrix, tasks, options, RESAMPLE_TIME_LIMIT_S).groups
-
-    def to_names(groups: Groups) -> list[list[str]]:
-        return [[tasks[i] for i in group] for group in groups]
+    def search(affinity: np.ndarray) -> Groups:
+        return _search(affinity, tasks, options, RESAMPLE_TIME_LIMIT_S).groups
 
     links = {name: task_indices(tasks, name, options.constraints[name]) for name in ("must_link", "cannot_link")}
+    is_allowed = partial(satisfies, **{**options.constraints, **links})
     stability = bootstrap(measure.resample, search)
-    ranked = ranked_partitions(
-        affinity, partition.groups, options.objective, tasks, partial(satisfies, **{**options.constraints, **links})
-    )
+    ranked = ranked_partitions(measure.affinity, partition.groups, options.objective, tasks, is_allowed)
+    return Solution(tasks, options, measure, partitions, search, stability, ranked)
+
+
+def _to_json(solution: Solution) -> dict[str, Any]:
+    options, measure, partition = solution.options, solution.measure, solution.partition
+    stability, names = solution.stability, solution.names
+    similarities = {Gradient.name: options.gradient_similarity}
     result: dict[str, Any] = {
-        "tasks": tasks,
-        "groups": to_names(partition.groups),
+        "tasks": solution.tasks,
+        "groups": names(partition.groups),
         "score": partition.score,
         "upper_bound": partition.upper_bound,
         "is_optimal": partition.is_optimal,
@@ -78,67 +115,78 @@ def write_grouping(tasks: Sequence[str], sources: GroupingSources, options: Grou
         "num_candidates": partition.num_candidates,
         "objective": options.objective,
         "affinity_kind": options.affinity,
-        "gradient_similarity": options.gradient_similarity if is_gradient else None,
+        "gradient_similarity": similarities.get(options.affinity),
         "per_layer": options.per_layer,
         "scaling_matrices": options.scaling_matrices,
         "constraints": options.constraints,
-        "affinity": affinity.tolist(),
+        "affinity": measure.affinity.tolist(),
         "gains": None if measure.gains is None else measure.gains.tolist(),
         "candidates": [
             {
                 "affinity": name,
-                "similarity": options.gradient_similarity if name == Gradient.name else None,
+                "similarity": similarities.get(name),
                 "objective": options.objective,
-                "groups": to_names(partitions[name].groups),
-                "score": partitions[name].score,
+                "groups": names(candidate.groups),
+                "score": candidate.score,
                 "is_taken": name == options.affinity,
             }
-            for name in sorted(partitions, key=lambda name: name != options.affinity)
+            for name, candidate in sorted(solution.partitions.items(), key=lambda item: item[0] != options.affinity)
         ],
-        "warnings": warnings,
+        "warnings": grouping_warnings(
+            measure.affinity,
+            partition,
+            solution.tasks,
+            objective=options.objective,
+            kind=options.affinity,
+            similarity=options.gradient_similarity,
+            per_layer=options.per_layer,
+        ),
         "stability": {
             "resampled_from": get_affinity(options.affinity).resampled,
             "num_resampled": measure.num_resampled,
             "num_resamples": stability.num_resamples,
             "co_assignment": stability.co_assignment.tolist(),
             "resampled": [
-                {"groups": to_names(groups), "frequency": frequency}
+                {"groups": names(groups), "frequency": frequency}
                 for groups, frequency in list(stability.frequencies.items())[:MAX_RESAMPLED_PARTITIONS_SHOWN]
             ],
-            "ranked": [{"groups": to_names(item.groups), "score": float(item.score)} for item in ranked],
+            "ranked": [{"groups": names(item.groups), "score": float(item.score)} for item in solution.ranked],
         },
     }
-    figures = {
-        "Affinity matrix": affinity_heat_map(affinity, tasks, partition.groups),
-        "Affinity graph": affinity_graph_figure(affinity_graph(affinity, tasks, partition.groups)),
-        "Co-assignment frequency over bootstrap resamples": co_assignment_map(
-            stability.co_assignment, tasks, partition.groups
-        ),
-        "Partitions with the highest scores": ranked_partitions_figure(ranked),
-    }
     if measure.by_snapshot is not None:
-        by_snapshot, steps = measure.by_snapshot, measure.steps
-        num_early = num_early_snapshots(len(steps))
+        num_early = num_early_snapshots(len(measure.steps))
         result["training"] = {
             "early": {
                 "num_snapshots": num_early,
-                "last_step": steps[num_early - 1],
-                "share": early_share(by_snapshot),
+                "last_step": measure.steps[num_early - 1],
+                "share": early_share(measure.by_snapshot),
             },
             "phases": [
-                {"first_step": first_step, "last_step": last_step, "groups": to_names(groups)}
-                for first_step, last_step, groups in groups_over_training(by_snapshot, steps, search)
+                {"first_step": first_step, "last_step": last_step, "groups": names(groups)}
+                for first_step, last_step, groups in groups_over_training(
+                    measure.by_snapshot, measure.steps, solution.search
+                )
             ],
         }
-        figures["Affinity during training"] = affinity_over_training(by_snapshot, steps, tasks, partition.groups)
-    write_json(folder / GROUPING, result)
-    images = {}
-    for (title, figure), name in zip(figures.items(), (*FIGURES, *STABILITY_FIGURES, *GRADIENT_FIGURES)):
-        figure.savefig(folder / name, dpi=150)
-        images[title] = ((folder / name).read_bytes(), round(figure.get_figwidth() * PIXELS_PER_INCH))
-    summary = describe_search(result)
-    page = grouping_page(result, summary[0].upper() + summary[1:], images)
-    write_file(folder / PAGE, page)
+    return result
+
+
+def _figures(solution: Solution) -> dict[str, Figure]:
+    """Draw the figures, by title, in the order of their files."""
+    tasks, affinity, groups = solution.tasks, solution.measure.affinity, solution.partition.groups
+    figures = {
+        "Affinity matrix": affinity_heat_map(affinity, tasks, groups),
+        "Affinity graph": affinity_graph_figure(affinity_graph(affinity, tasks, groups)),
+        "Co-assignment frequency over bootstrap resamples": co_assignment_map(
+            solution.stability.co_assignment, tasks, groups
+        ),
+        "Partitions with the highest scores": ranked_partitions_figure(solution.ranked),
+    }
+    if solution.measure.by_snapshot is not None:
+        figures["Affinity during training"] = affinity_over_training(
+            solution.measure.by_snapshot, solution.measure.steps, tasks, groups
+        )
+    return figures
 
 
 def _search(
