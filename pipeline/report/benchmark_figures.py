@@ -144,6 +144,9 @@ def _label_points(
     def num_neighbors(method: str) -> int:
         return sum(bool(np.linalg.norm(disks[method][0] - center) < 40 * point) for center, _ in disks.values())
 
+    def is_drawn(leader: np.ndarray) -> bool:
+        return bool(np.linalg.norm(leader[-1] - leader[0]) > 8 * point)
+
     labels = np.empty((0, 4))
     for method in sorted(circles, key=lambda name: (name != OURS, -num_neighbors(name), -circles[name][1])):
         center, radius = disks[method]
@@ -167,9 +170,7 @@ def _label_points(
             is_outside = bool((box[:2] < bounds[:2]).any() or (box[2:] > bounds[2:]).any())
             # Among many circles a leader may have to cross a title: legible, which two titles in one place are not.
             overlaps = 100 * _count_overlaps(box, obstacles) + _count_overlaps(leader, labels) + 10_000 * is_outside
-            if (
-                np.linalg.norm(leader[-1] - leader[0]) <= 8 * point
-            ):  # drawn without it, the title is the nearest circle's
+            if not is_drawn(leader):  # without one, a title belongs to the nearest circle
                 overlaps += 10 * sum(_distance(disk, box) < _distance(disks[method], box) for disk in other_disks)
             if overlaps < min_overlaps:
                 min_overlaps, best = overlaps, (middle, box, leader)
@@ -177,7 +178,7 @@ def _label_points(
                     break
         middle, box, leader = best
         label.set_position((middle - center) / point)
-        if np.linalg.norm(leader[-1] - leader[0]) > 8 * point:
+        if is_drawn(leader):
             ends = axes.transData.inverted().transform(leader[[0, -1], :2])
             axes.plot(*ends.T, color="#999999", linewidth=0.6, zorder=2)
         labels = np.vstack([labels, box])
