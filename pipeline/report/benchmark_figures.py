@@ -150,7 +150,6 @@ def _label_points(
     labels = np.empty((0, 4))
     for method in sorted(circles, key=lambda name: (name != OURS, -num_neighbors(name), -circles[name][1])):
         center, radius = disks[method]
-        other_disks = [disk for name, disk in disks.items() if name != method]
         style: dict[str, Any] = {"color": "#222222"}
         if method == OURS:
             style = {"fontweight": "bold", "color": VERMILION}
@@ -171,7 +170,7 @@ def _label_points(
             # Among many circles a leader may have to cross a title: legible, which two titles in one place are not.
             overlaps = 100 * _count_overlaps(box, obstacles) + _count_overlaps(leader, labels) + 10_000 * is_outside
             if not is_drawn(leader):  # without one, a title belongs to the nearest circle
-                overlaps += 10 * sum(_distance(disk, box) < _distance(disks[method], box) for disk in other_disks)
+                overlaps += 10 * sum(_distance(disk, box) < _distance(disks[method], box) for disk in disks.values())
             if overlaps < min_overlaps:
                 min_overlaps, best = overlaps, (middle, box, leader)
                 if overlaps == 0:
