@@ -12,6 +12,7 @@ import yaml
 from pipeline.errors import UserError
 
 MAX_YAML_BYTES = 1 << 18
+MAX_YAML_BRACKETS = 100
 MAX_TEXT_BYTES = 256 << 20
 _ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = next(
@@ -114,6 +115,12 @@ def _with_newlines(text: str) -> str:
 class _PlainYaml(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types
     """Loader of plain values: rejects tags, which create Python objects, duplicate keys, and aliases, which let a few
     lines expand to billions of values."""
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        # The scanner looks at every open bracket again at each token: it takes seconds for thousands of them.
+        if self.flow_level >= MAX_YAML_BRACKETS:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
