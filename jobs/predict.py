@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.command_line import Field, check_adapter_exists, importing, print_status, report_user_errors
-from pipeline.config import Fraction, JobArguments, JobOptions, JobParser, did_you_mean, parse_config
+from pipeline.config import Fraction, JobArguments, JobOptions, JobParser, Precision, did_you_mean, parse_config
 from pipeline.errors import UserError
 from pipeline.runtime.ray_start import check_ray
 
@@ -51,6 +51,10 @@ class Options(JobOptions):
     threshold: Fraction | None = Field(None, description="Confidence threshold; below it the label is null.")
     device: str | None = Field(
         None, description="Torch device, except for Parquet output; null: cuda if available, else cpu."
+    )
+    precision: Precision | None = Field(
+        None,
+        description="Precision of the towers: float32, bfloat16 or auto (as clip.precision); null: as in training.",
     )
 
 
@@ -88,7 +92,9 @@ def predict(arguments: JobArguments[Options]) -> int:
     with importing("PyTorch"):
         from pipeline.prediction.load import read_model
 
-    adapter, options, _ = read_model(job.run, fields.get("clip.pretrained"), job.temperature, job.threshold)
+    adapter, options, _ = read_model(
+        job.run, fields.get("clip.pretrained"), job.temperature, job.threshold, job.precision
+    )
     tasks = list(adapter.class_names)
     if job.task is not None and job.task not in tasks:
         hint = did_you_mean(job.task, tasks)

@@ -10,7 +10,7 @@ Running the same command again changes nothing; other options create a new versi
 from pathlib import Path
 
 from pipeline.command_line import Field, importing, report_user_errors
-from pipeline.config import Config, Fraction, JobArguments, JobOptions, JobParser, load_yaml, parse_config
+from pipeline.config import Config, Fraction, JobArguments, JobOptions, JobParser, Precision, load_yaml, parse_config
 from pipeline.errors import UserError
 
 
@@ -19,6 +19,9 @@ class Options(JobOptions):
     method: str = Field("grouped", description="Method whose adapter is registered: adapters/<method>.safetensors.")
     temperature: float | None = Field(None, description="Softmax temperature of all tasks; null: as saved.")
     threshold: Fraction | None = Field(None, description="Confidence threshold; null: as saved.")
+    precision: Precision | None = Field(
+        None, description="Precision of the towers: float32, bfloat16 or auto (as clip.precision); null: as saved."
+    )
     alias: str | None = Field(None, description="Alias of the version: models:/<name>@<alias>.")
 
 
@@ -46,7 +49,9 @@ def register(arguments: JobArguments[Options]) -> None:
 
     client, run_id = find_run(uri, run_key)
     adapter = folder / "adapters" / f"{job.method}.safetensors"
-    with saved_mlflow_model(adapter, fields.get("clip.pretrained"), job.temperature, job.threshold) as model:
+    with saved_mlflow_model(
+        adapter, fields.get("clip.pretrained"), job.temperature, job.threshold, job.precision
+    ) as model:
         try:
             client.log_artifacts(run_id, str(model), model.name)
             version = register_version(client, run_id, name, model.name)

@@ -81,7 +81,9 @@ def serve(arguments: JobArguments[Options]) -> None:
         from pipeline.serving.shared_clip import check_one_clip
 
     pretrained = arguments.fields.get("clip.pretrained")
-    adapters: NamedAdapters = {name: read_model(source, pretrained)[:2] for name, source in sources.items()}
+    adapters: NamedAdapters = {
+        name: read_model(source, pretrained, precision=job.precision)[:2] for name, source in sources.items()
+    }
     check_one_clip(adapters)
     adapter, saved = next(iter(adapters.values()))
     fetch_weights(adapter.config.clip.with_weights(saved.pretrained), print_status)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.config import Precision
     from pipeline.data.findings import Finding
     from pipeline.prediction.model import TrainedModel
     from pipeline.workflows.fit import ConfigSource
@@ -135,6 +136,7 @@ def load(
     pretrained: str | None = None,
     temperature: float | Mapping[str, float] | None = None,
     threshold: float | None = None,
+    precision: Precision | None = None,
 ) -> TrainedModel:
     """Load a trained model to classify images with (docs/prediction.md). Only safetensors and JSON are read.
 
@@ -146,10 +148,11 @@ def load(
         temperature: softmax temperature for calibration, of all tasks or by task; None: as saved with the adapter by
             `TrainedModel.save_options`, else 1.
         threshold: confidence threshold, 0 to 1, below which the label is None; None: as saved, else 0.
+        precision: of the towers: float32, bfloat16 or auto, as clip.precision; None: as saved, else as in training.
 
     Raises:
         UserError: no such source, not an adapter file, another CLIP, or a value out of range.
     """
     from pipeline.prediction.load import load_model  # torch takes seconds to import
 
-    return load_model(source, device, pretrained, temperature, threshold)
+    return load_model(source, device, pretrained, temperature, threshold, precision=precision)

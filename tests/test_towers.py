@@ -145,11 +145,11 @@ def wide_towers(trained, precision, quick_gelu=True):
     images = torch.randn(NUM_ROWS, 3, 16, 16).to(towers.visual.conv1.weight.dtype)
 
     def encode_text(count=NUM_ROWS):
-        with autocast(towers.device, precision):
+        with autocast(towers, precision):
             return towers.encode_text(tokens.slice_rows(0, count), text_prompts)
 
     def encode_images(count=NUM_ROWS):
-        with autocast(towers.device, precision):
+        with autocast(towers, precision):
             return towers.encode_image(images[:count], vision_prompts, counts_in_range([15, 15], 0, count))
 
     num_suffix = tokens.suffix.shape[1]
@@ -167,7 +167,7 @@ def test_planned_activation_bytes_match_what_autograd_saves(quick_gelu, trained,
     towers, rows_by_tower = wide_towers(trained, precision, quick_gelu)
     for encode, blocks, num_tokens, num_keys in rows_by_tower.values():
         saved = saved_bytes_per_row(towers, encode)
-        with autocast(towers.device, precision):
+        with autocast(towers, precision):
             planned = activation_bytes(blocks, num_tokens, num_keys, towers.logit_scale)
         assert saved <= planned * 1.01
         assert planned == pytest.approx(saved, rel=tolerance)

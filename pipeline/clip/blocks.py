@@ -106,12 +106,23 @@ class Block:
         query, key, value = (
             rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in (query, *keys_values.chunk(2, dim=-1))
         )  # (N, H, L or n, D / H)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = attention(query, key, value, mask)
         return self.add_mlp(self.add_attention(x, attended.transpose(1, 2).flatten(2)))
 
     def _rotate_heads(self, rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         heads = rows.unflatten(-1, (self.num_heads, -1))  # (N, L, H, D / H)
         return rotate(heads, rotation[:, None]).flatten(-2).to(rows.dtype)
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return softmax attention; in float32 where a CPU would compute its gradients in bfloat16, which takes several
+    times as long."""
+    is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not (is_slow and (query.requires_grad or key.requires_grad or value.requires_grad)):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with torch.autocast("cpu", enabled=False):
+        attended = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
+    return attended.to(query.dtype)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

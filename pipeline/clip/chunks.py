@@ -43,7 +43,10 @@ def activation_bytes(
     width, hidden = blocks[0].width, blocks[0].mlp_values
     itemsize = 2 if torch.is_autocast_enabled(prototype.device.type) else prototype.dtype.itemsize
     norms = 2 * num_tokens * width * prototype.dtype.itemsize
-    values = num_tokens * (2 * width + hidden) + 2 * num_keys * width  # query, attended, MLP; keys, values
+    attention = 2 * (num_tokens + num_keys) * width  # query, attended; keys, values
+    if prototype.device.type == "cpu":  # `attention` computes in float32
+        attention *= prototype.dtype.itemsize // itemsize
+    values = attention + num_tokens * hidden  # of the MLP
     if any(block.trains_matrices for block in blocks):
         values += num_tokens * (3 * width + hidden)  # inputs of the trained matrices
     elif any(block.has_update for block in blocks):

@@ -114,12 +114,17 @@ def build_meta_towers(config: ClipConfig) -> ClipTowers:
 
 @lru_cache(maxsize=1)  # so that a Ray worker loads CLIP once for all its trainings
 def load_clip(
-    config: ClipConfig, text_prompt_position: str = "after_sos", device: str = "cpu", float32: bool = False
+    config: ClipConfig,
+    text_prompt_position: str = "after_sos",
+    device: str = "cpu",
+    float32: bool = False,
+    inference: bool = False,
 ) -> ClipTowers:
     """Load the frozen towers on `device`, without executing pickled code.
 
     Args:
         float32: keep float32 weights, for towers that are trained; otherwise config.precision decides.
+        inference: as of `uses_bfloat16`.
     """
     source = resolve_model(config.model)
     weights = resolve_weights(config, source)
@@ -137,7 +142,7 @@ def load_clip(
         resize_input(model, config.image_size, config.model)
     tokenizer, preprocessing = load_tokenizer(config), _preprocessing(config, source)
     towers = ClipTowers(model, tokenizer, preprocessing, text_prompt_position, config.activation_memory_gib).to(device)
-    if uses_bfloat16(towers.device, config.precision) and not float32:
+    if uses_bfloat16(towers, config.precision, inference) and not float32:
         towers.fingerprint = weights_fingerprint(towers)
         towers.cast_weights_to_bfloat16()
     return towers

@@ -38,6 +38,7 @@ OPENAI_NAMES = {
 """OpenAI's name of a model → open_clip's, with the activation of OpenAI's weights."""
 ResizeMode = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
+Precision = Literal["auto", "float32", "bfloat16"]
 MAX_MODEL_NAME = 200
 Channels = tuple[float, float, float]
 """A number for each of R, G, B."""
@@ -114,12 +115,9 @@ class ClipConfig(Section, affects=("clip",)):
     """Prompt template; {} is the placeholder of the class name."""
     task_templates: Annotated[dict[str, Template], affects("training", "evaluation")] = {}
     """Prompt templates by task, which override `template`: {sketch: "a sketch of a {}."}."""
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        affects("test_features", "training_features", "training", "evaluation"),
-    ] = "auto"
-    """Precision of the frozen towers; auto: bfloat16 autocast on GPUs that support it, else float32. Prompts and
-    optimizer state are always float32."""
+    precision: Annotated[Precision, affects("test_features", "training_features", "training", "evaluation")] = "auto"
+    """Precision of the frozen towers; auto: bfloat16 autocast on GPUs that support it; on CPUs with AMX, for evaluation
+    and prediction with ViT-B and larger; else float32. Prompts and optimizer state are always float32."""
     activation_memory_gib: Annotated[float, Field(gt=0), affects()] = 6.0
     """Maximum memory in GiB for the activations of each tower. Larger batches use activation checkpointing in chunks: a
     third more time, and memory that no longer grows with the batch."""
@@ -140,6 +138,10 @@ class ClipConfig(Section, affects=("clip",)):
             return self
         moves = brings_weights(self.model) and brings_weights(pretrained)
         return self.model_copy(update={"pretrained": pretrained, **({"model": pretrained} if moves else {})})
+
+    def with_precision(self, precision: str | None) -> ClipConfig:
+        """Return the config with another precision (None: unchanged)."""
+        return self if precision is None else self.model_copy(update={"precision": precision})
 
     def template_for(self, task: str) -> str:
         return self.task_templates.get(task, self.template)

@@ -91,18 +91,18 @@ class TrainedAdapter:
         index = next(index for index, class_names in enumerate(self.groups) if task in class_names)
         return replace(self, groups=(self.groups[index],), states=(self.states[index],))
 
-    def towers(self, device: str = "cpu", pretrained: str | None = None) -> ClipTowers:
-        """Load the CLIP.
+    def towers(self, device: str = "cpu", pretrained: str | None = None, precision: str | None = None) -> ClipTowers:
+        """Load the CLIP, for inference.
 
         Args:
-            pretrained: value of clip.pretrained, if different from training.
+            pretrained, precision: values of clip.pretrained and clip.precision, if different from training.
 
         Raises:
             UserError: the CLIP is not the one that the adapter was trained on.
         """
         config, float32 = self.config, get_method(self.method).trains_weights
-        clip = config.clip.with_weights(pretrained)
-        towers = load_clip(clip, config.mmap.text_prompt_position, device, float32)
+        clip = config.clip.with_weights(pretrained).with_precision(precision)
+        towers = load_clip(clip, config.mmap.text_prompt_position, device, float32, inference=True)
         if weights_fingerprint(towers) != self.weights:
             raise UserError(
                 f"the weights of clip.pretrained={clip.pretrained!r} are not those that this adapter was "
@@ -111,12 +111,16 @@ class TrainedAdapter:
         return towers
 
     def classifier(
-        self, device: str = "cpu", pretrained: str | None = None, towers: ClipTowers | None = None
+        self,
+        device: str = "cpu",
+        pretrained: str | None = None,
+        towers: ClipTowers | None = None,
+        precision: str | None = None,
     ) -> Classifier:
         """Build a classifier for all tasks.
 
         Args:
-            pretrained: as in `towers`.
+            pretrained, precision: as in `towers`.
             towers: the towers of this adapter, or of another one trained on the same CLIP; not modified. None: loaded
                 here.
 
@@ -124,7 +128,7 @@ class TrainedAdapter:
             UserError: as in `towers`; or the tensors do not fit the CLIP.
         """
         config, method_class = self.config, get_method(self.method)
-        towers = towers or self.towers(device, pretrained)
+        towers = towers or self.towers(device, pretrained, precision)
         groups = []
         for class_names, state in zip(self.groups, self.states):
             try:
@@ -140,7 +144,7 @@ class TrainedAdapter:
             with torch.no_grad():
                 tokens = method_class.tokenize(config, towers.tokenizer, class_names)
                 groups.append((class_names, tokens, method.to(device)()))
-        return Classifier(towers, groups, config.clip.precision)
+        return Classifier(towers, groups, precision or config.clip.precision)
 
 
 def save_adapter(path: Path, adapter: TrainedAdapter) -> None:

@@ -31,7 +31,7 @@ class Classifier:
         self._shared_feature_keys: dict[str, str] = {}
         """Task → the first task with the same image features."""
         for tasks, tokens, adaptation in groups:
-            with autocast(towers.device, precision):
+            with autocast(towers, precision, inference=True):
                 z = adaptation.encode_text(towers, tokens.to(towers.device))
             for index, (task, class_features) in enumerate(zip(tasks, tokens.pool_names_to_classes(z))):
                 self._head_by_task[task] = (task_adaptation := adaptation.for_task(index), class_features)
@@ -59,7 +59,7 @@ class Classifier:
         for task in tasks:
             key = self.shared_feature_key(task)
             if key not in features:
-                with autocast(self.towers.device, self.precision):
+                with autocast(self.towers, self.precision, inference=True):
                     features[key] = self.adaptation(task).tower_features(self.towers, images, [len(images)])
             logits[task] = self.logits_from_features(task, features[key])
         return logits
@@ -76,7 +76,7 @@ class Classifier:
     def logits_from_features(self, task: str, features: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C) of the image tower's features (B, E) for this task."""
         adaptation, text_features = self._head_by_task[task]
-        with autocast(self.towers.device, self.precision):
+        with autocast(self.towers, self.precision, inference=True):
             x = adaptation.adapt_image_features(features)
         return adaptation.logits(self.towers, x, text_features)
 

@@ -41,7 +41,7 @@ class LinearProbe(Method):
         templates, names = [template for template, _ in index_by_text], [[name] for _, name in index_by_text]
         tokens = class_tokens(towers.tokenizer, templates, names)
         tokens = tokens.to(towers.device)
-        with torch.no_grad(), autocast(towers.device, config.clip.precision):
+        with torch.no_grad(), autocast(towers, config.clip.precision):
             features = torch.cat(tokens.pool_names_to_classes(towers.encode_text(tokens)))
         self.weights = nn.Parameter(features.to(torch.promote_types(features.dtype, torch.float32)))  # (C, E)
 

@@ -55,7 +55,7 @@ class SoftCpt(Method):
     def forward(self) -> Adaptation:
         (towers,) = self._towers
         meta = self.meta_prompt.expand(len(self.tasks), 1, -1, -1)
-        with autocast(towers.device, self._precision):  # also outside a training step
+        with autocast(towers, self._precision):  # also outside a training step
             task_features = towers.encode_text(self.task_tokens.to(towers.device), meta, propagate=True)  # (T, E)
         context = torch.einsum("te,emd->tmd", task_features.to(self.projection.dtype), self.projection)
         return Adaptation(text_prompts=context[:, None], text_prompts_propagate=True)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.buckets import open_bucket
+from pipeline.config import Precision
 from pipeline.data.names import truncated_list
 from pipeline.errors import UserError
 from pipeline.files import is_uri
@@ -32,10 +33,11 @@ def load_model(
     pretrained: str | None = None,
     temperature: float | Mapping[str, float] | None = None,
     threshold: float | None = None,
+    precision: Precision | None = None,
     threads: int | None = None,
 ) -> TrainedModel:
     """Load a model as `pipeline.load` does; `threads`: number of decoding threads."""
-    adapter, options, file = read_model(source, pretrained, temperature, threshold)
+    adapter, options, file = read_model(source, pretrained, temperature, threshold, precision)
     return TrainedModel(adapter, options, device, threads, file)
 
 
@@ -44,6 +46,7 @@ def read_model(
     pretrained: str | None = None,
     temperature: float | Mapping[str, float] | None = None,
     threshold: float | None = None,
+    precision: Precision | None = None,
 ) -> tuple[TrainedAdapter, ModelOptions, Path | None]:
     """Return the adapter, its saved options updated with the arguments, and its file if it is local. Loads no CLIP."""
     with local_adapter_file(source) as file:
@@ -53,7 +56,9 @@ def read_model(
         temperature = {**saved_options.temperatures, **temperature}
     elif temperature is not None:
         temperature = dict.fromkeys(adapter.class_names, temperature)
-    options = saved_options.updated(pretrained=pretrained, temperatures=temperature, threshold=threshold)
+    options = saved_options.updated(
+        pretrained=pretrained, temperatures=temperature, threshold=threshold, precision=precision
+    )
     options.check_tasks(adapter.class_names)
     return adapter, options, file if is_local else None
 

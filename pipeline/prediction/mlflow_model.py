@@ -23,7 +23,7 @@ from PIL import Image
 from pipeline.clip.files.model_files import folder_path
 from pipeline.clip.files.source import resolve_model
 from pipeline.clip.files.text_files import needs_transformers
-from pipeline.config import ClipConfig, content_hash
+from pipeline.config import ClipConfig, Precision, content_hash
 from pipeline.data.images import BrokenImage
 from pipeline.errors import UserError, escape_controls
 from pipeline.prediction.encoded_images import decode_sent_image, is_missing, num_pixels_to_decode
@@ -51,6 +51,7 @@ def saved_mlflow_model(
     pretrained: str | None = None,
     temperature: float | Mapping[str, float] | None = None,
     threshold: float | None = None,
+    precision: Precision | None = None,
 ) -> Iterator[Path]:
     """Provide a temporary folder with an MLflow model of an adapter, named by its content hash. The arguments are those
     of `pipeline.load`. The CLIP weights are not included: the serving machine needs them at the same path, or at
@@ -67,7 +68,7 @@ def saved_mlflow_model(
         adapter_copy = Path(temporary) / "data" / Path(MLFLOW_ADAPTER).parent.name / Path(MLFLOW_ADAPTER).name
         adapter_copy.parent.mkdir(parents=True)
         with local_adapter_file(source) as file:
-            adapter, options, _ = read_model(file, pretrained, temperature, threshold)
+            adapter, options, _ = read_model(file, pretrained, temperature, threshold, precision)
             shutil.copyfile(file, adapter_copy)
         write_options(adapter_copy, options)
         package = Path(__file__).resolve().parent.parent

@@ -43,7 +43,7 @@ class TrainedModel:
 
     Args:
         adapter: of one or several groups of tasks.
-        options: temperatures, threshold, and source of the CLIP weights.
+        options: temperatures, threshold, precision, and source of the CLIP weights.
         device: torch device; None: cuda if available, else cpu.
         threads: number of decoding threads; None: number of cores that the process may use.
         file: file of the adapter, next to which `save_options` writes.
@@ -71,7 +71,7 @@ class TrainedModel:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} is not available: {str(error).splitlines()[0]}; use cpu") from None
-        self.classifier = adapter.classifier(device, self.options.pretrained, towers)
+        self.classifier = adapter.classifier(device, self.options.pretrained, towers, self.options.precision)
         limit_threads()
         self._threads = ThreadPoolExecutor(threads or usable_cpus()[0], "decode")
 

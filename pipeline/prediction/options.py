@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from pipeline.config import MAX_YAML_BYTES, read_text
+from pipeline.config import MAX_YAML_BYTES, Precision, read_text
 from pipeline.config.messages import value_message
 from pipeline.errors import UserError, escape_controls
 from pipeline.files import write_json
@@ -40,6 +40,8 @@ class ModelOptions(BaseModel):
     """Confidence threshold; below it the label is None. None: no threshold."""
     pretrained: str | None = None
     """Path or open_clip tag of the CLIP weights; None: as in training."""
+    precision: Precision | None = None
+    """Precision of the towers, as clip.precision; None: as in training."""
 
     def check_tasks(self, tasks: Iterable[str]) -> None:
         """Raises: UserError: a temperature of an unknown task."""

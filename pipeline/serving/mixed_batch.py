@@ -99,7 +99,7 @@ def _encode_images(
     for start in range(0, len(pixels), max_batch):
         stop = min(start + max_batch, len(pixels))
         images = towers.normalize_pixels(pixels[start:stop].to(towers.device))
-        with autocast(towers.device, classifier.precision):
+        with autocast(towers, classifier.precision, inference=True):
             chunk_counts = counts_in_range(counts, start, stop)
             features.append(towers.encode_image(images, prompts, chunk_counts, propagate))
     return torch.cat(features)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from pipeline.config import JobOptions
+from pipeline.config import JobOptions, Precision
 from pipeline.cpus import usable_cpus
 from pipeline.errors import UserError
 from pipeline.serving.admission import Limits
@@ -49,6 +49,10 @@ class ServingOptions(JobOptions):
         10, gt=0, description="Seconds in which a request body must arrive, plus one for each 32 KiB."
     )
     timeout_s: float = Field(60, gt=0, description="Request timeout in seconds.")
+    precision: Precision | None = Field(
+        None,
+        description="Precision of the towers: float32, bfloat16 or auto (as clip.precision); null: as in training.",
+    )
     replicas: int = Field(1, ge=1, description="Number of replicas, each with all models.")
     max_batch: int = Field(64, ge=1, description="Maximum batch size of a replica.")
     batch_wait_ms: float = Field(5, ge=0, description="Batch wait timeout in milliseconds.")

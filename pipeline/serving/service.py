@@ -27,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.clip.load import build_meta_towers
+from pipeline.config import Precision
 from pipeline.config.schema import validate
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter
@@ -111,7 +112,7 @@ def build_application(arguments: Mapping[str, Any]) -> serve.Application:
     serving = validate(ApplicationOptions, values)
     serving.check()
     digests = read_token_digests(serving.token_file) if serving.token_file else ()
-    read_adapters = partial(_read_adapters, parse_models(serving.models), serving.pretrained)
+    read_adapters = partial(_read_adapters, parse_models(serving.models), serving.pretrained, serving.precision)
     adapters = read_adapters()
     check_one_clip(adapters)
     worker_resources = WorkerResources(serving.cpus_per_worker, serving.gpus_per_worker)
@@ -158,8 +159,8 @@ def _get_from_ray(reference: list[ray.ObjectRef[NamedAdapters]]) -> NamedAdapter
     return ray.get(reference[0])
 
 
-def _read_adapters(sources: Mapping[str, str], pretrained: str | None) -> NamedAdapters:
-    return {name: read_model(source, pretrained)[:2] for name, source in sources.items()}
+def _read_adapters(sources: Mapping[str, str], pretrained: str | None, precision: Precision | None) -> NamedAdapters:
+    return {name: read_model(source, pretrained, precision=precision)[:2] for name, source in sources.items()}
 
 
 def watch_service(options: ServiceOptions, report: Callable[[str], None]) -> None:

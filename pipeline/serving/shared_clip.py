@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cache
 
-import torch
-
 from pipeline.clip.load import ClipIdentity, clip_identity
 from pipeline.clip.precision import uses_bfloat16
 from pipeline.clip.towers import ClipTowers
@@ -47,11 +45,13 @@ def load_models(adapters: NamedAdapters, device: str) -> dict[str, TrainedModel]
     towers: dict[bool, ClipTowers] = {}
     models = {}
     for name, (adapter, options) in adapters.items():
-        is_cast = uses_bfloat16(torch.device(device), adapter.config.clip.precision)
-        needs_float32 = get_method(adapter.method).trains_weights and is_cast
-        if needs_float32 not in towers:
-            towers[needs_float32] = adapter.towers(device, options.pretrained)
-        models[name] = TrainedModel(adapter, options, device, towers=towers[needs_float32])
+        trains_weights = get_method(adapter.method).trains_weights
+        if trains_weights not in towers:
+            loaded = next(iter(towers.values()), None)
+            if loaded is None or uses_bfloat16(loaded, _precision(adapter, options), inference=True):
+                loaded = adapter.towers(device, options.pretrained, options.precision)
+            towers[trains_weights] = loaded
+        models[name] = TrainedModel(adapter, options, device, towers=towers[trains_weights])
     return models
 
 
@@ -65,6 +65,10 @@ def _clip_properties(
         "weights": adapter.weights,
         "model configs": loaded.model_config,
         **{f"clip.{name}": str(value) for name, value in json.loads(loaded.preprocessing).items()},
-        "clip.precision": clip.precision,
+        "clip.precision": _precision(adapter, options),
         "mmap.text_prompt_position": adapter.config.mmap.text_prompt_position,
     }
+
+
+def _precision(adapter: TrainedAdapter, options: ModelOptions) -> str:
+    return options.precision or adapter.config.clip.precision

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipeline.clip.precision import uses_bfloat16
 from pipeline.data.parquet import SplitReader
 from pipeline.grouping.affinities import Features, Transfer
 from pipeline.methods.adaptation import Adaptation
@@ -115,7 +116,9 @@ def _measure_losses(
     heads = [
         ((task,), GroupMmap.tokenize(config, towers.tokenizer, {task: names[task]}), adaptation) for task in spec.tasks
     ]
-    classifier = Classifier(towers, heads, config.clip.precision)
+    # As in training, not as in evaluation: the grouping must not depend on the processor.
+    precision = "bfloat16" if uses_bfloat16(towers, config.clip.precision) else "float32"
+    classifier = Classifier(towers, heads, precision)
     reporter, completed = Reporter(progress, spec.label), 0
     total = sum(reader.description.counts["train"][task] for task in spec.tasks)
 
@@ -124,7 +127,7 @@ def _measure_losses(
         completed += count
         reporter.update(completed, total, "training images")
 
-    threads, precision = config.cluster.cpus_per_worker, config.clip.precision
+    threads = config.cluster.cpus_per_worker
     features: dict[str, torch.Tensor] = {}
     if adapter:
         predictions = evaluate(classifier, reader, spec.tasks, threads, on_images, "train")

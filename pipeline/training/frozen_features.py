@@ -44,7 +44,7 @@ def frozen_training_features(
             training_set.batch(step, config.batch_size, towers.preprocessing, config.augmentation, seed)[0]
             for step in steps
         ]
-        with autocast(towers.device, precision):
+        with autocast(towers, precision):
             x = towers.encode_image(towers.normalize_pixels(torch.cat(pixels)))
         features.append(x.unflatten(0, (len(steps), config.batch_size)).cpu())
         on_steps(steps.stop)
@@ -61,12 +61,12 @@ def frozen_split_features(
     on_images: Callable[[int], None] = lambda count: None,
     split: Split = "test",
 ) -> torch.Tensor:
-    """Return features (N, E) of a task's images of a split, in stored order; `on_images` is called with the images
-    done."""
+    """Return features (N, E) of a task's images of a split, in stored order: of training images as training computes
+    them, of test images as evaluation does. `on_images` is called with the images done."""
     features, num_done = [], 0
     pinned = towers.device.type == "cuda"
     for _, rows, pixels in decoded_batches(reader, [task], towers.preprocessing, threads, pinned=pinned, split=split):
-        with autocast(towers.device, precision):
+        with autocast(towers, precision, inference=split == "test"):
             images = towers.normalize_pixels(pixels.to(towers.device, non_blocking=pinned))
             features.append(towers.encode_image(images).cpu())
         on_images(num_done := num_done + len(rows))

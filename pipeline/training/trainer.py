@@ -207,7 +207,7 @@ class Trainer:
         """
         size = self.config.batch_size
         with self._memory:
-            with autocast(self.towers.device, self.precision):
+            with autocast(self.towers, self.precision):
                 adaptation = self.method()
                 x, frozen_x, labels = self._image_features(adaptation, step)
                 z = self._text_features(adaptation)
@@ -290,7 +290,7 @@ class Trainer:
     @cached_property
     def _frozen_text_features(self) -> tuple[torch.Tensor, ...]:
         tokens = self.frozen_tokens or self.tokens
-        with torch.no_grad(), autocast(self.towers.device, self.precision):
+        with torch.no_grad(), autocast(self.towers, self.precision):
             z = self.towers.encode_text(tokens)
         return self.tokens.pool_names_to_classes(z)
 
