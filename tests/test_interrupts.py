@@ -144,7 +144,7 @@ def test_several_runs_at_once_say_how_many_are_left(monkeypatch, capsys):
     """As in a benchmark, whose runs are in threads: the signal cancels them, and each ends its MLflow run."""
 
     @contextmanager
-    def run_session(plan, resources, console, cancelled):
+    def run_session(plan, connect, console, cancelled):
         yield cancelled
 
     def work(plan, cancelled):
@@ -158,7 +158,7 @@ def test_several_runs_at_once_say_how_many_are_left(monkeypatch, capsys):
     monkeypatch.setattr(many_runs, "run_session", run_session)
     plans = [SimpleNamespace(number=number, config=Config()) for number in (1, 2, 3)]
     with pytest.raises(SystemExit) as exited, report_user_errors():
-        list(many_runs.map_concurrently(plans, WorkerResources(1, 0), work))
+        list(many_runs.map_concurrently(plans, lambda: WorkerResources(1, 0), work))
     assert exited.value.code == 143
     assert re.search(r"SIGTERM: rerun the same command to resume at the [123] of 3 runs that have", line_of(capsys))
 

@@ -811,7 +811,7 @@ def plan(demo_plan, tmp_path, uri):
 
 def working(plan: Plan) -> AbstractContextManager[Session]:
     """At work on it, not connected to Ray."""
-    return run_session(plan, WorkerResources(1, 0.0), Console(quiet=True))
+    return run_session(plan, lambda: WorkerResources(1, 0.0), Console(quiet=True))
 
 
 ENDS = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +39,8 @@ class Session:
     folder: Path
     """The run's folder."""
     cluster: ClusterConfig
-    worker_resources: WorkerResources
-    """Resources of one training worker."""
+    connect: Callable[[], WorkerResources]
+    """As of `cluster_connection`."""
     tracker: Tracker
     console: Console
     cancelled: threading.Event
@@ -48,9 +48,15 @@ class Session:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     announced: set[str] = field(default_factory=set)
 
+    @property
+    def worker_resources(self) -> WorkerResources:
+        """Resources of one training worker, on the cluster, to which this connects."""
+        return self.connect()
+
     @cached_property
     def progress(self) -> RunProgress:
-        """Collector of the workers' reports."""
+        """Collector of the workers' reports, on the cluster, to which this connects."""
+        self.connect()
         return run_progress(self.say)
 
     def say(self, text: str) -> None:
@@ -63,21 +69,27 @@ class Session:
 @contextmanager
 def cluster_connection(
     cluster: ClusterConfig, storage: Storage, paths: Sequence[AnyPath], console: Console, dashboard: bool = False
-) -> Iterator[WorkerResources]:
-    """Connect to the cluster, and disconnect at the end unless this process was connected before.
+) -> Iterator[Callable[[], WorkerResources]]:
+    """Yield a function that connects to the cluster at its first call, since a job whose results exist needs no Ray; it
+    returns the resources of one training worker. At the end, disconnect unless this process was connected before.
 
     Args:
         paths: files and folders that all machines must see besides the storage.
         dashboard: see `cluster.connect`.
 
     Raises:
-        UserError: The cluster cannot be reached, or is too small for a training.
+        UserError: In the function: the cluster cannot be reached, or is too small for a training.
     """
-    with ray_connection(
-        cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard
-    ) as worker_resources:
-        check_shared(storage, paths)
-        yield worker_resources
+    with ExitStack() as connection:
+
+        @cache
+        def connect() -> WorkerResources:
+            ray = ray_connection(cluster, lambda text: console.print(f"  {text}", highlight=False), dashboard)
+            worker_resources = connection.enter_context(ray)
+            check_shared(storage, paths)
+            return worker_resources
+
+        yield connect
 
 
 @contextmanager
@@ -86,7 +98,7 @@ def open_session(
     folder: Path,
     key: str,
     cluster: ClusterConfig,
-    worker_resources: WorkerResources,
+    connect: Callable[[], WorkerResources],
     tracking: TrackingConfig,
     console: Console,
     cancelled: threading.Event | None = None,
@@ -105,7 +117,7 @@ def open_session(
                 storage.download(folder)
         tracker = open_tracker(tracking, storage.folder, journal)
         try:
-            yield Session(storage, folder, cluster, worker_resources, tracker, console, cancelled)
+            yield Session(storage, folder, cluster, connect, tracker, console, cancelled)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 say("stopping, and sending the rest to MLflow; a second signal stops at once")

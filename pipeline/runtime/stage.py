@@ -115,7 +115,9 @@ class Stage:
             UserError: A task raised it, or its worker died too often.
         """
         todo = [item for item in items if not (item.artifact and item.artifact.is_complete())]
-        self.computed |= bool(todo)
+        if not todo:
+            return [None] * len(items)
+        self.computed = True
         # A waiting data-parallel training holds processes of Ray Train, so only as many are submitted as fit.
         cluster = self.session.cluster
         data_parallel = [item for item in todo if item.num_workers > 1]

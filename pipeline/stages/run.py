@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_run(config: Config, console: Console, fetches_weights: bool = True) -> Iterator[tuple[Plan, Session]]:
-    """Check the config against data, model, storage, tracking server and cluster, and connect to them.
+    """Check the config against data, model, storage and tracking server, and open the run. The cluster is connected to
+    when work needs it: before anything else, if the run begins with images that have not been split.
 
     Args:
         fetches_weights: whether CLIP's weights are fetched; stages that only read images need none.
@@ -31,23 +32,29 @@ def open_run(config: Config, console: Console, fetches_weights: bool = True) -> 
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
     plan = make_plan(config, console, fetches_weights=fetches_weights)
-    with connect_cluster(plan, console) as worker_resources, run_session(plan, worker_resources, console) as session:
-        yield plan, session
+    with connect_cluster(plan, console) as connect:
+        if not plan.splits.is_complete():
+            connect()
+        with run_session(plan, connect, console) as session:
+            yield plan, session
 
 
-def connect_cluster(plan: Plan, console: Console, dashboard: bool = False) -> AbstractContextManager[WorkerResources]:
-    """Connect to the cluster of a plan, or of several with the same storage, data, CLIP and cluster."""
+def connect_cluster(
+    plan: Plan, console: Console, dashboard: bool = False
+) -> AbstractContextManager[Callable[[], WorkerResources]]:
+    """Return the connection to the cluster of a plan, or of several with the same storage, data, CLIP and cluster."""
     return cluster_connection(plan.config.cluster, plan.storage, plan.shared_paths, console, dashboard)
 
 
 @contextmanager
 def run_session(
-    plan: Plan, worker_resources: WorkerResources, console: Console, cancelled: threading.Event | None = None
+    plan: Plan, connect: Callable[[], WorkerResources], console: Console, cancelled: threading.Event | None = None
 ) -> Iterator[Session]:
-    """Open a session for a plan, with its MLflow parent run; `cancelled` ends its work from another thread."""
+    """Open a session for a plan, with its MLflow parent run; `connect`: as of `cluster_connection`; `cancelled`
+    ends its work from another thread."""
     config = plan.config
     with open_session(
-        plan.storage, plan.folder, plan.key, config.cluster, worker_resources, config.tracking, console, cancelled
+        plan.storage, plan.folder, plan.key, config.cluster, connect, config.tracking, console, cancelled
     ) as session:
         _log_run_header(plan, session)
         yield session

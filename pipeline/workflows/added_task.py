@@ -83,11 +83,10 @@ def add_task(finished: FinishedRun, config: Config, task: str, rerun: bool, cons
     """
     console.print(f"[bold]{config.name}[/]: checking data, model, storage, tracking and cluster", highlight=False)
     addition = plan_addition(finished, config, task, rerun, console)
-    with (
-        connect_cluster(addition.plan, console) as resources,
-        run_session(addition.plan, resources, console) as session,
-    ):
-        _add(addition, session)
+    with connect_cluster(addition.plan, console) as connect:
+        connect()
+        with run_session(addition.plan, connect, console) as session:
+            _add(addition, session)
     return addition.plan.folder
 
 
@@ -187,7 +186,7 @@ def _add(addition: TaskAddition, session: Session) -> None:
     adapter = _merge_adapters(plan, finished, trained)
     rerun_summary = None
     if addition.rerun:
-        with run_session(addition.rerun, session.worker_resources, session.console) as rerun_session:
+        with run_session(addition.rerun, session.connect, session.console) as rerun_session:
             run_stages(addition.rerun, rerun_session)
         rerun_summary = read_record(addition.rerun.folder / SUMMARY)
     _report(addition, session, grouping, trained, adapter, rerun_summary)

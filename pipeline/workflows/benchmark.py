@@ -71,14 +71,14 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
         console.print(f"  {text}", markup=False, highlight=False)
 
     with (
-        connect_cluster(plans[0], console) as resources,
+        connect_cluster(plans[0], console) as connect,
         exclusive_run(storage, folder / "tracking", say, lambda: False),  # two jobs must not write one journal
         _benchmark_tracker(name, configs, methods, folder) as tracker,
     ):
         errors: list[BaseException] = []
         completed: list[Plan] = []
         results = []
-        for plan, outcome in map_concurrently(plans, resources, partial(_run_methods, methods, folder.name)):
+        for plan, outcome in map_concurrently(plans, connect, partial(_run_methods, methods, folder.name)):
             if isinstance(outcome, BaseException):
                 errors.append(outcome)
                 continue

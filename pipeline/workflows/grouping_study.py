@@ -57,9 +57,9 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
     )
     key = content_hash([plan.key for plan in plans])
     folder = create_folder(storage.folder / "grouping_studies" / f"{name}-{key}")
-    with connect_cluster(plans[0], console) as resources:
+    with connect_cluster(plans[0], console) as connect:
         studies = {}
-        for plan, outcome in map_concurrently(plans, resources, _study):
+        for plan, outcome in map_concurrently(plans, connect, _study):
             if isinstance(outcome, BaseException):
                 raise outcome
             studies[plan.config.seed] = outcome

@@ -42,14 +42,15 @@ def make_plans(configs: Sequence[Config], console: Console, variants: Sequence[s
 
 
 def map_concurrently(
-    plans: Sequence[Plan], resources: WorkerResources, work: Callable[[Plan, Session], Any]
+    plans: Sequence[Plan], connect: Callable[[], WorkerResources], work: Callable[[Plan, Session], Any]
 ) -> Iterator[tuple[Plan, Any]]:
     """Yield each plan with the result of `work`, or the exception that ended it, in the order of the plans. All run
     concurrently, each in its own session; an interruption of the caller cancels them."""
+    connect()  # not in a thread, where Ray cannot be interrupted while it starts
     cancelled = threading.Event()
 
     def run(plan: Plan) -> Any:
-        with run_session(plan, resources, _RunConsole(plan.config), cancelled) as session:
+        with run_session(plan, connect, _RunConsole(plan.config), cancelled) as session:
             return work(plan, session)
 
     with ThreadPoolExecutor(len(plans), "run") as threads:

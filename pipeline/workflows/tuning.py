@@ -69,8 +69,10 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
     planned = plan_trials(search, check)
     write_file(plan.folder / "search.yaml", yaml.safe_dump(search.to_json(), sort_keys=False, default_flow_style=None))
     # Tune asks the dashboard for the placement groups of ended trials.
-    with connect_cluster(plan, console, dashboard=True) as resources:
-        with run_session(plan, resources, console) as session:
+    with connect_cluster(plan, console, dashboard=True) as connect:
+        if not (plan.folder / RESULT).exists():
+            connect()
+        with run_session(plan, connect, console) as session:
             session.tracker.set_tags(PARENT, {"level": "search", "mlflow.runName": plan.folder.name})
             session.tracker.log_params(PARENT, {f"search.{key}": value for key, value in search.to_json().items()})
             session.tracker.log_artifact(PARENT, plan.folder / "search.yaml")
@@ -259,7 +261,7 @@ def _best_config(plan: Plan, search: Search, best: Trial) -> tuple[Config, str]:
 def _run_pipeline(search: Plan, session: Session, config: Config, method: str) -> float:
     """Run all stages with all training images; return the method's mean test accuracy over tasks, 0 to 1."""
     plan = make_plan(config, session.console)
-    with run_session(plan, session.worker_resources, session.console) as pipeline_session:
+    with run_session(plan, session.connect, session.console) as pipeline_session:
         pipeline_session.tracker.set_tags(PARENT, {"search": search.folder.name})
         report = run_stages(plan, pipeline_session)["report"]
     accuracy: float = read_record(report / "summary.json")["methods"][method]["average"]
