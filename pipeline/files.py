@@ -10,12 +10,15 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PARTIAL_SUFFIX = ".partial"
 """Suffix of temporary paths."""
@@ -158,6 +161,15 @@ def _values_digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json(values).encode()).hexdigest()
 
 
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read some or all columns of a Parquet file. `pyarrow.parquet.read_table` imports pandas first, which takes half a
+    second."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read(None if columns is None else list(columns))
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, which this process reads once as long as its size, inode and times stay."""
     with open(path, "rb") as stream:
@@ -169,6 +181,12 @@ def file_digest(path: Path) -> str:
                 return digest
             _digests[identity] = digest
     return _digests[identity]
+
+
+def file_digests(folder: Path, pattern: str = "**/*") -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder, by its path in it."""
+    files = sorted(file for file in folder.glob(pattern) if file.is_file())
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def create_folder(path: Path) -> Path:

@@ -165,13 +165,16 @@ def _tokenizer(text_config: str, folder: Path | None) -> Any:
         folder: folder with a tokenizer of Hugging Face. None: CLIP's own.
     """
     import_open_clip()
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
+    from open_clip.tokenizer import _tokenizer as default_tokenizer
 
     values = json.loads(text_config)
     options = {"context_length": values.get("context_length", 77), **(values.get("tokenizer_kwargs") or {})}
     with _suppress_warnings():
         if folder:
             return HFTokenizer(str(folder), tokenizer_mode=values.get("tokenizer_mode"), **options)
+        if options == {"context_length": DEFAULT_CONTEXT_LENGTH}:
+            return default_tokenizer  # which open_clip builds on import
         return SimpleTokenizer(**options)
 
 

@@ -19,6 +19,7 @@ from pipeline.data.images import decode_rgb
 from pipeline.data.index import ImageRecord
 from pipeline.data.parquet import scan_image
 from pipeline.data.splits import ScannedImage
+from pipeline.files import read_parquet
 
 SAMPLES_PER_CLASS = 3
 """Thumbnails per class and task, at most."""
@@ -80,7 +81,7 @@ def check_images(root: AnyPath, images: Sequence[ImageRecord], samples: Collecti
 
 def read_checked_images(file: Path, images: Sequence[ImageRecord]) -> list[CheckedImage]:
     """Read the table of `check_images` for the index's images."""
-    table = pq.read_table(file, columns=[name for name in COLUMNS.names if name != "thumbnail"])
+    table = read_parquet(file, [name for name in COLUMNS.names if name != "thumbnail"])
     scans = zip(*(table[name].to_pylist() for name in ("path", "sha256", "error", "size")), strict=True)
     stats = zip(*(table[name].to_pylist() for name in _STATS.names), strict=True)
     return [

@@ -6,7 +6,6 @@ encoded image, or base64 text) and optionally `task`. The output has a row for e
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import io
 import logging
@@ -26,6 +25,7 @@ from pipeline.clip.files.text_files import needs_transformers
 from pipeline.config import ClipConfig, Precision, content_hash
 from pipeline.data.images import BrokenImage
 from pipeline.errors import UserError, escape_controls
+from pipeline.files import file_digests
 from pipeline.prediction.encoded_images import decode_sent_image, is_missing, num_pixels_to_decode
 from pipeline.prediction.image_prediction import COLUMNS, ImagePrediction
 from pipeline.prediction.load import MLFLOW_ADAPTER, load_model, local_adapter_file, read_model
@@ -73,7 +73,7 @@ def saved_mlflow_model(
         write_options(adapter_copy, options)
         package = Path(__file__).resolve().parent.parent
         pip_requirements = requirements(adapter.config.clip)
-        content = [_digests(adapter_copy.parent, "*"), _digests(package, "**/*.py"), pip_requirements]
+        content = [file_digests(adapter_copy.parent), file_digests(package, "**/*.py"), pip_requirements]
         folder = Path(temporary) / f"model-{content_hash(content)}"
         mlflow.pyfunc.save_model(
             path=str(folder),
@@ -101,11 +101,6 @@ def _pinned(package: str) -> str:
         return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
     except importlib.metadata.PackageNotFoundError:
         return package
-
-
-def _digests(folder: Path, pattern: str) -> dict[str, str]:
-    files = sorted(folder.glob(pattern))
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _signature() -> Any:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.files import atomic_write
+from pipeline.files import atomic_write, read_parquet
 
 PREDICTIONS = pa.schema(
     [(name, pa.string()) for name in ("path", "task", "method", "true_label", "label")]
@@ -157,7 +157,7 @@ def read_scores(files: Sequence[Path], class_names: Mapping[str, Sequence[str]])
 
 
 def _tables_by_task(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-    table = pq.read_table(file, columns=["task", *columns])
+    table = read_parquet(file, ["task", *columns])
     for task in pc.unique(table["task"]).to_pylist():
         yield task, table.filter(pc.equal(table["task"], task)).select(columns)
 

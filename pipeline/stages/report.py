@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.markup import escape
 
-from pipeline.config import to_yaml
+from pipeline.config import content_hash, to_yaml
 from pipeline.data.image_stats import thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.names import pluralize, split_synonyms
 from pipeline.data.parquet import SplitReader
-from pipeline.files import create_folder, read_record, write_file, write_record
+from pipeline.files import DamagedFile, create_folder, file_digests, read_record, write_file, write_record
 from pipeline.grouping.text import describe_candidates, format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_config
@@ -46,7 +46,7 @@ from pipeline.runtime.tracking.mlflow_adapter import methods_table_path, resolve
 from pipeline.stages.data_check import FINDINGS
 from pipeline.stages.data_check import NAME as DATA_CHECK
 from pipeline.stages.data_check import PAGE as DATA_PAGE
-from pipeline.stages.finished_run import REPORT_PAGE, write_provenance
+from pipeline.stages.finished_run import REPORT_PAGE, SUMMARY, write_provenance
 from pipeline.stages.flow import stage_title
 from pipeline.stages.group_trainings import ADAPTER, PREDICTIONS, MethodArtifacts
 from pipeline.stages.grouping import FIGURES, output_files, read_grouping
@@ -56,6 +56,8 @@ from pipeline.stages.splits import unused_images
 
 NAME = "report"
 ACCURACY_FIGURE = "accuracy.png"
+RECORD = "report.json"
+"""File of the run: key of its report, and the SHA-256 of the report's files."""
 
 
 def make_report(
@@ -66,22 +68,72 @@ def make_report(
     grouping: Artifact,
     methods: Sequence[MethodArtifacts],
 ) -> Path:
-    """Write <run folder>/report and <run folder>/adapters, and print the table; return the folder of the report."""
-    folder = create_folder(plan.folder / "report")
+    """Write <run folder>/report and <run folder>/adapters, unless those of these artifacts are there, and print the
+    table; return the folder of the report."""
+    folder, key = create_folder(plan.folder / "report"), _report_key(plan, grouping, methods)
     with Stage(session, NAME, stage_title(NAME)) as stage:
-        stage.computed = True
-        result = read_grouping(grouping)
-        adapter_files = _merge_adapters(plan, methods)
-        copy_grouping_pages(grouping, folder)
-        results = {method.name: merge_results(method.results(), plan.num_test_images) for method in methods}
-        scores = write_scores(plan, methods, folder)
-    differences = strategy_differences(scores)
-    summary = Summary(
+        stage.computed = not _is_current(plan, key)
+        if stage.computed:
+            _merge_adapters(plan, methods)
+            copy_grouping_pages(grouping, folder)
+            scores = write_scores(plan, methods, folder)
+    if stage.computed:  # the page shows the seconds of this stage too
+        summary = _summarize(plan, session, grouping, methods, scores)
+        write_record(plan.folder / SUMMARY, vars(summary))
+        steps = next_steps_after(plan, session)
+        write_run_page(plan, summary, scores, steps)
+        write_record(plan.folder / RECORD, {"key": key, "files": _digests(plan)})
+    else:
+        summary, steps = Summary(**read_record(plan.folder / SUMMARY)), next_steps_after(plan, session)
+
+    adapter_files = [file for _, file in _adapter_files(plan, methods)]
+    track_results(plan, session, summary.methods, {method.name: method.groups for method in methods})
+    session.tracker.set_tags(PARENT, {"mlflow.note.content": to_mlflow_description(summary)})
+    session.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
+    session.tracker.log_artifact(PARENT, folder)
+    for file in adapter_files:
+        session.tracker.log_artifact(PARENT, file, "adapters")
+    register_model(plan, session, adapter_files[-1])
+    session.console.print(accuracy_table(summary))
+    print_notes(session, summary)
+    print_outputs(plan, session, adapter_files[-1], steps)
+    write_provenance(plan, [global_prompt], single_tasks)
+    return folder
+
+
+def _report_key(plan: Plan, grouping: Artifact, methods: Sequence[MethodArtifacts]) -> str:
+    """Return a hash of all that a report is made from: config, artifacts, and the code."""
+    artifacts = {method.name: [artifact.key for artifact in method.artifacts] for method in methods}
+    package = Path(__file__).resolve().parent.parent
+    return content_hash([plan.key, grouping.key, artifacts, file_digests(package, "**/*.py")])
+
+
+def _is_current(plan: Plan, key: str) -> bool:
+    """Return whether the run's folder has the files of the report with this key, as they were written."""
+    try:
+        return read_record(plan.folder / RECORD) == {"key": key, "files": _digests(plan)}
+    except (FileNotFoundError, DamagedFile):
+        return False
+
+
+def _digests(plan: Plan) -> dict[str, dict[str, str]]:
+    return {name: file_digests(plan.folder / name) for name in ("report", "adapters")}
+
+
+def _summarize(
+    plan: Plan,
+    session: Session,
+    grouping: Artifact,
+    methods: Sequence[MethodArtifacts],
+    scores: Mapping[str, ScoresByTask],
+) -> Summary:
+    result, differences = read_grouping(grouping), strategy_differences(scores)
+    return Summary(
         name=plan.config.name,
         tasks=plan.tasks,
         groups=result["groups"],
         stages=dict(session.stage_seconds),
-        methods=results,
+        methods={method.name: merge_results(method.results(), plan.num_test_images) for method in methods},
         shots=plan.config.data.shots,
         seed=plan.config.seed,
         clip=f"{plan.config.clip.model}, weights {plan.config.clip.pretrained or 'random'}",
@@ -94,22 +146,6 @@ def make_report(
         conclusion=recommendation(differences, result["groups"]),
         grouping=describe_candidates(result["candidates"]),
     )
-    write_record(folder / "summary.json", vars(summary))
-    steps = next_steps_after(plan, session)
-    write_run_page(plan, summary, scores, steps)
-
-    track_results(plan, session, results, {method.name: method.groups for method in methods})
-    session.tracker.set_tags(PARENT, {"mlflow.note.content": to_mlflow_description(summary)})
-    session.tracker.log_metrics(PARENT, {f"seconds/{name}": value for name, value in summary.stages.items()}, step=0)
-    session.tracker.log_artifact(PARENT, folder)
-    for file in adapter_files:
-        session.tracker.log_artifact(PARENT, file, "adapters")
-    register_model(plan, session, adapter_files[-1])
-    session.console.print(accuracy_table(summary))
-    print_notes(session, summary)
-    print_outputs(plan, session, adapter_files[-1], steps)
-    write_provenance(plan, [global_prompt], single_tasks)
-    return folder
 
 
 def write_scores(plan: Plan, methods: Sequence[MethodArtifacts], folder: Path) -> dict[str, ScoresByTask]:
@@ -324,13 +360,15 @@ def register_model(plan: Plan, session: Session, adapter_file: Path) -> None:
         session.tracker.register_model(PARENT, name, model.name)
 
 
-def _merge_adapters(plan: Plan, methods: Sequence[MethodArtifacts]) -> list[Path]:
+def _merge_adapters(plan: Plan, methods: Sequence[MethodArtifacts]) -> None:
     """Write one adapter file per trained method, with all its groups."""
-    folder = create_folder(plan.folder / "adapters")
-    files = []
-    for method in methods:
+    create_folder(plan.folder / "adapters")
+    for method, file in _adapter_files(plan, methods):
         parts = [artifact.download() / ADAPTER for artifact in method.artifacts]
-        if all(part.exists() for part in parts):
-            files.append(folder / f"{method.name}.safetensors")
-            save_adapter(files[-1], merge_adapters([load_adapter(part) for part in parts]))
-    return files
+        save_adapter(file, merge_adapters([load_adapter(part) for part in parts]))
+
+
+def _adapter_files(plan: Plan, methods: Sequence[MethodArtifacts]) -> list[tuple[MethodArtifacts, Path]]:
+    """Return the trained methods, each with its adapter file."""
+    trained = [method for method in methods if get_method(VARIANTS[method.name].method).trainable]
+    return [(method, plan.folder / "adapters" / f"{method.name}.safetensors") for method in trained]

@@ -21,6 +21,7 @@ from pipeline.clip.load import load_clip
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config, Effect, values_affecting
 from pipeline.data.parquet import SplitReader
+from pipeline.files import read_parquet
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.method import Method
 from pipeline.methods.registry import get_method, training_config
@@ -230,7 +231,7 @@ def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
 def track_history(session: Session, name: str, artifact: Artifact) -> None:
     """Log all steps of a finished training to MLflow run `name`. The tracker skips those reported during the training;
     this adds steps lost with a driver or worker, and trainings cached from another run."""
-    columns = pq.read_table(artifact.download() / HISTORY).to_pydict()
+    columns = read_parquet(artifact.download() / HISTORY).to_pydict()
     metrics_by_step: dict[int, dict[str, float]] = {}
     for step, task, loss, accuracy, learning_rate in zip(
         *(columns[name] for name in ("step", "task", "loss", "accuracy", "learning_rate"))

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import UserError
+from pipeline.files import read_parquet
 from pipeline.training.trainer import Snapshot
 
 SCHEMA = pa.schema(
@@ -119,7 +120,7 @@ def _read(path: Path, columns: list[str], schema: pa.Schema = SCHEMA) -> pa.Tabl
             f"{path}: no gradient snapshots; train the global prompt first with mmap-clip train-global-prompt"
         )
     try:
-        table = pq.read_table(path, columns=columns)
+        table = read_parquet(path, columns)
         if table.schema.equals(pa.schema([schema.field(name) for name in columns])) and table.num_rows:
             if all(column.null_count == 0 for column in table.columns):
                 return table

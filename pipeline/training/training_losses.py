@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import UserError
+from pipeline.files import read_parquet
 from pipeline.training.evaluate import Prediction
 
 SCHEMA = pa.schema(
@@ -59,7 +60,7 @@ def read_losses(path: Path) -> dict[str, TrainingLosses]:
         UserError: the file is missing or damaged.
     """
     try:
-        table = pq.read_table(path)
+        table = read_parquet(path)
         if not table.schema.equals(SCHEMA):
             raise ValueError(f"columns {table.schema.names}")
     except (pa.ArrowException, OSError, ValueError) as error:

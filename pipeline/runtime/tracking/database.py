@@ -72,6 +72,9 @@ def sqlite_uri(file: Path) -> str:
 
 def sqlite_file(uri: str) -> Path:
     """Return the file of a SQLite URI. Raises: UserError: The URI names none."""
+    if uri.startswith("sqlite:////") and not set("%?") & set(uri):  # of `sqlite_uri`; SQLAlchemy takes long to import
+        return Path(uri.removeprefix("sqlite:///")).resolve()
+
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -379,6 +382,25 @@ def _make_tables(file: Path) -> None:
     finally:
         engine.dispose()
     _empty_database = file.read_bytes()
+
+
+def find_experiment(uri: str, name: str, run_id: str, tag: str, value: str) -> str:
+    """Return the id of the experiment with this name if it has this run with this tag, else "". MLflow is not imported,
+    unless the database is made.
+
+    Raises:
+        UserError: The database cannot be used, with a remedy.
+    """
+    prepare_database(uri)
+    query = (
+        "select experiment_id from experiments join runs using (experiment_id) join tags using (run_uuid) "
+        "where experiments.name = ? and experiments.lifecycle_stage = 'active' and runs.lifecycle_stage = 'active' "
+        "and run_uuid = ? and tags.key = ? and tags.value = ?"
+    )
+    file = sqlite_file(uri)
+    with _database_errors(file), closing(sqlite3.connect(file, timeout=20)) as connection:
+        (row,) = connection.execute(query, (name, run_id, tag, value)).fetchall() or [("",)]
+    return str(row[0])
 
 
 def _relocate_artifacts(file: Path) -> None:

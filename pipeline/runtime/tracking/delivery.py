@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -137,7 +138,7 @@ class Delivery:
         delay = MIN_RETRY_DELAY_S
         while not self._stopping:
             try:
-                if not self._connected:
+                if not self._connected and (self._has_work() or not self._is_settled):
                     self._connect()
                 if self._has_work():
                     self._deliver_next()
@@ -163,10 +164,20 @@ class Delivery:
                     self._flush_requested = False
                 delay = min(2 * delay, MAX_RETRY_DELAY_S)
 
+    @cached_property
+    def _is_settled(self) -> bool:
+        """Whether all that an earlier process recorded was sent, to a database that still has it."""
+        run, run_id = self._first_run()
+        return bool(run and run_id) and self._server.holds(self._journal.run_key(run), run_id)
+
+    def _first_run(self) -> tuple[str, str]:
+        """Return name and id of the first run that was sent, or empty texts."""
+        return next(iter(self._progress.run_ids.items()), ("", ""))
+
     def _connect(self) -> None:
         self._server.connect()
-        run, run_id = next(iter(self._progress.run_ids.items()), (None, None))
-        if run is None or self._server.find_run(self._journal.run_key(run)) != run_id:
+        run, run_id = self._first_run()
+        if not run or self._server.find_run(self._journal.run_key(run)) != run_id:
             self._progress = _Progress(self._journal.id)  # another server, or an emptied one: send the whole journal
             (self._journal.folder / REFUSED).unlink(missing_ok=True)
         self._connected = True

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.tracking.database import (
     artifact_location,
     check_database,
+    find_experiment,
     is_sqlite,
     prepare_database,
     sqlite_file,
@@ -80,6 +81,13 @@ class MlflowServer:
     def connect(self) -> None:
         self._client = mlflow_client(self._uri)
         self.experiment_id = _experiment_id(self._client, self.experiment, self._uri)
+
+    def holds(self, run_key: str, run_id: str) -> bool:
+        """Return whether a SQLite database has this run, without importing MLflow, which takes seconds; False if only
+        MLflow can tell."""
+        if is_sqlite(self._uri):
+            self.experiment_id = find_experiment(self._uri, self.experiment, run_id, RUN_KEY, run_key)
+        return bool(self.experiment_id)
 
     def answers(self) -> bool:
         try:
