@@ -234,6 +234,9 @@ class MadeUpServer:
     def answers(self):
         return not self.is_away
 
+    def holds(self, run_key, run_id):
+        return False  # as of a server, which only a client can ask
+
     def find_run(self, run_key):
         return self.runs.get(run_key)
 

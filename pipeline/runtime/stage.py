@@ -192,8 +192,7 @@ class Stage:
         for report in self.session.progress.drain():
             self.display.show(report)
             if name := tracked_as.get(report.label):
-                for step, metrics in report.metrics:
-                    self.session.tracker.log_metrics(name, metrics, step)
+                self.session.tracker.log_metric_history(name, report.metrics)
 
     def _value(self, ref: ray.ObjectRef[Any], label: str) -> Any:
         """Return the task's value. Raises: UserError: The task raised it, or its worker died too often."""

@@ -238,8 +238,7 @@ def track_history(session: Session, name: str, artifact: Artifact) -> None:
     ):
         record = StepRecord(step, 0, learning_rate, (loss,), (accuracy,))
         metrics_by_step.setdefault(step, {}).update(step_metrics([task], record))
-    for step, metrics in metrics_by_step.items():
-        session.tracker.log_metrics(name, metrics, step)
+    session.tracker.log_metric_history(name, metrics_by_step.items())
 
 
 def write_history(path: Path, tasks: Sequence[str], history: Sequence[StepRecord]) -> None:

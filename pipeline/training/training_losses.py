@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -68,10 +69,8 @@ def read_losses(path: Path) -> dict[str, TrainingLosses]:
             f"{path} cannot be read as losses of training images ({error}): remove {path.parent} and run again"
         ) from None
     losses = {}
-    names = table["task"].to_numpy(zero_copy_only=False)
-    for task in dict.fromkeys(names.tolist()):
-        rows = table.filter(pa.array(names == task))
-        values = rows["features"].to_numpy(zero_copy_only=False)
-        features = None if rows["features"].null_count else np.stack(values).astype(np.float64)
+    for task in dict.fromkeys(table["task"].to_pylist()):
+        rows = table.filter(pc.equal(table["task"], task))
+        features = None if rows["features"].null_count else np.array(rows["features"].to_pylist(), np.float64)
         losses[task] = TrainingLosses(rows["label"].to_numpy(), rows["loss"].to_numpy(), features)
     return losses

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -101,15 +101,25 @@ class Journal:
 
         Raises: ValueError: The run was not started. UserError: The disk is full; the journal is unchanged.
         """
+        self.record_steps(kind, run, [(step, values)])
+
+    def record_steps(self, kind: Kind, run: str, steps: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """As `record`, for the values of several steps at once: each write waits for the disk."""
         with self.changed:
             if kind != "start" and run not in self.status:
                 raise ValueError(f"the tracking run {run!r} was not started: call start_run({run!r}) first")
             time_ms = int(time.time() * 1000)
-            operations = [Operation(kind, run, key, value, time_ms, step) for key, value in values.items()]
+            operations = [
+                Operation(kind, run, key, value, time_ms, step)
+                for step, values in steps
+                for key, value in values.items()
+            ]
             # A status may recur (failed, resumed, failed again); everything else is recorded once.
-            new = [op for op in operations if kind == "status" or op.identity not in self._identities]
-            if new:
-                self._append(new)
+            if kind != "status":
+                first = {op.identity: op for op in reversed(operations)}
+                operations = [op for identity, op in reversed(first.items()) if identity not in self._identities]
+            if operations:
+                self._append(operations)
                 self.changed.notify_all()
 
     def keep(self, file: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,12 @@ class Tracker:
 
     def log_metrics(self, name: str, metrics: Mapping[str, float], step: int) -> None:
         """Log numbers at `step`; the first value for a key and step is kept."""
-        self._journal.record("metrics", name, {_key(key): float(value) for key, value in metrics.items()}, int(step))
+        self.log_metric_history(name, [(step, metrics)])
+
+    def log_metric_history(self, name: str, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Log numbers of several steps at once, as `log_metrics` does."""
+        steps = ((int(step), {_key(key): float(value) for key, value in metrics.items()}) for step, metrics in history)
+        self._journal.record_steps("metrics", name, steps)
 
     def log_artifact(self, name: str, path: Path, artifact_path: str | None = None) -> None:
         """Log a file, or a folder with its content, in its current state."""
