@@ -9,9 +9,10 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ ensure_torchvision()
 import open_clip  # noqa: E402
 
 TEMPLATE = "a photo of a {}."
+Name = TypeVar("Name", bound=Hashable)
 Step = Callable[[], list[torch.Tensor]]
 """Runs a forward and backward pass and returns the gradients of the trained parameters."""
 
@@ -144,13 +146,13 @@ def time_call(step: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def fastest_seconds(steps: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the fastest seconds of each step, interleaved so that load on the machine affects all; needs a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def median_seconds(steps: Mapping[Name, Callable[[], Any]], repeats: int, device: torch.device) -> dict[Name, float]:
+    """Return the median seconds of each step, interleaved so that load on the machine affects all; needs a warm-up."""
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             seconds[name].append(time_call(step, device))
-    return {name: min(values) for name, values in seconds.items()}
+    return {name: median(values) for name, values in seconds.items()}
 
 
 def gflop(step: Callable[[], Any]) -> tuple[Any, float]:

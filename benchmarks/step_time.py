@@ -9,7 +9,7 @@
 The plain version (tests/reference_towers.py) runs every class at 77 tokens, concatenates the prompts at every layer and
 runs one task after the other; it trains the same group and task prompts as ours. MaPLe and CoOp train their own prompts
 on one task, with the authors' code from checkouts. Images and weights are random, which does not affect the time. All
-are timed alternately, and the fastest repeat counts. FLOPs are counted by torch.
+are timed alternately, and the median counts. FLOPs are counted by torch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from common import (
     class_names,
     default_device,
     device_name,
-    fastest_seconds,
     gflop,
     group_prompts,
     largest_difference,
     load,
+    median_seconds,
     our_step,
     peak_gib,
     random_batch,
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="open_clip model name")
     parser.add_argument("--cases", nargs="+", default=["1x4x65", "1x16x65", "1x4x126", "1x16x126", "4x4x65"])
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each; the median counts")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="ours and plain")
     parser.add_argument("--memory", action="store_true", help="measure the peak memory instead of the time")
     parser.add_argument("--maple", type=Path, help="checkout of the official MaPLe")
@@ -71,7 +71,7 @@ def main() -> None:
         else:
             results, gflops = zip(*map(gflop, steps.values()))
             row = {"case": case, "difference": largest_difference(*results[:2]), "gflop": dict(zip(steps, gflops))}
-            rows.append({**row, "seconds": fastest_seconds(steps, arguments.repeats, device)})
+            rows.append({**row, "seconds": median_seconds(steps, arguments.repeats, device)})
         print(rows[-1], file=sys.stderr, flush=True)
 
     quantities = {"gib": "GiB"} if arguments.memory else {"gflop": "GFLOP", "seconds": "s"}

@@ -23,11 +23,11 @@ from common import (
     class_names,
     default_device,
     device_name,
-    fastest_seconds,
     gflop,
     group_prompts,
     largest_difference,
     load,
+    median_seconds,
     our_step,
     random_batch,
     table,
@@ -79,7 +79,7 @@ def main() -> None:
             compiled = torch.compile(train)
             first_call = time_call(compiled, device)
             calls["compiled training"], flops["compiled training"] = compiled, flops["training"]
-        seconds = fastest_seconds(calls, arguments.repeats, device)
+        seconds = median_seconds(calls, arguments.repeats, device)
         for name in calls:
             row = {
                 "what": name,
