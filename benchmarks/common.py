@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PRECISIONS = ("float32", "bfloat16")
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from reference_towers import reference_encode_image, reference_encode_text  # noqa: E402
@@ -185,13 +187,20 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
+def release_memory() -> None:
+    """Return what is no longer referenced to the device and the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def write_results(name: str, device: torch.device, values: dict[str, Any]) -> None:
     """Write benchmarks/results/<name>_<device>.json, with a description of the machine."""
     suffix = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name())
-    file = REPOSITORY / "benchmarks" / "results" / f"{name}_{suffix}.json"
-    file.parent.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     machine = {"device": device_name(device), "torch": torch.__version__, "processor": platform.machine()}
-    file.write_text(json.dumps({**values, **machine}, indent=1) + "\n")
+    (RESULTS / f"{name}_{suffix}.json").write_text(json.dumps({**values, **machine}, indent=1) + "\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
