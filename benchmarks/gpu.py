@@ -11,9 +11,10 @@
   (single_process.py);
 - training as a CUDA graph, and as compiled by torch.compile, with what the first call takes.
 
-When the time is over, the measurement at work ends and no other begins. What was left out, and why, is in the output
-and in the result file, which is written after every measurement. A measurement that fails is left out with its error. A
-precision that the device multiplies ten times slower than float32 is left out, as it is not meant for it.
+Each part has a share of the time. When it is over, the measurement at work ends and no other of the part begins. What
+was left out, and why, is in the output and in the result file, which is written after every measurement. A measurement
+that fails is left out with its error. A precision that the device multiplies ten times slower than float32 is left out,
+as it is not meant for it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from pipeline.clip.load import load_clip
 from pipeline.config import parse_config
 from pipeline.cpus import usable_cpus
 
-PARTS = ("step_time", "utilization", "pipeline", "variants")
+PARTS = {"step_time": 4, "utilization": 1, "pipeline": 1, "variants": 2}
+"""Part → weight of its share of the time; what a part leaves is for the next ones."""
 CASES = ("1x4x65", "1x16x65", "1x4x126")
 TASKS = ("Art", "Clipart", "Product", "Real World")
 
@@ -56,14 +58,14 @@ class Session:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.device = arguments, torch.device(arguments.device)
-        self.deadline = time.monotonic() + 60 * arguments.minutes
+        self.end = self.deadline = time.monotonic() + 60 * arguments.minutes
         self.left_out: dict[str, str] = {}
         """Measurement → why it was left out."""
         self.results: dict[str, Any] = {"step_time": [], "utilization": [], "pipeline": {}, "variants": []}
         signal.signal(signal.SIGALRM, self._end_measurement)
 
     def _end_measurement(self, *_: object) -> None:
-        raise OutOfTime(f"no time left of {self.arguments.minutes:g} minutes")
+        raise OutOfTime(f"no time left in its share of {self.arguments.minutes:g} minutes")
 
     def measure(self, name: str, work: Callable[[], None]) -> None:
         """Do the work, if time is left, until the time is over, and record why it was left out, if it was; then write
@@ -92,7 +94,7 @@ class Session:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="open_clip model name")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=8, help="time for all measurements")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each; the median counts")
     parser.add_argument("--cases", nargs="+", default=CASES, help="cases of the step time")
@@ -111,14 +113,18 @@ def main() -> None:
     for name in slow:
         session.left_out[name] = f"the device multiplies at {peaks[name] / peaks['float32']:.3f} of its float32 speed"
     precisions = [name for name in utilization.device_precisions(session.device) if name not in slow]
-    if "step_time" in arguments.parts:
-        measure_step_time(session, checkouts, [name for name in PRECISIONS if name not in slow])
-    if "utilization" in arguments.parts:
-        measure_utilization(session, precisions)
-    if "pipeline" in arguments.parts:
-        measure_pipeline(session)
-    if "variants" in arguments.parts:
-        measure_variants(session, precisions[-1])
+    measure_part = {
+        "step_time": partial(measure_step_time, session, checkouts, [name for name in PRECISIONS if name not in slow]),
+        "utilization": partial(measure_utilization, session, precisions),
+        "pipeline": partial(measure_pipeline, session),
+        "variants": partial(measure_variants, session, precisions[-1]),
+    }
+    weights = {part: weight for part, weight in PARTS.items() if part in arguments.parts}
+    while weights:
+        part, now = next(iter(weights)), time.monotonic()
+        session.deadline = now + (session.end - now) * weights[part] / sum(weights.values())
+        measure_part[part]()
+        del weights[part]
     print_results(session)
 
 
