@@ -9,15 +9,18 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PRECISIONS = ("float32", "bfloat16")
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from reference_towers import reference_encode_image, reference_encode_text  # noqa: E402
@@ -36,6 +39,7 @@ ensure_torchvision()
 import open_clip  # noqa: E402
 
 TEMPLATE = "a photo of a {}."
+Name = TypeVar("Name", bound=Hashable)
 Step = Callable[[], list[torch.Tensor]]
 """Runs a forward and backward pass and returns the gradients of the trained parameters."""
 
@@ -144,13 +148,13 @@ def time_call(step: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def fastest_seconds(steps: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the fastest seconds of each step, interleaved so that load on the machine affects all; needs a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def median_seconds(steps: Mapping[Name, Callable[[], Any]], repeats: int, device: torch.device) -> dict[Name, float]:
+    """Return the median seconds of each step, interleaved so that load on the machine affects all; needs a warm-up."""
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             seconds[name].append(time_call(step, device))
-    return {name: min(values) for name, values in seconds.items()}
+    return {name: median(values) for name, values in seconds.items()}
 
 
 def gflop(step: Callable[[], Any]) -> tuple[Any, float]:
@@ -183,13 +187,20 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
+def release_memory() -> None:
+    """Return what is no longer referenced to the device and the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def write_results(name: str, device: torch.device, values: dict[str, Any]) -> None:
     """Write benchmarks/results/<name>_<device>.json, with a description of the machine."""
     suffix = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name())
-    file = REPOSITORY / "benchmarks" / "results" / f"{name}_{suffix}.json"
-    file.parent.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     machine = {"device": device_name(device), "torch": torch.__version__, "processor": platform.machine()}
-    file.write_text(json.dumps({**values, **machine}, indent=1) + "\n")
+    (RESULTS / f"{name}_{suffix}.json").write_text(json.dumps({**values, **machine}, indent=1) + "\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -19,7 +19,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from common import device_name, fastest_seconds, table, write_results
+from common import device_name, median_seconds, table, write_results
 
 from pipeline.grouping.objectives import OBJECTIVES, get_objective
 from pipeline.grouping.partition import TIME_LIMIT_S, best_partition
@@ -52,7 +52,7 @@ def main() -> None:
         for objective in OBJECTIVES
     ]
 
-    print(f"Seconds on {device_name(CPU)}, fastest of {arguments.repeats}; `sum`, affinities around five directions\n")
+    print(f"Seconds on {device_name(CPU)}, median of {arguments.repeats}; `sum`, affinities around five directions\n")
     print(
         table(["tasks", *algorithms[0]["seconds"]], [[row["tasks"], *formatted(row["seconds"])] for row in algorithms])
     )
@@ -102,7 +102,7 @@ def algorithms_row(num_tasks: int, repeats: int, limit: float) -> dict:
         sys.exit(f"{num_tasks} tasks: the algorithms found different scores: {scores}")
     if num_tasks <= MAX_TASKS_TAG:
         run["TAG's scores"] = lambda: tag_scores(affinity.tolist())
-    measured = fastest_seconds(run, repeats, CPU)
+    measured = median_seconds(run, repeats, CPU)
     row = {"tasks": num_tasks, "seconds": {name: measured.get(name) for name in [*searches, "TAG's scores"]}}
     print(row, file=sys.stderr, flush=True)
     return row
@@ -119,7 +119,7 @@ def options_row(num_tasks: int, repeats: int) -> dict:
         name: lambda kwargs=kwargs: solve_subset_dp(Problem.from_affinity(affinity, **kwargs))
         for name, kwargs in options.items()
     }
-    row = {"tasks": num_tasks, "seconds": fastest_seconds(runs, repeats, CPU)}
+    row = {"tasks": num_tasks, "seconds": median_seconds(runs, repeats, CPU)}
     print(row, file=sys.stderr, flush=True)
     return row
 
@@ -128,7 +128,7 @@ def large_row(kind: str, num_tasks: int, objective: str, limit: float) -> dict:
     affinity, results = affinities(kind, num_tasks), []
     search = {"": lambda: results.append(best_partition(affinity, objective=objective, time_limit_s=limit))}
     row = {"affinities": kind, "tasks": num_tasks, "objective": objective}
-    row |= {"seconds": fastest_seconds(search, 1, CPU)[""], "method": results[0].method}
+    row |= {"seconds": median_seconds(search, 1, CPU)[""], "method": results[0].method}
     row |= {"score": results[0].score, "upper_bound": results[0].upper_bound}
     print(row, file=sys.stderr, flush=True)
     return row

@@ -19,10 +19,10 @@ from common import (
     class_names,
     default_device,
     device_name,
-    fastest_seconds,
     gflop,
     group_prompts,
     load,
+    median_seconds,
     our_step,
     peak_gib,
     random_batch,
@@ -62,7 +62,7 @@ def main() -> None:
                 "gib": peak_gib(step, device),
                 "gflop": gflop(step)[1],
             }
-            row["seconds"] = fastest_seconds({"step": step}, arguments.repeats, device)["step"]
+            row["seconds"] = median_seconds({"step": step}, arguments.repeats, device)["step"]
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
 

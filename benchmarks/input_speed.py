@@ -16,7 +16,7 @@ Cases:
 - overlap: the same with a fake GPU model, which uses no CPU cores and is as slow as decoding.
 
 Files were just written, so they are read from the page cache. On a CPU the model and decoding share the cores, so
-overlapping them gains little there. Versions are interleaved, and the fastest run of each counts. Prints Markdown
+overlapping them gains little there. Versions are interleaved, and the median run of each counts. Prints Markdown
 tables and writes benchmarks/results/input_speed_<device>.json.
 """
 
@@ -40,7 +40,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL
 import torch
-from common import default_device, device_name, fastest_seconds, load, table, write_results
+from common import default_device, device_name, load, median_seconds, table, write_results
 from PIL import Image
 
 from pipeline.clip.class_tokens import class_tokens
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="number of images, sum over tasks")
     parser.add_argument("--size", default="500x400", help="width x height of the JPEGs")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decoding threads, worker processes")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each version; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each version; the median counts")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of the training case")
     parser.add_argument("--model", default="ViT-B-32", help="open_clip model name of the evaluation case")
     parser.add_argument("--device", default=default_device())
@@ -120,7 +120,7 @@ def main() -> None:
     print(
         f"{device_name(device)}, {os.cpu_count()} cores, {arguments.threads} threads, Pillow {PIL.__version__}, "
         f"{arguments.images} JPEGs of {arguments.size} ({bytes_per_image / 1024:.0f} KiB), "
-        f"fastest of {arguments.repeats}\n"
+        f"median of {arguments.repeats}\n"
     )
     for case, case_rows in rows.items():
         columns = [case, "images", "s", "images/s", "ratio"]
@@ -176,7 +176,7 @@ def splits(setting: Setting) -> list[Row]:
         "PIL loop that copies files": lambda: split_by_copying(setting),
         f"ours, {setting.threads} processes": lambda: build_splits(setting, "timed_splits"),
     }
-    return make_rows(fastest_seconds(versions, setting.repeats, setting.device), setting.images)
+    return make_rows(median_seconds(versions, setting.repeats, setting.device), setting.images)
 
 
 def build_splits(setting: Setting, name: str) -> None:
@@ -255,7 +255,7 @@ def decoding(setting: Setting) -> list[Row]:
     versions = {"PIL and torchvision loop": reference}
     for threads in sorted({1, setting.threads}):
         versions[f"ours, {threads} thread{'s' * (threads > 1)}"] = partial(ours, threads)
-    return make_rows(fastest_seconds(versions, setting.repeats, setting.device), len(paths))
+    return make_rows(median_seconds(versions, setting.repeats, setting.device), len(paths))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def training(setting: Setting) -> list[Row]:
                 torch.stack(pixels).to(device)
 
     versions = {"PIL and torchvision loop": reference, f"ours, decoded once for {setting.epochs} epochs": ours}
-    return make_rows(fastest_seconds(versions, setting.repeats, setting.device), num_steps * len(TASKS) * BATCH_SIZE)
+    return make_rows(median_seconds(versions, setting.repeats, setting.device), num_steps * len(TASKS) * BATCH_SIZE)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def evaluation(setting: Setting) -> list[Row]:
         "model alone": run_model,
         "overlapped": lambda: evaluate(classifier, reader, TASKS, setting.threads),
     }
-    seconds = fastest_seconds(versions, setting.repeats, setting.device)
+    seconds = median_seconds(versions, setting.repeats, setting.device)
     sequential = seconds["decoding alone"] + seconds["model alone"]
     images = sum(len(rows) for _, rows, _ in batches)
     return make_rows({"decoding, then the model (sum)": sequential, **seconds}, images)
@@ -361,7 +361,7 @@ def overlap(setting: Setting) -> list[Row]:
         "model alone": lambda: time.sleep(images * model.seconds_per_image),
         "overlapped": lambda: evaluate(model, reader, tasks, setting.threads),
     }
-    seconds = fastest_seconds(versions, setting.repeats, setting.device)
+    seconds = median_seconds(versions, setting.repeats, setting.device)
     sequential = sum(seconds[name] for name in list(seconds)[:2])
     return make_rows({"decoding, then the model (sum)": sequential, **seconds}, images)
 

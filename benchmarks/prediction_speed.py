@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import class_names, default_device, device_name, fastest_seconds, table, write_results
+from common import class_names, default_device, device_name, median_seconds, table, write_results
 from PIL import Image
 
 from pipeline.clip.load import load_clip, weights_fingerprint
@@ -67,7 +67,7 @@ def main() -> None:
     }
     for step in steps.values():
         step()
-    seconds = fastest_seconds(steps, arguments.repeats, device)
+    seconds = median_seconds(steps, arguments.repeats, device)
     baseline = seconds["open_clip encode_image"]
 
     print(f"{arguments.model}, {arguments.images} images, {arguments.classes} classes, {arguments.tasks} tasks")

@@ -18,6 +18,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from statistics import median
 from threading import Thread
 
 import torch
@@ -77,7 +78,7 @@ def main() -> None:
     rows = []
     for mode, prompts in states.items():
         difference = max((a - b).abs().max().item() for a, b in zip(prompts, states["sequential"]))
-        rows.append({"mode": mode, "seconds": min(seconds[mode]), "difference": difference})
+        rows.append({"mode": mode, "seconds": median(seconds[mode]), "difference": difference})
     setting = f"{arguments.trainings} trainings of 1 task x {arguments.images} images x {arguments.classes} classes"
     print(f"{arguments.model}, {setting}, {arguments.steps} steps, {device_name(device)}, torch {torch.__version__}\n")
     lines = [
