@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -26,7 +27,6 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from reference_towers import reference_encode_image, reference_encode_text  # noqa: E402
 
 from pipeline.clip.class_tokens import class_tokens  # noqa: E402
-from pipeline.clip.precision import autocast  # noqa: E402
 from pipeline.clip.torchvision_compat import ensure_torchvision  # noqa: E402
 from pipeline.clip.towers import ClipTowers  # noqa: E402
 from pipeline.config import ClipConfig, MmapConfig  # noqa: E402
@@ -46,6 +46,10 @@ Step = Callable[[], list[torch.Tensor]]
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def load(name: str, device: torch.device, precision: str = "float32") -> tuple[torch.nn.Module, ClipTowers]:

@@ -3,7 +3,6 @@
 
     python benchmarks/pipeline_overhead.py                         the demo
     python benchmarks/pipeline_overhead.py --repeats 3
-    python benchmarks/pipeline_overhead.py --first_minute          a job's first line, --help, and command-line errors
 
 Measures, interleaved: the pipeline's wall time from start to exit, on a running Ray; the sum of its stages' seconds;
 and the wall time of one process without Ray and MLflow that builds the splits, trains the global prompt, groups, trains
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -35,11 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2, help="the median counts")
     parser.add_argument("--single-process", type=Path, help=argparse.SUPPRESS)  # storage of the single process
-    parser.add_argument("--first_minute", action="store_true", help="only until a job begins its work")
     arguments = parser.parse_args()
-    if arguments.first_minute:
-        measure_first_minute(arguments.repeats)
-        return
     if arguments.single_process:
         run_demo_in_one_process(arguments.single_process)
         return
@@ -77,49 +71,6 @@ def main() -> None:
         )
     )
     write_results("pipeline_overhead", torch.device("cpu"), {"seconds": walls, "repeats": arguments.repeats})
-
-
-FIRST_MINUTE = {
-    "`--help`": ["--help"],
-    "misspelled option": ["--training.epoch", "3"],
-    "invalid value": ["--training.epochs", "x"],
-    "no such config file": ["--config", "absent.yaml"],
-    "no such data": ["--data.root", "/absent"],
-    "no such weights": ["--clip.pretrained", "/absent.pt"],
-    "until the first line of a run": None,
-}
-"""What a user does → arguments of full_pipeline.py; None: a run, which is ended at its first line."""
-
-
-def measure_first_minute(repeats: int) -> None:
-    """Print the median CPU and wall seconds of each case."""
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in FIRST_MINUTE}
-    for _ in range(repeats):
-        for name, arguments in FIRST_MINUTE.items():
-            runs[name].append(start_seconds(arguments))
-    medians = {name: [median(column) for column in zip(*seconds)] for name, seconds in runs.items()}
-    rows = [[name, f"{cpu:.2f}", f"{wall:.2f}"] for name, (cpu, wall) in medians.items()]
-    print(table(["", "CPU s", "wall s"], rows))
-    seconds = {name.strip("`"): {"cpu": cpu, "wall": wall} for name, (cpu, wall) in medians.items()}
-    write_results("first_minute", torch.device("cpu"), {"seconds": seconds, "repeats": repeats})
-
-
-def start_seconds(arguments: list[str] | None) -> tuple[float, float]:
-    """Return the CPU and wall seconds until a job ends, or until the first line of a run."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "jobs/full_pipeline.py", *(arguments or ["--storage", folder])]
-        job = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert job.stdout is not None
-        job.stdout.readline() if arguments is None else job.stdout.read()
-        wall = time.perf_counter() - start
-        job.terminate()
-        job.communicate()
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return ended.ru_utime + ended.ru_stime - usage.ru_utime - usage.ru_stime, wall
 
 
 def wall_seconds(command: list[str]) -> float:

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import class_names, default_device, device_name, median_seconds, table, write_results
+from common import autocast, class_names, default_device, device_name, median_seconds, table, write_results
 from PIL import Image
 
 from pipeline.clip.load import load_clip, weights_fingerprint
-from pipeline.clip.precision import autocast
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import ClipConfig, Config, MmapConfig
 from pipeline.methods.adapter_file import TrainedAdapter, save_adapter

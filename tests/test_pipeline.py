@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -259,14 +260,27 @@ def test_a_task_that_is_alone_in_its_group_is_not_trained_twice(quick_run):
     assert sorted(map(tuple, groups)) == sorted([*expected, tuple(TASKS)])  # and zero-shot CLIP
 
 
-def test_rerunning_reports_cached_stages(quick_run, run_job):
-    """Nor does it matter that the second job is in another process, on another Ray."""
-    storage, _ = quick_run
-    numbers_before = numbers(storage)
-    finished = run_job("full_pipeline", "--storage", storage, *QUICK)
-    assert finished.status == 0, finished.output
-    assert finished.output.count("cached (computed in") == 6
+def test_a_finished_run_is_only_read(quick_run):
+    """A new process shows it again, without Ray, and without the libraries that take seconds to import."""
+    storage, output = quick_run
+    numbers_before, page = numbers(storage), (the_run(storage) / "report" / "report.html").read_bytes()
+    code = (
+        "import atexit, runpy, sys\n"
+        "libraries = ('mlflow', 'matplotlib', 'pandas', 'sqlalchemy')\n"
+        "atexit.register(lambda: print('imported:', *(name for name in libraries if name in sys.modules)))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(REPOSITORY / "jobs" / "full_pipeline.py")
+    command = [sys.executable, "-c", code, script, "--storage", str(storage), *QUICK]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("cached (computed in") == 7 and "starting" not in finished.stdout
+    assert "\nimported:\n" in finished.stdout
+    table = output[output.index("trained parameters") :].splitlines()
+    assert [line for line in finished.stdout.splitlines() if line in table] == table  # and the next steps
     assert numbers(storage) == numbers_before
+    assert (the_run(storage) / "report" / "report.html").read_bytes() == page
 
 
 def flip_a_bit(file: Path) -> None:
