@@ -175,6 +175,8 @@ def _num_jpeg_scans(data: bytes) -> int:
 def evaluation_pixels(source: bytes | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and crop or pad an encoded or decoded image → uint8 (3, S, S), S = `preprocessing.image_size`."""
     size, resampling = preprocessing.image_size, RESAMPLING[preprocessing.interpolation]
+    width: float
+    height: float
     if isinstance(source, Image.Image):
         image, (width, height) = _rgb(source), source.size
     else:
