@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from typing import get_args
 
@@ -38,6 +39,7 @@ from small_problem import (
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import AugmentationConfig, TrainingConfig
 from pipeline.data import parquet
+from pipeline.data.decoding_pool import MAX_THREADS, MIN_IMAGES, decoding_pool
 from pipeline.data.images import evaluation_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.data.preprocessing import Preprocessing
@@ -517,11 +519,27 @@ def test_frozen_split_features_beyond_one_chunk_are_those_of_each_image(split_re
     torch.testing.assert_close(features, towers.encode_image(towers.normalize_pixels(torch.stack(pixels))))
 
 
+def use_processes(monkeypatch):
+    monkeypatch.setattr("pipeline.data.decoding_pool.MAX_THREADS", 1)
+    monkeypatch.setattr("pipeline.data.decoding_pool.MIN_IMAGES", 0)
+
+
+def test_many_images_are_decoded_in_processes():
+    few, many = MIN_IMAGES - 1, MIN_IMAGES
+    for workers, num_images, kind in [
+        (MAX_THREADS, many, ThreadPoolExecutor),
+        (MAX_THREADS + 1, few, ThreadPoolExecutor),
+        (MAX_THREADS + 1, many, ProcessPoolExecutor),
+    ]:
+        with decoding_pool(workers, num_images) as pool:
+            assert type(pool) is kind
+
+
 @pytest.fixture(params=["threads", "processes"])
 def decoding(request, monkeypatch):
     """Decode in threads or processes, which end with their batches."""
     if request.param == "processes":
-        monkeypatch.setattr("pipeline.data.decoding_pool.MAX_THREADS", 1)
+        use_processes(monkeypatch)
     threads = set(threading.enumerate())
     yield request.param
     assert set(threading.enumerate()) <= threads
@@ -571,7 +589,7 @@ def test_a_damaged_test_image_is_reported(split_reader, monkeypatch, decoding):
 
 
 def test_a_process_that_dies_is_reported(split_reader, monkeypatch):
-    monkeypatch.setattr("pipeline.data.decoding_pool.MAX_THREADS", 1)
+    use_processes(monkeypatch)
     batches = decoded_batches(split_reader, list(TEST_COUNTS), Preprocessing(16), threads=2, batch_size=2)
     next(batches)
     for process in multiprocessing.active_children():
@@ -586,7 +604,7 @@ import time
 from pipeline.data import decoding_pool
 if __name__ == "__main__":
     decoding_pool.MAX_THREADS = 1
-    pool = decoding_pool.decoding_pool(2)
+    pool = decoding_pool.decoding_pool(2, decoding_pool.MIN_IMAGES)
     calls = [pool.submit(time.sleep, 1) for _ in range(2)]
     print(*pool._processes, flush=True)
     calls[0].result()

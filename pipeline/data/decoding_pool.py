@@ -16,14 +16,16 @@ from pipeline.data.preprocessing import Preprocessing
 
 MAX_THREADS = 6
 """Above it, the GIL is the bound: Pillow holds it for a seventh of the time that an image of 500 x 400 pixels takes."""
+MIN_IMAGES = 10_000
+"""Below it, processes take longer to start, a few seconds, than they save."""
 
 
-def decoding_pool(workers: int) -> Executor:
-    """Return a pool of this many threads, or of processes if threads would wait for the GIL."""
-    if workers <= MAX_THREADS:
+def decoding_pool(workers: int, num_images: int) -> Executor:
+    """Return a pool of this many threads, or of processes if threads would wait for the GIL for long."""
+    if workers <= MAX_THREADS or num_images < MIN_IMAGES:
         return ThreadPoolExecutor(workers, "decode")
     context = get_context("forkserver")  # a fork of this process would copy locks that its other threads hold
-    context.set_forkserver_preload(["__main__", __name__])  # imported once, not in each process
+    context.set_forkserver_preload(["__main__", __name__])  # imported once; the first by Python 3.12.8 or newer
     return ProcessPoolExecutor(workers, context, _exit_with_parent)
 
 

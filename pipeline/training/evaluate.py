@@ -183,7 +183,8 @@ def decoded_batches(
     batches = islice(
         _batches_of_rows(reader, split, tasks, batch_size or BATCH_SIZE), shard.rank, None, shard.world_size
     )
-    pool = decoding_pool(threads)
+    num_images = sum(reader.description.counts[split][task] for task in tasks) // shard.world_size
+    pool = decoding_pool(threads, num_images)
 
     def submitted() -> Iterator[tuple[str, list[Row], list[Future[list[np.ndarray | BrokenImage]]]]]:
         for task, rows in batches:
