@@ -7,8 +7,8 @@
 Cases:
 - splits: image folders -> checked few-shot splits in Parquet, by a pool of worker processes (instead of Ray tasks),
   against a loop that opens each image with PIL and copies the files into train and test folders;
-- decoding: test images -> pixels, by the evaluation's stream with one thread and with all, against a loop of PIL and
-  torchvision's transforms;
+- decoding: test images -> pixels, by the evaluation's stream with one thread, with all, with as many processes, and
+  with clip.jpeg_draft, against a loop of PIL and torchvision's transforms;
 - training: decoded once and augmented batch by batch, against a loop that opens and augments each image in every
   step with torchvision's RandomResizedCrop, over `--epochs` epochs;
 - evaluation: test set -> predictions with the model running while images are decoded, against decoding all and then
@@ -16,8 +16,8 @@ Cases:
 - overlap: the same with a fake GPU model, which uses no CPU cores and is as slow as decoding.
 
 Files were just written, so they are read from the page cache. On a CPU the model and decoding share the cores, so
-overlapping them gains little there. Versions are interleaved, and the median run of each counts. Prints Markdown
-tables and writes benchmarks/results/input_speed_<device>.json.
+overlapping them gains little there. Versions are interleaved, and the fastest run of each counts. Prints Markdown
+tables and writes benchmarks/results/input_speed_<device>.json, with the size if it is not the default.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import PIL
@@ -62,6 +63,7 @@ SHOTS = 6
 IMAGE_SIZE = 224
 PREPROCESSING = Preprocessing(IMAGE_SIZE)
 OVERLAP_PASSES = 4
+SIZE = "500x400"
 BATCH_SIZE = TrainingConfig().batch_size
 Row = dict[str, object]
 
@@ -87,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--images", type=int, default=400, help="number of images, sum over tasks")
-    parser.add_argument("--size", default="500x400", help="width x height of the JPEGs")
+    parser.add_argument("--size", default=SIZE, help="width x height of the JPEGs")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decoding threads, worker processes")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each version; the median counts")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of the training case")
@@ -130,7 +132,8 @@ def main() -> None:
         ]
         print(table(columns, lines), end="\n\n")
     machine = {"cores": os.cpu_count(), "Pillow": PIL.__version__, "bytes per image": round(bytes_per_image)}
-    write_results("input_speed", device, {**machine, **vars(arguments), "rows": rows})
+    name = "input_speed" if arguments.size == SIZE else f"input_speed_{arguments.size}"
+    write_results(name, device, {**machine, **vars(arguments), "rows": rows})
 
 
 def make_rows(seconds: dict[str, float], images: int) -> list[Row]:
@@ -248,13 +251,18 @@ def decoding(setting: Setting) -> list[Row]:
             with Image.open(path) as image:
                 steps(image.convert("RGB"))
 
-    def ours(threads: int) -> None:
-        for _ in decoded_batches(reader, TASKS, PREPROCESSING, threads):
-            pass
+    def ours(threads: int, in_processes: bool = False, preprocessing: Preprocessing = PREPROCESSING) -> None:
+        limits = {"MAX_THREADS": 0, "MIN_IMAGES": 0} if in_processes else {"MAX_THREADS": threads}
+        with patch.multiple("pipeline.data.decoding_pool", **limits):
+            for _ in decoded_batches(reader, TASKS, preprocessing, threads):
+                pass
 
     versions = {"PIL and torchvision loop": reference}
     for threads in sorted({1, setting.threads}):
         versions[f"ours, {threads} thread{'s' * (threads > 1)}"] = partial(ours, threads)
+    versions[f"ours, {setting.threads} processes, with their start"] = partial(ours, setting.threads, in_processes=True)
+    draft = replace(PREPROCESSING, jpeg_draft=True)
+    versions[f"ours, {setting.threads} threads, jpeg_draft"] = partial(ours, setting.threads, preprocessing=draft)
     return make_rows(median_seconds(versions, setting.repeats, setting.device), len(paths))
 
 

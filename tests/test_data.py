@@ -807,6 +807,33 @@ def test_a_thread_of_pixels_is_squashed_whole_and_padded_at_both_sides(interpola
     assert (np.delete(pixels, 15, axis=2) == 77).all()
 
 
+@pytest.mark.parametrize("preprocessing", MODES, ids=NAMES)
+@pytest.mark.parametrize("size", [(320, 240), (1001, 750), (259, 811), (403, 403)])
+def test_jpeg_draft_changes_pixels_of_a_large_jpeg_slightly(size, preprocessing):
+    data, draft = encoded(smooth_photo(*size), "JPEG"), replace(preprocessing, jpeg_draft=True)
+    exact, drafted = (evaluation_pixels(data, p).astype(int) for p in (preprocessing, draft))
+    difference = np.abs(exact - drafted)
+    assert 0 < difference.mean() < 0.5 and difference.max() <= 10
+    exact, drafted = (training_pixels(data, p, random_crop=True).astype(int) for p in (preprocessing, draft))
+    assert np.abs(exact - drafted).mean() < 0.5
+
+
+@pytest.mark.parametrize("preprocessing", MODES, ids=NAMES)
+@pytest.mark.parametrize("size", [(127, 400), (400, 127), (64, 64), (20, 33)])
+def test_jpeg_draft_keeps_sides_of_twice_the_input(size, preprocessing):
+    """Below four times the input, half a JPEG would be less: nothing changes. Other formats are decoded whole."""
+    draft = replace(preprocessing, jpeg_draft=True)
+    for data in (encoded(photo(*size), "JPEG"), encoded(photo(1001, 750), "PNG")):
+        assert np.array_equal(evaluation_pixels(data, draft), evaluation_pixels(data, preprocessing))
+    data = encoded(photo(255, 300), "JPEG")  # training images are twice the input
+    assert np.array_equal(training_pixels(data, draft, True), training_pixels(data, preprocessing, True))
+
+
+def smooth_photo(width: int, height: int) -> Image.Image:
+    """Draw an image without the finest details, as those of cameras are."""
+    return photo(80, 60).resize((width, height), Image.Resampling.BICUBIC)
+
+
 @pytest.mark.parametrize(
     ("size", "expected_size"),
     [((30, 40), (30, 40)), ((64, 300), (64, 300)), ((200, 100), (128, 64)), ((500, 1500), (64, 192))],

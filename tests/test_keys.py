@@ -98,6 +98,7 @@ CONTENT_FIELDS = {
     *("data.root", "data.columns", "data.use_official_splits", "data.tasks", "data.class_names"),
     *("clip.pretrained", "clip.quick_gelu"),
     *("clip.image_size", "clip.resize_mode", "clip.interpolation", "clip.mean", "clip.std", "clip.fill_color"),
+    "clip.jpeg_draft",
 }
 """Fields whose alternative value loads other content; with those of other fields the content stays the same."""
 

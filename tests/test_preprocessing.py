@@ -46,6 +46,7 @@ OPTIONS = {
     "mean": (0.1, 0.2, 0.3),
     "std": (0.4, 0.5, 0.6),
     "fill_color": 77,
+    "jpeg_draft": True,
 }
 
 
@@ -80,6 +81,7 @@ def test_the_preprocessing_of_every_tag_is_open_clips():
         expected = open_clip.transform.merge_preprocess_dict(open_clip.transform.PreprocessCfg(), recorded)
         expected["size"] = model_config["vision_cfg"]["image_size"]
         values = asdict(resolve_preprocessing(ClipConfig(model=name, pretrained=tag), model_config, recorded))
+        assert not values.pop("jpeg_draft")
         values["size"], values["mode"] = values.pop("image_size"), "RGB"
         assert values == expected, (name, tag)
 
@@ -212,6 +214,7 @@ def test_the_input_of_the_model_is_open_clips(photos):
     options = {name: value for name, value in OPTIONS.items() if name != "image_size"}
     for preprocessing in (Preprocessing(32), Preprocessing(40, **options)):
         values = asdict(preprocessing)
+        del values["jpeg_draft"]  # these images are decoded
         reference = open_clip.transform.PreprocessCfg(size=values.pop("image_size"), **values)
         transform = open_clip.transform.image_transform_v2(reference, is_train=False)
         config = ClipConfig(model=BUILTIN_DIGITS, pretrained=None, **asdict(preprocessing))
@@ -226,6 +229,13 @@ def photos():
     rng = np.random.default_rng(0)
     sizes = [(50, 70), (90, 20), (33, 32)]
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+def large_jpeg() -> bytes:
+    """Encode an image that is decoded smaller with `jpeg_draft`."""
+    buffer = io.BytesIO()
+    Image.effect_noise((400, 400), 90).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 # Adapters
@@ -246,8 +256,9 @@ def adapter(tmp_path):
 def test_an_adapter_records_the_preprocessing_and_all_ways_to_predict_use_it(adapter, photos, weights_copy):
     """The config of the adapter's run, and the weights of another place, would give OpenAI's."""
     preprocessing = Preprocessing(**OPTIONS)
+    images = [*photos, large_jpeg()]
     loaded = load_adapter(adapter)
-    pixels = torch.stack([torch.from_numpy(evaluation_pixels(image, preprocessing)) for image in photos])
+    pixels = torch.stack([torch.from_numpy(evaluation_pixels(image, preprocessing)) for image in images])
     towers = loaded.towers(pretrained=weights_copy)
     assert (
         towers.preprocessing
@@ -256,13 +267,13 @@ def test_an_adapter_records_the_preprocessing_and_all_ways_to_predict_use_it(ada
     )
     expected = loaded.classifier(towers=towers).probabilities("ink", pixels)
     model = pipeline.load(adapter, pretrained=weights_copy)
-    predicted = torch.tensor([list(prediction.probabilities.values()) for prediction in model.predict(photos)])
+    predicted = torch.tensor([list(prediction.probabilities.values()) for prediction in model.predict(images)])
     torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-6)
     assert model.preprocessing == preprocessing
 
     elsewhere = loaded.config.clip.with_weights("/nowhere/weights.safetensors")  # as on the driver of batch prediction
     assert build_meta_towers(elsewhere).preprocessing == preprocessing
-    rows = pa.table({"image": list(map(png, photos))})
+    rows = pa.table({"image": [*map(png, photos), images[-1]]})
     assert np.array_equal(decode_rows(rows, None, "ink", ["ink"], preprocessing)["pixels"], pixels.numpy())
 
 

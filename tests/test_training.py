@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import math
+import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from typing import get_args
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from pipelines import REPOSITORY
 from reference_towers import reference_encode_image, reference_encode_text
 from small_clip import CLASS_NAMES, small_towers, tokenizer
 from small_problem import (
@@ -33,6 +39,7 @@ from small_problem import (
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import AugmentationConfig, TrainingConfig
 from pipeline.data import parquet
+from pipeline.data.decoding_pool import MAX_THREADS, MIN_IMAGES, decoding_pool
 from pipeline.data.images import evaluation_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.data.preprocessing import Preprocessing
@@ -512,7 +519,34 @@ def test_frozen_split_features_beyond_one_chunk_are_those_of_each_image(split_re
     torch.testing.assert_close(features, towers.encode_image(towers.normalize_pixels(torch.stack(pixels))))
 
 
-def test_batches_hold_the_stored_images_of_one_task(split_reader):
+def use_processes(monkeypatch):
+    monkeypatch.setattr("pipeline.data.decoding_pool.MAX_THREADS", 1)
+    monkeypatch.setattr("pipeline.data.decoding_pool.MIN_IMAGES", 0)
+
+
+def test_many_images_are_decoded_in_processes():
+    few, many = MIN_IMAGES - 1, MIN_IMAGES
+    for workers, num_images, kind in [
+        (MAX_THREADS, many, ThreadPoolExecutor),
+        (MAX_THREADS + 1, few, ThreadPoolExecutor),
+        (MAX_THREADS + 1, many, ProcessPoolExecutor),
+    ]:
+        with decoding_pool(workers, num_images) as pool:
+            assert type(pool) is kind
+
+
+@pytest.fixture(params=["threads", "processes"])
+def decoding(request, monkeypatch):
+    """Decode in threads or processes, which end with their batches."""
+    if request.param == "processes":
+        use_processes(monkeypatch)
+    threads = set(threading.enumerate())
+    yield request.param
+    assert set(threading.enumerate()) <= threads
+    assert not multiprocessing.active_children()
+
+
+def test_batches_hold_the_stored_images_of_one_task(split_reader, decoding):
     batches = list(decoded_batches(split_reader, list(TEST_COUNTS), Preprocessing(16), threads=2, batch_size=5))
     assert [(task, len(rows)) for task, rows, _ in batches] == (
         [("chalk", 5)] * 4 + [("chalk", 3), ("ink", 3), ("neon", 5), ("neon", 3)]
@@ -544,25 +578,55 @@ def test_reading_ahead_is_bounded_and_ends_with_the_consumer(split_reader, monke
     assert len(read) == 2 * (1 + PREFETCH_BATCHES)
 
 
-def test_a_damaged_test_image_is_reported(split_reader, monkeypatch):
+def test_a_damaged_test_image_is_reported(split_reader, monkeypatch, decoding):
     watch_rows(monkeypatch, lambda row: row | {"image": b"half"} if row["path"] == "ink/1/1.png" else row)
-    threads = set(threading.enumerate())
     towers, _ = small_towers()
     classifier = zero_shot(towers)
     counts = []
     with pytest.raises(UserError, match=r"test image ink/1/1\.png of task 'ink' cannot be decoded"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2, on_images=counts.append)
     assert sum(counts) <= TEST_COUNTS["chalk"]
-    assert set(threading.enumerate()) <= threads
 
 
-def test_a_model_that_fails_leaves_no_threads(split_reader):
-    threads = set(threading.enumerate())
+def test_a_process_that_dies_is_reported(split_reader, monkeypatch):
+    use_processes(monkeypatch)
+    batches = decoded_batches(split_reader, list(TEST_COUNTS), Preprocessing(16), threads=2, batch_size=2)
+    next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(UserError, match=r"a process that decodes images died.* lower cluster\.cpus_per_worker"):
+        list(batches)
+
+
+def test_decoding_processes_end_with_a_killed_job():
+    code = """
+import time
+from pipeline.data import decoding_pool
+if __name__ == "__main__":
+    decoding_pool.MAX_THREADS = 1
+    pool = decoding_pool.decoding_pool(2, decoding_pool.MIN_IMAGES)
+    calls = [pool.submit(time.sleep, 1) for _ in range(2)]
+    print(*pool._processes, flush=True)
+    calls[0].result()
+    print("started", flush=True)
+    time.sleep(100)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as job:
+        pids = list(map(int, job.stdout.readline().split()))
+        assert len(pids) == 2 and job.stdout.readline() == "started\n"
+        assert all(map(psutil.pid_exists, pids))
+        job.kill()
+    end = time.monotonic() + 20
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def test_a_model_that_fails_leaves_no_threads(split_reader, decoding):
     towers, _ = small_towers()
     classifier = zero_shot(towers, ("neon",))
     with pytest.raises(KeyError, match="chalk"):
         evaluate(classifier, split_reader, list(TEST_COUNTS), threads=2)
-    assert set(threading.enumerate()) <= threads
 
 
 def test_a_missing_test_set_file_is_reported(split_reader):

@@ -111,6 +111,9 @@ class ClipConfig(Section, affects=("clip",)):
     """Standard deviation of R, G and B (0 to 1) to standardize images with; null: as recorded for the weights."""
     fill_color: Annotated[int, Field(ge=0, le=255)] | None = None
     """Gray level (0 to 255) of the padding of resize_mode longest; null: as recorded for the weights."""
+    jpeg_draft: bool = False
+    """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size (Pillow's draft mode), at least twice the size to which they
+    are then resized: faster, but pixels differ slightly from open_clip's, in training, test, prediction and serving."""
     template: Annotated[Template, affects("training", "evaluation")] = "a photo of a {}."
     """Prompt template; {} is the placeholder of the class name."""
     task_templates: Annotated[dict[str, Template], affects("training", "evaluation")] = {}

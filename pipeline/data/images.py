@@ -6,6 +6,8 @@ Choices that matter only for images other than 8-bit RGB or gray:
 - scale gray of 16 and 32 bits by the bits that its brightest pixel needs: cameras and scanners store 10, 12 or 14 bits
   in 16, which are black otherwise. Pillow alone clips nearly all of such images to white;
 - read nothing of a file but the pixels of its first frame: metadata cannot break an image.
+
+With `Preprocessing.jpeg_draft`, pixels of large JPEGs differ slightly from open_clip's.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ SUFFIXES_OF_FORMAT = {
 """Allowed formats; some others of Pillow start programs (EPS: Ghostscript)."""
 FORMATS = tuple(sorted(SUFFIXES_OF_FORMAT.keys() - {"MPO"}))
 """Formats to open: Pillow opens an MPO as JPEG."""
+DRAFT_OVERSIZE = 2
+"""With `jpeg_draft`, sides are at least this many times the size to which the image is resized, as with the default
+`reducing_gap` of Pillow's `thumbnail`."""
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_RATIO = 1000
 """Above this aspect ratio, evaluation crops the center before it resizes the shorter side."""
@@ -103,7 +108,13 @@ def _read_from_bucket(path: BucketPath) -> bytes:
 
 
 def decode_rgb(data: bytes, min_side: int | None = None) -> Image.Image:
-    """Decode an image to RGB.
+    """Decode an image to RGB. Arguments and errors as `_decode`."""
+    return _decode(data, min_side)[0]
+
+
+def _decode(data: bytes, min_side: int | None) -> tuple[Image.Image, tuple[float, float]]:
+    """Decode an image to RGB; also return its width and height, which are fractions of pixels if its size is not
+    divisible by the scale at which it was decoded.
 
     Args:
         min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with sides of at least this many pixels, which
@@ -119,9 +130,8 @@ def decode_rgb(data: bytes, min_side: int | None = None) -> Image.Image:
             if image.format in ("JPEG", "MPO") and data.count(_JPEG_SCAN) > MAX_SCANS:
                 if (scans := _num_jpeg_scans(data)) > MAX_SCANS:
                     raise BrokenImage(f"too many JPEG scans ({scans}, limit {MAX_SCANS})")
-            if min_side:
-                image.draft("RGB", (min_side, min_side))
-            return _rgb(image)
+            draft = image.draft("RGB", (min_side, min_side)) if min_side else None
+            return _rgb(image), draft[1][2:] if draft else image.size
     except (BrokenImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -164,25 +174,32 @@ def _num_jpeg_scans(data: bytes) -> int:
 
 def evaluation_pixels(source: bytes | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and crop or pad an encoded or decoded image → uint8 (3, S, S), S = `preprocessing.image_size`."""
-    image = _rgb(source) if isinstance(source, Image.Image) else decode_rgb(source)
     size, resampling = preprocessing.image_size, RESAMPLING[preprocessing.interpolation]
+    width: float
+    height: float
+    if isinstance(source, Image.Image):
+        image, (width, height) = _rgb(source), source.size
+    else:
+        image, (width, height) = _decode(source, _min_side(preprocessing, size))
     match preprocessing.resize_mode:
         case "shortest":
-            short = min(image.size)
-            if max(image.size) > MAX_RATIO * short:
+            if max(image.size) > (longest := MAX_RATIO * min(image.size)):
                 # Resizing an image of 1 x 60,000 pixels would take gigabytes.
-                image = _center(image, min(image.width, MAX_RATIO * short), min(image.height, MAX_RATIO * short))
+                image = _center(image, min(image.width, longest), min(image.height, longest))
+                width, height = image.size
             # As torchvision: the longer side is truncated to an integer, not rounded.
-            image = image.resize((int(size * image.width / short), int(size * image.height / short)), resampling)
-            image = _center(image, size, size)
+            short = min(width, height)
+            target = int(size * width / short), int(size * height / short)
+            image = _center(image.resize(target, resampling, (0, 0, width, height)), size, size)
         case "longest":
-            ratio = max(image.size) / size
-            width, height = max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
+            ratio = max(width, height) / size
+            target = max(1, round(width / ratio)), max(1, round(height / ratio))
             padded = Image.new("RGB", (size, size), (preprocessing.fill_color,) * 3)
-            padded.paste(image.resize((width, height), resampling), ((size - width) // 2, (size - height) // 2))
+            image = image.resize(target, resampling, (0, 0, width, height))
+            padded.paste(image, ((size - target[0]) // 2, (size - target[1]) // 2))
             image = padded
         case "squash":
-            image = image.resize((size, size), resampling)
+            image = image.resize((size, size), resampling, (0, 0, width, height))
     return _channels_first(image)
 
 
@@ -195,12 +212,18 @@ def training_pixels(data: bytes, preprocessing: Preprocessing, random_crop: bool
     """
     if not random_crop:
         return evaluation_pixels(data, preprocessing)
-    image = decode_rgb(data)
-    width, height = image.size
-    shrink = TRAINING_OVERSIZE * preprocessing.image_size / min(width, height)
+    size = TRAINING_OVERSIZE * preprocessing.image_size
+    image, (width, height) = _decode(data, _min_side(preprocessing, size))
+    shrink = size / min(width, height)
     if shrink < 1:
-        image = image.resize((round(width * shrink), round(height * shrink)), RESAMPLING[preprocessing.interpolation])
+        target = round(width * shrink), round(height * shrink)
+        image = image.resize(target, RESAMPLING[preprocessing.interpolation], (0, 0, width, height))
     return _channels_first(image)
+
+
+def _min_side(preprocessing: Preprocessing, size: int) -> int | None:
+    """Return the `min_side` to decode with before resizing to `size`."""
+    return DRAFT_OVERSIZE * size if preprocessing.jpeg_draft else None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -210,6 +233,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         gray = _gray_levels(image)
         largest = 2 ** gray_bits(image) - 1
         return Image.fromarray(np.round(gray / (largest / 255)).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB":
+        image.load()
+        return image  # `convert` would copy it
     return image.convert("RGB")
 
 

@@ -28,3 +28,5 @@ class Preprocessing:
     """Standard deviation of standardization."""
     fill_color: Annotated[int, Field(ge=0, le=255)] = 0
     """R, G and B of the padding of `longest`."""
+    jpeg_draft: bool = False
+    """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, with sides of at least twice the size to resize to."""

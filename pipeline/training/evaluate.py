@@ -6,7 +6,8 @@ The time is that of the slower of decoding and model, not their sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from pipeline.data.images import BrokenImage, evaluation_pixels
+from pipeline.data.decoding_pool import decode_images, decoding_pool
+from pipeline.data.images import BrokenImage
 from pipeline.data.parquet import Split, SplitReader
 from pipeline.data.prefetch import prefetch, prefetch_in_thread
 from pipeline.data.preprocessing import Preprocessing
@@ -34,6 +36,8 @@ BATCH_SIZE = 128
 FEATURE_BATCH_SIZE = 4096
 PREFETCH_BATCHES = 3
 """Batches read and decoded in advance; they bound the memory."""
+IMAGES_PER_CALL = 8
+"""Images that a thread or process decodes at a time."""
 
 Row = dict[str, Any]
 """Row of a split file: column → value."""
@@ -171,34 +175,45 @@ def decoded_batches(
     """Yield the tasks' images of a split in batches of one task: its name, rows (label, path), pixels uint8
     (B, 3, S, S).
 
-    One thread reads Parquet and `threads` decode (Pillow frees the GIL), AHEAD batches before the consumer, across
-    task boundaries. `batch_size`: BATCH_SIZE if None. `pinned`: pixels lie in pinned memory, for asynchronous copies to
-    a GPU. Of several workers, each decodes only the batches of its `shard`.
+    One thread reads Parquet, and a `decoding_pool` of `threads` decodes, PREFETCH_BATCHES batches before the consumer,
+    across task boundaries. `batch_size`: BATCH_SIZE if None. `pinned`: pixels lie in pinned memory, for asynchronous
+    copies to a GPU. Of several workers, each decodes only the batches of its `shard`.
     """
     shard, size = shard or DistributedShard(), preprocessing.image_size
     batches = islice(
         _batches_of_rows(reader, split, tasks, batch_size or BATCH_SIZE), shard.rank, None, shard.world_size
     )
-    decoding = ThreadPoolExecutor(threads, "decode")
+    num_images = sum(reader.description.counts[split][task] for task in tasks) // shard.world_size
+    pool = decoding_pool(threads, num_images)
 
-    def submitted() -> Iterator[tuple[str, list[Row], torch.Tensor, list[Future[None]]]]:
+    def submitted() -> Iterator[tuple[str, list[Row], list[Future[list[np.ndarray | BrokenImage]]]]]:
         for task, rows in batches:
-            pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, pin_memory=pinned)
-            decoded = [
-                decoding.submit(_decode, split, task, preprocessing, *pair) for pair in zip(rows, pixels.numpy())
-            ]
-            yield task, rows, pixels, decoded
+            images = [row.pop("image") for row in rows]
+            starts = range(0, len(images), IMAGES_PER_CALL)
+            calls = [pool.submit(decode_images, images[i : i + IMAGES_PER_CALL], preprocessing) for i in starts]
+            yield task, rows, calls
 
     try:
         with closing(
             prefetch_in_thread(submitted(), PREFETCH_BATCHES)
         ) as drawn:  # closed first, since it submits to the pool
-            for task, rows, pixels, decoded in drawn:
-                for image in decoded:
-                    image.result()
+            for task, rows, calls in drawn:
+                pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, pin_memory=pinned)
+                images = (image for call in calls for image in call.result())
+                for row, slot, image in zip(rows, pixels.numpy(), images, strict=True):
+                    if isinstance(image, BrokenImage):
+                        raise UserError(
+                            f"the {'training' if split == 'train' else split} image {row['path']} of task {task!r} "
+                            f"cannot be decoded ({image}): the split folder is damaged; remove it and rebuild it"
+                        )
+                    slot[:] = image
                 yield task, rows, pixels
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that decodes images died, usually since the memory is exhausted: lower cluster.cpus_per_worker"
+        ) from None
     finally:
-        decoding.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _batches_of_rows(
@@ -208,17 +223,6 @@ def _batches_of_rows(
         rows = reader.rows(split, task, ("image", "label", "path"))
         while batch := list(islice(rows, size)):
             yield task, batch
-
-
-def _decode(split: Split, task: str, preprocessing: Preprocessing, row: Row, slot: np.ndarray) -> None:
-    """Write the row's pixels into `slot` (3, S, S) and drop its encoded image."""
-    try:
-        slot[:] = evaluation_pixels(row.pop("image"), preprocessing)
-    except BrokenImage as error:
-        raise UserError(
-            f"the {'training' if split == 'train' else split} image {row['path']} of task {task!r} cannot be decoded "
-            f"({error}): the split folder is damaged; remove it and rebuild it"
-        ) from None
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
