@@ -571,7 +571,7 @@ def test_reading_ahead_is_bounded_and_ends_with_the_consumer(split_reader, monke
     while len(read) < 2 * (1 + PREFETCH_BATCHES) and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.1)  # a slow model
-    assert len(set(threading.enumerate()) - threads) == 3
+    assert len(set(threading.enumerate()) - threads) in (2, 3)  # the reader, and one or two that decode
     assert len(read) == 2 * (1 + PREFETCH_BATCHES)
     batches.close()
     assert set(threading.enumerate()) <= threads
