@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.demo import digits
-from pipeline.demo.digits import CLASSES, SIZE, split_base_digits, strokes
+from pipeline.demo.digits import CLASSES, SIZE, read_base_digits, split_base_digits, strokes
 
 ensure_torchvision()
 import open_clip  # noqa: E402 - needs torchvision importable first
@@ -96,9 +95,9 @@ def train() -> torch.nn.Module:
     model = open_clip.create_model(CONFIG.stem)
     model.train()
 
-    base = load_digits()
-    indices = split_base_digits(base.target)["clip", "train"]
-    stroke = torch.from_numpy(strokes(base.images[indices.ravel()])).float().unsqueeze(1)
+    images, labels = read_base_digits()
+    indices = split_base_digits(labels)["clip", "train"]
+    stroke = torch.from_numpy(strokes(images[indices.ravel()])).float().unsqueeze(1)
     label = torch.arange(len(CLASSES)).repeat_interleave(indices.shape[1])
 
     tokenizer = open_clip.get_tokenizer(CONFIG.stem)

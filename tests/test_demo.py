@@ -23,6 +23,7 @@ from pipeline.demo.digits import (
     IMAGES_PER_CLASS,
     PENS,
     draw,
+    read_base_digits,
     split_base_digits,
     strokes,
     write_digits,
@@ -43,9 +44,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def labels() -> np.ndarray:
-    from sklearn.datasets import load_digits  # as in the demo
+    return read_base_digits()[1]
 
-    return load_digits().target
+
+def test_the_base_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    images, labels = read_base_digits()
+    expected = load_digits()
+    assert np.array_equal(images, expected.images) and np.array_equal(labels, expected.target)
 
 
 def _fingerprint(root: Path) -> dict[str, str]:
@@ -151,7 +158,6 @@ def test_zero_shot_is_good_on_upright_digits_and_leaves_room_on_turned_ones(
 ) -> None:
     ensure_torchvision()
     import open_clip
-    from sklearn.datasets import load_digits
 
     config = {"model_cfg": json.loads((DEMO / "digits_clip.json").read_text()), "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
@@ -177,6 +183,6 @@ def test_zero_shot_is_good_on_upright_digits_and_leaves_room_on_turned_ones(
 
     monkeypatch.setitem(ANGLES, "left", 0)
     rng, indices = np.random.default_rng(1), split_base_digits(labels)["ink_left", "test"].ravel()
-    drawn = [draw(stroke, "ink_left", rng) for stroke in strokes(load_digits().images[indices])]
+    drawn = [draw(stroke, "ink_left", rng) for stroke in strokes(read_base_digits()[0][indices])]
     upright = accuracy_of([Image.fromarray(np.rint(pixels * 255).astype(np.uint8)) for pixels in drawn])
     assert upright > 0.9

@@ -11,6 +11,7 @@ task grouping can find.
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,15 @@ def draw(stroke: np.ndarray, domain: str, rng: np.random.Generator) -> np.ndarra
     paper = np.array([0.96, 0.93, 0.84]) + rng.normal(0, 0.02, (SIZE, SIZE, 1))
     blue_black = np.array([0.08, 0.10, 0.28])
     return np.clip(paper + turned[..., None] * (blue_black - paper), 0, 1)
+
+
+def read_base_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits (n, 8, 8) in 0..16 and their labels (n,), as `sklearn.datasets.load_digits`, from its
+    file: importing scikit-learn takes more than a second."""
+    spec = find_spec("sklearn")
+    assert spec and spec.origin
+    table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
 
 
 def split_base_digits(labels: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
@@ -126,17 +136,15 @@ def _is_complete(root: Path) -> bool:
 
 
 def _write(root: Path) -> None:
-    from sklearn.datasets import load_digits  # lazily: takes a second, and every worker imports this module
-
-    digits = load_digits()
-    allocation = split_base_digits(digits.target)
+    images, labels = read_base_digits()
+    allocation = split_base_digits(labels)
     for number, domain in enumerate(DOMAINS):
         rng = np.random.default_rng([SEED, number])
         for split in IMAGES_PER_CLASS:
             for name, indices in zip(CLASSES, allocation[domain, split], strict=True):
                 folder = root / domain / split / name
                 folder.mkdir(parents=True)
-                for position, stroke in enumerate(strokes(digits.images[indices])):
+                for position, stroke in enumerate(strokes(images[indices])):
                     file = folder / f"{position:04}.png"
                     pixels = np.rint(draw(stroke, domain, rng) * 255).astype(np.uint8)
                     Image.fromarray(pixels).save(file)
