@@ -69,8 +69,8 @@ def draw(stroke: np.ndarray, domain: str, rng: np.random.Generator) -> np.ndarra
 
 
 def read_base_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return scikit-learn's digits (n, 8, 8) in 0..16 and their labels (n,), as `sklearn.datasets.load_digits`, from its
-    file: importing scikit-learn takes more than a second."""
+    """Return scikit-learn's digits (n, 8, 8) in 0..16 and their labels (n,), those of `sklearn.datasets.load_digits`,
+    from its file: importing scikit-learn takes more than a second."""
     spec = find_spec("sklearn")
     assert spec and spec.origin
     table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
