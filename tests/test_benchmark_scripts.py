@@ -130,7 +130,8 @@ WITHOUT_RAY = """
 import runpy, sys
 sys.modules["ray"] = sys.modules["mlflow"] = None
 sys.path[:0] = [{benchmarks!r}]
-import common, open_clip, pathlib
+import common, open_clip, pathlib, utilization
+utilization.matmul_tflops = lambda device, precision: 1.0  # seconds where it is slow
 common.RESULTS = pathlib.Path({folder!r})
 open_clip.add_model_config(common.RESULTS / "tiny.json")
 sys.argv[0] = {benchmarks!r} + "/gpu.py"
@@ -153,7 +154,7 @@ def run_gpu(folder: Path, *arguments: object) -> tuple[str, dict]:
 def test_the_gpu_script_runs_without_ray_and_mlflow(tmp_path):
     sizes = ("--cases", "1x2x3", "--classes", 3, "--images", 4, "--evaluated", 2, "--epochs", 1)
     output, values = run_gpu(tmp_path, "--parts", "step_time", "utilization", "pipeline", *sizes)
-    assert set(values["left_out"]) <= {"bfloat16"}, values["left_out"]
+    assert not values["left_out"]
     assert values["step_time"] and values["utilization"]
     assert list(values["pipeline"]["seconds"])[-1] == "evaluation"
     assert "| evaluation |" in output
