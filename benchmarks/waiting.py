@@ -66,12 +66,8 @@ def main() -> None:
         image = next(run.parent.parent.glob("datasets/digits/blur_left/**/*.png"))
         predict = ["jobs/predict.py", str(run), str(image), "--task", "blur_left"]
         measure("`predict`, one image", lambda: job_seconds(meter, predict))
-        objective = ["--grouping.objective", "mean"]
-        measure(
-            "`solve-grouping`, new objective",
-            lambda: job_seconds(meter, ["jobs/solve_grouping.py", *storage, *objective]),
-            1,
-        )
+        solve = ["jobs/solve_grouping.py", *storage, "--grouping.objective", "mean"]
+        measure("`solve-grouping`, new objective", lambda: job_seconds(meter, solve), 1)
 
     print(f"{os.cpu_count()} CPU cores, torch {torch.__version__}, medians of {arguments.repeats}\n")
     print(table(["", "CPU s", "wall s"], [[name, f"{cpu:.2f}", f"{wall:.2f}"] for name, (cpu, wall) in rows.items()]))
@@ -121,8 +117,8 @@ def first_step(job: subprocess.Popen[bytes], storage: Path) -> None:
 
 
 class CpuMeter(threading.Thread):
-    """Adds up the CPU seconds of all processes below this one: of those that nobody waits for, such as Ray's workers, as
-    last seen, a tenth of a second before their end."""
+    """Adds up the CPU seconds of all processes below this one: of those that nobody waits for, such as Ray's workers,
+    as last seen, a tenth of a second before their end."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
