@@ -102,10 +102,11 @@ def make_report(
 
 
 def _report_key(plan: Plan, grouping: Artifact, methods: Sequence[MethodArtifacts]) -> str:
-    """Return a hash of all that a report is made from: config, artifacts, and the code."""
+    """Return a hash of all that a report is made from: config, place of the run, artifacts, and the code."""
     artifacts = {method.name: [artifact.key for artifact in method.artifacts] for method in methods}
     package = Path(__file__).resolve().parent.parent
-    return content_hash([plan.key, grouping.key, artifacts, file_digests(package, "**/*.py")])
+    shown = [to_yaml(plan.config), plan.storage.display_uri(plan.folder)]
+    return content_hash([plan.key, shown, grouping.key, artifacts, file_digests(package, "**/*.py")])
 
 
 def _is_current(plan: Plan, key: str) -> bool:
