@@ -121,8 +121,8 @@ def main() -> None:
     }
     weights = {part: weight for part, weight in PARTS.items() if part in arguments.parts}
     while weights:
-        part, now = next(iter(weights)), time.monotonic()
-        session.deadline = now + (session.end - now) * weights[part] / sum(weights.values())
+        part, time_now = next(iter(weights)), time.monotonic()
+        session.deadline = time_now + (session.end - time_now) * weights[part] / sum(weights.values())
         measure_part[part]()
         del weights[part]
     print_results(session)
@@ -166,8 +166,8 @@ def measure_variants(session: Session, precision: str) -> None:
 
 
 def utilization_setting(session: Session) -> utilization.Setting:
-    given = session.arguments
-    options = (given.model, given.images, given.evaluated, given.classes, given.repeats)
+    arguments = session.arguments
+    options = (arguments.model, arguments.images, arguments.evaluated, arguments.classes, arguments.repeats)
     return utilization.Setting(*options, session.device)
 
 
@@ -224,7 +224,7 @@ def print_results(session: Session) -> None:
     if seconds := results["pipeline"].get("seconds"):
         texts.append(table(["pipeline", "s"], [[name, f"{value:.2f}"] for name, value in seconds.items()]))
     if session.left_out:
-        texts.append("\n".join(["Left out:", *(f"- {name}: {why}" for name, why in session.left_out.items())]))
+        texts.append("\n".join(["Left out:", *(f"- {name}: {reason}" for name, reason in session.left_out.items())]))
     print("\n\n".join(texts))
 
 

@@ -251,8 +251,8 @@ def decoding(setting: Setting) -> list[Row]:
             with Image.open(path) as image:
                 steps(image.convert("RGB"))
 
-    def ours(threads: int, in_processes: bool = False, preprocessing: Preprocessing = PREPROCESSING) -> None:
-        limits = {"MAX_THREADS": 0, "MIN_IMAGES": 0} if in_processes else {"MAX_THREADS": threads}
+    def ours(threads: int, use_processes: bool = False, preprocessing: Preprocessing = PREPROCESSING) -> None:
+        limits = {"MAX_THREADS": 0, "MIN_IMAGES": 0} if use_processes else {"MAX_THREADS": threads}
         with patch.multiple("pipeline.data.decoding_pool", **limits):
             for _ in decoded_batches(reader, TASKS, preprocessing, threads):
                 pass
@@ -260,7 +260,9 @@ def decoding(setting: Setting) -> list[Row]:
     versions = {"PIL and torchvision loop": reference}
     for threads in sorted({1, setting.threads}):
         versions[f"ours, {threads} thread{'s' * (threads > 1)}"] = partial(ours, threads)
-    versions[f"ours, {setting.threads} processes, with their start"] = partial(ours, setting.threads, in_processes=True)
+    versions[f"ours, {setting.threads} processes, with their start"] = partial(
+        ours, setting.threads, use_processes=True
+    )
     draft = replace(PREPROCESSING, jpeg_draft=True)
     versions[f"ours, {setting.threads} threads, jpeg_draft"] = partial(ours, setting.threads, preprocessing=draft)
     return make_rows(median_seconds(versions, setting.repeats, setting.device), len(paths))

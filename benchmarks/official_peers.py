@@ -191,8 +191,8 @@ def given_checkouts(arguments: argparse.Namespace) -> dict[str, Path]:
     Raises:
         UserError: a folder is not a checkout of the peer.
     """
-    given = {name: getattr(arguments, name.lower().replace("-", "_")) for name in SOURCES}
-    checkouts = {name: checkout for name, checkout in given.items() if checkout}
+    options = {name: getattr(arguments, name.lower().replace("-", "_")) for name in SOURCES}
+    checkouts = {name: checkout for name, checkout in options.items() if checkout}
     for name, checkout in checkouts.items():
         check_checkout(name, checkout)
     return checkouts

@@ -119,21 +119,21 @@ def make_steps(
 
 def time_tables(rows: Sequence[Row]) -> list[str]:
     """Return the tables of seconds, of the best precision of each side, and of GFLOP."""
-    _, *others = names = list(rows[0]["seconds"])
+    _, *rivals = names = list(rows[0]["seconds"])
     lines, best_lines, gflop_lines = [], [], []
     for row in rows:
         seconds = row["seconds"]
         line = [case_title(row), row["precision"], *(f"{seconds[name]:.3f}" for name in names)]
-        lines.append([*line, *(ratio(seconds[name] / seconds["ours"]) for name in others)])
+        lines.append([*line, *(ratio(seconds[name] / seconds["ours"]) for name in rivals)])
     for case in dict.fromkeys(row["case"] for row in rows):
         case_rows = [row for row in rows if row["case"] == case]
         best = {name: min((row["seconds"][name], row["precision"]) for row in case_rows) for name in names}
-        cells = [f"{ratio(best[name][0] / best['ours'][0])} ({best[name][1]})" for name in others]
+        cells = [f"{ratio(best[name][0] / best['ours'][0])} ({best[name][1]})" for name in rivals]
         best_lines.append([case_title(case_rows[0]), f"{best['ours'][0]:.3f} ({best['ours'][1]})", *cells])
         gflops = case_rows[0]["gflop"]
         line = [case_title(case_rows[0]), *(f"{gflops[name]:.0f}" for name in names)]
-        gflop_lines.append([*line, *(f"{gflops[name] / gflops['ours']:.1f}" for name in others)])
-    title, ratios = "tasks x images x classes", [f"{name} / ours" for name in others]
+        gflop_lines.append([*line, *(f"{gflops[name] / gflops['ours']:.1f}" for name in rivals)])
+    title, ratios = "tasks x images x classes", [f"{name} / ours" for name in rivals]
     return [
         table([title, "precision", *(f"{name}, s" for name in names), *ratios], lines),
         "Best precision of each side:",

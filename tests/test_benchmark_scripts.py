@@ -121,7 +121,7 @@ def test_utilization(modules, monkeypatch, tmp_path):
     run_script(monkeypatch, "utilization.py", *options)
     rows = result(tmp_path, "utilization_tiny")["rows"]
     assert [(row["what"], row["precision"]) for row in rows] == [
-        (what, precision) for precision in ("float32", "bfloat16") for what in ("training", "evaluation")
+        (call, precision) for precision in ("float32", "bfloat16") for call in ("training", "evaluation")
     ]
     assert rows[0]["difference"] == 0 < rows[2]["difference"] < 0.1
 
@@ -164,7 +164,7 @@ def test_the_gpu_script_lists_what_it_had_no_time_for(tmp_path):
     output, values = run_gpu(tmp_path, "--minutes", 0)
     names = ("step time 1x16x65", "utilization float32", "pipeline: grouping", "training as CUDA graph")
     for name in names:
-        assert any(left_out.startswith(name) for left_out in values["left_out"]), (name, values["left_out"])
+        assert any(text.startswith(name) for text in values["left_out"]), (name, values["left_out"])
         assert f"- {name}" in output
     assert not values["step_time"]
 

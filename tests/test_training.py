@@ -525,11 +525,11 @@ def use_processes(monkeypatch):
 
 
 def test_many_images_are_decoded_in_processes():
-    few, many = MIN_IMAGES - 1, MIN_IMAGES
+    fewest = MIN_IMAGES
     for workers, num_images, kind in [
-        (MAX_THREADS, many, ThreadPoolExecutor),
-        (MAX_THREADS + 1, few, ThreadPoolExecutor),
-        (MAX_THREADS + 1, many, ProcessPoolExecutor),
+        (MAX_THREADS, fewest, ThreadPoolExecutor),
+        (MAX_THREADS + 1, fewest - 1, ThreadPoolExecutor),
+        (MAX_THREADS + 1, fewest, ProcessPoolExecutor),
     ]:
         with decoding_pool(workers, num_images) as pool:
             assert type(pool) is kind

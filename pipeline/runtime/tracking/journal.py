@@ -104,7 +104,7 @@ class Journal:
         self.record_steps(kind, run, [(step, values)])
 
     def record_steps(self, kind: Kind, run: str, steps: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
-        """As `record`, for the values of several steps at once: each write waits for the disk."""
+        """Append the values of several steps at once, as `record` does: each write waits for the disk."""
         with self.changed:
             if kind != "start" and run not in self.status:
                 raise ValueError(f"the tracking run {run!r} was not started: call start_run({run!r}) first")
@@ -116,8 +116,10 @@ class Journal:
             ]
             # A status may recur (failed, resumed, failed again); everything else is recorded once.
             if kind != "status":
-                first = {op.identity: op for op in reversed(operations)}
-                operations = [op for identity, op in reversed(first.items()) if identity not in self._identities]
+                op_by_identity = {op.identity: op for op in reversed(operations)}
+                operations = [
+                    op for identity, op in reversed(op_by_identity.items()) if identity not in self._identities
+                ]
             if operations:
                 self._append(operations)
                 self.changed.notify_all()
