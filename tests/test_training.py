@@ -525,11 +525,10 @@ def use_processes(monkeypatch):
 
 
 def test_many_images_are_decoded_in_processes():
-    fewest = MIN_IMAGES
     for workers, num_images, kind in [
-        (MAX_THREADS, fewest, ThreadPoolExecutor),
-        (MAX_THREADS + 1, fewest - 1, ThreadPoolExecutor),
-        (MAX_THREADS + 1, fewest, ProcessPoolExecutor),
+        (MAX_THREADS, MIN_IMAGES, ThreadPoolExecutor),
+        (MAX_THREADS + 1, MIN_IMAGES - 1, ThreadPoolExecutor),
+        (MAX_THREADS + 1, MIN_IMAGES, ProcessPoolExecutor),
     ]:
         with decoding_pool(workers, num_images) as pool:
             assert type(pool) is kind
