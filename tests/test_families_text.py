@@ -188,7 +188,7 @@ def test_matrices_cast_to_bfloat16_equal_autocast(family, propagate):
         if is_cast:
             towers.cast_weights_to_bfloat16()
         tokens = class_tokens(towers.tokenizer, TEMPLATES, NAMES_PER_TASK, num_prompt_positions=3)
-        with autocast(towers.device, "bfloat16"):
+        with autocast(towers, "bfloat16"):
             features.append(towers.encode_text(tokens, random_prompts(towers, 2).float(), propagate))
     assert torch.equal(*features)
 
