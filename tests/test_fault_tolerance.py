@@ -76,7 +76,7 @@ def test_the_job_is_killed_in_each_stage(undisturbed, run_job, new_storage):
         assert finished.status == -signal.SIGKILL, (point, finished.output)
     finished = run_job("full_pipeline", "--storage", new_storage, *FEW_TASKS)
     assert finished.status == 0, finished.output
-    assert finished.output.count("cached (computed in") == 6
+    assert finished.output.count("cached (computed in") == 7
     assert same(new_storage, undisturbed) and every_step_once(new_storage)
 
 
@@ -111,7 +111,7 @@ def test_two_jobs_are_started_on_one_run(undisturbed, new_storage):
         f"waiting for process {first_job.process.pid} on {os.uname().nodename}, which holds the run lock"
         in second_result.output
     )
-    assert second_result.output.count("cached (computed in") == 6
+    assert second_result.output.count("cached (computed in") == 7
     assert same(new_storage, undisturbed) and every_step_once(new_storage)
 
 
