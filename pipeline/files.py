@@ -186,7 +186,7 @@ def file_digest(path: Path) -> str:
 def file_digests(folder: Path, pattern: str = "**/*") -> dict[str, str]:
     """Return the SHA-256 of each file in a folder, by its path in it."""
     files = sorted(file for file in folder.glob(pattern) if file.is_file())
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
 
 
 def create_folder(path: Path) -> Path:

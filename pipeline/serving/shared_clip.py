@@ -48,7 +48,7 @@ def load_models(adapters: NamedAdapters, device: str) -> dict[str, TrainedModel]
         trains_weights = get_method(adapter.method).trains_weights
         if trains_weights not in towers:
             loaded = next(iter(towers.values()), None)
-            if loaded is None or uses_bfloat16(loaded, _precision(adapter, options), inference=True):
+            if loaded is None or uses_bfloat16(loaded, _clip(adapter, options).precision, inference=True):
                 loaded = adapter.towers(device, options.pretrained, options.precision)
             towers[trains_weights] = loaded
         models[name] = TrainedModel(adapter, options, device, towers=towers[trains_weights])
@@ -59,16 +59,16 @@ def _clip_properties(
     adapter: TrainedAdapter, options: ModelOptions, identity: Callable[[ClipConfig], ClipIdentity]
 ) -> dict[str, str]:
     """Return the properties that must be equal in models that share a CLIP."""
-    clip = adapter.config.clip.with_weights(options.pretrained)
+    clip = _clip(adapter, options)
     loaded = identity(ClipConfig(**values_affecting(clip, "clip")))
     return {
         "weights": adapter.weights,
         "model configs": loaded.model_config,
         **{f"clip.{name}": str(value) for name, value in json.loads(loaded.preprocessing).items()},
-        "clip.precision": _precision(adapter, options),
+        "clip.precision": clip.precision,
         "mmap.text_prompt_position": adapter.config.mmap.text_prompt_position,
     }
 
 
-def _precision(adapter: TrainedAdapter, options: ModelOptions) -> str:
-    return options.precision or adapter.config.clip.precision
+def _clip(adapter: TrainedAdapter, options: ModelOptions) -> ClipConfig:
+    return adapter.config.clip.with_weights(options.pretrained).with_precision(options.precision)
