@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import re
 import sys
@@ -42,6 +43,11 @@ TEMPLATE = "a photo of a {}."
 Name = TypeVar("Name", bound=Hashable)
 Step = Callable[[], list[torch.Tensor]]
 """Runs a forward and backward pass and returns the gradients of the trained parameters."""
+
+
+def job_environment() -> dict[str, str]:
+    """Return the environment of a job that a benchmark starts: this checkout, and a Ray without a token."""
+    return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
 
 
 def default_device() -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import REPOSITORY, table, write_results
+from common import REPOSITORY, job_environment, table, write_results
 
 from pipeline.config import DEMO_CONFIG, load_yaml, parse_config
 
@@ -76,15 +76,11 @@ def main() -> None:
 def wall_seconds(command: list[str]) -> float:
     start = time.perf_counter()
     finished = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=REPOSITORY, env=job_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if finished.returncode:
         sys.exit(finished.stdout.decode())
     return time.perf_counter() - start
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
 
 
 def run_demo_in_one_process(folder: Path) -> None:
@@ -107,10 +103,10 @@ def start_ray(folder: str) -> tuple[str, subprocess.Popen]:
     ray = Path(sys.executable).with_name("ray")
     options = ["--head", "--block", "--port", str(port), "--include-dashboard=false", "--temp-dir", f"{folder}/ray"]
     with open(f"{folder}/ray.log", "wb") as log:
-        head = subprocess.Popen([ray, "start", *options], env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        head = subprocess.Popen([ray, "start", *options], env=job_environment(), stdout=log, stderr=subprocess.STDOUT)
     address = f"127.0.0.1:{port}"
     ready = f"import ray; ray.init('{address}', log_to_driver=False); ray.get(ray.remote(lambda: None).remote())"
-    while subprocess.run([sys.executable, "-c", ready], env=environment(), capture_output=True).returncode:
+    while subprocess.run([sys.executable, "-c", ready], env=job_environment(), capture_output=True).returncode:
         if head.poll() is not None:
             sys.exit(Path(f"{folder}/ray.log").read_text())
     return address, head

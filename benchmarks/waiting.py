@@ -25,7 +25,7 @@ from statistics import median
 
 import psutil
 import torch
-from common import REPOSITORY, table, write_results
+from common import REPOSITORY, job_environment, table, write_results
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl: processes whose parent has ended become children of this one
 JOBS = {
@@ -82,7 +82,11 @@ def job_seconds(meter: CpuMeter, command: list[str]) -> Seconds:
     """Return the seconds until a job ends; SystemExit if it fails other than by refusing the command line."""
     cpu, start = meter.seconds(), time.perf_counter()
     finished = subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=job_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     wall = time.perf_counter() - start
     if finished.returncode not in (0, 2):
@@ -97,7 +101,7 @@ def seconds_until(meter: CpuMeter, has_begun: Callable[[subprocess.Popen[bytes],
         job = subprocess.Popen(
             [sys.executable, "jobs/full_pipeline.py", "--storage", folder],
             cwd=REPOSITORY,
-            env=environment(),
+            env=job_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -153,11 +157,7 @@ def import_seconds(module: str, repeats: int) -> float:
             "import_open_clip(); print(time.process_time() - start)"
         )
     command = [sys.executable, "-c", code]
-    return median(float(subprocess.check_output(command, env=environment())) for _ in range(repeats))
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
+    return median(float(subprocess.check_output(command, env=job_environment())) for _ in range(repeats))
 
 
 if __name__ == "__main__":
