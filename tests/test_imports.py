@@ -131,13 +131,25 @@ config = parse_config(load_yaml(DEMO_CONFIG)).clip
 clip_identity(config)
 build_meta_towers(config)
 print("imported", *sys.modules)
+import torch
+from pipeline.config import TrainingConfig
+from pipeline.training.optimizers import OPTIMIZERS
+for new_optimizer in OPTIMIZERS.values():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = new_optimizer([parameter], TrainingConfig())
+    optimizer.zero_grad()
+    parameter.sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+print("imported", *sys.modules)
 """
 
 
 @pytest.fixture(scope="module")
 def imported() -> list[set[str]]:
     """All modules of one process after importing the tracker, then the decoding of batch images, then the training
-    modules, then the other modules of workers, then after checking a CLIP and its weights."""
+    modules, then the other modules of workers, then after checking a CLIP and its weights, then after the use of
+    optimizers."""
     lines = run_code(MODULES_AFTER_IMPORTING, [TRACKER], [DECODING], TRAINING_MODULES, OTHER_WORKER_MODULES)
     return [set(line.split()[1:]) for line in lines if line.startswith("imported ")]
 
@@ -172,6 +184,11 @@ def test_a_clip_is_checked_without_libraries_that_only_some_towers_need(imported
     modules = imported[4]
     assert {"open_clip", "torchvision"} <= modules
     assert not {"timm", "transformers", "torch._dynamo", "sympy"} & modules
+
+
+def test_optimizers_do_not_import_the_compiler(imported):
+    """It would take as long as importing torch, in each training worker."""
+    assert not {"torch._dynamo", "sympy"} & imported[5]
 
 
 @pytest.fixture

@@ -61,8 +61,9 @@ from pipeline.training.evaluate import (
     mean_loss,
 )
 from pipeline.training.frozen_features import frozen_split_features, frozen_training_features
+from pipeline.training.optimizers import OPTIMIZERS
 from pipeline.training.snapshots import read_gradients, read_trajectory, write_snapshots, write_trajectory
-from pipeline.training.trainer import OPTIMIZERS, Snapshot, StepRecord, Trainer, learning_rate
+from pipeline.training.trainer import Snapshot, StepRecord, Trainer, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -291,10 +292,21 @@ def test_a_training_resumes_identically_from_any_step(problem, optimizer):
 
 def test_optimizers_are_those_of_the_config():
     assert tuple(OPTIMIZERS) == get_args(TrainingConfig.model_fields["optimizer"].annotation)
-    parameters = [torch.nn.Parameter(torch.ones(2))]
-    optimizers = [OPTIMIZERS[name](parameters, TrainingConfig(weight_decay=0.25)) for name in OPTIMIZERS]
-    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.SGD, torch.optim.AdamW]
-    assert [optimizer.param_groups[0]["weight_decay"] for optimizer in optimizers] == [0.25, 0.25]
+    config = TrainingConfig(learning_rate=0.5, momentum=0.75, weight_decay=0.25)
+    references = {
+        "sgd": partial(torch.optim.SGD, lr=0.5, momentum=0.75, weight_decay=0.25),
+        "adamw": partial(torch.optim.AdamW, lr=0.5, weight_decay=0.25),
+    }
+    for name, reference in references.items():
+        ours, expected = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+        optimizers = [OPTIMIZERS[name]([ours], config), reference([expected])]
+        assert isinstance(optimizers[0], type(optimizers[1]))
+        for _ in range(3):
+            for parameter, optimizer in zip((ours, expected), optimizers):
+                optimizer.zero_grad()
+                (parameter**3).sum().backward()
+                optimizer.step()
+        assert torch.equal(ours, expected) and ours.requires_grad and ours.is_leaf
 
 
 def change_a_number(content: bytes) -> bytes:

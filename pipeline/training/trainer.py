@@ -33,6 +33,7 @@ from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import DistributedShard
 from pipeline.training.memory import explain_out_of_memory
+from pipeline.training.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,6 @@ class Snapshot:
     """(T, P), float32."""
     parameters: torch.Tensor
     """(P,), float32: the method's parameters at which the gradients were taken, in their order."""
-
-
-OPTIMIZERS: Mapping[str, Callable[[Sequence[nn.Parameter], TrainingConfig], torch.optim.Optimizer]] = {
-    "sgd": lambda parameters, config: torch.optim.SGD(
-        parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    ),
-    "adamw": lambda parameters, config: torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    ),
-}
-"""Optimizers by the value of `training.optimizer`."""
 
 
 @dataclass(eq=False)
