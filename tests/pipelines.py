@@ -29,11 +29,14 @@ QUICK = (
 )
 """An epoch has five steps."""
 LONG_EPOCHS = 8
+NUM_CLASSES = 5
 FEW_TASKS = (
     *(*QUICK, "--data.tasks", "[blur_left, blur_right, ink_left]", "--training.epochs", str(LONG_EPOCHS)),
+    *("--data.class_names", str(REPOSITORY / "tests" / "class_names.txt"), "--training.batch_size", "4"),
     *("--grouping.num_groups", "2"),
 )
-"""Two groups, with trainings long enough to be hit: for runs that are broken, and the undisturbed one."""
+"""Two groups, half of the classes and of a batch, so as many steps, and trainings long enough to be hit: for runs that
+are broken, and the undisturbed one."""
 PATIENCE_S = 900
 """No test waits longer for a job; ten times what one takes on two quiet cores."""
 
@@ -198,7 +201,8 @@ def every_step_once(storage: Path, uri: str | None = None) -> bool:
     client = MlflowClient(uri or f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("mmap-clip")
     config = parse_config(load_yaml(the_run(storage) / "config.yaml"))
-    num_steps = math.ceil(10 * config.data.shots / config.training.batch_size)  # of an epoch, with the digits
+    num_classes = NUM_CLASSES if config.data.class_names else 10
+    num_steps = math.ceil(num_classes * config.data.shots / config.training.batch_size)  # of an epoch
     for name, epochs in (("all in one", config.training.epochs), ("global_prompt", config.global_prompt.epochs)):
         run, *_ = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
         losses = client.get_metric_history(run.info.run_id, "train_loss/blur_right")

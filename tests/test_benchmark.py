@@ -153,11 +153,13 @@ def test_an_interrupted_benchmark_resumes(tmp_path, run_job):
         job.process.send_signal(signal.SIGINT)
     finally:
         interrupted = job.finish()
-    assert interrupted.status == 130 and "rerun the same command to resume" in interrupted.output
+    assert interrupted.status == 130, interrupted.output
+    assert "rerun the same command to resume" in interrupted.output
     previous = trainings(storage)
     run_benchmark(run_job, storage, *arguments)
     current = trainings(storage)
-    assert {key: current[key] for key in previous} == previous and current.keys() > previous.keys()
+    assert {key: current[key] for key in previous} == previous
+    assert current.keys() > previous.keys()
     assert {seed for *_, seed in current} == {1, 2} and len(rows(storage)) == 3 * 2 * 2
 
 

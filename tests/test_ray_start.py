@@ -209,18 +209,18 @@ def test_whatever_ray_raises_is_reported_without_a_traceback(error, unconnected,
 
 
 def test_a_slow_start_is_tried_again(unconnected, short_folder, monkeypatch):
-    """A loaded machine, or packages on a slow file system: the second time they are in memory."""
+    """A loaded machine, or packages on a slow file system: the next time they are in memory."""
     monkeypatch.setenv("TMPDIR", str(short_folder))
     leftover = subprocess.Popen([sys.executable, "-c", "input()", f"{short_folder}/ray/session_1/raylet"], stdin=-1)
     unrelated = subprocess.Popen([sys.executable, "-c", "input()", "of the user"], stdin=-1)
     slow = Exception("The current node timed out during startup.")
     with leftover, unrelated:
-        _, messages = start(ClusterConfig(), monkeypatch, [slow, None])
+        _, messages = start(ClusterConfig(), monkeypatch, [slow, slow, None])
         assert "again" in messages[-1]
         assert leftover.wait(60) == -signal.SIGKILL and unrelated.poll() is None
         unrelated.communicate(b"\n")
     with pytest.raises(UserError, match="Ray did not start: Exception: .*timed out"):
-        start(ClusterConfig(), monkeypatch, [slow, slow])
+        start(ClusterConfig(), monkeypatch, [slow, slow, slow])
 
 
 def test_limits_that_are_a_reason_are_named(monkeypatch):

@@ -188,13 +188,13 @@ def _join_or_start(config: ClusterConfig, dashboard: bool, say: Callable[[str], 
 
 
 def start_local_ray(folder: Path, options: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Start a Ray that listens on 127.0.0.1 only; once more, if it exceeds its own time limit.
+    """Start a Ray that listens on 127.0.0.1 only; again, up to twice, if it exceeds its own time limit.
 
     Args:
         folder: folder for its temporary files.
         options: other options of ray.init.
     """
-    for is_last in (False, True):
+    for is_last in (False, False, True):
         try:
             with _signals_end_the_start(folder), _loopback_only():
                 ray.init(address=LOCAL, logging_level=logging.ERROR, _temp_dir=str(folder), **options)
