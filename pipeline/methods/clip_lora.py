@@ -66,6 +66,12 @@ class LowRank(Module):
         self.down = nn.Linear(width, 3 * rank, bias=False)  # A (3r, D); Linear initializes as LoRA does
         self.up = nn.Parameter(torch.zeros(3, width, rank))  # B
 
+    @staticmethod
+    def weight_update(down: torch.Tensor, up: torch.Tensor, alpha: float) -> torch.Tensor:
+        """Return what factors A (3r, D) and B (3, D, r) add to the three matrices (3, D, D): (α / √r) B A."""
+        rank = up.shape[-1]
+        return alpha / rank**0.5 * up @ down.unflatten(0, (3, rank))
+
     def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         """h (N, L, D) → (N, L, D · parts), where parts 0, 1, 2 are query, key and value."""
         low = self.scaling * self.down(h).unflatten(-1, (3, -1))[..., parts, :]
