@@ -54,8 +54,9 @@ BASE: dict[str, Any] = {
     "mmap": {"prompt_length": 4, "source_rows": 4},
     "training": {"epochs": 2, "batch_size": 3},
     **{
-        section: {**SMALL.model_dump(mode="json")[section], "training": {"epochs": None, "batch_size": 2}}
-        for section in {method.section for method in METHODS.values()} - {None, "mmap"}
+        section: {**options, "training": {"epochs": None, "batch_size": 2}}
+        for section, options in SMALL.model_dump(mode="json").items()
+        if section in {method.section for method in METHODS.values()} and "training" in options
     },
 }
 ALTERNATIVE_VALUES: dict[str, Any] = {
