@@ -411,8 +411,8 @@ def test_consistency_losses_equal_the_references(name):
     assert losses == pytest.approx(plain, rel=1e-9)
 
 
-def test_all_methods_but_mmap_mix_tasks():
-    assert [name for name, method in METHODS.items() if not method.mixes_tasks] == ["mmap_shared", "mmap"]
+def test_methods_of_groups_do_not_mix_tasks():
+    assert {name for name, method in METHODS.items() if not method.mixes_tasks} == {"mmap_shared", "mmap", "group_lora"}
     assert (METHODS["coop"].tasks_per_set(TASKS), METHODS["mmap"].tasks_per_set(TASKS)) == (
         [TASKS],
         [("ink",), ("chalk",)],
@@ -605,6 +605,26 @@ def test_hipro_averages_the_nodes_over_each_tasks_path():
     torch.testing.assert_close(z, torch.cat(expected), **TOLERANCE)
     part = method().encode_text(towers, tokens.slice_rows(3, 10))  # a worker's shard
     torch.testing.assert_close(part, torch.cat(expected)[3:10], **TOLERANCE)
+
+
+def test_lora_of_a_group_gives_each_task_its_own_update():
+    towers, model = small_towers()
+    method = build_method("group_lora", towers)
+    images = torch.randn(5, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens, adaptation = method_tokens("group_lora", towers, list(WORDS.values())), method()
+    x, z = adaptation.encode_image(towers, images, [2, 3]).split([2, 3]), adaptation.encode_text(towers, tokens)
+    expected = [REFERENCES["group_lora"].features(method, model, images, SMALL, index) for index in (0, 1)]
+    for index, rows in enumerate((slice(0, 2), slice(2, 5))):
+        torch.testing.assert_close(x[index], expected[index][0][rows], **TOLERANCE)
+        torch.testing.assert_close(z[5 * index :][:5], expected[index][1], **TOLERANCE)
+    (z[5:].square().sum() + x[1].square().sum()).backward()
+    for stack in method.task:
+        assert not stack.up.grad[0].any() and stack.up.grad[1].any()
+    assert all(update.up.grad.any() for update in method.group)
+    part = adaptation.encode_text(towers, tokens.slice_rows(6, 9))  # a worker's shard, without the first task
+    torch.testing.assert_close(part, z[6:9], **TOLERANCE)
+    no_image = adaptation.encode_image(towers, images, [0, 5])
+    torch.testing.assert_close(no_image, expected[1][0], **TOLERANCE)
 
 
 def test_softcpt_gives_each_task_its_own_context():
