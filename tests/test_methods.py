@@ -74,7 +74,7 @@ def test_every_method_has_a_reference_and_variants():
 def test_all_optional_variants_are_valid_baselines():
     names = [name for name in VARIANTS if name not in ("zero_shot", *DEFAULT_VARIANTS)]
     assert parse_config({"baselines": names}).baselines == tuple(names)
-    for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", ".")):
+    for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", "; did you mean lora_grouped?")):
         message = f"baselines='{name}': not a baseline{hint} Valid: coop, vpt, "
         with pytest.raises(UserError, match=re.escape(message)):
             parse_config({"baselines": [name]})
@@ -657,6 +657,39 @@ def test_a_name_may_occur_in_different_classes_of_two_tasks(name):
     tokens = method_tokens(name, towers, list(words.values()))
     ink, neon = tokens.pool_names_to_classes(method().encode_text(towers, tokens))
     assert (len(ink), len(neon)) == (5, 2) and neon.isfinite().all()
+
+
+# Merged methods
+
+
+def merged_by_loops(name, vectors, config):
+    """Merge vectors of numbers one number at a time, as the papers print it."""
+    if name != "ties":
+        factor = config.task_arithmetic.scaling if name == "task_arithmetic" else config.wise_ft.alpha
+        return [factor * sum(values) for values in zip(*vectors)]
+    num_kept = int(config.ties.density * len(vectors[0]))
+    smallest = [sorted(map(abs, vector))[-num_kept] for vector in vectors]
+    merged = []
+    for values in zip(*vectors):
+        trimmed = [value if abs(value) >= limit else 0.0 for value, limit in zip(values, smallest)]
+        agreeing = [value for value in trimmed if value * sum(trimmed) > 0]
+        merged.append(config.ties.scaling * sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return merged
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "wise_ft"])
+def test_a_merging_rule_equals_plain_loops(name):
+    """Also where signs weigh the same, magnitudes are equal, or a task changes nothing."""
+    config = parse_config({"ties": {"density": 0.4, "scaling": 0.7}})
+    numbers = torch.randn(3, 30, dtype=torch.float64, generator=torch.manual_seed(3))
+    numbers[:, :3] = torch.tensor([[3, 3, -3], [-3, 3, -5], [0, 0, 3]])
+    if name == "wise_ft":
+        numbers = numbers[:1]
+    vectors = [{"a": row[:6].reshape(2, 3), "b": row[6:]} for row in numbers]
+    merged = METHODS[name].combine(config, vectors)
+    assert merged["a"].shape == (2, 3)
+    expected = merged_by_loops(name, numbers.tolist(), config)
+    torch.testing.assert_close(torch.cat([merged["a"].flatten(), merged["b"]]).tolist(), expected, **TOLERANCE)
 
 
 # Methods with their own towers

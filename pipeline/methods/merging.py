@@ -67,6 +67,27 @@ class MergedLora(MergedMethod):
         return Adaptation(towers=self.towers)
 
 
+class MergedWeights(MergedMethod):
+    """Merged weights of full fine-tuning: of both towers, with the temperature."""
+
+    trains_weights = True
+
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
+        super().__init__()
+        self.towers = towers.trainable_copy(lambda module, name: True).requires_grad_(False)
+
+    @classmethod
+    def needs_image_layers(cls) -> bool:
+        return False
+
+    def task_vector(self, config: Config, state: Mapping[str, torch.Tensor]) -> TaskVector:
+        frozen = self.named_parameters()
+        return {name: state[name] - parameter.to(state[name].device) for name, parameter in frozen}
+
+    def forward(self) -> Adaptation:
+        return Adaptation(towers=self.towers)
+
+
 class FullRank(Module):
     """Update of a layer's query, key and value matrices, of any rank, zero at first."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from pipeline.config.fields import Section
-from pipeline.methods.merging import MergedLora, TaskVector
+from pipeline.methods.merging import MergedLora, MergedWeights, TaskVector
 from pipeline.methods.method import Variant, method
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ def add_vectors(config: Config, vectors: Sequence[TaskVector]) -> TaskVector:
     """Return the scaled sum of the task vectors."""
     scaling = config.section(TaskArithmeticConfig).scaling
     return {name: scaling * sum(vector[name] for vector in vectors) for name in vectors[0]}
+
+
+@method("task_arithmetic")
+class TaskArithmetic(MergedWeights):
+    title = "task arithmetic"
+    Options = TaskArithmeticConfig
+    variants = {"task_arithmetic": Variant("Task arithmetic", "task_arithmetic", "multi-task", init_from="full_finetune")}
+    combine = staticmethod(add_vectors)
 
 
 @method("task_arithmetic_lora")

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pipeline.config.fields import Section
 from pipeline.lazy_torch import torch
-from pipeline.methods.merging import MergedLora, TaskVector
+from pipeline.methods.merging import MergedLora, MergedWeights, TaskVector
 from pipeline.methods.method import Variant, method
 
 if TYPE_CHECKING:
@@ -44,6 +44,14 @@ def _smallest_kept(vector: TaskVector, density: float) -> torch.Tensor:
     magnitudes = torch.cat([value.abs().flatten() for value in vector.values()])
     num_kept = max(1, int(density * len(magnitudes)))
     return magnitudes.kthvalue(len(magnitudes) + 1 - num_kept).values
+
+
+@method("ties")
+class Ties(MergedWeights):
+    title = "TIES"
+    Options = TiesConfig
+    variants = {"ties": Variant("TIES", "ties", "multi-task", init_from="full_finetune")}
+    combine = staticmethod(trim_elect_merge)
 
 
 @method("ties_lora")

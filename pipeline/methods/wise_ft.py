@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.config.fields import Fraction, Section
-from pipeline.methods.merging import MergedLora, TaskVector
+from pipeline.methods.merging import MergedLora, MergedWeights, TaskVector
 from pipeline.methods.method import Variant, method
 
 if TYPE_CHECKING:
@@ -26,6 +26,17 @@ def mix_with_frozen(config: Config, vectors: Sequence[TaskVector]) -> TaskVector
     (vector,) = vectors
     alpha = config.section(WiseFtConfig).alpha
     return {name: alpha * value for name, value in vector.items()}
+
+
+@method("wise_ft")
+class WiseFt(MergedWeights):
+    title = "WiSE-FT"
+    Options = WiseFtConfig
+    variants = {
+        "wise_ft": Variant("WiSE-FT", "wise_ft", "single-task", init_from="full_finetune"),
+        "wise_ft_mt": Variant("WiSE-FT-MT", "wise_ft", "multi-task", init_from="full_finetune_mt"),
+    }
+    combine = staticmethod(mix_with_frozen)
 
 
 @method("wise_ft_lora")
