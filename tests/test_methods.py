@@ -74,7 +74,11 @@ def test_every_method_has_a_reference_and_variants():
 def test_all_optional_variants_are_valid_baselines():
     names = [name for name in VARIANTS if name not in ("zero_shot", *DEFAULT_VARIANTS)]
     assert parse_config({"baselines": names}).baselines == tuple(names)
-    for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", "; did you mean lora_grouped?")):
+    for name, hint in (
+        ("cooop", "; did you mean coop?"),
+        ("zero_shot", "."),
+        ("grouped", "; did you mean lora_grouped?"),
+    ):
         message = f"baselines='{name}': not a baseline{hint} Valid: coop, vpt, "
         with pytest.raises(UserError, match=re.escape(message)):
             parse_config({"baselines": [name]})
@@ -707,7 +711,8 @@ def test_trainable_towers_copy_and_save_only_what_trains():
         trained = {key: value for key, value in trained.items() if "in_proj_update" not in key}
         assert trained.keys() == {key for key in frozen_weights if reference.trains_weight(key)}
         assert all(
-            value.requires_grad != METHODS[name].merges and value.data_ptr() != frozen_weights[key].data_ptr() for key, value in trained.items()
+            value.requires_grad != METHODS[name].merges and value.data_ptr() != frozen_weights[key].data_ptr()
+            for key, value in trained.items()
         )
         buffers = {key: value for key, value in method.towers.named_buffers() if not key.startswith("pixel_")}
         assert buffers.keys() == frozen_weights.keys() - trained.keys()

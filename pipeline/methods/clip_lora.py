@@ -26,7 +26,7 @@ class ClipLora(Method):
     title = "CLIP-LoRA"
 
     class Options(MethodConfig):
-        """CLIP-LoRA: low-rank updates of the attention matrices of both towers."""
+        """CLIP-LoRA, and shared + task LoRA: low-rank updates of the attention matrices of both towers."""
 
         rank: PositiveInt = 2
         """Rank of the update of each query, key and value matrix."""

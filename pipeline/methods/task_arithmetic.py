@@ -19,8 +19,8 @@ class TaskArithmeticConfig(Section, affects=("method",)):
     """Task arithmetic: the sum of the tasks' updates, scaled."""
 
     scaling: Annotated[float, Field(gt=0)] = 0.4
-    """The sum of the tasks' updates is scaled by this: 0.4 where no validation images choose it (Yadav et al., NeurIPS
-    2023, Section 6)."""
+    """The sum of the tasks' updates is scaled by this; 0.4 is what Yadav et al. (NeurIPS 2023) take without validation
+    images."""
 
 
 def add_vectors(config: Config, vectors: Sequence[TaskVector]) -> TaskVector:
@@ -33,7 +33,9 @@ def add_vectors(config: Config, vectors: Sequence[TaskVector]) -> TaskVector:
 class TaskArithmetic(MergedWeights):
     title = "task arithmetic"
     Options = TaskArithmeticConfig
-    variants = {"task_arithmetic": Variant("Task arithmetic", "task_arithmetic", "multi-task", init_from="full_finetune")}
+    variants = {
+        "task_arithmetic": Variant("Task arithmetic", "task_arithmetic", "multi-task", init_from="full_finetune")
+    }
     combine = staticmethod(add_vectors)
 
 

@@ -23,7 +23,7 @@ class TiesConfig(Section, affects=("method",)):
     density: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of each task's update that is kept: the values of the largest magnitude."""
     scaling: Annotated[float, Field(gt=0)] = 1.0
-    """The merged update is scaled by this: 1 where no validation images choose it (the paper's Section 6)."""
+    """The merged update is scaled by this; 1 is what the authors take without validation images."""
 
 
 def trim_elect_merge(config: Config, vectors: Sequence[TaskVector]) -> TaskVector:

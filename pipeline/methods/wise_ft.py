@@ -18,7 +18,7 @@ class WiseFtConfig(Section, affects=("method",)):
     """WiSE-FT: trained weights mixed with the frozen CLIP's."""
 
     alpha: Fraction = 0.5
-    """Weight of the trained weights; 0 is zero-shot CLIP. 0.5 where nothing else is known (the paper's Section 4)."""
+    """Weight of the trained weights; 0 is zero-shot CLIP. 0.5 is what the authors recommend if nothing else is known."""
 
 
 def mix_with_frozen(config: Config, vectors: Sequence[TaskVector]) -> TaskVector:

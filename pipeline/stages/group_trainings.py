@@ -303,7 +303,9 @@ def _train_group(
             classifier = Classifier(towers, [(class_names, tokens, method())], config.clip.precision)
         predictions = _predictions(spec, classifier, reporter, shard)
         if kind.merges:
-            num_trained = sum(read_json(source.download() / "result.json")["trained_parameters"] for source in init_from)
+            num_trained = sum(
+                read_json(source.download() / "result.json")["trained_parameters"] for source in init_from
+            )
         else:
             num_trained = trained.num_parameters - sum(p.numel() for p in method.parameters() if not p.requires_grad)
         if shard.is_main_process:
