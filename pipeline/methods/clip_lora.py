@@ -70,7 +70,8 @@ class LowRank(Module):
     def weight_update(down: torch.Tensor, up: torch.Tensor, alpha: float) -> torch.Tensor:
         """Return what factors A (3r, D) and B (3, D, r) add to the three matrices (3, D, D): (α / √r) B A."""
         rank = up.shape[-1]
-        return alpha / rank**0.5 * up @ down.unflatten(0, (3, rank))
+        update: torch.Tensor = alpha / rank**0.5 * up @ down.unflatten(0, (3, rank))
+        return update
 
     def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         """h (N, L, D) → (N, L, D · parts), where parts 0, 1, 2 are query, key and value."""

@@ -41,15 +41,15 @@ class GroupLora(Method):
                 torch.manual_seed(derive_seed(config.seed, "group_lora", *purpose))
                 return [LowRank(width, options.rank, options.alpha) for width in widths]
 
-        tasks = [updates("task", task) for task in class_names]
-        self.group = nn.ModuleList(updates("group"))
-        self.task = nn.ModuleList(map(LowRankStack, zip(*tasks)))
+        groups = updates("group")
+        stacks = [LowRankStack(layer) for layer in zip(*(updates("task", task) for task in class_names))]
+        self.group, self.task = nn.ModuleList(groups), nn.ModuleList(stacks)
         self._task_towers = []  # a list, so that they are no submodules
         for index in range(len(class_names)):
             task_towers = towers.trainable_copy()
             task_towers.activation_memory_gib /= len(class_names)  # a step keeps the activations of all tasks
             blocks = (*task_towers.vision_blocks, *task_towers.text_blocks)
-            for block, group, task in zip(blocks, self.group, self.task):
+            for block, group, task in zip(blocks, groups, stacks):
                 block.set_projection_update(GroupAndTask(group, task, index))
             self._task_towers.append(task_towers)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from pipeline.config.fields import Section
+from pipeline.lazy_torch import torch
 from pipeline.methods.merging import MergedLora, MergedWeights, TaskVector
 from pipeline.methods.method import Variant, method
 
@@ -26,7 +27,7 @@ class TaskArithmeticConfig(Section, affects=("method",)):
 def add_vectors(config: Config, vectors: Sequence[TaskVector]) -> TaskVector:
     """Return the scaled sum of the task vectors."""
     scaling = config.section(TaskArithmeticConfig).scaling
-    return {name: scaling * sum(vector[name] for vector in vectors) for name in vectors[0]}
+    return {name: scaling * torch.stack([vector[name] for vector in vectors]).sum(0) for name in vectors[0]}
 
 
 @method("task_arithmetic")

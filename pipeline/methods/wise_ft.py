@@ -18,7 +18,7 @@ class WiseFtConfig(Section, affects=("method",)):
     """WiSE-FT: trained weights mixed with the frozen CLIP's."""
 
     alpha: Fraction = 0.5
-    """Weight of the trained weights; 0 is zero-shot CLIP. 0.5 is what the authors recommend if nothing else is known."""
+    """Weight of the trained weights; 0 is zero-shot CLIP. 0.5 is what the authors advise without other knowledge."""
 
 
 def mix_with_frozen(config: Config, vectors: Sequence[TaskVector]) -> TaskVector:

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from reference_merging import features_of_merged_weights, add
+from reference_merging import add, features_of_merged_weights
 from reference_method import Option
 
 from methods import full_finetune
