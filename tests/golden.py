@@ -130,7 +130,7 @@ def _splits(reader: SplitReader) -> dict[str, Any]:
 
 def _training(folder: Path) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
-    if (folder / "history.parquet").exists():  # zero-shot CLIP has none
+    if (folder / "history.parquet").exists():  # zero-shot CLIP and merged methods have none
         history = pq.read_table(folder / "history.parquet").to_pandas()
         numbers["tasks"] = list(dict.fromkeys(history["task"]))
         numbers["learning_rate"] = history.groupby("step")["learning_rate"].first().tolist()

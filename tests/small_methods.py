@@ -12,7 +12,8 @@ from small_clip import CLASS_NAMES, PREPROCESSING
 from small_problem import CONFIG, TASKS, small_problem
 
 from pipeline.config import BUILTIN_DIGITS, Config, parse_config
-from pipeline.methods.registry import METHODS
+from pipeline.methods.merging import MergedMethod
+from pipeline.methods.registry import METHODS, VARIANTS
 from pipeline.training.batches import TrainingSet
 from pipeline.training.frozen_features import frozen_training_features
 from pipeline.training.trainer import num_steps_per_epoch
@@ -33,13 +34,20 @@ TRAINED = [name for name in REFERENCES if METHODS[name].trainable]
 WORDS = dict.fromkeys(TASKS, CLASS_NAMES)
 
 
-def build_method(name, towers, words=WORDS, config=SMALL):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        method = METHODS[name].build(config, towers, words).to(next(towers.parameters()).dtype)
-        with torch.no_grad():
-            for parameter in method.parameters():  # away from initial values that would hide an error
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+def build_method(name, towers, words=WORDS, config=SMALL, seed=7):
+    """Build a method away from its initial values, which would hide an error; a merged one from `sources`."""
+    method = METHODS[name].build(config, towers, words).to(next(towers.parameters()).dtype)
+    if isinstance(method, MergedMethod):
+        (variant, *_) = METHODS[name].variants.values()
+        seeds = [8] if variant.scope == "single-task" else [8, 9, 10]
+        source = VARIANTS[variant.init_from].method
+        method.sources = [build_method(source, towers, words, config, seed).state_dict() for seed in seeds]
+        method.merge(config, method.sources)
+        return method
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for parameter in method.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
     return method
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import golden
 import pyarrow.parquet as pq
 import pytest
+import torch
 from golden import ALL_METHODS, DEMO, differences, read_numbers, run_pipeline, training_folders
 from pipelines import REPOSITORY, the_run
 
@@ -228,10 +229,29 @@ def test_mvlpts_second_stage_is_initialized_from_its_first(all_methods, task):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.scope == "multi-task"])
 def test_multi_task_baselines_train_on_mixed_batches(all_methods, name):
-    """24 images; all_in_one takes a batch of each task's 8."""
-    if METHODS[VARIANTS[name].method].trainable:
-        history = all_methods.numbers["trainings"][f"{VARIANTS[name].method}: {' + '.join(TASKS)}"]
-        assert len(history["losses"]) == 2 * (2 if name == "all_in_one" else 6)
+    """24 images; methods of groups take a batch of each task's 8."""
+    kind = METHODS[VARIANTS[name].method]
+    if kind.trainable:
+        history = all_methods.numbers["trainings"][f"{kind.name}: {' + '.join(TASKS)}"]
+        assert len(history["losses"]) == 2 * (6 if kind.mixes_tasks else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if METHODS[variant.method].merges])
+def test_merged_adapters_are_made_of_trained_ones(all_methods, name):
+    """The trainings are those of other variants, and count as its trained parameters."""
+    variant, merged = VARIANTS[name], all_methods.adapters[name]
+    source, towers = all_methods.adapters[variant.init_from], merged.towers()
+    for group, state in zip(merged.groups, merged.states, strict=True):
+        method = METHODS[variant.method].build(all_methods.config, towers, group)
+        frozen = {key: value.clone() for key, value in method.state_dict().items()}
+        parts = [part for tasks, part in zip(source.groups, source.states) if set(tasks) <= set(group)]
+        assert len(parts) == (3 if variant.scope == "multi-task" and not variant.init_from.endswith("_mt") else 1)
+        method.merge(all_methods.config, parts)
+        torch.testing.assert_close(method.state_dict(), state)
+        assert any(not torch.allclose(frozen[key], value) for key, value in state.items())
+    parameters = {name: method["trained_parameters"] for name, method in all_methods.numbers["methods"].items()}
+    assert parameters[name] == parameters[variant.init_from]
 
 
 def first_merged_tasks(hipro):

@@ -33,7 +33,7 @@ from pipeline.data import contents
 from pipeline.data.checked_images import check_images
 from pipeline.data.parquet import SplitReader, plan_parts, scan_image, write_part
 from pipeline.errors import UserError
-from pipeline.methods.registry import METHODS, VARIANTS, get_method, training_config
+from pipeline.methods.registry import METHODS, VARIANTS, get_method, training_config, with_sources
 from pipeline.runtime.stage import WorkItem
 from pipeline.runtime.storage import Artifact
 from pipeline.stages import data_check, training_spec
@@ -54,8 +54,9 @@ BASE: dict[str, Any] = {
     "mmap": {"prompt_length": 4, "source_rows": 4},
     "training": {"epochs": 2, "batch_size": 3},
     **{
-        section: {**SMALL.model_dump(mode="json")[section], "training": {"epochs": None, "batch_size": 2}}
-        for section in {method.section for method in METHODS.values()} - {None, "mmap"}
+        section: {**options, "training": {"epochs": None, "batch_size": 2}}
+        for section, options in SMALL.model_dump(mode="json").items()
+        if section in {method.section for method in METHODS.values()} and "training" in options
     },
 }
 ALTERNATIVE_VALUES: dict[str, Any] = {
@@ -227,9 +228,8 @@ def compute_keys(config: Config) -> dict[str, ExpectedKey]:
                 name = f"training features of {set_tasks} for {method}"
                 keys[name] = ExpectedKey(artifact.key, effects, feature_inputs, method, set_tasks)
             depends_on = [*training_inputs, *(["global prompt"] if get_method(method).uses_affinities else [])]
-            if training.init_from:
-                depends_on.append(f"{training.init_from.variant}: {training.init_from.spec.tasks}")
-            names = ("method", "training", "evaluation") if get_method(method).trainable else ("evaluation",)
+            depends_on += [f"{source.variant}: {source.spec.tasks}" for source in training.init_from]
+            names = ("method", "training", "evaluation") if get_method(method).trainable else ("method", "evaluation")
             name, effects = f"{variant}: {tasks}", frozenset(names)
             keys[name] = ExpectedKey(training.artifact.key, effects, tuple(depends_on), method, tasks)
     evaluation, losses_of = frozenset({"evaluation"}), []
@@ -480,11 +480,8 @@ def work(folder):
     for variant in VARIANTS:
         (training, *_) = plan_trainings(plan, variant, fake_grouping(plan), trainings, fake_affinities(plan, "ff"))
         dependencies = [features.work_item for features in training.features]
-        if training.init_from:
-            dependencies += [
-                *(features.work_item for features in training.init_from.features),
-                training.init_from.work_item,
-            ]
+        for source in training.init_from:
+            dependencies += [*(features.work_item for features in source.features), source.work_item]
         method = training.spec.method
         effects = {"training", "evaluation"} if get_method(method).trainable else {"evaluation"}
         work_by_name[variant] = ([*dependencies, training.work_item], method, effects)
@@ -518,7 +515,9 @@ def test_work_reads_only_fields_that_affect_it(name, work, monkeypatch):
         patch.setattr(Section, "__getattribute__", recording, raising=False)
         execute(work_items[-1])
     assert len(fields_read) >= 3
-    method_fields = {path for path in fields_read if path.partition(".")[0] == get_method(method).section}
+    sources = with_sources([name]) if name in VARIANTS else []
+    sections = {get_method(kind).section for kind in (method, *(VARIANTS[source].method for source in sources))}
+    method_fields = {path for path in fields_read if path.partition(".")[0] in sections}
     declared = {path for path in fields_read if field_effects(FIELDS[path]) & {*effects, "data", "clip"}}
     declared |= {path for path in method_fields if "method" in field_effects(FIELDS[path])}
     if name.endswith("features"):

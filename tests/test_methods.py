@@ -74,14 +74,18 @@ def test_every_method_has_a_reference_and_variants():
 def test_all_optional_variants_are_valid_baselines():
     names = [name for name in VARIANTS if name not in ("zero_shot", *DEFAULT_VARIANTS)]
     assert parse_config({"baselines": names}).baselines == tuple(names)
-    for name, hint in (("cooop", "; did you mean coop?"), ("zero_shot", "."), ("grouped", ".")):
+    for name, hint in (
+        ("cooop", "; did you mean coop?"),
+        ("zero_shot", "."),
+        ("grouped", "; did you mean lora_grouped?"),
+    ):
         message = f"baselines='{name}': not a baseline{hint} Valid: coop, vpt, "
         with pytest.raises(UserError, match=re.escape(message)):
             parse_config({"baselines": [name]})
 
 
 @pytest.mark.parametrize("several_names", [False, True], ids=["a name each", "several names"])
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_parameters()])
 def test_a_method_equals_its_reference(name, several_names):
     towers, model = small_towers()
     words = SEVERAL_NAMES if several_names else CLASS_NAMES
@@ -99,6 +103,8 @@ def test_a_method_equals_its_reference(name, several_names):
         plain = plain[0], rows
     for ours, reference in zip((x, z), plain):
         torch.testing.assert_close(ours, reference, **TOLERANCE)
+    if METHODS[name].merges:
+        return  # it has no gradients
     parameters = list(method.parameters())
     label = torch.tensor([0, 2, 1])
     scale = dict(method.named_parameters()).get("towers.logit_scale", model.logit_scale)
@@ -409,8 +415,8 @@ def test_consistency_losses_equal_the_references(name):
     assert losses == pytest.approx(plain, rel=1e-9)
 
 
-def test_all_methods_but_mmap_mix_tasks():
-    assert [name for name, method in METHODS.items() if not method.mixes_tasks] == ["mmap_shared", "mmap"]
+def test_methods_of_groups_do_not_mix_tasks():
+    assert {name for name, method in METHODS.items() if not method.mixes_tasks} == {"mmap_shared", "mmap", "group_lora"}
     assert (METHODS["coop"].tasks_per_set(TASKS), METHODS["mmap"].tasks_per_set(TASKS)) == (
         [TASKS],
         [("ink",), ("chalk",)],
@@ -605,6 +611,26 @@ def test_hipro_averages_the_nodes_over_each_tasks_path():
     torch.testing.assert_close(part, torch.cat(expected)[3:10], **TOLERANCE)
 
 
+def test_lora_of_a_group_gives_each_task_its_own_update():
+    towers, model = small_towers()
+    method = build_method("group_lora", towers)
+    images = torch.randn(5, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens, adaptation = method_tokens("group_lora", towers, list(WORDS.values())), method()
+    x, z = adaptation.encode_image(towers, images, [2, 3]).split([2, 3]), adaptation.encode_text(towers, tokens)
+    expected = [REFERENCES["group_lora"].features(method, model, images, SMALL, index) for index in (0, 1)]
+    for index, rows in enumerate((slice(0, 2), slice(2, 5))):
+        torch.testing.assert_close(x[index], expected[index][0][rows], **TOLERANCE)
+        torch.testing.assert_close(z[5 * index :][:5], expected[index][1], **TOLERANCE)
+    (z[5:].square().sum() + x[1].square().sum()).backward()
+    for stack in method.task:
+        assert not stack.up.grad[0].any() and stack.up.grad[1].any()
+    assert all(update.up.grad.any() for update in method.group)
+    part = adaptation.encode_text(towers, tokens.slice_rows(6, 9))  # a worker's shard, without the first task
+    torch.testing.assert_close(part, z[6:9], **TOLERANCE)
+    no_image = adaptation.encode_image(towers, images, [0, 5])
+    torch.testing.assert_close(no_image, expected[1][0], **TOLERANCE)
+
+
 def test_softcpt_gives_each_task_its_own_context():
     towers, model = small_towers()
     method = build_method("softcpt", towers, {"ink": CLASS_NAMES, "Real_World": CLASS_NAMES})
@@ -637,6 +663,39 @@ def test_a_name_may_occur_in_different_classes_of_two_tasks(name):
     assert (len(ink), len(neon)) == (5, 2) and neon.isfinite().all()
 
 
+# Merged methods
+
+
+def merged_by_loops(name, vectors, config):
+    """Merge vectors of numbers one number at a time, as the papers print it."""
+    if name != "ties":
+        factor = config.task_arithmetic.scaling if name == "task_arithmetic" else config.wise_ft.alpha
+        return [factor * sum(values) for values in zip(*vectors)]
+    num_kept = int(config.ties.density * len(vectors[0]))
+    smallest = [sorted(map(abs, vector))[-num_kept] for vector in vectors]
+    merged = []
+    for values in zip(*vectors):
+        trimmed = [value if abs(value) >= limit else 0.0 for value, limit in zip(values, smallest)]
+        agreeing = [value for value in trimmed if value * sum(trimmed) > 0]
+        merged.append(config.ties.scaling * sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return merged
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "wise_ft"])
+def test_a_merging_rule_equals_plain_loops(name):
+    """Also where signs weigh the same, magnitudes are equal, or a task changes nothing."""
+    config = parse_config({"ties": {"density": 0.4, "scaling": 0.7}})
+    numbers = torch.randn(3, 30, dtype=torch.float64, generator=torch.manual_seed(3))
+    numbers[:, :3] = torch.tensor([[3, 3, -3], [-3, 3, -5], [0, 0, 3]])
+    if name == "wise_ft":
+        numbers = numbers[:1]
+    vectors = [{"a": row[:6].reshape(2, 3), "b": row[6:]} for row in numbers]
+    merged = METHODS[name].combine(config, vectors)
+    assert merged["a"].shape == (2, 3)
+    expected = merged_by_loops(name, numbers.tolist(), config)
+    torch.testing.assert_close(torch.cat([merged["a"].flatten(), merged["b"]]).tolist(), expected, **TOLERANCE)
+
+
 # Methods with their own towers
 
 
@@ -652,7 +711,8 @@ def test_trainable_towers_copy_and_save_only_what_trains():
         trained = {key: value for key, value in trained.items() if "in_proj_update" not in key}
         assert trained.keys() == {key for key in frozen_weights if reference.trains_weight(key)}
         assert all(
-            value.requires_grad and value.data_ptr() != frozen_weights[key].data_ptr() for key, value in trained.items()
+            value.requires_grad != METHODS[name].merges and value.data_ptr() != frozen_weights[key].data_ptr()
+            for key, value in trained.items()
         )
         buffers = {key: value for key, value in method.towers.named_buffers() if not key.startswith("pixel_")}
         assert buffers.keys() == frozen_weights.keys() - trained.keys()
@@ -662,7 +722,7 @@ def test_trainable_towers_copy_and_save_only_what_trains():
         assert {value.dtype for value in towers.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", OWN_TOWERS)
+@pytest.mark.parametrize("name", [name for name in OWN_TOWERS if METHODS[name].trainable])
 def test_trained_weights_are_float32_under_bfloat16(name, tmp_path):
     config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
     towers = load_clip(config.clip, float32=METHODS[name].trains_weights)

@@ -35,7 +35,7 @@ class ClassTokens:
     """Number of tokens before the words: 1 with a start token, else 0."""
     rows_per_task: tuple[int, ...]
     classes_per_task: tuple[int, ...]
-    """Like `names_per_class`, of all rows even after `slice_rows`."""
+    """Like `names_per_class`, of all rows even after `slice_rows` or `select_task`."""
     names_per_class: tuple[int, ...]
     name_start: tuple[int, ...]
     """Position in the suffix where each task's class names start; 0 unless its template merges into them, or has more
@@ -56,6 +56,20 @@ class ClassTokens:
             eot=self.eot[start:stop],
             rows_per_task=tuple(counts),
             first_row=start,
+        )
+
+    def select_task(self, index: int) -> ClassTokens:
+        """Return only the texts of one task among these rows."""
+        start = sum(self.rows_per_task[:index])
+        rows = slice(start, start + self.rows_per_task[index])
+        return replace(
+            self,
+            prefix=self.prefix[index : index + 1],
+            suffix=self.suffix[rows],
+            eot=self.eot[rows],
+            rows_per_task=(self.rows_per_task[index],),
+            name_start=(self.name_start[index],),
+            first_row=self.first_row + start,
         )
 
     def pool_names_to_classes(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:

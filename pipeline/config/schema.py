@@ -130,8 +130,8 @@ class Config(Section):
 
 VARIANTS: tuple[str, ...] = tuple(_methods.VARIANTS)
 METHOD_SECTIONS: dict[str, Any] = {
-    name: (method.Options, method.Options())
-    for name, method in _methods.METHODS.items()
+    method.section: (method.Options, method.Options())
+    for method in _methods.METHODS.values()
     if method.section not in (None, *Config.model_fields)
 }
 if not TYPE_CHECKING:  # mypy gets the types of the methods' sections from `section`

@@ -50,18 +50,20 @@ class Adaptation:
     """Image features (B, E) → (B, E), the same for all tasks."""
     towers: ClipTowers | None = None
     """Used instead of the frozen towers."""
+    task_towers: Sequence[ClipTowers] = ()
+    """T towers, each used for one task instead of the frozen ones."""
     consistency: Consistency | None = None
 
     @property
     def modifies_image_encoder(self) -> bool:
         """True if the image tower's features differ from the frozen CLIP's."""
-        return self.vision_prompts is not None or self.towers is not None
+        return self.vision_prompts is not None or self.towers is not None or bool(self.task_towers)
 
     @property
     def modifies_text_encoder(self) -> bool:
         """True if the classes' features differ from the frozen CLIP's."""
         changes = (self.text_prompts, self.word_embeddings, self.text_features, self.towers)
-        return any(change is not None for change in changes)
+        return any(change is not None for change in changes) or bool(self.task_towers)
 
     def encode_image(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
         """Return features (B, E) of standardized images (B, 3, H, W), task by task."""
@@ -69,6 +71,14 @@ class Adaptation:
 
     def tower_features(self, towers: ClipTowers, images: torch.Tensor, images_per_task: Sequence[int]) -> torch.Tensor:
         """Return the image tower's features (B, E), before `adapt_image_features`."""
+        if self.task_towers:
+            return torch.cat(
+                [
+                    self.for_task(index).tower_features(towers, task_images, [len(task_images)])
+                    for index, task_images in enumerate(images.split(list(images_per_task)))
+                    if len(task_images)
+                ]
+            )
         return (self.towers or towers).encode_image(
             images, self.vision_prompts, images_per_task, self.vision_prompts_propagate
         )
@@ -86,6 +96,14 @@ class Adaptation:
 
     def encode_text(self, towers: ClipTowers, tokens: ClassTokens) -> torch.Tensor:
         """Return features (R, E) of all tasks' class texts, task by task."""
+        if self.task_towers:
+            return torch.cat(
+                [
+                    self.for_task(index).encode_text(towers, tokens.select_task(index))
+                    for index, num_rows in enumerate(tokens.rows_per_task)
+                    if num_rows
+                ]
+            )
         if self.text_features:
             return self.text_features(tokens)
         embeddings = self.word_embeddings(tokens) if self.word_embeddings else None
@@ -98,4 +116,5 @@ class Adaptation:
     def for_task(self, index: int) -> Adaptation:
         """Return the adaptation for images of a single task."""
         text, vision = (p if p is None else p[index : index + 1] for p in (self.text_prompts, self.vision_prompts))
-        return replace(self, text_prompts=text, vision_prompts=vision)
+        task_towers = self.task_towers[index] if self.task_towers else self.towers
+        return replace(self, text_prompts=text, vision_prompts=vision, towers=task_towers, task_towers=())

@@ -243,7 +243,7 @@ def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 def _validate(adapter: TrainedAdapter) -> None:
     """Raises: ValueError: NaN or infinite values, options larger than the tensors, control characters, a task twice."""
-    trainable, options = get_method(adapter.method).trainable, method_options(adapter.method, adapter.config)
+    kind, options = get_method(adapter.method), method_options(adapter.method, adapter.config)
     sizes = [value for section in options.values() for value in section.values() if type(value) is int]
     if len(adapter.class_names) != sum(map(len, adapter.groups)):
         raise ValueError("a task is in two groups")
@@ -254,7 +254,7 @@ def _validate(adapter: TrainedAdapter) -> None:
         if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
             raise ValueError(f"the parameters of {', '.join(group)} are not finite")
         count = sum(value.numel() for value in state.values())
-        if trainable and any(size > count for size in (1, *sizes)):
+        if kind.has_parameters() and any(size > count for size in (1, *sizes)):
             raise ValueError(
                 f"{adapter.method} with {options} needs more than {count} parameters for {', '.join(group)}"
             )

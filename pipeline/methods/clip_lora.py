@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from pipeline.config.fields import PositiveInt
-from pipeline.lazy_torch import Module, nn, torch
+from pipeline.lazy_torch import F, Module, nn, torch
 from pipeline.methods.adaptation import Adaptation
 from pipeline.methods.method import ClassNames, Method, MethodConfig, TrainingOverrides, method
 from pipeline.seeds import derive_seed
@@ -26,7 +26,7 @@ class ClipLora(Method):
     title = "CLIP-LoRA"
 
     class Options(MethodConfig):
-        """CLIP-LoRA: low-rank updates of the attention matrices of both towers."""
+        """CLIP-LoRA, and shared + task LoRA: low-rank updates of the attention matrices of both towers."""
 
         rank: PositiveInt = 2
         """Rank of the update of each query, key and value matrix."""
@@ -66,7 +66,21 @@ class LowRank(Module):
         self.down = nn.Linear(width, 3 * rank, bias=False)  # A (3r, D); Linear initializes as LoRA does
         self.up = nn.Parameter(torch.zeros(3, width, rank))  # B
 
+    @staticmethod
+    def weight_update(down: torch.Tensor, up: torch.Tensor, alpha: float) -> torch.Tensor:
+        """Return what factors A (3r, D) and B (3, D, r) add to the three matrices (3, D, D): (α / √r) B A."""
+        rank = up.shape[-1]
+        update: torch.Tensor = alpha / rank**0.5 * up @ down.unflatten(0, (3, rank))
+        return update
+
     def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         """h (N, L, D) → (N, L, D · parts), where parts 0, 1, 2 are query, key and value."""
-        low = self.scaling * self.down(h).unflatten(-1, (3, -1))[..., parts, :]
-        return torch.einsum("nlpr,pdr->nlpd", low, self.up[parts]).flatten(-2)
+        return project_low_rank(h, parts, self.down.weight, self.up, self.scaling)
+
+
+def project_low_rank(
+    h: torch.Tensor, parts: slice, down: torch.Tensor, up: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Project h (N, L, D) by factors A (3r, D) and B (3, D, r) → (N, L, D · parts), as `LowRank`."""
+    low = scaling * F.linear(h, down).unflatten(-1, (3, -1))[..., parts, :]
+    return torch.einsum("nlpr,pdr->nlpd", low, up[parts]).flatten(-2)

@@ -32,7 +32,7 @@ class Variant:
     method: str
     scope: TaskScope
     init_from: str | None = None
-    """Variant from whose trained state each training starts."""
+    """Variant whose trained states of the same tasks each training starts from, or a merged method is merged from."""
 
     @property
     def uses_grouping(self) -> bool:
@@ -98,6 +98,8 @@ class Method(Module):
     """None: `<name>` (single-task) and `<name>_mt` (multi-task)."""
     trainable: ClassVar[bool] = True
     """Whether it has parameters to train."""
+    merges: ClassVar[bool] = False
+    """Whether its parameters are merged from the trained states of `Variant.init_from`, and not trained."""
     mixes_tasks: ClassVar[bool] = True
     """Whether a step's batch is drawn from the images of all tasks, with one mean loss; otherwise each task has its own
     batch, and the loss is the sum of the tasks' means (Eq. 11)."""
@@ -134,6 +136,11 @@ class Method(Module):
     def template(config_template: str, config: Config) -> str:
         """Return the template that the method uses instead of the config's."""
         return config_template
+
+    @classmethod
+    def has_parameters(cls) -> bool:
+        """Return True if the method has parameters to save, trained or merged."""
+        return cls.trainable or cls.merges
 
     @classmethod
     def needs_image_layers(cls) -> bool:

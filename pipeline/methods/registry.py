@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,15 @@ VARIANTS = {
 """Columns of a report, in its order."""
 DEFAULT_VARIANTS = ("each_alone", "all_in_one", "grouped")
 """Variants that are always trained, in addition to config.baselines."""
+
+
+def with_sources(names: Iterable[str]) -> list[str]:
+    """Return variants with those whose trainings they start from or are merged from, each once."""
+    variants: dict[str, None] = {}
+    for name in names:
+        init_from = VARIANTS[name].init_from
+        variants |= dict.fromkeys([*(with_sources([init_from]) if init_from else ()), name])
+    return list(variants)
 
 
 def get_method(name: str) -> type[Method]:

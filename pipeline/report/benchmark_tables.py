@@ -22,7 +22,7 @@ import rich.table
 from rich.text import Text
 
 from pipeline.data.names import pluralize
-from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS
+from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, with_sources
 from pipeline.report.paper_results import TRAINED_PARAMETERS, PaperResults, Printed, paper_results_for
 from pipeline.report.recommendation import QUANTILE, STRATEGIES, recommendation
 from pipeline.report.scores import Estimate
@@ -109,8 +109,7 @@ def variant_section(method: str) -> str:
         return ZERO_SHOT_SECTION
     if method not in VARIANTS:
         return OTHER_SECTION
-    variant = VARIANTS[method]
-    return SINGLE_TASK if variant.scope == "single-task" and variant.init_from is None else MULTI_TASK
+    return SINGLE_TASK if {VARIANTS[name].scope for name in with_sources([method])} == {"single-task"} else MULTI_TASK
 
 
 # --- tables ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pipeline.grouping.text import format_groups
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, save_adapter
 from pipeline.methods.classifier import Classifier
 from pipeline.methods.hipro import HiPro
+from pipeline.methods.merging import MergedMethod
 from pipeline.methods.method import TaskScope
 from pipeline.methods.mmap import GroupMmap
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, get_method, training_config
@@ -34,7 +35,7 @@ from pipeline.stages.grouping import gradient_affinity, read_grouping
 from pipeline.stages.grouping_sources import SingleTasks
 from pipeline.stages.image_features import ImageFeatures, test_features, training_features
 from pipeline.stages.plan import Plan
-from pipeline.stages.training_spec import TrainingSpec, track_history, training_inputs
+from pipeline.stages.training_spec import HISTORY, TrainingSpec, track_history, training_inputs
 from pipeline.training.distributed import DistributedShard
 from pipeline.training.evaluate import Prediction, accuracy, mean_loss, write_predictions
 
@@ -65,8 +66,8 @@ class Training:
     artifact: Artifact
     features: tuple[ImageFeatures, ...]
     """Image features that it reads."""
-    init_from: Training | None
-    """Training from whose final state it starts."""
+    init_from: tuple[Training, ...]
+    """Trainings from whose final states it starts, or is merged."""
     affinities: list[list[float]] | None
     """Affinities of the tasks' gradients, for a method that uses them."""
     frozen_group_prompt: TrainedAdapter | None = None
@@ -75,11 +76,11 @@ class Training:
     @property
     def depth(self) -> int:
         """Length of the chain of work that it depends on; features have depth 0."""
-        return self.init_from.depth + 1 if self.init_from else int(bool(self.features))
+        return max((source.depth + 1 for source in self.init_from), default=int(bool(self.features)))
 
     @property
     def work_item(self) -> WorkItem:
-        init_from = self.init_from.artifact if self.init_from else None
+        init_from = [source.artifact for source in self.init_from]
         workers, label = self.spec.config.cluster.workers_per_training, self.spec.label
         arguments = (self.spec, self.artifact, init_from, self.affinities, self.frozen_group_prompt)
         return WorkItem(label, _train_group, arguments, self.artifact, True, workers, label)
@@ -191,7 +192,7 @@ def plan_trainings(
         label = name.replace("_", " ")
         if name == "grouped" or len(groups) > 1:
             label = f"{'group' if name == 'grouped' else label}: {format_groups([tasks])}"
-        init_from = next((training for training in init_candidates if set(tasks) <= set(training.spec.tasks)), None)
+        init_from = tuple(training for training in init_candidates if set(tasks) & set(training.spec.tasks))
         used_affinities = affinities if variant.uses_gradients else None
         planned[name].append(_training(plan, name, variant.method, tasks, label, init_from, used_affinities))
     return planned[name]
@@ -203,7 +204,7 @@ def _training(
     method: str,
     tasks: tuple[str, ...],
     label: str,
-    init_from: Training | None = None,
+    init_from: tuple[Training, ...] = (),
     affinities: list[list[float]] | None = None,
     frozen_group_prompt: TrainedAdapter | None = None,
 ) -> Training:
@@ -212,7 +213,7 @@ def _training(
     inputs = {
         **training_inputs(plan, method, tasks, *effects),
         "group": list(tasks),
-        "start": init_from.artifact.key if init_from else None,
+        "start": [source.artifact.key for source in init_from],
         "affinities": affinities,
         "joins": frozen_group_prompt.digest if frozen_group_prompt else None,
     }
@@ -262,8 +263,9 @@ def _track(session: Session, training: Training) -> None:
         },
         step=0,
     )
-    if (folder / ADAPTER).exists():
+    if (folder / HISTORY).exists():
         track_history(session, label, training.artifact)
+    if (folder / ADAPTER).exists():
         session.tracker.log_artifact(label, folder / ADAPTER)
     session.tracker.end_run(label)
 
@@ -278,12 +280,13 @@ def random_groups(tasks: Sequence[str], sizes: Sequence[int], seed: int) -> tupl
 def _train_group(
     spec: TrainingSpec,
     artifact: Artifact,
-    init_from: Artifact | None,
+    init_from: Sequence[Artifact],
     affinities: list[list[float]] | None,
     frozen_group_prompt: TrainedAdapter | None,
     progress: Any,
 ) -> None:
-    """Train and evaluate one group; `init_from`: training to start from, None: the method's initialization."""
+    """Train, or merge, and evaluate one group; `init_from`: trainings to start from or to merge, none: the method's
+    initialization."""
     started, shard = time.monotonic(), DistributedShard.current()
     kind, reporter = get_method(spec.method), Reporter(progress, spec.label)
     config, towers, class_names = spec.config, spec.towers(kind.trains_weights), spec.class_names()
@@ -299,29 +302,38 @@ def _train_group(
             tokens = kind.tokenize(config, towers.tokenizer, class_names)
             classifier = Classifier(towers, [(class_names, tokens, method())], config.clip.precision)
         predictions = _predictions(spec, classifier, reporter, shard)
-        frozen = [parameter for parameter in method.parameters() if not parameter.requires_grad]
+        if kind.merges:
+            num_trained = sum(
+                read_json(source.download() / "result.json")["trained_parameters"] for source in init_from
+            )
+        else:
+            num_trained = trained.num_parameters - sum(p.numel() for p in method.parameters() if not p.requires_grad)
         if shard.is_main_process:
-            if kind.trainable:
+            if kind.has_parameters():
                 save_adapter(writer.folder / ADAPTER, trained)
             write_predictions(writer.folder / PREDICTIONS, predictions)
             result = {
                 "accuracy": accuracy(predictions),
                 "test_loss": mean_loss(predictions),
-                "trained_parameters": trained.num_parameters - sum(p.numel() for p in frozen),
+                "trained_parameters": num_trained,
                 "seconds": time.monotonic() - started,
             }
             write_json(writer.folder / "result.json", result)
 
 
 def build_method(
-    spec: TrainingSpec, towers: ClipTowers, init_from: Artifact | None, affinities: list[list[float]] | None
+    spec: TrainingSpec, towers: ClipTowers, init_from: Sequence[Artifact], affinities: list[list[float]] | None
 ) -> nn.Module:
-    """Build the method's module in its initial state; arguments as of Training."""
+    """Build the method's module in its initial or merged state; arguments as of Training."""
     method = get_method(spec.method).build(spec.config, towers, spec.class_names()).to(towers.device)
     if affinities:
         cast(HiPro, method).build_tree(np.array(affinities))  # the only method with affinities
-    if init_from:
-        method.load_state_dict(load_adapter(init_from.download() / ADAPTER).states[0])
+    states = (load_adapter(source.download() / ADAPTER).states[0] for source in init_from)
+    if isinstance(method, MergedMethod):
+        method.merge(spec.config, states)
+    elif init_from:
+        (state,) = states
+        method.load_state_dict(state)
     return method
 
 

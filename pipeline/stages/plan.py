@@ -42,7 +42,7 @@ from pipeline.grouping.affinities import AFFINITIES, Features, Gradient, Transfe
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.method import Method
 from pipeline.methods.mmap import MmapShape
-from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config, with_sources
 from pipeline.runtime.session import is_below_home, open_storage
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri, without_password
@@ -326,7 +326,7 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
         task: [dataset_index.class_names[name] for name in names] for task, names in dataset_index.classes.items()
     }
     workers, num_classes = config.cluster.workers_per_training, min(map(len, class_names.values()))
-    for name in names:
+    for name in with_sources(names):
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_config(method, config).batch_size
         _check_image_layers(config, kind, towers)

@@ -371,5 +371,5 @@ def _merge_adapters(plan: Plan, methods: Sequence[MethodArtifacts]) -> None:
 
 def _adapter_files(plan: Plan, methods: Sequence[MethodArtifacts]) -> list[tuple[MethodArtifacts, Path]]:
     """Return the trained methods, each with its adapter file."""
-    trained = [method for method in methods if get_method(VARIANTS[method.name].method).trainable]
+    trained = [method for method in methods if get_method(VARIANTS[method.name].method).has_parameters()]
     return [(method, plan.folder / "adapters" / f"{method.name}.safetensors") for method in trained]

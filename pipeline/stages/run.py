@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.data.names import pluralize
-from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, with_sources
 from pipeline.runtime.cluster import WorkerResources
 from pipeline.runtime.environment import run_environment, source_name
 from pipeline.runtime.session import PARENT, Session, cluster_connection, open_session
@@ -86,7 +86,7 @@ def _log_run_header(plan: Plan, session: Session) -> None:
 
 def _unused_method_sections(config: Config) -> set[str]:
     """Return sections of methods that the run does not train, omitted from the MLflow parameters."""
-    used = {METHODS[VARIANTS[name].method].section for name in (*DEFAULT_VARIANTS, *config.baselines)}
+    used = {METHODS[VARIANTS[name].method].section for name in with_sources((*DEFAULT_VARIANTS, *config.baselines))}
     return {method.section for method in METHODS.values() if method.section and method.section not in used}
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from pipeline.config import Config, content_hash
 from pipeline.data.names import pluralize
 from pipeline.files import create_folder, write_file
-from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config
+from pipeline.methods.registry import DEFAULT_VARIANTS, METHODS, VARIANTS, training_config, with_sources
 from pipeline.report.benchmark_tables import (
     Benchmark,
     Result,
@@ -173,7 +173,7 @@ def _test_images(plan: Plan) -> str:
 def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
     """Describe how the methods were trained, a sentence for each setting that some of them share."""
     titles: dict[str, list[str]] = {}
-    for name in methods:
+    for name in with_sources(methods):
         spec = METHODS[VARIANTS[name].method]
         if spec.trainable:
             training = training_config(VARIANTS[name].method, config)

@@ -77,10 +77,10 @@ def train_epochs(params: dict[str, Any], setup: TrialSetup, checkpoints: Path) -
     for training in trainings:
         for features in training.features:
             _run_unless_finished(features.work_item)
-        if training.init_from:
-            for features in training.init_from.features:
+        for source in training.init_from:
+            for features in source.features:
                 _run_unless_finished(features.work_item)
-            _run_unless_finished(training.init_from.work_item)
+            _run_unless_finished(source.work_item)
     groups = [_GroupTraining(training, checkpoints / str(number)) for number, training in enumerate(trainings)]
     num_parameters = sum(group.num_parameters for group in groups)
     first_epoch, epochs = max(1, *(group.trainer.epoch for group in groups)), groups[0].trainer.epochs
@@ -106,8 +106,8 @@ class _GroupTraining:
         spec = training.spec
         self._spec, self._method_class = spec, get_method(spec.method)
         self._towers = spec.towers(self._method_class.trains_weights)
-        init_artifact = training.init_from.artifact if training.init_from else None
-        self._method = build_method(spec, self._towers, init_artifact, training.affinities)
+        init_from = [source.artifact for source in training.init_from]
+        self._method = build_method(spec, self._towers, init_from, training.affinities)
         self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
         sets = [self._training_set(task) for task in spec.tasks]
         epochs = training_config(spec.method, spec.config).epochs

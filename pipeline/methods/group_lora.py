@@ -1,0 +1,85 @@
+"""LoRA of a task group, as MmAP's prompts: W + (α / √r) (B A + B' A') with factors B A shared by the group and B' A' of
+each task, for query, key and value of every layer of both towers.
+
+The summed task losses update the group's factors by all tasks (Eq. 11) and each task's by that task alone (Eq. 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.lazy_torch import Module, nn, torch
+from pipeline.methods.adaptation import Adaptation
+from pipeline.methods.clip_lora import ClipLora, LowRank, project_low_rank
+from pipeline.methods.method import ClassNames, Method, Variant, method
+from pipeline.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from pipeline.clip.towers import ClipTowers
+    from pipeline.config import Config
+
+
+@method("group_lora")
+class GroupLora(Method):
+    title = "shared + task LoRA"
+    mixes_tasks = False
+    Options = ClipLora.Options
+    section = "clip_lora"
+    variants = {
+        "lora_all_in_one": Variant("Shared + task LoRA, all in one group", "group_lora", "multi-task"),
+        "lora_grouped": Variant("Shared + task LoRA, grouped", "group_lora", "found groups"),
+    }
+
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
+        super().__init__()
+        options = config.section(ClipLora.Options)
+        widths = [block.width for block in (*towers.vision_blocks, *towers.text_blocks)]
+
+        def updates(*purpose: str) -> list[LowRank]:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(config.seed, "group_lora", *purpose))
+                return [LowRank(width, options.rank, options.alpha) for width in widths]
+
+        groups = updates("group")
+        stacks = [LowRankStack(layer) for layer in zip(*(updates("task", task) for task in class_names))]
+        self.group, self.task = nn.ModuleList(groups), nn.ModuleList(stacks)
+        self._task_towers = []  # a list, so that they are no submodules
+        for index in range(len(class_names)):
+            task_towers = towers.trainable_copy()
+            task_towers.activation_memory_gib /= len(class_names)  # a step keeps the activations of all tasks
+            blocks = (*task_towers.vision_blocks, *task_towers.text_blocks)
+            for block, group, task in zip(blocks, groups, stacks):
+                block.set_projection_update(GroupAndTask(group, task, index))
+            self._task_towers.append(task_towers)
+
+    def forward(self) -> Adaptation:
+        return Adaptation(task_towers=self._task_towers)
+
+
+class LowRankStack(Module):
+    """Low-rank updates of a layer for T tasks. One tensor for all tasks has a gradient in every data-parallel worker,
+    also in one without an image or text of some task."""
+
+    def __init__(self, updates: Sequence[LowRank]):
+        super().__init__()
+        self.scaling = updates[0].scaling
+        self.down = nn.Parameter(torch.stack([update.down.weight.detach() for update in updates]))  # (T, 3r, D)
+        self.up = nn.Parameter(torch.stack([update.up.detach() for update in updates]))  # (T, 3, D, r)
+
+    def forward(self, h: torch.Tensor, parts: slice, index: int) -> torch.Tensor:
+        """h (N, L, D) of a task → (N, L, D · parts), as `LowRank`."""
+        return project_low_rank(h, parts, self.down[index], self.up[index], self.scaling)
+
+
+class GroupAndTask(Module):
+    """Sum of a layer's updates of the group and of one of its tasks."""
+
+    def __init__(self, group: LowRank, task: LowRankStack, index: int):
+        super().__init__()
+        self.group, self.task, self.index = group, task, index
+
+    def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
+        """h (N, L, D) → (N, L, D · parts), where parts 0, 1, 2 are query, key and value."""
+        update: torch.Tensor = self.group(h, parts) + self.task(h, parts, self.index)
+        return update

@@ -1,0 +1,12 @@
+from dataclasses import replace
+
+from reference_merging import features_of_merged_lora, ties
+from reference_method import Option
+
+from methods import task_arithmetic_lora
+
+REFERENCE = replace(
+    task_arithmetic_lora.REFERENCE,
+    features=features_of_merged_lora(ties),
+    options={"density": Option(0.37), "scaling": Option(0.7)},
+)
