@@ -74,8 +74,8 @@ class Tcp(Method):
 
     def _class_prompts(self, tokens: ClassTokens) -> torch.Tensor:
         z = self.text_features[tokens.first_row :][: len(tokens.suffix)]
-        prompts: torch.Tensor = self.up(quick_gelu(self.down(z)))
-        return prompts.unflatten(1, (len(self.context), -1))
+        prompts: torch.Tensor = self.up(quick_gelu(self.down(z))).unflatten(1, (len(self.context), -1))
+        return prompts
 
     def _text_loss(self, z: torch.Tensor, frozen_z: torch.Tensor) -> torch.Tensor:
         return self.options.text_weight * (1 - (z * frozen_z).sum(1))
