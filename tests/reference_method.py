@@ -19,6 +19,8 @@ class Option(NamedTuple):
     """Neither the default nor 1."""
     shapes: dict[str, tuple[int, ...]] = {}
     """Shapes of the parameters with these names, in towers of 4 text layers and 5 vision layers."""
+    only_in_training: bool = False
+    """Whether it changes neither features nor losses."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Reference:
     """Options that fit the small towers."""
     start_options: Mapping[str, Any] = field(default_factory=dict)
     """Options with which parameters are large enough to show their distribution."""
+    num_stages: int = 1
+    """Number of stages of a training."""
     num_parameters: tuple[tuple[Mapping[str, Any], int], ...] = ()
     """Options → number of trained parameters on ViT-B/16, with two tasks of the same five classes."""
     modifies_text_encoder: bool = True

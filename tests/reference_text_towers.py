@@ -16,11 +16,13 @@ def reference_encode_text(
     start: int,
     propagate: bool = False,
     embeddings: torch.Tensor | None = None,
+    class_prompts: tuple[int, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """ids (C, L) as open_clip's tokenizer pads them, prompts (K', b, D) before token `start` → (C, E).
 
     Replaced prompts are new in each layer, and gone after the last. Propagated ones are tokens of the input in the
-    place of padding; those of layer K' stay. embeddings (C, L, D) replace the tokens' own.
+    place of padding; those of layer K' stay. embeddings (C, L, D) replace the tokens' own. class_prompts: a layer, and
+    prompts (C, b, D) that replace the propagated ones before it.
     """
     text = getattr(model, "text", model)
     is_bert = not hasattr(text, "positional_embedding")
@@ -41,6 +43,8 @@ def reference_encode_text(
             x = insert(x, prompts[k], start)
         elif prompted and k > 0:
             x = insert(torch.cat([x[:, :start], x[:, start + b :]], dim=1), prompts[k], start)
+        if class_prompts is not None and k == class_prompts[0]:
+            x = torch.cat([x[:, :start], class_prompts[1], x[:, start + b :]], dim=1)
         num_seen = (~padding).sum(1) + (x.shape[1] - context_length) + inserted
         hidden = torch.arange(x.shape[1]) >= num_seen[:, None]
         mask = torch.zeros(len(x), 1, x.shape[1], x.shape[1], dtype=x.dtype)

@@ -119,6 +119,30 @@ def test_prompted_features_equal_a_plain_concatenation(family, text_prompt_posit
         assert_same_features_and_gradients(features, reference, [prompts])
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("text_prompt_position", ["after_sos", "before_sos"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_class_prompts_replace_the_propagated_prompts_before_a_layer(family, text_prompt_position, layer):
+    towers, model, tokenizer = small_text_towers(family, text_prompt_position)
+    start = FAMILIES[family].num_begin if text_prompt_position == "after_sos" else 0
+    prompts = random_prompts(towers, 1)
+    tokens = class_tokens(towers.tokenizer, TEMPLATES, NAMES_PER_TASK, num_prompt_positions=3)
+    class_prompts = torch.randn(len(tokens.suffix), 3, towers.text_width, dtype=torch.float64, requires_grad=True)
+    reference = torch.cat(
+        [
+            reference_encode_text(
+                model, tokenizer(texts), task_prompts, start, True, class_prompts=(layer, own_prompts)
+            )
+            for texts, task_prompts, own_prompts in zip(
+                texts_per_task(), prompts, class_prompts.split(tokens.rows_per_task)
+            )
+        ]
+    )
+    for towers.activation_memory_gib in (math.inf, SMALLEST_CHUNKS):
+        features = towers.encode_text(tokens, prompts, True, class_prompts=(layer, class_prompts))
+        assert_same_features_and_gradients(features, reference, [prompts, class_prompts])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_runs_only_where_it_is_seen(family):
     towers, _, _ = small_text_towers(family)

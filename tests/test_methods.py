@@ -85,12 +85,22 @@ def test_all_optional_variants_are_valid_baselines():
 
 
 @pytest.mark.parametrize("several_names", [False, True], ids=["a name each", "several names"])
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_parameters()])
-def test_a_method_equals_its_reference(name, several_names):
+@pytest.mark.parametrize(
+    "name, stage",
+    [
+        (name, stage)
+        for name, reference in REFERENCES.items()
+        if METHODS[name].has_parameters()
+        for stage in range(reference.num_stages)
+    ],
+)
+def test_a_method_equals_its_reference(name, stage, several_names):
     towers, model = small_towers()
     words = SEVERAL_NAMES if several_names else CLASS_NAMES
     method = build_method(name, towers, {"ink": words})
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if stage:
+        method.start_stage(stage, [torch.randn(len(words), 12, dtype=torch.float64)])
     adaptation = method()
     x = adaptation.encode_image(towers, images, [3])
     tokens = method_tokens(name, towers, [words])
@@ -110,7 +120,7 @@ def test_a_method_equals_its_reference(name, several_names):
     scale = dict(method.named_parameters()).get("towers.logit_scale", model.logit_scale)
     plain_logits = scale.exp() * F.cosine_similarity(plain[0][:, None], plain[1], dim=-1)
     ours, reference = (
-        torch.autograd.grad(F.cross_entropy(logits, label), parameters)
+        torch.autograd.grad(F.cross_entropy(logits, label), parameters, allow_unused=REFERENCES[name].num_stages > 1)
         for logits in (adaptation.logits(towers, x, z), plain_logits)
     )
     for gradient, expected in zip(ours, reference):
@@ -130,18 +140,23 @@ def test_all_parameters_of_a_method_train_and_no_others(name):
     untrained_loss = measured.backward(0)[0].sum()
     Trainer(towers, method, method_sets(name, towers, config), tokens, config, epochs=3, seed=5).train()
     assert all(torch.equal(value, frozen[key]) for key, value in towers.state_dict().items())
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
+    gradients = [p.grad for p in method.parameters() if p.grad is not None or REFERENCES[name].num_stages == 1]
+    assert gradients and all(gradient.abs().max() > 0 for gradient in gradients)
     assert not any(
         torch.equal(value, untrained[key]) for key, value in method.state_dict().items() if value.is_floating_point()
     )
     assert measured.backward(0)[0].sum() < untrained_loss
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_saved_and_loaded_a_method_predicts_the_same(name, tmp_path):
+@pytest.mark.parametrize(
+    "name, stage", [(name, stage) for name in METHODS for stage in range(REFERENCES[name].num_stages)]
+)
+def test_saved_and_loaded_a_method_predicts_the_same(name, stage, tmp_path):
     towers = load_clip(SMALL.clip)
     words = {"ink": ["one", "two"], "neon": ["one", "two", "three"]}
     method = build_method(name, towers, words)
+    if stage:
+        method.start_stage(stage, [torch.randn(len(names), towers.embed_dim) for names in words.values()])
     trained = TrainedAdapter(name, SMALL, weights_fingerprint(towers), (words,), (method.state_dict(),))
     save_adapter(tmp_path / "trained.safetensors", trained)
     loaded = load_adapter(tmp_path / "trained.safetensors")
@@ -163,9 +178,8 @@ def test_initial_parameters_depend_only_on_the_seed(name):
     same_seed = METHODS[name].build(SMALL, towers, INK).state_dict()
     other_seed = METHODS[name].build(SMALL.model_copy(update={"seed": 2}), towers, INK).state_dict()
     assert all(torch.equal(value, same_seed[key]) for key, value in state.items())
-    if METHODS[name].trains_weights:  # start as CLIP's
-        weights = towers.state_dict()
-        assert all(torch.equal(value, weights[key.removeprefix("towers.")]) for key, value in state.items())
+    for key, value in towers.state_dict().items():  # trained weights start as CLIP's
+        assert f"towers.{key}" not in state or torch.equal(value, state[f"towers.{key}"])
     assert all(torch.equal(value, other_seed[key]) for key, value in state.items()) != REFERENCES[name].random_start
 
 
@@ -240,6 +254,63 @@ def test_promptsrc_ends_with_a_gaussian_average_of_its_epochs():
         assert all(torch.equal(p, expected) for p, expected in zip(resumed.parameters, trainer.parameters))
 
 
+def test_two_stage_trains_layernorms_then_a_classifier_with_a_schedule_each():
+    """Compare with two trainings in a row as in the authors' code, each with its own AdamW and cosine."""
+    towers, _ = small_towers()
+    (task_set,), tokens = method_sets("two_stage", towers), method_tokens("two_stage", towers, list(WORDS.values()))
+    config = training_config("two_stage", Config()).model_copy(update={"batch_size": 3, "learning_rate": 1e-3})
+    trainer = Trainer(towers, build_method("two_stage", towers), [task_set], tokens, config, epochs=2, seed=5)
+    states = [copy.deepcopy(trainer.state_dict())]
+    for _ in range(2):
+        trainer.run_epoch()
+        states.append(copy.deepcopy(trainer.state_dict()))
+
+    slow = build_method("two_stage", towers)
+    norms, step = list(slow.towers.parameters()), 0
+    for parameters, num_steps in ((norms, 6), ([slow.weights], 4)):  # of 10
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.01)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps, eta_min=1e-6)
+        if parameters is not norms:
+            z = slow.towers.encode_text(tokens).detach()
+            assert len(slow.weights) == 5  # of both tasks, with the same names
+            slow.weights.data.copy_(z[:5] / z[:5].norm(dim=1, keepdim=True))
+        for _ in range(num_steps):
+            pixels, labels = task_set.batch(step, 3, PREPROCESSING, config.augmentation, 5)
+            counts = list(map(len, labels))
+            x = slow.towers.encode_image(towers.normalize_pixels(pixels), None, counts)
+            if parameters is norms:
+                zs = [slow.towers.encode_text(tokens)[:5]] * 2
+            else:
+                x, zs = x.detach(), [slow.weights] * 2
+            logits = torch.cat([towers.logits(*pair) for pair in zip(x.split(counts), zs)])
+            optimizer.zero_grad()
+            F.cross_entropy(logits, torch.cat(labels)).backward()
+            assert trainer.history[step].learning_rate == pytest.approx(cosine.get_last_lr()[0], rel=1e-9)
+            optimizer.step()
+            cosine.step()
+            step += 1
+    slow.stage.fill_(1)
+    torch.testing.assert_close(trainer.method.state_dict(), slow.state_dict(), **TOLERANCE)
+    for state in states[:2]:
+        resumed = Trainer(towers, build_method("two_stage", towers), [task_set], tokens, config, epochs=2, seed=5)
+        resumed.load_state_dict(state)
+        resumed.train()
+        torch.testing.assert_close(resumed.method.state_dict(), trainer.method.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fraction, stage", [(0, 1), (1, 0)])
+def test_a_stage_may_have_no_steps(fraction, stage):
+    towers, _ = small_towers()
+    config = SMALL.model_copy(update={"two_stage": METHODS["two_stage"].Options(first_stage_fraction=fraction)})
+    method = build_method("two_stage", towers, config=config)
+    untrained = copy.deepcopy(method.state_dict())
+    tokens = method_tokens("two_stage", towers, list(WORDS.values()))
+    Trainer(towers, method, method_sets("two_stage", towers), tokens, SLOW, epochs=1, seed=5).train()
+    changed = {key for key, value in method.state_dict().items() if not torch.equal(value, untrained[key])}
+    assert method.stage == stage
+    assert changed == ({"weights", "stage"} if stage else untrained.keys() - {"weights", "stage"})
+
+
 def test_maples_deeper_projections_start_equal():
     towers, _ = small_towers()
     first, second, *others = METHODS["maple"].build(parse_config({"maple": {"depth": 4}}), towers, INK).projections
@@ -257,6 +328,7 @@ def test_parameter_counts_of_vit_b_16(name, options, expected):
     """Counts for one group of tasks."""
     towers = build_meta_towers(ClipConfig())
     towers.token_embedding.to_empty(device="cpu")
+    towers.encode_text = lambda tokens: torch.zeros(len(tokens.suffix), 512)  # the towers have no weights
     method = METHODS[name].build(parse_config({METHODS[name].section: options}), towers, WORDS)
     assert sum(p.numel() for p in method.parameters()) == expected
 
@@ -443,6 +515,8 @@ def test_a_mixed_batch_has_one_mean_loss(name):
     optimizer = torch.optim.SGD(slow.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
     for step, record in enumerate(history):
         optimizer.param_groups[0]["lr"] = record.learning_rate
+        if REFERENCES[name].num_stages > 1 and step == slow.stage_steps(10)[0]:
+            slow.start_stage(1, tokens.pool_names_to_classes(slow().encode_text(towers, tokens).detach()))
         adaptation = slow()
         zs = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
         logits, labels, tasks, added = [], [], [], []
@@ -495,7 +569,7 @@ def test_a_reference_has_every_option(name):
     defaults = {} if section is None else {field: value for field, value in getattr(Config(), section)}
     options = REFERENCES[name].options
     assert options.keys() == defaults.keys() - {"training"}
-    for option, (value, _) in options.items():
+    for option, (value, *_) in options.items():
         assert value not in (defaults[option], getattr(getattr(OPTIONS_CONFIG, section), option))
         assert value is True or value != 1
 
@@ -524,7 +598,7 @@ def test_a_changed_option_equals_the_reference(name, option):
     config = config_with_option(name, option)
     *_, default_outcome = check_against_reference(name, OPTIONS_CONFIG)
     method, adaptation, outcome = check_against_reference(name, config)
-    assert outcome != default_outcome
+    assert (outcome == default_outcome) == REFERENCES[name].options[option].only_in_training
     parameters = {f".{key}": tuple(value.shape) for key, value in method.named_parameters()}
     for suffix, shape in REFERENCES[name].options[option].shapes.items():
         shapes = {actual for key, actual in parameters.items() if key.endswith(f".{suffix}")}
@@ -642,13 +716,16 @@ def test_softcpt_gives_each_task_its_own_context():
     assert not torch.allclose(contexts[0], contexts[1])
 
 
-@pytest.mark.parametrize("name", ["linear_probe", "lamm"])
+@pytest.mark.parametrize("name", ["linear_probe", "two_stage", "lamm"])
 def test_classes_with_equal_names_share_parameters(name):
     towers, _ = small_towers()
     words = {"ink": CLASS_NAMES, "neon": CLASS_NAMES[::-1], "chalk": ["dog", CLASS_NAMES[0]]}
     method = build_method(name, towers, words)
-    assert next(method.parameters()).shape == (len(CLASS_NAMES) + 1, *{"linear_probe": [12], "lamm": [1, 16]}[name])
-    z = method().encode_text(towers, method_tokens(name, towers, list(words.values())))
+    tokens = method_tokens(name, towers, list(words.values()))
+    if name == "two_stage":
+        method.start_stage(1, tokens.pool_names_to_classes(towers.encode_text(tokens)))
+    assert next(method.parameters()).shape == (len(CLASS_NAMES) + 1, *([1, 16] if name == "lamm" else [12]))
+    z = method().encode_text(towers, tokens)
     torch.testing.assert_close(z[:5], z[5:10].flip(0), **TOLERANCE)
     torch.testing.assert_close(z[0], z[11], **TOLERANCE)
 
@@ -718,7 +795,8 @@ def test_trainable_towers_copy_and_save_only_what_trains():
         assert buffers.keys() == frozen_weights.keys() - trained.keys()
         assert all(value.data_ptr() == frozen_weights[key].data_ptr() for key, value in buffers.items())
         method.double()
-        assert {value.dtype for value in (*method.parameters(), *method.buffers())} == {torch.float64}
+        values = [value for value in (*method.parameters(), *method.buffers()) if value.is_floating_point()]
+        assert {value.dtype for value in values} == {torch.float64}
         assert {value.dtype for value in towers.parameters()} == {torch.float32}
 
 
@@ -733,7 +811,8 @@ def test_trained_weights_are_float32_under_bfloat16(name, tmp_path):
     tokens = method_tokens(name, towers, list(words.values()))
     history = Trainer(towers, method, sets, tokens, SLOW, epochs=3, seed=5, precision="bfloat16").train()
     assert sum(history[-1].losses) < sum(history[0].losses)
-    assert all(p.dtype == p.grad.dtype == torch.float32 for p in method.parameters())
+    assert {p.dtype for p in method.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in method.parameters() if p.grad is not None} == {torch.float32}
     trained = TrainedAdapter(name, config, weights_fingerprint(towers), (words,), (method.state_dict(),))
     save_adapter(tmp_path / "trained.safetensors", trained)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)

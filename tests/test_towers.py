@@ -18,6 +18,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods.clip_lora import ClipLora
+from pipeline.methods.clip_svd import ClipSvd
 
 TEMPLATE = "a photo of a {}."
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
@@ -134,10 +135,12 @@ def wide_towers(trained, precision, quick_gelu=True):
         quick_gelu=quick_gelu, vision_width=64, text_width=64, vision_layers=6, text_layers=6, dtype=torch.float32
     )
     towers.requires_grad_(trained == "weights")
-    if precision == "bfloat16" and trained != "weights":
+    if precision == "bfloat16" and trained not in ("weights", "singular values"):
         towers.cast_weights_to_bfloat16()
     if trained == "low-rank updates":
         towers = ClipLora(Config(), towers, []).towers
+    if trained == "singular values":
+        towers = ClipSvd(Config(), towers, [])().towers
     words = [[f"{color} {name}" for color in ("red", "green", "old") for name in CLASS_NAMES]] * 2
     tokens = class_tokens(towers.tokenizer, TEMPLATE, words)
     text_prompts = random_prompts(2, 6, 4, 64, 1).float()
@@ -160,7 +163,7 @@ def wide_towers(trained, precision, quick_gelu=True):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("float32", 0.2), ("bfloat16", 0.35)])
-@pytest.mark.parametrize("trained", ["prompts", "weights", "low-rank updates"])
+@pytest.mark.parametrize("trained", ["prompts", "weights", "low-rank updates", "singular values"])
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_planned_activation_bytes_match_what_autograd_saves(quick_gelu, trained, precision, tolerance):
     """A tower's plan is within 20 % of what autograd saves per row, somewhat more under autocast."""

@@ -52,10 +52,10 @@ class Block:
     @property
     def trains_matrices(self) -> bool:
         """True if some weight matrix of the attention, apart from a method's update, requires a gradient."""
-        parameters = self.attention.named_parameters()
+        tensors = (*self.attention.named_parameters(), *self.attention.named_buffers())  # buffers: made by a method
         return any(
-            parameter.requires_grad and parameter.dim() > 1 and not name.startswith("in_proj_update")
-            for name, parameter in parameters
+            tensor.requires_grad and tensor.dim() > 1 and not name.startswith("in_proj_update")
+            for name, tensor in tensors
         )
 
     @property

@@ -208,6 +208,7 @@ class ClipTowers(nn.Module):
         prompts: torch.Tensor | None = None,
         propagate: bool = False,
         suffix_embeddings: torch.Tensor | None = None,
+        class_prompts: tuple[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Return text features (R, E) of all tasks' classes, task by task, not normalized.
 
@@ -216,13 +217,15 @@ class ClipTowers(nn.Module):
             prompts: (T, K', b, D) for the first K' layers; classes of task t see prompts[t]. None: unmodified CLIP.
             propagate: the prompts are tokens of the input, with positions, and those of layer K' go on after it.
             suffix_embeddings: (R, S, D) of the tokens' suffix, without positions. None: CLIP's own.
+            class_prompts: index of a layer, and prompts (R, b, D) of each row, which replace the propagated prompts
+                before that layer.
         """
         if suffix_embeddings is None:
             suffix_embeddings = self.token_embedding(tokens.suffix)
         encoder = TextEncoder(
             self.text_tower, self.prompts_before_sos, self.activation_memory_gib, prototype=self.logit_scale
         )
-        return encoder.encode(tokens, prompts, propagate, suffix_embeddings)
+        return encoder.encode(tokens, prompts, propagate, suffix_embeddings, class_prompts)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Return cosine similarities over CLIP's temperature (Eq. 5): (B, E), (C, E) → float32 or float64 (B, C)."""

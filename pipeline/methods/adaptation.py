@@ -42,6 +42,10 @@ class Adaptation:
     """Whether the prompts are input tokens that go on through the layers, not replaced in each (see ClipTowers)."""
     vision_prompts_propagate: bool = False
     """The same for the image tower."""
+    class_prompts: Callable[[ClassTokens], torch.Tensor] | None = None
+    """Class tokens → prompts (R, b, d_l) of each text, which replace the propagated text prompts before a layer."""
+    class_prompt_layer: int = 0
+    """Index of that layer."""
     word_embeddings: Callable[[ClassTokens], torch.Tensor] | None = None
     """Class tokens → embeddings (R, S, d_l) of their suffix, instead of CLIP's."""
     text_features: Callable[[ClassTokens], torch.Tensor] | None = None
@@ -107,7 +111,10 @@ class Adaptation:
         if self.text_features:
             return self.text_features(tokens)
         embeddings = self.word_embeddings(tokens) if self.word_embeddings else None
-        return (self.towers or towers).encode_text(tokens, self.text_prompts, self.text_prompts_propagate, embeddings)
+        class_prompts = (self.class_prompt_layer, self.class_prompts(tokens)) if self.class_prompts else None
+        return (self.towers or towers).encode_text(
+            tokens, self.text_prompts, self.text_prompts_propagate, embeddings, class_prompts
+        )
 
     def logits(self, towers: ClipTowers, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C) of features (B, E) and (C, E)."""

@@ -36,6 +36,7 @@ class LinearProbe(Method):
             (config.clip.template_for(task), class_name) for task in class_names for class_name in class_names[task]
         ]
         index_by_text = {text: index for index, text in enumerate(dict.fromkeys(class_texts))}
+        self.class_of_weight = [class_texts.index(text) for text in index_by_text]
         self.weight_index_of_row = [index_by_text[text] for text in class_texts for _ in split_synonyms(text[1])]
         # One task per text, since a name may occur in several of them.
         templates, names = [template for template, _ in index_by_text], [[name] for _, name in index_by_text]

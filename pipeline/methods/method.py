@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.clip.class_tokens import ClassTokens, class_tokens
 from pipeline.clip.tokenizer import Tokenizer
 from pipeline.config.fields import NonNegative, NonNegativeInt, PositiveInt, Section
-from pipeline.lazy_torch import Module, nn
+from pipeline.lazy_torch import Module, nn, torch
 from pipeline.methods.adaptation import Adaptation
 
 if TYPE_CHECKING:
@@ -131,6 +131,19 @@ class Method(Module):
         """Return the weight of each epoch in the average of the parameters that a training ends with; None: it ends
         with those of the last epoch."""
         return None
+
+    def stage_steps(self, num_steps: int) -> Sequence[int]:
+        """Return the number of steps of each stage of a training of `num_steps` steps; a stage has its own schedule of
+        the learning rate."""
+        return (num_steps,)
+
+    def start_stage(self, stage: int, class_features: Sequence[torch.Tensor]) -> None:
+        """Prepare the module for a stage after the first, before its first step; not called for a stage without steps.
+
+        Args:
+            stage: its number, from 1.
+            class_features: (C, E) of each task, at the end of the stage before.
+        """
 
     @staticmethod
     def template(config_template: str, config: Config) -> str:

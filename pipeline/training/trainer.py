@@ -4,17 +4,19 @@ A step takes a batch of each training set, and its loss is the sum of the batche
 tasks' mean cross-entropies (Eq. 11); with one set of all tasks, the mean over a mixed batch, each image against its own
 task's classes. A step runs one image forward for all batches and one text forward for all tasks' classes. Features that
 a method does not modify are not computed in the step: text features are computed once, image features come with the
-training sets. Everything random is a function of seed and step, so a resumed training gives identical results. In a
-process group, each worker takes its shard of every step's images and classes, and only the main process reports and
-writes.
+training sets. A method may divide its training into stages, each with its own parameters and learning rate schedule.
+Everything random is a function of seed and step, so a resumed training gives identical results. In a process group,
+each worker takes its shard of every step's images and classes, and only the main process reports and writes.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -56,7 +58,7 @@ def num_steps_per_epoch(set_sizes: Iterable[int], batch_size: int) -> int:
     return math.ceil(max(set_sizes) / batch_size)
 
 
-def learning_rate(step: int, steps_per_epoch: int, epochs: int, config: TrainingConfig) -> float:
+def learning_rate(step: int, steps_per_epoch: int, epochs: float, config: TrainingConfig) -> float:
     """Return the learning rate of a step (from 0), as Dassl: constant warm-up, then a cosine of period `epochs`."""
     epoch = step // steps_per_epoch
     if epoch < config.warmup_epochs:
@@ -119,6 +121,9 @@ class Trainer:
         self.tasks = [task for training_set in self.training_sets for task in training_set.tasks]
         self.steps_per_epoch = num_steps_per_epoch(map(len, self.training_sets), config.batch_size)
         self.num_steps = self.epochs * self.steps_per_epoch
+        num_steps = self.num_steps
+        stage_steps = self.method.stage_steps(num_steps) if isinstance(self.method, Method) else (num_steps,)
+        self._stage_bounds = list(accumulate(stage_steps, initial=0))
         self._shard = DistributedShard.current()
         slices = self._shard.shard_slices([config.batch_size] * len(self.training_sets))
         self._shards = list(zip(self.training_sets, slices))
@@ -168,15 +173,19 @@ class Trainer:
             UserError: a task's loss is not finite; out of memory.
         """
         step, epoch = len(self.history), self.epoch
-        lr = learning_rate(step, self.steps_per_epoch, self.epochs, self.config)
+        stage = bisect(self._stage_bounds, step, hi=len(self._stage_bounds) - 1) - 1
+        start, stop = self._stage_bounds[stage : stage + 2]
+        if stage and step == start:
+            self._start_stage(stage)
+        stage_epochs = (stop - start) / self.steps_per_epoch
+        lr = learning_rate(step - start, self.steps_per_epoch, stage_epochs, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         metrics = self.backward(step)
         gradients = self.snapshot_fn() if self.snapshot_fn and step % self.snapshot_every == 0 else metrics.new_empty(0)
-        # Each parameter has a gradient, since a step depends on all.
-        self._shard.all_reduce_sum(
-            [*(cast(torch.Tensor, parameter.grad) for parameter in self.parameters), metrics, gradients]
-        )
+        # On all workers the same parameters have a gradient: those of the stage, since a step depends on all of them.
+        parameter_gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self._shard.all_reduce_sum([*parameter_gradients, metrics, gradients])
         self._check_finite(step, metrics)
         record = self.record(step, epoch, lr, metrics)
         if len(gradients):
@@ -187,6 +196,12 @@ class Trainer:
         if self._epoch_weights and self.epoch > epoch:
             self._average_epoch(self._epoch_weights[epoch])
         return record
+
+    @torch.no_grad()
+    def _start_stage(self, stage: int) -> None:
+        with self._memory, autocast(self.towers, self.precision):
+            class_features = self._text_features(self.method())
+        cast(Method, self.method).start_stage(stage, class_features)
 
     def backward(self, step: int) -> torch.Tensor:
         """Compute the gradients of a step (from 0), and return (3, T): this worker's part of what each task adds to the
