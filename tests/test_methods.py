@@ -17,12 +17,15 @@ from reference_method import SKETCHED, equals, full_ids
 from reference_towers import reference_encode_text
 from small_clip import CLASS_NAMES, PREPROCESSING, small_towers, tokenizer
 from small_methods import (
+    FITTED,
+    LEARNING,
     REFERENCES,
     SMALL,
     TRAINED,
     WORDS,
     build_method,
     config_of_references,
+    fit,
     method_sets,
     method_tokens,
     task_sets,
@@ -60,6 +63,7 @@ STILL = {"augmentation": AugmentationConfig(crop_scale=(1, 1), flip=False)}
 """Changes of a config that make images equal in all steps."""
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 INK = {"ink": CLASS_NAMES}
+SHARED_NAMES = {"ink": CLASS_NAMES, "neon": CLASS_NAMES[:3][::-1], "chalk": [*CLASS_NAMES[1:], "dog"]}
 SEVERAL_NAMES = [" | ".join(CLASS_NAMES[:2]), CLASS_NAMES[2], " | ".join(CLASS_NAMES[3:])]
 
 
@@ -81,7 +85,7 @@ def test_all_optional_variants_are_valid_baselines():
 
 
 @pytest.mark.parametrize("several_names", [False, True], ids=["a name each", "several names"])
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_method_equals_its_reference(name, several_names):
     towers, model = small_towers()
     words = SEVERAL_NAMES if several_names else CLASS_NAMES
@@ -99,16 +103,36 @@ def test_a_method_equals_its_reference(name, several_names):
         plain = plain[0], rows
     for ours, reference in zip((x, z), plain):
         torch.testing.assert_close(ours, reference, **TOLERANCE)
-    parameters = list(method.parameters())
     label = torch.tensor([0, 2, 1])
     scale = dict(method.named_parameters()).get("towers.logit_scale", model.logit_scale)
-    plain_logits = scale.exp() * F.cosine_similarity(plain[0][:, None], plain[1], dim=-1)
-    ours, reference = (
-        torch.autograd.grad(F.cross_entropy(logits, label), parameters)
-        for logits in (adaptation.logits(towers, x, z), plain_logits)
-    )
+    logits = adaptation.logits(towers, x, z), reference_logits(name, method, *plain, scale, SMALL)
+    torch.testing.assert_close(*logits, **TOLERANCE)
+    if not (parameters := [parameter for parameter in method.parameters() if parameter.requires_grad]):
+        return
+    ours, reference = (torch.autograd.grad(F.cross_entropy(scores, label), parameters) for scores in logits)
     for gradient, expected in zip(ours, reference):
         torch.testing.assert_close(gradient, expected, **TOLERANCE)
+
+
+def reference_logits(name, method, x, z, scale, config):
+    logits = scale.exp() * F.cosine_similarity(x[:, None], z, dim=-1)
+    if REFERENCES[name].logits is None:
+        return logits
+    return REFERENCES[name].logits(method, F.normalize(x, dim=1), F.normalize(z, dim=1), logits, config)
+
+
+@pytest.mark.parametrize("words", [{"ink": CLASS_NAMES}, SHARED_NAMES], ids=["a task", "tasks with shared names"])
+@pytest.mark.parametrize("name", FITTED)
+def test_a_method_is_fitted_as_its_reference(name, words):
+    check_fit(name, words, SMALL)
+
+
+def check_fit(name, words, config):
+    towers, model = small_towers()
+    method = METHODS[name].build(config, towers, words).double()
+    training = fit(method, towers, words)
+    state = REFERENCES[name].fit(getattr(config, name), training, 1 / model.logit_scale.exp().item())
+    torch.testing.assert_close(method.state_dict(), dict(state), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -352,14 +376,16 @@ def test_frozen_features_do_not_change_the_training(name):
         reference.forward = lambda: replace(uncached(), vision_prompts=torch.zeros(2, 1, 0, 24, dtype=torch.float64))
     else:
         reference = Uncached(uncached, towers)
-    ours = Trainer(towers, cached, list(cached_sets), tokens, SLOW, epochs=2, seed=5).train()
+    trainer = Trainer(towers, cached, list(cached_sets), tokens, SLOW, epochs=2, seed=5)
+    uncached.load_state_dict(cached.state_dict())  # which may have been fitted
+    ours = trainer.train()
     expected = Trainer(towers, reference, list(uncached_sets), tokens, SLOW, epochs=2, seed=5).train()
     assert [r.accuracies for r in ours] == [r.accuracies for r in expected]
     torch.testing.assert_close([r.losses for r in ours], [r.losses for r in expected], **TOLERANCE)
     torch.testing.assert_close(cached.state_dict(), uncached.state_dict(), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["zero_shot", "clip_adapter", "lamm"])
+@pytest.mark.parametrize("name", ["zero_shot", "clip_adapter", "lamm", *FITTED])
 def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
     write_test_splits(tmp_path)
     towers, _ = small_towers()
@@ -428,6 +454,7 @@ def test_a_mixed_batch_has_one_mean_loss(name):
     tokens, frozen_tokens = (method_tokens(kind, towers, list(words.values())) for kind in (name, "zero_shot"))
     options = {"epochs": 2, "seed": 5, "frozen_tokens": frozen_tokens}
     trainer = Trainer(towers, fast, method_sets(name, towers, config), tokens, config, **options)
+    slow.load_state_dict(fast.state_dict())  # which may have been fitted
     assert trainer.num_steps == 10  # 15 images
     history = [trainer.step() for _ in range(9)]  # the last may average
     assert any(None in record.losses for record in history)
@@ -443,7 +470,7 @@ def test_a_mixed_batch_has_one_mean_loss(name):
         for task, image, label in (images[i] for i in batch_indices(15, 3, step, derive_seed(5, "order", *TASKS))):
             pixels = towers.normalize_pixels(augment([image], PREPROCESSING, config.augmentation, torch.Generator()))
             x = adaptation.encode_image(towers, pixels, [int(task == 0), int(task == 1)])
-            logits.append(adaptation.logits(towers, x, zs[task]))
+            logits.append(adaptation.logits(towers, x, zs[task], task))
             labels.append(label)
             tasks.append(task)
             if METHODS[name].uses_consistency:
@@ -510,7 +537,11 @@ def check_against_reference(name, config):
     if METHODS[name].uses_consistency:
         losses, plain_losses = first_losses(name, config, towers, model)
         assert losses == pytest.approx(plain_losses, rel=1e-9)
-    return method, adaptation, [*x.flatten().tolist(), *z.flatten().tolist(), *losses]
+    logits = adaptation.logits(towers, x, z)
+    torch.testing.assert_close(logits, reference_logits(name, method, x, z, towers.logit_scale, config), **TOLERANCE)
+    if name in FITTED:
+        check_fit(name, INK, config)
+    return method, adaptation, [*x.flatten().tolist(), *z.flatten().tolist(), *logits.flatten().tolist(), *losses]
 
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
@@ -684,14 +715,15 @@ def test_trained_weights_are_float32_under_bfloat16(name, tmp_path):
     assert torch.equal(reloaded.probabilities("ink", pixels), original.probabilities("ink", pixels))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_trained_method_is_loaded_under_bfloat16(name, tmp_path):
     config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
     towers = load_clip(config.clip, float32=METHODS[name].trains_weights)
-    state = METHODS[name].build(config, towers, WORDS).state_dict()
-    save_adapter(
-        tmp_path / "trained.safetensors", TrainedAdapter(name, config, weights_fingerprint(towers), (WORDS,), (state,))
-    )
+    method = METHODS[name].build(config, towers, WORDS)
+    if name in FITTED:
+        fit(method, towers, WORDS)
+    trained = TrainedAdapter(name, config, weights_fingerprint(towers), (WORDS,), (method.state_dict(),))
+    save_adapter(tmp_path / "trained.safetensors", trained)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     probabilities = load_adapter(tmp_path / "trained.safetensors").classifier().probabilities("ink", pixels)
     assert probabilities.isfinite().all() and torch.allclose(probabilities.sum(1).float(), torch.ones(3), atol=1e-2)

@@ -26,6 +26,7 @@ from pipeline.data.names import split_synonyms
 from pipeline.errors import UserError, escape_controls
 from pipeline.files import atomic_write
 from pipeline.methods.classifier import Classifier
+from pipeline.methods.method import FittedMethod
 from pipeline.methods.registry import get_method, method_options
 
 FORMAT = 4
@@ -243,8 +244,10 @@ def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 def _validate(adapter: TrainedAdapter) -> None:
     """Raises: ValueError: NaN or infinite values, options larger than the tensors, control characters, a task twice."""
-    trainable, options = get_method(adapter.method).trainable, method_options(adapter.method, adapter.config)
+    kind, options = get_method(adapter.method), method_options(adapter.method, adapter.config)
     sizes = [value for section in options.values() for value in section.values() if type(value) is int]
+    if issubclass(kind, FittedMethod):
+        sizes = []  # its options are no sizes of tensors
     if len(adapter.class_names) != sum(map(len, adapter.groups)):
         raise ValueError("a task is in two groups")
     texts = [text for task, class_names in adapter.class_names.items() for text in (task, *class_names)]
@@ -254,7 +257,7 @@ def _validate(adapter: TrainedAdapter) -> None:
         if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
             raise ValueError(f"the parameters of {', '.join(group)} are not finite")
         count = sum(value.numel() for value in state.values())
-        if trainable and any(size > count for size in (1, *sizes)):
+        if kind.trainable and any(size > count for size in (1, *sizes)):
             raise ValueError(
                 f"{adapter.method} with {options} needs more than {count} parameters for {', '.join(group)}"
             )

@@ -34,7 +34,7 @@ from pipeline.stages.grouping import gradient_affinity, read_grouping
 from pipeline.stages.grouping_sources import SingleTasks
 from pipeline.stages.image_features import ImageFeatures, test_features, training_features
 from pipeline.stages.plan import Plan
-from pipeline.stages.training_spec import TrainingSpec, track_history, training_inputs
+from pipeline.stages.training_spec import HISTORY, TrainingSpec, track_history, training_inputs
 from pipeline.training.distributed import DistributedShard
 from pipeline.training.evaluate import Prediction, accuracy, mean_loss, write_predictions
 
@@ -208,7 +208,9 @@ def _training(
     frozen_group_prompt: TrainedAdapter | None = None,
 ) -> Training:
     kind = get_method(method)
-    effects: tuple[Effect, ...] = ("training", "evaluation") if kind.trainable else ("evaluation",)
+    effects: tuple[Effect, ...] = ("evaluation",)
+    if kind.trainable:
+        effects = ("training" if kind.takes_steps else "training_features", *effects)
     inputs = {
         **training_inputs(plan, method, tasks, *effects),
         "group": list(tasks),
@@ -262,8 +264,9 @@ def _track(session: Session, training: Training) -> None:
         },
         step=0,
     )
-    if (folder / ADAPTER).exists():
+    if (folder / HISTORY).exists():
         track_history(session, label, training.artifact)
+    if (folder / ADAPTER).exists():
         session.tracker.log_artifact(label, folder / ADAPTER)
     session.tracker.end_run(label)
 
