@@ -279,6 +279,18 @@ def test_parameter_counts_of_vit_b_16(name, options, expected):
     assert sum(p.numel() for p in method.parameters()) == expected
 
 
+def test_tip_adapter_f_has_a_feature_per_image_of_imagenet():
+    """16 shots of 1,000 classes on ResNet-50: the paper's 16.3 M parameters."""
+    towers = build_meta_towers(ClipConfig(model="RN50"))
+    words = {"imagenet": [str(number) for number in range(1000)]}
+    labels = torch.arange(1000).repeat(16)
+    for name, count in (("tip_adapter_f", 16_384_000), ("tip_adapter", 0)):
+        method = METHODS[name].build(Config(), towers, words).to_empty(device="cpu")
+        method.fit([torch.zeros(16_000, 1, 1024)], [labels], [])
+        assert sum(p.numel() for p in method.parameters() if p.requires_grad) == count
+        assert len(method.keys) == 16_000
+
+
 def test_a_method_trains_with_its_authors_or_the_papers_settings():
     config = parse_config({"training": {"epochs": 7, "momentum": 0.8}, "coop": {"training": {"epochs": 3}}})
     coop_training = training_config("coop", config)
@@ -405,6 +417,62 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
         assert astuple(ours)[:4] == astuple(expected)[:4]
         assert ours.probability == pytest.approx(expected.probability, rel=1e-9)
         assert ours.loss == pytest.approx(expected.loss, rel=1e-9)
+
+
+def test_views_of_a_training_set_are_its_first_epochs():
+    """Without augmentation, all views of an image have its feature; with it, they are those of the batches."""
+    towers, _ = small_towers()
+    still = CONFIG.model_copy(update=STILL)
+    ((still_set,), (mixed_set,)) = (method_sets("gda", towers, config) for config in (still, CONFIG))
+    for views, task_set in zip(still_set.frozen_views(4, 3, 5), task_sets(still), strict=True):
+        pixels = augment(task_set.images, PREPROCESSING, still.augmentation, torch.Generator())
+        x = towers.encode_image(towers.normalize_pixels(pixels))
+        torch.testing.assert_close(views, x[:, None].expand(-1, 4, -1), **TOLERANCE)
+    ink, chalk = mixed_set.frozen_views(2, 3, 5)
+    assert (ink.shape, chalk.shape) == ((10, 2, 12), (5, 2, 12))
+    batches = mixed_set.frozen_features[:10].flatten(0, 1)  # 15 images in 5 steps per epoch
+    views = torch.cat([ink, chalk]).flatten(0, 1)
+    assert sorted(views.tolist()) == sorted(batches.tolist()) and not torch.equal(ink[:, 0], ink[:, 1])
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_trainer_fits_a_method_before_its_steps(name):
+    towers, _ = small_towers()
+    tokens, sets = method_tokens(name, towers, list(WORDS.values())), method_sets(name, towers)
+    method, expected = (METHODS[name].build(SMALL, towers, WORDS).double() for _ in range(2))
+    z = tokens.pool_names_to_classes(towers.encode_text(tokens))
+    expected.fit(sets[0].frozen_views(method.views, 3, 5), sets[0].labels, z)
+    trainer = Trainer(towers, method, [replace(sets[0], images=())], tokens, CONFIG, epochs=0, seed=5)
+    torch.testing.assert_close(method.state_dict(), expected.state_dict(), **TOLERANCE)
+    assert trainer.train() == [] and trainer.num_steps == 0
+
+
+def test_a_cache_whose_keys_and_values_differ_in_number_is_refused():
+    towers = load_clip(SMALL.clip)
+    state = dict(build_method("tip_adapter", towers, INK).state_dict())
+    for damaged in (state["keys"][1:], torch.tensor(1.0)):
+        trained = TrainedAdapter(
+            "tip_adapter", SMALL, weights_fingerprint(towers), (dict(INK),), ({**state, "keys": damaged},)
+        )
+        with pytest.raises(UserError, match="does not fit Tip-Adapter"):
+            trained.classifier(towers=towers)
+
+
+@pytest.mark.parametrize("images, alpha", [(8, 1.0), (2, 0.001)], ids=["cross-validated", "one shot"])
+def test_gda_selects_its_weight_on_training_images(images, alpha):
+    """Each image is like the other class's text, so that the Gaussians must outweigh it; one image per class leaves
+    none to hold out."""
+    towers, _ = small_towers()
+    z = torch.eye(12, dtype=torch.float64)[:2]
+    noise = torch.randn(8, 2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x, labels = z.flip(0).repeat(4, 1)[:, None] + 0.1 * noise, torch.tensor([0, 1] * 4)
+    weights = []
+    for option in (None, alpha):
+        config = SMALL.model_copy(update={"gda": SMALL.gda.model_copy(update={"alpha": option})})
+        method = METHODS["gda"].build(config, towers, {"ink": CLASS_NAMES[:2]}).double()
+        method.fit([x[:images]], [labels[:images]], [z])
+        weights.append(method.weights)
+    torch.testing.assert_close(*weights, **TOLERANCE)
 
 
 def first_losses(name, config, towers, model):

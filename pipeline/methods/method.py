@@ -239,10 +239,11 @@ class FittedMethod(Method):
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *arguments: Any) -> None:
         """Take the number of training images from the state."""
-        counts = [len(state_dict[prefix + name]) for name in self.per_image if prefix + name in state_dict]
+        present = [state_dict[prefix + name] for name in self.per_image if prefix + name in state_dict]
+        rows = present[0].shape[:1] if present else (0,)
         for name in self.per_image:
             tensor: torch.Tensor = getattr(self, name)
-            tensor.data = tensor.new_empty(counts[0] if counts else 0, *tensor.shape[1:])
+            tensor.data = tensor.new_empty(*rows, *tensor.shape[1:])
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
