@@ -93,10 +93,10 @@ class Gda(FittedMethod):
             fold_x, fold_classes = (torch.cat([part[rows] for part, rows in zip(p, kept)]) for p in (x, classes))
             weights, biases = self._discriminants(fold_x, fold_classes)
             for task, rows in enumerate(held_out):
-                own = self.classes[task]
+                task_classes = self.classes[task]
                 images, targets = x[task][rows].flatten(0, 1), labels[task][rows].repeat_interleave(self.views)
                 clip_logits = towers.logits(images, text_features[task])
-                gaussian_logits = images @ weights[own].T + biases[own]
+                gaussian_logits = images @ weights[task_classes].T + biases[task_classes]
                 for alpha in ALPHAS:
                     predicted = (clip_logits + alpha * gaussian_logits).argmax(1)
                     hits[alpha] += int((predicted == targets).sum())

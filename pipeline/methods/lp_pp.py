@@ -45,12 +45,11 @@ class LpPp(FittedMethod):
         self.weights = nn.Parameter(self.zeros(self.num_classes, towers.embed_dim))  # (K, E)
         self.alphas = nn.Parameter(self.zeros(self.num_classes))  # (K,)
 
-    @torch.no_grad()
     def fit(
         self, features: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], text_features: Sequence[torch.Tensor]
     ) -> None:
         x = F.normalize(torch.cat([views.flatten(0, 1) for views in features]), dim=-1)
-        rows_per_task = [len(own) * self.views for own in labels]
+        rows_per_task = [len(task_labels) * self.views for task_labels in labels]
         classes = torch.cat(self.class_indices(labels)).repeat_interleave(self.views)
         one_hot = F.one_hot(classes, self.num_classes).to(x.dtype)
         # Similarities (N, K) with the classes' texts, and which classes each image's task has.

@@ -228,7 +228,7 @@ class FittedMethod(Method):
 
     def class_indices(self, labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the labels (n,) of each task's images as indices among the classes of all tasks."""
-        return [torch.tensor(classes, device=own.device)[own] for classes, own in zip(self.classes, labels)]
+        return [torch.tensor(classes, device=indices.device)[indices] for classes, indices in zip(self.classes, labels)]
 
     def logits(self, classes: list[int], x: torch.Tensor, z: torch.Tensor, clip_logits: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C) for the classes of a task; other arguments as of `Adaptation.task_logits`."""

@@ -46,16 +46,16 @@ class ProKeR(FittedMethod):
     ) -> None:
         x = [F.normalize(views.mean(dim=1), dim=-1) for views in features]
         points = torch.cat(x)
-        task_of_image = torch.cat([torch.full_like(own, task) for task, own in enumerate(labels)])
+        image_tasks = torch.cat([torch.full_like(task_labels, task) for task, task_labels in enumerate(labels)])
         residuals = points.new_zeros(len(points), self.num_classes)
-        for task, (own_x, own_labels, z) in enumerate(zip(x, labels, text_features)):
-            one_hot = F.one_hot(own_labels, len(z)).to(points.dtype)
-            rows = (task_of_image == task).nonzero()
-            residuals[rows, self.classes[task]] = one_hot - own_x @ F.normalize(z, dim=-1).T
+        for task, (task_x, task_labels, z) in enumerate(zip(x, labels, text_features)):
+            one_hot = F.one_hot(task_labels, len(z)).to(points.dtype)
+            rows = (image_tasks == task).nonzero()
+            residuals[rows, self.classes[task]] = one_hot - task_x @ F.normalize(z, dim=-1).T
         kernel = self._kernel(points, points)
         coefficients = torch.zeros_like(residuals)
         for tasks, classes in self._classes_by_tasks().items():
-            rows = torch.isin(task_of_image, torch.tensor(tasks, device=task_of_image.device)).nonzero()
+            rows = torch.isin(image_tasks, torch.tensor(tasks, device=image_tasks.device)).nonzero()
             # The mean view of an image stands for all of its views, as if they were equal.
             ridge = torch.eye(len(rows), device=points.device, dtype=points.dtype) / self.views
             system = kernel[rows, rows.T] / self.regularization + ridge

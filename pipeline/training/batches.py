@@ -91,7 +91,7 @@ class TrainingSet:
         for step in range(math.ceil(num_views * len(self) / batch_size)):
             for index, features in zip(self._indices(step, batch_size, seed), self.frozen_features[step]):
                 views[index].append(features)
-        stacked = torch.stack([torch.stack(of_image[:num_views]) for of_image in views]).to(self.labels[0].device)
+        stacked = torch.stack([torch.stack(features[:num_views]) for features in views]).to(self.labels[0].device)
         by_task: tuple[torch.Tensor, ...] = stacked.split([len(labels) for labels in self.labels])
         return by_task
 

@@ -11,7 +11,7 @@ def features(method, model, images, config):
 
 def gaussians(samples, names):
     """samples: (class name, unit feature (E,)) of each view."""
-    means = {name: torch.stack([x for own, x in samples if own == name]).mean(0) for name in names}
+    means = {name: torch.stack([x for label, x in samples if label == name]).mean(0) for name in names}
     centered = [x - means[name] for name, x in samples]
     covariance = sum(torch.outer(x, x) for x in centered) / (len(samples) - 1)
     ridged = (len(samples) - 1) * covariance + covariance.trace() * torch.eye(len(covariance), dtype=torch.float64)
@@ -45,9 +45,8 @@ def select_alpha(images, training, temperature):
                 names = training.class_names[task]
                 for index, alpha in enumerate(ALPHAS):
                     scores = [
-                        x @ F.normalize(z, dim=0) / temperature
-                        + alpha * (x @ weights[training.names.index(own)] + biases[training.names.index(own)])
-                        for own, z in zip(names, training.text_features[task])
+                        x @ F.normalize(z, dim=0) / temperature + alpha * (x @ weights[row] + biases[row])
+                        for row, z in zip(map(training.names.index, names), training.text_features[task])
                     ]
                     hits[index] += names[max(range(len(names)), key=lambda label: scores[label])] == name
     return ALPHAS[hits.index(max(hits))]

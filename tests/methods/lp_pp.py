@@ -10,17 +10,17 @@ def features(method, model, images, config):
 def fit(options, training, temperature):
     names, samples = training.names, []
     for task, views, name in training.images():
-        own = [names.index(candidate) for candidate in training.class_names[task]]
+        classes = [names.index(candidate) for candidate in training.class_names[task]]
         z = F.normalize(training.text_features[task], dim=1)
         label = training.class_names[task].index(name)
-        samples += [(F.normalize(view, dim=0), own, z, label) for view in views]
+        samples += [(F.normalize(view, dim=0), classes, z, label) for view in views]
     similarities = [[] for _ in names]  # of a class's images with its text
     weights = torch.zeros(len(names), len(samples[0][0]), dtype=torch.float64)
     squares = torch.zeros(len(names), dtype=torch.float64)
-    for x, own, z, label in samples:
-        weights[own[label]] += x
-        squares[own] += (z @ x) ** 2
-        similarities[own[label]].append(x @ z[label])
+    for x, classes, z, label in samples:
+        weights[classes[label]] += x
+        squares[classes] += (z @ x) ** 2
+        similarities[classes[label]].append(x @ z[label])
     mean = torch.stack([torch.stack(values).mean() for values in similarities]).mean()
     alphas = (250 * mean).repeat(len(names)).requires_grad_()
     weights.requires_grad_()
@@ -28,8 +28,8 @@ def fit(options, training, temperature):
     optimizer = torch.optim.SGD([weights], lr=4 * len(x) / torch.linalg.eigvalsh(x.T @ x).max().item(), momentum=0.9)
     for iteration in range(options.iterations):
         losses = [
-            F.cross_entropy(weights[own] @ x + alphas[own] * (z @ x), torch.tensor(label))
-            for x, own, z, label in samples
+            F.cross_entropy(weights[classes] @ x + alphas[classes] * (z @ x), torch.tensor(label))
+            for x, classes, z, label in samples
         ]
         weights.grad = alphas.grad = None
         torch.stack(losses).mean().backward()

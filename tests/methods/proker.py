@@ -19,13 +19,13 @@ def fit(options, training, temperature):
     images = [(task, F.normalize(views.mean(0), dim=0), name) for task, views, name in training.images()]
     views = training.features[0].shape[1]
     columns = []
-    for own in training.names:
+    for candidate in training.names:
         # Every view is a point, with the features of its image's mean view.
         rows = [
-            (index, x, float(name == own) - (x @ F.normalize(training.text_features[task][label], dim=0)).item())
+            (index, x, float(name == candidate) - (x @ F.normalize(training.text_features[task][label], dim=0)).item())
             for index, (task, x, name) in enumerate(images)
-            if own in training.class_names[task]
-            for label in [training.class_names[task].index(own)]
+            if candidate in training.class_names[task]
+            for label in [training.class_names[task].index(candidate)]
             for _ in range(views)
         ]
         gram = [[kernel(x, y, options.beta) for _, y, _ in rows] for _, x, _ in rows]

@@ -9,7 +9,7 @@ def features(method, model, images, config):
 
 def fit(options, training, temperature):
     keys = [F.normalize(sum(views) / len(views), dim=0) for _, views, _ in training.images()]
-    values = [[name == own for name in training.names] for _, _, own in training.images()]
+    values = [[name == label for name in training.names] for _, _, label in training.images()]
     return {"keys": torch.stack(keys), "values": torch.tensor(values)}
 
 
