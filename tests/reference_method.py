@@ -23,6 +23,30 @@ class Option(NamedTuple):
     """Whether it changes neither features nor losses."""
 
 
+class Training(NamedTuple):
+    """Frozen features of all tasks' training images."""
+
+    features: list[torch.Tensor]
+    """(n, views, E) of each task."""
+    labels: list[torch.Tensor]
+    """(n,) of each task."""
+    text_features: list[torch.Tensor]
+    """(C, E) of each task's classes."""
+    class_names: list[list[str]]
+    """Of each task."""
+
+    @property
+    def names(self) -> list[str]:
+        """All tasks' classes, each once."""
+        return list(dict.fromkeys(name for names in self.class_names for name in names))
+
+    def images(self):
+        """Yield each image's task, views (V, E), and class name."""
+        for task, (features, labels) in enumerate(zip(self.features, self.labels)):
+            for views, label in zip(features, labels):
+                yield task, views, self.class_names[task][label]
+
+
 @dataclass(frozen=True)
 class Reference:
     """Reference of a method. `model` is open_clip's, `towers` are built from it."""
@@ -32,6 +56,10 @@ class Reference:
     features: Callable[[Any, Any, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]] | None = None
     """(method, model, images, config) → features (B, E), (C, E) of one task, by the plain towers; None: nothing
     trains."""
+    logits: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor] | None = None
+    """(method, x, z, CLIP's logits, config) → logits (B, C) of one task, from features of unit length; None: CLIP's."""
+    fit: Callable[[Any, Training, Any], Mapping[str, torch.Tensor]] | None = None
+    """(options, training images, CLIP's temperature) → state of a method that is fitted to them."""
     added_loss: Callable[..., torch.Tensor] | None = None
     """(method, options, x, frozen x, z, frozen z, logits, frozen logits) → the terms that one of two tasks adds to its
     cross-entropy; features have unit length."""

@@ -8,11 +8,13 @@ from pkgutil import iter_modules
 
 import methods
 import torch
+from reference_method import Training
 from small_clip import CLASS_NAMES, PREPROCESSING
 from small_problem import CONFIG, TASKS, small_problem
 
 from pipeline.config import BUILTIN_DIGITS, Config, parse_config
 from pipeline.methods.merging import MergedMethod
+from pipeline.methods.method import FittedMethod
 from pipeline.methods.registry import METHODS, VARIANTS
 from pipeline.training.batches import TrainingSet
 from pipeline.training.frozen_features import frozen_training_features
@@ -30,7 +32,9 @@ def config_of_references(field: str, **values) -> Config:
 
 
 SMALL = config_of_references("small", clip={"model": BUILTIN_DIGITS, "pretrained": BUILTIN_DIGITS})
-TRAINED = [name for name in REFERENCES if METHODS[name].trainable]
+FITTED = [name for name in REFERENCES if issubclass(METHODS[name], FittedMethod)]
+TRAINED = [name for name in REFERENCES if METHODS[name].takes_steps]
+LEARNING = [name for name in REFERENCES if METHODS[name].trainable]
 WORDS = dict.fromkeys(TASKS, CLASS_NAMES)
 
 
@@ -44,11 +48,34 @@ def build_method(name, towers, words=WORDS, config=SMALL, seed=7):
         method.sources = [build_method(source, towers, words, config, seed).state_dict() for seed in seeds]
         method.merge(config, method.sources)
         return method
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for parameter in method.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+        if name in FITTED:
+            fit(method, towers, words)
+        with torch.no_grad():
+            for parameter in method.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
     return method
+
+
+def fit(method, towers, words):
+    """Fit a method to random features, and return these."""
+    training = random_training(method.views, towers.embed_dim, words)
+    method.fit(training.features, training.labels, training.text_features)
+    return training
+
+
+def random_training(views, width, words=WORDS, images_per_class=3):
+    """Return random features of training images, around those of their classes."""
+    generator, features, labels, text_features = torch.Generator().manual_seed(3), [], [], []
+    for names in words.values():
+        z = torch.randn(len(names), width, generator=generator, dtype=torch.float64)
+        label = torch.arange(len(names)).repeat(images_per_class)[:-1]  # the last class has one image less
+        noise = torch.randn(len(label), views, width, generator=generator, dtype=torch.float64)
+        features.append(z[label][:, None] + 2 * noise)
+        labels.append(label)
+        text_features.append(z)
+    return Training(features, labels, text_features, [list(names) for names in words.values()])
 
 
 def add_frozen_features(towers, sets, config=CONFIG, seed=5):

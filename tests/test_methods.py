@@ -17,12 +17,15 @@ from reference_method import SKETCHED, equals, full_ids
 from reference_towers import reference_encode_text
 from small_clip import CLASS_NAMES, PREPROCESSING, small_towers, tokenizer
 from small_methods import (
+    FITTED,
+    LEARNING,
     REFERENCES,
     SMALL,
     TRAINED,
     WORDS,
     build_method,
     config_of_references,
+    fit,
     method_sets,
     method_tokens,
     task_sets,
@@ -60,6 +63,7 @@ STILL = {"augmentation": AugmentationConfig(crop_scale=(1, 1), flip=False)}
 """Changes of a config that make images equal in all steps."""
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 INK = {"ink": CLASS_NAMES}
+SHARED_NAMES = {"ink": CLASS_NAMES, "neon": CLASS_NAMES[:3][::-1], "chalk": [*CLASS_NAMES[1:], "dog"]}
 SEVERAL_NAMES = [" | ".join(CLASS_NAMES[:2]), CLASS_NAMES[2], " | ".join(CLASS_NAMES[3:])]
 
 
@@ -113,18 +117,40 @@ def test_a_method_equals_its_reference(name, stage, several_names):
         plain = plain[0], rows
     for ours, reference in zip((x, z), plain):
         torch.testing.assert_close(ours, reference, **TOLERANCE)
-    if METHODS[name].merges:
-        return  # it has no gradients
-    parameters = list(method.parameters())
     label = torch.tensor([0, 2, 1])
     scale = dict(method.named_parameters()).get("towers.logit_scale", model.logit_scale)
-    plain_logits = scale.exp() * F.cosine_similarity(plain[0][:, None], plain[1], dim=-1)
+    logits = adaptation.logits(towers, x, z), reference_logits(name, method, *plain, scale, SMALL)
+    torch.testing.assert_close(*logits, **TOLERANCE)
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    if METHODS[name].merges or not parameters:
+        return
     ours, reference = (
-        torch.autograd.grad(F.cross_entropy(logits, label), parameters, allow_unused=REFERENCES[name].num_stages > 1)
-        for logits in (adaptation.logits(towers, x, z), plain_logits)
+        torch.autograd.grad(F.cross_entropy(scores, label), parameters, allow_unused=REFERENCES[name].num_stages > 1)
+        for scores in logits
     )
     for gradient, expected in zip(ours, reference):
         torch.testing.assert_close(gradient, expected, **TOLERANCE)
+
+
+def reference_logits(name, method, x, z, scale, config):
+    logits = scale.exp() * F.cosine_similarity(x[:, None], z, dim=-1)
+    if REFERENCES[name].logits is None:
+        return logits
+    return REFERENCES[name].logits(method, F.normalize(x, dim=1), F.normalize(z, dim=1), logits, config)
+
+
+@pytest.mark.parametrize("words", [{"ink": CLASS_NAMES}, SHARED_NAMES], ids=["a task", "tasks with shared names"])
+@pytest.mark.parametrize("name", FITTED)
+def test_a_method_is_fitted_as_its_reference(name, words):
+    check_fit(name, words, SMALL)
+
+
+def check_fit(name, words, config):
+    towers, model = small_towers()
+    method = METHODS[name].build(config, towers, words).double()
+    training = fit(method, towers, words)
+    state = REFERENCES[name].fit(getattr(config, name), training, 1 / model.logit_scale.exp().item())
+    torch.testing.assert_close(method.state_dict(), dict(state), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -333,6 +359,18 @@ def test_parameter_counts_of_vit_b_16(name, options, expected):
     assert sum(p.numel() for p in method.parameters()) == expected
 
 
+def test_tip_adapter_f_has_a_feature_per_image_of_imagenet():
+    """16 shots of 1,000 classes on ResNet-50: the paper's 16.3 M parameters."""
+    towers = build_meta_towers(ClipConfig(model="RN50"))
+    words = {"imagenet": [str(number) for number in range(1000)]}
+    labels = torch.arange(1000).repeat(16)
+    for name, count in (("tip_adapter_f", 16_384_000), ("tip_adapter", 0)):
+        method = METHODS[name].build(Config(), towers, words).to_empty(device="cpu")
+        method.fit([torch.zeros(16_000, 1, 1024)], [labels], [])
+        assert sum(p.numel() for p in method.parameters() if p.requires_grad) == count
+        assert len(method.keys) == 16_000
+
+
 def test_a_method_trains_with_its_authors_or_the_papers_settings():
     config = parse_config({"training": {"epochs": 7, "momentum": 0.8}, "coop": {"training": {"epochs": 3}}})
     coop_training = training_config("coop", config)
@@ -430,14 +468,16 @@ def test_frozen_features_do_not_change_the_training(name):
         reference.forward = lambda: replace(uncached(), vision_prompts=torch.zeros(2, 1, 0, 24, dtype=torch.float64))
     else:
         reference = Uncached(uncached, towers)
-    ours = Trainer(towers, cached, list(cached_sets), tokens, SLOW, epochs=2, seed=5).train()
+    trainer = Trainer(towers, cached, list(cached_sets), tokens, SLOW, epochs=2, seed=5)
+    uncached.load_state_dict(cached.state_dict())  # which may have been fitted
+    ours = trainer.train()
     expected = Trainer(towers, reference, list(uncached_sets), tokens, SLOW, epochs=2, seed=5).train()
     assert [r.accuracies for r in ours] == [r.accuracies for r in expected]
     torch.testing.assert_close([r.losses for r in ours], [r.losses for r in expected], **TOLERANCE)
     torch.testing.assert_close(cached.state_dict(), uncached.state_dict(), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["zero_shot", "clip_adapter", "lamm"])
+@pytest.mark.parametrize("name", ["zero_shot", "clip_adapter", "lamm", *FITTED])
 def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
     write_test_splits(tmp_path)
     towers, _ = small_towers()
@@ -457,6 +497,62 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
         assert astuple(ours)[:4] == astuple(expected)[:4]
         assert ours.probability == pytest.approx(expected.probability, rel=1e-9)
         assert ours.loss == pytest.approx(expected.loss, rel=1e-9)
+
+
+def test_views_of_a_training_set_are_its_first_epochs():
+    """Without augmentation, all views of an image have its feature; with it, they are those of the batches."""
+    towers, _ = small_towers()
+    still = CONFIG.model_copy(update=STILL)
+    ((still_set,), (mixed_set,)) = (method_sets("gda", towers, config) for config in (still, CONFIG))
+    for views, task_set in zip(still_set.frozen_views(4, 3, 5), task_sets(still), strict=True):
+        pixels = augment(task_set.images, PREPROCESSING, still.augmentation, torch.Generator())
+        x = towers.encode_image(towers.normalize_pixels(pixels))
+        torch.testing.assert_close(views, x[:, None].expand(-1, 4, -1), **TOLERANCE)
+    ink, chalk = mixed_set.frozen_views(2, 3, 5)
+    assert (ink.shape, chalk.shape) == ((10, 2, 12), (5, 2, 12))
+    batches = mixed_set.frozen_features[:10].flatten(0, 1)  # 15 images in 5 steps per epoch
+    views = torch.cat([ink, chalk]).flatten(0, 1)
+    assert sorted(views.tolist()) == sorted(batches.tolist()) and not torch.equal(ink[:, 0], ink[:, 1])
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_trainer_fits_a_method_before_its_steps(name):
+    towers, _ = small_towers()
+    tokens, sets = method_tokens(name, towers, list(WORDS.values())), method_sets(name, towers)
+    method, expected = (METHODS[name].build(SMALL, towers, WORDS).double() for _ in range(2))
+    z = tokens.pool_names_to_classes(towers.encode_text(tokens))
+    expected.fit(sets[0].frozen_views(method.views, 3, 5), sets[0].labels, z)
+    trainer = Trainer(towers, method, [replace(sets[0], images=())], tokens, CONFIG, epochs=0, seed=5)
+    torch.testing.assert_close(method.state_dict(), expected.state_dict(), **TOLERANCE)
+    assert trainer.train() == [] and trainer.num_steps == 0
+
+
+def test_a_cache_whose_keys_and_values_differ_in_number_is_refused():
+    towers = load_clip(SMALL.clip)
+    state = dict(build_method("tip_adapter", towers, INK).state_dict())
+    for damaged in (state["keys"][1:], torch.tensor(1.0)):
+        trained = TrainedAdapter(
+            "tip_adapter", SMALL, weights_fingerprint(towers), (dict(INK),), ({**state, "keys": damaged},)
+        )
+        with pytest.raises(UserError, match="does not fit Tip-Adapter"):
+            trained.classifier(towers=towers)
+
+
+@pytest.mark.parametrize("images, alpha", [(8, 1.0), (2, 0.001)], ids=["cross-validated", "one shot"])
+def test_gda_selects_its_weight_on_training_images(images, alpha):
+    """Each image is like the other class's text, so that the Gaussians must outweigh it; one image per class leaves
+    none to hold out."""
+    towers, _ = small_towers()
+    z = torch.eye(12, dtype=torch.float64)[:2]
+    noise = torch.randn(8, 2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x, labels = z.flip(0).repeat(4, 1)[:, None] + 0.1 * noise, torch.tensor([0, 1] * 4)
+    weights = []
+    for option in (None, alpha):
+        config = SMALL.model_copy(update={"gda": SMALL.gda.model_copy(update={"alpha": option})})
+        method = METHODS["gda"].build(config, towers, {"ink": CLASS_NAMES[:2]}).double()
+        method.fit([x[:images]], [labels[:images]], [z])
+        weights.append(method.weights)
+    torch.testing.assert_close(*weights, **TOLERANCE)
 
 
 def first_losses(name, config, towers, model):
@@ -506,6 +602,7 @@ def test_a_mixed_batch_has_one_mean_loss(name):
     tokens, frozen_tokens = (method_tokens(kind, towers, list(words.values())) for kind in (name, "zero_shot"))
     options = {"epochs": 2, "seed": 5, "frozen_tokens": frozen_tokens}
     trainer = Trainer(towers, fast, method_sets(name, towers, config), tokens, config, **options)
+    slow.load_state_dict(fast.state_dict())  # which may have been fitted
     assert trainer.num_steps == 10  # 15 images
     history = [trainer.step() for _ in range(9)]  # the last may average
     assert any(None in record.losses for record in history)
@@ -523,7 +620,7 @@ def test_a_mixed_batch_has_one_mean_loss(name):
         for task, image, label in (images[i] for i in batch_indices(15, 3, step, derive_seed(5, "order", *TASKS))):
             pixels = towers.normalize_pixels(augment([image], PREPROCESSING, config.augmentation, torch.Generator()))
             x = adaptation.encode_image(towers, pixels, [int(task == 0), int(task == 1)])
-            logits.append(adaptation.logits(towers, x, zs[task]))
+            logits.append(adaptation.logits(towers, x, zs[task], task))
             labels.append(label)
             tasks.append(task)
             if METHODS[name].uses_consistency:
@@ -590,7 +687,11 @@ def check_against_reference(name, config):
     if METHODS[name].uses_consistency:
         losses, plain_losses = first_losses(name, config, towers, model)
         assert losses == pytest.approx(plain_losses, rel=1e-9)
-    return method, adaptation, [*x.flatten().tolist(), *z.flatten().tolist(), *losses]
+    logits = adaptation.logits(towers, x, z)
+    torch.testing.assert_close(logits, reference_logits(name, method, x, z, towers.logit_scale, config), **TOLERANCE)
+    if name in FITTED:
+        check_fit(name, INK, config)
+    return method, adaptation, [*x.flatten().tolist(), *z.flatten().tolist(), *logits.flatten().tolist(), *losses]
 
 
 @pytest.mark.parametrize("name, option", METHOD_OPTIONS)
@@ -823,14 +924,15 @@ def test_trained_weights_are_float32_under_bfloat16(name, tmp_path):
     assert torch.equal(reloaded.probabilities("ink", pixels), original.probabilities("ink", pixels))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_trained_method_is_loaded_under_bfloat16(name, tmp_path):
     config = SMALL.model_copy(update={"clip": SMALL.clip.model_copy(update={"precision": "bfloat16"})})
     towers = load_clip(config.clip, float32=METHODS[name].trains_weights)
-    state = METHODS[name].build(config, towers, WORDS).state_dict()
-    save_adapter(
-        tmp_path / "trained.safetensors", TrainedAdapter(name, config, weights_fingerprint(towers), (WORDS,), (state,))
-    )
+    method = METHODS[name].build(config, towers, WORDS)
+    if name in FITTED:
+        fit(method, towers, WORDS)
+    trained = TrainedAdapter(name, config, weights_fingerprint(towers), (WORDS,), (method.state_dict(),))
+    save_adapter(tmp_path / "trained.safetensors", trained)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     probabilities = load_adapter(tmp_path / "trained.safetensors").classifier().probabilities("ink", pixels)
     assert probabilities.isfinite().all() and torch.allclose(probabilities.sum(1).float(), torch.ones(3), atol=1e-2)

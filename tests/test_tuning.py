@@ -152,6 +152,8 @@ def test_the_shipped_search_files_can_be_read():
             {"method": "clip_adapter_mt", "fields": {"training.learning_rate": {"choice": [0.1]}}},
             "has no effect on method clip_adapter_mt (its own section overrides this field)",
         ),
+        ({"method": "gda", "fields": {"training.epochs": {"choice": [2]}}}, "has no effect on method gda"),
+        ({"method": "gda", "fields": {"training.weight_decay": {"choice": [0]}}}, "has no effect on method gda"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )

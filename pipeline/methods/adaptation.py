@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.clip.class_tokens import ClassTokens
-from pipeline.lazy_torch import torch
+from pipeline.lazy_torch import F, torch
 
 if TYPE_CHECKING:
     from pipeline.clip.towers import ClipTowers
@@ -57,6 +57,9 @@ class Adaptation:
     task_towers: Sequence[ClipTowers] = ()
     """T towers, each used for one task instead of the frozen ones."""
     consistency: Consistency | None = None
+    task_logits: tuple[Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], ...] | None = None
+    """For each task: (unit-length image features (B, E), unit-length class features (C, E), CLIP's logits (B, C)) →
+    (B, C) instead of CLIP's logits."""
 
     @property
     def modifies_image_encoder(self) -> bool:
@@ -116,12 +119,26 @@ class Adaptation:
             tokens, self.text_prompts, self.text_prompts_propagate, embeddings, class_prompts
         )
 
-    def logits(self, towers: ClipTowers, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, C) of features (B, E) and (C, E)."""
-        return (self.towers or towers).logits(image_features, text_features)
+    def logits(
+        self, towers: ClipTowers, image_features: torch.Tensor, text_features: torch.Tensor, task: int = 0
+    ) -> torch.Tensor:
+        """Return logits (B, C) of features (B, E) and (C, E) for the task of this index."""
+        logits = (self.towers or towers).logits(image_features, text_features)
+        if self.task_logits is None:
+            return logits
+        x, z = (F.normalize(features.to(logits.dtype), dim=-1) for features in (image_features, text_features))
+        return self.task_logits[task](x, z, logits)
 
     def for_task(self, index: int) -> Adaptation:
         """Return the adaptation for images of a single task."""
         text, vision = (p if p is None else p[index : index + 1] for p in (self.text_prompts, self.vision_prompts))
         task_towers = self.task_towers[index] if self.task_towers else self.towers
-        return replace(self, text_prompts=text, vision_prompts=vision, towers=task_towers, task_towers=())
+        task_logits = self.task_logits and self.task_logits[index : index + 1]
+        return replace(
+            self,
+            text_prompts=text,
+            vision_prompts=vision,
+            towers=task_towers,
+            task_towers=(),
+            task_logits=task_logits,
+        )

@@ -26,6 +26,7 @@ from pipeline.data.names import split_synonyms
 from pipeline.errors import UserError, escape_controls
 from pipeline.files import atomic_write
 from pipeline.methods.classifier import Classifier
+from pipeline.methods.method import FittedMethod
 from pipeline.methods.registry import get_method, method_options
 
 FORMAT = 4
@@ -245,6 +246,8 @@ def _validate(adapter: TrainedAdapter) -> None:
     """Raises: ValueError: NaN or infinite values, options larger than the tensors, control characters, a task twice."""
     kind, options = get_method(adapter.method), method_options(adapter.method, adapter.config)
     sizes = [value for section in options.values() for value in section.values() if type(value) is int]
+    if issubclass(kind, FittedMethod):
+        sizes = []  # its options are no sizes of tensors
     if len(adapter.class_names) != sum(map(len, adapter.groups)):
         raise ValueError("a task is in two groups")
     texts = [text for task, class_names in adapter.class_names.items() for text in (task, *class_names)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -97,7 +98,9 @@ class Method(Module):
     variants: ClassVar[Mapping[str, Variant] | None] = None
     """None: `<name>` (single-task) and `<name>_mt` (multi-task)."""
     trainable: ClassVar[bool] = True
-    """Whether it has parameters to train."""
+    """Whether it learns from the training images."""
+    takes_steps: ClassVar[bool] = True
+    """Whether training steps update its parameters; a FittedMethod may do without."""
     merges: ClassVar[bool] = False
     """Whether its parameters are merged from the trained states of `Variant.init_from`, and not trained."""
     mixes_tasks: ClassVar[bool] = True
@@ -160,6 +163,11 @@ class Method(Module):
         """Return True if the method adds to the layers of the image tower, which some towers do not offer."""
         return cls.modifies_image_encoder
 
+    @classmethod
+    def num_views(cls, config: Config) -> int:
+        """Return the number of augmented views of each training image whose frozen features it is fitted to."""
+        return 0
+
     @staticmethod
     def num_prompt_positions(config: Config) -> int:
         """Return the number of text prompts that take positions of the model's context."""
@@ -188,6 +196,75 @@ class Method(Module):
     @staticmethod
     def check(config: Config, towers: ClipTowers) -> None:
         """Raises: UserError: the options do not fit the towers, of which only the shapes are used."""
+
+
+class FitConfig(Section, affects=("method",)):
+    """Section of a FittedMethod; the defaults are its authors'."""
+
+    views: PositiveInt = 10
+    """Augmented views of each training image, to whose features the method is fitted."""
+
+
+class FittedMethod(Method):
+    """A method that is fitted to the frozen CLIP's features of the training images, before any training steps.
+
+    Classes with equal names are one class, also across tasks: the images of all tasks count, and each task is predicted
+    among its own classes. Parameters that are computed without a loss require no gradient, and are not counted as
+    trained.
+    """
+
+    modifies_image_encoder = False
+    takes_steps = False
+    Options: ClassVar[type[FitConfig]]
+    per_image: ClassVar[tuple[str, ...]] = ()
+    """Names of its tensors with a row for each training image, whose number it has only after `fit` or loading."""
+
+    def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
+        super().__init__()
+        names = dict.fromkeys(name for task in class_names for name in class_names[task])
+        index_by_name = {name: index for index, name in enumerate(names)}
+        self.num_classes = len(index_by_name)
+        self.classes = [[index_by_name[name] for name in class_names[task]] for task in class_names]
+        """Of each task, the indices of its classes among those of all tasks."""
+        self.views = self.num_views(config)
+        dtype = torch.promote_types(towers.logit_scale.dtype, torch.float32)
+        self.zeros = partial(torch.zeros, dtype=dtype, device=towers.device)
+
+    @classmethod
+    def num_views(cls, config: Config) -> int:
+        return config.section(cls.Options).views
+
+    def fit(
+        self, features: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], text_features: Sequence[torch.Tensor]
+    ) -> None:
+        """Compute the parameters from all tasks' training images, in float64.
+
+        Args:
+            features: of each task's images (n, V, E), by the frozen image tower, of V augmented views.
+            labels: (n,) of each task's images.
+            text_features: of each task's classes (C, E), by the frozen text tower.
+        """
+        raise NotImplementedError
+
+    def class_indices(self, labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the labels (n,) of each task's images as indices among the classes of all tasks."""
+        return [torch.tensor(classes, device=indices.device)[indices] for classes, indices in zip(self.classes, labels)]
+
+    def logits(self, classes: list[int], x: torch.Tensor, z: torch.Tensor, clip_logits: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, C) for the classes of a task; other arguments as of `Adaptation.task_logits`."""
+        raise NotImplementedError
+
+    def forward(self) -> Adaptation:
+        return Adaptation(task_logits=tuple(partial(self.logits, classes) for classes in self.classes))
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *arguments: Any) -> None:
+        """Take the number of training images from the state."""
+        present = [state_dict[prefix + name] for name in self.per_image if prefix + name in state_dict]
+        rows = present[0].shape[:1] if present else (0,)
+        for name in self.per_image:
+            tensor: torch.Tensor = getattr(self, name)
+            tensor.data = tensor.new_empty(*rows, *tensor.shape[1:])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class WeightsMethod(Method):

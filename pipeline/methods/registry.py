@@ -76,6 +76,9 @@ def method_options(method: str, config: Config) -> dict[str, Any]:
 
 
 def training_config(method: str, config: Config) -> TrainingConfig:
-    """Return config.training with the overrides of the method's section."""
-    overrides = getattr(getattr(config, get_method(method).section or "", None), "training", None)
+    """Return config.training with the overrides of the method's section; 0 epochs if it takes no steps."""
+    kind = get_method(method)
+    if not kind.takes_steps:
+        return config.training.model_copy(update={"epochs": 0})
+    overrides = getattr(getattr(config, kind.section or "", None), "training", None)
     return config.training.model_copy(update=overrides.model_dump(exclude_none=True) if overrides else {})

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class ZeroShot(Method):
     title = "zero-shot"
     trainable = False
+    takes_steps = False
     modifies_image_encoder = False
     variants = {"zero_shot": Variant("zero-shot", "zero_shot", "multi-task")}
 

@@ -209,7 +209,9 @@ def _training(
     frozen_group_prompt: TrainedAdapter | None = None,
 ) -> Training:
     kind = get_method(method)
-    effects: tuple[Effect, ...] = ("training", "evaluation") if kind.trainable else ("evaluation",)
+    effects: tuple[Effect, ...] = ("evaluation",)
+    if kind.trainable:
+        effects = ("training" if kind.takes_steps else "training_features", *effects)
     inputs = {
         **training_inputs(plan, method, tasks, *effects),
         "group": list(tasks),

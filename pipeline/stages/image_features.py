@@ -41,10 +41,10 @@ def test_features(plan: Plan, task: str) -> ImageFeatures:
 def training_features(plan: Plan, tasks: Sequence[str], method: str) -> dict[tuple[str, ...], ImageFeatures]:
     """Plan features for each training set (by its tasks) of a training of `tasks`."""
     training, counts = training_config(method, plan.config), plan.split_description.counts["train"]
-    sizes = {
-        set_tasks: sum(counts[task] for task in set_tasks) for set_tasks in get_method(method).tasks_per_set(tasks)
-    }
-    num_steps = training.epochs * num_steps_per_epoch(sizes.values(), training.batch_size)
+    kind = get_method(method)
+    sizes = {set_tasks: sum(counts[task] for task in set_tasks) for set_tasks in kind.tasks_per_set(tasks)}
+    epochs = max(training.epochs, kind.num_views(plan.config))
+    num_steps = epochs * num_steps_per_epoch(sizes.values(), training.batch_size)
     features = {}
     for set_tasks in sizes:
         config = training_config_values(plan.config, method, set_tasks, "training_features")

@@ -338,7 +338,7 @@ def track_results(
                 "objective": config.grouping.objective,
                 "affinity": config.grouping.affinity,
                 # MLflow's plots draw a run without a parameter beyond all that have it.
-                "learning_rate": training_config(kind, config).learning_rate if get_method(kind).trainable else 0,
+                "learning_rate": training_config(kind, config).learning_rate if get_method(kind).takes_steps else 0,
             },
         )
         session.tracker.log_metrics(

@@ -89,8 +89,8 @@ class TrainingSpec:
         reporter: Reporter,
         **snapshots: Any,
     ) -> list[Snapshot]:
-        """Train `method` on the tasks, from the artifact's checkpoint if it exists, and write history.parquet; return
-        the snapshots, which have the trainer's options."""
+        """Train `method` on the tasks, from the artifact's checkpoint if it exists, and write history.parquet if it
+        takes steps; return the snapshots, which have the trainer's options."""
         trainer: Trainer = self.trainer(
             towers,
             method,
@@ -107,10 +107,11 @@ class TrainingSpec:
             ),
             **snapshots,
         )
-        if DistributedShard.current().is_main_process:
+        reports = DistributedShard.current().is_main_process and get_method(self.method).takes_steps
+        if reports:
             reporter.start(trainer.num_saved_steps, trainer.num_steps, "steps", writer.is_repeated)
         history = trainer.train()
-        if DistributedShard.current().is_main_process:
+        if reports:
             write_history(writer.folder / HISTORY, self.tasks, history)
         return trainer.snapshots
 

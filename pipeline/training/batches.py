@@ -6,6 +6,7 @@ with a set of its own gets the same batches in every group.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,18 @@ class TrainingSet:
         assert self.frozen_features is not None
         indices = self._indices(step, batch_size, seed)
         return self.frozen_features[step][shard].to(self.labels[0].device), self._labels(indices[shard])
+
+    def frozen_views(self, num_views: int, batch_size: int, seed: int) -> tuple[torch.Tensor, ...]:
+        """Return frozen features (n, num_views, E) of each task's images, of their first augmented views: those of the
+        first `num_views` epochs of batches."""
+        assert self.frozen_features is not None
+        views: list[list[torch.Tensor]] = [[] for _ in range(len(self))]
+        for step in range(math.ceil(num_views * len(self) / batch_size)):
+            for index, features in zip(self._indices(step, batch_size, seed), self.frozen_features[step]):
+                views[index].append(features)
+        stacked = torch.stack([torch.stack(features[:num_views]) for features in views]).to(self.labels[0].device)
+        by_task: tuple[torch.Tensor, ...] = stacked.split([len(labels) for labels in self.labels])
+        return by_task
 
     @property
     def _bounds(self) -> list[int]:

@@ -30,7 +30,7 @@ from pipeline.clip.towers import ClipTowers
 from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.methods.adaptation import Adaptation, Consistency
-from pipeline.methods.method import Method
+from pipeline.methods.method import FittedMethod, Method
 from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import DistributedShard
@@ -83,7 +83,7 @@ class Snapshot:
 class Trainer:
     """Trainer of `method`, in place, on `training_sets`; resumes from the newest checkpoint, if any.
 
-    Parameters that require no gradient are not modified.
+    Fits a FittedMethod before the first step. Steps do not modify parameters that require no gradient.
     """
 
     towers: ClipTowers
@@ -111,8 +111,15 @@ class Trainer:
 
     def __post_init__(self) -> None:
         towers, config = self.towers, self.config
+        self._memory = explain_out_of_memory(
+            towers.device,
+            f"training: lower clip.activation_memory_gib={towers.activation_memory_gib:g} or training.batch_size="
+            f"{config.batch_size}, or run fewer trainings at a time with a larger cluster.gpus_per_worker, or on CPUs "
+            "cluster.cpus_per_worker",
+        )
+        if isinstance(self.method, FittedMethod):
+            self._fit(self.method)
         self.parameters = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
-        self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config)
         self.history: list[StepRecord] = []
         """Records of all completed steps."""
         self.snapshots: list[Snapshot] = []
@@ -128,16 +135,15 @@ class Trainer:
         slices = self._shard.shard_slices([config.batch_size] * len(self.training_sets))
         self._shards = list(zip(self.training_sets, slices))
         self._local_tokens = self.tokens.slice_rows(*self._shard.row_range(len(self.tokens.suffix)))
-        self._memory = explain_out_of_memory(
-            towers.device,
-            f"training: lower clip.activation_memory_gib={towers.activation_memory_gib:g} or training.batch_size="
-            f"{config.batch_size}, or run fewer trainings at a time with a larger cluster.gpus_per_worker, or on CPUs "
-            "cluster.cpus_per_worker",
-        )
         if self.checkpoints and (state := self.checkpoints.load()):
             self.load_state_dict(state)
         self.num_saved_steps = len(self.history)
         """Number of steps of the newest checkpoint."""
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Optimizer of the parameters, which torch does not build for none."""
+        return OPTIMIZERS[self.config.optimizer](self.parameters, self.config)
 
     @property
     def epoch(self) -> int:
@@ -216,7 +222,7 @@ class Trainer:
                 adaptation = self.method()
                 x, frozen_x, labels = self._image_features(adaptation, step)
                 z = self._text_features(adaptation)
-            logits = [adaptation.logits(self.towers, *features) for features in zip(x, z)]
+            logits = [adaptation.logits(self.towers, *pair, task) for task, pair in enumerate(zip(x, z))]
             losses = torch.stack([F.cross_entropy(*pair, reduction="sum") for pair in zip(logits, labels)]) / size
             if adaptation.consistency:
                 losses = losses + self._consistency_losses(adaptation.consistency, x, frozen_x, z, logits)
@@ -259,6 +265,19 @@ class Trainer:
         self.history = [StepRecord(*values) for values in state["history"]]
         snapshots = zip(state["snapshot_steps"], state["snapshots"], state["points"])
         self.snapshots = [Snapshot(self.history[step], *tensors) for step, *tensors in snapshots]
+
+    @torch.no_grad()
+    def _fit(self, method: FittedMethod) -> None:
+        """Fit the method to the frozen features of the training images; every worker does so."""
+        size = self.config.batch_size
+        with self._memory:
+            features = [
+                task_features.double()
+                for training_set in self.training_sets
+                for task_features in training_set.frozen_views(method.views, size, self.seed)
+            ]
+            labels = [task_labels for training_set in self.training_sets for task_labels in training_set.labels]
+            method.fit(features, labels, [z.double() for z in self._frozen_text_features])
 
     @torch.no_grad()
     def _average_epoch(self, weight: float) -> None:

@@ -281,5 +281,7 @@ def _affects(name: str, method: str, base: Config, space: Collection[str]) -> bo
         return True
     if section != "training":
         return False
+    if not METHODS[variant.method].takes_steps:
+        return name != "training.epochs" and "training_features" in field_effects(_FIELDS[name])
     overrides = getattr(getattr(base, method_section or "", None), "training", None)
     return getattr(overrides, field_name, None) is None

@@ -175,7 +175,7 @@ def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
     titles: dict[str, list[str]] = {}
     for name in with_sources(methods):
         spec = METHODS[VARIANTS[name].method]
-        if spec.trainable:
+        if spec.takes_steps:
             training = training_config(VARIANTS[name].method, config)
             setting = (
                 f"{OPTIMIZERS[training.optimizer]}, learning rate {training.learning_rate:g}, "

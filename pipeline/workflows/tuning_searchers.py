@@ -111,7 +111,7 @@ def early_stopping(search: Search, base: Config) -> TrialScheduler:
         [training_config(VARIANTS[method].method, base).epochs for method in search.methods],
     )
     searched = [entry.values for name, entry in search.space.items() if name.endswith("training.epochs")]
-    max_epochs: int = max([*epochs, *(value for values in searched for value in values if value)])
+    max_epochs: int = max([1, *epochs, *(value for values in searched for value in values if value)])
     grace_period = min(options.grace_period, max_epochs)
     if options.early_stopping == "asha":
         return ASHAScheduler(EPOCH, METRIC, "max", max_t=max_epochs, grace_period=grace_period)

@@ -83,16 +83,17 @@ def train_epochs(params: dict[str, Any], setup: TrialSetup, checkpoints: Path) -
             _run_unless_finished(source.work_item)
     groups = [_GroupTraining(training, checkpoints / str(number)) for number, training in enumerate(trainings)]
     num_parameters = sum(group.num_parameters for group in groups)
+    # A method that takes no steps has 0 epochs, and is measured once.
     first_epoch, epochs = max(1, *(group.trainer.epoch for group in groups)), groups[0].trainer.epochs
-    for epoch in range(first_epoch, epochs + 1):
+    for epoch in range(first_epoch, max(epochs, 1) + 1):
         for group in groups:
-            while group.trainer.epoch < epoch:  # its checkpoint may be older than another group's
+            while group.trainer.epoch < min(epoch, epochs):  # its checkpoint may be older than another group's
                 group.trainer.run_epoch()
         by_task = {task: value for group in groups for task, value in group.validation_accuracy().items()}
         accuracies = {task: by_task[task] for task in plan.tasks}
         yield {
             EPOCH: epoch,
-            COMPLETED: epoch == epochs,
+            COMPLETED: epoch >= epochs,
             METRIC: sum(accuracies.values()) / len(accuracies),
             ACCURACY: accuracies,
             PARAMETERS: num_parameters,
@@ -108,11 +109,11 @@ class _GroupTraining:
         self._towers = spec.towers(self._method_class.trains_weights)
         init_from = [source.artifact for source in training.init_from]
         self._method = build_method(spec, self._towers, init_from, training.affinities)
-        self.num_parameters = sum(parameter.numel() for parameter in self._method.parameters())
         sets = [self._training_set(task) for task in spec.tasks]
         epochs = training_config(spec.method, spec.config).epochs
         storage = training.artifact.storage
         self.trainer = spec.trainer(self._towers, self._method, epochs, sets, checkpoints, storage)
+        self.num_parameters = sum(parameter.numel() for parameter in self.trainer.parameters)
 
     def validation_accuracy(self) -> dict[str, float]:
         """Return the accuracy of each task, 0 to 1."""
