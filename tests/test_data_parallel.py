@@ -40,9 +40,7 @@ def train_all(folder=None):
     group = group_prompts(towers)
     Trainer(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder and Checkpoints(folder)).train()
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
-    trainer = Trainer(
-        towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot_fn=shared.task_gradients, snapshot_every=3
-    )
+    trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot_every=3)
     history = trainer.train()
     methods, records = {}, {}
     for name in TRAINED:
