@@ -39,7 +39,7 @@ OPENAI_NAMES = {
 ResizeMode = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Aggregation = Literal["sum", "pcgrad", "cagrad", "mgda", "upgrad", "nash_mtl", "uncertainty", "famo"]
+AggregationName = Literal["sum", "pcgrad", "cagrad", "mgda", "upgrad", "nash_mtl", "uncertainty", "famo"]
 MAX_MODEL_NAME = 200
 Channels = tuple[float, float, float]
 """A number for each of R, G, B."""
@@ -222,7 +222,7 @@ class TrainingConfig(Section, affects=("training",)):
     """Learning rate at which the cosine ends."""
     schedule_interval: Literal["epoch", "step"] = "epoch"
     """Whether cosine annealing changes the learning rate after each epoch or after each step."""
-    aggregation: Aggregation = "sum"
+    aggregation: AggregationName = "sum"
     """How a step of MmAP weighs the tasks. sum: equally (Eq. 11); pcgrad, cagrad, mgda, upgrad, nash_mtl: by the tasks'
     gradients of the prompt that they share, with TorchJD (pip install 'mmap-clip[aggregation]'); uncertainty, famo: by
     their losses (docs/methods.md#weighing-tasks)."""

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.clip.class_tokens import ClassTokens, class_tokens
 from pipeline.clip.tokenizer import Tokenizer
 from pipeline.config.fields import NonNegative, NonNegativeInt, PositiveInt, Section
-from pipeline.config.sections import Aggregation
+from pipeline.config.sections import AggregationName
 from pipeline.lazy_torch import Module, nn, torch
 from pipeline.methods.adaptation import Adaptation
 
@@ -65,7 +65,7 @@ class TrainingOverrides(Section, affects=("method",)):
     """Instead of training.min_learning_rate."""
     schedule_interval: Literal["epoch", "step"] | None = None
     """Instead of training.schedule_interval."""
-    aggregation: Aggregation | None = None
+    aggregation: AggregationName | None = None
     """Instead of training.aggregation."""
 
 
