@@ -87,13 +87,13 @@ def sgd(trainer):
     return torch.optim.SGD(trainer.parameters, lr=1.0, momentum=0.9, weight_decay=5e-4)
 
 
-def apply_gradients(trainer, optimizer, lr, shared, own):
+def apply_gradients(trainer, optimizer, lr, shared, rest):
     """Update by gradients of the shared parameters (P,), and of the others."""
     parameters = trainer.method.shared_parameters()
     parts = [
         part.view_as(parameter) for part, parameter in zip(shared.split([p.numel() for p in parameters]), parameters)
     ]
-    for parameter, gradient in zip(trainer.parameters, [*parts, *own], strict=True):
+    for parameter, gradient in zip(trainer.parameters, [*parts, *rest], strict=True):
         parameter.grad = gradient.clone()
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
@@ -114,7 +114,7 @@ def test_gradients_of_one_backward_pass_equal_those_of_a_pass_for_each_task(prob
     for number, parameter in enumerate(trainer.parameters[len(shared) :], len(shared)):
         for task, row in enumerate(rows):  # axis 0 is the task
             assert len(parameter) == len(TASKS) and row[number][task].abs().max() > 0
-            assert all(row[number][other].abs().max() == 0 for other in range(len(TASKS)) if other != task)
+            assert all(row[number][column].abs().max() == 0 for column in range(len(TASKS)) if column != task)
 
 
 REFERENCES = {
@@ -142,8 +142,8 @@ def test_updates_equal_torchjds_on_explicit_jacobians(problem, name, method):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(5, "aggregation", str(step)))
             shared = scale * aggregator(jacobian)
-        own = [sum(parts) for parts in zip(*rows)][len(slow.method.shared_parameters()) :]
-        apply_gradients(slow, optimizer, record.learning_rate, shared, own)
+        rest = [sum(parts) for parts in zip(*rows)][len(slow.method.shared_parameters()) :]
+        apply_gradients(slow, optimizer, record.learning_rate, shared, rest)
         assert record.losses == pytest.approx(losses.tolist(), rel=1e-9)
         for ours, expected in zip(fast.parameters, slow.parameters):
             torch.testing.assert_close(ours, expected, **tolerance)
@@ -182,10 +182,10 @@ def test_famo_equals_the_plain_loss_with_logits_by_the_change_of_log_losses(prob
         optimizer.zero_grad()
         (3 * (z * shifted.log()).sum() / (z / shifted).sum().detach()).backward()
         _, rows = explicit_jacobian(slow, step)
-        before = [parameter.detach().clone() for parameter in slow.parameters]
+        initial = [parameter.detach().clone() for parameter in slow.parameters]
         optimizer.param_groups[0]["lr"] = record.learning_rate
         optimizer.step()
-        change = [(parameter.detach() - old).flatten() for parameter, old in zip(slow.parameters, before)]
+        change = [(parameter.detach() - start).flatten() for parameter, start in zip(slow.parameters, initial)]
         increase = torch.stack([sum(g.flatten() @ d for g, d in zip(row, change)) for row in rows])
         (logits.grad,) = torch.autograd.grad(logits.softmax(0), logits, -increase / shifted.detach())
         adam.step()
@@ -199,9 +199,9 @@ def test_the_first_order_change_of_famos_losses_is_that_of_a_second_forward_pass
     """For a small step, as the authors take it."""
     monkeypatch.setattr("test_aggregation.LEARNING_RATE", 1e-5)
     trainer = new_trainer(problem, "famo")
-    before = torch.stack([task_loss(trainer, 0, task) for task in range(3)]).detach().log()
+    initial = torch.stack([task_loss(trainer, 0, task) for task in range(3)]).detach().log()
     trainer.step()
-    decreases = before - torch.stack([task_loss(trainer, 0, task) for task in range(3)]).detach().log()
+    decreases = initial - torch.stack([task_loss(trainer, 0, task) for task in range(3)]).detach().log()
     shares = torch.full((3,), 1 / 3, dtype=torch.float64)
     expected = shares * (decreases - shares @ decreases)
     torch.testing.assert_close(trainer.aggregation.logits.grad, expected, rtol=1e-3, atol=1e-9)
@@ -264,8 +264,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setattr(aggregation, "find_spec", lambda package: None if package == missing else find_spec(package))
     with pytest.raises(UserError, match=rf"aggregation={name} needs {missing}, which is not installed.*\n.*\[aggrega"):
         check_packages(name)
-    for other in ("sum", "famo", "uncertainty"):
-        check_packages(other)
+    for weighing in ("sum", "famo", "uncertainty"):
+        check_packages(weighing)
 
 
 def test_weights_are_in_the_history_and_logged(tmp_path):

@@ -39,7 +39,7 @@ class Aggregation(nn.Module):
         self.num_tasks = num_tasks
         self.shared = method.shared_parameters()  # in lists, so that they are not parameters of this module
         is_shared = {id(parameter) for parameter in self.shared}
-        self.own = [p for p in method.parameters() if p.requires_grad and id(p) not in is_shared]
+        self.task_parameters = [p for p in method.parameters() if p.requires_grad and id(p) not in is_shared]
 
     def weights(self, step: int, losses: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         """Return the tasks' weights (T,) in a step (from 0); arguments and result are float64 on the CPU.
@@ -64,7 +64,7 @@ class Aggregation(nn.Module):
         for parameter, gradient in zip(self.shared, (row @ gradients).split(sizes)):
             _gradient(parameter).copy_(gradient.view_as(parameter))
         if self.weighs_losses:
-            for parameter in self.own:
+            for parameter in self.task_parameters:
                 _gradient(parameter).mul_(row.view(-1, *[1] * (parameter.dim() - 1)))
         optimizer.step()
         return weights
@@ -175,13 +175,13 @@ class Famo(Aggregation):
     def update(
         self, optimizer: torch.optim.Optimizer, step: int, losses: torch.Tensor, gradients: torch.Tensor
     ) -> torch.Tensor:
-        own_gradients = [_gradient(parameter).flatten(1).clone() for parameter in self.own]
-        values = [parameter.detach().clone() for parameter in (*self.shared, *self.own)]
+        task_gradients = [_gradient(parameter).flatten(1).clone() for parameter in self.task_parameters]
+        values = [parameter.detach().clone() for parameter in (*self.shared, *self.task_parameters)]
         weights = super().update(optimizer, step, losses, gradients)
-        changes = [new.detach() - old for new, old in zip((*self.shared, *self.own), values)]
+        changes = [new.detach() - old for new, old in zip((*self.shared, *self.task_parameters), values)]
         shared_change = torch.cat([change.flatten() for change in changes[: len(self.shared)]])
         increases = gradients @ shared_change
-        for gradient, change in zip(own_gradients, changes[len(self.shared) :]):
+        for gradient, change in zip(task_gradients, changes[len(self.shared) :]):
             increases = increases + (gradient * change.flatten(1)).sum(1)
         decreases = (-increases / (losses + 1e-8)).cpu().double()
         shares = self.logits.softmax(0)
@@ -199,9 +199,10 @@ class Famo(Aggregation):
 
 def make_aggregation(name: str, method: Method, num_tasks: int, seed: int) -> Aggregation | None:
     """Return the aggregation of a value of `training.aggregation`; None: the sum, also of a single task, which there is
-    nothing to weigh against."""
+    nothing to weigh against. Raises: UserError: as `check_packages`."""
     if name == "sum" or num_tasks == 1:
         return None
+    check_packages(name)  # a worker's machine may differ from that of the job
     if name in TORCHJD:
         return GradientAggregation(name, method, num_tasks, seed)
     return {"uncertainty": Uncertainty, "famo": Famo}[name](method, num_tasks)
