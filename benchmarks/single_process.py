@@ -72,7 +72,7 @@ def run_in_one_process(
     with stage("global prompt"):
         shared = SharedMmap(shape, tasks, config.seed, config.mmap.init_std)
         epochs = config.global_prompt.epochs or config.training.epochs
-        snapshots = train(shared, epochs, snapshot_fn=shared.task_gradients).snapshots
+        snapshots = train(shared, epochs, snapshot_every=1).snapshots
     with stage("grouping"):
         gradients = torch.stack([taken.gradients for taken in snapshots]).double().numpy()
         affinity = affinity_matrix(gradients, config.grouping.gradient_similarity)

@@ -136,6 +136,7 @@ def requirements() -> list[str]:
     return [
         *content["build-system"]["requires"],
         *content["project"]["dependencies"],
+        *extras["aggregation"],
         *extras["hugging-face"],
         *extras["server"],
     ]

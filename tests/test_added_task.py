@@ -64,7 +64,7 @@ def test_replayed_gradients_equal_those_of_a_training_with_the_task(problem):
     """They also equal, in float64, those of the reference towers at the same values."""
     towers, model, tokens, sets = problem
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
-    options = {"snapshot_fn": shared.task_gradients, "snapshot_every": 3}
+    options = {"snapshot_every": 3}
     trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, **options)
     trainer.train()
     points = [(taken.record.step, taken.record.epoch, taken.parameters) for taken in trainer.snapshots]
@@ -90,7 +90,7 @@ def test_replayed_gradients_in_bfloat16_equal_those_of_the_training(problem):
     towers, _ = small_towers(dtype=torch.float32)
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3)
     options = {"seed": 5, "precision": "bfloat16"}
-    trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=1, snapshot_fn=shared.task_gradients, **options)
+    trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=1, snapshot_every=1, **options)
     trainer.train()
     points = [(taken.record.step, taken.record.epoch, taken.parameters) for taken in trainer.snapshots]
     task_tokens = class_tokens(towers.tokenizer, TEMPLATE, [CLASS_NAMES])

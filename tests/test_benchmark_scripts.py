@@ -81,6 +81,14 @@ def test_the_step_time_has_all_precisions(modules, monkeypatch, tmp_path, capsys
     assert "plain / ours" in capsys.readouterr().out
 
 
+def test_the_aggregations_are_timed_beside_the_sum(modules, monkeypatch, tmp_path, capsys):
+    run_script(monkeypatch, "aggregation.py", "--model", "tiny", "--cases", "2x2x3", "3x1x3", "--repeats", 1)
+    for row in result(tmp_path, "aggregation_tiny")["rows"]:
+        assert row["seconds"].keys() == {"sum", *row["added"], "passes"} and len(row["added"]) == 7
+        assert all(0 < row["added"][name] < row["seconds"][name] for name in row["added"])
+    assert "| 3 x 1 x 3 | upgrad |" in capsys.readouterr().out
+
+
 def test_the_step_memory(modules, monkeypatch, tmp_path):
     run_script(monkeypatch, "step_time.py", "--model", "tiny", "--cases", "1x2x3", "--memory", "--precision", "float32")
     (row,) = result(tmp_path, "step_memory_tiny")["rows"]

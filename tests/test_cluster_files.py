@@ -172,7 +172,7 @@ def test_one_command_makes_the_secrets(tmp_path):
 def test_image_is_pinned_installs_the_constraints_and_runs_as_no_root():
     dockerfile = (CLUSTER / "Dockerfile").read_text()
     assert re.findall(r"^FROM (.*)$", dockerfile, re.M) == ["python:3.11.15-slim-bookworm"]
-    assert "pip install --constraint constraints.txt '.[hugging-face,server]'" in dockerfile
+    assert "pip install --constraint constraints.txt '.[aggregation,hugging-face,server]'" in dockerfile
     assert re.findall(r"^USER (.*)$", dockerfile, re.M) == ["1000:1000"]
     copied = {
         word.rstrip("/") for line in re.findall(r"^COPY (.*)$", dockerfile, re.M) for word in shlex.split(line)[:-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple
 from datetime import timedelta
 from functools import partial
+from typing import get_args
 from unittest.mock import patch
 
 import pytest
@@ -23,6 +24,7 @@ from small_problem import (
 )
 from torch.multiprocessing.spawn import spawn
 
+from pipeline.config import TrainingConfig
 from pipeline.data.parquet import SplitReader
 from pipeline.methods.mmap import SharedMmap
 from pipeline.training.checkpoint import Checkpoints
@@ -30,20 +32,24 @@ from pipeline.training.distributed import DistributedShard
 from pipeline.training.evaluate import decoded_batches, evaluate
 from pipeline.training.trainer import Trainer
 
+AGGREGATIONS = [name for name in get_args(TrainingConfig.model_fields["aggregation"].annotation) if name != "sum"]
 SLOW = CONFIG.model_copy(update={"learning_rate": 1e-3})
 
 
 def train_all(folder=None):
-    """Return a group's trained prompts, a global prompt's history and snapshots, and every other trained method, with
-    the losses and accuracies of its steps."""
+    """Return a group's trained prompts, those by each aggregation with tasks' weights, a global prompt's history and
+    snapshots, and every other trained method, with the losses and accuracies of its steps."""
     towers, _, tokens, sets = small_problem()
     group = group_prompts(towers)
     Trainer(towers, group, sets, tokens, CONFIG, epochs=2, seed=5, checkpoints=folder and Checkpoints(folder)).train()
     shared = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
-    trainer = Trainer(
-        towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot_fn=shared.task_gradients, snapshot_every=3
-    )
+    trainer = Trainer(towers, shared, sets, tokens, CONFIG, epochs=2, seed=5, snapshot_every=3)
     history = trainer.train()
+    weighed, weights = {}, {}
+    for name in AGGREGATIONS:
+        weighed[name], config = group_prompts(towers), CONFIG.model_copy(update={"aggregation": name})
+        steps = Trainer(towers, weighed[name], sets, tokens, config, epochs=1, seed=5).train()
+        weights[name] = torch.tensor([record.weights for record in steps], dtype=torch.float64)
     methods, records = {}, {}
     for name in TRAINED:
         method = methods[name] = build_method(name, towers)
@@ -55,6 +61,8 @@ def train_all(folder=None):
         )
     return {
         "state": group.state_dict(),
+        "weighed": {name: prompts.state_dict() for name, prompts in weighed.items()},
+        "weights": weights,
         "methods": {name: method.state_dict() for name, method in methods.items()},
         "records": records,
         "losses": [record.losses for record in history],
@@ -97,8 +105,9 @@ def test_data_parallel_workers_give_the_results_of_one(world_size, tmp_path):
     expected = train_all()
     for rank in range(world_size):
         result = torch.load(tmp_path / f"rank{rank}.pt")
-        for name in ("state", "methods", "records", "losses", "snapshots", "points"):
+        for name in ("state", "weighed", "weights", "methods", "records", "losses", "snapshots", "points"):
             tolerance = 1e-5 if name in ("snapshots", "points") else 1e-9  # stored in float32
+            tolerance = 1e-6 if name == "weights" else tolerance  # where solvers stop
             torch.testing.assert_close(result[name], expected[name], rtol=tolerance, atol=tolerance, equal_nan=True)
         assert result["accuracies"] == expected["accuracies"]
         assert torch.load(tmp_path / f"predicted{rank}.pt") == predict_all(tmp_path)

@@ -82,6 +82,7 @@ ALTERNATIVE_VALUES: dict[str, Any] = {
     "mmap.prompt_length": 8,
     "mmap.source_rows": 2,
     "mmap.source_columns": 4,
+    "training.aggregation": "famo",
     "training.augmentation.crop_scale": [0.5, 1.0],
     "baselines": ["coop"],
     "grouping.num_groups": 2,
@@ -290,6 +291,8 @@ def applies_to(name: str, key: ExpectedKey, old: Config, new: Config) -> bool:
     """Return whether the key is one of the methods and tasks that the field applies to."""
     if key.method is None:
         return True
+    if name.endswith("training.aggregation") and len(key.tasks) == 1:
+        return False  # nothing to weigh
     if ".training." in f".{name}":
         return training_config(key.method, old) != training_config(key.method, new)
     if field_effects(FIELDS[name]) == {"method"}:

@@ -243,7 +243,6 @@ def test_an_interrupted_training_ends_with_identical_results(problem, tmp_path, 
             seed=5,
             checkpoints=folder and Checkpoints(folder),
             on_step=on_step,
-            snapshot_fn=prompts.task_gradients,
             snapshot_every=3,
         )
         return prompts.state_dict(), trainer.train(), trainer.snapshots
@@ -273,8 +272,7 @@ def test_a_training_resumes_identically_from_any_step(problem, optimizer):
 
     def new_trainer() -> Trainer:
         prompts = SharedMmap(mmap_shape(towers), TASKS, seed=1, init_std=0.3).double()
-        snapshots = {"snapshot_fn": prompts.task_gradients, "snapshot_every": 3}
-        return Trainer(towers, prompts, sets, tokens, config, epochs=2, seed=5, **snapshots)
+        return Trainer(towers, prompts, sets, tokens, config, epochs=2, seed=5, snapshot_every=3)
 
     uninterrupted = new_trainer()
     states = [copy.deepcopy(uninterrupted.state_dict())]

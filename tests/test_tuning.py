@@ -33,6 +33,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.stages.finished_run import read_finished_run
 from pipeline.stages.plan import make_plan
+from pipeline.training import aggregation
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.evaluate import decoded_batches, evaluate, evaluate_decoded
 from pipeline.training.trainer import Trainer
@@ -108,6 +109,27 @@ def test_the_global_prompt_affects_groups_by_gradients_and_hipro_only(tmp_path):
     assert affected(BASE, "grouped", **{"grouping.affinity": {"choice": ["transfer", "gradient"]}}) == list(fields)
     with pytest.raises(UserError, match="global_prompt.snapshot_every has no effect on method grouped"):
         affected(BASE, "grouped")
+
+
+def test_the_aggregation_affects_trainings_with_a_batch_of_each_task(tmp_path):
+    fields = {"training.aggregation": {"choice": ["sum", "upgrad"]}}
+    for method in ("grouped", "all_in_one"):
+        assert make_search(tmp_path, method=method, fields=fields).fields_for(method) == list(fields)
+    for method in ("each_alone", "joint_prompts", "joint_prompts_mt"):
+        with pytest.raises(UserError, match=f"aggregation has no effect on method {method} .it trains tasks alone"):
+            make_search(tmp_path, method=method, fields=fields)
+
+
+def test_a_search_needs_the_packages_of_all_aggregations_before_any_trial(tmp_path, monkeypatch):
+    """A trial without them would count as invalid, and be skipped."""
+    search = make_search(
+        tmp_path, method="all_in_one", fields={"training.aggregation": {"choice": ["famo", "upgrad", "sum"]}}
+    )
+    monkeypatch.setattr(aggregation, "find_spec", lambda package: None)
+    with pytest.raises(
+        UserError, match="aggregation=upgrad needs torchjd, qpsolvers, quadprog, which are not installed"
+    ):
+        tuning.run_search(BASE, search, Console(quiet=True))
 
 
 def test_the_shipped_search_files_can_be_read():

@@ -39,6 +39,7 @@ OPENAI_NAMES = {
 ResizeMode = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 Precision = Literal["auto", "float32", "bfloat16"]
+AggregationName = Literal["sum", "pcgrad", "cagrad", "mgda", "upgrad", "nash_mtl", "uncertainty", "famo"]
 MAX_MODEL_NAME = 200
 Channels = tuple[float, float, float]
 """A number for each of R, G, B."""
@@ -221,6 +222,10 @@ class TrainingConfig(Section, affects=("training",)):
     """Learning rate at which the cosine ends."""
     schedule_interval: Literal["epoch", "step"] = "epoch"
     """Whether cosine annealing changes the learning rate after each epoch or after each step."""
+    aggregation: AggregationName = "sum"
+    """How a step of MmAP weighs the tasks. sum: equally (Eq. 11); pcgrad, cagrad, mgda, upgrad, nash_mtl: by the tasks'
+    gradients of the prompt that they share, with TorchJD (pip install 'mmap-clip[aggregation]'); uncertainty, famo: by
+    their losses (docs/methods.md#weighing-tasks)."""
     augmentation: AugmentationConfig = AugmentationConfig()
     """Data augmentation of the training images."""
     checkpoint_every: Annotated[PositiveInt, affects()] = 1

@@ -44,6 +44,8 @@ class GroupLora(Method):
         groups = updates("group")
         stacks = [LowRankStack(layer) for layer in zip(*(updates("task", task) for task in class_names))]
         self.group, self.task = nn.ModuleList(groups), nn.ModuleList(stacks)
+        self._views: list[list[torch.Tensor]] = [[] for _ in widths]
+        """Each task's view of the group's factors B and A of a layer, which holds its gradient after a backward pass."""
         self._task_towers = []  # a list, so that they are no submodules
         for index in range(len(class_names)):
             task_towers = towers.trainable_copy()
@@ -75,11 +77,13 @@ class LowRankStack(Module):
 class GroupAndTask(Module):
     """Sum of a layer's updates of the group and of one of its tasks."""
 
-    def __init__(self, group: LowRank, task: LowRankStack, index: int):
+    def __init__(self, group: Sequence[torch.Tensor], task: LowRankStack, index: int):
+        """`group`: the tasks' views of the group's factors B (T, 3, D, r) and A (T, 3r, D), set by `GroupLora`."""
         super().__init__()
         self.group, self.task, self.index = group, task, index
 
     def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         """h (N, L, D) → (N, L, D · parts), where parts 0, 1, 2 are query, key and value."""
-        update: torch.Tensor = self.group(h, parts) + self.task(h, parts, self.index)
-        return update
+        up, down = (view[self.index] for view in self.group)
+        update: torch.Tensor = project_low_rank(h, parts, down, up, self.task.scaling)
+        return update + self.task(h, parts, self.index)

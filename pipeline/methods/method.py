@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from pipeline.clip.class_tokens import ClassTokens, class_tokens
 from pipeline.clip.tokenizer import Tokenizer
 from pipeline.config.fields import NonNegative, NonNegativeInt, PositiveInt, Section
+from pipeline.config.sections import AggregationName
 from pipeline.lazy_torch import Module, nn, torch
 from pipeline.methods.adaptation import Adaptation
 
@@ -65,6 +66,8 @@ class TrainingOverrides(Section, affects=("method",)):
     """Instead of training.min_learning_rate."""
     schedule_interval: Literal["epoch", "step"] | None = None
     """Instead of training.schedule_interval."""
+    aggregation: AggregationName | None = None
+    """Instead of training.aggregation."""
 
 
 class MethodConfig(Section, affects=("method",)):
@@ -122,6 +125,16 @@ class Method(Module):
 
     def forward(self) -> Adaptation:
         """Return the adaptation of the frozen towers, in every training step."""
+        raise NotImplementedError
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that all tasks share, of a method that does not mix tasks; each other parameter has an
+        entry per task along its axis 0."""
+        raise NotImplementedError
+
+    def task_gradients(self) -> torch.Tensor:
+        """Return each task's gradient (T, P) of the shared parameters, in their order, after one backward pass through
+        the sum of the tasks' losses."""
         raise NotImplementedError
 
     @classmethod

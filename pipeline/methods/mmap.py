@@ -78,6 +78,15 @@ class MmapStack(Module):
         """Return text prompts (N, K, b, d_l) and vision prompts (N, K, b, d_v)."""
         return kronecker(self.text_scaling, self.source), kronecker(self.vision_scaling, self.source)
 
+    def parameter_gradients(self, text_gradients: torch.Tensor, vision_gradients: torch.Tensor) -> torch.Tensor:
+        """Map gradients of the prompts of one MmAP, (T, K, b, d_l) and (T, K, b, d_v), to those of its parameters
+        (T, parameters)."""
+        copies = [p.detach().expand(len(text_gradients), *p.shape[1:]).requires_grad_() for p in self.parameters()]
+        source, text_scaling, vision_scaling = copies
+        prompts = kronecker(text_scaling, source), kronecker(vision_scaling, source)
+        gradients = torch.autograd.grad(prompts, copies, (text_gradients, vision_gradients))
+        return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+
 
 @method("mmap_shared")
 class SharedMmap(Method):
@@ -119,6 +128,9 @@ class SharedMmap(Method):
         source, text_scaling, vision_scaling = self._copies
         return Adaptation(kronecker(text_scaling, source), kronecker(vision_scaling, source))
 
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return list(self.mmap.parameters())
+
     def task_gradients(self) -> torch.Tensor:
         """Return each task's gradient of the last backward pass (T, parameters), in the order of `gradient_layout`."""
         gradients = []
@@ -137,7 +149,8 @@ class GroupMmap(Method):
     """The prompts of a task group (Eqs. 9-12): one MmAP shared by the group and one for each of its T tasks.
 
     Every layer sees [group prompts, task prompts]. The summed task losses update the group's MmAP by all tasks (Eq. 11)
-    and each task's by that task alone (Eq. 12).
+    and each task's by that task alone (Eq. 12). Each task has its own view of the group's prompts, which holds its
+    gradient after a backward pass.
     """
 
     title = "MmAP"
@@ -155,6 +168,7 @@ class GroupMmap(Method):
         self.tasks = tuple(tasks)
         self.group = MmapStack(shape, [derive_seed(seed, "group")], init_std)
         self.task = MmapStack(shape, [derive_seed(seed, "task", name) for name in tasks], init_std)
+        self._views: list[torch.Tensor] = []
 
     @classmethod
     def build(cls, config: Config, towers: ClipTowers, class_names: Collection[str]) -> Self:
@@ -175,11 +189,20 @@ class GroupMmap(Method):
 
     def forward(self) -> Adaptation:
         """Return 2b prompts in every layer of both towers."""
-        text, vision = (
-            torch.cat([group.expand(len(self.tasks), -1, -1, -1), task], dim=2)
-            for group, task in zip(self.group(), self.task())
-        )
+        self._views = [prompts.expand(len(self.tasks), -1, -1, -1) for prompts in self.group()]
+        for view in self._views:
+            if view.requires_grad:
+                view.retain_grad()
+        text, vision = (torch.cat(pair, dim=2) for pair in zip(self._views, self.task()))
         return Adaptation(text, vision)
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return list(self.group.parameters())
+
+    def task_gradients(self) -> torch.Tensor:
+        text, vision = (view.grad for view in self._views)
+        assert text is not None and vision is not None
+        return self.group.parameter_gradients(text, vision)
 
 
 def kronecker(scaling: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.cpus import usable_cpus
 
-PACKAGES = ("torch", "ray", "mlflow", "open_clip_torch", "transformers", "numpy", "pyarrow")
+PACKAGES = ("torch", "ray", "mlflow", "open_clip_torch", "transformers", "torchjd", "numpy", "pyarrow")
 GIT_COMMIT = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
 
 _python_call: ContextVar[str | None] = ContextVar("python_call", default=None)

@@ -63,7 +63,6 @@ def _train(spec: TrainingSpec, epochs: int, artifact: Artifact, progress: Any) -
             epochs,
             writer,
             Reporter(progress, spec.label),
-            snapshot_fn=prompts.task_gradients,
             snapshot_every=config.global_prompt.snapshot_every,
         )
         if is_main:

@@ -47,6 +47,7 @@ from pipeline.runtime.session import is_below_home, open_storage
 from pipeline.runtime.storage import Artifact, Storage
 from pipeline.runtime.tracking.mlflow_adapter import check_reachable, resolve_tracking_uri, without_password
 from pipeline.stages.finished_run import CONFIG, PROVENANCE
+from pipeline.training.aggregation import check_packages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -326,9 +327,11 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
         task: [dataset_index.class_names[name] for name in names] for task, names in dataset_index.classes.items()
     }
     workers, num_classes = config.cluster.workers_per_training, min(map(len, class_names.values()))
+    check_packages(config.training.aggregation)
     for name in with_sources(names):
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_config(method, config).batch_size
+        _check_aggregation(config, name)
         _check_image_layers(config, kind, towers)
         kind.check(config, towers)
         kind.tokenize(config, towers.tokenizer, class_names)
@@ -337,6 +340,16 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
                 f"cluster.workers_per_training={workers} is more than the images of a batch ({batch}, batch_size of "
                 f"{kind.title}) or the classes of a task ({num_classes}): use fewer workers"
             )
+
+
+def _check_aggregation(config: Config, name: str) -> None:
+    variant = VARIANTS[name]
+    kind, aggregation = METHODS[variant.method], training_config(variant.method, config).aggregation
+    if kind.trainable and kind.mixes_tasks and variant.scope != "single-task" and aggregation != "sum":
+        raise UserError(
+            f"training.aggregation={aggregation} weighs tasks that have a batch each, and {variant.title} draws its "
+            f"batches from the images of all tasks: add --{kind.section}.training.aggregation sum, or leave out {name}"
+        )
 
 
 def _check_image_layers(config: Config, kind: type[Method], towers: ClipTowers) -> None:

@@ -212,11 +212,14 @@ def training_inputs(
 
 
 def training_config_values(config: Config, method: str, tasks: Sequence[str], *effects: Effect) -> dict[str, Any]:
-    """Return `values_affecting` for a method and some tasks: without other tasks' templates, and with the training
-    options of the method's own section."""
+    """Return `values_affecting` for a method and some tasks: without other tasks' templates, with the training options
+    of the method's own section, and without the aggregation of tasks if there is one task."""
+    training = training_config(method, config)
+    if len(tasks) == 1:
+        training = training.model_copy(update={"aggregation": "sum"})
     templates = {task: text for task, text in config.clip.task_templates.items() if task in tasks}
     clip = config.clip.model_copy(update={"task_templates": templates})
-    config = config.model_copy(update={"clip": clip, "training": training_config(method, config)})
+    config = config.model_copy(update={"clip": clip, "training": training})
     return values_affecting(config, *effects)
 
 
@@ -226,6 +229,8 @@ def step_metrics(tasks: Sequence[str], record: StepRecord) -> dict[str, float]:
     for task, loss, accuracy in zip(tasks, record.losses, record.accuracies):
         if loss is not None and accuracy is not None:
             metrics |= {f"train_loss/{task}": loss, f"train_accuracy/{task}": accuracy}
+    if record.weights:
+        metrics |= {f"task_weight/{task}": weight for task, weight in zip(tasks, record.weights)}
     return metrics
 
 
@@ -234,17 +239,18 @@ def track_history(session: Session, name: str, artifact: Artifact) -> None:
     this adds steps lost with a driver or worker, and trainings cached from another run."""
     columns = read_parquet(artifact.download() / HISTORY).to_pydict()
     metrics_by_step: dict[int, dict[str, float]] = {}
-    for step, task, loss, accuracy, learning_rate in zip(
-        *(columns[name] for name in ("step", "task", "loss", "accuracy", "learning_rate"))
-    ):
-        record = StepRecord(step, 0, learning_rate, (loss,), (accuracy,))
+    names = ("step", "task", "loss", "accuracy", "learning_rate", "weight")
+    weights = {"weight": [None] * len(columns["step"])}  # a training with the sum has no such column
+    for step, task, loss, accuracy, learning_rate, weight in zip(*((weights | columns)[name] for name in names)):
+        task_weights = None if weight is None else (weight,)
+        record = StepRecord(step, 0, learning_rate, (loss,), (accuracy,), task_weights)
         metrics_by_step.setdefault(step, {}).update(step_metrics([task], record))
     session.tracker.log_metric_history(name, metrics_by_step.items())
 
 
 def write_history(path: Path, tasks: Sequence[str], history: Sequence[StepRecord]) -> None:
-    """Write one row per (step, task): step, epoch, task, loss, accuracy on the batch, learning_rate. Loss and accuracy
-    are null if the step had no image of the task."""
+    """Write one row per (step, task): step, epoch, task, loss, accuracy on the batch, learning_rate, and the task's
+    weight unless the training sums the tasks. Loss and accuracy are null if the step had no image of the task."""
     rows = [
         {
             "step": record.step,
@@ -253,8 +259,9 @@ def write_history(path: Path, tasks: Sequence[str], history: Sequence[StepRecord
             "loss": loss,
             "accuracy": accuracy,
             "learning_rate": record.learning_rate,
+            **({"weight": record.weights[index]} if record.weights else {}),
         }
         for record in history
-        for task, loss, accuracy in zip(tasks, record.losses, record.accuracies)
+        for index, (task, loss, accuracy) in enumerate(zip(tasks, record.losses, record.accuracies))
     ]
     pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")

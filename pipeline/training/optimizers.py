@@ -26,6 +26,7 @@ def _uncompiled(optimizer: Class) -> Class:
     return cast(Class, type(optimizer.__name__, (optimizer,), {"step": step}))
 
 
+Adam = _uncompiled(torch.optim.Adam)
 _SGD, _AdamW = _uncompiled(torch.optim.SGD), _uncompiled(torch.optim.AdamW)
 OPTIMIZERS: Mapping[str, Callable[[Sequence[nn.Parameter], TrainingConfig], torch.optim.Optimizer]] = {
     "sgd": lambda parameters, config: _SGD(

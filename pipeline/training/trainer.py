@@ -31,6 +31,7 @@ from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.methods.adaptation import Adaptation, Consistency
 from pipeline.methods.method import FittedMethod, Method
+from pipeline.training.aggregation import make_aggregation
 from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import DistributedShard
@@ -51,6 +52,8 @@ class StepRecord:
     """Mean over the task's images of the step."""
     accuracies: tuple[float | None, ...]
     """Fraction of the task's images of the step that were classified correctly."""
+    weights: tuple[float, ...] | None = None
+    """Weights of the tasks in the update of what they share; None: equal (training.aggregation=sum)."""
 
 
 def num_steps_per_epoch(set_sizes: Iterable[int], batch_size: int) -> int:
@@ -83,7 +86,8 @@ class Snapshot:
 class Trainer:
     """Trainer of `method`, in place, on `training_sets`; resumes from the newest checkpoint, if any.
 
-    Fits a FittedMethod before the first step. Steps do not modify parameters that require no gradient.
+    Fits a FittedMethod before the first step. Steps do not modify parameters that require no gradient. With several
+    tasks, `config.aggregation` weighs them.
     """
 
     towers: ClipTowers
@@ -103,9 +107,8 @@ class Trainer:
     """Where to save the state every config.checkpoint_every epochs."""
     on_step: Callable[[StepRecord, int], None] = lambda record, num_steps: None
     """Called with each step's record and the total number of steps."""
-    snapshot_fn: Callable[[], torch.Tensor] | None = None
-    """Called after the backward pass of every `snapshot_every`-th step; returns the tasks' gradients."""
-    snapshot_every: int = 1
+    snapshot_every: int | None = None
+    """Steps between snapshots of the tasks' gradients; None: no snapshots."""
     frozen_tokens: ClassTokens | None = None
     """Class tokens for the frozen CLIP, if they differ from `tokens`."""
 
@@ -120,12 +123,14 @@ class Trainer:
         if isinstance(self.method, FittedMethod):
             self._fit(self.method)
         self.parameters = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
+        self.tasks = [task for training_set in self.training_sets for task in training_set.tasks]
+        self.aggregation = make_aggregation(config.aggregation, cast(Method, self.method), len(self.tasks), self.seed)
+        """None: the sum."""
         self.history: list[StepRecord] = []
         """Records of all completed steps."""
         self.snapshots: list[Snapshot] = []
         self._epoch_weights = self.method.epoch_weights(self.epochs) if isinstance(self.method, Method) else None
         self._average = [torch.zeros_like(parameter) for parameter in self.parameters if self._epoch_weights]
-        self.tasks = [task for training_set in self.training_sets for task in training_set.tasks]
         self.steps_per_epoch = num_steps_per_epoch(map(len, self.training_sets), config.batch_size)
         self.num_steps = self.epochs * self.steps_per_epoch
         num_steps = self.num_steps
@@ -142,8 +147,9 @@ class Trainer:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Optimizer of the parameters, which torch does not build for none."""
-        return OPTIMIZERS[self.config.optimizer](self.parameters, self.config)
+        """Optimizer of the parameters and the aggregation's, which torch does not build for none."""
+        learned = self.aggregation.parameters() if self.aggregation else ()
+        return OPTIMIZERS[self.config.optimizer]([*self.parameters, *learned], self.config)
 
     @property
     def epoch(self) -> int:
@@ -176,7 +182,7 @@ class Trainer:
         """Update the parameters once, with a batch of each training set.
 
         Raises:
-            UserError: a task's loss is not finite; out of memory.
+            UserError: a task's loss is not finite; no weights of the tasks are found; out of memory.
         """
         step, epoch = len(self.history), self.epoch
         stage = bisect(self._stage_bounds, step, hi=len(self._stage_bounds) - 1) - 1
@@ -188,16 +194,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         metrics = self.backward(step)
-        gradients = self.snapshot_fn() if self.snapshot_fn and step % self.snapshot_every == 0 else metrics.new_empty(0)
+        is_snapshot = self.snapshot_every is not None and step % self.snapshot_every == 0
+        needs_gradients = is_snapshot or self.aggregation is not None
+        gradients = cast(Method, self.method).task_gradients() if needs_gradients else metrics.new_empty(0)
         # On all workers the same parameters have a gradient: those of the stage, since a step depends on all of them.
         parameter_gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self._shard.all_reduce_sum([*parameter_gradients, metrics, gradients])
         self._check_finite(step, metrics)
-        record = self.record(step, epoch, lr, metrics)
-        if len(gradients):
-            parameters = parameters_to_vector(self.parameters).detach()
-            self.snapshots.append(Snapshot(record, gradients.float().cpu(), parameters.float().cpu()))
-        self.optimizer.step()
+        point = parameters_to_vector(self.parameters).detach() if is_snapshot else None
+        weights = None
+        if self.aggregation:
+            weights = self.aggregation.update(self.optimizer, step, metrics[0], gradients)
+        else:
+            self.optimizer.step()
+        record = self.record(step, epoch, lr, metrics, weights)
+        if point is not None:
+            self.snapshots.append(Snapshot(record, gradients.float().cpu(), point.float().cpu()))
         self.history.append(record)
         if self._epoch_weights and self.epoch > epoch:
             self._average_epoch(self._epoch_weights[epoch])
@@ -232,8 +244,11 @@ class Trainer:
         counts = losses.new_tensor([len(label) for label in labels])
         return torch.stack([losses.detach(), hits.to(losses.dtype), counts])
 
-    def record(self, step: int, epoch: int, learning_rate: float, metrics: torch.Tensor) -> StepRecord:
-        """Return the record of a step of an epoch (both from 0) from the workers' summed `backward`."""
+    def record(
+        self, step: int, epoch: int, learning_rate: float, metrics: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> StepRecord:
+        """Return the record of a step of an epoch (both from 0) from the workers' summed `backward` and the tasks'
+        weights."""
         losses, hits, counts = metrics.tolist()
         return StepRecord(
             step + 1,
@@ -242,6 +257,7 @@ class Trainer:
             # The loss has the task's mean with the weight count / batch_size: 1 for a task with a set of its own.
             tuple(loss / (count / self.config.batch_size) if count else None for loss, count in zip(losses, counts)),
             tuple(hit / count if count else None for hit, count in zip(hits, counts)),
+            None if weights is None else tuple(weights.tolist()),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,6 +266,7 @@ class Trainer:
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "aggregation": self.aggregation.state_dict() if self.aggregation else {},
             "average": self._average,
             "history": [tuple(vars(record).values()) for record in self.history],
             "snapshot_steps": [snapshot.record.step - 1 for snapshot in self.snapshots],
@@ -261,6 +278,8 @@ class Trainer:
         """Resume from another trainer's `state_dict`."""
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.aggregation:
+            self.aggregation.load_state_dict(state["aggregation"])
         self._average = [average.to(self.towers.device, copy=True) for average in state["average"]]
         self.history = [StepRecord(*values) for values in state["history"]]
         snapshots = zip(state["snapshot_steps"], state["snapshots"], state["points"])

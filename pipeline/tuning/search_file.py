@@ -38,6 +38,7 @@ from pipeline.methods.registry import METHODS, VARIANTS
 
 METHOD = "method"
 """The one field outside the config: the variant in registry.VARIANTS that a trial trains."""
+AGGREGATION = "training.aggregation"
 GRADIENT_FIELDS = ("gradient_similarity", "per_layer", "scaling_matrices")
 """Fields of `grouping` that gradient affinities depend on."""
 RANGE_KINDS = ("choice", "uniform", "loguniform", "integer")
@@ -263,6 +264,7 @@ def _checked_search(options: SearchOptions, space: Mapping[str, Range], base: Co
     for name, affected in applicable_methods.items():
         if not affected:
             hint = " (its own section overrides this field)" if name.startswith("training.") else ""
+            hint = " (it trains tasks alone, or on batches of all)" if name == AGGREGATION else hint
             raise UserError(f"fields: {name} has no effect on method {', '.join(methods)}{hint}: remove it")
     return Search(options, space, applicable_methods)
 
@@ -283,5 +285,7 @@ def _affects(name: str, method: str, base: Config, space: Collection[str]) -> bo
         return False
     if not METHODS[variant.method].takes_steps:
         return name != "training.epochs" and "training_features" in field_effects(_FIELDS[name])
+    if name == AGGREGATION and (variant.scope == "single-task" or METHODS[variant.method].mixes_tasks):
+        return False
     overrides = getattr(getattr(base, method_section or "", None), "training", None)
     return getattr(overrides, field_name, None) is None

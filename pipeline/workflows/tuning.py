@@ -36,8 +36,9 @@ from pipeline.runtime.session import PARENT, Session
 from pipeline.stages.flow import run_stages
 from pipeline.stages.plan import Plan, check_methods, make_plan
 from pipeline.stages.run import connect_cluster, run_session
+from pipeline.training.aggregation import check_packages
 from pipeline.tuning.points import Check, PlannedTrials, plan_trials
-from pipeline.tuning.search_file import Search, trial_config
+from pipeline.tuning.search_file import AGGREGATION, Search, trial_config
 from pipeline.tuning.trials import Trial, best_trial
 from pipeline.workflows.tuning_searchers import TrialListener, UniqueOptunaSearch, early_stopping
 from pipeline.workflows.tuning_trial import METRIC, TrialSetup, run_trial
@@ -64,6 +65,8 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
             f"cluster.workers_per_training={base.cluster.workers_per_training} is not supported: a trial trains on one "
             "worker, and trials run concurrently. Set it to 1"
         )
+    for aggregation in search.space[AGGREGATION].values if AGGREGATION in search.space else ():
+        check_packages(aggregation)
     plan = make_plan(base, console, output_kind=SEARCHES, extra_key_inputs={"search": search.to_json()})
     check = partial(_check_params, plan.config, replace(plan.dataset_index, images=()), search.methods)
     planned = plan_trials(search, check)
