@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_clip import CLASS_NAMES, PREPROCESSING, tokenizer
 from small_families import FAMILIES, black_box, small_model
 from small_methods import SMALL, build_method
@@ -17,6 +19,7 @@ from small_methods import SMALL, build_method
 import pipeline
 from jobs import export
 from pipeline.clip.class_tokens import class_tokens
+from pipeline.clip.files.source import import_open_clip
 from pipeline.clip.load import load_clip
 from pipeline.clip.towers import ClipTowers
 from pipeline.methods.adaptation import Adaptation
@@ -153,6 +156,36 @@ def test_a_torch_export_is_used_without_this_package(adapter_file, run_export, t
         assert_equal_outputs(outputs[str(len(part))], model, "ink", part)
 
 
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.is_mergeable])
+def test_open_clip_alone_loads_merged_weights(method, run_export, tmp_path, monkeypatch):
+    open_clip = import_open_clip()
+    save_adapter(tmp_path / "adapter.safetensors", small_adapter(method))
+    folder = tmp_path / "merged"
+    status, _, messages = run_export(tmp_path / "adapter.safetensors", "--output", f"{folder}/")
+    assert status == 0, messages
+    values = json.loads((folder / "open_clip_config.json").read_text())
+    assert values["tasks"]["neon"] == {"classes": TASKS["neon"], "template": SMALL.clip.template}
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    # As by the name of a model and a file.
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.json").write_text(json.dumps(values["model_cfg"]))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+    open_clip.add_model_config(tmp_path / "configs")
+    same_model = open_clip.create_model("digits", pretrained=str(folder / "open_clip_model.safetensors"))
+    assert all(torch.equal(value, same_model.state_dict()[name]) for name, value in model.state_dict().items())
+
+    loaded = pipeline.load(tmp_path / "adapter.safetensors", precision="float32")
+    photo = Image.fromarray(random_pixels(1, 50)[0].permute(1, 2, 0).numpy())
+    unit = partial(torch.nn.functional.normalize, dim=-1)
+    with torch.no_grad():
+        texts = [[SMALL.clip.template.format(name) for name in names.split(" | ")] for names in TASKS["ink"]]
+        z = torch.stack([unit(model.encode_text(open_clip.tokenize(text))).mean(0) for text in texts])
+        image = model.encode_image(preprocess(photo)[None], normalize=True)
+        logits = model.logit_scale.exp() * image @ unit(z).T
+    expected = list(loaded.predict(photo, "ink").probabilities.values())
+    torch.testing.assert_close(logits.softmax(dim=1)[0], torch.tensor(expected), **TOLERANCE)
+
+
 def test_weights_of_more_than_2_gb_are_a_second_file(adapter_file, run_export, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
@@ -175,8 +208,10 @@ def test_a_file_with_other_probabilities_is_not_written(adapter_file, run_export
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "x.tflite"], "unknown suffix '.tflite'; use .onnx or .pt2"),
+        (["--output", "x.tflite"], "unknown suffix .tflite; use .onnx, .pt2, or a folder"),
         (["--output", "s3://bucket/x.onnx"], "give a local path"),
+        (["--output", "folder", "--temperature", "2"], "--temperature has no effect"),
+        (["--output", "folder"], "cannot be merged into the weights of CLIP (only BitFit, full fine-tuning, CLIP-LoRA"),
         (["--output", "existing.pt2", "--task", "ink"], "existing.pt2 already exists"),
         (["--output", "x.pt2"], "has the tasks ink, neon"),
         (["--output", "x.pt2", "--task", "inc"], "unknown --task inc; did you mean ink?"),
@@ -185,7 +220,7 @@ def test_a_file_with_other_probabilities_is_not_written(adapter_file, run_export
             "needs onnxscript, which is not installed:\npip install 'mmap-clip[export]'",
         ),
     ],
-    ids=["suffix", "bucket", "exists", "no task", "unknown task", "no package"],
+    ids=["suffix", "bucket", "no effect", "not mergeable", "exists", "no task", "unknown task", "no package"],
 )
 def test_errors_are_reported_before_clip_is_loaded(adapter_file, run_export, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -14,14 +14,18 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
+from pipeline.clip.files.source import OPEN_CLIP_CONFIG
+from pipeline.clip.load import load_open_clip
 from pipeline.clip.towers import ClipTowers
 from pipeline.errors import UserError
-from pipeline.files import PARTIAL_SUFFIX, rename_durably, sync, write_errors
+from pipeline.files import PARTIAL_SUFFIX, atomic_write, rename_durably, sync, write_errors
 from pipeline.methods.adapter_file import TrainedAdapter
 from pipeline.methods.classifier import Classifier
 from pipeline.prediction.model import TrainedModel
@@ -29,6 +33,7 @@ from pipeline.prediction.options import ModelOptions
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUTS = "pixels", ("logits", "probabilities")
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 METADATA_FILE = "metadata.json"
 """Extra file of a `.pt2` file."""
 MAX_DIFFERENCE = 1e-4
@@ -103,6 +108,49 @@ def export_task(adapter: TrainedAdapter, options: ModelOptions, task: str, file:
             sync(part)
             rename_durably(part, file.parent / part.name)
     return difference
+
+
+def export_open_clip(adapter: TrainedAdapter, options: ModelOptions, task: str, folder: Path) -> float:
+    """Write the CLIP of a task with the trained weights merged, as a new folder for open_clip: `local-dir:FOLDER`.
+
+    Args:
+        adapter: of a method that is `Method.is_mergeable`.
+
+    Returns:
+        The largest difference between elements of normalized features of open_clip's model and of the adapted one.
+
+    Raises:
+        UserError: as `TrainedModel`; the folder cannot be written.
+    """
+    group = adapter.select_group(task)
+    classifier = group.classifier("cpu", options.pretrained, precision="float32")
+    adaptation = classifier.adaptation(task)
+    assert adaptation.towers
+    model, model_config = load_open_clip(adapter.config.clip.with_weights(options.pretrained))
+    state = model.state_dict()
+    for name, value in adaptation.towers.merged_state().items():
+        name = name if name in state else name.removeprefix("text.")  # CLIP has no module of its own for the text tower
+        if name in state:
+            state[name] = value.detach().float().contiguous()
+    model.load_state_dict(state)
+    model.eval()
+    images = classifier.towers.normalize_pixels(_random_pixels(classifier.towers.preprocessing.image_size))
+    with torch.no_grad():
+        features = adaptation.encode_image(classifier.towers, images, [len(images)])
+        merged_features = cast(Any, model).encode_image(images)
+    preprocessing = asdict(classifier.towers.preprocessing)
+    preprocess_config = {"size": preprocessing.pop("image_size"), **preprocessing}
+    del preprocess_config["jpeg_draft"]  # unknown to open_clip
+    with atomic_write(folder) as partial:
+        partial.mkdir()
+        save_file({name: value.clone() for name, value in model.state_dict().items()}, partial / OPEN_CLIP_WEIGHTS)
+        tasks = {
+            name: {"classes": class_names, "template": group.config.clip.template_for(name)}
+            for name, class_names in group.class_names.items()
+        }
+        config = {"model_cfg": model_config, "preprocess_cfg": preprocess_config, "tasks": tasks}
+        (partial / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2))
+    return float((F.normalize(features, dim=-1) - F.normalize(merged_features, dim=-1)).abs().max())
 
 
 def trace(module: nn.Module, sample: torch.Tensor) -> torch.export.ExportedProgram:
