@@ -34,6 +34,7 @@ JOBS_WITH_FEW_FIELDS = {
     "export",
     "list_models",
     "predict",
+    "push",
     "register_model",
     "resend",
     "runs",
@@ -139,6 +140,7 @@ def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
         ("predict", ["--adapter", "x", "y"], "--adapter is not an option of this job: use predict RUN INPUTS"),
         (
             "predict",
+            "push",
             ["x", "x", "--threshold", "2"],
             "threshold=2: must be less than or equal to 1",
         ),
@@ -470,7 +472,7 @@ def test_an_invalid_value_is_reported_by_the_command(mmap_clip):
     ("typed", "job"),
     [
         *(("train", "full-pipeline"), ("fit", "full-pipeline"), ("run", "full-pipeline"), ("ls", "runs")),
-        *(("evaluate", "full-pipeline"), ("publish", "register-model"), ("Predict", "predict"), ("predct", "predict")),
+        *(("evaluate", "full-pipeline"), ("publish", "push"), ("Predict", "predict"), ("predct", "predict")),
         *(("check", "check-data"), ("hpo", "tune"), ("full_pipline", "full-pipeline"), ("xyz", None)),
     ],
 )

@@ -35,13 +35,14 @@ REQUIRED = {
     "add_task": ["--run", "a_run", "--task", "a_task"],
     "export": ["a_run", "--output", "a_file.onnx"],
     "predict": ["a_run", "an_image"],
+    "push": ["a_run", "owner/name"],
     "register_model": ["--run", "a_run"],
     "resend": ["a_storage"],
     "serve": ["--models", "a_name=a_run"],
     "tune": ["--search", "a_search.yaml"],
     "verify": ["a_storage"],
 }
-WITHOUT_CONFIG_FIELDS = ("export", "list_models", "predict", "register_model", "resend", "serve", "verify")
+WITHOUT_CONFIG_FIELDS = ("export", "list_models", "predict", "push", "register_model", "resend", "serve", "verify")
 JOBS = ["__main__", *job_names()]
 TRACKER = "pipeline.runtime.tracking.tracker"
 DECODING = "pipeline.prediction.decoding"
