@@ -101,7 +101,7 @@ def check_repository(repository: str) -> None:
     """Raises: UserError: not OWNER/NAME, or nobody is logged in at the Hub."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)
