@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
@@ -51,13 +52,16 @@ def main() -> None:
         def run_program(pixels: torch.Tensor) -> None:
             program(pixels)
 
+        def run_session(pixels: torch.Tensor) -> None:
+            session.run(None, {INPUT: pixels.numpy()})
+
         seconds = {}
         for count in arguments.images:
             pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
             steps = {
-                "pipeline.load": lambda: model.classifier.probabilities(TASK, pixels),
-                "ONNX Runtime": lambda: session.run(None, {INPUT: pixels.numpy()}),
-                "torch.export": lambda: run_program(pixels),
+                "pipeline.load": partial(model.classifier.probabilities, TASK, pixels),
+                "ONNX Runtime": partial(run_session, pixels),
+                "torch.export": partial(run_program, pixels),
             }
             for step in steps.values():
                 step()

@@ -29,8 +29,8 @@ class Options(JobOptions):
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: str = Field(
-        description="A run directory or an adapter file (.safetensors), local or s3://, hf-hub:OWNER/NAME, or an MLflow "
-        "URI (models:/...)."
+        description="A run directory or an adapter file (.safetensors), local or s3://, hf-hub:OWNER/NAME, or an "
+        "MLflow URI (models:/...)."
     )
     output: str = Field(
         description="New file or folder: .onnx (ONNX), .pt2 (torch.export), or a folder of weights for open_clip."

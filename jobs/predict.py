@@ -34,8 +34,8 @@ class Options(JobOptions):
     positional: ClassVar[tuple[str, ...]] = ("run", "inputs")
 
     run: str = Field(
-        description="A run directory or an adapter file (.safetensors), local or s3://, hf-hub:OWNER/NAME, or an MLflow "
-        "URI (models:/...)."
+        description="A run directory or an adapter file (.safetensors), local or s3://, hf-hub:OWNER/NAME, or an "
+        "MLflow URI (models:/...)."
     )
     inputs: tuple[str, ...] = Field(
         description="Images, folders of images (recursive) and URLs (http, https); for Parquet output also s3:// URIs, "
