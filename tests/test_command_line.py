@@ -140,7 +140,6 @@ def test_an_unknown_option_is_reported_on_stderr(job, run_to_exit):
         ("predict", ["--adapter", "x", "y"], "--adapter is not an option of this job: use predict RUN INPUTS"),
         (
             "predict",
-            "push",
             ["x", "x", "--threshold", "2"],
             "threshold=2: must be less than or equal to 1",
         ),
