@@ -22,7 +22,7 @@ with interrupts.ending_at_once():
 GROUPS = {
     "Train": ("check_data", "full_pipeline", "benchmark", "tune", "grouping_study", "add_task"),
     "Look": ("runs", "verify", "list_models", "resend"),
-    "Use": ("predict", "serve", "register_model"),
+    "Use": ("predict", "serve", "export", "push", "register_model"),
     "Single stages": ("build_splits", "train_global_prompt", "solve_grouping", "train_groups"),
     "Shell": ("completion",),
 }
@@ -34,7 +34,9 @@ USUAL_NAMES = {
     **dict.fromkeys(("models", "ls-models"), "list-models"),
     **dict.fromkeys(("infer", "inference", "classify", "prediction"), "predict"),
     **dict.fromkeys(("server", "deploy", "api"), "serve"),
-    **dict.fromkeys(("register", "export", "publish", "push"), "register-model"),
+    "register": "register-model",
+    **dict.fromkeys(("publish", "hub", "push-to-hub"), "push"),
+    **dict.fromkeys(("onnx", "convert", "save"), "export"),
     **dict.fromkeys(("search", "hpo", "sweep", "optimize"), "tune"),
     **dict.fromkeys(("bench", "compare"), "benchmark"),
     **dict.fromkeys(("send", "sync", "flush", "upload"), "resend"),

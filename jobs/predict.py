@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.command_line import Field, check_adapter_exists, importing, print_status, report_user_errors
-from pipeline.config import Fraction, JobArguments, JobOptions, JobParser, Precision, did_you_mean, parse_config
+from pipeline.command_line import Field, check_adapter_exists, check_task, importing, print_status, report_user_errors
+from pipeline.config import Fraction, JobArguments, JobOptions, JobParser, Precision, parse_config
 from pipeline.errors import UserError
 from pipeline.runtime.ray_start import check_ray
 
@@ -34,7 +34,8 @@ class Options(JobOptions):
     positional: ClassVar[tuple[str, ...]] = ("run", "inputs")
 
     run: str = Field(
-        description="A run directory or an adapter file (.safetensors), local or s3://, or an MLflow URI (models:/...)."
+        description="A run directory or an adapter file (.safetensors), local or s3://, hf-hub:OWNER/NAME, or an "
+        "MLflow URI (models:/...)."
     )
     inputs: tuple[str, ...] = Field(
         description="Images, folders of images (recursive) and URLs (http, https); for Parquet output also s3:// URIs, "
@@ -96,9 +97,8 @@ def predict(arguments: JobArguments[Options]) -> int:
         job.run, fields.get("clip.pretrained"), job.temperature, job.threshold, job.precision
     )
     tasks = list(adapter.class_names)
-    if job.task is not None and job.task not in tasks:
-        hint = did_you_mean(job.task, tasks)
-        raise UserError(f"unknown --task {job.task}{hint} {job.run} has the tasks {', '.join(tasks)}")
+    if job.task is not None:
+        check_task(job.task, tasks, job.run)
     task = job.task or (tasks[0] if len(tasks) == 1 else None)
     if task is None:
         print_status(f"no --task: an image without one gets the most probable prediction of {', '.join(tasks)}")

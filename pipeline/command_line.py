@@ -13,7 +13,7 @@ with interrupts.ending_at_once():  # what follows takes a third of a second
     import logging
     import re
     import sys
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import contextmanager
     from pathlib import Path
     from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ with interrupts.ending_at_once():  # what follows takes a third of a second
     from rich.console import Console
     from rich.markup import escape
 
-    from pipeline.config import JobParser
+    from pipeline.config import HUB_PREFIX, JobParser, did_you_mean
     from pipeline.errors import UserError
     from pipeline.imports import no_garbage_collection
     from pipeline.stages.paths import check_paths
@@ -77,13 +77,20 @@ def report_user_errors(after_interrupt: str = "rerun the same command to resume"
 
 
 def check_adapter_exists(source: str) -> None:
-    """Check an adapter on this machine; those of buckets and MLflow are looked for later.
+    """Check an adapter on this machine; those of buckets, the Hub and MLflow are looked for later.
 
     Raises:
         UserError: there is none.
     """
-    if not re.match(r"[a-z0-9-]+:/", source) and not Path(source).expanduser().exists():
+    if not re.match(rf"[a-z0-9-]+:/|{HUB_PREFIX}", source) and not Path(source).expanduser().exists():
         raise UserError(f"adapter file {source} does not exist")
+
+
+def check_task(task: str, tasks: Sequence[str], source: str) -> None:
+    """Raises: UserError: the adapter of `source` has no such task."""
+    if task not in tasks:
+        hint = did_you_mean(task, tasks)
+        raise UserError(f"unknown --task {task}{hint} {source} has the tasks {', '.join(tasks)}")
 
 
 @contextmanager

@@ -87,11 +87,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Like `atomic_replace`, with user errors.
 
     Raises:
+        UserError: as `write_errors`.
+    """
+    with write_errors(path), atomic_replace(path) as partial:
+        yield partial
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Report errors of the operating system, as any library raises them, as a UserError about `path`.
+
+    Raises:
         UserError: the file cannot be written, with the remedy.
     """
     try:
-        with atomic_replace(path) as partial:
-            yield partial
+        yield
     except Exception as error:
         if isinstance(error, OSError) or (error_number(error) and not isinstance(error, UserError)):
             reason = getattr(error, "strerror", None) or error

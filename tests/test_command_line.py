@@ -29,7 +29,18 @@ REPLACED_FIELDS = {
     "benchmark": {"seed", "data.shots", "baselines"},
     "grouping_study": {"seed"},
 }
-JOBS_WITH_FEW_FIELDS = {"completion", "list_models", "predict", "register_model", "resend", "runs", "serve", "verify"}
+JOBS_WITH_FEW_FIELDS = {
+    "completion",
+    "export",
+    "list_models",
+    "predict",
+    "push",
+    "register_model",
+    "resend",
+    "runs",
+    "serve",
+    "verify",
+}
 MISSPELLED = {
     "completion": ("halp", "help"),
     "list_models": ("metod", "method"),
@@ -460,7 +471,7 @@ def test_an_invalid_value_is_reported_by_the_command(mmap_clip):
     ("typed", "job"),
     [
         *(("train", "full-pipeline"), ("fit", "full-pipeline"), ("run", "full-pipeline"), ("ls", "runs")),
-        *(("evaluate", "full-pipeline"), ("export", "register-model"), ("Predict", "predict"), ("predct", "predict")),
+        *(("evaluate", "full-pipeline"), ("publish", "push"), ("Predict", "predict"), ("predct", "predict")),
         *(("check", "check-data"), ("hpo", "tune"), ("full_pipline", "full-pipeline"), ("xyz", None)),
     ],
 )

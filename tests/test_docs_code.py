@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from pipelines import REPOSITORY
 
 import pipeline
@@ -40,9 +41,10 @@ from pipeline.data.index import index_dataset, read_class_names
 from pipeline.data.layouts import OFFICE_HOME_TASKS
 from pipeline.demo.digits import write_digits
 from pipeline.files import write_record
-from pipeline.methods.adapter_file import TrainedAdapter, save_adapter
+from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, save_adapter
 from pipeline.methods.registry import METHODS
-from pipeline.prediction.options import GROUPED_ADAPTER
+from pipeline.prediction.export import export_open_clip, export_task
+from pipeline.prediction.options import GROUPED_ADAPTER, ModelOptions
 from pipeline.report.scores import PREDICTIONS
 from pipeline.runtime.session import PARENT
 from pipeline.runtime.storage import Artifact, Storage
@@ -57,6 +59,8 @@ PAGES.remove(REPOSITORY / "docs" / "tutorial.md")
 FENCED = re.compile(r"^( *)```(.*?)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 REPOSITORY_PATH = re.compile(r"(\.ci|benchmarks|cluster|configs|docs|jobs|tests)/")
 PUBLISHED = {"OfficeHome": "office_home", "domainnet": "mini_domainnet", "PACS": "pacs", "VLCS": "vlcs"}
+EXPORTED = ("coop", "clip_lora")
+"""Methods of docs/export.md besides MmAP."""
 DIGITS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
 
 
@@ -97,7 +101,7 @@ def world(tmp_path_factory) -> Path:
     (folder / "mmap-runs" / "shops").symlink_to(folder / "data" / "shops")
     for path in ("photos", "data/photos"):
         (folder / path).symlink_to(digits / "ink_left" / "test")
-    for name in ("a.png", "b.jpg"):
+    for name in ("a.png", "b.jpg", "photo.jpg"):
         (folder / name).symlink_to(digits / "ink_left" / "test" / "one" / "0000.png")
     (folder / "shops.yaml").write_text("name: shops\n")
     (folder / "token").write_text("0123456789abcdef")
@@ -109,6 +113,7 @@ def fill_placeholders(code: str, world: Path) -> str:
     """Replace the placeholders that a reader replaces, and absolute paths by those in `world`."""
     for placeholder, value in {
         "models:/other@champion": "mmap-runs/runs/<run>",
+        "hf-hub:OWNER/NAME": "mmap-runs/runs/<run>",
         "<run>": "finished",
         "<head>": "head.example",
         "<registry>": "registry.example",
@@ -165,12 +170,11 @@ def write_finished_run(storage: Path, data_root: Path) -> None:
     data = values["data"] | {"root": str(data_root), "use_official_splits": False}
     config = parse_config(values | {"data": data, "grouping": {"affinity": "gradient"}})  # no task was trained alone
     group, towers = {"Clipart": DIGITS, "ink_left": DIGITS}, load_clip(config.clip)
-    state = METHODS["mmap"].build(config, towers, group).state_dict()
     folder = storage / "runs" / "finished"
     (folder / GROUPED_ADAPTER).parent.mkdir(parents=True)
-    save_adapter(
-        folder / GROUPED_ADAPTER, TrainedAdapter("mmap", config, weights_fingerprint(towers), (group,), (state,))
-    )
+    for method, name in {"mmap": GROUPED_ADAPTER} | {name: f"adapters/{name}.safetensors" for name in EXPORTED}.items():
+        state = METHODS[method].build(config, towers, group).state_dict()
+        save_adapter(folder / name, TrainedAdapter(method, config, weights_fingerprint(towers), (group,), (state,)))
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / SUMMARY).parent.mkdir()
     methods = {
@@ -195,6 +199,12 @@ def names_of(page: str, world: Path) -> dict[str, object]:
     if page == "task_grouping.md":
         steps = np.array([[[2, 0], [-1, 2], [2, 1], [-1, 3]]] * 4)
         return {"names": ["photo", "sketch", "art", "clipart"], "gradients": steps}
+    if page == "export.md" and not (world / "ink_left.onnx").exists():
+        finished = world / "mmap-runs" / "runs" / "finished"
+        for name in ("ink_left.pt2", "ink_left.onnx"):
+            export_task(load_adapter(finished / GROUPED_ADAPTER), ModelOptions(), "ink_left", world / name)
+        adapter = load_adapter(finished / "adapters" / "clip_lora.safetensors")
+        export_open_clip(adapter, ModelOptions(), "ink_left", world / "merged")
     noisy = sorted((world / "mmap-runs" / "datasets" / "digits" / "ink_right").glob("test/*/*.png"))[::8]
     return {"images": noisy, "labels": [path.parent.name for path in noisy], "source": "mmap-runs/runs/finished"}
 
@@ -315,7 +325,7 @@ def check_command(words: list[str]) -> None:
             start = next(options.index(word) for word in ("mmap-clip.sbatch", "mmap-clip") if word in options)
             # %a is the number of an array's task.
             check_command(["mmap-clip", *(word.replace("%a", "1") for word in options[start + 1 :])])
-        case ["apptainer", "build" | "run", _, *_] | ["cp", _, _] | ["hf", "download", _]:
+        case ["apptainer", "build" | "run", _, *_] | ["cp", _, _] | ["hf", "download", _] | ["hf", "auth", "login"]:
             pass
         case ["pg_dump" | "pg_restore" | "tar", *_]:
             pass
@@ -360,9 +370,13 @@ def check_job(script: str, options: list[str]) -> None:
             "pipeline.runtime.cluster.connect",
             "pipeline.runtime.tracking.mlflow_adapter.find_run",
             "pipeline.workflows.resend.check_reachable",
+            "pipeline.prediction.export.export_task",
+            "pipeline.prediction.export.export_open_clip",
+            "pipeline.workflows.upload.repository_folder",
         ):
             patched.setattr(function, stop)
         patched.setattr("pipeline.stages.plan.fetch_weights", fetch_weights)
+        patched.setattr("huggingface_hub.get_token", lambda: "a token")
         patched.setattr("pipeline.serving.service.port_error", lambda host, port: None)  # it may be in use
         try:
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
@@ -391,3 +405,15 @@ def test_code_block(block, world, tmp_path, monkeypatch):
         check_python(block, world, monkeypatch)
     elif check := CHECKS[block.language]:
         check(block, world if block.language == "sh" else tmp_path)
+
+
+def test_the_code_for_onnx_runtime_predicts_what_the_package_does(world, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(world)
+    names = names_of("export.md", world)
+    (block,) = [block for block in BLOCKS if block.page.name == "export.md" and "import onnxruntime" in block.code]
+    Image.effect_noise((57, 40), 90).convert("RGB").save("photo.png")
+    exec(block.code.replace("photo.jpg", "photo.png"), names)
+    expected = pipeline.load("mmap-runs/runs/finished", precision="float32").predict("photo.png", "ink_left")
+    assert list(expected.probabilities) == names["classes"]
+    np.testing.assert_allclose(names["probabilities"][0], list(expected.probabilities.values()), atol=1e-5)

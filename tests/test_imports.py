@@ -18,17 +18,31 @@ from pipelines import REPOSITORY
 from jobs.__main__ import job_names
 from pipeline.imports import deferred
 
-HEAVY = {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib", "sklearn", "open_clip", "pyarrow"}
+HEAVY = {
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "ray",
+    "mlflow",
+    "pandas",
+    "scipy",
+    "matplotlib",
+    "sklearn",
+    "open_clip",
+    "pyarrow",
+}
 REQUIRED = {
     "add_task": ["--run", "a_run", "--task", "a_task"],
+    "export": ["a_run", "--output", "a_file.onnx"],
     "predict": ["a_run", "an_image"],
+    "push": ["a_run", "owner/name"],
     "register_model": ["--run", "a_run"],
     "resend": ["a_storage"],
     "serve": ["--models", "a_name=a_run"],
     "tune": ["--search", "a_search.yaml"],
     "verify": ["a_storage"],
 }
-WITHOUT_CONFIG_FIELDS = ("list_models", "predict", "register_model", "resend", "serve", "verify")
+WITHOUT_CONFIG_FIELDS = ("export", "list_models", "predict", "push", "register_model", "resend", "serve", "verify")
 JOBS = ["__main__", *job_names()]
 TRACKER = "pipeline.runtime.tracking.tracker"
 DECODING = "pipeline.prediction.decoding"

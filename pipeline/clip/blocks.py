@@ -9,6 +9,7 @@ Dimensions: N rows, L tokens, n keys, D width, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -39,6 +40,10 @@ class Block:
 
     def in_proj(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         """Project normed rows h (N, L, D) to the given parts of query (0), key (1) and value (2), concatenated."""
+        raise NotImplementedError
+
+    def in_proj_weights(self) -> Sequence[torch.Tensor]:
+        """Return the matrices whose rows, one after the other, are those of query, key and value (3 D, D)."""
         raise NotImplementedError
 
     def add_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
@@ -73,6 +78,15 @@ class Block:
         if self.has_update:
             projected = projected + cast(nn.Module, self.attention.in_proj_update)(h, parts)
         return projected
+
+    def merged_in_proj_weights(self) -> list[torch.Tensor]:
+        """Return the matrices of `in_proj_weights` with the update of a method, if any, a linear map, added."""
+        weights = self.in_proj_weights()
+        if not self.has_update:
+            return list(weights)
+        rows = torch.eye(self.width, dtype=weights[0].dtype, device=weights[0].device)[None]
+        update = cast(nn.Module, self.attention.in_proj_update)(rows, slice(0, 3))[0].T  # (3 D, D)
+        return [weight + part for weight, part in zip(weights, update.split([len(weight) for weight in weights]))]
 
     def keys_values(self, h: torch.Tensor, rotation: torch.Tensor | None = None) -> torch.Tensor:
         """Project normed rows h (N, L, D) to keys and values (N, L, 2 D).

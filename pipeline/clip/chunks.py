@@ -16,10 +16,10 @@ def checkpointed_chunks(
     encode: Callable[[int, int], torch.Tensor], num_rows: int, bytes_per_row: int, memory_gib: float
 ) -> torch.Tensor:
     """Return encode(0, num_rows), in as few equal chunks as fit `memory_gib`, recomputed backwards."""
-    rows_per_chunk = math.floor(min(num_rows, memory_gib * 2**30 / bytes_per_row))
-    num_chunks = math.ceil(num_rows / max(rows_per_chunk, 1))
-    if num_chunks <= 1:
+    rows_per_chunk = max(memory_gib * 2**30 / bytes_per_row, 1)
+    if num_rows <= rows_per_chunk:
         return encode(0, num_rows)
+    num_chunks = math.ceil(num_rows / math.floor(rows_per_chunk))
     bounds = [num_rows * chunk // num_chunks for chunk in range(num_chunks + 1)]
     # Without a graph, checkpoint() only calls.
     return torch.cat(

@@ -55,4 +55,4 @@ def encode_prompted_image(
     num_tokens = tower.num_tokens + (num_prompts if propagate else 0)
     num_layers = len(tower.blocks) + tower.pool_layers
     bytes_per_image = activation_bytes(tower.blocks, num_tokens, num_tokens + num_prompts, prototype, num_layers)
-    return checkpointed_chunks(encode, len(images), bytes_per_image, memory_gib)
+    return checkpointed_chunks(encode, images.shape[0], bytes_per_image, memory_gib)

@@ -127,6 +127,18 @@ def load_clip(
         inference: as of `uses_bfloat16`.
     """
     source = resolve_model(config.model)
+    model, _ = load_open_clip(config)
+    tokenizer, preprocessing = load_tokenizer(config), _preprocessing(config, source)
+    towers = ClipTowers(model, tokenizer, preprocessing, text_prompt_position, config.activation_memory_gib).to(device)
+    if uses_bfloat16(towers, config.precision, inference) and not float32:
+        towers.fingerprint = weights_fingerprint(towers)
+        towers.cast_weights_to_bfloat16()
+    return towers
+
+
+def load_open_clip(config: ClipConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """Load open_clip's model and its model config, with the activation and the image size in use."""
+    source = resolve_model(config.model)
     weights = resolve_weights(config, source)
     if weights:
         weights = weights if weights.files else download_tag(weights, config, source)
@@ -140,12 +152,8 @@ def load_clip(
         model.load_state_dict(state)
     if config.image_size:
         resize_input(model, config.image_size, config.model)
-    tokenizer, preprocessing = load_tokenizer(config), _preprocessing(config, source)
-    towers = ClipTowers(model, tokenizer, preprocessing, text_prompt_position, config.activation_memory_gib).to(device)
-    if uses_bfloat16(towers, config.precision, inference) and not float32:
-        towers.fingerprint = weights_fingerprint(towers)
-        towers.cast_weights_to_bfloat16()
-    return towers
+    vision_config = {**source.model_config["vision_cfg"], "image_size": _preprocessing(config, source).image_size}
+    return model, {**source.model_config, "quick_gelu": quick_gelu, "vision_cfg": vision_config}
 
 
 def load_tokenizer(config: ClipConfig) -> Any:

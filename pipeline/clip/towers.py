@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import cast
 
 import torch
@@ -161,6 +162,22 @@ class ClipTowers(nn.Module):
                     module.register_buffer(name, value.detach(), persistent=False)
         return towers
 
+    def without_text(self) -> ClipTowers:
+        """Return towers that share this image tower and have no other, and run any batch at once: for tracing."""
+        towers = copy.copy(self)
+        towers._modules = {"visual": self.visual}
+        towers.activation_memory_gib = math.inf
+        return towers
+
+    def merged_state(self) -> dict[str, torch.Tensor]:
+        """Return the weights by their names in these towers, with the methods' updates of projections merged."""
+        state = dict(chain(self.named_parameters(), self.named_buffers()))
+        names = {id(value): name for name, value in state.items()}
+        for block in (*self.vision_blocks, *self.text_blocks):
+            for weight, merged in zip(block.in_proj_weights(), block.merged_in_proj_weights()):
+                state[names[id(weight)]] = merged
+        return state
+
     def normalize_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Standardize pixels (B, 3, H, W) in [0, 255], uint8 or float, by the model's mean and standard deviation."""
         patches = next(module for module in self.visual.modules() if isinstance(module, nn.Conv2d))
@@ -197,7 +214,7 @@ class ClipTowers(nn.Module):
             self._black_box_bytes[keeps_graph] = measured_activation_bytes(self.visual, images[:1])
         return checkpointed_chunks(
             lambda start, stop: cast(torch.Tensor, self.visual(images[start:stop])),
-            len(images),
+            images.shape[0],
             self._black_box_bytes[keeps_graph],
             self.activation_memory_gib,
         )

@@ -68,6 +68,10 @@ class Classifier:
         """Return the adaptation of this task."""
         return self._head_by_task[task][0]
 
+    def text_features(self, task: str) -> torch.Tensor:
+        """Return the features (C, E) of this task's classes."""
+        return self._head_by_task[task][1]
+
     def shared_feature_key(self, task: str) -> str:
         """Return the first task with the same image features as this one."""
         return self._shared_feature_keys[task]

@@ -45,7 +45,7 @@ class GroupLora(Method):
         stacks = [LowRankStack(layer) for layer in zip(*(updates("task", task) for task in class_names))]
         self.group, self.task = nn.ModuleList(groups), nn.ModuleList(stacks)
         self._views: list[list[torch.Tensor]] = [[] for _ in widths]
-        """Each task's view of the group's factors B and A of a layer, which holds its gradient after a backward pass."""
+        """For each layer, the tasks' views of the group's factors, which hold their gradients after a backward pass."""
         self._task_towers = []  # a list, so that they are no submodules
         for index in range(len(class_names)):
             task_towers = towers.trainable_copy()

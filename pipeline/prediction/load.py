@@ -1,5 +1,5 @@
-"""Loading of a trained adapter from a path, a bucket or MLflow. Only safetensors and JSON are read; code that is stored
-with the adapter is ignored."""
+"""Loading of a trained adapter from a path, a bucket, the Hugging Face Hub or MLflow. Only safetensors and JSON are
+read; code that is stored with the adapter is ignored."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.buckets import open_bucket
-from pipeline.config import Precision
+from pipeline.clip.files.model_files import HubRepository
+from pipeline.config import HUB_PREFIX, Precision
 from pipeline.data.names import truncated_list
 from pipeline.errors import UserError
 from pipeline.files import is_uri
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter
 from pipeline.prediction.model import TrainedModel
-from pipeline.prediction.options import GROUPED_ADAPTER, ModelOptions, options_file, read_options
+from pipeline.prediction.options import GROUPED_ADAPTER, HUB_ADAPTER, ModelOptions, options_file, read_options
 from pipeline.runtime.tracking.database import is_sqlite, prepare_database, sqlite_file
 
 MLFLOW_ADAPTER = "data/model/adapter.safetensors"
@@ -65,12 +66,16 @@ def read_model(
 
 @contextmanager
 def local_adapter_file(source: str | os.PathLike[str]) -> Iterator[Path]:
-    """Provide a local adapter file, with its options in the same folder; a download is removed at the end.
+    """Provide a local adapter file, with its options in the same folder; a download is removed at the end, but for
+    that of the Hub, which stays in its cache.
 
     Raises:
         UserError: the source does not exist or has no adapter.
     """
     source = os.fspath(source)
+    if source.startswith(HUB_PREFIX):
+        yield _fetch_from_hub(source)
+        return
     if not _is_remote(source):
         yield _find_adapter(Path(source).expanduser(), source)
         return
@@ -80,7 +85,7 @@ def local_adapter_file(source: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _is_remote(source: str) -> bool:
-    return is_uri(source) or source.startswith(_MLFLOW_SCHEMES)
+    return is_uri(source) or source.startswith((HUB_PREFIX, *_MLFLOW_SCHEMES))
 
 
 def _find_adapter(path: Path, source: str) -> Path:
@@ -88,14 +93,28 @@ def _find_adapter(path: Path, source: str) -> Path:
         if not path.exists() and (files := sorted(file.name for file in path.parent.glob("*.safetensors"))):
             raise UserError(f"adapter file {source} does not exist; its folder has {truncated_list(files)}")
         return path  # load_adapter reports a missing file
-    for name in (GROUPED_ADAPTER, MLFLOW_ADAPTER):
+    for name in (GROUPED_ADAPTER, MLFLOW_ADAPTER, HUB_ADAPTER):
         if (path / name).is_file():
             return path / name
     adapters = sorted(file.relative_to(path).as_posix() for file in path.glob("adapters/*.safetensors"))
-    expected = f"a .safetensors file, a run directory (with {GROUPED_ADAPTER}), or an MLflow model"
+    expected = (
+        f"a .safetensors file, a run directory (with {GROUPED_ADAPTER}), an MLflow model, or a repository of the Hub"
+    )
     if adapters:
         expected = f"one of its files {truncated_list(adapters)}"
     raise UserError(f"no adapter in {source}; expected {expected}")
+
+
+def _fetch_from_hub(source: str) -> Path:
+    repository = HubRepository(source, source.removeprefix(HUB_PREFIX))
+    file = repository.find(HUB_ADAPTER)
+    if file is None and not repository.unreachable:
+        raise UserError(f"{source} has no {HUB_ADAPTER}: give a repository that `mmap-clip push` wrote")
+    options = options_file(Path(HUB_ADAPTER)).name
+    # Whether options that cannot be asked for exist is not known.
+    if file is None or (repository.find(options) is None and repository.unreachable):
+        raise repository.missing(options if file else HUB_ADAPTER)
+    return file
 
 
 def _download_from_bucket(uri: str, folder: Path) -> Path:

@@ -18,6 +18,8 @@ from pipeline.files import write_json
 
 GROUPED_ADAPTER = "adapters/grouped.safetensors"
 """The adapter of grouped MmAP in a run directory."""
+HUB_ADAPTER = "adapter.safetensors"
+"""The adapter in a repository of the Hugging Face Hub."""
 
 
 def _number(value: object) -> float:

@@ -20,7 +20,7 @@ class ServingOptions(JobOptions):
 
     models: tuple[str, ...] = Field(
         description="NAME=SOURCE of each model: its name in the URLs, and a .safetensors file, a run directory (either "
-        "local or s3://), or an MLflow URI (models:/..., runs:/...)."
+        "local or s3://), hf-hub:OWNER/NAME, or an MLflow URI (models:/..., runs:/...)."
     )
     token_file: str | None = Field(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ class BertBlock(Block):
     def in_proj(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         attention = self.layer.attention.self
         return torch.cat([layer(h) for layer in (attention.query, attention.key, attention.value)[parts]], dim=-1)
+
+    def in_proj_weights(self) -> Sequence[torch.Tensor]:
+        attention = self.layer.attention.self
+        return [layer.weight for layer in (attention.query, attention.key, attention.value)]
 
     def add_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         return self.layer.attention.output(attended, x)

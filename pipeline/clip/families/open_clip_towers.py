@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ class OpenClipBlock(Block):
     def in_proj(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         attention, rows = self.block.attn, slice(parts.start * self.width, parts.stop * self.width)
         return F.linear(h, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+
+    def in_proj_weights(self) -> Sequence[torch.Tensor]:
+        return [self.block.attn.in_proj_weight]
 
     def add_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         return x + self.block.ls_1(self.block.attn.out_proj(attended))

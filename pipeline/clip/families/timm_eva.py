@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class EvaBlock(Block):
         if getattr(attention, "q_bias", None) is not None:
             bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
         return F.linear(h, attention.qkv.weight[rows], None if bias is None else bias[rows])
+
+    def in_proj_weights(self) -> Sequence[torch.Tensor]:
+        attention = self.block.attn
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj] if attention.qkv is None else [attention.qkv]
+        return [layer.weight for layer in layers]
 
     def add_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         attention = self.block.attn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class TimmBlock(Block):
     def in_proj(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         qkv, rows = self.block.attn.qkv, slice(parts.start * self.width, parts.stop * self.width)
         return nn.functional.linear(h, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+
+    def in_proj_weights(self) -> Sequence[torch.Tensor]:
+        return [self.block.attn.qkv.weight]
 
     def add_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         attention = self.block.attn

@@ -19,7 +19,14 @@ from pipeline.clip.files.model_files import (
     folder_path,
     open_model_files,
 )
-from pipeline.clip.files.source import CONFIG_NAMES, DEMO, ModelSource, import_open_clip, read_model_files
+from pipeline.clip.files.source import (
+    CONFIG_NAMES,
+    DEMO,
+    ModelSource,
+    import_open_clip,
+    read_model_files,
+    resolve_model,
+)
 from pipeline.config import (
     BUILTIN_DIGITS,
     FOLDER_PREFIX,
@@ -125,6 +132,17 @@ def download_tag(weights: Weights, config: ClipConfig, source: ModelSource) -> W
             "--clip.pretrained FILE"
         ) from None
     return replace(weights, files=(file,))
+
+
+def base_repository(config: ClipConfig) -> str | None:
+    """Return the repository OWNER/NAME of the Hub with the weights of `clip.pretrained`, which may be those of a tag;
+    None: they are elsewhere."""
+    pretrained = config.pretrained or ""
+    if pretrained.startswith(HUB_PREFIX):
+        return pretrained.removeprefix(HUB_PREFIX).partition("@")[0]
+    source = resolve_model(config.model)
+    tag = source.name and import_open_clip().get_pretrained_cfg(source.name, pretrained)
+    return os.path.split(tag.get("hf_hub") or "")[0] or None if tag else None
 
 
 def _files_in(model_files: ModelFiles) -> tuple[Path, ...]:
