@@ -107,6 +107,8 @@ class Method(Module):
     """Whether image features differ from the frozen CLIP's, which are otherwise computed once and shared."""
     uses_consistency: ClassVar[bool] = False
     """Whether its loss compares with the frozen CLIP's features of the training images."""
+    takes_several_labels: ClassVar[bool] = True
+    """Whether it trains and predicts where images may have several labels, with independent probabilities of classes."""
     uses_affinities: ClassVar[bool] = False
     """Whether it has a `build_tree(affinities)`, which takes the tasks' gradient affinities."""
 

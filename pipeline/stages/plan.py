@@ -329,6 +329,12 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
     for name in names:
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_config(method, config).batch_size
+        if dataset_index.multi_label and not kind.takes_several_labels:
+            others = [name for name, other in METHODS.items() if other.takes_several_labels]
+            raise UserError(
+                f"{kind.title} takes one label per image, by its loss or its classifier, and data.multi_label is true: "
+                f"use other methods: {', '.join(others)}"
+            )
         _check_image_layers(config, kind, towers)
         kind.check(config, towers)
         kind.tokenize(config, towers.tokenizer, class_names)
@@ -337,6 +343,14 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
                 f"cluster.workers_per_training={workers} is more than the images of a batch ({batch}, batch_size of "
                 f"{kind.title}) or the classes of a task ({num_classes}): use fewer workers"
             )
+
+
+def check_single_label(config: Config, job: str) -> None:
+    """Raise UserError if images may have several labels, which a job does not take."""
+    if config.data.multi_label:
+        raise UserError(
+            f"{job} takes one label per image, and data.multi_label is true: use mmap-clip full-pipeline or benchmark"
+        )
 
 
 def _check_image_layers(config: Config, kind: type[Method], towers: ClipTowers) -> None:
