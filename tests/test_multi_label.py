@@ -43,8 +43,7 @@ IMAGES = {"a.png": ["cat", "dog"], "b.png": ["dog"], "c.png": ["bird", "cat", "d
 def labels_of(file, **options):
     (file.parent / "images").mkdir(exist_ok=True)
     return {
-        image.path: image.class_folders
-        for image in index_dataset(DataConfig(multi_label=True, **options), file).images
+        image.path: image.class_folders for image in index_dataset(DataConfig(multi_label=True, **options), file).images
     }
 
 

@@ -338,8 +338,8 @@ def _check_joined_labels(rows: _RowCollector) -> None:
             )
     if joined:
         rows.note(
-            f"labels with `{LABEL_SEPARATOR}`, such as {escape_for_terminal(joined[0][1])!r}, are read as one class each; "
-            + SEVERAL_LABELS
+            f"labels with `{LABEL_SEPARATOR}`, such as {escape_for_terminal(joined[0][1])!r}, are read as one class "
+            f"each; {SEVERAL_LABELS}"
         )
 
 

@@ -53,7 +53,7 @@ def _centroid(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
         weights = 1.0 / np.bincount(labels)[labels]  # of an image in the mean of its class
     else:
         counts = labels.sum(axis=0)
-        num_classes = np.count_nonzero(counts)
+        num_classes = int(np.count_nonzero(counts))
         weights = labels[:, counts > 0] @ (1.0 / counts[counts > 0])
     centroid: np.ndarray = weights @ unit / num_classes
     return centroid

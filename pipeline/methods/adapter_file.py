@@ -1,7 +1,8 @@
 """A trained adapter as one safetensors file: its tensors, and in the header all that is needed to use them.
 
 Header field `adapter` (JSON): the method and its options, the CLIP with the fingerprint of its weights, the tasks of
-each group with their class names by label, the biases of multi-label tasks, and the SHA-256 of all that and of the tensors. Loading executes no code.
+each group with their class names by label, the biases of multi-label tasks, and the SHA-256 of all that and of the
+tensors. Loading executes no code.
 """
 
 from __future__ import annotations

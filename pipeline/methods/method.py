@@ -108,7 +108,7 @@ class Method(Module):
     uses_consistency: ClassVar[bool] = False
     """Whether its loss compares with the frozen CLIP's features of the training images."""
     takes_several_labels: ClassVar[bool] = True
-    """Whether it trains and predicts where images may have several labels, with independent probabilities of classes."""
+    """Whether it can train where images may have several labels, and each class has a probability of its own."""
     uses_affinities: ClassVar[bool] = False
     """Whether it has a `build_tree(affinities)`, which takes the tasks' gradient affinities."""
 

@@ -173,8 +173,8 @@ class TrainedModel:
             labels: class of each image, one of `labels(task)`.
 
         Raises:
-            UserError: unknown task or class, a task with several labels per image, a broken image, or images to which no
-                temperature can be fitted.
+            UserError: unknown task or class, a task with several labels per image, a broken image, or images to which
+                no temperature can be fitted.
         """
         task_labels = self.labels(task)
         if task in self.classifier.logit_biases:

@@ -1,8 +1,8 @@
 """Losses and biases of tasks in which an image may have several labels.
 
 Each class is a yes or no of its own: an image has it with the probability sigmoid(l), where the logit l is the cosine
-similarity over CLIP's temperature, as in single-label tasks, plus a bias of the task. The loss of an image is the sum of
-the classes' binary cross-entropies, the negative log-likelihood of its labels, whose gradient by the logits is
+similarity over CLIP's temperature, as in single-label tasks, plus a bias of the task. The loss of an image is the sum
+of the classes' binary cross-entropies, the negative log-likelihood of its labels, whose gradient by the logits is
 probability minus truth, as that of the softmax cross-entropy; so learning rates keep their meaning.
 
 Without a bias every class of every image is nearly certain, as all of CLIP's similarities are positive: SigLIP (Zhai et

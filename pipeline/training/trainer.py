@@ -2,11 +2,11 @@
 
 A step takes a batch of each training set, and its loss is the sum of the batches' means: with a set per task, of the
 tasks' mean cross-entropies (Eq. 11); with one set of all tasks, the mean over a mixed batch, each image against its own
-task's classes. In multi-label tasks the loss is that of multi_label.py. A step runs one image forward for all batches and one text forward for all tasks' classes. Features that
-a method does not modify are not computed in the step: text features are computed once, image features come with the
-training sets. Everything random is a function of seed and step, so a resumed training gives identical results. In a
-process group, each worker takes its shard of every step's images and classes, and only the main process reports and
-writes.
+task's classes. Where images may have several labels, their losses are those of multi_label.py. A step runs one image
+forward for all batches and one text forward for all tasks' classes. Features that a method does not modify are not
+computed in the step: text features are computed once, image features come with the training sets. Everything random is
+a function of seed and step, so a resumed training gives identical results. In a process group, each worker takes its
+shard of every step's images and classes, and only the main process reports and writes.
 """
 
 from __future__ import annotations

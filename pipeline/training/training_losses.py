@@ -14,7 +14,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.files import read_parquet
-from pipeline.training.evaluate import AnyPrediction
+from pipeline.training.evaluate import AnyPrediction, MultiLabelPrediction
 
 SCHEMA = pa.schema(
     [
@@ -53,8 +53,7 @@ def write_losses(path: Path, predictions: Sequence[AnyPrediction], features: Map
         "loss": [prediction.loss for prediction in predictions],
         "features": values or [None] * len(predictions),
     }
-    has_lists = any(isinstance(label, tuple) for label in columns["label"])
-    schema = MULTI_LABEL_SCHEMA if has_lists else SCHEMA
+    schema = MULTI_LABEL_SCHEMA if isinstance(predictions[0], MultiLabelPrediction) else SCHEMA
     pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
 
 
