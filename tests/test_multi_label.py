@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from pipelines import summary, the_run
 from sklearn.metrics import average_precision_score
 
 import pipeline
-from pipeline.config import DataConfig, parse_config
+from pipeline.config import DataConfig
 from pipeline.data.contents import dataset_fingerprint
 from pipeline.data.index import index_dataset
 from pipeline.data.multi_label_splits import sample_multi_label_splits
@@ -27,9 +26,7 @@ from pipeline.data.splits import ScannedImage, sample_splits
 from pipeline.errors import UserError
 from pipeline.grouping.features import feature_affinity
 from pipeline.methods.adapter_file import load_adapter
-from pipeline.methods.registry import METHODS
 from pipeline.report.scores import MultiLabelScores, jackknife_standard_error, paired_difference
-from pipeline.stages.plan import check_methods
 from pipeline.training.multi_label import image_losses, label_tensor, prior_bias, summed_loss
 
 DIGITS = ("zero", "one", "two", "three")
@@ -222,12 +219,13 @@ def test_feature_affinity_counts_an_image_in_each_of_its_classes():
     several[0][0] = [1, 1, 0, 0]
     unit = features[0] / np.linalg.norm(features[0], axis=1, keepdims=True)
     by_hand = np.mean([unit[[0, 3, 6]].mean(0), unit[[0, 1, 4]].mean(0), unit[[2, 5]].mean(0)], axis=0)
-    twice = [np.stack([by_hand, by_hand]), *features[1:]]
-    labels = [np.array([0, 0]), *single[1:]]
-    # A task whose images all are its centroid; unit length is taken of images, so compare the direction only.
-    scaled = by_hand / np.linalg.norm(by_hand)
-    affinity = feature_affinity(features[:1] * 2, several[:1] * 2)
-    assert affinity.tolist() == [[0, 0], [0, 0]] and twice and labels and scaled.size == 5
+    others = [
+        np.mean([(x / np.linalg.norm(x, axis=1, keepdims=True))[labels == c].mean(0) for c in range(3)], axis=0)
+        for x, labels in zip(features[1:], single[1:])
+    ]
+    centered = np.stack([by_hand, *others]) - np.mean([by_hand, *others], axis=0)
+    centered /= np.linalg.norm(centered, axis=1, keepdims=True)
+    np.testing.assert_allclose(feature_affinity(features, several), centered @ centered.T, atol=1e-12)
 
 
 # --- mAP -----------------------------------------------------------------------------------------------------
@@ -276,17 +274,17 @@ def test_differences_are_paired_image_by_image():
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory, digits):
-    """Images of one or two of four digits side by side, in two domains, as a table."""
+    """Images of one of four digits, or of two side by side, in two domains, as a table."""
     folder, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(3)
     lines = ["path,task,label"]
     for task in ("ink_left", "ink_right"):
         files = {name: sorted((digits / task / "test" / name).glob("*.png")) for name in DIGITS}
         for number in range(48):
-            names = rng.choice(DIGITS, size=2, replace=number % 4 == 0)
-            page = Image.new("RGB", (64, 64), "white")
+            names = rng.choice(DIGITS, size=1 + (number % 3 == 0), replace=False)
+            page = Image.new("RGB", (32, 32))
             for side, name in enumerate(names):
                 with Image.open(files[name][number % len(files[name])]) as digit:
-                    page.paste(digit, (32 * side, 16))
+                    page.paste(digit.resize((32 // len(names), 32)), (16 * side, 0))
             path = f"{task} {number}.png"
             page.save(folder / path)
             lines.append(f"{path},{task},{';'.join(names)}")
@@ -325,8 +323,75 @@ def test_a_table_with_several_labels_goes_through_the_whole_pipeline(run):
             assert result["test_loss"][task] == pytest.approx(loss, rel=1e-5)
             for row in rows:
                 assert row["labels"] == [digit for digit, value in row["probabilities"] if value >= 0.5]
-    assert methods["grouped"]["average_test_loss"] < methods["zero_shot"]["average_test_loss"]
+    assert methods["all_in_one"]["average_test_loss"] < methods["zero_shot"]["average_test_loss"]
+    assert methods["all_in_one"]["average"] > methods["zero_shot"]["average"]
     page = (folder / "report/report.html").read_text()
     assert "Mean average precision" in page and "Average precision of each class" in page
     assert (folder / "report/class_precision.parquet").is_file()
     assert not (folder / "report/confusions.parquet").exists()
+
+
+def test_predictions_have_all_labels_above_the_threshold(run, table):
+    storage, _ = run
+    opened = pipeline.open_run(the_run(storage))
+    with pytest.raises(UserError, match="mean_average_precision"):
+        _ = opened.accuracy
+    with pytest.raises(UserError, match="has no confusions"):
+        opened.confusion_matrix("ink_left")
+    assert opened.mean_average_precision.loc["ink_left", "grouped"] > 0 and "mAP" in repr(opened)
+    assert set(opened.class_precision["label"]) == set(DIGITS)
+    rows = opened.predictions
+    row = rows[(rows["method"] == "grouped") & (rows["task"] == "ink_left")].iloc[0]
+    model = opened.load()
+    prediction = model.predict(str(table.parent / row["path"]), "ink_left")
+    assert prediction.probabilities == pytest.approx(dict(row["probabilities"]), abs=1e-4)
+    expected = [name for name, value in prediction.probabilities.items() if value >= 0.5]
+    assert prediction.label == (";".join(expected) or None)
+    assert prediction.probability == max(prediction.probabilities.values())
+    low = opened.load(threshold=0.0).predict(str(table.parent / row["path"]), "ink_left")
+    assert low.label == ";".join(model.labels("ink_left"))
+    with pytest.raises(UserError, match="several labels"):
+        model.calibrate([str(table.parent / row["path"])], ["one"], "ink_left")
+    adapter = load_adapter(the_run(storage) / "adapters/grouped.safetensors")
+    assert set(adapter.logit_biases) == {"ink_left", "ink_right"}
+
+
+@pytest.mark.parametrize(
+    ("job", "options"),
+    [
+        ("full_pipeline", ("--baselines", "[promptsrc]")),
+        ("tune", ("--search", "configs/searches/demo.yaml")),
+        ("grouping_study", ()),
+    ],
+)
+def test_what_takes_one_label_per_image_refuses_before_any_work(run_job, run, table, tmp_path, job, options):
+    storage = tmp_path / "storage"
+    finished = run_job(
+        job,
+        *("--storage", storage, "--config", "configs/demo.yaml", "--data.root", table, "--data.multi_label", "true"),
+        *("--data.use_official_splits", "false", *options),
+    )
+    assert finished.status == 1 and "one label per image" in finished.output
+    assert not (storage / "splits").exists()
+
+
+def test_a_task_cannot_be_added(run_job, run):
+    storage, _ = run
+    finished = run_job("add_task", "--run", the_run(storage), "--task", "more")
+    assert finished.status == 1 and "one label per image" in finished.output
+
+
+def test_benchmark_tables_name_the_metric(run_job, table, tmp_path):
+    storage = tmp_path / "storage"
+    finished = run_job(
+        "benchmark",
+        *("--storage", storage, "--config", "configs/demo.yaml", "--data.root", table, "--data.multi_label", "true"),
+        *("--data.use_official_splits", "false", "--methods", "zero_shot", "linear_probe"),
+        *("--linear_probe.training.epochs", "2"),
+    )
+    assert finished.status == 0, finished.output
+    (file,) = storage.glob("benchmarks/*/benchmark.csv")
+    assert ",mAP,trained_parameters,paper_mAP" in file.read_text()
+    assert (
+        "test mAP (%)" in file.with_suffix(".md").read_text() and "accuracy" not in file.with_suffix(".md").read_text()
+    )

@@ -10,9 +10,10 @@ import numpy as np
 
 from pipeline.data.names import pluralize, shorten
 from pipeline.grouping.text import format_groups
+from pipeline.report.metrics import ACCURACY, MAP
 from pipeline.report.next_steps import NextStep
 from pipeline.report.page import embedded_image, html_page, html_table
-from pipeline.report.scores import ACCURACY, MAP, AnyScores, MultiLabelScores, ScoresByTask, TaskScores
+from pipeline.report.scores import AnyScores, MultiLabelScores, ScoresByTask, TaskScores
 from pipeline.report.summary import (
     AVERAGE_ROW,
     MAIN,

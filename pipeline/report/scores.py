@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +38,6 @@ MULTI_LABEL_PREDICTIONS = pa.schema(
     + [("loss", pa.float32())]
 )
 """The same where images may have several labels; `labels` are those of LABEL_THRESHOLD."""
-ACCURACY, MAP = "accuracy", "mAP"
-"""Metrics, as result.json and summary.json name them: of tasks with one label per image, and with several."""
 
 
 class Confusion(NamedTuple):
@@ -196,11 +194,6 @@ class MultiLabelScores:
 
 AnyScores = TaskScores | MultiLabelScores
 ScoresByTask = dict[str, AnyScores]
-
-
-def metric_of(result: Mapping[str, Any]) -> str:
-    """Return ACCURACY or MAP: the metric that a result.json, or a method's entry of summary.json, has."""
-    return MAP if MAP in result else ACCURACY
 
 
 def _average_precision(has_label: np.ndarray, probabilities: np.ndarray) -> tuple[float, np.ndarray]:

@@ -12,13 +12,12 @@ from rich.table import Table
 
 from pipeline.data.names import pluralize
 from pipeline.methods.registry import VARIANTS
+from pipeline.report.metrics import ACCURACY, metric_of
 from pipeline.report.scores import (
-    ACCURACY,
     ScoresByTask,
     TaskScores,
     average_standard_error,
     binomial_standard_error,
-    metric_of,
     paired_difference,
 )
 

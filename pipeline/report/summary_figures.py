@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.data.names import shorten
-from pipeline.report.scores import metric_of
+from pipeline.report.metrics import metric_of
 from pipeline.report.summary import AVERAGE_ROW, method_title
 
 COLORS = {"zero_shot": "#b3b3b3", "each_alone": "#bcd6e6", "all_in_one": "#7aa6c2", "grouped": "#1f5a85"}

@@ -24,7 +24,8 @@ from pipeline.methods.hipro import HiPro
 from pipeline.methods.method import TaskScope
 from pipeline.methods.mmap import GroupMmap
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, get_method, training_config
-from pipeline.report.scores import ACCURACY, MAP, MultiLabelScores, metric_of
+from pipeline.report.metrics import ACCURACY, MAP, metric_of
+from pipeline.report.scores import MultiLabelScores
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, WorkItem

@@ -20,13 +20,13 @@ from pipeline.files import DamagedFile, create_folder, file_digests, read_record
 from pipeline.grouping.text import describe_candidates, format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_config
+from pipeline.report.metrics import metric_of
 from pipeline.report.next_steps import NextStep, format_next_steps, next_steps
 from pipeline.report.recommendation import recommendation, recommended_strategy, strategy_differences
 from pipeline.report.run_page import THUMBNAIL, Mistake, RunDetails, mistakes_per_task, run_page, shown_methods
 from pipeline.report.scores import (
     ScoresByTask,
     TaskScores,
-    metric_of,
     read_scores,
     write_class_accuracy,
     write_class_precision,
@@ -266,6 +266,7 @@ def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
         [str(images) if images and images.exists() else "IMAGES"],
         resolve_tracking_uri(plan.config.tracking.uri, plan.storage.folder),
         methods_table_path(experiment_id) if experiment_id else None,
+        takes_tasks=not plan.dataset_index.multi_label,
     )
 
 
