@@ -371,14 +371,14 @@ def test_what_takes_one_label_per_image_refuses_before_any_work(run_job, run, ta
         *("--storage", storage, "--config", "configs/demo.yaml", "--data.root", table, "--data.multi_label", "true"),
         *("--data.use_official_splits", "false", *options),
     )
-    assert finished.status == 1 and "one label per image" in finished.output
+    assert finished.status == 2 and "one label per image" in finished.output
     assert not (storage / "splits").exists()
 
 
 def test_a_task_cannot_be_added(run_job, run):
     storage, _ = run
     finished = run_job("add_task", "--run", the_run(storage), "--task", "more")
-    assert finished.status == 1 and "one label per image" in finished.output
+    assert finished.status == 2 and "one label per image" in finished.output
 
 
 def test_benchmark_tables_name_the_metric(run_job, table, tmp_path):
