@@ -104,8 +104,8 @@ def test_labels_that_class_names_leaves_out_do_not_count(tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\n")
     file = write_table(tmp_path, "jsonl")
-    found = labels_of(file, max_broken_fraction=1.0, class_names=str(names))
-    assert found == {"a.png": ("cat", "dog"), "b.png": ("dog",), "c.png": ("cat", "dog")}
+    indexed = labels_of(file, max_broken_fraction=1.0, class_names=str(names))
+    assert indexed == {"a.png": ("cat", "dog"), "b.png": ("dog",), "c.png": ("cat", "dog")}
 
 
 def test_folders_have_one_label_per_image(tmp_path):
@@ -128,9 +128,9 @@ def test_the_field_alone_makes_another_data_set(tmp_path):
 
 
 def scanned(name, *labels, content=None, split=None):
-    first, *others = sorted(labels)
+    label, *more_labels = sorted(labels)
     digest = hashlib.sha256((content or name).encode()).hexdigest()
-    return ScannedImage(name, "pets", first, digest, official_split=split, other_classes=tuple(others))
+    return ScannedImage(name, "pets", label, digest, official_split=split, other_classes=tuple(more_labels))
 
 
 LABELS = ("bird", "cat", "dog", "fox")
@@ -219,11 +219,11 @@ def test_feature_affinity_counts_an_image_in_each_of_its_classes():
     several[0][0] = [1, 1, 0, 0]
     unit = features[0] / np.linalg.norm(features[0], axis=1, keepdims=True)
     by_hand = np.mean([unit[[0, 3, 6]].mean(0), unit[[0, 1, 4]].mean(0), unit[[2, 5]].mean(0)], axis=0)
-    others = [
+    centroids = [
         np.mean([(x / np.linalg.norm(x, axis=1, keepdims=True))[labels == c].mean(0) for c in range(3)], axis=0)
         for x, labels in zip(features[1:], single[1:])
     ]
-    centered = np.stack([by_hand, *others]) - np.mean([by_hand, *others], axis=0)
+    centered = np.stack([by_hand, *centroids]) - np.mean([by_hand, *centroids], axis=0)
     centered /= np.linalg.norm(centered, axis=1, keepdims=True)
     np.testing.assert_allclose(feature_affinity(features, several), centered @ centered.T, atol=1e-12)
 

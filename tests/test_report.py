@@ -169,9 +169,7 @@ def make_page(scores: dict[str, dict[str, TaskScores]], mistakes=None, tasks=Non
     """Build the page of methods → scores."""
     counts = {task: task_scores.num_images for task, task_scores in scores["grouped"].items()}
     results = {
-        method: method_result(
-            {task: s.accuracy for task, s in by_task.items()}, dict.fromkeys(by_task, 1.0), counts, 10
-        )
+        method: method_result({task: s.value for task, s in by_task.items()}, dict.fromkeys(by_task, 1.0), counts, 10)
         for method, by_task in scores.items()
     }
     summary = Summary(

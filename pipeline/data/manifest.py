@@ -132,10 +132,10 @@ class _RowCollector:
             self.task_names.add(task)
             if self.tasks is not None and task not in self.tasks:
                 return
-            label, *others = self._labels(task, values["label"], is_named)
+            label, *more_labels = self._labels(task, values["label"], is_named)
             split = _parse_split(values["split"]) if "split" in values else None
             path = embedded[0] if embedded else self._relative_path(values["path"])
-            entry = DatasetEntry(path, task, label, split, embedded and embedded[1], tuple(others))
+            entry = DatasetEntry(path, task, label, split, embedded and embedded[1], tuple(more_labels))
             if known := self.row_by_path.get(path):
                 self.entries[known[0]] = self._merge(self.entries[known[0]], entry, known[1])
                 return
@@ -149,9 +149,9 @@ class _RowCollector:
         """Return the entry of an image with the labels of two rows. Raises ValueError if an image has one row only, or
         the rows contradict."""
         if self.multi_label and (known.task, known.split) == (entry.task, entry.split):
-            others = dict.fromkeys((*known.other_classes, *entry.class_folders))
-            others.pop(known.class_folder, None)
-            return known._replace(other_classes=tuple(others))
+            labels = dict.fromkeys((*known.other_classes, *entry.class_folders))
+            labels.pop(known.class_folder, None)
+            return known._replace(other_classes=tuple(labels))
         contradiction = ""
         if known[1:3] != entry[1:3]:
             contradiction = f", as {known.task}/{known.class_folder}"
@@ -327,6 +327,8 @@ def read_manifest(
 
 def _check_joined_labels(rows: _RowCollector) -> None:
     """Note labels that look like several; raise UserError if a part of one is a label too."""
+    if not any(LABEL_SEPARATOR in entry.class_folder for entry in rows.entries):
+        return
     labels = {(entry.task, entry.class_folder) for entry in rows.entries}
     joined = sorted((task, label) for task, label in labels if LABEL_SEPARATOR in label)
     for task, label in joined:
@@ -336,11 +338,10 @@ def _check_joined_labels(rows: _RowCollector) -> None:
                 f"{rows.manifest}: task {task!r} has the label {label!r} besides {part!r}; {SEVERAL_LABELS}; if it is "
                 f"one class, give it a name without `{LABEL_SEPARATOR}`"
             )
-    if joined:
-        rows.note(
-            f"labels with `{LABEL_SEPARATOR}`, such as {escape_for_terminal(joined[0][1])!r}, are read as one class "
-            f"each; {SEVERAL_LABELS}"
-        )
+    rows.note(
+        f"labels with `{LABEL_SEPARATOR}`, such as {escape_for_terminal(joined[0][1])!r}, are read as one class each; "
+        + SEVERAL_LABELS
+    )
 
 
 def _normalize_text(column: str, text: str | None) -> str:

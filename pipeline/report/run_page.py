@@ -279,18 +279,18 @@ def _class_table(main: TaskScores, zero_shot: AnyScores | None) -> str:
 
 def _precision_table(main: MultiLabelScores, zero_shot: AnyScores | None) -> str:
     images, values = main.has_label.sum(axis=0), main.average_precisions
-    others = zero_shot.average_precisions if isinstance(zero_shot, MultiLabelScores) else None
+    zero_shot_values = zero_shot.average_precisions if isinstance(zero_shot, MultiLabelScores) else None
     present = [int(label) for label in np.flatnonzero(images)]
     rows = [
         _class_row(
             main.class_names[label],
             values[label],
-            None if others is None else others[label],
+            None if zero_shot_values is None else zero_shot_values[label],
             pluralize(int(images[label]), "image"),
         )
         for label in sorted(present, key=lambda label: (values[label], main.class_names[label]))
     ]
-    return _bar_table(rows, others is not None)
+    return _bar_table(rows, zero_shot_values is not None)
 
 
 def _class_row(name: str, value: float, zero_shot: float | None, images: str) -> str:

@@ -211,16 +211,16 @@ def _average_precision(has_label: np.ndarray, probabilities: np.ndarray) -> tupl
     group = np.cumsum(is_last) - is_last
     ranks = np.flatnonzero(is_last) + 1
     hits = np.cumsum(has_label[order])[is_last]
-    in_group = np.diff(hits, prepend=0)
-    terms = in_group * hits / ranks
+    group_hits = np.diff(hits, prepend=0)
+    terms = group_hits * hits / ranks
     reduced_ranks = np.maximum(ranks - 1, 1)  # where the first image is a group, no term is left without it
-    before = np.cumsum(terms) - terms
-    after = np.cumsum((in_group * hits / reduced_ranks)[::-1])[::-1]
-    fewer = np.cumsum((in_group / reduced_ranks)[::-1])[::-1] + (hits - 1) / reduced_ranks
+    lower_terms = np.cumsum(terms) - terms
+    reduced_terms = np.cumsum((group_hits * hits / reduced_ranks)[::-1])[::-1]
+    lost_hits = np.cumsum((group_hits / reduced_ranks)[::-1])[::-1] + (hits - 1) / reduced_ranks
     without_image = np.empty(len(has_label))
     labeled = has_label[order]
     with np.errstate(invalid="ignore", divide="ignore"):
-        sums = (before + after)[group] - np.where(labeled, fewer[group], 0.0)
+        sums = (lower_terms + reduced_terms)[group] - np.where(labeled, lost_hits[group], 0.0)
         without_image[order] = np.where(
             labeled, sums / (num_labeled - 1) if num_labeled > 1 else math.nan, sums / num_labeled
         )

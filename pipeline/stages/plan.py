@@ -330,10 +330,10 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_config(method, config).batch_size
         if dataset_index.multi_label and not kind.takes_several_labels:
-            others = [name for name, other in METHODS.items() if other.takes_several_labels]
+            valid = [name for name, method in METHODS.items() if method.takes_several_labels]
             raise UserError(
                 f"{kind.title} takes one label per image, by its loss or its classifier, and data.multi_label is true: "
-                f"use other methods: {', '.join(others)}"
+                f"use other methods: {', '.join(valid)}"
             )
         _check_image_layers(config, kind, towers)
         kind.check(config, towers)

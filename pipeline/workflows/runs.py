@@ -107,7 +107,7 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """What the run's results are: `accuracy`, or `mAP` where images may have several labels."""
+        """Metric of the results: `accuracy`, or `mAP` where images may have several labels."""
         return metric_of(next(iter(self.summary["methods"].values())))
 
     @property
