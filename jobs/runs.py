@@ -46,8 +46,8 @@ def main() -> None:
             console.width = max(console.width, MIN_WIDTH)
             console.print(run_table(runs))
             console.print(
-                f"\nRuns of {storage}; average test accuracy of the tasks in %: zero-shot CLIP, and MmAP with each "
-                "task alone, with all tasks in one group, and grouped.",
+                f"\nRuns of {storage}; average test accuracy (or mAP) of the tasks in %: zero-shot CLIP, and MmAP with "
+                "each task alone, with all tasks in one group, and grouped.",
                 markup=False,
             )
         if num_more:

@@ -147,7 +147,8 @@ def load(
         pretrained: path or open_clip tag of the CLIP weights, if different from training.
         temperature: softmax temperature for calibration, of all tasks or by task; None: as saved with the adapter by
             `TrainedModel.save_options`, else 1.
-        threshold: confidence threshold, 0 to 1, below which the label is None; None: as saved, else 0.
+        threshold: confidence threshold, 0 to 1, below which the label is None; None: as saved, else 0, or 0.5 for each
+            label where images may have several.
         precision: of the towers: float32, bfloat16 or auto, as clip.precision; None: as saved, else as in training.
 
     Raises:

@@ -136,6 +136,7 @@ USERS_OF_RAY = (
     "test_splits_stage.py",
     "test_data_check.py::test_the_job_tells_shows_and_remembers",
     "test_inputs.py::test_one_task_in_a_table_goes_through_the_whole_pipeline",
+    "test_multi_label.py",
 )
 """Files, or tests, that use `shared_ray` or `run_job`, the longest first; not those marked `fault_injection`."""
 LONGEST_TESTS = (

@@ -97,7 +97,7 @@ ALTERNATIVE_VALUES: dict[str, Any] = {
 FIELDS = {name: field for name, field, _ in fields()}
 TASK_WITH_TEMPLATE = "neon"
 CONTENT_FIELDS = {
-    *("data.root", "data.columns", "data.use_official_splits", "data.tasks", "data.class_names"),
+    *("data.root", "data.columns", "data.use_official_splits", "data.tasks", "data.class_names", "data.multi_label"),
     *("clip.pretrained", "clip.quick_gelu"),
     *("clip.image_size", "clip.resize_mode", "clip.interpolation", "clip.mean", "clip.std", "clip.fill_color"),
     "clip.jpeg_draft",

@@ -65,7 +65,7 @@ def with_accuracy(correct: int, images: int, num_classes: int = 2) -> TaskScores
 
 def test_scores_of_a_task():
     scores = scores_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 0, 2], [0.9, 0.6, 0.8, 0.7, 0.8, 0.4])
-    assert scores.accuracy == 0.5 and scores.standard_error == pytest.approx((0.25 / 6) ** 0.5)
+    assert scores.value == 0.5 and scores.standard_error == pytest.approx((0.25 / 6) ** 0.5)
     images, hits = scores.class_counts()
     assert (list(images), list(hits)) == ([3, 2, 1], [1, 1, 1])
     confusions = scores.confusions()
@@ -124,7 +124,7 @@ def test_predictions_of_a_run_are_read_and_written(tmp_path):
         write_predictions(file, predictions)
     class_names = {task: ["cat", "dog", "fish"] for task in "abc"}
     scores = read_scores(files, class_names)
-    assert list(scores) == ["a", "b", "c"] and [s.accuracy for s in scores.values()] == [1, 0.5, 0.5]
+    assert list(scores) == ["a", "b", "c"] and [s.value for s in scores.values()] == [1, 0.5, 0.5]
     arrays = (scores["a"].labels, scores["a"].predicted, scores["a"].probabilities)
     assert sum(array.itemsize for array in arrays) == 12  # bytes an image and method: DomainNet has 600,000 images
     write_run_predictions(tmp_path / "all.parquet", {"grouped": files, "zero_shot": files}, class_names)
@@ -169,9 +169,7 @@ def make_page(scores: dict[str, dict[str, TaskScores]], mistakes=None, tasks=Non
     """Build the page of methods → scores."""
     counts = {task: task_scores.num_images for task, task_scores in scores["grouped"].items()}
     results = {
-        method: method_result(
-            {task: s.accuracy for task, s in by_task.items()}, dict.fromkeys(by_task, 1.0), counts, 10
-        )
+        method: method_result({task: s.value for task, s in by_task.items()}, dict.fromkeys(by_task, 1.0), counts, 10)
         for method, by_task in scores.items()
     }
     summary = Summary(

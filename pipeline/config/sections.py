@@ -76,6 +76,10 @@ class DataConfig(Section, affects=("data",)):
     """Training images per class and task; all others are test images (see use_official_splits)."""
     max_broken_fraction: Annotated[Fraction, affects("splits")] = 0.0
     """Maximum fraction of broken images (0 to 1), which are dropped and recorded; above it the run stops."""
+    multi_label: bool = False
+    """Whether an image may have several labels, in all tasks: each class is then a yes or no of its own, and results
+    are mean average precisions (mAP). Needs a table, which names an image's labels in a list, separated by `;`, or in
+    several rows (docs/datasets.md). false: one label per image."""
     follow_external_symlinks: bool = True
     """Follow symbolic links, and paths of a manifest, that lead outside root. false: they stop the run; for a folder
     from someone else, which must not expose other files."""

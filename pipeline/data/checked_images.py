@@ -94,6 +94,7 @@ def read_checked_images(file: Path, images: Sequence[ImageRecord]) -> list[Check
                 error,
                 size,
                 image.official_split,
+                image.other_classes,
             ),
             ImageStats(*values) if error is None else None,
         )

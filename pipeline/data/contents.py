@@ -17,6 +17,7 @@ from pipeline.data.images import BrokenImage
 from pipeline.data.index import DatasetIndex, ImageRecord
 from pipeline.data.names import escape_for_terminal, invalid_name_reason
 from pipeline.data.prefetch import prefetch
+from pipeline.data.splits import MULTI_LABEL
 from pipeline.data.table_images import ROW_PATH, read_image_bytes
 from pipeline.errors import escape_controls
 
@@ -116,10 +117,10 @@ def dataset_fingerprint(index: DatasetIndex, identities: Iterable[str] | None = 
     Args:
         identities: SHA-256 of each image, or why it cannot be read, in the index's order; None: read them.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(MULTI_LABEL if index.multi_label else b"")
     for image, identity in zip(index.images, read_identities(index) if identities is None else identities, strict=True):
         path = escape_for_terminal(image.path)
-        values = (path, identity, image.task, image.class_folder, image.official_split or "")
+        values = (path, identity, image.task, *image.class_folders, image.official_split or "")
         digest.update(("\0".join(values) + "\n").encode())
     digest.update(repr((sorted(index.classes.items()), sorted(index.class_names.items()))).encode())
     return digest.hexdigest()

@@ -204,7 +204,8 @@ def _too_few_images(
         remedy += f" {note}."
     distinct: dict[tuple[str, str], set[str]] = defaultdict(set)
     for checked in images:
-        distinct[checked.image.task, checked.image.class_folder].add(checked.image.sha256)
+        for name in checked.image.class_folders:
+            distinct[checked.image.task, name].add(checked.image.sha256)
     small_classes = [
         f"{task}/{name}: {pluralize(len(distinct[task, name]), 'distinct image')}"
         for task, names in classes.items()
@@ -230,7 +231,7 @@ def _exact_duplicates(images: Sequence[CheckedImage]) -> list[Finding]:
         images_by_sha256[checked.image.sha256].append(checked.image)
     contradicting, across_tasks, within_class = [], [], []
     for group in images_by_sha256.values():
-        classes = {(image.task, image.class_folder) for image in group}
+        classes = {(image.task, image.class_folders) for image in group}
         if len(classes) > len({task for task, _ in classes}):
             contradicting.append(_group(group))
         elif len(classes) > 1:
@@ -275,7 +276,7 @@ def _near_duplicates(images: Sequence[CheckedImage], training: set[str]) -> list
     leaking, contradicting, harmless = [], [], []
     for group in groups:
         trains = [image for image in group if image.path in training]
-        if len({image.class_folder for image in group}) > 1:
+        if len({image.class_folders for image in group}) > 1:
             contradicting.append(_group(group))
         elif trains and any(image.path not in training and image.official_split != "train" for image in group):
             leaking.append(_group([*trains, *(image for image in group if image.path not in training)]))
@@ -481,7 +482,7 @@ def _partly_missing_classes(classes: Mapping[str, Sequence[str]]) -> list[Findin
 
 
 def _imbalance(images: Sequence[CheckedImage], classes: Mapping[str, Sequence[str]]) -> list[Finding]:
-    counts = Counter((checked.image.task, checked.image.class_folder) for checked in images)
+    counts = Counter((checked.image.task, name) for checked in images for name in checked.image.class_folders)
     rare = []
     for task, names in classes.items():
         class_sizes = {name: counts[task, name] for name in names}

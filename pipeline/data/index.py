@@ -28,9 +28,10 @@ from pipeline.config import DataConfig, read_text, resolve_config_path
 from pipeline.config.values import list_arguments
 from pipeline.data.layouts import OFFICE_HOME_TASKS, Layout, Roles, recognize_layout, similar_path_hint
 from pipeline.data.lists import LIST_LAYOUTS, read_lists
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import SUFFIXES, read_manifest
 from pipeline.data.names import escape_for_terminal, normalize_name, pluralize, split_synonyms, truncated_list
 from pipeline.data.official_splits import DatasetEntry, OfficialSplit, parse_split_name
+from pipeline.data.splits import MULTI_LABEL
 from pipeline.data.symlinks import SymlinkChecker
 from pipeline.data.walk import (
     BESIDE_SPLITS,
@@ -68,6 +69,13 @@ class ImageRecord:
     """train or test with data.use_official_splits, else None."""
     row_group: int | None = None
     """Row group of an image in a Parquet file; images of one group are read together."""
+    other_classes: tuple[str, ...] = ()
+    """Further classes, sorted, with data.multi_label."""
+
+    @property
+    def class_folders(self) -> tuple[str, ...]:
+        """All classes of the image."""
+        return (self.class_folder, *self.other_classes)
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class DatasetIndex:
     """What was not read as documented, for the user."""
     roles: Roles = ()
     """Roles of the folders from the root to the images, if they have some."""
+    multi_label: bool = False
+    """Whether an image may have several classes."""
 
     def describe(self) -> str:
         """Return what was recognized: layout, tasks, classes, images, and the files that are not read."""
@@ -102,15 +112,17 @@ class DatasetIndex:
             f"{len(self.images):,} images",
         ]
         skipped = [skipped_note(self.skipped)] if self.skipped else []
-        return "; ".join([f"layout {self.layout}{folders}: {', '.join(counts)}", *skipped])
+        labels = ["several labels per image"] if self.multi_label else []
+        return "; ".join([f"layout {self.layout}{folders}: {', '.join([*counts, *labels])}", *skipped])
 
     def listing_fingerprint(self) -> str:
         """Return the SHA-256 of the root's path and of the files' names, sizes and times, and what else `contents`
         covers: as long as it is the same, so are the contents."""
-        digest = hashlib.sha256(f"{self.root}\n".encode("utf-8", "surrogateescape"))
+        digest = hashlib.sha256(MULTI_LABEL if self.multi_label else b"")
+        digest.update(f"{self.root}\n".encode("utf-8", "surrogateescape"))
         for image in self.images:
             file = image.path, image.size, image.modified_ns, image.changed_ns
-            digest.update(f"{(*file, image.task, image.class_folder, image.official_split)!r}\n".encode())
+            digest.update(f"{(*file, image.task, *image.class_folders, image.official_split)!r}\n".encode())
         digest.update(repr((sorted(self.classes.items()), sorted(self.class_names.items()))).encode())
         return digest.hexdigest()
 
@@ -144,6 +156,11 @@ def index_dataset(config: DataConfig, data_root: AnyPath) -> DatasetIndex:
     task_names = None if selected is None else {normalize_name(task, "task") for task in selected}
     recognized = recognize_layout(config.layout, data_root, task_names, probed)
     layout, root = recognized.name, recognized.root
+    if config.multi_label and not recognized.source:
+        raise UserError(
+            f"data.multi_label=true needs a table, which can name several labels for an image; {data_root} has the "
+            f"layout {layout}: give --data.root a table ({', '.join(SUFFIXES)}), or set --data.multi_label false"
+        )
     symlinks.escapes_root(root)
     if layout == "office_home":
         selected = selected or OFFICE_HOME_TASKS
@@ -166,11 +183,13 @@ def index_dataset(config: DataConfig, data_root: AnyPath) -> DatasetIndex:
         class_names.check_tasks(entries_by_task)
     tasks = _select_tasks(entries_by_task, task_filter, root)
     classes, excluded_classes = _select_classes({task: entries_by_task[task] for task in tasks}, class_names, root)
+    listed = {task: frozenset(names) for task, names in classes.items()}
     images = [
-        _image_record(root, entry, task, name, config.use_official_splits, symlinks)
+        _image_record(root, entry, task, used, config.use_official_splits, symlinks)
         for task in tasks
-        for name in classes[task]
-        for entry in entries_by_task[task][name]
+        for name, class_entries in entries_by_task[task].items()
+        for entry in class_entries
+        if (used := sorted({name, *map(normalize_name, entry.other_classes)} & listed[task]))
     ]
     symlinks.raise_on_escape(root, tasks if has_task_folders else None)
     if isinstance(root, BucketPath):
@@ -187,6 +206,7 @@ def index_dataset(config: DataConfig, data_root: AnyPath) -> DatasetIndex:
         {task: unused_images[task] for task in tasks if unused_images[task]},
         (*recognized.notes, *notes),
         recognized.roles,
+        config.multi_label,
     )
 
 
@@ -201,7 +221,14 @@ def _read_entries(
     if layout.source:
         columns = dict[str, str](config.columns.items())
         manifest = read_manifest(
-            layout.source, layout.root, columns, tasks, class_names.for_task, config.use_official_splits, symlinks
+            layout.source,
+            layout.root,
+            columns,
+            tasks,
+            class_names.for_task,
+            config.use_official_splits,
+            symlinks,
+            config.multi_label,
         )
         return manifest.entries, [], manifest.locations, manifest.notes
     if layout.name in LIST_LAYOUTS:
@@ -212,7 +239,8 @@ def _read_entries(
 def _group_by_class(
     entries: Sequence[DatasetEntry], root: AnyPath, kind: str, use_official_splits: bool
 ) -> tuple[dict[str, dict[str, list[DatasetEntry]]], Counter[str]]:
-    """Return task → class → images, and task → number of images in neither split.
+    """Return task → class → images, and task → number of images in neither split. An image of several classes is in the
+    list of the first.
 
     Raises:
         UserError: two names that some file systems treat as equal; the message calls them `kind`.
@@ -221,15 +249,16 @@ def _group_by_class(
     unused_images: Counter[str] = Counter()
     folder_by_key: dict[tuple[str, ...], str] = {}
     for entry in entries:
-        task, name = normalize_name(entry.task), normalize_name(entry.class_folder)
+        task, names = normalize_name(entry.task), [normalize_name(folder) for folder in entry.class_folders]
+        class_keys = [((task, name), folder) for name, folder in zip(names, entry.class_folders)]
         # Result files are named by task, and must be valid on other file systems.
-        for key, folder in (((task.casefold(),), entry.task), ((task, name), entry.class_folder)):
+        for key, folder in (((task.casefold(),), entry.task), *class_keys):
             if (known_folder := folder_by_key.setdefault(key, folder)) != folder:
                 raise UserError(
                     f"the {kind} {known_folder!a} and {folder!a} under {root} differ only in case or Unicode "
                     "normalization; rename one"
                 )
-        class_entries = entries_by_task.setdefault(task, {}).setdefault(name, [])
+        class_entries, *_ = [entries_by_task.setdefault(task, {}).setdefault(name, []) for name in names]
         if not entry.path:
             continue
         if use_official_splits and entry.split not in ("train", "test"):
@@ -290,11 +319,17 @@ def _class_before_space(line: str, class_folders: Collection[str]) -> bool:
 
 
 def _image_record(
-    root: AnyPath, entry: DatasetEntry, task: str, name: str, use_official_splits: bool, symlinks: SymlinkChecker
+    root: AnyPath,
+    entry: DatasetEntry,
+    task: str,
+    names: Sequence[str],
+    use_official_splits: bool,
+    symlinks: SymlinkChecker,
 ) -> ImageRecord:
+    """Return the record of an image of the classes `names`."""
     size, modified_ns, changed_ns, row_group = entry.table_row or (*_size_and_times(root, entry.path, symlinks), None)
     split = entry.split if use_official_splits else None
-    return ImageRecord(entry.path, task, name, size, modified_ns, changed_ns, split, row_group)
+    return ImageRecord(entry.path, task, names[0], size, modified_ns, changed_ns, split, row_group, tuple(names[1:]))
 
 
 def unexpected_counts(config: DataConfig, dataset: DatasetIndex) -> list[str]:

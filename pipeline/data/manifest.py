@@ -1,7 +1,8 @@
 """Manifests: tables with one row per image, in CSV, TSV, JSON lines or Parquet.
 
 Columns (renamed with `data.columns`): `task`, `label` (class name), `path` or, in Parquet only, `image` (bytes, or
-Hugging Face's struct of bytes and path), and `split` with data.use_official_splits.
+Hugging Face's struct of bytes and path), and `split` with data.use_official_splits. With data.multi_label, a label may
+be a list (JSON lines, Parquet) or several names separated by `;`, and an image of a file may have several rows.
 
 Choices:
 - errors are reported with their lines or rows, many at once, before anything else starts;
@@ -22,6 +23,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ import pyarrow.parquet as pq
 
 from pipeline.buckets import AnyPath, BucketPath, relative_path
 from pipeline.config import MAX_TEXT_BYTES, did_you_mean, read_text
-from pipeline.data.names import escape_for_terminal, invalid_name_reason, pluralize, truncated_list
+from pipeline.data.names import LABEL_SEPARATOR, escape_for_terminal, invalid_name_reason, pluralize, truncated_list
 from pipeline.data.official_splits import SPLIT_NAMES, DatasetEntry, OfficialSplit, TableRow, parse_split_name
 from pipeline.data.symlinks import SymlinkChecker
 from pipeline.data.table_images import ROW_PATH, ImageColumn, find_image_column, open_table, row_path
@@ -59,6 +61,7 @@ MAX_ERRORS_SHOWN = 20
 MAX_ERRORS = 1000
 """Reading stops after this many."""
 BATCH_ROWS = 4096
+SEVERAL_LABELS = "if an image may have several labels: --data.multi_label true"
 _PANDAS = 'python -c "import pandas; pandas.{reader}({file!r}).to_csv({csv!r}, index=False)"'
 _REMEDIES = {
     (".xlsx", ".xls", ".ods"): "a spreadsheet: save it as CSV (UTF-8)",
@@ -97,13 +100,14 @@ class _RowCollector:
     """Tasks to use; None: all. Rows of other tasks are not checked."""
     class_names: Callable[[str], Collection[str] | None]
     """Task → its classes in data.class_names, in the order of the file; None: it has no file."""
+    multi_label: bool
     entries: list[DatasetEntry] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
     task_names: set[str] = field(default_factory=set)
     """All tasks of the table."""
-    row_by_path: dict[str, tuple[str, str, str]] = field(default_factory=dict)
-    """Path → task, label and location of its row."""
+    row_by_path: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Path → position of its entry, and location of its row."""
     num_backslashes: int = 0
     label_alternatives: list[str] = field(default_factory=list)
     """Columns other than that of the labels that may have their names."""
@@ -128,18 +132,32 @@ class _RowCollector:
             self.task_names.add(task)
             if self.tasks is not None and task not in self.tasks:
                 return
-            label = values["label"] if is_named else self._class_name(task, values["label"])
-            label = _normalize_text("label", label)
+            label, *more_labels = self._labels(task, values["label"], is_named)
             split = _parse_split(values["split"]) if "split" in values else None
             path = embedded[0] if embedded else self._relative_path(values["path"])
-            if duplicate := self.row_by_path.get(path):
-                contradiction = f", as {duplicate[0]}/{duplicate[1]}" if duplicate[:2] != (task, label) else ""
-                raise ValueError(f"{escape_for_terminal(path)} is also in {duplicate[2]}{contradiction}")
+            entry = DatasetEntry(path, task, label, split, embedded and embedded[1], tuple(more_labels))
+            if known := self.row_by_path.get(path):
+                self.entries[known[0]] = self._merge(self.entries[known[0]], entry, known[1])
+                return
         except ValueError as error:
             self.add_error(location, error)
             return
-        self.row_by_path[path] = task, label, location
-        self.entries.append(DatasetEntry(path, task, label, split, embedded and embedded[1]))
+        self.row_by_path[path] = len(self.entries), location
+        self.entries.append(entry)
+
+    def _merge(self, known: DatasetEntry, entry: DatasetEntry, location: str) -> DatasetEntry:
+        """Return the entry of an image with the labels of two rows. Raises ValueError if an image has one row only, or
+        the rows contradict."""
+        if self.multi_label and (known.task, known.split) == (entry.task, entry.split):
+            labels = dict.fromkeys((*known.other_classes, *entry.class_folders))
+            labels.pop(known.class_folder, None)
+            return known._replace(other_classes=tuple(labels))
+        contradiction = ""
+        if known[1:3] != entry[1:3]:
+            contradiction = f", as {known.task}/{known.class_folder}"
+        if known.task == entry.task and known.class_folder != entry.class_folder and not self.multi_label:
+            contradiction += f"; {SEVERAL_LABELS}"
+        raise ValueError(f"{escape_for_terminal(entry.path)} is also in {location}{contradiction}")
 
     def add_error(self, location: str, error: ValueError | str) -> None:
         self.errors.append(f"{location}: {error}")
@@ -148,6 +166,12 @@ class _RowCollector:
 
     def note(self, message: str) -> None:
         self.notes[message] = None
+
+    def _labels(self, task: str, text: str | None, is_named: bool) -> list[str]:
+        """Return the labels of a row, each once. Raises ValueError if one is invalid."""
+        texts = [text] if text is None or not self.multi_label else map(str.strip, text.split(LABEL_SEPARATOR))
+        names = (part if is_named else self._class_name(task, part) for part in texts)
+        return list(dict.fromkeys(_normalize_text("label", name) for name in names))
 
     def _class_name(self, task: str, text: str | None) -> str | None:
         """Return the class that a label means; None: a number without a name. Raises ValueError if a number is not
@@ -253,6 +277,7 @@ def read_manifest(
     class_names: Callable[[str], Collection[str] | None],
     read_splits: bool,
     symlinks: SymlinkChecker,
+    multi_label: bool = False,
 ) -> Manifest:
     """Read a manifest, a file or a folder of Parquet files.
 
@@ -261,13 +286,15 @@ def read_manifest(
         tasks: tasks to use; None: all. A single one is the task of all rows if there is no such column.
         class_names: task → its classes in data.class_names, which numeric labels refer to; None: it has no file.
         read_splits: whether to read the split of each image.
+        multi_label: whether an image may have several labels.
 
     Raises:
         UserError: not a manifest, missing columns, invalid rows (with line or row), labels that are only numbers, links
             out of the root.
     """
     files = table_files(manifest) if manifest.is_dir() else [manifest]
-    rows = _RowCollector(manifest, root, symlinks, None if tasks is None else frozenset(tasks), class_names)
+    task_filter = None if tasks is None else frozenset(tasks)
+    rows = _RowCollector(manifest, root, symlinks, task_filter, class_names, multi_label)
     for file in files:
         if symlinks.escapes_root(file):
             symlinks.raise_on_escape(root)
@@ -275,6 +302,8 @@ def read_manifest(
         reader = {".parquet": _read_parquet, ".jsonl": _read_json_lines}.get(file.suffix.lower(), _read_text_table)
         reader(file, rows, columns, read_splits)
     rows.raise_errors()
+    if not multi_label:
+        _check_joined_labels(rows)
     if not rows.task_names:
         raise UserError(f"{manifest} has no rows: add one for each image")
     if missing := sorted(frozenset(tasks or ()) - rows.task_names):
@@ -292,8 +321,27 @@ def read_manifest(
         rows.note(f"\\ in {pluralize(rows.num_backslashes, 'path')} is read as /")
     for folder in {os.path.dirname(entry.path) for entry in rows.entries if not entry.table_row}:
         symlinks.escapes_root(root / folder)
-    locations = {path: location for path, (*_, location) in rows.row_by_path.items()}
+    locations = {path: location for path, (_, location) in rows.row_by_path.items()}
     return Manifest(rows.entries, locations, tuple(rows.notes))
+
+
+def _check_joined_labels(rows: _RowCollector) -> None:
+    """Note labels that look like several; raise UserError if a part of one is a label too."""
+    if not any(LABEL_SEPARATOR in entry.class_folder for entry in rows.entries):
+        return
+    labels = {(entry.task, entry.class_folder) for entry in rows.entries}
+    joined = sorted((task, label) for task, label in labels if LABEL_SEPARATOR in label)
+    for task, label in joined:
+        part = next((text for text in map(str.strip, label.split(LABEL_SEPARATOR)) if (task, text) in labels), None)
+        if part is not None:
+            raise UserError(
+                f"{rows.manifest}: task {task!r} has the label {label!r} besides {part!r}; {SEVERAL_LABELS}; if it is "
+                f"one class, give it a name without `{LABEL_SEPARATOR}`"
+            )
+    rows.note(
+        f"labels with `{LABEL_SEPARATOR}`, such as {escape_for_terminal(joined[0][1])!r}, are read as one class each; "
+        + SEVERAL_LABELS
+    )
 
 
 def _normalize_text(column: str, text: str | None) -> str:
@@ -495,7 +543,7 @@ def _read_json_lines(file: AnyPath, rows: _RowCollector, columns: Mapping[str, s
                 header = list(record)
                 positions = _column_positions(file, header, _required_columns(read_splits), columns, rows)
                 names = {column: header[position] for column, position in positions.items()}
-            values = {column: _as_text(column, record.get(name)) for column, name in names.items()}
+            values = {column: _as_text(column, record.get(name), rows.multi_label) for column, name in names.items()}
         except UserError:
             raise
         except (ValueError, RecursionError) as error:
@@ -507,13 +555,26 @@ def _read_json_lines(file: AnyPath, rows: _RowCollector, columns: Mapping[str, s
         raise UserError(f"{file} is empty")
 
 
-def _as_text(column: str, value: Any) -> str | None:
-    """Return a number, truth value or text as in a CSV file. Raises ValueError if it is something else."""
+def _as_text(column: str, value: Any, multi_label: bool = False) -> str | None:
+    """Return a number, truth value or text as in a CSV file, and several labels joined. Raises ValueError if it is
+    something else."""
+    if isinstance(value, list) and column == "label":
+        if not multi_label:
+            raise ValueError(f"the label is a list; it must be one value; {SEVERAL_LABELS}")
+        return _join_labels([_as_text(column, part) for part in value])
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, str | int | float):
         raise ValueError(f"the {column} is a {type(value).__name__}; it must be one value")
     return str(value).strip()
+
+
+def _join_labels(labels: Sequence[str | None]) -> str | None:
+    """Return a list of labels as in a CSV file. Raises ValueError if one has the separator."""
+    names = [label or "" for label in labels]
+    if joined := [name for name in names if LABEL_SEPARATOR in name]:
+        raise ValueError(f"the label {joined[0]!r} contains `{LABEL_SEPARATOR}`, which separates labels: rename it")
+    return LABEL_SEPARATOR.join(names) or None
 
 
 # --- Parquet -------------------------------------------------------------------------------------------------
@@ -537,12 +598,12 @@ def _read_parquet(file: AnyPath, rows: _RowCollector, columns: Mapping[str, str]
         _refuse_lists_of_images(file, schema, image)
         positions = _column_positions(file, names, required, columns, rows)
         text_columns = {
-            column: _TextColumn(file, schema, position, column == "path", image)
+            column: _TextColumn(file, schema, position, column, image, rows.multi_label)
             for column, position in positions.items()
         }
         is_named = text_columns["label"].has_names
         # Dictionary-encoded, a long value is not in memory once per row.
-        dictionary_columns = [column.name for column in text_columns.values() if column.is_text]
+        dictionary_columns = [column.name for column in text_columns.values() if column.is_text and not column.is_list]
         with open_table(file, buffer_size=1 << 20, read_dictionary=dictionary_columns) as table:
             embedded_name = image.name if image and image.is_embedded else None
             _check_compression_ratio(file, metadata, [column.name for column in text_columns.values()], embedded_name)
@@ -591,15 +652,28 @@ class _TextColumn:
     """A column read as text: text unchanged, numbers and truth values as in a CSV file, or replaced by their names in
     the metadata of Hugging Face's datasets library."""
 
-    def __init__(self, file: AnyPath, schema: pa.Schema, position: int, is_path: bool, image: ImageColumn | None):
+    def __init__(
+        self,
+        file: AnyPath,
+        schema: pa.Schema,
+        position: int,
+        meaning: str,
+        image: ImageColumn | None,
+        multi_label: bool,
+    ):
         """
         Args:
+            meaning: path, task, label or split.
             image: the column of images, whose paths are read if it has no images.
+            multi_label: whether labels may be lists, which are joined.
         """
-        self._column = schema.names[position]
+        self._column, is_path = schema.names[position], meaning == "path"
         is_struct = is_path and image is not None
         self.name = image.name if is_struct and image else self._column
         dtype = pa.string() if is_struct else schema.field(position).type
+        is_several = meaning == "label" and (pa.types.is_list(dtype) or pa.types.is_large_list(dtype))
+        self.is_list = is_several and multi_label
+        dtype = dtype.value_type if self.is_list else dtype
         dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
         names = _hugging_face_names(schema, self._column)
         self._names = names if pa.types.is_integer(dtype) else None
@@ -609,12 +683,20 @@ class _TextColumn:
         self.is_text = any(test(dtype) for test in text_types)
         if not self.is_text and (is_path or not any(test(dtype) for test in other_types)):
             remedy = "a row has one task and one label" if pa.types.is_nested(dtype) else "write it as text"
+            remedy += f"; {SEVERAL_LABELS}" if is_several and not multi_label else ""
             expected = "text" if is_path else "text or numbers"
             raise UserError(f"the column {self._column!r} of {file} has type {dtype}; it must be {expected}: {remedy}")
 
     def read(self, batch: pa.RecordBatch) -> list[str | None]:
         """Convert a column to a list; each distinct value becomes a Python object once, to bound memory."""
         column = batch.column(self._column)
+        if self.is_list:
+            texts = iter(self._read(column.flatten()))
+            lengths = pc.fill_null(pc.list_value_length(column), 0).to_pylist()
+            return [_join_labels(list(islice(texts, length))) for length in lengths]
+        return self._read(column)
+
+    def _read(self, column: pa.Array) -> list[str | None]:
         if pa.types.is_struct(column.type):
             column = pc.struct_field(column, "path")
         encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
@@ -632,8 +714,10 @@ class _TextColumn:
 def _hugging_face_names(schema: pa.Schema, column: str) -> Sequence[str] | None:
     """Return the names of a ClassLabel column, which the datasets library stores in the schema's metadata."""
     try:
-        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list of labels
+        names = feature["names"]
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
@@ -647,7 +731,7 @@ def _check_compression_ratio(
     text_bytes = num_images = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema in text_columns:
+            if column.path_in_schema.partition(".list.")[0] in text_columns:
                 text_bytes += column.total_uncompressed_size
             elif column.path_in_schema == image:
                 limit = max(MAX_COMPRESSION_RATIO * column.total_compressed_size, SMALL_COLUMN)

@@ -8,6 +8,11 @@ from functools import lru_cache
 
 from pipeline.errors import UserError, escape_controls
 
+LABEL_SEPARATOR = ";"
+"""Between the labels of an image that may have several."""
+LABEL_THRESHOLD = 0.5
+"""Probability from which on such an image has a label, unless another threshold is asked for."""
+
 
 def escape_for_terminal(path: str) -> str:
     """Return the path as one line of plain text, unique to it: other characters are escaped, backslashes doubled."""

@@ -66,3 +66,10 @@ class DatasetEntry(NamedTuple):
     split: OfficialSplit | None = None
     """None: the data has no split for it."""
     table_row: TableRow | None = None
+    other_classes: tuple[str, ...] = ()
+    """Further classes of the image, with data.multi_label."""
+
+    @property
+    def class_folders(self) -> tuple[str, ...]:
+        """All classes of the image."""
+        return (self.class_folder, *self.other_classes)

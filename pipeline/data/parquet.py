@@ -49,10 +49,18 @@ COLUMNS = pa.schema(
 )
 
 
+_LISTS = {"label": pa.list_(pa.int32()), "class_name": pa.list_(pa.string())}
+MULTI_LABEL_COLUMNS = pa.schema(
+    [pa.field(column.name, _LISTS.get(column.name, column.type), nullable=False) for column in COLUMNS]
+)
+"""With data.multi_label: an image's labels, ascending, and their class names."""
+
+
 @dataclass(frozen=True)
 class SplitDescription:
     """Description of a data set's splits. `classes`: task → class folders, the position is the label; `class_names`:
-    class folder → class name; `counts`: split → task → number of images."""
+    class folder → class name; `counts`: split → task → number of images; `multi_label`: an image may have several
+    labels."""
 
     classes: dict[str, list[str]]
     class_names: dict[str, str]
@@ -61,6 +69,12 @@ class SplitDescription:
     source_fingerprint: str
     counts: dict[Split, dict[str, NonNegativeInt]]
     format: int = FORMAT
+    multi_label: bool = False
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Columns of the files."""
+        return MULTI_LABEL_COLUMNS if self.multi_label else COLUMNS
 
     @property
     def tasks(self) -> list[str]:
@@ -75,10 +89,12 @@ class SplitDescription:
         """Return the names of the task's classes, by label."""
         return [self.class_names[folder] for folder in self.classes[task]]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for splits.json; `multi_label` is there only if it is true."""
+        return {name: value for name, value in vars(self).items() if name != "multi_label" or value}
+
     def to_json(self) -> str:
-        return json.dumps(
-            vars(self), ensure_ascii=False, sort_keys=True
-        )  # asdict would copy everything, for every file
+        return json.dumps(self.to_dict(), ensure_ascii=False, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -148,11 +164,11 @@ def write_part(root: AnyPath, part: Part, description: SplitDescription, folder:
 
 
 def _write_rows(root: AnyPath, part: Part, description: SplitDescription, target: Path) -> None:
-    schema = COLUMNS.with_metadata({"splits": description.to_json()})
+    schema = description.columns.with_metadata({"splits": description.to_json()})
     labels = {task: {name: i for i, name in enumerate(names)} for task, names in description.classes.items()}
     # Images are compressed already.
     compression = {name: "none" if name == "image" else "zstd" for name in COLUMNS.names}
-    dictionary_columns = ["task", "class_name", "split"]
+    dictionary_columns = ["task", *([] if description.multi_label else ["class_name"]), "split"]
     with pq.ParquetWriter(target, schema, compression=compression, use_dictionary=dictionary_columns) as writer:
         rows: list[dict[str, object]] = []
         digests: list[str] = []
@@ -160,12 +176,14 @@ def _write_rows(root: AnyPath, part: Part, description: SplitDescription, target
         contents = read_contents(root, [image.path for image in part.images])
         for position, (image, content) in enumerate(zip(part.images, contents, strict=True)):
             data = _unchanged(root, image, content)
+            image_labels = sorted(labels[image.task][name] for name in image.class_folders)
+            class_names = [description.class_names[description.classes[image.task][label]] for label in image_labels]
             rows.append(
                 {
                     "image": data,
                     "task": image.task,
-                    "label": labels[image.task][image.class_folder],
-                    "class_name": description.class_names[image.class_folder],
+                    "label": image_labels if description.multi_label else image_labels[0],
+                    "class_name": class_names if description.multi_label else class_names[0],
                     "path": image.path,
                     "split": part.split,
                     "sha256": image.sha256,
@@ -221,6 +239,7 @@ class SplitReader:
             values = json.loads(file.read_bytes())
             file_format = values["format"]
             if file_format == FORMAT:
+                values.setdefault("multi_label", False)
                 fields = {name: values[name] for name in SplitDescription.__dataclass_fields__}
                 self.description = _DESCRIPTION.validate_json(json.dumps(fields), strict=True)
                 _check_complete(self.description)
@@ -295,7 +314,11 @@ class SplitReader:
         for row in rows:
             if "image" in row and hashlib.sha256(row["image"]).hexdigest() != row["sha256"]:
                 raise ValueError(f"SHA-256 mismatch of {row['path']}")
-            if not 0 <= row["label"] < len(class_names) or row["class_name"] != class_names[row["label"]]:
+            labels, names = row["label"], row["class_name"]
+            if not self.description.multi_label:
+                labels, names = [labels], [names]
+            is_valid = labels and all(0 <= label < len(class_names) for label in labels)
+            if not is_valid or names != [class_names[label] for label in labels]:
                 raise ValueError(f"{row['path']} has label {row['label']} and class {row['class_name']!r}")
             if (row["task"], row["split"]) != (task, split):
                 raise ValueError(f"{row['path']} is of task {row['task']!r}, split {row['split']!r}")
@@ -309,7 +332,7 @@ class SplitReader:
             size = path.stat().st_size
         except (pa.ArrowException, OSError, ValueError, LookupError) as error:
             raise UserError(f"{path} cannot be read as Parquet: {str(error).strip()}; remove {self.folder}") from None
-        if not schema.equals(COLUMNS):
+        if not schema.equals(self.description.columns):
             raise UserError(f"{path} is not a split file: columns {schema.names}, expected {COLUMNS.names}")
         if (metadata.metadata or {}).get(b"splits") != self.description.to_json().encode():
             raise UserError(f"{path} belongs to other splits than {self.folder / 'splits.json'}")

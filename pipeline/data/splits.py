@@ -16,6 +16,9 @@ from pipeline.data.names import pluralize
 from pipeline.data.official_splits import OfficialSplit
 from pipeline.errors import UserError
 
+MULTI_LABEL = b"multi-label\n"
+"""Start of what is hashed for a data set with several labels per image; that of others is unchanged."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScannedImage:
@@ -31,6 +34,13 @@ class ScannedImage:
     """Bytes; 0 if unknown."""
     official_split: OfficialSplit | None = None
     """None: may train or test."""
+    other_classes: tuple[str, ...] = ()
+    """Further classes, sorted, with data.multi_label."""
+
+    @property
+    def class_folders(self) -> tuple[str, ...]:
+        """All classes of the image."""
+        return (self.class_folder, *self.other_classes)
 
 
 @dataclass(frozen=True)
@@ -75,13 +85,13 @@ def sample_splits(
             splits_text = f" ({official.count('train')} train, {official.count('test')} test)" if any(official) else ""
             too_few.append(f"{task}/{name} has {pluralize(len(distinct), 'image')}{duplicates_text}{splits_text}")
             continue
-        for image in sorted(distinct.values(), key=lambda image: _rank(seed, image))[:shots]:
+        for image in sorted(distinct.values(), key=lambda image: rank(seed, image, image.class_folder))[:shots]:
             train[image.path] = image
             training_path_by_sha256.setdefault(image.sha256, image.path)
     if too_few:
         raise UserError(
             f"data.shots={shots} needs at least {shots + 1} distinct images per class ({shots} to train, 1 to test): "
-            f"{'; '.join(too_few)}. {_LEAVE_OUT}" + (f", or set --data.shots {most_shots}" if most_shots > 0 else "")
+            f"{'; '.join(too_few)}. {LEAVE_OUT}" + (f", or set --data.shots {most_shots}" if most_shots > 0 else "")
         )
 
     without_test: list[str] = []
@@ -104,24 +114,25 @@ def sample_splits(
     if without_test:
         raise UserError(
             f"data.shots={shots} leaves no test images, which must not be exact duplicates of a training image of any "
-            f"task: {'; '.join(without_test)}. {_LEAVE_OUT}"
+            f"task: {'; '.join(without_test)}. {LEAVE_OUT}"
         )
     sorted_train = sorted(train.values(), key=lambda image: image.path)
     return Splits(tuple(sorted_train), tuple(sorted(test, key=lambda image: image.path)), tuple(sorted(duplicates)))
 
 
-_LEAVE_OUT = "Add images of these classes, or leave them out: --data.class_names FILE lists those to use"
+LEAVE_OUT = "Add images of these classes, or leave them out: --data.class_names FILE lists those to use"
 
 
-def content_fingerprint(images: Iterable[ScannedImage]) -> str:
-    """Return the SHA-256 of the images' paths, contents, tasks, classes and official splits, in order of their paths.
-    Manifests of the same files may differ in tasks, labels or splits."""
-    digest = hashlib.sha256()
+def content_fingerprint(images: Iterable[ScannedImage], multi_label: bool = False) -> str:
+    """Return the SHA-256 of the images' paths, contents, tasks, classes and official splits, in order of their paths,
+    and of data.multi_label. Manifests of the same files may differ in tasks, labels or splits."""
+    digest = hashlib.sha256(MULTI_LABEL if multi_label else b"")
     for image in sorted(images, key=lambda image: image.path):
-        values = (image.path, image.sha256, image.task, image.class_folder, image.official_split or "")
+        values = (image.path, image.sha256, image.task, *image.class_folders, image.official_split or "")
         digest.update(("\0".join(values) + "\n").encode())
     return digest.hexdigest()
 
 
-def _rank(seed: int, image: ScannedImage) -> bytes:
-    return hashlib.sha256(f"{seed}\0{image.task}\0{image.class_folder}\0{image.sha256}".encode()).digest()
+def rank(seed: int, image: ScannedImage, class_folder: str) -> bytes:
+    """Return the rank of an image among those of one of its classes: the lowest train."""
+    return hashlib.sha256(f"{seed}\0{image.task}\0{class_folder}\0{image.sha256}".encode()).digest()

@@ -1,8 +1,9 @@
 """The affinity `features`: how similar the images of two tasks look to the frozen CLIP.
 
 The centroid of a task is the mean over its classes of the mean over a class's training images of their features, each
-image's scaled to unit length: all images of a class, and all classes, weigh equally, however many there are. The mean
-of the tasks' centroids, what all tasks have in common, is subtracted. The affinity is the cosine of two tasks' results.
+image's scaled to unit length: all images of a class, and all classes, weigh equally, however many there are. An image
+with several labels is one of each of its classes. The mean of the tasks' centroids, what all tasks have in common, is
+subtracted. The affinity is the cosine of two tasks' results.
 
 Without the subtraction all cosines are near one. With it they are relative to the average task, so they cannot all be
 positive, and those of two tasks are -1.
@@ -20,7 +21,7 @@ def feature_affinity(features: Sequence[np.ndarray], labels: Sequence[np.ndarray
 
     Args:
         features: for each of T tasks the frozen image features (N_j, E) of its training images.
-        labels: their labels (N_j,).
+        labels: their labels (N_j,); (N_j, C) of 0 and 1 if an image may have several.
     """
     centroids = np.stack([_centroid(*pair) for pair in zip(features, labels, strict=True)])
     centered = centroids - centroids.mean(axis=0)
@@ -47,6 +48,12 @@ def resampled_feature_affinity(
 def _centroid(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(features, axis=1, keepdims=True)
     unit = features / np.where(length == 0, 1.0, length)
-    weights = 1.0 / np.bincount(labels)[labels]  # of an image in the mean of its class
-    centroid: np.ndarray = weights @ unit / len(np.unique(labels))
+    if labels.ndim == 1:
+        num_classes = len(np.unique(labels))
+        weights = 1.0 / np.bincount(labels)[labels]  # of an image in the mean of its class
+    else:
+        counts = labels.sum(axis=0)
+        num_classes = int(np.count_nonzero(counts))
+        weights = labels[:, counts > 0] @ (1.0 / counts[counts > 0])
+    centroid: np.ndarray = weights @ unit / num_classes
     return centroid

@@ -1,15 +1,17 @@
 """A trained adapter as one safetensors file: its tensors, and in the header all that is needed to use them.
 
 Header field `adapter` (JSON): the method and its options, the CLIP with the fingerprint of its weights, the tasks of
-each group with their class names by label, and the SHA-256 of all that and of the tensors. Loading executes no code.
+each group with their class names by label, the biases of multi-label tasks, and the SHA-256 of all that and of the
+tensors. Loading executes no code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +42,21 @@ class _Header(BaseModel):
     config: dict[str, Any]
     weights: str
     groups: list[dict[str, list[str]]] = Field(min_length=1)
+    logit_biases: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
 class TrainedAdapter:
     """Trained adapter of one or several groups. `config`: only its CLIP, with preprocessing, and the method's section
     matter; `weights`: fingerprint of the CLIP it was trained on; `groups`: task → class names by label; `states`: their
-    state dicts."""
+    state dicts; `logit_biases`: task → what is added to its logits, of multi-label tasks."""
 
     method: str
     config: Config
     weights: str
     groups: tuple[dict[str, list[str]], ...]
     states: tuple[dict[str, torch.Tensor], ...]
+    logit_biases: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def on_towers(
@@ -62,10 +66,12 @@ class TrainedAdapter:
         config: Config,
         groups: tuple[dict[str, list[str]], ...],
         states: tuple[dict[str, torch.Tensor], ...],
+        logit_biases: dict[str, float] | None = None,
     ) -> TrainedAdapter:
         """Return an adapter trained on `towers`, of which it records the weights and the preprocessing."""
         clip = config.clip.model_copy(update=asdict(towers.preprocessing))
-        return cls(method, config.model_copy(update={"clip": clip}), weights_fingerprint(towers), groups, states)
+        config = config.model_copy(update={"clip": clip})
+        return cls(method, config, weights_fingerprint(towers), groups, states, logit_biases or {})
 
     @property
     def class_names(self) -> dict[str, list[str]]:
@@ -90,7 +96,9 @@ class TrainedAdapter:
     def select_group(self, task: str) -> TrainedAdapter:
         """Return the adapter of only the group with this task."""
         index = next(index for index, class_names in enumerate(self.groups) if task in class_names)
-        return replace(self, groups=(self.groups[index],), states=(self.states[index],))
+        group = self.groups[index]
+        biases = {task: bias for task, bias in self.logit_biases.items() if task in group}
+        return replace(self, groups=(group,), states=(self.states[index],), logit_biases=biases)
 
     def towers(self, device: str = "cpu", pretrained: str | None = None, precision: str | None = None) -> ClipTowers:
         """Load the CLIP, for inference.
@@ -145,7 +153,7 @@ class TrainedAdapter:
             with torch.no_grad():
                 tokens = method_class.tokenize(config, towers.tokenizer, class_names)
                 groups.append((class_names, tokens, method.to(device)()))
-        return Classifier(towers, groups, precision or config.clip.precision)
+        return Classifier(towers, groups, precision or config.clip.precision, self.logit_biases)
 
 
 def save_adapter(path: Path, adapter: TrainedAdapter) -> None:
@@ -176,7 +184,8 @@ def load_adapter(path: Path) -> TrainedAdapter:
         for name, value in tensors.items():
             index, _, parameter = name.partition(".")
             states[index][parameter] = value
-        adapter = TrainedAdapter(header.method, config, header.weights, tuple(header.groups), tuple(states.values()))
+        groups = tuple(header.groups), tuple(states.values())
+        adapter = TrainedAdapter(header.method, config, header.weights, *groups, header.logit_biases)
         _validate(adapter)
         return adapter
     except UserError:
@@ -200,6 +209,7 @@ def merge_adapters(adapters: Sequence[TrainedAdapter]) -> TrainedAdapter:
         weights,
         tuple(group for adapter in adapters for group in adapter.groups),
         tuple(state for adapter in adapters for state in adapter.states),
+        {task: bias for adapter in adapters for task, bias in adapter.logit_biases.items()},
     )
 
 
@@ -221,6 +231,7 @@ def _contents(adapter: TrainedAdapter) -> tuple[dict[str, Any], dict[str, torch.
         },
         "weights": adapter.weights,
         "groups": adapter.groups,
+        **({"logit_biases": adapter.logit_biases} if adapter.logit_biases else {}),
     }
     tensors = {
         f"{index}.{name}": value.detach().cpu().contiguous()
@@ -243,13 +254,18 @@ def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _validate(adapter: TrainedAdapter) -> None:
-    """Raises: ValueError: NaN or infinite values, options larger than the tensors, control characters, a task twice."""
+    """Raises: ValueError: NaN or infinite values, options larger than the tensors, control characters, a task twice,
+    biases of some tasks only."""
     kind, options = get_method(adapter.method), method_options(adapter.method, adapter.config)
     sizes = [value for section in options.values() for value in section.values() if type(value) is int]
     if issubclass(kind, FittedMethod):
         sizes = []  # its options are no sizes of tensors
     if len(adapter.class_names) != sum(map(len, adapter.groups)):
         raise ValueError("a task is in two groups")
+    if adapter.logit_biases and adapter.logit_biases.keys() != adapter.class_names.keys():
+        raise ValueError("logit_biases are not those of its tasks")
+    if not all(map(math.isfinite, adapter.logit_biases.values())):
+        raise ValueError("logit_biases are not finite")
     texts = [text for task, class_names in adapter.class_names.items() for text in (task, *class_names)]
     if any(text != escape_controls(text) for text in texts):
         raise ValueError("a name has control characters")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ class Classifier:
     Args:
         groups: for each group its tasks, their class tokens, and the adaptation, with the tasks in the same order;
             `Adaptation()` is zero-shot CLIP.
+        logit_biases: task → what is added to its logits, of multi-label tasks.
     """
 
     @torch.inference_mode()
@@ -25,8 +26,9 @@ class Classifier:
         towers: ClipTowers,
         groups: Sequence[tuple[Iterable[str], ClassTokens, Adaptation]],
         precision: str = "auto",
+        logit_biases: Mapping[str, float] = {},
     ):
-        self.towers, self.precision = towers, precision
+        self.towers, self.precision, self.logit_biases = towers, precision, logit_biases
         self._head_by_task: dict[str, tuple[Adaptation, torch.Tensor]] = {}
         self._shared_feature_keys: dict[str, str] = {}
         """Task → the first task with the same image features."""
@@ -46,7 +48,11 @@ class Classifier:
 
     def probabilities(self, task: str, pixels: torch.Tensor) -> torch.Tensor:
         """Return class probabilities (B, C) of uint8 images (B, 3, S, S)."""
-        return self.logits([task], pixels)[task].softmax(dim=1)
+        return self.to_probabilities(task, self.logits([task], pixels)[task])
+
+    def to_probabilities(self, task: str, logits: torch.Tensor) -> torch.Tensor:
+        """Return the class probabilities (B, C) of logits: of a multi-label task each class's own."""
+        return logits.sigmoid() if task in self.logit_biases else logits.softmax(dim=1)
 
     @torch.inference_mode()
     def logits(self, tasks: Sequence[str], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -82,7 +88,8 @@ class Classifier:
         adaptation, text_features = self._head_by_task[task]
         with autocast(self.towers, self.precision, inference=True):
             x = adaptation.adapt_image_features(features)
-        return adaptation.logits(self.towers, x, text_features)
+        logits = adaptation.logits(self.towers, x, text_features)
+        return logits + self.logit_biases[task] if task in self.logit_biases else logits
 
     @torch.inference_mode()
     def logits_from_frozen_features(self, task: str, features: torch.Tensor) -> torch.Tensor:

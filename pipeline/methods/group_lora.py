@@ -41,9 +41,8 @@ class GroupLora(Method):
                 torch.manual_seed(derive_seed(config.seed, "group_lora", *purpose))
                 return [LowRank(width, options.rank, options.alpha) for width in widths]
 
-        groups = updates("group")
         stacks = [LowRankStack(layer) for layer in zip(*(updates("task", task) for task in class_names))]
-        self.group, self.task = nn.ModuleList(groups), nn.ModuleList(stacks)
+        self.group, self.task = nn.ModuleList(updates("group")), nn.ModuleList(stacks)
         self._views: list[list[torch.Tensor]] = [[] for _ in widths]
         """For each layer, the tasks' views of the group's factors, which hold their gradients after a backward pass."""
         self._task_towers = []  # a list, so that they are no submodules
@@ -51,12 +50,25 @@ class GroupLora(Method):
             task_towers = towers.trainable_copy()
             task_towers.activation_memory_gib /= len(class_names)  # a step keeps the activations of all tasks
             blocks = (*task_towers.vision_blocks, *task_towers.text_blocks)
-            for block, group, task in zip(blocks, groups, stacks):
-                block.set_projection_update(GroupAndTask(group, task, index))
+            for block, views, task in zip(blocks, self._views, stacks):
+                block.set_projection_update(GroupAndTask(views, task, index))
             self._task_towers.append(task_towers)
 
     def forward(self) -> Adaptation:
+        num_tasks = len(self._task_towers)
+        for group, views in zip(self.group, self._views):
+            views[:] = [factor.expand(num_tasks, *factor.shape) for factor in group.parameters()]
+            for view in views:
+                if view.requires_grad:
+                    view.retain_grad()
         return Adaptation(task_towers=self._task_towers)
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return list(self.group.parameters())
+
+    def task_gradients(self) -> torch.Tensor:
+        gradients = [view.grad for views in self._views for view in views]
+        return torch.cat([gradient.flatten(1) for gradient in gradients if gradient is not None], dim=1)
 
 
 class LowRankStack(Module):

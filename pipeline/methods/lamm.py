@@ -28,6 +28,7 @@ class Lamm(Method):
     title = "LAMM"
     modifies_image_encoder = False
     uses_consistency = True
+    takes_several_labels = False  # its loss compares softmax probabilities
 
     class Options(MethodConfig):
         """LAMM: trained class names."""

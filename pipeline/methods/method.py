@@ -117,6 +117,8 @@ class Method(Module):
     """Whether image features differ from the frozen CLIP's, which are otherwise computed once and shared."""
     uses_consistency: ClassVar[bool] = False
     """Whether its loss compares with the frozen CLIP's features of the training images."""
+    takes_several_labels: ClassVar[bool] = True
+    """Whether it can train where images may have several labels, and each class has a probability of its own."""
     uses_affinities: ClassVar[bool] = False
     """Whether it has a `build_tree(affinities)`, which takes the tasks' gradient affinities."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class PromptSrc(Method):
     title = "PromptSRC"
     uses_consistency = True
+    takes_several_labels = False  # its loss compares softmax probabilities
 
     class Options(MethodConfig):
         """PromptSRC: prompts of both towers, regularized towards the frozen CLIP."""

@@ -17,13 +17,15 @@ class ImagePrediction:
     """Path or URL of the image; None if it has none."""
     task: str | None = None
     label: str | None = None
-    """The most probable class; None if its probability is below the threshold or the image is broken."""
+    """The most probable class; None if its probability is below the threshold or the image is broken. Where images may
+    have several labels: all classes with a probability of 0.5 or another threshold, joined with `;`."""
     probability: float | None = None
     """Probability of the most probable class, 0 to 1."""
     error: str | None = None
     """Why the image is broken."""
     probabilities: dict[str, float] = field(default_factory=dict)
-    """Class → probability, in the order of `TrainedModel.labels`."""
+    """Class → probability, in the order of `TrainedModel.labels`; where images may have several labels, each class's
+    own, from 0 to 1."""
     predictions_by_task: dict[str, ImagePrediction] = field(default_factory=dict)
     """Without a requested task: the prediction of each task, of which this is the most probable; else empty."""
 

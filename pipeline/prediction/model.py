@@ -16,6 +16,7 @@ import torch
 from pipeline.clip.towers import ClipTowers
 from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.data.images import evaluation_pixels
+from pipeline.data.names import LABEL_SEPARATOR, LABEL_THRESHOLD
 from pipeline.data.prefetch import prefetch
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import UserError, escape_controls
@@ -90,7 +91,7 @@ class TrainedModel:
         return list(self._labels[task])
 
     def temperature(self, task: str) -> float:
-        """Return the softmax temperature of the task."""
+        """Return the temperature of the task."""
         return self.options.temperatures.get(task, 1.0)
 
     @overload
@@ -156,7 +157,8 @@ class TrainedModel:
         """Yield the predictions for B images, from logits (B, C) for each task of `resolve_tasks(task)`."""
         probabilities = {}
         for name, logits in logits_by_task.items():
-            probabilities[name] = (logits / self.temperature(name)).softmax(dim=1).cpu().numpy()
+            scaled = logits / self.temperature(name)
+            probabilities[name] = self.classifier.to_probabilities(name, scaled).cpu().numpy()
         for rows in zip(*probabilities.values()):
             predictions = {name: self._prediction(name, row) for name, row in zip(probabilities, rows)}
             best = max(predictions.values(), key=lambda prediction: prediction.probability or 0.0)
@@ -171,9 +173,15 @@ class TrainedModel:
             labels: class of each image, one of `labels(task)`.
 
         Raises:
-            UserError: unknown task or class, a broken image, or images to which no temperature can be fitted.
+            UserError: unknown task or class, a task with several labels per image, a broken image, or images to which
+                no temperature can be fitted.
         """
         task_labels = self.labels(task)
+        if task in self.classifier.logit_biases:
+            raise UserError(
+                f"images of task {task!r} may have several labels, for which no temperature is fitted: set one with "
+                "temperature=, or a threshold"
+            )
         if len(images) != len(labels) or not len(images):
             raise UserError(
                 f"{len(images)} images but {len(labels)} labels; expected one label per image, and at least one"
@@ -231,7 +239,13 @@ class TrainedModel:
     def _prediction(self, task: str, probabilities: np.ndarray) -> ImagePrediction:
         labels, values = self._labels[task], probabilities.tolist()
         best = int(probabilities.argmax())
-        label = labels[best] if values[best] >= (self.options.threshold or 0) else None
+        label: str | None
+        if task in self.classifier.logit_biases:
+            threshold = LABEL_THRESHOLD if self.options.threshold is None else self.options.threshold
+            names = [name for name, value in zip(labels, values) if value >= threshold]
+            label = LABEL_SEPARATOR.join(names) or None
+        else:
+            label = labels[best] if values[best] >= (self.options.threshold or 0) else None
         return ImagePrediction(None, task, label, values[best], None, dict(zip(labels, values)))
 
     def _check_task(self, task: str) -> None:

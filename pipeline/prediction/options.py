@@ -37,9 +37,10 @@ class ModelOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperatures: dict[str, Temperature] = {}
-    """Task → softmax temperature; 1 for tasks that are absent."""
+    """Task → temperature; 1 for tasks that are absent."""
     threshold: Annotated[Number, Field(ge=0, le=1)] | None = None
-    """Confidence threshold; below it the label is None. None: no threshold."""
+    """Confidence threshold; below it the label is None. None: no threshold, or 0.5 where images may have several
+    labels."""
     pretrained: str | None = None
     """Path or open_clip tag of the CLIP weights; None: as in training."""
     precision: Precision | None = None

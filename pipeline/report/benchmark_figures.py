@@ -32,7 +32,7 @@ from pipeline.report.benchmark_tables import (
     variant_section,
     variant_title,
 )
-from pipeline.report.paper_results import TRAINED_PARAMETERS, paper_results_for
+from pipeline.report.paper_results import TRAINED_PARAMETERS
 from pipeline.report.summary import AVERAGE_ROW
 
 VERMILION, GRAY = "#d55e00", "#6f6f6f"
@@ -60,7 +60,7 @@ def accuracy_parameters_figure(benchmark: Benchmark, shots: int) -> Figure:
     if not points:
         raise ValueError(_no_runs(benchmark, shots))
     paper_points: dict[str, tuple[float, float]] = {}
-    if paper := paper_results_for(benchmark.tasks):
+    if paper := benchmark.paper:
         paper_points = {
             method: (1e6 * TRAINED_PARAMETERS.get(method, 0), paper.task_mean(shots, method))
             for method in points
@@ -90,7 +90,7 @@ def accuracy_parameters_figure(benchmark: Benchmark, shots: int) -> Figure:
     axes.minorticks_off()
     axes.axvline(zero * 10**0.7, color="#bbbbbb", linewidth=1, linestyle=(0, (2, 3)))  # the axis is broken here
     axes.set_xlabel("trained parameters, sum over tasks")
-    axes.set_ylabel("test accuracy (%), average over tasks")
+    axes.set_ylabel(f"test {benchmark.metric} (%), average over tasks")
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -273,7 +273,7 @@ def shots_figure(benchmark: Benchmark, methods: Sequence[str]) -> Figure:
     ]
     panels[len(columns)].legend(handles=handles, loc="center", frameon=False, fontsize=9)
     figure.supxlabel("shots per class", fontsize=10)
-    figure.supylabel("test accuracy (%)", fontsize=10)
+    figure.supylabel(f"test {benchmark.metric} (%)", fontsize=10)
     return figure
 
 
@@ -335,7 +335,7 @@ def prompt_ablation_figure(benchmark: Benchmark, shots: int, ours: str = OURS) -
     axes.tick_params(axis="x", length=0)
     axes.axvline(len(columns) - 1.5, color="#cccccc", linewidth=1)
     axes.set_ylim(bottom, top + 0.1 * (top - bottom))
-    axes.set_ylabel(f"test accuracy (%){f', from {bottom}' if bottom else ''}")
+    axes.set_ylabel(f"test {benchmark.metric} (%){f', from {bottom}' if bottom else ''}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(bars), frameon=False)
     return figure

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from pipeline.data.names import pluralize
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, with_sources
+from pipeline.report.metrics import ACCURACY
 from pipeline.report.paper_results import TRAINED_PARAMETERS, PaperResults, Printed, paper_results_for
 from pipeline.report.recommendation import QUANTILE, STRATEGIES, recommendation
 from pipeline.report.scores import Estimate
@@ -43,7 +44,7 @@ MISSING = "—"
 
 @dataclass(frozen=True)
 class Result:
-    """Result of one run of a variant. `accuracy`: measured task → 0 to 1."""
+    """Result of one run of a variant. `accuracy`: measured task → 0 to 1, the metric of the benchmark."""
 
     method: str
     shots: int
@@ -62,6 +63,8 @@ class Benchmark:
     clip: str
     protocol: tuple[str, ...] = ()
     """How the methods were trained, a sentence each."""
+    metric: str = ACCURACY
+    """ACCURACY or MAP."""
 
     def __post_init__(self) -> None:
         """Raises: ValueError: two results for one run, an unknown task, or an accuracy outside 0 to 1."""
@@ -75,6 +78,11 @@ class Benchmark:
                     raise ValueError(f"{result.method}: task {task!r} is not one of {', '.join(self.tasks)}")
                 if not 0 <= value <= 1:
                     raise ValueError(f"{result.method}, {task}: accuracy {value} is not between 0 and 1")
+
+    @property
+    def paper(self) -> PaperResults | None:
+        """The paper's results for the same tasks, which are accuracies."""
+        return paper_results_for(self.tasks) if self.metric == ACCURACY else None
 
     @property
     def methods(self) -> list[str]:
@@ -145,7 +153,7 @@ class Table:
 
 def main_tables(benchmark: Benchmark) -> list[Table]:
     """Return the paper's Tables 1 and 2 for each number of shots: a row per variant, a column per task."""
-    paper = paper_results_for(benchmark.tasks)
+    paper = benchmark.paper
     return [_main_table(benchmark, shots, paper) for shots in benchmark.shots]
 
 
@@ -168,7 +176,7 @@ def _main_table(benchmark: Benchmark, shots: int, paper: PaperResults | None) ->
                 parameters = MISSING if millions is None else f"{millions:g} M"
                 rows.append(_row("paper", *map(_format_printed, reported), parameters, kind="paper"))
     return Table(
-        title=f"{benchmark.name}: {shots}-shot test accuracy (%), {pluralize(num_seeds, 'seed')}",
+        title=f"{benchmark.name}: {shots}-shot test {benchmark.metric} (%), {pluralize(num_seeds, 'seed')}",
         header=("method", *benchmark.tasks, AVERAGE_ROW, PARAMETERS_ROW),
         alignment="l" + "r" * (len(columns) + 1),
         rows=tuple(rows),
@@ -182,7 +190,7 @@ def framework_table(benchmark: Benchmark) -> Table | None:
     table_shots = [shots for shots in benchmark.shots if any(benchmark.runs(method, shots) for method in methods)]
     if not methods:
         return None
-    paper = paper_results_for(benchmark.tasks)
+    paper = benchmark.paper
     marked = {shots: _marked_column(benchmark, methods, shots, None) for shots in table_shots}
     printed = {shots: paper.framework[shots] for shots in table_shots if paper and shots in paper.framework}
     header = ["variant", "task prompt", "group prompt", "groups"]
@@ -204,7 +212,7 @@ def framework_table(benchmark: Benchmark) -> Table | None:
         f"{pluralize(len(benchmark.seeds(shots)), 'seed')} at {pluralize(shots, 'shot')}" for shots in table_shots
     )
     return Table(
-        title=f"{benchmark.name}: ablation of MmAP, test accuracy (%) averaged over tasks, {seeds}",
+        title=f"{benchmark.name}: ablation of MmAP, test {benchmark.metric} (%) averaged over tasks, {seeds}",
         header=tuple(header),
         alignment="lccl" + "r" * (len(header) - 4),
         rows=tuple(rows),
@@ -231,7 +239,7 @@ def comparison_table(benchmark: Benchmark) -> Table | None:
         alignment="lrrrl",
         rows=tuple(rows),
         notes=(
-            "Differences in percentage points of accuracy, between runs with the same seed.",
+            f"Differences in percentage points of {benchmark.metric}, between runs with the same seed.",
             "A finding needs a difference of more than two standard errors. With few seeds this is a weak test (the "
             "95 % quantile of Student's t is 4.3 for 3 seeds), not corrected for the number of rows.",
         ),
@@ -426,12 +434,14 @@ def to_rich(table: Table) -> rich.table.Table:
 
 
 def to_csv(benchmark: Benchmark) -> str:
-    """Return a line per run and task; accuracies are 0 to 1 in full precision, empty where the paper has none."""
-    paper = paper_results_for(benchmark.tasks)
+    """Return a line per run and task; accuracies or mAPs are 0 to 1 in full precision, empty where the paper has
+    none."""
+    paper = benchmark.paper
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ("method", "title", "groups", "shots", "seed", "task", "accuracy", "trained_parameters", "paper_accuracy")
+        ("method", "title", "groups", "shots", "seed", "task")
+        + (benchmark.metric, "trained_parameters", f"paper_{benchmark.metric}")
     )
     for run in benchmark.results:
         groups = "" if variant_section(run.method) in (ZERO_SHOT_SECTION, OTHER_SECTION) else VARIANTS[run.method].scope

@@ -66,7 +66,7 @@ def task_overviews(images: Sequence[CheckedImage], classes: Mapping[str, Sequenc
     for checked in images:
         if checked.stats:
             stats_by_task[checked.image.task].append(checked.stats)
-            counts[checked.image.task, checked.image.class_folder] += 1
+            counts.update((checked.image.task, name) for name in checked.image.class_folders)
     overviews = []
     for task, names in classes.items():
         stats = stats_by_task[task]

@@ -49,7 +49,13 @@ def comparison_step(tracking_uri: str, table_path: str) -> NextStep:
 
 
 def next_steps(
-    run: str, name: str, task: str, images: Sequence[str], tracking_uri: str, table_path: str | None
+    run: str,
+    name: str,
+    task: str,
+    images: Sequence[str],
+    tracking_uri: str,
+    table_path: str | None,
+    takes_tasks: bool = True,
 ) -> list[NextStep]:
     """Return what to do with a run.
 
@@ -58,13 +64,16 @@ def next_steps(
         name: name of the data set.
         images: paths of some images of the task.
         table_path: path of MLflow's table of all methods; None if it is unknown, as the server was not reached.
+        takes_tasks: whether tasks can be added to the run.
     """
     model = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:80] or "model"
     steps = [
         NextStep("Classify images", job_command("predict", run, *images, "--task", task)),
         NextStep("Answer over HTTP", job_command("serve", "--models", f"{model}={run}")),
-        NextStep("Add a task", job_command("add-task", "--run", run, "--task", "NEW_TASK", "--data.root", "FOLDER")),
     ]
+    if takes_tasks:
+        command = job_command("add-task", "--run", run, "--task", "NEW_TASK", "--data.root", "FOLDER")
+        steps.append(NextStep("Add a task", command))
     return [*steps, *([comparison_step(tracking_uri, table_path)] if table_path else [])]
 
 

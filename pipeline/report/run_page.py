@@ -10,9 +10,10 @@ import numpy as np
 
 from pipeline.data.names import pluralize, shorten
 from pipeline.grouping.text import format_groups
+from pipeline.report.metrics import ACCURACY, MAP
 from pipeline.report.next_steps import NextStep
 from pipeline.report.page import embedded_image, html_page, html_table
-from pipeline.report.scores import ScoresByTask, TaskScores
+from pipeline.report.scores import AnyScores, MultiLabelScores, ScoresByTask, TaskScores
 from pipeline.report.summary import (
     AVERAGE_ROW,
     MAIN,
@@ -37,6 +38,12 @@ MAX_NUMBERED_CLASSES = 25
 """Cells of larger matrices have no numbers."""
 MAX_CLASSES, MAX_PAIRS = 15, 10
 """Rows of a task that are visible at once."""
+
+_METRIC_TITLES = {ACCURACY: "Accuracy", MAP: "Mean average precision over classes (mAP)"}
+_CLASS_TABLES = {
+    ACCURACY: "<code>class_accuracy.parquet</code>, <code>confusions.parquet</code>",
+    MAP: "<code>class_precision.parquet</code>",
+}
 
 RUN_STYLE = """
 table.results td { white-space: nowrap; } table.results th { vertical-align: bottom; }
@@ -144,7 +151,7 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
     tasks = list(scores[methods[0]])
     task_links = "".join(f'<a href="#task-{number}">{escape(task)}</a>' for number, task in enumerate(tasks))
     parts = [
-        f"<h1>{escape(summary.name)}: {summary.shots}-shot test accuracy</h1>",
+        f"<h1>{escape(summary.name)}: {summary.shots}-shot test {summary.metric}</h1>",
         f'<p class="muted">{" · ".join(map(escape, details.title_facts))}</p>',
         *(f'<p class="note">{escape(warning)}</p>' for warning in (*summary.warnings, *_skipped(details))),
         f'<nav class="screen"><a href="#results">Results</a><a href="#groups">Groups</a>{task_links}'
@@ -155,14 +162,14 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
         html_table(details.comparison[0], details.comparison[1:], numbers=True)
         if details.comparison
         else _results_table(summary),
-        '<p class="muted">Accuracy (%) ± standard error of the test set'
+        f'<p class="muted">{_METRIC_TITLES[summary.metric]} (%) ± standard error of the test set'
         + ("" if details.comparison else "; the best of each task in bold")
         + ". Differences are compared image by image; "
         + ("on a level: within one standard error; may be chance: within 2.4. " if summary.conclusion else "")
         + "Another draw of the training images changes the numbers too: compare several seeds with "
         "<code>mmap-clip benchmark</code>.</p>",
         '<div class="wide">'
-        + embedded_image(details.accuracy_figure, "Test accuracy of each method", attributes=' class="figure"')
+        + embedded_image(details.accuracy_figure, f"Test {summary.metric} of each method", attributes=' class="figure"')
         + "</div>",
         '<h2 id="groups">Groups</h2>',
         "<p>"
@@ -191,8 +198,8 @@ def run_page(summary: Summary, scores: Mapping[str, ScoresByTask], mistakes: Mis
         + html_table(("package", "version"), list(details.versions.items()))
         + "</details>",
         "<p>In this folder: <code>predictions.parquet</code> (every test image with its prediction by each method), "
-        "<code>class_accuracy.parquet</code>, <code>confusions.parquet</code>, <code>summary.json</code>, "
-        "and the figures.</p>",
+        + _CLASS_TABLES[summary.metric]
+        + ", <code>summary.json</code>, and the figures.</p>",
     ]
     return html_page(f"{summary.name}: report", "\n".join(parts), RUN_STYLE)
 
@@ -220,10 +227,18 @@ def _task_section(
     main = scores[methods[0]][task]
     title = escape(method_title(methods[0]))
     zero_shot = scores[ZERO_SHOT][task] if ZERO_SHOT in scores and methods[0] != ZERO_SHOT else None
-    yield (
-        f"<p>{title}: {percent(main.accuracy, main.standard_error)} % of {pluralize(main.num_images, 'test image')} in "
-        f"{len(main.class_names)} classes.</p>"
-    )
+    value = percent(main.value, main.standard_error)
+    images, classes = pluralize(main.num_images, "test image"), f"{len(main.class_names)} classes"
+    if isinstance(main, MultiLabelScores):
+        yield f"<p>{title}: mAP {value} % on {images} with labels of {classes}.</p>"
+        yield "<h3>Average precision of each class, lowest first</h3>"
+        yield _precision_table(main, zero_shot)
+        for method in methods[1:]:
+            method_scores = scores[method][task]
+            value = percent(method_scores.value, method_scores.standard_error)
+            yield f"<p>{escape(method_title(method))}: mAP {value} %</p>"
+        return
+    yield f"<p>{title}: {value} % of {images} in {classes}.</p>"
     if main.correct.all():
         yield "<p>Every test image is classified correctly.</p>"
     else:
@@ -236,7 +251,8 @@ def _task_section(
         yield _mistake_grid(mistakes.get((task, methods[0]), ()))
     for method in methods[1:]:
         method_scores = scores[method][task]
-        accuracy = percent(method_scores.accuracy, method_scores.standard_error)
+        assert isinstance(method_scores, TaskScores)
+        accuracy = percent(method_scores.value, method_scores.standard_error)
         yield f"<details><summary>{escape(method_title(method))}: {accuracy} %</summary>"
         if not method_scores.correct.all():
             yield _pair_table(method_scores)
@@ -244,23 +260,51 @@ def _task_section(
         yield "</details>"
 
 
-def _class_table(main: TaskScores, zero_shot: TaskScores | None) -> str:
+def _class_table(main: TaskScores, zero_shot: AnyScores | None) -> str:
     images, hits = main.class_counts()
-    zero_shot_hits = zero_shot.class_counts()[1] if zero_shot else None
+    zero_shot_hits = zero_shot.class_counts()[1] if isinstance(zero_shot, TaskScores) else None
     present = [int(label) for label in np.flatnonzero(images)]
     order = sorted(present, key=lambda label: (hits[label] / images[label], main.class_names[label]))
-    rows = []
-    for label in order:
-        accuracy = 100 * hits[label] / images[label]
-        mark = ""
-        if zero_shot_hits is not None:
-            mark = f'<i style="left:{100 * zero_shot_hits[label] / images[label]:.1f}%"></i>'
-        rows.append(
-            f"<tr><td>{escape(main.class_names[label])}</td>"
-            f'<td class="bar"><div class="track"><div style="width:{accuracy:.1f}%"></div>{mark}</div></td>'
-            f'<td class="number">{accuracy:.0f} %</td><td class="number">{hits[label]} of {images[label]}</td></tr>'
+    rows = [
+        _class_row(
+            main.class_names[label],
+            hits[label] / images[label],
+            None if zero_shot_hits is None else zero_shot_hits[label] / images[label],
+            f"{hits[label]} of {images[label]}",
         )
-    key = '<p class="key muted"><i></i> zero-shot</p>' if zero_shot else ""
+        for label in order
+    ]
+    return _bar_table(rows, zero_shot_hits is not None)
+
+
+def _precision_table(main: MultiLabelScores, zero_shot: AnyScores | None) -> str:
+    images, values = main.has_label.sum(axis=0), main.average_precisions
+    zero_shot_values = zero_shot.average_precisions if isinstance(zero_shot, MultiLabelScores) else None
+    present = [int(label) for label in np.flatnonzero(images)]
+    rows = [
+        _class_row(
+            main.class_names[label],
+            values[label],
+            None if zero_shot_values is None else zero_shot_values[label],
+            pluralize(int(images[label]), "image"),
+        )
+        for label in sorted(present, key=lambda label: (values[label], main.class_names[label]))
+    ]
+    return _bar_table(rows, zero_shot_values is not None)
+
+
+def _class_row(name: str, value: float, zero_shot: float | None, images: str) -> str:
+    """Return a row with a bar of a fraction."""
+    mark = "" if zero_shot is None else f'<i style="left:{100 * zero_shot:.1f}%"></i>'
+    return (
+        f"<tr><td>{escape(name)}</td>"
+        f'<td class="bar"><div class="track"><div style="width:{100 * value:.1f}%"></div>{mark}</div></td>'
+        f'<td class="number">{100 * value:.0f} %</td><td class="number">{images}</td></tr>'
+    )
+
+
+def _bar_table(rows: Sequence[str], has_zero_shot: bool) -> str:
+    key = '<p class="key muted"><i></i> zero-shot</p>' if has_zero_shot else ""
     return f'{key}<table class="classes">{_folded(rows, MAX_CLASSES, "table", "classes")}'
 
 

@@ -12,8 +12,10 @@ from rich.table import Table
 
 from pipeline.data.names import pluralize
 from pipeline.methods.registry import VARIANTS
+from pipeline.report.metrics import ACCURACY, metric_of
 from pipeline.report.scores import (
     ScoresByTask,
+    TaskScores,
     average_standard_error,
     binomial_standard_error,
     paired_difference,
@@ -61,22 +63,33 @@ class Summary:
     conclusion: str = ""
     grouping: str = ""
 
+    @property
+    def metric(self) -> str:
+        """ACCURACY or MAP."""
+        return metric_of(next(iter(self.methods.values())))
+
 
 def method_result(
     accuracy: Mapping[str, float],
     test_loss: Mapping[str, float],
     num_test_images: Mapping[str, int],
     trained_parameters: int,
+    metric: str = ACCURACY,
+    standard_error: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return a method's entry: accuracies (task → 0-1), their plain mean, standard errors of both, test losses (task →
     nats), their plain mean, trained parameters.
 
     Args:
         num_test_images: task → number, in the order of the result.
+        metric: MAP if these are mAPs; then with `standard_error`, task → number.
     """
-    errors = {task: binomial_standard_error(accuracy[task], number) for task, number in num_test_images.items()}
+    errors = {
+        task: standard_error[task] if standard_error else binomial_standard_error(accuracy[task], number)
+        for task, number in num_test_images.items()
+    }
     return {
-        "accuracy": {task: accuracy[task] for task in num_test_images},
+        metric: {task: accuracy[task] for task in num_test_images},
         "standard_error": errors,
         "average": sum(accuracy.values()) / len(accuracy),
         "average_standard_error": average_standard_error(list(errors.values())),
@@ -88,11 +101,13 @@ def method_result(
 
 def merge_results(results: Sequence[Mapping[str, Any]], num_test_images: Mapping[str, int]) -> dict[str, Any]:
     """Return a method's entry from the result.json of each of its groups."""
-    accuracy, test_loss = (
-        {task: value for result in results for task, value in result[name].items()}
-        for name in ("accuracy", "test_loss")
+    metric = metric_of(results[0])
+    accuracy, test_loss, standard_error = (
+        {task: value for result in results for task, value in result.get(name, {}).items()}
+        for name in (metric, "test_loss", "standard_error")
     )
-    return method_result(accuracy, test_loss, num_test_images, sum(result["trained_parameters"] for result in results))
+    parameters = sum(result["trained_parameters"] for result in results)
+    return method_result(accuracy, test_loss, num_test_images, parameters, metric, standard_error)
 
 
 def result_warnings(scores: Mapping[str, ScoresByTask]) -> list[str]:
@@ -119,7 +134,12 @@ def result_warnings(scores: Mapping[str, ScoresByTask]) -> list[str]:
             ]
             if declines:
                 warnings.append(f"{method_title(method)} is below zero-shot CLIP on {', '.join(declines)}")
-    counts = {task: task_scores.num_images for by_task in scores.values() for task, task_scores in by_task.items()}
+    counts = {
+        task: task_scores.num_images
+        for by_task in scores.values()
+        for task, task_scores in by_task.items()
+        if isinstance(task_scores, TaskScores)  # mAPs have no such bound
+    }
     small = [
         f"{task} {number}"
         for task, number in counts.items()
@@ -133,7 +153,7 @@ def result_warnings(scores: Mapping[str, ScoresByTask]) -> list[str]:
 
 def _accuracies(by_task: ScoresByTask, tasks: Sequence[str]) -> str:
     return ", ".join(
-        f"{task} ({100 * by_task[task].accuracy:.1f} %, {len(by_task[task].class_names)} classes)" for task in tasks
+        f"{task} ({100 * by_task[task].value:.1f} %, {len(by_task[task].class_names)} classes)" for task in tasks
     )
 
 
@@ -146,7 +166,7 @@ def accuracy_table(summary: Summary) -> Table:
     ]
     titles, *lines = transpose_if_wide(summary, [header, *marked])
     num_results = len(lines) - 1 if is_transposed(summary) else len(summary.tasks)
-    table = Table(title=f"{summary.name}: {summary.shots}-shot test accuracy (%)")
+    table = Table(title=f"{summary.name}: {summary.shots}-shot test {summary.metric} (%)")
     for position, title in enumerate(titles):
         table.add_column(
             escape(fill(title, NUMBER_WIDTH, break_long_words=False) if position else title),
@@ -167,7 +187,7 @@ def to_mlflow_description(summary: Summary) -> str:
     lines = [
         f"# {summary.name}",
         "",
-        f"Test accuracy (%) ± standard error; {pluralize(summary.shots, 'shot')} per class and task; "
+        f"Test {summary.metric} (%) ± standard error; {pluralize(summary.shots, 'shot')} per class and task; "
         f"seed {summary.seed}; CLIP {summary.clip}.",
         "",
         *markdown_table(header, rows),
@@ -198,7 +218,7 @@ def accuracy_cells(summary: Summary) -> list[list[str]]:
         *(
             [
                 task,
-                *(percent(method["accuracy"][task], method["standard_error"][task]) for method in methods),
+                *(percent(method[summary.metric][task], method["standard_error"][task]) for method in methods),
                 f"{counts[task]:,}",
             ]
             for task in summary.tasks

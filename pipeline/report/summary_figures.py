@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.data.names import shorten
+from pipeline.report.metrics import metric_of
 from pipeline.report.summary import AVERAGE_ROW, method_title
 
 COLORS = {"zero_shot": "#b3b3b3", "each_alone": "#bcd6e6", "all_in_one": "#7aa6c2", "grouped": "#1f5a85"}
@@ -22,7 +23,7 @@ MAX_ROW_INCHES = 12.0
 
 
 def accuracy_figure(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Plot bars of every method's accuracy for each task and on average, with their standard errors."""
+    """Plot bars of every method's accuracy or mAP for each task and on average, with their standard errors."""
     num_columns, column_inches = len(tasks) + 1, 0.5 + 0.2 * len(methods)
     row_length = ceil(num_columns / ceil(num_columns * column_inches / MAX_ROW_INCHES))
     num_rows = ceil(num_columns / row_length)
@@ -41,9 +42,9 @@ def accuracy_figure(tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any
 
 def _draw_bars(axes: Axes, tasks: Sequence[str], methods: Mapping[str, Mapping[str, Any]], columns: range) -> None:
     """Draw the bars of columns, given by number: the tasks, then the average."""
-    width = 0.8 / len(methods)
+    width, metric = 0.8 / len(methods), metric_of(next(iter(methods.values())))
     for number, (name, method) in enumerate(methods.items()):
-        accuracies = [*(method["accuracy"][task] for task in tasks), method["average"]]
+        accuracies = [*(method[metric][task] for task in tasks), method["average"]]
         standard_errors = [*(method["standard_error"][task] for task in tasks), method["average_standard_error"]]
         values = [100 * accuracies[column] for column in columns]
         errors = [100 * standard_errors[column] for column in columns]
@@ -60,6 +61,6 @@ def _draw_bars(axes: Axes, tasks: Sequence[str], methods: Mapping[str, Mapping[s
         rotation = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(columns)), names, parse_math=False, **rotation)
     axes.tick_params(axis="x", length=0)
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel(f"test {metric} (%)")
     axes.set_ylim(0, 110)
     axes.spines[["top", "right"]].set_visible(False)

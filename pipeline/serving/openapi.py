@@ -119,7 +119,10 @@ def openapi(models: Mapping[str, ServedModel], limits: Limits, needs_token: bool
                     {
                         "path": {"type": "null"},
                         "task": optional_text,
-                        "label": {**optional_text, "description": "null: below the threshold, or broken."},
+                        "label": {
+                            **optional_text,
+                            "description": "null: below the threshold, or broken. Several are separated by `;`.",
+                        },
                         "probability": optional_number,
                         "error": {**optional_text, "description": "Why the image is broken."},
                         "probabilities": {"type": "object", "additionalProperties": number},

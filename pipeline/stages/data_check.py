@@ -25,6 +25,7 @@ from pipeline.data.findings import CheckedImage, Example, Finding, ShownImage, f
 from pipeline.data.image_stats import thumbnail
 from pipeline.data.images import BrokenImage, decode_rgb
 from pipeline.data.index import ImageRecord
+from pipeline.data.multi_label_splits import sample_multi_label_splits
 from pipeline.data.splits import sample_splits
 from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
@@ -139,10 +140,11 @@ def _analyze(plan: Plan, file: Path, folder: Path) -> tuple[list[Finding], list[
     images = read_checked_images(file, dataset_index.images)
     training: list[str] = []
     split_error = None
+    sample = sample_multi_label_splits if dataset_index.multi_label else sample_splits
     try:
         decodable = [checked.image for checked in images if checked.stats]
         training = [
-            image.path for image in sample_splits(decodable, dataset_index.classes, data.shots, plan.config.seed).train
+            image.path for image in sample(decodable, dataset_index.classes, data.shots, plan.config.seed).train
         ]
     except UserError as error:
         split_error = str(error)

@@ -23,7 +23,7 @@ PROVENANCE = "artifacts.json"
 GROUPING = "grouping.json"
 SUMMARY, REPORT_PAGE = "report/summary.json", "report/report.html"
 CONFIG = "config.yaml"
-TABLES = ("report/predictions.parquet", "report/class_accuracy.parquet", "report/confusions.parquet")
+TABLES = tuple(f"report/{name}.parquet" for name in ("predictions", "class_accuracy", "confusions", "class_precision"))
 
 
 @dataclass(frozen=True)

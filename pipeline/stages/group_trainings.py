@@ -25,6 +25,8 @@ from pipeline.methods.merging import MergedMethod
 from pipeline.methods.method import TaskScope
 from pipeline.methods.mmap import GroupMmap
 from pipeline.methods.registry import DEFAULT_VARIANTS, VARIANTS, get_method, training_config
+from pipeline.report.metrics import ACCURACY, MAP, metric_of
+from pipeline.report.scores import MultiLabelScores
 from pipeline.runtime.progress import Reporter
 from pipeline.runtime.session import Session
 from pipeline.runtime.stage import Stage, WorkItem
@@ -37,7 +39,14 @@ from pipeline.stages.image_features import ImageFeatures, test_features, trainin
 from pipeline.stages.plan import Plan
 from pipeline.stages.training_spec import HISTORY, TrainingSpec, track_history, training_inputs
 from pipeline.training.distributed import DistributedShard
-from pipeline.training.evaluate import Prediction, accuracy, mean_loss, write_predictions
+from pipeline.training.evaluate import (
+    AnyPrediction,
+    MultiLabelPrediction,
+    Prediction,
+    accuracy,
+    mean_loss,
+    write_predictions,
+)
 
 NAME = "group_trainings"
 ADAPTER, PREDICTIONS = "adapter.safetensors", "predictions.parquet"
@@ -52,8 +61,8 @@ class MethodArtifacts:
     artifacts: tuple[Artifact, ...]
 
     def results(self) -> list[dict[str, Any]]:
-        """Return each artifact's result.json: accuracy (task → 0-1), test_loss (task → nats), trained_parameters,
-        seconds."""
+        """Return each artifact's result.json: accuracy (task → 0-1), or with data.multi_label mAP and its
+        standard_error; test_loss (task → nats), trained_parameters, seconds."""
         return [read_json(artifact.download() / "result.json") for artifact in self.artifacts]
 
 
@@ -255,11 +264,12 @@ def _track(session: Session, training: Training) -> None:
     """Log a finished training's results to its MLflow run."""
     label, folder = training.spec.label, training.artifact.download()
     result = read_json(folder / "result.json")
+    names = (metric_of(result), "test_loss")
     session.tracker.log_metrics(
         label,
         {
-            **{f"{name}/{task}": result[name][task] for name in ("accuracy", "test_loss") for task in result[name]},
-            **{f"{name}/average": fmean(result[name].values()) for name in ("accuracy", "test_loss")},
+            **{f"{name}/{task}": result[name][task] for name in names for task in result[name]},
+            **{f"{name}/average": fmean(result[name].values()) for name in names},
             "trained_parameters": result["trained_parameters"],
             "training_seconds": result["seconds"],
         },
@@ -299,10 +309,11 @@ def _train_group(
         if kind.trainable:
             spec.train(towers, method, training_config(spec.method, config).epochs, writer, reporter)
         states = (dict(method.state_dict()),)
-        trained = TrainedAdapter.on_towers(towers, spec.method, config, (class_names,), states)
+        biases = spec.logit_biases(towers)
+        trained = TrainedAdapter.on_towers(towers, spec.method, config, (class_names,), states, biases)
         with torch.no_grad():
             tokens = kind.tokenize(config, towers.tokenizer, class_names)
-            classifier = Classifier(towers, [(class_names, tokens, method())], config.clip.precision)
+            classifier = Classifier(towers, [(class_names, tokens, method())], config.clip.precision, biases)
         predictions = _predictions(spec, classifier, reporter, shard)
         if kind.merges:
             num_trained = sum(
@@ -315,12 +326,31 @@ def _train_group(
                 save_adapter(writer.folder / ADAPTER, trained)
             write_predictions(writer.folder / PREDICTIONS, predictions)
             result = {
-                "accuracy": accuracy(predictions),
+                **_test_results(predictions, class_names),
                 "test_loss": mean_loss(predictions),
                 "trained_parameters": num_trained,
                 "seconds": time.monotonic() - started,
             }
             write_json(writer.folder / "result.json", result)
+
+
+def _test_results(
+    predictions: Sequence[AnyPrediction], class_names: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """Return task → accuracy, or of several labels task → mAP and its standard error."""
+    if isinstance(predictions[0], Prediction):
+        return {ACCURACY: accuracy(predictions)}
+    by_task: dict[str, list[MultiLabelPrediction]] = {}
+    for prediction in predictions:
+        by_task.setdefault(prediction.task, []).append(cast(MultiLabelPrediction, prediction))
+    scores = {
+        task: MultiLabelScores.from_lists(class_names[task], [p.label for p in rows], [p.probabilities for p in rows])
+        for task, rows in by_task.items()
+    }
+    return {
+        MAP: {task: task_scores.value for task, task_scores in scores.items()},
+        "standard_error": {task: task_scores.standard_error for task, task_scores in scores.items()},
+    }
 
 
 def build_method(
@@ -341,7 +371,7 @@ def build_method(
 
 def _predictions(
     spec: TrainingSpec, classifier: Classifier, reporter: Reporter, shard: DistributedShard
-) -> list[Prediction]:
+) -> list[AnyPrediction]:
     reader, completed = spec.reader(), 0
     total = sum(reader.description.counts["test"][task] for task in spec.tasks)
 

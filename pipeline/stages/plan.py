@@ -332,6 +332,12 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_config(method, config).batch_size
         _check_aggregation(config, name)
+        if dataset_index.multi_label and not kind.takes_several_labels:
+            valid = [name for name, method in METHODS.items() if method.takes_several_labels]
+            raise UserError(
+                f"{kind.title} takes one label per image, by its loss or its classifier, and data.multi_label is true: "
+                f"use other methods: {', '.join(valid)}"
+            )
         _check_image_layers(config, kind, towers)
         kind.check(config, towers)
         kind.tokenize(config, towers.tokenizer, class_names)
@@ -349,6 +355,14 @@ def _check_aggregation(config: Config, name: str) -> None:
         raise UserError(
             f"training.aggregation={aggregation} weighs tasks that have a batch each, and {variant.title} draws its "
             f"batches from the images of all tasks: add --{kind.section}.training.aggregation sum, or leave out {name}"
+        )
+
+
+def check_single_label(config: Config, job: str) -> None:
+    """Raise UserError if images may have several labels, which a job does not take."""
+    if config.data.multi_label:
+        raise UserError(
+            f"{job} takes one label per image, and data.multi_label is true: use mmap-clip full-pipeline or benchmark"
         )
 
 

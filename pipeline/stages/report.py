@@ -20,13 +20,16 @@ from pipeline.files import DamagedFile, create_folder, file_digests, read_record
 from pipeline.grouping.text import describe_candidates, format_groups
 from pipeline.methods.adapter_file import load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import VARIANTS, get_method, training_config
+from pipeline.report.metrics import metric_of
 from pipeline.report.next_steps import NextStep, format_next_steps, next_steps
 from pipeline.report.recommendation import recommendation, recommended_strategy, strategy_differences
 from pipeline.report.run_page import THUMBNAIL, Mistake, RunDetails, mistakes_per_task, run_page, shown_methods
 from pipeline.report.scores import (
     ScoresByTask,
+    TaskScores,
     read_scores,
     write_class_accuracy,
+    write_class_precision,
     write_confusions,
     write_run_predictions,
 )
@@ -150,15 +153,18 @@ def _summarize(
 
 
 def write_scores(plan: Plan, methods: Sequence[MethodArtifacts], folder: Path) -> dict[str, ScoresByTask]:
-    """Return method → task → scores, and write all predictions, the accuracy of each class and the confusions to a
-    report as Parquet."""
+    """Return method → task → scores, and write all predictions, the accuracy of each class and the confusions (or with
+    data.multi_label the average precision of each class) to a report as Parquet."""
     description = plan.split_description
     class_names = {task: [split_synonyms(name)[0] for name in description.class_names_for(task)] for task in plan.tasks}
     files = {method.name: [artifact.download() / PREDICTIONS for artifact in method.artifacts] for method in methods}
     scores = {name: read_scores(method_files, class_names) for name, method_files in files.items()}
     write_run_predictions(folder / PREDICTIONS, files, class_names)
-    write_class_accuracy(folder / "class_accuracy.parquet", scores)
-    write_confusions(folder / "confusions.parquet", scores)
+    if plan.dataset_index.multi_label:
+        write_class_precision(folder / "class_precision.parquet", scores)
+    else:
+        write_class_accuracy(folder / "class_accuracy.parquet", scores)
+        write_confusions(folder / "confusions.parquet", scores)
     return scores
 
 
@@ -210,17 +216,20 @@ def write_run_page(
 def find_mistakes(
     reader: SplitReader, summary: Summary, scores: Mapping[str, ScoresByTask]
 ) -> dict[tuple[str, str], list[Mistake]]:
-    """Return (task, method) → its most confident mistakes, with thumbnails, for the methods that the page shows."""
+    """Return (task, method) → its most confident mistakes, with thumbnails, for the methods that the page shows; none
+    where images may have several labels."""
     methods = shown_methods(summary)
     tasks = list(scores[methods[0]])
     limit = mistakes_per_task(len(tasks), len(methods))
     mistakes = {}
     for task in tasks:
-        positions = {method: scores[method][task].worst_mistakes(limit) for method in methods}
+        scores_by_method = {
+            method: value for method in methods if isinstance(value := scores[method][task], TaskScores)
+        }
+        positions = {method: task_scores.worst_mistakes(limit) for method, task_scores in scores_by_method.items()}
         rows = reader.rows_at("test", task, sorted(set(chain(*positions.values()))), ("path", "image"))
         thumbnails = {position: _thumbnail(row["image"]) for position, row in rows.items()}
-        for method in methods:
-            task_scores = scores[method][task]
+        for method, task_scores in scores_by_method.items():
             names = task_scores.class_names
             mistakes[task, method] = [
                 Mistake(
@@ -257,6 +266,7 @@ def next_steps_after(plan: Plan, session: Session) -> list[NextStep]:
         [str(images) if images and images.exists() else "IMAGES"],
         resolve_tracking_uri(plan.config.tracking.uri, plan.storage.folder),
         methods_table_path(experiment_id) if experiment_id else None,
+        takes_tasks=not plan.dataset_index.multi_label,
     )
 
 
@@ -300,8 +310,9 @@ def track_results(
         groups: method → the tasks that trained together.
     """
     for method, result in results.items():
+        metric_name = metric_of(result)
         values = {
-            "accuracy": {**result["accuracy"], "average": result["average"]},
+            metric_name: {**result[metric_name], "average": result["average"]},
             "test_loss": {**result["test_loss"], "average": result["average_test_loss"]},
         }
         parameters = result["trained_parameters"]

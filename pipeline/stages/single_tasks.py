@@ -118,7 +118,7 @@ def _measure_losses(
     ]
     # As in training, not as in evaluation: the grouping must not depend on the processor.
     precision = "bfloat16" if uses_bfloat16(towers, config.clip.precision) else "float32"
-    classifier = Classifier(towers, heads, precision)
+    classifier = Classifier(towers, heads, precision, spec.logit_biases(towers))
     reporter, completed = Reporter(progress, spec.label), 0
     total = sum(reader.description.counts["train"][task] for task in spec.tasks)
 

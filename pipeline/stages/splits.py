@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from pipeline.data.multi_label_splits import sample_multi_label_splits
 from pipeline.data.names import pluralize
 from pipeline.data.parquet import Part, SplitDescription, SplitReader, plan_parts, write_part
 from pipeline.data.splits import ScannedImage, Splits, content_fingerprint, sample_splits
@@ -74,8 +75,9 @@ def _build(plan: Plan, stage: Stage, writer: ArtifactWriter) -> None:
 def draw_splits(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, SplitDescription]:
     """Sample the splits and describe them. Raises UserError if classes have too few images."""
     dataset_index, shots, seed = plan.dataset_index, plan.config.data.shots, plan.config.seed
+    sample = sample_multi_label_splits if dataset_index.multi_label else sample_splits
     try:
-        splits = sample_splits(images, dataset_index.classes, shots, seed)
+        splits = sample(images, dataset_index.classes, shots, seed)
     except UserError as error:
         raise UserError("; ".join(filter(None, (str(error), unread_images_note(dataset_index.skipped))))) from None
     return splits, SplitDescription(
@@ -83,8 +85,9 @@ def draw_splits(plan: Plan, images: Sequence[ScannedImage]) -> tuple[Splits, Spl
         class_names=dataset_index.class_names,
         shots=shots,
         seed=seed,
-        source_fingerprint=content_fingerprint(images),
+        source_fingerprint=content_fingerprint(images, dataset_index.multi_label),
         counts={"train": _count(splits.train, plan.tasks), "test": _count(splits.test, plan.tasks)},
+        multi_label=dataset_index.multi_label,
     )
 
 
@@ -112,7 +115,7 @@ def write_splits(
         ]
     ):
         writer.uploaded |= uploaded
-    write_json(writer.folder / "splits.json", {**vars(description), **extra})
+    write_json(writer.folder / "splits.json", {**description.to_dict(), **extra})
 
 
 def _write(
@@ -157,7 +160,8 @@ def _report(plan: Plan, session: Session, reader: SplitReader) -> None:
     session.tracker.log_artifact(NAME, file)
     train, test = (sum(description.counts[split].values()) for split in ("train", "test"))
     session.console.print(
-        f"  {train} training and {test} test images, {pluralize(description.shots, 'shot')} per class, "
+        f"  {train} training and {test} test images, {pluralize(description.shots, 'shot')} per class"
+        f"{' or more' * description.multi_label}, "
         f"{max(map(len, description.classes.values()))} classes",
         highlight=False,
     )

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pipeline.clip.load import load_clip
+from pipeline.clip.precision import autocast
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import Config, Effect, values_affecting
 from pipeline.data.parquet import SplitReader
@@ -32,8 +33,9 @@ from pipeline.stages.plan import RESULTS_VERSION, Plan
 from pipeline.training.batches import TrainingSet, load_training_labels, load_training_sets
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import DistributedShard
-from pipeline.training.evaluate import Prediction, evaluate, evaluate_features
-from pipeline.training.frozen_features import StoredFeatures
+from pipeline.training.evaluate import AnyPrediction, evaluate, evaluate_features
+from pipeline.training.frozen_features import StoredFeatures, frozen_split_features
+from pipeline.training.multi_label import label_tensor, prior_bias
 from pipeline.training.trainer import Snapshot, StepRecord, Trainer
 
 log = logging.getLogger(__name__)
@@ -144,6 +146,7 @@ class TrainingSpec:
             precision=config.clip.precision,
             checkpoints=Checkpoints(checkpoints, storage.upload),
             frozen_tokens=frozen_tokens,
+            logit_biases=self.logit_biases(towers),
             **options,
         )
 
@@ -171,7 +174,26 @@ class TrainingSpec:
             for training_set in sets
         ]
 
-    def predictions(self, classifier: Classifier, on_images: Callable[[int], None]) -> list[Prediction]:
+    @torch.no_grad()
+    def logit_biases(self, towers: ClipTowers) -> dict[str, float]:
+        """Return task → what is added to its logits (see `prior_bias`), empty unless the tasks are multi-label. Takes a
+        forward pass of the training images."""
+        config, reader = self.config, self.reader()
+        if not reader.description.multi_label:
+            return {}
+        precision, class_names = config.clip.precision, self.class_names()
+        tokens = Method.tokenize(config, towers.tokenizer, class_names).to(towers.device)
+        with autocast(towers, precision):
+            text_features = tokens.pool_names_to_classes(towers.encode_text(tokens))
+        biases = {}
+        for task, z in zip(self.tasks, text_features):
+            x = frozen_split_features(towers, reader, task, config.cluster.cpus_per_worker, precision, split="train")
+            labels = [row["label"] for row in reader.rows("train", task, ("label",))]
+            logits = towers.logits(x.to(towers.device), z)
+            biases[task] = prior_bias(logits, label_tensor(labels, logits.shape[1]))
+        return biases
+
+    def predictions(self, classifier: Classifier, on_images: Callable[[int], None]) -> list[AnyPrediction]:
         """Predict the tasks' complete test sets, from their frozen features where the spec has those."""
         if self.test_features:
             features = {task: _features(self.test_features[task]) for task in self.tasks}

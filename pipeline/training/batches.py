@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,7 @@ from pipeline.data.images import training_pixels
 from pipeline.data.parquet import SplitReader
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.seeds import derive_seed
+from pipeline.training.multi_label import label_tensor
 
 
 class Features(Protocol):
@@ -42,7 +43,7 @@ class TrainingSet:
     images: tuple[torch.Tensor, ...]
     """uint8 (3, h_i, w_i) each, task by task, or none."""
     labels: tuple[torch.Tensor, ...]
-    """int64 (n,) of each task's images."""
+    """int64 (n,) of each task's images; float32 (n, C), 0 or 1, where they may have several."""
     frozen_features: Features | None = None
     """(steps, B, E): features of each step's batch by the frozen image tower."""
 
@@ -145,8 +146,7 @@ def load_training_sets(
             rows = list(reader.rows("train", task))
             pixels = pool.map(lambda row: training_pixels(row["image"], preprocessing, random_crop), rows)
             images = tuple(torch.from_numpy(image).to(device) for image in pixels)
-            labels = torch.tensor([row["label"] for row in rows], device=device)
-            sets.append(TrainingSet((task,), images, (labels,)))
+            sets.append(TrainingSet((task,), images, (_label_tensor(reader, task, rows).to(device),)))
     return sets
 
 
@@ -154,6 +154,10 @@ def load_training_labels(reader: SplitReader, tasks: Sequence[str], device: torc
     """Load the tasks' training sets without images, for methods that need only frozen features."""
     sets = []
     for task in tasks:
-        labels = [row["label"] for row in reader.rows("train", task, ("label",))]
-        sets.append(TrainingSet((task,), (), (torch.tensor(labels, device=device),)))
+        rows = list(reader.rows("train", task, ("label",)))
+        sets.append(TrainingSet((task,), (), (_label_tensor(reader, task, rows).to(device),)))
     return sets
+
+
+def _label_tensor(reader: SplitReader, task: str, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+    return label_tensor([row["label"] for row in rows], len(reader.description.classes[task]))

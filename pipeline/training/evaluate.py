@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 
 from pipeline.data.decoding_pool import decode_images, decoding_pool
 from pipeline.data.images import BrokenImage
@@ -31,6 +30,7 @@ from pipeline.methods.classifier import Classifier
 from pipeline.training.batches import Features
 from pipeline.training.distributed import DistributedShard
 from pipeline.training.memory import explain_out_of_memory
+from pipeline.training.multi_label import image_losses, label_tensor
 
 BATCH_SIZE = 128
 FEATURE_BATCH_SIZE = 4096
@@ -56,17 +56,32 @@ class Prediction:
     loss: float
 
 
-def accuracy(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Return task → fraction of its images that are classified correctly."""
-    return _mean_by_task(predictions, lambda prediction: prediction.label == prediction.predicted)
+@dataclass(frozen=True)
+class MultiLabelPrediction:
+    """Prediction of one test image that may have several labels: its true classes `label`, ascending, the probability
+    of each class, and the loss in nats (multi_label.py)."""
+
+    task: str
+    path: str
+    label: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    loss: float
 
 
-def mean_loss(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Return task → mean cross-entropy over its images, in nats."""
+AnyPrediction = Prediction | MultiLabelPrediction
+
+
+def accuracy(predictions: Sequence[AnyPrediction]) -> dict[str, float]:
+    """Return task → fraction of its images that are classified correctly, of images with one label each."""
+    return _mean_by_task(predictions, lambda p: isinstance(p, Prediction) and p.label == p.predicted)
+
+
+def mean_loss(predictions: Sequence[AnyPrediction]) -> dict[str, float]:
+    """Return task → mean loss over its images, in nats: cross-entropy, or of several labels its sum over classes."""
     return _mean_by_task(predictions, lambda prediction: prediction.loss)
 
 
-def _mean_by_task(predictions: Sequence[Prediction], value: Callable[[Prediction], float]) -> dict[str, float]:
+def _mean_by_task(predictions: Sequence[AnyPrediction], value: Callable[[AnyPrediction], float]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for prediction in predictions:
         values.setdefault(prediction.task, []).append(value(prediction))
@@ -80,7 +95,7 @@ def evaluate(
     threads: int,
     on_images: Callable[[int], None] = lambda count: None,
     split: Split = "test",
-) -> list[Prediction]:
+) -> list[AnyPrediction]:
     """Predict the tasks' images of a split, in stored order; `on_images` is called with the number of images of each
     batch.
 
@@ -89,7 +104,7 @@ def evaluate(
     Raises:
         UserError: the split folder is damaged (with the file or image); out of memory.
     """
-    batches: list[list[Prediction]] = []
+    batches: list[list[AnyPrediction]] = []
     towers, shard = classifier.towers, DistributedShard.current()
     memory = explain_out_of_memory(
         towers.device, "evaluation: run fewer at a time with a larger cluster.gpus_per_worker"
@@ -110,9 +125,9 @@ def evaluate(
 
 def evaluate_decoded(
     classifier: Classifier, batches: Iterable[tuple[str, Sequence[Row], torch.Tensor]]
-) -> list[Prediction]:
+) -> list[AnyPrediction]:
     """Evaluate on batches of `decoded_batches`, for images that are evaluated repeatedly."""
-    predictions = []
+    predictions: list[AnyPrediction] = []
     for task, rows, pixels in batches:
         predictions += _predictions(task, rows, _scores(classifier.logits([task], pixels)[task], rows))
     return predictions
@@ -120,9 +135,9 @@ def evaluate_decoded(
 
 def evaluate_features(
     classifier: Classifier, reader: SplitReader, features: Mapping[str, Features], split: Split = "test"
-) -> list[Prediction]:
+) -> list[AnyPrediction]:
     """Evaluate on features (N, E) of each task's images of a split by the frozen image tower, in stored order."""
-    predictions = []
+    predictions: list[AnyPrediction] = []
     for task, task_features in features.items():
         rows = list(reader.rows(split, task, ("label", "path")))
         for start in range(0, len(rows), FEATURE_BATCH_SIZE):
@@ -133,16 +148,26 @@ def evaluate_features(
 
 
 def _scores(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
-    """Return the most probable classes (B,), their probabilities, and the cross-entropies of the true classes in
-    float64, where the loss of a sure prediction is not rounded to 0."""
-    probabilities, predicted = logits.softmax(dim=1).max(dim=1)
+    """Return the most probable classes (B,), their probabilities, and the losses in float64, where that of a sure
+    prediction is not rounded to 0; of images with several labels, the probabilities (B, C) in float64 and the losses.
+    """
     on_gpu = logits.device.type == "cuda"
-    labels = torch.tensor([row["label"] for row in rows], pin_memory=on_gpu).to(logits.device, non_blocking=on_gpu)
-    return predicted, probabilities, F.cross_entropy(logits.double(), labels, reduction="none")
+    labels = label_tensor([row["label"] for row in rows], logits.shape[1])
+    labels = (labels.pin_memory() if on_gpu else labels).to(logits.device, non_blocking=on_gpu)
+    losses = image_losses(logits.double(), labels)
+    if labels.dim() > 1:
+        return logits.double().sigmoid(), losses
+    probabilities, predicted = logits.softmax(dim=1).max(dim=1)
+    return predicted, probabilities, losses
 
 
-def _predictions(task: str, rows: Sequence[Row], scores: Sequence[torch.Tensor]) -> list[Prediction]:
+def _predictions(task: str, rows: Sequence[Row], scores: Sequence[torch.Tensor]) -> list[AnyPrediction]:
     values = zip(rows, *(tensor.tolist() for tensor in scores), strict=True)
+    if isinstance(rows[0]["label"], list):
+        return [
+            MultiLabelPrediction(task, row["path"], tuple(row["label"]), tuple(probabilities), loss)
+            for row, probabilities, loss in values
+        ]
     return [Prediction(task, row["path"], row["label"], *row_scores) for row, *row_scores in values]
 
 
@@ -225,5 +250,5 @@ def _batches_of_rows(
             yield task, batch
 
 
-def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+def write_predictions(path: Path, predictions: Sequence[AnyPrediction]) -> None:
     pq.write_table(pa.Table.from_pylist([vars(prediction) for prediction in predictions]), path, compression="zstd")

@@ -2,11 +2,12 @@
 
 A step takes a batch of each training set, and its loss is the sum of the batches' means: with a set per task, of the
 tasks' mean cross-entropies (Eq. 11); with one set of all tasks, the mean over a mixed batch, each image against its own
-task's classes. A step runs one image forward for all batches and one text forward for all tasks' classes. Features that
-a method does not modify are not computed in the step: text features are computed once, image features come with the
-training sets. A method may divide its training into stages, each with its own parameters and learning rate schedule.
-Everything random is a function of seed and step, so a resumed training gives identical results. In a process group,
-each worker takes its shard of every step's images and classes, and only the main process reports and writes.
+task's classes. Where images may have several labels, their losses are those of multi_label.py. A step runs one image
+forward for all batches and one text forward for all tasks' classes. Features that a method does not modify are not
+computed in the step: text features are computed once, image features come with the training sets. A method may divide
+its training into stages, each with its own parameters and learning rate schedule. Everything random is a function of
+seed and step, so a resumed training gives identical results. In a process group, each worker takes its shard of every
+step's images and classes, and only the main process reports and writes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
@@ -36,6 +37,7 @@ from pipeline.training.batches import TrainingSet
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import DistributedShard
 from pipeline.training.memory import explain_out_of_memory
+from pipeline.training.multi_label import num_hits, summed_loss
 from pipeline.training.optimizers import OPTIMIZERS
 
 
@@ -51,7 +53,7 @@ class StepRecord:
     losses: tuple[float | None, ...]
     """Mean over the task's images of the step."""
     accuracies: tuple[float | None, ...]
-    """Fraction of the task's images of the step that were classified correctly."""
+    """Fraction of the task's images of the step whose most probable class is their label, or one of their labels."""
     weights: tuple[float, ...] | None = None
     """Weights of the tasks in the update of what they share; None: equal (training.aggregation=sum)."""
 
@@ -111,6 +113,8 @@ class Trainer:
     """Steps between snapshots of the tasks' gradients; None: no snapshots."""
     frozen_tokens: ClassTokens | None = None
     """Class tokens for the frozen CLIP, if they differ from `tokens`."""
+    logit_biases: Mapping[str, float] = field(default_factory=dict)
+    """Task → what is added to its logits, of multi-label tasks."""
 
     def __post_init__(self) -> None:
         towers, config = self.towers, self.config
@@ -223,7 +227,7 @@ class Trainer:
 
     def backward(self, step: int) -> torch.Tensor:
         """Compute the gradients of a step (from 0), and return (3, T): this worker's part of what each task adds to the
-        loss, of its correctly classified images, and of its images.
+        loss, of its images whose most probable class is right, and of its images.
 
         Raises:
             UserError: out of memory.
@@ -235,12 +239,16 @@ class Trainer:
                 x, frozen_x, labels = self._image_features(adaptation, step)
                 z = self._text_features(adaptation)
             logits = [adaptation.logits(self.towers, *pair, task) for task, pair in enumerate(zip(x, z))]
-            losses = torch.stack([F.cross_entropy(*pair, reduction="sum") for pair in zip(logits, labels)]) / size
+            logits = [
+                scores + self.logit_biases[task] if task in self.logit_biases else scores
+                for task, scores in zip(self.tasks, logits)
+            ]
+            losses = torch.stack([summed_loss(*pair) for pair in zip(logits, labels)]) / size
             if adaptation.consistency:
                 losses = losses + self._consistency_losses(adaptation.consistency, x, frozen_x, z, logits)
             self.optimizer.zero_grad()
             losses.sum().backward()
-        hits = torch.stack([(scores.argmax(1) == label).sum() for scores, label in zip(logits, labels)])
+        hits = torch.stack([num_hits(*pair) for pair in zip(logits, labels)])
         counts = losses.new_tensor([len(label) for label in labels])
         return torch.stack([losses.detach(), hits.to(losses.dtype), counts])
 

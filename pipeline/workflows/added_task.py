@@ -35,7 +35,7 @@ from pipeline.stages.global_prompt import POINTS, SNAPSHOTS
 from pipeline.stages.group_trainings import ADAPTER, MethodArtifacts, train_added_task
 from pipeline.stages.grouping import assign_task, read_grouping, with_fixed_groups
 from pipeline.stages.grouping_sources import GroupingSources
-from pipeline.stages.plan import Plan, make_plan
+from pipeline.stages.plan import Plan, check_single_label, make_plan
 from pipeline.stages.report import NAME as REPORT
 from pipeline.stages.report import (
     copy_grouping_pages,
@@ -94,6 +94,7 @@ def plan_addition(finished: FinishedRun, config: Config, task: str, rerun: bool,
     """Plan the addition, without a cluster."""
     if task in finished.tasks:
         raise UserError(f"--task {task} is already in the run; its tasks are {', '.join(finished.tasks)}")
+    check_single_label(config, "mmap-clip add-task")
     config = config.model_copy(update={"storage": finished.storage.uri, "baselines": ()})
     _check_compatible(config, finished.adapter)
     plan = make_plan(

@@ -28,6 +28,7 @@ from pipeline.report.benchmark_tables import (
     to_markdown,
     to_rich,
 )
+from pipeline.report.metrics import ACCURACY, MAP, metric_of
 from pipeline.report.scores import binomial_standard_error
 from pipeline.report.summary import merge_results
 from pipeline.runtime.environment import run_environment
@@ -85,7 +86,7 @@ def run_benchmark(configs: Sequence[Config], methods: Sequence[str], console: Co
             completed.append(plan)
             shots, seed = plan.config.data.shots, plan.config.seed
             results += [
-                Result(method, shots, seed, result["accuracy"], result["trained_parameters"])
+                Result(method, shots, seed, result[metric_of(result)], result["trained_parameters"])
                 for method, result in outcome.items()
             ]
         if completed:
@@ -116,7 +117,7 @@ def write_report(benchmark: Benchmark, folder: Path, console: Console) -> None:
     console.print("\n".join([*settings, *sentences]), highlight=False)
     figures = []
     for shots in benchmark.shots:
-        figures.append((f"accuracy_parameters_{shots}_shots", accuracy_parameters_figure(benchmark, shots)))
+        figures.append((f"{benchmark.metric}_parameters_{shots}_shots", accuracy_parameters_figure(benchmark, shots)))
         if {"joint_prompts_mt", "mlp_prompts_mt"} & set(benchmark.methods):
             figures.append((f"prompt_ablation_{shots}_shots", prompt_ablation_figure(benchmark, shots)))
     if len(benchmark.shots) > 1 and set(CURVES) & set(benchmark.methods):
@@ -156,6 +157,7 @@ def _make_benchmark(plan: Plan, methods: Sequence[str], results: Sequence[Result
         tuple(sorted(results, key=lambda result: order[result.method])),
         f"{clip.model}, weights {clip.pretrained or 'random'}",
         (*_protocol(plan.config, methods), _test_images(plan)),
+        MAP if plan.dataset_index.multi_label else ACCURACY,
     )
 
 
@@ -163,11 +165,11 @@ def _test_images(plan: Plan) -> str:
     """Describe the numbers of test images of a completed run, and its standard error."""
     counts, config = plan.num_test_images, plan.config
     numbers = ", ".join(f"{task} {count:,}" for task, count in counts.items())
+    images = f"Test images at {pluralize(config.data.shots, 'shot')}, seed {config.seed}: {numbers}"
+    if plan.dataset_index.multi_label:  # of mAPs, the reports of the runs have standard errors
+        return f"{images}."
     error = 100 * binomial_standard_error(0.5, min(counts.values()))
-    return (
-        f"Test images at {pluralize(config.data.shots, 'shot')}, seed {config.seed}: {numbers}; a task's accuracy in "
-        f"one run has a standard error of up to {error:.1f} points."
-    )
+    return f"{images}; a task's accuracy in one run has a standard error of up to {error:.1f} points."
 
 
 def _protocol(config: Config, methods: Sequence[str]) -> tuple[str, ...]:
@@ -221,7 +223,9 @@ def _track(tracker: Tracker, benchmark: Benchmark, folder: Path) -> None:
     for method in benchmark.methods:
         for shots in benchmark.shots:
             if accuracies := benchmark.accuracy_by_seed(method, shots):
-                tracker.log_metrics(PARENT, {f"accuracy/{method}/average": fmean(accuracies.values())}, step=shots)
+                tracker.log_metrics(
+                    PARENT, {f"{benchmark.metric}/{method}/average": fmean(accuracies.values())}, step=shots
+                )
                 parameters = {run.trained_parameters for run in benchmark.runs(method, shots)}
                 tracker.log_metrics(PARENT, {f"trained_parameters/{method}": max(parameters)}, step=shots)
     for file in sorted(folder.iterdir()):

@@ -28,7 +28,7 @@ from pipeline.stages.flow import run_stages
 from pipeline.stages.group_trainings import train_every_group
 from pipeline.stages.grouping_sources import GroupingSources
 from pipeline.stages.measures import MEASURES
-from pipeline.stages.plan import Plan
+from pipeline.stages.plan import Plan, check_single_label
 from pipeline.stages.run import connect_cluster
 from pipeline.workflows.many_runs import make_plans, map_concurrently
 
@@ -42,6 +42,7 @@ def run_grouping_study(configs: Sequence[Config], console: Console) -> Path:
     Raises:
         UserError: a single task, or more than MAX_TASKS; and the errors of the pipeline.
     """
+    check_single_label(configs[0], "mmap-clip grouping-study")
     name, plans = configs[0].name, make_plans(configs, console)
     tasks, storage = plans[0].tasks, plans[0].storage
     trainings = pluralize(2 ** len(tasks) - 1, "training")

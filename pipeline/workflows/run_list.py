@@ -17,6 +17,7 @@ from rich.table import Table
 from pipeline.config.files import parse_yaml
 from pipeline.errors import UserError
 from pipeline.files import parse_record
+from pipeline.report.metrics import ACCURACY, metric_of
 from pipeline.runtime.storage import existing_storage
 from pipeline.stages.finished_run import CONFIG, GROUPING, PROVENANCE, RUNS, SUMMARY
 from pipeline.stages.flow import NAMES, stage_title
@@ -48,7 +49,9 @@ class ListedRun:
     """Last finished stage."""
     finished: bool = False
     accuracy: Mapping[str, float] = field(default_factory=dict)
-    """Method → average test accuracy of the tasks, 0 to 1."""
+    """Method → average test accuracy, or mAP, of the tasks, 0 to 1."""
+    metric: str = ACCURACY
+    """ACCURACY or MAP."""
     problem: str = ""
     """Why the folder cannot be read, if so."""
 
@@ -112,7 +115,8 @@ def run_table(runs: Sequence[ListedRun]) -> Table:
         table.add_column(title, justify="right")
     table.add_column("state", overflow="fold")
     for run in runs:
-        accuracies = [f"{100 * run.accuracy[name]:.1f}" if name in run.accuracy else "" for name in SHOWN_METHODS]
+        unit = "" if run.metric == ACCURACY else f" {run.metric}"
+        accuracies = [f"{100 * run.accuracy[name]:.1f}{unit}" if name in run.accuracy else "" for name in SHOWN_METHODS]
         tasks = "all" if run.tasks is None else str(len(run.tasks))
         when = run.changed.astimezone().strftime("%Y-%m-%d %H:%M") if run.changed else ""
         values = ["", "", "", ""] if run.problem else [run.data, tasks, run.shots, run.seed]
@@ -132,7 +136,7 @@ def to_json(run: ListedRun) -> dict[str, Any]:
         "seed": int(run.seed) if run.seed.lstrip("-").isdecimal() else None,
         "finished": run.finished,
         "last_stage": run.last_stage or None,
-        "accuracy": dict(run.accuracy),
+        run.metric: dict(run.accuracy),
         "problem": run.problem or None,
     }
 
@@ -171,6 +175,7 @@ def _read(run: ListedRun, filesystem: pafs.FileSystem, folder: str) -> None:
     if summary := read_values(SUMMARY):
         run.tasks = summary["tasks"]
         run.accuracy = {name: float(method["average"]) for name, method in summary["methods"].items()}
+        run.metric = metric_of(next(iter(summary["methods"].values())))
         run.finished, run.last_stage = True, NAMES[-1]
 
 

@@ -15,6 +15,7 @@ from pipeline.config import Config, load_yaml, parse_config
 from pipeline.errors import UserError
 from pipeline.files import read_record
 from pipeline.grouping.text import format_groups
+from pipeline.report.metrics import ACCURACY, MAP, metric_of
 from pipeline.runtime.storage import Storage
 from pipeline.stages.finished_run import (
     CONFIG,
@@ -105,13 +106,27 @@ class Run:
         return self._read(SUMMARY, "report")
 
     @property
+    def metric(self) -> str:
+        """Metric of the results: `accuracy`, or `mAP` where images may have several labels."""
+        return metric_of(next(iter(self.summary["methods"].values())))
+
+    @property
     def accuracy(self) -> pd.DataFrame:
-        """Test accuracy, 0 to 1: a row per task, a column per method."""
-        return self._by_task_and_method("accuracy")
+        """Test accuracy, 0 to 1: a row per task, a column per method. Raises: UserError: the run has mAPs."""
+        if self.metric != ACCURACY:
+            raise UserError(f"the results of {self.uri} are mAPs: use mean_average_precision")
+        return self._by_task_and_method(ACCURACY)
+
+    @property
+    def mean_average_precision(self) -> pd.DataFrame:
+        """Test mAP, 0 to 1: a row per task, a column per method. Raises: UserError: the run has accuracies."""
+        if self.metric != MAP:
+            raise UserError(f"the results of {self.uri} are accuracies: use accuracy")
+        return self._by_task_and_method(MAP)
 
     @property
     def standard_error(self) -> pd.DataFrame:
-        """Standard error of each accuracy, from the number of test images."""
+        """Standard error of each accuracy, from the number of test images, or of each mAP, by the jackknife."""
         return self._by_task_and_method("standard_error")
 
     @property
@@ -121,13 +136,20 @@ class Run:
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """A row per test image and method: path, task, method, true_label, label, probability (0 to 1), loss (nats)."""
+        """A row per test image and method: path, task, method, true_label, label, probability (0 to 1), loss (nats);
+        with several labels true_labels, labels, and probabilities by class."""
         return self._table("predictions")
 
     @property
     def class_accuracy(self) -> pd.DataFrame:
         """A row per method, task and class: label, number of test images, how many of them are correct."""
         return self._table("class_accuracy")
+
+    @property
+    def class_precision(self) -> pd.DataFrame:
+        """A row per method, task and class, where images may have several: label, number of test images, average
+        precision."""
+        return self._table("class_precision")
 
     def confusion_matrix(self, task: str, method: str = "grouped") -> pd.DataFrame:
         """Return the number of test images by true class (rows) and predicted class (columns), (C, C).
@@ -198,7 +220,7 @@ class Run:
         if self.is_finished:
             methods = self.summary["methods"]
             averages = (f"{name} {100 * method['average']:.1f}" for name, method in methods.items())
-            parts.append(f"average accuracy (%) {', '.join(averages)}")
+            parts.append(f"average {self.metric} (%) {', '.join(averages)}")
         else:
             parts.append("not finished")
         return f"<Run {'; '.join(parts)}>"
@@ -216,8 +238,8 @@ class Run:
         return "".join(f"<div>{part}</div>" for part in parts)
 
     def _accuracy_cells(self) -> pd.DataFrame:
-        """Return the table of accuracies and their average, as text."""
-        accuracy, errors = self.accuracy, self.standard_error
+        """Return the table of accuracies or mAPs and their average, as text."""
+        accuracy, errors = self._by_task_and_method(self.metric), self.standard_error
         for name, method in self.summary["methods"].items():
             accuracy.loc["average", name] = method["average"]
             errors.loc["average", name] = method["average_standard_error"]
@@ -230,7 +252,7 @@ class Run:
         return self.uri
 
     def _table_title(self) -> str:
-        return f"{self.config.data.shots}-shot test accuracy (%), seed {self.config.seed}"
+        return f"{self.config.data.shots}-shot test {self.metric} (%), seed {self.config.seed}"
 
     def _data_check(self) -> tuple[list[Finding], list[TaskOverview]]:
         from pipeline.stages.data_check import FINDINGS, NAME, read_results  # Ray takes seconds to import
@@ -252,6 +274,8 @@ class Run:
     def _table(self, name: str) -> pd.DataFrame:
         import pyarrow.parquet as pq
 
+        if self.is_finished and not (self.folder / f"report/{name}.parquet").is_file():
+            raise UserError(f"{self.uri} has no {name}, since its results are those of {self.metric}")
         file = self._file(f"report/{name}.parquet", "report")
         self._file(PROVENANCE, "report")
         check_unchanged(self.folder, f"report/{name}.parquet")

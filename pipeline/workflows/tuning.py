@@ -34,7 +34,7 @@ from pipeline.report.tuning import format_params, search_figure, trials_table, t
 from pipeline.runtime.cluster import num_slots
 from pipeline.runtime.session import PARENT, Session
 from pipeline.stages.flow import run_stages
-from pipeline.stages.plan import Plan, check_methods, make_plan
+from pipeline.stages.plan import Plan, check_methods, check_single_label, make_plan
 from pipeline.stages.run import connect_cluster, run_session
 from pipeline.training.aggregation import check_packages
 from pipeline.tuning.points import Check, PlannedTrials, plan_trials
@@ -60,6 +60,7 @@ def run_search(base: Config, search: Search, console: Console, final_run: bool =
         UserError: config, search or cluster are invalid (before any work); no trial completed.
     """
     console.print(f"[bold]{base.name}[/]: checking data, model, storage, tracking, cluster and search", highlight=False)
+    check_single_label(base, "mmap-clip tune")
     if base.cluster.workers_per_training > 1:
         raise UserError(
             f"cluster.workers_per_training={base.cluster.workers_per_training} is not supported: a trial trains on one "
