@@ -47,11 +47,11 @@ def random_pixels(count, size=32):
     return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
-def small_adapter(method) -> TrainedAdapter:
+def small_adapter(method, logit_biases=None) -> TrainedAdapter:
     """Return an adapter of two tasks with random parameters, for the demo's CLIP."""
     towers = load_clip(SMALL.clip)
     state = build_method(method, towers, TASKS).state_dict()
-    return TrainedAdapter.on_towers(towers, method, SMALL, (TASKS,), (state,))
+    return TrainedAdapter.on_towers(towers, method, SMALL, (TASKS,), (state,), logit_biases)
 
 
 @pytest.fixture
@@ -89,9 +89,11 @@ def assert_equal_outputs(outputs, model, task, pixels):
     torch.testing.assert_close(probabilities, torch.tensor(expected), **TOLERANCE)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_graph_of_every_method_gives_its_logits_for_any_batch(method):
-    classifier = small_adapter(method).classifier(precision="float32")
+@pytest.mark.parametrize(
+    "method, logit_biases", [*((method, None) for method in METHODS), ("mmap", {"ink": -1.0, "neon": 2.0})]
+)
+def test_the_graph_of_every_method_gives_its_logits_for_any_batch(method, logit_biases):
+    classifier = small_adapter(method, logit_biases).classifier(precision="float32")
     program = trace(TaskClassifier(classifier, "neon", 2.5), random_pixels(2))
     assert not [name for name in program.state_dict if "text." in name or "token_embedding" in name]
     for count in (1, 5):
@@ -99,7 +101,8 @@ def test_the_graph_of_every_method_gives_its_logits_for_any_batch(method):
         logits, probabilities = program.module()(pixels)
         expected = classifier.logits(["neon"], pixels)["neon"] / 2.5
         torch.testing.assert_close(logits, expected, **TOLERANCE)
-        torch.testing.assert_close(probabilities, expected.softmax(dim=1), **TOLERANCE)
+        expected = expected.sigmoid() if logit_biases else expected.softmax(dim=1)
+        torch.testing.assert_close(probabilities, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "black box"])

@@ -26,6 +26,7 @@ class MergedMethod(Method):
     """A method whose parameters start as the frozen CLIP's, and get the merged task vectors added."""
 
     trainable = False
+    takes_steps = False
     merges = True
 
     def merge(self, config: Config, states: Iterable[Mapping[str, torch.Tensor]]) -> None:

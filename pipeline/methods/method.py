@@ -232,6 +232,7 @@ class FittedMethod(Method):
 
     modifies_image_encoder = False
     takes_steps = False
+    takes_several_labels = False  # it is fitted to one class per image
     Options: ClassVar[type[FitConfig]]
     per_image: ClassVar[tuple[str, ...]] = ()
     """Names of its tensors with a row for each training image, whose number it has only after `fit` or loading."""

@@ -2,7 +2,7 @@
 
 The graph takes preprocessed pixels and has the rest of the prediction: standardization, the image tower with its
 prompts or trained weights, the text features of the task's classes as constants, logits over the task's temperature,
-softmax. Its batch has any size, its precision is float32.
+and softmax, or sigmoid where images may have several labels. Its batch has any size, its precision is float32.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TaskClassifier(nn.Module):
         adaptation = classifier.adaptation(task)
         self.towers: ClipTowers = (adaptation.towers or classifier.towers).without_text()
         self.adaptation = replace(adaptation, towers=self.towers)
-        self.temperature = temperature
+        self.temperature, self.logit_bias = temperature, classifier.logit_biases.get(task)
         self.register_buffer("text_features", classifier.text_features(task).clone())
         self.eval()
 
@@ -64,8 +64,12 @@ class TaskClassifier(nn.Module):
         """Return logits over the temperature and probabilities, both (N, C), of uint8 pixels (N, 3, S, S)."""
         images = self.towers.normalize_pixels(pixels)
         features = self.adaptation.encode_image(self.towers, images, [images.shape[0]])
-        logits = self.adaptation.logits(self.towers, features, self.text_features) / self.temperature
-        return logits, logits.softmax(dim=1)
+        logits = self.adaptation.logits(self.towers, features, self.text_features)
+        if self.logit_bias is None:
+            logits = logits / self.temperature
+            return logits, logits.softmax(dim=1)
+        logits = (logits + self.logit_bias) / self.temperature
+        return logits, logits.sigmoid()
 
 
 def check_onnx_packages() -> None:
@@ -91,7 +95,8 @@ def export_task(adapter: TrainedAdapter, options: ModelOptions, task: str, file:
     """
     model = TrainedModel(adapter, options.updated(precision="float32"), "cpu")
     pixels = _random_pixels(model.preprocessing.image_size)
-    expected = (model.classifier.logits([task], pixels)[task] / model.temperature(task)).softmax(dim=1)
+    logits = model.classifier.logits([task], pixels)[task] / model.temperature(task)
+    expected = model.classifier.to_probabilities(task, logits)
     program = trace(TaskClassifier(model.classifier, task, model.temperature(task)), pixels[:_SAMPLE_SIZE])
     write, run = (write_onnx, run_onnx) if file.suffix == ".onnx" else (write_torch, run_torch)
     # In a folder of its own: the weights of an ONNX file of more than 2 GB are a second file, which the first names.
@@ -209,6 +214,7 @@ def _metadata(adapter: TrainedAdapter, model: TrainedModel, task: str) -> dict[s
         "classes": model.labels(task),
         "preprocessing": preprocessing,
         "temperature": model.temperature(task),
+        "multi_label": task in model.classifier.logit_biases,
         "method": adapter.method,
         "clip": adapter.config.clip.model,
         "adapter_sha256": adapter.digest,
