@@ -24,7 +24,7 @@ from pipeline.clip.load import build_meta_towers
 from pipeline.config import Config, TrainingConfig, parse_config
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
-from pipeline.methods.registry import METHODS, VARIANTS
+from pipeline.methods.registry import METHODS, VARIANTS, with_sources
 from pipeline.seeds import derive_seed
 from pipeline.stages.plan import check_methods
 from pipeline.stages.training_spec import HISTORY, step_metrics, track_history, write_history
@@ -321,5 +321,11 @@ def test_methods_with_mixed_batches_are_refused_with_a_remedy_that_works(name):
             values = json.loads(config.model_dump_json())
             values[section]["training"]["aggregation"] = value
             check_methods(parse_config(values), index, towers, [variant])
-    mixing = {name for name, variant in VARIANTS.items() if METHODS[variant.method].mixes_tasks}
-    assert refused == {name for name in mixing if VARIANTS[name].scope != "single-task"} - {"zero_shot"}
+    mixing = {
+        name
+        for name, variant in VARIANTS.items()
+        if METHODS[variant.method].takes_steps
+        and METHODS[variant.method].mixes_tasks
+        and variant.scope != "single-task"
+    }
+    assert refused == {name for name in VARIANTS if mixing & {*with_sources([name])}} > {"wise_ft_mt"}

@@ -688,7 +688,8 @@ def check_against_reference(name, config):
         losses, plain_losses = first_losses(name, config, towers, model)
         assert losses == pytest.approx(plain_losses, rel=1e-9)
     logits = adaptation.logits(towers, x, z)
-    torch.testing.assert_close(logits, reference_logits(name, method, x, z, towers.logit_scale, config), **TOLERANCE)
+    scale = (adaptation.towers or towers).logit_scale
+    torch.testing.assert_close(logits, reference_logits(name, method, x, z, scale, config), **TOLERANCE)
     if name in FITTED:
         check_fit(name, INK, config)
     return method, adaptation, [*x.flatten().tolist(), *z.flatten().tolist(), *logits.flatten().tolist(), *losses]
@@ -749,6 +750,7 @@ def test_a_methods_training_overrides_the_common_one(name):
     overrides["min_learning_rate"] = 0.125
     overrides["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
     overrides["schedule_interval"] = "step" if default.schedule_interval == "epoch" else "epoch"
+    overrides["aggregation"] = "pcgrad"
     assert overrides.keys() == TrainingOverrides.model_fields.keys()
     section = METHODS[name].section
     for field, value in overrides.items():

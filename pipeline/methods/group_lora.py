@@ -55,12 +55,12 @@ class GroupLora(Method):
             self._task_towers.append(task_towers)
 
     def forward(self) -> Adaptation:
-        num_tasks = len(self._task_towers)
+        num_tasks, trains = len(self._task_towers), torch.is_grad_enabled()
         for group, views in zip(self.group, self._views):
-            views[:] = [factor.expand(num_tasks, *factor.shape) for factor in group.parameters()]
-            for view in views:
-                if view.requires_grad:
-                    view.retain_grad()
+            factors = [factor if trains else factor.detach() for factor in group.parameters()]
+            views[:] = [factor.expand(num_tasks, *factor.shape) for factor in factors]
+            for view in views if trains else ():
+                view.retain_grad()
         return Adaptation(task_towers=self._task_towers)
 
     def shared_parameters(self) -> list[nn.Parameter]:
