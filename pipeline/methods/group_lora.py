@@ -97,5 +97,5 @@ class GroupAndTask(Module):
     def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         """h (N, L, D) → (N, L, D · parts), where parts 0, 1, 2 are query, key and value."""
         up, down = (view[self.index] for view in self.group)
-        update: torch.Tensor = project_low_rank(h, parts, down, up, self.task.scaling)
-        return update + self.task(h, parts, self.index)
+        of_task: torch.Tensor = self.task(h, parts, self.index)
+        return project_low_rank(h, parts, down, up, self.task.scaling) + of_task

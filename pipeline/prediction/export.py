@@ -176,7 +176,7 @@ def write_onnx(program: torch.export.ExportedProgram, metadata: dict[str, Any], 
         warnings.simplefilter("ignore")
         onnx_program = torch.onnx.export(program, input_names=[INPUT], output_names=OUTPUTS, verbose=False)
     assert onnx_program
-    graph = onnx_program.model.graph
+    graph: Any = onnx_program.model.graph
     for value in (*graph.inputs, *graph.outputs):
         value.shape = type(value.shape)(["batch", *value.shape.dims[1:]])
     for node in graph:
