@@ -58,14 +58,14 @@ def build_method(name, towers, words=WORDS, config=SMALL, seed=7):
     return method
 
 
-def fit(method, towers, words):
+def fit(method, towers, words, images_per_class=3):
     """Fit a method to random features, and return these."""
-    training = random_training(method.views, towers.embed_dim, words)
+    training = random_training(method.views, towers.embed_dim, words, images_per_class)
     method.fit(training.features, training.labels, training.text_features)
     return training
 
 
-def random_training(views, width, words=WORDS, images_per_class=3):
+def random_training(views, width, words, images_per_class):
     """Return random features of training images, around those of their classes."""
     generator, features, labels, text_features = torch.Generator().manual_seed(3), [], [], []
     for names in words.values():

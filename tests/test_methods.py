@@ -145,10 +145,17 @@ def test_a_method_is_fitted_as_its_reference(name, words):
     check_fit(name, words, SMALL)
 
 
-def check_fit(name, words, config):
+@pytest.mark.parametrize("images", [4, 6, 7])
+def test_gda_cross_validates_as_its_reference(images):
+    """With up to five folds, which hold out one or two images of a class."""
+    for words in (INK, SHARED_NAMES):
+        check_fit("gda", words, SMALL, images)
+
+
+def check_fit(name, words, config, images_per_class=3):
     towers, model = small_towers()
     method = METHODS[name].build(config, towers, words).double()
-    training = fit(method, towers, words)
+    training = fit(method, towers, words, images_per_class)
     state = REFERENCES[name].fit(getattr(config, name), training, 1 / model.logit_scale.exp().item())
     torch.testing.assert_close(method.state_dict(), dict(state), **TOLERANCE)
 
@@ -500,19 +507,24 @@ def test_predictions_from_stored_features_are_those_from_images(name, tmp_path):
 
 
 def test_views_of_a_training_set_are_its_first_epochs():
-    """Without augmentation, all views of an image have its feature; with it, they are those of the batches."""
+    """Without augmentation, all views of an image have its feature; with it, they are those of the batches, of which
+    the last goes on with the next epoch."""
     towers, _ = small_towers()
-    still = CONFIG.model_copy(update=STILL)
-    ((still_set,), (mixed_set,)) = (method_sets("gda", towers, config) for config in (still, CONFIG))
-    for views, task_set in zip(still_set.frozen_views(4, 3, 5), task_sets(still), strict=True):
-        pixels = augment(task_set.images, PREPROCESSING, still.augmentation, torch.Generator())
+    configs = [CONFIG.model_copy(update={"batch_size": 4, **changes}) for changes in (STILL, {})]
+    (still_set,), (augmented_set,) = (method_sets("gda", towers, config) for config in configs)
+    for views, task_set in zip(still_set.frozen_views(4, 4, 5), task_sets(configs[0]), strict=True):
+        pixels = augment(task_set.images, PREPROCESSING, configs[0].augmentation, torch.Generator())
         x = towers.encode_image(towers.normalize_pixels(pixels))
         torch.testing.assert_close(views, x[:, None].expand(-1, 4, -1), **TOLERANCE)
-    ink, chalk = mixed_set.frozen_views(2, 3, 5)
-    assert (ink.shape, chalk.shape) == ((10, 2, 12), (5, 2, 12))
-    batches = mixed_set.frozen_features[:10].flatten(0, 1)  # 15 images in 5 steps per epoch
-    views = torch.cat([ink, chalk]).flatten(0, 1)
-    assert sorted(views.tolist()) == sorted(batches.tolist()) and not torch.equal(ink[:, 0], ink[:, 1])
+    expected = [[] for _ in range(15)]
+    for step in range(8):
+        indices = batch_indices(15, 4, step, derive_seed(5, "order", *TASKS))
+        for index, x in zip(sorted(indices, key=lambda index: index >= 10), augmented_set.frozen_features[step]):
+            expected[index].append(x)
+    assert sorted(map(len, expected)) == [2] * 13 + [3] * 2
+    views = augmented_set.frozen_views(2, 4, 5)
+    assert list(map(len, views)) == [10, 5]
+    assert torch.equal(torch.cat(views), torch.stack([torch.stack(image_views[:2]) for image_views in expected]))
 
 
 @pytest.mark.parametrize("name", FITTED)

@@ -63,7 +63,7 @@ class LpPp(FittedMethod):
         alphas_step = len(x) / (4 * similarities.square().sum(0).max())
         class_similarities = (one_hot * similarities).sum(0) / one_hot.sum(0).clamp(min=1)
         weights, velocity = one_hot.T @ x, torch.zeros_like(one_hot.T @ x)
-        alphas = torch.full_like(class_similarities, ALPHA_SCALE * class_similarities.mean().item())
+        alphas = ALPHA_SCALE * class_similarities.mean().expand(self.num_classes)
         for iteration in range(1, self.iterations + 1):
             logits = (x @ weights.T + alphas * similarities).masked_fill(~is_candidate, -torch.inf)
             errors = (logits.softmax(1) - one_hot) / len(x)

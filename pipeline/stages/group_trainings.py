@@ -218,9 +218,7 @@ def _training(
     frozen_group_prompt: TrainedAdapter | None = None,
 ) -> Training:
     kind = get_method(method)
-    effects: tuple[Effect, ...] = ("evaluation",)
-    if kind.trainable:
-        effects = ("training" if kind.takes_steps else "training_features", *effects)
+    effects: tuple[Effect, ...] = ("training", "evaluation") if kind.trainable else ("evaluation",)
     inputs = {
         **training_inputs(plan, method, tasks, *effects),
         "group": list(tasks),
