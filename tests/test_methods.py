@@ -762,7 +762,7 @@ def test_a_methods_training_overrides_the_common_one(name):
     overrides["min_learning_rate"] = 0.125
     overrides["optimizer"] = "sgd" if default.optimizer == "adamw" else "adamw"
     overrides["schedule_interval"] = "step" if default.schedule_interval == "epoch" else "epoch"
-    overrides["aggregation"] = "pcgrad"
+    overrides["aggregation"] = "famo"
     assert overrides.keys() == TrainingOverrides.model_fields.keys()
     section = METHODS[name].section
     for field, value in overrides.items():
