@@ -377,6 +377,8 @@ def check_job(script: str, options: list[str]) -> None:
         ):
             patched.setattr(function, stop)
         patched.setattr("pipeline.stages.plan.fetch_weights", fetch_weights)
+        # The files that the Python code of a page uses.
+        patched.setattr("pipeline.prediction.output_files.check_new_output", lambda output: None)
         patched.setattr("huggingface_hub.get_token", lambda: "a token")
         patched.setattr("pipeline.serving.service.port_error", lambda host, port: None)  # it may be in use
         try:
