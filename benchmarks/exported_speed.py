@@ -12,7 +12,6 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import onnxruntime
 import torch
 from common import class_names, device_name, median_seconds, table, write_results
 from prediction_speed import make_adapter_file
@@ -33,6 +32,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=65)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
+
+    import onnxruntime
 
     config = Config(clip=ClipConfig(model=arguments.model, pretrained=None, precision="float32"))
     adapter_file = make_adapter_file(config, {TASK: class_names(arguments.classes)})

@@ -37,7 +37,7 @@ OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 METADATA_FILE = "metadata.json"
 """Extra file of a `.pt2` file."""
 MAX_DIFFERENCE = 1e-4
-"""Of the probabilities of a written file from the model's. Rounding gives a hundredth of it."""
+"""Of the probabilities, or normalized features, of what is written from the model's. Rounding gives a hundredth."""
 _SAMPLE_SIZE = 2
 """Of the batch that is traced; torch.export would take a batch of 1 for a constant."""
 
@@ -104,11 +104,7 @@ def export_task(adapter: TrainedAdapter, options: ModelOptions, task: str, file:
         folder = Path(temporary)
         write(program, _metadata(adapter, model, task), folder / file.name)
         difference = (run(folder / file.name, pixels)[1] - expected).abs().max().item()
-        if not difference <= MAX_DIFFERENCE:
-            raise UserError(
-                f"{file.name} was not written: its probabilities differ from the model's by up to {difference:.2g}; "
-                f"export another format, and report it with the versions of torch and {', '.join(ONNX_PACKAGES)}"
-            )
+        _check_difference(file.name, "probabilities", difference)
         for part in sorted(folder.iterdir(), reverse=True):  # model.onnx.data before model.onnx
             sync(part)
             rename_durably(part, file.parent / part.name)
@@ -122,10 +118,11 @@ def export_open_clip(adapter: TrainedAdapter, options: ModelOptions, task: str, 
         adapter: of a method that is `Method.is_mergeable`.
 
     Returns:
-        The largest difference between elements of normalized features of open_clip's model and of the adapted one.
+        The largest difference between normalized image features of open_clip's model and of the adapted one, for
+        random images.
 
     Raises:
-        UserError: as `TrainedModel`; the folder cannot be written.
+        UserError: as `TrainedModel`; the folder cannot be written, or its features are others.
     """
     group = adapter.select_group(task)
     classifier = group.classifier("cpu", options.pretrained, precision="float32")
@@ -143,6 +140,8 @@ def export_open_clip(adapter: TrainedAdapter, options: ModelOptions, task: str, 
     with torch.no_grad():
         features = adaptation.encode_image(classifier.towers, images, [len(images)])
         merged_features = cast(Any, model).encode_image(images)
+    difference = float((F.normalize(features, dim=-1) - F.normalize(merged_features, dim=-1)).abs().max())
+    _check_difference(folder.name, "image features", difference)
     preprocessing = asdict(classifier.towers.preprocessing)
     preprocess_config = {"size": preprocessing.pop("image_size"), **preprocessing}
     del preprocess_config["jpeg_draft"]  # unknown to open_clip
@@ -155,7 +154,7 @@ def export_open_clip(adapter: TrainedAdapter, options: ModelOptions, task: str, 
         }
         config = {"model_cfg": model_config, "preprocess_cfg": preprocess_config, "tasks": tasks}
         (partial / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2))
-    return float((F.normalize(features, dim=-1) - F.normalize(merged_features, dim=-1)).abs().max())
+    return difference
 
 
 def trace(module: nn.Module, sample: torch.Tensor) -> torch.export.ExportedProgram:
@@ -204,6 +203,15 @@ def write_torch(program: torch.export.ExportedProgram, metadata: dict[str, Any],
 def run_torch(file: Path, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     outputs: tuple[torch.Tensor, ...] = torch.export.load(file).module()(pixels)
     return outputs
+
+
+def _check_difference(name: str, values: str, difference: float) -> None:
+    """Raises: UserError: the values of an exported model are not the model's."""
+    if not difference <= MAX_DIFFERENCE:
+        raise UserError(
+            f"{name} was not written: its {values} differ from the model's by up to {difference:.2g}; export another "
+            f"format, and report it with the versions of torch, open_clip and {', '.join(ONNX_PACKAGES)}"
+        )
 
 
 def _metadata(adapter: TrainedAdapter, model: TrainedModel, task: str) -> dict[str, Any]:
