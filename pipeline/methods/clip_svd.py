@@ -65,22 +65,22 @@ class SingularValues(Module):
     """
 
     weight: torch.Tensor
-    left: torch.Tensor
+    u: torch.Tensor
     initial: torch.Tensor
-    right: torch.Tensor
+    vt: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, num_parts: int):
         super().__init__()
         parts = weight.detach().unflatten(0, (num_parts, -1))
         # In float64, so that vectors of close singular values are those of the training on another machine too.
         factors = torch.linalg.svd(parts.double(), full_matrices=False)
-        left, initial, right = (factor.to(weight.dtype) for factor in factors)
+        u, initial, vt = (factor.to(weight.dtype) for factor in factors)
         self.values = nn.Parameter(initial.clone())  # s (parts, r)
-        for name, value in {"weight": weight, "left": left, "initial": initial, "right": right}.items():
+        for name, value in {"weight": weight, "u": u, "initial": initial, "vt": vt}.items():
             self.register_buffer(name, value, persistent=False)
 
     def forward(self) -> torch.Tensor:
-        change = (self.left * (self.values - self.initial)[:, None]) @ self.right
+        change = (self.u * (self.values - self.initial)[:, None]) @ self.vt
         return self.weight + change.flatten(0, 1)
 
 

@@ -69,7 +69,7 @@ class Tcp(Method):
             text_prompts_propagate=True,
             class_prompts=self._class_prompts,
             class_prompt_layer=self.options.class_layer - 1,
-            consistency=Consistency(lambda x, *others: x.new_zeros(len(x)), self._text_loss),
+            consistency=Consistency(lambda x, *_: x.new_zeros(len(x)), self._text_loss),
         )
 
     def _class_prompts(self, tokens: ClassTokens) -> torch.Tensor:

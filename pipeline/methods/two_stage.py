@@ -64,8 +64,8 @@ class TwoStage(LinearProbe):
         return Adaptation(towers=self.towers, image_features=torch.Tensor.detach, text_features=self._text_features)
 
     def stage_steps(self, num_steps: int) -> Sequence[int]:
-        first = int(num_steps * self.options.first_stage_fraction)
-        return first, num_steps - first
+        num_layernorm_steps = int(num_steps * self.options.first_stage_fraction)
+        return num_layernorm_steps, num_steps - num_layernorm_steps
 
     def start_stage(self, stage: int, class_features: Sequence[torch.Tensor]) -> None:
         """Initialize the classifier."""
