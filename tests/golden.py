@@ -159,18 +159,14 @@ def _round_floats(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def format_json(value: Any, indent: str = "") -> str:
-    """Format JSON with one line per list of scalars, so that a diff shows the step or the task that changed."""
-    nested_indent = indent + " "
+def format_json(value: Any) -> str:
+    """Format JSON with one line per list of scalars, so that a diff shows the step or the task that changed; without
+    indentation, which would be an eighth of the file."""
     if isinstance(value, dict) and value:
-        lines = [
-            f"{nested_indent}{json.dumps(name)}: {format_json(item, nested_indent)}" for name, item in value.items()
-        ]
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+        lines = [f"{json.dumps(name)}: {format_json(item)}" for name, item in value.items()]
+        return "{\n" + ",\n".join(lines) + "\n}"
     if isinstance(value, list) and value and isinstance(value[0], list):
-        return (
-            "[\n" + ",\n".join(f"{nested_indent}{format_json(item, nested_indent)}" for item in value) + f"\n{indent}]"
-        )
+        return "[\n" + ",\n".join(map(format_json, value)) + "\n]"
     return json.dumps(value)
 
 
