@@ -96,7 +96,7 @@ def find_task(job: Options, adapter: TrainedAdapter, is_merged: bool) -> str:
     """
     method, tasks = METHODS[adapter.method], list(adapter.class_names)
     if is_merged and not method.is_mergeable:
-        titles = ", ".join(other.title for other in METHODS.values() if other.is_mergeable)
+        titles = ", ".join(kind.title for kind in METHODS.values() if kind.is_mergeable)
         raise UserError(
             f"--output {job.output}: {method.title} cannot be merged into the weights of CLIP (only {titles}); use "
             "--output FILE.onnx or FILE.pt2"

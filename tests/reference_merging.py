@@ -15,8 +15,8 @@ def add(vectors, config):
 def ties(vectors, config):
     trimmed = np.zeros_like(vectors)
     for row, vector in zip(trimmed, vectors):
-        kept = np.argsort(-abs(vector))[: int(config.ties.density * len(vector))]
-        row[kept] = vector[kept]
+        largest = np.argsort(-abs(vector))[: int(config.ties.density * len(vector))]
+        row[largest] = vector[largest]
     positive, negative = np.maximum(trimmed, 0), np.minimum(trimmed, 0)
     total = positive.sum(axis=0) + negative.sum(axis=0)
     elected = np.where(total > 0, positive, np.where(total < 0, negative, 0))

@@ -10,6 +10,7 @@ import torch
 from saved_bytes import saved_bytes
 from small_clip import CLASS_NAMES, PREPROCESSING, tokenizer
 from small_families import FAMILIES, black_box, reference_features, small_model
+from small_methods import FITTED, fit
 
 from pipeline.clip.chunks import activation_bytes
 from pipeline.clip.towers import ClipTowers
@@ -90,22 +91,27 @@ def test_low_rank_updates_equal_updated_matrices(family):
 @pytest.mark.parametrize("family", ["SigLIP", "EVA02", "EVA02, post-norm", "PE"])
 def test_every_method_trains_all_of_its_parameters(family, name):
     towers = ClipTowers(small_model(family), tokenizer(), PREPROCESSING)
-    config = Config.model_validate({"maple": {"depth": 2}, "promptsrc": {"depth": 2}})
+    config = Config.model_validate({"maple": {"depth": 2}, "promptsrc": {"depth": 2}, "tcp": {"class_layer": 2}})
     class_names = {"ink": CLASS_NAMES, "neon": CLASS_NAMES[:2]}
     kind = METHODS[name]
     kind.check(config, towers)
     method = kind.build(config, towers, class_names).double()
+    if name in FITTED:
+        fit(method, towers, class_names)
     tokens = kind.tokenize(config, towers.tokenizer, class_names)
     adaptation = method()
     x = adaptation.encode_image(towers, images_of(towers, 4), [2, 2]).split(2)
     z = tokens.pool_names_to_classes(adaptation.encode_text(towers, tokens))
-    loss = torch.stack([adaptation.logits(towers, *features).logsumexp(1).sum() for features in zip(x, z)]).sum()
+    logits = [adaptation.logits(towers, *features, task) for task, features in enumerate(zip(x, z))]
+    loss = torch.stack([scores.logsumexp(1).sum() for scores in logits]).sum()
     parameters = dict(method.named_parameters())
     assert bool(parameters) == kind.has_parameters()
-    if not kind.trainable:
+    if not kind.takes_steps:
         return
     loss.backward()
     unused = {key for key, value in parameters.items() if value.grad is None or not value.grad.any()}
+    if name == "two_stage":
+        unused.remove("weights")  # of the second stage
     assert not {key for key in unused if not key.endswith(("up", "down", "down.weight"))}
 
 
@@ -143,11 +149,14 @@ def test_a_tower_without_tokens_gives_its_features_in_chunks_within_the_memory()
 def test_methods_that_leave_the_image_layers_alone_take_a_tower_without_tokens(name):
     towers = ClipTowers(black_box(), tokenizer(), PREPROCESSING)
     class_names = {"ink": CLASS_NAMES}
-    method = METHODS[name].build(Config(), towers, class_names).double()
+    config = Config.model_validate({"tcp": {"class_layer": 2}})
+    method = METHODS[name].build(config, towers, class_names).double()
+    if name in FITTED:
+        fit(method, towers, class_names)
     adaptation = method()
     x = adaptation.encode_image(towers, images_of(towers, 2), [2])
-    z = adaptation.encode_text(towers, METHODS[name].tokenize(Config(), towers.tokenizer, class_names))
+    z = adaptation.encode_text(towers, METHODS[name].tokenize(config, towers.tokenizer, class_names))
     loss = adaptation.logits(towers, x, z).logsumexp(1).sum()
-    if METHODS[name].trainable:
+    if METHODS[name].takes_steps:
         loss.backward()
         assert any(value.grad is not None and value.grad.any() for value in method.parameters())

@@ -241,9 +241,9 @@ def test_map_is_that_of_scikit_learn_and_its_jackknife_is_exact(seed, num_images
     expected = average_precision_score(has_label, probabilities, average="macro")
     assert scores.value == pytest.approx(expected, abs=1e-9)
     for image in range(num_images):
-        rest = np.arange(num_images) != image
-        present = [c for c in range(3) if has_label[rest, c].any()]
-        values = [average_precision_score(has_label[rest, c], probabilities[rest, c]) for c in present]
+        remaining = np.arange(num_images) != image
+        present = [c for c in range(3) if has_label[remaining, c].any()]
+        values = [average_precision_score(has_label[remaining, c], probabilities[remaining, c]) for c in present]
         assert scores.without_image[image] == pytest.approx(np.mean(values) if values else expected, abs=1e-9)
 
 

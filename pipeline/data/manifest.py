@@ -136,8 +136,9 @@ class _RowCollector:
             split = _parse_split(values["split"]) if "split" in values else None
             path = embedded[0] if embedded else self._relative_path(values["path"])
             entry = DatasetEntry(path, task, label, split, embedded and embedded[1], tuple(more_labels))
-            if known := self.row_by_path.get(path):
-                self.entries[known[0]] = self._merge(self.entries[known[0]], entry, known[1])
+            if row := self.row_by_path.get(path):
+                number, first_location = row
+                self.entries[number] = self._merge(self.entries[number], entry, first_location)
                 return
         except ValueError as error:
             self.add_error(location, error)
@@ -145,17 +146,17 @@ class _RowCollector:
         self.row_by_path[path] = len(self.entries), location
         self.entries.append(entry)
 
-    def _merge(self, known: DatasetEntry, entry: DatasetEntry, location: str) -> DatasetEntry:
+    def _merge(self, earlier: DatasetEntry, entry: DatasetEntry, location: str) -> DatasetEntry:
         """Return the entry of an image with the labels of two rows. Raises ValueError if an image has one row only, or
         the rows contradict."""
-        if self.multi_label and (known.task, known.split) == (entry.task, entry.split):
-            labels = dict.fromkeys((*known.other_classes, *entry.class_folders))
-            labels.pop(known.class_folder, None)
-            return known._replace(other_classes=tuple(labels))
+        if self.multi_label and (earlier.task, earlier.split) == (entry.task, entry.split):
+            labels = dict.fromkeys((*earlier.other_classes, *entry.class_folders))
+            labels.pop(earlier.class_folder, None)
+            return earlier._replace(other_classes=tuple(labels))
         contradiction = ""
-        if known[1:3] != entry[1:3]:
-            contradiction = f", as {known.task}/{known.class_folder}"
-        if known.task == entry.task and known.class_folder != entry.class_folder and not self.multi_label:
+        if earlier[1:3] != entry[1:3]:
+            contradiction = f", as {earlier.task}/{earlier.class_folder}"
+        if earlier.task == entry.task and earlier.class_folder != entry.class_folder and not self.multi_label:
             contradiction += f"; {SEVERAL_LABELS}"
         raise ValueError(f"{escape_for_terminal(entry.path)} is also in {location}{contradiction}")
 

@@ -89,8 +89,8 @@ class Gda(FittedMethod):
         hits = dict.fromkeys(ALPHAS, 0)
         for fold in range(num_folds):
             held_out = [rank % num_folds == fold for rank in ranks]
-            kept = [~rows for rows in held_out]
-            fold_x, fold_classes = (torch.cat([part[rows] for part, rows in zip(p, kept)]) for p in (x, classes))
+            fitted = [~rows for rows in held_out]
+            fold_x, fold_classes = (torch.cat([part[rows] for part, rows in zip(p, fitted)]) for p in (x, classes))
             weights, biases = self._discriminants(fold_x, fold_classes)
             for task, rows in enumerate(held_out):
                 task_classes = self.classes[task]

@@ -96,6 +96,6 @@ class GroupAndTask(Module):
 
     def forward(self, h: torch.Tensor, parts: slice) -> torch.Tensor:
         """h (N, L, D) → (N, L, D · parts), where parts 0, 1, 2 are query, key and value."""
-        up, down = (view[self.index] for view in self.group)
-        of_task: torch.Tensor = self.task(h, parts, self.index)
-        return project_low_rank(h, parts, down, up, self.task.scaling) + of_task
+        group_up, group_down = (view[self.index] for view in self.group)
+        task_update: torch.Tensor = self.task(h, parts, self.index)
+        return project_low_rank(h, parts, group_down, group_up, self.task.scaling) + task_update

@@ -331,7 +331,7 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
     for name in with_sources(names):
         method = VARIANTS[name].method
         kind, batch = METHODS[method], training_config(method, config).batch_size
-        _check_aggregation(config, name, [other for other in names if name in with_sources([other])])
+        _check_aggregation(config, name, [variant for variant in names if name in with_sources([variant])])
         if dataset_index.multi_label and not kind.takes_several_labels:
             valid = [name for name, method in METHODS.items() if method.takes_several_labels]
             raise UserError(
@@ -348,15 +348,15 @@ def check_methods(config: Config, dataset_index: DatasetIndex, towers: ClipTower
             )
 
 
-def _check_aggregation(config: Config, name: str, asked: Sequence[str]) -> None:
-    """`asked`: variants of the run that need this one."""
+def _check_aggregation(config: Config, name: str, variants: Sequence[str]) -> None:
+    """`variants`: those of the run that need this one."""
     variant = VARIANTS[name]
     kind, aggregation = METHODS[variant.method], training_config(variant.method, config).aggregation
     if kind.takes_steps and kind.mixes_tasks and variant.scope != "single-task" and aggregation != "sum":
         raise UserError(
             f"training.aggregation={aggregation} weighs tasks that have a batch each, and {variant.title} draws its "
             f"batches from the images of all tasks: add --{kind.section}.training.aggregation sum, or leave out "
-            f"{', '.join(asked)}"
+            f"{', '.join(variants)}"
         )
 
 

@@ -29,17 +29,17 @@ def fit(options, training, temperature):
 
 
 def select_alpha(images, training, temperature):
-    seen, ranked = {}, []
+    counts, ranked = {}, []
     for task, views, name in images:
-        seen[task, name] = seen.get((task, name), 0) + 1
-        ranked.append((seen[task, name] - 1, task, views, name))
-    num_folds = min(5, *seen.values())
+        counts[task, name] = counts.get((task, name), 0) + 1
+        ranked.append((counts[task, name] - 1, task, views, name))
+    num_folds = min(5, *counts.values())
     if num_folds == 1:
         return 0.001
     hits = [0] * len(ALPHAS)
     for fold in range(num_folds):
-        kept = [(name, x) for rank, _, views, name in ranked if rank % num_folds != fold for x in views]
-        weights, biases = gaussians(kept, training.names)
+        fitted = [(name, x) for rank, _, views, name in ranked if rank % num_folds != fold for x in views]
+        weights, biases = gaussians(fitted, training.names)
         for rank, task, views, name in ranked:
             for x in views if rank % num_folds == fold else ():
                 names = training.class_names[task]
