@@ -109,9 +109,8 @@ class RayCluster:
             + [f"--ray-client-server-port={self._client}", f"--temp-dir={self._temporary}"],
             num_cpus,
             num_gpus,
-            # A node that is lost is noticed within seconds.
-            {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "2000"}
-            | {"RAY_health_check_failure_threshold": "3"},
+            # A node that is killed is noticed within seconds; one that is slow to answer has Ray's 10 s.
+            {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"},
         )
         return self.head
 
