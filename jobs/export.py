@@ -95,8 +95,8 @@ def find_task(job: Options, adapter: TrainedAdapter, is_merged: bool) -> str:
         UserError: there is no such task, or several; the method's parameters cannot be merged into weights.
     """
     method, tasks = METHODS[adapter.method], list(adapter.class_names)
-    if is_merged and not method.is_mergeable:
-        titles = ", ".join(kind.title for kind in METHODS.values() if kind.is_mergeable)
+    if is_merged and not method.exports_weights:
+        titles = ", ".join(kind.title for kind in METHODS.values() if kind.exports_weights)
         raise UserError(
             f"--output {job.output}: {method.title} cannot be merged into the weights of CLIP (only {titles}); use "
             "--output FILE.onnx or FILE.pt2"

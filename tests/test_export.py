@@ -159,7 +159,7 @@ def test_a_torch_export_is_used_without_this_package(adapter_file, run_export, t
         assert_equal_outputs(outputs[str(len(part))], model, "ink", part)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.is_mergeable])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.exports_weights])
 def test_open_clip_alone_loads_merged_weights(method, run_export, tmp_path, monkeypatch):
     open_clip = import_open_clip()
     save_adapter(tmp_path / "adapter.safetensors", small_adapter(method))
@@ -187,6 +187,20 @@ def test_open_clip_alone_loads_merged_weights(method, run_export, tmp_path, monk
         logits = model.logit_scale.exp() * image @ unit(z).T
     expected = list(loaded.predict(photo, "ink").probabilities.values())
     torch.testing.assert_close(logits.softmax(dim=1)[0], torch.tensor(expected), **TOLERANCE)
+
+
+def test_files_of_tasks_with_several_labels_have_their_threshold_and_bias(run_export, tmp_path):
+    for method in ("mmap", "clip_lora"):
+        save_adapter(tmp_path / f"{method}.safetensors", small_adapter(method, {"ink": -1.0, "neon": 2.0}))
+    file, folder = tmp_path / "neon.pt2", tmp_path / "merged"
+    assert run_export(tmp_path / "mmap.safetensors", "--task", "neon", "--output", file)[0] == 0
+    extra_files = {exporting.METADATA_FILE: ""}
+    torch.export.load(file, extra_files=extra_files)
+    metadata = json.loads(extra_files[exporting.METADATA_FILE])
+    assert metadata["multi_label"] and metadata["threshold"] == 0.5
+    assert run_export(tmp_path / "clip_lora.safetensors", "--output", folder)[0] == 0
+    tasks = json.loads((folder / "open_clip_config.json").read_text())["tasks"]
+    assert {name: task["logit_bias"] for name, task in tasks.items()} == {"ink": -1.0, "neon": 2.0}
 
 
 def test_weights_of_more_than_2_gb_are_a_second_file(adapter_file, run_export, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from small_adapters import DIGITS, trained
 import pipeline
 from pipeline.files import write_record
 from pipeline.methods.adapter_file import save_adapter
+from pipeline.report.metrics import MAP
 from pipeline.report.model_card import model_card
 from pipeline.report.summary import Summary, method_result
 
@@ -116,6 +118,16 @@ def test_errors_are_reported_before_anything_is_uploaded(run_folder, monkeypatch
         push.main()
     assert exited.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_card_of_tasks_with_several_labels_has_their_mean_average_precision():
+    counts = {"ink": 400, "neon": 100}
+    values, errors = {"ink": 0.75, "neon": 0.5}, {"ink": 0.04, "neon": 0.05}
+    results = method_result(values, dict.fromkeys(counts, 1.0), counts, 1036, MAP, errors)
+    arguments = replace(summary(), methods={"grouped": results}), "grouped", "me/digits", TASKS, "digits", None, False
+    card = model_card(*arguments, None)
+    assert "## Test mAP" in card and "| ink | 10 | 75.0 ± 4.0 | 400 |" in card
+    assert "gets all classes" in card and "one of them nevertheless" not in card
 
 
 def test_a_card_names_the_weights_that_the_model_needs():

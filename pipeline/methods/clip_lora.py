@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @method("clip_lora")
 class ClipLora(Method):
     title = "CLIP-LoRA"
-    is_mergeable = True
+    exports_weights = True
 
     class Options(MethodConfig):
         """CLIP-LoRA, and shared + task LoRA: low-rank updates of the attention matrices of both towers."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @method("clip_svd")
 class ClipSvd(Method):
     title = "CLIP-SVD"
+    exports_weights = True
     trains_weights = True
 
     class Options(MethodConfig):

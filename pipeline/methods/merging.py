@@ -28,6 +28,7 @@ class MergedMethod(Method):
     trainable = False
     takes_steps = False
     merges = True
+    exports_weights = True
 
     def merge(self, config: Config, states: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Merge the state dicts of trained adapters, task by task, into a method in its initial state."""

@@ -111,7 +111,7 @@ class Method(Module):
     batch, and the loss is the sum of the tasks' means (Eq. 11)."""
     trains_weights: ClassVar[bool] = False
     """Whether it trains weights of the towers, which are then loaded in float32."""
-    is_mergeable: ClassVar[bool] = False
+    exports_weights: ClassVar[bool] = False
     """Whether what it trains are weights of the towers, or updates that can be merged into them, and nothing else."""
     modifies_image_encoder: ClassVar[bool] = True
     """Whether image features differ from the frozen CLIP's, which are otherwise computed once and shared."""
@@ -289,7 +289,7 @@ class WeightsMethod(Method):
     """A method that trains some weights of the towers, on its own copy, and adds nothing else."""
 
     trains_weights = True
-    is_mergeable = True
+    exports_weights = True
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):
         super().__init__()

@@ -115,7 +115,7 @@ def export_open_clip(adapter: TrainedAdapter, options: ModelOptions, task: str, 
     """Write the CLIP of a task with the trained weights merged, as a new folder for open_clip: `local-dir:FOLDER`.
 
     Args:
-        adapter: of a method that is `Method.is_mergeable`.
+        adapter: of a method that is `Method.exports_weights`.
 
     Returns:
         The largest difference between normalized image features of open_clip's model and of the adapted one, for
@@ -148,10 +148,12 @@ def export_open_clip(adapter: TrainedAdapter, options: ModelOptions, task: str, 
     with atomic_write(folder) as partial:
         partial.mkdir()
         save_file({name: value.clone() for name, value in model.state_dict().items()}, partial / OPEN_CLIP_WEIGHTS)
-        tasks = {
+        tasks: dict[str, dict[str, Any]] = {
             name: {"classes": class_names, "template": group.config.clip.template_for(name)}
             for name, class_names in group.class_names.items()
         }
+        for name, bias in group.logit_biases.items():
+            tasks[name]["logit_bias"] = bias  # open_clip's own is one for all tasks
         config = {"model_cfg": model_config, "preprocess_cfg": preprocess_config, "tasks": tasks}
         (partial / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2))
     return difference
@@ -227,7 +229,7 @@ def _metadata(adapter: TrainedAdapter, model: TrainedModel, task: str) -> dict[s
         "clip": adapter.config.clip.model,
         "adapter_sha256": adapter.digest,
     }
-    return metadata if (threshold := model.options.threshold) is None else {**metadata, "threshold": threshold}
+    return metadata if (threshold := model.threshold(task)) is None else {**metadata, "threshold": threshold}
 
 
 def _random_pixels(image_size: int) -> torch.Tensor:

@@ -94,6 +94,12 @@ class TrainedModel:
         """Return the temperature of the task."""
         return self.options.temperatures.get(task, 1.0)
 
+    def threshold(self, task: str) -> float | None:
+        """Return the probability from which a class is predicted; None: the most probable one always is."""
+        if self.options.threshold is None and task in self.classifier.logit_biases:
+            return LABEL_THRESHOLD
+        return self.options.threshold
+
     @overload
     def predict(self, images: str | os.PathLike[str], task: str | None = None) -> Any: ...  # a list for a folder
 
@@ -238,14 +244,13 @@ class TrainedModel:
 
     def _prediction(self, task: str, probabilities: np.ndarray) -> ImagePrediction:
         labels, values = self._labels[task], probabilities.tolist()
-        best = int(probabilities.argmax())
+        best, threshold = int(probabilities.argmax()), self.threshold(task) or 0
         label: str | None
         if task in self.classifier.logit_biases:
-            threshold = LABEL_THRESHOLD if self.options.threshold is None else self.options.threshold
             names = [name for name, value in zip(labels, values) if value >= threshold]
             label = LABEL_SEPARATOR.join(names) or None
         else:
-            label = labels[best] if values[best] >= (self.options.threshold or 0) else None
+            label = labels[best] if values[best] >= threshold else None
         return ImagePrediction(None, task, label, values[best], None, dict(zip(labels, values)))
 
     def _check_task(self, task: str) -> None:

@@ -9,8 +9,14 @@ import yaml
 
 from pipeline.data.names import pluralize
 from pipeline.grouping.text import format_groups
+from pipeline.report.metrics import ACCURACY, MAP
 from pipeline.report.summary import AVERAGE_ROW, Summary, markdown_table, method_title, percent
 
+_LABELS = {
+    ACCURACY: "An image that shows none of a task's classes gets one of them nevertheless, unless a confidence "
+    "threshold is set.",
+    MAP: "An image gets all classes with a probability of 0.5, or of the threshold, and more: several, one, or none.",
+}
 _ESCAPED = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#"})
 
 
@@ -37,9 +43,9 @@ def model_card(
         license_id: identifier of a license as the Hub has it, such as mit; None: the card names none.
     """
     results, source = summary.methods[method], f"hf-hub:{repository}"
-    accuracy, errors, counts = results["accuracy"], results["standard_error"], summary.num_test_images
+    values, errors, counts = results[summary.metric], results["standard_error"], summary.num_test_images
     rows = [
-        [_escape(task), str(len(labels[task])), percent(accuracy[task], errors[task]), f"{counts[task]:,}"]
+        [_escape(task), str(len(labels[task])), percent(values[task], errors[task]), f"{counts[task]:,}"]
         for task in summary.tasks
     ]
     average = percent(results["average"], results["average_standard_error"])
@@ -71,9 +77,9 @@ def model_card(
             "",
             f"The repository has the adapter only. The weights of CLIP {weights}.",
             "",
-            "## Test accuracy",
+            f"## Test {summary.metric}",
             "",
-            *markdown_table(("task", "classes", "accuracy (%) ± standard error", "test images"), rows),
+            *markdown_table(("task", "classes", f"{summary.metric} (%) ± standard error", "test images"), rows),
             "",
             "The standard error is that of the test set; that of another training is not in it.",
             "",
@@ -81,8 +87,7 @@ def model_card(
             "",
             *(f"- {_escape(task)}: {', '.join(map(_escape, labels[task]))}" for task in summary.tasks),
             "",
-            "An image that shows none of a task's classes gets one of them nevertheless, unless a confidence threshold "
-            "is set.",
+            _LABELS[summary.metric],
             "",
         ]
     )

@@ -1,15 +1,11 @@
-from reference_method import Option, Reference
+from dataclasses import replace
 
-from methods.tip_adapter import cache_logits, features, fit, is_empty
+from methods import tip_adapter
 
-REFERENCE = Reference(
-    features=features,
-    fit=fit,
-    logits=lambda method, x, z, clip_logits, config: cache_logits(method, x, z, clip_logits, config.tip_adapter_f),
-    starts=lambda towers, model: {"keys": is_empty},
-    options={"views": Option(3), "alpha": Option(2.5), "beta": Option(0.75)},
-    small={"views": 2},
-    modifies_text_encoder=False,
-    random_start=False,
+REFERENCE = replace(
+    tip_adapter.REFERENCE,
+    logits=lambda method, x, z, clip_logits, config: tip_adapter.cache_logits(
+        method, x, z, clip_logits, config.tip_adapter_f
+    ),
     needs_small_learning_rate=True,
 )
