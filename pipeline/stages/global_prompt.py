@@ -64,6 +64,7 @@ def _train(spec: TrainingSpec, epochs: int, artifact: Artifact, progress: Any) -
             writer,
             Reporter(progress, spec.label),
             snapshot_every=config.global_prompt.snapshot_every,
+            logit_biases=spec.logit_biases(towers),
         )
         if is_main:
             write_snapshots(writer.folder / SNAPSHOTS, spec.tasks, snapshots, prompts.gradient_layout())

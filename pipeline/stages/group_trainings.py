@@ -304,10 +304,11 @@ def _train_group(
     if frozen_group_prompt:
         cast(GroupMmap, method).load_frozen_group_prompt(frozen_group_prompt.states[0])
     with artifact.writer(publish=shard.is_main_process) as writer:
-        if kind.trainable:
-            spec.train(towers, method, training_config(spec.method, config).epochs, writer, reporter)
-        states = (dict(method.state_dict()),)
         biases = spec.logit_biases(towers)
+        if kind.trainable:
+            epochs = training_config(spec.method, config).epochs
+            spec.train(towers, method, epochs, writer, reporter, logit_biases=biases)
+        states = (dict(method.state_dict()),)
         trained = TrainedAdapter.on_towers(towers, spec.method, config, (class_names,), states, biases)
         with torch.no_grad():
             tokens = kind.tokenize(config, towers.tokenizer, class_names)

@@ -89,10 +89,10 @@ class TrainingSpec:
         epochs: int,
         writer: ArtifactWriter,
         reporter: Reporter,
-        **snapshots: Any,
+        **options: Any,
     ) -> list[Snapshot]:
         """Train `method` on the tasks, from the artifact's checkpoint if it exists, and write history.parquet if it
-        takes steps; return the snapshots, which have the trainer's options."""
+        takes steps; return the snapshots. `options`: of the trainer."""
         trainer: Trainer = self.trainer(
             towers,
             method,
@@ -107,7 +107,7 @@ class TrainingSpec:
                 (record.step, step_metrics(self.tasks, record)),
                 trainer.num_saved_steps,
             ),
-            **snapshots,
+            **options,
         )
         reports = DistributedShard.current().is_main_process and get_method(self.method).takes_steps
         if reports:
@@ -146,7 +146,6 @@ class TrainingSpec:
             precision=config.clip.precision,
             checkpoints=Checkpoints(checkpoints, storage.upload),
             frozen_tokens=frozen_tokens,
-            logit_biases=self.logit_biases(towers),
             **options,
         )
 
