@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,6 +341,9 @@ def adapter_files(tmp_path_factory) -> dict[str, Path]:
         method, groups = MIXED[name]
         files[name] = folder / f"{name}.safetensors"
         save_adapter(files[name], trained(method, *groups))
+    adapter = trained("mmap", *MIXED["a"][1])
+    files["labels"] = folder / "labels.safetensors"  # of images with several labels
+    save_adapter(files["labels"], replace(adapter, logit_biases=dict.fromkeys(adapter.class_names, -1.0)))
     return files
 
 
@@ -414,7 +418,9 @@ def test_the_models_and_health_endpoints(service, adapter_files):
         "tasks": adapter.class_names,
         "threshold": None,
         "temperatures": {},
+        "multi_label": False,
     }
+    assert content["models"]["labels"] == content["models"]["a"] | {"multi_label": True}
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ class GroupLora(Method):
     Options = ClipLora.Options
     section = "clip_lora"
     variants = {
-        "lora_all_in_one": Variant("Shared + task LoRA, all in one group", "group_lora", "multi-task"),
-        "lora_grouped": Variant("Shared + task LoRA, grouped", "group_lora", "found groups"),
+        "lora_all_in_one": Variant("shared + task LoRA, all in one group", "group_lora", "multi-task"),
+        "lora_grouped": Variant("shared + task LoRA, grouped", "group_lora", "found groups"),
     }
 
     def __init__(self, config: Config, towers: ClipTowers, class_names: ClassNames):

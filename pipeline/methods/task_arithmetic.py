@@ -35,7 +35,7 @@ class TaskArithmetic(MergedWeights):
     title = "task arithmetic"
     Options = TaskArithmeticConfig
     variants = {
-        "task_arithmetic": Variant("Task arithmetic", "task_arithmetic", "multi-task", init_from="full_finetune")
+        "task_arithmetic": Variant("task arithmetic", "task_arithmetic", "multi-task", init_from="full_finetune")
     }
     combine = staticmethod(add_vectors)
 
@@ -47,7 +47,7 @@ class LoraTaskArithmetic(MergedLora):
     section = "task_arithmetic"
     variants = {
         "task_arithmetic_lora": Variant(
-            "Task arithmetic, LoRA", "task_arithmetic_lora", "multi-task", init_from="clip_lora"
+            "task arithmetic, LoRA", "task_arithmetic_lora", "multi-task", init_from="clip_lora"
         )
     }
     combine = staticmethod(add_vectors)

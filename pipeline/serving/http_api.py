@@ -61,6 +61,8 @@ class ServedModel:
     """Task → labels of its classes."""
     threshold: float | None
     temperatures: dict[str, float]
+    multi_label: bool = False
+    """Whether an image may have several labels."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class HttpApi:
             "tasks": model.labels,
             "threshold": model.threshold,
             "temperatures": model.temperatures,
+            "multi_label": model.multi_label,
         }
 
     async def _predict(self, request: Request, name: str, client: str) -> Response:

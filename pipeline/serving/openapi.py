@@ -108,6 +108,11 @@ def openapi(models: Mapping[str, ServedModel], limits: Limits, needs_token: bool
                         "tasks": {"type": "object", "additionalProperties": {"type": "array", "items": text}},
                         "threshold": optional_number,
                         "temperatures": {"type": "object", "additionalProperties": number},
+                        "multi_label": {
+                            "type": "boolean",
+                            "description": "Whether an image may have several labels: each whose probability reaches "
+                            "the threshold, or 0.5 where it is null.",
+                        },
                     }
                 ),
                 "PredictRequest": {

@@ -221,6 +221,7 @@ def _describe_model(adapter: TrainedAdapter, options: ModelOptions) -> ServedMod
         labels=adapter.labels,
         threshold=options.threshold,
         temperatures=options.temperatures,
+        multi_label=bool(adapter.logit_biases),
     )
 
 
