@@ -11,8 +11,6 @@ for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
     os.environ.pop(variable, None)
 # Those of the tests' own S3 server, for all that is started here, and nobody's real ones.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-# Ray's default of 15 would let its workers wait for all other tests' processes, and the tests that use Ray end last.
-os.environ["RAY_worker_niceness"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded from the Hugging Face Hub
 # Else every process that tests start compiles the package anew, and pytest the tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -180,7 +178,9 @@ NOT_TRACED = (
     "test_families.py",
     "test_families_text.py",
     "test_grouping.py::test_all_outputs_follow_the_configured_score_and_constraints",
-    "test_grouping_search.py",
+    "test_grouping_search.py::test_a_local_search_solves_most_small_problems",
+    "test_grouping_search.py::test_a_partition_without_proof_has_an_upper_bound_above_the_optimum",
+    "test_grouping_search.py::test_upper_bounds_of_stopped_searches_are_never_below_the_optimum",
     "test_keys.py",
     "test_methods.py",
     "test_towers.py",
