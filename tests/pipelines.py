@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import psutil
+import pytest
 from mlflow import MlflowClient
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -37,8 +38,6 @@ FEW_TASKS = (
 )
 """Two groups, half of the classes and of a batch, so as many steps, and trainings long enough to be hit: for runs that
 are broken, and the undisturbed one."""
-COVERAGE = "COVERAGE_PROCESS_CONFIG"
-"""Variable by which coverage.py traces what a process starts."""
 PATIENCE_S = 900
 """No test waits longer for a job; ten times what one takes on two quiet cores."""
 
@@ -148,11 +147,10 @@ def ensure_ray() -> None:
         # next work waits for another one to import PyTorch.
         # By Ray's niceness of 15 they would wait for all other tests' processes, and the tests that use Ray end last.
         options["_system_config"] = {"num_workers_soft_limit": 4, "worker_niceness": 0}
-        # Coverage doubles the time in which Ray's own processes start, which Ray limits.
-        coverage = os.environ.pop(COVERAGE, None)
-        start_local_ray(temporary_folder()[0], options, print)
-        if coverage:
-            os.environ[COVERAGE] = coverage
+        with pytest.MonkeyPatch.context() as patch:
+            # Coverage.py would slow down Ray's own processes, which have a limited time to start.
+            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+            start_local_ray(temporary_folder()[0], options, print)
         signal.signal(signal.SIGTERM, on_termination)  # Ray's own would end one test, and pytest go on to the next
 
 

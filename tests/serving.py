@@ -125,7 +125,7 @@ GROUP = {"ink": ["zero", "one", "two"], "neon": ["zero", "one", "two"]}
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-SERVED = {"digits": ServedModel("MmAP", "ViT", "0" * 64, GROUP, None, {})}
+SERVED = {"digits": ServedModel("MmAP", "ViT", "0" * 64, GROUP, None, {}, False)}
 
 
 def make_limits(**limits) -> Limits:

@@ -96,7 +96,7 @@ def test_the_graph_of_every_method_gives_its_logits_for_any_batch(method, logit_
     classifier = small_adapter(method, logit_biases).classifier(precision="float32")
     program = trace(TaskClassifier(classifier, "neon", 2.5), random_pixels(2))
     assert not [name for name in program.state_dict if "text." in name or "token_embedding" in name]
-    module = program.module()  # as slow as tracing
+    module = program.module()
     for count in (1, 5):
         pixels = random_pixels(count)
         logits, probabilities = module(pixels)

@@ -61,7 +61,7 @@ class ServedModel:
     """Task → labels of its classes."""
     threshold: float | None
     temperatures: dict[str, float]
-    multi_label: bool = False
+    multi_label: bool
     """Whether an image may have several labels."""
 
 

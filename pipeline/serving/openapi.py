@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.names import LABEL_THRESHOLD
+
 if TYPE_CHECKING:
     from pipeline.serving.admission import Limits
     from pipeline.serving.http_api import ServedModel
@@ -110,8 +112,8 @@ def openapi(models: Mapping[str, ServedModel], limits: Limits, needs_token: bool
                         "temperatures": {"type": "object", "additionalProperties": number},
                         "multi_label": {
                             "type": "boolean",
-                            "description": "Whether an image may have several labels: each whose probability reaches "
-                            "the threshold, or 0.5 where it is null.",
+                            "description": "Whether an image may have several labels: all whose probability reaches "
+                            f"the threshold, or {LABEL_THRESHOLD} if it is null.",
                         },
                     }
                 ),
