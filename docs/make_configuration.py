@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pipeline.config import choices, fields, section_description
+from pipeline.config import Config, add_descriptions, choices, fields, section_description
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration reference
@@ -31,6 +31,7 @@ the settings of `configs/demo.yaml`.
 
 def reference() -> str:
     """Format the page: one table per section, in the order of the config."""
+    add_descriptions(Config)
     sections: dict[str, list[str]] = {}
     for name, field, default in fields():
         section, _, field_name = name.rpartition(".")

@@ -11,6 +11,7 @@ from pipeline.config import (
     Config,
     DataConfig,
     JobParser,
+    add_descriptions,
     content_hash,
     fields,
     load_yaml,
@@ -107,6 +108,7 @@ def test_configs_in_the_repository_are_valid(file):
 
 
 def test_every_field_has_help():
+    add_descriptions(Config)
     for name, field, _ in fields():
         assert field.description and len(field.description) > 15, name
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic.fields import FieldInfo
 
-from pipeline.config.fields import check_texts
+from pipeline.config.fields import add_descriptions, check_texts
 from pipeline.config.files import DEMO_CONFIG, load_yaml, resolve_config_path
 from pipeline.config.help_pages import Page, help_page, option_fields, options_json
 from pipeline.config.schema import Config, fields, parse_config, validate
@@ -163,6 +163,7 @@ class JobParser(argparse.ArgumentParser, Generic[Options]):
         return JobArguments(validate(self.options, option_values), [*map(Path, files)], field_values)
 
     def format_help(self, page: Page = "help") -> str:
+        add_descriptions(Config)
         if page == "json":
             job_fields = option_fields(self.options)
             config_fields = {name: field for name, field, _ in self.config_fields}
