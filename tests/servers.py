@@ -89,10 +89,11 @@ def free_ports(count: int, start: int) -> list[int]:
 class RayCluster:
     """A Ray head and nodes on addresses of their own, as `ray start` makes them on machines of their own."""
 
-    def __init__(self, folder: Path, num_cpus: int = 2, num_gpus: int = 0):
+    def __init__(self, folder: Path, num_cpus: int = 2, num_gpus: int = 0, dashboard: bool = False):
+        """`dashboard`: for jobs that are submitted, and for Ray Train; its ten processes take long to start."""
         if " " in sys.executable:
             pytest.skip("Ray starts the workers of a cluster's jobs by a shell, which cannot find a Python with spaces")
-        self._folder = folder
+        self._folder, self._has_dashboard = folder, dashboard
         # Socket paths below a test's folder would be too long.
         self._temporary = Path(tempfile.mkdtemp(prefix="ray-"))
         self._gcs, self._dashboard, client = free_ports(3, start=6500 + os.getpid() % 700)
@@ -106,6 +107,7 @@ class RayCluster:
         self.head = self._start(
             1,
             ["--head", f"--port={self._gcs}", f"--dashboard-port={self._dashboard}"]
+            + [f"--include-dashboard={self._has_dashboard}"]
             + [f"--ray-client-server-port={self._client}", f"--temp-dir={self._temporary}"],
             num_cpus,
             num_gpus,
@@ -141,6 +143,7 @@ class RayCluster:
         command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}", f"--dashboard-agent-listen-port={agent}"]
         command += ["--object-store-memory=150000000", "--disable-usage-stats"]
         health = f"http://127.0.0.{number}:{agent}/api/local_raylet_healthz"
+        is_dashboard = number == 1 and self._has_dashboard
         attempts = 3
         while True:
             attempts -= 1
@@ -149,7 +152,7 @@ class RayCluster:
                     command,
                     self._folder / f"ray-{number}.log",
                     {"PATH": f"{BIN}:{os.environ['PATH']}", **env},
-                    f"{self.address}/api/version" if number == 1 else health,
+                    f"{self.address}/api/version" if is_dashboard else health,
                 )
             except AssertionError as error:
                 # Ray gives a node 30 s to start, and a busy machine may need more.

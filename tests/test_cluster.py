@@ -28,7 +28,7 @@ def no_shared_ray():
 
 @pytest.fixture
 def ray_head(tmp_path):
-    cluster = RayCluster(tmp_path, num_gpus=1)  # a logical one, which two trainings at a time share
+    cluster = RayCluster(tmp_path, num_gpus=1, dashboard=True)  # a logical one, which two trainings at a time share
     yield cluster.address
     cluster.stop()
 

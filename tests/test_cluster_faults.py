@@ -33,7 +33,7 @@ def trains(node: Server) -> bool:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[RayCluster]:
     """Head without work."""
-    cluster = RayCluster(tmp_path_factory.mktemp("cluster"), num_cpus=0)
+    cluster = RayCluster(tmp_path_factory.mktemp("cluster"), num_cpus=0, dashboard=True)  # for Ray Train
     yield cluster
     cluster.stop()
 

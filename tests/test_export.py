@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_clip import CLASS_NAMES, PREPROCESSING, tokenizer
+from small_clip import CLASS_NAMES, PREPROCESSING, small_towers, tokenizer
 from small_families import FAMILIES, black_box, small_model
 from small_methods import SMALL, build_method
 
@@ -47,9 +47,9 @@ def random_pixels(count, size=32):
     return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
-def small_adapter(method, logit_biases=None) -> TrainedAdapter:
-    """Return an adapter of two tasks with random parameters, for the demo's CLIP."""
-    towers = load_clip(SMALL.clip)
+def small_adapter(method, logit_biases=None, towers=None) -> TrainedAdapter:
+    """Return an adapter of two tasks with random parameters, by default for the demo's CLIP."""
+    towers = towers or load_clip(SMALL.clip)
     state = build_method(method, towers, TASKS).state_dict()
     return TrainedAdapter.on_towers(towers, method, SMALL, (TASKS,), (state,), logit_biases)
 
@@ -93,12 +93,13 @@ def assert_equal_outputs(outputs, model, task, pixels):
     "method, logit_biases", [*((method, None) for method in METHODS), ("mmap", {"ink": -1.0, "neon": 2.0})]
 )
 def test_the_graph_of_every_method_gives_its_logits_for_any_batch(method, logit_biases):
-    classifier = small_adapter(method, logit_biases).classifier(precision="float32")
-    program = trace(TaskClassifier(classifier, "neon", 2.5), random_pixels(2))
+    towers, _ = small_towers(vision_layers=2, dtype=torch.float32)  # each layer takes half a second to trace
+    classifier = small_adapter(method, logit_biases, towers).classifier(towers=towers)
+    program = trace(TaskClassifier(classifier, "neon", 2.5), random_pixels(2, 16))
     assert not [name for name in program.state_dict if "text." in name or "token_embedding" in name]
     module = program.module()
     for count in (1, 5):
-        pixels = random_pixels(count)
+        pixels = random_pixels(count, 16)
         logits, probabilities = module(pixels)
         expected = classifier.logits(["neon"], pixels)["neon"] / 2.5
         torch.testing.assert_close(logits, expected, **TOLERANCE)

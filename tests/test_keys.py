@@ -26,7 +26,7 @@ from PIL import Image
 from rich.console import Console
 from small_methods import SMALL
 
-from pipeline.clip.load import build_meta_towers, load_clip
+from pipeline.clip.load import build_meta_towers, clip_identity, load_clip
 from pipeline.config import BUILTIN_DIGITS, RESULT_EFFECTS, Config, Section, field_effects, fields, parse_config
 from pipeline.config.fields import affects
 from pipeline.data import contents
@@ -244,10 +244,11 @@ def compute_keys(config: Config) -> dict[str, ExpectedKey]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cached_towers():
-    """Cache the towers, which are slow to build and depend only on the model."""
+def cached_clip():
+    """Cache what depends only on the CLIP, and is slow to build and to read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "build_meta_towers", cache(build_meta_towers))
+        for function in (build_meta_towers, clip_identity):
+            patch.setattr(plans, function.__name__, cache(function))
         yield
 
 
