@@ -155,7 +155,7 @@ def add_descriptions(section: type[Section]) -> None:
     Pydantic would do so for each class that is imported, a sixth of the time to a job's first line.
     """
     for name, field in section.model_fields.items():
-        owner = next(base for base in section.__mro__ if name in vars(base).get("__annotations__", {}))
+        owner = next(base for base in section.__mro__ if name in inspect.get_annotations(base))
         if field.description is None:
             field.description = _docstrings(owner.__module__).get(owner.__qualname__, {}).get(name)
         if is_section(field):
