@@ -37,6 +37,7 @@ class Tolerance:
     """Maximum differences from the stored numbers; all numbers without a tolerance must be equal."""
 
     losses: float
+    test_losses: float
     mean_probability: float
     affinity: float
     """Relative to the largest affinity."""
@@ -44,7 +45,7 @@ class Tolerance:
     """Maximum number of test images per task and training whose predicted class may differ: borderline cases."""
 
 
-EXACT = Tolerance(losses=0, mean_probability=0, affinity=0, images=0)
+EXACT = Tolerance(losses=0, test_losses=0, mean_probability=0, affinity=0, images=0)
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,12 @@ class GoldenRun:
 
 
 # The summation order depends on the processor (AVX-512, AVX2, SSE; BLAS kernels), and training amplifies the
-# differences. Largest differences on one machine: of all methods, on an earlier demo, between AVX-512 and
-# ATEN_CPU_CAPABILITY=avx2 or default, ONEDNN_MAX_CPU_ISA=AVX2 or SSE41, and MKL_ENABLE_INSTRUCTIONS=AVX2 or SSE4_2;
-# of the demo, between AVX2 and the last of each:
-#                losses    mean probability   affinity   labels
-#   all methods  0.000004  0.0000009          4e-7       none
-#   demo         0.00014   0.000003           8e-6       1
-# Test losses and their standard errors have no tolerance, although they differ too: by 0.000016 and 0.0000042 there.
-DEMO = GoldenRun("demo", (), Tolerance(losses=2e-3, mean_probability=1e-4, affinity=1e-5, images=1))
+# differences. Largest differences of the stored numbers (AMD, AVX2) from those of an Intel with AVX-512, and of that
+# with ATEN_CPU_CAPABILITY=default, ONEDNN_MAX_CPU_ISA=SSE41 and MKL_ENABLE_INSTRUCTIONS=SSE4_2:
+#                losses    test losses   mean probability   affinity   labels
+#   all methods  0.000017  0.000047      0.0000064          2.4e-6     none
+#   demo         0.00014   0.000015      0.0000022          6.1e-6     none (1 on the AMD)
+DEMO = GoldenRun("demo", (), Tolerance(losses=2e-3, test_losses=2e-4, mean_probability=1e-4, affinity=1e-5, images=1))
 ALL_METHODS = GoldenRun(
     "all_methods",
     (
@@ -83,7 +82,7 @@ ALL_METHODS = GoldenRun(
         *("--clip_svd.training.learning_rate", "0.01", "--two_stage.training.learning_rate", "0.01"),
         *("--tcp.training.learning_rate", "0.001", "--tip_adapter_f.training.learning_rate", "0.001"),
     ),
-    Tolerance(losses=1e-4, mean_probability=2e-5, affinity=1e-5, images=1),
+    Tolerance(losses=1e-4, test_losses=5e-4, mean_probability=2e-5, affinity=1e-5, images=1),
 )
 RUNS = {golden.name: golden for golden in (DEMO, ALL_METHODS)}
 
@@ -225,13 +224,17 @@ def _distance(old: Any, new: Any) -> float:
 
 
 def _max_distance(path: tuple, tolerance: Tolerance, stored: dict[str, Any]) -> float:
+    num_images = min(split["images"] for name, split in stored["splits"].items() if name.startswith("test"))
     if path[0] == "affinity":
         return tolerance.affinity * max(abs(value) for row in stored["affinity"] for value in row)
     if path[-1] == "labels":
         return tolerance.images
     if "accuracy" in path or path[-1] == "average":
-        num_images = min(split["images"] for name, split in stored["splits"].items() if name.startswith("test"))
         return tolerance.images / num_images * (1 + 1e-6)
+    if path[-1] == "average_standard_error" or "standard_error" in path:  # of accuracies from 5 to 95 %
+        return 2 * tolerance.images / num_images**1.5
+    if "test_loss" in path or path[-1] == "average_test_loss":
+        return tolerance.test_losses
     kind = next((part for part in path if part in ("losses", "mean_probability")), None)
     return getattr(tolerance, kind) if kind else 0
 

@@ -143,6 +143,8 @@ COOP = ("trainings", "coop: ink_right")
             lambda value: value + 1e-3,
             "ink_right mean_probability 0.7196703 -> 0.7206703",
         ),
+        (("methods", "coop", "test_loss", "ink_right"), lambda value: value + 1e-3, "test_loss ink_right"),
+        (("methods", "coop", "standard_error", "ink_right"), lambda value: value + 2e-3, "standard_error ink_right"),
         (("trainings", "new: ink_right"), {"losses": [[1.0]]}, "trainings new: ink_right: new"),
     ],
 )
@@ -159,6 +161,8 @@ def test_a_borderline_image_and_rounding_are_tolerated():
         ((*COOP, "losses", 3, 0), lambda value: value + 1e-5),
         ((*COOP, "predictions", "ink_right", "labels"), change_labels(1)),
         ((*COOP, "predictions", "ink_right", "accuracy"), lambda value: value + 1 / 144),
+        (("methods", "coop", "test_loss", "ink_right"), lambda value: value + 5e-5),
+        (("methods", "coop", "standard_error", "ink_right"), lambda value: value + 1e-3),
     ):
         assert differences(stored, changed(path, value)) and not differences(
             stored, changed(path, value), ALL_METHODS.tolerance
