@@ -5,7 +5,8 @@ VENV ?= .venv
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --no-loadscope-reorder
 # More at a time overload two cores: each starts a Ray, whose node ends where its agents take more than 15 s to start.
 TWO_AT_A_TIME := --numprocesses 2 --no-loadscope-reorder
-PYTEST_OPTIONS ?=
+# A file, where coverage is to be measured.
+COVERAGE ?=
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-faults golden audit lint types docs clean
@@ -13,8 +14,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## run the whole pipeline on the embedded handwritten digits
 	$(VENV)/bin/python jobs/full_pipeline.py
 
-test: $(INSTALLED)  ## run all but the fault-injection tests; with coverage: make test PYTEST_OPTIONS=--cov
-	$(VENV)/bin/python -m pytest $(IN_PARALLEL) $(PYTEST_OPTIONS)
+test: $(INSTALLED)  ## run all but the fault-injection tests; with coverage: make test COVERAGE=coverage.json
+	$(VENV)/bin/python $(if $(COVERAGE),-m slipcover --json --out $(COVERAGE)) -m pytest $(IN_PARALLEL)
+	$(if $(COVERAGE),$(VENV)/bin/python -m slipcover --merge $(COVERAGE) --out $(COVERAGE) --fail-under 95)
 
 test-faults: $(INSTALLED)  ## run the fault-injection tests (several machines, soak): docs/fault_tolerance.md
 	$(VENV)/bin/python -m pytest -m fault_injection $(TWO_AT_A_TIME)

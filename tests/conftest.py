@@ -170,22 +170,6 @@ LONGEST_FAULT_INJECTION_TESTS = (
     "test_serving.py",
     "test_golden.py",
 )
-NOT_TRACED = (
-    "test_aggregation.py",
-    "test_docs_code.py::test_code_block",
-    "test_export.py::test_the_graph_of_every_method_gives_its_logits_for_any_batch",
-    "test_export.py::test_towers_of_every_family_are_traced_for_any_batch",
-    "test_families.py",
-    "test_families_text.py",
-    "test_grouping.py::test_all_outputs_follow_the_configured_score_and_constraints",
-    "test_grouping_search.py::test_a_local_search_solves_most_small_problems",
-    "test_grouping_search.py::test_a_partition_without_proof_has_an_upper_bound_above_the_optimum",
-    "test_grouping_search.py::test_upper_bounds_of_stopped_searches_are_never_below_the_optimum",
-    "test_keys.py",
-    "test_methods.py",
-    "test_towers.py",
-)
-"""Files, or tests, without coverage, which doubles their time: many cases of few lines, which other tests run too."""
 WITHOUT_OWN_FIXTURES = ("test_fault_tolerance.py", "test_interrupts.py")
 """Files with fault-injection tests that may run in any process, one by one."""
 
@@ -219,13 +203,8 @@ def needs_ray(item: pytest.Item) -> bool:
     return not {"shared_ray", "run_job"}.isdisjoint(item.fixturenames)
 
 
-def is_one_of(names: tuple[str, ...], nodeid: str) -> bool:
-    """Whether a test, or its file, is one of the names."""
-    return nodeid.partition("[")[0].rpartition("/")[2].startswith(names)
-
-
 def is_user_of_ray(nodeid: str) -> bool:
-    return is_one_of(USERS_OF_RAY, nodeid)
+    return nodeid.partition("[")[0].rpartition("/")[2].startswith(USERS_OF_RAY)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -261,8 +240,6 @@ def pytest_collection_modifyitems(config, items):
     if torch := sys.modules.get("torch"):  # not imported where nothing is collected, such as by pytest-xdist itself
         torch.set_num_threads(1)  # small models: more threads only wait for each other
     for item in items:
-        if is_one_of(NOT_TRACED, item.nodeid):
-            item.add_marker(pytest.mark.no_cover)
         if needs_ray(item) and not item.get_closest_marker("fault_injection"):
             if item.path.parent == Path(__file__).parent and not is_user_of_ray(item.nodeid):
                 raise pytest.UsageError(f"conftest.USERS_OF_RAY lacks {item.path.name} or {item.nodeid}")

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-import pytest
 from mlflow import MlflowClient
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -147,10 +146,7 @@ def ensure_ray() -> None:
         # next work waits for another one to import PyTorch.
         # By Ray's niceness of 15 they would wait for all other tests' processes, and the tests that use Ray end last.
         options["_system_config"] = {"num_workers_soft_limit": 4, "worker_niceness": 0}
-        with pytest.MonkeyPatch.context() as patch:
-            # Coverage.py would slow down Ray's own processes, which have a limited time to start.
-            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-            start_local_ray(temporary_folder()[0], options, print)
+        start_local_ray(temporary_folder()[0], options, print)
         signal.signal(signal.SIGTERM, on_termination)  # Ray's own would end one test, and pytest go on to the next
 
 
