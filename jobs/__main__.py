@@ -16,7 +16,6 @@ with interrupts.ending_at_once():
     import importlib.util
     import re
     import sys
-    import types
     from pathlib import Path
 
 GROUPS = {
@@ -71,13 +70,12 @@ def main() -> None:
 
 def run_script(job: str) -> None:
     """Execute a job's script as the main module, which pydantic and cloudpickle look for by that name."""
-    spec = importlib.util.find_spec(f"jobs.{job}")
-    assert spec and isinstance(spec.loader, importlib.abc.InspectLoader)
-    module, previous = types.ModuleType("__main__"), sys.modules["__main__"]
-    module.__file__ = spec.origin
+    spec = importlib.util.spec_from_file_location("__main__", Path(__file__).with_name(f"{job}.py"))
+    assert spec and spec.loader
+    module, previous = importlib.util.module_from_spec(spec), sys.modules["__main__"]
     sys.modules["__main__"] = module
     try:
-        exec(spec.loader.get_code(spec.name), vars(module))
+        spec.loader.exec_module(module)
     finally:
         sys.modules["__main__"] = previous
 

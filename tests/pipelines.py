@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -152,12 +151,14 @@ def ensure_ray() -> None:
 
 def run_in_process(job: str, *arguments: object) -> Finished:
     """jobs/<job>.py in this process; use the fixture `run_job`."""
+    from jobs.__main__ import run_script
+
     ensure_ray()
     output, script = io.StringIO(), str(REPOSITORY / "jobs" / f"{job}.py")
     command_line, sys.argv = sys.argv, [script, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            runpy.run_path(script, run_name="__main__")
+            run_script(job)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

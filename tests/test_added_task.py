@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import runpy
 import sys
 from dataclasses import replace
 from functools import partial
@@ -31,6 +30,7 @@ from small_clip import CLASS_NAMES, small_towers, tokenizer
 from small_problem import CONFIG, TASKS, TEMPLATE, group_prompts, mmap_shape, small_problem
 
 import pipeline
+from jobs.__main__ import run_script
 from pipeline.clip.class_tokens import class_tokens
 from pipeline.config import GroupingConfig, load_yaml, parse_config
 from pipeline.data.images import read_image
@@ -420,7 +420,7 @@ def test_errors_are_reported_before_any_work(finished, tmp_path, monkeypatch, ca
     def error(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["add_task.py", *arguments])
         with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path("jobs/add_task.py", run_name="__main__")
+            run_script("add_task")
         assert exit_info.value.code == 2
         return " ".join(capsys.readouterr().err.split())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import shtab
 from pipelines import REPOSITORY
 from pydantic import Field
 
-from jobs.__main__ import GROUPS, USUAL_NAMES, job_names, main
+from jobs.__main__ import GROUPS, USUAL_NAMES, job_names, main, run_script
 from jobs.completion import completion_parser
 from pipeline.command_line import report_user_errors
 from pipeline.config import Config, JobOptions, JobParser, Section, did_you_mean, fields, parse_config
@@ -60,7 +59,7 @@ def run_to_exit(monkeypatch, capsys):
         script = str(REPOSITORY / "jobs" / f"{job}.py")
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(SystemExit) as exited:
-            runpy.run_path(script, run_name="__main__")
+            run_script(job)
         return exited.value.code, *capsys.readouterr()
 
     return run

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-import runpy
 import sys
 from importlib import import_module
 
 import pytest
 from pipelines import REPOSITORY
 
+from jobs.__main__ import run_script
 from pipeline import command_line
 from pipeline.stages.flow import FLOW, NAMES, needs_weights, stage_title
 
@@ -39,7 +39,7 @@ def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
         weights.append(fetches_weights)
 
     monkeypatch.setattr(command_line, "run_job", run_job)
-    runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"), run_name="__main__")
+    run_script(job)
     (main,) = ran
     assert main.func.__name__ == "run_stages" and main.keywords == {"last_stage": LAST_STAGE[job]}
     assert weights == [needs_weights(LAST_STAGE[job])]
@@ -59,7 +59,7 @@ def test_a_script_of_a_stage_runs_the_flow_until_it(job, monkeypatch):
 def test_help_lists_the_stages(arguments, lines, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", *arguments])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(REPOSITORY / "jobs" / "full_pipeline.py"), run_name="__main__")
+        run_script("full_pipeline")
     output = "".join(capsys.readouterr())
     assert all(line in output for line in lines)
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-import runpy
 import sys
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -16,6 +15,7 @@ import torch
 from pipelines import REPOSITORY
 from small_clip import open_clip
 
+from jobs.__main__ import run_script
 from pipeline.clip.files import source
 from pipeline.clip.load import build_meta_towers
 from pipeline.clip.meta_device import SkipInitialization
@@ -46,7 +46,7 @@ def list_models(*arguments: str) -> tuple[str, str]:
     sys.argv = ["list_models.py", *arguments]
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            runpy.run_path(str(REPOSITORY / "jobs" / "list_models.py"), run_name="__main__")
+            run_script("list_models")
     except SystemExit as end:
         assert end.code == 2
     finally:

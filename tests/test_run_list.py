@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from pipelines import REPOSITORY
 
+from jobs.__main__ import run_script
 from pipeline.config import parse_config, to_yaml
 from pipeline.files import write_record
 
@@ -53,7 +53,7 @@ def runs(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["mmap-clip runs", *map(str, arguments)])
         status = 0
         try:
-            runpy.run_path(str(REPOSITORY / "jobs/runs.py"), run_name="__main__")
+            run_script("runs")
         except SystemExit as exited:
             status = exited.code
         return status, *capsys.readouterr()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import runpy
 import sys
 
 import pytest
-from pipelines import REPOSITORY
 from servers import S3Server, free_ports
 
+from jobs.__main__ import run_script
 from pipeline.files import write_record
 from pipeline.runtime.storage import Artifact, Storage
 
@@ -66,7 +65,7 @@ def verify(monkeypatch, capsys):
     def run(location):
         monkeypatch.setattr(sys, "argv", ["mmap-clip verify", str(location)])
         with pytest.raises(SystemExit) as exited:
-            runpy.run_path(str(REPOSITORY / "jobs" / "verify.py"), run_name="__main__")
+            run_script("verify")
         return exited.value.code, *capsys.readouterr()
 
     return run

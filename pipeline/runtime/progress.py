@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -42,7 +42,7 @@ def _progress_actor(node_id: str, job_id: str) -> Any:
     """Start a ProgressActor on the driver's machine, where the loss of another machine cannot end it. A process takes a
     second to start, so all runs of a driver share it; it ends when the driver disconnects."""
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    actor = cast(Any, ProgressActor)  # Ray's type hints show the undecorated class
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressActor)
     return actor.options(scheduling_strategy=strategy).remote()
 
 
@@ -78,7 +78,6 @@ class RunProgress:
         return reports
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class ProgressActor:
     """Collects the workers' reports, by run, until the driver drains them. Losing them loses no results."""
 
