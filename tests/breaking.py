@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from pipelines import Finished, Job, numbers
 from servers import Server
+
+from pipeline.files import read_json
 
 
 def checkpoints(storage: Path, stage: str, name: str = "checkpoint.pt") -> list[Path]:
@@ -30,3 +33,15 @@ def lost(server: Server, job: Job, condition) -> Finished:
 def same(storage: Path, undisturbed) -> bool:
     assert numbers(storage) == numbers(undisturbed)
     return True
+
+
+def without_trainings_of_groups(undisturbed: Path, storage: Path) -> Path:
+    """Copy a storage with the splits and the trainings of single tasks, and nothing else that was trained."""
+    shutil.copytree(undisturbed, storage)
+    trainings = list(storage.glob("group_trainings/[!.]*"))
+    together = [folder for folder in trainings if len(read_json(folder / "artifact.json")["inputs"]["group"]) > 1]
+    assert len(trainings) > len(together) > 1
+    for folder in [*together, *(storage / stage for stage in ("global_prompt", "image_features", "runs"))]:
+        shutil.rmtree(folder)
+    (storage / "mlflow.db").unlink()
+    return storage

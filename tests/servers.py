@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pipelines import PATIENCE_S, REPOSITORY
+from pipelines import PATIENCE_S
 
 BIN = Path(sys.executable).parent
 
@@ -90,14 +90,14 @@ class RayCluster:
     """A Ray head and nodes on addresses of their own, as `ray start` makes them on machines of their own."""
 
     def __init__(self, folder: Path, num_cpus: int = 2, num_gpus: int = 0, dashboard: bool = False):
-        """`dashboard`: for jobs that are submitted, and for Ray Train; its ten processes take long to start."""
+        """`dashboard`: for Ray Train; its ten processes take long to start."""
         if " " in sys.executable:
             pytest.skip("Ray starts the workers of a cluster's jobs by a shell, which cannot find a Python with spaces")
         self._folder, self._has_dashboard = folder, dashboard
         # Socket paths below a test's folder would be too long.
         self._temporary = Path(tempfile.mkdtemp(prefix="ray-"))
         self._gcs, self._dashboard, client = free_ports(3, start=6500 + os.getpid() % 700)
-        self.address, self.gcs = f"http://127.0.0.1:{self._dashboard}", f"127.0.0.1:{self._gcs}"
+        self.gcs = f"127.0.0.1:{self._gcs}"
         self.nodes: list[Server] = []
         self._client = client
         self.head = self.start_head(num_cpus, num_gpus)
@@ -152,7 +152,7 @@ class RayCluster:
                     command,
                     self._folder / f"ray-{number}.log",
                     {"PATH": f"{BIN}:{os.environ['PATH']}", **env},
-                    f"{self.address}/api/version" if is_dashboard else health,
+                    f"http://127.0.0.1:{self._dashboard}/api/version" if is_dashboard else health,
                 )
             except AssertionError as error:
                 # Ray gives a node 30 s to start, and a busy machine may need more.
@@ -180,17 +180,6 @@ def mlflow_server(folder: Path, port: int, store: str | None = None) -> Server:
         folder / "mlflow.log",
         {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PATH": f"{BIN}:{os.environ['PATH']}"},
         f"http://127.0.0.1:{port}/health",
-    )
-
-
-def submit(address: str, *entrypoint: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *entrypoint],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
     )
 
 

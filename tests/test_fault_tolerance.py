@@ -8,18 +8,14 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
-from breaking import checkpoints, group_checkpoints, same
+from breaking import checkpoints, group_checkpoints, same, without_trainings_of_groups
 from mlflow import MlflowClient
-from pipelines import FEW_TASKS, Job, every_step_once, prepare, run, summary, title
+from pipelines import FEW_TASKS, Job, every_step_once, prepare, title
 from servers import free_ports, mlflow_server
-
-from pipeline.files import read_json
 
 pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1200)]
 
@@ -45,22 +41,35 @@ def kill_the_job(job: Job, condition) -> None:
         job.stop()
 
 
-def test_a_worker_is_killed_in_each_stage(undisturbed, new_storage):
-    job = Job(new_storage, *FEW_TASKS)
+def test_workers_are_killed_in_each_stage_and_the_tracking_server_is_away(undisturbed, new_storage, tmp_path):
+    (port,) = free_ports(1, start=8700)
+    uri = f"http://127.0.0.1:{port}"
+    server = mlflow_server(tmp_path, port)
+    job = Job(new_storage, *FEW_TASKS, "--tracking.uri", uri)
     try:
-        resumed = {
-            "global prompt": partial(checkpoints, new_storage, "global_prompt"),
-            "each alone": partial(checkpoints, new_storage, "group_trainings"),
-            "all in one": partial(group_checkpoints, new_storage),
-        }
-        for label in ("check 1", "write ", "global prompt", "each alone", "image features", "all in one"):
-            if label in resumed:  # where it goes on from
-                job.wait_until(resumed[label])
+        for label in ("check 1", "write "):
             kill_a_worker(job, label)
-    finally:
+        job.wait_until(lambda: checkpoints(new_storage, "global_prompt"))  # where it goes on from
+        kill_a_worker(job, "global prompt")
+        server.kill()
+        job.wait_until(lambda: checkpoints(new_storage, "group_trainings"))
+        kill_a_worker(job, "each alone")
+        job.process.send_signal(signal.SIGSTOP)  # the server takes longer to start than the rest of the job
+        server = mlflow_server(tmp_path, port)
+        job.process.send_signal(signal.SIGCONT)
+        kill_a_worker(job, "image features")
+        job.wait_until(lambda: group_checkpoints(new_storage))
+        kill_a_worker(job, "all in one")
         finished = job.finish()
-    assert finished.status == 0, finished.output
-    assert same(new_storage, undisturbed) and every_step_once(new_storage)
+        assert finished.status == 0, finished.output
+        assert "is reachable again" in finished.output
+        assert same(new_storage, undisturbed) and every_step_once(new_storage, uri)
+        client = MlflowClient(uri)
+        runs = client.search_runs([client.get_experiment_by_name("mmap-clip").experiment_id])
+        assert {run.info.status for run in runs} == {"FINISHED"}
+    finally:
+        job.stop()
+        server.kill()
 
 
 def test_the_job_is_killed_in_each_stage(undisturbed, run_job, new_storage):
@@ -80,8 +89,8 @@ def test_the_job_is_killed_in_each_stage(undisturbed, run_job, new_storage):
     assert same(new_storage, undisturbed) and every_step_once(new_storage)
 
 
-def test_checkpoints_are_damaged(undisturbed, new_storage):
-    """One is cut, one has a changed byte, one is empty: the one before is used, and told of."""
+def test_two_jobs_are_started_on_a_run_with_damaged_checkpoints(undisturbed, new_storage):
+    """One is cut, one has a changed byte, one is empty: the one before is used, and told of. The second job waits."""
     job = Job(new_storage, *FEW_TASKS)
     kill_the_job(job, lambda: len(checkpoints(new_storage, "group_trainings", "checkpoint.previous.pt")) > 1)
     damaged = checkpoints(new_storage, "group_trainings")
@@ -89,17 +98,9 @@ def test_checkpoints_are_damaged(undisturbed, new_storage):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes([content, content[:5000], b""][number % 3])
-    finished = run(new_storage, *FEW_TASKS)
-    assert finished.status == 0, finished.output
-    for file in damaged:
-        assert f"checkpoint {file} is damaged; using the previous one" in finished.output
-    assert same(new_storage, undisturbed)
-
-
-def test_two_jobs_are_started_on_one_run(undisturbed, new_storage):
     first_job = Job(new_storage, *FEW_TASKS)
     try:
-        first_job.wait_until(lambda: list((new_storage / "splits").glob("*")))
+        first_job.wait_until(lambda: "cached (computed in" in first_job.output.read_text())
         first_job.process.send_signal(signal.SIGSTOP)  # until the second one waits
         second_job = Job(new_storage, *FEW_TASKS)
         second_job.wait_until(lambda: "waiting for process" in second_job.output.read_text())
@@ -107,6 +108,8 @@ def test_two_jobs_are_started_on_one_run(undisturbed, new_storage):
         first_job.process.send_signal(signal.SIGCONT)
         first_result, second_result = first_job.finish(), second_job.finish()
     assert first_result.status == second_result.status == 0, first_result.output + second_result.output
+    for file in damaged:
+        assert f"checkpoint {file} is damaged; using the previous one" in first_result.output
     assert (
         f"waiting for process {first_job.process.pid} on {os.uname().nodename}, which holds the run lock"
         in second_result.output
@@ -169,52 +172,8 @@ def test_the_disk_is_full(undisturbed, run_job, disk, digits):
     assert same(storage, undisturbed) and every_step_once(storage)
 
 
-def test_the_tracking_server_is_away_for_a_while(undisturbed, new_storage, tmp_path):
-    (port,) = free_ports(1, start=8700)
-    uri = f"http://127.0.0.1:{port}"
-    server = mlflow_server(tmp_path, port)
-    job = Job(new_storage, *FEW_TASKS, "--tracking.uri", uri)
-    try:
-        job.wait_until(lambda: checkpoints(new_storage, "global_prompt"))
-        server.kill()
-        job.wait_until(lambda: checkpoints(new_storage, "group_trainings"))
-        server = mlflow_server(tmp_path, port)
-        finished = job.finish()
-        assert finished.status == 0, finished.output
-        assert "is reachable again" in finished.output
-        assert same(new_storage, undisturbed) and every_step_once(new_storage, uri)
-        client = MlflowClient(uri)
-        runs = client.search_runs([client.get_experiment_by_name("mmap-clip").experiment_id])
-        assert {run.info.status for run in runs} == {"FINISHED"}
-    finally:
-        job.stop()
-        server.kill()
-
-
-def test_two_workers_share_each_training(undisturbed, run_job, tmp_path):
-    """Data parallel by Ray Train: the numbers of one worker, up to the rounding of another order of sums."""
-    two = (*FEW_TASKS, "--cluster.workers_per_training", "2")
-    for name in ("storage", "fault"):  # with the splits, and nothing that was trained but each task alone
-        shutil.copytree(undisturbed, tmp_path / name)
-        trainings = list((tmp_path / name).glob("group_trainings/[!.]*"))
-        together = [folder for folder in trainings if len(read_json(folder / "artifact.json")["inputs"]["group"]) > 1]
-        assert len(trainings) > len(together) > 1
-        for folder in [*together, *(tmp_path / name / stage for stage in ("global_prompt", "image_features", "runs"))]:
-            shutil.rmtree(folder)
-        (tmp_path / name / "mlflow.db").unlink()
-    fault, storage = tmp_path / "fault", tmp_path / "storage"
-    failed = run_job("train_global_prompt", "--storage", fault, *two, "--training.learning_rate", "1e30")
+def test_two_workers_of_a_training_report_its_error(undisturbed, run_job, tmp_path):
+    storage = without_trainings_of_groups(undisturbed, tmp_path / "storage")
+    options = (*FEW_TASKS, "--cluster.workers_per_training", "2", "--training.learning_rate", "1e30")
+    failed = run_job("train_global_prompt", "--storage", storage, *options)
     assert failed.status == 2 and "error: global prompt: the loss of task" in failed.output, failed.output
-
-    # One group: on two cores, one training after the other.
-    finished = run_job("full_pipeline", "--storage", storage, *two, "--grouping.num_groups", "1")
-    assert finished.status == 0, finished.output
-    assert every_step_once(storage)
-    losses = [
-        pq.read_table(next(folder.glob("global_prompt/*/history.parquet")))["loss"].to_numpy()
-        for folder in (storage, undisturbed)
-    ]
-    assert len(losses[0]) == len(losses[1]) and abs(losses[0] - losses[1]).max() < 1e-3
-    for method in ("zero_shot", "all_in_one"):
-        single, shared = (summary(folder)["methods"][method]["accuracy"] for folder in (undisturbed, storage))
-        assert shared == pytest.approx(single, abs=0.01), method  # of 180 images, one may be on the fence

@@ -17,7 +17,7 @@ from servers import RayCluster
 from pipeline.demo.digits import write_digits
 
 pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1500)]
-TASKS = ("blur_left", "blur_right", "ink_left", "thick_left", "thick_right")
+TASKS = ("blur_left", "blur_right", "ink_left", "thick_left")
 SEEDS = range(1, 4)
 TRAININGS = len(SEEDS) * (2 ** len(TASKS) - 1)
 OPTIONS = (
@@ -35,7 +35,7 @@ class Killer(Thread):
     job: Job
     cluster: RayCluster
     storage: Path
-    interval: int = 4
+    interval: int = 2
     killed: int = 0
     samples: list[dict[str, tuple[float, int]]] = field(default_factory=list)
 
