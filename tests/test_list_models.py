@@ -17,8 +17,8 @@ from small_clip import open_clip
 
 from jobs.__main__ import run_script
 from pipeline.clip.files import source
+from pipeline.clip.initialization import SkipInitialization
 from pipeline.clip.load import build_meta_towers
-from pipeline.clip.meta_device import SkipInitialization
 from pipeline.config import ClipConfig, Config
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
@@ -233,3 +233,22 @@ def test_only_tensors_on_the_meta_device_are_not_initialized():
     with SkipInitialization():
         assert torch.equal(torch.nn.Linear(3, 2).weight, expected) and torch.equal(0.5 * torch.randn(3), scaled)
         assert torch.equal(torch.nn.init.constant_(tensor=torch.zeros(2), val=3).mul_(2), torch.full((2,), 6.0))
+
+
+def test_random_values_are_skipped_where_weights_are_loaded_next():
+    with SkipInitialization(random=True):
+        init, zeros = torch.nn.init, torch.zeros(3, 2)
+        for name in ("normal_", "uniform_", "trunc_normal_", "xavier_uniform_", "kaiming_uniform_"):
+            assert torch.equal(getattr(init, name)(zeros), torch.zeros(3, 2)), name
+        assert torch.equal(init.constant_(zeros, 3), torch.full((3, 2), 3.0))
+
+
+@pytest.mark.parametrize("vision", [{"layers": 2, "width": 64, "patch_size": 16}, {"timm_model_name": "test_vit"}])
+def test_loaded_weights_are_all_of_a_model_that_was_built_without_random_ones(vision):
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": 160, **vision}, "text_cfg": text}
+    model, empty = (source.ModelSource(config).build(False, random_weights=random) for random in (True, False))
+    empty.load_state_dict(model.state_dict())
+    for tensors in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
+        for (name, value), (_, loaded) in zip(tensors(model), tensors(empty), strict=True):
+            assert torch.equal(value, loaded), name

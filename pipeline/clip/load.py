@@ -147,9 +147,9 @@ def load_open_clip(config: ClipConfig) -> tuple[nn.Module, dict[str, Any]]:
         state, quick_gelu = None, _uses_quick_gelu(config, source, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
-        model = _build(source, quick_gelu, config)
-    if state:
-        model.load_state_dict(state)
+        model = _build(source, quick_gelu, config, random_weights=state is None)
+    if state is not None:
+        model.load_state_dict(state)  # strict: nothing is left uninitialized
     if config.image_size:
         resize_input(model, config.image_size, config.model)
     vision_config = {**source.model_config["vision_cfg"], "image_size": _preprocessing(config, source).image_size}
@@ -255,9 +255,11 @@ def _build_meta(source: ModelSource, config: ClipConfig) -> nn.Module:
     return model
 
 
-def _build(source: ModelSource, quick_gelu: bool, config: ClipConfig, device: str = "cpu") -> nn.Module:
+def _build(
+    source: ModelSource, quick_gelu: bool, config: ClipConfig, device: str = "cpu", random_weights: bool = True
+) -> nn.Module:
     with _suppress_warnings():
-        model: nn.Module = _of_model(config, source.build, quick_gelu, device)
+        model: nn.Module = _of_model(config, source.build, quick_gelu, device, random_weights)
     return model
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from pipeline.clip.files.hugging_face import to_model_config, to_preprocess_config
 from pipeline.clip.files.model_files import ModelFiles, is_commit, open_model_files
 from pipeline.clip.files.text_files import TEXT_CONFIG, text_config_folder
-from pipeline.clip.meta_device import SkipInitialization
+from pipeline.clip.initialization import SkipInitialization
 from pipeline.clip.torchvision_compat import ensure_torchvision
 from pipeline.config import BUILTIN_DIGITS, MAX_YAML_BYTES, OPENAI_NAMES, brings_weights, did_you_mean, read_text
 from pipeline.errors import UserError
@@ -57,12 +57,13 @@ class ModelSource:
     repository: str | None = None
     """hf-hub:ORG/NAME@COMMIT of a repository on the Hub."""
 
-    def build(self, quick_gelu: bool, device: str = "cpu") -> nn.Module:
+    def build(self, quick_gelu: bool, device: str = "cpu", random_weights: bool = True) -> nn.Module:
         """Build the model with random weights, as open_clip.create_model does without any.
 
         Args:
             quick_gelu: use QuickGELU.
             device: cpu, or meta for names and shapes only.
+            random_weights: False: leave the weights as memory was, for others to be loaded.
 
         Raises:
             UserError: as `text_config_folder`, or that config is invalid.
@@ -77,7 +78,8 @@ class ModelSource:
         model_class = open_clip.CLIP
         if has_text_tower:
             model_class = open_clip.CoCa if "multimodal_cfg" in values else open_clip.CustomTextCLIP
-        with torch.device(device), SkipInitialization() if device == "meta" else nullcontext():
+        is_skipped = device == "meta" or not random_weights  # the context costs time, too
+        with torch.device(device), SkipInitialization(not random_weights) if is_skipped else nullcontext():
             model: nn.Module = model_class(**values | {"quick_gelu": quick_gelu})
         return model
 

@@ -1,4 +1,5 @@
-"""Building of models on torch's meta device, whose tensors have shapes and no values."""
+"""Building of models without initial values, which take most of the time: on torch's meta device, whose tensors have
+none, and where weights are loaded afterwards."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_RANDOM_INITIALIZERS = {"normal_", "uniform_", "erfinv_", "kaiming_uniform_"}
+"""torch.nn.init's other random functions call these."""
 _INITIALIZERS = {
-    *("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "copy_"),
-    *("constant_", "kaiming_uniform_", "triu_"),
+    *_RANDOM_INITIALIZERS,
+    *("mul_", "add_", "clamp_", "fill_", "zero_", "copy_", "constant_", "triu_"),
 }
 """In-place functions, of tensors and of torch.nn.init, that change values only."""
 _RANDOM = {torch.rand, torch.randn}
@@ -19,8 +22,12 @@ _RANDOM = {torch.rand, torch.randn}
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Context in which tensors on the meta device are not initialized, which takes most of the time to build a model
-    there."""
+    """Context in which tensors on the meta device are not initialized; on others, if `random` is set, not with random
+    values: for weights that are loaded next."""
+
+    def __init__(self, random: bool = False) -> None:
+        super().__init__()
+        self._random = random
 
     def __torch_function__(
         self,
@@ -31,8 +38,10 @@ class SkipInitialization(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        if self._random and isinstance(tensor, Tensor) and name in _RANDOM_INITIALIZERS:
+            return tensor
         if isinstance(tensor, Tensor) and tensor.is_meta:
-            name = getattr(func, "__name__", "")
             is_scaled = name == "mul" and tensor.is_floating_point() and isinstance(args[1], float)
             if name in _INITIALIZERS or is_scaled:
                 return tensor
