@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines import Finished, Job, numbers
@@ -28,6 +31,16 @@ def lost(server: Server, job: Job, condition) -> Finished:
     finally:
         finished = job.finish()
     return finished
+
+
+@contextmanager
+def suspended(job: Job) -> Iterator[None]:
+    """The job's own process stands still; Ray and its workers go on."""
+    job.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        job.process.send_signal(signal.SIGCONT)
 
 
 def same(storage: Path, undisturbed) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 
 import psutil
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from breaking import checkpoints, group_checkpoints, lost, same, without_trainings_of_groups
+from breaking import checkpoints, group_checkpoints, lost, same, suspended, without_trainings_of_groups
 from pipelines import FEW_TASKS, Job, every_step_once, run, summary, title
 from servers import RayCluster, S3Server, Server, free_ports, in_a_mount_namespace
 
@@ -76,9 +75,8 @@ def test_shared_trainings_go_on_with_fewer_workers(undisturbed, cluster, tmp_pat
         job.wait_until(lambda: checkpoints(storage, "global_prompt"))
         nodes[0].kill()
         job.wait_until(lambda: list(storage.glob("global_prompt/[!.]*")))
-        job.process.send_signal(signal.SIGSTOP)  # until there are two again
-        cluster.add_node(1, 0)
-        job.process.send_signal(signal.SIGCONT)
+        with suspended(job):
+            cluster.add_node(1, 0)  # two again
     finally:
         finished = job.finish()
     assert finished.status == 0, finished.output

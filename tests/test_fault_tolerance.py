@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from breaking import checkpoints, group_checkpoints, same, without_trainings_of_groups
+from breaking import checkpoints, group_checkpoints, same, suspended, without_trainings_of_groups
 from mlflow import MlflowClient
 from pipelines import FEW_TASKS, Job, every_step_once, prepare, title
 from servers import free_ports, mlflow_server
@@ -54,9 +54,8 @@ def test_workers_are_killed_in_each_stage_and_the_tracking_server_is_away(undist
         server.kill()
         job.wait_until(lambda: checkpoints(new_storage, "group_trainings"))
         kill_a_worker(job, "each alone")
-        job.process.send_signal(signal.SIGSTOP)  # the server takes longer to start than the rest of the job
-        server = mlflow_server(tmp_path, port)
-        job.process.send_signal(signal.SIGCONT)
+        with suspended(job):  # the server takes longer to start than the rest of the job
+            server = mlflow_server(tmp_path, port)
         kill_a_worker(job, "image features")
         job.wait_until(lambda: group_checkpoints(new_storage))
         kill_a_worker(job, "all in one")
@@ -101,11 +100,10 @@ def test_two_jobs_are_started_on_a_run_with_damaged_checkpoints(undisturbed, new
     first_job = Job(new_storage, *FEW_TASKS)
     try:
         first_job.wait_until(lambda: "cached (computed in" in first_job.output.read_text())
-        first_job.process.send_signal(signal.SIGSTOP)  # until the second one waits
-        second_job = Job(new_storage, *FEW_TASKS)
-        second_job.wait_until(lambda: "waiting for process" in second_job.output.read_text())
+        with suspended(first_job):
+            second_job = Job(new_storage, *FEW_TASKS)
+            second_job.wait_until(lambda: "waiting for process" in second_job.output.read_text())
     finally:
-        first_job.process.send_signal(signal.SIGCONT)
         first_result, second_result = first_job.finish(), second_job.finish()
     assert first_result.status == second_result.status == 0, first_result.output + second_result.output
     for file in damaged:
