@@ -19,7 +19,7 @@ sys.dont_write_bytecode = False
 os.environ["MMAP_CLIP_TESTS"] = uuid.uuid4().hex
 
 import subprocess  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -88,20 +88,34 @@ def new_storage(tmp_path, digits):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """Storage of one run that nothing breaks, which the others are compared with; all processes share it."""
+def make_once(tmp_path_factory):
+    """`make_once(name, write)`: a folder that one process writes by `write(folder)`, and all share."""
     from filelock import FileLock
-    from pipelines import FEW_TASKS, run_in_process
 
     root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "undisturbed"
-    with FileLock(f"{folder}.lock"):
-        folder.mkdir(exist_ok=True)
-        if not (folder / "finished").exists():
-            finished = run_in_process("full_pipeline", "--storage", folder / "storage", *FEW_TASKS)
-            assert finished.status == 0, finished.output
-            (folder / "finished").touch()
-    return folder / "storage"
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(f"{folder}.lock"):
+            if not (finished := root / f"{name} is finished").exists():
+                write(folder)
+                finished.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(make_once):
+    """Storage of one run that nothing breaks, which the others are compared with; all processes share it."""
+    from pipelines import FEW_TASKS, run_in_process
+
+    def run(storage: Path) -> None:
+        finished = run_in_process("full_pipeline", "--storage", storage, *FEW_TASKS)
+        assert finished.status == 0, finished.output
+
+    return make_once("undisturbed", run)
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +131,11 @@ def adapter_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """The demo's images, <task>/<train or test>/<class>/*.png."""
+def digits(make_once):
+    """The demo's images, <task>/<train or test>/<class>/*.png, which all processes share; nothing changes them."""
     from pipeline.demo.digits import write_digits
 
-    folder = tmp_path_factory.mktemp("digits") / "digits"
-    write_digits(folder)
-    return folder
+    return make_once("digits", write_digits)
 
 
 USERS_OF_RAY = (

@@ -126,7 +126,8 @@ def test_utilization(modules, monkeypatch, tmp_path):
 
     monkeypatch.setattr(utilization, "matmul_tflops", lambda device, precision: 1.0)  # seconds where it is slow
     options = ("--model", "tiny", "--images", 4, "--evaluated", 2, "--classes", 3, "--repeats", 1)
-    run_script(monkeypatch, "utilization.py", *options)
+    monkeypatch.setattr(sys, "argv", ["utilization.py", *map(str, options)])
+    utilization.main()
     rows = result(tmp_path, "utilization_tiny")["rows"]
     assert [(row["what"], row["precision"]) for row in rows] == [
         (call, precision) for precision in ("float32", "bfloat16") for call in ("training", "evaluation")
@@ -168,8 +169,12 @@ def test_the_gpu_script_runs_without_ray_and_mlflow(tmp_path):
     assert "| evaluation |" in output
 
 
-def test_the_gpu_script_lists_what_it_had_no_time_for(tmp_path):
-    output, values = run_gpu(tmp_path, "--minutes", 0)
+def test_the_gpu_script_lists_what_it_had_no_time_for(modules, monkeypatch, tmp_path, capsys):
+    import utilization
+
+    monkeypatch.setattr(utilization, "matmul_tflops", lambda device, precision: 1.0)
+    run_script(monkeypatch, "gpu.py", "--device", "cpu", "--model", "tiny", "--minutes", 0)
+    output, values = capsys.readouterr().out, result(tmp_path, "gpu_tiny")
     names = ("step time 1x16x65", "utilization float32", "pipeline: grouping", "training as CUDA graph")
     for name in names:
         assert any(text.startswith(name) for text in values["left_out"]), (name, values["left_out"])

@@ -36,13 +36,6 @@ WEIGHTS = DEMO / "digits_clip.safetensors"
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("demo") / "digits"
-    write_digits(root)
-    return root
-
-
-@pytest.fixture(scope="module")
 def labels() -> np.ndarray:
     return read_base_digits()[1]
 

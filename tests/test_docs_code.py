@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -39,7 +40,6 @@ from pipeline.clip.load import clip_identity, load_clip, weights_fingerprint
 from pipeline.config import CONFIGS, DEMO_CONFIG, DataConfig, load_yaml, parse_config, to_yaml
 from pipeline.data.index import index_dataset, read_class_names
 from pipeline.data.layouts import OFFICE_HOME_TASKS
-from pipeline.demo.digits import write_digits
 from pipeline.files import write_record
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, save_adapter
 from pipeline.methods.registry import METHODS
@@ -89,20 +89,20 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory, digits) -> Path:
     """Create a working directory with photos, a finished run, and the folders with absolute paths on the pages."""
     folder = tmp_path_factory.mktemp("world")
-    digits = folder / "mmap-runs" / "datasets" / "digits"
-    write_digits(digits)
+    shutil.copytree(digits, folder / "mmap-runs" / "datasets" / "digits")
     write_data_sets(folder / "data")
     write_finished_run(folder / "mmap-runs", data_root=folder / "data" / "new")
-    (folder / "mmap-runs" / "images").symlink_to(digits / "ink_left" / "test")
+    photos = folder / "mmap-runs" / "datasets" / "digits" / "ink_left" / "test"
+    (folder / "mmap-runs" / "images").symlink_to(photos)
     (folder / "bucket").symlink_to(folder / "mmap-runs")
     (folder / "mmap-runs" / "shops").symlink_to(folder / "data" / "shops")
     for path in ("photos", "data/photos"):
-        (folder / path).symlink_to(digits / "ink_left" / "test")
+        (folder / path).symlink_to(photos)
     for name in ("a.png", "b.jpg", "photo.jpg"):
-        (folder / name).symlink_to(digits / "ink_left" / "test" / "one" / "0000.png")
+        (folder / name).symlink_to(photos / "one" / "0000.png")
     (folder / "shops.yaml").write_text("name: shops\n")
     (folder / "token").write_text("0123456789abcdef")
     (folder / "token").chmod(0o600)

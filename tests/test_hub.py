@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -24,7 +26,7 @@ from pipeline.report.metrics import MAP
 from pipeline.report.model_card import model_card
 from pipeline.report.summary import Summary, method_result
 
-TOKEN = "hf_" + "a" * 34
+TOKEN, OTHER_TOKEN = "hf_" + "a" * 34, "hf_" + "b" * 34
 TASKS = {"ink": DIGITS, "neon": DIGITS}
 
 
@@ -47,16 +49,47 @@ def run_folder(tmp_path):
     return folder
 
 
+class Finished(NamedTuple):
+    status: int
+    output: str
+    errors: str
+
+
+JOBS_IN_A_ROW = """
+import contextlib, io, json, os, sys
+from jobs.__main__ import run_script
+for token, job, *arguments in json.load(sys.stdin):
+    os.environ["HF_TOKEN"], sys.argv, status = token, [job, *arguments], 0
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            run_script(job)
+        except SystemExit as end:
+            status = end.code or 0
+    print(json.dumps([status, output.getvalue(), errors.getvalue()]))
+"""
+
+
 @pytest.fixture
 def run_with_hub(tmp_path):
-    """Run a job in a process of its own: (hub or None, job, *arguments) → the finished process."""
+    """Run jobs in a process of their own, which has its own idea of the Hub and its cache.
 
-    def call(hub, job, *arguments, token=TOKEN):
-        env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
+    (hub, or None without a network, *commands (token, job, *arguments)) → what each of them gave.
+    """
+
+    def call(hub, *commands):
+        env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         if hub:
             env |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, f"jobs/{job}.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+        process = subprocess.run(
+            [sys.executable, "-c", JOBS_IN_A_ROW],
+            cwd=REPOSITORY,
+            env=env,
+            input=json.dumps([list(map(str, command)) for command in commands]),
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        return [Finished(*json.loads(line)) for line in process.stdout.splitlines()]
 
     return call
 
@@ -65,38 +98,40 @@ def test_a_model_is_uploaded_with_its_card_and_used_from_the_hub_and_its_cache(r
     photo = tmp_path / "photo.png"
     Image.effect_noise((40, 40), 80).convert("RGB").save(photo)
     with hub_server(TOKEN) as hub:
-        pushed = run_with_hub(hub, "push", run_folder, "me/digits", "--license", "mit", "--private", "true")
-        assert pushed.returncode == 0, pushed.stderr
-        assert hub.private == {"me/digits": True}
-        files = hub.files["me/digits"]
-        assert sorted(files) == ["README.md", "adapter.options.json", "adapter.safetensors"]
-        assert files["adapter.safetensors"] == (run_folder / "adapters" / "grouped.safetensors").read_bytes()
-        card = files["README.md"].decode()
-        assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
-        assert 'pipeline.load("hf-hub:me/digits")' in card and "| ink | 10 | 75.0 ± 2.2 | 400 |" in card
-        assert pushed.stdout == f"hf-hub:me/digits@{hub.commit_id('me/digits')}\n"
-
-        online = run_with_hub(hub, "predict", "hf-hub:me/digits", photo, "--task", "ink")
-        assert online.returncode == 0, online.stderr
-        # Again, to the repository that exists, which the token of another may not write to.
-        refused = run_with_hub(hub, "push", run_folder, "me/digits", token="hf_" + "b" * 34)
-        assert refused.returncode == 2 and "log in with `hf auth login`" in refused.stderr
-        assert TOKEN not in "".join([pushed.stdout, pushed.stderr, online.stderr]) and "bbb" not in refused.stderr
-        assert run_with_hub(hub, "predict", "hf-hub:me/other", photo).stderr.endswith(
-            "error: hf-hub:me/other is not on the Hugging Face Hub, or is private or gated: correct the name, or log "
-            "in with `hf auth login`\n"
+        pushed, online, refused, unknown = run_with_hub(
+            hub,
+            (TOKEN, "push", run_folder, "me/digits", "--license", "mit", "--private", "true"),
+            (TOKEN, "predict", "hf-hub:me/digits", photo, "--task", "ink"),
+            # Again, to the repository that exists, which the token of another may not write to.
+            (OTHER_TOKEN, "push", run_folder, "me/digits"),
+            (TOKEN, "predict", "hf-hub:me/other", photo),
         )
-    offline = run_with_hub(None, "predict", pushed.stdout.strip(), photo, "--task", "ink")
-    assert offline.returncode == 0, offline.stderr
-    assert online.stdout == offline.stdout
-    (row,) = csv.DictReader(io.StringIO(online.stdout))
+    assert pushed.status == online.status == 0, pushed.errors + online.errors
+    assert hub.private == {"me/digits": True}
+    files = hub.files["me/digits"]
+    assert sorted(files) == ["README.md", "adapter.options.json", "adapter.safetensors"]
+    assert files["adapter.safetensors"] == (run_folder / "adapters" / "grouped.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
+    assert 'pipeline.load("hf-hub:me/digits")' in card and "| ink | 10 | 75.0 ± 2.2 | 400 |" in card
+    assert pushed.output == f"hf-hub:me/digits@{hub.commit_id('me/digits')}\n"
+    assert refused.status == 2 and "log in with `hf auth login`" in refused.errors
+    assert TOKEN not in pushed.output + pushed.errors + online.errors and "bbb" not in refused.errors
+    assert unknown.errors.endswith(
+        "error: hf-hub:me/other is not on the Hugging Face Hub, or is private or gated: correct the name, or log "
+        "in with `hf auth login`\n"
+    )
+    (offline,) = run_with_hub(None, (TOKEN, "predict", pushed.output.strip(), photo, "--task", "ink"))
+    assert offline.status == 0, offline.errors
+    assert online.output == offline.output
+    (row,) = csv.DictReader(io.StringIO(online.output))
     expected = pipeline.load(run_folder / "adapters" / "grouped.safetensors").predict(photo, "ink")
     assert (row["label"], row["probability"]) == (expected.label, f"{expected.probability:.4f}")
     (snapshot,) = (tmp_path / "hf" / "hub" / "models--me--digits" / "snapshots").iterdir()
     assert pipeline.load(snapshot).predict(photo, "ink").probabilities == expected.probabilities
     (snapshot / "adapter.options.json").unlink()
-    incomplete = run_with_hub(None, "predict", "hf-hub:me/digits", photo, "--task", "ink")
-    assert incomplete.returncode == 2 and "has no adapter.options.json in the cache" in incomplete.stderr
+    (incomplete,) = run_with_hub(None, (TOKEN, "predict", "hf-hub:me/digits", photo, "--task", "ink"))
+    assert incomplete.status == 2 and "has no adapter.options.json in the cache" in incomplete.errors
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ from pipeline.data.parquet import SplitDescription, SplitReader, plan_parts, sca
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.splits import ScannedImage, content_fingerprint, sample_splits
 from pipeline.data.table_images import read_image_bytes
-from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.grouping.search.constraints import check_constraints
 from pipeline.methods.adapter_file import load_adapter
@@ -1459,9 +1458,8 @@ def test_one_task_has_pictures_of_its_grouping():
 
 
 @pytest.mark.slow
-def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, tmp_path):
-    write_digits(tmp_path / "digits")
-    files = sorted((tmp_path / "digits/ink_left").rglob("*.png"))
+def test_one_task_in_a_table_goes_through_the_whole_pipeline(run_job, digits, tmp_path):
+    files = sorted((digits / "ink_left").rglob("*.png"))
     table = pa.table(
         {
             "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],

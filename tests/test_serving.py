@@ -49,7 +49,6 @@ from pipeline.clip.load import load_clip, weights_fingerprint
 from pipeline.clip.towers import ClipTowers
 from pipeline.config import BUILTIN_DIGITS, MmapConfig
 from pipeline.data.preprocessing import Preprocessing
-from pipeline.demo.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.methods.adapter_file import TrainedAdapter, load_adapter, merge_adapters, save_adapter
 from pipeline.methods.registry import METHODS
@@ -362,10 +361,8 @@ def service(adapter_files, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> list[bytes]:
-    folder = tmp_path_factory.mktemp("digits") / "digits"
-    write_digits(folder)
-    return [path.read_bytes() for path in sorted((folder / "ink_left").rglob("*.png"))[::11]]
+def images(digits) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((digits / "ink_left").rglob("*.png"))[::11]]
 
 
 def fetch_json(url: str, body: bytes | None = None, content_type: str = "image/png"):

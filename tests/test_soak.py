@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,8 +14,6 @@ import psutil
 import pytest
 from pipelines import Job, title
 from servers import RayCluster
-
-from pipeline.demo.digits import write_digits
 
 pytestmark = [pytest.mark.fault_injection, pytest.mark.timeout(1500)]
 TASKS = ("blur_left", "blur_right", "ink_left", "thick_left")
@@ -81,10 +80,10 @@ class Killer(Thread):
 
 
 @pytest.fixture
-def few_digits(tmp_path) -> Path:
+def few_digits(digits, tmp_path) -> Path:
     """Two training and four test images of each class, so that trainings are begun and ended, and little else."""
     root = tmp_path / "digits"
-    write_digits(root)
+    shutil.copytree(digits, root)
     for split, number in (("train", 2), ("test", 4)):
         for folder in root.glob(f"*/{split}/*"):
             for file in sorted(folder.iterdir())[number:]:
