@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from matplotlib.text import Text
+from scipy.optimize import isotonic_regression
 
 from pipeline.grouping.affinity import affinity_matrix, snapshot_affinities
 from pipeline.grouping.partition import best_partition
@@ -165,6 +166,11 @@ def test_affinity_over_training_names_the_lines_of_groups_where_they_end(num_tas
         assert sorted(line.get_ydata()[-1] for line in colored) == pytest.approx(sorted(ends))
         assert {line.get_color() for line in colored} <= labels.keys()
         assert f"{100 * early_share(affinities):.0f} % from the first 4 of 40" in sums.get_title(loc="left")
+    # As close to the ends of their lines as the gap allows.
+    ends = sorted(sums.transAxes.inverted().transform(sums.transData.transform(text.xy))[1] for text in sums.texts)
+    offsets = min(0.075, 1 / max(1, len(ends))) * np.arange(len(ends))
+    closest = np.clip(isotonic_regression(ends - offsets).x, 0, 1 - offsets[-1]) if ends else np.zeros(0)
+    assert sorted(text.xyann[1] for text in sums.texts) == pytest.approx(closest + offsets)
     boxes = sorted((Text.get_window_extent(text) for text in sums.texts), key=lambda box: box.y0)
     assert all(low.y1 < high.y0 + 1 for low, high in zip(boxes, boxes[1:]))
     assert all(box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)
