@@ -96,7 +96,7 @@ def traced_kinds():
 
 
 def kind_of(classifier: TaskClassifier) -> tuple[object, ...]:
-    """Return what the code that is traced depends on: prompts, modules of the tower, functions of the method."""
+    """Return what a trace depends on: prompts, modules and trained parameters of the tower, functions of the method."""
     adaptation = classifier.adaptation
     functions = [adaptation.image_features, *(adaptation.task_logits or ())]
     functions = [function.func if isinstance(function, partial) else function for function in functions]
@@ -105,6 +105,7 @@ def kind_of(classifier: TaskClassifier) -> tuple[object, ...]:
         adaptation.vision_prompts is None,
         tuple(getattr(function, "__qualname__", repr(function)) for function in functions),
         str(classifier.towers),
+        *(name for name, _ in classifier.towers.named_parameters()),
         classifier.logit_bias is None,
     )
 

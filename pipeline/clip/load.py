@@ -193,7 +193,7 @@ def weights_fingerprint(towers: ClipTowers) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(towers.named_parameters()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
