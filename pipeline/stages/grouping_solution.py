@@ -1,4 +1,4 @@
-"""Computation of stage 4; a separate module because it imports scipy and matplotlib, which trainings do not need."""
+"""Computation of stage 4; a separate module because it imports matplotlib and networkx, which trainings do not need."""
 
 from __future__ import annotations
 
