@@ -97,11 +97,11 @@ def check_task(task: str, tasks: Sequence[str], source: str) -> None:
 def importing(libraries: str, console: Console | None = None) -> Iterator[None]:
     """Import libraries in the block, which takes seconds, and say so: on `console`, or None: on stderr."""
     text = f"importing {libraries} ..."
-    if console:
-        console.print(text, highlight=False)
-    else:
-        print_status(text)
     with interrupts.ending_at_once(), no_garbage_collection():
+        if console:
+            console.print(text, highlight=False)
+        else:
+            print_status(text)
         yield
 
 

@@ -5,6 +5,7 @@ Signals that the process inherited as ignored (`nohup`, `command &` in a script)
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import math
 import os
@@ -120,7 +121,30 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _State.received = number
     if _State.ends_at_once:
         _exit(number, _State.ends_at_once)
-    raise Interrupted(number)
+    if _is_importing(frame):
+        # An exception there may leave Python's import lock locked, for which the other threads then wait for ever.
+        _send_again(number)
+    else:
+        raise Interrupted(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether Python's import of a module is in the call stack; mmap-clip only executes a job's script."""
+    while frame:
+        code = frame.f_code
+        if code.co_filename == "<frozen importlib._bootstrap>" and code.co_name != "_call_with_frames_removed":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    def send() -> None:
+        time.sleep(REPEAT_AFTER_S)
+        _State.received, _State.received_at = None, -math.inf
+        os.kill(os.getpid(), number)
+
+    _thread.start_new_thread(send, ())  # threading.Thread takes locks, which the interrupted code may hold
 
 
 def _exit(number: int, message: str) -> None:
@@ -151,15 +175,8 @@ def _unraisablehook(unraisable: sys.UnraisableHookArgs) -> None:
     error = unraisable.exc_value
     if not isinstance(error, Interrupted):
         sys.__unraisablehook__(unraisable)
-        return
-
-    def repeat(number: int) -> None:
-        _State.received, _State.received_at = None, -math.inf
-        os.kill(os.getpid(), number)
-
-    timer = threading.Timer(REPEAT_AFTER_S, repeat, [error.number])
-    timer.daemon = True
-    timer.start()
+    else:
+        _send_again(error.number)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from pipelines import QUICK, REPOSITORY, Finished, Job
 from rich.console import Console
 
+import jobs.__main__
 from pipeline import interrupts
 from pipeline.command_line import report_user_errors
 from pipeline.config import Config
@@ -107,6 +108,14 @@ def test_what_ray_prints_while_it_starts_is_told_when_it_has_started(capfd):
     assert capfd.readouterr().err == "a warning of its core\n"
 
 
+def test_a_job_of_mmap_clip(tmp_path, monkeypatch):
+    """Its script is executed by importlib, but not imported."""
+    (tmp_path / "job.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)")
+    monkeypatch.setattr(jobs.__main__, "__file__", str(tmp_path / "__main__.py"))
+    with pytest.raises(Interrupted):
+        jobs.__main__.run_script("job")
+
+
 def test_other_threads_leave_the_handlers_alone():
     thread = threading.Thread(target=interrupts.handle_signals)
     thread.start()
@@ -138,6 +147,19 @@ def stage_at(*reports: Report) -> Stage:
 )
 def test_the_line_says_where_the_same_command_resumes(reports, resume_point):
     assert stage_at(*reports)._resume_point() == resume_point
+
+
+def test_a_signal_while_a_stage_prints_its_title():
+    """As in a test or a script that waits for the title to send it."""
+    stage, statuses = stage_at(), []
+    stage.session = SimpleNamespace(
+        tracker=SimpleNamespace(start_run=lambda *_, **__: None, end_run=lambda *status: statuses.append(status))
+    )
+    stage.name = "global_prompt"
+    stage.display._console.print = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted), stage:
+        pass
+    assert interrupts.resume_point() == "stage 2 global prompt" and statuses == [("global_prompt", "KILLED")]
 
 
 def test_several_runs_at_once_say_how_many_are_left(monkeypatch, capsys):
@@ -172,6 +194,7 @@ def test_a_resumed_training_says_from_which_step(saved):
 
 JOB = """
 import os, signal, sys, time
+from types import SimpleNamespace
 ignored = getattr(signal, sys.argv[1]) if sys.argv[1] else None
 if ignored: signal.signal(ignored, signal.SIG_IGN)
 from pipeline.command_line import importing, report_user_errors
@@ -186,6 +209,15 @@ with report_user_errors():
         with importing("x"):
             try: kill(signal.SIGTERM)
             except BaseException: pass  # swallowed
+    if moment == "announced":
+        with importing("x", SimpleNamespace(print=lambda *_, **__: kill(signal.SIGTERM))): pass
+    if moment == "imports":
+        def find_spec(*_):
+            try: kill(signal.SIGTERM)
+            except BaseException: print("raised where Python's import lock is locked", file=sys.stderr)
+        sys.meta_path.append(SimpleNamespace(find_spec=find_spec))
+        try: import missing
+        except ImportError: time.sleep(60)
     if moment == "ignored": kill(ignored)
     if moment == "twice":
         try: kill(signal.SIGINT)
@@ -201,6 +233,8 @@ print("ended")
     [
         ("script", "", 143, "interrupted by SIGTERM: rerun the same command: nothing was started yet"),
         ("import", "", 143, "importing x ...\ninterrupted by SIGTERM: rerun the same command: nothing was started yet"),
+        ("announced", "", 143, "interrupted by SIGTERM: rerun the same command: nothing was started yet"),
+        ("imports", "", 143, "interrupted by SIGTERM: rerun the same command to resume"),
         ("twice", "", 130, "interrupted: stopped at once"),
         ("ignored", "SIGHUP", 0, ""),  # nohup
         ("ignored", "SIGINT", 0, ""),  # `command &` in a script
@@ -219,18 +253,32 @@ def test_a_process(moment, ignored, status, line):
     assert process.stdout == ("" if status else "ended\n")
 
 
+PYTORCH_ON_A_SLOW_DISK = """
+import sys, time
+from types import SimpleNamespace
+def find_spec(name, path=None, target=None):
+    if name == "torch" and sys.argv[0].endswith("{program}"): time.sleep(60)
+sys.meta_path.insert(0, SimpleNamespace(find_spec=find_spec))
+"""
+"""A busy machine may take longer to send a signal than the job to import PyTorch, or its worker to check the images."""
+
+
 @pytest.mark.fault_injection
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("moment", "number", "message"),
+    ("moment", "slow", "number", "message"),
     [
-        ("importing PyTorch", signal.SIGINT, "nothing was started yet"),
-        ("starting Ray", signal.SIGTERM, "rerun the same command to resume"),
-        ("0 data check", signal.SIGHUP, "to resume at stage 0 data check"),
+        ("importing PyTorch", "full_pipeline.py", signal.SIGINT, "nothing was started yet"),
+        ("starting Ray", "none", signal.SIGTERM, "rerun the same command to resume"),
+        ("0 data check", "default_worker.py", signal.SIGHUP, "to resume at stage 0 data check"),
     ],
 )
-def test_a_run_that_begins(moment, number, message, tmp_path):
-    finished = interrupted(Job(tmp_path / "storage", *QUICK), lambda job: moment in job.output.read_text(), number)
+def test_a_run_that_begins(moment, slow, number, message, tmp_path):
+    ahead = tmp_path / "ahead"
+    ahead.mkdir()
+    (ahead / "sitecustomize.py").write_text(PYTORCH_ON_A_SLOW_DISK.replace("{program}", slow))
+    job = Job(tmp_path / "storage", *QUICK, env={"PYTHONPATH": f"{ahead}{os.pathsep}{REPOSITORY}"})
+    finished = interrupted(job, lambda job: moment in job.output.read_text(), number)
     assert message in finished.output.splitlines()[-1]
 
 

@@ -66,7 +66,11 @@ class Stage:
     def __enter__(self) -> Stage:
         self.session.tracker.start_run(self.name, parent=PARENT, tags={"level": "stage", "stage": self.name})
         self._started_at = time.monotonic()
-        self.display.__enter__()
+        try:
+            self.display.__enter__()
+        except BaseException as error:  # a signal: the title may be there already
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:

@@ -142,8 +142,8 @@ def _run_trials(plan: Plan, session: Session, search: Search, planned: PlannedTr
     tuner = _restore_tuner(plan, session, search, state, trainable) or _new_tuner(
         plan, session, search, planned, check, state, trainable
     )
-    console.print("  starting the trials, whose workers import PyTorch and load CLIP ...", highlight=False)
     try:
+        console.print("  starting the trials, whose workers import PyTorch and load CLIP ...", highlight=False)
         tuner.fit()
     except KeyboardInterrupt:
         ended = sum(trial.state != "running" for trial in TrialListener.trials)
