@@ -59,7 +59,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def load(name: str, device: torch.device, precision: str = "float32") -> tuple[torch.nn.Module, ClipTowers]:
-    """Load open_clip's model with random weights (times do not depend on them), and our towers, like load_clip."""
+    """Load open_clip's model with random weights, the same in every process, and our towers, like load_clip."""
+    torch.manual_seed(1)
     model = open_clip.create_model(name).eval().to(device)
     gib = ClipConfig.model_fields["activation_memory_gib"].default
     preprocessing = Preprocessing(open_clip.get_model_config(name)["vision_cfg"]["image_size"])

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--device", default=default_device())
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    towers = seeded_towers(arguments)
+    towers = load(arguments.model, device)[1]
     numbers = range(arguments.trainings)
     cores = torch.get_num_threads()
 
@@ -87,12 +87,6 @@ def main() -> None:
     ]
     print(table(["", "s", "speedup over sequential", "largest difference"], lines))
     write_results(f"small_trainings_{arguments.model}", device, {**vars(arguments), "rows": rows})
-
-
-def seeded_towers(arguments: argparse.Namespace) -> ClipTowers:
-    """Load towers with the same random weights in every process."""
-    torch.manual_seed(0)
-    return load(arguments.model, torch.device(arguments.device))[1]
 
 
 def train(towers: ClipTowers, arguments: argparse.Namespace, numbers: Sequence[int]) -> list[torch.Tensor]:
@@ -158,7 +152,7 @@ class Worker:
 
 def _serve(pipe, arguments: argparse.Namespace, number: int, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
-    towers = seeded_towers(arguments)
+    towers = load(arguments.model, torch.device(arguments.device))[1]
     pipe.send("ready")
     while pipe.recv():
         pipe.send(train(towers, arguments, [number])[0].numpy())

@@ -114,7 +114,6 @@ def measure(
     device, words = setting.device, class_names(setting.classes)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     autocast_to = precision if precision == "bfloat16" else "float32"
-    torch.manual_seed(0)
     _, towers = load(setting.model, device, autocast_to)
     images, labels = random_batch(towers, setting.images, setting.classes)
     pixels = torch.randint(0, 256, (setting.evaluated, *images.shape[1:]), dtype=torch.uint8, device=device)

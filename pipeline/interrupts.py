@@ -129,7 +129,8 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether Python's import of a module is in the call stack; mmap-clip only executes a job's script."""
+    """Return whether Python's import of a module is in the call stack. The command `mmap-clip` executes a job's script
+    without importing it."""
     while frame:
         code = frame.f_code
         if code.co_filename == "<frozen importlib._bootstrap>" and code.co_name != "_call_with_frames_removed":
