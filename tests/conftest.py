@@ -1,4 +1,4 @@
-"""Shared by all tests: environment, leftover processes, Hypothesis' profile, fixtures, order of the tests."""
+"""Shared by all tests: environment, leftover processes, random numbers, Hypothesis, fixtures, order of the tests."""
 
 import gc
 import os
@@ -46,6 +46,13 @@ def reaper():
     yield
     process.stdin.close()
     process.wait()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random numbers do not depend on which tests ran before in this process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(1)
 
 
 @pytest.fixture
