@@ -150,8 +150,10 @@ def _send_again(number: int) -> None:
 
 def _exit(number: int, message: str) -> None:
     os.write(_State.stderr, f"{interruption(number)}: {message}\n".encode())
-    _kill_children()
-    os._exit(exit_status(number))
+    try:
+        _kill_children()
+    finally:  # psutil may be half imported; then there are no children
+        os._exit(exit_status(number))
 
 
 def _kill_children() -> None:

@@ -211,6 +211,9 @@ with report_user_errors():
             except BaseException: pass  # swallowed
     if moment == "announced":
         with importing("x", SimpleNamespace(print=lambda *_, **__: kill(signal.SIGTERM))): pass
+    if moment == "psutil half imported":
+        sys.modules["psutil"] = SimpleNamespace()
+        with importing("x"): kill(signal.SIGTERM)
     if moment == "imports":
         def find_spec(*_):
             try: kill(signal.SIGTERM)
@@ -234,6 +237,12 @@ print("ended")
         ("script", "", 143, "interrupted by SIGTERM: rerun the same command: nothing was started yet"),
         ("import", "", 143, "importing x ...\ninterrupted by SIGTERM: rerun the same command: nothing was started yet"),
         ("announced", "", 143, "interrupted by SIGTERM: rerun the same command: nothing was started yet"),
+        (
+            "psutil half imported",
+            "",
+            143,
+            "importing x ...\ninterrupted by SIGTERM: rerun the same command: nothing was started yet",
+        ),
         ("imports", "", 143, "interrupted by SIGTERM: rerun the same command to resume"),
         ("twice", "", 130, "interrupted: stopped at once"),
         ("ignored", "SIGHUP", 0, ""),  # nohup
