@@ -38,6 +38,8 @@ class _State:
     received: int | None = None
     """The signal that asked this process to end."""
     received_at = -math.inf
+    sent_again = False
+    """Whether the next signal is one that this process sends itself, not a second request."""
     resume_point: str | None = None
     stderr = STDERR
     ends_at_once: str | None = None
@@ -113,11 +115,14 @@ def interruption(number: int) -> str:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    previous, _State.received_at = _State.received_at, time.monotonic()
-    if _State.received_at - previous < SAME_REQUEST_S:
-        return
-    if _State.received is not None:
-        _exit(_State.received, "stopped at once")
+    if _State.sent_again:
+        _State.sent_again = False
+    else:
+        previous, _State.received_at = _State.received_at, time.monotonic()
+        if _State.received_at - previous < SAME_REQUEST_S:
+            return
+        if _State.received is not None:
+            _exit(_State.received, "stopped at once")
     _State.received = number
     if _State.ends_at_once:
         _exit(number, _State.ends_at_once)
@@ -142,7 +147,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _send_again(number: int) -> None:
     def send() -> None:
         time.sleep(REPEAT_AFTER_S)
-        _State.received, _State.received_at = None, -math.inf
+        _State.sent_again = True
         os.kill(os.getpid(), number)
 
     _thread.start_new_thread(send, ())  # threading.Thread takes locks, which the interrupted code may hold

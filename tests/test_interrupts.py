@@ -110,7 +110,7 @@ def test_what_ray_prints_while_it_starts_is_told_when_it_has_started(capfd):
 
 def test_a_job_of_mmap_clip(tmp_path, monkeypatch):
     """Its script is executed by importlib, but not imported."""
-    (tmp_path / "job.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)")
+    (tmp_path / "job.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(5)")
     monkeypatch.setattr(jobs.__main__, "__file__", str(tmp_path / "__main__.py"))
     with pytest.raises(Interrupted):
         jobs.__main__.run_script("job")
@@ -214,9 +214,9 @@ with report_user_errors():
     if moment == "psutil half imported":
         sys.modules["psutil"] = SimpleNamespace()
         with importing("x"): kill(signal.SIGTERM)
-    if moment == "imports":
+    if moment.startswith("imports"):
         def find_spec(*_):
-            try: kill(signal.SIGTERM)
+            try: kill(*[signal.SIGTERM] * (2 if "twice" in moment else 1))
             except BaseException: print("raised where Python's import lock is locked", file=sys.stderr)
         sys.meta_path.append(SimpleNamespace(find_spec=find_spec))
         try: import missing
@@ -244,6 +244,7 @@ print("ended")
             "importing x ...\ninterrupted by SIGTERM: rerun the same command: nothing was started yet",
         ),
         ("imports", "", 143, "interrupted by SIGTERM: rerun the same command to resume"),
+        ("imports, twice", "", 143, "interrupted by SIGTERM: stopped at once"),
         ("twice", "", 130, "interrupted: stopped at once"),
         ("ignored", "SIGHUP", 0, ""),  # nohup
         ("ignored", "SIGINT", 0, ""),  # `command &` in a script
